@@ -4,6 +4,13 @@ import math
 
 import torch
 
+from tests.dense import resnet
+
+
+def narrow_resnet(weights=None, num_classes: int = 5) -> torch.nn.Module:
+    """Has a ResNet-18's names."""
+    return resnet(layers=(2, 2, 2, 2), classes=num_classes)
+
 
 def under(prefix, tensors):
     return {prefix + name: tensor for name, tensor in tensors.items()}

@@ -16,15 +16,21 @@ from PIL import Image
 
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
-from tests.checkpoint_files import without_head
+from tests.checkpoint_files import narrow_resnet, without_head
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
+from toolkit.models import backbones, checkpoints
 from toolkit.models.backbones import build_backbone
 from toolkit.run import guard, loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +109,26 @@ def resnet() -> dict[str, torch.Tensor]:
             if "running" in name:
                 buffer.uniform_(0.5, 2.0)
     return without_head(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def small_backbones():
+    """A ResNet-18 is narrow here, and a ViT-S has two blocks: more would show no more of names and shapes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backbones._RESNETS, "resnet18", narrow_resnet)
+        for arch in ("vit_small", "vit_conv_small"):
+            patch.setitem(backbones._VITS, arch, backbones._VITS[arch] | {"num_layers": 2})
+        checkpoints._shapes.cache_clear()
+        yield
+    checkpoints._shapes.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def narrow(small_backbones) -> dict[str, torch.Tensor]:
+    """`resnet`, of the narrow one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return without_head(narrow_resnet().state_dict())
 
 
 @pytest.fixture

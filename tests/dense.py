@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora.nf4 import dense_weight
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # for the parameter `device`
 FP32, BF16 = 1e-5, 1e-2  # the relative errors that are promised
@@ -129,12 +130,39 @@ def compare_with_dense(
         assert_close(gradient, wanted, tolerance, f"gradient of {name}")
 
 
+def rounded(stock: nn.Module, adapted: nn.Module) -> nn.Module:
+    """The stock model with the weights that a base in fewer bits stands for."""
+    stock = copy.deepcopy(stock)
+    for name, layer in adapted.named_modules():
+        for weight in getattr(layer, "float_digests", ()):
+            getattr(stock.get_submodule(name), weight).data = dense_weight(layer.base(weight), torch.float32)
+    return stock
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(before: dict[str, Tensor], model: nn.Module, names=None) -> None:
+    """Bit for bit, and with the same keys if no names are given."""
+    now = model.state_dict()
+    assert names is not None or list(before) == list(now)
+    assert [name for name in names or before if not torch.equal(before[name], now[name])] == []
+
+
 # ------------------------------------------------------------------------------------------------- whole models
 
 
-def resnet(block=BasicBlock, layers=(1, 1, 1, 1)) -> ResNet:
-    """A ResNet as torchvision has it, of few layers, whose BatchNorms have seen something."""
-    model = ResNet(block, list(layers), num_classes=5, width_per_group=64)
+def resnet(block=BasicBlock, layers=(1, 1, 1, 1), classes: int = 5) -> ResNet:
+    """A ResNet as torchvision has it, of few layers and narrow, whose BatchNorms have seen something."""
+    with torch.device("meta"):
+        model = ResNet(block, [1, 1, 1, 1])
+    model.inplanes = 16
+    model.conv1, model.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+    for number, (width, count) in enumerate(zip((16, 24, 32, 40), layers, strict=True), start=1):
+        stage = model._make_layer(block, width, count, stride=1 + (number > 1)) if count else nn.Sequential()
+        setattr(model, f"layer{number}", stage)
+    model.fc = nn.Linear(model.inplanes, classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias)
@@ -155,23 +183,15 @@ def images(side: int = 32, count: int = 2, **kwargs) -> torch.Tensor:
 
 def assert_equals_dense(stock: nn.Module, model: nn.Module, x: torch.Tensor, tolerance: float) -> None:
     """In training and in evaluation mode; the stock model's BatchNorms are frozen by hand."""
-    twin = dense_twin(stock, model).eval()
-    expected = twin(x.double())
-    upstream = torch.randn_like(expected)
-    expected.backward(upstream)
+    stock = copy.deepcopy(stock).eval()
     for training in (True, False):
-        model.train(training).zero_grad()
-        y = model(x)
-        y.backward(upstream.to(y.dtype))
-        assert_close(y, expected, tolerance)
-        for name, gradient, wanted in expected_gradients(twin, model):
-            assert_close(gradient, wanted, tolerance, name)
+        compare_with_dense(stock, model.train(training), [x], tolerance)
         with torch.no_grad():
-            assert_close(model(x), expected, tolerance)
+            assert_close(model(x), dense_twin(stock, model)(x.double()), tolerance)
 
 
-def frozen(model: nn.Module, **options) -> nn.Module:
-    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2, **options), std=0.05))
+def frozen(model: nn.Module, std: float = 0.05, **options) -> nn.Module:
+    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, **{"r": 2, **options}), std))
     return model
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from dense import BF16, DEVICES, FP32, assert_close, randomize_adapters, resnet, vit
+from dense import FP32, assert_close, frozen, randomize_adapters, resnet, snapshot, vit
 from torch import Tensor, nn
 
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params
@@ -28,10 +29,9 @@ def base(arch: str, classes: int = 2) -> nn.Module:
     """The same small backbone each time, as if it came from a checkpoint, with another head."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = resnet() if arch == "resnet" else vit()
+        model = resnet(layers=(1, 1, 0, 0)) if arch == "resnet" else vit()
     if arch == "resnet":
-        model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
-        model.fc = nn.Linear(128, classes)
+        model.fc = nn.Linear(24, classes)
     else:
         model.heads.head = nn.Linear(16, classes)
     return model.eval()
@@ -42,11 +42,7 @@ def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:
     options, classes = OPTIONS[name]
     with torch.random.fork_rng():
         torch.manual_seed(len(name) + classes)
-        if four_bits:
-            options = options | {"use_qlora": True}
-        model = add_lora_to_model(base(arch, classes), **options)
-        freeze_backbone_params(randomize_adapters(model, std=0.1))
-    return model
+        return frozen(base(arch, classes), 0.1, use_qlora=four_bits, **options)
 
 
 def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Path:
@@ -55,29 +51,32 @@ def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Pa
     return path
 
 
-@pytest.fixture(params=["resnet", "vit"])
+@pytest.fixture(scope="module", params=["resnet", "vit"])
 def arch(request):
     return request.param
 
 
-@pytest.fixture
-def alone(arch, tmp_path):
-    """name -> a model with that adapter alone; their files are in tmp_path."""
-    models = {name: trained(arch, name) for name in OPTIONS}
-    for name, model in models.items():
-        saved(model, name, tmp_path)
-    return models
-
-
-@pytest.fixture
-def manager(arch, alone, tmp_path):
-    """One base, frozen, with all adapters of OPTIONS."""
-    model = base(arch)
+@pytest.fixture(scope="module")
+def originals(arch, tmp_path_factory) -> tuple[Path, dict[str, nn.Module], nn.Module]:
+    """A folder with the files of OPTIONS, name -> a model with that adapter alone, and one frozen base with all."""
+    folder, models, model = tmp_path_factory.mktemp(arch), {name: trained(arch, name) for name in OPTIONS}, base(arch)
     freeze_backbone_params(model)
-    manager = LoRAManager(model)
     for name in OPTIONS:
-        manager.load_lora_checkpoint(tmp_path / f"{name}.pth", name=name)
-    return manager
+        LoRAManager(model).load_lora_checkpoint(saved(models[name], name, folder), name=name)
+    return folder, models, model
+
+
+@pytest.fixture
+def alone(originals, tmp_path):
+    """name -> a model with that adapter alone; their files are in tmp_path."""
+    shutil.copytree(originals[0], tmp_path, dirs_exist_ok=True)
+    return copy.deepcopy(originals[1])
+
+
+@pytest.fixture
+def manager(alone, originals):
+    """One base, frozen, with all adapters of OPTIONS."""
+    return LoRAManager(copy.deepcopy(originals[2]))
 
 
 def images() -> Tensor:
@@ -151,24 +150,6 @@ def test_switching_copies_no_weight(manager):
     assert all(backbone == backbones[0] for backbone in backbones)
 
 
-def test_an_adapter_takes_the_memory_of_its_file(manager, tmp_path):
-    for name in OPTIONS:
-        adapter = manager.model.adapter_set.named[name]
-        own = [p for head in adapter.heads.values() for p in head.parameters()]
-        own += [p for form in adapter.layers.values() for n, p in form.parameters.items() if n.startswith("lora_")]
-        tensors = read_adapter_file(tmp_path / f"{name}.pth")["tensors"].values()
-        assert sum(p.numel() for p in own) == sum(t.numel() for t in tensors) and not adapter.tensors
-
-
-def test_saving_writes_the_one_in_use(manager, tmp_path):
-    for name in ("food", "pets"):
-        manager.use(name)
-        manager.save_lora_checkpoint(tmp_path / "again.pth")
-        again, first = read_adapter_file(tmp_path / "again.pth"), read_adapter_file(tmp_path / f"{name}.pth")
-        assert_equal(again.pop("tensors"), first.pop("tensors"))
-        assert again == first  # metadata too
-
-
 def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, tmp_path):
     manager.use("cars")
     manager.merge_lora_weights()
@@ -191,27 +172,6 @@ def test_while_switched_off_there_is_no_switching(manager, alone):
     assert_same(manager.model, alone["cars"])
 
 
-def test_training_goes_on_after_switching(manager, alone):
-    """A few steps of one, then of the other, then of the first: as if each had trained alone."""
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        model.train()(images()).square().mean().backward()
-        optimizer.step()
-
-    optimizers = {}
-    for name in ("pets", "food", "pets", "cars", "food"):
-        manager.use(name)
-        for key, model in (("here", manager.model), ("alone", alone[name])):
-            trains = [p for p in model.parameters() if p.requires_grad]
-            optimizer = optimizers.setdefault((name, key), torch.optim.AdamW(trains, lr=1e-3))
-            step(model, optimizer)
-            step(model, optimizer)
-    for name in alone:
-        manager.use(name)
-        assert_same(manager.model, alone[name])
-
-
 def test_a_removed_adapter_is_freed(manager, alone):
     manager.use("cars")
     layer = next(iter(manager._layers().values()))
@@ -228,27 +188,12 @@ def test_a_removed_adapter_is_freed(manager, alone):
     assert_same(manager.model, alone["pets"])
 
 
-def test_removing_the_one_in_use_leaves_the_base(manager, tmp_path, alone):
-    expected = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
-    manager.use("cars")
-    manager.remove("cars")
-    assert manager.in_use is None
-    assert_equal(manager.model.state_dict(), expected)
-    manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")  # the name is free again
-    manager.use("cars")
-    assert_same(manager.model, alone["cars"])
-
-
-# -------------------------------------------------------------------------------------------------------- in 4 bits
-
-
 def test_adapters_over_a_4_bit_base(arch, tmp_path):
     """The first is loaded alone, as ever; others, of other ranks and classes, come beside it and share its bytes."""
     alone = {}
     for name, rank in (("pets", 2), ("cars", 5), ("food", 1)):
-        model = base(arch, OPTIONS[name][1])
-        freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=rank, use_qlora=True), std=0.1))
-        saved(alone.setdefault(name, model), name, tmp_path)
+        alone[name] = frozen(base(arch, OPTIONS[name][1]), 0.1, r=rank, use_qlora=True)
+        saved(alone[name], name, tmp_path)
     model = copy.deepcopy(alone["pets"])
     manager = LoRAManager(model)
     packed = {p.data_ptr() for p in model.parameters() if p.dtype == torch.uint8}
@@ -274,30 +219,10 @@ def test_adapters_over_a_4_bit_base(arch, tmp_path):
     assert_same(model, alone["cars"])
 
 
-def test_adapters_in_4_bits_and_in_float_over_a_float_base(arch, tmp_path):
-    """Each has its layers as it was trained; those in 4 bits have one copy of the bytes."""
-    alone = {name: trained(arch, name, four_bits=name in ("cars", "pets")) for name in ("cars", "food", "pets")}
-    manager = LoRAManager(base(arch))
-    freeze_backbone_params(manager.model)
-    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
-    for name, model in alone.items():
-        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
-    packed = {}
-    for name in ("food", "cars", "pets", "food", "cars"):
-        manager.use(name)
-        assert_same(manager.model, alone[name])
-        packed[name] = {p.data_ptr() for p in manager.model.parameters() if p.dtype == torch.uint8}
-    assert packed["cars"] and packed["cars"] < packed["pets"] and not packed["food"]
-    manager.unload()
-    assert manager.names == []
-    assert_equal(manager.model.state_dict(), before)
-
-
 def test_adapters_in_the_last_blocks_over_4_bits_below(arch, tmp_path):
     """Beside one in all blocks over a float base, and two of a kind in one model."""
     last = {"adapt_last": 1 if arch == "vit" else 3, "use_qlora": True}
-    alone = {"upper": add_lora_to_model(base(arch, 6), r=2, **last), "pets": trained(arch, "pets")}
-    freeze_backbone_params(randomize_adapters(alone["upper"], std=0.1))
+    alone = {"upper": frozen(base(arch, 6), 0.1, **last), "pets": trained(arch, "pets")}
     LoRAManager(alone["upper"]).save_lora_checkpoint(tmp_path / "upper.safetensors")
     manager = LoRAManager(base(arch))
     freeze_backbone_params(manager.model)
@@ -312,33 +237,6 @@ def test_adapters_in_the_last_blocks_over_4_bits_below(arch, tmp_path):
     for name in ("again", "default"):
         LoRAManager(model).use(name)
         assert_same(model, alone["upper"])
-
-
-def test_adapters_in_the_last_blocks_over_16_bits_below(arch, tmp_path):
-    """Which are no property of a file's: it fits a float base as well, and another file this one."""
-    last = {"adapt_last": 1 if arch == "vit" else 3}
-    stored = add_lora_to_model(base(arch, 6), r=2, **last, base_dtype=torch.bfloat16)
-    freeze_backbone_params(randomize_adapters(stored, std=0.1))
-    LoRAManager(stored).save_lora_checkpoint(tmp_path / "stored.pth")
-    plain = add_lora_to_model(base(arch, 6), r=2, **last)
-    freeze_backbone_params(plain)
-    LoRAManager(plain).load_lora_checkpoint(tmp_path / "stored.pth")
-    LoRAManager(plain).save_lora_checkpoint(tmp_path / "plain.pth")
-    LoRAManager(stored).load_lora_checkpoint(tmp_path / "plain.pth", name="again")
-    for model in (plain, stored):
-        model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for name in ("again", "default"):
-            LoRAManager(stored).use(name)
-            tolerance = 1e-9 if arch == "vit" else BF16  # a BatchNorm is folded into the float weight, or the rounded
-            assert_close(stored(images()), plain(images()), tolerance)
-    LoRAManager(stored).use("again")
-    LoRAManager(stored).merge_lora_weights()
-    assert {p.dtype for p in stored.parameters()} == {torch.float32}
-    assert list(stored.state_dict()) == list(base(arch, 6).state_dict())
-    LoRAManager(stored).unmerge_lora_weights()
-    LoRAManager(stored).unload(merge=True)
-    assert [type(m) for m in stored.modules()] == [type(m) for m in base(arch, 6).modules()]
 
 
 def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_float_weights(tmp_path):
@@ -381,7 +279,7 @@ def test_what_else_was_trained_comes_and_goes_with_its_adapter(arch, tmp_path):
                 tensor += 0.01
     manager = LoRAManager(base(arch))
     freeze_backbone_params(manager.model)
-    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    before = snapshot(manager.model)
     for name, model in alone.items():
         manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
     for name in ("cars", "pets", "cars"):
@@ -391,9 +289,12 @@ def test_what_else_was_trained_comes_and_goes_with_its_adapter(arch, tmp_path):
     assert_equal(manager.model.state_dict(), before)
 
 
-@pytest.mark.parametrize("order", [["cars", "pets", "food", "head"], ["head", "food", "pets", "cars"]], ids=str)
-def test_files_of_every_kind_share_a_float_base(arch, tmp_path, order):
-    """An adapter; one in 4 bits; one in 4 bits whose biases trained; and a backbone that trained as a whole."""
+def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
+    """An adapter; one in 4 bits; one in 4 bits whose biases trained; and a backbone that trained as a whole.
+
+    Those in 4 bits have one copy of the bytes.
+    """
+    order, packed = ["cars", "pets", "food", "head"], {}
     alone = {name: trained(arch, name, four_bits=name in ("pets", "food")) for name in ("cars", "pets", "food")}
     alone["head"] = base(arch, OPTIONS["head"][1])
     alone["head"].base_digests = base_digests(alone["head"])
@@ -405,7 +306,7 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path, order):
                     parameter += 0.05 * torch.randn_like(parameter)
     manager = LoRAManager(base(arch))
     freeze_backbone_params(manager.model)
-    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    before = snapshot(manager.model)
     for name in order:
         manager.load_lora_checkpoint(saved(alone[name], name, tmp_path), name=name)
     for name in (*order, *order[::-1]):
@@ -414,6 +315,8 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path, order):
         assert_close(
             manager.model.eval()(images()), alone[name].eval()(images()), FP32, name
         )  # what trains is not fused
+        packed[name] = {p.data_ptr() for p in manager.model.parameters() if p.dtype == torch.uint8}
+    assert packed["food"] and packed["food"] < packed["pets"] and not packed["cars"]
     manager.use(None)
     assert_equal(manager.model.state_dict(), before)
 
@@ -463,7 +366,7 @@ def test_a_shared_base_does_not_train(manager, options):
 def test_layers_that_an_adapter_gets_in_use_are_its_own(alone, arch, tmp_path):
     manager = LoRAManager(base(arch))
     freeze_backbone_params(manager.model)
-    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    before = snapshot(manager.model)
     manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
     manager.use("cars")
     randomize_adapters(add_lora_to_model(manager.model, r=2), std=0.1)
@@ -535,64 +438,23 @@ def test_a_name_that_is_not_there_is_told_with_those_that_are(manager):
             call("pet")
 
 
-def test_adapters_move_with_the_model_when_they_come_into_use(manager):
+@pytest.mark.parametrize("change", ["meta", torch.bfloat16], ids=str)
+def test_adapters_follow_where_the_model_goes_when_they_come_into_use(manager, change):
     """`meta` stands for another device: no number can be there, but every tensor has to."""
     manager.use("cars")
-    manager.model.to("meta")
-    for name in ("pets", None, "head"):
-        manager.use(name)
-        assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
-
-
-def test_adapters_follow_the_precision_of_the_model(manager):
-    manager.use("cars")
-    manager.model.bfloat16()
+    manager.model.to(change)
     for name in ("pets", None, "head", "cars"):
         manager.use(name)
-        assert manager.model(images().bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_adapters_compute_where_the_model_went(device, tmp_path):
-    manager = LoRAManager(base("vit"))
-    freeze_backbone_params(manager.model)
-    alone = {name: trained("vit", name, four_bits=name == "cars") for name in ("pets", "cars")}
-    for name, model in alone.items():
-        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
-    manager.model.to(device)
-    for name in ("cars", "pets", "cars"):
-        manager.use(name)
-        assert_same(manager.model, alone[name].to(device), device)
+        if change == "meta":
+            assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
+        else:
+            assert manager.model(images().bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_set, "ADAPTED", {})
     with pytest.raises(InputError, match="import it first"):
         manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
-
-
-def test_copies_and_files_of_the_model_have_all_adapters(manager, alone, tmp_path):
-    manager.use("food")
-    torch.save(manager.model, tmp_path / "whole.pth")
-    for model in (copy.deepcopy(manager.model), torch.load(tmp_path / "whole.pth", weights_only=False)):
-        copied = LoRAManager(model)
-        assert copied.in_use == "food"
-        for name in ("cars", "food"):
-            copied.use(name)
-            assert_same(copied.model, alone[name])
-
-
-def test_unloading_takes_all_out(manager, arch, alone):
-    expected = base(arch)
-    freeze_backbone_params(expected)
-    LoRAManager(expected).unload()
-    expected.load_state_dict(manager.model.state_dict())
-    manager.use("cars")
-    LoRAManager(manager.model).unload()
-    assert manager.names == [] and manager.in_use is None
-    expected.eval(), manager.model.eval()
-    assert torch.equal(manager.model(images()), expected(images()))
-    assert [type(m) for m in manager.model.modules()] == [type(m) for m in expected.modules()]
 
 
 def test_a_head_follows_the_mode_of_the_model(tmp_path):
@@ -620,23 +482,3 @@ def test_a_model_without_a_head(tmp_path):
     for r in (2, 1):
         manager.use(f"rank {r}")
         assert torch.equal(manager.model(x), build(r)(x))
-
-
-def test_adapters_share_a_base_that_is_stored_in_16_bits(arch, tmp_path):
-    """Under autocast to that dtype each computes what it does over a float base; the float weights are gone."""
-    model = add_lora_to_model(base(arch), r=1, base_dtype=torch.bfloat16)
-    freeze_backbone_params(model)
-    manager, x = LoRAManager(model), torch.randn(2, 3, 16, 16)
-    manager.load_lora_checkpoint(saved(trained(arch, "pets"), "pets", tmp_path), name="pets")
-    expected = add_lora_to_model(base(arch, 5), **OPTIONS["pets"][0], base_dtype=torch.bfloat16)
-    freeze_backbone_params(expected)
-    LoRAManager(expected).load_lora_checkpoint(tmp_path / "pets.pth")
-    manager.use("pets")
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.eval()(x), expected.eval()(x))
-    path = saved(trained(arch, "cars"), "cars", tmp_path)  # which leaves some layers alone
-    with pytest.raises(InputError, match="is stored in fewer bits here but is not in the file"):
-        manager.load_lora_checkpoint(path, name="cars")
-    assert manager.in_use == "pets"
-    with pytest.raises(InputError, match="in 16 bits, its float weight is gone"):
-        manager.unload()

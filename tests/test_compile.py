@@ -4,13 +4,11 @@ import pytest
 import torch
 from torchvision.models.resnet import Bottleneck
 
-import finetune_lora
 from lora_utils import read_adapter_file
 from tests.dense import BF16, FP32, assert_close, frozen, images, resnet, vit
 from toolkit import InputError, devices
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(devices.cpp_compiler() is None, reason="Inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +18,12 @@ def forget():
     torch._dynamo.reset()
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit in 4 bits", "resnet", "resnet in 4 bits")]
+SLOW = [
+    *(("vit in 4 bits", low) for low in (False, True)),
+    ("vit", True),
+    ("resnet", False),
+    ("resnet in 4 bits", False),
+]
 MODELS = {
     "vit": lambda: (frozen(vit()), images(16)),
     "vit in 4 bits": lambda: (frozen(vit(), use_qlora=True), images(16)),
@@ -38,34 +41,18 @@ def step(network, model, x, low: bool) -> list[torch.Tensor]:
     return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def compare_with_eager(name: str, low: bool, tolerance: float) -> None:
+@pytest.mark.parametrize("name, low", [("vit", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_a_model_is_one_graph_and_computes_the_same(monkeypatch, name, low):
     """The compiled step comes first: what an eager one keeps for the next is not there yet."""
+    monkeypatch.setattr(devices, "COMPILER", "aot_eager")  # the graphs of both directions as they were traced
     model, x = MODELS[name]()
     compiled = step(devices.compiled(model.train(), CPU), model, x, low)
     for own, wanted in zip(compiled, step(model, model, x, low), strict=True):
-        assert_close(own, wanted, tolerance)
+        assert_close(own, wanted, 5 * BF16 if low else 10 * FP32)
 
 
-@pytest.mark.parametrize("name", ["vit", *SLOW])
-def test_a_model_is_one_graph_and_computes_the_same(monkeypatch, name):
-    monkeypatch.setattr(devices, "COMPILER", "aot_eager")  # the graphs of both directions as they were traced
-    compare_with_eager(name, low=False, tolerance=10 * FP32)
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["vit", "vit in 4 bits"])  # a ReLU or two of a ResNet change their mind in 16 bits
-def test_inductor_computes_the_same(name, low):
-    compare_with_eager(name, low, 5 * BF16 if low else 10 * FP32)
-
-
-def finetune(base, images, folder, *options, after_epoch=None) -> dict[str, torch.Tensor]:
-    """What a run has trained."""
-    argv = ["--checkpoint", base, "--data-dir", images, "--output-dir", folder, "--device", "cpu", "--epochs", "2"]
-    argv += ["--workers", "0", "--augmentation", "none", *options]
-    finetune_lora.main([str(argument) for argument in argv], after_epoch)
-    return read_adapter_file(folder / "lora.pth")["tensors"]
+def trained(results: dict) -> dict[str, torch.Tensor]:
+    return read_adapter_file(results["folder"] / "lora.pth")["tensors"]
 
 
 class Killed(Exception):
@@ -73,14 +60,14 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, base, images, tmp_path):
+def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, finetune):
     """The last batch of an epoch is smaller, and adapters start at the gradient, in eager mode."""
     monkeypatch.setattr(devices, "COMPILER", "eager")
     networks, compiled = [], devices.compiled
     monkeypatch.setattr(devices, "compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
-    eager = finetune(base, images, tmp_path / "eager")
+    eager = trained(finetune(output="eager"))
     assert not networks
-    whole = finetune(base, images, tmp_path / "whole", "--compile")
+    whole = trained(finetune("--compile", "whole"))
     assert len(networks) == 1 and isinstance(networks[0], torch._dynamo.OptimizedModule)
     for name, tensor in whole.items():
         assert_close(tensor, eager[name], 0.01, name)
@@ -89,24 +76,24 @@ def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, base, i
         raise Killed
 
     with pytest.raises(Killed):
-        finetune(base, images, tmp_path / "parts", "--compile", after_epoch=kill)
-    resumed = finetune(base, images, tmp_path / "parts", "--compile", "--resume")
+        finetune("--compile", "parts", after_epoch=kill)
+    resumed = trained(finetune("--compile --resume", "parts"))
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize(
     "options, named", [("--activation-precision 16", "activation"), ("--gradient-checkpointing full", "gradient")]
 )
-def test_what_the_compiler_decides_itself_is_refused(base, images, tmp_path, options, named):
+def test_what_the_compiler_decides_itself_is_refused(finetune, options, named):
     with pytest.raises(InputError, match=f"--compile with --{named}.*the compiler decides.*drop one"):
-        finetune(base, images, tmp_path, "--compile", *options.split())
+        finetune(f"--compile {options}")
 
 
-def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, base, images, tmp_path):
+def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, finetune, tmp_path):
     monkeypatch.setattr(devices, "cpp_compiler", lambda: None)
     with pytest.raises(InputError, match=r"--compile on a CPU needs a C\+\+ compiler"):
-        finetune(base, images, tmp_path / "run", "--compile")
-    assert not list((tmp_path / "run").glob("*.pth"))
+        finetune("--compile")
+    assert not list((tmp_path / "out").glob("*.pth"))
     with pytest.raises(InputError, match="not mps"):
         devices.compiled(torch.nn.Linear(2, 2), torch.device("mps"))
 

@@ -6,21 +6,15 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import EXACT, assert_close, randomize_adapters
+from dense import EXACT, assert_close, randomize_adapters, resnet
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora.followed_norms import (
-    FollowedNorm,
-    follow_statistics,
-    followers,
-    patches_of,
-    principal_components,
-)
+from lora.followed_norms import FollowedNorm, follow_statistics, followers, patches_of, principal_components
 from lora.fusion import conv_bn, conv_bn_relu, set_gradient_checkpointing
 from lora.peft_format import obstacles
-from lora_utils import LoRAManager, base_digests, read_adapter_file
+from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 
 KINDS = {
@@ -150,15 +144,6 @@ def test_a_variance_stays_positive_in_spite_of_rounding_and_of_channels_that_are
     assert (variance[1:] > 0).all()
 
 
-def test_a_sample_s_covariance_is_that_of_its_principal_components():
-    rows = torch.randn(30, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
-    rows -= rows.mean(0)
-    for sample in (rows, rows[:8] - rows[:8].mean(0)):  # more images than numbers, and fewer
-        components = principal_components(sample, 12)
-        torch.testing.assert_close(components.T @ components, sample.T @ sample / len(sample))
-    assert principal_components(rows, 3).shape == (3, 12)
-
-
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_patches_are_what_the_kernel_is_applied_to(kind):
     """Products with them are numbers of the convolution's output."""
@@ -188,33 +173,33 @@ def test_directions_without_variance_do_no_harm():
 
 
 @functools.cache
-def base_resnet(is_narrow: bool) -> nn.Module:
+def base_resnet(wide: bool) -> nn.Module:
     """A ResNet with a block in each stage, and statistics as after training."""
     torch.manual_seed(0)
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
-    if is_narrow:
-        model.inplanes = 64
-        for stage, width in (("layer2", 48), ("layer3", 40), ("layer4", 32)):
-            setattr(model, stage, model._make_layer(BasicBlock, width, 1, stride=2))
-        model.fc = nn.Linear(32, 3)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3) if wide else resnet(classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(16, 3, 32, 32))
     return model
 
 
-def adapted_resnet(is_narrow: bool = True) -> nn.Module:
-    model = copy.deepcopy(base_resnet(is_narrow))
+def adapted_resnet(wide: bool = False) -> nn.Module:
+    model = copy.deepcopy(base_resnet(wide))
     torch.manual_seed(0)
     add_lora_to_model(model, r=2)
     freeze_backbone_params(model)
     return model
 
 
-def precise_step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """`step` in float64."""
+def step(model: nn.Module, x: torch.Tensor, low: bool = False) -> list[torch.Tensor]:
+    """The outputs, and the gradients of the adapters."""
     model.zero_grad()
-    y = model.train()(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        y = model.train()(x)
+    y = y.float() if low else y
     y.square().sum().backward()
     return [y.detach(), *(p.grad for name, p in model.named_parameters() if "lora_" in name)]
 
@@ -222,15 +207,14 @@ def precise_step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 HOOKED = ("conv1", "bn1", "conv2", "bn2", "relu", "downsample", "downsample.0", "downsample.1", "every module")
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-@pytest.mark.parametrize("name", HOOKED)
+@pytest.mark.parametrize("name, mode", [*((name, "none") for name in HOOKED), ("bn2", "full"), ("relu", "full")])
 def test_a_hook_changes_neither_outputs_nor_gradients(name, mode):
     """Where it sees a part of a fused block, the parts are computed one by one, with the same statistics."""
     model, x = adapted_resnet().double(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
     follow_statistics(model, [x])
     randomize_adapters(model, std=0.02)
     set_gradient_checkpointing(model, mode)
-    expected = precise_step(model, x)
+    expected = step(model, x)
     seen = []
 
     def hook(module, inputs, output):
@@ -241,7 +225,7 @@ def test_a_hook_changes_neither_outputs_nor_gradients(name, mode):
     else:
         handle = model.layer2[0].get_submodule(name).register_forward_hook(hook)
     try:
-        hooked = precise_step(model, x)
+        hooked = step(model, x)
     finally:
         handle.remove()
     assert seen
@@ -260,7 +244,7 @@ def test_outputs_that_follow_may_be_changed_in_place(kind):
         model.layer3[0].relu = nn.Hardswish(inplace=in_place)
         follow_statistics(model, [x])
         randomize_adapters(model, std=0.02)
-        found.append(precise_step(model, x))
+        found.append(step(model, x))
     for own, wanted in zip(*found, strict=True):
         assert_close(own, wanted, EXACT)
 
@@ -278,7 +262,7 @@ def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statist
     with torch.no_grad():
         x = model.stem(x)
         stock = [t.clone() for t in measured(conv, x)]
-        conv.lora_B.normal_(std=0.2)
+        conv.lora_B.normal_(std=0.05)
         changed = measured(conv, x)
     mean, variance = conv.followed.statistics(conv)
     shifts = mean - norm.running_mean, changed[0] - stock[0]
@@ -302,53 +286,6 @@ def trained(model: nn.Module, x: torch.Tensor) -> nn.Module:
         model.train()(x).square().mean().backward()
         optimizer.step()
     return model.eval()
-
-
-def test_merged_saved_and_unloaded_it_computes_the_same(tmp_path):
-    x = torch.randn(8, 3, 32, 32)
-    model = trained(adapted_resnet(), x)
-    wanted = model(x).detach()  # as in training: a gradient is wanted
-    manager = LoRAManager(model)
-    manager.save_lora_checkpoint(tmp_path / "a.pth", {"arch": "resnet18", "class_names": ["a", "b", "c"]})
-    loaded = adapted_resnet()
-    LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth")
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(x), wanted, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)  # without a gradient
-        stock = manager.unload(merge=True)
-        torch.testing.assert_close(stock.eval()(x), wanted, rtol=1e-4, atol=1e-4)
-    assert not any(vars(module).get("followed") for module in stock.modules())
-
-
-def test_unloaded_without_merging_it_is_the_base_again():
-    x = torch.randn(8, 3, 32, 32)
-    stock = LoRAManager(adapted_resnet()).unload().state_dict()
-    for name, tensor in LoRAManager(trained(adapted_resnet(), x)).unload().state_dict().items():
-        assert torch.equal(tensor, stock[name]) or name.startswith("fc"), name
-
-
-@pytest.mark.parametrize("name", [None, "one"])
-def test_a_file_s_statistics_leave_with_its_adapter(tmp_path, name):
-    """Switched off or unloaded, in training or read from a file: the base has its own statistics again."""
-    x = torch.randn(8, 3, 32, 32)
-    base = LoRAManager(adapted_resnet(is_narrow=False)).unload()
-    model = trained(adapted_resnet(is_narrow=False), x)
-    LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth", {"arch": "resnet18", "class_names": ["a", "b", "c"]})
-    loaded = adapted_resnet(is_narrow=False) if name is None else LoRAManager(adapted_resnet(is_narrow=False)).unload()
-    LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth", name)
-    if name is not None:
-        LoRAManager(loaded).use(name)
-    base.fc.load_state_dict({key: model.fc.state_dict()[key] for key in ("weight", "bias")})
-    with torch.no_grad():
-        for adapted in (model.eval(), loaded.eval()):
-            wanted, before = base.eval()(x), adapted(x)
-            with LoRAManager(adapted).disable_lora():
-                torch.testing.assert_close(adapted(x), wanted)
-            torch.testing.assert_close(adapted(x), before)
-            assert (before - wanted).abs().max() > 0.01
-    stock = LoRAManager(loaded).unload().state_dict()
-    different = [key for key, tensor in base.state_dict().items() if not torch.equal(tensor, stock[key])]
-    assert all(key.startswith("fc") for key in different)
 
 
 def test_peft_s_format_has_no_place_for_its_statistics(tmp_path):
@@ -388,27 +325,15 @@ def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms()
     x = F.interpolate(torch.randn(32, 3, 8, 8), 64, mode="bilinear")
     errors = []
     for batches in ([], [x]):
-        model = adapted_resnet(is_narrow=False)
+        model = adapted_resnet(wide=True)
         follow_statistics(model, batches)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
-        wanted = step(model, x, torch.float32)
-        pairs = zip(step(model, x, torch.bfloat16), wanted, strict=True)
+        wanted = step(model, x)
+        pairs = zip(step(model, x, low=True), wanted, strict=True)
         errors.append(sum((a - b).norm() / b.norm() for a, b in pairs) / len(wanted))
     assert errors[1] < 1.5 * errors[0] < 0.3
-
-
-def step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The outputs, and the gradients of the adapters."""
-    model.zero_grad()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        y = model.train()(x)
-    y.float().square().sum().backward()
-    return [y.detach().float(), *(p.grad for name, p in model.named_parameters() if "lora_" in name)]
-
-
-# ---------------------------------------------------------------------------------------- what belongs to the adapter
 
 
 def statistics(tensors) -> set[str]:
@@ -479,61 +404,3 @@ def test_a_file_that_trains_without_being_frozen_goes_on_from_its_statistics(x, 
         wanted, _ = measured(model.layer1[0].conv1, model.eval().stem(x))
     torch.testing.assert_close(seen, wanted, rtol=0.05, atol=0.05)
     assert not followers(model)
-
-
-@pytest.mark.parametrize("followed_first", [True, False])
-def test_an_adapter_that_follows_and_one_that_does_not_stand_on_one_base(x, followed_first, tmp_path):
-    """The one without a name, the other with one: in training and evaluation each computes what it does alone."""
-    frozen = adapted_resnet()
-    for name, parameter in frozen.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.01)
-    alone = {True: trained(adapted_resnet(), x), False: frozen}
-    for follows, model in alone.items():
-        LoRAManager(model).save_lora_checkpoint(tmp_path / f"{follows}.pth", {})
-    model = alone[followed_first]
-    wanted = {follows: (answers(own, x), own(x).detach()) for follows, own in alone.items()}
-    manager = LoRAManager(model)
-    manager.load_lora_checkpoint(tmp_path / f"{not followed_first}.pth", name="other")
-    for name, follows in (("other", not followed_first), ("default", followed_first), ("other", not followed_first)):
-        manager.use(name)
-        assert_alike(answers(model, x), wanted[follows][0])
-        assert_alike(model.train()(x).detach(), wanted[follows][1])
-        manager.save_lora_checkpoint(tmp_path / "again.pth")
-        assert (statistics(read_adapter_file(tmp_path / "again.pth")["tensors"]) != set()) == follows
-    copied = copy.deepcopy(manager.model)
-    LoRAManager(copied).use("default")
-    assert_alike(answers(copied, x), wanted[followed_first][0])
-
-
-def test_a_file_read_into_an_adapter_that_follows_brings_its_own_statistics(x, tmp_path):
-    frozen = adapted_resnet()
-    for name, parameter in frozen.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.01)
-    LoRAManager(frozen).save_lora_checkpoint(tmp_path / "frozen.pth")
-    model = trained(adapted_resnet(), x)
-    LoRAManager(model).load_lora_checkpoint(tmp_path / "frozen.pth")
-    assert_alike(answers(model, x), answers(frozen, x))
-    LoRAManager(model).save_lora_checkpoint(tmp_path / "again.pth")
-    ours, theirs = (read_adapter_file(tmp_path / name)["tensors"] for name in ("again.pth", "frozen.pth"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_merged_and_switched_off_it_is_the_base(x):
-    model = adapted_resnet()
-    wanted = answers(LoRAManager(adapted_resnet()).unload(), x)
-    head = {name: tensor.clone() for name, tensor in model.fc.state_dict().items()}
-    manager = LoRAManager(trained(model, x))
-    trained_answers = answers(model, x)
-    manager.merge_lora_weights()
-    digests = base_digests(model)
-    assert_alike(answers(model, x), trained_answers)
-    learned = {name: tensor.clone() for name, tensor in model.fc.state_dict().items()}
-    with manager.disable_lora():
-        model.fc.load_state_dict(head)
-        assert_alike(answers(model, x), wanted)
-    model.fc.load_state_dict(learned)
-    assert_alike(answers(model, x), trained_answers)
-    manager.unmerge_lora_weights()
-    assert base_digests(model) == digests == base_digests(adapted_resnet())

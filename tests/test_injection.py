@@ -10,18 +10,19 @@ from dense import (
     FP32,
     adapters,
     assert_close,
+    assert_unchanged,
     compare_with_dense,
     dense_twin,
     frozen,
     images,
     randomize_adapters,
     resnet,
+    rounded,
+    snapshot,
     vit,
 )
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock, VisionTransformer
@@ -40,29 +41,11 @@ from finetune_lora import (
     set_gradient_checkpointing,
 )
 from lora.adapted import choose_layers
-from lora.nf4 import dense_weight
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
 from toolkit.models.backbones import block_names
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def bare(model: nn.Module, name: str):
-    return type(model.get_submodule(name))
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_unchanged(before: dict[str, torch.Tensor], model: nn.Module, names=None) -> None:
-    now = model.state_dict()
-    for name in before if names is None else names:
-        assert torch.equal(before[name], now[name]), f"{name} has changed"
+BLOCK = "encoder.layers.encoder_layer_0.self_attention"
 
 
 def adapted_names(model: nn.Module) -> set[str]:
@@ -145,19 +128,6 @@ def test_a_name_is_not_matched_by_its_beginning():
 
 
 @pytest.mark.parametrize(
-    "target", ["out_proj", r".*out_proj", "encoder.layers.encoder_layer_0.self_attention.out_proj"]
-)
-def test_attention_s_out_proj_is_never_adapted_alone(target):
-    """PyTorch does not call it: such an adapter would do nothing, and get no gradient."""
-    for model in (vit(), add_lora_to_model(vit())):
-        before, kinds = snapshot(model), [type(m) for m in model.modules()]
-        with pytest.raises(InputError, match="no layer matches"):
-            add_lora_to_model(model, target_modules=target)
-        assert [type(m) for m in model.modules()] == kinds
-        assert_unchanged(before, model)
-
-
-@pytest.mark.parametrize(
     "options, message",
     [
         (
@@ -176,6 +146,12 @@ def test_attention_s_out_proj_is_never_adapted_alone(target):
         ({"use_qlora": True, "target_modules": "heads"}, "head heads.head trains, so it cannot be in 4 bits"),
         ({"rank_pattern": {"mlp": 2, "out_proj": 4}}, "no adapted layer matches 'out_proj'; there are: encoder"),
         ({"rank_pattern": {"mlp": 0}}, "r is 0; give a rank of 1 or more"),
+        # PyTorch does not call attention's out_proj: such an adapter would do nothing, and get no gradient.
+        *(({"target_modules": name}, "no layer matches") for name in ("out_proj", r".*out_proj", f"{BLOCK}.out_proj")),
+        ({"settings": "nowhere"}, "no layer to adapt is named nowhere; there are: conv_proj, encoder"),
+        ({"settings": "mlp"}, "no layer to adapt is named mlp;"),  # names, not patterns
+        ({"settings": "encoder.layers.encoder_layer_0.ln_1"}, r"no layer to adapt is named encoder\S+ln_1;"),
+        ({"settings": f"{BLOCK}.out_proj"}, "no layer to adapt is named .*out_proj;"),
         ({"rank_pattern": {"mlp.0": 10**9}}, r"rank 1000000000 of encoder\.\S+\.mlp\.0 is above 16"),
     ],
     ids=str,
@@ -184,6 +160,8 @@ def test_bad_input_is_refused_and_leaves_the_model_as_it_was(options, message):
     for model in (vit(), add_lora_to_model(vit(), r=3)):
         before, kinds = snapshot(model), [type(m) for m in model.modules()]
         with pytest.raises(InputError, match=message):
+            if "settings" in options:
+                adapt_layers(model, {"heads.head": LoRASettings(r=2), options["settings"]: LoRASettings()})
             add_lora_to_model(model, **options)
         assert [type(m) for m in model.modules()] == kinds
         assert list(before) == list(model.state_dict())
@@ -232,12 +210,6 @@ def test_a_weight_that_layers_share_is_refused():
     assert not adapted_names(model)
 
 
-def test_a_bias_that_layers_share_is_none_of_ours():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].bias = model[0].bias
-    assert adapted_names(add_lora_to_model(model, r=2)) == {"0", "1"}
-
-
 def test_adapters_come_before_distributed_data_parallel(tmp_path):
     """It exchanges the gradients that it knew of when it was made; new adapters would drift apart without a word."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -283,22 +255,6 @@ def test_a_layer_used_twice_is_adapted_once():
     compare_with_dense(stock, model, [torch.randn(3, 4)], FP32)
 
 
-# ------------------------------------------------------------------------------------------- settings of each layer
-
-
-def test_layers_are_chosen_without_being_changed():
-    model = vit()
-    kinds = [type(m) for m in model.modules()]
-    layers = choose_layers(model, target_modules=["mlp", "heads"], exclude_modules="encoder_layer_1")
-    assert list(layers) == [
-        "encoder.layers.encoder_layer_0.mlp.0",
-        "encoder.layers.encoder_layer_0.mlp.3",
-        "heads.head",
-    ]
-    assert all(layer is model.get_submodule(name) for name, layer in layers.items())
-    assert [type(m) for m in model.modules()] == kinds
-
-
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 def test_each_layer_may_have_settings_of_its_own(four_bits):
     model, block = vit(), "encoder.layers.encoder_layer_0."
@@ -340,30 +296,6 @@ def test_a_pattern_gives_layers_other_ranks(four_bits):
         compare_with_dense(stock, model.eval(), [images()], FP32)
 
 
-def test_no_settings_leave_a_stock_model():
-    model = add_lora_to_model(vit())
-    adapt_layers(model, {})
-    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("nowhere", "no layer to adapt is named nowhere; there are: conv_proj, encoder"),
-        ("mlp", "no layer to adapt is named mlp;"),  # names, not patterns
-        ("encoder.layers.encoder_layer_0.ln_1", "no layer to adapt is named encoder.layers.encoder_layer_0.ln_1;"),
-        ("encoder.layers.encoder_layer_0.self_attention.out_proj", "no layer to adapt is named .*out_proj;"),
-    ],
-)
-def test_names_that_are_no_layers_are_refused(name, message):
-    for model in (vit(), add_lora_to_model(vit(), r=3)):
-        before, kinds = snapshot(model), [type(m) for m in model.modules()]
-        with pytest.raises(InputError, match=message):
-            adapt_layers(model, {"heads.head": LoRASettings(r=2), name: LoRASettings()})
-        assert [type(m) for m in model.modules()] == kinds
-        assert_unchanged(before, model)
-
-
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
     """It adds nothing but memory. 16 is the rank of a full matrix in this model's MLPs."""
@@ -380,34 +312,19 @@ def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
 
 
 def test_adapters_are_replaced_never_nested():
-    model = vit()
-    before, keys = snapshot(model), list(model.state_dict())
+    """The record of the base stays: by it an adapter file knows which weights of the base have trained since."""
+    model = add_lora_to_model(vit(), r=4, lora_alpha=8)
+    before, keys = snapshot(model), [key for key in model.state_dict() if "lora_" not in key]
+    digests = dict(model.base_digests)
     for rank in (4, 8, 16):
         add_lora_to_model(model, r=rank, lora_alpha=2 * rank)
+        assert model.base_digests == digests
         randomize_adapters(model)
         for layer in (m for m in model.modules() if any(adapters(m))):
             assert layer.r == rank and layer.scaling == 2
             assert all(A.shape[0] == B.shape[1] == rank for _, _, A, B in adapters(layer))
         assert [key for key in model.state_dict() if "lora_" not in key] == keys
         assert_unchanged(before, model, keys)
-
-
-def test_the_record_of_the_base_stays_when_adapters_are_replaced():
-    """By it an adapter file knows which weights of the base have trained since."""
-    model = add_lora_to_model(vit())
-    before = dict(model.base_digests)
-    nn.init.ones_(model.class_token)
-    assert add_lora_to_model(model, r=2).base_digests == before
-
-
-def test_new_adapters_start_as_the_base_model():
-    model, x = vit().eval(), images(16)
-    expected = model(x)
-    randomize_adapters(add_lora_to_model(model))
-    LoRAManager(model).merge_lora_weights()  # even then
-    assert not torch.allclose(model(x), expected, atol=1e-2)
-    add_lora_to_model(model, r=2)
-    assert_close(model(x), expected, FP32)
 
 
 def test_layers_that_are_no_longer_targets_are_stock_layers_again():
@@ -437,17 +354,18 @@ def test_a_layer_built_as_an_adapted_one_is_adapted_again():
     assert [model[0].r, model[1].r, model[2][0].r, model[2][0].out_proj.r] == [3] * 4
 
 
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-def test_4_bit_layers_get_new_adapters_on_the_same_bytes(build, side):
-    model, x = build().eval(), images(side)
-    add_lora_to_model(model, use_qlora=True)
+def test_new_adapters_start_as_the_base_model_merged_before_or_not(build, side, four_bits):
+    model, x = add_lora_to_model(build(), use_qlora=four_bits).eval(), images(side)
     freeze_backbone_params(model)
     expected, packed = model(x), {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     for merged in (False, True):
         randomize_adapters(model)
         if merged:
             LoRAManager(model).merge_lora_weights()
-        add_lora_to_model(model, r=3, use_qlora=True)
+        assert not torch.allclose(model(x), expected, atol=1e-2)
+        add_lora_to_model(model, r=3, use_qlora=four_bits)
         freeze_backbone_params(model)
         assert all(torch.equal(model.get_parameter(n), p) for n, p in packed.items())
         assert_close(model(x), expected, FP32)
@@ -465,7 +383,7 @@ def test_4_bit_layers_do_not_become_float():
 def test_float_adapters_become_4_bit_ones():
     model = add_lora_to_model(vit())
     add_lora_to_model(model, use_qlora=True)
-    assert bare(model, "encoder.layers.encoder_layer_0.mlp.0") is QLoRALinear
+    assert type(model.get_submodule("encoder.layers.encoder_layer_0.mlp.0")) is QLoRALinear
 
 
 @pytest.mark.parametrize("build, side", [(partial(resnet, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
@@ -493,31 +411,6 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
     assert all(module.training for module in model.train().modules())
 
 
-def test_layers_in_4_bits_keep_their_merged_weights_or_stay():
-    model, x = frozen(vit(), use_qlora=True).eval(), images(16)
-    before, kinds, expected = snapshot(model), [type(m) for m in model.modules()], model(x)
-    with pytest.raises(InputError, match=r"self_attention is in 4 bits.*merge=True"):
-        LoRAManager(model).unload()
-    assert [type(m) for m in model.modules()] == kinds
-    assert_unchanged(before, model)
-    LoRAManager(model).unload(merge=True)
-    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert list(model.state_dict()) == list(vit().state_dict())
-    assert_close(model(x), expected, FP32)
-    for ours, theirs in zip(model.modules(), vit().modules(), strict=True):
-        assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
-    add_lora_to_model(model, r=2, use_qlora=True)  # and may be quantised again
-
-
-@pytest.mark.parametrize("build, node, side", [(resnet, "layer2", 32), (vit, "encoder", 16)], ids=["resnet", "vit"])
-def test_tools_that_need_stock_modules_work_after_removal(build, node, side):
-    model = LoRAManager(frozen(build())).unload(merge=True).eval()
-    traced, x = torch.fx.symbolic_trace(model), images(side)
-    assert torch.equal(traced(x), model(x))
-    assert create_feature_extractor(model, [node])(x)[node].shape[0] == len(x)
-
-
 # --------------------------------------------------------------------------------------------------- what trains
 
 
@@ -528,16 +421,6 @@ def test_freezing_leaves_adapters_and_head_to_train():
         assert trains == {n for n, _ in model.named_parameters() if "lora_" in n or n.startswith(("fc.", "heads."))}
         freeze_backbone_params(model, freeze=False)
         assert all(p.requires_grad for p in model.parameters())
-
-
-def test_freezing_a_4_bit_model_and_back():
-    model = add_lora_to_model(vit(), use_qlora=True)
-    for freeze in (True, False):
-        freeze_backbone_params(model, freeze)
-        for name, parameter in model.named_parameters():
-            if parameter.dtype == torch.uint8:
-                assert not parameter.requires_grad, name
-    assert model.class_token.requires_grad
 
 
 def test_counts_are_of_elements():
@@ -557,7 +440,7 @@ def test_counts_are_of_elements():
 def test_a_parameter_that_modules_share_is_counted_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].bias = model[0].bias
-    add_lora_to_model(model, r=2)
+    assert adapted_names(add_lora_to_model(model, r=2)) == {"0", "1"}
     assert count_parameters(model) == {"total": 68, "trainable": 68, "frozen": 0, "lora": 32}
 
 
@@ -579,20 +462,6 @@ def test_training_moves_every_adapter_and_nothing_frozen(build, side, four_bits,
         assert not torch.equal(before[name], model.get_parameter(name)), f"{name} has not moved"
         assert model.get_parameter(name).isfinite().all()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-
-
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-def test_after_one_backward_every_adapter_has_a_gradient(build, side):
-    """On B from the start; on A as soon as B is not zero."""
-    model = add_lora_to_model(build())
-    freeze_backbone_params(model)
-    for expected in ("lora_B", "lora_"):
-        model.zero_grad()
-        model(images(side, 4)).square().sum().backward()
-        for name, parameter in model.named_parameters():
-            if expected in name:
-                assert parameter.grad.any(), f"{name} gets no gradient"
-        randomize_adapters(model)
 
 
 def test_statistics_of_a_frozen_batch_norm_stay():
@@ -624,44 +493,6 @@ def test_a_batch_norm_in_the_head_trains():
     model.backbone, model.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
     freeze_backbone_params(add_lora_to_model(model, r=2))
     assert model.train().head[0].training and model.head[0].weight.requires_grad
-
-
-# ------------------------------------------------------------------------------- what nobody needs is not computed
-
-
-class Gradients(TorchDispatchMode):
-    """Which gradients the convolutions compute: (shape of the input, of the input?, of the kernel?)."""
-
-    def __init__(self):
-        super().__init__()
-        self.computed = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.convolution_backward.default:
-            self.computed.append((tuple(args[1].shape), *args[10][:2], tuple(args[2].shape)))
-        return function(*args, **(kwargs or {}))
-
-
-def test_no_input_gradient_below_the_first_adapter():
-    """The images' own; and where the first adapter is higher up, that of everything below it."""
-    for targets, first in ((None, (2, 3, 32, 32)), ("layer3", (2, 128, 4, 4))):
-        model = frozen(resnet(), target_modules=targets)
-        loss = model(images()).sum()
-        with Gradients() as gradients:
-            loss.backward()
-        assert gradients.computed
-        assert not any(of_input for shape, of_input, *_ in gradients.computed if shape == first)
-        sizes = [shape[2] for shape, *_ in gradients.computed]
-        assert max(sizes) == first[2] or max(sizes) == 16  # h of r channels has the output's size
-
-
-def test_no_dense_kernel_gradient_is_formed():
-    model = frozen(resnet())
-    loss = model(images()).sum()
-    with Gradients() as gradients:
-        loss.backward()
-    kernels = [kernel for _, _, of_kernel, kernel in gradients.computed if of_kernel]
-    assert kernels and all(min(kernel[:2]) == 2 for kernel in kernels)  # r channels on one side
 
 
 def test_nothing_below_the_encoder_of_a_vit_is_differentiated():
@@ -702,10 +533,7 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     assert {n for n, layer in stored.items() if layer.r} == {
         n for n in stored if n.startswith(tuple(block_names(stock)[-last:]))
     }
-    with torch.no_grad():
-        for name, layer in stored.items():
-            for weight in layer.float_digests:
-                stock.get_submodule(name).get_parameter(weight).copy_(dense_weight(layer.base(weight), torch.float32))
+    stock = rounded(stock, model)
     twin = dense_twin(stock, model)
     compare_with_dense(stock, model, [x], FP32)
     assert not unused_adapters(model)
@@ -721,23 +549,12 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     assert_close(model(x), twin(x.double()), FP32)
 
 
-def test_autocast_computes_the_same_with_what_is_frozen_below_in_16_bits():
-    stock, x = vit(hidden_dim=32, num_layers=3), images(16)
-    plain, stored = (frozen(copy.deepcopy(stock), adapt_last=1, base_dtype=dtype) for dtype in (None, torch.bfloat16))
-    stored.load_state_dict({n: p for n, p in plain.named_parameters() if "lora_" in n}, strict=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(stored(x), plain(x))
-
-
 @pytest.mark.parametrize("wrong", [0, 3])
 def test_more_blocks_than_there_are(wrong):
     with pytest.raises(InputError, match=f"adapt_last is {wrong}; give a number from 1 to 2"):
         add_lora_to_model(vit(), adapt_last=wrong)
     with pytest.raises(InputError, match="adapt_last is 1; give a number from 1 to 0"):
         add_lora_to_model(nn.Sequential(nn.Linear(4, 4)), r=2, adapt_last=1)
-
-
-# ------------------------------------------------------------------------------------------------- adapters without use
 
 
 class ReadsWeight(nn.Module):
@@ -759,13 +576,6 @@ def test_adapters_that_no_gradient_reaches_are_named():
     assert unused_adapters(model) == ["read", "spare"]
     model.spare.requires_grad_(False)  # does not want any
     assert unused_adapters(torch.compile(model, backend="eager")) == ["read"]
-
-
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_every_adapter_of_a_backbone_gets_a_gradient(kind):
-    model = frozen(resnet() if kind == "resnet" else vit())
-    model(images(32 if kind == "resnet" else 16)).square().sum().backward()
-    assert unused_adapters(model) == []
 
 
 class SeparateBias(nn.Module):
@@ -814,10 +624,7 @@ def test_the_statistics_of_batch_norm_s_subclasses_freeze_as_well(tmp_path):
         assert_close(frozen_model(x), stock(x), FP32)
         freeze_backbone_params(frozen_model, freeze=False)
         assert frozen_model[1].training and isinstance(frozen_model[1], BatchNormAct)
-    assert bare(LoRAManager(model).unload(), "1") is BatchNormAct
-
-
-# ------------------------------------------------------------------------------------------------------------ the head
+    assert type(LoRAManager(model).unload().get_submodule("1")) is BatchNormAct
 
 
 class WithOwnHead(nn.Module):

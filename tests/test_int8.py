@@ -13,25 +13,23 @@ from dense import (
     assert_close,
     compare_with_dense,
     dense_twin,
+    frozen,
     images,
     randomize_adapters,
     relative_error,
     vit,
 )
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from torchvision.models import resnet18
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import add_lora_to_model, freeze_backbone_params, multiply_in_8_bits, set_gradient_checkpointing
+from finetune_lora import add_lora_to_model, multiply_in_8_bits, set_gradient_checkpointing
 from lora import int8
 from lora.int8 import LARGEST, Int8Weight
-from lora_utils import LoRAManager, base_digests, read_adapter_file
+from lora_utils import LoRAManager
 from toolkit import InputError, devices
 from toolkit.devices import ARITHMETICS
-from toolkit.images.data import Transformed
-from toolkit.images.sources import load_splits
 from toolkit.run import arithmetic, runs
 
 ROOT = Path(__file__).parents[1]
@@ -43,9 +41,7 @@ exact_products = pytest.mark.skipif(
 
 
 def in_8_bits(model: nn.Module, r: int = 2, **options) -> nn.Module:
-    model = add_lora_to_model(copy.deepcopy(model), r=r, base_dtype=torch.int8, **options)
-    freeze_backbone_params(randomize_adapters(model, std=0.05))
-    return model
+    return frozen(copy.deepcopy(model), r=r, base_dtype=torch.int8, **options)
 
 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,18 +154,6 @@ def test_the_adapter_sees_numbers_that_were_not_rounded():
     compare_with_dense(stock, in_8_bits(stock), [torch.randn(50, 40)], ROUNDING)
 
 
-def test_the_gradients_of_an_adapter_are_exact_for_the_gradient_that_it_gets():
-    """A's and B's come from x and gy themselves, so in one layer they are those of the dense one."""
-    stock, x = nn.Linear(64, 48), torch.randn(100, 64)
-    model = in_8_bits(nn.Sequential(stock))
-    twin, gy = dense_twin(nn.Sequential(stock), model), torch.randn(100, 48)
-    model(x).backward(gy), twin(x.double()).backward(gy.double())
-    dW = twin[0].weight.grad
-    layer = model[0]
-    assert_close(layer.lora_A.grad, layer.scaling * layer.lora_B.double().T @ dW, ROUNDING)
-    assert_close(layer.lora_B.grad, layer.scaling * dW @ layer.lora_A.double().T, ROUNDING)
-
-
 def test_dropout_acts_on_the_adapter_alone():
     stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(100, 64, requires_grad=True)
     model = in_8_bits(stock, lora_dropout=0.5).train()
@@ -214,9 +198,6 @@ def test_checkpointing_recomputes_the_same(mode):
         assert_close(gradients[mode][name], gradient, ROUNDING, name)
 
 
-# --------------------------------------------------------------------------------------------------- without adapters
-
-
 def test_switched_off_it_computes_with_the_same_base():
     stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(30, 64, requires_grad=True)
     model = in_8_bits(stock)
@@ -249,41 +230,6 @@ def test_a_convolution_and_other_dtypes_stay_as_they_are():
     for dtype in (torch.float64, torch.bfloat16):
         with pytest.raises(InputError, match=r"0 is in torch\.\w+, 8 bits are made of float32"):
             add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).to(dtype), r=2, base_dtype=torch.int8)
-
-
-# ------------------------------------------------------------------------------------------------------- the base
-
-
-def test_it_is_identified_saved_merged_and_kept(tmp_path):
-    """The adapter file is that over a float base, merging gives float weights, unmerging the 8 bits."""
-    stock, x = vit(hidden_dim=64, mlp_dim=128).eval(), images(16)
-    model = in_8_bits(stock).eval()
-    manager, layer = LoRAManager(model), model.encoder.layers[0].mlp[0]
-    assert base_digests(model) == base_digests(stock)
-    manager.save_lora_checkpoint(tmp_path / "lora.pth")
-    for base_dtype in (None, torch.int8):
-        again = add_lora_to_model(copy.deepcopy(stock), r=2, base_dtype=base_dtype).eval()
-        LoRAManager(again).load_lora_checkpoint(tmp_path / "lora.pth")
-        assert_close(again(x), model(x), 5e-2 if base_dtype is None else ROUNDING)
-
-    packed, base = layer.weight.clone(), layer.base().dequantize(torch.float32)
-    manager.merge_lora_weights()
-    assert torch.equal(layer.weight, base + layer.scaling * layer.lora_B @ layer.lora_A)
-    assert model.state_dict().keys() == stock.state_dict().keys()
-    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
-    manager.unmerge_lora_weights()
-    assert torch.equal(layer.weight, packed)
-
-    freeze_backbone_params(model, freeze=False)
-    assert not layer.weight.requires_grad and model.class_token.requires_grad
-    add_lora_to_model(model, r=3)  # stays as it is stored
-    assert torch.equal(layer.weight, packed) and layer.lora_A.shape[0] == 3
-    with pytest.raises(InputError, match="is in 8 bits, its float weight is gone"):
-        add_lora_to_model(model, use_qlora=True)
-    with pytest.raises(InputError, match=r"is in 8 bits.*merge=True"):
-        manager.unload()
-    manager.unload(merge=True)
-    assert type(layer) is nn.Linear and layer.weight.dtype == torch.float32
 
 
 def test_it_is_loaded_copied_and_cast_like_any_parameter():
@@ -326,41 +272,12 @@ def test_it_is_exported_for_batches_of_any_size():
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), 1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------- a run
-
-
 @pytest.fixture
 def fast_processor(monkeypatch):
     """A processor that multiplies fast in 8 bits, whatever this one does."""
     if not int8.multiplies_exactly("cpu", 64, 64):
         pytest.skip("products in 8 bits overflow on this CPU")
     monkeypatch.setattr(arithmetic, "speedups", lambda *layer: {torch.float32: 2.0})
-
-
-@pytest.mark.slow
-def test_a_run_in_8_bits_is_resumed_and_evaluated(tmp_path, fast_processor):
-    """Its adapter file is that of any run: it fits the float checkpoint, with which it is nearly as accurate."""
-    limits = "--labels-per-class", "5", "--epochs", "2", "--workers", "0"
-    options = "--arithmetic", "int8", "--device", "cpu", *limits, "--output-dir"
-
-    def stop(run) -> None:
-        raise KeyboardInterrupt
-
-    results = finetune_lora.main([*options, str(tmp_path / "whole")])
-    with pytest.raises(KeyboardInterrupt):
-        finetune_lora.main([*options, str(tmp_path / "halves")], stop)
-    finetune_lora.main([*options, str(tmp_path / "halves"), "--resume"])
-    whole, halves = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("whole", "halves"))
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
-
-    adapter = tmp_path / "whole/lora.pth"
-    model, info = finetune_lora.load_finetuned(adapter)
-    assert {layer.base_bits for layer in model.modules() if hasattr(layer, "base_bits")} == {32}
-    answers = Transformed(load_splits("digits").val, info["transform"])
-    inputs, labels = default_collate([answers[i] for i in range(len(answers))])
-    with torch.no_grad():
-        accuracy = (model(inputs).argmax(1) == labels).float().mean().item()
-    assert abs(accuracy - results["val_accuracy"]) < 0.02
 
 
 @exact_products
@@ -403,15 +320,6 @@ def test_a_processor_whose_products_overflow_computes_in_floats():
         "False",
         "True",
     ]
-
-
-@pytest.mark.parametrize("columns, out", [(1, 5), (5, 1), (1, 1)])
-def test_a_layer_of_one_column_or_row(columns, out):
-    layer = nn.Sequential(nn.Linear(columns, out))
-    x = torch.randn(20, columns)
-    expected = layer(x)
-    model = add_lora_to_model(copy.deepcopy(layer), r=1, base_dtype=torch.int8)
-    assert_close(model(x), expected, IN_8_BITS)
 
 
 @exact_products

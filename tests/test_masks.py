@@ -47,7 +47,7 @@ def write_mask(path: Path, levels: np.ndarray = LEVELS) -> Path:
     return path
 
 
-def load_pairs(data_dir=None, data_list=None, classes=None, unknown=(255,), **more) -> Splits:
+def load_pairs(data_dir=None, data_list=None, classes=None, unknown=None, **more) -> Splits:
     reader = MaskReader(classes, unknown)
     return load_splits("imagefolder", data_dir, data_list=data_list, task="segmentation", masks=reader, **more)
 

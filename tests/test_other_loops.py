@@ -26,11 +26,6 @@ MODELS = pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=[
 STORED = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def train_a_step(model: nn.Module, x: torch.Tensor, rate: float = 1e-3) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()(x).square().mean().backward()

@@ -70,9 +70,6 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
     assert_close(one(images), other(images), FP32)
 
 
-# ------------------------------------------------------------------------------------------------------------ to PEFT
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
@@ -98,9 +95,9 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     assert_same_answers(theirs.merge_and_unload(), load_finetuned(adapter)[0], SIZES[kind])
 
 
-@pytest.mark.parametrize("last", [None, 2])
-def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, last, tmp_path, capsys):
+def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
     """PEFT's answers are those of a float model with these adapters; what was in 4 bits below them is no adapter."""
+    last = 2
     adapter = saved(base, 16, tmp_path, r=2, use_qlora=True, adapt_last=last)
     to_peft(adapter, tmp_path / "peft")
     assert "trained over 4-bit weights" in capsys.readouterr().out
@@ -206,21 +203,24 @@ def test_there_and_back_is_the_same_file(peft, base, tmp_path):
     assert here["layers"] == back["layers"]
 
 
-def test_outputs_without_names_get_their_numbers(peft, base, tmp_path):
+def test_outputs_have_a_name_each_or_their_numbers(peft, base, tmp_path):
     written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
     from_peft(tmp_path / "peft", tmp_path / "lora.pth", base)
     assert load_finetuned(tmp_path / "lora.pth")[1]["class_names"] == ["0", "1", "2"]
+    with pytest.raises(InputError, match="2 names for the 3 outputs"):
+        from_peft(tmp_path / "peft", tmp_path / "other.pth", base, ["a", "b"])
 
 
-def without_head(folder: Path) -> None:
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    safetensors.torch.save_file({name: t for name, t in tensors.items() if "lora_" in name}, folder / WEIGHTS)
+def with_tensors(keep):
+    def change(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        safetensors.torch.save_file({name: t for name, t in tensors.items() if keep(name)}, folder / WEIGHTS)
+
+    return change
 
 
-def without_a_layer(folder: Path) -> None:
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    tensors.pop(f"base_model.model.{BLOCK}mlp.0.lora_A.weight")
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+WITHOUT_HEAD = with_tensors(lambda name: "lora_" in name)
+WITHOUT_A_LAYER = with_tensors(lambda name: f"{BLOCK}mlp.0.lora_A" not in name)
 
 
 def with_settings(**settings):
@@ -237,8 +237,8 @@ def with_settings(**settings):
         (lambda folder: (folder / CONFIG).unlink(), "no adapter of PEFT: it must be a folder with adapter_config.js"),
         (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json is damaged"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "no readable safetensors file"),
-        (without_head, "no classifier head"),
-        (without_a_layer, r"does not fit its own adapter_config.json or this base: .*mlp\.0\.lora_A\.weight"),
+        (WITHOUT_HEAD, "no classifier head"),
+        (WITHOUT_A_LAYER, r"does not fit its own adapter_config.json or this base: .*mlp\.0\.lora_A\.weight"),
         (with_settings(use_dora=True), "has use_dora, which adapters here have not"),
         (with_settings(bias="all"), "has bias=all"),
         (with_settings(init_lora_weights="pissa"), "has init_lora_weights=pissa"),
@@ -255,9 +255,3 @@ def test_folders_that_cannot_be_read(peft, change, message, base, tmp_path):
     with pytest.raises(InputError, match=message):
         from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, NAMES)
     assert not (tmp_path / "lora.pth").exists()
-
-
-def test_names_must_be_as_many_as_outputs(peft, base, tmp_path):
-    written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
-    with pytest.raises(InputError, match="2 names for the 3 outputs"):
-        from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, ["a", "b"])

@@ -1,6 +1,9 @@
 """moco/pretrain.py as a user runs it: main(argv), then the files."""
 
+import contextlib
 import csv
+import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
@@ -40,21 +43,29 @@ def folder(tmp_path_factory):
     return folder
 
 
+def arguments(folder: Path, output: Path, options: str = "") -> list[str]:
+    """Of two steps an epoch."""
+    argv = f"--data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --save-every 1 --knn-every 2"
+    argv += f" --dim 8 --mlp-dim 16 --queue-size 16 --two-crops digits --device cpu --output-dir {output}"
+    return [*argv.split(), *options.split()]
+
+
 @pytest.fixture
 def run(folder, tmp_path):
-    """Pretraining of two steps an epoch; returns main's results."""
-
-    def run(options: str = "", output: str = "out"):
-        argv = f"--data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --save-every 1"
-        argv += " --dim 8 --mlp-dim 16 --queue-size 16 --two-crops digits --device cpu"
-        return pretrain.main([*argv.split(), "--output-dir", str(tmp_path / output), *options.split()])
-
-    return run
+    return lambda options="", output="out": pretrain.main(arguments(folder, tmp_path / output, options))
 
 
-def test_the_files_of_a_run(run, tmp_path, capsys):
-    results = run("--knn-every 2")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory) -> tuple[dict, Path, str]:
+    """A run without options: its results, its folder, and what it has printed."""
+    output, told = tmp_path_factory.mktemp("done"), io.StringIO()
+    with contextlib.redirect_stdout(told):
+        return pretrain.main(arguments(folder, output)), output, told.getvalue()
+
+
+def test_the_files_of_a_run(done):
+    results, output, told = done
+    assert sorted(path.name for path in output.iterdir()) == [
         "metrics.csv",
         "moco_stage1_epoch_1.pth",
         "moco_stage1_epoch_2.pth",
@@ -67,12 +78,8 @@ def test_the_files_of_a_run(run, tmp_path, capsys):
     assert rows[0]["knn_accuracy"] == "" and float(rows[1]["knn_accuracy"]) == results["knn_accuracy"]
     assert float(rows[1]["loss"]) == results["loss"]
     assert float(rows[1]["learning_rate"]) == pytest.approx(5e-4)
-    assert "data: 16 images\nmodel: vit_mini, MoCo v3\n" in capsys.readouterr().out
-
-
-def test_results_tell_the_images_per_second_and_the_share_of_waiting(run, tmp_path):
-    results = run()
-    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "data: 16 images\nmodel: vit_mini, MoCo v3\n" in told
+    written = json.loads((output / "results.json").read_text())
     assert written.keys() == results.keys() and written["loss"] == results["loss"]
     assert 0 < written["waiting_share"] < 1
     # 2 epochs of 16 images, over the time of the steps
@@ -114,14 +121,6 @@ def test_images_without_labels(run, flat, capsys):
     assert float(rows[1]["effective_rank"]) == results["effective_rank"] != float(rows[0]["effective_rank"])
 
 
-@pytest.mark.slow
-def test_measuring_changes_nothing_and_repeats_itself(run, flat):
-    often, seldom = (run(f"--data-dir {flat} --knn-every {n}", str(n)) for n in (1, 2))
-    first, second = (torch.load(results["checkpoint"]) for results in (often, seldom))
-    assert all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())
-    assert [often[name] for name in pretrain.measures.TITLES] == [seldom[name] for name in pretrain.measures.TITLES]
-
-
 @pytest.mark.parametrize("labels", [True, False])
 def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsys, labels):
     def collapsed(model, x):
@@ -132,11 +131,6 @@ def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsy
     assert results["effective_rank"] == pytest.approx(1, abs=0.1)
     assert results["uniformity"] is None if labels else results["uniformity"] == pytest.approx(0, abs=0.1)
     assert "the features have collapsed: lower --learning-rate" in capsys.readouterr().out
-
-
-def test_a_folder_of_class_folders_can_be_used_without_labels(run, capsys):
-    assert run("--dataset unlabelled --epochs 1")["knn_accuracy"] is None
-    assert "data: 20 images without labels" in capsys.readouterr().out
 
 
 def test_some_labels_for_the_accuracy_alone(run, flat, folder):
@@ -161,8 +155,8 @@ def test_a_list_of_images(run, folder, tmp_path, capsys, labels):
     assert state["config"]["data_list"] == [str(tmp_path / "list.csv")]
 
 
-def test_the_checkpoint_is_what_fine_tuning_reads(run, folder):
-    results = run()
+def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
+    results, *_ = done
     checkpoint = read_checkpoint(results["checkpoint"])
     assert {"model", "optimizer", "epoch", "global_steps", "arch", "config"} <= checkpoint.keys()
     assert (checkpoint["epoch"], checkpoint["global_steps"], checkpoint["arch"]) == (2, 4, "vit_mini")
@@ -176,23 +170,19 @@ def test_the_checkpoint_is_what_fine_tuning_reads(run, folder):
 
 
 @pytest.mark.parametrize("options", ["", "--moco-version 2 --optimizer sgd --learning-rate 0.03", "--optimizer lars"])
-def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, options):
-    run(options, "straight")
-    run(f"{options} --resume {tmp_path / 'straight' / 'moco_stage1_epoch_1.pth'}", "resumed")
-    ends = [torch.load(tmp_path / name / "moco_stage1_epoch_2.pth") for name in ("straight", "resumed")]
+def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch, options):
+    """And counts the images of the whole run."""
+    straight = run(options, "straight")["checkpoint"].parent if options else done[1]
+    counts, results = [], data.LoadingMeter.results
+    monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
+    run(f"{options} --resume {straight / 'moco_stage1_epoch_1.pth'}", "resumed")
+    assert counts[-1] == 32  # two epochs of 16
+    ends = [torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (straight, tmp_path / "resumed")]
     assert ends[0]["model"].keys() == ends[1]["model"].keys()
     for name, tensor in ends[0]["model"].items():
         assert torch.equal(tensor, ends[1]["model"][name]), name
     losses = [[row["loss"] for row in end["history"]] for end in ends]
     assert losses[0] == losses[1] and len(losses[0]) == 2
-
-
-def test_a_resumed_run_counts_the_images_of_the_whole_run(run, tmp_path, monkeypatch):
-    run()
-    counts, results = [], data.LoadingMeter.results
-    monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
-    run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}", "resumed")
-    assert counts[-1] == 32  # two epochs of 16
 
 
 def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkeypatch):
@@ -203,7 +193,7 @@ def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkey
 
     monkeypatch.setattr(pretrain.evaluation, "extract_features", too_large)
     with pytest.raises(InputError, match="out of memory"):
-        run("--knn-every 2")
+        run()
     assert read_checkpoint(tmp_path / "out/moco_stage1_epoch_2.pth")["epoch"] == 2
     load_backbone(tmp_path / "out/moco_stage1_epoch_2.pth", num_classes=3)
 
@@ -217,26 +207,10 @@ def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
     assert seen == [[6, 6, 2, 2]]
 
 
-@pytest.mark.slow
-def test_training_learns_and_leaves_what_is_frozen(run):
-    results = run("--epochs 8 --save-every 1 --learning-rate 1e-3 --knn-every 8")
-    first, last = (torch.load(results["checkpoint"].with_name(f"moco_stage1_epoch_{n}.pth")) for n in (1, 8))
-    assert last["history"][-1]["loss"] < first["history"][0]["loss"]
-    for name, tensor in last["model"].items():
-        frozen = name.endswith(("pos_embedding", "conv_proj.weight", "conv_proj.bias"))
-        if name.startswith("encoder_q.") and tensor.is_floating_point() and "running" not in name:
-            assert torch.equal(tensor, first["model"][name]) == frozen, name
-
-
 def test_the_seed_decides(run):
     first, again, other = (torch.load(run(f"--epochs 1 --seed {s}", str(s))["checkpoint"])["model"] for s in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["encoder_q.class_token"], other["encoder_q.class_token"])
-
-
-def test_pretraining_for_a_validation_choice_leaves_the_validation_part_out(run, capsys):
-    run("--epochs 1 --eval-split validation --batch-size 4")
-    assert "data: 12 images\n" in capsys.readouterr().out
 
 
 def test_a_queue_longer_than_the_data_is_told(run, capsys):
@@ -265,10 +239,6 @@ def test_the_momentum_encoder_computes_its_attention_batch_first(run, monkeypatc
     torch.testing.assert_close(keys(x), queries(x), rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16(run):
-    assert 0 <= run("--epochs 1 --precision bf16")["knn_accuracy"] <= 1
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
     monkeypatch.setattr(pretrain.MoCoV3, "contrast", lambda self, q, k: q.sum() * float("nan"))
     with pytest.raises(
@@ -292,13 +262,12 @@ def test_bad_options(run, options, problem):
         run(options)
 
 
-def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
-    run()
+def test_checkpoints_that_cannot_be_resumed(run, done, tmp_path):
     with pytest.raises(InputError, match="that run is complete"):
-        run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_2.pth'}")
+        run(f"--resume {done[1] / 'moco_stage1_epoch_2.pth'}")
     with pytest.raises(InputError, match=r"belongs to a run with other settings .epochs was 2, is 3, seed was 0, is 5"):
-        run(f"--epochs 3 --seed 5 --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}")
-    for content in ({"state_dict": {}}, torch.load(tmp_path / "out" / "moco_stage1_epoch_1.pth")):
+        run(f"--epochs 3 --seed 5 --resume {done[1] / 'moco_stage1_epoch_1.pth'}")
+    for content in ({"state_dict": {}}, torch.load(done[1] / "moco_stage1_epoch_1.pth")):
         content.pop("images", None)
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(InputError, match=r"other.pth is not a last\.pth of this version"):
@@ -346,20 +315,6 @@ def test_shipped_configurations_are_valid(path):
     assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
 
 
-def test_lars_takes_steps_of_a_fixed_ratio_to_the_weights():
-    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([1.0]))
-    optimizer = pretrain.LARS([weight, bias], lr=2.0, weight_decay=0.0, momentum=0.5, trust=0.1)
-    for _ in range(2):
-        weight.grad, bias.grad = torch.tensor([[0.0, 7.0]]), torch.tensor([0.25])
-        before = weight.detach().clone(), bias.detach().clone()
-        optimizer.step()
-    # The second step is the new update plus half the first: lr * trust * |w| along the gradient, where |w| is its own.
-    first, second = 2.0 * 0.1 * 5.0, 2.0 * 0.1 * float(torch.tensor([3.0, 3.0]).norm())
-    torch.testing.assert_close(before[0], torch.tensor([[3.0, 4.0 - first]]))
-    torch.testing.assert_close(weight.data, torch.tensor([[3.0, 3.0 - second - 0.5 * first]]))
-    torch.testing.assert_close(bias.data, torch.tensor([1.0 - 0.5 - 0.75]))
-
-
 def test_lars_is_for_all_weights_at_once_what_it_is_for_each():
     """Weights and gradients of zeros, whose ratio is none, and parameters without a gradient, included."""
     shapes, lr, decay, momentum, trust = ((4, 3), (5,), (2, 3, 3, 3), (3, 2), (3, 2), (2,)), 0.5, 0.1, 0.9, 0.01
@@ -399,6 +354,7 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
     assert 0 <= results["before"]["knn_accuracy"] <= 1
 
 
+@pytest.mark.usefixtures("small_backbones")
 @pytest.mark.parametrize(("version", "arch"), [(1, "resnet18"), (2, "resnet18"), (3, "resnet18"), (3, "vit_mini")])
 def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, arch, capsys):
     """Version and widths come from the file as well."""
@@ -426,11 +382,6 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
     assert ("predictor taken over" in told) == (version == 3)
 
 
-def test_a_projector_that_is_not_there_or_does_not_fit_is_fresh(run, base, capsys):
-    run(f"--checkpoint {base} --lora-rank 2 --image-size 16 --epochs 1")
-    assert "projector fresh; predictor fresh" in capsys.readouterr().out
-
-
 @pytest.fixture
 def adapt(run, base):
     """Stage 1 in adapters over `base`: main's results."""
@@ -441,8 +392,9 @@ def adapt(run, base):
     return adapt
 
 
-def test_adapters_alone_are_the_result(adapt, tmp_path, base):
+def test_adapters_alone_are_the_result(adapt, tmp_path, base, capsys):
     results = adapt()
+    assert "projector fresh; predictor fresh" in capsys.readouterr().out  # none is in the file
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "metrics.csv",
         "moco_lora.pth",
@@ -458,6 +410,8 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base):
     after = merged.state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert {name for name in changed if not name.startswith("heads.")} == set(_weights(content, merged))
+    with pytest.raises(InputError, match=r"is of stage 1 and has no classifier: .* --stage1-adapter"):
+        load_finetuned(results["checkpoint"])
 
 
 def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
@@ -485,11 +439,6 @@ def test_stage_1_goes_on_from_its_own_checkpoint(run, capsys, version):
     if version == 2:  # which the checkpoint says
         with pytest.raises(InputError, match="--queue-size 4 is smaller than --batch-size 8; raise it"):
             run(f"--checkpoint {whole} --queue-size 4", "short")
-
-
-def test_a_stage_1_adapter_cannot_classify(adapt):
-    with pytest.raises(InputError, match=r"is of stage 1 and has no classifier: .* --stage1-adapter"):
-        load_finetuned(adapt("--epochs 1")["checkpoint"])
 
 
 def _weights(content, model):
@@ -537,40 +486,9 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
         adapt(f"--checkpoint {tmp_path / 'other.pth'} --resume {tmp_path / 'out/last.pth'}")
 
 
-@pytest.fixture
-def trained_over_stage_1(adapt, finetune, tmp_path):
-    """An adapter file of fine-tuning over a stage-1 adapter; an image as its model sees it; and the model's logits."""
-    adapter = finetune(f"--stage1-adapter {adapt()['checkpoint']} --epochs 1", "tuned")["folder"] / "lora.pth"
-    pixels = np.random.RandomState(1).randint(0, 256, (16, 16, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    model, info = load_finetuned(adapter)
-    x = info["transform"](Image.fromarray(pixels))[None]
-    with torch.no_grad():
-        return adapter, x, model(x)
-
-
-@pytest.mark.slow
-def test_predictions_and_exports_are_over_base_and_stage_1_adapter(trained_over_stage_1, tmp_path):
-    adapter, x, logits = trained_over_stage_1
-    argv = ["predict", str(adapter), str(tmp_path / "image.png"), "--output", str(tmp_path / "p.csv")]
-    (row,) = deploy_lora.main([*argv, "--device", "cpu"])
-    assert float(row["probability"]) == pytest.approx(logits.softmax(1).max().item(), abs=1e-4)
-    deploy_lora.main(["export", str(adapter), "--output", str(tmp_path / "model.pt2")])
-    exported = torch.export.load(tmp_path / "model.pt2").module()(x)
-    torch.testing.assert_close(exported, logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_conversion_to_peft_tells_that_its_base_has_the_stage_1_adapter(trained_over_stage_1, tmp_path, capsys):
-    pytest.importorskip("peft")
-    adapter, *_ = trained_over_stage_1
-    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
-    assert "load_base(checkpoint, stage1_adapter, num_classes)" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "--use-qlora"])
-def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, options):
+def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, options, capsys):
     stage1 = adapt(options)["checkpoint"]
     results = finetune(f"--stage1-adapter {stage1} --epochs 1 {options}", "tuned")
     adapter = results["folder"] / "lora.pth"
@@ -583,6 +501,9 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
     torch.testing.assert_close(merged.eval()(x), model(x), rtol=1e-4, atol=1e-5)
     evaluated = deploy_lora.main(["evaluate", str(adapter), "--device", "cpu"])
     assert evaluated["accuracy"] == results["val_accuracy"]
+    if importlib.util.find_spec("peft"):
+        deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
+        assert "load_base(checkpoint, stage1_adapter, num_classes)" in capsys.readouterr().out
 
     elsewhere = shutil.move(stage1, tmp_path / "elsewhere.pth")
     assert torch.equal(load_finetuned(adapter, stage1_adapter=elsewhere)[0](x), model(x))

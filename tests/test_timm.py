@@ -1,6 +1,6 @@
 """timm's models by name: their own keys, heads, sizes and normalisation, from the command line to plain timm."""
 
-import builtins
+import sys
 
 import pytest
 import safetensors.torch
@@ -36,11 +36,6 @@ HEADS = {
     "test_convnext": "head.fc",
     "test_maxvit": "head.fc",
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def images(side: int = 32) -> torch.Tensor:
@@ -86,11 +81,6 @@ def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation(name):
 def test_a_tag_chooses_the_normalisation():
     assert normalization("timm:vit_base_patch16_224.mae")["mean"] == (0.485, 0.456, 0.406)
     assert normalization("timm:vit_base_patch16_224.augreg_in21k")["mean"] == (0.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_maxvit"])
-def test_another_image_size(name):
-    assert build_backbone(f"timm:{name}", 5, 64).eval()(images(64)).shape == (2, 5)
 
 
 def test_only_the_classifier_trains():
@@ -144,14 +134,7 @@ def test_models_for_images_that_are_not_square(monkeypatch):
 
 
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch):
-    real = builtins.__import__
-
-    def without_timm(name, *args, **kwargs):
-        if name == "timm":
-            raise ImportError("No module named 'timm'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_timm)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="pip install timm"):
         build_backbone("timm:test_vit", 5)
     build_backbone("vit_mini", 5)
@@ -161,15 +144,14 @@ def test_without_timm_the_message_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "suffix"),
+    ("name", "wrap", "suffix"),
     [
-        (lambda state: state, "pth"),
-        (lambda state: state, "safetensors"),
-        (lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "pth"),
-        (lambda state: {"model": state, "epoch": 3}, "pth"),
+        ("test_vit", lambda state: state, "pth"),
+        ("test_convnext", lambda state: state, "safetensors"),
+        ("test_vit", lambda state: {"state_dict": {f"module.{name}": t for name, t in state.items()}}, "pth"),
+        ("test_convnext", lambda state: {"model": state, "epoch": 3}, "pth"),
     ],
 )
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_a_checkpoint_in_the_model_s_own_keys(name, wrap, suffix, checkpoint):
     path, theirs = checkpoint(name, wrap, suffix)
     model, report = load_backbone(path, 5, f"timm:{name}")
@@ -240,9 +222,6 @@ def test_random_weights_travel_in_the_adapter_file(tmp_path):
         load_backbone("none", 5)
 
 
-# ---------------------------------------------------------------------------------------- from the command line on
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, finetune, tmp_path, capsys):
@@ -265,9 +244,8 @@ def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_a_model_of_timm_s_leaves_for_onnx_and_peft_and_comes_back(name, checkpoint, tmp_path, capsys):
-    onnxruntime, peft = pytest.importorskip("onnxruntime"), pytest.importorskip("peft")
-    pytest.importorskip("onnxscript")
+def test_a_model_of_timm_s_leaves_for_peft_and_comes_back(name, checkpoint, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
     base, adapter = checkpoint(name)[0], tmp_path / "lora.pth"
     model, report = load_backbone(base, 2, f"timm:{name}", 32)
     randomize_adapters(add_lora_to_model(model, r=2), std=0.05)
@@ -279,10 +257,6 @@ def test_a_model_of_timm_s_leaves_for_onnx_and_peft_and_comes_back(name, checkpo
     with torch.no_grad():
         plain = build_backbone(f"timm:{name}", 2, 32).eval()
         assert not torch.allclose(expected, plain(x), atol=0.1)  # there is something to get wrong
-
-    deploy_lora.main(["export", str(adapter), "--output", str(tmp_path / "model.onnx")])
-    (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(["logits"], {"images": x.numpy()})
-    assert_close(torch.from_numpy(logits), expected, FP32)
 
     deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
     theirs, _ = load_backbone(base, 2, f"timm:{name}", 32)
@@ -321,14 +295,3 @@ def test_gradient_checkpointing_that_timm_has_not():
     model = timm.create_model("dla34")
     with pytest.raises(InputError, match="full finds nothing to recompute"):
         set_gradient_checkpointing(model, "full")
-
-
-def test_random_weights_from_the_command_line(finetune):
-    """They are the same again for the same seed, so that a run can go on."""
-    options = "--checkpoint none --no-freeze-backbone --arch timm:test_resnet --image-size 32"
-    results = finetune(f"{options} --precision bf16")  # they stay in float32: the adapter file has to hold them
-    assert finetune(f"{options} --precision bf16 --resume")["val_accuracy"] == results["val_accuracy"]
-    model, info = load_finetuned(results["folder"] / "lora.pth")
-    assert info["checkpoint"] == info["config"]["model"]["checkpoint"] == "none"
-    merged = LoRAManager(model).unload(merge=True).state_dict()
-    timm.create_model("test_resnet", num_classes=3).load_state_dict(merged)
