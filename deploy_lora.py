@@ -27,7 +27,7 @@ import tempfile
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,36 +41,15 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import is_per_pixel
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, devices, listed, printable
+from toolkit import InputError, devices, files, listed, printable
 from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
-from toolkit.files import (
-    check_file,
-    found_path,
-    is_safetensors,
-    open_atomically,
-    same_file,
-    save_atomically,
-    write_csv,
-    write_safetensors,
-    write_text,
-)
-from toolkit.images import masks, splitting
+from toolkit.images import folders, lists, masks, splitting
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
-from toolkit.images.folders import (
-    ImageFiles,
-    UnreadableImage,
-    class_folders,
-    evaluation_folder,
-    image_names,
-    labelled_files,
-    looked_for,
-    report_others,
-)
-from toolkit.images.lists import has_column, like, read_groups, read_list, read_targets
+from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.sources import DATASETS, load_splits, readable
@@ -92,32 +71,25 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     for key, value in content["metadata"].items():
         print("\n".join(_described(key, value)))
     for name, record in content["layers"].items():
-        how = "frozen in 4 bits"
-        if record["r"]:
-            how = f"r={record['r']}, scaling={record['scaling']:g}"
+        how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
 
 
 def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
     """The lines of a terminal for an entry of a file's metadata; sections are indented under their titles."""
-    sections = isinstance(value, dict) and any(isinstance(entry, dict) and entry for entry in value.values())
-    if sections and len(indent) < 6:
+    entries = list(itertools.islice(value.items(), _SHORT.maxlist)) if isinstance(value, dict) else []
+    if len(indent) < 6 and any(isinstance(entry, dict) and entry for _, entry in entries):
         yield f"{indent}{printable(key)}:"
-        for name, entry in itertools.islice(value.items(), _SHORT.maxlist):
+        for name, entry in entries:
             yield from _described(name, entry, f"{indent}  ")
         return
     shown = _SHORT.repr(value)
     if isinstance(value, dict):
-        entries = itertools.islice(value.items(), _SHORT.maxlist)
         shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
-    yield textwrap.fill(
-        f"{printable(key)}: {printable(shown, 2000)}",
-        width=100,
-        initial_indent=indent,
-        subsequent_indent=f"{indent}    ",
-        break_on_hyphens=False,
-    )
+    text = f"{printable(key)}: {printable(shown, 2000)}"
+    below = f"{indent}    "
+    yield textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=below, break_on_hyphens=False)
 
 
 # A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
@@ -139,14 +111,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images, where = _labelled_images(args.images, about)
         images = readable(images)
         task = _task_of(about)
-        stand_for = {"negative": 0, "positive": 1}.get(str(_recorded_data(about).get("unknown")))  # of earlier versions
-        if stand_for is not None and task.kind == "multilabel" and images.targets.isnan().any():
-            raise InputError(f"the run took unknown labels for {stand_for}: give a list that has {stand_for} there")
         result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
     report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
     if args.output is not None:
-        write_text(json.dumps(results, indent=2), args.output)
+        files.write_text(json.dumps(results, indent=2), args.output)
         comparison.write_answers(report.answer_columns(), images, args.output)
     beside = args.adapter.with_name(f"{args.adapter.stem}_evaluation")
     page = (args.output or beside).with_suffix(".html")
@@ -183,49 +152,47 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
         task = _task_of(about)
         if args.abstain is not None:
             task.head.check_abstain()
-        if task.kind == "segmentation" or args.output.suffix in MAP_SUFFIXES:
-            return _predict_maps(args, model, about)
-        if args.output.suffix != ".csv" or args.probabilities or args.window is not None:
+        per_pixel = task.kind == "segmentation"
+        is_map = per_pixel or args.output.suffix in MAP_SUFFIXES
+        if per_pixel and (args.output.suffix == ".csv" or args.window is not None):
+            raise InputError(
+                f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one "
+                "image; without --window, since its windows are those of its training"
+            )
+        if not is_map and (args.output.suffix != ".csv" or args.probabilities or args.window is not None):
             raise InputError(
                 f"--output {args.output}: the adapter answers for whole images: name a table, answers.csv, or for a "
                 "scene map.tif, which alone can have --probabilities and --window"
             )
-        images = readable(_images(args.images, about["transform"].bands))
-        outputs = _outputs(args, model, make_loader(images), "predict")
+        images = _images(args.images, about["transform"].bands)
+        if is_map:
+            return _predict_maps(args, model, about, task, images)
+        images = readable(images)
+        outputs = _outputs(args, model, (batch for batch, _ in progress_bar(make_loader(images), "predict")))
     rows = predictions.write_table(task, outputs, images, args.output, args.abstain)
     print(f"wrote {args.output}: {len(rows)} images")
     return rows
 
 
-def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> list[Path]:
-    task = _task_of(about)
-    images = _images(args.images, about["transform"].bands)
+def _predict_maps(
+    args: argparse.Namespace, model: nn.Module, about: dict[str, Any], task: Task, images: LabelledImages
+) -> list[Path]:
     is_file = args.output.suffix in MAP_SUFFIXES
-    per_pixel = task.kind == "segmentation"
-    if per_pixel and (args.output.suffix == ".csv" or args.window is not None):
-        raise InputError(
-            f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one image; "
-            "without --window, since its windows are those of its training"
-        )
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
-    window = model.window if per_pixel else args.window or about["image_size"]
-    device, precision = _device_and_precision(args)
+    window = model.window if task.kind == "segmentation" else args.window or about["image_size"]
 
-    @torch.no_grad()
     def answer(windows: Tensor) -> Tensor:
-        batches = windows.split(args.batch_size)
-        return torch.cat([found.float().cpu() for found in evaluation.map_batches(model, batches, device, precision)])
+        return _outputs(args, model, windows.split(args.batch_size))
 
     maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
     written = []
     broken = []
     places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
-    bar = progress_bar(range(len(images)), "predict", disable=is_file)
-    for i in bar:
+    parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
+    for i in progress_bar(range(len(images)), "predict", disable=is_file):
         try:
             with open_scene(images.name(i), about["transform"].bands) as scene:
-                parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
                 written.append(maps.write(scene, places[i], parts_bar))
         except UnreadableImage as error:
             broken.append(error)
@@ -255,11 +222,12 @@ def embed(args: argparse.Namespace) -> Tensor:
     with _model_on_device(args) as (model, about, make_loader):
         _refuse_pixels(about, "embed")
         images = readable(_images(args.images, about["transform"].bands))
-        features = _outputs(args, headless(model), make_loader(images), "embed")
-    with open_atomically(args.output) as file:
+        batches = (batch for batch, _ in progress_bar(make_loader(images), "embed"))
+        features = _outputs(args, headless(model), batches)
+    with files.open_atomically(args.output) as file:
         np.save(file, features.numpy())
     paths = args.output.with_name(f"{args.output.stem}_paths.csv")
-    write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
+    files.write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
     print(f"wrote {args.output}: {len(features)} images, {features.shape[1]} numbers each; their paths are in {paths}")
     return features
 
@@ -290,9 +258,8 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 
 
 @torch.no_grad()
-def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
-    """The model's output for all images, float32 on the CPU: (N, D)."""
-    batches = (images for images, _ in progress_bar(loader, title))
+def _outputs(args: argparse.Namespace, model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """The model's outputs for all images of these batches, float32 on the CPU: (N, ...)."""
     outputs = evaluation.map_batches(model, batches, *_device_and_precision(args))
     return torch.cat([output.float().cpu() for output in outputs])
 
@@ -303,12 +270,13 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     for path in paths:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, or folders of images")
-        found, others = [str(path)], Counter()
+        found = [str(path)]
+        others = Counter()
         if os.path.isdir(path):
-            found = [f"{path}/{name}" for name in image_names(path, "", others, bands)]
+            found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
         if not found:
-            raise InputError(f"{path}: no images {looked_for(others, bands)}")
-        report_others(path, others)
+            raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
+        folders.report_others(path, others)
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
@@ -332,12 +300,17 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         images = _images_in_list(place, about)
     else:
         if not any(os.path.isdir(place / name) for name in about["class_names"]):  # a class may be called test
-            place = evaluation_folder(place) or place
+            place = folders.evaluation_folder(place) or place
         where = f"all in {place}"
-        _check_classes(set(class_folders(place, at_least=1)) - set(about["class_names"]), place)
-        files = labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
-        images = LabelledImages(files, files.labels)
-    images.groups = _groups(images, place, about)
+        _check_classes(set(folders.class_folders(place, at_least=1)) - set(about["class_names"]), place)
+        found = folders.labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
+        images = LabelledImages(found, found.labels)
+    data = _data_of_run(about)
+    if os.path.isfile(place) and (column := _group_column(place, data)):
+        images.groups = lists.read_groups(place, column)
+    else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
+        with contextlib.suppress(InputError):
+            images.groups = splitting.folder_level(images.relative_names(), str(data.get("group_by")))
     return images, where
 
 
@@ -348,10 +321,19 @@ def _mask_reader(about: dict[str, Any]) -> masks.MaskReader:
 
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
-    place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
+    if data.get("dataset") not in DATASETS:
+        raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
+    for key in {"data_dir", "val_dir"} & data.keys():
+        data[key] = files.found_path(data[key])
+    if "data_list" in data:
+        data["data_list"] = list(map(files.found_path, data["data_list"]))
+        for path in data["data_list"]:
+            files.check_file(path)
+    place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
+    data["bands"] = about["transform"].bands
     if is_per_pixel(about):
         data["masks"] = _mask_reader(about)
-    splits = load_splits(**data, bands=about["transform"].bands, task=_task_of(about).kind)
+    splits = load_splits(**data, task=_task_of(about).kind)
     _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
@@ -360,16 +342,16 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
 def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
     known = about["class_names"]
     kind = _task_of(about).kind
-    column = _group_column(path, about)
-    columns = _label_columns(about)
+    data = _data_of_run(about)
+    columns = {"group_by": _group_column(path, data), "label_columns": data.get("label_columns")}
     values = None
     if kind == "classification":
-        names, labels = read_list(path, path.parent, column, columns)
+        names, labels = lists.read_list(path, path.parent, **columns)
         _check_classes(set(labels) - set(known), path)
         numbers = list(map(known.index, labels))
     else:
-        targets = read_targets(path, path.parent, kind, group_by=column, label_columns=columns)
-        targets = like(targets, known, path, "the adapter")
+        targets = lists.read_targets(path, path.parent, kind, **columns)
+        targets = lists.like(targets, known, path, "the adapter")
         names = targets.paths
         values = targets.values
         numbers = [UNLABELLED] * len(names)
@@ -381,71 +363,36 @@ def _check_classes(unknown: set[str], place: Any) -> None:
         raise InputError(f"{place} has classes that the adapter does not know: {listed(sorted(unknown))}")
 
 
-def _recorded_data(about: dict[str, Any]) -> dict[str, Any]:
-    """The section `data` of the settings of the run that wrote the file; empty if there is none."""
-    config = about.get("config")
-    data = config.get("data") if isinstance(config, dict) else None
-    return data if isinstance(data, dict) else {}
-
-
-def _label_columns(about: dict[str, Any]) -> list[str] | None:
-    """The run's --label-columns."""
-    columns = _recorded_data(about).get("label_columns")
-    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        return None
-    return columns
-
-
-def _group_column(path: Path, about: dict[str, Any]) -> str | None:
-    """The run's --group-by if it is a column of this list; that column then is no label."""
-    by = _recorded_data(about).get("group_by")
-    return by if isinstance(by, str) and by and has_column(path, by) else None
-
-
-def _groups(images: LabelledImages, place: Path, about: dict[str, Any]) -> np.ndarray | None:
-    """The groups of the images of a folder or list by the run's --group-by; None if they have none."""
-    if os.path.isfile(place) and (column := _group_column(place, about)):
-        return read_groups(place, column)
-    try:
-        return splitting.folder_level(images.relative_names(), str(_recorded_data(about).get("group_by")))
-    except InputError:  # a column that other lists have, or fewer folders than the run's images lie in
-        return None
-
-
-# What `load_splits` takes of a run's settings: texts, and the list `data_list`.
-_DATA_OF_RUN = ("dataset", "data_dir", "eval_split", "val_dir", "data_list", "group_by", "folds")
+# What `load_splits` takes of a run's settings: texts, and lists of them.
+_TEXTS = ("dataset", "data_dir", "eval_split", "val_dir", "group_by", "folds")
+_LISTS = ("data_list", "label_columns")
 
 
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_splits` for the images of the run that wrote the file.
+    """The settings of the images of the run that wrote the file, as arguments of `load_splits`.
 
-    Anybody may have written it, so these are only what a run can have written, and lists that are regular files.
+    Anybody may have written it: nothing is returned where something in them is what no run can have written.
     """
-    recorded = _recorded_data(about)
-    data = {key: recorded[key] for key in _DATA_OF_RUN if recorded.get(key) is not None}
-    lists = data.pop("data_list", [])
-    texts = [*data.values(), *lists] if isinstance(lists, list) else [None]
-    is_text = all(isinstance(text, str) for text in texts)
-    if not is_text or data.get("dataset") not in DATASETS or not _is_one_fold(data.get("folds", "1/2")):
-        raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
-    for key in {"data_dir", "val_dir"} & data.keys():
-        data[key] = found_path(data[key])
-    if lists:
-        data["data_list"] = list(map(found_path, lists))
-        for path in data["data_list"]:
-            check_file(path)
-    return data | {
-        "skip_unreadable": bool(recorded.get("skip_unreadable")),
-        "label_columns": _label_columns(about),
-    }
-
-
-def _is_one_fold(text: str) -> bool:
-    """Is this one part of several, as 2/5?"""
+    config = about.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict):
+        return {}
+    known = {key: data[key] for key in (*_TEXTS, *_LISTS) if data.get(key) is not None}
+    texts = [value for key, value in known.items() if key in _TEXTS]
+    for value in [known[key] for key in _LISTS if key in known]:
+        texts += value if isinstance(value, list) else [None]
+    are_texts = all(isinstance(text, str) for text in texts)
     try:
-        return "/" in folds(text)
+        fits = are_texts and "/" in folds(known.get("folds", "1/2"))
     except argparse.ArgumentTypeError:
-        return False
+        fits = False
+    return known | {"skip_unreadable": data.get("skip_unreadable") is True} if fits else {}
+
+
+def _group_column(path: Path, data: dict[str, Any]) -> str | None:
+    """The run's --group-by if it is a column of this list; that column then is no label."""
+    by = data.get("group_by")
+    return by if by and lists.has_column(path, by) else None
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit
@@ -457,19 +404,17 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     A head for every pixel is `head.linear.weight` and `head.linear.bias`. Returns the adapter's metadata.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
-    if any(same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
+    if any(files.same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
     LoRAManager(model).merge_lora_weights()
     state = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
-    if is_safetensors(args.output):
-        write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
+    if files.is_safetensors(args.output):
+        files.write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
-        save_atomically(state, args.output)
-    _write_usage(args.output, usage(metadata))
+        files.save_atomically(state, args.output)
+    files.write_text(json.dumps(usage(metadata), indent=2), args.output.with_suffix(".json"))
     arch = metadata["arch"]
-    owner = f"torchvision's {arch}"
-    if arch.startswith(TIMM):
-        owner = f"timm's {arch.removeprefix(TIMM)}"
+    owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     of_heads = other_heads(model)
     shape = [f"{of_heads['heads']} heads"] if of_heads else []
     shape.append(f"{len(metadata['class_names'])} classes{' of every pixel' if is_per_pixel(metadata) else ''}")
@@ -497,13 +442,10 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     values = from_metadata(metadata)
     bands = values["bands"]
     task = _task_of(metadata)
-    about = {
-        "arch": metadata["arch"],
-        "class_names": metadata["class_names"],
-        "image_size": metadata["image_size"],
+    about = {key: metadata[key] for key in ("arch", "class_names", "image_size")} | {
         "channels": metadata.get("channels") or 3,
-        "bands": None,
-        "scale": 255.0,
+        "bands": None if bands is None else list(bands.chosen),
+        "scale": 255.0 if bands is None else bands.scale,
         "mean": list(values["mean"]),
         "std": list(values["std"]),
         "activation": ACTIVATIONS[task.kind],
@@ -513,18 +455,12 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     else:
         place = metadata["transform"].place
         about["resize"] = place.shorter or [place.size, place.size]
-    if bands is not None:
-        about |= {"bands": list(bands.chosen), "scale": bands.scale}
     record = task.record() or {}
     if "thresholds" in record:
         about["thresholds"] = record["thresholds"]
     if "mean" in record:
         about |= {"output_mean": record["mean"], "output_std": record["std"]}
     return about
-
-
-def _write_usage(output: Path, about: dict[str, Any]) -> None:
-    write_text(json.dumps(about, indent=2), output.with_suffix(".json"))
 
 
 class Normalised(nn.Module):
@@ -576,14 +512,16 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         left.pop("output_std", None)
     any_size = is_per_pixel(metadata) and isinstance(getattr(model, "model", model).backbone, ResNet)
     program = _graph(nn.Sequential(model, task.head.output_layer()).eval(), metadata["image_size"], channels, any_size)
-    with open_atomically(args.output) as file:
+    with files.open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":
             file.write(_as_onnx(program, about, task.head.output_name))
         else:
-            file.write(_as_pt2(program, about))
-    _write_usage(args.output, left)
-    size = metadata["image_size"]
-    print(f"wrote {args.output}: {metadata['arch']} for images of {size} pixels; its metadata: {', '.join(about)}")
+            content = io.BytesIO()
+            torch.export.save(program, content, extra_files=about)
+            file.write(content.getvalue())
+    files.write_text(json.dumps(left, indent=2), args.output.with_suffix(".json"))
+    what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
+    print(f"wrote {args.output}: {what}; its metadata: {', '.join(about)}")
     return about
 
 
@@ -604,24 +542,16 @@ def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> 
         torch.backends.mha.set_fastpath_enabled(with_fast_path)
 
 
-def _as_pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files=about)
-    return file.getvalue()
-
-
 def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str], output: str) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own future changes
-        names = {"input_names": ["images"], "output_names": [output]}
-        graph = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        graph = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[output])
     graph.model.metadata_props.update(about)
     return graph.model_proto.SerializeToString()
 
 
 # ------------------------------------------------------------------------------------------- PEFT's format, and from it
 
-PEFT_FILES = (peft_format.CONFIG, peft_format.WEIGHTS)
 ROUNDING = 1e-3  # the largest difference of answers, relative to their size, that rounding explains
 
 
@@ -630,30 +560,21 @@ def convert(args: argparse.Namespace) -> None:
     if args.to is not None:
         error = to_peft(args.adapter, args.output, args.checkpoint)
     else:
-        error = from_peft(
-            args.adapter,
-            args.output,
-            args.checkpoint,
-            class_names=args.class_names,
-            image_size=args.image_size,
-            arch=args.arch,
-            heads=args.heads,
-        )
+        given = {name: vars(args)[name] for name in ("class_names", "image_size", "arch", "heads")}
+        error = from_peft(args.adapter, args.output, args.checkpoint, **given)
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 
 def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> float:
     """Write an adapter file as a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
-    `base` is the torchvision model with the base's weights and a head for the adapter's classes, whose weights come
-    from the folder (`modules_to_save`). For a 4-bit adapter it is the float model, whose answers differ by the
-    rounding.
+    `base` is the torchvision model with the base's weights, in float, and a head for the adapter's classes, whose
+    weights come from the folder (`modules_to_save`).
 
     Returns the largest difference of the two models' logits for random images, relative to the largest logit. Raises
     InputError if PEFT is missing, the file has no adapters, or something in it has no counterpart in PEFT's format.
 
     Args:
-        adapter: a file that `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
         folder: is made if it does not exist; the two files in it are replaced.
         checkpoint: the base, if it was moved since training.
     """
@@ -676,10 +597,15 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         values = recorded(from_metadata(metadata), metadata)
         peft_format.write_peft(model, Path(scratch), values, _task_of(metadata).record())
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        tolerance = torch.inf if four_bits else ROUNDING
-        error = _difference(theirs, model, metadata["image_size"], tolerance)
-        _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in PEFT_FILES})
-    return error
+        difference = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+        for name in (peft_format.CONFIG, peft_format.WEIGHTS):
+            with files.open_atomically(folder / name) as file:
+                file.write(Path(scratch, name).read_bytes())
+    return difference
 
 
 def from_peft(
@@ -701,9 +627,7 @@ def from_peft(
         output: `.pth` or `.safetensors`.
         checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
         class_names: the names of the outputs; None: their numbers.
-        image_size: pixels along each side; None: the checkpoint's own.
-        arch: such as 'timm:resnet50'; None: the one that the checkpoint names.
-        heads: attention heads of a ViT; None: the number that the checkpoint's layout implies.
+        image_size, arch, heads: as `load_backbone` takes them; None: what the checkpoint says.
     """
     peft = peft_format.import_peft()
     tensors = peft_format.read_peft(folder)
@@ -728,8 +652,7 @@ def from_peft(
     error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
     about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
     about |= recorded(peft_format.values_of(folder, report), report)
-    task = from_record(peft_format.task_of(folder), class_names, folder).record()
-    if task is not None:
+    if task := from_record(peft_format.task_of(folder), class_names, folder).record():
         about["task"] = task
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)
@@ -748,16 +671,6 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
     return error
 
 
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    for name, content in files.items():
-        with open_atomically(folder / name) as file:
-            file.write(content)
-
-
 # ------------------------------------------------------------------------------------------------------- command line
 
 ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
@@ -773,10 +686,8 @@ SUFFIXES = {  # allowed for --output
 
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
-    if args.output is None and args.command == "evaluate":
-        return []
     if args.output is None:
-        return ["--output: expected a value, the file to write"]
+        return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
     if os.path.isdir(args.output) and args.command not in ("convert", "predict"):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
@@ -790,15 +701,21 @@ def check_output(args: argparse.Namespace) -> list[str]:
     read = [args.adapter, args.checkpoint]
     if args.command in ("predict", "embed"):
         read += args.images
-    if any(same_file(args.output, path) for path in read):
+    if any(files.same_file(args.output, path) for path in read):
         return [f"--output {args.output} is read by this very command; name another file"]
     return []
 
 
-def check_export(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `export`, and which packages they lack."""
+def check(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of a command, and which packages it lacks."""
+    if args.command in ("info", "compare"):
+        return []
     problems = check_output(args)
-    if not problems and args.output.suffix == ".onnx":
+    if args.command == "convert" and (args.to is None) == (args.source is None):
+        problems.append("say which way to convert: --to peft or --from peft")
+    elif args.command == "convert" and args.source and args.checkpoint is None:
+        problems.append("--from peft needs --checkpoint, the base that PEFT adapted")
+    if args.command == "export" and not problems and args.output.suffix == ".onnx":
         try:
             import onnx  # noqa: F401 - torch.onnx.export imports both
             import onnxscript  # noqa: F401
@@ -807,26 +724,15 @@ def check_export(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def check_convert(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `convert`."""
-    problems = check_output(args)
-    if (args.to is None) == (args.source is None):
-        problems.append("say which way to convert: --to peft or --from peft")
-    elif args.source and args.checkpoint is None:
-        problems.append("--from peft needs --checkpoint, the base that PEFT adapted")
-    return problems
-
-
-# Command -> the function that runs it, the one that checks its options, and its line of help.
-COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
-    "info": (info, lambda args: [], "what is in an adapter file"),
-    "evaluate": (evaluate, check_output, "accuracy on labelled images"),
-    "compare": (compare, lambda args: [], "two results over the same images: is one better by more than chance?"),
-    "predict": (predict, check_output, "the most probable classes of images, as a table; masks and maps"),
-    "embed": (embed, check_output, "the features of images, as an array"),
-    "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
-    "export": (export, check_export, "the merged model as a graph for onnxruntime or torch.export"),
-    "convert": (convert, check_convert, "to the adapter format of PEFT, and back"),
+COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and its line of help
+    "info": (info, "what is in an adapter file"),
+    "evaluate": (evaluate, "accuracy on labelled images"),
+    "compare": (compare, "two results over the same images: is one better by more than chance?"),
+    "predict": (predict, "the most probable classes of images, as a table; masks and maps"),
+    "embed": (embed, "the features of images, as an array"),
+    "merge": (merge, "base and adapter as one state_dict that plain torchvision loads"),
+    "export": (export, "the merged model as a graph for onnxruntime or torch.export"),
+    "convert": (convert, "to the adapter format of PEFT, and back"),
 }
 
 
@@ -835,7 +741,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
     parsers = {}
-    for name, (*_, text) in COMMANDS.items():
+    for name, (_, text) in COMMANDS.items():
         parsers[name] = command = subparsers.add_parser(name, help=text, allow_abbrev=False)
         if name == "compare":
             command.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
@@ -843,34 +749,27 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
-            what = "the file to write (required)"
-            if name == "evaluate":
-                what = "the numbers as .json; the page lies beside it"
+            is_json = name == "evaluate"
+            what = "the numbers as .json; the page lies beside it" if is_json else "the file to write (required)"
             command.add_argument("--output", type=Path, help=what)  # `check_output` reports all problems at once
             command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
         if name in ON_IMAGES:
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
             command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
-            command.add_argument(
-                "--arithmetic",
-                choices=devices.ARITHMETICS,
-                default="float",
-                help="int8: multiply in 8 bits; for a large ViT on a CPU",
-            )
+            what = "int8: multiply in 8 bits; for a large ViT on a CPU"
+            command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=what)
     what = "folder with a folder of images per class, or with images/ and masks/; or a list"
     parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     predicting = parsers["predict"]
-    predicting.add_argument(
-        "--abstain", type=positive_share, help="write unsure where the answer is less probable than this, as 0.6"
-    )
+    what = "write unsure where the answer is less probable than this, as 0.6"
+    predicting.add_argument("--abstain", type=positive_share, help=what)
     predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")
     predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
-    parsers["export"].add_argument(
-        "--normalise", action="store_true", help="the graph takes images from 0 to 1, or files' numbers"
-    )
+    what = "the graph takes images from 0 to 1, or files' numbers"
+    parsers["export"].add_argument("--normalise", action="store_true", help=what)
     direction = parsers["convert"]
     direction.add_argument("--to", choices=["peft"], help="write PEFT's format, into the folder --output")
     direction.add_argument("--from", choices=["peft"], dest="source", help="read a folder that PEFT wrote")
@@ -885,10 +784,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
     parser, parsers = make_parser()
     args, rest = parser.parse_known_args(argv)
-    run, check, _ = COMMANDS[args.command]
     problems = check(args) + unknown_words(parsers[args.command], rest)
     if problems:
         raise InputError("\n".join(problems))
+    run, _ = COMMANDS[args.command]
     return run(args)
 
 

@@ -9,20 +9,17 @@ Each is a function to copy from; it prints what it found and raises where someth
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
-from finetune_lora import (
-    DEFAULT_CHECKPOINT,
-    add_lora_to_model,
-    count_parameters,
-    freeze_backbone_params,
-    load_finetuned,
-)
-from lora_utils import LoRAManager
+from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, freeze_backbone_params, load_finetuned
+from lora_utils import LoRAManager, count_parameters
 from toolkit.answers.evaluation import all_outputs, evaluate, extract_features
 from toolkit.answers.tasks import MultiLabel
 from toolkit.devices import select_device
@@ -32,6 +29,9 @@ from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run.runs import run_script
+
+DIGITS = list("0123456789")  # the names of the classes
+LABELS = {"even": [0, 2, 4, 6, 8], "round": [0, 6, 8, 9], "large": [5, 6, 7, 8, 9]}
 
 
 def example_1_setup() -> nn.Module:
@@ -91,8 +91,7 @@ def example_3_checkpoints(model: nn.Module) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits_lora.pth"
         # With these four in its metadata, load_finetuned and `python deploy_lora.py merge` can rebuild the model.
-        metadata = {"arch": "vit_mini", "image_size": 32, "class_names": [str(digit) for digit in range(10)]}
-        metadata["checkpoint"] = str(DEFAULT_CHECKPOINT)
+        metadata = {"arch": "vit_mini", "image_size": 32, "class_names": DIGITS, "checkpoint": str(DEFAULT_CHECKPOINT)}
         LoRAManager(model).save_lora_checkpoint(path, metadata)
         print(f"  adapter file: {path.stat().st_size / 1e6:.2f} MB")
         rebuilt, _ = load_finetuned(path)
@@ -115,9 +114,8 @@ def example_3_checkpoints(model: nn.Module) -> None:
 @torch.inference_mode()
 def example_4_inference(model: nn.Module) -> None:
     """Inference: single images, merged and not, and the backbone without its adapters."""
-    device = next(model.eval().parameters()).device
-    manager = LoRAManager(model)
-    images, labels = _some_digits(200, device)
+    manager = LoRAManager(model.eval())
+    images, labels = _some_digits(200, next(model.parameters()).device)
     probabilities = model(images[:1]).softmax(-1)[0]
     best = probabilities.argmax().item()
     print(f"  true class {labels[0]}, predicted {best} with probability {probabilities[best]:.3f}")
@@ -136,11 +134,16 @@ def example_4_inference(model: nn.Module) -> None:
 
 def example_5_serving(model: nn.Module) -> None:
     """Serving: several adapters on one base, each with layers, rank and classes of its own."""
-    names = {"digits": [str(digit) for digit in range(10)], "parity": ["even", "odd"]}
+    torch.manual_seed(0)
+    parity = _adapted_model(2, r=4, target_modules=["self_attention"])  # is a digit even or odd? a second task
+    batches = _loader(load_splits("digits").train, 32, shuffle=True)
+    _train(parity, batches, lambda logits, labels: F.cross_entropy(logits, labels % 2), rate=3e-3)
+
+    names = {"digits": DIGITS, "parity": ["even", "odd"]}
     base, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=1)  # each file brings its own head
     manager = LoRAManager(base.eval())
     with tempfile.TemporaryDirectory() as folder:
-        for task, trained in (("digits", model), ("parity", _parity_model())):
+        for task, trained in (("digits", model), ("parity", parity)):
             path = Path(folder) / f"{task}.pth"
             LoRAManager(trained).save_lora_checkpoint(path, {"class_names": names[task]})
             manager.load_lora_checkpoint(path, name=task)
@@ -159,47 +162,25 @@ def example_5_serving(model: nn.Module) -> None:
         raise RuntimeError("an adapter answers for another's task")
 
 
-def _parity_model() -> nn.Module:
-    """Is a digit even or odd? A second task on the same backbone: attention alone, rank 4, two classes."""
-    torch.manual_seed(0)
-    model, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=2)
-    add_lora_to_model(model, r=4, target_modules=["self_attention"])
-    freeze_backbone_params(model)
-    images = Transformed(load_splits("digits").train, eval_transform(report["image_size"]))
-    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=3e-3)
-    for batch, labels in build_loader(images, 32, shuffle=True):
-        optimizer.zero_grad()
-        F.cross_entropy(model(batch), labels % 2).backward()
-        optimizer.step()
-    return model.eval()
-
-
-LABELS = {"even": [0, 2, 4, 6, 8], "round": [0, 6, 8, 9], "large": [5, 6, 7, 8, 9]}
-
-
 def example_6_several_labels(epochs: int = 3) -> None:
     """Several labels an image, some of them unknown: a loop of your own, AP and AUROC, thresholds and answers."""
     torch.manual_seed(0)
-    device = select_device("auto")
     splits = load_splits("digits")  # your own: load_splits("imagefolder", data_list=["labels.csv"], task="multilabel")
-    train = Transformed(_with_labels(splits.train), eval_transform(32))
-    in_order = build_loader(train, 256)
-    batches = build_loader(train, 32, shuffle=True)
-    evaluation = build_loader(Transformed(_with_labels(splits.val), eval_transform(32)), 256)
-    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=len(LABELS))
-    add_lora_to_model(model, r=8, lora_alpha=16)
-    freeze_backbone_params(model)
+    for digits in (splits.train, splits.val):  # give them three labels each, a fifth of which are unknown
+        labels = torch.tensor(digits.labels)
+        digits.targets = torch.stack([torch.isin(labels, torch.tensor(which)) for which in LABELS.values()], 1).float()
+        digits.targets[torch.rand(digits.targets.shape) < 0.2] = torch.nan
+    in_order = _loader(splits.train, 256)
+    evaluation = _loader(splits.val, 256)
+    model = _adapted_model(len(LABELS))
+    device = next(model.parameters()).device
     task = MultiLabel(list(LABELS), splits.train.targets)
-    features, targets = extract_features(model.to(device), in_order, device)
-    task.head.start(model, features, targets)  # a logistic regression of each label
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(epochs):
-        for images, targets in batches:  # 1, 0, or NaN where unknown, which the loss leaves out
-            loss = task.loss(model.train()(images.to(device)), targets.to(device)) / len(images)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    task.head.start(model, *extract_features(model, in_order, device))  # a logistic regression of each label
 
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return task.loss(outputs, targets) / len(targets)  # of 1, 0, or NaN where unknown, which it leaves out
+
+    _train(model, _loader(splits.train, 32, shuffle=True), loss, rate=1e-3, epochs=epochs)
     outputs, targets = all_outputs(model, in_order, device)
     task.head.calibrate(outputs, targets, optimism=None)  # thresholds: the best F1 on training images
     answers = task.evaluate(model, evaluation, device)
@@ -214,17 +195,29 @@ def example_6_several_labels(epochs: int = 3) -> None:
         raise RuntimeError(f"the labels are not found: macro AP {answers.score:.2%}")
 
 
-def _with_labels(digits: LabelledImages) -> LabelledImages:
-    """Digits with three labels each, a fifth of which are unknown."""
-    labels = torch.tensor(digits.labels)
-    digits.targets = torch.stack([torch.isin(labels, torch.tensor(which)) for which in LABELS.values()], 1).float()
-    digits.targets[torch.rand(digits.targets.shape) < 0.2] = torch.nan
-    return digits
+def _adapted_model(classes: int, **settings: Any) -> nn.Module:
+    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=classes)
+    freeze_backbone_params(add_lora_to_model(model, **settings))
+    return model.to(select_device("auto"))
+
+
+def _loader(images: LabelledImages, batch_size: int, shuffle: bool = False) -> DataLoader:
+    return build_loader(Transformed(images, eval_transform(32)), batch_size, shuffle=shuffle)
+
+
+def _train(model: nn.Module, batches: DataLoader, loss: Callable, rate: float, epochs: int = 1) -> None:
+    """The loop of example 2, and no more."""
+    device = next(model.train().parameters()).device
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(epochs):
+        for images, targets in batches:
+            optimizer.zero_grad()
+            loss(model(images.to(device)), targets.to(device)).backward()
+            optimizer.step()
 
 
 def _some_digits(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    images = Transformed(load_splits("digits").val, eval_transform(32))
-    batch, labels = next(iter(build_loader(images, count)))
+    batch, labels = next(iter(_loader(load_splits("digits").val, count)))
     return batch.to(device), labels.to(device)
 
 
@@ -235,14 +228,8 @@ def _check_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> Non
         raise RuntimeError(f"{what} gives other answers: {difference:.1e}")
 
 
-EXAMPLES = (
-    example_1_setup,
-    example_2_training,
-    example_3_checkpoints,
-    example_4_inference,
-    example_5_serving,
-    example_6_several_labels,
-)
+NEED_A_MODEL = (example_3_checkpoints, example_4_inference, example_5_serving)
+EXAMPLES = (example_1_setup, example_2_training, *NEED_A_MODEL, example_6_several_labels)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -255,14 +242,11 @@ def main(argv: list[str] | None = None) -> None:
         if only not in (None, number):
             continue
         print(f"\nExample {number}: {example.__doc__}")
-        if number not in (3, 4, 5):
-            found = example()
-            trained = found if number == 2 else trained
-            continue
-        if trained is None:
+        if example in NEED_A_MODEL and trained is None:
             print("  first a short training, as in example 2")
             trained = example_2_training(epochs=2)
-        example(trained)
+        found = example(trained) if example in NEED_A_MODEL else example()
+        trained = found if number == 2 else trained
 
 
 if __name__ == "__main__":

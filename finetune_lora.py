@@ -83,17 +83,9 @@ class LoRALayer:
     # SHA-256 of each weight before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
     _int8_shapes: Mapping[str, torch.Size] = {}  # of each weight whose parameter holds an `Int8Weight`
-    _STATE = (
-        *NO_ADAPTER,
-        "float_digests",
-        "_nf4_state",
-        "_int8_shapes",
-        "lora_enabled",
-        "_base_data",
-        "weight_names",
-        "stock_class",
-        "followed",
-    )
+    followed: AdapterStatistics | None = None  # what a BatchNorm behind it has with this adapter; None: the base's
+    _STORAGE = ("weight_names", "float_digests", "_nf4_state", "_int8_shapes", "_base_data")
+    _STATE = (*NO_ADAPTER, *_STORAGE, "lora_enabled", "stock_class", "followed")
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
         settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
@@ -101,9 +93,7 @@ class LoRALayer:
         self._init_adapters(settings)
 
     @classmethod
-    def adapt(
-        cls, layer: nn.Module, settings: LoRASettings | None, base_dtype: torch.dtype | None = None
-    ) -> "LoRALayer":
+    def adapt(cls, layer: nn.Module, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> nn.Module:
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree.
 
         With no settings its rank is 0: the layer computes with its base, which is stored as an adapted layer's is.
@@ -121,6 +111,7 @@ class LoRALayer:
         if settings is not None:
             vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
+        self.followed = None
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._create_adapters()
         self.reset_lora_parameters()
@@ -146,24 +137,19 @@ class LoRALayer:
     def _add_adapter(self, weight_name: str, suffix: str = "", fan_out: int | None = None) -> None:
         shape = self.base(weight_name).shape
         stored = self._parameters[weight_name]
-        dtype = torch.float32
-        if stored.dtype == torch.float64:
-            dtype = torch.float64
+        dtype = torch.promote_types(stored.dtype, torch.float32)
         A = torch.empty(self.r, math.prod(shape[1:]), dtype=dtype, device=stored.device)
         B = torch.empty(fan_out or shape[0], self.r, dtype=dtype, device=stored.device)
         for name, factor in (("lora_A", A), ("lora_B", B)):
             self.register_parameter(name + suffix, nn.Parameter(factor, requires_grad=self.r > 0))
 
-    def _adapter_names(self) -> list[str]:
-        return [name for name in self._parameters if name.startswith("lora_")]
-
     def reset_lora_parameters(self) -> None:
         """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
-        for name in self._adapter_names():
+        for name, factor in adapted.adapter_parameters(self).items():
             if name.startswith("lora_B"):
-                nn.init.zeros_(self._parameters[name])
+                nn.init.zeros_(factor)
             elif self.r > 0:  # PyTorch warns of an empty A
-                nn.init.kaiming_uniform_(self._parameters[name], a=math.sqrt(5))
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
@@ -183,15 +169,11 @@ class LoRALayer:
     def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight:
         """The weight without the adapter, merged or not."""
         base = self._base_data.get(name, self._parameters[name])
-        if name in self._int8_shapes:
-            return Int8Weight.unpacked(base, self._int8_shapes[name])
-        return base
+        return Int8Weight.unpacked(base, self._int8_shapes[name]) if name in self._int8_shapes else base
 
     def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
-        if name in self.float_digests:
-            return dense_weight(base, torch.float32)
-        return base
+        return dense_weight(base, torch.float32) if name in self.float_digests else base
 
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
@@ -208,20 +190,21 @@ class LoRALayer:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put W_eff in the weight's place. Merging twice is merging once."""
+        """Put W_eff in the weight's place, and the adapter's statistics in its BatchNorm; done already: do nothing."""
         if self.merged:
             return
+        if self.followed is not None:
+            self.followed.merge(self)
         base_data = {name: self._parameters[name].data for name in self.weight_names}
-        if self.r > 0:
-            merged = self.effective_weights()
-        else:
-            merged = {name: self._base_to_merge(name) for name in self.weight_names}
+        merged = self.effective_weights() if self.r else {n: self._base_to_merge(n) for n in self.weight_names}
         for name, weight in merged.items():
             self._parameters[name].data = weight
         self._base_data = base_data
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit: it was stored, nothing is subtracted."""
+        if self.followed is not None and self.merged:
+            self.followed.unmerge()
         for name, weight in self._base_data.items():
             self._parameters[name].data = weight
         self._base_data = {}
@@ -232,9 +215,7 @@ class LoRALayer:
 
     def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
         """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
-        weight = self.base(name)
-        if self.merged and self.lora_enabled:
-            weight = self._parameters[name]
+        weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
         if not self.float_digests or isinstance(weight, Int8Weight):
             return weight
         return dense_weight(weight, functional.compute_dtype(x))
@@ -245,13 +226,13 @@ class LoRALayer:
 
     def _adapter_input(self, x: Tensor) -> Tensor | None:
         """What the adapter sees in place of x, if it is not x."""
-        if self._drops:
-            return F.dropout(x, self.lora_dropout)
-        return None
+        return F.dropout(x, self.lora_dropout) if self._drops else None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._base_data = {name: fn(weight) for name, weight in self._base_data.items()}
+        if self.followed is not None:
+            self.followed.apply(fn)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -272,7 +253,7 @@ class LoRALayer:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a merged layer has exactly the keys of the layer it adapts
-            for name in self._adapter_names():
+            for name in adapted.adapter_parameters(self):
                 destination.pop(prefix + name)
 
 
@@ -286,15 +267,9 @@ class LoRALinear(LoRALayer, nn.Linear):
             prologue = None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
+        adapter_x = self._adapter_input(x)
         return functional.lora_linear(
-            x,
-            self.base(),
-            self.lora_A,
-            self.lora_B,
-            bias=self.bias,
-            scaling=self.scaling,
-            adapter_x=self._adapter_input(x),
-            prologue=prologue,
+            x, self.base(), self.lora_A, self.lora_B, self.bias, self.scaling, adapter_x=adapter_x, prologue=prologue
         )
 
 
@@ -303,29 +278,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
     """
-
-    followed: AdapterStatistics | None = None  # what the BatchNorm behind it has with this adapter; None: the base's
-
-    def _init_adapters(self, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> None:
-        self.followed = None
-        super()._init_adapters(settings, base_dtype)
-
-    def merge(self) -> None:
-        """As in every layer, and the BatchNorm gets the statistics that belong to the adapter."""
-        if self.followed is not None and not self.merged:
-            self.followed.merge(self)
-        super().merge()
-
-    def unmerge(self) -> None:
-        if self.followed is not None and self.merged:
-            self.followed.unmerge()
-        super().unmerge()
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self.followed is not None:
-            self.followed.apply(fn)
-        return self
 
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
@@ -336,35 +288,21 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         """
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
-            if batch_norm is not None:
-                y = batch_norm(y)
-            if residual is not None:
-                y = y + residual
-            if relu:
-                y = F.relu(y)
-            return y
+            y = y if batch_norm is None else batch_norm(y)
+            y = y if residual is None else y + residual
+            return F.relu(y) if relu else y
         if x.dim() == 3:
-            if residual is not None:
-                residual = residual[None]
-            return self.forward(x[None], batch_norm, residual, relu)[0]
+            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
+        A = self.lora_A
+        B = self.lora_B
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
         adapter_x = self._adapter_input(x)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self)
         x, padding = functional.pad_for_conv2d(x, self)
+        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
         return functional.lora_conv2d(
-            x,
-            self.base(),
-            self.lora_A,
-            self.lora_B,
-            bias=bias,
-            scaling=self.scaling,
-            geometry=functional.Geometry(self.stride, padding, self.dilation, self.groups),
-            row_scale=row_scale,
-            adapter_x=adapter_x,
-            residual=residual,
-            relu=relu,
-            log_scale=log_scale,
+            x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x, residual, relu, log_scale
         )
 
 
@@ -384,28 +322,23 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         super()._init_adapters(settings, base_dtype)
 
     def _create_adapters(self) -> None:
-        self.weight_names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        if self.in_proj_weight is not None:
-            self.weight_names = ("in_proj_weight",)
-        for i, projection in enumerate("qkv"):
-            self._add_adapter(self._weight_name(i), f"_{projection}", self.embed_dim)
+        packed = self.in_proj_weight is not None
+        self.weight_names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        for projection, name in zip("qkv", 3 * self.weight_names, strict=False):  # one weight for all, or one each
+            self._add_adapter(name, f"_{projection}", self.embed_dim)
 
     @property
     def _is_packed(self) -> bool:
         """Are the weights of q, k and v one?"""
-        return self.weight_names == ("in_proj_weight",)
-
-    def _weight_name(self, i: int) -> str:
-        """The weight of the i-th of q, k and v."""
-        return self.weight_names[min(i, len(self.weight_names) - 1)]
+        return len(self.weight_names) == 1
 
     def remove_lora(self, merge: bool = False) -> None:
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
     def _factors(self, letter: str) -> list[Tensor]:
-        """A or B of q, k and v; None in 4 bits while the base is in use."""
-        return [getattr(self, f"lora_{letter}_{projection}", None) for projection in "qkv"]
+        """A or B of q, k and v."""
+        return [self._parameters[f"lora_{letter}_{projection}"] for projection in "qkv"]
 
     def effective_weights(self) -> dict[str, Tensor]:
         A = self._factors("A")
@@ -414,27 +347,20 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             weight = self._base_to_merge("in_proj_weight")
             merged = functional.merged_weight(weight, torch.cat(A), torch.cat(B), self.scaling, groups=3)
             return {"in_proj_weight": merged}
-        merged = {}
-        for name, own_A, own_B in zip(self.weight_names, A, B, strict=True):
-            merged[name] = functional.merged_weight(self._base_to_merge(name), own_A, own_B, self.scaling)
-        return merged
+        own = zip(self.weight_names, A, B, strict=True)
+        return {name: functional.merged_weight(self._base_to_merge(name), A, B, self.scaling) for name, A, B in own}
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
-        counts = (1, 1, 1)  # how many of q, k and v are one product
+        products = [(0, 1), (1, 1), (2, 1)]  # each of so many of q, k and v, from the first on
         if self._is_packed and key is value:
-            counts = (3,) if query is key else (1, 2)
-        if prologue is not None and (self._drops or not self._is_active or len(counts) == 3):
+            products = [(0, 3)] if query is key else [(0, 1), (1, 2)]
+        if prologue is not None and (self._drops or not self._is_active or len(products) == 3):
             query, key, value = attention.once_each(prologue, query, key, value)
             prologue = None
         inputs = (query, key, value)
         adapter_inputs = attention.once_each(self._adapter_input, *inputs)
-        projected = []
-        first = 0
-        for count in counts:
-            projected.append(self._product(first, count, inputs[first], adapter_inputs[first], prologue))
-            first += count
-        return projected
+        return [self._product(i, count, inputs[i], adapter_inputs[i], prologue) for i, count in products]
 
     def _product(
         self, first: int, count: int, x: Tensor, adapter_x: Tensor | None, prologue: Callable | None
@@ -442,25 +368,15 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """The product of x with so many of q, k and v from the first on, (N, L, count * embed_dim)."""
         end = first + count
         rows = slice(first * self.embed_dim, end * self.embed_dim)
-        bias = self.in_proj_bias
-        if bias is not None:
-            bias = bias[rows]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         if not self._is_packed:
             rows = slice(None)
-        name = self._weight_name(first)
+        name = self.weight_names[0 if self._is_packed else first]
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(name, x)[rows], bias)
-        return functional.lora_linear(
-            x,
-            self.base(name)[rows],
-            self._factors("A")[first:end],
-            self._factors("B")[first:end],
-            bias=bias,
-            scaling=self.scaling,
-            groups=count,
-            adapter_x=adapter_x,
-            prologue=prologue,
-        )
+        A = self._factors("A")[first:end]
+        B = self._factors("B")[first:end]
+        return functional.lora_linear(x, self.base(name)[rows], A, B, bias, self.scaling, count, adapter_x, prologue)
 
     def forward(
         self,
@@ -495,38 +411,23 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask[None]
             mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
             k, v, mask = attention.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+            dropout = self.dropout * self.training
             attended, weights = attention.attend(
-                q,
-                k,
-                v,
-                self.num_heads,
-                mask,
-                dropout=self.dropout * self.training,
-                need_weights=need_weights,
-                keep_weights=self.keeps_weights,
+                q, k, v, self.num_heads, mask, dropout, need_weights, self.keeps_weights
             )
             output = self.out_proj(attended)  # (N, L, E)
             if need_weights and average_attn_weights:
                 weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
-            output = output[0]
-            if weights is not None:
-                weights = weights[0]
-        elif not self.batch_first:
-            output = output.transpose(0, 1)
-        return output, weights
+            return output[0], None if weights is None else weights[0]
+        return output if self.batch_first else output.transpose(0, 1), weights
 
     def _recomputes(self) -> bool:
         """May the output projection recompute the heads' output in backward?"""
-        return (
-            self.checkpointing == "selective"
-            and not self.add_zero_attn
-            and self.bias_k is None
-            and not (self.training and self.dropout)
-            and self.out_proj._is_active
-            and not self.out_proj._drops
-            and not is_hooked(self.out_proj)
-        )
+        out = self.out_proj
+        is_plain = not self.add_zero_attn and self.bias_k is None and not (self.training and self.dropout)
+        able = out._is_active and not out._drops and not is_hooked(out)
+        return self.checkpointing == "selective" and is_plain and able
 
     def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None:
         """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
@@ -546,20 +447,16 @@ class _FourBits:
     def _store_base(self, dtype: torch.dtype | None) -> None:
         if self._nf4_state:
             return
-        self.float_digests = {}
+        self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
         self._nf4_state = {}
         for name in self.weight_names:
-            weight = self._parameters[name]
-            nf4 = NF4Weight.quantize(weight)
-            self.float_digests[name] = tensor_digest(weight)
+            nf4 = NF4Weight.quantize(self._parameters[name])
             self._nf4_state[name] = (nf4.state, nf4.shape)
             self._parameters[name] = nn.Parameter(nf4.packed, requires_grad=False)
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         base = super().base(name)
-        if name in self._nf4_state:
-            return NF4Weight(base, *self._nf4_state[name])
-        return base
+        return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -577,7 +474,7 @@ class _FourBits:
                     destination[f"{prefix}{name}.{key}"] = value
 
     def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
-        for name, (state, shape) in list(self._nf4_state.items()):
+        for name, (state, shape) in self._nf4_state.items():
             keys = {f"{prefix}{name}.{key}": key for key in state.as_dict(packed=True)}
             absent = [key for key in keys if key not in state_dict]
             if not absent:
@@ -625,10 +522,10 @@ def add_lora_to_model(
     adapt_last: int | None = None,
     head: str | Sequence[str] | None = None,
 ) -> nn.Module:
-    """Put adapters on a model's layers, in place. Adapters that it has are replaced.
+    """Put adapters on a model's layers, in place, and return it: nothing is frozen yet, see `freeze_backbone_params`.
 
     Args:
-        model: any module with Linear, Conv2d or MultiheadAttention layers.
+        model: any module with Linear, Conv2d or MultiheadAttention layers. Adapters that it has are replaced.
         r, lora_alpha, lora_dropout, use_rslora: see `LoRASettings`.
         target_modules: names, suffixes, containing modules or regular expressions of the layers to adapt. None: every
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
@@ -644,35 +541,26 @@ def add_lora_to_model(
         head: the names of the modules that no checkpoint has, such as a classifier: they train and are saved whole.
             None: the module called fc, heads, head or classifier, see `toolkit.models.backbones.head_name`.
 
-    Returns:
-        The same model. Nothing is frozen yet: see `freeze_backbone_params`.
-
     Raises:
         InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
             a weight that two layers share, or layers in fewer bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
-    name_head(adapted.unwrap_for_editing(model), head)
-    if target_modules is None:
-        warn_of_unknown_head(model)
+    inner = adapted.unwrap_for_editing(model)
+    name_head(inner, head)
+    last = next(reversed(adapted.adaptable_layers(inner)), "")
+    if target_modules is None and last and not head_names(inner) and isinstance(inner.get_submodule(last), nn.Linear):
+        warnings.warn(
+            f"no classifier head is found, so the last layer, {last}, is adapted and frozen: if it is new, give "
+            f"head={last!r}",
+            stacklevel=2,
+        )
     chosen = adapted.choose_layers(model, target_modules, exclude_modules, adapt_last)
     by_layer = adapted.settings_by_layer(chosen, settings, rank_pattern)
     if adapt_last is not None:
         below = adapted.layers_below(model, exclude_modules, adapt_last)
         by_layer = dict.fromkeys(below) | by_layer
     return adapt_layers(model, by_layer, use_qlora, base_dtype)
-
-
-def warn_of_unknown_head(model: nn.Module) -> None:
-    """Warn that the last layer, which may be a new classifier, gets an adapter and is frozen, if no head is found."""
-    model = adapted.unwrap_for_editing(model)
-    layers = list(adapted.adaptable_layers(model))
-    if layers and layers[-1] and not head_names(model) and isinstance(model.get_submodule(layers[-1]), nn.Linear):
-        warnings.warn(
-            f"no classifier head is found, so the last layer, {layers[-1]}, is adapted and frozen: if it is new, give "
-            f"head={layers[-1]!r}",
-            stacklevel=3,
-        )
 
 
 def adapt_layers(
@@ -696,12 +584,11 @@ def adapt_layers(
     model = adapted.unwrap_for_editing(model)
     candidates = adapted.adaptable_layers(model)
     chosen = {}
-    projections = {}  # of attention: name -> the attention's
     for name, layer in candidates.items():
         if name in settings and (settings[name] is not None or use_qlora or adapted.rounds(layer, base_dtype)):
             chosen[name] = layer
-            if isinstance(layer, nn.MultiheadAttention):
-                projections[dotted(name, "out_proj")] = name
+    attentions = [name for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)]
+    projections = {dotted(name, "out_proj"): name for name in attentions}
     unknown = settings.keys() - candidates.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
@@ -715,9 +602,7 @@ def adapt_layers(
         if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
-        kind = type(layer)  # a layer in fewer bits keeps its kind
-        if kind in ADAPTED:
-            kind = ADAPTED[kind][use_qlora]
+        kind = ADAPTED[type(layer)][use_qlora] if type(layer) in ADAPTED else type(layer)  # which it has in fewer bits
         stored = None if in_head(model, name) else base_dtype
         kind.adapt(layer, settings[name], stored)
     for projection, name in projections.items():
@@ -898,7 +783,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[FineTuneOptions, di
 def main(
     argv: Sequence[str] | None = None, after_epoch: Callable[["FineTuning"], None] | None = None
 ) -> dict[str, Any]:
-    """Fine-tune as the options say.
+    """Fine-tune as the options say. Raises InputError for anything wrong with the options, the data or the files.
 
     Args:
         argv: the command line, `sys.argv[1:]` when None.
@@ -906,9 +791,6 @@ def main(
 
     Returns:
         The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds that of `cross_validate`.
-
-    Raises:
-        InputError: anything wrong with the options, the data or the files.
     """
     args, sources = read_options(argv)
     device = devices.select_device(args.device)
@@ -974,9 +856,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
 
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
     """`--norms`, with `auto` as frozen on a GPU: no GPU has run norms that follow, which are predicted to be slow."""
-    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
-        return "frozen"
-    return args.norms
+    return "frozen" if args.norms == "auto" and args.freeze_backbone and device.type != "cpu" else args.norms
 
 
 def build_model(
@@ -991,7 +871,11 @@ def build_model(
     per_pixel = args.task == "segmentation"
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
-    frozen_dtype = frozen_weights_dtype(args, model, dtype, arithmetic)
+    frozen_dtype = None  # that of the checkpoint
+    if args.freeze_backbone and not is_none(args.checkpoint):  # an adapter file has to hold all random weights
+        frozen_dtype = dtype if args.lora_rank > 0 else None
+        if arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype)):
+            frozen_dtype = torch.int8
     report["arithmetic"] = "int8" if frozen_dtype == torch.int8 else "float"
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=frozen_dtype)
@@ -1002,20 +886,6 @@ def build_model(
     share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model, report
-
-
-def frozen_weights_dtype(
-    args: FineTuneOptions, model: nn.Module, dtype: torch.dtype, arithmetic: str | None
-) -> torch.dtype | None:
-    """The dtype in which frozen weights are stored; None: that of the checkpoint.
-
-    Random weights stay as they are, since an adapter file has to hold all of them.
-    """
-    if not args.freeze_backbone or is_none(args.checkpoint):
-        return None
-    if arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype)):
-        return torch.int8
-    return dtype if args.lora_rank > 0 else None
 
 
 def search_learning_rate(
@@ -1112,7 +982,8 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     kept = run.evaluate_watched(verdict.divisor)
                     verdict = run.guard.after_epoch(trained, kept, verdict.divisor)
                 if isinstance(verdict, Keep):
-                    result = run.validate()
+                    with run.kept_weights():
+                        result = run.evaluate(run.stop.watched(run.loaders.val))
             match verdict:
                 case Keep():
                     run.end_epoch(trained, result)
@@ -1147,11 +1018,8 @@ class FineTuning(RunState):
     augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
 
     Args:
-        args: the options.
-        plan: what is settled beside them.
-        model: see `build_model`, on its device.
-        report: what `build_model` says of it.
-        splits: the training and the evaluation images.
+        plan: what is settled beside the options, `args`.
+        model, report: what `build_model` returns; the model is on its device.
         opened: a list to which all loaders are added, so that their processes can be ended.
         cached: `loaders.images` of another run on the same splits, with what is cached of them.
         is_trial: a search for a learning rate asks only how good it becomes: it writes nothing and never goes back.
@@ -1183,11 +1051,14 @@ class FineTuning(RunState):
                 self.loaders.cache_features(lower, plan.dtype)
         norms_train = bool(evaluation.training_norms(model))
         self.loaders.open(norms_train)
-        self.plan = self._let_norms_follow(plan)
+        if plan.norms in ("auto", "follow") and args.freeze_backbone:
+            follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
+            if followers(model):  # files are to say so, since `auto` is another thing on a GPU
+                plan = replace(plan, norms="follow")
+        self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
-        self._begin_training()
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         self.guard = Guard(
@@ -1198,40 +1069,26 @@ class FineTuning(RunState):
             may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
         )
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
-        self._name_state()
-
-    def _let_norms_follow(self, plan: Plan) -> Plan:
-        """Let BatchNorms follow the adapters where that is possible and not refused."""
-        if plan.norms not in ("auto", "follow") or not self.args.freeze_backbone:
-            return plan
-        follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
-        if followers(self.model):
-            return replace(plan, norms="follow")  # what files are to say, since `auto` is another thing on a GPU
-        return plan
+        self._begin_training()
 
     def _begin_training(self) -> None:
+        """Set up the optimizer and its rates. Name what training changes, and what else is this run's."""
         args = self.args
+        model = self.model
+        asked = self.plan.learning_rate
         steps = self.loaders.steps_per_epoch
-        divisor = optim.run_divisor(args, self.plan.learning_rate, steps)
-        self.first_rate = self.plan.learning_rate / divisor  # the peak rate before any collapse
+        divisor = optim.run_divisor(args, asked, steps)
+        self.first_rate = asked / divisor  # the peak rate before any collapse
         network = self.network
         if args.compile:
             network = devices.compiled(network, self.device, args.accumulation_steps)
-        optimizer = optim.build_optimizer(
-            self.model, self.plan.learning_rate, self.adapter_lr_factor, args.weight_decay
-        )
+        optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
         self.begin_training(network, optimizer, steps, warmup)
         optim.lower_rates(self.schedule, divisor)
         self.steps_read_together = training.STEPS_READ_TOGETHER.get(self.device.type, 1)
-
-    def _name_state(self) -> None:
-        """Name what training changes, what else a resumed run needs, and by what it is known again."""
         self.trained_entries |= {
-            "model": StateEntry(
-                save=lambda: trained_state(self.model),
-                load=lambda state: self.model.load_state_dict(state, strict=False),
-            ),
+            "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
             "wise_ft": StateEntry.of(self.wise_ft),
         }
         self.other_entries |= {
@@ -1244,10 +1101,10 @@ class FineTuning(RunState):
             "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
         }
         self.identity |= {
-            "config": self.plan.settings(self.args),
+            "config": self.plan.settings(args),
             "images": self.splits.digest(),
             "class_names": list(self.splits.class_names),
-            "base": getattr(self.model, "base_digests", {}),
+            "base": getattr(model, "base_digests", {}),
         }
 
     # How it starts
@@ -1276,8 +1133,11 @@ class FineTuning(RunState):
             with evaluation.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
                 initialization.start_at_gradient(self.model, self._first_backward, self.args.seed)
         self.wise_ft.begin()
-        # The batches' losses first: what they leave of a BatchNorm's statistics is not the start's.
-        worst_loss = self.worst_batch_loss()
+        worst_loss = None  # of the guard's batches, where BatchNorm makes losses depend on the batch
+        if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's
+            images = self.loaders.watched
+            loss = self.task.plain_loss
+            worst_loss = evaluation.worst_batch_loss(self.network, images, self.device, self.dtype, loss)
         self.guard.note_start(worst_loss, self.evaluate_watched())
 
     def _first_backward(self) -> None:
@@ -1323,13 +1183,12 @@ class FineTuning(RunState):
 
     def save_start(self) -> None:
         """Write what makes the run resumable, however soon it is killed."""
-        if self.is_trial:
-            return
-        self.save_config()
-        if self.progress is None:
-            self.save()
-        else:
-            self.save_state()
+        if not self.is_trial:
+            self.save_config()
+            if self.progress is None:
+                self.save()
+            else:
+                self.save_state()
 
     def saved_when_stopped(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.is_trial else super().saved_when_stopped()
@@ -1339,17 +1198,11 @@ class FineTuning(RunState):
         if self.progress is None:
             self.progress = training.Progress(self.rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
             if self.guard.is_recoverable and not self.is_trial:
-                self.last_good = copy_to_cpu(
-                    {"epochs": len(self.history), "state": self.trained(), "best": self._best_adapter()}
-                )
+                path = self.path("lora.pth")  # with --keep-best: an epoch that is undone later may replace it
+                has_best = self.args.keep_best and path.exists() and distributed.is_main()
+                best = read_checkpoint(path) if has_best else None
+                self.last_good = copy_to_cpu({"epochs": len(self.history), "state": self.trained(), "best": best})
         return self.progress
-
-    def _best_adapter(self) -> dict[str, Any] | None:
-        """The best adapter so far, with --keep-best: an epoch that is undone later may replace it."""
-        path = self.path("lora.pth")
-        if not self.args.keep_best or not path.exists() or not distributed.is_main():
-            return None
-        return read_checkpoint(path)
 
     def exchanging(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Within this block of the last batch of a step, backward averages the gradients over the processes."""
@@ -1361,8 +1214,9 @@ class FineTuning(RunState):
             self.progress.add(images, int(correct), plain)
             bar.set_postfix(self.progress.shown() | self.meter.shown(), refresh=False)
             bar.update(images)
-            if not self.history and self.progress.steps == 1:
-                LoRAManager(self.model).tell_unused()
+            if not self.history and self.progress.steps == 1 and (unused := lora_utils.unused_adapters(self.model)):
+                names = listed(unused)
+                tqdm.write(f"no gradient reaches the adapters of {names}: leave them out with --exclude-modules")
             self.guard.note_step(plain / images if math.isfinite(loss) else loss)
             verdict = self.guard.after_step()
             if isinstance(verdict, GoBack):
@@ -1370,22 +1224,17 @@ class FineTuning(RunState):
         return Keep()
 
     def end_epoch(self, trained: tasks.Answers, result: tasks.Answers) -> None:
-        """Note an epoch that stays, print it, and write its files.
-
-        Args:
-            trained: the answers for the guard's images with all of the trained change.
-            result: those for the evaluation images.
-        """
+        """Note an epoch that stays, by the guard's images with all of the change; print it, and write its files."""
         divisor = self.wise_ft.alpha / self.wise_ft.share if self.wise_ft.share else math.inf
         self.guard.note_epoch(trained, divisor)
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
+        rate = now.learning_rate
+        adapter_rate = rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
-        row["learning_rate"] = now.learning_rate
-        row["adapter_learning_rate"] = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
-        row["seconds"] = now.seconds
+        row |= {"learning_rate": rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
         self.history.append(row)
         self.progress = None
         if not self.is_trial:
@@ -1399,8 +1248,7 @@ class FineTuning(RunState):
         temperature = self.temperature
         if self.is_trial:
             raise Collapsed(epoch, rate, 0, self.path("lora.pth"), {})
-        good = self.last_good
-        self.last_good = None
+        good, self.last_good = self.last_good, None
         if good["best"] is not None and distributed.is_main():
             save_atomically(good["best"], self.path("lora.pth"))
         undone = sum(row["seconds"] for row in self.history[good["epochs"] :]) + self.progress.seconds
@@ -1450,26 +1298,10 @@ class FineTuning(RunState):
         return self.task.evaluate(self.network, batches, self.device, self.dtype)
 
     def evaluate_watched(self, divisor: float = 1) -> tasks.Answers:
-        """Evaluate the guard's training images, in the same views each time, with a part of the trained change.
-
-        Args:
-            divisor: of `wise_ft.alpha`; infinite: nothing of the change.
-        """
+        """Evaluate the guard's images, in the same views each time, with ``wise_ft.alpha / divisor`` of the change."""
         self.wise_ft.share = self.wise_ft.alpha / divisor
         with self.kept_weights():
             return self.evaluate(self.loaders.watched)
-
-    def validate(self) -> tasks.Answers:
-        """Evaluate the evaluation images. A stop request ends it between two batches."""
-        with self.kept_weights():
-            return self.evaluate(self.stop.watched(self.loaders.val))
-
-    def worst_batch_loss(self) -> float | None:
-        """The highest loss of a batch of the guard's images; None if no BatchNorm makes losses depend on the batch."""
-        if self.loaders.statistics is None:
-            return None
-        loss = self.task.plain_loss
-        return evaluation.worst_batch_loss(self.network, self.loaders.watched, self.device, self.dtype, loss)
 
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.

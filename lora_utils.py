@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora.adapted import AdaptedLayer, adapted_layers, adapter_parameters, is_adapted
 from lora.adapter_file import (  # noqa: F401 - most of these are for whoever reads the files
@@ -27,17 +26,12 @@ from lora.adapter_file import (  # noqa: F401 - most of these are for whoever re
     read_adapter_file,
     write_adapter_file,
 )
-from lora.adapter_set import Adapter, AdapterSet, LayerState
+from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
-from toolkit.models.backbones import (
-    in_head,
-    name_head,
-    other_heads,
-    unwrapped,
-)
+from toolkit.models.backbones import in_head, name_head, other_heads, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
 # ------------------------------------------------------------------------------------------------ what a model holds
@@ -49,9 +43,7 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     The digest of a weight in 4 or 16 bits is that of its values before rounding, and the digest of an interpolated
     position embedding is that of the checkpoint's: so digests are the same on every machine.
     """
-    digests = {}
-    for name, tensor, known in _stock_tensors(model):
-        digests[name] = known or tensor_digest(tensor)
+    digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.models.checkpoints.load_backbone
         if digests[name] == resized:
             digests[name] = model.base_digests[name]
@@ -65,18 +57,15 @@ def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> I
     A rounded weight that changes gets the digest of the loaded values, and no longer counts as its former base.
     """
 
-    def stored(name: str) -> Tensor:
-        return dense_weight(layer.base(name), torch.float32)
-
-    before = {name: stored(name) for name in layer.float_digests if prefix + name in state}
+    names = [name for name in layer.float_digests if prefix + name in state]
+    before = {name: dense_weight(layer.base(name), torch.float32) for name in names}
     yield
     for name, numbers in before.items():
-        if not torch.equal(stored(name), numbers):
-            loaded = state[prefix + name]
-            if not loaded.is_floating_point():  # in 4 bits, whose bytes alone do not determine the values
-                loaded = stored(name)
+        now = dense_weight(layer.base(name), torch.float32)
+        if not torch.equal(now, numbers):
+            loaded = state[prefix + name]  # in 4 bits its bytes alone do not determine the values
             # Change the dictionary in place: adapters that share the base share it.
-            layer.float_digests[name] = tensor_digest(loaded)
+            layer.float_digests[name] = tensor_digest(loaded if loaded.is_floating_point() else now)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -87,9 +76,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if not getattr(module, "frozen", False):
             own += dict(module.named_buffers(recurse=False))
-        for name in own:
-            if dotted(prefix, name) in state:
-                trained[dotted(prefix, name)] = state[dotted(prefix, name)]
+        names = (dotted(prefix, name) for name in own)
+        trained |= {name: state[name] for name in names if name in state}
     return trained
 
 
@@ -117,9 +105,8 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
     for prefix, module in model.named_modules():
         if of_head != in_head(model, prefix):
             continue
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in tensors:
-            if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name in adapter_parameters(module) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
             if known is None and is_adapted(module) and module.merged:
@@ -136,31 +123,20 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         numel = math.prod(_stock_shape(module, name, parameter))
         counts["total"] += numel
         counts["trainable" if parameter.requires_grad else "frozen"] += numel
-        if _is_adapter(module, name):
+        if name in adapter_parameters(module):
             counts["lora"] += numel
     return counts
 
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    if is_adapted(module) and name in module.float_digests:
-        return module.base(name).shape
-    return parameter.shape
+    return module.base(name).shape if is_adapted(module) and name in module.float_digests else parameter.shape
 
 
 def full_rank(model: nn.Module) -> int:
     """The full rank of the largest layer. A higher rank only takes memory: a typing error could ask for terabytes."""
-    highest = 0
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            out, *fan_in = _stock_shape(module, name, parameter) or (0,)
-            if fan_in:
-                highest = max(highest, min(out, math.prod(fan_in)))
-    return highest
-
-
-def _is_adapter(module: nn.Module, name: str) -> bool:
-    return is_adapted(module) and name.startswith("lora_")
+    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- manager
@@ -180,34 +156,26 @@ class LoRAManager:
         self.model = unwrapped(model)
         name_head(self.model, head)
 
-    def _layers(self) -> dict[str, AdaptedLayer]:
-        return adapted_layers(self.model)
-
     def _layers_in_file(self) -> dict[str, AdaptedLayer]:
         """The layers that an adapter file names: those with an adapter, and those in 4 bits without one.
 
         Files do not record 16-bit storage: autocast would round the same way.
         """
-        return {n: layer for n, layer in self._layers().items() if layer.r or layer.base_bits == 4}
+        return {n: layer for n, layer in adapted_layers(self.model).items() if layer.r or layer.base_bits == 4}
 
     def _layers_to_merge(self) -> dict[str, AdaptedLayer]:
         """The layers that merging turns into dense floats: those with adapters, and rounded ones of rank 0."""
-        layers = self._layers()
+        layers = adapted_layers(self.model)
         if layers:
-            for name, module in self.model.named_modules():
-                if is_adapted(module) and module.base_bits < 32:
-                    layers[name] = module
+            layers |= {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.base_bits < 32}
         return layers
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """The tensors that every adapter file of this model holds, by name: adapters and classifier head."""
         tensors = {}
         for prefix, layer in self._layers_in_file().items():
-            for name, factor in adapter_parameters(layer).items():
-                tensors[dotted(prefix, name)] = factor
-        for name, tensor, _ in _stock_tensors(self.model, of_head=True):
-            tensors[name] = tensor
-        return tensors
+            tensors |= {dotted(prefix, name): factor for name, factor in adapter_parameters(layer).items()}
+        return tensors | {name: tensor for name, tensor, _ in _stock_tensors(self.model, of_head=True)}
 
     # ----------------------------------------------------------------------------------------- merge, switch, remove
 
@@ -224,7 +192,7 @@ class LoRAManager:
     @contextlib.contextmanager
     def disable_lora(self) -> Iterator[None]:
         """Within the `with` block the model computes as if it had no adapters, merged or not."""
-        layers = self._layers().values()
+        layers = adapted_layers(self.model).values()
         before = [layer.lora_enabled for layer in layers]
         merged = [conv for conv in followers(self.model) if conv.merged]
         try:
@@ -253,16 +221,14 @@ class LoRAManager:
             InputError: layers are in 4 or 16 bits and `merge` is false: their float weights are gone. The model is
                 unchanged.
         """
-        layers = self._layers()
+        layers = adapted_layers(self.model)
         adapter_set = getattr(self.model, "adapter_set", None)
-        base = {name: LayerState.of(layer) for name, layer in layers.items()}
-        if adapter_set is not None:
-            base |= adapter_set.base.layers
-        for name, state in base.items():
-            if state.base_bits < 32 and not (merge and layers):
+        stored = layers if adapter_set is None else layers | adapter_set.base.layers
+        for name, layer in stored.items():
+            if layer.base_bits < 32 and not (merge and layers):
                 how = "merge=True" if layers else "merge=True and an adapter in use"
                 raise InputError(
-                    f"{name} is in {state.base_bits} bits, its float weight is gone: take the merged weights with "
+                    f"{name} is in {layer.base_bits} bits, its float weight is gone: take the merged weights with "
                     f"{how}, or load the checkpoint again"
                 )
         if adapter_set is not None and not merge:
@@ -282,15 +248,13 @@ class LoRAManager:
         differently from one machine to the next.
         """
         digests = base_digests(self.model)
-        for name, statistic in named_statistics(self.model).items():
-            digests[name] = tensor_digest(statistic)
+        digests |= {name: tensor_digest(statistic) for name, statistic in named_statistics(self.model).items()}
         sources = {}
         for name, layer in self._layers_to_merge().items():
             if not in_head(self.model, name):  # the head is no part of the base
                 factors = [f"{layer.scaling:.17g}", type(layer).__name__]
                 factors += map(tensor_digest, adapter_parameters(layer).values())
-                for weight in layer.weight_names:
-                    sources[dotted(name, weight)] = factors
+                sources |= {dotted(name, weight): factors for weight in layer.weight_names}
         self.unload(merge=True)
         state = self.model.state_dict()
         computed = dict(getattr(self.model, "resized_digests", {}))
@@ -306,38 +270,27 @@ class LoRAManager:
         A layer of rank 0 has no adapter, but is stored in 4 bits.
         """
         layers = {}
-        adapted = 0
-        parameters = 0
         for name, layer in self._layers_in_file().items():
             own = sum(map(Tensor.numel, adapter_parameters(layer).values()))
             layers[name] = {**_layer_record(layer), "parameters": own}
-            adapted += layer.r > 0
-            parameters += own
         return {
-            "num_layers": adapted,
-            "lora_parameters": parameters,
-            "merged": any(layer.merged for layer in self._layers().values()),
+            "num_layers": sum(record["r"] > 0 for record in layers.values()),
+            "lora_parameters": sum(record["parameters"] for record in layers.values()),
+            "merged": any(layer.merged for layer in adapted_layers(self.model).values()),
             "layers": layers,
         }
-
-    def tell_unused(self) -> None:
-        """Print a line with the names that `unused_adapters` returns, if there are any."""
-        if unused := unused_adapters(self.model):
-            tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out with --exclude-modules")
 
     # ------------------------------------------------------------------------------------------- several on one base
 
     @property
     def names(self) -> list[str]:
         """The names that `use` accepts, in the order in which the adapters were added."""
-        adapter_set = getattr(self.model, "adapter_set", None)
-        return [] if adapter_set is None else list(adapter_set.named)
+        return list(self.model.adapter_set.named) if hasattr(self.model, "adapter_set") else []
 
     @property
     def in_use(self) -> str | None:
         """The name of the adapter that computes. None: the base computes, or an adapter without a name."""
-        adapter_set = getattr(self.model, "adapter_set", None)
-        return None if adapter_set is None else adapter_set.in_use
+        return self.model.adapter_set.in_use if hasattr(self.model, "adapter_set") else None
 
     def use(self, name: str | None) -> dict[str, Any]:
         """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
@@ -362,12 +315,6 @@ class LoRAManager:
             return getattr(self.model, "adapter_metadata", {})
         return self.model.adapter_set.named[self.in_use].metadata
 
-    def _set_metadata(self, metadata: dict[str, Any]) -> None:
-        if self.in_use is None:
-            self.model.adapter_metadata = metadata
-        else:
-            self.model.adapter_set.named[self.in_use].metadata = metadata
-
     def remove(self, name: str) -> None:
         """Remove an adapter and free its memory. If it is in use, switch to the base. Raises the errors of `use`."""
         before = self.in_use
@@ -382,7 +329,7 @@ class LoRAManager:
             InputError: the adapters are merged or switched off, there is a `default` already, or the base has trained
                 together with the adapter.
         """
-        layers = self._layers()
+        layers = adapted_layers(self.model)
         if any(layer.merged for layer in layers.values()):
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
@@ -390,7 +337,7 @@ class LoRAManager:
         if not hasattr(self.model, "adapter_set"):
             now = base_digests(self.model)
             start = self.model.base_digests = getattr(self.model, "base_digests", now)
-            changed = _changed(now, start)
+            changed = [name for name in now if now[name] != start.get(name)]
             if layers and start and changed:
                 raise InputError(
                     f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: "
@@ -433,25 +380,24 @@ class LoRAManager:
             InputError: the file or the metadata cannot be written; an earlier file is unchanged.
         """
         now = base_digests(self.model)
-        start = getattr(self.model, "base_digests", {})
-        if metadata is None:
-            metadata = self._metadata()
+        metadata = self._metadata() if metadata is None else metadata
         # Two-stage and full fine-tuning change the base itself, so its changed tensors belong to the file. A weight in
         # 4 bits cannot change, and without a record of the start every tensor counts as changed.
-        changed = _changed(now, start)
+        start = getattr(self.model, "base_digests", {})
+        changed = [name for name in now if now[name] != start.get(name)]
         tensors = self._own_tensors()
-        for name, tensor, quantised in _stock_tensors(self.model):
-            if name in changed and not quantised:
-                tensors[name] = tensor
+        tensors |= {name: t for name, t, known in _stock_tensors(self.model) if name in changed and not known}
         tensors |= named_statistics(self.model)
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.detach().cpu().clone().contiguous()
+        try:  # as files return them: with lists for tuples, and strings as keys
+            metadata = json.loads(json.dumps(metadata))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metadata takes numbers, strings, lists and dicts alone: {error}") from None
         content = {
             "format_version": 2 if "task" in metadata else 1,
-            "tensors": tensors,
+            "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             "layers": {name: _layer_record(layer) for name, layer in self._layers_in_file().items()},
             "base_hash": _hash(now, without=tensors),
-            "metadata": _plain_values(metadata),
+            "metadata": metadata,
         }
         write_adapter_file(content, path)
 
@@ -470,12 +416,16 @@ class LoRAManager:
                 is taken. The model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
+        metadata = content["metadata"]
         if name is not None:
             self._add(name, content, path)
-            return content["metadata"]
+            return metadata
         self._read(content, path)
-        self._set_metadata(content["metadata"])
-        return content["metadata"]
+        if self.in_use is None:
+            self.model.adapter_metadata = metadata
+        else:
+            self.model.adapter_set.named[self.in_use].metadata = metadata
+        return metadata
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
         """Copy a file's tensors and settings into the layers that are adapted now. Raises InputError if they differ."""
@@ -490,25 +440,24 @@ class LoRAManager:
                 state[name].copy_(content["tensors"][name])
         for name, layer in self._layers_in_file().items():
             record = content["layers"][name]
-            for field in ("lora_alpha", "lora_dropout", "use_rslora", "scaling"):
-                setattr(layer, field, record[field])
+            vars(layer).update({field: record[field] for field in LAYER_FIELDS[2:]})  # its kind and rank are the same
 
     def _differences(self, content: dict[str, Any]) -> list[str]:
         """The differences between a file and the adapter in use, one line each."""
-        if any(layer.merged for layer in self._layers().values()):
+        if any(layer.merged for layer in adapted_layers(self.model).values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
-        problems = self._different_layers(content["layers"])
-        if not problems:
-            problems = self._different_tensors(content["tensors"])
-        if not problems and content["base_hash"] not in self._base_hashes(content["tensors"]):
-            problems.append("it was trained over another base: load the checkpoint that it names, with as many heads")
-        return problems
+        problems = self._different_layers(content["layers"]) or self._different_tensors(content["tensors"])
+        if problems:
+            return problems
+        now = base_digests(self.model)
+        older = now | getattr(self.model, "resized_digests", {})  # of files that hash the interpolated embedding
+        if content["base_hash"] in [_hash(digests, without=content["tensors"]) for digests in (now, older)]:
+            return []
+        return ["it was trained over another base: load the checkpoint that it names, with as many heads"]
 
     def _different_layers(self, records: dict[str, dict[str, Any]]) -> list[str]:
         layers = self._layers_in_file()
-        problems = []
-        for name in records.keys() - layers.keys():
-            problems.append(f"{name} is adapted in the file but not here")
+        problems = [f"{name} is adapted in the file but not here" for name in records.keys() - layers.keys()]
         for name, layer in layers.items():
             here = _layer_record(layer)
             if name not in records and layer.r:
@@ -523,14 +472,10 @@ class LoRAManager:
     def _different_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
         own = self._own_tensors()
         here = {**self.model.state_dict(keep_vars=True), **own}
-        problems = []
-        for name in own.keys() - tensors.keys():
-            problems.append(f"tensor {name} is missing in the file")
-        for name in tensors.keys() - here.keys():
-            problems.append(f"tensor {name} is unknown here")
-        for name, _, known in _stock_tensors(self.model):
-            if known and name in tensors:
-                problems.append(f"{name} has trained in the file, but is in fewer bits here")
+        problems = [f"tensor {name} is missing in the file" for name in own.keys() - tensors.keys()]
+        problems += [f"tensor {name} is unknown here" for name in tensors.keys() - here.keys()]
+        rounded = (name for name, _, known in _stock_tensors(self.model) if known and name in tensors)
+        problems += [f"{name} has trained in the file, but is in fewer bits here" for name in rounded]
         for name in tensors.keys() & here.keys():
             theirs = tensors[name]
             ours = here[name]
@@ -539,12 +484,6 @@ class LoRAManager:
             elif theirs.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
         return problems
-
-    def _base_hashes(self, without: Collection[str]) -> list[str]:
-        """The hashes that a file over this base may have: older files hash the interpolated position embedding."""
-        digests = base_digests(self.model)
-        earlier = digests | getattr(self.model, "resized_digests", {})
-        return [_hash(digests, without), _hash(earlier, without)]
 
 
 # -------------------------------------------------------------------------------------------------------------- file
@@ -559,26 +498,10 @@ def _refuse(path: str | Path, problems: list[str]) -> None:
         raise InputError(f"{path} does not fit this model: {'; '.join(shown)}")
 
 
-def _changed(now: dict[str, str], start: dict[str, str]) -> list[str]:
-    """The names of the tensors whose digests are not those of the start."""
-    return [name for name in now if now[name] != start.get(name)]
-
-
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
     return {"kind": type(layer).__name__, **{field: getattr(layer, field) for field in LAYER_FIELDS[1:]}}
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:
-    lines = []
-    for name, digest in sorted(digests.items()):
-        if name not in without:
-            lines.append(f"{name} {digest}")
+    lines = [f"{name} {digest}" for name, digest in sorted(digests.items()) if name not in without]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _plain_values(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata as adapter files return them: with lists for tuples, and strings as keys."""
-    try:
-        return json.loads(json.dumps(metadata))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"metadata takes numbers, strings, lists and dicts alone: {error}") from None
