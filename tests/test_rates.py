@@ -1,19 +1,20 @@
 """The learning rates of a run: the default, the schedule, and the search for one."""
 
-import csv
+import contextlib
+import math
 import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import finetune_lora
 from finetune_lora import FineTuning
-from tests.run_folders import metrics, tensors
+from tests.run_folders import metrics, rows_of, tensors
 from toolkit import InputError
-from toolkit.answers.tasks import Classification
+from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions
+from toolkit.run.search import RATES, Trial, choose, find_learning_rate
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
@@ -26,6 +27,10 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert rates == pytest.approx([1.12e-6, 1.13e-6, 1.13e-6], rel=1e-2)
     steps = [1e-2 / optim.rate_divisor(1e-2, steps) for steps in (10, 50, 150, 190)]
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.25e-3, rel=1e-2)
+    assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
+    assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
+    assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
+    assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 
 def test_more_passes_over_few_images_do_not_raise_the_rate():
@@ -48,15 +53,8 @@ def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, mon
     assert metrics(results["folder"])[0]["learning_rate"] < 1e-4
 
 
-def test_a_warm_up_is_a_few_steps_long_where_an_epoch_is_one_step():
-    assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
-    assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
-    assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
-    assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["--use-qlora", "--lora-rank 0", "--lora-rank 0 --no-freeze-backbone"])
+@pytest.mark.parametrize("way", ["--use-qlora", "--lora-rank 0 --no-freeze-backbone"])
 def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, monkeypatch, capsys, way):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     results = finetune(f"--learning-rate auto --epochs 1 {way}")
@@ -69,7 +67,7 @@ def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, mo
 def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-5, 1e-4, 1e-3))
     whole = finetune("--learning-rate auto", output="whole")
-    rows = list(csv.DictReader((tmp_path / "whole/learning_rates.csv").read_text().splitlines()))
+    rows = rows_of(tmp_path / "whole/learning_rates.csv")
     assert len(rows) == 3 and (tmp_path / "whole/learning_rates.png").exists()
     assert whole["learning_rate"] in {float(row["learning_rate"]) for row in rows}
     assert whole["config"]["finetune"]["learning_rate"] == whole["learning_rate"]
@@ -127,23 +125,6 @@ def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch
     assert results["learning_rate"] == 1e-4 and (tmp_path / "elsewhere/learning_rates.png").exists()
 
 
-def test_a_search_is_not_resumed_from_pretraining(finetune, tmp_path):
-    torch.save({"config": {"epochs": 3}, "images": ""}, tmp_path / "last.pth")
-    with pytest.raises(InputError, match=r"last\.pth is not a last\.pth of this version of the script"):
-        finetune(f"--learning-rate auto --resume {tmp_path / 'last.pth'}")
-
-
-@pytest.mark.slow
-def test_a_run_whose_rate_was_found_is_repeated_by_its_config(finetune, monkeypatch, tmp_path):
-    """Random numbers of training included."""
-    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
-    found = finetune("--learning-rate auto --mixup 0.5 --epochs 1", output="found")
-    main = finetune_lora.main
-    main(["--config", str(found["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"])
-    ours, theirs = (tensors(tmp_path / name / "lora.pth") for name in ("found", "again"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-
-
 def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):
     torch.save({"trials": []}, tmp_path / "other.pth")
     for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
@@ -174,10 +155,65 @@ def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
     assert [row["learning_rate"], row["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
 
 
-def test_rare_classes_can_count_as_much_as_frequent_ones(start):
-    run = start("--class-weights balanced")
-    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert run.task.objective.class_weights.tolist() == pytest.approx([1, 1, 1])  # as many of each here
-    run.task.objective.class_weights = torch.tensor([1.0, 2.0, 3.0])
-    expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 2.0, 3.0]), reduction="sum")
-    torch.testing.assert_close(run.task.loss(logits, labels), expected)
+# ----------------------------------------------------------------------------------------- the search by itself
+
+
+def variance_on(images: int):
+    """Of accuracies that are measured on so many images."""
+    return lambda accuracy: Classification(["cat", "dog"]).head.variance(accuracy, images)
+
+
+def test_a_rate_is_found_that_is_better_by_more_than_chance():
+    accuracies = dict(zip(RATES, [0.5, 0.6, 0.7, 0.8, 0.9, 0.89, 0.0], strict=True))
+    rate, trials = find_learning_rate(
+        lambda rate: (accuracies[rate], 0.0), variance_on(100)
+    )  # 0.9 has an error of 0.03
+    assert rate == 1e-3
+    assert [(trial.learning_rate, trial.val_score) for trial in trials] == list(accuracies.items())
+
+
+def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
+    accuracies = [0.5, 0.88, 0.84, 0.88, 0.9, 0.89, 0.0]
+    trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
+    assert (
+        choose(trials, variance_on(100)) == 3e-4
+        and choose(trials, variance_on(20)) == 1e-4
+        and choose(trials, variance_on(10_000)) == 1e-3
+    )
+    assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], variance_on(5)) == 1e-4
+
+
+def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
+    """Their R2 is below 0, which is what a collapsed trial is given."""
+    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).head.variance
+    trials = [Trial(rate, -0.1, 1.1) if rate < 1e-3 else Trial(rate, 0.0, math.inf) for rate in RATES]
+    assert choose(trials, lambda score: variance(score, 100)) == 1e-4
+    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4
+
+
+def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
+    """As of numbers that do not differ on the validation part; the trials are paid for."""
+    trials = [Trial(rate, math.nan, abs(math.log(rate / 1e-3))) for rate in RATES]
+    assert choose(trials, variance_on(100)) == 1e-3
+    assert "the score is not defined on the validation part" in capsys.readouterr().out
+    trials[0] = Trial(RATES[0], 0.5, 9.0)
+    assert choose(trials, variance_on(100)) == RATES[0]
+
+
+def test_an_interrupted_search_goes_on_with_what_it_knows():
+    """To the same rate; no trial is made twice."""
+    saved, made = [], []
+
+    def trial(rate: float) -> tuple[float, float]:
+        made.append(rate)
+        return 1 - rate, 0.0
+
+    def stop_after_five(trials: list[Trial]) -> None:
+        saved[:] = trials
+        if len(trials) == 5:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        find_learning_rate(trial, variance_on(1000), tried=stop_after_five)
+    rate, trials = find_learning_rate(trial, variance_on(1000), known=saved)
+    assert rate == 1e-4 and made == list(RATES) == [trial.learning_rate for trial in trials]
