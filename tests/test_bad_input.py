@@ -662,9 +662,9 @@ HOSTILE = [
 TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS, *CHANNELS, *HOSTILE]
 
 
-def everything_in(folder: Path) -> dict[Path, tuple[int, int]]:
-    """When each file and folder was written last, and its size."""
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+def everything_in(folder: Path) -> dict[Path, int | None]:
+    """When each file was written last; folders alone may be written to, by locks that come and go."""
+    return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def printed_by(command: str, capsys) -> str:
