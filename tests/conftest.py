@@ -238,30 +238,3 @@ def few_images(monkeypatch):
         return splits._replace(train=few(splits.train), val=few(splits.val))
 
     monkeypatch.setattr(loaders, "load_splits", load_few)
-
-
-# ------------------------------------------------------------------------------------------------- without a GPU
-
-LEFT_OUT = pytest.StashKey[int]()  # how many cases a GPU would add
-
-
-@pytest.hookimpl(trylast=True)  # after those that were not asked for are gone
-def pytest_collection_modifyitems(config, items):
-    """Count the cases that would run once more on CUDA, and leave the number where the summary finds it."""
-    if torch.cuda.is_available():
-        return
-    twice = [item for item in items if hasattr(item, "callspec") and item.callspec.params.get("device") == "cpu"]
-    config.stash[LEFT_OUT] = len(twice)
-    if hasattr(config, "workeroutput"):  # a process of pytest-xdist
-        config.workeroutput["left_out"] = len(twice)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    node.config.stash[LEFT_OUT] = node.workeroutput.get("left_out", 0)
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    left_out = config.stash.get(LEFT_OUT, 0)
-    if left_out:
-        terminalreporter.write_line(f"no GPU: {left_out} CUDA cases are not collected")

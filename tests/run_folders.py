@@ -17,9 +17,14 @@ def tensors(path) -> dict[str, torch.Tensor]:
     return read_adapter_file(path)["tensors"]
 
 
+def rows_of(path) -> list[dict[str, str]]:
+    """The rows of a table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def metrics(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [{key: float(value) for key, value in row.items() if value} for row in rows_of(folder / "metrics.csv")]
 
 
 def stop(*_):

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from PIL import Image
 
 import deploy_lora
@@ -186,50 +185,41 @@ def adapter(title: str, content, *names: str, command: str = "deploy_lora evalua
 
 FLAGS = [
     case("a misspelt flag", "finetune --epoch 3", "--epoch: no such option", "did you mean --epochs?"),
-    case("an abbreviated flag", "finetune --learn 1", "--learn: no such option", "did you mean --learning-rate?"),
     case("a word of a flag", "finetune --dropout 0.1", "--dropout: no such", "mean --lora-dropout?", "--help-all"),
     case("the words of a flag in another order", "finetune --init-lora random", "did you mean --lora-init?"),
-    case("another word for a flag", "finetune --rate 1", "did you mean --learning-rate?"),
     case("an underscore in a flag", "finetune --lora_rank 4", "--lora_rank", "did you mean --lora-rank?"),
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
-    case("a flag of another script", "finetune --queue-size 9", "--queue-size: no such option"),
     case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),
     case("an earlier name", "finetune --train-norms", "--train-norms: replaced; write --norms train"),
-    case("one dash", "finetune -epochs 3", "-epochs: no such option"),
     case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
     case("a flag without its value", "finetune --epochs", "--epochs: expected a value, got none"),
     case("an empty value", "finetune --checkpoint ''", "--checkpoint: expected a value, got none"),
-    case("an empty output folder", "finetune --output-dir=", "--output-dir: expected a value, got none"),
     case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora=yes", "alone"),
-    case("text for a number", "finetune --epochs ten", "--epochs: expected a whole number above 0, got 'ten'"),
-    case("half an epoch", "finetune --epochs 2.5", "--epochs: expected a whole number above 0, got '2.5'"),
-    case("no epochs", "finetune --epochs 0", "--epochs: expected a whole number above 0"),
-    case("a negative number of epochs", "finetune --epochs -3", "--epochs: expected a whole number above 0, got '-3'"),
+    case("whole numbers out of range", "finetune --epochs ten --batch-size 0 --accumulation-steps 2.5 --image-size 0"
+         " --labels-per-class -3 --lora-rank -1 --seed -1 --rank-pattern mlp=2.5 --heads 0 --workers 100000",
+         *(f"--{name}: expected a whole number above 0, got '{value}'" for name, value in {
+             "epochs": "ten", "batch-size": 0, "accumulation-steps": 2.5, "image-size": 0, "labels-per-class": -3,
+             "heads": 0}.items()), "--lora-rank: expected a whole number, 0 or more, got '-1'",
+         "--seed: expected a whole number, 0 or more", "--rank-pattern: expected a whole number",
+         "--workers: expected a whole number from 0 to 256, or auto"),
+    case("numbers out of range", "finetune --lora-alpha 0 --learning-rate 0,01 --clip-grad-norm nan --scale -1"
+         " --lora-dropout 1 --label-smoothing -0.1 --weight-decay -1 --warmup-epochs inf --mixup -0.2",
+         *(f"--{x}: expected a number above 0" for x in ("lora-alpha", "learning-rate", "clip-grad-norm", "scale")),
+         *(f"--{name}: expected a number from 0 to below 1" for name in ("lora-dropout", "label-smoothing")),
+         *(f"--{name}: expected a number, 0 or more" for name in ("weight-decay", "warmup-epochs", "mixup"))),
+    case("misspelt choices", "finetune --dataset digit --augmentation flips --precision float16 --cache-features Ram",
+         "'digit' is none of digits, imagefolder", "'flips' is none of crop, trivial, affine, none",
+         "'float16' is none of auto, fp32, bf16, fp16", "'Ram' is none of none, ram, disk"),
     case("more epochs than can be counted", f"finetune --epochs {10**30}", "too large; the largest is 2147483647"),
-    case("an empty batch", "finetune --batch-size 0", "--batch-size: expected a whole number above 0"),
-    case("no accumulation", "finetune --accumulation-steps 0", "--accumulation-steps: expected a whole number above 0"),
-    case("a negative rank", "finetune --lora-rank -1", "--lora-rank: expected a whole number, 0 or more, got '-1'"),
     case("a rank above every layer's", "finetune --lora-rank 100000", "rank 100000 of", "is above 192", "--lora-rank"),
     case("a pattern without a value", "finetune --rank-pattern mlp", "--rank-pattern: expected LAYER=VALUE", "'mlp'"),
     case("a pattern without a layer", "finetune --rank-pattern =4", "--rank-pattern: expected LAYER=VALUE, as layer4"),
-    case("half a rank in a pattern", "finetune --rank-pattern mlp=2.5", "--rank-pattern: expected a whole number"),
     case("a pattern for no layer", "finetune --rank-pattern layer9=4", "no adapted layer matches 'layer9'; there are:"),
     case("a pattern's rank above every layer's", "finetune --rank-pattern mlp=999", "rank 999 of", "is above 192"),
     case("a pattern without adapters", "finetune --lora-rank 0 --rank-pattern mlp=4", "there are no adapters"),
-    case("alpha 0", "finetune --lora-alpha 0", "--lora-alpha: expected a number above 0"),
-    case("a negative rate", "finetune --learning-rate -1e-3", "--learning-rate: expected a number above 0"),
-    case("a rate of 0", "finetune --learning-rate 0", "--learning-rate: expected a number above 0"),
-    case("a rate that is not a number", "finetune --learning-rate nan", "--learning-rate: expected a number above 0"),
-    case("an infinite rate", "finetune --learning-rate inf", "--learning-rate: expected a number above 0"),
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
-    case("a decimal comma", "finetune --learning-rate 0,01", "--learning-rate", "got '0,01'"),
-    case("negative weight decay", "finetune --weight-decay -1", "--weight-decay: expected a number, 0 or more"),
-    case("negative warm-up", "finetune --warmup-epochs -1", "--warmup-epochs: expected a number, 0 or more"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
-    case("dropout of everything", "finetune --lora-dropout 1", "--lora-dropout: expected a number from 0 to below 1"),
-    case("only label smoothing", "finetune --label-smoothing 1", "--label-smoothing: expected a number from 0"),
-    case("no gradient left", "finetune --clip-grad-norm 0", "--clip-grad-norm: expected a number above 0"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 6"),
     case(
         "features that change",
@@ -237,7 +227,6 @@ FLAGS = [
         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
         "--mixup with --cache-features: cached features must be the same in every epoch",
     ),
-    case("a cache of earlier versions", "finetune --cache-images ram", "--cache-images: the option was removed"),
     case(
         "norms below 4 bits",
         "finetune --adapt-last 2 --use-qlora --norms train",
@@ -258,15 +247,9 @@ FLAGS = [
     case("8 bits and 4", "finetune --arithmetic int8 --use-qlora", "--arithmetic int8 with --use-qlora", "drop one of"),
     case("8 bits for convolutions", "finetune --arithmetic int8 --checkpoint theirs.pth", "use --arithmetic float",
          files={"theirs.pth": resnet()}),
-    case("the smallest of no crops", "finetune --augmentation affine --crop-min 0.5", "--crop-min: the option was"),
     case("the smallest of no crops in stage 1", "pretrain --two-crops digits --crop-min 0.5", "--two-crops digits"),
-    case("no labels", "finetune --labels-per-class 0", "--labels-per-class: expected a whole number above 0"),
     case("more labels than images", "finetune --labels-per-class 8", "class bright has only 7 training images"),
-    case("a negative seed", "finetune --seed -1", "--seed: expected a whole number, 0"),
     case("a seed too large for the generators", f"finetune --seed {2**64}", "--seed: 18446744073709551616 is too"),
-    case("more workers than any machine has", "finetune --workers 100000", "--workers: expected a whole number from 0"),
-    case("a misspelt schedule", "pretrain --schedule cosin", "'cosin' is none of", "did you mean cosine?"),
-    case("a choice in capitals", "pretrain --schedule Cosine", "'Cosine' is none of cosine, step, constant"),
     case("random weights of no architecture", "finetune --checkpoint none", "--checkpoint none", "with --arch"),
     case("a random backbone that is frozen", "finetune --checkpoint none --arch vit_mini", "--checkpoint none with a",
          "add --no-freeze-backbone"),
@@ -274,16 +257,11 @@ FLAGS = [
     case("random weights in 8 bits", "finetune --checkpoint none --arch resnet18 --arithmetic int8", "drop one of"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
-    case("a misspelt data set", "finetune --dataset digit", "'digit' is none of digits, imagefolder"),
-    case("a misspelt augmentation", "finetune --augmentation flips", "'flips' is none of crop, trivial, affine, none"),
-    case("a misspelt precision", "finetune --precision float16", "'float16' is none of auto, fp32, bf16, fp16"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
-    case("a device that is absent", "finetune --device cuda:99", "'cuda:99' is not available", "--device cpu"),
     case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),
     case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
     case("4 bits that train", "finetune --use-qlora --no-freeze-backbone", "4 bits cannot train", "drop one"),
     case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
-    case("random weights as they were asked for", "finetune --from-scratch", "write --checkpoint none, with an --arch"),
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
     case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
     case("a pattern of too many parts", "finetune --target-modules a{99999999999}", "neither a layer nor"),
@@ -295,7 +273,6 @@ FLAGS = [
     ),
     case("the head in 4 bits", "finetune --use-qlora --target-modules heads", "cannot be in 4 bits"),
     case("an image size between patches", "finetune --image-size 17", "17 is not a multiple of vit_mini's patch", "16"),
-    case("an image size of 0", "finetune --image-size 0", "--image-size: expected a whole number above 0"),
     case("an image size for no memory", "finetune --image-size 100000", "image size is 100000", "at most 4096"),
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
          " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train", "'gpu'",
@@ -305,7 +282,6 @@ FLAGS = [
 ]  # fmt: skip
 
 CONFIGS = [
-    config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
     config("an earlier key", "finetune: {follow_norms: true}", "replaced; delete the line, and write --norms follow"),
     config("a key of an earlier version", "finetune: {patch_dropout: 0.5}", "and 0.5 cannot be had any more; delete"),
     config("pretraining's keys of an earlier version", "moco: {rotation: 10, noise: 0.05}", "moco.rotation was removed",
@@ -315,29 +291,12 @@ CONFIGS = [
     config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
     config("a key in the wrong section", "model: {epochs: 3}", "model.epochs: no such key", "section finetune"),
     config("a section that is a value", "finetune: 3", "finetune: expected a section"),
-    config("a section that is a list", "finetune: [epochs]", "finetune: expected a section"),
     config("a list", "- epochs", "expected the sections model, data"),
-    config("one word", "epochs", "expected the sections model, data"),
-    config("a wrong type", "finetune: {epochs: many}", "finetune.epochs: expected a whole number above 0, got 'many'"),
-    config("a bad value", "finetune: {lora_rank: -2}", "finetune.lora_rank: expected a whole number, 0 or more"),
-    config("a list for a number", "finetune: {epochs: [1, 2]}", "finetune.epochs: expected a value, got [1, 2]"),
-    config("yes for a number", "finetune: {epochs: yes}", "finetune.epochs: expected a value, got true"),
-    config("a number for a switch", "finetune: {use_qlora: 1}", "finetune.use_qlora: expected true or false, got 1"),
-    config("one target instead of a list", "finetune: {target_modules: mlp}", "target_modules: expected a list"),
-    config("null", "finetune: {epochs: null}", "finetune.epochs: expected a value, got none"),
-    config("a misspelt choice", "moco: {schedule: cosin}", "moco.schedule: 'cosin'", "did you mean cosine?",
-           script="pretrain"),
     config("a key twice", "finetune: {epochs: 3, epochs: 4}", "my.yaml", "the key epochs is there twice"),
-    config("a section twice", "finetune: {epochs: 3}\nfinetune: {lora_rank: 4}", "the key finetune is there twice"),
     config("tabs", "finetune:\n\tepochs: 3", "my.yaml: not valid YAML", "line 2"),
-    config("an unfinished list", "finetune: [epochs", "my.yaml: not valid YAML"),
-    config("no colon's space", "finetune:\n  epochs:3\n  seed: 1", "my.yaml: not valid YAML"),
-    config("another encoding", "finetune: {epochs: 3} # für".encode("utf-16"), "not a text file in UTF-8"),
     config("a checkpoint for a config", lambda: Path("base.pth").read_bytes(), "not a text file in UTF-8"),
     config("a control code", "finetune: {epochs: \x1b[2J}", "my.yaml: not valid YAML"),
     config("a NUL in a path", 'data: {data_dir: "a\\0b"}', "data.data_dir: expected text without a NUL character"),
-    config("two documents", "finetune:\n---\nfinetune:", "my.yaml: not valid YAML"),
-    config("a date in month 13", "finetune: {epochs: 2020-13-01}", "my.yaml: not valid YAML"),
     config("a tag without sense", "finetune: {epochs: !!timestamp x}", "my.yaml: not valid YAML"),
     config("a huge whole number", f"finetune: {{epochs: {'9' * 5000}}}", "my.yaml: not valid YAML"),
     config("a huge number in base 16", f"finetune: {{epochs: 0x{'f' * 9000}}}", "finetune.epochs: invalid value"),
@@ -348,12 +307,15 @@ CONFIGS = [
     config("a tag that would run code", "finetune: !!python/object/apply:os.mkdir [ran]", "the tag", "os.mkdir"),
     config("a tag that would import", "finetune: !!python/module:antigravity x", "the tag", "antigravity"),
     config("another tag", "finetune: !ruby/object {}", "my.yaml: not valid YAML", "the tag", "!ruby/object"),
-    config("everything wrong", "finetune: {epochs: 0, rank: 3}\nmodle:\ndata: 3", "finetune.epochs", "finetune.rank",
-           "modle: no such section", "data: expected a section"),
+    config("everything wrong", "finetune: {epochs: null, lora_rank: -2, seed: [1], batch_size: yes, use_qlora: 1,"
+           " target_modules: mlp, rank: 3}\nmodle:\ndata: 3", "finetune.epochs: expected a value, got none",
+           "finetune.lora_rank: expected a whole number, 0 or more", "finetune.seed: expected a value, got [1]",
+           "finetune.batch_size: expected a value, got true", "finetune.use_qlora: expected true or false, got 1",
+           "target_modules: expected a list", "finetune.rank: no such", "modle: no such section",
+           "data: expected a section"),
+    case("a missing config", "finetune --config gone.yaml", "--config gone.yaml", "No such file"),
     config("pretraining's file has errors too", "moco: {epochs: 0, optimiser: sgd}", "moco.epochs: expected",
            "moco.optimiser: no such key", "did you mean optimizer?", script="pretrain"),
-    case("a missing config", "finetune --config gone.yaml", "--config gone.yaml", "No such file"),
-    case("a folder for a config", "finetune --config images", "--config images", "Is a directory"),
     case("a device for a config", "finetune --config /dev/zero", "--config /dev/zero: longer than"),
 ]  # fmt: skip
 
@@ -363,8 +325,6 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n
 
 IMAGES = [
     case("a missing folder", "finetune --data-dir absent", "--data-dir absent: no such folder"),
-    case("a file for a folder", "finetune --data-dir base.pth", "--data-dir base.pth: a file"),
-    case("a name too long for a folder", f"finetune --data-dir {'x' * 300}", "no such folder"),
     case("your own images without a checkpoint", "bare-finetune --data-dir images", "--data-dir without --checkpoint",
          "handwritten digits alone", "moco_v2_800ep_pretrain.pth.tar", "--checkpoint shipped"),
     case("columns of no list", "finetune --label-columns cat,dog", "only a --data-list of classes, labels or numbers"),
@@ -377,8 +337,6 @@ IMAGES = [
     images("a folder of images without classes", {"mine/a.png": PNG, "mine/b.png": PNG}, "mine", "found none"),
     images("one class", classes("cat"), "found only cat"),
     images("an empty class", classes("cat", "dog") | {"mine/eel/": None}, "no images in eel"),
-    images("a class of other files", classes("cat", "dog") | {"mine/eel/a.txt": "x"}, "no images in eel", ".png"),
-    images("one image of each class", classes("cat", "dog", count=1), "too few images"),
     images("train without val", classes("cat", "dog", folder="mine/train"), "train/ but no val/"),
     images("val without train", classes("cat", "dog", folder="mine/val"), "val are parts, not classes"),
     images("parts under other names", classes("cat", folder="mine/Train") | classes("cat", folder="mine/Test"),
@@ -386,14 +344,14 @@ IMAGES = [
     images("one class in train", split(("cat",), ("cat",)), "train", "found only cat"),
     images("an empty val", split(("cat", "dog"), ()) | {"mine/val/": None}, "val", "found none"),
     images("a class only in val", split(("cat", "dog"), ("cat", "eel")), "val has classes that", "lacks: eel"),
-    images("val's classes spelt otherwise", split(("cat", "dog"), ("Cat", "dog")), "lacks: Cat"),
-    images("no image in val", split(("cat", "dog"), ()) | {"mine/val/cat/": None}, "mine/val: no images"),
-    images("an empty image", classes("cat", "dog") | {"mine/cat/0.png": b""}, "mine/cat/0.png: not a readable image"),
     images("a web page for an image", classes("cat", "dog") | {"mine/cat/0.png": HTML}, "0.png: not a readable image"),
     images("a pointer for an image", classes("cat", "dog") | {"mine/dog/1.png": LFS}, "1.png: not a readable image"),
-    images("a truncated image", classes("cat", "dog") | {"mine/dog/z.jpg": TRUNCATED}, "z.jpg: not a readable image"),
     images("a truncated image, with workers", classes("cat", "dog") | {"mine/dog/z.jpg": TRUNCATED},
            "z.jpg: not a readable image", "use --skip-unreadable", options="--workers 1"),
+    images("no image in val", split(("cat", "dog"), ()) | {"mine/val/cat/": None}, "mine/val: no images"),
+    images("one image of each class", classes("cat", "dog", count=1), "too few images"),
+    case("a list and an evaluation folder", "finetune --data-list l.csv --val-dir images/val", "as a second list"),
+    case("unlabelled images without a folder", "plain-pretrain --dataset unlabelled", "unlabelled needs --data-dir"),
     images("an image that unfolds to gigabytes", classes("cat", "dog") | {"mine/dog/0.png": lambda: huge_png()},
            "0.png: not a readable image", "bomb"),
     images("two evaluation folders", split(("cat", "dog"), ("cat",)) | classes("cat", folder="mine/valid"),
@@ -405,31 +363,16 @@ IMAGES = [
          files=classes("cat", "dog")),
     case("your own images and a data set", "finetune --dataset digits --val-dir images/val --data-dir images",
          "--dataset digits has its own images"),
-    case("a list and an evaluation folder", "finetune --data-list l.csv --val-dir images/val", "as a second list"),
     case("three lists", "finetune --data-list a b c", "--data-list: expected a list for training and one", "got 3"),
     case("no list", "finetune --data-list", "--data-list: expected at least one value"),
     case("a missing list", "finetune --data-list gone.csv", "--data-list gone.csv: cannot read it: No such file"),
-    case("a folder for a list", "finetune --data-list images", "--data-list images: cannot read it"),
-    case("an image for a list", "finetune --data-list l.csv", "l.csv: not a text file", files={"l.csv": PNG}),
-    case("an empty list", "finetune --data-list l.csv", "l.csv: lists no images", files={"l.csv": "path,label\n"}),
-    case("a list with a missing file", "plain-finetune --data-list l.csv", "files are not in .: mine/cat/9.png",
-         files=classes("cat") | {"l.csv": "mine/cat/0.png,cat\nmine/cat/9.png,dog\n"}),
-    case("a list with two labels for one file", "plain-finetune --data-list l.csv", "two labels for mine/cat/0.png",
-         files=classes("cat") | {"l.csv": "mine/cat/0.png,cat\nmine/cat/1.png,dog\nmine/cat/0.png,dog\n"}),
     case("a list without labels", "plain-finetune --data-list l.csv", "l.csv: its images have no labels", "path,label",
          files=classes("cat") | {"l.csv": "mine/cat/0.png\n"}),
-    case("a list with a label missing", "plain-finetune --data-list l.csv", "'mine/cat/1.png' is not a path and a",
-         files=classes("cat") | {"l.csv": "mine/cat/0.png,cat\nmine/cat/1.png\n"}),
     case("a list of one class", "plain-finetune --data-list l.csv", "at least two classes, found only cat",
          files=classes("cat") | {"l.csv": "mine/cat/0.png,cat\n"}),
     case("a second list of other classes", "plain-finetune --data-list l.csv m.csv", "m.csv has classes", "lacks: eel",
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat\nmine/dog/0.png,dog\n",
                                         "m.csv": "mine/dog/1.png,eel\n"}),
-    case("a quotation mark without its other", "plain-finetune --data-list l.csv", "l.csv: line 2 is not `path,label`",
-         "quotation marks: 'mine/cat/1.png,\"dog'", files=classes("cat", count=4) | {
-             "l.csv": 'mine/cat/0.png,cat\nmine/cat/1.png,"dog\nmine/cat/2.png,cat\nmine/cat/3.png,dog\n'}),
-    case("a label over two lines", "plain-finetune --data-list l.csv", "l.csv: line 1 is not `path,label`",
-         files=classes("cat") | {"l.csv": 'mine/cat/0.png,"c\nat"\nmine/cat/1.png,dog\n'}),
     case("a column that is not there", "plain-finetune --data-list l.csv --group-by pateint", "no such column in l.csv",
          "which has label, patient (did you mean patient?)", files=classes("cat", "dog") | {
              "l.csv": "path,label,patient\nmine/cat/0.png,cat,1\nmine/dog/0.png,dog,2\n"}),
@@ -463,18 +406,10 @@ IMAGES = [
     case("a number that is always the same", "plain-finetune --task regression --data-list l.csv",
          "the number number is the same in all", files=classes("cat", count=4) | {
              "l.csv": "".join(f"mine/cat/{i}.png,2.5\n" for i in range(4))}),
-    case("a column that is no label", "plain-finetune --task multilabel --data-list l.csv", "'Male' in the column Sex",
-         files=classes("cat") | {"l.csv": "path,Sex,cat\nmine/cat/0.png,Male,1\n"}),
-    case("two labels in one", "plain-finetune --data-list l.csv", "'cat,dog' of mine/cat/1.png has a comma",
-         files=classes("cat") | {"l.csv": 'mine/cat/0.png,cat\nmine/cat/1.png,"cat,dog"\n'}),
-    case("two labels for one file of two names", "plain-finetune --data-list l.csv", "two labels for mine/cat/0.png",
-         files=classes("cat") | {"l.csv": "mine/cat/0.png,cat\n./mine//cat/0.png,dog\n"}),
     images("files of other kinds alone", classes("dog") | {"mine/cat/0.HEIC": b"", "mine/cat/1.heic": b"",
            "mine/cat/notes": b""}, "no images in cat", "found 2 .heic, 1 without suffix"),
     images("an archive beside class folders", classes("cat", "dog") | {"mine/all.tar": lambda: tar("0.jpg")},
            "mine has both archives, as all.tar, and image files, as ", "move those"),
-    case("an archive beside images", "pretrain --data-dir mine", "archives, as all.tar, and image files, as cat/",
-         files=classes("cat") | {"mine/all.tar": lambda: tar("0.jpg")}),
     images("an archive per class", {f"mine/train/{name}.tar": lambda: tar("0.jpg") for name in ("cat", "dog")}
            | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
            "If each archive is a class", "tar -xf"),
@@ -483,10 +418,7 @@ IMAGES = [
     case("an archive that is none", "finetune --data-dir tars", "0.tar: not a tar archive", "unpacked",
          files={"tars/0.tar": b"x"}),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
-    case("workers that are no number", "finetune --workers some", "expected a whole number from 0 to 256, or auto"),
-    case("a place that keeps no features", "finetune --cache-features tape", "'tape' is none of none, ram, disk"),
     case("no images to pretrain on", "pretrain --data-dir mine", "mine: no images", files={"mine/notes.txt": ""}),
-    case("unlabelled images without a folder", "plain-pretrain --dataset unlabelled", "unlabelled needs --data-dir"),
     case("unlabelled images to evaluate on", "pretrain --dataset unlabelled --val-dir images/val --data-list a b",
          "--val-dir with images without labels", "a second --data-list with images without labels"),
     case("unlabelled images to evaluate on, as is found out", "pretrain --data-dir mine --val-dir images/val",
@@ -496,7 +428,6 @@ IMAGES = [
          "at least two classes, found none"),
     case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
-    case("pretraining without a folder", "pretrain --data-dir absent", "--data-dir absent: no such folder"),
 ]  # fmt: skip
 
 
@@ -519,14 +450,8 @@ def huge_png() -> bytes:
 
 CHECKPOINTS = [
     case("a missing checkpoint", "finetune --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
-    case("a folder for a checkpoint", "finetune --checkpoint images", "images: not a file"),
-    checkpoint("an empty checkpoint", b"", "theirs.pth", "it is empty"),
     checkpoint("a web page saved as a checkpoint", HTML, "theirs.pth", "a web page", "download the file itself"),
     checkpoint("a pointer of git-lfs", LFS, "theirs.pth", "git-lfs", "git lfs pull"),
-    checkpoint("half a checkpoint", lambda: Path("base.pth").read_bytes()[:-5000], "theirs.pth", "cut short"),
-    checkpoint("an image for a checkpoint", PNG, "theirs.pth: not a PyTorch checkpoint"),
-    checkpoint("numpy's arrays", lambda: np_file(), "theirs.pth", "not a PyTorch checkpoint"),
-    checkpoint("a whole model", lambda: torch_file(torch.nn.Linear(2, 2)), "Linear", "may run code", "state_dict"),
     checkpoint("a checkpoint of a list", torch_file([1, 2]), "theirs.pth: holds a list"),
     checkpoint("nothing", torch_file({}), "no state_dict"),
     checkpoint("another network", torch_file({"w": torch.zeros(3)}), "none of its 1 tensors belongs to a known"),
@@ -535,11 +460,9 @@ CHECKPOINTS = [
     checkpoint("heads of a ResNet", resnet, "6 heads are not for resnet18", "drop --heads", options="--heads 6"),
     case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
     case("heads of one of timm's", "finetune --arch timm:vit_tiny_patch16_224 --heads 6", "timm's name says how many"),
-    case("no heads", "finetune --heads 0", "--heads: expected"),
     checkpoint("another kind of arch", resnet, "does not hold a vit_mini", "resnet18", options="--arch vit_mini"),
     checkpoint("a checkpoint that diverged", changed("base.pth", lambda c: next(iter(c["state_dict"].values())).fill_(
         float("nan"))), "NaN", "use an earlier epoch"),
-    checkpoint("a dictionary whose key would be hashed for ever", lambda: tuple_bomb(), "nested too deeply"),
     checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "state_dict hold no tensors"),
     case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
     case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
@@ -551,15 +474,7 @@ CHECKPOINTS = [
     case("norms follow nothing", "finetune --norms follow --lora-rank 0", "there are no adapters to follow"),
     case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
     case("norms frozen and trained", "finetune --norms frozen --no-freeze-backbone", "everything trains; drop one"),
-    case("an average over time", "finetune --ema 0.9", "--ema: the option was removed; leave it out"),
-    case("a negative mixup", "finetune --mixup -0.2", "--mixup", "0 or more"),
 ]  # fmt: skip
-
-
-def np_file() -> bytes:
-    file = io.BytesIO()
-    np.savez(file, a=np.zeros(3))
-    return file.getvalue()
 
 
 def with_pickle(pickled: bytes) -> bytes:
@@ -586,15 +501,11 @@ def list_bomb() -> bytes:
 
 ADAPTERS = [
     case("a checkpoint for an adapter", "deploy_lora evaluate base.pth images", "base.pth is not an adapter file"),
-    case("a missing adapter", "deploy_lora evaluate gone.pth images", "gone.pth: file not found"),
     case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without --resume"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
-    case("a checkpoint to resume", "finetune --resume base.pth", "base.pth is not a last.pth of this version"),
     case("another run to resume", "finetune --resume last.pth", "last.pth belongs to a run with other settings",
          "lora_rank was 2, is 8"),
     case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a last.pth of this version"),
-    case("pretraining resumes a list", "pretrain --resume theirs.pth", "not a last.pth of this version",
-         files={"theirs.pth": torch_file([1])}),
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
     case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
          files={"o.pth": other_base}),
@@ -603,12 +514,12 @@ ADAPTERS = [
     case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
          "that the adapter does not know: cat, dog", files=classes("cat", "dog")),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
-    adapter("half an adapter", lambda: Path("lora.pth").read_bytes()[:-900], "theirs.pth", "cut short"),
     adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
     adapter("a rank for no memory", recorded(r=10**9), "theirs.pth does not fit", "rank 1000000000 of", "is above 192"),
     adapter("a rank of 0", recorded(r=0), "theirs.pth is damaged", "impossible"),
     adapter("alpha that is not a number", recorded(lora_alpha=float("nan")), "theirs.pth is damaged"),
     adapter("a scaling beyond all numbers", recorded(scaling=10**400), "theirs.pth is damaged"),
+    adapter("a scaling beyond float32", recorded(scaling=1e299), "theirs.pth is damaged"),
     adapter("another kind of layer", recorded(kind="LoRAConv2d"), "has kind LoRAConv2d in the file, LoRALinear here"),
     adapter("layers that the model lacks", changed("lora.pth", lambda c: c.update(layers={"a.b": next(iter(
         c["layers"].values()))})), "theirs.pth does not fit", "no layer to adapt is named a.b"),
@@ -619,7 +530,6 @@ ADAPTERS = [
         "encoder.layers.encoder_layer_0.mlp.0.lora_A")), "lora_A is missing in the file"),
     adapter("an adapter that diverged", changed("lora.pth", lambda c: c["tensors"]["heads.head.bias"].fill_(
         float("inf"))), "NaN or infinite numbers in heads.head.bias"),
-    adapter("another hash", changed("lora.pth", lambda c: c.update(base_hash="0" * 64)), "trained over another base"),
     adapter("a class too many", described(class_names=list("abcd")), "for its 4 classes heads.head.weight is (3, 192)"),
     adapter("no classes", described(class_names=[]), "num_classes is 0"),
     adapter("classes that are numbers", described(class_names=[1, 2, 3]), "class_names in its metadata"),
@@ -631,11 +541,7 @@ ADAPTERS = [
     adapter("no metadata", changed("lora.pth", lambda c: c.update(metadata={})), "does not say its arch, class_names"),
     adapter("a later format", changed("lora.pth", lambda c: c.update(format_version=3)), "has format version 3"),
     case("info of nothing", "deploy_lora info gone.pth", "gone.pth: file not found"),
-    case("info of a folder", "deploy_lora info images", "images: not a file"),
     case("info of a checkpoint", "deploy_lora info base.pth", "base.pth is not an adapter file of this toolkit"),
-    case("info of an empty file", "deploy_lora info a.safetensors", "a.safetensors", "it is empty",
-         files={"a.safetensors": b""}),
-    case("info of a pointer", "deploy_lora info a.safetensors", "git lfs pull", files={"a.safetensors": LFS}),
     case("info of others' safetensors", "deploy_lora info a.safetensors", "is not an adapter file of this toolkit",
          files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)})}),
     case("info of JSON nested too deeply", "deploy_lora info a.safetensors", "its description is no JSON",
@@ -643,16 +549,13 @@ ADAPTERS = [
     case("an unknown flag of info", "deploy_lora info lora.pth --verbose", "--verbose: no such option"),
     case("a misspelt flag of merge", "deploy_lora merge lora.pth --outptu m.pth", "--outptu", "did you mean --output?",
          "--output: expected a value"),
-    case("merge without output", "deploy_lora merge lora.pth", "--output: expected a value"),
     case("merge into a description", "deploy_lora merge lora.pth --output m.json", "must end in .pth or .pt or .bin"),
-    case("merge of a checkpoint", "deploy_lora merge base.pth --output m.pth", "base.pth is not an adapter file"),
     case("merge onto the adapter itself", "deploy_lora merge lora.pth --output ./lora.pth", "name another file"),
     case("merge onto the base", "deploy_lora merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
     case("merge onto a folder", "deploy_lora merge lora.pth --output folder", "folder: a folder; name a file",
          files={"folder/": None}),
     case("merge into a folder that is not there", "deploy_lora merge lora.pth --output no/m.pth", "there is no folder"),
     case("predictions without images", "deploy_lora predict lora.pth --output p.csv", "error:", "images"),
-    case("predictions without output", "deploy_lora predict lora.pth images", "--output: expected a value"),
     case("predictions that are no table", "deploy_lora predict lora.pth images --output p.json", "must end in .csv"),
     case("predictions for nothing", "deploy_lora predict lora.pth gone --output p.csv", "gone: no such file or folder"),
     case("predictions for an empty folder", "deploy_lora predict lora.pth mine --output p.csv", "mine: no images",
@@ -661,27 +564,17 @@ ADAPTERS = [
          files={"a.png": b"text"}),
     case("predictions in place of an image", "deploy_lora predict lora.pth a.csv --output a.csv", "another file",
          files={"a.csv": PNG}),
-    case("a batch of no images", "deploy_lora predict lora.pth images --output p.csv --batch-size 0", "--batch-size"),
-    case("a device that predicts nothing", "deploy_lora predict lora.pth images --output p.csv --device gpu",
-         "'gpu' is not available"),
     case("a certainty above 1", "deploy_lora predict lora.pth images --output p.csv --abstain 60",
          "--abstain", "expected a number above 0, at most 1, got '60'"),
     case("unsure numbers", "deploy_lora predict theirs.pth images --output p.csv --abstain 0.6",
          "--abstain: numbers have no probability", files={"theirs.pth": described(task={
              "kind": "regression", "mean": [0.0] * 3, "std": [1.0] * 3})}),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
-    case("features of a folder that is gone", "deploy_lora embed lora.pth gone --output f.npy", "gone: no such file"),
-    case("evaluation on a folder that is gone", "deploy_lora evaluate lora.pth gone", "gone"),
     case("evaluation on images without classes", "deploy_lora evaluate lora.pth mine", "mine: expected a folder of im",
          files={"mine/a.png": PNG}),
-    case("evaluation on other classes", "deploy_lora evaluate lora.pth mine", "mine has classes that", "cat",
-         files=classes("cat", "dark")),
     case("evaluation on unknown images", "deploy_lora evaluate theirs.pth", "give a folder with class folders",
          files={"theirs.pth": described(config={})}),
-    case("evaluation on images of a wrong type", "deploy_lora evaluate theirs.pth", "give a folder with class folders",
-         files={"theirs.pth": described(config={"data": {"data_dir": 3}})}),
     case("a graph of an unknown kind", "deploy_lora export lora.pth --output m.pth", "must end in .onnx or .pt2"),
-    case("a graph of a checkpoint", "deploy_lora export base.pth --output m.pt2", "base.pth is not an adapter file"),
     case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean is not 3 numbers",
          files={"theirs.pth": described(mean="ImageNet")}),
     case("a conversion without direction", "deploy_lora convert lora.pth --output peft", "--to peft or --from peft"),
@@ -690,12 +583,10 @@ ADAPTERS = [
     case("a conversion from PEFT without base", "deploy_lora convert images --from peft --output m.pth",
          "--from peft needs --checkpoint"),
     case("no command", "deploy_lora", "error:", "command"),
-    case("an unknown command", "deploy_lora mrege lora.pth", "error:", "mrege"),
 ]  # fmt: skip
 
 OUTPUTS = [
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth is a file; name a folder"),
-    case("an output folder inside a file", "finetune --output-dir base.pth/out", "base.pth is a file; name a folder"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
     case("an output folder with too long a name", f"finetune --output-dir {'x' * 300}", "File name too long"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
@@ -706,12 +597,14 @@ OUTPUTS = [
          files=classes("cat", "dog")),
     case("a checkpoint that its run would replace", "finetune --checkpoint out/last.pth", "would be overwritten: give",
          files={"out/last.pth": lambda: Path("base.pth").read_bytes()}),
+    case("a base that pretraining would replace", "pretrain --checkpoint out/last.pth", "would be overwritten: give",
+         files={"out/last.pth": lambda: Path("base.pth").read_bytes()}),
+    case("a stage-1 adapter that its run would replace", "finetune --stage1-adapter out/lora.pth",
+         "--stage1-adapter out/lora.pth would be", files={"out/lora.pth": lambda: Path("lora.pth").read_bytes()}),
     case("the folder of a stopped pretraining", "finetune", "out has the last.pth of a run of moco.pretrain",
          files={"out/last.pth": torch_file({"global_steps": 3})}),
     case("the folder of a fine-tuning", "pretrain", "out has the last.pth of a run of finetune_lora.py", "name another",
          files={"out/last.pth": lambda: Path("last.pth").read_bytes()}),
-    case("pretraining into a file", "pretrain --output-dir base.pth", "base.pth is a file; name a folder"),
-    case("a misspelt flag of pretraining", "pretrain --epoch 3", "--epoch", "did you mean --epochs?"),
     case("pretraining with bad values", "pretrain --momentum 1 --temperature 0 --moco-version 4 --device gpu",
          "--momentum: expected a number", "--temperature: expected", "4' is none of 1, 2, 3", "'gpu'"),
     case("a queue smaller than a batch", "pretrain --moco-version 2 --queue-size 4", "--queue-size 4 is smaller"),
@@ -719,26 +612,15 @@ OUTPUTS = [
     case("stage 1 goes on from nothing", "pretrain --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
     case("4-bit weights without adapters, pretraining", "pretrain --checkpoint base.pth --use-qlora",
          "--use-qlora with --lora-rank 0"),
-    case("a rank too high, pretraining", "pretrain --checkpoint base.pth --lora-rank 999", "rank 999", "is above 192"),
     case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),
     case("a checkpoint as stage-1 adapter", "finetune --stage1-adapter base.pth", "base.pth is not an adapter file"),
     case("a fine-tuned adapter as stage-1 adapter", "finetune --stage1-adapter lora.pth", "lora.pth does not fit"),
     case("a stage-1 adapter over chance", "finetune --checkpoint none --arch vit_mini --stage1-adapter lora.pth "
          "--no-freeze-backbone", "--checkpoint none with --stage1-adapter: there is no base"),
-    case("an image size between patches, pretraining", "pretrain --image-size 17", "17 is not a multiple"),
 ]  # fmt: skip
 
 
-def tiles(**others: bytes | None) -> dict[str, bytes]:
-    """Two classes of two images each, with three files of a band; `others` are in the place of those of mine/cat/0."""
-    names = [f"mine/{label}/{i}/{band}.png" for label in ("cat", "dog") for i in (0, 1) for band in ("B2", "B3", "B4")]
-    files = dict.fromkeys(names, picture("L")) | {f"mine/cat/0/{band}.png": file for band, file in others.items()}
-    return {name: file for name, file in files.items() if file is not None}
-
-
-BAND_FILES = "--bands B2,B3,B4 --scale 255"
 CHANNELS = [
-    case("a scale of nothing", "finetune --scale 0", "--scale: expected a number above 0"),
     case("no spread", "finetune --mean 0 --std 0", "--std: a standard deviation is above 0"),
     case("a mean alone", "finetune --mean 0.5", "--mean and --std belong together"),
     case("means of other channels", "finetune --mean 0 0 --std 1", "--mean: 2 numbers; give one, or one for each of 3"),
@@ -749,40 +631,59 @@ CHANNELS = [
     case("a family and a scale", "finetune --normalise ssl4eo-s12 --scale 1", "brings its own --scale"),
     case("too few bands", "finetune --bands 1,2", "--bands names 2 bands, and the network takes 3"),
     case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1, 2, 3"),
-    case("names for bands without any", f"finetune {BAND_FILES}", "it has no band B2, B3, B4, but 1, 2, 3"),
     case("the scale of other files", "finetune --bands 3,2,1 --scale 1", "--scale 255 is likely"),
     case("other channels than the checkpoint's", "finetune --channels 5", "it has 3 bands, and the network takes 5"),
-    case("another fit", "finetune --channel-fit average", "--channel-fit: the option was removed"),
-    images("a band that lacks", tiles(B3=None), "cat/0/B2.png: not a readable image (there is no B3.png beside it)",
-           options=BAND_FILES),
-    images("a band of another size", tiles(B4=picture("L", (8, 6))), "its band B4 is 8x6 and another 8x8: a smaller",
-           options=BAND_FILES),
-    images("several bands in the file of one", tiles(B4=picture()), "B4.png is to be one band, and it has 3",
-           options=BAND_FILES),
-    images("a damaged band", tiles(B4=b"none"), "cat/0/B2.png: not a readable image (B4.png: cannot identify",
-           options=BAND_FILES),
 ]  # fmt: skip
 
-TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS, *CHANNELS]
+
+class RunsCode:
+    """A pickle of this makes the folder `ran` when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("mkdir ran",)
 
 
-def everything_in(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): None if path.is_dir() else path.read_bytes() for path in sorted(folder.rglob("*"))}
+def hostile(kind: str, command: str, content) -> Case:
+    names = ("it needs posix.system", "may run code", "save a state_dict")
+    return case(f"code in a {kind}", command, *names, files={"theirs.pth": lambda: torch_file(content)})
+
+
+HOSTILE = [
+    hostile("checkpoint", "finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
+    hostile("metadata", "deploy_lora evaluate theirs.pth mine", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
+    hostile("layer, info", "deploy_lora info theirs.pth", {"layers": RunsCode(), "tensors": {}}),
+    hostile("tensor, merge", "deploy_lora merge theirs.pth --output m.pth", {"layers": {}, "tensors": RunsCode()}),
+    hostile("base of an adapter", "deploy_lora merge lora.pth --output m.pth --checkpoint theirs.pth", RunsCode()),
+    hostile("file to resume", "finetune --resume theirs.pth", {"model": {}, "rng": RunsCode()}),
+    hostile("file to resume, pretraining", "pretrain --resume theirs.pth", {"model": {}, "optimizer": RunsCode()}),
+]
+
+TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS, *CHANNELS, *HOSTILE]
+
+
+def everything_in(folder: Path) -> dict[Path, int | None]:
+    """When each file was written last; folders alone may be written to, by locks that come and go."""
+    return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def printed_by(command: str, capsys) -> str:
+    """What a command prints that ends with exit code 2 and an error."""
+    name, *words = shlex.split(command)
+    main, given = COMMANDS[name]
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: main([*given.split(), *words]))
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and "error: " in printed and "Traceback" not in printed
+    return printed
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.title)
 def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys):
     write(workplace, case.files)
     before = everything_in(workplace)
-    name, *words = shlex.split(case.command)
-    main, given = COMMANDS[name]
-    with pytest.raises(SystemExit) as ended:
-        run_script(lambda: main([*given.split(), *words]))
-    printed = capsys.readouterr()
-    message = printed.err.rpartition("error: ")[2]
-    assert ended.value.code == 2
-    assert "error: " in printed.err and "Traceback" not in printed.err
-    assert [part for part in case.names if part not in printed.err] == [], message
+    printed = printed_by(case.command, capsys)
+    message = printed.rpartition("error: ")[2]
+    assert [part for part in case.names if part not in printed] == [], message
     assert all(line.isprintable() and len(line) < 1000 for line in message.splitlines())
     assert everything_in(workplace) == before
 
@@ -790,16 +691,8 @@ def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys
 def test_pretraining_reads_images_as_it_goes(workplace, capsys):
     """A broken one shows in the first epoch, when there is a last.pth already."""
     write(workplace, classes("cat", "dog", count=3) | {"mine/dog/z.jpg": TRUNCATED})
-    main, given = COMMANDS["pretrain"]
-    with pytest.raises(SystemExit) as ended:
-        run_script(lambda: main([*given.split(), "--data-dir", "mine", "--batch-size", "2"]))
-    message = capsys.readouterr().err.rpartition("error: ")[2]
-    assert ended.value.code == 2 and "z.jpg: not a readable image" in message and "Traceback" not in message
+    assert "z.jpg: not a readable image" in printed_by("pretrain --data-dir mine --batch-size 2", capsys)
     assert [path.name for path in (workplace / "out").iterdir()] == ["last.pth"]
-
-
-def test_titles_are_distinct():
-    assert len({case.title for case in TABLE}) == len(TABLE)
 
 
 # -------------------------------------------------------------------------------------------- as a user's shell sees it
@@ -830,26 +723,15 @@ def test_the_scripts_themselves(script, options, names, tmp_path):
 
 # --------------------------------------------------------------------------------------------- odd input that must work
 
-PALETTE = Image.new("P", (3, 2), 1)
-PALETTE.putpalette([0, 0, 0, 10, 20, 30])
-
-
-def transparent_palette() -> bytes:
-    file = io.BytesIO()
-    PALETTE.save(file, "png", transparency=1)
-    return file.getvalue()
-
-
 ODD_IMAGES = {
     "1.png": picture("1"),
     "L.png": picture("L", (1, 1)),
     "LA.png": picture("LA", (1, 9)),
-    "P.png": transparent_palette(),
+    "P.png": picture("P", (3, 2), transparency=1),
     "RGBA.png": picture("RGBA", (9, 1)),
     "CMYK.jpg": picture("CMYK", (5, 5), "jpg"),
     "I16.png": picture("I;16", (2, 3)),
     "F.tif": picture("F", (4, 4), "tif"),
-    "pixel.png": picture("RGB", (1, 1)),
     "CAPITALS.PNG": PNG,
     "wide.jpg": picture("RGB", (300, 2), "jpg"),
     "sub/folder/a b ü.webp": picture("RGB", (7, 7), "webp"),
@@ -885,10 +767,6 @@ def test_images_of_every_mode_and_size_beside_other_files(script, workplace, cap
         assert list(results["accuracy_per_class"]) == ["cat", "dög"]
 
 
-def finetune(options: str) -> dict:
-    return finetune_lora.main([*COMMANDS["finetune"][1].split(), *options.split()])
-
-
 def test_the_last_of_two_equal_flags_counts():
     assert finetune_lora.read_options(["--seed", "3", "--seed", "4"])[0].seed == 4
 
@@ -904,15 +782,6 @@ def test_configs_that_are_odd_and_good(text, workplace):
     assert finetune_lora.read_options(argv.split())[0].epochs == (1 if "{epochs: 1}" in text else 10)
 
 
-def test_more_accumulation_than_batches_and_a_batch_larger_than_the_data(workplace):
-    assert finetune("--accumulation-steps 1000 --batch-size 500")["epochs"] == 1
-
-
-def test_an_adapter_whose_base_has_moved_is_evaluated_with_the_base_that_is_named(workplace):
-    write(workplace, {"moved.pth": described(checkpoint="gone.pth")})
-    assert 0 <= deploy_lora.main(["evaluate", "moved.pth", "images", "--checkpoint", "base.pth"])["accuracy"] <= 1
-
-
 def test_info_shows_no_control_codes_of_a_stranger(workplace, capsys):
     write(workplace, {"theirs.pth": described(note="\x1b[2Jgone", class_names=["a", "ß"])})
     deploy_lora.main(["info", "theirs.pth"])
@@ -921,52 +790,6 @@ def test_info_shows_no_control_codes_of_a_stranger(workplace, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- files that do harm
-
-
-class RunsCode:
-    """A pickle of this makes the folder `ran` when it is loaded."""
-
-    def __reduce__(self):
-        return os.system, ("mkdir ran",)
-
-
-def hostile(content, legacy: bool = False) -> bytes:
-    return torch_file(content, _use_new_zipfile_serialization=not legacy)
-
-
-HOSTILE = {
-    "checkpoint": ("finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
-    "adapter": ("deploy_lora evaluate theirs.pth images", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
-    "adapter, info": ("deploy_lora info theirs.pth", {"layers": RunsCode(), "tensors": {}}),
-    "adapter, merge": ("deploy_lora merge theirs.pth --output m.pth", {"layers": {}, "tensors": RunsCode()}),
-    "base of an adapter": ("deploy_lora merge lora.pth --output m.pth --checkpoint theirs.pth", RunsCode()),
-    "file to resume": ("finetune --resume theirs.pth", {"model": {}, "rng": RunsCode()}),
-    "file to resume, pretraining": ("pretrain --resume theirs.pth", {"model": {}, "optimizer": RunsCode()}),
-}
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(kind, legacy, workplace, capsys):
-    command, content = HOSTILE[kind]
-    write(workplace, {"theirs.pth": hostile(content, legacy)})
-    before = everything_in(workplace)
-    name, *words = command.split()
-    main, given = COMMANDS[name]
-    with pytest.raises(SystemExit) as ended:
-        run_script(lambda: main([*given.split(), *words]))
-    message = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert "it needs posix.system" in message and "may run code" in message and "save a state_dict" in message
-    assert everything_in(workplace) == before
-    torch.load("theirs.pth", weights_only=False)  # the danger is real
-    assert Path("ran").exists()
-
-
-def test_a_tag_that_would_run_code_does_so_elsewhere(workplace):
-    """The danger of the two tags in the table is real."""
-    yaml.unsafe_load("!!python/object/apply:os.mkdir [ran]")
-    assert Path("ran").exists()
 
 
 def declared_safetensors() -> bytes:
@@ -979,36 +802,9 @@ def long_header() -> bytes:
     return (2**40).to_bytes(8, "little") + b"{}"
 
 
-def declared_storage(legacy: bool) -> bytes:
-    """A tensor of 2**31 - 1 numbers, of which 8 are there."""
-    data = torch_file({"w": torch.arange(8.0)}, _use_new_zipfile_serialization=not legacy)
-    if legacy:
-        return data.replace(b"K\x08N", b"J\xff\xff\xff\x7fN").replace(b"K\x08\x85", b"J\xff\xff\xff\x7f\x85")
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
-        for name in old.namelist():
-            record = old.read(name)
-            if name.endswith("data.pkl"):
-                record = record.replace(b"K\x08t", b"J\xff\xff\xff\x7ft").replace(
-                    b"K\x08\x85", b"J\xff\xff\xff\x7f\x85"
-                )
-            new.writestr(name, record)
-    return file.getvalue()
-
-
-def zip_bomb() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("theirs/data.pkl", bytes(2**29))
-    return file.getvalue()
-
-
 GREEDY = {
     "a.safetensors": declared_safetensors,
     "header.safetensors": long_header,
-    "zip.pth": lambda: declared_storage(False),
-    "legacy.pth": lambda: declared_storage(True),
-    "bomb.pth": zip_bomb,
     "rank.pth": recorded(r=2**31),
     "classes.pth": described(class_names=["a"] * 1_000_000),
     "size.pth": described(image_size=2**20),

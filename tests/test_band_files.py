@@ -1,7 +1,5 @@
 """Bands in files beside each other, pages of a stack, and where on Earth an image is."""
 
-import csv
-import io
 import re
 import shlex
 import shutil
@@ -16,6 +14,7 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
+from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.images.folders import image_names
@@ -88,12 +87,8 @@ def test_a_band_may_have_its_resolution_in_its_name(tmp_path):
     assert Bands(1, ("B02_20m",)).read_path(tmp_path / "T32_B02_20m.jp2").shape == (12, 12, 1)
 
 
-def test_numbers_are_bands_of_one_file_also_where_files_end_in_numbers():
+def test_band_files_are_told_from_images_of_several_bands(tmp_path):
     assert Bands(2, ("2", "1")).one_for_each_image(["tile_1.tif", "tile_2.tif"]) == (["tile_1.tif", "tile_2.tif"], 0)
-
-
-def test_a_folder_without_band_files_has_images_of_several_bands(tmp_path):
-    """Arrays of an .npz have names as well."""
     np.savez(tmp_path / "tile.npz", B03=np.ones((8, 8)), B02=np.zeros((8, 8)))
     assert Bands(2, ("B02", "B03")).one_for_each_image(["tile.npz"]) == (["tile.npz"], 0)
     assert Bands(2, ("B02", "B03")).read_path(tmp_path / "tile.npz")[0, 0].tolist() == [0, 1]
@@ -164,24 +159,11 @@ def test_band_files_go_through_every_command(band_files, tmp_path, capsys):
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def tiff(*pages: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    with tifffile.TiffWriter(file) as writer:
-        for page in pages:
-            writer.write(page, photometric="minisblack", metadata=None, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "channels"),
-    [
-        (tiff(*np.zeros((5, 8, 8), np.uint16)), 5),
-        (tiff(np.zeros((16, 16)), np.zeros((4, 4))), 1),  # the second is a preview
-        (tiff(np.zeros((8, 8, 13), np.uint16), planarconfig="contig"), 13),
-    ],
-)
-def test_pages_of_one_size_are_bands(content, channels):
-    assert Bands(channels).read(content).shape[2] == channels
+def test_a_preview_is_no_band(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for side in (16, 4):
+            writer.write(np.zeros((side, side)), photometric="minisblack", metadata=None)
+    assert Bands(1).array(tmp_path / "a.tif").shape == (16, 16, 1)
 
 
 # --- geotags ---------------------------------------------------------------------------------------------------------
@@ -233,8 +215,7 @@ def test_predictions_have_the_places_of_the_files_that_know_theirs(finetune, ima
     shutil.copy(images / "val" / "dark" / "0.png", tmp_path / "tiles" / "2.png")
     argv = f"predict {adapter} {tmp_path / 'tiles'} --output {tmp_path / 'p.csv'} --device cpu --workers 0".split()
     deploy_lora.main(argv)
-    with open(tmp_path / "p.csv") as file:
-        first, second = csv.DictReader(file)
+    first, second = rows_of(tmp_path / "p.csv")
     assert (float(first["x"]), float(first["y"]), first["epsg"]) == (500050, 5299900, "32632")
     assert (second["x"], second["y"], second["epsg"]) == ("", "", "")
 
@@ -290,8 +271,7 @@ def test_the_page_on_sentinel_2_runs_from_top_to_bottom(eurosat, capsys):
     assert "which moco_lora.pth says" in last
     assert promised[1] in last  # the bands too, which were not typed again
 
-    with open("predictions.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("predictions.csv")
     assert [(float(row["x"]), float(row["y"]), row["epsg"]) for row in rows] == [(500160, 5299840, "32632")] * 5
     [snippet] = [block for block in code if "load_finetuned" in block]
     exec(snippet, names := {"load_finetuned": load_finetuned})

@@ -21,7 +21,7 @@ from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
-from toolkit.run import guard, optim, runs, training
+from toolkit.run import guard, optim, runs
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 
 CPU = torch.device("cpu")
@@ -61,6 +61,18 @@ def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Eva
         return result if batches is run.loaders.watched else changed(run.network, result)
 
     monkeypatch.setattr(FineTuning, "evaluate", evaluate)
+
+
+def with_answers(monkeypatch, labels: torch.Tensor, answers: list[list[int]]) -> None:
+    """The first evaluations have these answers for images of these labels."""
+
+    def evaluation(_, real: Evaluation) -> Evaluation:
+        if not answers:
+            return real
+        answer = torch.tensor(answers.pop(0))
+        return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
+
+    with_evaluations(monkeypatch, evaluation)
 
 
 @pytest.fixture
@@ -125,15 +137,15 @@ def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
     assert judge.state_dict() == before
 
 
-def test_an_epoch_is_kept_whole_where_nothing_may_shrink():
-    judge = guard_of(100, [0.8])
-    worse = answers(0.79, 1.1)
-    assert judge.after_epoch(worse, worse, 1) == Keep()
-    judge.note_epoch(worse, 1)
-    assert judge.scores == [0.8, 0.79] and judge.barren_epochs == 0
-
-
-def test_the_state_of_a_guard_comes_back():
+def test_a_run_goes_back_three_times_and_fails_the_fourth_and_its_state_comes_back():
+    judge = guard_that_may_shrink()
+    divisors = []
+    for _ in range(4):
+        assert not judge.has_failed
+        judge.note_retreat(1, 1e-3, good_epochs=0, seconds=1.0)
+        divisors.append(judge.rate_divisor)
+    assert judge.has_failed and divisors == [8, 64, 512, 512]  # the last one lowers nothing
+    assert judge.recent_loss == judge.first_loss == 1.0
     judge = guard_that_may_shrink()
     judge.note_epoch(answers(0.7, 1.2), math.inf)
     judge.note_retreat(2, 1e-3, good_epochs=1, seconds=5.0)
@@ -144,17 +156,6 @@ def test_the_state_of_a_guard_comes_back():
     assert other.rate_divisor == 8 and other.lost_seconds == 5.0 and other.scores == [0.8, 0.7]
 
 
-def test_a_run_goes_back_three_times_and_fails_the_fourth():
-    judge = guard_that_may_shrink()
-    divisors = []
-    for _ in range(4):
-        assert not judge.has_failed
-        judge.note_retreat(1, 1e-3, good_epochs=0, seconds=1.0)
-        divisors.append(judge.rate_divisor)
-    assert judge.has_failed and divisors == [8, 64, 512, 512]  # the last one lowers nothing
-    assert judge.recent_loss == judge.first_loss == 1.0
-
-
 @pytest.mark.parametrize(("all_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
 def test_how_much_may_be_lost(all_train, share):
     """Of 30 points above a constant answer, on so many images that chance hardly counts."""
@@ -163,16 +164,12 @@ def test_how_much_may_be_lost(all_train, share):
     assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss=1.0)
 
 
-def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good():
+def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_answer_by_its_loss():
     """On few images a collapse must be clear. A state to go back to must be as good as the best one."""
     judge = guard_of(100, [0.3])
     assert judge.has_collapsed(0.15, loss=1.0) and not judge.has_collapsed(0.2, loss=1.0)
     assert judge.is_recoverable  # the start always is
     assert not guard_of(1000, [0.3, 0.24]).is_recoverable and guard_of(1000, [0.3, 0.285]).is_recoverable
-
-
-def test_four_images_tell_a_constant_answer_by_its_loss():
-    """Half of two classes' images right is what a constant answer has, and no chance on so few."""
     judge = guard_of(4, [1.0], classes=2)
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
 
@@ -234,22 +231,6 @@ def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypat
     assert run.guard.scores[1] == run.evaluate_watched().score  # with all of the change
 
 
-@pytest.mark.slow
-def test_training_that_gains_nothing_in_two_epochs_goes_back_at_a_lower_rate(finetune, monkeypatch, capsys):
-    """As adapters that die: no share of their change is kept, and the loss rises. It is no reason to stop the run."""
-    real = FineTuning.evaluate_watched
-
-    def a_little_worse(run: FineTuning, divisor: float = 1) -> Evaluation:
-        trained = any(p.any() for name, p in run.network.named_parameters() if "lora_B" in name)
-        result = answers(0.79, 1.01) if trained else answers(0.8, 1.0)
-        return real(run, divisor)._replace(accuracy=result.accuracy, loss=result.loss)
-
-    monkeypatch.setattr(FineTuning, "evaluate_watched", a_little_worse)
-    results = finetune("--epochs 3 --wise-ft auto")
-    assert [went["epoch"] for went in results["retreats"]] == [2, 2, 2] and results["epochs"] == 3
-    assert "epoch 2: training gains nothing; back to epoch 0, learning rate" in capsys.readouterr().out
-
-
 def verdict_on(judge: Guard, loss: float, divisor: float) -> Keep | GoBack:
     """The verdict on an epoch that answers a little worse and keeps a part of its change, which stays if it may."""
     epoch = answers(0.79, loss)
@@ -268,15 +249,6 @@ def test_what_gains_anything_is_left_alone(divisor, loss):
     assert verdict_on(judge, loss, divisor) == Keep()
     assert verdict_on(judge, 1.1, math.inf) == Keep()
     assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
-
-
-def test_an_epoch_that_gains_nothing_counts_once_however_often_it_is_judged():
-    """It is judged again when a run goes on that was stopped within the evaluation."""
-    judge = guard_that_may_shrink()
-    epoch = answers(0.79, 1.1)
-    assert [judge.after_epoch(epoch, epoch, math.inf) for _ in range(2)] == [Keep()] * 2
-    judge.note_epoch(epoch, math.inf)
-    assert judge.after_epoch(epoch, epoch, math.inf) == GoBack("training gains nothing")
 
 
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
@@ -302,17 +274,18 @@ def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
 
 
 @pytest.mark.slow
-def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune):
+def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune, monkeypatch):
     """Left to the collector of cycles they would wait there, and then take five seconds each to end."""
     before, alive = {*multiprocessing.active_children()}, []
 
     def note(run):
         alive.append(len({*multiprocessing.active_children()} - before))
 
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     gc.disable()
     try:
         finetune("--workers 1 --learning-rate auto --epochs 1 --lora-rank 2", after_epoch=note)
-        assert alive[-1] in (1, 2)  # of the run's own loaders; the seven trials had theirs
+        assert alive[-1] in (1, 2)  # of the run's own loaders; the trials had theirs
         assert {*multiprocessing.active_children()} <= before
     finally:
         gc.enable()
@@ -333,24 +306,7 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
     told = capsys.readouterr().out
     assert "epoch 2: training collapsed; back to epoch 1, learning rate 1.3e-04" in told
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
-
-
-@pytest.mark.slow
-def test_the_time_that_a_collapse_has_undone_was_spent(finetune, watched, monkeypatch):
-    """Each evaluation of the guard takes ten seconds here, and nothing else any time."""
-    watched([1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
-    scripted_watch, now = FineTuning.evaluate_watched, [0.0]
-
-    def ten_seconds(run):
-        now[0] += 10
-        return scripted_watch(run)
-
-    monkeypatch.setattr(FineTuning, "evaluate_watched", ten_seconds)
-    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
-    results = finetune("--epochs 3")
-    assert [retreat["epoch"] for retreat in results["retreats"]] == [3]
-    assert sum(row["seconds"] for row in metrics(results["folder"])) == 30
-    assert results["seconds"] == 50  # the second epoch was undone with the third
+    assert results["seconds"] > sum(row["seconds"] for row in metrics(results["folder"]))  # what is undone was spent
 
 
 @pytest.mark.slow
@@ -446,16 +402,7 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
     watched([1.0, 1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
     labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
     answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2]
-    answers += [[0] * 16 + answer for answer in last]
-
-    def evaluation(_, real: Evaluation) -> Evaluation:
-        if not answers:
-            return real
-        answer = torch.tensor(answers.pop(0))
-        accuracy = (answer == labels).float().mean().item()
-        return real._replace(accuracy=accuracy, predictions=answer, labels=labels)
-
-    with_evaluations(monkeypatch, evaluation)
+    with_answers(monkeypatch, labels, [*answers, *([0] * 16 + answer for answer in last)])
     results = finetune("--epochs 4 --keep-best balanced --head-init random")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
     assert results["kept_epoch"] == kept == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
@@ -479,16 +426,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
 def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept):
     """What `lora.pth` has is then what is evaluated at the end; a run that is resumed knows it too."""
     labels = torch.tensor([0, 0, 0, 0, 1, 2])  # right of them: five, of the frequent class; four, of all; three
-    answers = [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]]
-    left = [torch.tensor(answer) for answer in answers]
-
-    def evaluation(_, real: Evaluation) -> Evaluation:
-        if not left:
-            return real
-        answer = left.pop(0)
-        return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
-
-    with_evaluations(monkeypatch, evaluation)
+    with_answers(monkeypatch, labels, [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]])
     options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
     results = finetune(options)
     assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
@@ -501,21 +439,3 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     again = finetune(f"{options} --resume")
     assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
     assert again["kept_epoch"] == kept
-
-
-def test_weights_that_are_no_numbers_are_a_collapse(finetune, monkeypatch):
-    """The last step of an epoch has a finite loss and leaves NaN: every answer is then the first class."""
-    real, calls = optim.stepped, []
-
-    def stepped(scaler, optimizer):
-        result = real(scaler, optimizer)
-        calls.append(None)
-        if len(calls) == 3:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            [bias] = [p for p in parameters if p.shape == (3,)]  # the head's
-            bias.data.fill_(math.nan)
-        return result
-
-    monkeypatch.setattr(optim, "stepped", stepped)
-    results = finetune("--head-init random")
-    assert len(results["retreats"]) == 1 and results["epochs"] == 2 and math.isfinite(results["val_loss"])

@@ -44,7 +44,7 @@ def folders(tmp_path):
         (tmp_path / name).mkdir()
 
 
-def test_accuracies_are_compared_by_the_exact_test(classes, capsys):
+def test_accuracies_are_compared_by_the_exact_test_in_any_order(classes, capsys, tmp_path):
     paths, wrong = classes
     [difference] = deploy_lora.main(["compare", *map(str, paths)])
     accuracies = [1 - of.double().mean().item() for of in wrong]
@@ -55,9 +55,6 @@ def test_accuracies_are_compared_by_the_exact_test(classes, capsys):
     assert shown in (told := capsys.readouterr().out) and f"p = {difference.p:.2g}" in told
     [same] = comparison.compare(paths[0], paths[0])
     assert math.isnan(same.low) and same.p == 1
-
-
-def test_the_order_of_the_images_does_not_matter(classes, tmp_path):
     paths, _ = classes
     before = comparison.compare(*paths)
     path = comparison.answers_path(paths[1])
@@ -156,14 +153,7 @@ def test_numbers_may_be_called_as_columns_of_answers_end(tmp_path, names):
     assert (found[1].first, found[1].second) == pytest.approx((0.5, 0.1))
 
 
-def test_labels_may_be_called_class_and_answer(tmp_path):
-    truth = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    report = tasks.MultiLabel(["class", "answer"]).report(multilabel.LabelAnswers(0.1, truth, truth))
-    paths = [write(report, tmp_path / name / "results.json", 3) for name in "ab"]
-    assert comparison.compare(*paths)[0][:3] == ("macro AP", 1.0, 1.0)
-
-
-def test_results_in_different_groups_are_not_compared(tmp_path):
+def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):
     right = torch.arange(6) < 3
     paths = [
         write(class_report(right), tmp_path / name / "results.json", 6, groups)
@@ -171,9 +161,6 @@ def test_results_in_different_groups_are_not_compared(tmp_path):
     ]
     with pytest.raises(InputError, match="have the images in other groups: evaluate both with one --group-by"):
         comparison.compare(*paths)
-
-
-def test_one_group_says_nothing(tmp_path, capsys):
     right = torch.arange(6) < 3
     path = write(class_report(right), tmp_path / "a" / "results.json", 6, [0] * 6)
     other = write(class_report(~right | right), tmp_path / "b" / "results.json", 6, [0] * 6)

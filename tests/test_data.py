@@ -34,7 +34,7 @@ def indices(images) -> set[int]:
     return set(images.indices)
 
 
-def test_digits_are_all_there_and_stratified(digits):
+def test_digits_are_stratified_and_a_validation_part_comes_out_of_the_training_split(digits):
     splits, _ = digits
     assert len(splits.train) + len(splits.val) == 1797 and len(splits.val) == pytest.approx(1797 / 5, abs=5)
     assert indices(splits.train).isdisjoint(indices(splits.val))
@@ -45,9 +45,6 @@ def test_digits_are_all_there_and_stratified(digits):
     image, label = splits.train[0]
     assert image.mode == "RGB" and image.size == (8, 8) and isinstance(label, int)
     assert max(np.asarray(image).max() for image, _ in splits.val) == 255
-
-
-def test_the_validation_part_comes_out_of_the_training_split(digits):
     splits, validation = digits
     assert indices(validation.train) | indices(validation.val) == indices(splits.train)
     assert indices(validation.train).isdisjoint(indices(validation.val))
@@ -60,6 +57,11 @@ def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
     assert indices(few[0].train) == indices(few[1].train) != indices(few[2].train)
     assert np.bincount(few[0].train.labels).tolist() == [3] * 10
     assert indices(few[2].train) <= indices(digits[0].train)
+    splits, validation = digits
+    assert splits.digest() == sources.load_splits("digits").digest() != validation.digest()
+    two = [("image", 0), ("image", 0)]
+    sets = [([0, 0], [0]), ([0, 0], [1]), ([1, 0], [0]), ([0, 0], [0, 1]), ([0, 0], [1, 0])]
+    assert len({data.LabelledImages(two, labels).subset(indices).digest for labels, indices in sets}) == len(sets)
 
 
 def test_a_folder_with_train_and_val(tmp_path):
@@ -72,28 +74,20 @@ def test_a_folder_with_train_and_val(tmp_path):
     assert splits.train[5][0].getpixel((0, 0)) == (200, 100, 50)
 
 
-def test_one_set_of_class_folders_is_split_the_same_each_time(tmp_path):
+def test_one_set_of_class_folders_is_split_the_same_each_time_and_an_added_image_moves_no_other(tmp_path):
     for label in ("cat", "dog"):
         write_images(tmp_path / label, [str(i) for i in range(50)])
     first, second = (sources.load_splits("imagefolder", tmp_path, seed=seed) for seed in (0, 1))
     assert list(first.val.relative_names()) == list(second.val.relative_names()) and first.digest() == second.digest()
-    assert set(first.train.relative_names()) | set(first.val.relative_names()) == {
-        f"{c}/{i}.png" for c in ("cat", "dog") for i in range(50)
-    }
-    assert set(first.train.relative_names()).isdisjoint(first.val.relative_names())
+    names = [*first.train.relative_names(), *first.val.relative_names()]
+    assert sorted(names) == sorted(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(50))
     assert np.bincount(first.val.labels) == pytest.approx(10, abs=6)
-
-
-def test_an_added_image_moves_no_other(tmp_path):
-    for label in ("cat", "dog"):
-        write_images(tmp_path / label, [str(i) for i in range(20)])
-    before = sources.load_splits("imagefolder", tmp_path)
     write_images(tmp_path / "cat", ["0a", "more", "zz"])
     write_images(tmp_path / "ant", "abcdef")  # the other classes have other numbers now
     after = sources.load_splits("imagefolder", tmp_path)
     for part in ("train", "val"):
-        assert set(getattr(before, part).relative_names()) <= set(getattr(after, part).relative_names())
-    assert after.digest() != before.digest()
+        assert set(getattr(first, part).relative_names()) <= set(getattr(after, part).relative_names())
+    assert after.digest() != first.digest()
 
 
 def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
@@ -114,14 +108,6 @@ def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
         {"train_cat": "ef", "train_dog": "cd", "val_cat": "ab"},
     ]
     assert len({digest(**files) for files in (one, *others)}) == 1 + len(others)
-
-
-def test_the_digest_of_a_set_without_files_is_that_of_its_indices(digits):
-    splits, validation = digits
-    assert splits.digest() == sources.load_splits("digits").digest() != validation.digest()
-    two = [("image", 0), ("image", 0)]
-    sets = [([0, 0], [0]), ([0, 0], [1]), ([1, 0], [0]), ([0, 0], [0, 1]), ([0, 0], [1, 0])]
-    assert len({data.LabelledImages(two, labels).subset(indices).digest for labels, indices in sets}) == len(sets)
 
 
 def test_a_class_may_lack_validation_images(tmp_path):
@@ -172,7 +158,7 @@ def test_evaluation_images_elsewhere(tmp_path):
         }
 
 
-def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
+def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
     two_classes(tmp_path, "train")
     with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one, name it with --val-dir"):
         sources.load_splits("imagefolder", tmp_path)
@@ -181,9 +167,6 @@ def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
     assert (len(splits.train), len(splits.val)) == (6, 0)
     write_images(tmp_path / "val" / "eel")  # which is nobody's business then
     assert len(sources.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
-
-
-def test_evaluation_images_that_a_validation_part_leaves_alone_are_named(tmp_path, capsys):
     two_classes(tmp_path, "train", "elsewhere")
     sources.load_splits("imagefolder", tmp_path, "validation", val_dir=tmp_path / "elsewhere")
     told = f"evaluating on a part of the training images; {tmp_path / 'elsewhere'} is left alone"
@@ -362,9 +345,6 @@ def test_a_part_is_taken_off_again_and_again(tmp_path):
         seen |= indices(part)
     _, part = sources.validation_part(images.subset(range(100)))  # which remembers what was taken off before
     assert 10 < len(part) < 30
-
-
-def test_a_set_of_lone_images_has_no_validation_part(tmp_path):
     with pytest.raises(InputError, match="every class has only one"):
         sources.validation_part(set_of(tmp_path, cat=1, dog=1))
 
@@ -392,6 +372,9 @@ def test_what_is_drawn_for_an_image_depends_on_seed_and_epoch_alone():
     assert draws(shuffle=True, seed=1)[0] != first[0]
     for column in (1, 2):  # no two images, nor one image in two epochs, get the same
         assert len({item[column] for epoch in epochs for item in epoch}) == 20
+    whole = draws(epochs=2, shuffle=True)
+    assert draws(epochs=2, start=2, shuffle=True) == whole[2:]
+    assert [len(batch) for batch in draws(shuffle=True, drop_last=True)] == [4, 4]
 
 
 class Clock:
@@ -482,12 +465,6 @@ def test_a_pass_that_was_left_does_not_show_in_the_next():
     left.batch_sampler.epoch = whole.batch_sampler.epoch = 5
     for ours, theirs in zip(left, whole, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
-
-
-def test_an_epoch_can_begin_in_the_middle():
-    whole = draws(epochs=2, shuffle=True)
-    assert draws(epochs=2, start=2, shuffle=True) == whole[2:]
-    assert [len(batch) for batch in draws(shuffle=True, drop_last=True)] == [4, 4]
 
 
 @pytest.mark.parametrize(("count", "size"), [(11, 4), (9, 4), (8, 4), (3, 8), (7, 2)])

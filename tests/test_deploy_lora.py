@@ -3,7 +3,6 @@
 What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_peft_format.py`.
 """
 
-import csv
 import itertools
 import json
 import os
@@ -25,13 +24,13 @@ from torch import nn
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager
+from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers.measures import wilson_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import arithmetic as run_arithmetic
-from toolkit.run.runs import run_script
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
 
@@ -103,8 +102,6 @@ def test_merge_finds_a_base_that_has_moved(adapter, tmp_path):
     merged, moved = tmp_path / "merged.pth", tmp_path / "moved.pth"
     deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
     before = torch.load(merged)
-    with pytest.raises(InputError, match=r"base\.pth is what .* was trained over; name another file"):
-        deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "base.pth")])
     (tmp_path / "base.pth").rename(moved)
     deploy_lora.main(["merge", str(adapter), "--output", str(merged), "--checkpoint", str(moved)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in torch.load(merged).items())
@@ -113,9 +110,10 @@ def test_merge_finds_a_base_that_has_moved(adapter, tmp_path):
 # ------------------------------------------------------------------------------------------------ answers for images
 
 
-@pytest.fixture(params=["lora", "qlora", "full"])
-def trained(request, base, tmp_path) -> Path:
+@pytest.fixture(scope="module", params=["lora", "qlora", "full"])
+def trained(request, base, tmp_path_factory) -> Path:
     """The file of a run of each kind, for the classes of the `images`."""
+    path = tmp_path_factory.mktemp("trained") / "lora.pth"
     torch.manual_seed(0)
     model, report = load_backbone(base, len(CLASSES))
     nn.init.normal_(model.heads.head.weight, std=0.1)
@@ -126,8 +124,8 @@ def trained(request, base, tmp_path) -> Path:
         add_lora_to_model(model, r=2, target_modules="encoder_layer_1", use_qlora=request.param == "qlora")
         randomize_adapters(model, std=0.1)
     about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
-    return tmp_path / "lora.pth"
+    LoRAManager(model).save_lora_checkpoint(path, about)
+    return path
 
 
 @torch.no_grad()
@@ -135,11 +133,6 @@ def logits_of(adapter: Path, paths: list[Path | str]) -> torch.Tensor:
     """Image by image, as the README predicts."""
     model, info = load_finetuned(adapter)
     return torch.cat([model(info["transform"](Image.open(path))[None]) for path in paths])
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def run(command: str, *words):
@@ -155,7 +148,7 @@ def test_predictions_are_those_of_the_model(trained, images, tmp_path, capsys):
         *(f"{images}/val/{name}/{i}.png" for name in CLASSES for i in range(5)),
         str(single),  # once
     ]
-    for row, written, probabilities in zip(rows, table(output), expected, strict=True):
+    for row, written, probabilities in zip(rows, rows_of(output), expected, strict=True):
         ranked = probabilities.argsort(descending=True).tolist()
         assert list(written) == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
         assert [written[key] for key in ("class", "class_2", "class_3")] == [CLASSES[i] for i in ranked]
@@ -164,15 +157,16 @@ def test_predictions_are_those_of_the_model(trained, images, tmp_path, capsys):
     assert f"wrote {output}: 16 images" in capsys.readouterr().out
 
 
-@pytest.fixture
-def adapter_for_images(base, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def adapter_for_images(base, tmp_path_factory) -> Path:
     """A head alone, which is enough to sort images."""
+    path = tmp_path_factory.mktemp("head") / "lora.pth"
     model, report = load_backbone(base, len(CLASSES))
     torch.manual_seed(0)
     nn.init.normal_(model.heads.head.weight, std=0.5)
     about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
-    return tmp_path / "lora.pth"
+    LoRAManager(model).save_lora_checkpoint(path, about)
+    return path
 
 
 def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, images, tmp_path, capsys):
@@ -183,33 +177,19 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
     rows = run("predict --device cpu", adapter_for_images, folder, "--output", tmp_path / "p.csv")
     printed = capsys.readouterr().out
     assert "1 of 2 images cannot be read and are left out:" in printed and "broken.jpg: not a readable image" in printed
-    assert [row["path"] for row in table(tmp_path / "p.csv")] == [f"{folder}/grey, with a comma.png"]
+    assert [row["path"] for row in rows_of(tmp_path / "p.csv")] == [f"{folder}/grey, with a comma.png"]
     assert len(rows) == 1
-
-
-def test_nothing_is_advised_that_predict_cannot_do(adapter_for_images, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"none of the 1 images can be read, such as .*broken\.jpg: not a") as found:
         run("predict --device cpu", adapter_for_images, tmp_path / "broken.jpg", "--output", tmp_path / "p.csv")
     assert "--" not in str(found.value)
 
 
-def test_predictions_below_a_probability_are_unsure(trained, images, tmp_path):
-    path = tmp_path / "p.csv"
-    sure = run("predict --device cpu", trained, images / "val", "--output", path)
-    probabilities = sorted(float(row["probability"]) for row in sure)
-    border = sum(max(itertools.pairwise(probabilities), key=lambda pair: pair[1] - pair[0])) / 2
-    run("predict --device cpu --abstain", border, trained, images / "val", "--output", path)
-    for row, before in zip(table(path), sure, strict=True):
-        unsure = float(before["probability"]) < border
-        assert row["class"] == ("unsure" if unsure else before["class"]) and row["likeliest"] == before["class"]
-    assert any(row["class"] == "unsure" for row in table(path))
-
-
+@pytest.mark.parametrize("trained", ["qlora"], indirect=True)
 def test_features_are_what_the_head_receives(trained, images, tmp_path):
     returned = run("embed --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "f.npy")
     written = np.load(tmp_path / "f.npy")
-    paths = [row["path"] for row in table(tmp_path / "f_paths.csv")]
+    paths = [row["path"] for row in rows_of(tmp_path / "f_paths.csv")]
     model, info = load_finetuned(trained)
     with torch.no_grad():
         expected = forward_features(model, torch.stack([info["transform"](Image.open(path)) for path in paths]))
@@ -218,6 +198,7 @@ def test_features_are_what_the_head_receives(trained, images, tmp_path):
     assert torch.equal(torch.from_numpy(written), returned)
 
 
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
     """Near those in floats where 8 bits are faster, and else the same."""
     found = []
@@ -233,6 +214,7 @@ def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
         assert_close(torch.as_tensor(as_floats), torch.as_tensor(floats), FP32)
 
 
+@pytest.mark.parametrize("trained", ["full"], indirect=True)
 def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, capsys):
     """A folder of class folders counts whole; of one with a val/ that is meant."""
     results = run("evaluate --device cpu", trained, images, "--output", tmp_path / "r.json")
@@ -264,15 +246,6 @@ def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
     assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]
 
 
-def test_evaluation_of_a_run_needs_no_folder(finetune, capsys):
-    """The images that the run was evaluated on are in its file's settings: the accuracy is the run's own."""
-    run_results = finetune("--epochs 1 --lora-rank 0")
-    results = run("evaluate --device cpu", run_results["folder"] / "lora.pth")
-    assert (results["accuracy"], results["images"]) == (run_results["val_accuracy"], 15)
-    told = capsys.readouterr().out
-    assert re.search(r"^images +of .*images\S*, evaluated on in training$", told, re.MULTILINE)
-
-
 def test_a_list_is_evaluated_as_the_folder_is(finetune, images):
     """Whatever stands between its columns, and with the column by which the run was grouped."""
     adapter = finetune("--epochs 1 --lora-rank 0")["folder"] / "lora.pth"
@@ -298,14 +271,6 @@ def test_a_list_is_evaluated_as_the_folder_is(finetune, images):
         run("evaluate --device cpu", adapter, adapter.parent / "plain.csv")
 
 
-def test_info_of_a_run_fits_a_terminal(finetune, capsys):
-    folder = finetune("--epochs 1 --lora-rank 2")["folder"]
-    capsys.readouterr()
-    deploy_lora.main(["info", str(folder / "lora.pth")])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "/" not in line]  # a path may be long
-    assert max(map(len, lines)) <= 100 and any(line.startswith("    finetune: lora_rank 2") for line in lines)
-
-
 def with_settings(adapter: Path, data: object) -> Path:
     """A copy of the file in which the run's settings have this section `data`."""
     content = torch.load(adapter)
@@ -319,13 +284,10 @@ def with_settings(adapter: Path, data: object) -> Path:
     "data",
     [
         None,
-        [],
         {"eval_split": "held-out"},
         {"dataset": "imagefolder", "data_dir": 3},
         {"dataset": "imagefolder", "data_list": "mine.csv"},
-        {"dataset": "imagefolder", "data_list": [1]},
         {"dataset": "digits", "folds": "x/y"},
-        {"dataset": "digits", "folds": "5"},
         {"dataset": ["digits"]},
     ],
 )
@@ -366,26 +328,6 @@ def test_a_small_file_stays_small(adapter_for_images, tmp_path):
     assert (tmp_path / "theirs.pth").stat().st_size < 1_000_000
     with pytest.raises(InputError, match="its tensors are larger than the file"):
         load_finetuned(tmp_path / "theirs.pth")
-
-
-def test_a_scaling_that_float32_cannot_hold(adapter, tmp_path):
-    if adapter.suffix != ".pth":
-        pytest.skip("the records are the same")
-    content = torch.load(adapter)
-    for record in content["layers"].values():
-        record["scaling"] = 1e299
-    torch.save(content, tmp_path / "theirs.pth")
-    with pytest.raises(InputError, match=r"is damaged: .*mlp"):
-        load_finetuned(tmp_path / "theirs.pth")
-
-
-def test_codes_of_a_terminal_are_not_printed(adapter_for_images):
-    content = torch.load(adapter_for_images)
-    content["metadata"]["checkpoint"] = "\x1b[31mgone.pth"
-    torch.save(content, adapter_for_images)
-    with pytest.raises(InputError) as found:
-        load_finetuned(adapter_for_images)
-    assert str(found.value).isprintable()
 
 
 # ------------------------------------------------------------------------------------ what serves without it
@@ -472,8 +414,7 @@ def test_a_server_answers_as_predict(served, prepare, tmp_path):
     assert len(set(expected)) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("normalise", [[], ["--normalise"]])
+@pytest.mark.parametrize("served, normalise", [("13 bands", ["--normalise"]), ("numbers", [])], indirect=["served"])
 def test_a_graph_and_its_preparation_answer_as_predict(served, prepare, normalise, tmp_path):
     adapter, image = served
     run("merge", adapter, "--output", tmp_path / "merged.pth")
@@ -502,26 +443,7 @@ def unnormalised(images: torch.Tensor) -> torch.Tensor:
     return images * std + mean
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trained, normalise", [("lora", True), ("full", False)], indirect=["trained"])
-def test_onnxruntime_answers_as_the_model(trained, normalise, tmp_path):
-    """For any number of images; the file says what it wants and what its outputs mean."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    output = tmp_path / "model.onnx"
-    run("export", trained, "--output", output, *["--normalise"] * normalise)
-    session = onnxruntime.InferenceSession(output)
-    for count in (1, 5):
-        images = torch.randn(count, 3, 16, 16)
-        given = unnormalised(images) if normalise else images
-        (logits,) = session.run(["logits"], {"images": given.numpy()})
-        assert_close(torch.from_numpy(logits), expected_logits(trained, images), FP32)
-    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    assert about["class_names"] == list(CLASSES) and about["image_size"] == 16
-    assert about["normalised_inside"] is normalise and about["mean"] == list(transforms.IMAGENET_MEAN)
-
-
-@pytest.mark.parametrize("trained", ["qlora"], indirect=True)
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_torch_export_answers_as_the_model(trained, tmp_path):
     run("export --normalise", trained, "--output", tmp_path / "model.pt2")
     notes = {"class_names": ""}
@@ -540,39 +462,3 @@ def test_what_onnx_needs_is_named(adapter_for_images, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
-
-
-@pytest.mark.parametrize(
-    "command, code, told",
-    [
-        ("info lora.pth", 0, ""),
-        ("merge lora.pth --output merged.pth", 0, ""),
-        ("merge lora.pth", 2, "error: --output: expected a value, the file to write\n"),
-        ("info gone.pth", 2, "error: cannot read gone.pth: file not found; give the path of an existing file\n"),
-    ],
-)
-@pytest.mark.parametrize("adapter", [".pth"], indirect=True)
-def test_exit_codes(command, code, told, adapter, monkeypatch, capsys):
-    monkeypatch.chdir(adapter.parent)
-    monkeypatch.setattr(sys, "argv", ["deploy_lora.py", *command.split()])
-    try:
-        run_script(deploy_lora.main)
-        ended = 0
-    except SystemExit as error:
-        ended = error.code
-    assert ended == code
-    assert capsys.readouterr().err == told
-
-
-@pytest.mark.parametrize("command", [[], *([name] for name in deploy_lora.COMMANDS)])
-def test_help_says_what_each_command_does(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        deploy_lora.main([*command, "--help"])
-    assert ended.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for name, (*_, text) in deploy_lora.COMMANDS.items():
-        assert command or f"{name} {text}" in printed
-    if command:
-        assert ("[--output OUTPUT]" in printed) == (command not in (["info"], ["compare"]))
-        needless = (["info"], ["compare"], ["evaluate"])
-        assert ("the file to write (required)" in printed) == (command not in needless)

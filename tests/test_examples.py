@@ -39,14 +39,6 @@ def test_serving_answers_for_each_task(trained, capsys):
     assert of == 40 and right >= 34
 
 
-def test_an_example_that_finds_something_wrong_raises(monkeypatch):
-    some_digits = examples._some_digits
-    monkeypatch.setattr(examples, "_some_digits", lambda count, device: some_digits(4, device))
-    untrained = examples.example_1_setup()
-    with pytest.raises(RuntimeError, match="no difference"):
-        examples.example_4_inference(untrained)
-
-
 @pytest.mark.slow
 def test_several_labels_are_found_and_answered(capsys):
     examples.main(["--only", "6"])
@@ -63,9 +55,3 @@ def test_several_labels_are_found_and_answered(capsys):
         for name, which in examples.LABELS.items():
             right += (int(digit) in which) == (name in labels.split(","))
     assert right >= 8
-
-
-def test_an_unknown_number_is_refused():
-    with pytest.raises(SystemExit) as stopped:
-        examples.main(["--only", "7"])
-    assert stopped.value.code == 2

@@ -36,23 +36,10 @@ def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
     touch(tmp_path / "cat", "notes.txt", ".hidden.png", ".cache/g.png", "png", "deep/._c.webp")
     (tmp_path / "cat" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "cat" / "h.png").symlink_to(tmp_path / "elsewhere" / "e.png")
-    assert folders.image_names(tmp_path, "cat") == [
-        "cat/a.JPG",
-        "cat/b.png",
-        "cat/h.png",
-        "cat/z.jpeg",
-        "cat/deep/d.TIFF",
-        "cat/deep/er/c.webp",
-        "cat/more/e.png",
-        "cat/more/linked/f.bmp",
-    ]
+    (tmp_path / "cat" / "deep" / "back").symlink_to(tmp_path / "cat")  # is not followed for ever
+    found = ["a.JPG", "b.png", "h.png", "z.jpeg", "deep/d.TIFF", "deep/er/c.webp", "more/e.png", "more/linked/f.bmp"]
+    assert folders.image_names(tmp_path, "cat") == [f"cat/{name}" for name in found]
     assert folders.image_names(tmp_path / "cat")[:2] == ["a.JPG", "b.png"]
-
-
-def test_a_link_that_leads_back_is_not_followed_for_ever(tmp_path):
-    touch(tmp_path / "cat", "a.png", "deep/b.png")
-    (tmp_path / "cat" / "deep" / "back").symlink_to(tmp_path / "cat")
-    assert folders.image_names(tmp_path, "cat") == ["cat/a.png", "cat/deep/b.png"]
 
 
 def test_a_folder_without_rights_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """--folds: a run for each part, one table, and what a stopped or changed cross-validation does."""
 
-import csv
 import json
 import shlex
 import statistics
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import finetune_lora
+from tests.run_folders import rows_of
 from tests.test_splitting import patients
 from toolkit import InputError
 from toolkit.files import SHIPPED, read_checkpoint
@@ -18,13 +18,8 @@ from toolkit.run import folds
 from toolkit.run.guard import Collapsed
 
 
-def read_table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "folds.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, capsys):
-    options = f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1"
+    options = f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0"
     found = finetune(f"{options} --folds 2")
     printed, folder = capsys.readouterr().out, found["folder"]
     evaluated = set()
@@ -36,7 +31,7 @@ def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospit
         assert results["val_images"] == len(val) and not evaluated & patients(val)
         evaluated |= patients(val)
     assert len(evaluated) == 20
-    *rows, mean, spread = read_table(folder)
+    *rows, mean, spread = rows_of(folder / "folds.csv")
     scores = [results["val_accuracy"] for results in found["folds"]]
     probes = [results["probe_accuracy_before"] for results in found["folds"]]
     assert [row["part"] for row in (*rows, mean, spread)] == ["1", "2", "mean", "spread"]
@@ -107,7 +102,7 @@ def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
     assert stand_in.parts == ["1/3", "2/3", "2/3 r", "3/3"]
     assert [part["val_accuracy"] for part in found["folds"]] == [0.1, 0.2, 0.3]
     assert found["val_accuracy"] == pytest.approx(0.2) and found["val_accuracy_spread"] == pytest.approx(0.1)
-    assert read_table(tmp_path / "out")[3] == {
+    assert rows_of(tmp_path / "out/folds.csv")[3] == {
         **{"part": "mean", "val_images": "", "probe_accuracy_before": ""},
         "val_accuracy": str(found["val_accuracy"]),
     }
@@ -133,15 +128,12 @@ def copy_with_another_date(folder: Path) -> Path:
     return folder / "copy.pth"
 
 
-def test_a_damaged_result_of_a_part_is_one_line(validate, stand_in, tmp_path):
+def test_parts_that_do_not_belong_together_or_are_damaged_are_one_line(validate, stand_in, tmp_path):
+    with pytest.raises(InputError, match="has no parts to go on with; start without it"):
+        validate("--resume")
     validate()
     (tmp_path / "out/folds/2/results.json").write_text('{"val_accuracy": 0.')
     with pytest.raises(InputError, match=r"folds/2/results.json is damaged: delete it, and --resume finishes"):
-        validate("--resume")
-
-
-def test_nothing_to_go_on_with_is_one_line(validate):
-    with pytest.raises(InputError, match="has no parts to go on with; start without it"):
         validate("--resume")
 
 

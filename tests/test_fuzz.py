@@ -186,7 +186,7 @@ def pretrained() -> dict:
     return {"arch": "vit_mini", **about, "model": model}
 
 
-@fuzz(12, changes=changes())
+@fuzz(8, changes=changes())
 def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     path.write_bytes(torch_file(edited(pretrained, changes)))
@@ -360,25 +360,20 @@ def check_config(path: Path) -> None:
             assert str(error) and all(line.isprintable() for line in str(error).split("\n")), error
 
 
-@fuzz(40, config=st.sampled_from(CONFIGS), edits=EDITS, kept=KEPT)
-def test_bytes_of_a_config(tmp_path_factory, config, edits, kept):
-    path = tmp_path_factory.getbasetemp() / "mutated.yaml"
-    path.write_bytes(mutate(config, edits, kept))
-    check_config(path)
+CONFIG_FILES = st.one_of(
+    st.builds(mutate, st.sampled_from(CONFIGS), EDITS, KEPT),
+    st.binary(max_size=40),
+    st.one_of(st.text(max_size=40), st.lists(YAML_WORDS, max_size=12).map("".join)).map(
+        lambda text: text.encode(errors="replace")
+    ),
+    SECTIONS.map(lambda sections: yaml.safe_dump(sections, allow_unicode=True).encode(errors="replace")),
+)
 
 
-@fuzz(40, content=st.one_of(st.binary(max_size=40), st.text(max_size=40), st.lists(YAML_WORDS, max_size=12)))
+@fuzz(80, content=CONFIG_FILES)
 def test_a_config_of_anything(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "anything.yaml"
-    text = "".join(content) if isinstance(content, list) else content
-    path.write_bytes(text.encode(errors="replace") if isinstance(text, str) else text)
-    check_config(path)
-
-
-@fuzz(40, sections=SECTIONS)
-def test_a_config_of_any_values(tmp_path_factory, sections):
-    path = tmp_path_factory.getbasetemp() / "values.yaml"
-    path.write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8", errors="replace")
+    path.write_bytes(content)
     check_config(path)
 
 

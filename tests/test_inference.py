@@ -14,7 +14,6 @@ from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager
 
 EXAMPLES = 12  # of each kind of network
-MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
 class Attention(nn.Module):
@@ -29,29 +28,6 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         key = x.roll(1, 0) if self.crosses else x
         return self.attention(x, key, key, need_weights=self.need_weights)[0]
-
-
-def linear(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    layers = [nn.LayerNorm(8), nn.Linear(8, 6, bias=draw.random() < 0.5), nn.GELU(), nn.Linear(6, 5)]
-    return nn.Sequential(*layers[draw.randrange(2) :]), draw.choice([(8,), (3, 8), (2, 3, 8), (0, 8)])
-
-
-def convolution(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    stride = draw.choice([1, 2])
-    padding = draw.choice(["valid", (1, 0), (1, 1), *(["same"] if stride == 1 else [])])
-    conv = nn.Conv2d(
-        4,
-        6,
-        kernel_size=(draw.randint(1, 3), draw.randint(1, 4)),
-        stride=stride,
-        padding=padding,
-        dilation=draw.choice([1, 2]),
-        groups=draw.choice([1, 2]),
-        bias=draw.random() < 0.5,
-        padding_mode=draw.choice(MODES),
-    )
-    layers = [conv, nn.BatchNorm2d(6), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[: draw.randint(1, 3)]), (2, 4, 9, 8)
 
 
 def attention(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
@@ -76,7 +52,7 @@ def vit_block(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     return EncoderBlock(2, 8, 12, 0.0, 0.0), (2, 5, 8)
 
 
-NETWORKS = [linear, convolution, attention, resnet_block, vit_block]
+NETWORKS = [attention, resnet_block, vit_block]
 
 
 def draw_model(network, draw: random.Random) -> tuple[nn.Module, nn.Module, torch.Tensor]:

@@ -2,6 +2,7 @@
 CONTRIBUTING, and no line is packed."""
 
 import ast
+import functools
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -41,10 +42,16 @@ def floor(module: str) -> int:
     return TOP_FLOOR
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The project's modules that a file imports, inside functions as well."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -121,7 +128,7 @@ def packed(node: ast.AST) -> str | None:
 
 
 def nodes_of_the_sources() -> list[tuple[Path, ast.AST]]:
-    return [(path, node) for path in SOURCES.values() for node in ast.walk(ast.parse(path.read_text()))]
+    return [(path, node) for path in SOURCES.values() for node in nodes(path)]
 
 
 def test_few_lines_are_packed():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,7 +15,6 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
-from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
@@ -49,23 +47,6 @@ def checkpoint_of(arch: str, size: int, channels: int, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> Path:
-    """Pairs of photographs of 40 x 50 pixels: the mask is where they are bright."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for part, count in (("train", 8), ("val", 3)):
-        for kind in ("images", "masks"):
-            (folder / part / kind).mkdir(parents=True)
-        for number in range(count):
-            image = np.random.default_rng(number).integers(0, 100, (40, 50, 3)).astype(np.uint8)
-            image[5:25, 9 : 30 + number] += 150
-            mask = (image[..., 0] > 120).astype(np.uint8)
-            mask[0] = 255
-            Image.fromarray(image).save(folder / part / "images" / f"{number}.png")
-            Image.fromarray(mask).save(folder / part / "masks" / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tiffs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiffs")
     for kind in ("images", "masks"):
@@ -88,11 +69,9 @@ def trained(argv: str, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_photographs(base, photographs, tmp_path_factory) -> Path:
+def of_pairs(base, pairs, tmp_path_factory) -> Path:
     """The adapter of a ViT for windows of 16 pixels."""
-    return trained(
-        f"--checkpoint {base} --data-dir {photographs} --classes dark bright", tmp_path_factory.mktemp("vit")
-    )
+    return trained(f"--checkpoint {base} --data-dir {pairs} --classes dark bright", tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +103,20 @@ def tags(path: Path) -> dict[int, object]:
 # Masks and maps
 
 
-def test_masks_of_a_folder_are_the_models_answers(of_photographs, photographs, tmp_path):
-    written = deploy("predict", of_photographs, photographs / "val", "--output", tmp_path / "maps")
-    assert sorted(map(str, written)) == [f"{tmp_path}/maps/images/{i}.png" for i in range(3)] + [
-        f"{tmp_path}/maps/masks/{i}.png" for i in range(3)
+def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_tiffs, tiffs):
+    written = deploy("predict", of_pairs, pairs / "val", "--output", tmp_path / "maps")
+    assert sorted(map(str, written)) == [f"{tmp_path}/maps/images/{i}.png" for i in range(6)] + [
+        f"{tmp_path}/maps/masks/{i}.png" for i in range(6)
     ]
-    with Image.open(tmp_path / "maps/images/1.png") as mask, Image.open(photographs / "val/images/1.png") as image:
+    with Image.open(tmp_path / "maps/images/1.png") as mask, Image.open(pairs / "val/images/1.png") as image:
         assert mask.mode == "P" and mask.size == image.size
-        assert np.array_equal(np.asarray(mask), logits_of(of_photographs, image).argmax(0))
+        assert np.array_equal(np.asarray(mask), logits_of(of_pairs, image).argmax(0))
+    [*written] = deploy("predict", of_tiffs, tiffs / "images", "--output", tmp_path / "maps")
+    assert written[0] == tmp_path / "maps/0.tif" and tags(written[0]) == tags(tiffs / "images/0.tif")
+    image = pairs / "val/images/0.png"
+    [path] = deploy("predict", of_pairs, image, "--output", tmp_path / "soft", "--probabilities")
+    with Image.open(image) as opened:
+        np.testing.assert_allclose(np.load(path), logits_of(of_pairs, opened).softmax(0).movedim(0, 2), atol=1e-6)
 
 
 def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
@@ -150,24 +135,11 @@ def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
     assert np.array_equal(sure == 255, soft.max(2) < share) and 0 < (sure == 255).mean() < 1
 
 
-def test_a_tiff_in_a_folder_becomes_a_tiff_and_arrays_hold_probabilities(
-    of_tiffs, tiffs, of_photographs, photographs, tmp_path
-):
-    [*written] = deploy("predict", of_tiffs, tiffs / "images", "--output", tmp_path / "maps")
-    assert written[0] == tmp_path / "maps/0.tif" and tags(written[0]) == tags(tiffs / "images/0.tif")
-    image = photographs / "val/images/0.png"
-    [path] = deploy("predict", of_photographs, image, "--output", tmp_path / "soft", "--probabilities")
-    with Image.open(image) as opened:
-        np.testing.assert_allclose(np.load(path), logits_of(of_photographs, opened).softmax(0).movedim(0, 2), atol=1e-6)
-
-
-def test_images_that_cannot_be_read_are_left_out(of_photographs, photographs, tmp_path, capsys):
+def test_images_that_cannot_be_read_are_left_out(of_pairs, pairs, tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images/0.png").write_bytes((photographs / "val/images/0.png").read_bytes())
-    (tmp_path / "images/1.png").write_bytes((photographs / "val/images/0.png").read_bytes()[:200])
-    assert deploy("predict", of_photographs, tmp_path / "images", "--output", tmp_path / "maps") == [
-        tmp_path / "maps/0.png"
-    ]
+    (tmp_path / "images/0.png").write_bytes((pairs / "val/images/0.png").read_bytes())
+    (tmp_path / "images/1.png").write_bytes((pairs / "val/images/0.png").read_bytes()[:200])
+    assert deploy("predict", of_pairs, tmp_path / "images", "--output", tmp_path / "maps") == [tmp_path / "maps/0.png"]
     assert f"left out: {tmp_path}/images/1.png: not a readable image" in capsys.readouterr().out
     assert os.listdir(tmp_path / "maps") == ["0.png"]
 
@@ -176,23 +148,14 @@ def test_images_that_cannot_be_read_are_left_out(of_photographs, photographs, tm
     ("images", "output", "named"),
     [
         ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
-        ("val", "map.tif", "one map, and there are 6 images"),
+        ("val", "map.tif", "one map, and there are 12 images"),
         ("val/images/0.png --window 16", "maps", "without --window"),
         ("val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
     ],
 )
-def test_outputs_that_fit_no_masks_are_refused(of_photographs, photographs, tmp_path, images, output, named):
+def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, images, output, named):
     with pytest.raises(InputError, match=named):
-        deploy("predict", of_photographs, *f"{photographs}/{images}".split(), "--output", tmp_path / output)
-
-
-def test_masks_replace_no_images_and_no_other_masks(of_tiffs, tiffs, tmp_path):
-    with pytest.raises(InputError, match="the mask would replace"):
-        deploy("predict", of_tiffs, tiffs / "images/0.tif", "--output", tiffs / "images")
-    for name in ("a.tif", "a.tiff"):
-        write_tiff(tmp_path / name, 64, 64)
-    with pytest.raises(InputError, match=r"several images would have the mask .*/a; predict them apart"):
-        deploy("predict", of_tiffs, tmp_path / "a.tif", tmp_path / "a.tiff", "--output", tmp_path / "maps")
+        deploy("predict", of_pairs, *f"{pairs}/{images}".split(), "--output", tmp_path / output)
 
 
 def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, finetune, base):
@@ -216,57 +179,21 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, finetune, base
         deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "maps")
 
 
-KILLED = """
-import sys
-import deploy_lora
-from toolkit.models import dense
-plain = dense.window_weights
-import toolkit.answers.predictions as predictions
-rows = predictions.answers_by_rows
-def slowly(*args):
-    import time
-    for number, part in enumerate(rows(*args)):
-        if number == 3:
-            print("under way", flush=True)
-            time.sleep(60)
-        yield part
-predictions.answers_by_rows = slowly
-deploy_lora.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_prediction_leaves_no_torn_map_and_can_begin_anew(of_tiffs, tmp_path):
-    write_tiff(tmp_path / "scene.tif", 600, 210)
-    argv = ["predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "map.tif", "--device", "cpu"]
-    places = os.environ | {"PYTHONPATH": str(Path(deploy_lora.__file__).parent)}
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *map(str, argv)], env=places, stdout=subprocess.PIPE, text=True
-    )
-    assert "under way" in child.stdout.readline()
-    child.kill()
-    child.wait()
-    child.stdout.close()
-    assert not (tmp_path / "map.tif").exists()
-    deploy(*argv[:-2])
-    assert tifffile.imread(tmp_path / "map.tif").shape == (600, 210)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
 @pytest.mark.parametrize("place", [None, "val", "list.csv"])
-def test_an_evaluation_has_the_runs_figures(of_photographs, photographs, tmp_path, place):
+def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path, place):
     given = []
     if place == "val":
-        given = [photographs / "val"]
+        given = [pairs / "val"]
     elif place is not None:
-        lines = [f"{photographs}/val/images/{i}.png,{photographs}/val/masks/{i}.png" for i in range(3)]
+        lines = [f"{pairs}/val/images/{i}.png,{pairs}/val/masks/{i}.png" for i in range(6)]
         (tmp_path / "list.csv").write_text("image,mask\n" + "\n".join(lines))
         given = [tmp_path / "list.csv"]
-    found = deploy("evaluate", of_photographs, *given, "--output", tmp_path / "results.json")
-    run = json.loads((of_photographs.parent / "results.json").read_text())
+    found = deploy("evaluate", of_pairs, *given, "--output", tmp_path / "results.json")
+    run = json.loads((of_pairs.parent / "results.json").read_text())
     assert found["miou"] == pytest.approx(run["val_miou"], abs=1e-6)
     assert found["iou_per_class"] == pytest.approx(run["iou_per_class"], abs=1e-6)
     assert found["miou_interval"] == pytest.approx(run["val_miou_interval"], abs=1e-6)
@@ -301,10 +228,10 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
     assert "2 classes of every pixel" in capsys.readouterr().out
 
 
-def test_the_page_makes_the_mask_with_plain_pytorch(photographs, tmp_path, monkeypatch):
+def test_the_page_makes_the_mask_with_plain_pytorch(pairs, tmp_path, monkeypatch):
     """docs/deploy.md, with a ResNet-18 in the place of the ResNet-50; the image is one window."""
     base = checkpoint_of("resnet18", 64, 3, tmp_path / "base.pth")
-    adapter = trained(f"--checkpoint {base} --data-dir {photographs} --image-size 64", tmp_path / "out")
+    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 64", tmp_path / "out")
     page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (prepare,) = (block for block in blocks if block.startswith("# prepare.py"))
@@ -340,34 +267,24 @@ def test_an_exported_resnet_takes_images_of_any_size(of_tiffs, tmp_path, normali
             torch.testing.assert_close(torch.from_numpy(found), model(image).softmax(1), atol=1e-4, rtol=1e-3)
 
 
-def test_an_exported_vit_takes_windows(of_photographs, tmp_path):
-    deploy("export", of_photographs, "--output", tmp_path / "model.pt2")
+def test_an_exported_vit_takes_windows(of_pairs, tmp_path):
+    deploy("export", of_pairs, "--output", tmp_path / "model.pt2")
     graph = torch.export.load(tmp_path / "model.pt2").module()
-    model, _ = load_finetuned(of_photographs)
+    model, _ = load_finetuned(of_pairs)
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(graph(images), model(images).softmax(1), atol=1e-5, rtol=1e-4)
 
 
-def test_what_has_no_meaning_for_pixels_is_refused(of_photographs, photographs, tmp_path):
+def test_what_has_no_meaning_for_pixels_is_refused(of_pairs, pairs, tmp_path, of_tiffs, tiffs):
     with pytest.raises(InputError, match="embed is not for an adapter with a class for every pixel"):
-        deploy("embed", of_photographs, photographs / "val", "--output", tmp_path / "a.npy")
+        deploy("embed", of_pairs, pairs / "val", "--output", tmp_path / "a.npy")
+    with pytest.raises(InputError, match="the mask would replace"):
+        deploy("predict", of_tiffs, tiffs / "images/0.tif", "--output", tiffs / "images")
+    for name in ("a.tif", "a.tiff"):
+        write_tiff(tmp_path / name, 64, 64)
+    with pytest.raises(InputError, match=r"several images would have the mask .*/a; predict them apart"):
+        deploy("predict", of_tiffs, tmp_path / "a.tif", tmp_path / "a.tiff", "--output", tmp_path / "maps")
     pytest.importorskip("peft")
     with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):
-        deploy("convert", of_photographs, "--to", "peft", "--output", tmp_path / "peft")
-
-
-def test_info_says_that_it_answers_for_every_pixel(of_photographs, capsys):
-    deploy("info", of_photographs)
-    assert "segmentation" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("adapter", ["of_photographs", "of_tiffs"])
-def test_merged_answers_are_the_adapted_ones(adapter, request):
-    model, _ = load_finetuned(request.getfixturevalue(adapter))
-    channels = 4 if adapter == "of_tiffs" else 3
-    image = torch.randn(channels, 110, 90)
-    with torch.no_grad():
-        adapted = answers_for(image, model.window, model)
-        LoRAManager(model).merge_lora_weights()
-        torch.testing.assert_close(answers_for(image, model.window, model), adapted, atol=1e-4, rtol=1e-4)
+        deploy("convert", of_pairs, "--to", "peft", "--output", tmp_path / "peft")

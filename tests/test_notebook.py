@@ -105,7 +105,7 @@ def computed(executed) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_moco_knows_the_digits_and_training_improves_on_it(computed):
+def test_what_it_says_of_its_runs_is_so(computed, folder):
     knn, runs = computed["k-NN"], computed["runs"]
     # What the prose says of the three.
     assert knn["random"] + 0.1 < knn["moco"] < knn["pixels"]
@@ -114,45 +114,19 @@ def test_moco_knows_the_digits_and_training_improves_on_it(computed):
     assert runs["full"]["val_accuracy"] > 0.8  # its learning rate is made for more steps than these
     assert knn["lora"] > knn["moco"]
     assert computed["epochs"] == [1, 2, 3]
-
-
-@pytest.mark.slow
-def test_stage_1_goes_on_with_other_images_in_a_file_of_adapters(computed, folder):
     before, after = computed["on paper"]
     assert before < computed["k-NN"]["moco"] - 0.1
     assert after > before - 0.01  # 12 steps without a label change the answers for a few images; the notebook has more
     assert (folder / computed["stage 1"]).stat().st_size < 1e6
-
-
-@pytest.mark.slow
-def test_photographs_of_ones_own_are_trained_on_where_they_are_given(computed, executed, folder):
-    assert (
-        computed["photographs"]["val_accuracy"] > 0.8
-        and (folder / "checkpoints/notebook/photographs/lora.pth").exists()
-    )
-    (last_code,) = code_cells(executed)[-2:-1]
-    assert len(pictures([last_code])) == 2  # the curves and the mistakes
-
-
-@pytest.mark.slow
-def test_what_it_evaluates_is_what_the_run_says(computed):
     lora = computed["runs"]["lora"]
     assert computed["evaluated"] == pytest.approx(lora["val_accuracy"], abs=1e-6)
     assert computed["per_class"] == pytest.approx([100 * x for x in lora["accuracy_per_class"].values()], abs=1e-3)
-
-
-@pytest.mark.slow
-def test_each_method_trains_what_it_should(computed):
     runs, head = computed["runs"], 192 * 10 + 10
     trained = {name: run["trainable_parameters"] for name, run in runs.items()}
     assert trained["lora"] == trained["qlora"] == head + runs["lora"]["lora_parameters"]
     assert trained["full"] == runs["full"]["total_parameters"]
     assert computed["probe"]["trainable_parameters"] == head and computed["probe"]["val_accuracy"] > 0.9
     assert computed["batch_norm_trains"] is False
-
-
-@pytest.mark.slow
-def test_every_adapter_moved(computed):
     values = np.array(list(computed["spectra"].values()))  # (kinds, blocks, r)
     assert values.shape == (6, 6, 8)
     assert (values[..., 0] > 1e-3).all() and (np.diff(values) <= 1e-6).all()
@@ -168,10 +142,6 @@ def test_files_and_merged_weights_give_the_same_answers(computed, folder):
     runs = {f"{run}/{name}" for run in computed["runs"] for name in ("lora.pth", "results.json", "metrics.csv")}
     assert {f"checkpoints/notebook/{name}" for name in (*runs, "my_adapter.pth", "merged.pth")} <= files
     assert all(name.startswith("checkpoints/notebook/") for name in files)
-
-
-@pytest.mark.slow
-def test_four_bits_are_four_bits(computed):
     (weights, whole), (weights_4_bit, whole_4_bit) = computed["memory"]["LoRA"], computed["memory"]["QLoRA"]
     assert 4 < computed["bits_per_weight"] == 32 * weights_4_bit / weights < 4.5
     assert whole - whole_4_bit == weights - weights_4_bit
@@ -179,22 +149,25 @@ def test_four_bits_are_four_bits(computed):
 
 
 @pytest.mark.slow
-def test_it_draws_what_is_committed(executed):
+def test_it_draws_what_is_committed_and_photographs_where_they_are_given(executed, computed, folder):
     drawn, committed = pictures(executed.cells), pictures(nbformat.read(NOTEBOOK, as_version=4).cells)
     assert len(drawn) == len(committed) + 2  # of the photographs
     assert all(picture.std() > 10 for picture in drawn)  # not blank
+    assert (
+        computed["photographs"]["val_accuracy"] > 0.8
+        and (folder / "checkpoints/notebook/photographs/lora.pth").exists()
+    )
+    (last_code,) = code_cells(executed)[-2:-1]
+    assert len(pictures([last_code])) == 2  # the curves and the mistakes
 
 
-def test_nine_sections_in_order_with_their_pictures():
+def test_nine_sections_with_their_pictures_are_committed_as_executed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     parts = sections(notebook)
     assert [part[0].source.splitlines()[0] for part in parts] == [f"## {i}. {t}" for i, t in enumerate(SECTIONS, 1)]
     assert {number for number, part in enumerate(parts, 1) if pictures(part)} == WITH_PICTURES
     assert all(picture.std() > 10 for picture in pictures(notebook.cells))
-
-
-def test_committed_as_executed_in_order():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert NOTEBOOK.stat().st_size < 2e6
     cells = code_cells(notebook)

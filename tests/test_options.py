@@ -21,7 +21,7 @@ def test_a_list_given_in_parts_is_one_list():
     assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.exclude_modules == ["fc", "conv1", "layer4"]
 
 
-def test_stage_1_passes_over_the_keys_that_only_fine_tuning_has():
+def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(tmp_path):
     def keys(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
         return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
 
@@ -30,9 +30,6 @@ def test_stage_1_passes_over_the_keys_that_only_fine_tuning_has():
     assert shared == {"model", "data"} == OF_FINE_TUNING.keys()
     for section in shared:
         assert fine_tuning[section] - stage1[section] == OF_FINE_TUNING[section], section
-
-
-def test_stage_1_reads_the_config_of_a_fine_tuning(tmp_path):
     settings = config.stored_sections(YAML_SECTIONS, finetune_lora.read_options([])[0])
     settings["model"]["arch"] = "vit_mini"  # stage 1 cannot leave it to a checkpoint
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))

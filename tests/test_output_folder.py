@@ -50,15 +50,6 @@ def test_results_may_not_lie_among_the_images(tmp_path, parts):
     assert not refused("../out")
 
 
-@pytest.mark.parametrize("option", ["val_dir", "knn_dir"])
-def test_results_may_not_lie_among_images_of_another_folder(tmp_path, option):
-    (tmp_path / "more" / "cat").mkdir(parents=True)
-    given = {"data_dir": tmp_path, "data_list": [tmp_path / "list.csv"], option: tmp_path / "more"}
-    [problem] = problems(**given, output_dir=tmp_path / "more" / "out")
-    assert problem == f"--output-dir {tmp_path}/more/out is among the images in {tmp_path}/more: name a folder outside"
-    assert problems(**given, output_dir=tmp_path / "out") == []
-
-
 # ------------------------------------------------------------------------------------------------------ files of a run
 
 
@@ -92,71 +83,6 @@ def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_pat
         (tmp_path / "real/lora.pth").touch()
         output_folder.begin_folder(folder, ("lora.pth",))
         assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
-
-
-@pytest.mark.slow
-def test_a_second_run_leaves_the_first_whole_and_a_stopped_one_goes_on_where_it_was_moved(finetune, tmp_path):
-    first = finetune("--epochs 1 --lora-rank 2")
-    before = contents(first["folder"])
-
-    def stop(run):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finetune("--lora-rank 2", after_epoch=stop)
-    assert contents(tmp_path / "out-1") == before
-    finetune("--epochs 1 --lora-rank 3")
-    assert contents(tmp_path / "out-1") == before and "results.json" not in contents(tmp_path / "out-2")
-    resumed = finetune("--lora-rank 2 --resume", "out-2")
-    assert resumed["epochs"] == 2 and not (tmp_path / "out-3").exists()
-
-
-@pytest.fixture
-def stopped(images, tmp_path, monkeypatch) -> Path:
-    """The folder of a pretraining that stopped in its first epoch: a last.pth is all that there is."""
-
-    def full(*_):
-        raise InputError("no more memory")
-
-    flags = f"--data-dir {images} --output-dir {tmp_path / 'out'} --device cpu --image-size 16 --batch-size 8 --dim 8"
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="no more memory"):
-        patch.setattr(pretrain.Pretraining, "note_steps", full)
-        pretrain.main([*flags.split(), "--mlp-dim", "8"])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["last.pth"]
-    return tmp_path / "out"
-
-
-@pytest.mark.parametrize("more", ["", "--resume", "--learning-rate auto"])
-def test_a_stopped_pretraining_is_not_lost_to_fine_tuning(base, images, stopped, more):
-    before = contents(stopped)
-    flags = f"--checkpoint {base} --data-dir {images} --output-dir {stopped} --device cpu --epochs 1 {more}"
-    with pytest.raises(InputError, match=r"has the last\.pth of a run of moco\.pretrain, .*: name another folder"):
-        finetune_lora.main(flags.split())
-    assert contents(stopped) == before
-
-
-@pytest.mark.parametrize("option", ["checkpoint", "stage1-adapter"])
-def test_what_a_run_starts_from_is_not_lost(images, stopped, tmp_path, option):
-    """By whatever name it is given."""
-    before, link = contents(stopped), tmp_path / "mine.pth"
-    link.symlink_to(stopped / "last.pth")
-    for path in (stopped / "last.pth", link):
-        flags = f"--{option} {path} --data-dir {images} --output-dir {stopped} --device cpu --epochs 1"
-        with pytest.raises(InputError, match=rf"--{option} {path} would be overwritten: give another --output-dir"):
-            finetune_lora.main(flags.split())
-        if option == "checkpoint":
-            with pytest.raises(InputError, match=rf"--{option} {path} would be overwritten: give another --output-dir"):
-                pretrain.main(flags.split())
-    assert contents(stopped) == before
-
-
-def test_a_finished_fine_tuning_is_not_lost_to_pretraining(finetune, images):
-    folder = finetune("--epochs 1 --lora-rank 2")["folder"]
-    before = contents(folder)
-    for more in ("", "--resume"):
-        with pytest.raises(InputError, match=r"has the last\.pth of a run of finetune_lora\.py"):
-            pretrain.main(f"--data-dir {images} --output-dir {folder} --device cpu {more}".split())
-    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", output_folder.SHARED_FILES)
@@ -199,7 +125,17 @@ def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["last.pth"]
 
 
-def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
+def test_a_system_without_locks_knows_of_another_run_by_its_file_if_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder, "fcntl", None)
+    with output_folder.held(tmp_path, "moco.pretrain"):
+        with pytest.raises(InputError, match="another run is going on in it"):  # noqa: SIM117
+            with output_folder.held(tmp_path, "moco.pretrain"):
+                pass
+        assert (tmp_path / output_folder.LOCK).exists()
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.undo()
+
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -207,16 +143,6 @@ def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with output_folder.held(tmp_path, "moco.pretrain"):
         pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_system_without_fcntl_knows_of_another_run_by_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_folder, "fcntl", None)
-    with output_folder.held(tmp_path, "moco.pretrain"):
-        with pytest.raises(InputError, match="another run is going on in it"):  # noqa: SIM117
-            with output_folder.held(tmp_path, "moco.pretrain"):
-                pass
-        assert (tmp_path / output_folder.LOCK).exists()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,19 +13,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from toolkit.answers import probe, tasks
-from toolkit.answers.probe import (
-    DRIFT_STEPS,
-    LOGIT_DRIFT,
-    STRENGTHS,
-    choose_temperature,
-    fit_linear_probe,
-    fit_one_vs_rest,
-    fit_ridge,
-    head_accuracy,
-    init_head_from_probe,
-    set_head,
-    soften_head,
-)
 from toolkit.images import splitting
 
 
@@ -53,46 +40,40 @@ class Net(nn.Module):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_probe_is_scikit_learns_regression_on_standardised_features(classes):
     features, labels = clusters(classes)
-    weight, bias, strength, _ = fit_linear_probe(features, labels, classes)
+    weight, bias, strength, _ = probe.fit_linear_probe(features, labels, classes)
     X = StandardScaler().fit_transform(features.numpy())
     reference = LogisticRegression(C=strength, max_iter=200).fit(X, labels.numpy())
     logits = features.double() @ weight.double().T + bias.double()
     np.testing.assert_allclose(logits.softmax(1).numpy(), reference.predict_proba(X), atol=1e-3)
 
 
-def test_the_strength_with_the_smallest_loss_in_cross_validation_is_taken():
-    easy, hard = (fit_linear_probe(*clusters(3, spread=spread), 3)[2] for spread in (0.1, 4.0))
-    assert hard < easy and {easy, hard} <= set(STRENGTHS.tolist())
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(classes):
-    features, labels = clusters(classes, spread=4.0)
-    *_, strength, held_out = fit_linear_probe(features, labels, classes)
-    for rest, part in StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels):
-        scaler = StandardScaler().fit(features[rest].numpy())
-        reference = LogisticRegression(C=strength, max_iter=200).fit(scaler.transform(features[rest]), labels[rest])
-        expected = reference.predict_proba(scaler.transform(features[part]))
-        np.testing.assert_allclose(held_out[part].softmax(1).numpy(), expected, atol=1e-3)
+def test_noise_is_fitted_with_a_stronger_penalty():
+    easy, hard = (probe.fit_linear_probe(*clusters(3, spread=spread), 3)[2] for spread in (0.1, 4.0))
+    assert hard < easy and {easy, hard} <= set(probe.STRENGTHS.tolist())
+    features, _ = several_labels()
+    generator = torch.Generator().manual_seed(1)
+    exact, noise = features[:, :1] / features[:, 0].std(), torch.randn(120, 1, generator=generator)
+    assert probe.fit_ridge(features, exact)[2] < probe.fit_ridge(features, noise)[2]
 
 
 def test_the_views_of_an_image_are_held_out_together():
     """Noise that an image has in both its views is no help with others: the regularisation must be as strong."""
     features, labels = clusters(3, spread=4.0)
-    strength = fit_linear_probe(features, labels, 3)[2]
+    strength = probe.fit_linear_probe(features, labels, 3)[2]
     twice = features.repeat(2, 1), labels.repeat(2), 3
-    assert fit_linear_probe(*twice, views=2)[2] <= strength < fit_linear_probe(*twice)[2]
+    assert probe.fit_linear_probe(*twice, views=2)[2] <= strength < probe.fit_linear_probe(*twice)[2]
+    features, targets = several_labels(spread=4.0)
+    strength = probe.fit_one_vs_rest(features, targets)[2]
+    twice = features.repeat(2, 1), targets.repeat(2, 1)
+    assert probe.fit_one_vs_rest(*twice, views=2)[2] <= strength < probe.fit_one_vs_rest(*twice)[2]
 
 
-def test_a_class_with_one_image_leaves_nothing_to_validate_on():
+def test_a_class_with_one_image_or_none():
     features, labels = clusters(3, images=1)
-    weight, bias, strength, _ = fit_linear_probe(features, labels, 3)
+    weight, bias, strength, _ = probe.fit_linear_probe(features, labels, 3)
     assert strength == 1 and torch.equal((features @ weight.T + bias).argmax(1), labels)
-
-
-def test_a_class_without_images_gets_zeros():
     features, labels = clusters(3)
-    weight, bias, *_ = fit_linear_probe(features, 2 * labels, 6)
+    weight, bias, *_ = probe.fit_linear_probe(features, 2 * labels, 6)
     assert not weight[1::2].any() and not bias[1::2].any() and weight[::2].any(1).all()
 
 
@@ -102,39 +83,29 @@ def test_balanced_weights_find_the_rare_class():
     recalls = {}
     for weights in ("none", "balanced"):
         model = Net(8, 2)
-        init_head_from_probe(model, features[keep], labels[keep], class_weights=weights)
-        recalls[weights] = head_accuracy(model, features[labels == 1], labels[labels == 1])
+        probe.init_head_from_probe(model, features[keep], labels[keep], class_weights=weights)
+        recalls[weights] = probe.head_accuracy(model, features[labels == 1], labels[labels == 1])
     assert recalls["balanced"] > recalls["none"] + 0.1
-
-
-def test_a_softened_head_answers_the_same():
-    features, labels = clusters(4, spread=2.0)
-    model = Net(8, 4)
-    init_head_from_probe(model, features, labels)
-    before = model.fc(features)
-    soften_head(model, 3.0)
-    torch.testing.assert_close(model.fc(features) * 3, before, rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.fc(features).argmax(1), before.argmax(1))
 
 
 def test_the_temperature_grows_with_the_rate_if_features_train():
     features, labels = clusters(4, spread=2.0)
     model = Net(8, 4)
-    init_head_from_probe(model, features, labels)
+    probe.init_head_from_probe(model, features, labels)
     spread = model.fc(features).std().item()
-    per_rate = choose_temperature(model, features, loss_of(labels), features_train=True).per_rate
-    assert per_rate == pytest.approx(DRIFT_STEPS * spread / LOGIT_DRIFT)
-    assert choose_temperature(model, features, loss_of(labels), features_train=False).per_rate == 0
+    per_rate = probe.choose_temperature(model, features, loss_of(labels), features_train=True).per_rate
+    assert per_rate == pytest.approx(probe.DRIFT_STEPS * spread / probe.LOGIT_DRIFT)
+    assert probe.choose_temperature(model, features, loss_of(labels), features_train=False).per_rate == 0
 
 
 def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     """With label smoothing the best confidence is lower, and no other temperature has a smaller loss."""
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
-    init_head_from_probe(model, features, labels)
-    assert choose_temperature(model, features, loss_of(labels), True).least == 1
-    least = choose_temperature(model, features, loss_of(labels, 0.1), True).least
-    soften_head(model, least)
+    probe.init_head_from_probe(model, features, labels)
+    assert probe.choose_temperature(model, features, loss_of(labels), True).least == 1
+    least = probe.choose_temperature(model, features, loss_of(labels, 0.1), True).least
+    probe.soften_head(model, least)
     losses = [
         F.cross_entropy(model.fc(features) * scale, labels, label_smoothing=0.1).item() for scale in (0.7, 1.0, 1.4)
     ]
@@ -158,7 +129,7 @@ def test_each_label_is_scikit_learns_regression_on_the_images_of_which_it_is_kno
     if weights:
         positives, known = targets.nansum(0), (~targets.isnan()).sum(0)
         counts = torch.stack([known / (2 * (known - positives)), known / (2 * positives)])
-    weight, bias, strength, _ = fit_one_vs_rest(features, targets, weights=counts)
+    weight, bias, strength, _ = probe.fit_one_vs_rest(features, targets, weights=counts)
     X = StandardScaler().fit_transform(features.numpy())
     for k in range(3):
         known = ~targets[:, k].isnan().numpy()
@@ -168,32 +139,14 @@ def test_each_label_is_scikit_learns_regression_on_the_images_of_which_it_is_kno
         np.testing.assert_allclose(shares.numpy(), reference.predict_proba(X)[:, 1], atol=5e-3)
 
 
-def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch):
-    """Other answers of the images held out do not change what is said of them."""
-    monkeypatch.setattr(probe, "STRENGTHS", [1.0])
-    features, targets = several_labels(spread=4.0)
-    part = torch.randperm(120, generator=torch.Generator().manual_seed(0)) % 3 == 0
-    flipped = targets.where(~part[:, None], 1 - targets)
-    held_out, again = (fit_one_vs_rest(features, of).held_out for of in (targets, flipped))
-    torch.testing.assert_close(again[part], held_out[part])
-    assert (again[~part] - held_out[~part]).abs().max() > 0.1
-
-
 def test_labels_of_one_kind_are_fitted_as_far_as_they_go():
     """A label that no image has, one that all have and one that is known of none: no error, and nothing infinite."""
     features, targets = several_labels()
     targets[:, 0], targets[:, 1], targets[:, 2] = 0.0, 1.0, torch.nan
-    weight, bias, *_ = fit_one_vs_rest(features, targets)
+    weight, bias, *_ = probe.fit_one_vs_rest(features, targets)
     shares = (features.double() @ weight.double().T + bias).sigmoid()
     assert shares[:, 0].max() < 0.05 and shares[:, 1].min() > 0.95 and shares[:, 2].eq(0.5).all()
-    assert fit_one_vs_rest(features[:1], targets[:1])[2] == 1
-
-
-def test_views_of_an_image_are_held_out_together_for_several_labels_too():
-    features, targets = several_labels(spread=4.0)
-    strength = fit_one_vs_rest(features, targets)[2]
-    twice = features.repeat(2, 1), targets.repeat(2, 1)
-    assert fit_one_vs_rest(*twice, views=2)[2] <= strength < fit_one_vs_rest(*twice)[2]
+    assert probe.fit_one_vs_rest(features[:1], targets[:1])[2] == 1
 
 
 @pytest.mark.parametrize("images", [120, 6])
@@ -204,7 +157,7 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
         torch.randn(images, 2, generator=torch.Generator().manual_seed(1)) + features[:, 3:4] / features[:, 3].std()
     )
     numbers[::4, 1] = torch.nan
-    weight, bias, penalty, _ = fit_ridge(features, numbers)
+    weight, bias, penalty, _ = probe.fit_ridge(features, numbers)
     X = StandardScaler().fit_transform(features.numpy())
     for k in range(2):
         known = ~numbers[:, k].isnan().numpy()
@@ -213,22 +166,15 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
         np.testing.assert_allclose(answers.numpy(), reference.predict(X), rtol=1e-3, atol=1e-3)
 
 
-def test_the_penalty_is_stronger_where_the_numbers_are_noise():
-    features, _ = several_labels()
-    generator = torch.Generator().manual_seed(1)
-    exact, noise = features[:, :1] / features[:, 0].std(), torch.randn(120, 1, generator=generator)
-    assert fit_ridge(features, exact)[2] < fit_ridge(features, noise)[2]
-
-
 def test_a_head_is_softened_towards_a_constant_answer():
     features, targets = several_labels()
     model, constant = Net(8, 3), torch.tensor([0.0, -1.0, -2.5])
-    set_head(model, fit_one_vs_rest(features, targets))
+    probe.set_head(model, probe.fit_one_vs_rest(features, targets))
     before = model.fc(features)
-    soften_head(model, 2.0, constant)
-    soften_head(model, 1.5, constant)  # as after a retreat: one after the other is both at once
+    probe.soften_head(model, 2.0, constant)
+    probe.soften_head(model, 1.5, constant)  # as after a retreat: one after the other is both at once
     torch.testing.assert_close(model.fc(features), (before - constant) / 3 + constant, rtol=1e-3, atol=1e-3)
-    soften_head(model, 1e6, constant)
+    probe.soften_head(model, 1e6, constant)
     torch.testing.assert_close(model.fc(features), constant.expand(120, 3), rtol=1e-3, atol=1e-3)
 
 
@@ -237,9 +183,9 @@ def test_a_head_is_softened_towards_a_constant_answer():
 
 
 PROBES = {
-    "classes": (lambda: clusters(3, spread=4.0), lambda *data, **how: fit_linear_probe(*data, 3, **how)),
-    "labels": (lambda: several_labels(spread=4.0), fit_one_vs_rest),
-    "numbers": (lambda: several_labels(spread=4.0), fit_ridge),
+    "classes": (lambda: clusters(3, spread=4.0), lambda *data, **how: probe.fit_linear_probe(*data, 3, **how)),
+    "labels": (lambda: several_labels(spread=4.0), probe.fit_one_vs_rest),
+    "numbers": (lambda: several_labels(spread=4.0), probe.fit_ridge),
 }
 
 
@@ -254,29 +200,37 @@ def test_the_images_of_a_patient_are_held_out_together(kind):
     assert ratio >= 10
 
 
-def test_a_patient_is_answered_by_a_probe_of_the_others():
-    features, labels = clusters(3, spread=4.0)
-    patients = torch.arange(90) // 6
-    *_, strength, held_out = fit_linear_probe(features, labels, 3, clusters=patients)
-    fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
-    for number in range(3):
-        rest, part = fold != number, fold == number
-        assert not np.intersect1d(patients[rest], patients[part]).size
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(classes, grouped):
+    """Patients are held out whole."""
+    features, labels = clusters(classes, spread=4.0)
+    patients = torch.arange(len(labels)) // 6 if grouped else None
+    *_, strength, held_out = probe.fit_linear_probe(features, labels, classes, clusters=patients)
+    parts = StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels)
+    if grouped:
+        fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
+        parts = [(fold != number, fold == number) for number in range(3)]
+        assert not any(np.intersect1d(patients[rest], patients[part]).size for rest, part in parts)
+    for rest, part in parts:
         scaler = StandardScaler().fit(features[rest].numpy())
         reference = LogisticRegression(C=strength, max_iter=200).fit(scaler.transform(features[rest]), labels[rest])
         expected = reference.predict_proba(scaler.transform(features[part]))
         np.testing.assert_allclose(held_out[part].softmax(1).numpy(), expected, atol=1e-3)
 
 
-def test_a_patient_with_several_labels_is_answered_by_a_probe_of_the_others(monkeypatch):
-    """Other answers of the patients held out do not change what is said of them."""
+@pytest.mark.parametrize("grouped", [False, True])
+def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch, grouped):
+    """Other answers of the images, or patients, held out do not change what is said of them."""
     monkeypatch.setattr(probe, "STRENGTHS", [1.0])
-    monkeypatch.setattr(probe, "strata", lambda targets: torch.zeros(len(targets)))
     features, targets = several_labels(spread=4.0)
-    patients = torch.arange(120) // 6
-    part = torch.from_numpy(splitting.folds([0] * 120, patients.tolist(), 3) == 1)
+    patients = torch.arange(120) // 6 if grouped else None
+    part = torch.randperm(120, generator=torch.Generator().manual_seed(0)) % 3 == 0
+    if grouped:
+        monkeypatch.setattr(probe, "strata", lambda targets: torch.zeros(len(targets)))
+        part = torch.from_numpy(splitting.folds([0] * 120, patients.tolist(), 3) == 1)
     flipped = targets.where(~part[:, None], 1 - targets)
-    held_out, again = (fit_one_vs_rest(features, of, clusters=patients).held_out for of in (targets, flipped))
+    held_out, again = (probe.fit_one_vs_rest(features, of, clusters=patients).held_out for of in (targets, flipped))
     torch.testing.assert_close(again[part], held_out[part])
     assert (again[~part] - held_out[~part]).abs().max() > 0.1
 
@@ -285,13 +239,13 @@ def test_a_class_of_one_patient_is_left_out_of_the_validation():
     """When that patient is held out nothing is known of it: its images have no answer, and all others have."""
     features, labels = clusters(3, spread=2.0)
     patients = torch.where(labels == 2, 30, torch.arange(90) // 3)
-    *_, strength, held_out = fit_linear_probe(features, labels, 3, clusters=patients)
+    *_, strength, held_out = probe.fit_linear_probe(features, labels, 3, clusters=patients)
     unknown = held_out.isnan().any(1)
-    assert torch.equal(unknown, labels == 2) and strength in STRENGTHS
+    assert torch.equal(unknown, labels == 2) and strength in probe.STRENGTHS
     of_others = held_out[~unknown]
     assert (of_others.argmax(1) == labels[~unknown]).float().mean() > 0.6
     task, model = tasks.Classification(["a", "b", "c"]), Net(8, 3)
-    init_head_from_probe(model, features, labels, clusters=patients)
+    probe.init_head_from_probe(model, features, labels, clusters=patients)
     twice = torch.cat([held_out, held_out])
     assert 0 < tasks.optimism(task, model, twice, features, labels) < math.inf
 
@@ -302,5 +256,5 @@ def test_one_patient_leaves_nothing_to_validate_on():
         found = fit(*data, clusters=torch.zeros(len(data[0]), dtype=torch.long))
         assert found.strength == 1 and found.held_out is None
     features, labels = clusters(2)
-    of_each_class = fit_linear_probe(features, labels, 2, clusters=labels)
+    of_each_class = probe.fit_linear_probe(features, labels, 2, clusters=labels)
     assert of_each_class.strength == 1 and of_each_class.held_out is None

@@ -1,6 +1,5 @@
 """Two real processes compute what one does: the same adapters to rounding, every image once, and faults stop both."""
 
-import csv
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from torch import nn
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
+from tests.run_folders import metrics
 from toolkit import distributed
 from toolkit.files import read_checkpoint
 from toolkit.images.sources import load_splits
@@ -46,9 +46,8 @@ def options(base, images, tmp_path):
     return options
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+def timeless(folder: Path) -> list[dict[str, float]]:
+    return [row | {"seconds": 0} for row in metrics(folder)]
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
@@ -69,87 +68,69 @@ def with_sgd() -> None:
     guard.WATCHED_VIEWS = 21  # as in this process
 
 
+def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
+    """The results of two processes, with their files in `out`, and of one, with its files in `alone`."""
+    children = together("finetune_lora", f"{argv} --output-dir {folder}/out", folder / "log", before=with_sgd)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    assert "epoch" not in children[1].output  # one of the two speaks
+    assert children[0].output.count("epoch 1: training loss") == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
+        with_sgd()
+        alone = finetune_lora.main(f"{argv} --output-dir {folder}/alone".split())
+    ours, theirs = (read_adapter_file(folder / name / "lora.pth")["tensors"] for name in ("out", "alone"))
+    assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items()) or "--lora-rank 0" in argv
+    assert_close(ours, theirs)
+    assert not list((folder / "out").glob(".*"))
+    return json.loads((folder / "out/results.json").read_text()), alone
+
+
 @pytest.mark.parametrize(
     "way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features", "mixup"))]
 )
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
-    children = together("finetune_lora", options(way), tmp_path / "log", before=with_sgd)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    output = children[0].output
-    assert "epoch" not in children[1].output  # one of the two speaks
-    with_sgd()
-    assert output.count("epoch 1: training loss") == 1
-    alone = finetune_lora.main(options(way, "alone").split())
-    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
-    assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
-    assert_close(ours, theirs)
-    for row, other in zip(metrics(tmp_path / "out"), metrics(tmp_path / "alone"), strict=True):
+    results, alone = run_both(options(way), tmp_path)
+    for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["val_accuracy"] == alone["val_accuracy"] and results["epochs"] == 2
     assert results["knn_accuracy_before"] == alone["knn_accuracy_before"]
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
-    assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.slow
-def test_two_processes_answer_for_every_pixel_as_one(base, pairs, tmp_path, monkeypatch):
-    argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu --output-dir {tmp_path}"
-    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
-    children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    with_sgd()
-    alone = finetune_lora.main(f"{argv}/alone".split())
-    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
-    assert_close(ours, theirs)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+def test_two_processes_answer_for_every_pixel_as_one(base, pairs, tmp_path):
+    argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu"
+    results, alone = run_both(argv, tmp_path)
     for name in ("val_miou", "probe_miou_before", "val_loss", "calibration_error", "pixel_accuracy"):
         assert results[name] == pytest.approx(alone[name], abs=1e-3)
 
 
 @pytest.mark.slow
-def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monkeypatch):
+def test_two_processes_train_several_labels_as_one(base, images, tmp_path):
     """Some labels are unknown, and the last batch of 21 images is of one: weights, thresholds and figures are one's."""
     for part in ("train", "val"):
-        rows = [
-            f"{path},{i % 2},{'' if i % 5 == 0 else i % 3 % 2}" for i, path in enumerate(images.glob(f"{part}/*/*"))
-        ]
+        rows = [f"{path},{i % 2},{i % 3 % 2 if i % 5 else ''}" for i, path in enumerate(images.glob(f"{part}/*/*"))]
         (tmp_path / f"{part}.csv").write_text("\n".join(["path,odd,middle", *sorted(rows)]))
     argv = f"--task multilabel --data-list {tmp_path}/train.csv {tmp_path}/val.csv --checkpoint {base} {TUNING}"
-    argv += f" --device cpu --class-weights balanced --output-dir {tmp_path}"
-    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
-    children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    with_sgd()
-    alone = finetune_lora.main(f"{argv}/alone".split())
-    files = [read_adapter_file(tmp_path / name / "lora.pth") for name in ("out", "alone")]
-    assert_close(*(file["tensors"] for file in files))
-    ours, theirs = (file["metadata"] for file in files)
+    results, alone = run_both(f"{argv} --device cpu --class-weights balanced", tmp_path)
+    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["metadata"] for name in ("out", "alone"))
     assert ours["task"]["thresholds"] == pytest.approx(theirs["task"]["thresholds"], abs=1e-3)
     assert ours["temperature"] == pytest.approx(theirs["temperature"], rel=1e-2)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
     for name in ("val_macro_ap", "val_loss", "macro_f1", "calibration_error"):
         assert results[name] == pytest.approx(alone[name], abs=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["--norms train", "--lora-rank 0 --no-freeze-backbone", "--norms follow"])
-def test_two_processes_train_batch_norm_as_one(options, images, tmp_path, monkeypatch, what):
+def test_two_processes_train_batch_norm_as_one(images, tmp_path, what):
     """Of 21 images in batches of 10 one is left over, which BatchNorm cannot normalise."""
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --image-size 32 --device cpu --epochs 1"
-    argv += f" --batch-size 10 --lora-rank 2 --learning-rate 1e-4 {what} --output-dir {tmp_path}"
-    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
-    children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    with_sgd()
-    finetune_lora.main(f"{argv}/alone".split())
-    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
-    assert "layer1.0.bn1.running_mean" in ours and ("bn1.weight" in ours) is (what != "--norms follow")
-    assert_close(ours, theirs)
+    run_both(f"{argv} --batch-size 10 --lora-rank 2 --learning-rate 1e-4 {what}", tmp_path)
+    saved = read_adapter_file(tmp_path / "out/lora.pth")["tensors"]
+    assert "layer1.0.bn1.running_mean" in saved and ("bn1.weight" in saved) is (what != "--norms follow")
 
 
 @pytest.mark.slow
@@ -158,7 +139,7 @@ def test_torchrun_starts_them(options, tmp_path):
     command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1: training loss") == 1 and len(metrics(tmp_path / "out")) == 1
+    assert done.stdout.count("epoch 1: training loss") == 1 and len(timeless(tmp_path / "out")) == 1
 
 
 def note_images() -> None:
@@ -215,38 +196,40 @@ def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp
     assert sum(travelled) == (5 + 5) * results["trainable_parameters"]  # first for the gradient that adapters start at
 
 
-def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
-    children = together("moco.pretrain", options("pretrain"), tmp_path / "log", before=keep_every_queue)
+def pretrain_both(argv: str, folder: Path, before=None, name: str = "moco_stage1_epoch_2.pth") -> dict:
+    """The model of two processes, with their files in `out`, which is that of one, in `alone`."""
+    note = {"NOTES": str(folder / "notes")}
+    children = together("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before, note)
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    pretrain.main(options("pretrain", "alone").split())
-    ours, theirs = (read_checkpoint(tmp_path / name / "moco_stage1_epoch_2.pth")["model"] for name in ("out", "alone"))
-    assert_close(ours, theirs)  # a ViT has no BatchNorm: the queue, its order included, is that of one process
+    pretrain.main(f"{argv} --output-dir {folder}/alone".split())
+    if name == "moco_lora.pth":
+        ours, theirs = (read_adapter_file(folder / of / name)["tensors"] for of in ("out", "alone"))
+    else:
+        ours, theirs = (read_checkpoint(folder / of / name)["model"] for of in ("out", "alone"))
+    assert_close(ours, theirs)
+    return ours
+
+
+def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
+    ours = pretrain_both(options("pretrain"), tmp_path, keep_every_queue)
+    # A ViT has no BatchNorm: the queue, its order included, is that of one process.
     queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
     assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
-    for row, other in zip(metrics(tmp_path / "out"), metrics(tmp_path / "alone"), strict=True):
+    for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_moco_v3_in_two_processes_is_that_in_one_batch_norm_included(options, tmp_path):
     """The BatchNorms of its projector and predictor take their statistics over both."""
-    version = " --moco-version 3 --epochs 1 --learning-rate 1e-3"
-    children = together("moco.pretrain", options("pretrain") + version, tmp_path / "log")
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    pretrain.main((options("pretrain", "alone") + version).split())
-    ours, theirs = (read_checkpoint(tmp_path / name / "moco_stage1_epoch_1.pth")["model"] for name in ("out", "alone"))
-    assert any("running_mean" in name for name in ours)
-    assert_close(ours, theirs)
+    argv = f"{options('pretrain')} --moco-version 3 --epochs 1 --learning-rate 1e-3"
+    assert any("running_mean" in name for name in pretrain_both(argv, tmp_path, name="moco_stage1_epoch_1.pth"))
 
 
+@pytest.mark.slow
 def test_stage_1_in_adapters_in_two_processes_is_that_in_one_and_they_alone_travel(options, base, tmp_path):
-    more = f" --checkpoint {base} --lora-rank 2 --image-size 16"
-    note = {"NOTES": str(tmp_path / "notes")}
-    children = together("moco.pretrain", options("pretrain") + more, tmp_path / "log", note_images, note)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    pretrain.main((options("pretrain", "alone") + more).split())
-    ours, theirs = (read_adapter_file(tmp_path / name / "moco_lora.pth")["tensors"] for name in ("out", "alone"))
-    assert_close(ours, theirs)
+    argv = f"{options('pretrain')} --checkpoint {base} --lora-rank 2 --image-size 16"
+    ours = pretrain_both(argv, tmp_path, note_images, "moco_lora.pth")
     travelled = [int(line) for line in (tmp_path / "notes.0.travelled").read_text().split()]
     projector = 192 * 192 + 192 + 8 * 192 + 8
     assert sum(travelled) == 6 * (projector + sum(tensor.numel() for tensor in ours.values()))  # in six steps
@@ -297,7 +280,7 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
     assert [child.wait(120) for child in resumed + whole] == [0] * 4, resumed[0].output
     ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -116,58 +116,48 @@ def domain(newcomer):
         pretrain.main([*shlex.split(command)[3:], *small.split()])
 
 
-def test_the_first_two_commands_are_those_of_the_gate():
+def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
     gate = (ROOT / ".ci/run").read_text()
     typed = commands(section("README.md", "A first run and the tests"))
     assert typed[:2] == ["pip install -r requirements.txt", "python finetune_lora.py"]
     for command in typed[2:]:
         assert command.replace("pip install", "pip install --quiet") in gate or command in gate
-
-
-def slow_if(command: str, *words: str):
-    """Many seconds of a large network, in ways that other commands go as well."""
-    return pytest.param(command, marks=pytest.mark.slow) if any(word in command for word in words) else command
-
-
-COMMANDS = [
-    slow_if(command, "timm:", "--task regression", "--folds") for command in commands_of("python finetune_lora.py")
-]
+    assert len(README.splitlines()) <= LONGEST_README
+    first = README.split("\n## ")[0]
+    assert "<img" in first and "](finetune_lora_notebook.ipynb)" in first
+    notebook = (ROOT / "finetune_lora_notebook.ipynb").read_text()
+    assert "](README.md)" in notebook and "](docs/" in notebook
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands_of("python finetune_lora.py"))
 def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
     monkeypatch.chdir(newcomer)
     argv = shlex.split(command)[2:]
-    if "--resume" in argv:
-        assert finetune_lora.main([*argv, *SMALL, "--output-dir", str(first_run)])["epochs"] == 1
-        return
-    if "--task" in argv:
-        small = ["--epochs", "1", "--batch-size", "10", "--output-dir", str(tmp_path)]
-        assert finetune_lora.main([*argv, *small])["epochs"] == 1
-        return
     if "--stage1-adapter" in argv:
         request.getfixturevalue("domain")
     if "timm:" in command:
         model = pytest.importorskip("timm").create_model("vit_small_patch14_dinov2")
         torch.save(model.state_dict(), "dinov2_small.pth")
-    if "auto" not in argv:  # it needs an image of each class to train on, and one to choose by
+    if not {"auto", "--task", "--resume"} & {
+        *argv
+    }:  # auto needs an image of each class to train on, and one to choose by
         request.getfixturevalue("few_images")
-    results = finetune_lora.main([*argv, *SMALL, "--output-dir", str(tmp_path)])
-    if "--folds" in argv:
-        assert len(results["folds"]) == 5 and (tmp_path / "folds.csv").exists()
-        return
-    assert results["epochs"] == 1 and (tmp_path / "lora.pth").exists()
+    small = SMALL[2:] if "--task" in argv else SMALL
+    folder = first_run if "--resume" in argv else tmp_path
+    results = finetune_lora.main([*argv, *small, "--output-dir", str(folder)])
+    parts = results.get("folds", [results])
+    assert [part["epochs"] for part in parts] == [1] * (5 if "--folds" in argv else 1)
 
 
-@pytest.mark.parametrize("command", commands_of("python deploy_lora.py"))
-def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch, capsys):
-    if command in commands(AFTER_TRAINING) or "compare" in command:
-        return  # see below, and tests/test_comparison.py
+def test_every_adapter_command_runs(newcomer, first_run, monkeypatch, capsys):
+    """For the others see below, and tests/test_comparison.py."""
     monkeypatch.chdir(newcomer)
-    deploy_lora.main(shlex.split(command)[2:])
-    assert "wrote merged.pth" in capsys.readouterr().out
-    build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
+    for command in {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING)}:
+        if "compare" not in command:
+            deploy_lora.main(shlex.split(command)[2:])
+            assert "wrote merged.pth" in capsys.readouterr().out
+            build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 
 
 @pytest.mark.parametrize("command", commands_of("python -m moco.pretrain"))
@@ -235,13 +225,6 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
             exec(compile(block, "a page", "exec"), {})
 
 
-def test_the_configuration_is_one(tmp_path):
-    (block,) = blocks("yaml", PAGES["docs/options.md"])
-    (tmp_path / "my.yaml").write_text(block)
-    args, sources = finetune_lora.read_options(["--config", str(tmp_path / "my.yaml")])
-    assert args.lora_rank == 16 and sources["augmentation"] == "config"
-
-
 def write_preparation(folder: Path, monkeypatch) -> None:
     """Write the page's prepare.py where the page's other blocks import it from."""
     block, _ = blocks("python", TO_A_SERVER)
@@ -271,18 +254,19 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
     torch.testing.assert_close(served["logits"], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_no_command_is_left_out_of_these_tests():
+def test_no_command_and_no_file_is_left_out():
     known = ("pip install", "python finetune_lora.py", "python deploy_lora.py", "python -m moco.pretrain")
     elsewhere = ("python -m pytest", "torchrun", "curl -LO https://dl.fbaipublicfiles.com/moco/")
     assert set(commands_of("")) == set(commands_of(*known, *elsewhere))
+    layout = next(block for block in blocks("text", PAGES["docs/how-it-works.md"]) if "toolkit/ " in block)
+    names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_the_options_page_is_the_command_lines():
+def test_the_options_page_and_the_readme_have_the_options(tmp_path):
     """Every flag with its default, and nothing else; `python docs/write_options.py` writes the page."""
     assert PAGES["docs/options.md"] == runpy.run_path(str(ROOT / "docs/write_options.py"))["page"]()
 
-
-def test_the_15_options_of_the_readme_have_their_defaults():
     def rows(text: str) -> dict[str, str]:
         found = re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]*) \| [^|]+ \|$", text, re.MULTILINE)
         return {flag: default.strip() for flag, default in found}
@@ -291,6 +275,10 @@ def test_the_15_options_of_the_readme_have_their_defaults():
     assert [flag.removeprefix("--").replace("-", "_") for flag in needed] == list(finetune_lora.options.NEEDED)
     assert len(needed) == 15 and needed.pop("--lora-alpha") == "twice the rank"  # which follows from another option
     assert needed.items() <= rows(PAGES["docs/options.md"].split("\n## Pretraining")[0]).items()
+    (block,) = blocks("yaml", PAGES["docs/options.md"])
+    (tmp_path / "my.yaml").write_text(block)
+    args, sources = finetune_lora.read_options(["--config", str(tmp_path / "my.yaml")])
+    assert args.lora_rank == 16 and sources["augmentation"] == "config"
 
 
 def test_each_line_that_the_first_command_prints_is_explained(newcomer, first_run):
@@ -299,12 +287,6 @@ def test_each_line_that_the_first_command_prints_is_explained(newcomer, first_ru
     words = [word for word in words if word.strip() and not word.startswith(" ")]
     assert {"accuracy after", "linear probe before"} <= set(words)
     assert [word for word in words if f"`{word}" not in explained] == []
-
-
-def test_every_file_in_the_layout_exists():
-    layout = next(block for block in blocks("text", PAGES["docs/how-it-works.md"]) if "toolkit/ " in block)
-    names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
-    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", WITH_LINKS)
@@ -332,20 +314,9 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_is_short_and_has_a_picture_and_the_notebook_on_its_first_screen():
-    assert len(README.splitlines()) <= LONGEST_README
-    first = README.split("\n## ")[0]
-    assert "<img" in first and "](finetune_lora_notebook.ipynb)" in first
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
 def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
     question = PAGES[page].splitlines()[0].removeprefix("# ")
     assert question.endswith("?")
     assert re.search(rf"^\| \[[^]]+\]\({page}\) \| {re.escape(question)} \|$", README, re.MULTILINE)
     assert "../README.md" in links(page)
-
-
-def test_the_notebook_leads_back_to_the_pages():
-    notebook = (ROOT / "finetune_lora_notebook.ipynb").read_text()
-    assert "](README.md)" in notebook and "](docs/" in notebook

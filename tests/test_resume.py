@@ -1,6 +1,5 @@
 """Runs that are stopped and go on, in their own folder or in another."""
 
-import functools
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 import finetune_lora
-from finetune_lora import read_options
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
 from toolkit import InputError
@@ -31,9 +29,7 @@ def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finet
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done", ["within an epoch", "all epochs"])
-@pytest.mark.parametrize("options", ["", "--mixup 0.2"])
-def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path, done, options):
-    finetune = functools.partial(finetune, options)
+def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path, done):
     if done == "within an epoch":
         monkeypatch.setattr(runs.StopRequests, "check", lambda requests: (_ for _ in ()).throw(runs.Stopped(2)))
         with pytest.raises(runs.Stopped):
@@ -43,11 +39,40 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
         finetune(output="first")
     moved = (tmp_path / "first" / "last.pth").rename(tmp_path / "last.pth")
     whole = finetune(output="whole")
-    results = finetune.func(f"{options} --resume {moved}", output="second")
+    results = finetune(f"--resume {moved}", output="second")
     assert {path.name for path in results["folder"].iterdir()} == {path.name for path in whole["folder"].iterdir()}
     assert len(metrics(results["folder"])) == 2
     ours, theirs = tensors(results["folder"] / "lora.pth"), tensors(whole["folder"] / "lora.pth")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+WAYS = {
+    "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
+    "4 bits": "--use-qlora --mixup 0.2",
+    "features of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1 --cache-features ram",
+    "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
+    "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
+    "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
+    " --adapt-last 1 --cache-features disk",
+    "numbers": "--task regression --data-dir {hospital} --data-list {hospital}/numbers.csv --label-columns age",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_run_goes_on_bit_for_bit(finetune, saved, resnet, hospital, pairs, monkeypatch, tmp_path, way):
+    """It stopped at the first step of its second epoch, and has other workers from then on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = WAYS[way].format(resnet=saved(resnet, "resnet.pth"), hospital=hospital, pairs=pairs)
+    whole = finetune(options, output="whole")
+    with pytest.raises(runs.Stopped):
+        finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
+    resumed = finetune(f"{options} --workers 1 --resume", output="stopped")
+    assert resumed["epochs"] == 2 and resumed["val_loss"] == whole["val_loss"]
+    ours, theirs = (read_adapter_file(results["folder"] / "lora.pth") for results in (resumed, whole))
+    assert ours["metadata"].get("task") == theirs["metadata"].get("task")
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+    assert all(torch.equal(tensor, theirs["tensors"][name]) for name, tensor in ours["tensors"].items())
 
 
 @pytest.mark.slow
@@ -154,9 +179,5 @@ def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monk
     resumed = finetune(f"{options} --resume", output="parts")
     ours, theirs = (tensors(of["folder"] / "lora.pth") for of in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-    assert resumed["val_loss"] == whole["val_loss"]
-
-
-def test_nothing_to_resume_is_said_before_anything_is_read(tmp_path):
-    with pytest.raises(InputError, match=r"last.pth: no such file, so there is nothing to go on with; start without"):
-        read_options(["--resume", "--output-dir", str(tmp_path)])
+    for name in ("temperature", "calibration_error", "calibration_error_before", "val_loss"):
+        assert resumed[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name

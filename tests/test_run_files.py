@@ -8,7 +8,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,15 +15,13 @@ from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import FineTuning, count_parameters, load_finetuned, read_options
-from lora_utils import LoRAManager, read_adapter_file
-from tests.run_folders import metrics, stop, tensors
-from toolkit import InputError, files
+from finetune_lora import load_finetuned, read_options
+from lora_utils import read_adapter_file
+from tests.run_folders import metrics, tensors
+from toolkit import files
 from toolkit.answers.measures import wilson_interval
 from toolkit.files import read_checkpoint
-from toolkit.models.backbones import build_backbone
-from toolkit.run import optim, runs
-from toolkit.run.options import ModelOptions
+from toolkit.run import optim
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,12 +32,21 @@ CLASSES = ["bright", "dark", "striped"]
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def test_the_flags_defaults_are_the_guides(base, tmp_path):
+def test_defaults_then_file_then_command_line(base, tmp_path):
     args, sources = read_options(["--checkpoint", str(base)])
     assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 10)
     assert args.freeze_backbone and not args.use_qlora
     assert str(args.output_dir) == "checkpoints/lora" and args.dataset == "digits"
     assert {key for key, source in sources.items() if source != "default"} == {"checkpoint"}
+    (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 2, learning_rate: 1e-3}\nmodel: {arch: vit_mini}\n")
+    args, sources = read_options(f"--config {tmp_path / 'my.yaml'} --checkpoint {base} --lora-rank 4".split())
+    assert (args.lora_rank, args.learning_rate, args.epochs, args.arch) == (4, 1e-3, 10, "vit_mini")
+    where = [sources[key] for key in ("lora_rank", "learning_rate", "epochs")]
+    assert where == ["command line", "config", "default"]
+    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 8, target_modules: [mlp]}")
+    flags = f"--checkpoint {base} --config {tmp_path / 'my.yaml'} --lora-rank 0 --lora-dropout 0 --augmentation none"
+    args, _ = read_options(flags.split())
+    assert (args.lora_alpha, args.lora_rank) == (8, 0)
 
 
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
@@ -55,22 +61,6 @@ def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
     assert args.config is None and args.learning_rate == 1e-4
 
 
-def test_defaults_then_file_then_command_line(base, tmp_path):
-    (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 2, learning_rate: 1e-3}\nmodel: {arch: vit_mini}\n")
-    args, sources = read_options(f"--config {tmp_path / 'my.yaml'} --checkpoint {base} --lora-rank 4".split())
-    assert (args.lora_rank, args.learning_rate, args.epochs, args.arch) == (4, 1e-3, 10, "vit_mini")
-    where = [sources[key] for key in ("lora_rank", "learning_rate", "epochs")]
-    assert where == ["command line", "config", "default"]
-
-
-def test_settings_that_do_nothing_may_be_the_defaults_or_a_files(base, tmp_path):
-    """They are there for other runs."""
-    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 8, target_modules: [mlp]}")
-    flags = f"--checkpoint {base} --config {tmp_path / 'my.yaml'} --lora-rank 0 --lora-dropout 0 --augmentation none"
-    args, _ = read_options(flags.split())
-    assert (args.lora_alpha, args.lora_rank) == (8, 0)
-
-
 def test_the_run_says_what_was_typed_what_the_file_changes_and_where_the_rest_is(finetune, tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n  seed: 0\n")
     folder = finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2 --norms frozen")["folder"]
@@ -81,7 +71,7 @@ def test_the_run_says_what_was_typed_what_the_file_changes_and_where_the_rest_is
     assert rest == f"weight_decay 0.03 all settings: {folder}/config.yaml"  # the seed is the default
 
 
-def test_alpha_is_twice_the_rank_unless_it_is_given(base, tmp_path):
+def test_alpha_is_twice_the_rank_and_short_names_are_those_of_the_options(base, tmp_path):
     def alpha(options: str) -> float:
         return read_options(["--checkpoint", str(base), *options.split()])[0].lora_alpha
 
@@ -90,9 +80,6 @@ def test_alpha_is_twice_the_rank_unless_it_is_given(base, tmp_path):
     assert alpha("--lora-rank 16") == alpha("--rank 16") == 32
     assert alpha("--rank 16 --alpha 4") == 4 and alpha(f"--rank 16 --config {tmp_path / 'my.yaml'}") == 5
     assert read_options(["--rank", "4"])[0].lora_alpha == 8  # the shipped file leaves it open too
-
-
-def test_the_usual_short_names_are_those_of_the_options(base):
     short, long = (
         "--lr 1e-3 --rank 4 --alpha 3 --qlora",
         "--learning-rate 1e-3 --lora-rank 4 --lora-alpha 3 --use-qlora",
@@ -163,7 +150,7 @@ def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
     return results, folder, printed.getvalue()
 
 
-def test_a_run_leaves_these_files_and_no_others(finished):
+def test_a_run_leaves_these_files_and_says_what_was_recognised(finished):
     _, folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         *("config.yaml", "confusion_matrix.png", "last.pth", "lora.pth"),
@@ -172,21 +159,10 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     for name in ("confusion_matrix.png", "mistakes.png", "training_curves.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 10
-
-
-def test_it_says_what_was_recognised(finished):
     *_, printed = finished
     told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n"
     told += "          all 78 backbone tensors loaded"
     assert told in printed
-
-
-@pytest.mark.slow
-def test_a_function_of_the_caller_s_sees_every_epoch(base, images, tmp_path):
-    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --epochs 2 --lora-rank 2"
-    seen = []
-    finetune_lora.main(argv.split(), after_epoch=lambda run: seen.append(run.history[-1]["epoch"]))
-    assert seen == [1, 2]
 
 
 def test_metrics_has_a_row_per_epoch(finished):
@@ -208,7 +184,6 @@ def test_metrics_has_a_row_per_epoch(finished):
 
 
 def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):
-    """And once only: a finished run that is resumed leaves the same file again."""
     results = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3")
     temperature, folder = results["temperature"], results["folder"]
     assert results["calibration_error"] < results["calibration_error_before"] and temperature < 1  # it was softened
@@ -218,9 +193,6 @@ def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_
     if results["kept_epoch"] == 0:
         torch.testing.assert_close(content["tensors"]["heads.head.weight"] * temperature, start)
     assert start.norm() < content["tensors"]["heads.head.weight"].norm()
-    again = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3 --resume")
-    for name in ("temperature", "calibration_error", "calibration_error_before", "val_loss"):
-        assert again[name] == pytest.approx(results[name], rel=1e-3, abs=1e-6), name
 
 
 def test_results_say_what_came_out(finished):
@@ -238,13 +210,6 @@ def test_results_say_what_came_out(finished):
     assert results["peak_memory_bytes"] > results["backbone_bytes"]
     assert list(results["accuracy_per_class"]) == CLASSES
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
-
-
-def test_training_learns_what_can_be_learned(finished):
-    results, folder, _ = finished
-    rows = metrics(folder)
-    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
-    assert results["val_accuracy"] >= 0.9
 
 
 def test_the_adapter_file_describes_itself(finished, base):
@@ -271,7 +236,7 @@ def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypa
 
 
 def test_three_lines_predict(finished, images):
-    results, folder, _ = finished
+    _, folder, _ = finished
     # The docstring's own lines, on one of these images.
     snippet = [line.strip() for line in load_finetuned.__doc__.split("\n\n")[1].splitlines()]
     code = "\n".join(snippet).replace("checkpoints/lora/lora.pth", str(folder / "lora.pth"))
@@ -279,81 +244,10 @@ def test_three_lines_predict(finished, images):
     with contextlib.redirect_stdout(printed):
         names = {"load_finetuned": load_finetuned, "Image": Image}
         exec(code.replace("image.png", str(images / "val/dark/0.png")), names)
-    assert printed.getvalue().strip() in CLASSES
-
-    model, info = load_finetuned(folder / "lora.pth")
-    assert not model.training
-    right = 0
-    for path in sorted((images / "val").glob("*/*.png")):
-        logits = model(info["transform"](Image.open(path).convert("RGB"))[None])
-        right += info["class_names"][logits.argmax()] == path.parent.name
-    assert right / 15 == pytest.approx(results["val_accuracy"])
-
-
-def test_the_curves_show_losses_that_can_be_compared(finetune):
-    """Label smoothing raises the loss that is minimised, even of a perfect classifier; the table has the plain one."""
-    results = finetune("--label-smoothing 0.5 --epochs 6 --learning-rate 3e-2 --head-init random")
-    assert metrics(results["folder"])[-1]["train_loss"] < 0.8  # what is minimised stays above 0.86
-
-
-def test_a_run_makes_its_folder_its_own(finetune, monkeypatch):
-    """Files of an earlier run beside this one's config.yaml would pass for its own."""
-    folder = finetune("--epochs 1")["folder"]
-    (folder / "notes.txt").touch()
-    monkeypatch.setattr(FineTuning, "begin_epoch", stop)
-    with pytest.raises(runs.Stopped):
-        finetune("--epochs 1 --lora-rank 2")
-    begun = ["config.yaml", "last.pth", "lora.pth", "metrics.csv", "notes.txt"]
-    assert sorted(path.name for path in folder.iterdir()) == begun
-    content = read_adapter_file(folder / "lora.pth")  # of the probe that it begins with
-    assert content["metadata"]["epoch"] == 0 and {layer["r"] for layer in content["layers"].values()} == {2}
+    assert printed.getvalue().strip() in CLASSES and not load_finetuned(folder / "lora.pth")[0].training
 
 
 # ------------------------------------------------------------------------------------------------------ your own images
-
-
-def save_odd_images(folder: Path) -> None:
-    """Class folders whose images are grey, RGBA, palette, 16-bit, CMYK, bilevel and JPEG, of several sizes."""
-    rng = np.random.RandomState(1)
-    for name, level in (("cat", 200), ("dog", 50)):
-        (folder / name).mkdir(parents=True)
-        for i, mode in enumerate(["L", "RGBA", "P", "I;16", "CMYK", "1", "LA", "RGB"]):
-            pixels = Image.fromarray((level + rng.randint(0, 50, (5 + i, 30 - i, 3))).astype(np.uint8))
-            if mode == "I;16":
-                image = Image.fromarray(np.asarray(pixels.convert("L")).astype(np.uint16) * 257)
-            else:
-                image = pixels.convert(mode)
-            image.save(folder / name / (f"{i}.jpg" if mode in ("CMYK", "RGB") else f"{i}.png"))
-
-
-@pytest.mark.slow
-def test_your_own_images_of_any_kind(base, tmp_path):
-    save_odd_images(tmp_path / "pets")
-    argv = f"--checkpoint {base} --data-dir {tmp_path / 'pets'} --output-dir {tmp_path / 'out'} --epochs 2"
-    results = finetune_lora.main([*argv.split(), "--batch-size", "8", "--workers", "1", "--device", "cpu"])
-    assert list(results["accuracy_per_class"]) == ["cat", "dog"]
-    assert load_finetuned(tmp_path / "out/lora.pth")[1]["class_names"] == ["cat", "dog"]
-
-
-def test_a_class_without_validation_images_has_no_accuracy_of_its_own(base, images, tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / "some" / part).mkdir(parents=True)
-        for name in CLASSES if part == "train" else CLASSES[:2]:
-            (tmp_path / "some" / part / name).symlink_to(images / part / name)
-    argv = f"--checkpoint {base} --data-dir {tmp_path / 'some'} --output-dir {tmp_path / 'out'} --epochs 1"
-    results = finetune_lora.main([*argv.split(), "--device", "cpu"])
-    assert results["accuracy_per_class"]["striped"] is None  # results.json stays JSON: NaN is not
-    assert json.loads((tmp_path / "out/results.json").read_text(), parse_constant=pytest.fail) == results
-
-
-@pytest.mark.slow
-def test_few_labels(finetune, capsys):
-    results = finetune("--labels-per-class 2 --epochs 1 --batch-size 4")
-    assert results["config"]["data"]["labels_per_class"] == 2
-    state = read_checkpoint(results["folder"] / "last.pth")
-    assert state["schedule"]["last_epoch"] == 2  # steps: 6 images in batches of 4
-    with pytest.raises(InputError, match="--labels-per-class 8: class bright has only 7 training images"):
-        finetune("--labels-per-class 8")
 
 
 def test_evaluation_writes_its_page_alone(finished, images):
@@ -383,54 +277,27 @@ GUIDE = [
 ]
 
 
-@pytest.fixture
-def fresh_clone(tmp_path, monkeypatch):
-    """A folder with the shipped files in their places."""
-    checkpoint = tmp_path / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
-    checkpoint.parent.mkdir(parents=True)
-    torch.manual_seed(0)
-    state = {f"encoder_q.{k}": v for k, v in build_backbone("vit_mini", 1).state_dict().items() if "heads" not in k}
-    torch.save({"model": state, "arch": "vit_mini", "epoch": 100}, checkpoint)
-    (tmp_path / "configs").mkdir()
-    config = (ROOT / "configs/stage1.yaml").read_text()
-    (tmp_path / "configs/stage1.yaml").write_text(config)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("toolkit.files.TOOLKIT", tmp_path)
-    monkeypatch.setattr(ModelOptions.__dataclass_fields__["checkpoint"], "default", checkpoint)
-    monkeypatch.setattr(finetune_lora, "DEFAULT_CHECKPOINT", checkpoint)
-    monkeypatch.setattr(finetune_lora, "DEFAULT_CONFIG", tmp_path / "configs/stage1.yaml")
-    return yaml.safe_load(config)["finetune"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("command", GUIDE)
-def test_every_command_of_the_guide_runs(command, fresh_clone):
-    results = finetune_lora.main(command.split())
-    used, words = results["config"]["finetune"], command.split()
+def test_every_command_of_the_guide_is_understood(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args, words = read_options([*command.split(), "--device", "cpu"])[0], command.split()
+    shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
     for flag, key in (("--lora-rank", "lora_rank"), ("--epochs", "epochs"), ("--learning-rate", "learning_rate")):
-        assert used[key] == float(words[words.index(flag) + 1] if flag in words else fresh_clone[key])
-    assert used["use_qlora"] == ("--use-qlora" in words)
-    assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
-    assert results["epochs"] == used["epochs"] == len(metrics(Path("checkpoints/lora")))
-    model, _ = load_finetuned("checkpoints/lora/lora.pth")
-    assert LoRAManager(model).get_lora_info()["lora_parameters"] == count_parameters(model)["lora"] > 0
+        assert getattr(args, key) == float(words[words.index(flag) + 1] if flag in words else shipped[key])
+    assert args.use_qlora == ("--use-qlora" in words) and args.checkpoint.resolve() == files.SHIPPED
 
 
 @pytest.mark.slow
-def test_a_run_started_elsewhere_is_repeated_from_its_config(images, fresh_clone, tmp_path, monkeypatch):
+def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, monkeypatch):
     """What lies in the toolkit is stored relative to it, and found from any folder."""
     shutil.copytree(images, tmp_path / "mine")
-    listed = [
-        f"{path.relative_to(tmp_path / 'mine')},{path.parent.name}" for path in (tmp_path / "mine").rglob("*.png")
-    ]
-    (tmp_path / "mine/list.csv").write_text("\n".join(listed))
-    (tmp_path / "else/where").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "else/where")
+    names = [path.relative_to(tmp_path / "mine") for path in (tmp_path / "mine").rglob("*.png")]
+    (tmp_path / "mine/list.csv").write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+    monkeypatch.chdir(tmp_path)
     common = "--checkpoint shipped --device cpu --epochs 1 --lora-rank 2"
     for sources in (f"--data-dir {tmp_path / 'mine'}", f"--data-list {tmp_path / 'mine/list.csv'}"):
         results = finetune_lora.main(f"{sources} --output-dir first {common}".split())
+        assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
         again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
         assert again["val_loss"] == results["val_loss"]
         assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]

@@ -1,10 +1,7 @@
 """Scenes in rows are what whole images are, and maps have the georeference of their scene."""
 
 import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,7 +136,7 @@ def test_bands_of_other_resolutions_are_enlarged_as_whole_ones(tmp_path, suffix)
         assert scene.like == (os.fspath(path) if suffix == "tif" else None)
 
 
-def test_few_rows_are_held(tmp_path):
+def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     tifffile.imwrite(
         tmp_path / "a.tif", levels(1000), photometric="minisblack", planarconfig="contig", **WRITTEN["compressed tiles"]
     )
@@ -149,6 +146,17 @@ def test_few_rows_are_held(tmp_path):
         for first in range(0, 960, 40):
             scene.rows(first, first + 40)
             assert sum(map(len, source.kept.values())) <= 128
+    held = []
+
+    def parts():
+        for _ in range(40):
+            held.append(tracemalloc.get_traced_memory()[1])
+            yield np.zeros((100, 300), np.float32)
+
+    tracemalloc.start()
+    write_map(tmp_path / "map.tif", parts(), 4000, 300, None)
+    tracemalloc.stop()
+    assert held[-1] < held[10] + 100_000
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_other_bands_are_refused_by_name(tmp_path, bands, wrong):
         pass
 
 
-def test_a_damaged_part_is_named(tmp_path):
+def test_what_is_damaged_or_no_image_is_named(tmp_path):
     how = {"photometric": "minisblack", "compression": "deflate", "rowsperstrip": 10}
     tifffile.imwrite(tmp_path / "a.tif", levels(), planarconfig="contig", **how)
     content = bytearray((tmp_path / "a.tif").read_bytes())
@@ -172,9 +180,6 @@ def test_a_damaged_part_is_named(tmp_path):
         scene.rows(0, 70)
         with pytest.raises(InputError, match=r"a.tif: not a readable image"):
             scene.rows(60, 80)
-
-
-def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(20))
     with pytest.raises(InputError, match=r"a.tif: not a readable image"), open_scene(tmp_path / "a.tif", Bands(5)):
         pass
@@ -214,11 +219,18 @@ def test_a_map_of_classes_has_the_georeference_of_its_scene(tmp_path):
         assert np.array_equal(np.asarray(image), classes)
 
 
-def test_a_map_of_probabilities_has_a_band_for_each_class(tmp_path):
+def test_a_map_of_probabilities_has_a_band_for_each_class_and_a_mask_a_palette(tmp_path):
     values = np.random.default_rng(0).random((300, 270, 3), np.float32)
     write_map(tmp_path / "map.tif", cut(values), 300, 270, None, names=["a", "b", "c"])
     assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), values)
     assert not read_tags(tmp_path / "map.tif")
+    classes = levels(9, 7, 1, np.uint8)[..., 0] % 3
+    classes[0, 0] = 255
+    write_mask(tmp_path / "mask.png", classes, COLOURS)
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "P"
+        assert np.array_equal(np.asarray(image), classes)
+        assert image.getpalette()[3:6] == [255, 128, 0]
 
 
 @pytest.mark.parametrize("point", [False, True])
@@ -255,60 +267,3 @@ def test_a_map_that_ends_early_leaves_the_old_one(tmp_path):
         write_map(tmp_path / "map.tif", parts(), 600, 600, None, COLOURS)
     assert (tmp_path / "map.tif").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["map.tif"]
-
-
-def test_few_rows_of_a_map_are_held(tmp_path):
-    held = []
-
-    def parts():
-        for _ in range(40):
-            held.append(tracemalloc.get_traced_memory()[1])
-            yield np.zeros((100, 300), np.float32)
-
-    tracemalloc.start()
-    write_map(tmp_path / "map.tif", parts(), 4000, 300, None)
-    tracemalloc.stop()
-    assert held[-1] < held[10] + 100_000
-
-
-def test_a_mask_is_a_png_with_a_palette(tmp_path):
-    classes = levels(9, 7, 1, np.uint8)[..., 0] % 3
-    classes[0, 0] = 255
-    write_mask(tmp_path / "mask.png", classes, COLOURS)
-    with Image.open(tmp_path / "mask.png") as image:
-        assert image.mode == "P"
-        assert np.array_equal(np.asarray(image), classes)
-        assert image.getpalette()[3:6] == [255, 128, 0]
-
-
-LARGE = """
-import resource, sys
-import numpy as np, tifffile
-from toolkit.images.bands import Bands
-from toolkit.images.maps import write_map
-from toolkit.images.scenes import open_scene
-side = 6000
-band = (np.arange(side * side, dtype=np.uint32).reshape(side, side) % 9973).astype(np.uint16)
-with tifffile.TiffWriter("scene.tif") as file:
-    padded = np.pad(band, (0, -side % 256))
-    starts = range(0, side, 256)
-    tiles = (np.ascontiguousarray(padded[y:y + 256, x:x + 256]) for _ in range(13) for y in starts for x in starts)
-    file.write(tiles, shape=(13, side, side), dtype=np.uint16, tile=(256, 256), compression="deflate",
-               photometric="minisblack", planarconfig="separate")
-del band, padded
-with open_scene("scene.tif", Bands(13)) as scene:
-    def parts():
-        for first in range(0, side, 168):
-            rows = scene.rows(first, min(first + 224, side))
-            yield rows[: min(168, side - first), :, 3].astype(np.uint8)
-    write_map("map.tif", parts(), side, side, scene.like, np.zeros((3, 3)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.slow
-def test_a_scene_of_13_bands_takes_little_memory(tmp_path):
-    places = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run([sys.executable, "-c", LARGE], cwd=tmp_path, capture_output=True, text=True, env=places)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 2_000_000  # KiB

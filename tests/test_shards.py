@@ -54,27 +54,26 @@ def test_images_and_their_labels_are_read_from_where_they_lie(tmp_path):
     assert all(abs(level(image) - int(key)) <= 1 and label == int(key) % 3 for key, (image, label) in by_name.items())
 
 
-def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path):
+def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path, capsys):
+    """Copies among them are told."""
     write_set(tmp_path / "train", 12)
     write_set(tmp_path / "validation", 3)
     splits = sources.load_splits("imagefolder", tmp_path)
     assert (len(splits.train), len(splits.val)) == (12, 3)
+    example = f"{tmp_path}/validation/shard-000.tar/0000.jpg of {tmp_path}/train/shard-000.tar/0000.jpg"
+    assert f"3 of 3 evaluation images are copies of training images, such as {example}" in capsys.readouterr().out
     assert len(sources.load_splits("imagefolder", tmp_path, for_training_only=True).train) == 12
 
 
-def test_copies_in_archives_are_told(tmp_path, capsys):
-    write_set(tmp_path / "train", 12)
-    write_set(tmp_path / "val", 3)
-    sources.load_splits("imagefolder", tmp_path)
-    example = f"{tmp_path}/val/shard-000.tar/0000.jpg of {tmp_path}/train/shard-000.tar/0000.jpg"
-    assert f"3 of 3 evaluation images are copies of training images, such as {example}" in capsys.readouterr().out
-
-
 def test_any_image_format_and_names_in_folders_will_do(tmp_path):
-    samples = {"a/x.y.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.cls": b"dog"}
-    write_shard(tmp_path / "one.tar", samples | {"b/x.json": b"{}"})
+    """What macOS adds is passed over, and two spellings of a label are one class."""
+    samples = {"a/x.y.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.json": b"{}"}
+    samples |= {"b/x.cls": "caf\u00e9".encode(), "c/x.jpg": jpeg(7), "c/x.cls": "cafe\u0301".encode()}
+    write_shard(tmp_path / "one.tar", {name.replace("/", "/._"): b"\xff\x00" for name in samples} | samples)
     images, labels = shards.read_shards(tmp_path)
-    assert labels == ["cat", "dog"] and [level(images[i][0].convert("RGB")) for i in range(2)] == [3, 200]
+    assert list(images.names) == ["one.tar/a/x.y.PNG", "one.tar/b/x.webp", "one.tar/c/x.jpg"]
+    assert labels == ["cat", "caf\u00e9", "caf\u00e9"]
+    assert [level(images[i][0].convert("RGB")) for i in range(2)] == [3, 200]
 
 
 def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
@@ -142,20 +141,20 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
         shards.read_shards(tmp_path / "packed")
 
 
-def test_what_macos_adds_to_an_archive_is_passed_over(tmp_path):
-    samples = {"0001.jpg": jpeg(1), "0001.cls": b"cat", "0002.jpg": jpeg(2), "0002.cls": b"dog"}
-    write_shard(tmp_path / "a.tar", {f"._{name}": b"\xff\x00" for name in samples} | samples)
-    images, labels = shards.read_shards(tmp_path)
-    assert list(images.names) == ["a.tar/0001.jpg", "a.tar/0002.jpg"] and labels == ["cat", "dog"]
-
-
-def test_an_archive_that_is_damaged_in_its_middle_is_not_taken_for_a_short_one(tmp_path):
+def test_what_is_damaged_is_named(tmp_path):
     write_set(tmp_path, 6)
     content = bytearray((tmp_path / "shard-000.tar").read_bytes())
     content[content.index(b"0003.jpg") + 4] ^= 1  # in a header: its checksum no longer fits
     (tmp_path / "shard-000.tar").write_bytes(content)
     with pytest.raises(InputError, match=r"shard-000\.tar: not a tar archive that can be read \(it is damaged"):
         sources.load_unlabelled(tmp_path)
+    folder = tmp_path / "images"
+    write_shard(folder / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
+    images = sources.load_unlabelled(folder)
+    for i in (0, 1):
+        with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
+            images[i]
+    assert len(sources.readable(images)) == len(sources.load_unlabelled(folder, skip_unreadable=True)) == 1
 
 
 @pytest.mark.parametrize("target", ["gone.cls", "0.cls"])
@@ -170,21 +169,6 @@ def test_a_label_that_links_to_nothing_or_to_itself_is_one_line(tmp_path, target
         shards.read_shards(tmp_path)
 
 
-def test_a_damaged_image_is_named_with_its_archive(tmp_path):
-    write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
-    images = sources.load_unlabelled(tmp_path)
-    for i in (0, 1):
-        with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
-            images[i]
-    assert len(sources.readable(images)) == len(sources.load_unlabelled(tmp_path, skip_unreadable=True)) == 1
-
-
-def test_archives_without_labels_cannot_be_learnt_from(tmp_path):
-    write_set(tmp_path, 6, labels=False)
-    with pytest.raises(InputError, match=r"have no labels, a \.cls beside each.* If each archive is a class, "):
-        sources.load_splits("imagefolder", tmp_path)
-
-
 def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tmp_path):
     write_set(tmp_path / "train", 6)
     write_set(tmp_path / "val", 6)
@@ -195,9 +179,3 @@ def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tm
     assert len(sources.load_unlabelled(tmp_path)) == 6
     (tmp_path / "val" / "0").rename(tmp_path / "train" / "@eaDir")  # thumbnails are no images
     assert len(sources.load_splits("imagefolder", tmp_path).train) == 6
-
-
-def test_two_spellings_of_a_label_are_one_class(tmp_path):
-    samples = {"0.jpg": jpeg(0), "0.cls": "caf\u00e9".encode(), "1.jpg": jpeg(1), "1.cls": "cafe\u0301".encode()}
-    write_shard(tmp_path / "a.tar", samples)
-    assert shards.read_shards(tmp_path)[1] == ["caf\u00e9"] * 2

@@ -47,6 +47,9 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
 def test_without_groups_patients_are_on_both_sides(hospital):
     train, val, _ = load_splits("imagefolder", data_list=None, data_dir=hospital / "scans")
     assert patients(train) & patients(val)
+    images = load_splits("digits").train
+    rest, part = validation_part(images)
+    assert (len(images), len(rest), len(part)) == (1438, 1151, 287)
 
 
 def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
@@ -65,13 +68,7 @@ def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
     assert 0.15 < len(part) / 600 < 0.25 and set(labels[rest]) == set(labels[part]) == {5, 6}
 
 
-def test_a_class_of_one_group_is_rather_trained_on():
-    labels, groups = [0, 0, 0, 0, 1, 1], np.array(["a", "b", "c", "d", "e", "e"])
-    in_part = splitting.by_groups(labels, groups, 0.5, 0)
-    assert set(np.array(labels)[~in_part]) == {0, 1}
-
-
-def test_parts_of_single_images_are_disjoint_and_alike():
+def test_parts_are_disjoint_and_alike():
     labels = [0] * 50 + [1] * 13 + [2] * 2
     number = splitting.folds(labels, map(str, range(65)), 5)
     assert set(np.bincount(number)) == {13}
@@ -80,29 +77,12 @@ def test_parts_of_single_images_are_disjoint_and_alike():
         assert counts.max() - counts.min() <= 1
     more = splitting.folds(labels, map(str, range(65)), 5, turn=1)
     assert (number != more).any()
+    labels, groups = [0, 0, 0, 0, 1, 1], np.array(["a", "b", "c", "d", "e", "e"])
+    in_part = splitting.by_groups(labels, groups, 0.5, 0)
+    assert set(np.array(labels)[~in_part]) == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("labels", "keys", "count", "problem"),
-    [
-        ([0, 0], ["a", "b"], 3, "2 images or groups are too few for 3 parts: a, b"),
-        ([0, 0, 1], ["a", "b", "b"], 3, "2 images or groups are too few for 3 parts"),
-    ],
-)
-def test_fewer_groups_than_parts(labels, keys, count, problem):
-    with pytest.raises(InputError, match=problem):
-        splitting.folds(labels, keys, count)
-
-
-def test_numbers_are_spread_over_the_parts(hospital):
-    """Else one part could have the young and another the old."""
-    list_ = {"data_list": [hospital / "numbers.csv"], "task": "regression", "group_by": "Patient"}
-    for number in (1, 2, 3):
-        train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **list_)
-        assert abs(train.targets.mean() - val.targets.mean()) < 2.5  # of ages from 0 to 19
-
-
-def test_folds_evaluate_each_image_once(hospital):
+def test_folds_evaluate_each_image_once_and_spread_numbers(hospital):
     everything, seen = {"data_dir": hospital / "scans", "group_by": "2"}, []
     for number in (1, 2, 3):
         train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **everything)
@@ -110,6 +90,10 @@ def test_folds_evaluate_each_image_once(hospital):
         seen += list(val.relative_names())
     assert len(seen) == len(set(seen)) == len(train) + len(val)
     assert len(load_splits("digits", folds="1/5").val) == 360  # of all 1,797, none is set aside before
+    list_ = {"data_list": [hospital / "numbers.csv"], "task": "regression", "group_by": "Patient"}
+    for number in (1, 2, 3):
+        train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **list_)
+        assert abs(train.targets.mean() - val.targets.mean()) < 2.5  # of ages from 0 to 19
 
 
 def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
@@ -125,10 +109,8 @@ def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
     assert not patients(train) & patients(val)
 
 
-def test_a_grouped_run_says_how_many_groups_each_side_has_and_is_evaluated_on_the_same(
-    hospital, finetune, tmp_path, capsys
-):
-    run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1")
+def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp_path, capsys):
+    run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0")
     assert "evaluation images, 2 classes, in 16 + 4 groups (2)" in capsys.readouterr().out
     again = deploy_lora.main(["evaluate", str(run["folder"] / "lora.pth"), "--device", "cpu"])
     assert again["images"] == run["val_images"] and again["loss"] == pytest.approx(run["val_loss"], abs=1e-5)
@@ -139,15 +121,11 @@ def test_a_grouped_run_says_how_many_groups_each_side_has_and_is_evaluated_on_th
     answers = (run["folder"] / "results_answers.csv").read_text().splitlines()
     assert all(line.split(",")[0].split("/")[1] == line.split(",")[1] for line in answers[1:])
 
+    def evaluated(images) -> dict:
+        adapter = str(run["folder"] / "lora.pth")
+        return deploy_lora.main(["evaluate", adapter, str(images), "--device", "cpu", "--output", f"{tmp_path}/o.json"])
 
-def test_the_groups_of_other_images_are_found_where_the_runs_were(hospital, finetune, tmp_path):
-    """In folders of the same depth, or in a list with its column; images without groups are for themselves."""
-    run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1")
-    evaluate, rest = (
-        ["evaluate", str(run["folder"] / "lora.pth")],
-        ["--device", "cpu", "--output", f"{tmp_path}/o.json"],
-    )
-    found = deploy_lora.main([*evaluate, str(hospital / "scans"), *rest])
+    found = evaluated(hospital / "scans")
     by_image = wilson_interval(found["accuracy"] * found["images"], found["images"])
     assert found["accuracy_interval"] != pytest.approx(by_image)
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
@@ -156,8 +134,7 @@ def test_the_groups_of_other_images_are_found_where_the_runs_were(hospital, fine
         target = flat / path.parts[-3] / f"{path.parts[-2]}_{path.name}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    found = deploy_lora.main([*evaluate, str(flat), *rest])
-    assert found["accuracy_interval"] == pytest.approx(by_image)
+    assert evaluated(flat)["accuracy_interval"] == pytest.approx(by_image)
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,class,")
 
 
@@ -174,9 +151,3 @@ def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, finetune, monke
     train = load_splits("imagefolder", data_dir=hospital / "scans", group_by="2").train
     names = [name.split("/")[-2] for name in train.relative_names()]
     assert [sorted(set(names))[number] for number in given[-1].tolist()] == names
-
-
-def test_an_ungrouped_validation_part_is_as_before():
-    images = load_splits("digits").train
-    rest, part = validation_part(images)
-    assert (len(images), len(rest), len(part)) == (1438, 1151, 287)

@@ -92,9 +92,6 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     assert answers.f1(thresholds).mean() >= answers.f1(torch.full((3,), 0.5)).mean()
     twice = answers.figures(torch.full((2, 80), 2))[:, 0]
     assert twice.tolist() == pytest.approx([answers.score] * 2)
-
-
-def test_labels_without_positives_have_no_share_in_the_means():
     _, targets = drawn(unknown=0)
     answers = multilabel.LabelAnswers(0.0, torch.rand(40, 3), targets)
     without = multilabel.LabelAnswers(0.0, answers.values, targets * torch.tensor([1.0, 1, 0]))
@@ -254,7 +251,7 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     assert task.head.score(model, features, targets) == pytest.approx(score, abs=0.02)
 
 
-def test_a_class_that_is_too_improbable_is_unsure():
+def test_what_is_too_improbable_is_unsure():
     """The column after the rest keeps the likeliest class, so that nothing is lost."""
     task, outputs = tasks.Classification(NAMES), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]).log()
     columns, rows = task.table(outputs, abstain=0.6)
@@ -263,9 +260,6 @@ def test_a_class_that_is_too_improbable_is_unsure():
     assert [row[0] for row in task.table(outputs)[1]] == ["cat", "dog"]
     with pytest.raises(InputError, match="a class called unsure"):
         tasks.Classification(["unsure", "cat"]).head.check_abstain()
-
-
-def test_a_label_is_unsure_if_its_yes_or_its_no_is_too_improbable():
     task = tasks.MultiLabel(NAMES, thresholds=torch.tensor([0.5, 0.3, 0.5]))
     outputs = torch.tensor([[0.9, 0.35, 0.45], [0.1, 0.9, 0.3]]).logit()
     columns, rows = task.table(outputs, abstain=0.6)

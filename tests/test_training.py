@@ -3,10 +3,7 @@
 import copy
 import math
 import random
-import signal
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,37 +11,36 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune_lora import LoRALinear
-from moco import pretrain
 from toolkit import InputError, devices
 from toolkit.answers import evaluation, tasks
 from toolkit.answers.tasks import Classification
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions
-from toolkit.run.runs import Stopped, StopRequests
 
 
 def draw() -> tuple:
     return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 
 
-def test_seeding_repeats_every_generator():
+def test_generators_repeat_and_come_back_from_a_file_read_with_weights_only(tmp_path):
     devices.seed_everything(3)
     first = draw()
     devices.seed_everything(3)
     assert draw() == first
-
-
-def test_rng_state_survives_a_file_read_with_weights_only(tmp_path):
     devices.seed_everything(0)
     draw()  # leaves a cached Gaussian in both random and NumPy
     torch.save(devices.rng_state(), tmp_path / "rng.pth")
     expected = draw()
     devices.restore_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
     assert draw() == expected
+    devices.seed_everything(0)
+    assert devices.product_seconds(torch.bfloat16) > 0
+    drawn = draw()
+    devices.seed_everything(0)
+    assert draw() == drawn
 
 
 @pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
@@ -83,37 +79,6 @@ def test_products_are_not_measured_where_nothing_depends_on_them(monkeypatch, de
     assert told == f"device: {device}, precision: {dtype}"
 
 
-def test_measuring_products_draws_no_random_numbers():
-    devices.seed_everything(0)
-    assert devices.product_seconds(torch.bfloat16) > 0
-    drawn = draw()
-    devices.seed_everything(0)
-    assert draw() == drawn
-
-
-def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back at the end
-    devices.select_device("cpu")
-    assert not torch.backends.cudnn.benchmark
-    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # as if a GPU were there
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    devices.select_device("cuda:0")
-    assert torch.backends.cudnn.benchmark
-
-
-@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
-@pytest.mark.parametrize("script", ["finetune_lora.py", "moco.pretrain"])
-def test_adamw_is_fused_on_a_gpu_alone(device, fused, script):
-    model = nn.Sequential(nn.Linear(2, 2))
-    with FakeTensorMode():  # tensors of a GPU that need none
-        model._apply(lambda tensor: torch.empty(tensor.shape, device=device))
-        if script == "moco.pretrain":
-            optimizer = pretrain.build_optimizer(model, pretrain.PretrainOptions())
-        else:
-            optimizer = optim.build_optimizer(model, rate=1e-3)
-    assert optimizer.defaults["fused"] is fused
-
-
 def test_adapters_have_a_rate_of_their_own_and_biases_no_decay():
     model = nn.Sequential(LoRALinear(3, 2, r=1))
     model[0].weight.requires_grad_(False)
@@ -134,13 +99,6 @@ def test_a_step_whose_gradients_overflow_is_none():
             assert not optim.stepped(scaler, optimizer) and torch.equal(layer.weight, before)
 
 
-def test_autocast_computes_in_its_dtype():
-    cpu, layer, x = torch.device("cpu"), nn.Linear(2, 2), torch.ones(1, 2)
-    for dtype in (torch.float32, torch.bfloat16):
-        with devices.autocast(cpu, dtype):
-            assert layer(x).dtype == dtype
-
-
 def test_mixed_images_are_mixed_as_their_labels_are():
     """Image i is all i: what is mixed of it and the one before shows in its mean."""
     torch.manual_seed(0)
@@ -150,9 +108,6 @@ def test_mixed_images_are_mixed_as_their_labels_are():
         mixed, shares = task.mix(images.clone(), torch.arange(4))
         torch.testing.assert_close(shares.sum(1), torch.ones(4))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0), rtol=1e-4, atol=1e-4)
-
-
-def test_nothing_is_mixed_without_mixup_or_labels():
     images, labels, missing = torch.randn(2, 3, 4, 4), torch.tensor([1, 0]), torch.full((2,), evaluation.NO_LABEL)
     assert tasks.Classification(list("ab")).mix(images, labels) == (images, labels)
     assert tasks.Classification(list("ab"), mixup=0.5).mix(images, missing) == (images, missing)
@@ -215,64 +170,6 @@ def test_weights_come_back_after_a_failure_and_a_as_it_trains():
     assert (model.lora_A == 4).all() and (model.lora_B == 4).all()
 
 
-def test_nothing_is_remembered_of_the_start_where_all_of_the_change_is_kept():
-    model = nn.Linear(2, 2)
-    wise_ft = optim.WiseFT(model, alpha=1.0)
-    wise_ft.begin()
-    assert wise_ft.start == {} and wise_ft.state_dict() == {"share": 1.0, "start": {}}
-
-
-def step_figures(number: int) -> training.StepFigures:
-    """Of a step of two batches."""
-    batches = [torch.tensor([1.5, 2.0, 1.0]) + number, torch.tensor([0.25, 1.0, 0.0])]
-    return training.StepFigures(images=10 + number, sums=batches)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_figures_that_are_read_together_are_those_of_each_step(monkeypatch, processes):
-    """Summed over batches and processes, in one exchange; none is read twice."""
-    exchanges = []
-
-    def all_sum(*figures: float) -> list[float]:
-        exchanges.append(figures)
-        return [processes * figure for figure in figures]
-
-    monkeypatch.setattr(training.distributed, "world_size", lambda: processes)
-    monkeypatch.setattr(training.distributed, "all_sum", all_sum)
-    stop = StopRequests()
-    alone = []
-    for number in range(3):
-        alone += training.read_figures([step_figures(number)], stop)
-    exchanges.clear()
-    steps = [step_figures(number) for number in range(3)]
-    assert training.read_figures(steps, stop) == alone and steps == []
-    assert len(exchanges) == processes - 1
-    factor = float(processes)
-    assert alone[0] == (10, [1.75 * factor, 3.0 * factor, 1.0 * factor])
-    assert [images for images, _ in alone] == [10, 11, 12]
-    assert not stop.is_due
-
-
-def test_processes_stop_at_the_steps_by_which_all_know_of_it(monkeypatch):
-    """That one was asked to stop travels with the figures of a step."""
-    others = [0.0]
-    monkeypatch.setattr(training.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(training.distributed, "all_sum", lambda *figures: [*figures[:-1], figures[-1] + others[0]])
-    stop = StopRequests()
-    training.read_figures([step_figures(0)], stop)
-    assert not stop.is_due
-    stop.signum = signal.SIGINT
-    assert not stop.is_due  # the others have not heard of it
-    training.read_figures([step_figures(1)], stop)
-    assert stop.is_due
-    other = StopRequests()
-    others[0] = 1.0
-    training.read_figures([step_figures(1)], other)
-    assert other.is_due and other.signum == 0
-    with pytest.raises(Stopped):
-        other.check()
-
-
 @pytest.mark.parametrize(
     "options, share",
     [
@@ -286,14 +183,6 @@ def test_processes_stop_at_the_steps_by_which_all_know_of_it(monkeypatch):
 )
 def test_how_much_of_the_change_is_kept(options, share):
     assert optim.wise_ft_alpha(TuneOptions(**options), {0: 2, 1: 8}) == share
-
-
-def test_the_best_epoch_by_each_measure():
-    names = ("epoch", "val_loss", *Classification.best_by.values())
-    rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
-    history = [dict(zip(names, row, strict=True)) for row in rows]
-    best = {by: training.best_epoch(history, column)["epoch"] for by, column in Classification.best_by.items()}
-    assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
 
 
 def learning_rates(**options) -> list[float]:
@@ -316,15 +205,7 @@ def test_schedules():
     assert learning_rates(schedule="step") == pytest.approx([2.0] * 6 + [0.2] * 2 + [0.02] * 2)
 
 
-@pytest.mark.slow
-def test_peak_memory_grows_with_what_is_allocated():
-    before = devices.peak_memory_bytes(torch.device("cpu"))
-    block = torch.ones(before // 4 + 64 * 2**20 // 4)  # more than the process ever held
-    assert devices.peak_memory_bytes(torch.device("cpu")) >= before + 32 * 2**20
-    del block
-
-
-def test_extract_features_runs_in_eval_mode_and_restores_every_modules_mode():
+def test_features_and_evaluation_are_exact_and_leave_the_mode():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9))
     model[0].eval()  # a frozen layer within a training model
     images = torch.randn(5, 3)
@@ -333,6 +214,16 @@ def test_extract_features_runs_in_eval_mode_and_restores_every_modules_mode():
     torch.testing.assert_close(features, images / (1 + 1e-5) ** 0.5)
     assert labels.tolist() == [0, 1, 2, 3, 4]
     assert model.training and model[1].training and not model[0].training
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
+    data = [(torch.randn(3, 2, 2), i % 4) for i in range(11)]
+    inputs, labels = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
+    logits = inputs.flatten(1) @ model[2].weight.T + model[2].bias
+    result = evaluation.evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), torch.device("cpu"))
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert torch.equal(result.predictions, logits.argmax(1)) and torch.equal(result.labels, labels)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert model.training and model[1].training and model[2].weight.grad is None
 
 
 def test_knn_accuracy_agrees_with_a_vote_counted_by_hand():
@@ -349,44 +240,6 @@ def test_knn_accuracy_agrees_with_a_vote_counted_by_hand():
     assert evaluation.knn_accuracy(bank, labels, queries, targets, k=7, temperature=0.1) == correct / 30
     assert evaluation.knn_accuracy(bank, labels, bank * 3, labels, k=1) == 1.0
     assert 0 <= evaluation.knn_accuracy(bank, labels, queries, targets, k=1000) <= 1
-
-
-def test_evaluation_is_exact_over_uneven_batches_and_leaves_the_mode(images):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
-    data = [(torch.randn(3, 2, 2), i % 4) for i in range(11)]
-    inputs, labels = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
-    logits = inputs.flatten(1) @ model[2].weight.T + model[2].bias
-    result = evaluation.evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), torch.device("cpu"))
-    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert torch.equal(result.predictions, logits.argmax(1)) and torch.equal(result.labels, labels)
-    assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
-    assert model.training and model[1].training and model[2].weight.grad is None
-
-
-def test_images_travel_as_each_device_wants_them(monkeypatch):
-    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-    moved = devices.to_device(images, torch.device("cpu"))
-    assert torch.equal(moved, images) and moved.is_contiguous(memory_format=torch.channels_last)
-    assert devices.to_device(labels, torch.device("cpu")) is labels
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: calls.append((device.type, how)) or self)
-    for device in ("cuda", "mps"):
-        devices.to_device(images, torch.device(device))
-    plain = {"non_blocking": False, "memory_format": torch.preserve_format}
-    assert calls == [("cuda", {"non_blocking": True, "memory_format": torch.channels_last}), ("mps", plain)]
-
-
-def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    assert devices.peak_memory_bytes(torch.device("cuda")) == 7 + devices.CUDA_CONTEXT_BYTES
-    assert 3e8 <= devices.CUDA_CONTEXT_BYTES <= 5e8
-
-
-def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda self: False)
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: its import fails
-    assert devices.peak_memory_bytes(torch.device("cpu")) is None
 
 
 def test_balanced_weights_are_scikit_learns():
@@ -422,3 +275,17 @@ def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_i
         assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     vit = devices.place(build_backbone("vit_mini", 2, 16), device)
     assert all(parameter.is_contiguous() for parameter in vit.parameters())
+
+
+def test_the_best_epoch_by_each_measure():
+    names = ("epoch", "val_loss", *Classification.best_by.values())
+    rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
+    history = [dict(zip(names, row, strict=True)) for row in rows]
+    best = {by: training.best_epoch(history, column)["epoch"] for by, column in Classification.best_by.items()}
+    assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
+
+
+def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert devices.peak_memory_bytes(torch.device("cuda")) == 7 + devices.CUDA_CONTEXT_BYTES
+    assert 3e8 <= devices.CUDA_CONTEXT_BYTES <= 5e8

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 from torchvision import transforms as T
 
 from benchmarks import loading
@@ -30,14 +30,12 @@ def test_every_image_mode_becomes_rgb():
     assert pixel(Image.new("F", (1, 1), 0.5)) == (128, 128, 128)
     assert pixel(Image.fromarray(np.float32([[0.5, np.nan], [np.inf, -np.inf]]))) == (128, 128, 128)  # and three black
     assert pixel(Image.new("CMYK", (1, 1), (0, 0, 0, 255))) == (0, 0, 0)
-
-
-def test_transparency_is_over_white():
+    assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)
+    assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
+    assert pixel(Image.new("I", (2, 2), 200)) == (200, 200, 200)
     assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 255))) == (10, 20, 30)
     assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 0))) == (255, 255, 255)
     assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
-    palette = Image.new("P", (1, 1), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.info["transparency"] = 1
     assert pixel(palette) == (255, 255, 255)
 
@@ -93,12 +91,9 @@ def test_a_file_is_upright_over_white_and_of_8_bits(tmp_path):
     assert np.abs(np.asarray(seen["rgba.png"]) - over_white).max() <= 1
     assert np.array_equal(np.asarray(seen["16 bits.png"])[..., 0], np.asarray(files["plain.png"][0])[..., 0])
     assert (np.asarray(seen["transparent palette.png"])[np.asarray(files["palette.png"][0]) == 3] == 255).all()
-
-
-def test_the_type_tells_the_width_of_grey_levels():
-    assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)
-    assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
-    assert pixel(Image.new("I", (2, 2), 200)) == (200, 200, 200)
+    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"], [0, 1]), [0, 1])
+    seen = [image for image, _ in data.Transformed(images, lambda image: image)]
+    assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
 
 
 def all_transforms(size: int):
@@ -141,13 +136,13 @@ def views_of(name: str, size: int) -> list[transforms.View]:
 
 
 @pytest.mark.parametrize("name", ["eval", "crop", "moco_v1", "moco_v2", "moco_v3"])
-@pytest.mark.parametrize(("size", "source"), [(32, (50, 41)), (96, (300, 170)), (96, (60, 200)), (96, (200, 60))])
+@pytest.mark.parametrize(("size", "source"), [(32, (50, 41)), (96, (300, 170)), (96, (60, 200))])
 def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
     """From the same draws; bit for bit, except that the blur may round to the next of 256 levels."""
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*source[::-1], 3)).astype(np.uint8))
     level = 1.01 / 255 / min(transforms.IMAGENET_STD) if name in ("moco_v2", "moco_v3") else 0
     for ours, theirs in zip(views_of(name, size), stock(name, size), strict=True):
-        for seed in range(8):
+        for seed in range(4):
             views = []
             for transform in (ours, theirs):
                 torch.manual_seed(seed)
@@ -156,8 +151,7 @@ def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
             assert (views[0] != views[1]).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("kernel", [3, 9, 23])
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+@pytest.mark.parametrize(("kernel", "sigma"), [(3, 0.1), (9, 0.7), (23, 2.0)])
 def test_the_blur_is_torchvisions(kernel, sigma):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 25, 3)).astype(np.uint8))
     ours, theirs = (kind(kernel, (sigma, sigma))(image) for kind in (transforms.GaussianBlur, T.GaussianBlur))
@@ -174,9 +168,10 @@ def photograph(path, size=(1210, 900), **options) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-@pytest.mark.parametrize("format", ["JPEG", "MPO"])
-@pytest.mark.parametrize(("name", "levels"), [("eval", 1.0), ("crop", 2.5), ("moco_v1", 2.5)])
+@pytest.mark.parametrize(
+    ("name", "levels", "format", "orientation"),
+    [("eval", 1.0, "MPO", 1), ("eval", 1.0, "JPEG", 3), ("crop", 2.5, "JPEG", 6), ("moco_v1", 2.5, "MPO", 6)],
+)
 def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
     tmp_path, monkeypatch, name, levels, format, orientation
 ):
@@ -204,48 +199,6 @@ def test_an_orientation_that_makes_no_sense_is_upright(tmp_path, monkeypatch, or
     assert data.to_rgb(Image.open(tmp_path / "odd.jpg")).size == (400, 200)
     view = transforms.eval_transform(64)(Image.open(tmp_path / "odd.jpg"))
     assert view.amin((1, 2)).tolist() == view.amax((1, 2)).tolist()  # white to the edges
-
-
-@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1"])
-@pytest.mark.parametrize("size", [20, 96])
-def test_no_view_is_made_of_fewer_pixels_than_it_has(tmp_path, monkeypatch, name, size):
-    photograph(tmp_path / "large.jpg")
-    ratios, resize = [], Image.Image.resize
-
-    def noted(self, target, *args, box, **options):
-        ratios.extend([(box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]])
-        return resize(self, target, *args, box=box, **options)
-
-    monkeypatch.setattr(Image.Image, "resize", noted)
-    for seed in range(10):
-        torch.manual_seed(seed)
-        image = Image.open(tmp_path / "large.jpg")
-        transforms.two_crops(size, name)(image) if name == "moco_v1" else views_of(name, size)[0](image)
-    assert min(ratios) >= (2 if name == "eval" else 1)
-    assert min(ratios) < 6  # nor of many more
-
-
-def test_a_file_is_decoded_once_for_both_views_at_a_reduced_size(tmp_path, monkeypatch):
-    photograph(tmp_path / "large.jpg")
-    decoded, load = [], JpegImagePlugin.JpegImageFile.load
-
-    def noted(self):
-        decoded.extend([self.size] if self.tile else [])  # something is left to decode
-        return load(self)
-
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", noted)
-    images = data.LabelledImages(data.ImageFiles(tmp_path, ["large.jpg"], [0]), [0])
-    (first, second), _ = data.Transformed(images, transforms.two_crops(32, "moco_v1"))[0]
-    assert first.shape == second.shape == (3, 32, 32)
-    [size] = decoded
-    assert max(size) < 400
-
-
-def test_a_transform_of_ones_own_gets_decoded_rgb_images(tmp_path):
-    odd_files(tmp_path / "all")
-    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"], [0, 1]), [0, 1])
-    seen = [image for image, _ in data.Transformed(images, lambda image: image)]
-    assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
 
 
 def a_digit() -> Image.Image:
