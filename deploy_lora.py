@@ -46,7 +46,7 @@ from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
-from toolkit.images import folders, lists, masks, splitting
+from toolkit.images import folders, lists, masks, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
 from toolkit.images.folders import ImageFiles, UnreadableImage
@@ -453,8 +453,8 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     if is_per_pixel(metadata):
         about["per_pixel"] = True
     else:
-        place = metadata["transform"].place
-        about["resize"] = place.shorter or [place.size, place.size]
+        size = metadata["image_size"]
+        about["resize"] = [size, size] if size <= transforms.SEEN_WHOLE else transforms.shorter_side(size)
     record = task.record() or {}
     if "thresholds" in record:
         about["thresholds"] = record["thresholds"]

@@ -174,7 +174,7 @@ def test_while_switched_off_there_is_no_switching(manager, alone):
 
 def test_a_removed_adapter_is_freed(manager, alone):
     manager.use("cars")
-    layer = next(iter(manager._layers().values()))
+    layer = next(iter(manager._layers_in_file().values()))
     references = [weakref.ref(p) for n, p in layer.named_parameters(recurse=False) if n.startswith("lora_")]
     references.append(weakref.ref(manager.model.get_submodule("fc" if hasattr(manager.model, "fc") else "heads")))
     del layer
@@ -326,7 +326,7 @@ def test_weights_that_trained_are_not_read_into_fewer_bits(arch, tmp_path):
     model = trained(arch, "pets")
     with torch.no_grad():
         next(
-            layer for layer in LoRAManager(model)._layers().values() if isinstance(layer, nn.Linear | nn.Conv2d)
+            layer for layer in LoRAManager(model)._layers_in_file().values() if isinstance(layer, nn.Linear | nn.Conv2d)
         ).weight.add_(1)
     path = saved(model, "pets", tmp_path)
     stored = add_lora_to_model(base(arch, 5), **OPTIONS["pets"][0], base_dtype=torch.bfloat16)

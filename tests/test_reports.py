@@ -86,7 +86,14 @@ def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
 def summary(task, report, baseline: dict, folder, keep_best: str | None = None, **results) -> list[tuple[str, str]]:
     results |= dict.fromkeys(("trainable_parameters", "total_parameters", "seconds"), 1)
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
-    results = {"kept_share": 1, "task": task.kind, "device": "cpu", "chosen_by": {}} | results
+    results = {
+        "kept_share": 1,
+        "kept_epoch": 1,
+        "epochs": 1,
+        "task": task.kind,
+        "device": "cpu",
+        "chosen_by": {},
+    } | results
     options = argparse.Namespace(output_dir=folder, keep_best=keep_best)
     return reports.summary(argparse.Namespace(task=task, args=options, baseline=baseline), results, report)
 

@@ -87,7 +87,7 @@ def centre(path: str | os.PathLike) -> dict[str, Any]:
             x, y = (a * column + b * row + d for a, b, _, d in matrix[:2])
         else:
             across, down = map(float, tags[_SCALE][:2])
-            at_column, at_row, _, x, y = map(float, tags[_TIE_POINTS][:5])
+            at_column, at_row, _, x, y, _ = map(float, tags[_TIE_POINTS])  # of a single point
             x += (column - at_column) * across
             y -= (row - at_row) * down
         code = keys.get(_PROJECTED, keys.get(_GEOGRAPHIC, _UNNAMED))

@@ -180,7 +180,12 @@ def eval_transform(
     tensor = _tensor(mean, std, bands)
     if image_size is None or image_size <= SEEN_WHOLE:
         return View(partial(whole, image_size), *tensor, bands=bands)
-    return View(partial(whole_along, round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
+    return View(partial(whole_along, shorter_side(image_size)), T.CenterCrop(image_size), *tensor, bands=bands)
+
+
+def shorter_side(image_size: int) -> int:
+    """To how many pixels evaluation resizes the shorter side of an image, before it takes the centre."""
+    return round(image_size * 256 / 224)
 
 
 # Measured in benchmarks/RESULTS.md: with 0.08, usual for training from scratch, a short fine-tuning on few labels loses
