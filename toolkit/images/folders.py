@@ -220,7 +220,8 @@ def report_others(folder: str | Path, others: Counter) -> None:
 
 
 def _counted(others: Counter) -> str:
-    return listed((f"{count} {suffix}" for suffix, count in others.most_common()), 6)
+    by_count = sorted(others.items(), key=lambda item: (-item[1], item[0]))  # in no order of the file system's
+    return listed((f"{count} {suffix}" for suffix, count in by_count), 6)
 
 
 def copies(
