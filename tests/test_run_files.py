@@ -226,7 +226,7 @@ def test_the_adapter_file_describes_itself(finished, base):
 def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypatch):
     results, _, printed = finished
     table = printed.rpartition("\n\n")[2].splitlines()
-    assert len(table) <= 12
+    assert len(table) <= 16
     for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
         assert expected in "\n".join(table)
     monkeypatch.chdir(tmp_path)

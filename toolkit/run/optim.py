@@ -112,29 +112,28 @@ class WiseFT:
 # The learning rate
 
 SCHEDULES = ("cosine", "step", "constant")
-# A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
-# Measured, see benchmarks/RESULTS.md.
-STEPS_TO_TRAIN = 200
+# From so many steps on a run trains at the default learning rate, a shorter one at a lower rate. A rate above the
+# default is only what it says from 2.5 times as many steps on. Measured, see benchmarks/RESULTS.md.
+STEPS_TO_TRAIN = 80
 SAFE_RATE = 1e-4
-COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
+COUNTED_EPOCHS = 3  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
 
 
 def rate_divisor(rate: float, steps: int) -> float:
-    """The divisor of the learning rate of a run that begins as a linear probe: above 1 if it has few steps.
+    """The divisor of the learning rate of adapters that begin at the gradient: above 1 if the run has few steps.
 
     Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
-    share = (steps / STEPS_TO_TRAIN) ** 1.5
-    if share >= 1:
-        return 1.0
-    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
+    share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
+    unlimited = min(1.0, steps / (2.5 * STEPS_TO_TRAIN))  # 1: any rate is taken
+    return max(1 / share, rate * (1 - unlimited) / (SAFE_RATE * share))
 
 
 def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
-    """The divisor of a run's learning rate."""
-    if args.head_init != "probe":
+    """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed."""
+    if args.head_init != "probe" or not args.freeze_backbone or args.lora_init == "random":
         return 1.0
     counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
     return rate_divisor(rate, counted)

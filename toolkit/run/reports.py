@@ -21,13 +21,13 @@ from toolkit.images.bands import recorded
 from toolkit.images.data import LoadingMeter
 from toolkit.images.sources import Splits
 from toolkit.models.checkpoints import stored_checkpoint
+from toolkit.run import verdict
 from toolkit.run.guard import Guard
 from toolkit.run.optim import WiseFT
 from toolkit.run.options import DataOptions, FineTuneOptions, lora_options
 from toolkit.run.plan import Plan
 from toolkit.run.training import best_epoch
 
-LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
 BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,8 +96,9 @@ def describe_rates(run: "FineTuned") -> str:
     elif run.plan.norms == "train":
         reported.append(f"norms {short_rate(run.rate)}")
     if run.rate < run.plan.learning_rate:
-        asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of what was asked for"
-        reported[-1] += f"{asked}, since few images or steps cannot correct what a high rate does"
+        asked = f"; 1/{run.plan.learning_rate / run.rate:.2g} of {short_rate(run.plan.learning_rate)}"
+        why = "so few steps cannot correct what a high rate does (--lora-init random: as typed)"
+        reported[-1] += f"{asked}: {why}"
     return f"learning rate: {', '.join(reported)}"
 
 
@@ -108,8 +109,8 @@ def describe_epoch(run: "FineTuned") -> str:
     score = f"{run.task.score_title} {run.task.reported(row[f'val_{run.task.score}'])}"
     lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
     if run.wise_ft.share < run.wise_ft.alpha:
-        kept = f"{run.wise_ft.share:.0%} of the change is kept so far"
-        lines += f"\n  {kept}: with more, training images are answered worse than by the probe"
+        kept = f"{run.wise_ft.share:.0%} of the change is evaluated and kept"
+        lines += f"\n  the start still answers training images better: {kept}"
     return lines
 
 
@@ -204,13 +205,21 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
+    images = run.task.objective.counts(run.splits.train)
+    found = verdict.judge(
+        results, run.history, run.task.score, run.task.axis[0], images_per_class=sum(images.values()) / len(images)
+    )
+    results["verdict"] = found._asdict()
+    meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
+    meaning.append(("next", found.next_step))
     rows = summary(run, results, report)
     sections = report.sections(run.path(report.picture))
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
     page = run.path("report.html")
-    write_page(page, report.title(), rows, sections, run.path("lora.pth"), **pictures, config=results["config"])
+    shown = [*meaning, *rows]
+    write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
-    print(f"\n{table(rows)}")
+    print(f"\n{table([*rows, *meaning])}")
     return results
 
 
@@ -317,20 +326,6 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def against_the_probe(results: dict[str, Any]) -> str:
-    """Advice for a run that ends near its linear probe, or below it; else an empty string."""
-    score = TASKS[results["task"]].score
-    probe = results[f"probe_{score}_before"]
-    low, high = results[f"val_{score}_interval"] or (None, None)
-    if probe is None or low is None:
-        return ""
-    if probe > high:
-        return "below the linear probe that it began with: try --learning-rate auto"
-    if results["learning_rate"] < LOW_RATE and probe >= low:
-        return "no better than the linear probe, as far as these images tell: try a higher --learning-rate"
-    return ""
-
-
 def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     task = run.task
@@ -368,13 +363,12 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
 
 
 def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
-    """What has to be said of the score: how it compares with the probe's, and which images chose what."""
-    notes = list(filter(None, [against_the_probe(results)]))
+    """Which images chose what."""
     chosen = {
         "learning rate": short_rate(results["learning_rate"]),
         "epoch": f"{results['kept_epoch']} of {results['epochs']}",
     }
-    notes += [f"{what} {chosen[what]} chosen by {images}" for what, images in results["chosen_by"].items()]
+    notes = [f"{what} {chosen[what]} chosen by {images}" for what, images in results["chosen_by"].items()]
     if run.args.keep_best and "epoch" not in results["chosen_by"]:
         notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
     return notes

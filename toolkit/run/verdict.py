@@ -1,0 +1,82 @@
+"""What the result of a fine-tuning means, in plain words: what was gained, what limits it, and one next step.
+
+It looks at the evaluation images: whoever follows it has used them, and a number to publish needs others.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+FEW_IMAGES = 25  # of each class: below it, training hardly finds more than the probe does
+OVERFITTED = 2.0  # of the evaluation's loss to the training's
+RISING = 0.1  # of the whole gain, in the last quarter of the epochs
+LOWERED = 1.5  # times: a learning rate that is worth a word
+
+
+class Verdict(NamedTuple):
+    """What `results.json` has under `verdict`. `limits` may be empty."""
+
+    gained: str
+    limits: list[str]
+    next_step: str
+
+
+def judge(
+    results: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    score: str,
+    factor: float,
+    images_per_class: float,
+) -> Verdict:
+    """Judge a finished run.
+
+    Args:
+        results: the content of `results.json`.
+        history: a row for each epoch, as in `metrics.csv`.
+        score: the name of the task's score.
+        factor: of the score where it is printed; 100: its differences are points.
+        images_per_class: of the training images.
+    """
+    after = results[f"val_{score}"]
+    probe = results[f"probe_{score}_before"]
+    interval = results[f"val_{score}_interval"]
+    is_rising = _rises([row[f"val_{score}"] for row in history], probe)
+    is_overfitted = bool(history) and history[-1]["val_loss"] > OVERFITTED * history[-1]["train_loss"]
+    lowered = results["learning_rate"] / results["head_learning_rate"]
+
+    limits = []
+    if images_per_class < FEW_IMAGES:
+        limits.append(f"few images, {images_per_class:.0f} of each class")
+    if lowered > LOWERED:
+        limits.append(f"a learning rate that was lowered {lowered:.0f}-fold")
+    if is_rising:
+        limits.append("few epochs: the score still rose at the end")
+    if is_overfitted:
+        limits.append("overfitting: the evaluation's loss is far above the training's")
+
+    more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
+    next_step = "python deploy_lora.py predict lora.pth new_images --output answers.csv"
+    if is_rising:
+        next_step = more
+    elif is_overfitted and results["task"] == "classification":
+        next_step = "the same command with --augmentation trivial"
+    if probe is None or interval is None:
+        return Verdict("there is no linear probe to compare it with", limits, next_step)
+
+    unit = " points" if factor == 100 else ""
+    gain = f"{factor * (after - probe):+.3g}{unit} against the linear probe"
+    low, high = interval
+    if probe > high:
+        return Verdict(f"{gain}: it is below it, beyond chance", limits, "the same command with --learning-rate auto")
+    if probe < low:
+        return Verdict(f"{gain}, more than chance explains", limits, next_step)
+    if images_per_class < FEW_IMAGES:
+        more = "more labelled images; until then the probe, --lora-rank 0, is as good"
+    return Verdict(f"{gain}, which may be chance with {results['val_images']:,} evaluation images", limits, more)
+
+
+def _rises(scores: Sequence[float], probe: float | None) -> bool:
+    """Whether the last quarter of the epochs has brought a good part of the gain."""
+    if len(scores) < 4 or probe is None:
+        return False
+    earlier = max(scores[: -(len(scores) // 4)])
+    return scores[-1] > probe and scores[-1] - earlier > RISING * (scores[-1] - probe)
