@@ -2,6 +2,7 @@
 
     python -m benchmarks.segmentation --data-dir membrane --checkpoint lite0.pth --arch timm:tf_efficientnet_lite0
     python -m benchmarks.segmentation ... --methods lora full unet --seeds 1 --epochs 3
+    python -m benchmarks.segmentation --step resnet50 vit_b_16     # time and memory of a step alone, at random weights
 
 All of them see the same crops, windows, epochs and weights of classes, and are judged by the same code: U-Net and FPN
 (segmentation_models_pytorch, `pip install segmentation-models-pytorch`) take the place of the toolkit's linear head
@@ -16,9 +17,11 @@ import contextlib
 import io
 import json
 import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,10 @@ from torch import Tensor, nn
 import finetune_lora
 from benchmarks import MEASURED
 from toolkit.answers import probe
+from toolkit.answers.segmentation import PixelObjective
 from toolkit.config import positive_int
+from toolkit.models.backbones import build_backbone
+from toolkit.models.dense import DenseModel
 from toolkit.run.runs import run_script
 
 HEAD = ["--lora-rank", "0"]
@@ -133,6 +139,69 @@ class Log:
         return run
 
 
+# --------------------------------------------------------------------------------------------------------- steps alone
+
+CLASSES = 11
+ROUNDS = 7
+
+
+def step_of(arch: str, method: str) -> Callable[[], None]:
+    """A training step of a dense model over 8 images of 224 pixels."""
+    model = DenseModel(build_backbone(arch, CLASSES), CLASSES, 224)
+    if method == "lora":
+        finetune_lora.add_lora_to_model(model, r=8, lora_alpha=16)
+        finetune_lora.freeze_backbone_params(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    images = torch.randn(8, 3, 224, 224)
+    masks = torch.randint(CLASSES, (8, 224, 224))
+    objective = PixelObjective()
+
+    def step() -> None:
+        objective.loss(model(images), masks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_of(arch: str, method: str, answers: Any) -> None:
+    """The peak of resident memory that three steps add, in bytes: in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = step_of(arch, method)
+    for _ in range(3):
+        step()
+    answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def compare_steps(arch: str) -> None:
+    """Print LoRA's time and memory beside full fine-tuning's; times are interleaved."""
+    steps = {method: step_of(arch, method) for method in ("full", "lora")}
+    ratios = []
+    for number in range(ROUNDS):
+        seconds = {}
+        for method, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[method] = time.perf_counter() - started
+        if number:  # the first one warms up
+            ratios.append(seconds["full"] / seconds["lora"])
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for method in steps:
+        answers = context.SimpleQueue()
+        process = context.Process(target=peak_of, args=(arch, method, answers))
+        process.start()
+        peaks[method] = answers.get()
+        process.join()
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(
+        f"{arch}: LoRA {statistics.median(ratios):.2f}x full fine-tuning's speed ({spread}), "
+        f"{peaks['lora'] / peaks['full']:.2f} of its memory "
+        f"({peaks['lora'] / 1e6:,.0f} of {peaks['full'] / 1e6:,.0f} MB)"
+    )
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run what is missing of the table, and print it."""
     parser = argparse.ArgumentParser(
@@ -140,8 +209,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=positive_int, default=3)
+    parser.add_argument("--step", nargs="+", default=[], metavar="ARCH", help="the step alone, of these backbones")
     parser.add_argument("--output-dir", type=Path, default=MEASURED / "segmentation")
     args, options = parser.parse_known_args(argv)
+    for arch in args.step:
+        compare_steps(arch)
+    if args.step:
+        return []
     options = ["--task", "segmentation", *options]
     finetune_lora.read_options(options)  # what is wrong with them shows now, not in an hour
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -182,5 +256,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     run_script(main)
