@@ -96,7 +96,7 @@ def describe_rates(run: "FineTuned") -> str:
     elif run.plan.norms == "train":
         reported.append(f"norms {short_rate(run.rate)}")
     if run.rate < run.plan.learning_rate:
-        asked = f"; 1/{run.plan.learning_rate / run.rate:.2g} of {short_rate(run.plan.learning_rate)}"
+        asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of {short_rate(run.plan.learning_rate)}"
         why = "so few steps cannot correct what a high rate does (--lora-init random: as typed)"
         reported[-1] += f"{asked}: {why}"
     return f"learning rate: {', '.join(reported)}"

@@ -63,7 +63,7 @@ def judge(
         return Verdict("there is no linear probe to compare it with", limits, next_step)
 
     unit = " points" if factor == 100 else ""
-    gain = f"{factor * (after - probe):+.3g}{unit} against the linear probe"
+    gain = f"{factor * (after - probe):+.2g}{unit} against the linear probe"
     low, high = interval
     if probe > high:
         return Verdict(f"{gain}: it is below it, beyond chance", limits, "the same command with --learning-rate auto")
