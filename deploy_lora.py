@@ -399,9 +399,7 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
 def _group_column(path: Path, data: dict[str, Any]) -> str | None:
     """The run's --group-by if it is a column of this list; that column then is no label."""
     by = data.get("group_by")
-    if by and lists.has_column(path, by):
-        return by
-    return None
+    return by if by and lists.has_column(path, by) else None
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit
@@ -426,9 +424,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     owner = f"torchvision's {arch}"
     if arch.startswith(TIMM):
         owner = f"timm's {arch.removeprefix(TIMM)}"
-    shape = []
-    for heads in other_heads(model).values():
-        shape.append(f"{heads} heads")
+    shape = [f"{heads} heads" for heads in other_heads(model).values()]
     shape.append(f"{len(metadata['class_names'])} classes")
     if is_per_pixel(metadata):
         shape[-1] += " of every pixel"
@@ -457,10 +453,7 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     bands = values["bands"]
     task = _task_of(metadata)
     size = metadata["image_size"]
-    about = {
-        "arch": metadata["arch"],
-        "class_names": metadata["class_names"],
-        "image_size": size,
+    about = {key: metadata[key] for key in ("arch", "class_names", "image_size")} | {
         "channels": metadata.get("channels") or 3,
         "bands": None,
         "scale": 255.0,
@@ -656,19 +649,14 @@ def from_peft(
     """
     peft = peft_format.import_peft()
     tensors = peft_format.read_peft(folder)
-    head = {}
-    outputs = None
-    for name, tensor in tensors.items():
-        if ".lora_" not in name:
-            head[name.removeprefix(peft_format.PREFIX)] = tensor
-            if name.endswith(".weight") and tensor.dim() == 2:
-                outputs = len(tensor)
-    if outputs is None:
+    head = {n.removeprefix(peft_format.PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
+    rows = [len(tensor) for name, tensor in head.items() if name.endswith(".weight") and tensor.dim() == 2]
+    if not rows:
         raise InputError(f"{folder} has no classifier head: train it with PEFT's modules_to_save, as ['fc']")
     if class_names is None:
-        class_names = list(map(str, range(outputs)))
-    if len(class_names) != outputs:
-        raise InputError(f"--class-names: {len(class_names)} names for the {outputs} outputs of the head in {folder}")
+        class_names = list(map(str, range(rows[-1])))
+    if len(class_names) != rows[-1]:
+        raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
     model, report = load_backbone(checkpoint, len(class_names), arch, image_size, heads)
     try:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()

@@ -284,16 +284,12 @@ class LoRAManager:
         A layer of rank 0 has no adapter, but is stored in 4 bits.
         """
         layers = {}
-        adapted = 0
-        parameters = 0
         for name, layer in self._layers_in_file().items():
             own = sum(map(Tensor.numel, adapter_parameters(layer).values()))
             layers[name] = {**_layer_record(layer), "parameters": own}
-            adapted += layer.r > 0
-            parameters += own
         return {
-            "num_layers": adapted,
-            "lora_parameters": parameters,
+            "num_layers": sum(record["r"] > 0 for record in layers.values()),
+            "lora_parameters": sum(record["parameters"] for record in layers.values()),
             "merged": any(layer.merged for layer in adapted_layers(self.model).values()),
             "layers": layers,
         }

@@ -67,17 +67,11 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
             reason = "an adapter on the head, which PEFT saves whole"
         if reason:
             yield f"{name} ({reason})"
-    trained = []
-    followed = False
-    for name in tensors:
-        leaf = name.rpartition(".")[2]
-        if leaf.startswith("running_"):
-            followed |= not in_head(model, name)
-        elif not leaf.startswith("lora_") and not in_head(model, name):
-            trained.append(name)
+    of_base = [name for name in tensors if ".lora_" not in name and not in_head(model, name)]
+    trained = [name for name in of_base if ".running_" not in name]
     if trained:
         yield f"weights of the base that have trained ({listed(trained)})"
-    elif followed:
+    elif of_base:
         yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
 
 
@@ -168,13 +162,12 @@ def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     _, header = read_safetensors(folder / WEIGHTS)
     channels = report["channels"]
     try:
+        about = {"channels": channels}
         if IMAGES in header:
             about = json.loads(header[IMAGES])
-        elif channels == 3:
-            about = {"channels": 3}
-        else:
+        elif channels != 3:
             unscaled = {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0}
-            about = {"channels": channels, **unscaled, "bands": [], "show_bands": [1]}
+            about |= {**unscaled, "bands": [], "show_bands": [1]}
         return from_metadata({**about, "arch": report["arch"]})
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None

@@ -104,15 +104,11 @@ def compare(first: Path, second: Path) -> list[Difference]:
 
 def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
     """The columns of what is true, and what the columns of answers to it end with; None: these are classes."""
-    truth = []
-    kind = None
-    for ending in SHOWN:
-        found = [title for title in titles if title + ending in titles]
-        if len(found) > len(truth):  # a label may be called as the column of another's answers
-            truth = found
-            kind = ending
+    # Of both endings the more frequent one: a label may be called as the column of another's answers.
+    kind = max(SHOWN, key=lambda ending: sum(title + ending in titles for title in titles))
+    truth = [title for title in titles if title + kind in titles]
     if not truth and "class" in titles and "answer" in titles:
-        truth = ["class"]
+        return ["class"], None
     return truth, kind
 
 
