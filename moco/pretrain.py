@@ -427,7 +427,8 @@ def describe_measures(row: dict[str, float | None]) -> str:
     shown = []
     for name, title in measures.TITLES.items():
         if row.get(name) is not None:
-            shown.append(f"{title} {row[name]:{'.1%' if name == 'knn_accuracy' else '.2f'}}")
+            form = ".1%" if name == "knn_accuracy" else ".2f"
+            shown.append(f"{title} {row[name]:{form}}")
     return ", ".join(shown)
 
 
@@ -513,8 +514,12 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    dim = outputs[-1] if outputs else 256
-    mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
+    dim = 256
+    mlp_dim = 4096
+    if outputs:
+        dim = outputs[-1]
+        if len(outputs) > 1 and version == 3:
+            mlp_dim = outputs[0]
     backbone, report = checkpoints.load_backbone(
         args.checkpoint or checkpoints.NO_CHECKPOINT, 1, **options.backbone_shape(args)
     )

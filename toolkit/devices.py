@@ -56,8 +56,11 @@ def select_device(name: str) -> torch.device:
     """
     several = distributed.launched()
     if name == "auto":
-        others = "mps" if torch.backends.mps.is_available() and not several else "cpu"
-        name = "cuda" if torch.cuda.is_available() else others
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and not several:
+            name = "mps"
     if several and name.startswith("cuda:"):
         raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
     if several and name == "cuda":
