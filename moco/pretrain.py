@@ -186,9 +186,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(devices.describe_device(device, dtype))
         if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
-            print(
-                f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
-            )
+            holds = "it holds an image's own older keys too"
+            print(f"--queue-size {args.queue_size} is more than there are images: {holds}")
         begin()  # an earlier run's checkpoints stay if this run does not write them
         train(run)
         if distributed.is_main():
@@ -520,9 +519,8 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
         dim = outputs[-1]
         if len(outputs) > 1 and version == 3:
             mlp_dim = outputs[0]
-    backbone, report = checkpoints.load_backbone(
-        args.checkpoint or checkpoints.NO_CHECKPOINT, 1, **options.backbone_shape(args)
-    )
+    checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
+    backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
     args = replace(
         args,
         arch=report["arch"],

@@ -104,9 +104,8 @@ def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
         mark = of_hex or tuple(map(int, re.findall(r"-?\d+", behind)))
         allowed = range(256) if len(mark) == 3 else _VALUES
         if "," in name or not set(mark).issubset(allowed):
-            raise InputError(
-                f"{where}: the line '{printable(line)}' is not `name`, `name value` or `name r g b` (0 to 255)"
-            )
+            known = "`name`, `name value` or `name r g b` (0 to 255)"
+            raise InputError(f"{where}: the line '{printable(line)}' is not {known}")
         lines.append((folders.one_spelling(name.strip('"')), mark))
     return lines
 
@@ -530,9 +529,8 @@ def pairs_of_list(
     names, masks = read_list(path, folder, group_by, line="image,mask")
     missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
     if missing:
-        raise InputError(
-            f"--data-list {path}: {len(missing)} masks are not in {folder}: {listed(missing)}; write `image,mask` lines"
-        )
+        problem = f"{len(missing)} masks are not in {folder}: {listed(missing)}"
+        raise InputError(f"--data-list {path}: {problem}; write `image,mask` lines")
     return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 

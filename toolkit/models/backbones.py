@@ -77,9 +77,7 @@ def other_heads(model: nn.Module) -> dict[str, str]:
 
     No tensor shows this number, so it identifies a base together with the digests of the tensors.
     """
-    if hasattr(model, "other_heads"):
-        return {"heads": str(model.other_heads)}
-    return {}
+    return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
 
 
 def build_backbone(
@@ -139,9 +137,7 @@ def first_convolution(model: nn.Module) -> str | None:
 def input_channels(model: nn.Module) -> int:
     """How many channels a model's images have."""
     name = first_convolution(model)
-    if name is None:
-        return 3
-    return model.get_submodule(name).in_channels
+    return 3 if name is None else model.get_submodule(name).in_channels
 
 
 def _for_channels(model: nn.Module, channels: int) -> nn.Module:
@@ -193,7 +189,7 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def _found_head(model: nn.Module) -> str | None:
-    """The child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier', unless timm's model states another, as 'head.fc'.
+    """The child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'.
 
     In a model that is held by another module, as by one of Lightning, it is the one module of such a name with which
     the parameters end.
@@ -241,9 +237,7 @@ def headless(model: nn.Module) -> nn.Module:
     A head whose output was merely ignored would still run, and a projector's BatchNorm would update its statistics.
     """
     name = head_name(model)
-    if name is None:
-        return model
-    return _without(model, name)
+    return model if name is None else _without(model, name)
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:

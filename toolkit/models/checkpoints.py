@@ -30,19 +30,8 @@ from toolkit.files import (
     read_safetensors,
     stored_path,
 )
-from toolkit.models.backbones import (
-    ARCHS,
-    HEAD_NAMES,
-    TIMM,
-    build_backbone,
-    check_heads,
-    default_heads,
-    default_image_size,
-    first_convolution,
-    head_name,
-    input_channels,
-    other_heads,
-)
+from toolkit.models import backbones
+from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
 
 OFFICIAL_CHECKPOINTS = (
     "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
@@ -100,7 +89,7 @@ def load_backbone(
             f"{path} is for images of {own_channels} channels, not {channels}: read as many bands, or fit its "
             "first layer with channel_fit='timm'"
         )
-    model = build_backbone(arch, num_classes, image_size, heads, channels)
+    model = backbones.build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)
     if channel_fit is not None:
         weights = weights | {first: _fitted_to_channels(weights[first], channels)}
@@ -145,10 +134,10 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
 def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
     """The name of the first convolution's weight, and its input channels; the arch's own if its shape does not fit."""
     model = _meta_model(arch)
-    name = f"{first_convolution(model)}.weight"
+    name = f"{backbones.first_convolution(model)}.weight"
     found, own = weights.get(name), model.state_dict().get(name)
     if own is None or found is None or found.dim() != 4:
-        return None, input_channels(model)
+        return None, backbones.input_channels(model)
     if (len(found), found.shape[2:]) != (len(own), own.shape[2:]) or found.shape[1] == 0:
         found = own
     return name, found.shape[1]
@@ -179,10 +168,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     if layout.family not in ("moco_v1", "moco_v2", "moco_v3", "moco_stage1"):
         return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
-    projector = {}
-    for key, full in encoder.items():
-        if key.startswith(_HEADS):
-            projector[key.partition(".")[2]] = tensors[full]
+    projector = {key.partition(".")[2]: tensors[full] for key, full in encoder.items() if key.startswith(_HEADS)}
     predictor = {}
     for full in dropped:
         part, _, name = full.removeprefix("module.").partition(".")
@@ -233,8 +219,8 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
         problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
     if arch is not None:
         try:
-            default_image_size(arch)
-            check_heads(arch, heads)
+            backbones.default_image_size(arch)
+            backbones.check_heads(arch, heads)
         except InputError as error:
             problems.append(f"--arch {arch}: {error}")
     return problems
@@ -255,7 +241,7 @@ def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
     embedding in the checkpoint; `resized_digests` has that of the interpolated one.
     """
     state = _backbone_state(model)
-    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | other_heads(model)
+    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | backbones.other_heads(model)
     model.resized_digests = {}
     for name in _POSITIONS:
         if name in weights and weights[name].shape != state[name].shape:
@@ -369,7 +355,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     is_timm = arch is not None and arch.startswith(TIMM)
     head = _HEADS
     if is_timm:
-        head = f"{head_name(_meta_model(arch))}."
+        head = f"{backbones.head_name(_meta_model(arch))}."
         if layout.family in ("deit", "torchvision"):
             layout = replace(layout, family="timm")
     weights = {}
@@ -543,11 +529,11 @@ def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, tupl
 def _meta_model(arch: str) -> nn.Module:
     """A model of this architecture, with its own image size, that takes no memory."""
     with torch.device("meta"):
-        return build_backbone(arch, 1)
+        return backbones.build_backbone(arch, 1)
 
 
 def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    head = f"{head_name(model)}."
+    head = f"{backbones.head_name(model)}."
     return {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
 
 
@@ -558,7 +544,7 @@ def _find_image_size(source: _Source, arch: str) -> int:
         side = _grid(source.weights[name], tokens)
         if patch and side:
             return side * patch
-    return source.image_size or default_image_size(arch)
+    return source.image_size or backbones.default_image_size(arch)
 
 
 def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
@@ -604,7 +590,7 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     """
     if arch != "vit_small" or source.heads:
-        return source.heads or default_heads(arch)
+        return source.heads or backbones.default_heads(arch)
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
@@ -652,7 +638,7 @@ def describe_base(report: dict[str, Any]) -> str:
     """A description of the backbone and its checkpoint, in two lines of a terminal."""
     arch = report["arch"]
     text = f"backbone: {arch}"
-    if report["heads"] != default_heads(arch):
+    if report["heads"] != backbones.default_heads(arch):
         text += f" with {report['heads']} heads"
     text += f" for {report['image_size']} pixels"
     if report["channels"] != 3:

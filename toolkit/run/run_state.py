@@ -129,10 +129,6 @@ class RunState:
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
-        self.go_on(path, state, free)
-
-    def go_on(self, path: Path, state: dict[str, Any], free: Container[str]) -> None:
-        """Go on from the state in a file, if it is this run's."""
         check_same_run(path, state, self.identity, free, self.args)
         self.restore(state)
         for key, entry in self.other_entries.items():
