@@ -71,21 +71,23 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     for key, value in content["metadata"].items():
         print("\n".join(_described(key, value)))
     for name, record in content["layers"].items():
-        how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
+        how = "frozen in 4 bits"
+        if record["r"]:
+            how = f"r={record['r']}, scaling={record['scaling']:g}"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
 
 
 def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
     """The lines of a terminal for an entry of a file's metadata; sections are indented under their titles."""
-    entries = list(itertools.islice(value.items(), _SHORT.maxlist)) if isinstance(value, dict) else []
-    if len(indent) < 6 and any(isinstance(entry, dict) and entry for _, entry in entries):
-        yield f"{indent}{printable(key)}:"
-        for name, entry in entries:
-            yield from _described(name, entry, f"{indent}  ")
-        return
     shown = _SHORT.repr(value)
     if isinstance(value, dict):
+        entries = list(itertools.islice(value.items(), _SHORT.maxlist))
+        if len(indent) < 6 and any(isinstance(entry, dict) and entry for _, entry in entries):
+            yield f"{indent}{printable(key)}:"
+            for name, entry in entries:
+                yield from _described(name, entry, f"{indent}  ")
+            return
         shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
     text = f"{printable(key)}: {printable(shown, 2000)}"
     below = f"{indent}    "
@@ -180,7 +182,9 @@ def _predict_maps(
     is_file = args.output.suffix in MAP_SUFFIXES
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
-    window = model.window if task.kind == "segmentation" else args.window or about["image_size"]
+    window = args.window or about["image_size"]
+    if task.kind == "segmentation":
+        window = model.window
 
     def answer(windows: Tensor) -> Tensor:
         return _outputs(args, model, windows.split(args.batch_size))
@@ -188,7 +192,9 @@ def _predict_maps(
     maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
     written = []
     broken = []
-    places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
+    places = [args.output]
+    if not is_file:
+        places = predictions.places_of_masks(images, args.images, args.output)
     parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
     for i in progress_bar(range(len(images)), "predict", disable=is_file):
         try:
@@ -374,19 +380,20 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     Anybody may have written it: nothing is returned where something in them is what no run can have written.
     """
     config = about.get("config")
-    data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict):
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         return {}
+    data = config["data"]
     known = {key: data[key] for key in (*_TEXTS, *_LISTS) if data.get(key) is not None}
-    texts = [value for key, value in known.items() if key in _TEXTS]
-    for value in [known[key] for key in _LISTS if key in known]:
-        texts += value if isinstance(value, list) else [None]
-    are_texts = all(isinstance(text, str) for text in texts)
+    for key, value in known.items():
+        texts = value if key in _LISTS else [value]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return {}
     try:
-        fits = are_texts and "/" in folds(known.get("folds", "1/2"))
+        if "/" not in folds(known.get("folds", "1/2")):
+            return {}
     except argparse.ArgumentTypeError:
-        fits = False
-    return known | {"skip_unreadable": data.get("skip_unreadable") is True} if fits else {}
+        return {}
+    return known | {"skip_unreadable": data.get("skip_unreadable") is True}
 
 
 def _group_column(path: Path, data: dict[str, Any]) -> str | None:
@@ -414,10 +421,13 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         files.save_atomically(state, args.output)
     files.write_text(json.dumps(usage(metadata), indent=2), args.output.with_suffix(".json"))
     arch = metadata["arch"]
-    owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
-    of_heads = other_heads(model)
-    shape = [f"{of_heads['heads']} heads"] if of_heads else []
-    shape.append(f"{len(metadata['class_names'])} classes{' of every pixel' if is_per_pixel(metadata) else ''}")
+    owner = f"torchvision's {arch}"
+    if arch.startswith(TIMM):
+        owner = f"timm's {arch.removeprefix(TIMM)}"
+    shape = [f"{heads} heads" for heads in other_heads(model).values()]
+    shape.append(f"{len(metadata['class_names'])} classes")
+    if is_per_pixel(metadata):
+        shape[-1] += " of every pixel"
     if input_channels(model) != 3:
         shape.append(f"images of {input_channels(model)} channels")
     print(f"wrote {args.output}: a state_dict for {owner} with {' and '.join(shape)}")
@@ -442,19 +452,23 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     values = from_metadata(metadata)
     bands = values["bands"]
     task = _task_of(metadata)
+    size = metadata["image_size"]
     about = {key: metadata[key] for key in ("arch", "class_names", "image_size")} | {
         "channels": metadata.get("channels") or 3,
-        "bands": None if bands is None else list(bands.chosen),
-        "scale": 255.0 if bands is None else bands.scale,
+        "bands": None,
+        "scale": 255.0,
         "mean": list(values["mean"]),
         "std": list(values["std"]),
         "activation": ACTIVATIONS[task.kind],
     }
+    if bands is not None:
+        about |= {"bands": list(bands.chosen), "scale": bands.scale}
     if is_per_pixel(metadata):
         about["per_pixel"] = True
+    elif size <= transforms.SEEN_WHOLE:
+        about["resize"] = [size, size]
     else:
-        size = metadata["image_size"]
-        about["resize"] = [size, size] if size <= transforms.SEEN_WHOLE else transforms.shorter_side(size)
+        about["resize"] = transforms.shorter_side(size)
     record = task.record() or {}
     if "thresholds" in record:
         about["thresholds"] = record["thresholds"]
@@ -503,9 +517,12 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     about = {key: json.dumps(value) for key, value in about.items()}
     left = usage(metadata)
     if args.normalise:
-        scale = 1.0 if values["bands"] is None else values["bands"].scale
+        left |= {"mean": [0.0] * channels, "std": [1.0] * channels}
+        scale = 1.0
+        if values["bands"] is not None:
+            scale = left["scale"]
+            left["scale"] = 1.0
         model = Normalised(model, values["mean"], values["std"], scale).eval()
-        left |= {"scale": 255.0 if values["bands"] is None else 1.0, "mean": [0.0] * channels, "std": [1.0] * channels}
     if task.kind != "classification":  # the graph ends with `output_layer`
         left["activation"] = "none"
         left.pop("output_mean", None)
@@ -585,8 +602,9 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     if obstacles:
         raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
     base, _ = load_base(*find_base(adapter, metadata, checkpoint), *model_shape(metadata))
-    four_bits = any(is_adapted(module) and module.base_bits == 4 for module in model.modules())
-    if four_bits:
+    tolerance = ROUNDING
+    if any(is_adapted(module) and module.base_bits == 4 for module in model.modules()):
+        tolerance = torch.inf
         print("the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same")
     if metadata.get("stage1_adapter"):
         print(
@@ -597,7 +615,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         values = recorded(from_metadata(metadata), metadata)
         peft_format.write_peft(model, Path(scratch), values, _task_of(metadata).record())
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        difference = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
+        difference = _difference(theirs, model, metadata["image_size"], tolerance)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -686,14 +704,18 @@ SUFFIXES = {  # allowed for --output
 
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
+    if args.output is None and args.command == "evaluate":
+        return []
     if args.output is None:
-        return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
+        return ["--output: expected a value, the file to write"]
     if os.path.isdir(args.output) and args.command not in ("convert", "predict"):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
     if suffixes and args.output.suffix not in suffixes:
-        folder = ", or be a folder's" if "" in suffixes else ""
-        return [f"--output {args.output}: the name must end in {' or '.join(filter(None, suffixes))}{folder}"]
+        endings = " or ".join(filter(None, suffixes))
+        if "" in suffixes:
+            endings += ", or be a folder's"
+        return [f"--output {args.output}: the name must end in {endings}"]
     if args.command == "predict" and not args.output.suffix and os.path.isfile(args.output):
         return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
@@ -749,8 +771,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
-            is_json = name == "evaluate"
-            what = "the numbers as .json; the page lies beside it" if is_json else "the file to write (required)"
+            what = "the file to write (required)"
+            if name == "evaluate":
+                what = "the numbers as .json; the page lies beside it"
             command.add_argument("--output", type=Path, help=what)  # `check_output` reports all problems at once
             command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
         if name in ON_IMAGES:

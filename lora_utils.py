@@ -56,16 +56,18 @@ def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> I
 
     A rounded weight that changes gets the digest of the loaded values, and no longer counts as its former base.
     """
-
-    names = [name for name in layer.float_digests if prefix + name in state]
-    before = {name: dense_weight(layer.base(name), torch.float32) for name in names}
+    before = {}
+    for name in layer.float_digests:
+        if prefix + name in state:
+            before[name] = dense_weight(layer.base(name), torch.float32)
     yield
     for name, numbers in before.items():
         now = dense_weight(layer.base(name), torch.float32)
         if not torch.equal(now, numbers):
-            loaded = state[prefix + name]  # in 4 bits its bytes alone do not determine the values
-            # Change the dictionary in place: adapters that share the base share it.
-            layer.float_digests[name] = tensor_digest(loaded if loaded.is_floating_point() else now)
+            loaded = state[prefix + name]
+            if not loaded.is_floating_point():  # in 4 bits its bytes alone do not determine the values
+                loaded = now
+            layer.float_digests[name] = tensor_digest(loaded)  # in place: adapters that share the base share these
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -76,8 +78,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if not getattr(module, "frozen", False):
             own += dict(module.named_buffers(recurse=False))
-        names = (dotted(prefix, name) for name in own)
-        trained |= {name: state[name] for name in names if name in state}
+        for name in own:
+            full_name = dotted(prefix, name)
+            if full_name in state:
+                trained[full_name] = state[full_name]
     return trained
 
 
@@ -130,13 +134,20 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    return module.base(name).shape if is_adapted(module) and name in module.float_digests else parameter.shape
+    if is_adapted(module) and name in module.float_digests:
+        return module.base(name).shape
+    return parameter.shape
 
 
 def full_rank(model: nn.Module) -> int:
     """The full rank of the largest layer. A higher rank only takes memory: a typing error could ask for terabytes."""
-    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
+    highest = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shape = _stock_shape(module, name, parameter)
+            if len(shape) > 1:
+                highest = max(highest, min(shape[0], math.prod(shape[1:])))
+    return highest
 
 
 # ----------------------------------------------------------------------------------------------------------- manager
@@ -192,17 +203,16 @@ class LoRAManager:
     @contextlib.contextmanager
     def disable_lora(self) -> Iterator[None]:
         """Within the `with` block the model computes as if it had no adapters, merged or not."""
-        layers = adapted_layers(self.model).values()
-        before = [layer.lora_enabled for layer in layers]
+        before = {layer: layer.lora_enabled for layer in adapted_layers(self.model).values()}
         merged = [conv for conv in followers(self.model) if conv.merged]
         try:
-            for layer in layers:
+            for layer in before:
                 layer.lora_enabled = False
             for conv in merged:
                 conv.followed.unmerge()
             yield
         finally:
-            for layer, enabled in zip(layers, before, strict=True):
+            for layer, enabled in before.items():
                 layer.lora_enabled = enabled
             for conv in merged:
                 conv.followed.merge(conv)
@@ -223,10 +233,14 @@ class LoRAManager:
         """
         layers = adapted_layers(self.model)
         adapter_set = getattr(self.model, "adapter_set", None)
-        stored = layers if adapter_set is None else layers | adapter_set.base.layers
+        stored = dict(layers)
+        how = "merge=True"
+        if adapter_set is not None:
+            stored |= adapter_set.base.layers
+        if not layers:
+            how += " and an adapter in use"
         for name, layer in stored.items():
             if layer.base_bits < 32 and not (merge and layers):
-                how = "merge=True" if layers else "merge=True and an adapter in use"
                 raise InputError(
                     f"{name} is in {layer.base_bits} bits, its float weight is gone: take the merged weights with "
                     f"{how}, or load the checkpoint again"
@@ -307,7 +321,7 @@ class LoRAManager:
             hint = f"{did_you_mean(name, self.names)} there are: {listed(self.names, 12) or 'none'}"
             raise InputError(f"no adapter is named {name!r}: {hint.lstrip()}")
         adapter_set.use(name, self.model)
-        return self._metadata() if name is not None else {}
+        return {} if name is None else adapter_set.named[name].metadata
 
     def _metadata(self) -> dict[str, Any]:
         """The metadata with which the adapter in use was loaded."""
@@ -319,8 +333,10 @@ class LoRAManager:
         """Remove an adapter and free its memory. If it is in use, switch to the base. Raises the errors of `use`."""
         before = self.in_use
         self.use(name)
-        self.use(None if name == before else before)
-        del self._adapter_set().named[name]
+        self.use(None)
+        if before != name:
+            self.use(before)
+        del self.model.adapter_set.named[name]
 
     def _adapter_set(self) -> AdapterSet:
         """The model's named adapters. An adapter without a name becomes one of them, as `default`.
@@ -396,7 +412,7 @@ class LoRAManager:
             "format_version": 2 if "task" in metadata else 1,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             "layers": {name: _layer_record(layer) for name, layer in self._layers_in_file().items()},
-            "base_hash": _hash(now, without=tensors),
+            "base_hash": _hash(now, tensors),
             "metadata": metadata,
         }
         write_adapter_file(content, path)
@@ -451,7 +467,7 @@ class LoRAManager:
             return problems
         now = base_digests(self.model)
         older = now | getattr(self.model, "resized_digests", {})  # of files that hash the interpolated embedding
-        if content["base_hash"] in [_hash(digests, without=content["tensors"]) for digests in (now, older)]:
+        if content["base_hash"] in (_hash(now, content["tensors"]), _hash(older, content["tensors"])):
             return []
         return ["it was trained over another base: load the checkpoint that it names, with as many heads"]
 
@@ -474,8 +490,9 @@ class LoRAManager:
         here = {**self.model.state_dict(keep_vars=True), **own}
         problems = [f"tensor {name} is missing in the file" for name in own.keys() - tensors.keys()]
         problems += [f"tensor {name} is unknown here" for name in tensors.keys() - here.keys()]
-        rounded = (name for name, _, known in _stock_tensors(self.model) if known and name in tensors)
-        problems += [f"{name} has trained in the file, but is in fewer bits here" for name in rounded]
+        for name, _, known in _stock_tensors(self.model):
+            if known and name in tensors:
+                problems.append(f"{name} has trained in the file, but is in fewer bits here")
         for name in tensors.keys() & here.keys():
             theirs = tensors[name]
             ours = here[name]
@@ -503,5 +520,6 @@ def _layer_record(layer: nn.Module) -> dict[str, Any]:
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:
+    """The hash of a base: of the digests of all its tensors but those that the adapter file has itself."""
     lines = [f"{name} {digest}" for name, digest in sorted(digests.items()) if name not in without]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

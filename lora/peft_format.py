@@ -62,11 +62,13 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
-        reason = "an adapter on the head, which PEFT saves whole" if in_head(model, name) else _obstacle(layer)
+        reason = _obstacle(layer)
+        if in_head(model, name):
+            reason = "an adapter on the head, which PEFT saves whole"
         if reason:
             yield f"{name} ({reason})"
-    of_base = [n for n in tensors if not in_head(model, n) and not n.rpartition(".")[2].startswith("lora_")]
-    trained = [name for name in of_base if not name.rpartition(".")[2].startswith("running_")]
+    of_base = [name for name in tensors if ".lora_" not in name and not in_head(model, name)]
+    trained = [name for name in of_base if ".running_" not in name]
     if trained:
         yield f"weights of the base that have trained ({listed(trained)})"
     elif of_base:
@@ -97,12 +99,15 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     """
     layers = _adapted_layers(model)
     times_projected = _times_projected()
-    ranks, alphas, tensors = {}, {}, {}
+    ranks = {}
+    alphas = {}
+    tensors = {}
     for name, layer in layers.items():
         factors = _packed_factors(layer, times_projected)
         ranks[name] = len(factors["lora_A.weight"])
         alphas[name] = layer.scaling * ranks[name]
-        tensors |= {f"{name}.{key}": factor for key, factor in factors.items()}
+        for key, factor in factors.items():
+            tensors[f"{name}.{key}"] = factor
     config = import_peft().LoraConfig(
         **_by_layer("r", "rank_pattern", ranks),
         **_by_layer("lora_alpha", "alpha_pattern", alphas),
@@ -134,17 +139,12 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
     A = torch.cat([layer.lora_A_q, layer.lora_A_k, layer.lora_A_v])  # (3 r, E)
     B = torch.block_diag(layer.lora_B_q, layer.lora_B_k, layer.lora_B_v)  # (3 E, 3 r)
     projected = projection.lora_B * (projection.scaling / layer.scaling / times_projected)
-    return {
-        "lora_A.weight": _filled_up(A, rank, 0),
-        "lora_B.weight": _filled_up(B, rank, 1),
-        "base_layer.out_proj.lora_A.weight": _filled_up(projection.lora_A, rank, 0),
-        "base_layer.out_proj.lora_B.weight": _filled_up(projected, rank, 1),
+    return {  # filled up with zeros to this rank
+        "lora_A.weight": F.pad(A, (0, 0, 0, rank - len(A))),
+        "lora_B.weight": F.pad(B, (0, rank - len(A))),
+        "base_layer.out_proj.lora_A.weight": F.pad(projection.lora_A, (0, 0, 0, rank - projection.r)),
+        "base_layer.out_proj.lora_B.weight": F.pad(projected, (0, rank - projection.r)),
     }
-
-
-def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
-    more = rank - factor.shape[dim]
-    return F.pad(factor, (0, more) if dim == 1 else (0, 0, 0, more))
 
 
 def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, Any]:
@@ -162,13 +162,12 @@ def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     _, header = read_safetensors(folder / WEIGHTS)
     channels = report["channels"]
     try:
+        about = {"channels": channels}
         if IMAGES in header:
             about = json.loads(header[IMAGES])
-        elif channels == 3:
-            about = {"channels": 3}
-        else:
+        elif channels != 3:
             unscaled = {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0}
-            about = {"channels": channels, **unscaled, "bands": [], "show_bands": [1]}
+            about |= {**unscaled, "bands": [], "show_bands": [1]}
         return from_metadata({**about, "arch": report["arch"]})
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
@@ -217,10 +216,14 @@ def adapters_in(
     torn = needed ^ set(filter(re.compile(r"\.lora_").search, tensors))
     if torn:
         raise InputError(f"{folder} does not fit its own {CONFIG} or this base: {listed(sorted(torn))}")
-    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
-    refused = {name: f"PEFT's {kind}" for name, kind in kinds.items() if kind not in _KINDS}
-    refused |= {n: _obstacle(layer.get_base_layer()) for n, layer in layers.items() if n not in refused}
-    reasons = [f"{name} ({reason})" for name, reason in refused.items() if reason]
+    reasons = []
+    for name, layer in layers.items():
+        kind = type(layer).__name__
+        reason = f"PEFT's {kind}"
+        if kind in _KINDS:
+            reason = _obstacle(layer.get_base_layer())
+        if reason:
+            reasons.append(f"{name} ({reason})")
     if reasons:
         raise InputError(f"{folder} cannot be read: {listed(reasons)}")
     settings = {}
@@ -228,7 +231,7 @@ def adapters_in(
     for inner, layer in layers.items():
         A = layer.lora_A[ADAPTER].weight.flatten(1)  # (r, fan_in)
         B = layer.lora_B[ADAPTER].weight.flatten(1)  # (out, r)
-        if kinds[inner] == "MultiheadAttention":
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             own = _unpacked(A, B)
         elif inner.endswith(".base_layer.out_proj"):
             used = (A != 0).any(1) | (B != 0).any(0)  # ranks that are zero in both fill up
@@ -240,7 +243,8 @@ def adapters_in(
         rank = len(next(iter(own.values())))
         dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
         settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
-        factors |= {f"{name}.{key}": factor for key, factor in own.items()}
+        for key, factor in own.items():
+            factors[f"{name}.{key}"] = factor
     return settings, factors
 
 
@@ -259,8 +263,8 @@ def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
         if torch.equal(torch.block_diag(*blocks), B):
             As = A.chunk(3)
             Bs = blocks
-    As = {f"lora_A_{name}": own for name, own in zip("qkv", As, strict=True)}
-    return As | {f"lora_B_{name}": own for name, own in zip("qkv", Bs, strict=True)}
+    names = ("lora_A_q", "lora_A_k", "lora_A_v", "lora_B_q", "lora_B_k", "lora_B_v")
+    return dict(zip(names, [*As, *Bs], strict=True))
 
 
 @torch.no_grad()

@@ -186,9 +186,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(devices.describe_device(device, dtype))
         if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
-            print(
-                f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
-            )
+            holds = "it holds an image's own older keys too"
+            print(f"--queue-size {args.queue_size} is more than there are images: {holds}")
         begin()  # an earlier run's checkpoints stay if this run does not write them
         train(run)
         if distributed.is_main():
@@ -427,7 +426,8 @@ def describe_measures(row: dict[str, float | None]) -> str:
     shown = []
     for name, title in measures.TITLES.items():
         if row.get(name) is not None:
-            shown.append(f"{title} {row[name]:{'.1%' if name == 'knn_accuracy' else '.2f'}}")
+            form = ".1%" if name == "knn_accuracy" else ".2f"
+            shown.append(f"{title} {row[name]:{form}}")
     return ", ".join(shown)
 
 
@@ -513,11 +513,14 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    dim = outputs[-1] if outputs else 256
-    mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
-    backbone, report = checkpoints.load_backbone(
-        args.checkpoint or checkpoints.NO_CHECKPOINT, 1, **options.backbone_shape(args)
-    )
+    dim = 256
+    mlp_dim = 4096
+    if outputs:
+        dim = outputs[-1]
+        if len(outputs) > 1 and version == 3:
+            mlp_dim = outputs[0]
+    checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
+    backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
     args = replace(
         args,
         arch=report["arch"],

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +389,14 @@ def test_lists_and_groups(tmp_path, capsys):
     splits = load_pairs(tmp_path, group_by="1")
     assert len(splits.train) + len(splits.val) == 12
     assert not set(splits.train.groups) & set(splits.val.groups)
+
+
+def test_a_list_names_masks_as_the_file_system_does(tmp_path):
+    name = unicodedata.normalize("NFD", "forêt.png")  # as a Mac writes it; on Linux another name than in NFC
+    for i in range(5):
+        write_pair(tmp_path, f"x/{i}_{name}", f"y/{i}_{name}", i)
+    (tmp_path / "all.csv").write_text("".join(f"x/{i}_{name},y/{i}_{name}\n" for i in range(5)), encoding="utf-8")
+    assert len(pairs_in(tmp_path / "all.csv", None, MaskReader(None))) == 5
 
 
 def without_groups(folder: Path, name: str, rows: list[str]) -> Path:

@@ -98,7 +98,11 @@ def rank_of_layer(text: str) -> str:
 
 def read_pattern(entries: Iterable[str] | None) -> dict[str, int]:
     """Ranks by layer, from entries LAYER=VALUE."""
-    return {layer: int(value) for layer, value in (entry.rsplit("=", 1) for entry in entries or ())}
+    ranks = {}
+    for entry in entries or ():
+        layer, value = entry.rsplit("=", 1)
+        ranks[layer] = int(value)
+    return ranks
 
 
 worker_count = or_word("auto", _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
@@ -148,7 +152,11 @@ def make_parser(sections: Mapping[str, type], **how: Any) -> argparse.ArgumentPa
 
 def frozen(kind: type, values: argparse.Namespace) -> Any:
     """The options as an object of a dataclass, which nobody changes. A list becomes a tuple."""
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
+    options = dict(vars(values))
+    for name, value in options.items():
+        if isinstance(value, list):
+            options[name] = tuple(value)
+    return kind(**options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,7 +348,10 @@ def _read_config(
 
 
 def _right_section(key: Any, own: dict[str, list[str]]) -> str:
-    return next((f" (it belongs in the section {section})" for section, keys in own.items() if key in keys), "")
+    for section, keys in own.items():
+        if key in keys:
+            return f" (it belongs in the section {section})"
+    return ""
 
 
 def _hint(name: Any, known: Collection[str]) -> str:
@@ -369,8 +380,9 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
     if value is None or value == "":
         raise ValueError("expected a value, got none")
     if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
-        shown = str(value).lower() if isinstance(value, bool) else value
-        raise ValueError(f"expected a value, got {printable(shown)}")
+        if isinstance(value, bool):
+            value = str(value).lower()
+        raise ValueError(f"expected a value, got {printable(value)}")
     # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
     try:
         text = str(value)
@@ -411,18 +423,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Formats a help that shows the default of each option that has one."""
 
     def _get_help_string(self, action):
-        default = "" if action.default == argparse.SUPPRESS else shown_default(action.default)
+        default = shown_default(action.default)
         meaning = action.help or ", ".join(map(str, action.choices or []))
         return f"{meaning} (default: {default})" if default else meaning
 
 
 def shown_default(default: Any) -> str:
-    """A default as the help shows it; nothing for None."""
+    """A default as the help shows it; nothing if there is none."""
+    if default is None or default == argparse.SUPPRESS:
+        return ""
     if isinstance(default, bool):
         return "on" if default else "off"
-    if default == SHIPPED:
-        return "shipped"
-    return "" if default is None else _as_text(default)
+    return "shipped" if default == SHIPPED else _as_text(default)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,8 +447,10 @@ def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[s
     configured = []
     for name, source in sources.items():
         value = getattr(args, name)
-        if source == "command line" and isinstance(value, bool):
-            typed.append(flag(name if value else f"no_{name}"))
+        if source == "command line" and value is True:
+            typed.append(flag(name))
+        elif source == "command line" and value is False:
+            typed.append(flag(f"no_{name}"))
         elif source == "command line":
             typed.append(f"{flag(name)} {_as_text(value)}")
         elif source == "config" and value != parser.get_default(name):
@@ -458,8 +472,10 @@ def _as_text(value: Any) -> str:
 
 def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[str, Any]]:
     """The options in the sections of a YAML file, given by the dataclass of each."""
-    names = {title: [field.name for field in dataclasses.fields(section)] for title, section in sections.items()}
-    return {title: {name: stored(getattr(args, name)) for name in fields} for title, fields in names.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for title, section in sections.items():
+        found[title] = {field.name: stored(getattr(args, field.name)) for field in dataclasses.fields(section)}
+    return found
 
 
 def stored(value: Any) -> Any:

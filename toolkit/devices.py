@@ -56,8 +56,11 @@ def select_device(name: str) -> torch.device:
     """
     several = distributed.launched()
     if name == "auto":
-        others = "mps" if torch.backends.mps.is_available() and not several else "cpu"
-        name = "cuda" if torch.cuda.is_available() else others
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and not several:
+            name = "mps"
     if several and name.startswith("cuda:"):
         raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
     if several and name == "cuda":
@@ -86,18 +89,18 @@ PRECISIONS = ("auto", *DTYPES)
 ARITHMETICS = ("float", "int8")
 
 
-def select_precision(name: str, device: torch.device, option: str = "--precision") -> torch.dtype:
+def select_precision(name: str, device: torch.device) -> torch.dtype:
     """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
 
     'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
-    Raises InputError, which names the option, for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
+    Raises InputError for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
     """
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif name == "auto":
         name = "fp32"
     if name == "fp16" and device.type == "cpu":
-        raise InputError(f"{option} fp16 needs a GPU; on the CPU use {option} bf16 or fp32")
+        raise InputError("--precision fp16 needs a GPU; on the CPU use --precision bf16 or fp32")
     return DTYPES[name]
 
 

@@ -50,8 +50,9 @@ def found_path(path: str | os.PathLike) -> Path:
 
 def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
     """Do both paths lead to one existing file?"""
-    existing = [path for path in (first, second) if path is not None and os.path.exists(path)]
-    return len(existing) == 2 and os.path.samefile(*existing)
+    if first is None or second is None:
+        return False
+    return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -224,9 +225,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     except Exception as error:  # its own errors, and those of types unknown to PyTorch
         with open(path, "rb") as file:
             header = describe_header(file.read(12))
-        raise InputError(
-            f"{path} is no readable safetensors file: {printable(error)}; {header}; download or copy it again"
-        ) from None
+        problem = f"{printable(error)}; {header}; download or copy it again"
+        raise InputError(f"{path} is no readable safetensors file: {problem}") from None
 
 
 def describe_header(header: bytes) -> str:

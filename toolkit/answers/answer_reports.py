@@ -73,7 +73,9 @@ class Report:
 
     def title(self) -> str:
         headline = next(iter(self.HEADLINES.values()))
-        score = "not defined" if math.isnan(self.values[0]) else f"{self.values[0]:{headline.form}}"
+        score = f"{self.values[0]:{headline.form}}"
+        if math.isnan(self.values[0]):
+            score = "not defined"
         return f"{headline.title} {score} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
@@ -81,7 +83,9 @@ class Report:
         rows = []
         for headline, value, ends in zip(self.HEADLINES.values(), self.values, self.intervals, strict=False):
             text = f"{value:{headline.form}} ({interval_text(*ends, headline.form_of_ends)})"
-            rows.append((headline.title, f"not defined: {headline.undefined}" if math.isnan(value) else text))
+            if math.isnan(value):
+                text = f"not defined: {headline.undefined}"
+            rows.append((headline.title, text))
         return rows
 
     def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
@@ -115,10 +119,12 @@ class Report:
     def calibration_rows(self) -> list[tuple[str, str]]:
         """The same for people, where it is worth a line."""
         figures = self.calibration_figures()
-        error = figures["calibration_error"]
-        before = figures.get("calibration_error_before")
-        was = "" if before is None else f" (before calibration {before:.1%})"
-        return [("probabilities off by", f"{error:.1%} on average{was}")] if error > TOLERATED_ERROR else []
+        if not figures["calibration_error"] > TOLERATED_ERROR:  # NaN is not
+            return []
+        text = f"{figures['calibration_error']:.1%} on average"
+        if "calibration_error_before" in figures:
+            text += f" (before calibration {figures['calibration_error_before']:.1%})"
+        return [("probabilities off by", text)]
 
     def reliability_section(self) -> list[str]:
         """A picture for the page: how often answers of each probability are right."""
@@ -138,8 +144,9 @@ class Report:
         if self.answers.before is not None:
             series.insert(0, ("before calibration", ORANGE, "s", self.answers.reliability(before=True)))
         for name, color, marker, bins in series:
-            *sums, count = bins[bins[:, 2] > 0].T
-            probability, share = (of / count for of in sums)
+            confidence, right, count = bins[bins[:, 2] > 0].T
+            probability = confidence / count
+            share = right / count
             label = f"{name}: off by {measures.calibration_error(bins):.1%}"
             axes.plot(probability, share, ":", color=color, alpha=0.5)
             axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=color, marker=marker, label=label)
@@ -164,15 +171,17 @@ class ColumnReport(Report):
         self.by = self.columns()
 
     def figures(self) -> dict[str, Any]:
-        rows = [dict(zip(self.by, map(finite, row), strict=True)) for row in zip(*self.by.values(), strict=True)]
-        return super().figures() | {self.plural: dict(zip(self.names, rows, strict=True))}
+        by_name = {}
+        for name, *row in zip(self.names, *self.by.values(), strict=True):
+            by_name[name] = dict(zip(self.by, map(finite, row), strict=True))
+        return super().figures() | {self.plural: by_name}
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         """The truth and the answer of each label or number: the shortest text of each value, nothing for NaN."""
         columns = {}
         for name, truth, values in zip(self.names, self.answers.targets.T, self.answers.values.T, strict=True):
-            for title, cells in ((name, truth), (name + self.suffix, values)):
-                columns[title] = ["" if math.isnan(cell) else str(cell).removesuffix(".0") for cell in cells.numpy()]
+            columns[name] = list(map(shortest_text, truth.numpy()))
+            columns[name + self.suffix] = list(map(shortest_text, values.numpy()))
         return columns
 
     @staticmethod
@@ -183,10 +192,19 @@ class ColumnReport(Report):
         return [(i, int(columns[i])) for i in ranked.tolist() if largest[i] > 0]
 
 
+def shortest_text(number: Any) -> str:
+    """A number of NumPy in as many digits as its type needs; nothing for NaN."""
+    return "" if math.isnan(number) else str(number).removesuffix(".0")
+
+
 def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Rows by class, label or number for a terminal: the first ones, and how many there are besides."""
-    shown = [(title, order), *((printable(name, 20), text) for name, text in rows[:SHOWN])]
-    return shown if len(rows) <= SHOWN else [*shown, ("", f"and {len(rows) - SHOWN} more")]
+    shown = [(title, order)]
+    for name, text in rows[:SHOWN]:
+        shown.append((printable(name, 20), text))
+    if len(rows) > SHOWN:
+        shown.append(("", f"and {len(rows) - SHOWN} more"))
+    return shown
 
 
 def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
@@ -196,7 +214,9 @@ def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
 
 def interval_text(low: float, high: float, form: str = ".1%") -> str:
     """How far chance reaches."""
-    return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"
+    if math.isnan(low):
+        return "no interval"
+    return f"95% interval {low:{form}} to {high:{form}}"
 
 
 def finite(value: float | None) -> float | None:

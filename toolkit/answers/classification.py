@@ -55,14 +55,11 @@ class ClassObjective(SoftmaxObjective):
 class ClassHead(Head):
     """Logits of K classes."""
 
+    score = staticmethod(probe.head_accuracy)
+    knn_score = staticmethod(evaluation.knn_accuracy)
+
     def evaluate(self, model, loader, device, dtype=torch.float32) -> Evaluation:
         return evaluation.evaluate(model, loader, device, dtype, self.temperature)
-
-    def score(self, model, features, targets) -> float:
-        return probe.head_accuracy(model, features, targets)
-
-    def knn_score(self, train_features, train_targets, features, targets) -> float:
-        return evaluation.knn_accuracy(train_features, train_targets, features, targets)
 
     def constant_score(self, images: LabelledImages) -> float:
         return max(Counter(images.labels).values()) / len(images)
@@ -83,14 +80,14 @@ class ClassHead(Head):
         """The most probable classes and their probabilities. With `abstain` the last column is the likeliest class."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
         columns = {}
-        for place, (shares, numbers) in enumerate(zip(probabilities.T.tolist(), classes.T.tolist(), strict=True), 1):
-            suffix = f"_{place}" if place > 1 else ""
-            columns[f"class{suffix}"] = [self.names[number] for number in numbers]
-            columns[f"probability{suffix}"] = [f"{share:.4f}" for share in shares]
+        for place in range(classes.shape[1]):
+            suffix = f"_{place + 1}" if place else ""
+            columns[f"class{suffix}"] = [self.names[number] for number in classes[:, place].tolist()]
+            columns[f"probability{suffix}"] = [f"{share:.4f}" for share in probabilities[:, place].tolist()]
         if abstain is not None:
-            columns["likeliest"] = columns["class"]
-            sure = zip(columns["class"], (probabilities[:, 0] >= abstain).tolist(), strict=True)
-            columns["class"] = [name if is_sure else UNSURE for name, is_sure in sure]
+            columns["likeliest"] = list(columns["class"])
+            for image in (~(probabilities[:, 0] >= abstain)).nonzero().flatten().tolist():
+                columns["class"][image] = UNSURE
         return columns
 
     def check_abstain(self) -> None:
@@ -176,7 +173,9 @@ class ClassReport(Report):
         size = math.ceil(len(self.names) / MOST_ROWS)
         groups = range(math.ceil(len(self.names) / size))
         matrix = confusion_matrix(self.answers.labels // size, self.answers.predictions // size, labels=groups)
-        title = self.title() + (f", {size} classes per row" if size > 1 else "")
+        title = self.title()
+        if size > 1:
+            title += f", {size} classes per row"
         plot_confusion(matrix, self.names, title, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
@@ -186,14 +185,16 @@ class ClassReport(Report):
         ranked = answers.confidences.argsort(descending=True, stable=True)
 
         def described(i: int) -> tuple[int, str]:
-            taken_for = f", taken for {self.names[answers.predictions[i]]}" if wrong[i] else ""
-            return i, f"{self.names[answers.labels[i]]}{taken_for} {answers.confidences[i]:.0%}"
+            text = self.names[answers.labels[i]]
+            if wrong[i]:
+                text += f", taken for {self.names[answers.predictions[i]]}"
+            return i, f"{text} {answers.confidences[i]:.0%}"
 
+        most_wrong = ranked[wrong[ranked]][:WRONG_SHOWN]
+        least_right = ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN]
         return {
-            "Wrong, most confident first": [described(i) for i in ranked[wrong[ranked]][:WRONG_SHOWN].tolist()],
-            "Right, least confident first": [
-                described(i) for i in ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN].tolist()
-            ],
+            "Wrong, most confident first": list(map(described, most_wrong.tolist())),
+            "Right, least confident first": list(map(described, least_right.tolist())),
         }
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:

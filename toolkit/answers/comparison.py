@@ -1,10 +1,12 @@
 """Two runs over the same images: is the one better than the other by more than chance?"""
 
 import csv
-from collections.abc import Container, Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +46,8 @@ class Answered(NamedTuple):
     """A file of answers: what `write_answers` wrote."""
 
     images: list[str]
-    groups: list[str] | None
-    columns: dict[str, list[str]]  # by title
+    groups: np.ndarray | None  # (N,)
+    columns: dict[str, np.ndarray]  # by title: a text for each image, (N,)
 
 
 class Difference(NamedTuple):
@@ -73,33 +75,41 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
     missing = sorted(set(one.images) - set(other.images))
     if missing or len(set(other.images)) != len(one.images):
-        what = "".join(f", such as {printable(name)}" for name in missing[:1])
-        raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
+        images = "other images"
+        if missing:
+            images += f", such as {printable(missing[0])}"
+        raise InputError(f"{first} and {second} are over {images}: evaluate both on the same ones")
     place = {name: i for i, name in enumerate(other.images)}
     order = [place[name] for name in one.images]
-    others = {title: [cells[i] for i in order] for title, cells in other.columns.items()}
-    kinds = {title: _kind(title, one.columns) for title in one.columns}
-    truth = [title for title, kind in kinds.items() if kind is not None]
-    if not truth and {"class", "answer"} <= kinds.keys():
-        truth = ["class"]
+    others = {title: cells[order] for title, cells in other.columns.items()}
+    truth, kind = _truth(one.columns)
     if not truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
-    differing = [title for title in truth if one.columns[title] != others[title]]
+    differing = [title for title in truth if (one.columns[title] != others[title]).any()]
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
-    groups_there = other.groups and [other.groups[i] for i in order]
-    groups = one.groups or groups_there
-    if groups_there and groups_there != groups:
-        raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-    number = {name: i for i, name in enumerate(dict.fromkeys(groups or ()))}
-    clusters = groups and torch.tensor([number[name] for name in groups])
-    return _differences([one.columns, others], truth, kinds[truth[0]], clusters)
+    groups = one.groups
+    if other.groups is not None:
+        groups_there = other.groups[order]
+        if groups is not None and (groups != groups_there).any():
+            raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
+        groups = groups_there
+    clusters = None
+    if groups is not None:
+        number = dict(zip(dict.fromkeys(groups), itertools.count()))
+        clusters = torch.tensor(list(map(number.get, groups)))
+    return _differences([one.columns, others], truth, kind, clusters)
 
 
-def _kind(title: str, titles: Container[str]) -> str | None:
-    """What the column of answers beside the column of a label or number ends with; None: it is no such column."""
-    return next((kind for kind in (ANSWER, PROBABILITY) if title + kind in titles), None)
+def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
+    """The columns of what is true, and what the columns of answers to it end with; None: these are classes."""
+    # Of both endings the more frequent one: a label may be called as the column of another's answers.
+    kind = max(SHOWN, key=lambda ending: sum(title + ending in titles for title in titles))
+    truth = [title for title in titles if title + kind in titles]
+    if not truth and "class" in titles and "answer" in titles:
+        return ["class"], None
+    return truth, kind
 
 
 def _read(path: Path) -> Answered:
@@ -115,14 +125,18 @@ def _read(path: Path) -> Answered:
         titles, rows = [], []
     if titles[:1] != [IMAGE] or not rows or any(len(row) != len(titles) for row in rows):
         raise InputError(f"{path} is not a table of answers, or damaged: evaluate again")
-    images, *columns = (list(cells) for cells in zip(*rows, strict=True))
-    is_label = titles[2:3] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
-    first = 1 if titles[1:2] == [GROUP] and not is_label else 0
-    return Answered(images, columns[0] if first else None, dict(zip(titles[1 + first :], columns[first:], strict=True)))
+    images, *columns = np.array(rows, dtype=object).T
+    del titles[0]
+    groups = None
+    is_label = titles[1:2] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
+    if titles[:1] == [GROUP] and not is_label:
+        groups = columns.pop(0)
+        del titles[0]
+    return Answered(images.tolist(), groups, dict(zip(titles, columns, strict=True)))
 
 
 def _differences(
-    tables: Sequence[dict[str, list[str]]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
+    tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
 ) -> list[Difference]:
     """Compare two runs by their figures, of all images and of parts that are the same for both.
 
@@ -134,38 +148,41 @@ def _differences(
         def figures(right: Tensor, weights: Tensor) -> Tensor:
             return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
 
-        pairs = [zip(table["class"], table["answer"], strict=True) for table in tables]
-        runs = [torch.tensor([true == answer for true, answer in pair]) for pair in pairs]
+        runs = [torch.from_numpy(table["class"] == table["answer"]) for table in tables]
     else:
         names = SHOWN[kind]
-        answers = LabelAnswers if kind == PROBABILITY else NumberAnswers
+        answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
         figures = answers.figures
         targets = _numbers(tables[0], truth)
-        runs = [answers(0.0, _numbers(table, [title + kind for title in truth]), targets) for table in tables]
+        answered = [title + kind for title in truth]
+        runs = [answers(0.0, _numbers(table, answered), targets) for table in tables]
     images = len(tables[0][truth[0]])
     bounds = [measures.UNBOUNDED] * len(names)
 
-    def both(weights: Tensor) -> list[Tensor]:
-        return [figures(run, weights)[:, : len(names)] for run in runs]
+    def both(weights: Tensor) -> Tensor:  # (2, n, measures)
+        return torch.stack([figures(run, weights)[:, : len(names)] for run in runs])
 
     def difference(weights: Tensor) -> Tensor:
         before, after = both(weights)
         return after - before
 
     found = measures.jackknife(difference, images, clusters, bounds)
-    before, after = (values[0].tolist() for values in both(torch.ones(1, images)))
-    chances = found.p if kind else [measures.mcnemar(*runs, clusters)]
+    before, after = both(torch.ones(1, images))[:, 0].tolist()
+    chances = found.p
+    if kind is None:
+        chances = [measures.mcnemar(*runs, clusters)]
     columns = zip(names, before, after, found.intervals, chances, strict=True)
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 
 
-def _numbers(table: dict[str, list[str]], titles: Sequence[str]) -> Tensor:
+def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
     """These columns as numbers, (N, K), NaN where nothing stands."""
+    cells = np.stack([table[title] for title in titles], 1)
+    cells[cells == ""] = "nan"
     try:
-        columns = [[float(cell or "nan") for cell in table[title]] for title in titles]
+        return torch.from_numpy(cells.astype(float))
     except ValueError as error:
         raise InputError(f"a table of answers is damaged: {printable(error)}; evaluate again") from None
-    return torch.tensor(columns, dtype=torch.float64).T
 
 
 def table(differences: Sequence[Difference], first: Path, second: Path) -> list[tuple[str, str]]:

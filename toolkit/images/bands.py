@@ -140,9 +140,8 @@ class Bands:
         count = array.shape[2]
         if count != self.channels:
             chosen = "--bands" if count > 1 else f"--bands {','.join('1' * self.channels)}"
-            raise WrongBands(
-                f"it has {_counted(count)}, and the network takes {self.channels} (training chooses by {chosen})"
-            )
+            takes = f"the network takes {self.channels} (training chooses by {chosen})"
+            raise WrongBands(f"it has {_counted(count)}, and {takes}")
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:

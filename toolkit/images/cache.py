@@ -122,7 +122,6 @@ def _folder(where: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot make {folder} for the cache: {error.strerror}; set XDG_CACHE_HOME to another place"
-        ) from None
+        problem = f"cannot make {folder} for the cache: {error.strerror}"
+        raise InputError(f"{problem}; set XDG_CACHE_HOME to another place") from None
     return folder

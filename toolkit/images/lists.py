@@ -78,15 +78,18 @@ def read_list(
         raise _error(path, f"its images have no {line.partition(',')[2]}s; write `{line}` lines")
     for row in rows:
         if len(row) != 2 or not all(row):
-            several = " (for several labels or numbers: --task multilabel or regression)" if len(row) > 2 else ""
-            line = printable(",".join(row))
-            raise _error(path, f"the line '{line}' is not a path and a label, one for each image{several}")
+            problem = f"the line '{printable(','.join(row))}' is not a path and a label, one for each image"
+            if len(row) > 2:
+                problem += " (for several labels or numbers: --task multilabel or regression)"
+            raise _error(path, problem)
         if "," in row[1]:
             raise InputError(
                 f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
                 "has one label; write the name of its class without one, or use --task multilabel"
             )
-    labels = [one_spelling(row[1]) for row in rows]
+    labels = list(map(itemgetter(1), rows))
+    if line == "path,label":  # the path of a mask stays as it is, like that of an image
+        labels = list(map(one_spelling, labels))
     return _checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 
 
@@ -130,12 +133,13 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
             file.seek(0)
             for line in file:
                 number += 1
-                if is_spaced:
-                    spaced = _SPACED.fullmatch(line.strip())
-                    cells = list(spaced.groups()) if spaced else [line]
-                else:
+                if not is_spaced:
                     # Each line by itself: a quotation mark without its other would make one cell of all behind it.
                     [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+                elif spaced := _SPACED.fullmatch(line.strip()):
+                    cells = spaced.groups()
+                else:
+                    cells = [line]
                 cells = list(map(str.strip, cells))
                 if any(cells):
                     rows.append(cells)
@@ -144,11 +148,11 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     except UnicodeDecodeError as error:
         raise _error(path, f"not a text file of `path,label` lines: {printable(error)}") from None
     except csv.Error as error:
-        shown = printable(line.strip())
-        raise _error(
-            path, f"line {number} is not `path,label` ({error}); look at its quotation marks: '{shown}'"
-        ) from None
-    titles = rows.pop(0) if rows and _are_titles(rows) else []
+        marks = f"look at its quotation marks: '{printable(line.strip())}'"
+        raise _error(path, f"line {number} is not `path,label` ({error}); {marks}") from None
+    titles = []
+    if rows and _are_titles(rows):
+        titles = rows.pop(0)
     if not rows:
         raise _error(path, "lists no images; write a line `path,label` for each")
     return titles, rows
@@ -198,9 +202,12 @@ def _label_columns(
             first, _, last = entry.partition("..")
             start = _place_of(first, titles, path, "--label-columns")
             places += range(start, _place_of(last or first, titles, path, "--label-columns") + 1)
-    group = _place_of(group_by, titles, path) if grouped else None
+    if grouped:
+        group = _place_of(group_by, titles, path)
+        places = [place for place in places if place != group]
     _check_widths(path, titles, rows)
-    [titles, *rows] = [[row[place] for place in places if place != group] for row in (titles, *rows)]
+    for cells in (titles, *rows):
+        cells[:] = [cells[place] for place in places]
     return titles, rows
 
 
@@ -214,18 +221,18 @@ def _check_widths(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
 def _place_of(column: str, titles: Sequence[str], path: Path, option: str = "--group-by") -> int:
     """Where a column stands behind the paths, by its title or else by that in other letters."""
     if not titles:
-        remedy = ", or give the number of a folder's level" if option == "--group-by" else ""
-        raise InputError(
-            f"{option} {printable(column)}: the first line of {path} names no columns; write it, as "
-            f"path,label,{printable(column)}{remedy}"
-        )
+        problem = f"the first line of {path} names no columns; write it, as path,label,{printable(column)}"
+        if option == "--group-by":
+            problem += ", or give the number of a folder's level"
+        raise InputError(f"{option} {printable(column)}: {problem}")
     names = titles[1:]
     for given, known in ((column, names), (column.lower(), list(map(str.lower, names)))):
         if given in known:
             return 1 + known.index(given)
-    hint = did_you_mean(column, names)
-    hint = f" ({hint})" if hint else ""
-    raise InputError(f"{option} {printable(column)}: no such column in {path}, which has {listed(names, 20)}{hint}")
+    problem = f"no such column in {path}, which has {listed(names, 20)}"
+    if hint := did_you_mean(column, names):
+        problem += f" ({hint})"
+    raise InputError(f"{option} {printable(column)}: {problem}")
 
 
 _ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
@@ -256,9 +263,11 @@ def read_targets(
     is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
     is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
     if task == "regression":
-        count = len(rows[0]) - 1
-        numbers = ["number"] if count == 1 else [f"number {i}" for i in range(1, count + 1)]
-        targets = _columns(path, titles or ["path", *numbers], rows, _number, "a number, or nothing for unknown")
+        if not titles:
+            titles = ["path", *(f"number {i}" for i in range(1, len(rows[0])))]
+            if len(titles) == 2:
+                titles = ["path", "number"]
+        targets = _columns(path, titles, rows, _number, "a number, or nothing for unknown")
     elif label_columns or len(titles) > 2 or is_answered:
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
@@ -279,7 +288,9 @@ def _number(text: str) -> float | None:
         value = float(text or "nan")
     except ValueError:
         return None
-    return value if math.isfinite(value) or not text else None
+    if text and not math.isfinite(value):
+        return None
+    return value
 
 
 def _columns(
@@ -316,17 +327,20 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
                 f"--data-list {path}: the line '{printable(','.join(row))}' is not `path,\"a,b\"`; put the labels of "
                 "an image into quotation marks, or name the columns in the first line, as path,cat,dog"
             )
-    found = [list(filter(None, map(one_spelling, map(str.strip, row[1].split(","))))) for row in rows]
+    found = []
+    for row in rows:
+        labels = map(str.strip, row[1].split(","))
+        found.append([one_spelling(label) for label in labels if label])
     names = in_order(set().union(*found))
     if not names:
         raise _error(path, "no image has a label")
     text = "".join(given)
-    sign = next((sign for sign in ";|" if sign in text and "," not in text), None)
-    if sign:
-        raise InputError(
-            f"--data-list {path}: '{sign}' stands between the labels of an image, as it seems: put commas there, and "
-            'quotation marks around them, as `path,"a,b"`'
-        )
+    for sign in ";|":
+        if sign in text and "," not in text:
+            raise InputError(
+                f"--data-list {path}: '{sign}' stands between the labels of an image, as it seems: put commas there, "
+                'and quotation marks around them, as `path,"a,b"`'
+            )
     values = torch.zeros(len(rows), len(names))
     for i, labels in enumerate(found):
         values[i, list(map(names.index, labels))] = 1

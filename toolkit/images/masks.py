@@ -66,22 +66,27 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
         lines = _lines_of(given[0], where)
     else:
         lines = [(name, ()) for name in split_names(given)]
-    unknown = [mark for name, mark in lines if mark and name.lower() == "unknown"]
-    classes = [(name, mark) for name, mark in lines if not mark or name.lower() != "unknown"]
-    names = tuple(name for name, _ in classes)
-    marks = [mark for _, mark in classes]
+    names = []
+    marks = []
+    unknown = []
+    for name, mark in lines:
+        if mark and name.lower() == "unknown":
+            unknown.append(mark)
+        else:
+            names.append(name)
+            marks.append(mark)
     if not 2 <= len(names) <= MOST_CLASSES:
         raise InputError(f"{where}: {len(names)} classes; give 2 to {MOST_CLASSES} names, or a file that exists")
     kinds = set(map(len, marks + unknown))
     if len(kinds) > 1:
         raise InputError(f"{where}: a value for each class, a colour for each, or neither; here they are mixed")
-    for what, values in (("name", names), ("value or colour", [mark for mark in marks + unknown if mark])):
+    for what, values in (("name", names), ("value or colour", filter(None, marks + unknown))):
         [(value, count)] = Counter(values).most_common(1) or [("", 1)]
         if count > 1:
             raise InputError(f"{where}: {count} lines have the {what} {printable(value)}; each class has its own")
     if kinds == {3}:
-        return Classes(names, colours=tuple(marks), unknown=tuple(unknown))
-    return Classes(names, values=tuple(sum(marks, ())) or None, unknown=tuple(sum(unknown, ())))
+        return Classes(tuple(names), colours=tuple(marks), unknown=tuple(unknown))
+    return Classes(tuple(names), values=tuple(sum(marks, ())) or None, unknown=tuple(sum(unknown, ())))
 
 
 def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -98,10 +103,9 @@ def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
         of_hex = tuple(bytes.fromhex(behind.partition("#")[2]))
         mark = of_hex or tuple(map(int, re.findall(r"-?\d+", behind)))
         allowed = range(256) if len(mark) == 3 else _VALUES
-        if "," in name or not all(number in allowed for number in mark):
-            raise InputError(
-                f"{where}: the line '{printable(line)}' is not `name`, `name value` or `name r g b` (0 to 255)"
-            )
+        if "," in name or not set(mark).issubset(allowed):
+            known = "`name`, `name value` or `name r g b` (0 to 255)"
+            raise InputError(f"{where}: the line '{printable(line)}' is not {known}")
         lines.append((folders.one_spelling(name.strip('"')), mark))
     return lines
 
@@ -179,8 +183,10 @@ class MaskReader:
     @staticmethod
     def from_record(record: Mapping[str, Any], names: Sequence[str]) -> "MaskReader":
         """What read the masks that an adapter was trained on, from its file."""
-        values, colours, unknown = (_as_tuples(record.get(name)) for name in ("values", "colours", "unknown_marks"))
-        return MaskReader(Classes(tuple(names), values, colours, unknown or ()), list(record.get("unknown", [255])))
+        values = _as_tuples(record.get("values"))
+        colours = _as_tuples(record.get("colours"))
+        marks = _as_tuples(record.get("unknown_marks")) or ()
+        return MaskReader(Classes(tuple(names), values, colours, marks), list(record.get("unknown", [255])))
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
@@ -293,7 +299,9 @@ class PairFiles(folders.ImageFiles):
                 "the mask at the size of the image, each pixel with the class of the nearest one"
             )
         pixels = np.bincount(mask.ravel().clip(-1) + 1)
-        return pixels if len(pixels) > 1 else f"{path}: all pixels are unknown; remove it{self.read.remedy}"
+        if len(pixels) == 1:
+            return f"{path}: all pixels are unknown; remove it{self.read.remedy}"
+        return pixels
 
     def _upright_size(self, i: int) -> tuple[int, int]:
         """(height, width) of an image as it is read. Its pixels are decoded only if its header does not say that."""
@@ -322,7 +330,9 @@ class MaskedImages(LabelledImages):
     def picture(self, i: int, bands: Bands | None) -> np.ndarray:
         """The image as a picture (H, W, 3) from 0 to 1."""
         image, _ = self[i]
-        return np.asarray(image) / 255 if bands is None else bands.picture(torch.from_numpy(image).permute(2, 0, 1))
+        if bands is None:
+            return np.asarray(image) / 255
+        return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
     @property
     def palette(self) -> np.ndarray:
@@ -388,7 +398,8 @@ def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader) -> MaskedI
 def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[MaskedImages], list[str]]:
     """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
     found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
-    largest = max((len(pixels) for pixels in itertools.chain(*found) if not isinstance(pixels, str)), default=1) - 1
+    counts = [pixels for pixels in itertools.chain(*found) if not isinstance(pixels, str)]
+    largest = max(map(len, counts), default=1) - 1
     names = list(parts[0].read.names or map("class {}".format, range(largest)))
     images = []
     problems = []
@@ -450,7 +461,10 @@ def _places(
             return _pair_folders(images / name)
         return images / name, masks / name
 
-    places = [part(name) for name in _TRAINING_NAMES if os.path.isdir(images / name)][:1] or [(images, masks)]
+    places = [(images, masks)]
+    for name in reversed(_TRAINING_NAMES):  # the first one counts
+        if os.path.isdir(images / name):
+            places = [part(name)]
     divided = val_dir is not None or places[0] != (images, masks)
     if val_dir is not None and needs_val:
         places.append(_pair_folders(Path(val_dir)))
@@ -500,7 +514,9 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def _stems_of_masks(stem: str, bands: Bands | None) -> Iterator[str]:
     """What the mask of an image may be called. An image that lies in a file for each band is x_B02 or x/B02."""
-    ends = ["", *_IMAGE_ENDS, *(f"{sign}{band}" for band in getattr(bands, "chosen", ()) for sign in "_/")]
+    ends = ["", *_IMAGE_ENDS]
+    for band in getattr(bands, "chosen", ()):
+        ends += [f"_{band}", f"/{band}"]
     for end, mask_end in itertools.product(ends, ("", *_MASK_ENDS)):
         if stem.endswith(end):
             yield stem.removesuffix(end) + mask_end
@@ -513,9 +529,8 @@ def pairs_of_list(
     names, masks = read_list(path, folder, group_by, line="image,mask")
     missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
     if missing:
-        raise InputError(
-            f"--data-list {path}: {len(missing)} masks are not in {folder}: {listed(missing)}; write `image,mask` lines"
-        )
+        problem = f"{len(missing)} masks are not in {folder}: {listed(missing)}"
+        raise InputError(f"--data-list {path}: {problem}; write `image,mask` lines")
     return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 
@@ -540,8 +555,11 @@ class PairCrop:
         self.whole = whole
 
     def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
-        zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1) if self.varied else 1.0
-        flipped = self.varied and torch.rand(()).item() < 0.5
+        zoom = 1.0
+        flipped = False
+        if self.varied:
+            zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1)
+            flipped = torch.rand(()).item() < 0.5
         side = max(1, round(self.size / zoom))
         top, bottom = _drawn(mask.shape[0], side)
         left, right = _drawn(mask.shape[1], side)

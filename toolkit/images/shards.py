@@ -101,9 +101,8 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
             if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # an archive ends in zeros, or in nothing
                 raise tarfile.ReadError("it is damaged after its first members")
     except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError, KeyError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not a tar archive that can be read ({printable(error)}); compressed ones must be unpacked to .tar"
-        ) from None
+        problem = f"{path}: not a tar archive that can be read ({printable(error)})"
+        raise InputError(f"{problem}; compressed ones must be unpacked to .tar") from None
     return images, labels
 
 

@@ -109,17 +109,15 @@ def load_splits(
     if group_by is not None:
         _group(parts, data_list, group_by)
         if not data_list and group_by == "1" and task == "classification":
-            raise InputError(
-                "--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on"
-            )
+            below = "groups are in folders below, from level 2 on"
+            raise InputError(f"--group-by 1: this is the folder of the class; {below}")
     if skip_unreadable:
         labels = set(parts[0].labels)
         parts = list(map(readable, parts))
         gone = labels - set(parts[0].labels)
         if gone and task == "classification":
-            raise InputError(
-                f"no training image of {_names(gone, class_names)} can be read: repair some, or remove the class"
-            )
+            unread = f"no training image of {_names(gone, class_names)} can be read"
+            raise InputError(f"{unread}: repair some, or remove the class")
     elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
     train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
     if group_by is not None and task == "classification" and (gone := set(val.labels) - set(train.labels)):
@@ -140,7 +138,9 @@ def _divide(
     train, val = parts[0], parts[-1]
     within = folds is not None or eval_split == "validation"
     if folds is not None:
-        train, val = fold_part(train, *splitting.read_folds(folds))
+        number, count = splitting.read_folds(folds)
+        keys = train.groups if train.groups is not None else train.relative_names()
+        train, val = train.split(splitting.folds(_alike(train), keys, count, train.times_split) == number - 1)
     elif len(parts) == 1:
         train, val = validation_part(train)
     elif group_by is not None and not within:
@@ -364,12 +364,6 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
     if not in_part.any():
         raise InputError("too few images to hold some out: every class has only one")
     return images.split(in_part)
-
-
-def fold_part(images: LabelledImages, number: int, count: int) -> tuple[LabelledImages, LabelledImages]:
-    """(rest, part) for one of the `count` parts of a cross-validation, `number` from 1: see `splitting.folds`."""
-    keys = images.groups if images.groups is not None else images.relative_names()
-    return images.split(splitting.folds(_alike(images), keys, count, images.times_split) == number - 1)
 
 
 NUMBER_STRATA = 5

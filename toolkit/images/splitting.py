@@ -131,9 +131,8 @@ def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
         if by not in folders:
             levels = listed(f"{level} is {name}" for level, name in folders.items())
             what = "is in no folder of this level" if by.isdecimal() else "is in no list, which alone has columns"
-            raise InputError(
-                f"--group-by {printable(by)}: {printable(path)} {what}; of its folders by their level, {levels}"
-            )
+            problem = f"{printable(path)} {what}; of its folders by their level, {levels}"
+            raise InputError(f"--group-by {printable(by)}: {problem}")
         found.append(one_spelling(folders[by]))
     return np.array(found)
 

@@ -7,7 +7,7 @@ A model of timm is named by `timm:` and its name in `timm.list_models()`, with o
 import copy
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -90,8 +90,9 @@ def build_backbone(
     Raises InputError for an unknown arch, for a size, heads or channels that do not fit, for less than one class, and
     if timm is needed and missing.
     """
-    default_size = default_image_size(arch)  # raises for an unknown arch
-    size = default_size if image_size is None else image_size
+    size = default_image_size(arch)  # raises for an unknown arch
+    if image_size is not None:
+        size = image_size
     check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
@@ -175,7 +176,10 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
     recorded = vars(model).get("head_modules")
-    return tuple(filter(None, [_found_head(model)])) if recorded is None else recorded
+    if recorded is not None:
+        return recorded
+    found = _found_head(model)
+    return (found,) if found else ()
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -185,7 +189,7 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def _found_head(model: nn.Module) -> str | None:
-    """The child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier', unless timm's model states another, as 'head.fc'.
+    """The child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'.
 
     In a model that is held by another module, as by one of Lightning, it is the one module of such a name with which
     the parameters end.
@@ -193,15 +197,19 @@ def _found_head(model: nn.Module) -> str | None:
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
         return name
-    if children := [name for name in HEAD_NAMES if name in model._modules]:
-        return children[0]
+    for name in HEAD_NAMES:
+        if name in model._modules:
+            return name
     found = []
     for name, module in model.named_modules():
         inside = found and f"{name}.".startswith(f"{found[-1]}.")
         if name.rpartition(".")[2] in HEAD_NAMES and not inside and any(True for _ in module.parameters()):
             found.append(name)
-    last = [name for name, _ in model.named_parameters()][-1:]
-    return found[0] if len(found) == 1 and last[0].startswith(f"{found[0]}.") else None
+    if len(found) == 1:
+        *_, (last, _) = model.named_parameters()
+        if last.startswith(f"{found[0]}."):
+            return found[0]
+    return None
 
 
 def in_head(model: nn.Module, name: str) -> bool:
@@ -213,7 +221,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or torch.compile, all of which prefix its names."""
     if isinstance(model, DistributedDataParallel | DataParallel):
         return unwrapped(model.module)
-    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # torch.compile's OptimizedModule
+    if "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
+        return unwrapped(model._orig_mod)
+    return model
 
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -255,10 +265,9 @@ def block_names(model: nn.Module) -> list[str]:
     return []
 
 
-def _share_a_type(modules: Iterable[nn.Module]) -> bool:
+def _share_a_type(modules: Collection[nn.Module]) -> bool:
     """Are all modules instances of the type of one of them? Fused blocks are subclasses of the plain ones."""
-    types = set(map(type, modules))
-    return any(all(issubclass(other, kind) for other in types) for kind in types)
+    return any(all(isinstance(module, kind) for module in modules) for kind in map(type, modules))
 
 
 def normalization(arch: str) -> dict[str, tuple[float, ...]]:
@@ -300,10 +309,12 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
     shape = {"num_classes": num_classes}
     if channels != config.input_size[0]:
         shape["in_chans"] = channels
-    sized = shape if size == config.input_size[-1] else shape | {"img_size": size}
+    sized = {}
+    if size != config.input_size[-1]:
+        sized["img_size"] = size
     try:
         try:
-            model = timm.create_model(name, **sized)
+            model = timm.create_model(name, **shape, **sized)
         except TypeError:  # a model without this argument takes any size
             model = timm.create_model(name, **shape)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:

@@ -30,19 +30,8 @@ from toolkit.files import (
     read_safetensors,
     stored_path,
 )
-from toolkit.models.backbones import (
-    ARCHS,
-    HEAD_NAMES,
-    TIMM,
-    build_backbone,
-    check_heads,
-    default_heads,
-    default_image_size,
-    first_convolution,
-    head_name,
-    input_channels,
-    other_heads,
-)
+from toolkit.models import backbones
+from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
 
 OFFICIAL_CHECKPOINTS = (
     "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
@@ -100,7 +89,7 @@ def load_backbone(
             f"{path} is for images of {own_channels} channels, not {channels}: read as many bands, or fit its "
             "first layer with channel_fit='timm'"
         )
-    model = build_backbone(arch, num_classes, image_size, heads, channels)
+    model = backbones.build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)
     if channel_fit is not None:
         weights = weights | {first: _fitted_to_channels(weights[first], channels)}
@@ -137,18 +126,21 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
     source = _identify(path, arch)
     arch = _find_arch(source)
     _, channels = _find_channels(source.weights, arch)
-    return channels, source.images | {"arch": arch} if source.images else {}
+    if source.images:
+        source.images["arch"] = arch
+    return channels, source.images
 
 
 def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
     """The name of the first convolution's weight, and its input channels; the arch's own if its shape does not fit."""
     model = _meta_model(arch)
-    name = f"{first_convolution(model)}.weight"
+    name = f"{backbones.first_convolution(model)}.weight"
     found, own = weights.get(name), model.state_dict().get(name)
     if own is None or found is None or found.dim() != 4:
-        return None, input_channels(model)
-    fits = (len(found), found.shape[2:]) == (len(own), own.shape[2:]) and found.shape[1] > 0
-    return name, found.shape[1] if fits else own.shape[1]
+        return None, backbones.input_channels(model)
+    if (len(found), found.shape[2:]) != (len(own), own.shape[2:]) or found.shape[1] == 0:
+        found = own
+    return name, found.shape[1]
 
 
 def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
@@ -177,11 +169,16 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
         return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
     projector = {key.partition(".")[2]: tensors[full] for key, full in encoder.items() if key.startswith(_HEADS)}
-    others = {full.removeprefix("module."): tensors[full] for full in dropped}
-    predictor = {key.partition(".")[2]: others[key] for key in others if key.startswith("predictor.")}
-    version = 2 if "0.weight" in projector else 1  # which is of a hidden layer
+    predictor = {}
+    for full in dropped:
+        part, _, name = full.removeprefix("module.").partition(".")
+        if part == "predictor":
+            predictor[name] = tensors[full]
+    version = 1
     if predictor or layout.family == "moco_v3":
         version = 3
+    elif "0.weight" in projector:  # of a hidden layer
+        version = 2
     return version, {"projector": projector, "predictor": predictor}
 
 
@@ -222,8 +219,8 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
         problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
     if arch is not None:
         try:
-            default_image_size(arch)
-            check_heads(arch, heads)
+            backbones.default_image_size(arch)
+            backbones.check_heads(arch, heads)
         except InputError as error:
             problems.append(f"--arch {arch}: {error}")
     return problems
@@ -244,7 +241,7 @@ def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
     embedding in the checkpoint; `resized_digests` has that of the interpolated one.
     """
     state = _backbone_state(model)
-    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | other_heads(model)
+    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | backbones.other_heads(model)
     model.resized_digests = {}
     for name in _POSITIONS:
         if name in weights and weights[name].shape != state[name].shape:
@@ -289,7 +286,7 @@ class _Layout:
     heads_certain: bool = False  # False: they are the likelier of two numbers
 
     def fits(self, keys: Collection[str], info: Mapping) -> bool:
-        has_entry = not self.entry or _at(info, self.entry) is not None
+        has_entry = not self.entry or value_at(info, self.entry) is not None
         has_prefix = any(key.startswith(self.prefix) for key in keys)
         return has_entry and has_prefix and any(key.startswith(self.signs) for key in keys)
 
@@ -356,16 +353,22 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     layout, encoder, dropped = _recognise(path, tensors, info)
     arch = _named_arch(info) if wanted is None else wanted
     is_timm = arch is not None and arch.startswith(TIMM)
-    if is_timm and layout.family in ("deit", "torchvision"):
-        layout = replace(layout, family="timm")
-    head = f"{head_name(_meta_model(arch))}." if is_timm else _HEADS
-    dropped += [full for key, full in encoder.items() if key.startswith(head)]
-    names = {key: _renamed(key, layout.renames) for key in encoder if not key.startswith(head)}
-    if not is_timm:
-        names = {key: _renamed(name, _TO_TORCHVISION) for key, name in names.items()}
-    weights = {name: tensors[encoder[key]] for key, name in names.items()}
-    if len(weights) < len(names):
-        raise InputError(f"{path}: some tensors are there twice, under two projects' names")
+    head = _HEADS
+    if is_timm:
+        head = f"{backbones.head_name(_meta_model(arch))}."
+        if layout.family in ("deit", "torchvision"):
+            layout = replace(layout, family="timm")
+    weights = {}
+    for key, full in encoder.items():
+        if key.startswith(head):
+            dropped.append(full)
+            continue
+        name = _renamed(key, layout.renames)
+        if not is_timm:
+            name = _renamed(name, _TO_TORCHVISION)
+        if name in weights:
+            raise InputError(f"{path}: some tensors are there twice, under two projects' names")
+        weights[name] = tensors[full]
     _check_tensors(path, weights)
     return _Source(
         path=path,
@@ -380,7 +383,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     )
 
 
-def _at(content: Any, place: str) -> Any:
+def value_at(content: Any, place: str) -> Any:
     """The value at `place`, keys of nested dictionaries joined by slashes; None if there is none."""
     for key in place.split("/"):
         if not isinstance(content, Mapping):
@@ -390,7 +393,7 @@ def _at(content: Any, place: str) -> Any:
 
 
 def _whole_number(info: Mapping, place: str) -> int | None:
-    value = _at(info, place)
+    value = value_at(info, place)
     return value if type(value) is int else None
 
 
@@ -417,9 +420,13 @@ def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     content = read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    place = next((place for place in _PLACES if isinstance(_at(content, place), Mapping)), None)
-    tensors = content if place is None else _at(content, place)
-    info = {} if place is None else content
+    tensors = content
+    info = {}
+    for place in _PLACES:
+        if isinstance(value_at(content, place), Mapping):
+            tensors = value_at(content, place)
+            info = content
+            break
     foreign = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
         problem = f"{path}: no state_dict at its top, at 'state_dict' or at 'model'; {listed(foreign)} hold no tensors"
@@ -438,14 +445,20 @@ def _recognise(
     wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
-    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
-    others = {key: full for key, full in keys.items() if not key.startswith(layout.prefix)}
-    if unknown := [key for key in others if not key.startswith(layout.beside)]:
-        raise InputError(
-            f"{path} ({layout.family}): beside the backbone at {layout.prefix}* it holds tensors of unknown use: "
-            f"{listed(unknown)}"
-        )
-    return layout, encoder, list(others.values())
+    encoder = {}
+    others = []
+    unknown = []
+    for key, full in keys.items():
+        if key.startswith(layout.prefix):
+            encoder[key.removeprefix(layout.prefix)] = full
+            continue
+        others.append(full)
+        if not key.startswith(layout.beside):
+            unknown.append(key)
+    if unknown:
+        beside = f"beside the backbone at {layout.prefix}* it holds tensors of unknown use"
+        raise InputError(f"{path} ({layout.family}): {beside}: {listed(unknown)}")
+    return layout, encoder, others
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -516,11 +529,11 @@ def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, tupl
 def _meta_model(arch: str) -> nn.Module:
     """A model of this architecture, with its own image size, that takes no memory."""
     with torch.device("meta"):
-        return build_backbone(arch, 1)
+        return backbones.build_backbone(arch, 1)
 
 
 def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    head = f"{head_name(model)}."
+    head = f"{backbones.head_name(model)}."
     return {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
 
 
@@ -531,7 +544,7 @@ def _find_image_size(source: _Source, arch: str) -> int:
         side = _grid(source.weights[name], tokens)
         if patch and side:
             return side * patch
-    return source.image_size or default_image_size(arch)
+    return source.image_size or backbones.default_image_size(arch)
 
 
 def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
@@ -547,8 +560,10 @@ def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
 
 def _grid(positions: torch.Tensor, tokens: int) -> int:
     """The patches along each side in a position embedding (1, tokens + grid * grid, D); 0 if they form no square."""
-    count = positions.shape[1] - tokens if positions.dim() == 3 else 0
-    side = math.isqrt(max(count, 0))
+    if positions.dim() != 3 or positions.shape[1] < tokens:
+        return 0
+    count = positions.shape[1] - tokens
+    side = math.isqrt(count)
     return side if side * side == count else 0
 
 
@@ -575,7 +590,7 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     """
     if arch != "vit_small" or source.heads:
-        return source.heads or default_heads(arch)
+        return source.heads or backbones.default_heads(arch)
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
@@ -595,11 +610,13 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
     # Files from before PyTorch 0.4.1 lack BatchNorm's counter, which no output depends on.
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     surplus = [key for key in weights if key not in expected]
-    both = [key for key in weights if key in expected]
-    misshapen = [key for key in both if weights[key].shape != expected[key].shape]
-    if missing or surplus or misshapen:
-        found = f"{len(both) - len(misshapen)} of its {len(expected)} backbone tensors match"
-        shapes = [f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}" for key in misshapen]
+    shapes = []
+    for key, value in weights.items():
+        if key in expected and value.shape != expected[key].shape:
+            shapes.append(f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}")
+    if missing or surplus or shapes:
+        matching = len(weights) - len(surplus) - len(shapes)
+        found = f"{matching} of its {len(expected)} backbone tensors match"
         for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
@@ -608,8 +625,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
             found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
         raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
     broken = []
-    for key in both:
-        value = weights[key]
+    for key, value in weights.items():
         is_of_kind = value.is_floating_point() == expected[key].is_floating_point()
         # A single NaN or infinity makes the sum NaN or infinite, and a sum is much faster than checking each number.
         if not key.endswith("num_batches_tracked") and not (is_of_kind and value.sum(dtype=torch.float64).isfinite()):
@@ -621,13 +637,16 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
 def describe_base(report: dict[str, Any]) -> str:
     """A description of the backbone and its checkpoint, in two lines of a terminal."""
     arch = report["arch"]
-    heads = f" with {report['heads']} heads" if report["heads"] != default_heads(arch) else ""
-    channels = f" of {report['channels']} channels" if report["channels"] != 3 else ""
-    backbone = f"backbone: {arch}{heads} for {report['image_size']} pixels{channels}"
+    text = f"backbone: {arch}"
+    if report["heads"] != backbones.default_heads(arch):
+        text += f" with {report['heads']} heads"
+    text += f" for {report['image_size']} pixels"
+    if report["channels"] != 3:
+        text += f" of {report['channels']} channels"
     if report["family"] == NO_CHECKPOINT:
-        return f"{backbone} with random weights"
-    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
-    loaded = (
-        f"all {len(report['loaded'])} backbone tensors loaded; {len(report['dropped'])} others in the file left out"
-    )
-    return f"{backbone} from a {report['family']} checkpoint{epoch};\n          {loaded}"
+        return f"{text} with random weights"
+    text += f" from a {report['family']} checkpoint"
+    if report["epoch"] is not None:
+        text += f", epoch {report['epoch']}"
+    loaded = f"all {len(report['loaded'])} backbone tensors loaded"
+    return f"{text};\n          {loaded}; {len(report['dropped'])} others in the file left out"

@@ -72,9 +72,12 @@ def constant_scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """``g = gamma / sqrt(var + eps)`` and ``beta + (bias - mean) g`` for these statistics, (out,) each."""
     scale = torch.rsqrt(variance + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
+    if norm.weight is not None:
+        scale = scale * norm.weight
     shift = -mean if bias is None else bias - mean
-    return scale, shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
+    if norm.bias is None:
+        return scale, shift * scale
+    return scale, torch.addcmul(norm.bias, shift, scale)
 
 
 # -------------------------------------------------------------------------------------------------------------- shared
@@ -112,10 +115,9 @@ class SharedStatistics(_Extended):
         self.num_batches_tracked.add_(1)
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         if x.is_cuda:
-            group, size = dist.group.WORLD, distributed.world_size()
-            return SyncBatchNorm.apply(
-                x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, momentum, group, size
-            )
+            processes = (dist.group.WORLD, distributed.world_size())
+            running = (self.running_mean, self.running_var)
+            return SyncBatchNorm.apply(x, self.weight, self.bias, *running, self.eps, momentum, *processes)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [0, *range(2, x.dim())]
         [count] = distributed.all_sum(x.numel() / x.shape[1])

@@ -118,11 +118,13 @@ def _check_identity(path: Path, now: dict[str, Any]) -> None:
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
         changed = changed_settings(then["config"], now["config"], FREE_TO_CHANGE)
-        other = [what for what in ("images", "base") if then[what] != now[what]]
+        for what in ("images", "base"):
+            if then[what] != now[what]:
+                changed.append(f"other {what}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--resume: {path.parent.parent} has no parts to go on with; start without it") from None
-    if changed or other:
-        what = ", ".join([*changed, *(f"other {name}" for name in other)])
+    if changed:
+        what = ", ".join(changed)
         raise InputError(f"{path.parent} has parts of another run ({what}); start without --resume")
 
 
@@ -132,13 +134,17 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     score = f"val_{task.score}"
     probe = f"{baseline_keys(task)[1]}_before"
     columns = ("val_images", probe, score)
-    rows = [{"part": part} | {name: results[name] for name in columns} for part, results in enumerate(found, 1)]
-    mean = {"part": "mean"}
-    spread = {"part": "spread"}
+    rows = []
+    for part, results in enumerate(found, 1):
+        rows.append({"part": part} | {name: results[name] for name in columns})
+    mean = {"part": "mean", probe: None, score: None}
+    spread = {"part": "spread", probe: None, score: None}
     for name in (probe, score):
         values = [row[name] for row in rows if row[name] is not None]  # a random head has no probe
-        mean[name] = statistics.mean(values) if values else None
-        spread[name] = statistics.stdev(values) if len(values) > 1 else None
+        if values:
+            mean[name] = statistics.mean(values)
+        if len(values) > 1:
+            spread[name] = statistics.stdev(values)
     rows += [mean, spread]
     write_csv(rows, ("part", *columns), args.output_dir / TABLE)
     factor, unit = task.axis
@@ -147,8 +153,7 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     for row in rows:
         line = f"{row['part']:<8}{row.get('val_images', ''):>8}"
         for name in (probe, score):
-            shown = "" if row[name] is None else f"{factor * row[name]:.{decimals}f}"
-            line += f"{shown:>20}"
+            line += " " * 20 if row[name] is None else f"{factor * row[name]:>20.{decimals}f}"
         print(line)
     print(f"\ntable in {args.output_dir / TABLE}")
     return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}

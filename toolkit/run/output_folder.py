@@ -26,24 +26,10 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".running"  # a file in the folder while a run writes there
-FINE_TUNING_FILES = (
-    "lora.pth",
-    "last.pth",
-    "metrics.csv",
-    "results.json",
-    "results_answers.csv",
-    "config.yaml",
-    "report.html",
-    "learning_rates.csv",
-    "learning_rates.png",
-    "training_curves.png",
-    "mistakes.png",
-    "confusion_matrix.png",
-    "precision_recall.png",
-    "scatter.png",
-    "folds",
-    "folds.csv",
-)
+_TABLES = ("metrics.csv", "results.json", "results_answers.csv", "learning_rates.csv", "folds.csv")
+_CURVES = ("learning_rates.png", "training_curves.png", "precision_recall.png")
+_PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "report.html")
+FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", *_TABLES, *_PICTURES)
 # Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
 MARKS = {
@@ -192,9 +178,8 @@ def _check_owner(folder: Path, name: str, script: str) -> None:
         return
     for other, marks in MARKS.items():
         if other != script and isinstance(content, dict) and marks & content.keys():
-            raise InputError(
-                f"--output-dir {folder} has the {name} of a run of {other}, which would be lost: name another folder"
-            )
+            of_other = f"the {name} of a run of {other}, which would be lost"
+            raise InputError(f"--output-dir {folder} has {of_other}: name another folder")
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:

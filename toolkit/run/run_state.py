@@ -14,6 +14,7 @@ from toolkit import InputError, distributed
 from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
+from toolkit.models.checkpoints import value_at
 from toolkit.run.optim import lr_schedule
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
@@ -128,10 +129,6 @@ class RunState:
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
-        self.go_on(path, state, free)
-
-    def go_on(self, path: Path, state: dict[str, Any], free: Container[str]) -> None:
-        """Go on from the state in a file, if it is this run's."""
         check_same_run(path, state, self.identity, free, self.args)
         self.restore(state)
         for key, entry in self.other_entries.items():
@@ -193,10 +190,9 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 def recorded_setting(path: Path | None, section: str, name: str) -> Any:
     """A setting of the run that wrote this `last.pth`; None if there is no such file, or nothing of it in the file."""
-    state = read_checkpoint(path) if path is not None and path.exists() else None
-    config = state.get("config") if isinstance(state, dict) else None
-    settings = config.get(section) if isinstance(config, dict) else None
-    return settings.get(name) if isinstance(settings, dict) else None
+    if path is None or not path.exists():
+        return None
+    return value_at(read_checkpoint(path), f"config/{section}/{name}")
 
 
 OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have

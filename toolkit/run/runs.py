@@ -149,9 +149,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             ) from None
         if distributed.is_lost_peer(error):
             cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
-            raise InputError(
-                f"another process of this run has ended: look for its message, or whether it was killed ({cause})"
-            ) from None
+            remedy = f"look for its message, or whether it was killed ({cause})"
+            raise InputError(f"another process of this run has ended: {remedy}") from None
         named = "DataLoader worker" in str(error) or "Pin memory thread" in str(error)
         # A worker that is killed while it hands over a batch breaks the connection.
         broken = any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)

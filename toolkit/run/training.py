@@ -118,8 +118,10 @@ class Progress:
 
     def shown(self) -> dict[str, str]:
         """For a progress bar."""
-        accuracy = {"accuracy": f"{self.correct / self.images:.1%}"} if self.correct else {}
-        return {"loss": f"{self.loss:.3f}", **accuracy}
+        shown = {"loss": f"{self.loss:.3f}"}
+        if self.correct:
+            shown["accuracy"] = f"{self.correct / self.images:.1%}"
+        return shown
 
 
 def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
