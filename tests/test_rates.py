@@ -17,13 +17,13 @@ from toolkit.run.options import TuneOptions
 
 
 def test_a_short_run_trains_at_a_lower_rate():
-    """From 80 steps on it is the default, from 200 on what was typed; below it grows with the steps alone."""
-    assert optim.rate_divisor(1e-2, 200) == optim.rate_divisor(1e-4, 80) == 1
-    assert optim.rate_divisor(1e-4, 20) == 32 and optim.rate_divisor(1e-4, 5) == 1024
+    """From 200 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""
+    assert optim.rate_divisor(1e-2, 200) == optim.rate_divisor(1e-4, 1000) == 1
+    assert optim.rate_divisor(1e-4, 50) == 8 and optim.rate_divisor(1e-4, 2) == pytest.approx(1000)
     rates = [rate / optim.rate_divisor(rate, 10) for rate in (1e-4, 1e-3, 1e-2)]
-    assert rates == pytest.approx([5.52e-7, 5.81e-7, 5.81e-7], rel=1e-2)
+    assert rates == pytest.approx([1.12e-6, 1.13e-6, 1.13e-6], rel=1e-2)
     steps = [1e-2 / optim.rate_divisor(1e-2, steps) for steps in (10, 50, 150, 190)]
-    assert steps == sorted(steps) and steps[-1] == pytest.approx(2e-3, rel=1e-2)
+    assert steps == sorted(steps) and steps[-1] == pytest.approx(1.25e-3, rel=1e-2)
     assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
     assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
     assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
@@ -31,13 +31,13 @@ def test_a_short_run_trains_at_a_lower_rate():
 
 
 def test_more_passes_over_few_images_do_not_raise_the_rate():
-    """Of an epoch of n steps, 3 n passes count."""
+    """Of an epoch of n steps, 5 n passes count."""
 
     def divisor(epochs: int, steps_per_epoch: int) -> float:
         return optim.run_divisor(TuneOptions(epochs=epochs), rate=1e-4, steps_per_epoch=steps_per_epoch)
 
-    assert divisor(5, 2) > divisor(6, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 12)
-    assert divisor(10, 4) > divisor(12, 4) == divisor(50, 4) == optim.rate_divisor(1e-4, 48)
+    assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 20)
+    assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == optim.rate_divisor(1e-4, 80)
     assert divisor(25, 8) == divisor(5, 40) == 1
 
 
@@ -49,7 +49,7 @@ def test_only_adapters_that_start_at_the_gradient_get_another_rate(other):
 
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
-    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 80)
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 200)
     results = finetune("--epochs 1 --head-init random --warmup-epochs 0", output="random")
     assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
     results = finetune("--epochs 1 --warmup-epochs 0", output="probe")

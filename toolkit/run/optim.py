@@ -112,11 +112,11 @@ class WiseFT:
 # The learning rate
 
 SCHEDULES = ("cosine", "step", "constant")
-# From so many steps on a run trains at the default learning rate, a shorter one at a lower rate. A rate above the
-# default is only what it says from 2.5 times as many steps on. Measured, see benchmarks/RESULTS.md.
-STEPS_TO_TRAIN = 80
+# A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
+# Measured, see benchmarks/RESULTS.md.
+STEPS_TO_TRAIN = 200
 SAFE_RATE = 1e-4
-COUNTED_EPOCHS = 3  # for each step of an epoch, at most: more passes over few images learn what fits these alone
+COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
 
 
@@ -126,9 +126,10 @@ def rate_divisor(rate: float, steps: int) -> float:
     Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
-    share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
-    unlimited = min(1.0, steps / (2.5 * STEPS_TO_TRAIN))  # 1: any rate is taken
-    return max(1 / share, rate * (1 - unlimited) / (SAFE_RATE * share))
+    share = (steps / STEPS_TO_TRAIN) ** 1.5
+    if share >= 1:
+        return 1.0
+    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
 
 
 def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
