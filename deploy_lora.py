@@ -71,9 +71,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     for key, value in content["metadata"].items():
         print("\n".join(_described(key, value)))
     for name, record in content["layers"].items():
-        how = "frozen in 4 bits"
-        if record["r"]:
-            how = f"r={record['r']}, scaling={record['scaling']:g}"
+        how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
 
@@ -192,9 +190,7 @@ def _predict_maps(
     maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
     written = []
     broken = []
-    places = [args.output]
-    if not is_file:
-        places = predictions.places_of_masks(images, args.images, args.output)
+    places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
     parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
     for i in progress_bar(range(len(images)), "predict", disable=is_file):
         try:
@@ -421,9 +417,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         files.save_atomically(state, args.output)
     files.write_text(json.dumps(usage(metadata), indent=2), args.output.with_suffix(".json"))
     arch = metadata["arch"]
-    owner = f"torchvision's {arch}"
-    if arch.startswith(TIMM):
-        owner = f"timm's {arch.removeprefix(TIMM)}"
+    owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     shape = [f"{heads} heads" for heads in other_heads(model).values()]
     shape.append(f"{len(metadata['class_names'])} classes")
     if is_per_pixel(metadata):
@@ -704,10 +698,8 @@ SUFFIXES = {  # allowed for --output
 
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
-    if args.output is None and args.command == "evaluate":
-        return []
     if args.output is None:
-        return ["--output: expected a value, the file to write"]
+        return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
     if os.path.isdir(args.output) and args.command not in ("convert", "predict"):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())

@@ -186,6 +186,7 @@ class LoRALayer:
 
     @property
     def merged(self) -> bool:
+        """Does the weight hold W_eff now?"""
         return bool(self._base_data)
 
     @torch.no_grad()
@@ -196,7 +197,10 @@ class LoRALayer:
         if self.followed is not None:
             self.followed.merge(self)
         base_data = {name: self._parameters[name].data for name in self.weight_names}
-        merged = self.effective_weights() if self.r else {n: self._base_to_merge(n) for n in self.weight_names}
+        if self.r > 0:
+            merged = self.effective_weights()
+        else:
+            merged = {name: self._base_to_merge(name) for name in self.weight_names}
         for name, weight in merged.items():
             self._parameters[name].data = weight
         self._base_data = base_data
@@ -284,15 +288,18 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     ) -> Tensor:
         """``relu(batch_norm(layer(x)) + residual)``, where the layer is ``conv2d(x, W + s B A, b)``.
 
-        A frozen BatchNorm is in kernel and bias: see `folded_norm`.
+        x: (N, in, H, W) or (in, H, W), residual: (N, out, H', W') or (out, H', W'), as what is returned. A frozen
+        BatchNorm is in kernel and bias: see `folded_norm`.
         """
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
-            y = y if batch_norm is None else batch_norm(y)
-            y = y if residual is None else y + residual
-            return F.relu(y) if relu else y
+            if batch_norm is not None:
+                y = batch_norm(y)
+            return functional.added_and_rectified(y, residual, relu)
         if x.dim() == 3:
-            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
+            if residual is not None:
+                residual = residual[None]
+            return self.forward(x[None], batch_norm, residual, relu)[0]
         A = self.lora_A
         B = self.lora_B
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
@@ -333,6 +340,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return len(self.weight_names) == 1
 
     def remove_lora(self, merge: bool = False) -> None:
+        """Turn it, and its output projection, back into the stock layers: see `LoRALayer.remove_lora`."""
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
@@ -341,6 +349,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return [self._parameters[f"lora_{letter}_{projection}"] for projection in "qkv"]
 
     def effective_weights(self) -> dict[str, Tensor]:
+        """The packed weight of q, k and v, (3 E, E), or each of the three, (E, width of its input)."""
         A = self._factors("A")
         B = self._factors("B")
         if self._is_packed:
@@ -368,10 +377,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """The product of x with so many of q, k and v from the first on, (N, L, count * embed_dim)."""
         end = first + count
         rows = slice(first * self.embed_dim, end * self.embed_dim)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        bias = self.in_proj_bias
+        if bias is not None:
+            bias = bias[rows]
+        name = self.weight_names[0]
         if not self._is_packed:
+            name = self.weight_names[first]
             rows = slice(None)
-        name = self.weight_names[0 if self._is_packed else first]
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(name, x)[rows], bias)
         A = self._factors("A")[first:end]
@@ -399,8 +411,12 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if query.is_nested:
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
-        to_batch_first = attention.to_batch_first(is_batched, self.batch_first)
-        projected = self._project(*attention.once_each(to_batch_first, query, key, value), prologue)
+        inputs = [query, key, value]
+        if not is_batched:  # (L, E) -> (1, L, E)
+            inputs = attention.once_each(lambda x: x[None], *inputs)
+        elif not self.batch_first:  # (L, N, E) -> (N, L, E)
+            inputs = attention.once_each(lambda x: x.transpose(0, 1), *inputs)
+        projected = self._project(*inputs, prologue)
         plain = not need_weights and attn_mask is None and key_padding_mask is None
         weights = None
         if plain and len(projected) == 1 and self._recomputes():
@@ -419,8 +435,12 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             if need_weights and average_attn_weights:
                 weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
-            return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+            if weights is not None:
+                weights = weights[0]
+            return output[0], weights
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        return output, weights
 
     def _recomputes(self) -> bool:
         """May the output projection recompute the heads' output in backward?"""
@@ -455,6 +475,7 @@ class _FourBits:
             self._parameters[name] = nn.Parameter(nf4.packed, requires_grad=False)
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
+        """The weight without the adapter: in 4 bits, or as it is before it is quantised."""
         base = super().base(name)
         return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
 
@@ -728,7 +749,8 @@ def load_base(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads.
 
-    With `per_pixel` it is a `DenseModel`, which answers for every pixel.
+    With `per_pixel` it is a `DenseModel`, which answers for every pixel. Returns the model and the report of
+    `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base.
     """
     heads = heads or lora_utils.heads_in_file(stage1_adapter)
     model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
@@ -856,7 +878,9 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
 
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
     """`--norms`, with `auto` as frozen on a GPU: no GPU has run norms that follow, which are predicted to be slow."""
-    return "frozen" if args.norms == "auto" and args.freeze_backbone and device.type != "cpu" else args.norms
+    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
+        return "frozen"
+    return args.norms
 
 
 def build_model(
@@ -867,16 +891,22 @@ def build_model(
     Args:
         dtype: of products, by autocast; frozen weights are stored in it.
         arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster. The report has it.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or the options do not fit its model: see `load_base` and
+            `add_lora_to_model`.
     """
     per_pixel = args.task == "segmentation"
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
     frozen_dtype = None  # that of the checkpoint
+    report["arithmetic"] = "float"
     if args.freeze_backbone and not is_none(args.checkpoint):  # an adapter file has to hold all random weights
-        frozen_dtype = dtype if args.lora_rank > 0 else None
         if arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype)):
             frozen_dtype = torch.int8
-    report["arithmetic"] = "int8" if frozen_dtype == torch.int8 else "float"
+            report["arithmetic"] = "int8"
+        elif args.lora_rank > 0:
+            frozen_dtype = dtype
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=frozen_dtype)
     elif frozen_dtype == torch.int8:
@@ -1058,7 +1088,9 @@ class FineTuning(RunState):
         self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)
 
-        self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
+        self.adapter_lr_factor = 1.0
+        if args.lora_init == "gradient" and args.lora_rank > 0:
+            self.adapter_lr_factor = initialization.ADAPTER_LR_FACTOR
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         self.guard = Guard(
@@ -1191,6 +1223,7 @@ class FineTuning(RunState):
                 self.save_state()
 
     def saved_when_stopped(self) -> contextlib.AbstractContextManager:
+        """As `RunState.saved_when_stopped`; a trial, which leaves nothing to go on from, saves nothing."""
         return contextlib.nullcontext() if self.is_trial else super().saved_when_stopped()
 
     def begin_epoch(self) -> training.Progress:
@@ -1199,8 +1232,9 @@ class FineTuning(RunState):
             self.progress = training.Progress(self.rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
             if self.guard.is_recoverable and not self.is_trial:
                 path = self.path("lora.pth")  # with --keep-best: an epoch that is undone later may replace it
-                has_best = self.args.keep_best and path.exists() and distributed.is_main()
-                best = read_checkpoint(path) if has_best else None
+                best = None
+                if self.args.keep_best and path.exists() and distributed.is_main():
+                    best = read_checkpoint(path)
                 self.last_good = copy_to_cpu({"epochs": len(self.history), "state": self.trained(), "best": best})
         return self.progress
 

@@ -323,12 +323,6 @@ class LoRAManager:
         adapter_set.use(name, self.model)
         return {} if name is None else adapter_set.named[name].metadata
 
-    def _metadata(self) -> dict[str, Any]:
-        """The metadata with which the adapter in use was loaded."""
-        if self.in_use is None:
-            return getattr(self.model, "adapter_metadata", {})
-        return self.model.adapter_set.named[self.in_use].metadata
-
     def remove(self, name: str) -> None:
         """Remove an adapter and free its memory. If it is in use, switch to the base. Raises the errors of `use`."""
         before = self.in_use
@@ -396,7 +390,10 @@ class LoRAManager:
             InputError: the file or the metadata cannot be written; an earlier file is unchanged.
         """
         now = base_digests(self.model)
-        metadata = self._metadata() if metadata is None else metadata
+        if metadata is None and self.in_use is None:
+            metadata = getattr(self.model, "adapter_metadata", {})
+        elif metadata is None:
+            metadata = self.model.adapter_set.named[self.in_use].metadata
         # Two-stage and full fine-tuning change the base itself, so its changed tensors belong to the file. A weight in
         # 4 bits cannot change, and without a record of the start every tensor counts as changed.
         start = getattr(self.model, "base_digests", {})

@@ -32,15 +32,6 @@ def once_each(function: Callable, *tensors: Tensor) -> list:
     return [results[id(tensor)] for tensor in tensors]
 
 
-def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor], Tensor]:
-    """The function from (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
-    if not is_batched:
-        return lambda x: x[None]
-    if is_batch_first:
-        return lambda x: x
-    return lambda x: x.transpose(0, 1)
-
-
 def attention_mask(
     q: Tensor, k: Tensor, num_heads: int, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
 ) -> Tensor | None:

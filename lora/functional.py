@@ -539,10 +539,16 @@ def lora_conv2d(
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:
-        adapter_x = x if adapter_x is None else adapter_x
+        if adapter_x is None:
+            adapter_x = x
         delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
         y = y + F.conv2d(adapter_x.to(dtype), delta, None, *geometry)
+    return added_and_rectified(y, residual, relu)
+
+
+def added_and_rectified(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """``relu(y + residual)``, or what of it is asked for."""
     if residual is not None:
         y = y + residual
     return F.relu(y) if relu else y

@@ -25,11 +25,6 @@ ADAPTER_LR_FACTOR = 24.0
 GRADIENT_IMAGES = 256  # enough for a good gradient
 
 
-def lr_factor(lora_init: str, rank: int) -> float:
-    """The factor on the learning rate of adapters with this start (--lora-init)."""
-    return ADAPTER_LR_FACTOR if lora_init == "gradient" and rank > 0 else 1.0
-
-
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
     """Start the adapters of `model` at its gradient, in place, without changing the model's output.
 

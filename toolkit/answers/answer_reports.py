@@ -73,9 +73,7 @@ class Report:
 
     def title(self) -> str:
         headline = next(iter(self.HEADLINES.values()))
-        score = f"{self.values[0]:{headline.form}}"
-        if math.isnan(self.values[0]):
-            score = "not defined"
+        score = "not defined" if math.isnan(self.values[0]) else f"{self.values[0]:{headline.form}}"
         return f"{headline.title} {score} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
@@ -214,9 +212,7 @@ def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
 
 def interval_text(low: float, high: float, form: str = ".1%") -> str:
     """How far chance reaches."""
-    if math.isnan(low):
-        return "no interval"
-    return f"95% interval {low:{form}} to {high:{form}}"
+    return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"
 
 
 def finite(value: float | None) -> float | None:

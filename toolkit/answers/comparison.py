@@ -1,7 +1,6 @@
 """Two runs over the same images: is the one better than the other by more than chance?"""
 
 import csv
-import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +96,8 @@ def compare(first: Path, second: Path) -> list[Difference]:
         groups = groups_there
     clusters = None
     if groups is not None:
-        number = dict(zip(dict.fromkeys(groups), itertools.count()))
-        clusters = torch.tensor(list(map(number.get, groups)))
+        number = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        clusters = torch.tensor([number[name] for name in groups])
     return _differences([one.columns, others], truth, kind, clusters)
 
 
@@ -168,9 +167,7 @@ def _differences(
 
     found = measures.jackknife(difference, images, clusters, bounds)
     before, after = both(torch.ones(1, images))[:, 0].tolist()
-    chances = found.p
-    if kind is None:
-        chances = [measures.mcnemar(*runs, clusters)]
+    chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
     columns = zip(names, before, after, found.intervals, chances, strict=True)
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 

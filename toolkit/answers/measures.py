@@ -28,7 +28,9 @@ def wilson_interval(hits: float, images: float) -> Interval:
     middle = (share + unsure / 2) / (1 + unsure)
     half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
     # The ends are exact, whatever is rounded.
-    return 0.0 if hits <= 0 else middle - half, 1.0 if hits >= images else middle + half
+    low = 0.0 if hits <= 0 else middle - half
+    high = 1.0 if hits >= images else middle + half
+    return low, high
 
 
 def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:

@@ -261,7 +261,9 @@ class PixelReport(Report):
         for i in worst_first(ious):
             share, iou, dice, chance = (column[i] for column in columns)
             cells = (f"{share:.1%}", f"{iou:.1%} ({interval_text(*chance)})", f"{dice:.1%}")
-            rows.append((self.names[i], *(("0.0%", "nowhere", "nowhere") if math.isnan(iou) else cells)))
+            if math.isnan(iou):
+                cells = ("0.0%", "nowhere", "nowhere")
+            rows.append((self.names[i], *cells))
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
