@@ -1,6 +1,6 @@
-"""Six examples of LoRA and QLoRA with this toolkit, in two minutes on a CPU.
+"""Seven examples of LoRA and QLoRA with this toolkit, in two minutes on a CPU.
 
-    python example_lora_usage.py              # all six
+    python example_lora_usage.py              # all seven
     python example_lora_usage.py --only 2     # one of them
 
 Each is a function to copy from; it prints what it found and raises where something is not as it should be.
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, count_parameters
 from toolkit.answers.evaluation import all_outputs, evaluate, extract_features
+from toolkit.answers.segmentation import PixelObjective, pixel_figures
 from toolkit.answers.tasks import MultiLabel
 from toolkit.devices import select_device
 from toolkit.images.data import LabelledImages, Transformed, build_loader
@@ -28,6 +29,7 @@ from toolkit.images.sources import load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
+from toolkit.models.dense import DenseModel
 from toolkit.run.runs import run_script
 
 DIGITS = list("0123456789")  # the names of the classes
@@ -195,6 +197,34 @@ def example_6_several_labels(epochs: int = 3) -> None:
         raise RuntimeError(f"the labels are not found: macro AP {answers.score:.2%}")
 
 
+def example_7_masks(epochs: int = 2) -> None:
+    """A class for every pixel: a loop of your own over a dense model, and the IoU of each class."""
+    torch.manual_seed(0)
+    splits = load_splits("digits")  # your own: load_splits("imagefolder", "my_pairs", task="segmentation")
+    backbone, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
+    model = DenseModel(backbone, classes=11, image_size=32)  # the ground, and the ink of each digit
+    freeze_backbone_params(add_lora_to_model(model, r=8, lora_alpha=16))
+    parts = []
+    for images in (splits.train, splits.val):
+        pixels, digits = next(iter(_loader(images, len(images))))
+        masks = torch.where(pixels.mean(1) > 0, 1 + digits[:, None, None], 0)  # (N, 32, 32)
+        parts.append(TensorDataset(pixels, masks))
+    objective = PixelObjective()
+
+    def loss(outputs: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        return objective.loss(outputs, masks) / len(masks)  # over pixels; those of class -100 do not count
+
+    _train(model, DataLoader(parts[0], 32, shuffle=True), loss, rate=3e-3, epochs=epochs)
+    pixels, masks = parts[1].tensors
+    with torch.inference_mode():
+        answers = model.eval()(pixels).argmax(1)
+    matrix = torch.bincount((11 * masks + answers).flatten(), minlength=121).view(1, 11, 11)  # truth by answer
+    figures = pixel_figures(matrix)
+    print(f"  mean IoU {figures['miou'].item():.1%}; of the ground {figures['iou'][0, 0]:.1%}")
+    if figures["miou"].item() < 0.3:
+        raise RuntimeError("the digits' ink is not found")
+
+
 def _adapted_model(classes: int, **settings: Any) -> nn.Module:
     model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=classes)
     freeze_backbone_params(add_lora_to_model(model, **settings))
@@ -229,13 +259,13 @@ def _check_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> Non
 
 
 NEED_A_MODEL = (example_3_checkpoints, example_4_inference, example_5_serving)
-EXAMPLES = (example_1_setup, example_2_training, *NEED_A_MODEL, example_6_several_labels)
+EXAMPLES = (example_1_setup, example_2_training, *NEED_A_MODEL, example_6_several_labels, example_7_masks)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the examples; the third to fifth train first if the second has not run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, choices=range(1, 7), help="run one example")
+    parser.add_argument("--only", type=int, choices=range(1, len(EXAMPLES) + 1), help="run one example")
     only = parser.parse_args(argv).only
     trained = None
     for number, example in enumerate(EXAMPLES, 1):

@@ -55,3 +55,12 @@ def test_several_labels_are_found_and_answered(capsys):
         for name, which in examples.LABELS.items():
             right += (int(digit) in which) == (name in labels.split(","))
     assert right >= 8
+
+
+@pytest.mark.slow
+def test_the_ink_of_digits_is_found_pixel_by_pixel(capsys):
+    examples.main(["--only", "7"])
+    mean, ground = map(
+        float, re.search(r"mean IoU ([\d.]+)%; of the ground ([\d.]+)%", capsys.readouterr().out).groups()
+    )
+    assert mean > 30 and ground > 80

@@ -91,7 +91,7 @@ class SoftmaxObjective(Objective):
         label_smoothing: what share of each target is spread over all classes.
     """
 
-    def __init__(self, class_weights: Tensor | None, label_smoothing: float):
+    def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0):
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
 
