@@ -66,7 +66,7 @@ def read_list(
         folder: what relative paths are relative to.
         group_by: a column that is no label, if it is one: see `read_groups`.
         label_columns: the one column that is the label: see `_label_columns`.
-        line: what a line is to have, for a message.
+        line: what a line is to have. A label is put into one spelling, anything else stays as listed.
 
     Returns:
         The paths as listed, and the labels as text.

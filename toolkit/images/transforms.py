@@ -205,7 +205,6 @@ def train_transform(
     """Any PIL image -> (3, image_size, image_size), for fine-tuning.
 
     Args:
-        image_size: pixels along each side.
         augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'trivial' (the same and one
             more change of random strength: TrivialAugment, arXiv 2103.10158), 'affine' (a little rotation, shift and
             scale, for digits and documents, which a flip would change into something else) or 'none'.
@@ -241,7 +240,6 @@ def two_crops(
     """The views that MoCo contrasts.
 
     Args:
-        image_size: pixels along each side.
         augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
             blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
             noise: no flip, no colour).

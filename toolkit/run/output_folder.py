@@ -38,7 +38,7 @@ MARKS = {
 }
 
 
-def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
+def problems(args: Any, written: Iterable[str]) -> Iterator[str]:
     """What is wrong with --output-dir, one line each; `written` names the files that the run writes there."""
     folder = args.output_dir
     places = [folder / name for name in written]
@@ -69,9 +69,7 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(
-    folder: Path, script: str, files: Iterable[str] = (), resumed: Path | None = None
-) -> Iterator[Callable[[], None]]:
+def held(folder: Path, script: str, files: Iterable[str], resumed: Path | None) -> Iterator[Callable[[], None]]:
     """Within this block the folder of --output-dir exists, and no other run writes to it.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
