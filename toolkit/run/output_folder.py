@@ -32,13 +32,10 @@ _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "r
 FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", *_TABLES, *_PICTURES)
 # Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
-MARKS = {
-    "finetune_lora.py": {"class_names", "trials", "val_accuracy"},
-    "moco.pretrain": {"global_steps", "loss"},
-}
+MARKS = {"finetune_lora.py": {"class_names", "trials", "val_accuracy"}, "moco.pretrain": {"global_steps", "loss"}}
 
 
-def problems(args: Any, written: Iterable[str]) -> Iterator[str]:
+def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     """What is wrong with --output-dir, one line each; `written` names the files that the run writes there."""
     folder = args.output_dir
     places = [folder / name for name in written]
@@ -69,7 +66,9 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, script: str, files: Iterable[str], resumed: Path | None) -> Iterator[Callable[[], None]]:
+def held(
+    folder: Path, script: str, files: Iterable[str] = (), resumed: Path | None = None
+) -> Iterator[Callable[[], None]]:
     """Within this block the folder of --output-dir exists, and no other run writes to it.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
