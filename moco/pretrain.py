@@ -436,11 +436,9 @@ def load_data(
 ) -> tuple[dict[str, Any], DataLoader, list[DataLoader], DataLoader | None]:
     """The normalisation (`bands.settle`), the loader of two views of each image, and the loaders for measuring.
 
-    The third value has the loaders of bank and queries of the k-NN accuracy; it is empty without labels. The fourth
-    loads two views of some training images if these have no labels, and is None otherwise.
-
-    Args:
-        known, read: `options.known_image_values`.
+    `known` and `read` are of `options.known_image_values`. The third value has the loaders of bank and queries of the
+    k-NN accuracy; it is empty without labels. The fourth loads two views of some training images if these have no
+    labels, and is None otherwise.
     """
     images, labelled = load_images(args, read)
     check_batch_size(args, len(images))
@@ -482,9 +480,6 @@ def load_images(
     """The training images; and bank and queries with labels, or an empty tuple if no image has a label.
 
     Bank and queries are parts of the training split: stage 1 never reads the held-out split, not even to measure.
-
-    Args:
-        read: what is read of a user's images.
     """
     is_own = args.dataset == "imagefolder"
     if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):

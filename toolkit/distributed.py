@@ -67,11 +67,6 @@ def claim_report() -> bool:
         return rank() == 1
 
 
-def is_lost_peer(error: Exception) -> bool:
-    """Does this error mean that another process has ended?"""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
 def rank() -> int:
     """This process's number, 0 to world_size() - 1. Rank 0 prints and writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -83,10 +83,10 @@ def named_faults(path: str) -> Iterator[None]:
         raise UnreadableImage(f"{path}: {problem}") from None
 
 
-def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
+def evaluation_folder(root: Path) -> Path:
     """The folder beside train/ to evaluate on, by the name that it has; test/ only where there is no other.
 
-    Raises InputError where several have such a name, or where one `is_needed` and there is none.
+    Raises InputError where several have such a name, or none.
     """
     found = [root / name for name in EVALUATION_NAMES if os.path.isdir(root / name)]
     if len(found) > 1:
@@ -95,12 +95,12 @@ def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
     if os.path.isdir(test):
         found.append(test)
         print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
-    if is_needed and not found:
+    if not found:
         raise InputError(
             f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
             "put what is in train/ straight into --data-dir"
         )
-    return next(iter(found), None)
+    return found[0]
 
 
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:

@@ -66,7 +66,7 @@ def read_list(
         folder: what relative paths are relative to.
         group_by: a column that is no label, if it is one: see `read_groups`.
         label_columns: the one column that is the label: see `_label_columns`.
-        line: what a line is to have, for a message.
+        line: what a line is to have. A label is put into one spelling, anything else stays as listed.
 
     Returns:
         The paths as listed, and the labels as text.
@@ -263,11 +263,10 @@ def read_targets(
     is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
     is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
     if task == "regression":
-        if not titles:
-            titles = ["path", *(f"number {i}" for i in range(1, len(rows[0])))]
-            if len(titles) == 2:
-                titles = ["path", "number"]
-        targets = _columns(path, titles, rows, _number, "a number, or nothing for unknown")
+        numbers = [f"number {i}" for i in range(1, len(rows[0]))]
+        if len(numbers) == 1:
+            numbers = ["number"]
+        targets = _columns(path, titles or ["path", *numbers], rows, _number, "a number, or nothing for unknown")
     elif label_columns or len(titles) > 2 or is_answered:
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:

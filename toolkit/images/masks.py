@@ -40,10 +40,10 @@ MOST_CLASSES = 256
 class Classes:
     """The classes of masks."""
 
-    names: tuple[str, ...]
-    values: tuple[int, ...] | None = None  # of each in the files of masks, where these are not 0, 1, 2, ...
-    colours: tuple[tuple[int, ...], ...] | None = None  # of each in RGB masks, 0 to 255
-    unknown: tuple[Any, ...] = ()  # the values, or colours, of pixels that do not count
+    names: Sequence[str]
+    values: Sequence[int] | None = None  # of each in the files of masks, where these are not 0, 1, 2, ...
+    colours: Sequence[Sequence[int]] | None = None  # of each in RGB masks, 0 to 255
+    unknown: Sequence[Any] = ()  # the values, or colours, of pixels that do not count
 
 
 _TITLES = {"name", "class", "label", "value", "id", "r", "g", "b", "red", "green", "blue", "color", "colour"}
@@ -86,7 +86,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
             raise InputError(f"{where}: {count} lines have the {what} {printable(value)}; each class has its own")
     if kinds == {3}:
         return Classes(tuple(names), colours=tuple(marks), unknown=tuple(unknown))
-    return Classes(tuple(names), values=tuple(sum(marks, ())) or None, unknown=tuple(sum(unknown, ())))
+    return Classes(tuple(names), values=sum(marks, ()) or None, unknown=sum(unknown, ()))
 
 
 def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -115,7 +115,7 @@ _OKABE_ITO = ("000000", "e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e0
 _GREY = 0.6
 
 
-def palette(count: int, colours: Sequence[tuple[int, ...]] | None = None) -> np.ndarray:
+def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.ndarray:
     """The colours of so many classes, (count, 3) from 0 to 1: those given, or fixed ones for each number."""
     if colours is not None:
         return np.array(colours, dtype=float) / 255
@@ -138,10 +138,6 @@ _FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes num
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
-
-
-def _as_tuples(marks: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return marks and tuple(tuple(mark) if isinstance(mark, list) else mark for mark in marks)
 
 
 class MaskReader:
@@ -183,10 +179,9 @@ class MaskReader:
     @staticmethod
     def from_record(record: Mapping[str, Any], names: Sequence[str]) -> "MaskReader":
         """What read the masks that an adapter was trained on, from its file."""
-        values = _as_tuples(record.get("values"))
-        colours = _as_tuples(record.get("colours"))
-        marks = _as_tuples(record.get("unknown_marks")) or ()
-        return MaskReader(Classes(tuple(names), values, colours, marks), list(record.get("unknown", [255])))
+        marks = record.get("unknown_marks") or ()
+        classes = Classes(names, record.get("values"), record.get("colours"), marks)
+        return MaskReader(classes, list(record.get("unknown", [255])))
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
@@ -469,7 +464,7 @@ def _places(
     if val_dir is not None and needs_val:
         places.append(_pair_folders(Path(val_dir)))
     elif divided and needs_val:
-        places.append(part(folders.evaluation_folder(images, is_needed=True).name))
+        places.append(part(folders.evaluation_folder(images).name))
     return places, divided
 
 

@@ -34,10 +34,8 @@ def shard_names(folder: Path) -> list[str]:
 class ShardedImages(ImageFiles):
     """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive."""
 
-    def __init__(
-        self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels, bands=None
-    ):
-        super().__init__(folder, names, labels, bands)  # names are those of the archive / its own
+    def __init__(self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, bands):
+        super().__init__(folder, names, [-1] * len(names), bands)  # names are those of the archive / its own
         self.shards = list(shards)
         self.places = places  # (number of the archive, offset in bytes, size in bytes) of each
 
@@ -79,8 +77,9 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
-    images = ShardedImages(folder, shards, names, np.array(places), [-1] * len(names), bands)
-    return images, [] if bare else texts
+    if bare:
+        texts = []
+    return ShardedImages(folder, shards, names, np.array(places), bands), texts
 
 
 def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:

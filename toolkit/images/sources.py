@@ -225,7 +225,7 @@ def _image_folder(
     if val_dir is not None:
         places.append(_existing("--val-dir", val_dir))
     elif needs_val and train != root:
-        places.append(folders.evaluation_folder(root, is_needed=True))
+        places.append(folders.evaluation_folder(root))
         if places[-1].name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
     if shard_names(train):
@@ -301,9 +301,7 @@ def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | Non
     return [(path, _existing("--data-dir", data_dir) if data_dir else path.parent) for path in map(Path, data_list)]
 
 
-def _listed_images(
-    places: Sequence[tuple[Path, Path]], bands: Bands | None, task: str, columns: dict[str, Any]
-) -> Parts:
+def _listed_images(places: Sequence[tuple[Path, Path]], bands: Bands | None, task: str, columns: dict) -> Parts:
     """The images of one list or of two. `columns` has `group_by` and `label_columns`, as the readers take them."""
     paths = [path for path, _ in places]
     contents = []

@@ -205,7 +205,6 @@ def train_transform(
     """Any PIL image -> (3, image_size, image_size), for fine-tuning.
 
     Args:
-        image_size: pixels along each side.
         augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'trivial' (the same and one
             more change of random strength: TrivialAugment, arXiv 2103.10158), 'affine' (a little rotation, shift and
             scale, for digits and documents, which a flip would change into something else) or 'none'.
@@ -241,7 +240,6 @@ def two_crops(
     """The views that MoCo contrasts.
 
     Args:
-        image_size: pixels along each side.
         augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
             blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
             noise: no flip, no colour).
@@ -256,7 +254,6 @@ def two_crops(
         view = View(partial(whole, image_size), affine, levels, noise, normalize, bands=bands)
         return TwoCrops(view, view)
     crop = partial(random_crop, image_size, (crop_min, 1.0))
-    flip = T.RandomHorizontalFlip()
     # SimCLR's (2002.05709, appendix A): a kernel of a tenth of the image, made an odd number of pixels.
     blur = GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
     grey = T.RandomGrayscale(p=0.2)
@@ -267,6 +264,7 @@ def two_crops(
     else:
         saturation = {"moco_v2": 0.4, "moco_v3": 0.2}[augmentation]
         colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], p=0.8), grey]
+    rest = (T.RandomHorizontalFlip(), levels, normalize)
     first = second = []
     if augmentation == "moco_v2":
         first = second = [T.RandomApply([blur], p=0.5)]
@@ -275,10 +273,7 @@ def two_crops(
         second = [T.RandomApply([blur], p=0.1)]
         if bands is None:
             second.append(T.RandomSolarize(threshold=128, p=0.2))
-    return TwoCrops(
-        View(crop, *colour, *first, flip, levels, normalize, bands=bands),
-        View(crop, *colour, *second, flip, levels, normalize, bands=bands),
-    )
+    return TwoCrops(View(crop, *colour, *first, *rest, bands=bands), View(crop, *colour, *second, *rest, bands=bands))
 
 
 def band_brightness(strength: float, image: torch.Tensor) -> torch.Tensor:

@@ -204,8 +204,7 @@ def stored_checkpoint(path: str | os.PathLike) -> str:
 def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None, fewer_bits: str | None) -> list[str]:
     """What is wrong with the options `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files.
 
-    Args:
-        fewer_bits: the option that stores the weights in 4 or 16 bits, if there is one.
+    `fewer_bits` is the option that stores the weights in 4 or 16 bits, if there is one.
     """
     problems = []
     if is_none(path) and arch is None:

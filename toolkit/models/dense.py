@@ -164,12 +164,6 @@ def window_starts(length: int, size: int) -> list[int]:
     return [round(i * (length - size) / (number - 1)) for i in range(number)]
 
 
-def window_weights(size: int) -> Tensor:
-    """(size, size): how much a window counts at each of its pixels, along half a cosine towards its borders."""
-    side = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size)
-    return side[:, None] * side
-
-
 def answers_by_rows(
     read: Callable[[int, int], Tensor], height: int, width: int, size: int, answer: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
@@ -186,7 +180,8 @@ def answers_by_rows(
     """
     tops = window_starts(height, size)
     lefts = window_starts(width, size)
-    weights = window_weights(size)
+    side = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size)
+    weights = side[:, None] * side  # how much a window counts at each of its pixels: less towards its borders
     for number, top in enumerate(tops):
         band = read(top, min(top + size, height))
         missing = (0, max(0, size - width), 0, max(0, size - height))

@@ -32,10 +32,7 @@ _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "r
 FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", *_TABLES, *_PICTURES)
 # Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
-MARKS = {
-    "finetune_lora.py": {"class_names", "trials", "val_accuracy"},
-    "moco.pretrain": {"global_steps", "loss"},
-}
+MARKS = {"finetune_lora.py": {"class_names", "trials", "val_accuracy"}, "moco.pretrain": {"global_steps", "loss"}}
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:

@@ -44,7 +44,7 @@ class RunState:
     Attributes:
         trained_entries: what training changes, by key of `last.pth`.
         other_entries: what else a resumed run needs.
-        identity: `config`, `images` and `base`, which show whether a state is this run's; see `check_same_run`.
+        identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is (`check_same_run`).
     """
 
     def __init__(self, args: RunOptions, device: torch.device, dtype: torch.dtype):
@@ -129,11 +129,29 @@ class RunState:
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
-        check_same_run(path, state, self.identity, free, self.args)
+        self.check_same_run(path, state, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
             entry.load(state[key])
         print(f"resuming {path} after {self.done()}")
+
+    def check_same_run(self, path: Path, state: Mapping[str, Any], free: Container[str]) -> None:
+        """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
+        own = self.identity
+        changed = changed_settings(state["config"], own["config"], free)
+        if changed or state.get("class_names") != own.get("class_names"):
+            what = ", ".join(changed) or "other classes"
+            raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+        if state["images"] != own["images"]:
+            raise InputError(
+                f"{path} was trained on other images than {self.args.data_dir or 'the data set'} holds now: put back "
+                "those that were there, or start without --resume"
+            )
+        if state["base"] != own["base"]:
+            raise InputError(
+                f"{path} was trained over another base than {self.args.checkpoint}: give the same --checkpoint, and "
+                "--stage1-adapter if there was one"
+            )
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
@@ -203,26 +221,3 @@ def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[
     then = flat(then)
     now = {name: value for name, value in flat(now).items() if name in then or value not in OFF}
     return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
-
-
-def check_same_run(
-    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Container[str], args: Any
-) -> None:
-    """Raise InputError for a run under other settings but those in `free`, with other images, or over another base.
-
-    `then` and `now` have `config`, `images`, `base` and, if there are any, `class_names`: the file's and this run's.
-    """
-    changed = changed_settings(then["config"], now["config"], free)
-    if changed or then.get("class_names") != now.get("class_names"):
-        what = ", ".join(changed) or "other classes"
-        raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
-    if then["images"] != now["images"]:
-        raise InputError(
-            f"{path} was trained on other images than {args.data_dir or 'the data set'} holds now: put back those that "
-            "were there, or start without --resume"
-        )
-    if then["base"] != now["base"]:
-        raise InputError(
-            f"{path} was trained over another base than {args.checkpoint}: give the same --checkpoint, and "
-            "--stage1-adapter if there was one"
-        )

@@ -26,11 +26,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from mallo
 # How a run begins
 
 
-def environment_problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
+def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
     """What is wrong with the device, the precision and the folders that the options name, one line each.
 
-    Args:
-        written: names of the files that the run writes to --output-dir.
+    `written` names the files that the run writes to --output-dir.
     """
     try:
         device = select_device(args.device)
@@ -126,11 +125,8 @@ NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
 
-    Args:
-        saves_memory: advice for when memory runs out.
-
-    Yields:
-        An empty list, to which the block adds its loaders of `Transformed` data sets: their workers end with it.
+    `saves_memory` is advice for when memory runs out. Yields an empty list, to which the block adds its loaders of
+    `Transformed` data sets: their workers end with it.
     """
     loaders: list[DataLoader] = []
     try:
@@ -147,7 +143,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
                 "a layer with an adapter has no part in the output: start one process alone, which names it, and leave "
                 "it out with --exclude-modules"
             ) from None
-        if distributed.is_lost_peer(error):
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
             cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
             remedy = f"look for its message, or whether it was killed ({cause})"
             raise InputError(f"another process of this run has ended: {remedy}") from None
