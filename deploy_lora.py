@@ -301,8 +301,9 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     elif os.path.isfile(place) or _task_of(about).kind != "classification":
         images = _images_in_list(place, about)
     else:
-        if not any(os.path.isdir(place / name) for name in about["class_names"]):  # a class may be called test
-            place = folders.evaluation_folder(place) or place
+        inside = {name for name in (*folders.EVALUATION_NAMES, "test") if os.path.isdir(place / name)}
+        if inside and not any(os.path.isdir(place / name) for name in about["class_names"]):  # one may be called test
+            place = folders.evaluation_folder(place)
         where = f"all in {place}"
         _check_classes(set(folders.class_folders(place, at_least=1)) - set(about["class_names"]), place)
         found = folders.labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
