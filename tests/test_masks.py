@@ -219,19 +219,24 @@ def test_one_class_only(tmp_path):
     assert len(pairs_in(tmp_path, None, MaskReader(THREE, [255]))) == 4
 
 
-def test_an_image_that_its_exif_data_turn(tmp_path):
+def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
+    """In crops and as a whole, pixel by pixel: the image shows its own mask."""
     for i in range(4):
-        write_mask(tmp_path / "masks" / f"{i}.png")
-        image = Image.fromarray(np.zeros((4, 3, 3), np.uint8))  # lies on its side
+        levels = np.kron(np.random.RandomState(i).randint(0, 2, (4, 6)), np.ones((16, 16), int)).astype(np.uint8)
+        write_mask(tmp_path / "masks" / f"{i}.png", levels)
         (tmp_path / "images").mkdir(exist_ok=True)
         exif = Image.Exif()
-        exif[0x0112] = 6
-        image.save(tmp_path / "images" / f"{i}.jpg", exif=exif)
+        exif[0x0112] = 6  # stored on its side
+        on_its_side = Image.fromarray(255 * levels).convert("RGB").transpose(Image.Transpose.ROTATE_90)
+        on_its_side.save(tmp_path / "images" / f"{i}.jpg", exif=exif, quality=95)
     images = load_pairs(tmp_path).train
-    image, mask = images[0]
-    assert image.size == mask.shape[::-1] == (4, 3)
-    whole = pair_transforms(2, "none", (0,) * 3, (1,) * 3)[1]
-    assert whole(image).shape == (3, 3, 4)
+    for augmentation in ("none", "crop"):
+        crop, whole = pair_transforms(32, augmentation, (0,) * 3, (1,) * 3)
+        for transform, size in ((crop, (32, 32)), (whole, (64, 96))):
+            image, mask = Transformed(images, transform)[0, 1]
+            assert image.shape[1:] == mask.shape == size
+            known = mask != UNKNOWN
+            assert (((image.mean(0) > 0.5) == mask)[known]).float().mean() > 0.99
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
