@@ -1250,7 +1250,7 @@ class FineTuning(RunState):
             bar.update(images)
             if not self.history and self.progress.steps == 1 and (unused := lora_utils.unused_adapters(self.model)):
                 names = listed(unused)
-                tqdm.write(f"no gradient reaches the adapters of {names}: leave them out with --exclude-modules")
+                tqdm.write(f"no gradient reaches the adapters of {names}: leave them out by --target-modules")
             self.guard.note_step(plain / images if math.isfinite(loss) else loss)
             verdict = self.guard.after_step()
             if isinstance(verdict, GoBack):

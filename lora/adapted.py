@@ -251,7 +251,7 @@ def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> N
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, layer in chosen.items():
         if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1):
-            raise InputError(f"{name} shares its weight with another layer: leave it out with exclude_modules")
+            raise InputError(f"{name} shares its weight with another layer: leave it out by target_modules")
 
 
 def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> None:

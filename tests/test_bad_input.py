@@ -197,11 +197,11 @@ FLAGS = [
     case("an empty value", "finetune --checkpoint ''", "--checkpoint: expected a value, got none"),
     case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora=yes", "alone"),
     case("whole numbers out of range", "finetune --epochs ten --batch-size 0 --accumulation-steps 2.5 --image-size 0"
-         " --labels-per-class -3 --lora-rank -1 --seed -1 --rank-pattern mlp=2.5 --heads 0 --workers 100000",
+         " --labels-per-class -3 --lora-rank -1 --seed -1 --heads 0 --workers 100000",
          *(f"--{name}: expected a whole number above 0, got '{value}'" for name, value in {
              "epochs": "ten", "batch-size": 0, "accumulation-steps": 2.5, "image-size": 0, "labels-per-class": -3,
              "heads": 0}.items()), "--lora-rank: expected a whole number, 0 or more, got '-1'",
-         "--seed: expected a whole number, 0 or more", "--rank-pattern: expected a whole number",
+         "--seed: expected a whole number, 0 or more",
          "--workers: expected a whole number from 0 to 256, or auto"),
     case("numbers out of range", "finetune --lora-alpha 0 --learning-rate 0,01 --clip-grad-norm nan --scale -1"
          " --lora-dropout 1 --label-smoothing -0.1 --weight-decay -1 --warmup-epochs inf --mixup -0.2",
@@ -213,11 +213,6 @@ FLAGS = [
          "'float16' is none of auto, fp32, bf16, fp16", "'Ram' is none of none, ram, disk"),
     case("more epochs than can be counted", f"finetune --epochs {10**30}", "too large; the largest is 2147483647"),
     case("a rank above every layer's", "finetune --lora-rank 100000", "rank 100000 of", "is above 192", "--lora-rank"),
-    case("a pattern without a value", "finetune --rank-pattern mlp", "--rank-pattern: expected LAYER=VALUE", "'mlp'"),
-    case("a pattern without a layer", "finetune --rank-pattern =4", "--rank-pattern: expected LAYER=VALUE, as layer4"),
-    case("a pattern for no layer", "finetune --rank-pattern layer9=4", "no adapted layer matches 'layer9'; there are:"),
-    case("a pattern's rank above every layer's", "finetune --rank-pattern mlp=999", "rank 999 of", "is above 192"),
-    case("a pattern without adapters", "finetune --lora-rank 0 --rank-pattern mlp=4", "there are no adapters"),
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 6"),
@@ -235,10 +230,10 @@ FLAGS = [
     case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
     case(
         "settings of no adapters",
-        "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --target-modules mlp --exclude-modules heads"
+        "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --target-modules mlp"
         " --lora-init random",
         *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout",
-          "target-modules", "exclude-modules", "lora-init")),
+          "target-modules", "lora-init")),
     ),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
     case("8 bits for weights that train", "finetune --no-freeze-backbone --arithmetic int8", "nothing is frozen"),
@@ -265,7 +260,6 @@ FLAGS = [
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
     case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
     case("a pattern of too many parts", "finetune --target-modules a{99999999999}", "neither a layer nor"),
-    case("everything excluded", "finetune --exclude-modules .*", "no layer is left to adapt"),
     case(
         "16 bits of nothing",
         "finetune --activation-precision 16 --gradient-checkpointing full",

@@ -16,9 +16,9 @@ from toolkit.run.plan import YAML_SECTIONS, Plan
 
 
 def test_a_list_given_in_parts_is_one_list():
-    command = "--data-list a.csv --data-list b.csv --exclude-modules fc --exclude-modules conv1 layer4"
+    command = "--data-list a.csv --data-list b.csv --target-modules fc --target-modules conv1 layer4"
     args, _ = config.parse_args(finetune_lora.make_parser(), command.split())
-    assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.exclude_modules == ["fc", "conv1", "layer4"]
+    assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.target_modules == ["fc", "conv1", "layer4"]
 
 
 def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(tmp_path):
@@ -69,7 +69,7 @@ def settled(args: FineTuneOptions, **changes) -> Plan:
     "typed",
     [
         "",
-        "--lora-rank 16 --target-modules mlp.0 mlp.3 --rank-pattern encoder_layer_4=3 --adapt-last 2",
+        "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2",
         "--learning-rate auto --norms auto --arithmetic float --wise-ft 0.5 --mixup 0.2 --keep-best f1",
         "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
     ],
@@ -122,6 +122,8 @@ def test_another_value_of_a_removed_option_is_one_line(tmp_path):
         "from_scratch": "write --checkpoint none, with an --arch",
         "use_rslora": "write --lora-alpha with as much times the square root of the rank",
         "train_norms": "write --norms train",
+        "exclude_modules": "write --target-modules with a regular expression, as '(?!layer4|fc).*'",
+        "rank_pattern": "give `add_lora_to_model` its rank_pattern",
         "unknown": "write 0 or 1 in the list in place of -1",
     }
     old = {"finetune": removed | dict.fromkeys(replaced, True)}

@@ -78,7 +78,7 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     ("told", "remedy"),
     [
         ("CUDA error: out of memory", "out of memory on meta: lower it"),
-        ("Expected to have finished reduction in the prior iteration", "--exclude-modules"),
+        ("Expected to have finished reduction in the prior iteration", "--target-modules"),
     ],
 )
 def test_what_libraries_say_becomes_a_line_with_a_remedy(told, remedy):

@@ -137,11 +137,9 @@ def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(norms, device,
 
 
 def test_targets_choose_the_layers(finetune):
-    targets = "--target-modules mlp.0 mlp.3 --exclude-modules encoder_layer_5"
-    results = finetune(f"--epochs 1 {targets} --rank-pattern encoder_layer_4=+3")
+    results = finetune("--epochs 1 --target-modules (?!.*_5).*mlp[.][03]")
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
     assert len(layers) == 10 and all(".mlp." in name and "_5." not in name for name in layers)
-    assert {name for name, layer in layers.items() if layer["r"] == 3} == {n for n in layers if "_4." in n}
     load_finetuned(results["folder"] / "lora.pth")
 
 

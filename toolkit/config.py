@@ -25,10 +25,11 @@ from toolkit.files import SHIPPED, stored_path
 SECTIONS = ("model", "data", "moco", "finetune")
 
 # Options of earlier versions, with the value at which each did nothing: an old configuration may have it at that.
-_EMPTY = ("merge_into", "sort_into", "rotation", "shift", "noise", "show_bands", "alpha_pattern", "head_learning_rate")
+_EMPTY = ("merge_into", "sort_into", "rotation", "shift", "noise", "show_bands", "head_learning_rate")
+_PATTERNS = ("alpha_pattern", "rank_pattern", "exclude_modules")
 _OFF = ("from_scratch", "use_rslora", "tensorboard", "train_norms", "follow_norms")
 REMOVED = {
-    **dict.fromkeys(_EMPTY, (None,)),
+    **dict.fromkeys(_EMPTY + _PATTERNS, (None,)),
     **dict.fromkeys(_OFF, (False,)),
     **dict.fromkeys(("patch_dropout", "cutmix", "ema"), (0,)),
     "cache_images": ("none",),
@@ -44,6 +45,8 @@ REPLACED = {
     "train_norms": "write --norms train",
     "follow_norms": "write --norms follow",
     "from_scratch": "write --checkpoint none, with an --arch",
+    "exclude_modules": "write --target-modules with a regular expression, as '(?!layer4|fc).*': all but these two",
+    "rank_pattern": "give `add_lora_to_model` its rank_pattern, in a loop of your own",
     "use_rslora": "write --lora-alpha with as much times the square root of the rank",
     "eval_only": "use deploy_lora.py evaluate",
     "unknown": "write 0 or 1 in the list in place of -1 where an unknown label means no or yes",
@@ -85,24 +88,6 @@ positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most
 def or_word(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """A converter that accepts a word as well, and leaves it as it is."""
     return lambda text: text if text == word else convert(text)
-
-
-def rank_of_layer(text: str) -> str:
-    """`LAYER=VALUE`, as it is, if that is a name and a rank; `read_pattern` splits it."""
-    layer, _, value = text.rpartition("=")
-    if not layer:
-        raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
-    positive_int(value)
-    return text
-
-
-def read_pattern(entries: Iterable[str] | None) -> dict[str, int]:
-    """Ranks by layer, from entries LAYER=VALUE."""
-    ranks = {}
-    for entry in entries or ():
-        layer, value = entry.rsplit("=", 1)
-        ranks[layer] = int(value)
-    return ranks
 
 
 worker_count = or_word("auto", _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))

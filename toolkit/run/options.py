@@ -168,9 +168,7 @@ class AdapterOptions:
     )
     lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=config.fraction)
     use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
-    rank_pattern: tuple[str, ...] | None = several(None, "other ranks: layer4=16", type=config.rank_of_layer)
     target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
-    exclude_modules: tuple[str, ...] | None = several(None, "layers to leave alone")
     adapt_last: int | None = option(None, "only so many of the last blocks or stages; default: all", type=positive_int)
 
 
@@ -385,9 +383,9 @@ def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of the adapters together, one line each. `typed`: see `parse_args`."""
     if args.lora_rank > 0:
         return []
-    needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern") if getattr(args, name)]
+    needless = [name for name in ("use_qlora", "adapt_last") if getattr(args, name)]
     # A configuration may have these for its runs with adapters, so they are refused only if they are typed.
-    of_adapters = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "lora_init")
+    of_adapters = ("lora_alpha", "lora_dropout", "target_modules", "lora_init")
     needless += [name for name in of_adapters if name in typed]
     return [f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
 
@@ -470,10 +468,8 @@ def lora_options(args: AdapterOptions) -> dict[str, Any]:
         "lora_alpha": args.lora_alpha,
         "lora_dropout": args.lora_dropout,
         "target_modules": list(args.target_modules or ()) or None,
-        "exclude_modules": list(args.exclude_modules or ()) or None,
         "use_qlora": args.use_qlora,
         "adapt_last": args.adapt_last,
-        "rank_pattern": config.read_pattern(args.rank_pattern),
     }
 
 

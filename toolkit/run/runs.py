@@ -141,7 +141,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         if "Expected to have finished reduction" in str(error):  # DistributedDataParallel
             raise InputError(
                 "a layer with an adapter has no part in the output: start one process alone, which names it, and leave "
-                "it out with --exclude-modules"
+                "it out by --target-modules"
             ) from None
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
             cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
