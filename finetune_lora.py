@@ -84,7 +84,7 @@ class LoRALayer:
     float_digests: Mapping[str, str] = {}
     _int8_shapes: Mapping[str, torch.Size] = {}  # of each weight whose parameter holds an `Int8Weight`
     followed: AdapterStatistics | None = None  # what a BatchNorm behind it has with this adapter; None: the base's
-    _STORAGE = ("weight_names", "float_digests", "_nf4_state", "_int8_shapes", "_base_data")
+    _STORAGE = ("float_digests", "_nf4_state", "_int8_shapes", "_base_data")
     _STATE = (*NO_ADAPTER, *_STORAGE, "lora_enabled", "stock_class", "followed")
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -318,10 +318,12 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     q, k and v have an adapter each (`lora_A_q`, `lora_B_q`, ...), the output projection is a `LoRALinear`. On
     self-attention the three are one product with the packed weight. Dropout draws one mask for each distinct input.
+    Attention that is not plain (`lora.adapted.is_plain_attention`) is not adapted.
     """
 
     checkpointing = "none"  # 'selective': the heads' output is computed again in backward instead of saved
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
+    weight_names = ("in_proj_weight",)
     _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
@@ -329,15 +331,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         super()._init_adapters(settings, base_dtype)
 
     def _create_adapters(self) -> None:
-        packed = self.in_proj_weight is not None
-        self.weight_names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for projection, name in zip("qkv", 3 * self.weight_names, strict=False):  # one weight for all, or one each
-            self._add_adapter(name, f"_{projection}", self.embed_dim)
-
-    @property
-    def _is_packed(self) -> bool:
-        """Are the weights of q, k and v one?"""
-        return len(self.weight_names) == 1
+        for projection in "qkv":
+            self._add_adapter("in_proj_weight", f"_{projection}", self.embed_dim)
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it, and its output projection, back into the stock layers: see `LoRALayer.remove_lora`."""
@@ -349,20 +344,16 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return [self._parameters[f"lora_{letter}_{projection}"] for projection in "qkv"]
 
     def effective_weights(self) -> dict[str, Tensor]:
-        """The packed weight of q, k and v, (3 E, E), or each of the three, (E, width of its input)."""
-        A = self._factors("A")
-        B = self._factors("B")
-        if self._is_packed:
-            weight = self._base_to_merge("in_proj_weight")
-            merged = functional.merged_weight(weight, torch.cat(A), torch.cat(B), self.scaling, groups=3)
-            return {"in_proj_weight": merged}
-        own = zip(self.weight_names, A, B, strict=True)
-        return {name: functional.merged_weight(self._base_to_merge(name), A, B, self.scaling) for name, A, B in own}
+        """The packed weight of q, k and v, (3 E, E)."""
+        A = torch.cat(self._factors("A"))
+        B = torch.cat(self._factors("B"))
+        weight = self._base_to_merge("in_proj_weight")
+        return {"in_proj_weight": functional.merged_weight(weight, A, B, self.scaling, groups=3)}
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
         products = [(0, 1), (1, 1), (2, 1)]  # each of so many of q, k and v, from the first on
-        if self._is_packed and key is value:
+        if key is value:
             products = [(0, 3)] if query is key else [(0, 1), (1, 2)]
         if prologue is not None and (self._drops or not self._is_active or len(products) == 3):
             query, key, value = attention.once_each(prologue, query, key, value)
@@ -380,15 +371,12 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         bias = self.in_proj_bias
         if bias is not None:
             bias = bias[rows]
-        name = self.weight_names[0]
-        if not self._is_packed:
-            name = self.weight_names[first]
-            rows = slice(None)
         if not self._is_active:
-            return functional.frozen_linear(x, self._weight_without_adapter(name, x)[rows], bias)
+            return functional.frozen_linear(x, self._weight_without_adapter("in_proj_weight", x)[rows], bias)
         A = self._factors("A")[first:end]
         B = self._factors("B")[first:end]
-        return functional.lora_linear(x, self.base(name)[rows], A, B, bias, self.scaling, count, adapter_x, prologue)
+        weight = self.base("in_proj_weight")[rows]
+        return functional.lora_linear(x, weight, A, B, bias, self.scaling, count, adapter_x, prologue)
 
     def forward(
         self,
@@ -426,7 +414,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             if key_padding_mask is not None and not is_batched:
                 key_padding_mask = key_padding_mask[None]
             mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
-            k, v, mask = attention.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
             dropout = self.dropout * self.training
             attended, weights = attention.attend(
                 q, k, v, self.num_heads, mask, dropout, need_weights, self.keeps_weights
@@ -445,13 +432,12 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _recomputes(self) -> bool:
         """May the output projection recompute the heads' output in backward?"""
         out = self.out_proj
-        is_plain = not self.add_zero_attn and self.bias_k is None and not (self.training and self.dropout)
-        able = out._is_active and not out._drops and not is_hooked(out)
-        return self.checkpointing == "selective" and is_plain and able
+        able = out._is_active and not out._drops and not is_hooked(out) and not (self.training and self.dropout)
+        return self.checkpointing == "selective" and able
 
     def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None:
         """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
-        if self.batch_first and self._is_active and self._is_packed and not self._drops and self._recomputes():
+        if self.batch_first and self._is_active and not self._drops and self._recomputes():
             return self._product(0, 3, x, None, prologue)
         return None
 

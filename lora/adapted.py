@@ -196,9 +196,14 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _has_adaptable_kind(layer: nn.Module) -> bool:
     """Is the layer's type in `ADAPTED`, and are its weights parameters? Pruning and weight_norm replace them."""
     if type(layer) is nn.MultiheadAttention:
-        names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
-        return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
+        return is_plain_attention(layer) and "weight" in layer.out_proj._parameters
     return type(layer) in ADAPTED and "weight" in layer._parameters
+
+
+def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
+    """Has the attention one weight for q, k and v, and no positions beside the input's? Those of ViTs are so."""
+    packed = layer._parameters.get("in_proj_weight") is not None
+    return packed and layer.bias_k is None and not layer.add_zero_attn
 
 
 def choose_layers(

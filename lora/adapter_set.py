@@ -170,8 +170,8 @@ class AdapterSet:
             for path, shared in other.layers.items():
                 if path in records and shared.base_bits < 32 and shared.kind.__name__ == records[path]["kind"]:
                     state = shared.without_adapter()
-                    stored = state.attributes.get("weight_names", state.kind.weight_names)
                     # The biases stay this file's: they may be among the tensors that training moved.
+                    stored = state.kind.weight_names
                     own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
                     state._replace(parameters=state.parameters | own).apply_to(modules[path])
 

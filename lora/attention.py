@@ -62,25 +62,6 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-def append_keys(
-    k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Append biases (1, 1, E) and a position of zeros to keys and values (N, S, E), as `nn.MultiheadAttention` does.
-
-    Returns k, v and the mask, as `attention_mask` has it: every query sees what is appended.
-    """
-    N, S, E = k.shape
-    if bias_k is not None:
-        k = torch.cat([k, bias_k.expand(N, 1, E).to(k.dtype)], 1)
-        v = torch.cat([v, bias_v.expand(N, 1, E).to(v.dtype)], 1)
-    if add_zero:
-        k = F.pad(k, (0, 0, 0, 1))
-        v = F.pad(v, (0, 0, 0, 1))
-    if mask is not None:
-        mask = F.pad(mask, (0, k.shape[1] - S))
-    return k, v, mask
-
-
 def attend(
     q: Tensor,  # (N, L, E)
     k: Tensor,  # (N, S, E), as v

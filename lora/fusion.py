@@ -30,7 +30,7 @@ from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBloc
 from torchvision.ops.misc import Conv2dNormActivation
 
 from lora.activations import saves_in_16_bits
-from lora.adapted import is_adapted
+from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import SelfAttention, attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
@@ -112,15 +112,9 @@ def _normalises_rows(module: nn.Module) -> bool:
 
 
 def is_frozen_attention(attention: nn.Module) -> bool:
-    """Is this a stock attention, batch first and without options that a ViT does not use, which does not train?"""
-    return (
-        type(attention) is nn.MultiheadAttention
-        and attention.batch_first
-        and attention._qkv_same_embed_dim
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-        and not _trains(attention)
-    )
+    """Is this a stock attention as ViTs have it, batch first, which does not train?"""
+    plain = type(attention) is nn.MultiheadAttention and attention.batch_first and is_plain_attention(attention)
+    return plain and not _trains(attention)
 
 
 def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:

@@ -82,8 +82,6 @@ def _obstacle(layer: nn.Module) -> str | None:
             return "a convolution in groups"
         if layer.dilation != (1, 1) or layer.padding_mode != "zeros":
             return "a convolution with dilation or padding other than zeros, which PEFT's adapter lacks"
-    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
-        return "attention with a weight each for q, k and v"
     return None
 
 

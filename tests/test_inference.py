@@ -31,10 +31,8 @@ class Attention(nn.Module):
 
 
 def attention(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    options = {name: draw.random() < 0.3 for name in ("add_bias_kv", "add_zero_attn", "batch_first")}
-    if draw.random() < 0.3:
-        options |= {"kdim": 8, "vdim": 8}
-    model = Attention(draw.random() < 0.3, draw.random() < 0.3, bias=draw.random() < 0.7, **options)
+    options = {"batch_first": draw.random() < 0.3, "bias": draw.random() < 0.7}
+    model = Attention(draw.random() < 0.3, draw.random() < 0.3, **options)
     return model, draw.choice([(3, 8), (3, 2, 8)])
 
 

@@ -184,10 +184,12 @@ def test_subclasses_that_may_compute_something_else_are_left_alone():
 
 
 def test_layers_whose_weight_is_computed_are_left_alone():
-    """Pruning and weight_norm keep another parameter, and set `weight` before every call."""
+    """Pruning and weight_norm keep another parameter, and set `weight` before every call. So is uncommon attention."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     prune.l1_unstructured(model[1], "weight", amount=0.5)
     prune.l1_unstructured(model[2].out_proj, "weight", amount=0.5)
+    for options in ({"kdim": 6}, {"add_bias_kv": True}, {"add_zero_attn": True}):
+        model.append(nn.MultiheadAttention(4, 2, **options))
     add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0"}
 

@@ -131,7 +131,6 @@ def test_what_peft_cannot_hold_is_named(peft, base, tmp_path):
         (nn.Conv2d(4, 4, 3, groups=2), "in groups"),
         (nn.Conv2d(4, 4, 3, dilation=2), "dilation"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding other than zeros"),
-        (nn.MultiheadAttention(4, 2, kdim=8), "a weight each for q, k and v"),
     ],
     ids=str,
 )
