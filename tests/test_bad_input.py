@@ -186,7 +186,6 @@ def adapter(title: str, content, *names: str, command: str = "deploy_lora evalua
 FLAGS = [
     case("a misspelt flag", "finetune --epoch 3", "--epoch: no such option", "did you mean --epochs?"),
     case("a word of a flag", "finetune --dropout 0.1", "--dropout: no such", "mean --lora-dropout?", "--help-all"),
-    case("the words of a flag in another order", "finetune --init-lora random", "did you mean --lora-init?"),
     case("an underscore in a flag", "finetune --lora_rank 4", "--lora_rank", "did you mean --lora-rank?"),
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
     case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),

@@ -10,7 +10,7 @@ from PIL import Image
 from toolkit import InputError
 from toolkit.images.bands import Bands, open_image
 from toolkit.images.maps import write_map, write_mask
-from toolkit.images.scenes import Segments, open_scene
+from toolkit.images.scenes import open_scene
 from toolkit.images.transforms import to_rgb
 
 tifffile = pytest.importorskip("tifffile")
@@ -131,21 +131,21 @@ def test_bands_of_other_resolutions_are_enlarged_as_whole_ones(tmp_path, suffix)
             Image.fromarray(array).save(tmp_path / f"T_{name}.jp2", irreversible=False)
     path = tmp_path / f"T_B02_10m.{suffix}"
     bands = Bands(4, ("B01", "0", "B02", "B05"))
-    assert np.array_equal(in_rows(path, bands), bands.array(path))
+    np.testing.assert_allclose(in_rows(path, bands), bands.array(path), rtol=2e-7)  # a last bit
     with open_scene(tmp_path / f"T_B01_60m.{suffix}", bands) as scene:
         assert scene.like == (os.fspath(path) if suffix == "tif" else None)
 
 
 def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
-    tifffile.imwrite(
-        tmp_path / "a.tif", levels(1000), photometric="minisblack", planarconfig="contig", **WRITTEN["compressed tiles"]
-    )
+    array = levels(2000, 1000)  # 20 MB
+    how = {"planarconfig": "contig", **WRITTEN["compressed tiles"]}
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", **how)
+    tracemalloc.start()
     with open_scene(tmp_path / "a.tif", Bands(5)) as scene:
-        source = scene.sources[""]
-        assert isinstance(source, Segments)
-        for first in range(0, 960, 40):
-            scene.rows(first, first + 40)
-            assert sum(map(len, source.kept.values())) <= 128
+        for first in range(0, 2000, 50):
+            scene.rows(first, first + 50)
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    tracemalloc.stop()
     held = []
 
     def parts():
@@ -176,10 +176,8 @@ def test_what_is_damaged_or_no_image_is_named(tmp_path):
         start = file.pages[0].dataoffsets[7]
     content[start : start + 40] = bytes(40)
     (tmp_path / "a.tif").write_bytes(content)
-    with open_scene(tmp_path / "a.tif", Bands(5)) as scene:
-        scene.rows(0, 70)
-        with pytest.raises(InputError, match=r"a.tif: not a readable image"):
-            scene.rows(60, 80)
+    with pytest.raises(InputError, match=r"a.tif: not a readable image"), open_scene(tmp_path / "a.tif", Bands(5)):
+        pass
     (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(20))
     with pytest.raises(InputError, match=r"a.tif: not a readable image"), open_scene(tmp_path / "a.tif", Bands(5)):
         pass

@@ -1,9 +1,6 @@
 """The parts that runs of both stages share: images, models and checkpoints, training, options, files and reports."""
 
 import difflib
-import itertools
-import os
-import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -34,27 +31,8 @@ def dotted(prefix: str, name: str) -> str:
 
 
 def did_you_mean(name: Any, known: Collection[str]) -> str:
-    """`did you mean X?` with the known name that is most like this one; empty if none is like it."""
+    """`did you mean X?` with the known name that begins so or is most like this one; empty if none is like it."""
     name = printable(name)
-
-    def rank(full: str) -> tuple[float, int]:
-        # A longer common beginning decides between equally like names: resnet51 is resnet50 and not resnet18.
-        return _likeness(name, full), len(os.path.commonprefix([name, full]))  # noqa: RUF071 - by characters
-
-    best = max(known, key=rank, default="")
-    return f"did you mean {best}?" if best and rank(best)[0] >= 0.6 else ""  # difflib's own cutoff
-
-
-def _likeness(name: str, full: str) -> float:
-    """The likeness of two names, 0 to 1: 1 for a beginning, else as a whole, or of their words in any order."""
-    if full.startswith(name):
-        return 1.0
-    ours = re.findall("[^-_ ]+", name)
-    theirs = re.findall("[^-_ ]+", full)
-    likeness = [max(map(_alike, itertools.repeat(word), theirs), default=0) for word in ours]
-    shared = sum(filter(lambda value: value > 0.75, likeness))
-    return max(_alike(name.strip("-"), full.strip("-")), 2 * shared / max(1, len(ours) + len(theirs)))
-
-
-def _alike(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
+    begun = [full for full in known if name and full.startswith(name)]
+    likely = begun or difflib.get_close_matches(name, known, 1)
+    return f"did you mean {likely[0]}?" if likely else ""

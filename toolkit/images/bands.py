@@ -60,8 +60,7 @@ class Bands:
         found = {name: _single(file) for name, file in self.files(path).items()}
         size = max((band.shape for band in found.values()), key=math.prod)
         for name, band in found.items():  # Sentinel-2 has bands of 10, 20 and 60 m
-            if enlarging_factor(band.shape, size, name) > 1:
-                found[name] = np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
+            found[name] = enlarged(band, enlarging_factor(band.shape, size, name))
         return self.stacked(found, size)
 
     def stacked(self, found: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -195,6 +194,12 @@ def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -
             "enlarged to a whole multiple, and this is none"
         )
     return times
+
+
+def enlarged(band: np.ndarray, times: int) -> np.ndarray:
+    """A band (H, W) with so many times the rows and columns, bilinearly."""
+    size = band.shape[1] * times, band.shape[0] * times
+    return band if times == 1 else np.asarray(Image.fromarray(band).resize(size, Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

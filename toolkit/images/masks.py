@@ -27,7 +27,6 @@ from toolkit.images import folders, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file, split_names
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import read_list
-from toolkit.images.scenes import open_scene
 from toolkit.images.transforms import View, eval_transform, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
@@ -299,10 +298,9 @@ class PairFiles(folders.ImageFiles):
         return pixels
 
     def _upright_size(self, i: int) -> tuple[int, int]:
-        """(height, width) of an image as it is read. Its pixels are decoded only if its header does not say that."""
+        """(height, width) of an image as it is read. Of a photograph the header says it, if it is upright."""
         if self.bands is not None:
-            with open_scene(self.path(i), self.bands) as scene:
-                return scene.height, scene.width
+            return self.bands.read_path(self.path(i)).shape[:2]
         image, _ = self[i]
         # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
         has_exif = image.format != "PNG" or "exif" in image.info

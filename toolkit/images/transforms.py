@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, functional
 
 from toolkit import InputError
 from toolkit.images.bands import Bands
@@ -282,34 +282,20 @@ def band_brightness(strength: float, image: torch.Tensor) -> torch.Tensor:
 
 
 class GaussianBlur(T.GaussianBlur):
-    """torchvision's GaussianBlur to within one level of 256, in a twentieth of the time.
+    """torchvision's GaussianBlur to within one level of 256, in a fifth of the time.
 
-    It makes one pass along each dimension, applies each weight to both sides at once, and leaves out the weights beyond
-    four standard deviations, which add up to 6e-5.
+    It makes one pass along each dimension, and leaves out the weights beyond four standard deviations, which add up to
+    6e-5.
     """
 
     def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
-        if torch.is_tensor(image):  # (C, H, W)
-            return self.blurred(image.permute(1, 2, 0)).permute(2, 0, 1)
-        levels = self.blurred(torch.from_numpy(np.array(image)).float())
-        return Image.fromarray(levels.round_().to(torch.uint8).numpy())
-
-    def blurred(self, x: torch.Tensor) -> torch.Tensor:
-        """An image of floats, (H, W, C), blurred at random."""
+        if isinstance(image, Image.Image):
+            levels = self.forward(torch.from_numpy(np.array(image)).permute(2, 0, 1).float())
+            return Image.fromarray(levels.round_().to(torch.uint8).permute(1, 2, 0).numpy())
         sigma = self.get_params(*self.sigma)
-        radius = min(self.kernel_size[0] // 2, math.ceil(4 * sigma))
-        weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
-        total = 2 * sum(weights) - weights[0]
-        for dim in (0, 1):
-            length = x.shape[dim]
-            positions = torch.arange(-radius, length + radius).abs()
-            mirrored = torch.minimum(positions, 2 * (length - 1) - positions)  # at the borders, as torchvision does
-            padded = x.index_select(dim, mirrored)
-            x = padded.narrow(dim, radius, length) * (weights[0] / total)
-            for distance in range(1, radius + 1):
-                pair = padded.narrow(dim, radius - distance, length) + padded.narrow(dim, radius + distance, length)
-                x.add_(pair, alpha=weights[distance] / total)
-        return x
+        width = 2 * min(self.kernel_size[0] // 2, math.ceil(4 * sigma)) + 1
+        across = functional.gaussian_blur(image, [width, 1], [sigma, sigma])
+        return functional.gaussian_blur(across, [1, width], [sigma, sigma])
 
 
 def grey_noise(std: float, image: torch.Tensor) -> torch.Tensor:
