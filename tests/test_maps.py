@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
+from tests.checkpoint_files import narrow_resnet
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
@@ -22,6 +24,7 @@ from toolkit.models.dense import answers_for
 from toolkit.run import optim
 
 tifffile = pytest.importorskip("tifffile")
+pytestmark = pytest.mark.usefixtures("small_backbones")
 GEO = (
     (33550, "d", 3, (10.0, 10.0, 0.0), True),
     (33922, "d", 6, (0.0, 0.0, 0.0, 500000.0, 5400000.0, 0.0), True),
@@ -51,7 +54,7 @@ def tiffs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiffs")
     for kind in ("images", "masks"):
         (folder / kind).mkdir()
-    for number in range(8):
+    for number in range(6):
         write_tiff(folder / "images" / f"{number}.tif", 72, 80, number)
         mask = np.zeros((72, 80), np.uint8)
         mask[18:36, 20:40] = 7
@@ -64,7 +67,7 @@ def trained(argv: str, output: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "STEPS_TO_TRAIN", 1)
         argv += f" --device cpu --workers 0 --batch-size 4 --epochs 1 --learning-rate 1e-3 --output-dir {output}"
-        finetune_lora.main(["--task", "segmentation", *argv.split()])
+        finetune_lora.main(["--task", "segmentation", "--lora-rank", "2", "--wise-ft", "1", *argv.split()])
     return output / "lora.pth"
 
 
@@ -75,12 +78,12 @@ def of_pairs(base, pairs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_tiffs(tiffs, tmp_path_factory) -> Path:
+def of_tiffs(small_backbones, tiffs, tmp_path_factory) -> Path:
     """The adapter of a ResNet-18 for windows of 64 pixels of four channels."""
     folder = tmp_path_factory.mktemp("resnet")
     base = checkpoint_of("resnet18", 64, 4, folder / "base.pth")
     argv = f"--checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
-    return trained(f"{argv} --normalise data --image-size 64".replace("--scale 10000 ", ""), folder)
+    return trained(f"{argv} --normalise data --image-size 64", folder)
 
 
 def logits_of(adapter: Path, image) -> torch.Tensor:
@@ -120,7 +123,7 @@ def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_
 
 
 def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
-    write_tiff(tmp_path / "scene.tif", 300, 210)
+    write_tiff(tmp_path / "scene.tif", 150, 100)
     deploy("predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "map.tif")
     logits = logits_of(of_tiffs, tmp_path / "scene.tif")
     assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), logits.argmax(0))
@@ -204,7 +207,7 @@ def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path, place):
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
     """The class roof has the value 7."""
     found = deploy("evaluate", of_tiffs, tiffs, "--output", tmp_path / "results.json")
-    assert list(found["iou_per_class"]) == ["ground", "roof"] and found["images"] == 8
+    assert list(found["iou_per_class"]) == ["ground", "roof"] and found["images"] == 6
     Image.fromarray(np.full((72, 80), 1, np.uint8)).save(tmp_path / "1.png")
     (tmp_path / "list.csv").write_text(f"image,mask\n{tiffs}/images/1.tif,{tmp_path}/1.png\n")
     with pytest.raises(InputError, match="a pixel has the value 1, which is no class's"):
@@ -229,9 +232,9 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
 
 
 def test_the_page_makes_the_mask_with_plain_pytorch(pairs, tmp_path, monkeypatch):
-    """docs/deploy.md, with a ResNet-18 in the place of the ResNet-50; the image is one window."""
-    base = checkpoint_of("resnet18", 64, 3, tmp_path / "base.pth")
-    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 64", tmp_path / "out")
+    """docs/deploy.md, with a narrow network in the place of the ResNet-50; the image is one window."""
+    base = checkpoint_of("resnet18", 32, 3, tmp_path / "base.pth")
+    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32", tmp_path / "out")
     page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (prepare,) = (block for block in blocks if block.startswith("# prepare.py"))
@@ -240,33 +243,37 @@ def test_the_page_makes_the_mask_with_plain_pytorch(pairs, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "prepare", types.ModuleType("prepare"))
     exec(prepare, vars(sys.modules["prepare"]))
     deploy("merge", adapter, "--output", "merged.pth")
-    Image.fromarray(np.random.default_rng(0).integers(0, 250, (64, 64, 3)).astype(np.uint8)).save("image.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 250, (32, 32, 3)).astype(np.uint8)).save("image.png")
     found: dict = {}
-    exec(code.replace("resnet50", "resnet18"), found)
+    monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
+    exec(code, found)
     with Image.open("image.png") as image:
         logits = logits_of(adapter, image)
-    torch.testing.assert_close(found["F"].interpolate(found["logits"], (64, 64), mode="bilinear")[0], logits)
+    torch.testing.assert_close(found["F"].interpolate(found["logits"], (32, 32), mode="bilinear")[0], logits)
     assert torch.equal(found["mask"], logits.argmax(0))
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_an_exported_resnet_takes_images_of_any_size(of_tiffs, tmp_path, normalise):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    deploy("export", of_tiffs, "--output", tmp_path / "model.onnx", *["--normalise"] * normalise)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+@pytest.mark.parametrize("name", ["model.pt2", pytest.param("model.onnx", marks=pytest.mark.slow)])
+def test_an_exported_resnet_takes_numbers_of_files_of_any_size(of_tiffs, tmp_path, name):
+    if name.endswith("onnx"):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    deploy("export", of_tiffs, "--output", tmp_path / name, "--normalise")
     model, info = load_finetuned(of_tiffs)
     for height, width in ((64, 64), (75, 130)):
         write_tiff(tmp_path / "a.tif", height, width)
-        image = info["transform"](tmp_path / "a.tif")[None]
-        given = image
-        if normalise:
-            given = torch.from_numpy(Bands(4).array(tmp_path / "a.tif")).permute(2, 0, 1)[None]
-        (found,) = session.run(["probabilities"], {"images": given.numpy()})
+        numbers = torch.from_numpy(Bands(4).array(tmp_path / "a.tif")).permute(2, 0, 1)[None]
+        if name.endswith("onnx"):
+            session = onnxruntime.InferenceSession(tmp_path / name)
+            found = torch.from_numpy(session.run(["probabilities"], {"images": numbers.numpy()})[0])
+        else:
+            found = torch.export.load(tmp_path / name).module()(numbers)
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(image).softmax(1), atol=1e-4, rtol=1e-3)
+            expected = model(info["transform"](tmp_path / "a.tif")[None]).softmax(1)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_exported_vit_takes_windows(of_pairs, tmp_path):
     deploy("export", of_pairs, "--output", tmp_path / "model.pt2")
     graph = torch.export.load(tmp_path / "model.pt2").module()
@@ -276,7 +283,7 @@ def test_an_exported_vit_takes_windows(of_pairs, tmp_path):
         torch.testing.assert_close(graph(images), model(images).softmax(1), atol=1e-5, rtol=1e-4)
 
 
-def test_what_has_no_meaning_for_pixels_is_refused(of_pairs, pairs, tmp_path, of_tiffs, tiffs):
+def test_what_has_no_meaning_for_pixels_is_refused(of_pairs, pairs, tmp_path, of_tiffs, tiffs, monkeypatch):
     with pytest.raises(InputError, match="embed is not for an adapter with a class for every pixel"):
         deploy("embed", of_pairs, pairs / "val", "--output", tmp_path / "a.npy")
     with pytest.raises(InputError, match="the mask would replace"):
@@ -285,6 +292,6 @@ def test_what_has_no_meaning_for_pixels_is_refused(of_pairs, pairs, tmp_path, of
         write_tiff(tmp_path / name, 64, 64)
     with pytest.raises(InputError, match=r"several images would have the mask .*/a; predict them apart"):
         deploy("predict", of_tiffs, tmp_path / "a.tif", tmp_path / "a.tiff", "--output", tmp_path / "maps")
-    pytest.importorskip("peft")
+    monkeypatch.setattr(deploy_lora.peft_format, "import_peft", lambda: None)
     with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):
         deploy("convert", of_pairs, "--to", "peft", "--output", tmp_path / "peft")
