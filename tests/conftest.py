@@ -16,6 +16,7 @@ from PIL import Image
 
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
+from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, without_head
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
@@ -42,6 +43,19 @@ def base(tmp_path_factory) -> Path:
     state = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items() if not k.startswith("heads")}
     path = tmp_path_factory.mktemp("base") / "base.pth"
     torch.save({"state_dict": state, "arch": "vit_mini", "epoch": 7}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter_for_images(base, tmp_path_factory) -> Path:
+    """An adapter file that has a head alone, which is enough to sort images."""
+    path = tmp_path_factory.mktemp("head") / "lora.pth"
+    model, report = checkpoints.load_backbone(base, len(CLASSES))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.heads.head.weight, std=0.5)
+    about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(path, about)
     return path
 
 

@@ -209,11 +209,13 @@ def test_tags_that_give_no_place_are_left_out(tags, tmp_path):
     assert centre(geotiff(tmp_path / "tile.tif", [UTM], **tags)) == {}
 
 
-def test_predictions_have_the_places_of_the_files_that_know_theirs(finetune, images, tmp_path, monkeypatch, capsys):
-    adapter = finetune("--epochs 1 --lora-rank 2")["folder"] / "lora.pth"
+def test_predictions_have_the_places_of_the_files_that_know_theirs(
+    adapter_for_images, images, tmp_path, monkeypatch, capsys
+):
     geotiff(tmp_path / "tiles" / "1.tif", [UTM], **PLACE)
     shutil.copy(images / "val" / "dark" / "0.png", tmp_path / "tiles" / "2.png")
-    argv = f"predict {adapter} {tmp_path / 'tiles'} --output {tmp_path / 'p.csv'} --device cpu --workers 0".split()
+    argv = f"predict {adapter_for_images} {tmp_path / 'tiles'} --output {tmp_path / 'p.csv'}".split()
+    argv += ["--device", "cpu", "--workers", "0"]
     deploy_lora.main(argv)
     first, second = rows_of(tmp_path / "p.csv")
     assert (float(first["x"]), float(first["y"]), first["epsg"]) == (500050, 5299900, "32632")

@@ -40,7 +40,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
         return real._replace(accuracy=next(scripted, 0.82))
 
     with_evaluations(monkeypatch, scripted_evaluate)
-    results = finetune("--epochs 3")
+    results = finetune("--epochs 3 --labels-per-class 2")
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
     assert "accuracy after        12 of 15 images, 82.00% (95% interval" in capsys.readouterr().out
     kept = tensors(results["folder"] / "lora.pth")
@@ -195,9 +195,9 @@ def test_a_loss_that_explodes_is_seen_within_the_epoch():
 
 def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
     """Whatever the accuracy on the evaluation images is, it changes nothing that is saved."""
-    one = finetune("--epochs 2", output="one")
+    one = finetune("--epochs 2 --labels-per-class 2", output="one")
     with_evaluations(monkeypatch, lambda network, real: real._replace(accuracy=0.0))
-    other = finetune("--epochs 2", output="other")
+    other = finetune("--epochs 2 --labels-per-class 2", output="other")
     assert other["val_accuracy"] == 0 != one["val_accuracy"] and not other["retreats"]
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (one, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
@@ -294,7 +294,7 @@ def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune, monkeypatch)
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     watched([1.0, 1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0])
-    results = finetune("--epochs 4 --warmup-epochs 0")
+    results = finetune("--epochs 4 --warmup-epochs 0 --labels-per-class 2")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
         (2, 1e-3),
         (4, pytest.approx(1e-3 / 8)),
@@ -416,7 +416,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
         return real_loss(objective, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
 
     monkeypatch.setattr(ClassObjective, "loss", loss)
-    results = finetune("--epochs 1")
+    results = finetune("--epochs 1 --labels-per-class 2 --batch-size 2")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
     assert len(calls) == (3 + 2) + (3 + 3)  # before each start, three batches give the gradient
 

@@ -161,11 +161,10 @@ def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, images
         deploy("predict", of_pairs, *f"{pairs}/{images}".split(), "--output", tmp_path / output)
 
 
-def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, finetune, base):
-    results = finetune("--epochs 1")
+def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_images):
+    adapter = adapter_for_images
     levels = np.random.default_rng(0).integers(0, 250, (40, 70, 3)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "scene.tif", levels, photometric="rgb", extratags=GEO)
-    adapter = results["folder"] / "lora.pth"
     deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "map.tif", "--window", 24)
     found = tifffile.imread(tmp_path / "map.tif")
     assert found.shape == (2, 3)

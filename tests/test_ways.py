@@ -12,7 +12,7 @@ from lora_utils import read_adapter_file
 from tests.run_folders import stop, tensors
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
-from toolkit.run import runs
+from toolkit.run import optim, runs
 
 # --------------------------------------------------------------------------------------------------- ways to fine-tune
 
@@ -30,13 +30,25 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def ways(base, images, tmp_path_factory) -> dict[str, dict]:
-    """An epoch of each way to fine-tune."""
-    results = {}
-    for name, options in WAYS.items():
-        folder = tmp_path_factory.mktemp("way")
-        argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 1 --batch-size 8"
-        results[name] = finetune_lora.main([*argv.split(), *f"--learning-rate 1e-3 {options}".split()])
-        results[name]["folder"] = folder
+    """An epoch of each way to fine-tune, with what trains before it as `start` and after it as `end`."""
+    results, notes, real_train = {}, {}, finetune_lora.train
+
+    def trained(run) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+    def train(run, after_epoch):
+        start = trained(run)
+        real_train(run, after_epoch)
+        notes.update(start=start, end=trained(run))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
+        patch.setattr(finetune_lora, "train", train)
+        for name, options in WAYS.items():
+            folder = tmp_path_factory.mktemp("way")
+            argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 1"
+            argv += f" --batch-size 4 --labels-per-class 2 --wise-ft 0.25 --learning-rate 1e-3 {options}"
+            results[name] = finetune_lora.main(argv.split()) | {"folder": folder} | notes
     return results
 
 
@@ -78,6 +90,20 @@ def test_adapters_train_and_the_base_does_not(ways, way):
     assert {name for name in trained if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
     assert all(trained[name].any() for name in trained if "lora_B" in name)  # zero before training
     load_finetuned(results["folder"] / "lora.pth")  # compares the hash of the base with the checkpoint's
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_part_of_the_change_is_evaluated_and_saved(ways, way):
+    """Of the adapters, the head and what else trains; training itself goes on from all of it."""
+    results = ways[way]
+    assert results["kept_share"] == 0.25
+    saved, end = tensors(results["folder"] / "lora.pth"), results["end"]
+    for name, start in results["start"].items():
+        share = 1.0 if "lora_A" in name else 0.25  # of the update BA, in which B starts at zero
+        mixture = torch.lerp(start, end[name], share)
+        mixture = mixture / results.get("temperature", 1.0) if ".head." in name else mixture
+        torch.testing.assert_close(saved[name], mixture, rtol=1e-4, atol=1e-6, msg=name)
+    assert any(not torch.equal(start, end[name]) for name, start in results["start"].items())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -137,7 +163,7 @@ def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(norms, device,
 
 
 def test_targets_choose_the_layers(finetune):
-    results = finetune("--epochs 1 --target-modules (?!.*_5).*mlp[.][03]")
+    results = finetune("--epochs 1 --labels-per-class 2 --target-modules (?!.*_5).*mlp[.][03]")
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
     assert len(layers) == 10 and all(".mlp." in name and "_5." not in name for name in layers)
     load_finetuned(results["folder"] / "lora.pth")
@@ -154,5 +180,5 @@ def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):
 
     build_model = finetune_lora.build_model
     monkeypatch.setattr(finetune_lora, "build_model", build)
-    finetune("--epochs 1 --lora-rank 2")
+    finetune("--epochs 1 --labels-per-class 2 --lora-rank 2")
     assert capsys.readouterr().out.count("no gradient reaches the adapters of spare: leave them out") == 1
