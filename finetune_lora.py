@@ -45,7 +45,7 @@ from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
-from toolkit.models.backbones import head_names, headless, in_head, name_head
+from toolkit.models.backbones import head_names, headless, in_head, name_head, record_of
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
@@ -603,8 +603,8 @@ def adapt_layers(
     adapted.check_shared_weights(model, chosen)
     adapted.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
-    if not hasattr(model, "base_digests"):
-        model.base_digests = base_digests(model)
+    if record_of(model).base_digests is None:
+        record_of(model).base_digests = base_digests(model)
     for _, layer in adapted.outermost_layers(model, is_adapted):
         if layer.base_bits == 32:
             layer.remove_lora()
@@ -744,7 +744,11 @@ def load_base(
         load_adapters(headless(model), stage1_adapter, checkpoint)
         LoRAManager(model).merge_into_base()
     if per_pixel:
+        of_backbone = record_of(model)
         model = DenseModel(model, num_classes, report["image_size"], report["channels"])
+        for kind in ("base_digests", "resized_digests"):
+            digests = {f"backbone.{name}": digest for name, digest in getattr(of_backbone, kind).items()}
+            setattr(record_of(model), kind, digests)
     return model, report
 
 
@@ -1122,7 +1126,7 @@ class FineTuning(RunState):
             "config": self.plan.settings(args),
             "images": self.splits.digest(),
             "class_names": list(self.splits.class_names),
-            "base": getattr(model, "base_digests", {}),
+            "base": record_of(model).base_digests or {},
         }
 
     # How it starts

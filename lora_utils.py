@@ -31,7 +31,7 @@ from lora.followed_norms import base_statistics, followers, named_statistics, re
 from lora.fusion import fuse, unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
-from toolkit.models.backbones import in_head, name_head, other_heads, unwrapped
+from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
 # ------------------------------------------------------------------------------------------------ what a model holds
@@ -44,9 +44,10 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     position embedding is that of the checkpoint's: so digests are the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
-    for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.models.checkpoints.load_backbone
+    record = record_of(model)
+    for name, resized in record.resized_digests.items():
         if digests[name] == resized:
-            digests[name] = model.base_digests[name]
+            digests[name] = record.base_digests[name]
     return digests | other_heads(model)
 
 
@@ -165,6 +166,7 @@ class LoRAManager:
 
     def __init__(self, model: nn.Module, head: str | Sequence[str] | None = None):
         self.model = unwrapped(model)
+        self.record = record_of(self.model)
         name_head(self.model, head)
 
     def _layers_in_file(self) -> dict[str, AdaptedLayer]:
@@ -232,11 +234,10 @@ class LoRAManager:
                 unchanged.
         """
         layers = adapted_layers(self.model)
-        adapter_set = getattr(self.model, "adapter_set", None)
         stored = dict(layers)
         how = "merge=True"
-        if adapter_set is not None:
-            stored |= adapter_set.base.layers
+        if self.record.adapters is not None:
+            stored |= self.record.adapters.base.layers
         if not layers:
             how += " and an adapter in use"
         for name, layer in stored.items():
@@ -245,10 +246,11 @@ class LoRAManager:
                     f"{name} is in {layer.base_bits} bits, its float weight is gone: take the merged weights with "
                     f"{how}, or load the checkpoint again"
                 )
-        if adapter_set is not None and not merge:
+        if self.record.adapters is not None and not merge:
             self.unmerge_lora_weights()
             self.use(None)
-        vars(self.model).pop("adapter_set", None)
+        self.record.adapters = None
+        self.record.metadata = {}
         for layer in self._layers_to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
@@ -271,12 +273,12 @@ class LoRAManager:
                 sources |= {dotted(name, weight): factors for weight in layer.weight_names}
         self.unload(merge=True)
         state = self.model.state_dict()
-        computed = dict(getattr(self.model, "resized_digests", {}))
+        computed = dict(self.record.resized_digests)
         for name, factors in sources.items():
             computed[name] = tensor_digest(state[name])
             digests[name] = hashlib.sha256(" ".join([digests[name], *factors]).encode()).hexdigest()
-        self.model.base_digests = digests
-        self.model.resized_digests = computed
+        self.record.base_digests = digests
+        self.record.resized_digests = computed
 
     def get_lora_info(self) -> dict[str, Any]:
         """Totals, and for every adapted layer its rank, scaling, kind and number of parameters.
@@ -299,12 +301,12 @@ class LoRAManager:
     @property
     def names(self) -> list[str]:
         """The names that `use` accepts, in the order in which the adapters were added."""
-        return list(self.model.adapter_set.named) if hasattr(self.model, "adapter_set") else []
+        return list(self.record.adapters.named) if self.record.adapters else []
 
     @property
     def in_use(self) -> str | None:
         """The name of the adapter that computes. None: the base computes, or an adapter without a name."""
-        return self.model.adapter_set.in_use if hasattr(self.model, "adapter_set") else None
+        return self.record.adapters.in_use if self.record.adapters else None
 
     def use(self, name: str | None) -> dict[str, Any]:
         """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
@@ -330,7 +332,7 @@ class LoRAManager:
         self.use(None)
         if before != name:
             self.use(before)
-        del self.model.adapter_set.named[name]
+        del self.record.adapters.named[name]
 
     def _adapter_set(self) -> AdapterSet:
         """The model's named adapters. An adapter without a name becomes one of them, as `default`.
@@ -344,18 +346,20 @@ class LoRAManager:
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
-        if not hasattr(self.model, "adapter_set"):
+        if self.record.adapters is None:
             now = base_digests(self.model)
-            start = self.model.base_digests = getattr(self.model, "base_digests", now)
+            if self.record.base_digests is None:
+                self.record.base_digests = now
+            start = self.record.base_digests
             changed = [name for name in now if now[name] != start.get(name)]
             if layers and start and changed:
                 raise InputError(
                     f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: "
                     "save the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
-            self.model.adapter_set = AdapterSet(self.model)
-        self.model.adapter_set.adopt(layers, self.model)
-        return self.model.adapter_set
+            self.record.adapters = AdapterSet(self.model)
+        self.record.adapters.adopt(layers, self.model)
+        return self.record.adapters
 
     def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
         """Add a file's adapter under a name. Raises InputError if it does not fit the base."""
@@ -390,13 +394,11 @@ class LoRAManager:
             InputError: the file or the metadata cannot be written; an earlier file is unchanged.
         """
         now = base_digests(self.model)
-        if metadata is None and self.in_use is None:
-            metadata = getattr(self.model, "adapter_metadata", {})
-        elif metadata is None:
-            metadata = self.model.adapter_set.named[self.in_use].metadata
+        if metadata is None:
+            metadata = self._in_use_or_unnamed().metadata
         # Two-stage and full fine-tuning change the base itself, so its changed tensors belong to the file. A weight in
         # 4 bits cannot change, and without a record of the start every tensor counts as changed.
-        start = getattr(self.model, "base_digests", {})
+        start = self.record.base_digests or {}
         changed = [name for name in now if now[name] != start.get(name)]
         tensors = self._own_tensors()
         tensors |= {name: t for name, t, known in _stock_tensors(self.model) if name in changed and not known}
@@ -434,11 +436,12 @@ class LoRAManager:
             self._add(name, content, path)
             return metadata
         self._read(content, path)
-        if self.in_use is None:
-            self.model.adapter_metadata = metadata
-        else:
-            self.model.adapter_set.named[self.in_use].metadata = metadata
+        self._in_use_or_unnamed().metadata = metadata
         return metadata
+
+    def _in_use_or_unnamed(self) -> Adapter | ModelRecord:
+        """What has the metadata of the adapter in use: one with a name itself, else the model's record."""
+        return self.record if self.in_use is None else self.record.adapters.named[self.in_use]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
         """Copy a file's tensors and settings into the layers that are adapted now. Raises InputError if they differ."""
@@ -463,7 +466,7 @@ class LoRAManager:
         if problems:
             return problems
         now = base_digests(self.model)
-        older = now | getattr(self.model, "resized_digests", {})  # of files that hash the interpolated embedding
+        older = now | self.record.resized_digests  # of files that hash the interpolated embedding
         if content["base_hash"] in (_hash(now, content["tensors"]), _hash(older, content["tensors"])):
             return []
         return ["it was trained over another base: load the checkpoint that it names, with as many heads"]

@@ -16,7 +16,7 @@ from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, kind_na
 from lora.followed_norms import statistics_in_file
 from lora.fusion import fuse
 from toolkit import InputError, dotted
-from toolkit.models.backbones import head_names, in_head
+from toolkit.models.backbones import head_names, in_head, record_of
 
 DEFAULT = "default"  # the name that an adapter without a name gets
 
@@ -96,7 +96,7 @@ class Adapter:
 
 
 class AdapterSet:
-    """The adapters that share a model; it is `model.adapter_set`."""
+    """The adapters that share a model: `adapters` of its record."""
 
     def __init__(self, model: nn.Module):
         self.base = Adapter(heads={name: _stock_head(model.get_submodule(name)) for name in head_names(model)})
@@ -110,7 +110,9 @@ class AdapterSet:
         if DEFAULT in self.named:
             raise InputError("the model has adapters without a name: save and unload() them, then load them with one")
         self._remember(layers, model)
-        self.named[DEFAULT] = Adapter(vars(model).pop("adapter_metadata", {}))
+        record = record_of(model)
+        self.named[DEFAULT] = Adapter(record.metadata)
+        record.metadata = {}
         self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:

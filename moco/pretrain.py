@@ -40,7 +40,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
-from toolkit.models.backbones import ARCHS, head_name, headless, other_heads
+from toolkit.models.backbones import ARCHS, head_name, headless, other_heads, record_of
 from toolkit.models.norms import share_statistics
 from toolkit.run import optim, options, output_folder, reports, runs, training
 from toolkit.run.options import AdapterOptions, ImageOptions, RunOptions, ShapeOptions
@@ -249,7 +249,7 @@ class Pretraining(RunState):
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
-        base = self.model.encoder_q.base_digests if args.lora_rank > 0 else {}
+        base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         warmup = args.warmup_epochs * steps
         self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup, args.schedule)

@@ -15,6 +15,7 @@ from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_p
 from lora import adapter_set
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from toolkit import InputError
+from toolkit.models.backbones import record_of
 
 # Adapters over one base that differ in all that may differ: name -> options, number of classes.
 OPTIONS = {
@@ -297,7 +298,7 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
     order, packed = ["cars", "pets", "food", "head"], {}
     alone = {name: trained(arch, name, four_bits=name in ("pets", "food")) for name in ("cars", "pets", "food")}
     alone["head"] = base(arch, OPTIONS["head"][1])
-    alone["head"].base_digests = base_digests(alone["head"])
+    record_of(alone["head"]).base_digests = base_digests(alone["head"])
     freeze_backbone_params(alone["food"], freeze=False)
     with torch.no_grad():
         for model in (alone["food"], alone["head"]):

@@ -43,7 +43,7 @@ from finetune_lora import (
 from lora.adapted import choose_layers
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
-from toolkit.models.backbones import block_names
+from toolkit.models.backbones import block_names, record_of
 
 BLOCK = "encoder.layers.encoder_layer_0.self_attention"
 
@@ -110,7 +110,7 @@ def test_targets(targets, excluded, expected):
 def test_an_adapted_head_is_merged_but_is_no_part_of_the_base():
     model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"])
     LoRAManager(randomize_adapters(model)).merge_into_base()
-    assert not adapted_names(model) and not any(name.startswith("heads") for name in model.base_digests)
+    assert not adapted_names(model) and not any(name.startswith("heads") for name in record_of(model).base_digests)
 
 
 def test_an_adapted_head_that_trains_is_not_rounded():
@@ -317,10 +317,10 @@ def test_adapters_are_replaced_never_nested():
     """The record of the base stays: by it an adapter file knows which weights of the base have trained since."""
     model = add_lora_to_model(vit(), r=4, lora_alpha=8)
     before, keys = snapshot(model), [key for key in model.state_dict() if "lora_" not in key]
-    digests = dict(model.base_digests)
+    digests = dict(record_of(model).base_digests)
     for rank in (4, 8, 16):
         add_lora_to_model(model, r=rank, lora_alpha=2 * rank)
-        assert model.base_digests == digests
+        assert record_of(model).base_digests == digests
         randomize_adapters(model)
         for layer in (m for m in model.modules() if any(adapters(m))):
             assert layer.r == rank and layer.scaling == 2
@@ -343,7 +343,7 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
                 ours, nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer
             ):
                 assert type(ours) is type(theirs)
-                assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
+                assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
         info = LoRAManager(model).get_lora_info()
         assert set(info["layers"]) == adapted_names(model)
@@ -402,7 +402,7 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
     assert LoRAManager(model).unload(merge) is model
     for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
         assert type(ours) is type(theirs)
-        assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
+        assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
     assert list(model.state_dict()) == list(stock.state_dict())
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n in trains if "lora_" not in n}
     if merge:

@@ -8,6 +8,8 @@ import copy
 import math
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +46,27 @@ ARCHS = (*_RESNETS, *_VITS)  # of torchvision
 HEAD_NAMES = ("fc", "heads", "head", "classifier")
 
 
+@dataclass
+class ModelRecord:
+    """What is known of a model beside its modules: `record_of`. A shallow copy of the model shares it."""
+
+    head: tuple[str, ...] | None = None  # the names of the classifier head's modules; None: see `head_names`
+    heads: int | None = None  # attention heads of a ViT, if they are not the arch's own
+    base_digests: dict[str, str] | None = None  # SHA-256 of each tensor of the base by name; None: not taken yet
+    # Interpolation rounds differently from one CPU to the next. So the digest above of a position embedding that was
+    # interpolated is that of the checkpoint's, and here is that of the one in the model.
+    resized_digests: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)  # of the file whose adapter, without a name, is in use
+    adapters: Any = None  # those with names: `lora.adapter_set.AdapterSet`
+
+
+def record_of(model: nn.Module) -> ModelRecord:
+    """The record of a model, empty at first."""
+    if "toolkit_record" not in vars(model):
+        model.toolkit_record = ModelRecord()
+    return model.toolkit_record
+
+
 def default_image_size(arch: str) -> int:
     """Side in pixels of the square images that `arch` was designed for; raises InputError for an unknown name."""
     if arch.startswith(TIMM):
@@ -77,7 +100,8 @@ def other_heads(model: nn.Module) -> dict[str, str]:
 
     No tensor shows this number, so it identifies a base together with the digests of the tensors.
     """
-    return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
+    heads = record_of(model).heads
+    return {} if heads is None else {"heads": str(heads)}
 
 
 def build_backbone(
@@ -110,7 +134,7 @@ def build_backbone(
         stem = [ConvStemConfig(shape["hidden_dim"] // n, kernel_size=3, stride=2) for n in (8, 4, 2, 1)]
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
     if shape != _VITS[arch]:
-        model.other_heads = heads
+        record_of(model).heads = heads
     return _for_channels(model, channels)
 
 
@@ -170,13 +194,12 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
         if not name or name not in modules:
             hint = did_you_mean(str(name), modules)
             raise InputError(f"no module is named {name!r}, so it cannot be the classifier head: {hint}".rstrip(": "))
-    model.head_modules = names
+    record_of(model).head = names
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
-    recorded = vars(model).get("head_modules")
-    if recorded is not None:
+    if (recorded := record_of(model).head) is not None:
         return recorded
     found = _found_head(model)
     return (found,) if found else ()

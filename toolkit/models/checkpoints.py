@@ -66,8 +66,8 @@ def load_backbone(
         The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
         `channel_fit` (None if the first layer is the file's own), `epoch` (None if unknown), `loaded` (names in the
         model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
-        `model.base_digests` has the SHA-256 of each tensor of the checkpoint, by name: adapter files identify their
-        base by it.
+        `record_of(model).base_digests` has the SHA-256 of each tensor of the checkpoint, by name: adapter files
+        identify their base by it.
 
     Raises:
         InputError: the file cannot be read, it lacks tensors of the backbone or has others, or it was trained on images
@@ -94,7 +94,9 @@ def load_backbone(
     if channel_fit is not None:
         weights = weights | {first: _fitted_to_channels(weights[first], channels)}
     if is_none(path):
-        model.base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
+        backbones.record_of(
+            model
+        ).base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
     else:
         _check_match(source, weights, model, arch)
         model.load_state_dict({**model.state_dict(), **weights})
@@ -234,18 +236,15 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Set `model.base_digests`, and `model.resized_digests` for tensors that were interpolated.
-
-    Interpolation rounds differently from one CPU to the next, so the digest in `base_digests` is that of the position
-    embedding in the checkpoint; `resized_digests` has that of the interpolated one.
-    """
+    """Note the digests of a checkpoint's tensors in the model's record, and of those that were interpolated."""
     state = _backbone_state(model)
-    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | backbones.other_heads(model)
-    model.resized_digests = {}
+    digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | backbones.other_heads(model)
+    record = backbones.record_of(model)
+    record.base_digests = digests
     for name in _POSITIONS:
         if name in weights and weights[name].shape != state[name].shape:
-            model.resized_digests[name] = model.base_digests[name]
-            model.base_digests[name] = tensor_digest(weights[name].float())
+            record.resized_digests[name] = digests[name]
+            digests[name] = tensor_digest(weights[name].float())
 
 
 # Other projects' names of layers -> those of timm's ViTs, or of torchvision's and timm's ResNets.
