@@ -16,6 +16,7 @@ from toolkit.run import optim
 def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
     sizes = {"build_bytes": 10**8, "memory_bytes": 10**9, "resident_bytes": 2 * 10**9}
     monkeypatch.setattr(compare_peers, "measure_memory_apart", lambda *_: sizes)
+    monkeypatch.setattr(compare_peers.gc, "collect", lambda: None)  # which is slow among all that tests import
     command = "--model resnet18 --image-size 32 --batch-size 2 --steps 2 --variants full,lora"
     compare_peers.main([*command.split(), "--output-dir", str(tmp_path)])
     result = json.loads((tmp_path / "resnet18_b2_cpu_fp32.json").read_text())

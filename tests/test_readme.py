@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
+from conftest import of_few_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -48,6 +49,11 @@ def commands_of(*starts: str) -> list[str]:
     """The commands of all pages that start so, each once."""
     found = dict.fromkeys(command for text in PAGES.values() for command in commands(text))
     return [command for command in found if command.startswith(starts)]
+
+
+def extras_of(block: str) -> list[str]:
+    """Packages that a block needs and a newcomer lacks."""
+    return [package for package in EXTRAS if re.search(rf"^(import|from) {package}\b", block, re.MULTILINE)]
 
 
 def section(page: str, title: str) -> str:
@@ -99,8 +105,8 @@ def save_moco_v2(arch: str, width: int, folder: Path) -> None:
 def first_run(newcomer):
     """What the first command and the merge leave behind, on less data; `printed.txt` has what the command printed."""
     folder = newcomer / "checkpoints/lora"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        finetune_lora.main([*SMALL, "--output-dir", str(folder)])
+    with of_few_images(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        finetune_lora.main([*SMALL[2:], "--output-dir", str(folder)])
     (newcomer / "printed.txt").write_text(printed.getvalue())
     deploy_lora.main(["merge", str(folder / "lora.pth"), "--output", str(newcomer / "merged.pth")])
     return folder
@@ -184,19 +190,18 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + OF_PIXELS + AFTER_TRAINING]
+    "block",
+    [
+        pytest.param(block, marks=[pytest.mark.slow] * bool(extras_of(block)))
+        for block in PYTHON_BLOCKS
+        if block not in TO_A_SERVER + OF_PIXELS + AFTER_TRAINING
+    ],
 )
-def test_every_python_block_runs_as_it_stands(block, newcomer, first_run, monkeypatch):
-    skip_without(block)
+def test_every_python_block_runs_as_it_stands(block, newcomer, first_run, few_images, monkeypatch):
+    for package in extras_of(block):
+        pytest.importorskip(package)
     monkeypatch.chdir(newcomer)
     exec(compile(block, "a page", "exec"), {})
-
-
-def skip_without(block: str) -> None:
-    """Skip the test of a block that needs a package which is not there."""
-    for package in EXTRAS:
-        if re.search(rf"^(import|from) {package}\b", block, re.MULTILINE):
-            pytest.importorskip(package)
 
 
 @pytest.mark.slow
@@ -220,8 +225,9 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
     assert [name for name in written if not (tmp_path / name).exists()] == []
     write_preparation(tmp_path, monkeypatch)
     for block in blocks("python", AFTER_TRAINING):
-        imported = [package for package in EXTRAS if re.search(rf"^(import|from) {package}\b", block, re.MULTILINE)]
-        if all(importlib.util.find_spec(package) for package in (*imported, *(["onnx"] if "onnx" in block else []))):
+        if all(
+            importlib.util.find_spec(package) for package in (*extras_of(block), *(["onnx"] if "onnx" in block else []))
+        ):
             exec(compile(block, "a page", "exec"), {})
 
 
