@@ -58,7 +58,7 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 KNN_BANK = 50_000
 KNN_QUERIES = 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
-MEASURED_IMAGES = 2_048  # the images on which alignment, uniformity and effective rank are measured
+MEASURED_IMAGES = 2_048  # the images on which the effective rank is measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The content of `results.json`. From the last epoch: `loss`, `knn_accuracy` (0 to 1; None without labels),
-        `effective_rank` and, without labels, `alignment` and `uniformity` (`answers.measures`). `before`: the same
-        measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
-        `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
+        `effective_rank`. `before`: the same measures of a checkpoint before any step. Then `epochs`, `seconds`,
+        `images_per_second`, `waiting_share`, `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of
+        `moco_lora.pth`) and `metrics`.
     """
     args, _ = read_options(argv)
     device = devices.select_device(args.device)
@@ -176,12 +176,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     held = output_folder.held(args.output_dir, "moco.pretrain", written(args), args.resume)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
-        loaders += filter(None, [run.loader, *run.knn_loaders, run.view_loader])
+        loaders += [run.loader, *run.measuring_loaders]
         if args.resume:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
             print(run.report["origin"])
-        unlabelled = "" if run.knn_loaders else " without labels"
+        unlabelled = "" if len(run.measuring_loaders) > 1 else " without labels"
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(devices.describe_device(device, dtype))
@@ -244,7 +244,7 @@ class Pretraining(RunState):
         args = replace(args, **vars(known))
         super().__init__(args, device, dtype)
         self.model = model
-        normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, known, read, device)
+        normalization, self.loader, self.measuring_loaders = load_data(args, known, read, device)
         self.about_images = bands.recorded(normalization, vars(args))  # for whoever uses the backbone
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
@@ -345,27 +345,13 @@ class Pretraining(RunState):
         """Measure the features before the projector, by labels if there are any: training never sees these."""
         encoder = self.model.encoder_q
         distributed.broadcast(encoder.buffers())  # each process has BatchNorm statistics of its own images
-        measured = {}
-        if self.knn_loaders:
-            bank_loader, query_loader = self.knn_loaders
-            features, labels = evaluation.extract_features(encoder, bank_loader, self.device, self.dtype)
-            queries = evaluation.extract_features(encoder, query_loader, self.device, self.dtype)
-            measured["knn_accuracy"] = evaluation.knn_accuracy(features, labels, *queries)
-            some = features[:: math.ceil(len(features) / MEASURED_IMAGES)]  # spread evenly: they are sorted by class
-            measured["effective_rank"] = measures.effective_rank(some)
-        if self.view_loader:
-            first = self.features_of_view(0)
-            second = self.features_of_view(1)
-            measured["alignment"] = measures.alignment(first, second)
-            measured["uniformity"] = measures.uniformity(first)
-            measured["effective_rank"] = measures.effective_rank(first)
+        found = [evaluation.extract_features(encoder, each, self.device, self.dtype) for each in self.measuring_loaders]
+        features = found[0][0]
+        some = features[:: math.ceil(len(features) / MEASURED_IMAGES)]  # spread evenly: they are sorted by class
+        measured = {"effective_rank": measures.effective_rank(some)}
+        if len(found) > 1:
+            measured["knn_accuracy"] = evaluation.knn_accuracy(*found[0], *found[1])
         return measured
-
-    def features_of_view(self, number: int) -> torch.Tensor:
-        """Features (N, D) of the first (0) or the second view (1) of some images: the same views each time."""
-        self.view_loader.batch_sampler.epoch = 0
-        view = ((views[number], labels) for views, labels in self.view_loader)
-        return evaluation.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
     def save_adapters(self) -> None:
         """Write `moco_lora.pth`, which `finetune_lora.py --stage1-adapter` reads."""
@@ -433,12 +419,11 @@ def describe_measures(row: dict[str, float | None]) -> str:
 
 def load_data(
     args: PretrainOptions, known: bands.Scaling, read: bands.Bands | None, device: torch.device
-) -> tuple[dict[str, Any], DataLoader, list[DataLoader], DataLoader | None]:
+) -> tuple[dict[str, Any], DataLoader, list[DataLoader]]:
     """The normalisation (`bands.settle`), the loader of two views of each image, and the loaders for measuring.
 
-    `known` and `read` are of `options.known_image_values`. The third value has the loaders of bank and queries of the
-    k-NN accuracy; it is empty without labels. The fourth loads two views of some training images if these have no
-    labels, and is None otherwise.
+    `known` and `read` are of `options.known_image_values`. The measures are taken on bank and queries of the k-NN
+    accuracy or, without labels, on some training images.
     """
     images, labelled = load_images(args, read)
     check_batch_size(args, len(images))
@@ -446,20 +431,16 @@ def load_data(
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
-    training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
-    loader = data.build_loader(data.Transformed(images, views), **training_views)
-    at_times = {"keep_workers": False}  # they would idle for many epochs
+    shuffled = {"shuffle": True, "seed": args.seed, "drop_last": True}
+    loader = data.build_loader(data.Transformed(images, views), **shuffled, **common)
     transform = transforms.eval_transform(args.image_size, **values)
-    knn_loaders = []
-    for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=False):
-        if distributed.world_size() > len(part):
-            raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
-        some = data.Transformed(part.at_most(most), transform)
-        knn_loaders.append(data.build_loader(some, **common, **at_times))
-    if images.labels[0] != data.UNLABELLED:
-        return values, loader, knn_loaders, None
-    some = data.Transformed(images.at_most(max(MEASURED_IMAGES, args.batch_size)), views)
-    return values, loader, knn_loaders, data.build_loader(some, **training_views, **at_times)
+    measured = [images.at_most(MEASURED_IMAGES)]
+    if labelled:
+        measured = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=True)]
+    if distributed.world_size() > min(map(len, measured)):
+        raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
+    at_times = {"keep_workers": False, **common}  # they would idle for many epochs
+    return values, loader, [data.build_loader(data.Transformed(some, transform), **at_times) for some in measured]
 
 
 def check_batch_size(args: PretrainOptions, images: int) -> None:

@@ -20,23 +20,6 @@ def features() -> torch.Tensor:
     return torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
 
-def test_alignment_is_the_mean_squared_distance_of_the_views(features):
-    other = features.flip(1)
-    pairs = [F.normalize(x, dim=0) - F.normalize(y, dim=0) for x, y in zip(features, other, strict=True)]
-    assert measures.alignment(features, other) == pytest.approx(sum(float(d @ d) for d in pairs) / 40, rel=1e-5)
-    assert measures.alignment(features, 3 * features) == pytest.approx(0, abs=1e-6)
-    assert measures.alignment(features, -features) == pytest.approx(4, rel=1e-5)
-
-
-def test_uniformity_is_the_log_of_the_mean_potential(features):
-    points = F.normalize(features, dim=1)
-    potentials = [math.exp(-2 * float((points[i] - points[j]).square().sum())) for i in range(40) for j in range(i)]
-    assert measures.uniformity(features) == pytest.approx(math.log(sum(potentials) / len(potentials)), rel=1e-4)
-    assert measures.uniformity(5 * features) == pytest.approx(measures.uniformity(features), rel=1e-4)
-    assert measures.uniformity(features[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-5)
-    assert measures.uniformity(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-8)
-
-
 def test_effective_rank_counts_directions(features):
     square = torch.eye(4).repeat(5, 1)
     assert measures.effective_rank(torch.cat([square, -square])) == pytest.approx(4)

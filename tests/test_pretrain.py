@@ -111,10 +111,10 @@ def flat(folder, tmp_path):
 def test_images_without_labels(run, flat, capsys):
     results = run(f"--data-dir {flat} --knn-every 1")
     assert results["knn_accuracy"] is None
-    assert 0 < results["alignment"] < 4 and -8 < results["uniformity"] < 0 and 1 < results["effective_rank"] < 192
+    assert 1 < results["effective_rank"] < 20
     told = capsys.readouterr().out
     assert "data: 20 images without labels" in told  # all: there is nothing to hold out
-    assert told.count(", alignment ") == told.count(", uniformity ") == told.count(", effective rank ") == 2
+    assert told.count(", effective rank ") == 2 and "k-NN" not in told
     with open(results["metrics"], newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["knn_accuracy"] for row in rows] == ["", ""]
@@ -129,7 +129,6 @@ def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsy
     monkeypatch.setattr(pretrain.evaluation, "forward_features", collapsed)
     results = run(f"--data-dir {folder if labels else flat}")
     assert results["effective_rank"] == pytest.approx(1, abs=0.1)
-    assert results["uniformity"] is None if labels else results["uniformity"] == pytest.approx(0, abs=0.1)
     assert "the features have collapsed: lower --learning-rate" in capsys.readouterr().out
 
 

@@ -113,6 +113,15 @@ def test_rows_of_photographs_are_those_of_the_whole(tmp_path, name, how):
     assert np.array_equal(in_rows(tmp_path / name, None), expected)
 
 
+def test_a_compression_that_pillow_alone_knows(tmp_path, monkeypatch):
+    def unknown(*_, **__):
+        raise ValueError("requires the 'imagecodecs' package")
+
+    tifffile.imwrite(tmp_path / "a.tif", levels(bands=3, dtype=np.uint8), photometric="rgb", compression="deflate")
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", unknown)
+    assert np.array_equal(in_rows(tmp_path / "a.tif", None), np.asarray(to_rgb(open_image(tmp_path / "a.tif"))))
+
+
 def test_a_photograph_of_16_bits_becomes_one_of_8(tmp_path):
     Image.fromarray(levels(bands=1)[..., 0] * 200).save(tmp_path / "a.tif")
     assert np.array_equal(in_rows(tmp_path / "a.tif", None), np.asarray(to_rgb(open_image(tmp_path / "a.tif"))))

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Names in the metrics, and titles. The first is `toolkit.answers.evaluation.knn_accuracy`, which needs labels.
-TITLES = {"knn_accuracy": "k-NN"} | {
-    name: name.replace("_", " ") for name in ("alignment", "uniformity", "effective_rank")
-}
+TITLES = {"knn_accuracy": "k-NN", "effective_rank": "effective rank"}
 Interval = tuple[float, float]
 NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 
@@ -55,24 +53,6 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     effective = share * (1 - share) / variance if variance > 0 else number
     effective = min(images, effective) * (NORMAL / t.ppf(0.975, number - 1)) ** 2
     return wilson_interval(share * effective, effective)
-
-
-def alignment(first: Tensor, second: Tensor) -> float:
-    """The mean squared distance on the unit sphere of two views' features (N, D), image by image: 0 to 4.
-
-    2005.10242, equation of L_align with alpha = 2. Small is good, unless the uniformity is near 0.
-    """
-    apart = F.normalize(first.float(), dim=1) - F.normalize(second.float(), dim=1)
-    return apart.square().sum(1).mean().item()
-
-
-def uniformity(features: Tensor) -> float:
-    """The logarithm of the mean Gaussian potential exp(-t d^2) over all pairs of features (N, D), N > 1: -8 to 0.
-
-    2005.10242, equation of L_uniform with t = 2. The lower, the more evenly the images lie on the
-    unit sphere; 0: on one point.
-    """
-    return F.pdist(F.normalize(features.float(), dim=1)).square().mul(-2).exp().mean().log().item()
 
 
 def effective_rank(features: Tensor) -> float:

@@ -130,6 +130,7 @@ def _decoded(path: str, bands: Bands | None, scratch: Any) -> Levels:
             levels = np.asarray(to_rgb(image))
     else:
         levels, names = reading.decoded(reading.read_file(path))
+    scratch.seek(0)  # `_in_tiff` may have begun to write
     scratch.write(np.ascontiguousarray(levels))
     scratch.flush()
     return Levels(scratch, levels.shape, levels.dtype, names=names)
