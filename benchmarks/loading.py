@@ -55,7 +55,7 @@ PHOTOGRAPHS = {
     "12 MP, noisy": ((4000, 3000), 4),
 }
 TILES = (64, 120)  # pixels along each side: EuroSAT's and BigEarthNet's
-VIEWS = ("fine-tuning", "evaluation", "moco_v1", "moco_v2", "moco_v3")
+VIEWS = ("fine-tuning", "evaluation", "moco_v2", "moco_v3")
 PIXELS = 224  # of the training rows
 IMAGENET = 1_281_167  # training images
 
@@ -196,8 +196,6 @@ def reference_transform(view: str, pixels: int) -> Callable:
     if view == "fine-tuning":
         return T.Compose([T.RandomResizedCrop(pixels, scale=(transforms.CROP_MIN, 1.0)), flip, *tensor])
     crop, grey = T.RandomResizedCrop(pixels, scale=(0.2, 1.0)), T.RandomGrayscale(0.2)
-    if view == "moco_v1":
-        return Twice(T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor]))
     blur = T.GaussianBlur(max(3, pixels // 10 | 1), (0.1, 2.0))
     if view == "moco_v2":
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)

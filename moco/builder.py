@@ -1,6 +1,6 @@
 """MoCo: a query encoder learns to recognise, among many keys, the one that comes from the same image.
 
-v1 and v2 (arXiv 1911.05722, 2003.04297) hold the other keys in a queue, v3 (2104.02057) takes them from the batch.
+v2 (arXiv 1911.05722, 2003.04297) holds the other keys in a queue, v3 (2104.02057) takes them from the batch.
 In both, the key encoder is a moving average of the query encoder. Written from the papers.
 
 With several processes (`toolkit.distributed`) each has its share of the images, and contrasts with the keys of all.
@@ -21,7 +21,7 @@ from toolkit.models.backbones import head_name
 
 
 class MomentumContrast(nn.Module):
-    """The part that all versions share: encoder_q, and encoder_k, its moving average, which gets no gradient.
+    """The part that both versions share: encoder_q, and encoder_k, its moving average, which gets no gradient.
 
     Args:
         backbone: a torchvision model; `projector` replaces its classifier head. Both encoders share its frozen
@@ -53,7 +53,7 @@ class MomentumContrast(nn.Module):
 
 
 class MoCo(MomentumContrast):
-    """v1 and, with `mlp`, v2: InfoNCE against a queue of keys (1911.05722, algorithm 1).
+    """v2: InfoNCE against a queue of keys (1911.05722, algorithm 1), a projector with a hidden layer.
 
     BatchNorm normalises in each process by itself. So that its statistics cannot tell which key belongs to which query,
     keys are computed in another order than queries (section 3.3, shuffling BN). One process has no use for shuffling:
@@ -62,14 +62,11 @@ class MoCo(MomentumContrast):
     Args (others as in MomentumContrast):
         dim: width of q and k.
         K: number of keys in the queue.
-        mlp: a hidden layer in the projector (v2).
     """
 
-    def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07, mlp: bool = False):
+    def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2):
         width = feature_dim(backbone)
-        projector = nn.Linear(width, dim)
-        if mlp:
-            projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), projector)
+        projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
         super().__init__(backbone, projector, m, T)
         self.K = K
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))

@@ -84,13 +84,12 @@ class MoCoOptions(AdapterOptions):
         None, "go on with this backbone, projector and predictor", type=checkpoints.checkpoint_path
     )
     lora_rank: int = option(0, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
-    moco_version: int | None = option(None, "default: the checkpoint's, else 3", type=int, choices=(1, 2, 3))
+    moco_version: int | None = option(None, "default: the checkpoint's, else 3", type=int, choices=(2, 3))
     epochs: int = option(100, type=positive_int)
     batch_size: int = option(256, "of all processes together", type=positive_int)
     optimizer: str = option("adamw", choices=OPTIMIZERS)
     learning_rate: float = option(1e-3, type=positive_float, flags=("--lr",))
     weight_decay: float = option(0.1, type=non_negative_float)
-    schedule: str = option("cosine", choices=optim.SCHEDULES)
     warmup_epochs: int = option(0, type=non_negative_int)
     precision: str = option("auto", choices=devices.PRECISIONS)
     momentum: float = option(0.99, "m; v3 raises it to 1 along a cosine", type=fraction)
@@ -99,7 +98,7 @@ class MoCoOptions(AdapterOptions):
     mlp_dim: int | None = option(
         None, "v3: hidden width of projector and predictor; the checkpoint's, else 4096", type=positive_int
     )
-    queue_size: int = option(65536, "v1, v2: K", type=positive_int)
+    queue_size: int = option(65536, "v2: K", type=positive_int)
     two_crops: str = option("moco_v3", "how the views are made", choices=transforms.TWO_CROPS)
     crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
     seed: int = option(0, type=non_negative_int)
@@ -252,7 +251,7 @@ class Pretraining(RunState):
         base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         warmup = args.warmup_epochs * steps
-        self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup, args.schedule)
+        self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup)
         self.total_steps = args.epochs * steps
         self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
@@ -515,8 +514,7 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     if args.moco_version == 3:
         model = MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
     else:
-        mlp = args.moco_version == 2
-        model = MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp)
+        model = MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature)
     model.to(device)
     fuse(model.encoder_k)  # it gets no gradient
     report["origin"] = checkpoints.describe_base(report) + "".join(start_from(model, parts))

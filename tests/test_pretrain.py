@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
     ("options", "problem"),
     [
         ("--batch-size 17", "--batch-size 17: there are only 16 training images"),
-        ("--moco-version 1 --queue-size 4", "--queue-size 4 is smaller than --batch-size 8"),
+        ("--moco-version 2 --queue-size 4", "--queue-size 4 is smaller than --batch-size 8"),
         ("--resume absent.pth", "absent.pth"),
         ("--momentum 1", "--momentum: expected a number from 0 to below 1"),
         ("--image-size 12", "not a multiple"),
@@ -354,7 +354,7 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
 
 
 @pytest.mark.usefixtures("small_backbones")
-@pytest.mark.parametrize(("version", "arch"), [(1, "resnet18"), (2, "resnet18"), (3, "resnet18"), (3, "vit_mini")])
+@pytest.mark.parametrize(("version", "arch"), [(2, "resnet18"), (3, "resnet18"), (3, "vit_mini")])
 def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, arch, capsys):
     """Version and widths come from the file as well."""
     flags = f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 256"

@@ -208,8 +208,6 @@ def test_schedules():
     assert cosine[:3] == [1.0, 2.0, 2.0]
     assert cosine[6] == pytest.approx(1.0)  # halfway between warm-up and end
     assert cosine[2:] == sorted(cosine[2:], reverse=True) and cosine[-1] > 0
-    assert learning_rates(schedule="constant") == [2.0] * 10
-    assert learning_rates(schedule="step") == pytest.approx([2.0] * 6 + [0.2] * 2 + [0.02] * 2)
 
 
 def test_features_and_evaluation_are_exact_and_leave_the_mode():

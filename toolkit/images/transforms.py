@@ -226,7 +226,7 @@ def train_transform(
     return eval_transform(image_size, mean, std, bands)
 
 
-TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
+TWO_CROPS = ("moco_v2", "moco_v3", "digits")
 
 
 def two_crops(
@@ -240,10 +240,9 @@ def two_crops(
     """The views that MoCo contrasts.
 
     Args:
-        augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
-            blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
-            noise: no flip, no colour).
-        crop_min: smallest share of the image's area in a crop, for the first three.
+        augmentation: 'moco_v2' (2003.04297), 'moco_v3' (2104.02057: blur and solarisation differ between the two
+            views), or 'digits' (a little rotation, shift and scale, and noise: no flip, no colour).
+        crop_min: smallest share of the image's area in a crop, but for 'digits'.
         mean, std, bands: as for `eval_transform`. With bands, each band's brightness varies instead of colour, grey
             and solarisation.
     """
@@ -259,16 +258,13 @@ def two_crops(
     grey = T.RandomGrayscale(p=0.2)
     if bands is not None:
         colour = [T.RandomApply([partial(band_brightness, 0.4)], p=0.8)]
-    elif augmentation == "moco_v1":
-        colour = [grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     else:
         saturation = {"moco_v2": 0.4, "moco_v3": 0.2}[augmentation]
         colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], p=0.8), grey]
     rest = (T.RandomHorizontalFlip(), levels, normalize)
-    first = second = []
     if augmentation == "moco_v2":
         first = second = [T.RandomApply([blur], p=0.5)]
-    elif augmentation == "moco_v3":
+    else:
         first = [blur]
         second = [T.RandomApply([blur], p=0.1)]
         if bands is None:

@@ -162,7 +162,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     """The projector and predictor of a MoCo checkpoint.
 
     Returns:
-        MoCo's version, 1, 2 or 3, or None if the file is not from a pretraining by MoCo; and the tensors of
+        MoCo's version, 2 (for 1, too) or 3, or None if the file is not from a pretraining by MoCo; and the tensors of
         `projector` and `predictor` by their names in the modules of `moco.builder`, empty if the file has none.
     """
     tensors, info = _find_state_dict(path)
@@ -176,11 +176,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
         part, _, name = full.removeprefix("module.").partition(".")
         if part == "predictor":
             predictor[name] = tensors[full]
-    version = 1
-    if predictor or layout.family == "moco_v3":
-        version = 3
-    elif "0.weight" in projector:  # of a hidden layer
-        version = 2
+    version = 3 if predictor or layout.family == "moco_v3" else 2
     return version, {"projector": projector, "predictor": predictor}
 
 

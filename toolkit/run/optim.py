@@ -111,7 +111,6 @@ class WiseFT:
 # ----------------------------------------------------------------------------------------------------------------------
 # The learning rate
 
-SCHEDULES = ("cosine", "step", "constant")
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
 STEPS_TO_TRAIN = 200
@@ -148,22 +147,13 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
 
 
 def lr_schedule(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine"
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate's course over `total_steps` optimizer steps, the first `warmup_steps` a linear warm-up.
-
-    Args:
-        schedule: one of SCHEDULES. 'cosine' falls to 0; 'step' falls to a tenth after 60% and again after 80% of the
-            steps, as MoCo v1's does (1911.05722, section 4).
-    """
+    """The learning rate's course: a linear warm-up of `warmup_steps`, then a cosine that falls to 0."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        if schedule == "constant":
-            return 1.0
-        if schedule == "step":
-            return 0.1 ** sum(step >= share * total_steps for share in (0.6, 0.8))
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 

@@ -74,7 +74,6 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         steps_per_epoch: int,
         warmup_steps: int,
-        schedule: str = "cosine",
     ) -> None:
         """Set up optimizer, schedule and scaler for the module that steps call, compiled already if it is to be.
 
@@ -82,7 +81,7 @@ class RunState:
         """
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
-        self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps, schedule)
+        self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parallel = distributed.parallel(network, self.device)
         if distributed.rank() > 0:
