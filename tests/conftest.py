@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes that tests start inherit it
+gc.disable()  # until everything is imported
+# ruff: noqa: E402
 
 import numpy as np
 import pytest
@@ -32,9 +34,9 @@ CLASSES = ("bright", "dark", "striped")
 
 
 def pytest_collection_finish():
-    """What the imports made stays: looking through it again and again takes a sixth of the time of all tests."""
-    gc.collect()
+    """What the imports made stays: looking through it again and again took a sixth of the time of all tests."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
