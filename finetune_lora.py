@@ -838,10 +838,16 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
 
     One message has the problems of both images and model.
     """
-    dtype = devices.select_precision(args.precision, device)
+    # What a run has measured at its start counts for all of it. None: it is to be measured.
+    precision = args.precision
+    if precision == "auto":
+        precision = run_state.recorded_setting(args.resume, "finetune", "precision")
     arithmetic = args.arithmetic
-    if arithmetic == "int8":  # what a run has measured at its start counts for all of it
+    if arithmetic == "int8":
         arithmetic = run_state.recorded_setting(args.resume, "finetune", "arithmetic")
+    if precision is None and (device.type != "cpu" or args.arithmetic == "int8"):
+        precision = "auto"
+    dtype = None if precision is None else devices.select_precision(precision, device)
     try:
         known, read = options.known_image_values(args, args.checkpoint)
         splits = load_images(args, read)
@@ -852,11 +858,13 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
             raise InputError("\n".join(dict.fromkeys((str(error), str(another))))) from None
         raise
     model, report = build_model(args, dtype, len(splits.class_names), arithmetic)
+    dtype = report["dtype"]
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     print(reports.describe_data(args, splits), describe_base(report), sep="\n")
     plan = Plan(
         device=device,
         dtype=dtype,
+        precision=precision or devices.precision_name(dtype),
         image_values=vars(known),
         normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
         learning_rate=args.learning_rate,
@@ -874,13 +882,14 @@ def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
 
 
 def build_model(
-    args: FineTuneOptions, dtype: torch.dtype, num_classes: int, arithmetic: str | None = "float"
+    args: FineTuneOptions, dtype: torch.dtype | None, num_classes: int, arithmetic: str | None = "float"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
 
     Args:
-        dtype: of products, by autocast; frozen weights are stored in it.
-        arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster. The report has it.
+        dtype: of products, by autocast; frozen weights are stored in it. None: bf16 where a CPU is faster in it.
+        arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster.
+            The report has both.
 
     Raises:
         InputError: the checkpoint cannot be read, or the options do not fit its model: see `load_base` and
@@ -889,6 +898,10 @@ def build_model(
     per_pixel = args.task == "segmentation"
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
+    if dtype is None:
+        size = report["image_size"]
+        dtype = devices.faster_dtype(model, torch.ones(2, report["channels"], size, size))
+    report["dtype"] = dtype
     frozen_dtype = None  # that of the checkpoint
     report["arithmetic"] = "float"
     if args.freeze_backbone and not is_none(args.checkpoint):  # an adapter file has to hold all random weights

@@ -56,6 +56,7 @@ def settled(args: FineTuneOptions, **changes) -> Plan:
     plan = Plan(
         device=torch.device("cpu"),
         dtype=torch.float32,
+        precision="fp32",
         image_values=values,
         normalization={},
         learning_rate=3e-4,
@@ -87,6 +88,7 @@ def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, t
         args,
         config=tmp_path / "config.yaml",
         learning_rate=plan.learning_rate,
+        precision=plan.precision,
         arithmetic=plan.arithmetic,
         norms=plan.norms,
         **plan.image_values,

@@ -11,7 +11,7 @@ import torch
 import finetune_lora
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
-from toolkit import InputError
+from toolkit import InputError, devices
 from toolkit.files import read_checkpoint
 from toolkit.models.backbones import build_backbone
 from toolkit.run import reports, runs
@@ -73,6 +73,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(finetune, saved, resnet, hospital, pa
     assert ours["metadata"].get("task") == theirs["metadata"].get("task")
     assert ours["tensors"].keys() == theirs["tensors"].keys()
     assert all(torch.equal(tensor, theirs["tensors"][name]) for name, tensor in ours["tensors"].items())
+
+
+def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
+    """Measured once: by a resumed run no more, whatever the processor."""
+    monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.bfloat16)
+    folder = finetune("--epochs 1", output="automatic")["folder"]
+    typed = tensors(finetune("--epochs 1 --precision bf16", output="typed")["folder"] / "lora.pth")
+    assert all(torch.equal(tensor, typed[name]) for name, tensor in tensors(folder / "lora.pth").items())
+    assert read_adapter_file(folder / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "bf16"
+    monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
+    assert finetune("--epochs 1 --resume", output="automatic")["precision"] == "bfloat16"
 
 
 @pytest.mark.slow

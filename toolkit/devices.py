@@ -1,6 +1,7 @@
 """Seeds, device, precision and memory: what a run computes on."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import random
@@ -89,10 +90,16 @@ PRECISIONS = ("auto", *DTYPES)
 ARITHMETICS = ("float", "int8")
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as an option."""
+    return next(name for name, other in DTYPES.items() if other == dtype)
+
+
 def select_precision(name: str, device: torch.device) -> torch.dtype:
     """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
 
-    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
+    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere; on a CPU fine-tuning
+    measures first: see `faster_dtype`.
     Raises InputError for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
     """
     if name == "auto" and device.type == "cuda":
@@ -105,25 +112,48 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 CLEARLY_SLOWER = 1.2  # two measurements of equal times may differ by less than this while other programs run
-CLEARLY_FASTER = 2.0  # products are a part of a step
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """Device and precision for the log, and a second line if the other precision is faster on this CPU.
+    """Device and precision for the log, and a second line if 16 bits are slower than 32 on this CPU.
 
     This is measured: a processor's name does not say how fast its products in 16 bits are.
     """
     line = f"device: {device}, precision: {dtype}"
-    if device.type != "cpu":
-        return line
-    times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-    if dtype == torch.float32 and times < 1 / CLEARLY_FASTER:
-        line += f"\nbf16 products are {1 / times:.1f} times as fast as float32's on this processor: "
-        line += "--precision bf16 makes large models faster"
-    elif dtype != torch.float32 and times > CLEARLY_SLOWER:
-        line += f"\nbf16 products take {times:.1f} times as long as float32's on this processor: "
-        line += "--precision fp32 is faster"
+    if device.type == "cpu" and dtype != torch.float32:
+        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        if times > CLEARLY_SLOWER:
+            line += f"\nbf16 products take {times:.1f} times as long as float32's on this processor: "
+            line += "--precision fp32 is faster"
     return line
+
+
+WORTH_ROUNDING = 1.3  # times as fast
+WORTH_MEASURING = 0.01  # seconds for an image in float32: with smaller models a run is short in either precision
+
+
+@torch.no_grad()
+def faster_dtype(model: nn.Module, images: Tensor) -> torch.dtype:
+    """bfloat16 if a CPU runs this model enough faster in it, which is printed, else float32.
+
+    Measured on the images; the model stays as it is. Several processes get one answer.
+    """
+
+    def answer(dtype: torch.dtype) -> None:
+        with autocast(CPU, dtype):
+            model(images)
+
+    training = model.training
+    model.eval()
+    in_float32 = shortest_seconds(functools.partial(answer, torch.float32))
+    in_bf16 = shortest_seconds(functools.partial(answer, torch.bfloat16))
+    model.train(training)
+    in_float32, in_bf16 = distributed.all_sum(in_float32, in_bf16)
+    times = in_float32 / in_bf16
+    if times < WORTH_ROUNDING or in_float32 < WORTH_MEASURING * len(images):
+        return torch.float32
+    print(f"precision: bf16, in which this processor runs the model {times:.1f} times as fast (else --precision fp32)")
+    return torch.bfloat16
 
 
 def product_seconds(dtype: torch.dtype) -> float:

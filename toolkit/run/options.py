@@ -209,7 +209,9 @@ class TuneOptions(AdapterOptions):
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
-    precision: str = option("auto", "products and frozen weights; auto: 16 bits on CUDA, else fp32", choices=PRECISIONS)
+    precision: str = option(
+        "auto", "products and frozen weights; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS
+    )
     arithmetic: str = option(
         "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
     )

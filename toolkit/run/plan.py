@@ -17,6 +17,7 @@ class Plan:
 
     device: torch.device
     dtype: torch.dtype  # of products, by autocast
+    precision: str  # by which this dtype was chosen; auto on a GPU
     image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
     normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
     learning_rate: float
@@ -27,5 +28,6 @@ class Plan:
         """The options, with what is settled, in the sections of a YAML file that repeats the run."""
         settings = config.stored_sections(YAML_SECTIONS, args)
         settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
-        settings["finetune"] |= {name: getattr(self, name) for name in ("learning_rate", "arithmetic", "norms")}
+        settled = ("learning_rate", "precision", "arithmetic", "norms")
+        settings["finetune"] |= {name: getattr(self, name) for name in settled}
         return settings
