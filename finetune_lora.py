@@ -12,6 +12,7 @@ its command line. The arithmetic under the layers is in `lora/functional.py`, ad
 
 import argparse
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -899,26 +900,29 @@ def build_model(
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
     if dtype is None:
-        size = report["image_size"]
-        dtype = devices.faster_dtype(model, torch.ones(2, report["channels"], size, size))
-    report["dtype"] = dtype
-    frozen_dtype = None  # that of the checkpoint
-    report["arithmetic"] = "float"
-    if args.freeze_backbone and not is_none(args.checkpoint):  # an adapter file has to hold all random weights
-        if arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype)):
-            frozen_dtype = torch.int8
-            report["arithmetic"] = "int8"
-        elif args.lora_rank > 0:
-            frozen_dtype = dtype
+        images = torch.ones(2, report["channels"], report["image_size"], report["image_size"])
+        dtype = devices.faster_dtype(lambda dtype: adapt_as_asked(copy.deepcopy(model), args, dtype), images)
+    in_8_bits = False
+    if args.freeze_backbone and not is_none(args.checkpoint):
+        in_8_bits = arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype))
+    adapt_as_asked(model, args, torch.int8 if in_8_bits else dtype)
+    report |= {"dtype": dtype, "arithmetic": "int8" if in_8_bits else "float"}
+    return model, report
+
+
+def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.dtype) -> nn.Module:
+    """Put adapters on a model in place as the options say, freeze the rest, and store it in this dtype."""
+    if not args.freeze_backbone or is_none(args.checkpoint):  # an adapter file has to hold all random weights
+        frozen_dtype = None
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=frozen_dtype)
     elif frozen_dtype == torch.int8:
-        multiply_in_8_bits(model, dtype)
+        multiply_in_8_bits(model, torch.float32)
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
-    return model, report
+    return model
 
 
 def search_learning_rate(

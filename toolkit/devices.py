@@ -98,8 +98,8 @@ def precision_name(dtype: torch.dtype) -> str:
 def select_precision(name: str, device: torch.device) -> torch.dtype:
     """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
 
-    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere; on a CPU fine-tuning
-    measures first: see `faster_dtype`.
+    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere; fine-tuning
+    on a CPU measures first: see `faster_dtype`.
     Raises InputError for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
     """
     if name == "auto" and device.type == "cuda":
@@ -129,30 +129,31 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 
 
 WORTH_ROUNDING = 1.3  # times as fast
-WORTH_MEASURING = 0.01  # seconds for an image in float32: with smaller models a run is short in either precision
+WORTH_MEASURING = 0.03  # seconds for an image in float32: with smaller models a run is short in either precision
 
 
-@torch.no_grad()
-def faster_dtype(model: nn.Module, images: Tensor) -> torch.dtype:
-    """bfloat16 if a CPU runs this model enough faster in it, which is printed, else float32.
+def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> torch.dtype:
+    """bfloat16 if a CPU trains enough faster in it, which is printed, else float32. Several processes get one answer.
 
-    Measured on the images; the model stays as it is. Several processes get one answer.
+    Measured are steps on these images with the models that `build` makes for both. Random numbers stay as they were.
     """
+    images = to_device(images, CPU)
 
-    def answer(dtype: torch.dtype) -> None:
+    def step(model: nn.Module, dtype: torch.dtype) -> None:
         with autocast(CPU, dtype):
-            model(images)
+            outputs = model(images)
+        outputs.float().square().mean().backward()
 
-    training = model.training
-    model.eval()
-    in_float32 = shortest_seconds(functools.partial(answer, torch.float32))
-    in_bf16 = shortest_seconds(functools.partial(answer, torch.bfloat16))
-    model.train(training)
-    in_float32, in_bf16 = distributed.all_sum(in_float32, in_bf16)
+    seconds = []
+    with torch.random.fork_rng(devices=[]):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = place(build(dtype), CPU).train()
+            seconds.append(shortest_seconds(functools.partial(step, model, dtype)))
+    in_float32, in_bf16 = distributed.all_sum(*seconds)
     times = in_float32 / in_bf16
     if times < WORTH_ROUNDING or in_float32 < WORTH_MEASURING * len(images):
         return torch.float32
-    print(f"precision: bf16, in which this processor runs the model {times:.1f} times as fast (else --precision fp32)")
+    print(f"precision: bf16, in which this processor trains {times:.1f} times as fast (else --precision fp32)")
     return torch.bfloat16
 
 
