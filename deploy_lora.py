@@ -643,7 +643,7 @@ def from_peft(
         image_size, arch, heads: as `load_backbone` takes them; None: what the checkpoint says.
     """
     peft = peft_format.import_peft()
-    tensors = peft_format.read_peft(folder)
+    tensors, header = peft_format.read_peft(folder)
     head = {n.removeprefix(peft_format.PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
     rows = [len(tensor) for name, tensor in head.items() if name.endswith(".weight") and tensor.dim() == 2]
     if not rows:
@@ -664,8 +664,9 @@ def from_peft(
         raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
     error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
     about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
-    about |= recorded(peft_format.values_of(folder, report), report)
-    if task := from_record(peft_format.task_of(folder), class_names, folder).record():
+    values, task = peft_format.recorded_in(header, folder, report)
+    about |= recorded(values, report)
+    if task := from_record(task, class_names, folder).record():
         about["task"] = task
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)

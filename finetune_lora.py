@@ -13,6 +13,7 @@ its command line. The arithmetic under the layers is in `lora/functional.py`, ad
 import argparse
 import contextlib
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,8 +51,8 @@ from toolkit.models.backbones import head_names, headless, in_head, name_head, r
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
+from toolkit.run import arithmetic as stopwatch
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
-from toolkit.run.arithmetic import pays_in_8_bits
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
@@ -565,8 +566,9 @@ def add_lora_to_model(
         )
     chosen = adapted.choose_layers(model, target_modules, exclude_modules, adapt_last)
     by_layer = adapted.settings_by_layer(chosen, settings, rank_pattern)
-    if adapt_last is not None:
-        below = adapted.layers_below(model, exclude_modules, adapt_last)
+    if adapt_last is not None:  # those below are without an adapter, but are stored as the others are
+        names = adapted.choose_layers(model, None, exclude_modules)
+        below = itertools.takewhile(lambda name: not adapted.in_last_blocks(inner, name, adapt_last), names)
         by_layer = dict.fromkeys(below) | by_layer
     return adapt_layers(model, by_layer, use_qlora, base_dtype)
 
@@ -647,7 +649,7 @@ def int8_pays(model: nn.Module, precision: torch.dtype) -> bool:
     if not int8.multiplies_exactly("cpu", *shape):
         print("products in 8 bits overflow on this CPU, which has neither VNNI nor AMX: --arithmetic float is used")
         return False
-    return pays_in_8_bits(*shape, precision, int8.multiplier)
+    return stopwatch.speedups(*shape, int8.multiplier)[precision] >= stopwatch.WORTH_ROUNDING
 
 
 # ---------------------------------------------------------------------------------------------------- what trains

@@ -4,7 +4,6 @@
 `ADAPTED`, so that no import runs upwards.
 """
 
-import itertools
 import math
 import numbers
 import re
@@ -225,7 +224,7 @@ def choose_layers(
         wanted = _matches_any(name, targets)
         if target_modules is None:
             wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
-        in_depth = adapt_last is None or _in_last_blocks(model, name, adapt_last)
+        in_depth = adapt_last is None or in_last_blocks(model, name, adapt_last)
         if wanted and in_depth and not _matches_any(name, excluded):
             chosen[name] = layer
     if not chosen:
@@ -237,18 +236,11 @@ def _as_list(targets: str | Sequence[str] | None) -> list[str]:
     return [targets] if isinstance(targets, str) else list(targets or ())
 
 
-def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
+def in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
     blocks = block_names(model)
     if not 1 <= number <= len(blocks):
         raise InputError(f"adapt_last is {number}; give a number from 1 to {len(blocks)}, the model's blocks")
     return _matches_any(name, blocks[-number:])
-
-
-def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
-    """The names of the layers below the last blocks that can be adapted, without those excluded."""
-    model = unwrap_for_editing(model)
-    names = choose_layers(model, None, exclude_modules)
-    return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

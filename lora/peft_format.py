@@ -155,9 +155,11 @@ def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, A
 # ---------------------------------------------------------------------------------------------------------- from PEFT
 
 
-def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The normalisation that `write_peft` recorded; for a folder that PEFT itself wrote, that of the backbone."""
-    _, header = read_safetensors(folder / WEIGHTS)
+def recorded_in(header: dict[str, str], folder: Path, report: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The normalisation and the task, for `toolkit.answers.tasks.from_record`, that `write_peft` recorded.
+
+    For a folder that PEFT itself wrote the first is that of the backbone, and the second is None.
+    """
     channels = report["channels"]
     try:
         about = {"channels": channels}
@@ -166,21 +168,16 @@ def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         elif channels != 3:
             unscaled = {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0}
             about |= {**unscaled, "bands": [], "show_bands": [1]}
-        return from_metadata({**about, "arch": report["arch"]})
+        return from_metadata({**about, "arch": report["arch"]}), json.loads(header.get(TASK, "null"))
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
 
 
-def task_of(folder: Path) -> Any:
-    """The task that `write_peft` recorded, for `toolkit.answers.tasks.from_record`."""
-    try:
-        return json.loads(read_safetensors(folder / WEIGHTS)[1].get(TASK, "null"))
-    except ValueError as error:  # an InputError is one too
-        raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
+def read_peft(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in a folder of PEFT, and the file's header.
 
-
-def read_peft(folder: Path) -> dict[str, Tensor]:
-    """The tensors in a folder of PEFT. Raises InputError unless it holds plain LoRA, as this toolkit computes it."""
+    Raises InputError unless it holds plain LoRA, as this toolkit computes it.
+    """
     peft = import_peft()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():  # PEFT would look for it on the internet
         raise InputError(f"{folder} is no adapter of PEFT: it must be a folder with {CONFIG} and {WEIGHTS}")
@@ -198,7 +195,7 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
         more.append(f"init_lora_weights={config.init_lora_weights}")
     if more:
         raise InputError(f"{folder} has {printable(', '.join(more))}, which adapters here have not")
-    return read_safetensors(folder / WEIGHTS)[0]
+    return read_safetensors(folder / WEIGHTS)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,7 @@ from toolkit import InputError
 from toolkit.run import output_folder
 
 SCRIPTS = {"finetune_lora.py": finetune_lora.main, "moco.pretrain": pretrain.main}
-# A file of each shared name as the script leaves it, shortened.
-FILES = {
-    "finetune_lora.py": {"last.pth": {"class_names": []}, "results.json": {"val_accuracy": 1}, "metrics.csv": None},
-    "moco.pretrain": {"last.pth": {"global_steps": 0}, "results.json": {"loss": 1}, "metrics.csv": None},
-}
-COLUMNS = {"finetune_lora.py": "epoch,train_loss,val_loss,val_accuracy\n", "moco.pretrain": "epoch,loss\n"}
+STATES = {"finetune_lora.py": {"class_names": []}, "moco.pretrain": {"global_steps": 0}}  # in last.pth, shortened
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,30 +79,23 @@ def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_pat
         assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
 
 
-@pytest.mark.parametrize("name", output_folder.SHARED_FILES)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_one_file_of_the_other_script_is_enough(tmp_path, script, name):
-    """The others may have been moved elsewhere."""
-    content = FILES[script][name]
-    if name == "last.pth":
-        torch.save(content, tmp_path / name)
-    else:
-        (tmp_path / name).write_text(COLUMNS[script] if content is None else json.dumps(content))
+def test_the_other_scripts_run_is_not_moved_aside(tmp_path, script):
+    torch.save(STATES[script], tmp_path / "last.pth")
     with output_folder.held(tmp_path, script):
         pass
     [other] = SCRIPTS.keys() - {script}
-    with pytest.raises(InputError, match=f"has the {name} of a run of {script}"), output_folder.held(tmp_path, other):
+    with pytest.raises(InputError, match=f"has the last.pth of a run of {script}"), output_folder.held(tmp_path, other):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"[{}]", b"PK\x03\x04"])
-def test_files_that_are_nobodys_are_no_obstacle(tmp_path, content):
-    for name in output_folder.SHARED_FILES:
-        (tmp_path / name).write_bytes(content)
+def test_a_file_that_is_nobodys_is_no_obstacle(tmp_path, content):
+    (tmp_path / "last.pth").write_bytes(content)
     with output_folder.held(tmp_path, "moco.pretrain"):
         assert (tmp_path / output_folder.LOCK).exists()
-    assert {path.name for path in tmp_path.iterdir()} == set(output_folder.SHARED_FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
 # --------------------------------------------------------------------------- one run at a time; see test_faults.py too

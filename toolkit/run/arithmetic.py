@@ -13,24 +13,14 @@ MEASURED_TOKENS = 512  # as many as keep a processor busy
 WORTH_ROUNDING = 1.5  # times as fast: less is lost in the rest of a step
 
 
-def pays_in_8_bits(
-    out: int, width: int, precision: torch.dtype, multiply: Callable[[Tensor], Callable[[Tensor], Tensor]]
-) -> bool:
-    """Is a product by a weight (out, width) enough faster in 8 bits than in this precision?
-
-    Args:
-        multiply: turns a float weight into the product with it in 8 bits, (N, width) -> (N, out).
-    """
-    return speedups(out, width, multiply)[precision] >= WORTH_ROUNDING
-
-
 @functools.cache
 def speedups(
     out: int, width: int, multiply: Callable[[Tensor], Callable[[Tensor], Tensor]]
 ) -> dict[torch.dtype, float]:
     """How many times as fast as in floats a CPU multiplies by a weight (out, width) in 8 bits, by the floats' dtype.
 
-    Measured once, and printed. Several processes get one answer.
+    Measured once, and printed. Several processes get one answer. `multiply` turns a float weight into the product with
+    it in 8 bits, (N, width) -> (N, out).
     """
     weight = torch.ones(out, width)
     tokens = torch.ones(MEASURED_TOKENS, width)

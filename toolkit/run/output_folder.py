@@ -8,7 +8,6 @@ results of the other script, or if another run is still going on in it.
 import contextlib
 import functools
 import itertools
-import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +29,8 @@ _TABLES = ("metrics.csv", "results.json", "results_answers.csv", "learning_rates
 _CURVES = ("learning_rates.png", "training_curves.png", "precision_recall.png")
 _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "report.html")
 FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", *_TABLES, *_PICTURES)
-# Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
-SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
-MARKS = {"finetune_lora.py": {"class_names", "trials", "val_accuracy"}, "moco.pretrain": {"global_steps", "loss"}}
+# Both scripts write last.pth, from the start of a run on. These are keys of it that only one of the two writes.
+MARKS = {"finetune_lora.py": {"class_names", "trials"}, "moco.pretrain": {"global_steps"}}
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
@@ -90,8 +88,7 @@ def held(
             try:
                 stack.enter_context(_locked(folder))
                 _tidy(folder)
-                for name in SHARED_FILES:
-                    _check_owner(folder, name, script)
+                _check_owner(folder, script)
             except InputError as error:
                 problem = str(error)
         problem, *_ = distributed.gather(problem)
@@ -157,26 +154,15 @@ def _unusable(folder: Path, error: OSError) -> InputError:
     return InputError(f"--output-dir {folder}: cannot make it, or move out what is in it: {why}; name another folder")
 
 
-def _check_owner(folder: Path, name: str, script: str) -> None:
-    """Raise InputError if the other script's file of this name would be replaced; its keys or columns show whose it is.
-
-    One that does not exist or cannot be read is nobody's.
-    """
-    path = folder / name
+def _check_owner(folder: Path, script: str) -> None:
+    """Raise InputError if the other script's run is in the folder. A file that cannot be read is nobody's."""
     try:
-        if path.suffix == ".pth":
-            content = read_checkpoint(path)
-        elif path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            with open(path, encoding="utf-8") as file:
-                content = dict.fromkeys(file.readline().strip().split(","))
-    except (InputError, OSError, ValueError, RecursionError):
+        content = read_checkpoint(folder / "last.pth")
+    except InputError:
         return
     for other, marks in MARKS.items():
         if other != script and isinstance(content, dict) and marks & content.keys():
-            of_other = f"the {name} of a run of {other}, which would be lost"
-            raise InputError(f"--output-dir {folder} has {of_other}: name another folder")
+            raise InputError(f"--output-dir {folder} has the last.pth of a run of {other}: name another folder")
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:

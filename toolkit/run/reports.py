@@ -5,9 +5,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from toolkit import printable
 from toolkit.answers import comparison
@@ -18,16 +16,13 @@ from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import stored_path, write_text
 from toolkit.images.bands import recorded
-from toolkit.images.data import LoadingMeter
 from toolkit.images.sources import Splits
 from toolkit.models.checkpoints import stored_checkpoint
 from toolkit.run import verdict
-from toolkit.run.guard import Guard
-from toolkit.run.optim import WiseFT
-from toolkit.run.options import DataOptions, FineTuneOptions, lora_options
-from toolkit.run.plan import Plan
+from toolkit.run.options import DataOptions, lora_options
 from toolkit.run.training import best_epoch
 
+FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
 BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +80,7 @@ def describe_baseline(task: Task, baseline: dict[str, float | None], images: int
     return line
 
 
-def describe_rates(run: "FineTuned") -> str:
+def describe_rates(run: FineTuned) -> str:
     """One line: the learning rates of head, adapters and whatever else trains, and whether they are those asked for."""
     reported = [f"head {short_rate(run.rate)}"]
     if run.adapter_rate is not None:
@@ -102,7 +97,7 @@ def describe_rates(run: "FineTuned") -> str:
     return f"learning rate: {', '.join(reported)}"
 
 
-def describe_epoch(run: "FineTuned") -> str:
+def describe_epoch(run: FineTuned) -> str:
     """A line on the last finished epoch: losses, score, and the time that is left. A second one if not all is kept."""
     row = run.history[-1]
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
@@ -123,29 +118,6 @@ def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What it leaves
-
-
-class FineTuned(Protocol):
-    """The part of a run that reports read: see `finetune_lora.FineTuning`."""
-
-    args: FineTuneOptions
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-    splits: Splits
-    report: dict[str, Any]  # of `load_backbone`
-    identity: dict[str, Any]  # with `class_names`, `images` and `config`
-    history: list[dict[str, float]]
-    baseline: dict[str, float | None]
-    meter: LoadingMeter
-    wise_ft: WiseFT
-    guard: Guard
-    rate: float  # the head's
-    adapter_rate: float | None
-    adapter_lr_factor: float
-    task: Task
-
-    def path(self, name: str) -> Path: ...
 
 
 def adapter_metadata(run: FineTuned) -> dict[str, Any]:
