@@ -51,7 +51,7 @@ class Bands:
 
     def read(self, content: bytes) -> np.ndarray:
         """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
-        return self._picked(*decoded(content))
+        return self.picked(*decoded(content))
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
         """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
@@ -67,11 +67,6 @@ class Bands:
         """The chosen bands, (H, W) of this size each, as (H, W, channels)."""
         found = {**found, ZEROS: np.zeros(size, np.float32)}
         return np.stack([found[name] for name in self.chosen], axis=-1)
-
-    def from_levels(self, levels: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
-        """The chosen bands of all in a file, (H, W, bands), whose names are numbers if they have none."""
-        array = floats(levels)
-        return self._picked(array, names or _numbers(array))
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
         """The files that the image at this path is read from, by band if each band has its own file."""
@@ -126,9 +121,10 @@ class Bands:
         except (ValueError, OSError) as error:
             raise InputError(f"{name or 'an image'}: {printable(error)}") from None
 
-    def _picked(self, array: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """The chosen ones of an image's bands (H, W, bands), which have these names."""
+    def picked(self, array: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
+        """The chosen ones of an image's bands (H, W, bands), which have these names, or else numbers from 1."""
         if self.chosen:
+            names = names or list(map(str, range(1, array.shape[2] + 1)))
             missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
             if missing:
                 raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
@@ -238,8 +234,8 @@ def import_tifffile() -> ModuleType:
     return tifffile
 
 
-def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
-    """The content of an image file as (H, W, bands), float32, and the names of its bands, or their numbers from 1.
+def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
+    """The content of an image file as (H, W, bands), float32, and the names of its bands, if they have some.
 
     Raises InputError if a package is missing, ValueError or a library's own error if the file is damaged.
     """
@@ -256,13 +252,7 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             array = _pixels(image)
-    array = floats(array)
-    return array, names or _numbers(array)
-
-
-def _numbers(array: np.ndarray) -> list[str]:
-    """The numbers of the bands of an array (H, W, bands), from 1."""
-    return list(map(str, range(1, array.shape[2] + 1)))
+    return floats(array), names
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -61,8 +60,7 @@ def read_list(
     """The names and the labels in a list of images, a line each.
 
     Args:
-        path: a text or CSV file in UTF-8 with commas or tabs between the columns, or spaces where an image file is
-            followed by a number, as in VTAB's and FGVC's lists; its first line may name them.
+        path: a text or CSV file in UTF-8 with commas or tabs between the columns; its first line may name them.
         folder: what relative paths are relative to.
         group_by: a column that is no label, if it is one: see `read_groups`.
         label_columns: the one column that is the label: see `_label_columns`.
@@ -116,10 +114,6 @@ def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Seque
     return short
 
 
-_IMAGE = f".+(?:{'|'.join(map(re.escape, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))})"
-_SPACED = re.compile(rf"({_IMAGE}) +(\d+)", re.IGNORECASE)  # a path may have spaces of its own
-
-
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """A list's titles, if its first line has some, and its lines, in cells."""
     rows = []
@@ -127,19 +121,12 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         check_is_file(path)
         with open(path, encoding="utf-8-sig") as file:
-            first = file.readline()
-            delimiter = "\t" if "\t" in first else ","
-            is_spaced = delimiter == "," and _SPACED.fullmatch(first.strip())
+            delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
             for line in file:
                 number += 1
-                if not is_spaced:
-                    # Each line by itself: a quotation mark without its other would make one cell of all behind it.
-                    [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
-                elif spaced := _SPACED.fullmatch(line.strip()):
-                    cells = spaced.groups()
-                else:
-                    cells = [line]
+                # Each line by itself: a quotation mark without its other would make one cell of all behind it.
+                [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
                 cells = list(map(str.strip, cells))
                 if any(cells):
                     rows.append(cells)
@@ -271,12 +258,6 @@ def read_targets(
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
         targets = _named_labels(path, titles, rows)
-    for name in targets.names:
-        for of_answers in {name + PROBABILITY, name + ANSWER}.intersection(targets.names):
-            raise InputError(
-                f"--data-list {path}: '{printable(of_answers)}' is what the answers for {printable(name)} will be "
-                "called; give that label another name"
-            )
     labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 
@@ -333,13 +314,6 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
     names = in_order(set().union(*found))
     if not names:
         raise _error(path, "no image has a label")
-    text = "".join(given)
-    for sign in ";|":
-        if sign in text and "," not in text:
-            raise InputError(
-                f"--data-list {path}: '{sign}' stands between the labels of an image, as it seems: put commas there, "
-                'and quotation marks around them, as `path,"a,b"`'
-            )
     values = torch.zeros(len(rows), len(names))
     for i, labels in enumerate(found):
         values[i, list(map(names.index, labels))] = 1

@@ -59,7 +59,7 @@ class Scene:
                 found = {name: self._band(name, first, last) for name in self.sources}
                 return self.bands.stacked(found, (last - first, self.width))
             levels = self.sources[""].rows(first, last)
-            return levels if self.bands is None else self.bands.from_levels(levels, self.sources[""].names)
+            return levels if self.bands is None else self.bands.picked(reading.floats(levels), self.sources[""].names)
 
     def _band(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of a band that has its own file, (rows, W): those of the whole enlarged band."""

@@ -1,7 +1,7 @@
 """BatchNorms that stay in eval mode while they are frozen, and BatchNorms over the images of all processes.
 
 With the latter training in several processes is training in one, to rounding. PyTorch's SyncBatchNorm does this on GPUs
-alone. On them its function computes here too.
+alone.
 """
 
 import functools
@@ -9,7 +9,6 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import InputError, distributed
@@ -114,10 +113,6 @@ class SharedStatistics(_Extended):
         self._check_input_dim(x)
         self.num_batches_tracked.add_(1)
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        if x.is_cuda:
-            processes = (dist.group.WORLD, distributed.world_size())
-            running = (self.running_mean, self.running_var)
-            return SyncBatchNorm.apply(x, self.weight, self.bias, *running, self.eps, momentum, *processes)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [0, *range(2, x.dim())]
         [count] = distributed.all_sum(x.numel() / x.shape[1])
