@@ -45,7 +45,7 @@ from toolkit import InputError, devices, files, listed, printable
 from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
+from toolkit.config import folds, positive_int, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
@@ -142,7 +142,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
     """Write the answers for images as a table, one row for each image, and return the rows; or maps, and their paths.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. With --abstain what is less probable than that is unsure. Beside the `path` and, if files have geotags, `x`
+    numbers. Beside the `path` and, if files have geotags, `x`
     and `y` of the image's centre and the `epsg` code of these: as `image_path` and so on, if a number is called so.
 
     A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
@@ -150,8 +150,6 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
-        if args.abstain is not None:
-            task.head.check_abstain()
         per_pixel = task.kind == "segmentation"
         is_map = per_pixel or args.output.suffix in MAP_SUFFIXES
         if per_pixel and (args.output.suffix == ".csv" or args.window is not None):
@@ -169,7 +167,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
             return _predict_maps(args, model, about, task, images)
         images = readable(images)
         outputs = _outputs(args, model, (batch for batch, _ in progress_bar(make_loader(images), "predict")))
-    rows = predictions.write_table(task, outputs, images, args.output, args.abstain)
+    rows = predictions.write_table(task, outputs, images, args.output)
     print(f"wrote {args.output}: {len(rows)} images")
     return rows
 
@@ -187,7 +185,7 @@ def _predict_maps(
     def answer(windows: Tensor) -> Tensor:
         return _outputs(args, model, windows.split(args.batch_size))
 
-    maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
+    maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities)
     written = []
     broken = []
     places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
@@ -781,8 +779,6 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     predicting = parsers["predict"]
-    what = "write unsure where the answer is less probable than this, as 0.6"
-    predicting.add_argument("--abstain", type=positive_share, help=what)
     predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")
     predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
     what = "the graph takes images from 0 to 1, or files' numbers"

@@ -56,8 +56,7 @@ from toolkit.run import guard, optim, options, output_folder, reports, run_state
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
-from toolkit.run.options import FineTuneOptions
-from toolkit.run.plan import Plan
+from toolkit.run.options import FineTuneOptions, Plan
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 DEFAULT_CHECKPOINT = SHIPPED
@@ -246,9 +245,16 @@ class LoRALayer:
             name = prefix + self.weight_names[0]
             errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
             return
-        with lora_utils.digests_follow(self, state_dict, prefix):
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-            self._load_constants(state_dict, prefix, strict, missing, unexpected)
+        rounded = [name for name in self.float_digests if prefix + name in state_dict]
+        before = {name: dense_weight(self.base(name), torch.float32) for name in rounded}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self._load_constants(state_dict, prefix, strict, missing, unexpected)
+        for name in rounded:  # one that changes is no longer its former base
+            now = dense_weight(self.base(name), torch.float32)
+            if not torch.equal(now, before[name]):
+                loaded = state_dict[prefix + name]  # in 4 bits its bytes alone do not determine the values
+                loaded = loaded if loaded.is_floating_point() else now
+                self.float_digests[name] = tensor_digest(loaded)  # in place: adapters that share the base share these
 
     def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
         """What a weight in 4 bits needs beside its bytes."""
@@ -1182,10 +1188,11 @@ class FineTuning(RunState):
         self.guard.note_start(worst_loss, self.evaluate_watched())
 
     def _first_backward(self) -> None:
-        """Add up the gradients of the loss, summed over the first images."""
+        """Add up the gradients of the loss, summed over the images of the first steps."""
         images_at_once = initialization.GRADIENT_IMAGES
         factor = 1 / images_at_once if self.scaler.is_enabled() else 1.0  # lest float16 overflow
-        for step in self.loaders.first_steps(images_at_once):
+        steps = math.ceil(images_at_once / (self.args.batch_size * self.args.accumulation_steps))
+        for step in itertools.islice(self.loaders.steps(epoch=1), steps):
             for number, (images, labels) in enumerate(step.batches, 1):
                 images, labels = self.task.mix(devices.to_device(images, self.device), labels)
                 with self.exchanging(is_last=number == step.number):

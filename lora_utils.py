@@ -29,7 +29,6 @@ from lora.adapter_file import (  # noqa: F401 - most of these are for whoever re
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
-from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
@@ -49,26 +48,6 @@ def base_digests(model: nn.Module) -> dict[str, str]:
         if digests[name] == resized:
             digests[name] = record.base_digests[name]
     return digests | other_heads(model)
-
-
-@contextlib.contextmanager
-def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> Iterator[None]:
-    """Update the digests of a layer that loads `state` within this block.
-
-    A rounded weight that changes gets the digest of the loaded values, and no longer counts as its former base.
-    """
-    before = {}
-    for name in layer.float_digests:
-        if prefix + name in state:
-            before[name] = dense_weight(layer.base(name), torch.float32)
-    yield
-    for name, numbers in before.items():
-        now = dense_weight(layer.base(name), torch.float32)
-        if not torch.equal(now, numbers):
-            loaded = state[prefix + name]
-            if not loaded.is_floating_point():  # in 4 bits its bytes alone do not determine the values
-                loaded = now
-            layer.float_digests[name] = tensor_digest(loaded)  # in place: adapters that share the base share these
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

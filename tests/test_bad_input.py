@@ -557,11 +557,6 @@ ADAPTERS = [
          files={"a.png": b"text"}),
     case("predictions in place of an image", "deploy_lora predict lora.pth a.csv --output a.csv", "another file",
          files={"a.csv": PNG}),
-    case("a certainty above 1", "deploy_lora predict lora.pth images --output p.csv --abstain 60",
-         "--abstain", "expected a number above 0, at most 1, got '60'"),
-    case("unsure numbers", "deploy_lora predict theirs.pth images --output p.csv --abstain 0.6",
-         "--abstain: numbers have no probability", files={"theirs.pth": described(task={
-             "kind": "regression", "mean": [0.0] * 3, "std": [1.0] * 3})}),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
     case("evaluation on images without classes", "deploy_lora evaluate lora.pth mine", "mine: expected a folder of im",
          files={"mine/a.png": PNG}),

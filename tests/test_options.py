@@ -11,8 +11,7 @@ import yaml
 import finetune_lora
 from moco import pretrain
 from toolkit import InputError, config
-from toolkit.run.options import OF_FINE_TUNING, FineTuneOptions
-from toolkit.run.plan import YAML_SECTIONS, Plan
+from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, FineTuneOptions, Plan
 
 
 def test_a_list_given_in_parts_is_one_list():

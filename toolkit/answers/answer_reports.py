@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toolkit import printable
 from toolkit.answers import measures
-from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, new_figure, save_figure
+from toolkit.answers.report_page import BLUE, drawn, html_picture, new_figure, save_figure
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 from toolkit.images.transforms import View, whole_along
@@ -40,8 +40,7 @@ class Report:
 
     Args:
         head: of the task: `toolkit.answers.parts.Head`.
-        answers: what its `evaluate` returns. Those that are probabilities have `reliability`, and in `before` what
-            they were before calibration, or None.
+        answers: what its `evaluate` returns. Those that are probabilities have `reliability`.
         clusters: as for `measures.share_interval`: intervals are over these.
     """
 
@@ -106,23 +105,14 @@ class Report:
         save_figure(figure, path)
 
     def calibration_figures(self) -> dict[str, float]:
-        """The expected calibration error (0 to 1) and, where a run has just been calibrated, what that changed."""
+        """The expected calibration error (0 to 1) and, where a run has just been calibrated, the temperature."""
         figures = {"calibration_error": measures.calibration_error(self.answers.reliability())}
-        if self.answers.before is not None:
-            before = self.answers.reliability(before=True)
-            figures["calibration_error_before"] = measures.calibration_error(before)
-            figures["temperature"] = self.head.temperature
-        return figures
+        return figures if self.head.temperature == 1 else figures | {"temperature": self.head.temperature}
 
     def calibration_rows(self) -> list[tuple[str, str]]:
         """The same for people, where it is worth a line."""
-        figures = self.calibration_figures()
-        if not figures["calibration_error"] > TOLERATED_ERROR:  # NaN is not
-            return []
-        text = f"{figures['calibration_error']:.1%} on average"
-        if "calibration_error_before" in figures:
-            text += f" (before calibration {figures['calibration_error_before']:.1%})"
-        return [("probabilities off by", text)]
+        error = measures.calibration_error(self.answers.reliability())
+        return [("probabilities off by", f"{error:.1%} on average")] if error > TOLERATED_ERROR else []  # NaN is not
 
     def reliability_section(self) -> list[str]:
         """A picture for the page: how often answers of each probability are right."""
@@ -134,24 +124,19 @@ class Report:
         return ["<h2>Can the probabilities be believed?</h2>", explained, picture]
 
     def plot_reliability(self) -> bytes:
-        """The share that is right by probability, with the calibrated ones and those before, as a PNG."""
+        """The share that is right by probability, as a PNG."""
         figure = new_figure(5.2, 4.8)
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
-        series = [("saved", BLUE, "o", self.answers.reliability())]
-        if self.answers.before is not None:
-            series.insert(0, ("before calibration", ORANGE, "s", self.answers.reliability(before=True)))
-        for name, color, marker, bins in series:
-            confidence, right, count = bins[bins[:, 2] > 0].T
-            probability = confidence / count
-            share = right / count
-            label = f"{name}: off by {measures.calibration_error(bins):.1%}"
-            axes.plot(probability, share, ":", color=color, alpha=0.5)
-            axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=color, marker=marker, label=label)
+        bins = self.answers.reliability()
+        confidence, right, count = bins[bins[:, 2] > 0].T
+        probability = confidence / count
+        share = right / count
+        axes.plot(probability, share, ":", color=BLUE, alpha=0.5)
+        axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=BLUE)
         axes.set(xlabel="probability", ylabel="share that is right", xlim=(-0.02, 1.04), ylim=(-0.04, 1.04))
+        axes.set_title(f"off by {measures.calibration_error(bins):.1%}")
         axes.grid(alpha=0.3)
-        for handle in figure.legend(loc="outside upper center", ncols=len(series)).legend_handles:
-            handle.set_sizes([40])
         file = io.BytesIO()
         figure.savefig(file)
         return file.getvalue()

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit import InputError
 from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, plot_confusion, right_of, shortened, worst_first
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.parts import UNSURE, Head, SoftmaxObjective, Task, mixed
+from toolkit.answers.parts import Head, SoftmaxObjective, Task, mixed
 from toolkit.answers.report_page import html_picture, html_table
 from toolkit.images.data import LabelledImages
 
@@ -57,9 +56,7 @@ class ClassHead(Head):
 
     score = staticmethod(probe.head_accuracy)
     knn_score = staticmethod(evaluation.knn_accuracy)
-
-    def evaluate(self, model, loader, device, dtype=torch.float32) -> Evaluation:
-        return evaluation.evaluate(model, loader, device, dtype, self.temperature)
+    evaluate = staticmethod(evaluation.evaluate)
 
     def constant_score(self, images: LabelledImages) -> float:
         return max(Counter(images.labels).values()) / len(images)
@@ -76,23 +73,15 @@ class ClassHead(Head):
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
         return measures.fit_temperature(outputs, loss)
 
-    def columns(self, outputs: Tensor, abstain: float | None = None) -> dict[str, list[str]]:
-        """The most probable classes and their probabilities. With `abstain` the last column is the likeliest class."""
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        """The most probable classes and their probabilities."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
         columns = {}
         for place in range(classes.shape[1]):
             suffix = f"_{place + 1}" if place else ""
             columns[f"class{suffix}"] = [self.names[number] for number in classes[:, place].tolist()]
             columns[f"probability{suffix}"] = [f"{share:.4f}" for share in probabilities[:, place].tolist()]
-        if abstain is not None:
-            columns["likeliest"] = list(columns["class"])
-            for image in (~(probabilities[:, 0] >= abstain)).nonzero().flatten().tolist():
-                columns["class"][image] = UNSURE
         return columns
-
-    def check_abstain(self) -> None:
-        if UNSURE in self.names:
-            raise InputError(f"--abstain: the adapter has a class called {UNSURE}, which would mean two things")
 
 
 class ClassReport(Report):

@@ -200,11 +200,10 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
     confidences: Tensor  # (N,), probability of the predicted class
-    before: Tensor | None = None  # (N,), the confidences before calibration, if there was one
 
-    def reliability(self, before: bool = False) -> Tensor:
-        """`toolkit.answers.measures.calibration` of the answers, after calibration or before."""
-        return measures.calibration(self.before if before else self.confidences, self.predictions == self.labels)
+    def reliability(self) -> Tensor:
+        """`toolkit.answers.measures.calibration` of the answers."""
+        return measures.calibration(self.confidences, self.predictions == self.labels)
 
     @property
     def score(self) -> float:
@@ -236,23 +235,17 @@ class Evaluation(NamedTuple):
         return [sums.index_add(-1, of, counts.double())[..., :-1] for of in (right, self.labels, self.predictions)]
 
 
-def evaluate(
-    model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32, temperature: float = 1.0
-) -> Evaluation:
-    """Loss, accuracy and predictions of a classifier over a loader, as by `over_loader`.
-
-    If `temperature`, by which the logits were divided, is not 1, the confidences before that are measured too.
-    """
+def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Evaluation:
+    """Loss, accuracy and predictions of a classifier over a loader, as by `over_loader`."""
     losses = []
 
     def found(logits: Tensor, labels: Tensor) -> list[Tensor]:
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-        before = [] if temperature == 1 else [(temperature * logits).softmax(1).amax(1)]
-        return [labels, *logits.softmax(1).max(1), *before]
+        return [labels, *logits.softmax(1).max(1)]
 
     columns = over_loader(model, loader, device, dtype, found=found)
-    labels, confidences, predictions, *before = (column.cpu() for column in columns)
+    labels, confidences, predictions = (column.cpu() for column in columns)
     loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
     accuracy = (predictions == labels).float().mean().item()
     loss = distributed.all_sum(loss)[0] / len(labels)
-    return Evaluation(loss, accuracy, predictions, labels, confidences, *before)
+    return Evaluation(loss, accuracy, predictions, labels, confidences)

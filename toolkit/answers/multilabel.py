@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toolkit import listed, printable
 from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, shortened, worst_first
-from toolkit.answers.parts import UNSURE, ColumnAnswers, Head, Objective, Task
+from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import PROBABILITY
@@ -33,8 +33,6 @@ class LabelAnswers(ColumnAnswers):
     loss is the mean binary cross-entropy over images and labels, of which unknown ones have none.
     """
 
-    before: Tensor | None = None  # (N, K), the probabilities before calibration, if there was one
-
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
     @property
@@ -49,10 +47,10 @@ class LabelAnswers(ColumnAnswers):
         macro_ap, macro_auroc = self.by_label(weights).nanmean(-1).unbind(-1)
         return torch.stack([macro_ap, micro[..., 0], macro_auroc], -1)
 
-    def reliability(self, before: bool = False) -> Tensor:
-        """`toolkit.answers.measures.calibration` over all labels of all images, after calibration or before."""
+    def reliability(self) -> Tensor:
+        """`toolkit.answers.measures.calibration` over all labels of all images."""
         known = ~self.targets.isnan()
-        return measures.calibration((self.before if before else self.values)[known], self.targets[known])
+        return measures.calibration(self.values[known], self.targets[known])
 
     def by_label(self, weights: Tensor | None = None) -> Tensor:
         """AP and AUROC of each label, (2, K), or (n, 2, K) for weights of the images (n, N)."""
@@ -131,9 +129,8 @@ class LabelHead(Head):
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> LabelAnswers:
         outputs, targets = evaluation.all_outputs(model, loader, device, dtype)
-        before = None if self.temperature == 1 else self._tempered(outputs, 1 / self.temperature).sigmoid()
         loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
-        return LabelAnswers(loss, outputs.sigmoid(), targets, before)
+        return LabelAnswers(loss, outputs.sigmoid(), targets)
 
     @torch.no_grad()
     def score(self, model, features, targets) -> float:
@@ -164,10 +161,6 @@ class LabelHead(Head):
     def soften(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature, self.objective.constant_logits)
 
-    def _tempered(self, outputs: Tensor, temperature: float) -> Tensor:
-        """The outputs of a head that is softened so."""
-        return torch.lerp(self.objective.constant_logits.to(outputs.device), outputs, 1 / temperature)
-
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         constant = self.objective.constant_logits.to(outputs.device)
         smoothed = torch.lerp(targets, torch.full_like(targets, 0.5), smoothing).double()
@@ -180,8 +173,9 @@ class LabelHead(Head):
     def calibrate(self, outputs, targets, optimism) -> None:
         """The thresholds are those with the highest F1 on these views."""
         super().calibrate(outputs, targets, optimism)
-        probabilities = self._tempered(outputs, self.temperature).sigmoid()
-        self.thresholds = LabelAnswers(0.0, probabilities, targets).best_thresholds()
+        constant = self.objective.constant_logits.to(outputs.device)
+        tempered = torch.lerp(constant, outputs, 1 / self.temperature)  # as of a head that is softened so
+        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).best_thresholds()
 
     def restore(self, record) -> None:
         self.thresholds = torch.tensor(record["thresholds"], dtype=self.thresholds.dtype)
@@ -189,20 +183,11 @@ class LabelHead(Head):
     def record(self) -> dict[str, list[float]]:
         return {"thresholds": self.thresholds.tolist()}
 
-    def columns(self, outputs: Tensor, abstain: float | None = None) -> dict[str, list[str]]:
-        """The labels whose probability is above their threshold, and the probability of each label.
-
-        With `abstain` a label is unsure, and in a column of its own, if the answer on it, yes or no, is less probable.
-        """
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        """The labels whose probability is above their threshold, and the probability of each label."""
         probabilities = outputs.sigmoid()
-        said = probabilities > self.thresholds
-        unsure = torch.where(said, probabilities, 1 - probabilities) < (abstain or 0.0)
-        chosen = {"labels": said & ~unsure, UNSURE: unsure}
-        if abstain is None:
-            del chosen[UNSURE]
-        columns = {}
-        for title, rows in chosen.items():
-            columns[title] = [",".join(itertools.compress(self.names, row)) for row in rows.tolist()]
+        said = (probabilities > self.thresholds).tolist()
+        columns = {"labels": [",".join(itertools.compress(self.names, row)) for row in said]}
         for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
             columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
         return columns

@@ -18,7 +18,6 @@ from toolkit.answers.answer_reports import Report
 from toolkit.images.data import LabelledImages
 
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
-UNSURE = "unsure"  # in a table of predictions, for what is too uncertain to be an answer
 
 
 class Answers(Protocol):
@@ -128,9 +127,8 @@ class Head:
     start: Callable[..., probe.Probe]
     # For features, and whether they train: the temperature before training, as by `choose_temperature`
     first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
-    # A table of predictions, for outputs: what stands in each column, for each image. An answer less probable than the
-    # second argument, if that is a number, is unsure in a task that passes `check_abstain`
-    columns: Callable[[Tensor, float | None], Mapping[str, Sequence[str]]]
+    # A table of predictions, for outputs: what stands in each column, for each image
+    columns: Callable[[Tensor], Mapping[str, Sequence[str]]]
 
     def __init__(self, names: Sequence[str], objective: Any):
         self.names = list(names)
@@ -173,9 +171,6 @@ class Head:
     def restore(self, record: Mapping[str, list[float]]) -> None:
         """Take what `record` once said of choices."""
 
-    def check_abstain(self) -> None:
-        """Raise InputError if answers have no probability, or the names no room for an unsure one."""
-
     def output_layer(self) -> nn.Module:
         """What an exported graph ends with, so that its outputs mean something by themselves."""
         return nn.Identity()
@@ -205,9 +200,9 @@ class Task:
         self.mix = objective.mix
         self.evaluate = head.evaluate
 
-    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
+    def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The columns of a table of predictions (`Head.columns`), and for each image what stands in them."""
-        columns = self.head.columns(outputs, abstain)
+        columns = self.head.columns(outputs)
         return list(columns), zip(*columns.values(), strict=True)
 
     def record(self) -> dict[str, Any] | None:

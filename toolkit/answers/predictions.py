@@ -17,18 +17,17 @@ from toolkit.answers.parts import Task
 from toolkit.files import open_atomically, same_file, write_csv
 from toolkit.images import maps
 from toolkit.images.data import LabelledImages
-from toolkit.images.maps import unsure, write_map, write_mask
+from toolkit.images.maps import no_class, write_map, write_mask
 from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
 
-def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path, abstain: float | None) -> list[dict]:
-    """Write a row for each image, of outputs (N, K), and return the rows; less probable than `abstain` is unsure."""
-    columns, answers = task.table(outputs, abstain)
+def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
+    """Write a row for each image, of outputs (N, K), and return the rows."""
+    columns, answers = task.table(outputs)
     names = [images.name(i) for i in range(len(images))]
-    path_column = "image_path" if "path" in columns else "path"
-    columns = [path_column, *columns]
+    columns.insert(0, "image_path" if "path" in columns else "path")
     rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
     if places := maps.centres(names):
         prefix = "" if set(columns).isdisjoint(maps.COLUMNS) else "image_"
@@ -71,7 +70,6 @@ class Maps:
     transform: Callable[[Any], Tensor]  # an image or part of one, as `transforms` takes it -> (C, H, W), normalised
     window: int  # S for answers of pixels; else the pixels along each side of what becomes one pixel of the map
     probabilities: bool = False  # of all classes, instead of the likeliest one
-    abstain: float | None = None  # a class that is less probable than that is unsure
 
     def __post_init__(self) -> None:
         self.are_classes = self.task.kind in ("segmentation", "classification")
@@ -126,10 +124,7 @@ class Maps:
     def _values(self, outputs: Tensor) -> np.ndarray:
         """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of float32."""
         if self.has_classes:
-            numbers = outputs.argmax(2).numpy().astype(unsure(outputs.shape[2]).dtype)
-            if self.abstain is not None:
-                numbers[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = unsure(outputs.shape[2])
-            return numbers
+            return outputs.argmax(2).numpy().astype(no_class(outputs.shape[2]).dtype)
         if self.are_classes:
             return outputs.softmax(2).numpy()
         numbers = self.task.head.output_layer()(outputs).float().numpy()

@@ -124,10 +124,7 @@ class NumberHead(Head):
     def record(self) -> dict[str, list[float]]:
         return {"mean": self.objective.mean.tolist(), "std": self.objective.std.tolist()}
 
-    def check_abstain(self) -> None:
-        raise InputError("--abstain: numbers have no probability that could be too low")
-
-    def columns(self, outputs: Tensor, abstain: float | None = None) -> dict[str, list[str]]:
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         columns = zip(self.names, self.in_units(outputs).T.tolist(), self.objective.std.tolist(), strict=True)
         return {name: [number_text(number, spread) for number in numbers] for name, numbers, spread in columns}
 

@@ -52,7 +52,6 @@ class PixelAnswers:
     loss: float  # cross-entropy, the mean over an image's known pixels and over images
     confusion: Tensor  # (N, K, K), of truth (rows) and answers: numbers of known pixels
     bins: Tensor  # (BINS, 3): `toolkit.answers.measures.calibration` of the pixels
-    before: Tensor | None = None  # there is no calibration
     maps: Mapping[int, Tensor] = field(default_factory=dict)  # the answers (H, W) of the worst images, by their number
 
     @property
@@ -63,7 +62,7 @@ class PixelAnswers:
     def score(self) -> float:
         return self.measured()["miou"]
 
-    def reliability(self, before: bool = False) -> Tensor:
+    def reliability(self) -> Tensor:
         return self.bins
 
     def measured(self) -> dict[str, float]:

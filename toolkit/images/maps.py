@@ -112,7 +112,7 @@ def centres(paths: Iterable[str]) -> list[dict[str, Any]]:
     return [dict.fromkeys(COLUMNS, "") | place for place in found] if any(found) else []
 
 
-def unsure(classes: int) -> np.integer:
+def no_class(classes: int) -> np.integer:
     """What stands in a map of so many classes for a pixel without an answer: the largest number of its type."""
     return np.uint8(255) if classes <= 255 else np.uint16(65535)
 
@@ -132,7 +132,7 @@ def write_map(
     Args:
         parts: its rows from the top downwards, some at a time: (rows, W) classes, or (rows, W, K) of float32.
         like: the TIFF whose georeference the map takes; None: it has none.
-        palette: (K, 3) from 0 to 1, the colours of classes. What is `unsure` has no data.
+        palette: (K, 3) from 0 to 1, the colours of classes. `no_class` is the number without data.
         names: of the classes.
         step: how many of that TIFF's pixels one of the map is wide and high.
     """
@@ -147,7 +147,7 @@ def write_map(
     colours = None
     kind = "minisblack"
     if palette is not None:
-        extra.append((_GDAL_NODATA, "s", 0, str(unsure(len(palette))), True))
+        extra.append((_GDAL_NODATA, "s", 0, str(no_class(len(palette))), True))
         kind = "palette"
         colours = np.zeros((3, 1 + np.iinfo(first.dtype).max), np.uint16)
         colours[:, : len(palette)] = np.round(palette.T * 65535)

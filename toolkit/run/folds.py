@@ -22,8 +22,7 @@ from toolkit.models.checkpoints import is_none
 from toolkit.run import output_folder
 from toolkit.run.guard import Collapsed
 from toolkit.run.loaders import load_images
-from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, known_image_values
-from toolkit.run.plan import YAML_SECTIONS
+from toolkit.run.options import FREE_TO_CHANGE, YAML_SECTIONS, FineTuneOptions, known_image_values
 from toolkit.run.run_state import changed_settings
 
 # In --output-dir

@@ -1,6 +1,5 @@
 """The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -140,11 +139,6 @@ class Loaders:
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
         return training.micro_batches(self.train, self.meter, epoch, start, self.args.accumulation_steps)
-
-    def first_steps(self, images: int) -> Iterator[training.MicroBatches]:
-        """The first steps of the first epoch: as many as it takes for so many images, or all."""
-        number = math.ceil(images / (self.args.batch_size * self.args.accumulation_steps))
-        return itertools.islice(self.steps(epoch=1), number)
 
     @property
     def steps_per_epoch(self) -> int:

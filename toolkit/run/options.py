@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from toolkit import InputError, config
 from toolkit.answers.tasks import TASKS
 from toolkit.config import flag, option, or_word, positive_float, positive_int, several
@@ -233,7 +235,31 @@ class FineTuneOptions(RunOptions, ModelOptions, DataOptions, TuneOptions):
     """All options of a fine-tuning run."""
 
 
-FINE_TUNING_SECTIONS = {"run": RunOptions, "model": ModelOptions, "data": DataOptions, "finetune": TuneOptions}
+YAML_SECTIONS = {"model": ModelOptions, "data": DataOptions, "finetune": TuneOptions}
+FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What options leave open, settled by the machine, the checkpoint and the images."""
+
+    device: torch.device
+    dtype: torch.dtype  # of products, by autocast
+    precision: str  # by which this dtype was chosen; auto on a GPU
+    image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
+    normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
+    learning_rate: float
+    arithmetic: str  # of products with frozen weights: float, or int8 where that is faster
+    norms: str  # frozen, follow, train; auto where no BatchNorm can follow
+
+    def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
+        """The options, with what is settled, in the sections of a YAML file that repeats the run."""
+        settings = config.stored_sections(YAML_SECTIONS, args)
+        settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
+        settled = ("learning_rate", "precision", "arithmetic", "norms")
+        settings["finetune"] |= {name: getattr(self, name) for name in settled}
+        return settings
+
 
 # Keys of sections that both scripts read, but which are fine-tuning's alone: pretraining ignores them.
 OF_FINE_TUNING = {

@@ -273,17 +273,6 @@ def _by_epoch(axes: Any) -> None:
     axes.grid(alpha=0.3)
 
 
-def plot_learning_rates(rates: Sequence[float], scores: Sequence[float], task: Task, path: Path) -> None:
-    """Validation scores by learning rate."""
-    figure = new_figure(6, 3.6)
-    axes = figure.subplots()
-    factor, unit = task.axis
-    axes.plot(rates, [factor * score for score in scores], "o-", color=BLUE)
-    axes.set(xscale="log", xlabel="learning rate", ylabel=f"{task.score_title} on the validation part{unit}")
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     """A panel each, by epoch: the contrastive loss, and the measures of the features."""
     titles = {"loss": "contrastive loss", **TITLES}

@@ -14,7 +14,7 @@ from toolkit import InputError, distributed
 from toolkit.answers.tasks import Task
 from toolkit.files import read_checkpoint, save_atomically, write_csv
 from toolkit.images import sources
-from toolkit.run import reports, run_state
+from toolkit.run import run_state
 from toolkit.run.guard import Collapsed
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -76,7 +76,7 @@ def choose_learning_rate(
         epochs: of the run that the rate is for.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
-        folder: receives `last.pth`, `learning_rates.csv` and `learning_rates.png`.
+        folder: receives `last.pth` after each trial, and `learning_rates.csv` at the end.
         settings: `config` and `images` of the run, which an interrupted search must share, but for those in `free`.
     """
     trials: list[Trial] = []
@@ -106,12 +106,10 @@ def choose_learning_rate(
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
-            rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
-            write_csv(rows, columns, folder / "learning_rates.csv")
     rate = choose(trials, lambda score: task.head.variance(score, images))
     begin()
     if distributed.is_main():
-        rates, scores, _ = zip(*trials, strict=True)
-        reports.plot_learning_rates(rates, scores, task, folder / "learning_rates.png")
+        rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
+        write_csv(rows, columns, folder / "learning_rates.csv")
     print(f"learning rate {rate:.0e}")
     return rate, None
