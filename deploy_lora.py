@@ -41,7 +41,7 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import is_per_pixel
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, devices, files, listed, printable
+from toolkit import VERSION, InputError, devices, files, listed, printable
 from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
@@ -753,6 +753,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the command line, and the parser of each command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=VERSION)
     subparsers = parser.add_subparsers(dest="command", required=True)
     parsers = {}
     for name, (_, text) in COMMANDS.items():

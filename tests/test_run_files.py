@@ -18,7 +18,7 @@ import finetune_lora
 from finetune_lora import load_finetuned, read_options
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
-from toolkit import files
+from toolkit import VERSION, files
 from toolkit.answers.measures import wilson_interval
 from toolkit.files import read_checkpoint
 from toolkit.run import optim
@@ -98,6 +98,8 @@ def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, m
         assert ended.value.code == 0
         return capsys.readouterr().out
 
+    assert printed("--version") == f"{VERSION}\n"
+    assert f'version: "{VERSION}"' in (ROOT / "CITATION.cff").read_text()
     first, whole = printed("--help"), printed("--help-all")
     flags = re.findall(r"^  --([a-z0-9-]+)", first, re.MULTILINE)
     assert flags == [name.replace("_", "-") for name in finetune_lora.options.NEEDED]

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Collection, Iterable
 from typing import Any
 
+VERSION = "1.0"  # also in adapter files, results.json and report.html
+
 
 class InputError(ValueError):
     """The user's input is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""

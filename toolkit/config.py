@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from toolkit import InputError, did_you_mean, printable
+from toolkit import VERSION, InputError, did_you_mean, printable
 from toolkit.files import SHIPPED, stored_path
 
 SECTIONS = ("model", "data", "moco", "finetune")
@@ -402,6 +402,7 @@ def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
     show = {"action": "version", "version": "\n".join(lines)}  # argparse's action that prints a text
     parser.add_argument("-h", "--help", dest="help", help="the options that people need", **show)
     parser.add_argument("--help-all", dest="help", action="help", help="all options")
+    parser.add_argument("--version", dest="help", action="version", version=VERSION, help="the version")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -3,11 +3,13 @@
 import json
 import math
 import shlex
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import printable
+from toolkit import VERSION, printable
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import Report, finite
 from toolkit.answers.measures import TITLES
@@ -129,6 +131,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
+        "version": VERSION,
         **recorded(run.plan.normalization, run.report),
         "checkpoint": stored_checkpoint(run.args.checkpoint),
         "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
@@ -169,6 +172,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "arithmetic": run.plan.arithmetic,
+        "version": VERSION,
         "images": run.identity["images"],
         "normalization": recorded(normalization, run.report),
         "config": run.identity["config"],
@@ -188,7 +192,8 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     sections = report.sections(run.path(report.picture))
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
     page = run.path("report.html")
-    shown = [*meaning, *rows]
+    made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}: {shlex.join(sys.argv)}"
+    shown = [*meaning, *rows, ("made", made)]
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     print(f"\n{table([*rows, *meaning])}")
