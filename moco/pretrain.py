@@ -19,7 +19,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from moco.builder import MoCo, MoCoV3
 from toolkit import InputError, config, devices, distributed
 from toolkit.answers import evaluation, measures
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
-from toolkit.files import read_checkpoint, save_atomically, write_text
+from toolkit.files import save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
@@ -48,7 +48,7 @@ from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
 FREE_TO_CHANGE = (
-    *("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"),
+    *("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir"),
     "checkpoint",  # a digest catches another base
     *options.PLACES_OF_IMAGES,
 )
@@ -104,7 +104,6 @@ class MoCoOptions(AdapterOptions):
     seed: int = option(0, type=non_negative_int)
     knn_every: int = option(10, "epochs between k-NN accuracies", type=positive_int)
     knn_dir: Path | None = option(None, "class folders to measure it on, if the images have no labels", type=Path)
-    save_every: int = option(20, "epochs between checkpoints", type=positive_int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +148,12 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
 
 
 def written(args: Any) -> list[str]:
-    """The names of the files that a run writes to --output-dir; of the checkpoints, those that exist already."""
-    names = list(Pretraining.FILES)
-    for path in args.output_dir.glob("moco_stage1_epoch_*.pth"):
-        number = path.stem.rpartition("_")[2]
-        if number.isdecimal() and int(number) <= args.epochs:
-            names.append(path.name)
-    return names
+    """The names of the files that a run writes to --output-dir."""
+    return [*Pretraining.FILES, checkpoint_name(args)]
+
+
+def checkpoint_name(args: Any) -> str:
+    return f"moco_stage1_epoch_{args.epochs}.pth"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -326,19 +324,14 @@ class Pretraining(RunState):
             print("  the features have collapsed: lower --learning-rate or warm up longer")
 
     def save_epoch(self) -> None:
-        """Save the adapters, or a checkpoint if it is due; and the state to resume, unless the run is complete."""
-        is_last = self.epoch == self.args.epochs
+        """Save the adapters; and the state to resume or, at the end, the checkpoint."""
         if self.args.lora_rank > 0:
             self.save_adapters()
-        elif is_last or self.epoch % self.args.save_every == 0:
-            state = self.state()
-            if is_last:  # half as large: without what only resuming needs
-                needless = {*self.trained_entries, *self.other_entries} - {"model", "history"}
-                state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
-            if distributed.is_main():
-                save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
-        if not is_last:
+        if self.epoch < self.args.epochs:
             self.save_state()
+        elif self.args.lora_rank == 0 and distributed.is_main():  # half as large: without what only resuming needs
+            state = {"model": self.model_state(), "optimizer": {}, "history": self.history} | self.about()
+            save_atomically(state, self.path(checkpoint_name(self.args)))
 
     def measure(self) -> dict[str, float]:
         """Measure the features before the projector, by labels if there are any: training never sees these."""
@@ -377,20 +370,17 @@ class Pretraining(RunState):
             names |= {name.replace("encoder_q.", "encoder_k.", 1) for name in names}
         return {name: tensor.cpu() for name, tensor in state.items() if name in names}  # readable without a GPU
 
-    def state(self) -> dict[str, Any]:
-        about = {"arch": self.args.arch, "normalization": self.about_images}
-        return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, **about}
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        images = {"arch": self.args.arch, "normalization": self.about_images}
+        return {"epoch": self.epoch, "global_steps": self.global_steps, **images, **self.identity}
 
-    def resume(self, path: Path, free: Container[str]) -> None:
-        """As `RunState.resume`, from `last.pth` or a checkpoint of an epoch but the last."""
-        state = read_checkpoint(path)
-        if isinstance(state, dict) and state.get("optimizer") == {} and state.get("epoch"):
-            raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
-        super().resume(path, free)
+    def state(self) -> dict[str, Any]:
+        return super().state() | self.about()
 
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
-        file = "moco_lora.pth" if self.args.lora_rank > 0 else f"moco_stage1_epoch_{self.epoch}.pth"
+        file = "moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)
         return {
             **{name: last[name] for name in ("loss", *measures.TITLES)},
             "before": self.baseline,

@@ -45,9 +45,29 @@ def folder(tmp_path_factory):
 
 def arguments(folder: Path, output: Path, options: str = "") -> list[str]:
     """Of two steps an epoch."""
-    argv = f"--data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --save-every 1 --knn-every 2"
+    argv = f"--data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --knn-every 2"
     argv += f" --dim 8 --mlp-dim 16 --queue-size 16 --two-crops digits --device cpu --output-dir {output}"
     return [*argv.split(), *options.split()]
+
+
+def after_an_epoch(output: Path) -> Path:
+    """The state of a run after its first epoch: see `kept`."""
+    return output.with_name(f"{output.name}-1.pth")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept():
+    """The `last.pth` of each run's first epoch is kept beside its folder."""
+    finish = pretrain.Pretraining.end_epoch
+
+    def keep(self):
+        finish(self)
+        if self.epoch == 1 and self.args.epochs > 1:
+            shutil.copy(self.path("last.pth"), after_an_epoch(self.args.output_dir))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.Pretraining, "end_epoch", keep)
+        yield
 
 
 @pytest.fixture
@@ -56,7 +76,7 @@ def run(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def done(folder, tmp_path_factory) -> tuple[dict, Path, str]:
+def done(folder, tmp_path_factory, kept) -> tuple[dict, Path, str]:
     """A run without options: its results, its folder, and what it has printed."""
     output, told = tmp_path_factory.mktemp("done"), io.StringIO()
     with contextlib.redirect_stdout(told):
@@ -67,7 +87,6 @@ def test_the_files_of_a_run(done):
     results, output, told = done
     assert sorted(path.name for path in output.iterdir()) == [
         "metrics.csv",
-        "moco_stage1_epoch_1.pth",
         "moco_stage1_epoch_2.pth",
         "pretraining_curves.png",
         "results.json",
@@ -168,13 +187,18 @@ def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
             assert torch.equal(tensor, checkpoint["model"][f"encoder_q.{name}"]), name
 
 
+def test_a_state_that_is_not_the_last_is_a_checkpoint_too(done):
+    _, report = load_backbone(after_an_epoch(done[1]), num_classes=3)
+    assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
+
+
 @pytest.mark.parametrize("options", ["", "--moco-version 2 --optimizer sgd --learning-rate 0.03", "--optimizer lars"])
 def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch, options):
     """And counts the images of the whole run."""
     straight = run(options, "straight")["checkpoint"].parent if options else done[1]
     counts, results = [], data.LoadingMeter.results
     monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
-    run(f"{options} --resume {straight / 'moco_stage1_epoch_1.pth'}", "resumed")
+    run(f"{options} --resume {after_an_epoch(straight)}", "resumed")
     assert counts[-1] == 32  # two epochs of 16
     ends = [torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (straight, tmp_path / "resumed")]
     assert ends[0]["model"].keys() == ends[1]["model"].keys()
@@ -262,11 +286,11 @@ def test_bad_options(run, options, problem):
 
 
 def test_checkpoints_that_cannot_be_resumed(run, done, tmp_path):
-    with pytest.raises(InputError, match="that run is complete"):
+    with pytest.raises(InputError, match=r"epoch_2.pth is not a last\.pth of this version"):
         run(f"--resume {done[1] / 'moco_stage1_epoch_2.pth'}")
     with pytest.raises(InputError, match=r"belongs to a run with other settings .epochs was 2, is 3, seed was 0, is 5"):
-        run(f"--epochs 3 --seed 5 --resume {done[1] / 'moco_stage1_epoch_1.pth'}")
-    for content in ({"state_dict": {}}, torch.load(done[1] / "moco_stage1_epoch_1.pth")):
+        run(f"--epochs 3 --seed 5 --resume {after_an_epoch(done[1])}")
+    for content in ({"state_dict": {}}, torch.load(after_an_epoch(done[1]))):
         content.pop("images", None)
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(InputError, match=r"other.pth is not a last\.pth of this version"):
@@ -278,12 +302,10 @@ def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
     run(f"--data-dir {mine}")
-    half = f"--data-dir {mine} --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}"
+    half = f"--data-dir {mine} --resume {after_an_epoch(tmp_path / 'out')}"
     run(half, "same")
     shutil.copy(mine / "dark" / "0.png", mine / "dark" / "another.png")
-    with pytest.raises(
-        InputError, match=rf"moco_stage1_epoch_1\.pth was trained on other images than {mine} holds now"
-    ):
+    with pytest.raises(InputError, match=rf"out-1\.pth was trained on other images than {mine} holds now"):
         run(half, "other")
     (mine / "dark" / "another.png").unlink()
     run(half, "again")
@@ -415,9 +437,8 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base, capsys):
 
 def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
     whole = run("--epochs 1")["checkpoint"]
-    for epochs in (1, 3):
-        with pytest.raises(InputError, match=r"epoch_1\.pth would be overwritten: give another --output-dir"):
-            run(f"--epochs {epochs} --checkpoint {whole}")
+    with pytest.raises(InputError, match=r"epoch_1\.pth would be overwritten: give another --output-dir"):
+        run(f"--epochs 1 --checkpoint {whole}")
     run(f"--epochs 1 --checkpoint {whole}", "elsewhere")
     shutil.copy(whole, whole.with_name("last.pth"))
     with pytest.raises(InputError, match=r"last\.pth would be overwritten"):
@@ -450,18 +471,11 @@ def _weights(content, model):
 @pytest.mark.parametrize(
     "options", ["", pytest.param("--use-qlora --lora-dropout 0.2", marks=pytest.mark.slow), "--moco-version 2"]
 )
-def test_adapters_resume_to_the_same_bits(adapt, tmp_path, monkeypatch, options):
-    finish = pretrain.Pretraining.end_epoch
-
-    def keep(self):
-        finish(self)
-        if self.epoch == 1:
-            shutil.copy(self.path("last.pth"), tmp_path / "first.pth")
-
-    monkeypatch.setattr(pretrain.Pretraining, "end_epoch", keep)
+def test_adapters_resume_to_the_same_bits(adapt, tmp_path, options):
     straight = adapt(options, "straight")
-    resumed = adapt(f"{options} --resume {tmp_path / 'first.pth'}", "resumed")
-    state = torch.load(tmp_path / "first.pth")["model"]
+    half = after_an_epoch(tmp_path / "straight")
+    resumed = adapt(f"{options} --resume {half}", "resumed")
+    state = torch.load(half)["model"]
     assert not any(".weight" in name and ".heads." not in name and "predictor" not in name for name in state), (
         "the base"
     )
