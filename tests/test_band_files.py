@@ -139,6 +139,7 @@ def test_band_files_go_through_every_command(band_files, tmp_path, capsys):
 
     # The file says what its images were: nothing is typed again.
     argv = f"--checkpoint {stage1['checkpoint']} --data-dir {band_files} {options} --output-dir {tmp_path / 'tuned'}"
+    argv += " --lora-rank 2 --labels-per-class 2"
     results = finetune_lora.main(argv.split())
     told = capsys.readouterr().out
     assert "as in the pretraining, which moco_stage1_epoch_1.pth says" in told

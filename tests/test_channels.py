@@ -64,7 +64,7 @@ def base13(tmp_path_factory) -> Path:
 
 def run(base: Path, tiffs: Path, output: Path, options: str = "", scale: str = "--scale 10000") -> dict:
     argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --device cpu --workers 0 --batch-size 8"
-    argv += f" --epochs 2 --learning-rate 1e-3 {scale} {options}"
+    argv += f" --epochs 1 --lora-rank 2 --learning-rate 1e-3 {scale} {options}"
     return finetune_lora.main(argv.split())
 
 
@@ -167,7 +167,7 @@ def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_pa
 
 
 def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
-    results = run(base, tiffs, tmp_path, "--channels 13 --epochs 1")
+    results = run(base, tiffs, tmp_path, "--channels 13 --labels-per-class 2")
     evaluated = deploy_lora.main(f"evaluate {tmp_path / 'lora.pth'} --device cpu --workers 0".split())
     assert evaluated["accuracy"] == results["val_accuracy"]
 

@@ -19,7 +19,7 @@ from toolkit.run.guard import Collapsed
 
 
 def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, capsys):
-    options = f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0"
+    options = f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0 --labels-per-class 6"
     found = finetune(f"{options} --folds 2")
     printed, folder = capsys.readouterr().out, found["folder"]
     evaluated = set()

@@ -50,9 +50,9 @@ def test_only_adapters_that_start_at_the_gradient_get_another_rate(other):
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
     monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 200)
-    results = finetune("--epochs 1 --head-init random --warmup-epochs 0", output="random")
+    results = finetune("--epochs 1 --labels-per-class 2 --head-init random --warmup-epochs 0", output="random")
     assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
-    results = finetune("--epochs 1 --warmup-epochs 0", output="probe")
+    results = finetune("--epochs 1 --labels-per-class 2 --warmup-epochs 0", output="probe")
     assert metrics(results["folder"])[0]["learning_rate"] < 1e-4
 
 
@@ -148,7 +148,7 @@ def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
             for parameter in group["params"]:
                 rates[names[id(parameter)]] = group["initial_lr"]
 
-    results = finetune("--epochs 1 --lora-rank 2 --learning-rate 1e-4", after_epoch=look)
+    results = finetune("--epochs 1 --labels-per-class 2 --lora-rank 2 --learning-rate 1e-4", after_epoch=look)
     assert "learning rate: head 1e-4, adapters 2.4e-3 (24x: they start at the gradient)" in capsys.readouterr().out
     assert (
         {rate for name, rate in rates.items() if "lora_" in name} == {results["adapter_learning_rate"]} == {24 * 1e-4}

@@ -144,7 +144,7 @@ def segment(base, pairs, tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment, pairs):
-    results = segment("--epochs 1")
+    results = segment("--epochs 1 --lora-rank 2 --wise-ft 1")
     named = {"val_miou", "probe_miou_before", "val_miou_interval", "iou_per_class", "dice_per_class", "pixel_accuracy"}
     assert named <= results.keys()
     assert results["task"] == "segmentation" and list(results["iou_per_class"]) == ["class 0", "class 1"]
@@ -176,7 +176,7 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        "--use-qlora --adapt-last 1 --class-weights balanced --keep-best miou --activation-precision 16",
+        "--use-qlora --lora-rank 2 --adapt-last 1 --class-weights balanced --keep-best miou --activation-precision 16",
         "--lora-rank 0 --no-freeze-backbone --wise-ft 0.5 --augmentation none --gradient-checkpointing full"
         " --classes dark bright --unknown-value 255 7",
     ],
