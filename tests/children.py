@@ -67,9 +67,13 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from tests.checkpoint_files import narrow_resnet, shorten_vit_mini
+    from toolkit.models import backbones
     from toolkit.run.runs import run_script
 
     __import__(module)
+    shorten_vit_mini()
+    backbones._RESNETS["resnet18"] = narrow_resnet
     if before:
         before()
     run_script(lambda: sys.modules[module].main(argv))

@@ -5,7 +5,9 @@ import functools
 import gc
 import io
 import os
+import shutil
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes that tests start inherit it
 gc.disable()  # until everything is imported
@@ -20,7 +22,8 @@ from PIL import Image
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
-from tests.checkpoint_files import narrow_resnet, without_head
+from tests.checkpoint_files import narrow_resnet, shorten_vit_mini, without_head
+from toolkit import devices
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images import sources
@@ -31,6 +34,7 @@ from toolkit.models.backbones import build_backbone
 from toolkit.run import guard, loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
+shorten_vit_mini()
 
 
 def pytest_collection_finish():
@@ -136,6 +140,15 @@ def resnet() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
+def whole_vit_mini():
+    """Six blocks, as the shipped checkpoint has."""
+    with mock.patch.dict(backbones._VITS, vit_mini=backbones._VITS["vit_mini"] | {"num_layers": 6}):
+        checkpoints._shapes.cache_clear()
+        yield
+    checkpoints._shapes.cache_clear()
+
+
+@pytest.fixture(scope="module")
 def small_backbones():
     """A ResNet-18 is narrow here, and a ViT-S has two blocks: more would show no more of names and shapes."""
     with pytest.MonkeyPatch.context() as patch:
@@ -166,19 +179,37 @@ def saved(tmp_path):
     return save
 
 
-@pytest.fixture
-def finetune(base, images, tmp_path):
-    """finetune("--epochs 1", "out") runs the script on these images, with what else `main` takes; its results, with the
-    folder as `folder`. The runs, short as they are, train at the rate that they are given."""
+@pytest.fixture(scope="session")
+def finetune_into(base, images):
+    """finetune_into(folder, "--epochs 1") runs the script on these images, with what else `main` takes; its results,
+    with the folder as `folder`. The runs, short as they are, train at the rate that they are given."""
 
-    def run(options: str = "", output: str = "out", **more) -> dict:
-        argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path / output} --device cpu"
+    def run(folder: Path, options: str = "", **more) -> dict:
+        argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu"
         argv += " --augmentation none --batch-size 8 --epochs 2 --learning-rate 1e-3"
-        return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": tmp_path / output}
+        with mock.patch.object(optim, "STEPS_TO_TRAIN", 1):
+            return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": folder}
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
-        yield run
+    return run
+
+
+@pytest.fixture
+def finetune(finetune_into, tmp_path):
+    """finetune("--epochs 1", "out") is `finetune_into` a folder of that name."""
+    with mock.patch.object(optim, "STEPS_TO_TRAIN", 1):
+        yield lambda options="", output="out", **more: finetune_into(tmp_path / output, options, **more)
+
+
+@pytest.fixture(scope="session")
+def finished_once(finetune_into, tmp_path_factory) -> dict:
+    """The results of a run of one epoch."""
+    return finetune_into(tmp_path_factory.mktemp("once") / "out", "--epochs 1")
+
+
+@pytest.fixture
+def once(finished_once, tmp_path) -> Path:
+    """A copy of its folder, in which finetune("--epochs 1 --resume") goes on."""
+    return shutil.copytree(finished_once["folder"], tmp_path / "out")
 
 
 @pytest.fixture
@@ -231,9 +262,13 @@ def no_pictures():
 
 @pytest.fixture(scope="session", autouse=True)
 def few_views():
-    """After each epoch a run looks at each of the 21 training images once; usually it looks at 128 views."""
+    """After each epoch a run looks at each of the 21 training images once; usually it looks at 128 views.
+
+    No run measures whether this processor is faster in bf16, which it is not for so little.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guard, "WATCHED_VIEWS", 21)
+        patch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
         yield
 
 

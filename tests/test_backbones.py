@@ -19,15 +19,11 @@ def shapes(model):
 def test_maps_images_of_the_default_size_to_logits_and_features(arch):
     with torch.device("meta"):
         model = build_backbone(arch, num_classes=7)
+        if hasattr(torchvision.models, arch):
+            assert shapes(model) == shapes(getattr(torchvision.models, arch)(num_classes=7))
         images = torch.empty(2, 3, default_image_size(arch), default_image_size(arch))
         assert model(images).shape == (2, 7)
         assert forward_features(model, images).shape == (2, WIDTHS[arch])
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "vit_b_16", "vit_l_16"])
-def test_state_dict_is_that_of_torchvisions_own_function(arch):
-    with torch.device("meta"):
-        assert shapes(build_backbone(arch, 5)) == shapes(getattr(torchvision.models, arch)(num_classes=5))
 
 
 def test_conv_stem_is_moco_v3s():
@@ -85,6 +81,6 @@ def test_a_model_without_a_head_gives_its_output():
 
 def test_blocks_are_a_resnet_s_stages_and_a_vit_s_encoder_blocks():
     assert block_names(build_backbone("resnet18", 3)) == ["layer1", "layer2", "layer3", "layer4"]
-    assert block_names(build_backbone("vit_mini", 3)) == [f"encoder.layers.encoder_layer_{i}" for i in range(6)]
+    assert block_names(build_backbone("vit_mini", 3)) == [f"encoder.layers.encoder_layer_{i}" for i in range(2)]
     model = nn.ModuleDict({"stem": nn.Linear(2, 2), "blocks": nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)])})
     assert block_names(model) == ["blocks.0", "blocks.1", "blocks.2"] and block_names(nn.Linear(2, 2)) == []

@@ -214,7 +214,7 @@ FLAGS = [
     case("a rank above every layer's", "finetune --lora-rank 100000", "rank 100000 of", "is above 192", "--lora-rank"),
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
-    case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 6"),
+    case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 2"),
     case(
         "features that change",
         "finetune --cache-features ram --mixup 1",
@@ -386,7 +386,7 @@ IMAGES = [
          "--labels-per-class with", "--label-smoothing with", "--keep-best accuracy with --task multilabel"),
     case("what numbers have not", "plain-finetune --task regression --data-list l.csv --class-weights balanced "
          "--unknown negative", "--class-weights balanced with --task regression", "--unknown: replaced; write 0 or 1"),
-    case("a number that is always the same", "plain-finetune --task regression --data-list l.csv",
+    case("a number that is always the same", "bare-finetune --checkpoint base.pth --task regression --data-list l.csv",
          "the number number is the same in all", files=classes("cat", count=4) | {
              "l.csv": "".join(f"mine/cat/{i}.png,2.5\n" for i in range(4))}),
     images("files of other kinds alone", classes("dog") | {"mine/cat/0.HEIC": b"", "mine/cat/1.heic": b"",

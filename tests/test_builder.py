@@ -49,7 +49,11 @@ def move_apart(model: nn.Module) -> None:
 
 
 def test_the_encoders_start_equal_and_only_the_query_encoder_trains():
-    for model in (MoCo(Tiny(), K=8), MoCoV3(Tiny(), dim=6, mlp_dim=7)):
+    """The loss is computed in float32 under autocast. Momentum is constant with a queue, and rises to 1 in v3."""
+    for model, momentum in ((MoCo(Tiny(), K=8, m=0.9), [0.9] * 3), (MoCoV3(Tiny(), 6, 7, m=0.9), [0.9, 0.95, 1])):
+        assert [model.momentum(t) for t in (0, 0.5, 1)] == pytest.approx(momentum)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert copy.deepcopy(model)(*views(), 0.9).dtype == torch.float32
         for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
             assert torch.equal(q, k) and q is not k
             assert q.requires_grad and not k.requires_grad
@@ -126,17 +130,6 @@ def test_a_step_enqueues_this_batchs_keys_after_the_loss_was_taken():
     torch.testing.assert_close(model.queue.norm(dim=0), torch.ones(8))
 
 
-def test_momentum_is_constant_with_a_queue_and_rises_to_1_in_v3():
-    assert [MoCo(Tiny(), K=8, m=0.9).momentum(t) for t in (0, 0.5, 1)] == [0.9] * 3
-    assert [MoCoV3(Tiny(), m=0.9).momentum(t) for t in (0, 0.5, 1)] == pytest.approx([0.9, 0.95, 1.0])
-
-
-def test_the_loss_is_computed_in_float32_under_autocast():
-    for model in (MoCo(Tiny(), K=8), MoCoV3(Tiny(), dim=6, mlp_dim=7)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert model(*views(), 0.9).dtype == torch.float32
-
-
 def test_resnets_get_the_published_projectors():
     def names(model):
         return {name for name, _ in model.encoder_q.fc.named_parameters()}
@@ -149,20 +142,20 @@ def test_resnets_get_the_published_projectors():
 
 
 def test_a_vit_keeps_its_positions_and_patch_embedding():
+    """Positions are sines and cosines of column and row; those that are frozen already stay as they are."""
     model = MoCoV3(build_backbone("vit_mini", 1), dim=6, mlp_dim=7)
-    frozen = {name for name, p in model.encoder_q.named_parameters() if not p.requires_grad}
-    assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
-    assert [m.out_features for m in model.encoder_q.heads.modules() if isinstance(m, nn.Linear)] == [7, 7, 6]
-
-
-def test_positions_are_sines_and_cosines_of_column_and_row():
-    position = MoCoV3(build_backbone("vit_mini", 1), dim=6, mlp_dim=7).encoder_q.encoder.pos_embedding
-    assert position.shape == (1, 17, 192)
-    assert (position[0, 0] == 0).all()
+    position = model.encoder_q.encoder.pos_embedding
+    assert position.shape == (1, 17, 192) and (position[0, 0] == 0).all()
     row, column, i = 2, 3, 5
     frequency = 10000 ** (-i / 48)
     expected = [f(x * frequency) for x in (column, row) for f in (math.sin, math.cos)]
     torch.testing.assert_close(position[0, 1 + 4 * row + column, i::48], torch.tensor(expected))
+    backbone = build_backbone("vit_mini", 1)
+    positions = backbone.encoder.pos_embedding.requires_grad_(False).clone()
+    assert torch.equal(MoCoV3(backbone, dim=6, mlp_dim=7).encoder_q.encoder.pos_embedding, positions)
+    frozen = {name for name, p in model.encoder_q.named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+    assert [m.out_features for m in model.encoder_q.heads.modules() if isinstance(m, nn.Linear)] == [7, 7, 6]
 
 
 def contrast(version: int, backbone: nn.Module) -> MoCo | MoCoV3:
@@ -258,9 +251,3 @@ def test_only_adapters_and_projector_of_the_keys_follow():
         else:
             assert torch.equal(k, old), name
     assert moved == {"lora_B"}  # all else was equal
-
-
-def test_positions_that_are_frozen_already_stay_as_they_are():
-    backbone = build_backbone("vit_mini", 1)
-    positions = backbone.encoder.pos_embedding.requires_grad_(False).clone()
-    assert torch.equal(MoCoV3(backbone, dim=6, mlp_dim=7).encoder_q.encoder.pos_embedding, positions)

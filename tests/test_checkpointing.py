@@ -29,8 +29,6 @@ from lora import attention
 from lora_utils import LoRAManager
 from toolkit import InputError
 
-# ------------------------------------------------------------------------------------------ gradient checkpointing
-
 
 @pytest.mark.parametrize("mode", ["never", "selective", "full"])
 @pytest.mark.parametrize(
@@ -208,14 +206,15 @@ def test_checkpointing_pytorch_s_encoder_layer():
 
 
 def test_checkpointing_where_there_is_nothing_to_recompute():
-    with pytest.raises(InputError, match="selective finds nothing to recompute"):
-        set_gradient_checkpointing(frozen(resnet()), "selective")
-    with pytest.raises(InputError, match="never finds nothing to save"):
-        set_gradient_checkpointing(frozen(resnet()), "never")
-    with pytest.raises(InputError, match="full finds nothing to recompute"):
-        set_gradient_checkpointing(nn.Linear(2, 2), "full")
-    with pytest.raises(InputError, match="'some' is unknown"):
-        set_gradient_checkpointing(vit(), "some")
+    adapted = frozen(resnet())
+    for model, mode, message in (
+        (adapted, "selective", "selective finds nothing to recompute"),
+        (adapted, "never", "never finds nothing to save"),
+        (nn.Linear(2, 2), "full", "full finds nothing to recompute"),
+        (adapted, "some", "'some' is unknown"),
+    ):
+        with pytest.raises(InputError, match=message):
+            set_gradient_checkpointing(model, mode)
 
 
 @pytest.mark.parametrize("build", [resnet, vit])

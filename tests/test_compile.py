@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from lora_utils import read_adapter_file
 from tests.dense import BF16, FP32, assert_close, frozen, images, resnet, vit
+from tests.run_folders import assert_same_tensors, stop, tensors
 from toolkit import InputError, devices
+from toolkit.run import runs
 
 CPU = torch.device("cpu")
 
@@ -18,13 +20,9 @@ def forget():
     torch._dynamo.reset()
 
 
-SLOW = [
-    *(("vit in 4 bits", low) for low in (False, True)),
-    ("vit", True),
-    ("resnet", False),
-    ("resnet in 4 bits", False),
-]
+SLOW = [("vit", False), ("vit", True), ("vit in 4 bits", True), ("resnet", False), ("resnet in 4 bits", False)]
 MODELS = {
+    "layers": lambda: (frozen(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))), torch.randn(6, 8)),
     "vit": lambda: (frozen(vit()), images(16)),
     "vit in 4 bits": lambda: (frozen(vit(), use_qlora=True), images(16)),
     "resnet": lambda: (frozen(resnet(Bottleneck)), images()),
@@ -41,7 +39,9 @@ def step(network, model, x, low: bool) -> list[torch.Tensor]:
     return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("name, low", [("vit", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize(
+    "name, low", [("layers", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_a_model_is_one_graph_and_computes_the_same(monkeypatch, name, low):
     """The compiled step comes first: what an eager one keeps for the next is not there yet."""
     monkeypatch.setattr(devices, "COMPILER", "aot_eager")  # the graphs of both directions as they were traced
@@ -51,46 +51,32 @@ def test_a_model_is_one_graph_and_computes_the_same(monkeypatch, name, low):
         assert_close(own, wanted, 5 * BF16 if low else 10 * FP32)
 
 
-def trained(results: dict) -> dict[str, torch.Tensor]:
-    return read_adapter_file(results["folder"] / "lora.pth")["tensors"]
-
-
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.slow
 def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, finetune):
     """The last batch of an epoch is smaller, and adapters start at the gradient, in eager mode."""
     monkeypatch.setattr(devices, "COMPILER", "eager")
     networks, compiled = [], devices.compiled
     monkeypatch.setattr(devices, "compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
-    eager = trained(finetune(output="eager"))
+    eager = finetune(output="eager")
     assert not networks
-    whole = trained(finetune("--compile", "whole"))
+    whole = finetune("--compile", "whole")
     assert len(networks) == 1 and isinstance(networks[0], torch._dynamo.OptimizedModule)
-    for name, tensor in whole.items():
-        assert_close(tensor, eager[name], 0.01, name)
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (whole, eager))
+    for name, tensor in ours.items():
+        assert_close(tensor, theirs[name], 0.01, name)
 
-    def kill(run):
-        raise Killed
-
-    with pytest.raises(Killed):
-        finetune("--compile", "parts", after_epoch=kill)
-    resumed = trained(finetune("--compile --resume", "parts"))
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    with pytest.raises(runs.Stopped):
+        finetune("--compile", "parts", after_epoch=stop)
+    resumed = finetune("--compile --resume", "parts")
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        ("--activation-precision 16", "activation-precision 16"),
-        ("--gradient-checkpointing full", "gradient-checkpointing"),
-    ],
-)
-def test_what_the_compiler_decides_itself_is_refused(finetune, options, named):
-    with pytest.raises(InputError, match=f"--{named} with --compile: the compiler decides.*drop one"):
-        finetune(f"--compile {options}")
+@pytest.mark.parametrize("option", ["--activation-precision 16", "--gradient-checkpointing full"])
+def test_what_the_compiler_decides_itself_is_refused(finetune, option):
+    with pytest.raises(
+        InputError, match=f"{option.removesuffix(' full')} with --compile: the compiler decides.*drop one"
+    ):
+        finetune(f"--compile {option}")
 
 
 def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, finetune, tmp_path):

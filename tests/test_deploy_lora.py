@@ -67,11 +67,11 @@ def test_info_tells_what_is_in_the_file(adapter, capsys):
 
 def test_info_tells_what_is_frozen_in_4_bits(base, tmp_path, capsys):
     model, _ = load_backbone(base, 3)
-    LoRAManager(add_lora_to_model(model, adapt_last=2, use_qlora=True)).save_lora_checkpoint(tmp_path / "lora.pth")
+    LoRAManager(add_lora_to_model(model, adapt_last=1, use_qlora=True)).save_lora_checkpoint(tmp_path / "lora.pth")
     deploy_lora.main(["info", str(tmp_path / "lora.pth")])
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "lora.pth: 8 adapted layers" in first  # attention, its output projection and two linear layers in each block
-    assert sum(line.endswith("frozen in 4 bits") for line in rest) == 16
+    assert "lora.pth: 4 adapted layers" in first  # attention, its output projection and two linear layers in each block
+    assert sum(line.endswith("frozen in 4 bits") for line in rest) == 4
     assert "  encoder.layers.encoder_layer_0.mlp.0: QLoRALinear, frozen in 4 bits" in rest
 
 

@@ -1,7 +1,6 @@
 """Runs that are killed, interrupted, starved: real processes, real signals, a real full disk."""
 
 import contextlib
-import csv
 import json
 import os
 import random
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
+from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.files import read_checkpoint
 from toolkit.images import folders
@@ -49,8 +50,7 @@ def start(base, images, tmp_path):
 
 def outcome(folder: Path) -> dict:
     """All that a run leaves behind but times: every tensor and every number."""
-    with open(folder / "metrics.csv", newline="") as file:
-        found = {"metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]}
+    found = {"metrics": [row | {"seconds": 0} for row in rows_of(folder / "metrics.csv")]}
     results = json.loads((folder / "results.json").read_text())
     free = ("seconds", "images_per_second", "waiting_share", "peak_memory_bytes", "config", "adapter_bytes")
     free += ("checkpoint", "metrics")  # of pretraining: paths
@@ -79,7 +79,9 @@ def assert_same(ours, theirs, where: str = "") -> None:
         assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs, where
 
 
-# ------------------------------------------------------------------------------------------------- killed and resumed
+def assert_end_alike(*children: Child) -> None:
+    assert [child.wait() for child in children] == [0, 0], [child.output for child in children]
+    assert_same(*(outcome(child.folder) for child in children))
 
 
 @pytest.mark.slow
@@ -94,12 +96,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
         killed.send(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
         killed, kills = start(way, "--resume", log=f"resumed {kills}"), kills + 1
-    assert killed.wait() == 0, killed.output
-    assert whole.wait() == 0, whole.output
-    assert_same(outcome(killed.folder), outcome(whole.folder))
-
-
-# ------------------------------------------------------------------------------------------------------- interrupted
+    assert_end_alike(killed, whole)
 
 
 @pytest.mark.slow
@@ -114,10 +111,7 @@ def test_an_interrupted_run_saves_where_it_is_and_goes_on(start, way, signum, wo
     assert message.endswith("To go on: the same command with --resume") and "Traceback" not in stopped.output
     state = read_checkpoint(stopped.folder / "last.pth")
     assert state["progress"]["loss_sum"] > 0  # within the first epoch
-    resumed = start(way, "--resume", log="resumed")
-    assert resumed.wait() == 0, resumed.output
-    assert whole.wait() == 0, whole.output
-    assert_same(outcome(resumed.folder), outcome(whole.folder))
+    assert_end_alike(start(way, "--resume", log="resumed"), whole)
 
 
 def never_ending_step():
@@ -141,22 +135,18 @@ def test_a_second_ctrl_c_stops_at_once(start):
     assert not list(child.folder.glob(".*"))
 
 
-# ------------------------------------------------------------------------------------------------ two runs at once
-
-
 def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["lora", "pretrain"])
-def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start, way):
+def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start):
     """Until that run is killed, though its loading processes live a little longer: then it goes on at once."""
     first = start(options="--workers 1", before=never_ending_step)
     first.wait_for(lambda: "epoch 1/2" in first.output)
     before = files_in(first.folder)
-    for more in ("", "--resume"):
-        second = start(way, more, log=f"second{more}")
+    for way, more in (("lora", "--resume"), ("pretrain", "")):
+        second = start(way, more, log=f"second {way}")
         assert_one_line(second, f"--output-dir {first.folder}: another run (process {first.process.pid} on ", "let it")
     assert files_in(first.folder) == before
     os.kill(first.process.pid, signal.SIGKILL)
@@ -168,17 +158,12 @@ def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start, way):
     assert not list(first.folder.glob(".*"))
 
 
-# ---------------------------------------------------------------------------------------------- places to write to
-
-
 @contextlib.contextmanager
 def file_system(folder: Path, size: str):
     """A file system of its own at `folder`, of so many bytes."""
     folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
         pytest.skip("mounting a file system takes root")
     try:
         yield
@@ -195,7 +180,7 @@ def assert_one_line(child: Child, *parts: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "size"), [("lora", "8m"), ("pretrain", "160m")])
+@pytest.mark.parametrize(("way", "size"), [("lora", "8m"), ("pretrain", "80m")])
 def test_a_full_disk(start, tmp_path, way, size):
     with file_system(tmp_path / "out", size):
         child = start(way)
@@ -222,9 +207,6 @@ def test_a_folder_that_vanishes(start, tmp_path, way):
     read_checkpoint(tmp_path / "elsewhere" / "last.pth")
 
 
-# --------------------------------------------------------------------------------------------- images, workers, memory
-
-
 def kill_a_worker_at_an_image() -> None:
     """As the kernel does where memory runs out."""
     real = folders.open_image
@@ -244,46 +226,38 @@ def test_a_killed_worker_is_one_line(start, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv")],
-)
-def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, error):
-    def full(*_):
-        raise error
-
+def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch):
     common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
-    for place in ("prepare", "FineTuning.__init__", "FineTuning.note_steps"):
-        with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
-            patch.setattr(f"finetune_lora.{place}", full)
+    errors = {
+        "prepare": torch.OutOfMemoryError("CUDA out of memory"),
+        "FineTuning.__init__": MemoryError(),
+        "FineTuning.note_steps": RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv"),
+    }
+    for place, error in errors.items():
+        with pytest.raises(InputError) as caught, mock.patch(f"finetune_lora.{place}", side_effect=error):
             finetune_lora.main(f"--checkpoint {base} {common}".split())
         assert re.match("out of memory on cpu: lower --batch-size .* --gradient-checkpointing full", str(caught.value))
-    monkeypatch.setattr(pretrain.Pretraining, "note_steps", full)
+    monkeypatch.setattr(pretrain.Pretraining, "note_steps", mock.Mock(side_effect=MemoryError()))
     with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
-        pretrain.main(
-            f"--image-size 8 --batch-size 8 --two-crops digits {common} --output-dir {tmp_path / 'new'}".split()
-        )
+        options = f"--image-size 8 --batch-size 8 --two-crops digits {common} --output-dir {tmp_path / 'new'}"
+        pretrain.main(options.split())
 
 
-def test_a_run_is_not_resumed_over_another_base(base, images, tmp_path):
+def test_a_run_is_not_resumed_over_another_base(finetune, once, base, tmp_path):
     """The checkpoint may lie elsewhere now, but it must be the same."""
-    argv = f"--data-dir {images} --output-dir {tmp_path / 'out'} --device cpu --epochs 1 --lora-rank 2".split()
-    finetune_lora.main([*argv, "--checkpoint", str(base)])
     content = torch.load(base)
     moved, other = tmp_path / "moved.pth", tmp_path / "other.pth"
     torch.save(content, moved)
     content["state_dict"] = {name: 1.01 * tensor for name, tensor in content["state_dict"].items()}
     torch.save(content, other)
-    finetune_lora.main([*argv, "--resume", "--checkpoint", str(moved)])
+    finetune(f"--epochs 1 --resume --checkpoint {moved}")
     with pytest.raises(InputError, match=r"trained over another base than .*other\.pth"):
-        finetune_lora.main([*argv, "--resume", "--checkpoint", str(other)])
+        finetune(f"--epochs 1 --resume --checkpoint {other}")
 
 
-def test_a_run_goes_on_where_float16_is_automatic(base, images, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_float16_is_automatic(finetune, once, monkeypatch):
     """Its last.pth, written on a CPU, has no state of the loss scaler that float16 wants."""
-    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --epochs 1".split()
-    finetune_lora.main(argv)
     scaler = torch.amp.GradScaler("cpu")
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **options: scaler)
-    finetune_lora.main([*argv, "--resume"])
+    finetune("--epochs 1 --resume")
     assert scaler.is_enabled() and scaler.get_scale() == 65536

@@ -154,7 +154,7 @@ class Adapters:
             assert name.startswith("fc") or torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_order_of_what_can_be_done_leaves_each_adapter_and_the_base_as_they_are(seed, tmp_path):
     random.seed(seed)
     torch.manual_seed(seed)

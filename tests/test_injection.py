@@ -52,6 +52,12 @@ def adapted_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if any(adapters(module))}
 
 
+def trained_names(model: nn.Module) -> set[str]:
+    """What trains when the base is frozen."""
+    freeze_backbone_params(model)
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 # -------------------------------------------------------------------------------------------------- which layers
 
 
@@ -76,17 +82,9 @@ def test_a_model_without_a_head_is_adapted_altogether():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 5))
     add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0", "2"}
-    freeze_backbone_params(model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"{i}.lora_{m}" for i in (0, 2) for m in "AB"
-    }
-
-
-def test_a_single_layer_is_a_model_too():
-    model = add_lora_to_model(nn.Linear(4, 5), r=2)
-    assert isinstance(model, LoRALinear)
-    freeze_backbone_params(model)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    assert trained_names(model) == {f"{i}.lora_{m}" for i in (0, 2) for m in "AB"}
+    single = add_lora_to_model(nn.Linear(4, 5), r=2)
+    assert isinstance(single, LoRALinear) and trained_names(single) == {"lora_A", "lora_B"}
 
 
 @pytest.mark.parametrize(
@@ -107,13 +105,10 @@ def test_targets(targets, excluded, expected):
     assert adapted_names(model) == expected
 
 
-def test_an_adapted_head_is_merged_but_is_no_part_of_the_base():
+def test_an_adapted_head_is_merged_but_no_part_of_the_base_and_not_rounded():
     model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"])
     LoRAManager(randomize_adapters(model)).merge_into_base()
     assert not adapted_names(model) and not any(name.startswith("heads") for name in record_of(model).base_digests)
-
-
-def test_an_adapted_head_that_trains_is_not_rounded():
     model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"], base_dtype=torch.bfloat16)
     freeze_backbone_params(model)
     head = model.heads.head
@@ -196,9 +191,7 @@ def test_layers_whose_weight_is_computed_are_left_alone():
 
 def test_layers_that_a_block_reads_without_calling_them_are_left_alone():
     """Swin's attention gives the weights of qkv and proj to a function; an adapter there would never learn."""
-    model = SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5)
-    freeze_backbone_params(add_lora_to_model(model, r=2))
-    randomize_adapters(model)
+    model = frozen(SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5))
     model(images()).sum().backward()
     assert not any("attn" in name for name in adapted_names(model))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -222,6 +215,8 @@ def test_adapters_come_before_distributed_data_parallel(tmp_path):
                 change(model)
     finally:
         torch.distributed.destroy_process_group()
+    with pytest.raises(InputError, match="torchrun"):  # nor is there a place for them in DataParallel
+        LoRALinear(4, 4)._replicate_for_data_parallel()
 
 
 def test_float64_has_no_4_bit_form():
@@ -242,15 +237,9 @@ def test_merged_weights_do_not_train():
     freeze_backbone_params(model, freeze=False)
 
 
-def test_data_parallel_names_what_to_use_instead():
-    layer = LoRALinear(4, 4)
-    with pytest.raises(InputError, match="torchrun"):
-        layer._replicate_for_data_parallel()
-
-
 def test_a_layer_used_twice_is_adapted_once():
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
     stock = copy.deepcopy(model)
     randomize_adapters(add_lora_to_model(model, r=2))
     assert count_parameters(model)["lora"] == 2 * (4 + 4)
@@ -373,19 +362,14 @@ def test_new_adapters_start_as_the_base_model_merged_before_or_not(build, side, 
         assert_close(model(x), expected, FP32)
 
 
-def test_4_bit_layers_do_not_become_float():
-    model = add_lora_to_model(vit(), use_qlora=True)
+def test_float_layers_become_4_bit_ones_which_do_not_become_float():
+    model = add_lora_to_model(add_lora_to_model(vit()), use_qlora=True)
+    assert type(model.get_submodule("encoder.layers.encoder_layer_0.mlp.0")) is QLoRALinear
     kinds = [type(m) for m in model.modules()]
     for options in ({}, {"use_qlora": True, "target_modules": "mlp"}):
         with pytest.raises(InputError, match="in 4 bits, its float weight is gone"):
             add_lora_to_model(model, **options)
         assert [type(m) for m in model.modules()] == kinds
-
-
-def test_float_adapters_become_4_bit_ones():
-    model = add_lora_to_model(vit())
-    add_lora_to_model(model, use_qlora=True)
-    assert type(model.get_submodule("encoder.layers.encoder_layer_0.mlp.0")) is QLoRALinear
 
 
 @pytest.mark.parametrize("build, side", [(partial(resnet, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
@@ -418,8 +402,7 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
 
 def test_freezing_leaves_adapters_and_head_to_train():
     for model in (resnet(), vit()):
-        freeze_backbone_params(add_lora_to_model(model))
-        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        trains = trained_names(add_lora_to_model(model))
         assert trains == {n for n, _ in model.named_parameters() if "lora_" in n or n.startswith(("fc.", "heads."))}
         freeze_backbone_params(model, freeze=False)
         assert all(p.requires_grad for p in model.parameters())
@@ -437,11 +420,8 @@ def test_counts_are_of_elements():
         assert count_parameters(model) == {
             "total": total + lora, "trainable": lora + head, "frozen": total - head, "lora": lora
         }  # fmt: skip
-
-
-def test_a_parameter_that_modules_share_is_counted_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].bias = model[0].bias
+    model[1].bias = model[0].bias  # counted once
     assert adapted_names(add_lora_to_model(model, r=2)) == {"0", "1"}
     assert count_parameters(model) == {"total": 68, "trainable": 68, "frozen": 0, "lora": 32}
 
@@ -451,8 +431,7 @@ def test_a_parameter_that_modules_share_is_counted_once():
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1), partial(torch.optim.AdamW, lr=1e-2)])
 def test_training_moves_every_adapter_and_nothing_frozen(build, side, four_bits, optimizer):
     model = add_lora_to_model(build(), r=2, use_qlora=four_bits, lora_dropout=0.1)
-    freeze_backbone_params(model)
-    before, trains = snapshot(model), {name for name, p in model.named_parameters() if p.requires_grad}
+    before, trains = snapshot(model), trained_names(model)
     step = optimizer([p for p in model.parameters() if p.requires_grad])
     model.train()
     for _ in range(3):
@@ -468,9 +447,8 @@ def test_training_moves_every_adapter_and_nothing_frozen(build, side, four_bits,
 
 def test_statistics_of_a_frozen_batch_norm_stay():
     """Whatever train() says (peft issue 1732); until it is unfrozen."""
-    model = add_lora_to_model(
-        nn.Sequential(resnet(), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(5, 4), nn.BatchNorm1d(4))
-    )
+    layers = resnet(), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(5, 4), nn.BatchNorm1d(4)
+    model = add_lora_to_model(nn.Sequential(*layers))
     freeze_backbone_params(model)
     before = snapshot(model)
     model.eval().train()
@@ -480,21 +458,14 @@ def test_statistics_of_a_frozen_batch_norm_stay():
     model(images(count=4))
     counted = [name for name in before if name.endswith("num_batches_tracked")]
     assert counted and all(model.state_dict()[name] == 1 for name in counted)
-
-
-def test_unfrozen_batch_norms_are_in_the_mode_of_their_model():
-    model = add_lora_to_model(resnet())
-    for training in (False, True):
+    for training in (False, True):  # unfrozen, they are in the mode of their model
         freeze_backbone_params(model.train(training))
         freeze_backbone_params(model, freeze=False)
         assert {module.training for module in model.modules()} == {training}
-
-
-def test_a_batch_norm_in_the_head_trains():
-    model = nn.Module()
-    model.backbone, model.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
-    freeze_backbone_params(add_lora_to_model(model, r=2))
-    assert model.train().head[0].training and model.head[0].weight.requires_grad
+    head = nn.Module()
+    head.backbone, head.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    freeze_backbone_params(add_lora_to_model(head, r=2))
+    assert head.train().head[0].training and head.head[0].weight.requires_grad
 
 
 def test_nothing_below_the_encoder_of_a_vit_is_differentiated():

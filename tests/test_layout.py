@@ -89,9 +89,6 @@ def test_contributing_has_a_line_for_every_file():
     assert [path for path in files if f"`{path.relative_to(ROOT)}`" not in text] == []
 
 
-# ------------------------------------------------------------------------------------------------------- arrows
-
-
 def test_few_imports_run_between_the_files_of_lora():
     files = [name for name in SOURCES if name.startswith("lora.")]
     arrows = [(name, other) for name in files for other in imported(SOURCES[name]) if other in files]
@@ -110,8 +107,6 @@ def test_few_imports_run_between_the_rooms_of_the_toolkit():
     between = sorted(pair for pair in pairs if pair[0] != pair[1])
     assert len(between) <= 30, between
 
-
-# ------------------------------------------------------------------------------------------------------ density
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

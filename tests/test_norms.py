@@ -88,9 +88,7 @@ def test_frozen_norms_and_a_single_process_are_left_alone(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     share_statistics(model)
     assert [type(module) is kind for module, kind in zip(model, before, strict=True)] == [True, False, True]
-    assert (
-        isinstance(model[1], nn.BatchNorm2d) and model.state_dict().keys() == nn.Sequential(*model).state_dict().keys()
-    )
+    assert isinstance(model[1], nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("freezable", [False, True])

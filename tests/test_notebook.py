@@ -8,14 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from PIL import Image
 
 from finetune_lora import DEFAULT_CHECKPOINT
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "finetune_lora_notebook.ipynb"
 SECTIONS = (
@@ -57,6 +56,12 @@ print(json.dumps({
 """
 
 
+def read_notebook():
+    import nbformat  # takes seconds, which nobody who collects the tests has to wait for
+
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
 def code_cells(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -90,7 +95,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def executed(folder):
     """The notebook, run from top to bottom in an empty folder on the CPU; its last cell prints REPORT."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = read_notebook()
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = PARAMETERS
     notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
@@ -104,7 +112,6 @@ def computed(executed) -> dict[str, Any]:
     return json.loads(executed.cells[-1].outputs[-1]["text"])
 
 
-@pytest.mark.slow
 def test_what_it_says_of_its_runs_is_so(computed, folder):
     knn, runs = computed["k-NN"], computed["runs"]
     # What the prose says of the three.
@@ -121,7 +128,7 @@ def test_what_it_says_of_its_runs_is_so(computed, folder):
     lora = computed["runs"]["lora"]
     assert computed["evaluated"] == pytest.approx(lora["val_accuracy"], abs=1e-6)
     assert computed["per_class"] == pytest.approx([100 * x for x in lora["accuracy_per_class"].values()], abs=1e-3)
-    runs, head = computed["runs"], 192 * 10 + 10
+    head = 192 * 10 + 10
     trained = {name: run["trainable_parameters"] for name, run in runs.items()}
     assert trained["lora"] == trained["qlora"] == head + runs["lora"]["lora_parameters"]
     assert trained["full"] == runs["full"]["total_parameters"]
@@ -132,7 +139,6 @@ def test_what_it_says_of_its_runs_is_so(computed, folder):
     assert (values[..., 0] > 1e-3).all() and (np.diff(values) <= 1e-6).all()
 
 
-@pytest.mark.slow
 def test_files_and_merged_weights_give_the_same_answers(computed, folder):
     at_start, switched_off, reloaded, merged = computed["differences"]
     assert max(at_start, switched_off, reloaded) < 1e-5 and merged < 1e-3
@@ -148,27 +154,25 @@ def test_files_and_merged_weights_give_the_same_answers(computed, folder):
     assert 0.01 < computed["rounded"] < 0.2  # of the largest weight of the block; half the widest step is 0.15
 
 
-@pytest.mark.slow
 def test_it_draws_what_is_committed_and_photographs_where_they_are_given(executed, computed, folder):
-    drawn, committed = pictures(executed.cells), pictures(nbformat.read(NOTEBOOK, as_version=4).cells)
+    drawn, committed = pictures(executed.cells), pictures(read_notebook().cells)
     assert len(drawn) == len(committed) + 2  # of the photographs
     assert all(picture.std() > 10 for picture in drawn)  # not blank
-    assert (
-        computed["photographs"]["val_accuracy"] > 0.8
-        and (folder / "checkpoints/notebook/photographs/lora.pth").exists()
-    )
+    assert computed["photographs"]["val_accuracy"] > 0.8
+    assert (folder / "checkpoints/notebook/photographs/lora.pth").exists()
     (last_code,) = code_cells(executed)[-2:-1]
     assert len(pictures([last_code])) == 2  # the curves and the mistakes
 
 
 def test_nine_sections_with_their_pictures_are_committed_as_executed():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    import nbformat
+
+    notebook = read_notebook()
     nbformat.validate(notebook)
     parts = sections(notebook)
     assert [part[0].source.splitlines()[0] for part in parts] == [f"## {i}. {t}" for i, t in enumerate(SECTIONS, 1)]
     assert {number for number, part in enumerate(parts, 1) if pictures(part)} == WITH_PICTURES
     assert all(picture.std() > 10 for picture in pictures(notebook.cells))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert NOTEBOOK.stat().st_size < 2e6
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -177,7 +181,7 @@ def test_nine_sections_with_their_pictures_are_committed_as_executed():
 
 
 def test_no_litter_in_what_is_committed():
-    found = outputs(nbformat.read(NOTEBOOK, as_version=4).cells)
+    found = outputs(read_notebook().cells)
     streams = {name: "".join(o["text"] for o in found if o.get("name") == name) for name in ("stdout", "stderr")}
     assert not streams["stderr"].strip()  # progress bars are gone when they end
     assert len(streams["stdout"].splitlines()) < 150

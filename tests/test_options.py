@@ -36,9 +36,6 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     assert args.arch == "vit_mini" and args.dataset == "digits" and args.checkpoint is None
 
 
-# ----------------------------------------------------------------------------------------- options that nobody changes
-
-
 @pytest.mark.parametrize("script", [finetune_lora, pretrain])
 def test_options_that_were_read_cannot_be_changed(script):
     args, _ = script.read_options([])
@@ -50,19 +47,10 @@ def test_options_that_were_read_cannot_be_changed(script):
     assert (args.mean, args.std) == ((0.5,), (0.25,))  # lists could be
 
 
-def settled(args: FineTuneOptions, **changes) -> Plan:
+def settled(**changes) -> Plan:
     values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
-    plan = Plan(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        precision="fp32",
-        image_values=values,
-        normalization={},
-        learning_rate=3e-4,
-        arithmetic="int8",
-        norms="follow",
-    )
-    return dataclasses.replace(plan, **changes)
+    rest = {"learning_rate": 3e-4, "precision": "fp32", "arithmetic": "int8", "norms": "follow"} | changes
+    return Plan(device=torch.device("cpu"), dtype=torch.float32, image_values=values, normalization={}, **rest)
 
 
 @pytest.mark.parametrize(
@@ -77,27 +65,17 @@ def settled(args: FineTuneOptions, **changes) -> Plan:
 def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, tmp_path, typed):
     """With what was settled in place of what was left open."""
     args, _ = finetune_lora.read_options(["--checkpoint", str(base), *typed.split()])
-    plan = settled(args, norms=args.norms if args.lora_rank == 0 else "follow")
-    plan = plan if args.freeze_backbone else dataclasses.replace(plan, arithmetic="float")
+    arithmetic = "int8" if args.freeze_backbone else "float"
+    plan = settled(norms=args.norms if args.lora_rank == 0 else "follow", arithmetic=arithmetic)
     settings = plan.settings(args)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     again, sources = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
     assert plan.settings(again) == settings
-    expected = dataclasses.replace(
-        args,
-        config=tmp_path / "config.yaml",
-        learning_rate=plan.learning_rate,
-        precision=plan.precision,
-        arithmetic=plan.arithmetic,
-        norms=plan.norms,
-        **plan.image_values,
-    )
-    assert again == expected
+    names = ("learning_rate", "precision", "arithmetic", "norms")
+    found = {name: getattr(plan, name) for name in names} | plan.image_values
+    assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
     in_file = {name for section in settings.values() for name in section}
     assert {name for name, source in sources.items() if source == "config"} == in_file
-
-
-# --------------------------------------------------------------------------------------- configurations of old versions
 
 
 def problems_of(*typed: str) -> list[str]:

@@ -109,6 +109,7 @@ STATES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @STATES
 def test_a_model_can_be_exported(build, side, four_bits, change):
     """For batches of any size."""
@@ -120,6 +121,11 @@ def test_a_model_can_be_exported(build, side, four_bits, change):
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
     assert_close(program(x), answer, FP32)
     assert_close(program(torch.cat([x] * 20)), torch.cat([answer] * 20), FP32)
+
+
+def test_a_layer_can_be_exported():
+    """The same of one convolution, in less time."""
+    test_a_model_can_be_exported(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 8, False, None)
 
 
 @STATES

@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import finetune_lora
-from moco import pretrain
 from toolkit import InputError
 from toolkit.run import output_folder
 
-SCRIPTS = {"finetune_lora.py": finetune_lora.main, "moco.pretrain": pretrain.main}
 STATES = {"finetune_lora.py": {"class_names": []}, "moco.pretrain": {"global_steps": 0}}  # in last.pth, shortened
+
+
+def hold(folder: Path, script: str = "moco.pretrain") -> None:
+    with output_folder.held(folder, script):
+        assert (folder / output_folder.LOCK).exists()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# ------------------------------------------------------------------------------------------------- among the images
 
 
 def problems(**given) -> list[str]:
@@ -42,9 +41,6 @@ def test_results_may_not_lie_among_the_images(tmp_path, parts):
     assert refused("out") == ("cat" in parts)
     assert all(refused(f"{part}/deep/out") for part in parts)
     assert not refused("../out")
-
-
-# ------------------------------------------------------------------------------------------------------ files of a run
 
 
 def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
@@ -79,26 +75,21 @@ def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_pat
         assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", STATES)
 def test_the_other_scripts_run_is_not_moved_aside(tmp_path, script):
     torch.save(STATES[script], tmp_path / "last.pth")
-    with output_folder.held(tmp_path, script):
-        pass
-    [other] = SCRIPTS.keys() - {script}
-    with pytest.raises(InputError, match=f"has the last.pth of a run of {script}"), output_folder.held(tmp_path, other):
-        pass
+    hold(tmp_path, script)
+    [other] = STATES.keys() - {script}
+    with pytest.raises(InputError, match=f"has the last.pth of a run of {script}"):
+        hold(tmp_path, other)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"[{}]", b"PK\x03\x04"])
 def test_a_file_that_is_nobodys_is_no_obstacle(tmp_path, content):
     (tmp_path / "last.pth").write_bytes(content)
-    with output_folder.held(tmp_path, "moco.pretrain"):
-        assert (tmp_path / output_folder.LOCK).exists()
+    hold(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
-# --------------------------------------------------------------------------- one run at a time; see test_faults.py too
 
 
 def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
@@ -115,9 +106,8 @@ def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
 def test_a_system_without_locks_knows_of_another_run_by_its_file_if_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(output_folder, "fcntl", None)
     with output_folder.held(tmp_path, "moco.pretrain"):
-        with pytest.raises(InputError, match="another run is going on in it"):  # noqa: SIM117
-            with output_folder.held(tmp_path, "moco.pretrain"):
-                pass
+        with pytest.raises(InputError, match="another run is going on in it"):
+            hold(tmp_path)
         assert (tmp_path / output_folder.LOCK).exists()
     assert list(tmp_path.iterdir()) == []
 

@@ -4,6 +4,7 @@ Its answers are compared with the model's. Everything here needs PEFT, apart fro
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from finetune_lora import add_lora_to_model, load_finetuned
 from lora.peft_format import CONFIG, WEIGHTS, _obstacle
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
-from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
@@ -31,17 +31,11 @@ def peft():
     return pytest.importorskip("peft")
 
 
-@pytest.fixture(scope="session")
-def resnet_base(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
+@pytest.fixture(scope="module")
+def bases(base, narrow, tmp_path_factory) -> dict[str, Path]:
     path = tmp_path_factory.mktemp("resnet") / "base.pth"
-    torch.save(build_backbone("resnet18", 3).state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def bases(base, resnet_base) -> dict[str, Path]:
-    return {"vit": base, "resnet": resnet_base}
+    torch.save(narrow, path)
+    return {"vit": base, "resnet": path}
 
 
 SIZES = {"vit": 16, "resnet": 32}
@@ -97,7 +91,7 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
 
 def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
     """PEFT's answers are those of a float model with these adapters; what was in 4 bits below them is no adapter."""
-    last = 2
+    last = 1
     adapter = saved(base, 16, tmp_path, r=2, use_qlora=True, adapt_last=last)
     to_peft(adapter, tmp_path / "peft")
     assert "trained over 4-bit weights" in capsys.readouterr().out
@@ -140,13 +134,9 @@ def test_layers_that_peft_computes_otherwise(layer, expected):
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match="pip install peft"):
-        to_peft(tmp_path / "lora.pth", tmp_path)
-    with pytest.raises(InputError, match="pip install peft"):
-        from_peft(tmp_path, tmp_path / "lora.pth", tmp_path / "base.pth")
-
-
-# ---------------------------------------------------------------------------------------------------------- from PEFT
+    for convert, *given in ((to_peft,), (from_peft, tmp_path / "base.pth")):
+        with pytest.raises(InputError, match="pip install peft"):
+            convert(tmp_path / "lora.pth", tmp_path, *given)
 
 
 def written_by_peft(peft, base: Path, size: int, folder: Path, **config) -> nn.Module:
@@ -180,16 +170,6 @@ def test_what_peft_has_trained_is_read(peft, kind, config, bases, tmp_path):
     assert info["class_names"] == NAMES
 
 
-def test_attention_that_has_not_trained_keeps_its_rank(peft, base, tmp_path):
-    """Its B of zeros looks like one of three blocks."""
-    config = peft.LoraConfig(r=3, target_modules=["self_attention"], modules_to_save=["heads"])
-    model = peft.get_peft_model(stock(base, 16), config).eval()
-    model.save_pretrained(tmp_path / "peft")
-    from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, NAMES)
-    assert {record["r"] for record in read_adapter_file(tmp_path / "lora.pth")["layers"].values()} == {3}
-    assert_same_answers(model, load_finetuned(tmp_path / "lora.pth")[0], 16)
-
-
 @pytest.mark.slow
 def test_there_and_back_is_the_same_file(peft, base, tmp_path):
     """Attention's blocks and ranks come back as they were, and so do the settings."""
@@ -202,10 +182,18 @@ def test_there_and_back_is_the_same_file(peft, base, tmp_path):
     assert here["layers"] == back["layers"]
 
 
-def test_outputs_have_a_name_each_or_their_numbers(peft, base, tmp_path):
-    written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
+def test_attention_that_has_not_trained_keeps_its_rank_and_outputs_have_a_name_each_or_their_numbers(
+    peft, base, tmp_path
+):
+    """Its B of zeros looks like one of three blocks."""
+    config = peft.LoraConfig(r=3, target_modules=["self_attention"], modules_to_save=["heads"])
+    model = peft.get_peft_model(stock(base, 16), config).eval()
+    model.save_pretrained(tmp_path / "peft")
     from_peft(tmp_path / "peft", tmp_path / "lora.pth", base)
-    assert load_finetuned(tmp_path / "lora.pth")[1]["class_names"] == ["0", "1", "2"]
+    assert {record["r"] for record in read_adapter_file(tmp_path / "lora.pth")["layers"].values()} == {3}
+    ours, info = load_finetuned(tmp_path / "lora.pth")
+    assert_same_answers(model, ours, 16)
+    assert info["class_names"] == ["0", "1", "2"]
     with pytest.raises(InputError, match="2 names for the 3 outputs"):
         from_peft(tmp_path / "peft", tmp_path / "other.pth", base, ["a", "b"])
 
@@ -216,6 +204,14 @@ def with_tensors(keep):
         safetensors.torch.save_file({name: t for name, t in tensors.items() if keep(name)}, folder / WEIGHTS)
 
     return change
+
+
+@pytest.fixture(scope="module")
+def written(base, tmp_path_factory) -> Path:
+    """A folder that PEFT has written."""
+    folder = tmp_path_factory.mktemp("peft")
+    written_by_peft(pytest.importorskip("peft"), base, 16, folder, target_modules=["mlp.0"])
+    return folder
 
 
 WITHOUT_HEAD = with_tensors(lambda name: "lora_" in name)
@@ -248,8 +244,8 @@ def with_settings(**settings):
     ids=["no config", "no JSON", "no tensors", "no head", "a layer missing", "DoRA", "biases", "PiSSA", "IA3",
          "other layers", "another rank"],
 )  # fmt: skip
-def test_folders_that_cannot_be_read(peft, change, message, base, tmp_path):
-    written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
+def test_folders_that_cannot_be_read(written, change, message, base, tmp_path):
+    shutil.copytree(written, tmp_path / "peft")
     change(tmp_path / "peft")
     with pytest.raises(InputError, match=message):
         from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, NAMES)

@@ -178,10 +178,6 @@ def test_a_head_is_softened_towards_a_constant_answer():
     torch.testing.assert_close(model.fc(features), constant.expand(120, 3), rtol=1e-3, atol=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Clusters: patients whose images are copies
-
-
 PROBES = {
     "classes": (lambda: clusters(3, spread=4.0), lambda *data, **how: probe.fit_linear_probe(*data, 3, **how)),
     "labels": (lambda: several_labels(spread=4.0), probe.fit_one_vs_rest),

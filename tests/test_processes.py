@@ -10,26 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import ROOT, together
+from children import ROOT, Child, together
 from torch import nn
 
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from tests.run_folders import metrics
+from tests.run_folders import assert_same_tensors, metrics, tensors
 from toolkit import distributed
 from toolkit.files import read_checkpoint
 from toolkit.images.sources import load_splits
-from toolkit.models.backbones import build_backbone
 from toolkit.run import guard, optim, output_folder
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"
 WAYS = {
-    "lora": "--label-smoothing 0.1",
+    "lora": "--label-smoothing 0.1 --mixup 0.4",
     "qlora": "--use-qlora --target-modules mlp.0 --gradient-checkpointing full",
     "features": "--adapt-last 1 --cache-features disk --use-qlora",
-    "mixup": "--mixup 0.4",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
 PRETRAINING += " --optimizer sgd --learning-rate 0.03"  # AdamW would blow up the rounding of gradients that are zero
@@ -58,6 +56,24 @@ def assert_close(ours: dict, theirs: dict) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-4 * size + 1e-6, msg=f"{name} differs")
 
 
+def assert_alike(ours: dict, theirs: dict, *names: str) -> None:
+    assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-3)
+
+
+def completed(*started, codes: int = 0, **options) -> list[Child]:
+    """Two processes that have ended with this code."""
+    children = together(*started, **options)
+    assert [child.wait(120) for child in children] == [codes] * 2, [child.output for child in children]
+    return children
+
+
+def the_error(children: list[Child]) -> str:
+    """The one line in which both have said what is wrong."""
+    lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and not any("Traceback" in child.output for child in children)
+    return lines[0]
+
+
 def with_sgd() -> None:
     """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
 
@@ -70,24 +86,21 @@ def with_sgd() -> None:
 
 def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
     """The results of two processes, with their files in `out`, and of one, with its files in `alone`."""
-    children = together("finetune_lora", f"{argv} --output-dir {folder}/out", folder / "log", before=with_sgd)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    children = completed("finetune_lora", f"{argv} --output-dir {folder}/out", folder / "log", before=with_sgd)
     assert "epoch" not in children[1].output  # one of the two speaks
     assert children[0].output.count("epoch 1: training loss") == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
         with_sgd()
         alone = finetune_lora.main(f"{argv} --output-dir {folder}/alone".split())
-    ours, theirs = (read_adapter_file(folder / name / "lora.pth")["tensors"] for name in ("out", "alone"))
+    ours, theirs = (tensors(folder / name / "lora.pth") for name in ("out", "alone"))
     assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items()) or "--lora-rank 0" in argv
     assert_close(ours, theirs)
     assert not list((folder / "out").glob(".*"))
     return json.loads((folder / "out/results.json").read_text()), alone
 
 
-@pytest.mark.parametrize(
-    "way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features", "mixup"))]
-)
+@pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     results, alone = run_both(options(way), tmp_path)
@@ -102,8 +115,7 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
 def test_two_processes_answer_for_every_pixel_as_one(base, pairs, tmp_path):
     argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu"
     results, alone = run_both(argv, tmp_path)
-    for name in ("val_miou", "probe_miou_before", "val_loss", "calibration_error", "pixel_accuracy"):
-        assert results[name] == pytest.approx(alone[name], abs=1e-3)
+    assert_alike(results, alone, "val_miou", "probe_miou_before", "val_loss", "calibration_error", "pixel_accuracy")
 
 
 @pytest.mark.slow
@@ -117,8 +129,7 @@ def test_two_processes_train_several_labels_as_one(base, images, tmp_path):
     ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["metadata"] for name in ("out", "alone"))
     assert ours["task"]["thresholds"] == pytest.approx(theirs["task"]["thresholds"], abs=1e-3)
     assert ours["temperature"] == pytest.approx(theirs["temperature"], rel=1e-2)
-    for name in ("val_macro_ap", "val_loss", "macro_f1", "calibration_error"):
-        assert results[name] == pytest.approx(alone[name], abs=1e-3)
+    assert_alike(results, alone, "val_macro_ap", "val_loss", "macro_f1", "calibration_error")
 
 
 @pytest.mark.slow
@@ -130,10 +141,9 @@ def test_two_processes_train_several_labels_as_one(base, images, tmp_path):
         "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-6",  # not lowered, as adapters' is in so few steps
     ],
 )
-def test_two_processes_train_batch_norm_as_one(images, tmp_path, what):
+def test_two_processes_train_batch_norm_as_one(narrow, images, tmp_path, what):
     """Of 21 images in batches of 10 one is left over, which BatchNorm cannot normalise."""
-    torch.manual_seed(0)
-    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    torch.save(narrow, tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --image-size 32 --device cpu --epochs 1"
     run_both(f"{argv} --batch-size 10 --lora-rank 2 {what}", tmp_path)
     saved = read_adapter_file(tmp_path / "out/lora.pth")["tensors"]
@@ -175,11 +185,8 @@ def note_images() -> None:
         def hook(_, bucket):
             with open(log.with_suffix(".travelled"), "a") as file:
                 file.write(f"{bucket.buffer().numel()}\n")
-            return (
-                distributed.dist.all_reduce(bucket.buffer(), async_op=True)
-                .get_future()
-                .then(lambda done: done.value()[0] / 2)
-            )
+            exchange = distributed.dist.all_reduce(bucket.buffer(), async_op=True)
+            return exchange.get_future().then(lambda done: done.value()[0] / 2)
 
         module.register_comm_hook(None, hook)
         return module
@@ -191,8 +198,7 @@ def note_images() -> None:
 def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp_path):
     environment = {"NOTES": str(tmp_path / "notes")}
     argv = options("lora") + " --augmentation none --epochs 1 --accumulation-steps 1"
-    children = together("finetune_lora", argv, tmp_path / "log", before=note_images, environment=environment)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    completed("finetune_lora", argv, tmp_path / "log", before=note_images, environment=environment)
     parts = [(tmp_path / f"notes.{rank}.txt").read_text().split() for rank in (0, 1)]
     assert [len(part) for part in parts] == [13, 8]  # of four batches of 5 and one of 1
     splits = load_splits("imagefolder", argv.split()[1])
@@ -206,13 +212,10 @@ def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp
 def pretrain_both(argv: str, folder: Path, before=None, name: str = "moco_stage1_epoch_2.pth") -> dict:
     """The model of two processes, with their files in `out`, which is that of one, in `alone`."""
     note = {"NOTES": str(folder / "notes")}
-    children = together("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before, note)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    completed("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before, note)
     pretrain.main(f"{argv} --output-dir {folder}/alone".split())
-    if name == "moco_lora.pth":
-        ours, theirs = (read_adapter_file(folder / of / name)["tensors"] for of in ("out", "alone"))
-    else:
-        ours, theirs = (read_checkpoint(folder / of / name)["model"] for of in ("out", "alone"))
+    read = tensors if name == "moco_lora.pth" else lambda path: read_checkpoint(path)["model"]
+    ours, theirs = (read(folder / of / name) for of in ("out", "alone"))
     assert_close(ours, theirs)
     return ours
 
@@ -256,11 +259,8 @@ def test_a_fault_in_one_process_stops_both_with_its_line(options, tmp_path, imag
     broken = tmp_path / "own" / "train" / "dark" / "3.png"
     shutil.copytree(images, tmp_path / "own")
     broken.write_bytes(broken.read_bytes()[:60])
-    children = together("finetune_lora", f"{options('lora')} --data-dir {tmp_path / 'own'}", tmp_path / "log")
-    assert [child.wait(120) for child in children] == [2, 2], [child.output for child in children]
-    lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and f"{broken}: not a readable image" in lines[0]
-    assert not any("Traceback" in child.output for child in children)
+    argv = f"{options('lora')} --data-dir {tmp_path / 'own'}"
+    assert f"{broken}: not a readable image" in the_error(completed("finetune_lora", argv, tmp_path / "log", codes=2))
 
 
 @pytest.mark.slow
@@ -285,8 +285,7 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
     resumed = together("finetune_lora", options("lora") + dropout + " --resume", tmp_path / "resumed")
     whole = together("finetune_lora", options("lora", "whole") + dropout, tmp_path / "whole")
     assert [child.wait(120) for child in resumed + whole] == [0] * 4, resumed[0].output
-    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_tensors(tmp_path / "out/lora.pth", tmp_path / "whole/lora.pth")
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 
 
@@ -299,17 +298,11 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
 )
 def test_what_all_find_wrong_is_said_once(options, tmp_path, way, more, message):
     module = "moco.pretrain" if way == "pretrain" else "finetune_lora"
-    children = together(module, f"{options(way)} {more}", tmp_path / "log")
-    assert [child.wait(120) for child in children] == [2, 2]
-    lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0]
+    assert message in the_error(completed(module, f"{options(way)} {more}", tmp_path / "log", codes=2))
 
 
 def test_both_leave_a_folder_alone_in_which_a_run_is_going_on(options, tmp_path):
     with output_folder.held(tmp_path / "out", "finetune_lora.py"):
-        children = together("finetune_lora", options("lora"), tmp_path / "log")
-        assert [child.wait(120) for child in children] == [2, 2], [child.output for child in children]
-        lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "another run (process" in lines[0]
-        assert not any("Traceback" in child.output for child in children)
+        children = completed("finetune_lora", options("lora"), tmp_path / "log", codes=2)
+        assert "another run (process" in the_error(children)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [output_folder.LOCK]

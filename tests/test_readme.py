@@ -22,6 +22,7 @@ import finetune_lora
 from moco import pretrain
 from toolkit.models.backbones import build_backbone
 
+pytestmark = pytest.mark.usefixtures("whole_vit_mini")
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -69,7 +70,7 @@ PYTHON_BLOCKS = [block for text in PAGES.values() for block in blocks("python", 
 
 
 @pytest.fixture(scope="module")
-def newcomer(tmp_path_factory):
+def newcomer(whole_vit_mini, tmp_path_factory):
     """A folder with what the README's reader has: the checkout's files, images, a MoCo v2 checkpoint, a first run."""
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "checkpoints").mkdir()

@@ -73,7 +73,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     report.draw(tmp_path / "matrix.png")
 
 
-@pytest.mark.parametrize("classes", [2, 30, 500])
+@pytest.mark.parametrize("classes", [2, 100])
 def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
     labels = list(range(classes)) * 2
     task = Classification([f"class {i}" for i in range(classes)])
@@ -84,14 +84,8 @@ def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
 def summary(task, report, baseline: dict, folder, keep_best: str | None = None, **results) -> list[tuple[str, str]]:
     results |= dict.fromkeys(("trainable_parameters", "total_parameters", "seconds"), 1)
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
-    results = {
-        "kept_share": 1,
-        "kept_epoch": 1,
-        "epochs": 1,
-        "task": task.kind,
-        "device": "cpu",
-        "chosen_by": {},
-    } | results
+    usual = {"kept_share": 1, "kept_epoch": 1, "epochs": 1, "task": task.kind, "device": "cpu", "chosen_by": {}}
+    results = usual | results
     options = argparse.Namespace(output_dir=folder, keep_best=keep_best)
     return reports.summary(argparse.Namespace(task=task, args=options, baseline=baseline), results, report)
 
@@ -114,22 +108,17 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
 
 
 def test_the_best_epoch_has_a_figure_and_else_is_the_last():
-    history = [
-        {"epoch": i, "val_r2": score, "val_loss": 0.1} for i, score in enumerate((math.nan, 0.4, 0.3, math.nan), 1)
-    ]
+    scores = (math.nan, 0.4, 0.3, math.nan)
+    history = [{"epoch": i, "val_r2": score, "val_loss": 0.1} for i, score in enumerate(scores, 1)]
     assert training.best_epoch(history, "val_r2")["epoch"] == 2
     assert training.last_is_best(history[:2], "val_r2") and not training.last_is_best(history, "val_r2")
     assert training.last_is_best(history[3:] * 2, "val_r2")
 
 
-def test_an_accuracy_is_told_as_counted_images_with_its_interval():
-    assert (
-        answer_reports.right_of(0.5, 24, wilson_interval(12, 24)) == "12 of 24 images, 50.00% (95% interval 31% to 69%)"
-    )
-    assert (
-        answer_reports.right_of(356 / 359, 359, wilson_interval(356, 359))
-        == "356 of 359 images, 99.16% (95% interval 97.6% to 99.7%)"
-    )
+@pytest.mark.parametrize("right, of, share", [(12, 24, "50.00% (95% interval 31% to 69%)"),
+                                              (356, 359, "99.16% (95% interval 97.6% to 99.7%)")])  # fmt: skip
+def test_an_accuracy_is_told_as_counted_images_with_its_interval(right, of, share):
+    assert answer_reports.right_of(right / of, of, wilson_interval(right, of)) == f"{right} of {of} images, {share}"
 
 
 @pytest.mark.parametrize(
@@ -150,10 +139,8 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
     run.wise_ft.share = 0.25
-    assert (
-        "\n  the start still answers training images better: 25% of the change is evaluated"
-        in reports.describe_epoch(run)
-    )
+    told = "\n  the start still answers training images better: 25% of the change is evaluated"
+    assert told in reports.describe_epoch(run)
 
 
 @pytest.mark.parametrize(

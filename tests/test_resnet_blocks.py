@@ -38,7 +38,12 @@ def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
     return operations.count("batch_norm")
 
 
-# ---------------------------------------------------------------------------------------------- folded BatchNorm
+def seen(model: nn.Module, least: float = 0.5, most: float = 2) -> nn.Module:
+    """Its BatchNorms have statistics as if they had seen something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.normal_(), module.running_var.uniform_(least, most)
+    return model
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
@@ -56,8 +61,7 @@ def test_a_resnet_with_folded_batch_norms_equals_the_stock_model(block, channels
 
 def test_folding_in_low_precision():
     """A BatchNorm's scale is no bfloat16."""
-    stock = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).eval()
-    stock[1].running_var.uniform_(0.1, 10), stock[1].running_mean.normal_()
+    stock = seen(nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).eval(), 0.1, 10)
     x = torch.randn(2, 8, 9, 9)
     model = frozen(copy.deepcopy(stock))
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,10 +87,7 @@ def test_what_trains_beside_the_adapters_gets_its_gradients_in_evaluation_mode(n
 
 def test_a_convolutional_stem_as_moco_v3_s_is_folded():
     stem = [ConvStemConfig(8, 3, 2), ConvStemConfig(16, 3, 2)]
-    stock = vit(conv_stem_configs=stem, patch_size=4).double().eval()
-    for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    stock = seen(vit(conv_stem_configs=stem, patch_size=4).double().eval())
     model = frozen(copy.deepcopy(stock), target_modules=["conv_proj", "mlp"])
     assert batch_norms_computed(model, images(16, dtype=torch.float64)) == 0
     assert_equals_dense(stock, model, images(16, dtype=torch.float64), EXACT)
@@ -134,8 +135,7 @@ def test_norms_that_train_beside_the_adapters(build, side):
 
 
 def test_a_convolution_s_bias_trains_through_a_folded_batch_norm():
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
+    stock = seen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
     model = frozen(copy.deepcopy(stock))
     model[0].bias.requires_grad_()
     compare_with_dense(stock, model, [images(8)], FP32)
@@ -158,9 +158,7 @@ def test_a_folded_batch_norm_stays_exact_when_adapters_are_merged_or_off():
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": None}])
 def test_batch_norms_of_every_kind_stay_exact(options):
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options)).eval()
-    if stock[1].running_mean is not None:
-        stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
+    stock = seen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options)).eval())
     assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(8), FP32)
 
 
@@ -187,10 +185,7 @@ def chains() -> Iterator[tuple[str, nn.Module, int]]:
 
 @pytest.mark.parametrize("case", list(chains()), ids=lambda case: case[0])
 def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case):
-    stock, x = copy.deepcopy(case[1]).eval(), torch.randn(2, 4, 9, 9)
-    for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    stock, x = seen(copy.deepcopy(case[1]).eval()), torch.randn(2, 4, 9, 9)
     model = frozen(copy.deepcopy(stock))
     assert batch_norms_computed(model, x) == case[2]
     assert_equals_dense(stock, model, x, FP32)
@@ -254,8 +249,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode):
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    stock[1].running_var.uniform_(0.5, 2), stock[1].running_mean.normal_(), nn.init.normal_(stock[1].bias)
+    stock = seen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    nn.init.normal_(stock[1].bias)
     model = frozen(copy.deepcopy(stock)).eval()
     x = images(8)
     with mode():

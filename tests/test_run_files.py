@@ -17,7 +17,7 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned, read_options
 from lora_utils import read_adapter_file
-from tests.run_folders import metrics, tensors
+from tests.run_folders import assert_same_tensors, metrics, tensors
 from toolkit import VERSION, files
 from toolkit.answers.measures import wilson_interval
 from toolkit.files import read_checkpoint
@@ -27,9 +27,6 @@ ROOT = Path(__file__).parents[1]
 
 
 CLASSES = ["bright", "dark", "striped"]
-
-
-# ------------------------------------------------------------------------------------------------------------- options
 
 
 def test_defaults_then_file_then_command_line(base, tmp_path):
@@ -129,23 +126,18 @@ def test_resume_looks_into_the_output_folder(tmp_path):
 
 
 def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
-    first = finetune("--lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules self_attention mlp.0")
-    again = finetune_lora.main(
-        ["--config", str(first["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"]
-    )
+    first = finetune("--epochs 1 --lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules self_attention mlp.0")
+    config = first["folder"] / "config.yaml"
+    again = finetune_lora.main(f"--config {config} --output-dir {tmp_path / 'again'} --device cpu".split())
     assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]
-    ours, theirs = tensors(first["folder"] / "lora.pth"), tensors(tmp_path / "again" / "lora.pth")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-# --------------------------------------------------------------------------------------------------- a run's own files
+    assert_same_tensors(first["folder"] / "lora.pth", tmp_path / "again/lora.pth")
 
 
 @pytest.fixture(scope="module")
 def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
-    """A run of six epochs that others look at: its results, its folder and what it printed."""
+    """A run of four epochs that others look at: its results, its folder and what it printed."""
     folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
-    argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 6"
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 4"
     argv += " --learning-rate 3e-4 --lora-rank 4 --warmup-epochs 1"
     with contextlib.redirect_stdout(printed), drawing():
         results = finetune_lora.main(argv.split())
@@ -163,26 +155,23 @@ def test_a_run_leaves_these_files_and_says_what_was_recognised(finished):
             assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 10
     *_, printed = finished
     told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n"
-    told += "          all 78 backbone tensors loaded"
+    told += "          all 30 backbone tensors loaded"
     assert told in printed
 
 
 def test_metrics_has_a_row_per_epoch(finished):
     results, folder, _ = finished
-    header = (folder / "metrics.csv").read_text().splitlines()[0]
-    assert header == (
-        "epoch,train_loss,val_loss,val_accuracy,val_balanced_accuracy,val_macro_f1,learning_rate,adapter_learning_rate,"
-        "seconds"
-    )
     rows = metrics(folder)
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    columns = "epoch train_loss val_loss val_accuracy val_balanced_accuracy val_macro_f1 learning_rate "
+    assert list(rows[0]) == f"{columns} adapter_learning_rate seconds".split()
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert results["val_accuracy"] == rows[-1]["val_accuracy"]
     assert results["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
-    # 21 images in batches of 8, so 18 steps: half of them warm up, to a part of the rate, and then it falls.
-    peak = 3e-4 / optim.rate_divisor(3e-4, 18)
+    # 21 images in batches of 8, so 12 steps: half of them warm up, to a part of the rate, and then it falls.
+    peak = 3e-4 / optim.rate_divisor(3e-4, 12)
     rates = [row["learning_rate"] for row in rows]
-    assert rates[:4] == pytest.approx([peak / 9, peak * 4 / 9, peak * 7 / 9, peak])
-    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
+    assert rates[:3] == pytest.approx([peak / 6, peak * 4 / 6, peak])
+    assert 0 < rates[3] < peak
 
 
 def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):
@@ -205,7 +194,7 @@ def test_results_say_what_came_out(finished):
     assert results["val_accuracy"] == metrics(folder)[-1]["val_accuracy"]
     assert (results["val_images"], results["eval_split"]) == (15, "held-out")
     assert results["val_accuracy_interval"] == pytest.approx(wilson_interval(15 * results["val_accuracy"], 15))
-    assert results["epochs"] == 6 and 0 <= results["knn_accuracy_before"] <= 1
+    assert results["epochs"] == 4 and 0 <= results["knn_accuracy_before"] <= 1
     assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
     assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
     assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
@@ -220,7 +209,7 @@ def test_the_adapter_file_describes_itself(finished, base):
     about = content["metadata"]
     assert about["class_names"] == CLASSES and (about["arch"], about["image_size"]) == ("vit_mini", 16)
     assert about["checkpoint"] == str(base) and about["config"]["finetune"]["lora_rank"] == 4
-    assert about["lora"]["r"] == 4 and about["epoch"] == 6
+    assert about["lora"]["r"] == 4 and about["epoch"] == 4
     assert {name for name in content["tensors"] if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
     assert {record["r"] for record in content["layers"].values()} == {4}
 
@@ -249,9 +238,6 @@ def test_three_lines_predict(finished, images):
     assert printed.getvalue().strip() in CLASSES and not load_finetuned(folder / "lora.pth")[0].training
 
 
-# ------------------------------------------------------------------------------------------------------ your own images
-
-
 def test_evaluation_writes_its_page_alone(finished, images):
     results, folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -262,9 +248,6 @@ def test_evaluation_writes_its_page_alone(finished, images):
     assert {path.name for path in {*folder.iterdir()} - before.keys()} == {"lora_evaluation.html"}
 
 
-# ------------------------------------------------------------------------------------------------- the guide's commands
-
-
 GUIDE = [
     "",
     "--checkpoint ./checkpoints/moco_stage1/moco_stage1_epoch_100.pth --config ./configs/stage1.yaml --lora-rank 8 "
@@ -272,10 +255,6 @@ GUIDE = [
     "--use-qlora --lora-rank 4 --epochs 10",
     "--lora-rank 4 --use-qlora --learning-rate 5e-5",
     "--lora-rank 16 --lora-alpha 32 --learning-rate 5e-5 --epochs 20",
-    "--use-qlora --lora-rank 4",
-    "--lora-rank 4",
-    "--learning-rate 1e-5",
-    "--epochs 1",
 ]
 
 
@@ -290,6 +269,7 @@ def test_every_command_of_the_guide_is_understood(command, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_vit_mini")
 def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, monkeypatch):
     """What lies in the toolkit is stored relative to it, and found from any folder."""
     shutil.copytree(images, tmp_path / "mine")

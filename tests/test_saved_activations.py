@@ -30,8 +30,6 @@ from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.models.backbones import head_name
 
-# ------------------------------------------------------------------------------------------- activations in 16 bits
-
 
 @pytest.fixture
 def kept(monkeypatch) -> dict[int, int]:
@@ -112,18 +110,13 @@ def test_parameters_are_kept_as_they_are():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
-def test_a_loop_within_the_block_keeps_nothing_of_past_steps():
-    saving, a = SavedIn16Bits(), torch.ones(2, 5, 16, requires_grad=True)
+def test_a_buffer_that_is_filled_anew_is_saved_anew_and_nothing_of_past_steps_is_kept():
+    """Also while the first batch is still needed, as with accumulated gradients."""
+    buffer, a, saving = torch.zeros(2, 5, 16), torch.ones(2, 5, 16, requires_grad=True), SavedIn16Bits()
     with saving:
         for _ in range(2):
             (a * torch.ones(2, 5, 16)).sum().backward()
             assert not saving._known
-
-
-def test_a_buffer_that_is_filled_anew_is_saved_anew():
-    """Also while the first batch is still needed, as with accumulated gradients."""
-    buffer, a = torch.zeros(2, 5, 16), torch.ones(2, 5, 16, requires_grad=True)
-    with SavedIn16Bits():
         losses = [(a * buffer.fill_(step)).sum() for step in range(2)]
         gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
     assert [gradient.unique().tolist() for gradient in gradients] == [[0], [1]]
@@ -194,12 +187,12 @@ def test_the_halves_of_a_model_are_the_model(build, side, last):
     for model in (stock, adapted):
         lower, upper = split_model(model, last)
         assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
-        expected = model(x)
-        wanted = torch.autograd.grad(expected.square().sum(), list(upper.get_submodule(head_name(model)).parameters()))
+        expected, head = model(x), list(model.get_submodule(head_name(model)).parameters())
+        wanted = torch.autograd.grad(expected.square().sum(), head)
         with torch.no_grad():
             features = lower(x)
         actual = upper(features)
-        found = torch.autograd.grad(actual.square().sum(), list(model.get_submodule(head_name(model)).parameters()))
+        found = torch.autograd.grad(actual.square().sum(), head)
         for ours, theirs in zip((actual, *found), (expected, *wanted), strict=True):
             assert_close(ours, theirs, EXACT)
     if last is not None:

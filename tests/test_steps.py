@@ -208,14 +208,13 @@ def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_lora, "train", train)
-        results = finetune(f"--adapt-last 2 --epochs 1 --labels-per-class 2 {flags}")
-    assert seen[:6] == [False] * 4 + [True] * 2
+        results = finetune(f"--adapt-last 1 --epochs 1 --labels-per-class 2 {flags}")
+    assert seen[:2] == [False, True]
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
     blocks = {
         int(re.match(r"encoder\.layers\.encoder_layer_(\d)\.", name)[1]): r["r"] > 0 for name, r in layers.items()
     }
-    adapted = {4: True, 5: True}
-    assert blocks == ({0: False, 1: False, 2: False, 3: False} | adapted if flags == "--use-qlora" else adapted)
+    assert blocks == ({0: False, 1: True} if flags == "--use-qlora" else {1: True})
     model, _ = load_finetuned(results["folder"] / "lora.pth")
     assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
     again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), "--device", "cpu"])

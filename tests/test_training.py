@@ -16,6 +16,7 @@ from finetune_lora import LoRALinear
 from toolkit import InputError, devices
 from toolkit.answers import evaluation, tasks
 from toolkit.answers.tasks import Classification
+from toolkit.devices import faster_dtype
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions
@@ -89,7 +90,7 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     seconds = iter((in_float32, in_bf16))
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or next(seconds))
     random_state = torch.get_rng_state()
-    assert devices.faster_dtype(lambda dtype: nn.Linear(3, 2), torch.ones(2, 3)) == dtype
+    assert faster_dtype(lambda dtype: nn.Linear(3, 2), torch.ones(2, 3)) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
 
