@@ -1,11 +1,13 @@
 """What checkpoint files are made of in the tests: tensors under the names that torchvision and timm give them."""
 
 import math
+from pathlib import Path
 
 import torch
 
 from tests.dense import resnet
 from toolkit.models import backbones
+from toolkit.models.backbones import build_backbone
 
 
 def shorten_vit_mini() -> None:
@@ -16,6 +18,15 @@ def shorten_vit_mini() -> None:
 def narrow_resnet(weights=None, num_classes: int = 5) -> torch.nn.Module:
     """Has a ResNet-18's names."""
     return resnet(layers=(2, 2, 2, 2), classes=num_classes)
+
+
+def save_base(path: Path, arch: str = "vit_mini", size: int = 16, channels: int = 3) -> Path:
+    """Save a backbone in MoCo's layout, random but the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = without_head(build_backbone(arch, 3, size, channels=channels).state_dict())
+    torch.save({"state_dict": under("module.base_encoder.", state), "arch": arch, "epoch": 7}, path)
+    return path
 
 
 def under(prefix, tensors):

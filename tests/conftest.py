@@ -22,7 +22,7 @@ from PIL import Image
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
-from tests.checkpoint_files import narrow_resnet, shorten_vit_mini, without_head
+from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from toolkit import devices
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
@@ -30,7 +30,6 @@ from toolkit.images import sources
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
 from toolkit.models import backbones, checkpoints
-from toolkit.models.backbones import build_backbone
 from toolkit.run import guard, loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
@@ -51,13 +50,7 @@ def seed():
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A vit_mini for images of 16 pixels in MoCo's layout, random but the same in every session."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_backbone("vit_mini", 3, 16)
-    state = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items() if not k.startswith("heads")}
-    path = tmp_path_factory.mktemp("base") / "base.pth"
-    torch.save({"state_dict": state, "arch": "vit_mini", "epoch": 7}, path)
-    return path
+    return save_base(tmp_path_factory.mktemp("base") / "base.pth")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import shlex
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -116,16 +115,10 @@ def test_parts_of_other_images_or_another_base_are_not_gone_on_with(validate, st
         validate()
     with pytest.raises(InputError, match=r"another run \(data.labels_per_class was None, is 3, other images\)"):
         validate("--labels-per-class 3 --resume")
+    torch.save(read_checkpoint(SHIPPED) | {"note": "another file"}, tmp_path / "copy.pth")
     with pytest.raises(InputError, match="other base"):
-        validate(f"--checkpoint {copy_with_another_date(tmp_path)} --resume")
+        validate(f"--checkpoint {tmp_path / 'copy.pth'} --resume")
     assert stand_in.parts == ["1/3", "2/3"]
-
-
-def copy_with_another_date(folder: Path) -> Path:
-    """The shipped checkpoint with something else beside its tensors."""
-    content = read_checkpoint(SHIPPED)
-    torch.save(content | {"note": "another file"}, folder / "copy.pth")
-    return folder / "copy.pth"
 
 
 def test_parts_that_do_not_belong_together_or_are_damaged_are_one_line(validate, stand_in, tmp_path):

@@ -162,7 +162,7 @@ def checkpoints() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "legacy"])
-@fuzz(50, edits=EDITS, kept=KEPT)
+@fuzz(30, edits=EDITS, kept=KEPT)
 def test_bytes_of_a_checkpoint(checkpoints, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / "mutated.pth"
     if kind == "pickle in a sound zip":
@@ -222,7 +222,7 @@ def band_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["tif", "npy", "npz"])
 @pytest.mark.filterwarnings("ignore")
-@fuzz(40, edits=EDITS, kept=KEPT)
+@fuzz(25, edits=EDITS, kept=KEPT)
 def test_bytes_of_an_image_of_several_bands(band_files, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / f"mutated.{kind}"
     path.write_bytes(mutate(band_files[kind], edits, kept))
@@ -274,7 +274,7 @@ def check_load(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pth", "pickle in a sound zip", "safetensors"])
-@fuzz(50, edits=EDITS, kept=KEPT)
+@fuzz(30, edits=EDITS, kept=KEPT)
 def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / ("mutated.safetensors" if kind == "safetensors" else "mutated.pth")
     if kind == "pickle in a sound zip":
@@ -284,7 +284,7 @@ def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
     check_load(path)
 
 
-@fuzz(75, changes=changes())
+@fuzz(40, changes=changes())
 def test_content_of_an_adapter(adapters, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     content = torch.load(io.BytesIO(adapters["pth"]), weights_only=True)
@@ -300,7 +300,7 @@ def header_of(data: bytes) -> tuple[dict, bytes]:
 DTYPES = st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X"])
 
 
-@fuzz(75, changes=changes(st.one_of(PLAIN, DTYPES, st.lists(st.integers(0, 2**40), max_size=3))))
+@fuzz(40, changes=changes(st.one_of(PLAIN, DTYPES, st.lists(st.integers(0, 2**40), max_size=3))))
 def test_header_of_a_safetensors_adapter(adapters, tmp_path_factory, changes):
     """Declared types, shapes and places of the tensors, and the description inside."""
     path = tmp_path_factory.getbasetemp() / "edited.safetensors"
@@ -370,7 +370,7 @@ CONFIG_FILES = st.one_of(
 )
 
 
-@fuzz(80, content=CONFIG_FILES)
+@fuzz(40, content=CONFIG_FILES)
 def test_a_config_of_anything(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "anything.yaml"
     path.write_bytes(content)
@@ -383,7 +383,7 @@ FLAGS = st.sampled_from(
 WORDS = st.one_of(FLAGS, st.text(max_size=6), NUMBERS.map(str), FLAGS.map(lambda flag: f"{flag}=1"))
 
 
-@fuzz(75, words=st.lists(WORDS, max_size=6))
+@fuzz(40, words=st.lists(WORDS, max_size=6))
 def test_any_command_line(words):
     """It is read, or refused by an InputError; no other exception comes out."""
     with contextlib.suppress(InputError):

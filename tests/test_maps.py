@@ -16,7 +16,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
-from tests.checkpoint_files import narrow_resnet
+from tests.checkpoint_files import narrow_resnet, save_base
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
@@ -38,15 +38,6 @@ def write_tiff(path: Path, height: int, width: int, seed: int = 0) -> None:
     levels[height // 4 : height // 2, width // 4 : width // 2] += 5000
     how = {"tile": (32, 32), "compression": "deflate", "photometric": "minisblack", "planarconfig": "contig"}
     tifffile.imwrite(path, levels, extratags=GEO, **how)
-
-
-def checkpoint_of(arch: str, size: int, channels: int, path: Path) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_backbone(arch, 3, size, channels=channels)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("heads", "fc."))}
-    torch.save({"state_dict": {f"module.base_encoder.{n}": t for n, t in state.items()}, "arch": arch}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +72,7 @@ def of_pairs(base, pairs, tmp_path_factory) -> Path:
 def of_tiffs(small_backbones, tiffs, tmp_path_factory) -> Path:
     """The adapter of a ResNet-18 for windows of 64 pixels of four channels."""
     folder = tmp_path_factory.mktemp("resnet")
-    base = checkpoint_of("resnet18", 64, 4, folder / "base.pth")
+    base = save_base(folder / "base.pth", "resnet18", 64, 4)
     argv = f"--checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
     return trained(f"{argv} --normalise data --image-size 64", folder)
 
@@ -228,7 +219,7 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
 
 def test_the_page_makes_the_mask_with_plain_pytorch(pairs, tmp_path, monkeypatch):
     """docs/deploy.md, with a narrow network in the place of the ResNet-50; the image is one window."""
-    base = checkpoint_of("resnet18", 32, 3, tmp_path / "base.pth")
+    base = save_base(tmp_path / "base.pth", "resnet18", 32)
     adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32", tmp_path / "out")
     page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
