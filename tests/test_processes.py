@@ -49,11 +49,11 @@ def timeless(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
-    """Tensors by name, to the rounding of sums in another order: 3e-4 of each tensor's largest element."""
+    """Tensors by name, to the rounding of sums in another order: 1e-3 of each tensor's largest element."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         size = theirs[name].abs().max().item() if tensor.numel() else 0.0  # of rank 0
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-4 * size + 1e-6, msg=f"{name} differs")
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-3 * size + 1e-6, msg=f"{name} differs")
 
 
 def assert_alike(ours: dict, theirs: dict, *names: str) -> None:
@@ -153,7 +153,7 @@ def test_two_processes_train_batch_norm_as_one(narrow, images, tmp_path, what):
 @pytest.mark.slow
 def test_torchrun_starts_them(options, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1"]
+    command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1", "--checkpoint", "shipped"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1: training loss") == 1 and len(timeless(tmp_path / "out")) == 1
