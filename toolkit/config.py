@@ -434,10 +434,8 @@ def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[s
     configured = []
     for name, source in sources.items():
         value = getattr(args, name)
-        if source == "command line" and value is True:
-            typed.append(flag(name))
-        elif source == "command line" and value is False:
-            typed.append(flag(f"no_{name}"))
+        if source == "command line" and isinstance(value, bool):
+            typed.append(flag(name if value else f"no_{name}"))
         elif source == "command line":
             typed.append(f"{flag(name)} {_as_text(value)}")
         elif source == "config" and value != parser.get_default(name):

@@ -465,26 +465,21 @@ def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None
     weak = np.flatnonzero(is_read & (seen < SMALLEST_STD)).tolist()
     strong = np.flatnonzero(is_read & (seen > LARGEST_STD)).tolist()
     if strong or 2 * len(weak) > is_read.sum():
+        likely = 10000 if found.mean.max() < 15000 else 65535  # reflectances in ten thousandths, or 16 bits
+        if found.high.max() <= 255:
+            likely = 1 if found.high.max() <= 2 else 255
         worst = [*strong, *weak][0]
         raise InputError(
             f"channel {worst + 1} has a standard deviation of {seen[worst]:.3g} after normalisation, and networks are "
             f"trained on about 1: in the files its numbers go from {found.low[worst]:.4g} to {found.high[worst]:.4g} "
             f"(mean {found.mean[worst]:.4g}, std {found.std[worst]:.4g}), and are divided by {bands.scale:g}; "
-            f"--scale {_likely_scale(found)} is likely, or measure mean and std with --normalise data"
+            f"--scale {likely} is likely, or measure mean and std with --normalise data"
         )
     for i in weak:
         print(
             f"channel {i + 1} hardly varies: its standard deviation is {seen[i]:.2g} after normalisation (in the files "
             f"{found.std[i]:.3g}); if it should count, use --normalise data"
         )
-
-
-def _likely_scale(found: Statistics) -> int:
-    """The usual divisor of such values: 1, 255 (bytes), 10000 (reflectances in ten thousandths) or 65535 (16 bits)."""
-    for highest, scale in ((2, 1), (255, 255)):
-        if found.high.max() <= highest:
-            return scale
-    return 10000 if found.mean.max() < 15000 else 65535
 
 
 # ------------------------------------------------------------------------------------------------------- what files say
