@@ -77,15 +77,16 @@ class LoRALayer:
     stored rounded to it; merging then gives a float32 weight, and the float base is gone.
 
     The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
-    weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
+    weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
     """
 
-    weight_names: tuple[str, ...] = ("weight",)
-    # SHA-256 of each weight before it was rounded to fewer bits; adapter files identify their base by it.
+    weight_name = "weight"
+    # SHA-256 of the weight, by its name, before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
-    _int8_shapes: Mapping[str, torch.Size] = {}  # of each weight whose parameter holds an `Int8Weight`
+    _int8_shape: torch.Size | None = None  # of the weight if its parameter holds an `Int8Weight`
+    _base_data: Tensor | None = None  # while merged: the weight as it was
     followed: AdapterStatistics | None = None  # what a BatchNorm behind it has with this adapter; None: the base's
-    _STORAGE = ("float_digests", "_nf4_state", "_int8_shapes", "_base_data")
+    _STORAGE = ("float_digests", "_nf4_state", "_int8_shape", "_base_data")
     _STATE = (*NO_ADAPTER, *_STORAGE, "lora_enabled", "stock_class", "followed")
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -113,31 +114,29 @@ class LoRALayer:
             vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self.followed = None
-        self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
+        self._base_data = None
         self._create_adapters()
         self.reset_lora_parameters()
         self._store_base(base_dtype)
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
-        weights = {name: self._parameters[name] for name in self.weight_names}
-        if not adapted.rounds(self, dtype) or any(weight.dtype != torch.float32 for weight in weights.values()):
+        weight = self._parameters[self.weight_name]
+        if not adapted.rounds(self, dtype) or weight.dtype != torch.float32:
             return
-        self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
+        self.float_digests = {self.weight_name: tensor_digest(weight)}
         if dtype == torch.int8:
-            self._int8_shapes = {name: weight.shape for name, weight in weights.items()}
-        for weight in weights.values():
-            if dtype == torch.int8:
-                weight.requires_grad_(False)  # integers have no gradient
-                weight.data = Int8Weight.quantize(weight).packed()
-            else:
-                weight.data = weight.data.to(dtype)
+            self._int8_shape = weight.shape
+            weight.requires_grad_(False)  # integers have no gradient
+            weight.data = Int8Weight.quantize(weight).packed()
+        else:
+            weight.data = weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
-        self._add_adapter("weight")
+        self._add_adapter()
 
-    def _add_adapter(self, weight_name: str, suffix: str = "", fan_out: int | None = None) -> None:
-        shape = self.base(weight_name).shape
-        stored = self._parameters[weight_name]
+    def _add_adapter(self, suffix: str = "", fan_out: int | None = None) -> None:
+        shape = self.base().shape
+        stored = self._parameters[self.weight_name]
         dtype = torch.promote_types(stored.dtype, torch.float32)
         A = torch.empty(self.r, math.prod(shape[1:]), dtype=dtype, device=stored.device)
         B = torch.empty(fan_out or shape[0], self.r, dtype=dtype, device=stored.device)
@@ -167,18 +166,17 @@ class LoRALayer:
         """The attributes, beside parameters, that the layer it adapts does not have."""
         return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
-    def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight:
+    def base(self) -> Tensor | NF4Weight | Int8Weight:
         """The weight without the adapter, merged or not."""
-        base = self._base_data.get(name, self._parameters[name])
-        return Int8Weight.unpacked(base, self._int8_shapes[name]) if name in self._int8_shapes else base
+        base = self._base_data if self.merged else self._parameters[self.weight_name]
+        return base if self._int8_shape is None else Int8Weight.unpacked(base, self._int8_shape)
 
-    def _base_to_merge(self, name: str = "weight") -> Tensor:
-        base = self.base(name)
-        return dense_weight(base, torch.float32) if name in self.float_digests else base
+    def _base_to_merge(self) -> Tensor:
+        return dense_weight(self.base(), torch.float32) if self.float_digests else self.base()
 
-    def effective_weights(self) -> dict[str, Tensor]:
-        """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
-        return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
+    def effective_weight(self) -> Tensor:
+        """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
+        return functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)
 
     @property
     def base_bits(self) -> int:
@@ -188,7 +186,7 @@ class LoRALayer:
     @property
     def merged(self) -> bool:
         """Does the weight hold W_eff now?"""
-        return bool(self._base_data)
+        return self._base_data is not None
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -197,30 +195,25 @@ class LoRALayer:
             return
         if self.followed is not None:
             self.followed.merge(self)
-        base_data = {name: self._parameters[name].data for name in self.weight_names}
-        if self.r > 0:
-            merged = self.effective_weights()
-        else:
-            merged = {name: self._base_to_merge(name) for name in self.weight_names}
-        for name, weight in merged.items():
-            self._parameters[name].data = weight
-        self._base_data = base_data
+        merged = self.effective_weight() if self.r > 0 else self._base_to_merge()
+        self._base_data = self._parameters[self.weight_name].data
+        self._parameters[self.weight_name].data = merged
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit: it was stored, nothing is subtracted."""
         if self.followed is not None and self.merged:
             self.followed.unmerge()
-        for name, weight in self._base_data.items():
-            self._parameters[name].data = weight
-        self._base_data = {}
+        if self.merged:
+            self._parameters[self.weight_name].data = self._base_data
+        self._base_data = None
 
     @property
     def _is_active(self) -> bool:
         return self.lora_enabled and not self.merged and self.r > 0
 
-    def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
+    def _weight_without_adapter(self, x: Tensor) -> Tensor:
         """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
-        weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
+        weight = self._parameters[self.weight_name] if self.merged and self.lora_enabled else self.base()
         if not self.float_digests or isinstance(weight, Int8Weight):
             return weight
         return dense_weight(weight, functional.compute_dtype(x))
@@ -235,26 +228,26 @@ class LoRALayer:
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._base_data = {name: fn(weight) for name, weight in self._base_data.items()}
+        if self.merged:
+            self._base_data = fn(self._base_data)
         if self.followed is not None:
             self.followed.apply(fn)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        name = prefix + self.weight_name
         if self.merged:  # unmerging would discard the loaded weight and put the stored base back
-            name = prefix + self.weight_names[0]
             errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
             return
-        rounded = [name for name in self.float_digests if prefix + name in state_dict]
-        before = {name: dense_weight(self.base(name), torch.float32) for name in rounded}
+        rounded = self.float_digests and name in state_dict
+        before = dense_weight(self.base(), torch.float32) if rounded else None
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._load_constants(state_dict, prefix, strict, missing, unexpected)
-        for name in rounded:  # one that changes is no longer its former base
-            now = dense_weight(self.base(name), torch.float32)
-            if not torch.equal(now, before[name]):
-                loaded = state_dict[prefix + name]  # in 4 bits its bytes alone do not determine the values
-                loaded = loaded if loaded.is_floating_point() else now
-                self.float_digests[name] = tensor_digest(loaded)  # in place: adapters that share the base share these
+        now = dense_weight(self.base(), torch.float32) if rounded else None
+        if rounded and not torch.equal(now, before):  # one that changes is no longer its former base
+            loaded = state_dict[name]  # in 4 bits its bytes alone do not determine the values
+            # In place: adapters that share the base share these.
+            self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
 
     def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
         """What a weight in 4 bits needs beside its bytes."""
@@ -278,7 +271,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             x = prologue(x)
             prologue = None
         if not self._is_active:
-            return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
+            return functional.frozen_linear(x, self._weight_without_adapter(x), self.bias)
         adapter_x = self._adapter_input(x)
         return functional.lora_linear(
             x, self.base(), self.lora_A, self.lora_B, self.bias, self.scaling, adapter_x=adapter_x, prologue=prologue
@@ -300,7 +293,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         BatchNorm is in kernel and bias: see `folded_norm`.
         """
         if not self._is_active:
-            y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
+            y = self._conv_forward(x, self._weight_without_adapter(x), self.bias)
             if batch_norm is not None:
                 y = batch_norm(y)
             return functional.added_and_rectified(y, residual, relu)
@@ -331,7 +324,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     checkpointing = "none"  # 'selective': the heads' output is computed again in backward instead of saved
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
-    weight_names = ("in_proj_weight",)
+    weight_name = "in_proj_weight"
     _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
@@ -340,7 +333,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def _create_adapters(self) -> None:
         for projection in "qkv":
-            self._add_adapter("in_proj_weight", f"_{projection}", self.embed_dim)
+            self._add_adapter(f"_{projection}", self.embed_dim)
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it, and its output projection, back into the stock layers: see `LoRALayer.remove_lora`."""
@@ -351,12 +344,11 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """A or B of q, k and v."""
         return [self._parameters[f"lora_{letter}_{projection}"] for projection in "qkv"]
 
-    def effective_weights(self) -> dict[str, Tensor]:
+    def effective_weight(self) -> Tensor:
         """The packed weight of q, k and v, (3 E, E)."""
         A = torch.cat(self._factors("A"))
         B = torch.cat(self._factors("B"))
-        weight = self._base_to_merge("in_proj_weight")
-        return {"in_proj_weight": functional.merged_weight(weight, A, B, self.scaling, groups=3)}
+        return functional.merged_weight(self._base_to_merge(), A, B, self.scaling, groups=3)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
@@ -380,11 +372,10 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if bias is not None:
             bias = bias[rows]
         if not self._is_active:
-            return functional.frozen_linear(x, self._weight_without_adapter("in_proj_weight", x)[rows], bias)
+            return functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
         A = self._factors("A")[first:end]
         B = self._factors("B")[first:end]
-        weight = self.base("in_proj_weight")[rows]
-        return functional.lora_linear(x, weight, A, B, bias, self.scaling, count, adapter_x, prologue)
+        return functional.lora_linear(x, self.base()[rows], A, B, bias, self.scaling, count, adapter_x, prologue)
 
     def forward(
         self,
@@ -461,17 +452,16 @@ class _FourBits:
     def _store_base(self, dtype: torch.dtype | None) -> None:
         if self._nf4_state:
             return
-        self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
-        self._nf4_state = {}
-        for name in self.weight_names:
-            nf4 = NF4Weight.quantize(self._parameters[name])
-            self._nf4_state[name] = (nf4.state, nf4.shape)
-            self._parameters[name] = nn.Parameter(nf4.packed, requires_grad=False)
+        weight = self._parameters[self.weight_name]
+        self.float_digests = {self.weight_name: tensor_digest(weight)}
+        nf4 = NF4Weight.quantize(weight)
+        self._nf4_state = {self.weight_name: (nf4.state, nf4.shape)}
+        self._parameters[self.weight_name] = nn.Parameter(nf4.packed, requires_grad=False)
 
-    def base(self, name: str = "weight") -> Tensor | NF4Weight:
+    def base(self) -> Tensor | NF4Weight:
         """The weight without the adapter: in 4 bits, or as it is before it is quantised."""
-        base = super().base(name)
-        return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
+        base = super().base()
+        return NF4Weight(base, *self._nf4_state[self.weight_name]) if self._nf4_state else base
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -93,8 +93,8 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if name in adapter_parameters(module) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
-            if known is None and is_adapted(module) and module.merged:
-                tensor = module.base(name)
+            if known is None and is_adapted(module) and module.merged and name == module.weight_name:
+                tensor = module.base()
             yield dotted(prefix, name), statistics.get(tensor, tensor), known
 
 
@@ -115,7 +115,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
     if is_adapted(module) and name in module.float_digests:
-        return module.base(name).shape
+        return module.base().shape
     return parameter.shape
 
 
@@ -249,7 +249,7 @@ class LoRAManager:
             if not in_head(self.model, name):  # the head is no part of the base
                 factors = [f"{layer.scaling:.17g}", type(layer).__name__]
                 factors += map(tensor_digest, adapter_parameters(layer).values())
-                sources |= {dotted(name, weight): factors for weight in layer.weight_names}
+                sources[dotted(name, layer.weight_name)] = factors
         self.unload(merge=True)
         state = self.model.state_dict()
         computed = dict(self.record.resized_digests)

@@ -172,11 +172,8 @@ def dense_weights(model: nn.Module, stock: nn.Module) -> tuple[dict[str, Tensor]
         factors |= {f"{path}.{key}": factor for key, factor in copies.items()}
         suffixes = [key.removeprefix("lora_A") for key in copies if key.startswith("lora_A")]
         updates = [layer.scaling * copies[f"lora_B{suffix}"] @ copies[f"lora_A{suffix}"] for suffix in suffixes]
-        if len(layer.weight_names) < len(updates):  # packed q, k and v
-            updates = [torch.cat(updates)]
-        for weight, update in zip(layer.weight_names, updates, strict=True):
-            base = stock.get_parameter(f"{path}.{weight}")
-            weights[f"{path}.{weight}"] = base + update.view_as(base)
+        base = stock.get_parameter(f"{path}.{layer.weight_name}")
+        weights[f"{path}.{layer.weight_name}"] = base + torch.cat(updates).view_as(base)  # q, k and v are packed
     return factors, weights
 
 

@@ -83,17 +83,17 @@ class AdaptedLayer(Protocol):
     use_rslora: bool
     scaling: float
     lora_enabled: bool  # False: compute as without an adapter, merged or not
-    weight_names: tuple[str, ...]  # the parameters that the adapter updates
-    float_digests: Mapping[str, str]  # of each weight stored in fewer bits: SHA-256 before it was rounded
+    weight_name: str  # of the parameter that the adapter updates
+    float_digests: Mapping[str, str]  # if that is stored in fewer bits: its SHA-256, by name, before it was rounded
 
     @property
     def merged(self) -> bool: ...
     @property
     def base_bits(self) -> int: ...  # see the function
-    def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight: ...
+    def base(self) -> Tensor | NF4Weight | Int8Weight: ...
     def merge(self) -> None: ...
     def unmerge(self) -> None: ...
-    def effective_weights(self) -> dict[str, Tensor]: ...
+    def effective_weight(self) -> Tensor: ...
     def adapted_state(self) -> dict[str, Any]: ...
     def remove_lora(self, merge: bool = False) -> None: ...
 
@@ -120,7 +120,7 @@ def base_bits(state: Mapping[str, Any]) -> int:
         return 32
     if "_nf4_state" in state:
         return 4
-    return 8 if "_int8_shapes" in state else 16
+    return 8 if "_int8_shape" in state else 16
 
 
 def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:

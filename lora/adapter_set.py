@@ -173,8 +173,7 @@ class AdapterSet:
                 if path in records and shared.base_bits < 32 and shared.kind.__name__ == records[path]["kind"]:
                     state = shared.without_adapter()
                     # The biases stay this file's: they may be among the tensors that training moved.
-                    stored = state.kind.weight_names
-                    own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
+                    own = {n: p for n, p in modules[path]._parameters.items() if n != state.kind.weight_name}
                     state._replace(parameters=state.parameters | own).apply_to(modules[path])
 
 

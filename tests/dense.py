@@ -135,7 +135,7 @@ def rounded(stock: nn.Module, adapted: nn.Module) -> nn.Module:
     stock = copy.deepcopy(stock)
     for name, layer in adapted.named_modules():
         for weight in getattr(layer, "float_digests", ()):
-            getattr(stock.get_submodule(name), weight).data = dense_weight(layer.base(weight), torch.float32)
+            getattr(stock.get_submodule(name), weight).data = dense_weight(layer.base(), torch.float32)
     return stock
 
 
