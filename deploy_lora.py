@@ -45,7 +45,7 @@ from toolkit import VERSION, InputError, devices, files, listed, printable
 from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.config import folds, positive_int, unknown_words, worker_count
+from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
@@ -142,8 +142,8 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
     """Write the answers for images as a table, one row for each image, and return the rows; or maps, and their paths.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. Beside the `path` and, if files have geotags, `x`
-    and `y` of the image's centre and the `epsg` code of these: as `image_path` and so on, if a number is called so.
+    numbers. Beside the `path` and, if files have geotags, `x` and `y` of the image's centre and their `epsg` code: as
+    `image_path` and so on, if a number is called so.
 
     A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
     map.tif. Other models write such a map too, of an answer for each window of --window pixels.
@@ -157,10 +157,11 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
                 f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one "
                 "image; without --window, since its windows are those of its training"
             )
-        if not is_map and (args.output.suffix != ".csv" or args.probabilities or args.window is not None):
+        of_maps = args.probabilities or args.window is not None or args.abstain is not None
+        if not is_map and (args.output.suffix != ".csv" or of_maps):
             raise InputError(
                 f"--output {args.output}: the adapter answers for whole images: name a table, answers.csv, or for a "
-                "scene map.tif, which alone can have --probabilities and --window"
+                "scene map.tif, which alone can have --probabilities, --window and --abstain"
             )
         images = _images(args.images, about["transform"].bands)
         if is_map:
@@ -185,7 +186,7 @@ def _predict_maps(
     def answer(windows: Tensor) -> Tensor:
         return _outputs(args, model, windows.split(args.batch_size))
 
-    maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities)
+    maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
     written = []
     broken = []
     places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
@@ -781,6 +782,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     predicting = parsers["predict"]
     predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")
+    what = "in maps: no answer where the likeliest class is less probable than this, as 0.6"
+    predicting.add_argument("--abstain", type=positive_share, help=what)
     predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
     what = "the graph takes images from 0 to 1, or files' numbers"
     parsers["export"].add_argument("--normalise", action="store_true", help=what)

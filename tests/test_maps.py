@@ -123,6 +123,10 @@ def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
     soft = tifffile.imread(tmp_path / "soft.tif")
     assert soft.dtype == np.float32
     np.testing.assert_allclose(soft, logits.softmax(0).movedim(0, 2), atol=1e-5)
+    share = float(np.median(soft.max(2)))
+    deploy("predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "sure.tif", "--abstain", share)
+    sure = tifffile.imread(tmp_path / "sure.tif")
+    assert np.array_equal(sure == 255, soft.max(2) < share) and 0 < (sure == 255).mean() < 1
 
 
 def test_images_that_cannot_be_read_are_left_out(of_pairs, pairs, tmp_path, capsys):

@@ -70,10 +70,13 @@ class Maps:
     transform: Callable[[Any], Tensor]  # an image or part of one, as `transforms` takes it -> (C, H, W), normalised
     window: int  # S for answers of pixels; else the pixels along each side of what becomes one pixel of the map
     probabilities: bool = False  # of all classes, instead of the likeliest one
+    abstain: float | None = None  # a likeliest class that is less probable than this is no answer
 
     def __post_init__(self) -> None:
         self.are_classes = self.task.kind in ("segmentation", "classification")
         self.has_classes = self.are_classes and not self.probabilities
+        if self.abstain is not None and not self.has_classes:
+            raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
@@ -124,7 +127,11 @@ class Maps:
     def _values(self, outputs: Tensor) -> np.ndarray:
         """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of float32."""
         if self.has_classes:
-            return outputs.argmax(2).numpy().astype(no_class(outputs.shape[2]).dtype)
+            unknown = no_class(outputs.shape[2])
+            classes = outputs.argmax(2).numpy().astype(unknown.dtype)
+            if self.abstain is not None:
+                classes[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = unknown
+            return classes
         if self.are_classes:
             return outputs.softmax(2).numpy()
         numbers = self.task.head.output_layer()(outputs).float().numpy()
