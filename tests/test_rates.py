@@ -49,7 +49,7 @@ def test_only_adapters_that_start_at_the_gradient_get_another_rate(other):
 
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
-    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 200)
+    monkeypatch.setattr(optim, "rate_divisor", lambda rate, steps: 50.0)
     results = finetune("--epochs 1 --labels-per-class 2 --head-init random --warmup-epochs 0", output="random")
     assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
     results = finetune("--epochs 1 --labels-per-class 2 --warmup-epochs 0", output="probe")
