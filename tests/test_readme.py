@@ -147,11 +147,9 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     if "timm:" in command:
         model = pytest.importorskip("timm").create_model("vit_small_patch14_dinov2")
         torch.save(model.state_dict(), "dinov2_small.pth")
-    if not {"auto", "--task", "--resume"} & {
-        *argv
-    }:  # auto needs an image of each class to train on, and one to choose by
+    if not {"auto", "--task"} & {*argv}:  # auto needs an image of each class to train on, and one to choose by
         request.getfixturevalue("few_images")
-    small = SMALL[2:] if "--task" in argv else SMALL
+    small = SMALL[2:] if {"--task", "--resume"} & {*argv} else SMALL
     folder = first_run if "--resume" in argv else tmp_path
     results = finetune_lora.main([*argv, *small, "--output-dir", str(folder)])
     parts = results.get("folds", [results])
