@@ -333,6 +333,17 @@ def test_the_difference_of_two_runs_is_tested_on_the_same_images():
     assert measured_mean(hard - hard)[1] == 1
 
 
+def test_exact_probabilities_are_off_by_less_than_chance_allows_in_19_of_20_samples():
+    generator = torch.Generator().manual_seed(0)
+    for images in (15, 400):
+        below = 0
+        for _ in range(300):
+            confidences = 0.5 + 0.5 * torch.rand(images, generator=generator)
+            bins = measures.calibration(confidences, torch.rand(images, generator=generator) < confidences)
+            below += measures.calibration_error(bins) < measures.calibration_error_by_chance(bins)
+        assert 0.92 < below / 300 < 0.99
+
+
 def test_calibration_error_is_the_gap_between_confidence_and_share_right():
     confidences = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([True, True, True, False, True, False])

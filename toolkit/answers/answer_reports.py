@@ -110,9 +110,12 @@ class Report:
         return figures if self.head.temperature == 1 else figures | {"temperature": self.head.temperature}
 
     def calibration_rows(self) -> list[tuple[str, str]]:
-        """The same for people, where it is worth a line."""
-        error = measures.calibration_error(self.answers.reliability())
-        return [("probabilities off by", f"{error:.1%} on average")] if error > TOLERATED_ERROR else []  # NaN is not
+        """The same for people, where it is worth a line: large, and more than chance makes of so few images."""
+        bins = self.answers.reliability()
+        error = measures.calibration_error(bins)
+        if not error > max(TOLERATED_ERROR, measures.calibration_error_by_chance(bins)):  # NaN is not
+            return []
+        return [("probabilities off by", f"{error:.1%} on average")]
 
     def reliability_section(self) -> list[str]:
         """A picture for the page: how often answers of each probability are right."""
