@@ -852,7 +852,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
         splits = load_images(args, read)
     except InputError as error:
         try:
-            build_model(args, dtype, num_classes=2)
+            build_model(args, dtype or torch.float32, num_classes=2)  # nothing is measured for a run that will not be
         except InputError as another:
             raise InputError("\n".join(dict.fromkeys((str(error), str(another))))) from None
         raise

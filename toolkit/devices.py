@@ -129,7 +129,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 
 
 WORTH_ROUNDING = 1.3  # times as fast
-WORTH_MEASURING = 0.03  # seconds for an image in float32: with smaller models a run is short in either precision
+WORTH_MEASURING = 0.03  # CPU seconds for an image in float32: with smaller models a run is short in either precision
 
 
 def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> torch.dtype:
@@ -151,7 +151,8 @@ def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> t
             seconds.append(shortest_seconds(functools.partial(step, model, dtype)))
     in_float32, in_bf16 = distributed.all_sum(*seconds)
     times = in_float32 / in_bf16
-    if times < WORTH_ROUNDING or in_float32 < WORTH_MEASURING * len(images):
+    is_short = in_float32 < WORTH_MEASURING * len(images) * distributed.world_size()
+    if times < WORTH_ROUNDING or is_short:
         return torch.float32
     print(f"precision: bf16, in which this processor trains {times:.1f} times as fast (else --precision fp32)")
     return torch.bfloat16

@@ -94,9 +94,8 @@ def load_backbone(
     if channel_fit is not None:
         weights = weights | {first: _fitted_to_channels(weights[first], channels)}
     if is_none(path):
-        backbones.record_of(
-            model
-        ).base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
+        # No checkpoint has these weights, so an adapter file stores all of them.
+        backbones.record_of(model).base_digests = {}
     else:
         _check_match(source, weights, model, arch)
         model.load_state_dict({**model.state_dict(), **weights})
