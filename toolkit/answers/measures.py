@@ -347,7 +347,7 @@ def calibration_error(bins: Tensor) -> float:
 def calibration_error_by_chance(bins: Tensor) -> float:
     """What `calibration_error` stays below in 19 of 20 samples like this one, were its probabilities exact.
 
-    The number of right answers in a bin is taken as normal, with the variance of a binomial one.
+    Answers are taken as independent, and their number that is right in a bin as normal with a binomial variance.
     """
     images = bins[:, 2]
     share = bins[:, 0] / images.clamp_min(1)
