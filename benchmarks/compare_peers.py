@@ -109,10 +109,6 @@ def lora_int8(model: nn.Module, args) -> nn.Module:
     return lora_float_base(model, args, torch.int8)
 
 
-def lora_never(model: nn.Module, args) -> nn.Module:
-    return lora(model, args, "never")
-
-
 def lora_selective(model: nn.Module, args) -> nn.Module:
     return lora(model, args, "selective")
 
@@ -332,7 +328,6 @@ VARIANTS = {
         by_default=False,
     ),
     "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
-    "lora_never": Variant("LoRA here, nothing computed again", lora_never, save_here, models="vit", by_default=False),
     "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
     "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, around=SavedIn16Bits),
     "lora_selective_16bit": Variant(

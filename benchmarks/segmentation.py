@@ -17,7 +17,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from benchmarks import MEASURED
 from toolkit.answers import probe
 from toolkit.answers.segmentation import PixelObjective
 from toolkit.config import positive_int
+from toolkit.devices import peak_memory_bytes
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseModel
 from toolkit.run.runs import run_script
@@ -167,11 +167,11 @@ def step_of(arch: str, method: str) -> Callable[[], None]:
 
 def peak_of(arch: str, method: str, answers: Any) -> None:
     """The peak of resident memory that three steps add, in bytes: in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_bytes(torch.device("cpu"))
     step = step_of(arch, method)
     for _ in range(3):
         step()
-    answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    answers.put(peak_memory_bytes(torch.device("cpu")) - before)
 
 
 def compare_steps(arch: str) -> None:

@@ -270,7 +270,7 @@ class FusedMLPBlock(MLPBlock):
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
-            if does_nothing and self.checkpointing != "never" and recomputes(gelu, linear):
+            if does_nothing and recomputes(gelu, linear):
                 x = linear(x, prologue=gelu)
                 rest = after
         for module in rest:
@@ -290,15 +290,14 @@ class FusedEncoderBlock(EncoderBlock):
         attention = self.self_attention
         mlp = self.mlp
         residual = input if tokens is None else input[:, :tokens]
-        saves_all = self.checkpointing == "never"
-        by_mlp = not saves_all and type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
+        by_mlp = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         qkv = self.packed_to_rebuild(input) if by_mlp and tokens is None else None
         if qkv is not None:
             heads = SelfAttention(attention.num_heads)
             x = attention.out_proj(qkv, prologue=heads) + input
             again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, qkv, input)
             return x + mlp(x, prologue=again)
-        if not saves_all and recomputes(self.ln_1, attention):
+        if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
@@ -427,7 +426,7 @@ def _set_fast_paths(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
 
-MODES = ("never", "none", "selective", "full")
+MODES = ("none", "selective", "full")
 WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer)
 
 
@@ -435,9 +434,9 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
     Args:
-        mode: 'never' (a ViT): all that backward needs is saved.
-            'none': all but the outputs of LayerNorm and GELU, which adapted layers recompute: six of the sixteen
-            activations of the block's width per token, in the time that it would take to write and read them.
+        mode: 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of
+            the sixteen activations of the block's width per token, in the time that it would take to write and read
+            them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
             are left. That computes attention's heads and one of the block's twelve matrix products a second time.
             'full': only the input of each block is saved. timm's models know no other mode.
@@ -445,11 +444,11 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     Raises InputError for a mode that does not exist, or a model without anything to recompute.
     """
     if mode not in MODES:
-        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose never, none, selective or full")
+        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
     if mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     else:
-        kind = {"never": EncoderBlock | MLPBlock, "none": (), "selective": nn.MultiheadAttention}[mode]
+        kind = () if mode == "none" else nn.MultiheadAttention
         blocks = [m for m in model.modules() if isinstance(m, kind) and any(map(is_adapted, m.modules()))]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
@@ -457,15 +456,14 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             model.set_grad_checkpointing(mode == "full")
             by_itself = mode == "full"
     if not by_itself and mode != "none" and not blocks:
-        what = "save" if mode == "never" else "recompute"
-        raise InputError(f"gradient checkpointing {mode} finds nothing to {what} in this model")
+        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
     _set_checkpointing(model, blocks, mode)
     fuse(model)
 
 
 def _set_checkpointing(model: nn.Module, blocks: list[nn.Module], mode: str) -> None:
     for module in model.modules():
-        if isinstance(module, (*WHOLE_BLOCKS, MLPBlock, nn.MultiheadAttention)):
+        if isinstance(module, (*WHOLE_BLOCKS, nn.MultiheadAttention)):
             vars(module).pop("checkpointing", None)
     for block in blocks:
         block.checkpointing = mode

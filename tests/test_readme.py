@@ -271,6 +271,11 @@ def test_no_command_and_no_file_is_left_out():
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+def test_the_page_of_public_names_is_that_of_the_docstrings():
+    """`python docs/write_api.py` writes it."""
+    assert PAGES["docs/api.md"] == runpy.run_path(str(ROOT / "docs/write_api.py"))["page"]()
+
+
 def test_the_options_page_and_the_readme_have_the_options(tmp_path):
     """Every flag with its default, and nothing else; `python docs/write_options.py` writes the page."""
     assert PAGES["docs/options.md"] == runpy.run_path(str(ROOT / "docs/write_options.py"))["page"]()

@@ -269,6 +269,9 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
     assert all(f"<td>{name}</td>" in page for name in NAMES) and "threshold" in page
     assert "<td>weight</td>" in "".join(numbers.sections(picture))
     assert labels.printed()[1][0] in NAMES and numbers.printed()[1][0] == "age"
+    assert all("positives" in text for _, text in labels.printed()[1:])
+    by_name = labels.figures()["labels"]
+    assert all(by_name[name]["auroc_interval"] is None or by_name[name]["positives"] >= 5 for name in NAMES)
 
 
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path):

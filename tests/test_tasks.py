@@ -90,6 +90,16 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     scores = [metrics.f1_score(true, p > t) for (true, p), t in zip(pairs, thresholds.numpy(), strict=True)]
     assert answers.f1(thresholds).tolist() == pytest.approx(scores)
     assert answers.f1(thresholds).mean() >= answers.f1(torch.full((3,), 0.5)).mean()
+    rates = answers.rates(thresholds)
+    for k, (true, p) in enumerate(pairs):
+        said = p > thresholds[k].item()
+        expected = {
+            "sensitivity": metrics.recall_score(true, said),
+            "specificity": metrics.recall_score(1 - true, ~said),
+            "ppv": metrics.precision_score(true, said),
+            "npv": metrics.precision_score(1 - true, ~said),
+        }
+        assert {name: rate[k].item() for name, rate in rates.items()} == pytest.approx(expected)
     twice = answers.figures(torch.full((2, 80), 2))[:, 0]
     assert twice.tolist() == pytest.approx([answers.score] * 2)
     _, targets = drawn(unknown=0)

@@ -106,7 +106,7 @@ def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os
 def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str | os.PathLike) -> None:
     """`write_csv` of rows of cells, for titles of which two may be the same."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(map(_no_formula, row) for row in (titles, *rows))
+    csv.writer(text).writerows([titles, *rows])
     written = text.getvalue()
     try:
         content = written.encode(errors="surrogateescape")  # names of files need not be UTF-8
@@ -114,17 +114,6 @@ def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str 
         content = written.encode(errors="replace")
     with open_atomically(path) as file:
         file.write(content)
-
-
-def _no_formula(cell: Any) -> Any:
-    """The cell; text that a spreadsheet would compute is quoted, so that it stays text."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@")):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return f"'{cell}"
-    return cell
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

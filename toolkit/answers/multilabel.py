@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from toolkit import listed, printable
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import ColumnReport, Headline, shortened, worst_first
+from toolkit.answers.answer_reports import ColumnReport, Headline, finite_interval, shortened, worst_first
 from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
@@ -22,7 +22,8 @@ from toolkit.images.lists import PROBABILITY
 
 NO_POSITIVE = "no evaluation image has a label"
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
-CURVES = 10  # labels in the picture of precision by recall
+CURVES = 10  # labels in the pictures of precision by recall and of ROC
+FEWEST_POSITIVES = 5  # of a label whose figures have intervals: with these they were found to cover
 
 
 @dataclass
@@ -39,12 +40,16 @@ class LabelAnswers(ColumnAnswers):
     def score(self) -> float:
         return self.by_label()[0].nanmean().item()
 
-    def figures(self, weights: Tensor | None = None) -> Tensor:
-        """(3,), or (n, 3): means over the labels that have one; for the micro AP all labels are in one ranking."""
+    def figures(self, weights: Tensor | None = None, by_label: Tensor | None = None) -> Tensor:
+        """(3,), or (n, 3): means over the labels that have one; for the micro AP all labels are in one ranking.
+
+        `by_label` is what the method returns, if it is known.
+        """
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
         micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
-        macro_ap, macro_auroc = self.by_label(weights).nanmean(-1).unbind(-1)
+        by_label = self.by_label(weights) if by_label is None else by_label
+        macro_ap, macro_auroc = by_label.nanmean(-1).unbind(-1)
         return torch.stack([macro_ap, micro[..., 0], macro_auroc], -1)
 
     def reliability(self) -> Tensor:
@@ -62,6 +67,22 @@ class LabelAnswers(ColumnAnswers):
         answers = (self.values > thresholds) & ~self.targets.isnan()
         found = measures.f1(answers, positive, weights)
         return found.where(measures.weighted_sum(positive, weights) > 0, torch.nan)
+
+    def rates(self, thresholds: Tensor) -> dict[str, Tensor]:
+        """How answers above the thresholds are right, (K,) each: of the positives (sensitivity), of the negatives
+        (specificity), of the answers yes (PPV, precision) and of the answers no (NPV); NaN where there are none.
+        """
+        positive = self.targets == 1
+        negative = self.targets == 0
+        above = self.values > thresholds
+        hits = (above & positive).sum(0)
+        rejections = (~above & negative).sum(0)
+        return {
+            "sensitivity": hits / positive.sum(0),
+            "specificity": rejections / negative.sum(0),
+            "ppv": hits / (above & (positive | negative)).sum(0),
+            "npv": rejections / (~above & (positive | negative)).sum(0),
+        }
 
     def best_thresholds(self) -> Tensor:
         """The threshold of each label that has the highest F1 here, (K,)."""
@@ -200,6 +221,8 @@ class LabelReport(ColumnReport):
     picture = "precision_recall.png"
     plural = "labels"
     suffix = PROBABILITY
+    AT_THRESHOLD = ("F1", "sensitivity", "specificity", "PPV", "NPV")
+    TITLES = ("label", "positives", "unknown", "AP", "AUROC", *AT_THRESHOLD, "threshold")
     HEADLINES: Mapping[str, Headline] = {
         "macro_ap": Headline("macro AP", NO_POSITIVE),
         "micro_ap": Headline("micro AP", NO_POSITIVE),
@@ -208,22 +231,38 @@ class LabelReport(ColumnReport):
     }
 
     def columns(self) -> dict[str, list[float]]:
-        average_precisions, aurocs = self.answers.by_label().tolist()
+        labels = len(self.names)
+        thresholds = self.head.thresholds
+        first = len(self.HEADLINES)
+        rates = self.answers.rates(thresholds)
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),
             "unknown": self.answers.targets.isnan().sum(0).tolist(),
-            "average_precision": average_precisions,
-            "auroc": aurocs,
-            "f1": self.answers.f1(self.head.thresholds).tolist(),
-            "threshold": self.head.thresholds.tolist(),
+            "average_precision": self.values[first : first + labels],
+            "auroc": self.values[first + labels :],
+            "f1": self.answers.f1(thresholds).tolist(),
+            **{name: rate.tolist() for name, rate in rates.items()},
+            "threshold": thresholds.tolist(),
         }
 
     def measure(self, weights: Tensor) -> Tensor:
+        """The headlines, then the AP of each label and the AUROC of each."""
+        by_label = self.answers.by_label(weights)
         macro_f1 = self.answers.f1(self.head.thresholds, weights).nanmean(-1, keepdim=True)
-        return torch.cat([self.answers.figures(weights), macro_f1], 1)
+        return torch.cat([self.answers.figures(weights, by_label), macro_f1, by_label.flatten(1)], 1)
+
+    def label_intervals(self, i: int) -> list[measures.Interval]:
+        """Those of a label's AP and AUROC; NaN of one with few positives."""
+        if self.by["positives"][i] < FEWEST_POSITIVES:
+            return [(math.nan, math.nan)] * 2
+        return self.intervals[len(self.HEADLINES) + i :: len(self.names)]
 
     def figures(self) -> dict[str, Any]:
-        return super().figures() | self.calibration_figures()
+        figures = super().figures() | self.calibration_figures()
+        for i, by_name in enumerate(figures[self.plural].values()):
+            for name, interval in zip(("average_precision", "auroc"), self.label_intervals(i), strict=True):
+                by_name[f"{name}_interval"] = finite_interval(interval)
+        return figures
 
     def rows(self) -> list[tuple[str, str]]:
         *rows, (title, text) = super().rows()
@@ -234,43 +273,52 @@ class LabelReport(ColumnReport):
             rows.insert(1, ("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
         return rows + self.calibration_rows()
 
-    def by_label(self) -> list[tuple[str, int, int, str, str, str, str]]:
-        """(label, positives, unknown, AP, AUROC, F1, threshold), the worst first; labels without positives last."""
+    def by_label(self) -> list[list[Any]]:
+        """Rows of TITLES, the lowest AP first; labels without positives last."""
         rows = []
         for i in worst_first(self.by["average_precision"]):
             positives, unknown, *shares, threshold = (values[i] for values in self.by.values())
             cells = ["" if math.isnan(share) else f"{share:.1%}" for share in shares]
-            rows.append((self.names[i], positives, unknown, *cells, f"{threshold:.2f}"))
+            for place, (low, high) in enumerate(self.label_intervals(i)):
+                cells[place] += "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
+            rows.append([self.names[i], positives, unknown, *cells, f"{threshold:.2f}"])
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
         rows = []
-        for name, positives, _, ap, *_ in self.by_label():
-            rows.append((name, f"AP {ap} of {positives} positives" if positives else "no positives"))
-        return shortened("by label", "the worst first:", rows)
+        for name, positives, _, ap, auroc, *_ in self.by_label():
+            few = ", too few for an interval" if positives < FEWEST_POSITIVES else ""
+            text = f"AP {ap}, AUROC {auroc or 'not defined'}; positives: {positives}{few}"
+            rows.append((name, text if positives else "no positives"))
+        return shortened("by label", "the worst first, with 95% intervals:", rows)
 
     def sections(self, picture: Path) -> list[str]:
-        titles = ("label", "images", "unknown", "AP", "AUROC", "F1", "threshold")
-        shown = html_picture(picture.read_bytes(), "precision by recall of the labels with the lowest AP")
-        table = html_table(self.by_label(), titles)
-        return ["<h2>By label</h2>", table, shown, *self.reliability_section()]
+        shown = html_picture(picture.read_bytes(), "precision by recall, and ROC, of the labels with the lowest AP")
+        explained = "<p>In brackets 95% intervals; F1 and what follows it are at the threshold.</p>"
+        table = html_table(self.by_label(), self.TITLES)
+        return ["<h2>By label</h2>", explained, table, shown, *self.reliability_section()]
 
     def draw(self, path: Path) -> None:
-        """Precision by recall, of the ten labels with the lowest AP."""
-        figure = new_figure(6.5, 4.5)
-        axes = figure.subplots()
+        """Precision by recall, and the ROC, of the ten labels with the lowest AP."""
+        figure = new_figure(11, 4.5)
+        precisions, rocs = figure.subplots(1, 2)
         columns = list(self.answers.known())
         for i in worst_first(self.by["average_precision"])[:CURVES]:
             if self.by["positives"][i]:
                 scores, targets, _ = columns[i]
-                hits = targets[scores.argsort(descending=True)].cumsum(0)
-                precision = hits / torch.arange(1, len(hits) + 1)
+                ranked = targets[scores.argsort(descending=True)]
+                hits = ranked.cumsum(0)
+                alarms = (1 - ranked).cumsum(0)
                 name = drawn(printable(self.names[i], 24))
-                axes.plot(hits / hits[-1], precision, label=name, drawstyle="steps-post")
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=self.title())
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
+                precisions.plot(hits / hits[-1], hits / (hits + alarms), label=name, drawstyle="steps-post")
+                rocs.plot(alarms / alarms[-1].clamp_min(1), hits / hits[-1], drawstyle="steps-post")
+        precisions.set(xlabel="recall", ylabel="precision", title=self.title())
+        rocs.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC")
+        for axes in (precisions, rocs):
+            axes.set(xlim=(0, 1), ylim=(0, 1.02))
+            axes.grid(alpha=0.3)
+        if precisions.lines:
+            precisions.legend(fontsize=8)
         save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:

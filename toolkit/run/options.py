@@ -29,7 +29,7 @@ from toolkit.models.backbones import ARCHS, TIMM
 from toolkit.models.checkpoints import checkpoint_path, is_none
 
 NORMS = ("auto", "frozen", "follow", "train")
-CHECKPOINTING = ("never", "none", "selective", "full")
+CHECKPOINTING = ("none", "selective", "full")
 BEST_BY = tuple(dict.fromkeys(by for task in TASKS.values() for by in task.best_by))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
@@ -219,8 +219,7 @@ class TuneOptions(AdapterOptions):
     )
     gradient_checkpointing: str = option(
         "none",
-        "what backward computes again. never (a ViT): nothing; none: LayerNorm, GELU; selective (a ViT): attention "
-        "too; full: blocks",
+        "what backward computes again. none: LayerNorm, GELU; selective (a ViT): attention too; full: blocks",
         choices=CHECKPOINTING,
     )
     activation_precision: int = option(
