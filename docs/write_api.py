@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 SCRIPTS = ("finetune_lora", "lora_utils")  # all public names of these, in the order of the file
 # Of the rest the names that docs/python.md imports.
 IMPORTED = re.compile(r"^from ((?:lora|toolkit|moco)\.[\w.]+) import (.+)$", re.MULTILINE)
-BEGINNING = """# What is there to import?
+BEGINNING = """# Which functions and classes are there, with which arguments?
 
 [README](../README.md) · before: [python](python.md) · next: [pretrain](pretrain.md)
 
