@@ -23,10 +23,8 @@ from toolkit.run import runs
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
-    """Where the features of these tests are cached, on disk or in what passes for memory."""
+    """Where the features of these tests are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    (tmp_path / "shm").mkdir()
-    monkeypatch.setattr(cache, "_MEMORY", tmp_path / "shm")
     return tmp_path / "home" / "moco-images"
 
 
@@ -41,9 +39,9 @@ def photos(tmp_path) -> data.LabelledImages:
 
 
 def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
-    def refused(problem: str, where: str = "disk") -> None:
+    def refused(problem: str) -> None:
         with pytest.raises(InputError, match=problem):
-            cache.cache_features(photos, [[torch.zeros(3, 5)]], 3, where)
+            cache.cache_features(photos, [[torch.zeros(3, 5)]], 3)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
@@ -54,8 +52,6 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     refused(r"cannot make .*: Not a directory; set XDG_CACHE_HOME")
-    monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
-    refused(r"this system has no .*gone, .*: use disk instead of ram", "ram")
 
 
 def test_no_file_is_left_where_the_features_cannot_be_opened(photos, place, monkeypatch):
@@ -66,7 +62,7 @@ def test_no_file_is_left_where_the_features_cannot_be_opened(photos, place, monk
 
     monkeypatch.setattr(torch, "from_file", stop)
     with pytest.raises(KeyboardInterrupt):
-        cache.cache_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
+        cache.cache_features(photos, [[torch.zeros(3, 5)]], 3)
     assert count_files(place) == 0
 
 
@@ -89,14 +85,14 @@ def test_room_for_features_is_reserved(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, where",
+    "flags",
     [
-        ("--adapt-last 1", "disk"),
-        pytest.param("--adapt-last 1 --use-qlora --precision bf16", "ram", marks=pytest.mark.slow),
-        pytest.param("--lora-rank 0", "disk", marks=pytest.mark.slow),
+        "--adapt-last 1",
+        pytest.param("--adapt-last 1 --use-qlora --precision bf16", marks=pytest.mark.slow),
+        pytest.param("--lora-rank 0", marks=pytest.mark.slow),
     ],
 )
-def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, flags, where, place, tmp_path, capsys):
+def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, flags, place, tmp_path, capsys):
     """Bit for bit, while what is below sees each of the 21 + 15 images once, in batches of 8.
 
     In bf16 the last bits of a product depend on the number of its rows where the processor has a matrix unit.
@@ -104,7 +100,7 @@ def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, fl
     plain, calls, embed = finetune(flags, "plain"), [], VisionTransformer._process_input
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
-        cached = finetune(f"{flags} --cache-features {where}", "cached")
+        cached = finetune(f"{flags} --cache-features disk", "cached")
     assert calls == [8, 8, 5, 8, 7]
     assert capsys.readouterr().out.count("caching features in") == 2
     assert cached["knn_accuracy_before"] == plain["knn_accuracy_before"]
@@ -113,7 +109,7 @@ def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, fl
     else:
         assert cached["val_loss"] == plain["val_loss"]
         assert_same_tensors(cached["folder"] / "lora.pth", plain["folder"] / "lora.pth")
-    assert count_files(place if where == "disk" else tmp_path / "shm") == 0
+    assert count_files(place) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -144,7 +140,7 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
         taken = next(iter(run.loaders.train))[0]
         found.append((taken, expected))
 
-    finetune("--adapt-last 1 --augmentation crop --cache-features ram --epochs 1", after_epoch=look)
+    finetune("--adapt-last 1 --augmentation crop --cache-features disk --epochs 1", after_epoch=look)
     (cached, images), (taken, (as_it_is, *views)) = found
     torch.testing.assert_close(cached, images)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations((as_it_is, *views), 2))
@@ -155,7 +151,7 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
 def test_processes_that_load_share_what_is_cached(photos):
     """As they do for a GPU, which would wait for the copies otherwise."""
     features = torch.randn(3, 2, 5, 4)
-    cached = cache.cache_features(photos, [[view] for view in features.unbind(1)], 3, "disk")
+    cached = cache.cache_features(photos, [[view] for view in features.unbind(1)], 3)
     batches = [next(iter(data.build_loader(data.Transformed(cached, torch.clone), 3, workers=w))) for w in (0, 1)]
     assert all(torch.equal(batch, features) and labels.tolist() == [0, 1, 0] for batch, labels in batches)
 

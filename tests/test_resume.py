@@ -44,7 +44,8 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
 WAYS = {
     "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
     "4 bits": "--use-qlora --mixup 0.2",
-    "features of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1 --cache-features ram",
+    "features of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1"
+    " --cache-features disk",
     "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"

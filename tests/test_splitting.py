@@ -137,7 +137,7 @@ def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,class,")
 
 
-@pytest.mark.parametrize("cache", ["", "--adapt-last 1 --cache-features ram"])
+@pytest.mark.parametrize("cache", ["", "--adapt-last 1 --cache-features disk"])
 def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, finetune, monkeypatch, cache):
     given = []
 

@@ -1,4 +1,4 @@
-"""A cache of the features that frozen blocks compute, in memory or on disk, from which later epochs train.
+"""A cache of the features that frozen blocks compute, in a file, from which later epochs train.
 
 Features are cached below the first block that trains: those of each plain image and of some augmented views, of which
 each epoch draws one.
@@ -22,9 +22,8 @@ from torch.utils.data import TensorDataset
 from toolkit import InputError, distributed
 from toolkit.images.data import LabelledImages
 
-CACHES = ("none", "ram", "disk")
+CACHES = ("none", "disk")
 CACHED_VIEWS = 4  # made a run of ten epochs as accurate as new views in each epoch: see benchmarks/RESULTS.md
-_MEMORY = Path("/dev/shm")  # Linux's file system in memory
 
 
 class CachedFeatures(LabelledImages):
@@ -47,16 +46,13 @@ def drawn_view(features: Tensor) -> Tensor:
     return features[torch.randint(min(1, len(features) - 1), len(features), ())]
 
 
-def cache_features(
-    images: LabelledImages, views: Sequence[Iterable[Tensor]], batch_size: int, where: str
-) -> CachedFeatures:
+def cache_features(images: LabelledImages, views: Sequence[Iterable[Tensor]], batch_size: int) -> CachedFeatures:
     """Cache the features of all images in a file that vanishes when the processes end. Prints its size.
 
     Args:
         views: for each view, the plain one first, batches of features (n, ...) of the images in order. With several
             processes each computes its share of every batch, and all processes read all features.
         batch_size: the images per batch of all processes together.
-        where: 'ram' or 'disk'.
 
     Raises InputError if the folder cannot be made or has too little room, or the processes are on several machines.
     """
@@ -64,7 +60,7 @@ def cache_features(
     for view, batches in enumerate(views):
         for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
             if cached is None:  # each process has a share of the first batch
-                cached = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype, where)
+                cached = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype)
             cached[start + distributed.rank() :: distributed.world_size(), view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # wait until all have written their share
     found = CachedFeatures(TensorDataset(cached), images.labels, targets=images.targets)
@@ -72,19 +68,19 @@ def cache_features(
     return found
 
 
-def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:
+def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor whose memory is one file for all processes. Its name is removed at once, so no file is left behind."""
     if len(set(distributed.gather(platform.node()))) > 1:
         raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
-    folder = _folder(where)
+    folder = _folder()
     numel = math.prod(shape)
     needed = numel * dtype.itemsize
     print(f"caching features in {folder}: {needed / 1e9:.2f} GB")
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"--cache-features {where}: {folder} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: free "
-            f"some, or use --cache-features {'disk or ' if where == 'ram' else ''}none"
+            f"--cache-features disk: {folder} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: free "
+            "some, set XDG_CACHE_HOME to another place, or use --cache-features none"
         )
     name = _empty_file(folder, needed) if distributed.is_main() else ""
     path = Path(distributed.gather(name)[0])
@@ -113,11 +109,7 @@ def _empty_file(folder: Path, size: int) -> str:
     return name
 
 
-def _folder(where: str) -> Path:
-    if where == "ram":
-        if not _MEMORY.is_dir():
-            raise InputError(f"this system has no {_MEMORY}, in which features are cached: use disk instead of ram")
-        return _MEMORY
+def _folder() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "moco-images")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ class Loaders:
             # Each pass over this loader draws new views.
             augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
             batches = list(map(features, (plain, *[augmented] * views)))
-            return cache_features(images, batches, plain.batch_sampler.batch_size, self.args.cache_features)
+            return cache_features(images, batches, plain.batch_sampler.batch_size)
 
         train = cached(self.images.train, 0 if self.args.augmentation == "none" else CACHED_VIEWS)
         self.images = self.images._replace(train=train, val=cached(self.images.val))
