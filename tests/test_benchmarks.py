@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare_peers, domain, growth, loading, model_zoo, quality, roofline
+from benchmarks import compare_peers, domain, growth, loading, model_zoo, quality, roofline, time_to_accuracy
 from lora_utils import read_adapter_file
 from toolkit.run import optim
 
@@ -111,6 +111,26 @@ def test_each_method_is_compared_at_its_best_rate(base, images, two_rates, tmp_p
 
 FAST = ["timm:eva02_tiny_patch14_224", "timm:convnext_atto", "torchvision:mobilenet_v3_small", "transformers:ViT"]
 FAST += ["transformers:Swinv2", "transformers:Segformer"]
+
+
+def test_whole_commands_are_timed_and_a_plain_loop_has_its_best_rate(base, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_accuracy, "RATES", (1e-4, 1e-3))
+    apart = lambda command, check: time_to_accuracy.main(command[3:])  # noqa: E731 - the same, in this process
+    monkeypatch.setattr(time_to_accuracy.subprocess, "run", apart)
+    monkeypatch.chdir(tmp_path)
+    options = f"--data-dir {images} --checkpoint {base} --epochs 2 --batch-size 8 --workers 0".split()
+    command = ["--methods", "default", "plain", "--seeds", "1", "--output-dir", str(tmp_path / "out"), *options]
+    for _ in range(2):  # nothing is run again
+        rows = time_to_accuracy.main(command)
+    assert len((tmp_path / "out/runs.jsonl").read_text().splitlines()) == 4
+    ours, plain = rows
+    assert ours["rate"] is None and plain["rate"] in (1e-4, 1e-3)
+    for row in rows:
+        seconds = [second for second, _ in row["curve"]]
+        assert len(seconds) == 2 and 0 < seconds[0] < seconds[1] < row["seconds"]
+    assert plain["reached_full_after"] <= plain["curve"][-1][0]
+    assert "| full fine-tuning, plain loop |" in capsys.readouterr().out
+    assert (tmp_path / "out/time_to_accuracy.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", FAST)
