@@ -180,12 +180,12 @@ class Loaders:
         are of whole masks.
         """
         train = self.probe_images
-        loaders = [self.add_loader(train, self.plain_view, keep_workers=False)]
+        loaders = {"training images": self.add_loader(train, self.plain_view, keep_workers=False)}
         if not self.has_masks:
-            loaders.append(self.val)
+            loaders["evaluation images"] = self.val
         if self.args.head_init == "probe":
-            loaders.append(self.add_loader(train, self.augmentation, keep_workers=False))
-        bars = (runs.progress_bar(loader, "features") for loader in loaders)
+            loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
+        bars = (runs.progress_bar(loader, f"for the linear probe: {what}") for what, loader in loaders.items())
         found = [task.head.features(network, bar, self.device, dtype, len(train)) for bar in bars]
         if self.has_masks:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
