@@ -3,6 +3,7 @@
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
+    python deploy_lora.py compare runs/*/results.json --output runs.csv         # a table of many runs
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
@@ -131,11 +132,20 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def compare(args: argparse.Namespace) -> list[comparison.Difference]:
-    """Print how much better the second of two results is than the first, and return the differences by measure."""
-    differences = comparison.compare(args.first, args.second)
-    print(reports.table(comparison.table(differences, args.first, args.second)))
-    return differences
+def compare(args: argparse.Namespace) -> list[Any]:
+    """Print how much better the second of two results is than the first, and return the differences by measure.
+
+    Of more than two, or with --output, it is a table of all, and its rows: see `comparison.summed_up`.
+    """
+    if len(args.results) == 2 and args.output is None:
+        differences = comparison.compare(*args.results)
+        print(reports.table(comparison.table(differences, *args.results)))
+        return differences
+    rows = comparison.summed_up(args.results)
+    print(reports.table(comparison.table_of_runs(rows)))
+    if args.output is not None:
+        files.write_csv(rows, comparison.COLUMNS, args.output)
+    return rows
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
@@ -742,7 +752,7 @@ def check(args: argparse.Namespace) -> list[str]:
 COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and its line of help
     "info": (info, "what is in an adapter file"),
     "evaluate": (evaluate, "accuracy on labelled images"),
-    "compare": (compare, "two results over the same images: is one better by more than chance?"),
+    "compare": (compare, "two results over the same images: is one better by more than chance? or a table of many"),
     "predict": (predict, "the most probable classes of images, as a table; masks and maps"),
     "embed": (embed, "the features of images, as an array"),
     "merge": (merge, "base and adapter as one state_dict that plain torchvision loads"),
@@ -760,8 +770,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     for name, (_, text) in COMMANDS.items():
         parsers[name] = command = subparsers.add_parser(name, help=text, allow_abbrev=False)
         if name == "compare":
-            command.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
-            command.add_argument("second", type=Path, help="another, over the same images")
+            what = "results.json of runs, or of evaluate --output: two over the same images, or many"
+            command.add_argument("results", type=Path, nargs="+", help=what)
+            command.add_argument("--output", type=Path, help="a table of all, runs.csv")
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":

@@ -1,6 +1,8 @@
 """toolkit/answers/comparison.py: two results over the same images, and those that cannot be compared."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +191,36 @@ def test_results_that_cannot_be_compared(classes, change, problem):
     with pytest.raises(InputError) as raised:
         comparison.compare(*paths)
     assert problem in str(raised.value)
+
+
+def runs_of(folder: Path, **scores: float) -> list[Path]:
+    """A `results.json` for each run called `rank_seed`."""
+    paths = []
+    for name, score in scores.items():
+        _, rank, seed = name.split("_")
+        settings = {"model": {"arch": "vit_mini"}, "finetune": {"lora_rank": int(rank), "seed": int(seed)}}
+        results = {"task": "classification", "val_accuracy": score, "probe_accuracy_before": 0.5, "config": settings}
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(results))
+    return paths
+
+
+def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsys):
+    paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8, r_4_0=0.6)
+    evaluated = tmp_path / "evaluated.json"
+    evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9}))
+    rows = deploy_lora.main(["compare", *map(str, [*paths, evaluated]), "--output", str(tmp_path / "runs.csv")])
+    assert [row["score"] for row in rows] == pytest.approx([0.9, 0.75, 0.6])
+    assert [row["runs"] for row in rows] == [1, 2, 1] and rows[1]["spread"] == pytest.approx(0.05 * 2**0.5)
+    assert rows[1]["differs by"] == "arch vit_mini, lora_rank 8" and rows[0]["probe"] == ""
+    lines = (tmp_path / "runs.csv").read_text().splitlines()
+    assert lines[0] == "results,differs by,runs,probe,score,spread" and len(lines) == 4
+    assert "0.7500 ± 0.0707" in capsys.readouterr().out
+    [row, _] = comparison.summed_up([*paths[:2], paths[2]])
+    assert row["differs by"] == "lora_rank 8"
+    other = tmp_path / "numbers.json"
+    other.write_text(json.dumps({"task": "regression", "val_r2": 0.9}))
+    with pytest.raises(InputError, match="several tasks, classification, regression: compare those of one"):
+        comparison.summed_up([paths[0], other])
+    with pytest.raises(InputError, match=r"runs\.csv is no results\.json"):
+        comparison.summed_up([tmp_path / "runs.csv", *paths])

@@ -1,6 +1,9 @@
-"""Two runs over the same images: is the one better than the other by more than chance?"""
+"""Two runs over the same images: is the one better than the other by more than chance? And a table of many runs."""
 
 import csv
+import json
+import math
+import statistics
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ from toolkit.answers import measures
 from toolkit.answers.answer_reports import interval_text
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
+from toolkit.answers.tasks import TASKS
 from toolkit.files import write_cells
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
@@ -190,3 +194,64 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
         interval = interval_text(low, high, f"+{form}")
         rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many runs
+
+COLUMNS = ("results", "differs by", "runs", "probe", "score", "spread")
+
+
+def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """A row of COLUMNS for many `results.json`, the best first; those that differ by their seed alone share one.
+
+    `score` and `probe` are means, and `spread` is the standard deviation of the scores.
+    """
+    runs = [(path, _results(path)) for path in paths]
+    kinds = {results["task"] for _, results in runs}
+    if len(kinds) > 1:
+        raise InputError(f"these results are of several tasks, {listed(sorted(kinds))}: compare those of one")
+    score = TASKS[kinds.pop()].score
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for path, results in runs:
+        groups.setdefault(json.dumps(_settings(path, results), sort_keys=True), []).append((path, results))
+    settings = [json.loads(key) for key in groups]
+    rows = []
+    for own, members in zip(settings, groups.values(), strict=True):
+        differing = [name for name in own if any(other.get(name) != own[name] for other in settings)]
+        scores = [results.get(f"val_{score}", results.get(score)) for _, results in members]
+        probes = [results.get(f"probe_{score}_before") for _, results in members]
+        row = {"results": str(members[0][0]), "differs by": ", ".join(f"{name} {own[name]}" for name in differing)}
+        row |= {"runs": len(members), "probe": _mean(probes), "score": _mean(scores)}
+        rows.append(row | {"spread": statistics.stdev(scores) if None not in scores and len(scores) > 1 else ""})
+    return sorted(rows, key=lambda row: (row["score"] == "", row["score"]), reverse=True)
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["task"] in TASKS:
+            return results
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path} is no results.json of a run, nor of evaluate --output")
+
+
+def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What runs of one kind share: their settings but the seed. Results of `evaluate` have none, and stand alone."""
+    sections = results.get("config", {"": {"file": str(path)}})
+    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"}
+
+
+def _mean(values: Sequence[float | None]) -> float | str:
+    return "" if None in values else statistics.mean(values)
+
+
+def table_of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The same for people: (score, what has it)."""
+    shown = []
+    for row in rows:
+        score, spread, probe = (f"{row[name] or math.nan:.4f}" for name in ("score", "spread", "probe"))
+        score += f" ± {spread}" if row["runs"] > 1 else ""
+        shown.append((score, f"{row['runs']} of {row['results']}, probe {probe}; {row['differs by'] or 'alone'}"))
+    return shown
