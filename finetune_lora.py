@@ -34,7 +34,7 @@ from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
-from lora.fusion import fuse, is_hooked, set_gradient_checkpointing
+from lora.fusion import fuse, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
@@ -322,7 +322,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     Attention that is not plain (`lora.adapted.is_plain_attention`) is not adapted.
     """
 
-    checkpointing = "none"  # 'selective': the heads' output is computed again in backward instead of saved
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
     weight_name = "in_proj_weight"
     _linear_kind = LoRALinear
@@ -404,22 +403,15 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         elif not self.batch_first:  # (L, N, E) -> (N, L, E)
             inputs = attention.once_each(lambda x: x.transpose(0, 1), *inputs)
         projected = self._project(*inputs, prologue)
-        plain = not need_weights and attn_mask is None and key_padding_mask is None
-        weights = None
-        if plain and len(projected) == 1 and self._recomputes():
-            output = self.out_proj(projected[0], prologue=attention.SelfAttention(self.num_heads))
-        else:
-            q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
-            if key_padding_mask is not None and not is_batched:
-                key_padding_mask = key_padding_mask[None]
-            mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
-            dropout = self.dropout * self.training
-            attended, weights = attention.attend(
-                q, k, v, self.num_heads, mask, dropout, need_weights, self.keeps_weights
-            )
-            output = self.out_proj(attended)  # (N, L, E)
-            if need_weights and average_attn_weights:
-                weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
+        q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
+        if key_padding_mask is not None and not is_batched:
+            key_padding_mask = key_padding_mask[None]
+        mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
+        dropout = self.dropout * self.training
+        attended, weights = attention.attend(q, k, v, self.num_heads, mask, dropout, need_weights, self.keeps_weights)
+        output = self.out_proj(attended)  # (N, L, E)
+        if need_weights and average_attn_weights:
+            weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
             if weights is not None:
                 weights = weights[0]
@@ -427,18 +419,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if not self.batch_first:
             output = output.transpose(0, 1)
         return output, weights
-
-    def _recomputes(self) -> bool:
-        """May the output projection recompute the heads' output in backward?"""
-        out = self.out_proj
-        able = out._is_active and not out._drops and not is_hooked(out) and not (self.training and self.dropout)
-        return self.checkpointing == "selective" and able
-
-    def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
-        if self.batch_first and self._is_active and not self._drops and self._recomputes():
-            return self._product(0, 3, x, None, prologue)
-        return None
 
 
 class _FourBits:

@@ -109,10 +109,6 @@ def lora_int8(model: nn.Module, args) -> nn.Module:
     return lora_float_base(model, args, torch.int8)
 
 
-def lora_selective(model: nn.Module, args) -> nn.Module:
-    return lora(model, args, "selective")
-
-
 def lora_last_half(model: nn.Module, args, **options) -> nn.Module:
     return lora(model, args, adapt_last=half_of_the_blocks(model), **options)
 
@@ -140,10 +136,6 @@ def lora_following_norms(model: nn.Module, args) -> nn.Module:
 
 def qlora(model: nn.Module, args) -> nn.Module:
     return lora(model, args, use_qlora=True)
-
-
-def qlora_selective(model: nn.Module, args) -> nn.Module:
-    return lora(model, args, "selective", use_qlora=True)
 
 
 def qlora_checkpointed(model: nn.Module, args) -> nn.Module:
@@ -328,11 +320,7 @@ VARIANTS = {
         by_default=False,
     ),
     "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
-    "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
     "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, around=SavedIn16Bits),
-    "lora_selective_16bit": Variant(
-        "LoRA here, selective, 16-bit activations", lora_selective, save_here, models="vit", around=SavedIn16Bits
-    ),
     "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
     "lora_last_half_kept": Variant(
         "LoRA here, last half, features below kept", lora_last_half, save_here, features_kept=True
@@ -345,13 +333,6 @@ VARIANTS = {
     ),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
     "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),
-    "qlora_selective": Variant(
-        "QLoRA here, selective checkpointing", qlora_selective, save_here, "bitsandbytes", "vit"
-    ),
-    "qlora_selective_16bit": Variant(
-        *("QLoRA here, selective, 16-bit activations", qlora_selective, save_here, "bitsandbytes", "vit"),
-        around=SavedIn16Bits,
-    ),
     "qlora_full": Variant("QLoRA here, full checkpointing", qlora_checkpointed, save_here, "bitsandbytes", "vit"),
 }
 

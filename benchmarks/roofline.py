@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.roofline --model vit_b_16 --batch-size 64
-    python -m benchmarks.roofline --model vit_b_16 --batch-size 64 --variants full,peft,lora,lora_selective,qlora
+    python -m benchmarks.roofline --model vit_b_16 --batch-size 64 --variants full,peft,lora,qlora
     python -m benchmarks.roofline --model resnet50 --batch-size 8
     python -m benchmarks.roofline --model resnet50 --batch-size 8 --variants full,full_compiled,lora,lora_compiled
 
@@ -84,7 +84,7 @@ CARDS = {
 # Which share of it kernels reach: assumed, until a GPU can be asked.
 SHARES = {"product": 0.7, "convolution": 0.5, "attention": 0.45, "other": 1.0, "bandwidth": 0.85}
 LAUNCH = 2.2e-6  # seconds: no kernel and the gap behind it take less
-DEFAULT = ("full", "peft", "lora", "lora_selective", "lora_follow", "qlora", "lora_last_half")
+DEFAULT = ("full", "peft", "lora", "lora_follow", "qlora", "lora_last_half")
 COSTLIEST = 10
 FILE = "predicted_{model}_b{batch_size}_{precision}.json"
 

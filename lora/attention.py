@@ -1,4 +1,4 @@
-"""Attention of several heads: masks, the fastest kernel for bfloat16 on a CPU, and its recomputation in backward."""
+"""Attention of several heads: masks, and the fastest kernel for bfloat16 on a CPU."""
 
 import contextlib
 import itertools
@@ -163,33 +163,3 @@ def _empty_heads(like: Tensor, width: int) -> Tensor:
     """(N, H, L, width), with the heads of a token side by side in memory: (N, L, H width) is then a view."""
     N, H, L, _ = like.shape
     return like.new_empty(N, L, H, width).transpose(1, 2)
-
-
-class SelfAttention:
-    """Attention of several heads as the `prologue` of a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
-
-    The layer's backward pass computes it again or, if the layer's output is needed before that, `replay` does.
-    """
-
-    def __init__(self, num_heads: int):
-        self.num_heads = num_heads
-        self._replayed: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, qkv: Tensor) -> Tensor:
-        return attend(*qkv.chunk(3, -1), self.num_heads, keep_weights=True)[0]  # of a graph of its own, gone at once
-
-    def replay(self, qkv: Tensor) -> Tensor:
-        """Compute the output again, and keep it with its graph for the layer's backward pass, which comes next."""
-        self._replayed = self._with_graph(qkv)
-        return self._replayed[1].detach()
-
-    def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """The input and the output of a separate graph: the one that `replay` kept, or a new one."""
-        replayed = self._replayed or self._with_graph(qkv)
-        self._replayed = None
-        return replayed
-
-    @torch.enable_grad()
-    def _with_graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        qkv = qkv.detach().requires_grad_()
-        return qkv, self(qkv)

@@ -22,7 +22,7 @@ too: see `_kernel_merges`. Second derivatives are not defined, and are refused (
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import backends, int8
-from lora.attention import SelfAttention
 from lora.backends import LOW_PRECISION, compute_dtype
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
@@ -140,11 +139,11 @@ class _LoRALinear(torch.autograd.Function):
         weight, scaling, groups, prologue, dtype = constants  # one argument, since each takes time
         ctx.shape = x.shape
         ctx.drops = adapter_x is not None
-        ctx.rebuild = left = right = None
+        left = right = None
         saved_x = x  # what the prologue reads or, without one, the adapter
         if isinstance(prologue, RecomputedNorm):
             saved_x = None
-            prologue, ctx.rebuild, left, right = prologue
+            prologue, left, right = prologue
             left = left.detach()
             right = right.detach()
         ctx.constants = (weight, scaling, groups, prologue, dtype)
@@ -176,11 +175,10 @@ class _LoRALinear(torch.autograd.Function):
         x, A, B, h, left, right = ctx.saved_tensors
         weight, scaling, groups, prologue, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, _ = ctx.needs_input_grad
-        if ctx.rebuild is not None:
-            x = ctx.rebuild(left, right)
-        if not isinstance(prologue, SelfAttention):  # which does not work row by row
-            x = _rows(x, x.dtype)
-        adapter_rows, statistics = _evaluate(prologue, x, in_backward=True)
+        if left is not None:
+            x = left + right
+        x = _rows(x, x.dtype)
+        adapter_rows, statistics = _evaluate(prologue, x)
         gy = _rows(gy, dtype)  # (N, out)
         gh, gA, gB = _adapter_gradients(gy, _rows(adapter_rows, dtype), h, A, B, scaling, groups)
         del adapter_rows  # of the output's size or more, and no longer needed
@@ -203,11 +201,10 @@ class _LoRALinear(torch.autograd.Function):
 class RecomputedNorm(NamedTuple):
     """A LayerNorm as a `prologue` whose input is not saved either: backward computes it again, to the last bit.
 
-    It is ``rebuild(left, right)``. Both are saved, so it pays where others save them anyway.
+    It is ``left + right``. Both are saved, so it pays where others save them anyway.
     """
 
     norm: nn.LayerNorm
-    rebuild: Callable[[Tensor, Tensor], Tensor]
     left: Tensor
     right: Tensor
 
@@ -215,24 +212,15 @@ class RecomputedNorm(NamedTuple):
         return self.norm(x)
 
 
-Prologue = nn.LayerNorm | nn.GELU | SelfAttention | RecomputedNorm
+Prologue = nn.LayerNorm | nn.GELU | RecomputedNorm
 
 
-def _evaluate(prologue: Prologue | None, x: Tensor, in_backward: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """``prologue(x)`` and what its derivative needs beside x.
-
-    A LayerNorm needs each row's mean and reciprocal deviation. Attention needs input and output of a graph of its own,
-    which is built in backward alone: from the forward pass on it would hold memory.
-    """
+def _evaluate(prologue: Prologue | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``prologue(x)``, and what its derivative needs beside x: for a LayerNorm each row's mean and 1 / deviation."""
     if prologue is None:
         return x, []
     if isinstance(prologue, nn.GELU):
         return F.gelu(x, approximate=prologue.approximate), []
-    if isinstance(prologue, SelfAttention):
-        if not in_backward:
-            return prologue(x).detach(), []
-        graph = prologue.graph(x)
-        return graph[1].detach(), list(graph)
     if prologue.weight is not None:
         x = x.to(prologue.weight.dtype)
     y, *statistics = backends.layer_norm(x, prologue)
@@ -246,9 +234,6 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
     """
     if prologue is None:
         return gradient
-    if isinstance(prologue, SelfAttention):
-        qkv, attended = statistics
-        return torch.autograd.grad(attended, qkv, gradient.to(x.dtype).view_as(attended))[0]
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     if isinstance(prologue, nn.GELU):
         return backends.gelu_gradient(gradient.to(x.dtype), x, approximate=prologue.approximate, grad_input=result)

@@ -5,7 +5,7 @@ An adapted layer saves time and memory if it does its neighbour's work too:
   disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
   it go along: on a CPU oneDNN does the one or the other while it writes the output.
 - A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
-  So is GELU. With selective gradient checkpointing so are attention's output and the sum between attention and the MLP.
+  So is GELU.
 - A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
 - The last block of a ViT computes the class token alone, which is all that the classifier reads. Attention's keys and
   values still come from every token.
@@ -31,7 +31,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted, is_plain_attention
-from lora.attention import SelfAttention, attend
+from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
@@ -291,12 +291,6 @@ class FusedEncoderBlock(EncoderBlock):
         mlp = self.mlp
         residual = input if tokens is None else input[:, :tokens]
         by_mlp = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
-        qkv = self.packed_to_rebuild(input) if by_mlp and tokens is None else None
-        if qkv is not None:
-            heads = SelfAttention(attention.num_heads)
-            x = attention.out_proj(qkv, prologue=heads) + input
-            again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, qkv, input)
-            return x + mlp(x, prologue=again)
         if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
@@ -311,19 +305,8 @@ class FusedEncoderBlock(EncoderBlock):
         prologue = self.ln_2
         if attended.dtype != x.dtype:
             # The sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
-            prologue = RecomputedNorm(self.ln_2, torch.add, attended, residual)
+            prologue = RecomputedNorm(self.ln_2, attended, residual)
         return x + mlp(x, prologue=prologue)
-
-    def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
-        """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
-
-        That computes attention's heads and the output projection, one of the block's twelve products, a second time.
-        """
-        attention = self.self_attention
-        drops = self.dropout.training and self.dropout.p > 0
-        if drops or is_hooked(attention, self.dropout) or not recomputes(self.ln_1, attention):
-            return None
-        return attention.project_packed(input, self.ln_1)
 
 
 class FusedVisionTransformer(VisionTransformer):
@@ -395,7 +378,7 @@ def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
 
 def unfuse(model: nn.Module) -> None:
     """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
-    _set_checkpointing(model, [], "none")
+    _set_checkpointing(model, "none")
     for module in model.modules():
         if isinstance(module, Freezable):
             module.__class__ = stock_norm(module)
@@ -426,7 +409,7 @@ def _set_fast_paths(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
 
-MODES = ("none", "selective", "full")
+MODES = ("none", "full")
 WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer)
 
 
@@ -437,33 +420,28 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         mode: 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of
             the sixteen activations of the block's width per token, in the time that it would take to write and read
             them.
-            'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
-            are left. That computes attention's heads and one of the block's twelve matrix products a second time.
             'full': only the input of each block is saved. timm's models know no other mode.
 
     Raises InputError for a mode that does not exist, or a model without anything to recompute.
     """
     if mode not in MODES:
-        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
-    if mode == "full":
-        blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
-    else:
-        kind = () if mode == "none" else nn.MultiheadAttention
-        blocks = [m for m in model.modules() if isinstance(m, kind) and any(map(is_adapted, m.modules()))]
+        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")
+    recomputes_blocks = mode == "full"
+    blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
         with contextlib.suppress(AssertionError):  # which timm raises if this one cannot
-            model.set_grad_checkpointing(mode == "full")
-            by_itself = mode == "full"
-    if not by_itself and mode != "none" and not blocks:
-        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
-    _set_checkpointing(model, blocks, mode)
+            model.set_grad_checkpointing(recomputes_blocks)
+            by_itself = recomputes_blocks
+    if recomputes_blocks and not by_itself and not blocks:
+        raise InputError("gradient checkpointing full finds nothing to recompute in this model")
+    _set_checkpointing(model, mode)
     fuse(model)
 
 
-def _set_checkpointing(model: nn.Module, blocks: list[nn.Module], mode: str) -> None:
+def _set_checkpointing(model: nn.Module, mode: str) -> None:
     for module in model.modules():
-        if isinstance(module, (*WHOLE_BLOCKS, nn.MultiheadAttention)):
+        if STOCK.get(type(module), type(module)) in WHOLE_BLOCKS:
             vars(module).pop("checkpointing", None)
-    for block in blocks:
-        block.checkpointing = mode
+            if mode != "none":
+                module.checkpointing = mode

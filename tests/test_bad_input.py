@@ -444,8 +444,8 @@ CHECKPOINTS = [
     checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "state_dict hold no tensors"),
     case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
     case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
-    case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
-         "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
+    case("a mode of checkpointing that is gone", "finetune --gradient-checkpointing selective",
+         "'selective' is none of none, full"),
     case("norms twice", "finetune --norms train --no-freeze-backbone", "--norms train with --no-freeze-backbone"),
     case("norms follow nothing", "finetune --norms follow --lora-rank 0", "there are no adapters to follow"),
     case("norms frozen and trained", "finetune --norms frozen --no-freeze-backbone", "everything trains; drop one"),

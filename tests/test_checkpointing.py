@@ -1,19 +1,14 @@
 """Gradient checkpointing, and what the blocks keep without it."""
 
 import copy
-import gc
 
 import pytest
 import torch
 from dense import (
-    EXACT,
     FP32,
     Operations,
     assert_close,
-    assert_equals_dense,
     classes,
-    compare_with_dense,
-    dense_twin,
     frozen,
     images,
     loss_and_gradients,
@@ -26,23 +21,21 @@ from torch import nn
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention
-from lora_utils import LoRAManager
 from toolkit import InputError
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(
     "dropout, elsewhere, four_bits",
     [(0.0, 0.0, False), (0.2, 0.2, False), (0.2, 0.0, False), (0.2, 0.2, True)],
     ids=["", "dropout", "dropout of tokens alone", "4 bits"],
 )
-def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout, elsewhere):
+def test_checkpointing_a_vit_changes_memory_and_nothing_else(four_bits, dropout, elsewhere):
     """With dropout the same values are dropped the second time; attention's and the adapters' own included."""
     model = vit(dropout=dropout, attention_dropout=elsewhere)
     frozen(model, 0.3, use_qlora=four_bits, lora_dropout=elsewhere).train()
     x, keys = images(16, 8), list(model.state_dict())
     expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
-    set_gradient_checkpointing(model, mode)
+    set_gradient_checkpointing(model, "full")
     loss, gradients = loss_and_gradients(model, x)
     assert list(model.state_dict()) == keys
     assert torch.equal(loss, expected[0])
@@ -50,7 +43,7 @@ def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dr
     for name, gradient in gradients.items():
         assert_close(gradient, expected[1][name], FP32, name)
     if not dropout:  # which keeps the LayerNorm's and GELU's output in every mode
-        assert saved_bytes(model, x) < {"selective": 0.9, "full": 0.6}[mode] * before
+        assert saved_bytes(model, x) < 0.6 * before
     set_gradient_checkpointing(model, "none")
     assert saved_bytes(model, x) == before
     assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
@@ -64,99 +57,20 @@ def test_layer_norm_and_gelu_are_computed_again():
     assert (seen.count("native_layer_norm.default"), seen.count("gelu.default")) == (11, 4)
 
 
-def test_selective_checkpointing_equals_the_dense_stock_model():
-    stock, x = vit().double(), images(16, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock))
-    set_gradient_checkpointing(model, "selective")
-    assert_equals_dense(stock, model, x, EXACT)
-    freeze_backbone_params(model, freeze=False)  # a LayerNorm that trains gets its gradients
-    compare_with_dense(stock, model.train(), [x], EXACT)
-    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
-    freeze_backbone_params(model)
-    with manager.disable_lora():
-        assert_close(model(x), stock(x), EXACT)
-    manager.merge_lora_weights()
-    assert_close(model(x), expected, EXACT)
-
-
-def attends(model: nn.Module, x: torch.Tensor) -> int:
-    """How often a training step computes attention."""
-    with Operations() as operations:
-        model(x).sum().backward()
-    return sum("attention" in name and "backward" not in name for name in operations.names)
-
-
-def test_selective_checkpointing_keeps_neither_what_the_heads_answer_nor_the_middle_of_a_block():
-    """They are computed once more for both gradients. Where the last block attends from the class token alone, they
-    are kept."""
-    model, x = frozen(vit()), images(16, 8)
-    once, before = attends(model, x), saved_bytes(model, x)
-    set_gradient_checkpointing(model, "selective")
-    assert attends(model, x) == once + 1
-    tokens, width, heads = 5, 16, model.encoder.layers[0].self_attention.num_heads
-    assert before - saved_bytes(model, x) == 8 * tokens * (2 * width + heads) * 4  # and log-sum-exps
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
-@pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
-def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, dropout):
-    """Adapted attention keeps them, in 4 bits it has less memory; and what is replayed for backward keeps them."""
+def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, dropout):
+    """Adapted attention keeps them; in 4 bits, where memory counts, it computes them again."""
     monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
     computed, weights = [], attention._attention_weights
     monkeypatch.setattr(attention, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
     model = frozen(vit(), use_qlora=four_bits, lora_dropout=dropout)
-    set_gradient_checkpointing(model, mode)
     blocks = len(model.encoder.layers)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images(16))
     assert len(computed) == blocks
     logits.sum().backward()
-    replayed = blocks - 1 if mode == "selective" and not dropout else 0  # not the one of the class token alone
-    assert len(computed) == blocks + (blocks if four_bits else replayed)
-
-
-@pytest.mark.parametrize("mode", ["none", "selective"])
-def test_the_graph_may_be_kept_and_attention_that_was_replayed_is_forgotten(mode):
-    """A second backward pass over the same graph computes it anew, and gives the same gradients."""
-    model, x = frozen(vit()).double(), images(16, dtype=torch.float64)
-    set_gradient_checkpointing(model, mode)
-    parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
-    first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    attentions = [each for each in gc.get_objects() if type(each) is attention.SelfAttention]
-    assert all(each._replayed is None for each in attentions) and (attentions or mode == "none")
-    for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
-        assert torch.equal(gradient, again)
-
-
-@pytest.mark.parametrize("change", ["mask", "weights", "a hook", "adapter dropout", "keys from elsewhere"])
-def test_attention_that_cannot_be_computed_once_more_is_the_stock_one(change):
-    torch.manual_seed(0)
-    stock = nn.MultiheadAttention(16, 4, batch_first=True).double()
-    model = frozen(copy.deepcopy(stock), lora_dropout=0.5 if change == "adapter dropout" else 0.0)
-    set_gradient_checkpointing(model, "selective")
-    if change == "adapter dropout":
-        model.eval()
-    elif change == "a hook":
-        model.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
-    x, seen = torch.randn(2, 5, 16, dtype=torch.float64), []
-    mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if change == "mask" else None
-
-    def answer(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        key = x.flip(1) if change == "keys from elsewhere" else x
-        return network(x, key, key, attn_mask=mask, need_weights=change == "weights")[0]
-
-    compare_with_dense(stock.train(model.training), model, [x], EXACT, answer)
-    assert all(shape == x.shape for shape in seen) and (change == "a hook") == bool(seen)
-
-
-@pytest.mark.parametrize("layout", ["batch first", "tokens first", "one sequence"])
-def test_attention_computed_once_more_in_every_layout(layout):
-    stock = nn.MultiheadAttention(16, 4, batch_first=layout == "batch first").double()
-    model = frozen(copy.deepcopy(stock))
-    set_gradient_checkpointing(model, "selective")
-    x = torch.randn(*((5, 16) if layout == "one sequence" else (5, 3, 16)), dtype=torch.float64)
-    compare_with_dense(stock, model, [x], EXACT, lambda network, x: network(x, x, x, need_weights=False)[0])
+    assert len(computed) == blocks + (blocks if four_bits else 0)
 
 
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "all trains"])
@@ -198,9 +112,8 @@ def test_checkpointing_pytorch_s_encoder_layer():
 def test_checkpointing_where_there_is_nothing_to_recompute():
     adapted = frozen(resnet())
     for model, mode, message in (
-        (adapted, "selective", "selective finds nothing to recompute"),
         (nn.Linear(2, 2), "full", "full finds nothing to recompute"),
-        (adapted, "some", "'some' is unknown"),
+        (adapted, "selective", "'selective' is unknown: choose none or full"),
     ):
         with pytest.raises(InputError, match=message):
             set_gradient_checkpointing(model, mode)
@@ -218,20 +131,17 @@ def test_checkpointing_without_adapters(build):
     for name, gradient in gradients.items():
         assert_close(gradient, expected[1][name], 1e-5, name)
     assert saved_bytes(model, x) < 0.8 * before
-    with pytest.raises(InputError, match="selective finds nothing"):
-        set_gradient_checkpointing(model, "selective")
     set_gradient_checkpointing(model, "none")
     assert classes(model) == classes(stock)
     for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
         assert set(vars(ours)) == set(vars(theirs))
 
 
-def kept_by_a_block(mode: str = "none", **options) -> int:
+def kept_by_a_block(**options) -> int:
     """Bytes, of a block that is not the last one, for 8 images of 5 tokens."""
     both = []
     for num_layers in (2, 3):
         model = frozen(vit(num_layers=num_layers, **options)).train()
-        set_gradient_checkpointing(model, mode)
         both.append(saved_bytes(model, images(16, 8)))
     return both[1] - both[0]
 
@@ -241,7 +151,6 @@ def test_what_a_block_keeps():
     width, mlp, heads, packed = 16, 32, 2, 3 * 2 * 16 * 2  # packed: the A and B of q, k and v, one below the other
     kept = 3 * width + width + heads + mlp  # q, k, v, what the heads answer with its log-sum-exps, the input of GELU
     assert kept_by_a_block() == 4 * (8 * 5 * (2 * width + kept) + packed)  # and the residual before and in the middle
-    assert kept_by_a_block("selective") == 4 * (8 * 5 * (kept - heads) + packed)  # only the one residual, and no answer
     with torch.autocast("cpu", torch.bfloat16):  # the sum in the middle is of float32, and attention's share is kept
         low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
         factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions

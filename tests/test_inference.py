@@ -63,7 +63,7 @@ def draw_model(network, draw: random.Random) -> tuple[nn.Module, nn.Module, torc
             module.running_var.uniform_(0.5, 2)
     model = frozen(copy.deepcopy(stock), target_modules=".*")
     if network is vit_block:
-        set_gradient_checkpointing(model, draw.choice(["none", "selective", "full"]))
+        set_gradient_checkpointing(model, draw.choice(["none", "full"]))
     return stock, model.train(draw.random() < 0.5), torch.randn(shape, dtype=torch.float64)
 
 

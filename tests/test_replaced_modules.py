@@ -57,7 +57,7 @@ IN_A_VIT = {
 
 
 @pytest.mark.parametrize("change", IN_A_VIT.values(), ids=IN_A_VIT)
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_replaced_modules_in_a_vit(change, mode):
     stock, x = vit().double(), images(16, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock))
@@ -74,13 +74,12 @@ def test_replaced_modules_in_a_vit(change, mode):
 
 
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
     """On any module, alone or on all at once: both the input and the output."""
     stock, x = build().double().eval(), images(side, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock)).eval()
-    if not (mode == "selective" and build is resnet):
-        set_gradient_checkpointing(model, mode)
+    set_gradient_checkpointing(model, mode)
     twin = dense_twin(stock, model)
     inside = {f"{name}." for name, m in twin.named_modules() if isinstance(m, nn.MultiheadAttention)}
     names = [name for name, _ in twin.named_modules() if not any(name.startswith(prefix) for prefix in inside)]
@@ -102,7 +101,6 @@ def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
 @pytest.mark.parametrize("name", ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"])
 def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):
     model, seen = frozen(vit()), []
-    set_gradient_checkpointing(model, "selective")
     module = model.encoder.layers[1].get_submodule(name)
     getattr(module, f"register_{kind}_hook")(lambda *_: seen.append(1))
     model(images(16)).sum().backward()
@@ -122,12 +120,11 @@ def test_a_copied_layer_is_a_layer(build):
 
 
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_deleted_model_is_gone(build, side, mode):
     """At once, without the garbage collector: on a GPU the next model needs the memory."""
     model = frozen(build(), use_qlora=True)
-    if not (mode == "selective" and build is resnet):
-        set_gradient_checkpointing(model, mode)
+    set_gradient_checkpointing(model, mode)
     model(images(side)).sum().backward()
     remembered = [weakref.ref(module) for module in model.modules()]
     gc.disable()

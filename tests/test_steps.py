@@ -116,10 +116,9 @@ def test_bf16_computes_in_it_and_keeps_the_adapters_in_float32(start, finetune):
     assert {tensor.dtype for tensor in tensors(results["folder"] / "lora.pth").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_gradient_checkpointing_changes_nothing_but_memory(start, mode):
+def test_gradient_checkpointing_changes_nothing_but_memory(start):
     (loss, *_), expected = gradients(start(), [8])
-    (loss_again, *_), found = gradients(start(f"--gradient-checkpointing {mode}"), [8])
+    (loss_again, *_), found = gradients(start("--gradient-checkpointing full"), [8])
     assert loss_again == pytest.approx(loss, rel=1e-5) and found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)

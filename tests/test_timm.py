@@ -279,6 +279,5 @@ def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name):
 def test_gradient_checkpointing_that_timm_has_not():
     with torch.device("meta"):
         model = timm.create_model("dla34")
-    for network, mode in ((build_backbone("timm:test_vit", 3), "selective"), (model, "full")):
-        with pytest.raises(InputError, match=f"{mode} finds nothing to recompute"):
-            set_gradient_checkpointing(network, mode)
+    with pytest.raises(InputError, match="full finds nothing to recompute"):
+        set_gradient_checkpointing(model, "full")

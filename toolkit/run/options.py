@@ -29,7 +29,7 @@ from toolkit.models.backbones import ARCHS, TIMM
 from toolkit.models.checkpoints import checkpoint_path, is_none
 
 NORMS = ("auto", "frozen", "follow", "train")
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "full")
 BEST_BY = tuple(dict.fromkeys(by for task in TASKS.values() for by in task.best_by))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
@@ -52,7 +52,7 @@ NEEDED = (
 )
 
 SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT), "
+    "lower --batch-size and raise --accumulation-steps by as much, or use --activation-precision 16, "
     "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
 )
 
@@ -219,7 +219,7 @@ class TuneOptions(AdapterOptions):
     )
     gradient_checkpointing: str = option(
         "none",
-        "what backward computes again. none: LayerNorm, GELU; selective (a ViT): attention too; full: blocks",
+        "what backward computes again. none: LayerNorm, GELU; full: whole blocks",
         choices=CHECKPOINTING,
     )
     activation_precision: int = option(
