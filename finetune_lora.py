@@ -1075,7 +1075,7 @@ class FineTuning(RunState):
 
         self.adapter_lr_factor = 1.0
         if args.lora_init == "gradient" and args.lora_rank > 0:
-            self.adapter_lr_factor = initialization.ADAPTER_LR_FACTOR
+            self.adapter_lr_factor = initialization.adapter_lr_factor(args.lora_rank)
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         self.guard = Guard(

@@ -43,13 +43,13 @@ RANDOM = ["--head-init", "random"]
 # title, flags, decoder, the learning rates that are tried
 METHODS = {
     "head": ("linear head, trained on", HEAD, None, (1e-4, 1e-3)),
-    "lora": ("LoRA r=8", ["--lora-rank", "8"], None, (1e-4, 3e-4)),
-    "qlora": ("QLoRA r=8", ["--lora-rank", "8", "--use-qlora"], None, (1e-4, 3e-4)),
-    "full": ("full fine-tuning, linear head", FULL, None, (3e-4, 1e-3)),
+    "lora": ("LoRA r=8", ["--lora-rank", "8"], None, (1e-4, 3e-4, 1e-3)),
+    "qlora": ("QLoRA r=8", ["--lora-rank", "8", "--use-qlora"], None, (1e-4, 3e-4, 1e-3)),
+    "full": ("full fine-tuning, linear head", FULL, None, (3e-4, 1e-3, 3e-3)),
     "fpn_frozen": ("FPN, backbone frozen", [*HEAD, *RANDOM], "FPN", (1e-3, 3e-3)),
     "fpn": ("FPN, all fine-tuned", [*FULL, *RANDOM], "FPN", (1e-3, 3e-3)),
     "unet_frozen": ("U-Net, backbone frozen", [*HEAD, *RANDOM], "Unet", (1e-3, 3e-3)),
-    "unet": ("U-Net, all fine-tuned", [*FULL, *RANDOM], "Unet", (1e-3, 3e-3)),
+    "unet": ("U-Net, all fine-tuned", [*FULL, *RANDOM], "Unet", (1e-3, 3e-3, 1e-2)),
 }
 TUNING_SEED = 1000
 

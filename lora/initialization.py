@@ -21,8 +21,17 @@ from toolkit import distributed
 
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
 # then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
-ADAPTER_LR_FACTOR = 24.0
+ADAPTER_LR_FACTOR = 24.0  # up to rank 8
 GRADIENT_IMAGES = 256  # enough for a good gradient
+
+
+def adapter_lr_factor(r: int) -> float:
+    """How much faster than everything else adapters of this rank learn.
+
+    A's rows are orthogonal and equally long at every rank, and Adam moves each number of B alike: a step changes
+    W by sqrt(r) as much (rank-stabilised scaling, arXiv 2312.03732). At rank 64 the whole factor makes runs collapse.
+    """
+    return ADAPTER_LR_FACTOR * min(1.0, math.sqrt(8 / r))
 
 
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:

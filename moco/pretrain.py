@@ -53,7 +53,7 @@ FREE_TO_CHANGE = (
     *options.PLACES_OF_IMAGES,
 )
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
-OPTIMIZERS = ("adamw", "sgd", "lars")
+OPTIMIZERS = ("adamw", "sgd")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK = 50_000
 KNN_QUERIES = 10_000
@@ -536,33 +536,7 @@ def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Opti
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=optim.fused(model))
-    return {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](parameters, momentum=0.9, **options)
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps have a fixed ratio to the norm of each weight (1708.03888, algorithm 1).
-
-    Parameters of one dimension, biases and normalisation, take plain steps without weight decay, as in SimCLR.
-    """
-
-    def __init__(self, parameters, lr: float, weight_decay: float, momentum: float, trust: float = 0.001):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = p.grad
-                if p.ndim != 1:
-                    update = p.grad.add(p, alpha=group["weight_decay"])
-                    ratio = group["trust"] * p.norm() / update.norm()
-                    update = update * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-                if "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
-                self.state[p]["velocity"].mul_(group["momentum"]).add_(update)
-                p.add_(self.state[p]["velocity"], alpha=-group["lr"])
+    return torch.optim.SGD(parameters, momentum=0.9, **options)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora.initialization import adapter_pairs, start_at_gradient
+from finetune_lora import LoRALinear, add_lora_to_model, freeze_backbone_params
+from lora.initialization import adapter_lr_factor, adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager
 from toolkit.models.backbones import build_backbone
 
@@ -184,3 +184,19 @@ def test_a_model_without_adapters_is_left_alone():
     start_at_gradient(model, lambda: calls.append(None))
     assert not calls
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_first_step_moves_a_weight_as_far_at_every_rank_from_8_on():
+    """Of Adam, at the rate that adapters of this rank have, with alpha twice the rank."""
+    moved = []
+    x = torch.randn(256, 80)
+    for r in (8, 16, 64):
+        layer = LoRALinear(80, 70, r=r, lora_alpha=2 * r)
+        layer.weight.requires_grad_(False)
+        start_at_gradient(layer, lambda layer=layer: layer(x).pow(3).sum().backward())
+        optimizer = torch.optim.Adam([layer.lora_B], lr=1e-4 * adapter_lr_factor(r))
+        layer(x).pow(3).sum().backward()
+        optimizer.step()
+        moved.append((layer.effective_weight() - layer.weight).norm().item())
+    assert moved[1:] == pytest.approx([moved[0]] * 2, rel=1e-3)
+    assert adapter_lr_factor(4) == adapter_lr_factor(8)

@@ -176,7 +176,7 @@ def test_a_state_that_is_not_the_last_is_a_checkpoint_too(done):
     assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
 
 
-@pytest.mark.parametrize("options", ["", "--moco-version 2 --optimizer lars"])
+@pytest.mark.parametrize("options", ["", "--moco-version 2 --optimizer sgd"])
 def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch, options):
     """And counts the images of the whole run."""
     straight = run(options, "straight")["checkpoint"].parent if options else done[1]
@@ -305,28 +305,6 @@ def test_shipped_configurations_are_valid(path):
     if path.stem != "stage1":
         assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
     assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
-
-
-def test_lars_is_for_all_weights_at_once_what_it_is_for_each():
-    """Weights and gradients of zeros, whose ratio is none, and parameters without a gradient, included."""
-    shapes, lr, decay, momentum, trust = ((4, 3), (5,), (2, 3, 3, 3), (3, 2), (3, 2), (2,)), 0.5, 0.1, 0.9, 0.01
-    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    parameters[3].data.zero_()
-    expected = [p.detach().clone() for p in parameters]
-    velocities = [torch.zeros_like(p) for p in expected]
-    optimizer = pretrain.LARS(parameters, lr=lr, weight_decay=decay, momentum=momentum, trust=trust)
-    for step in range(3):
-        for number, p in enumerate(parameters):
-            p.grad = None if number == 5 else torch.randn_like(p) * (number != 4 or step)
-        optimizer.step()
-        for p, own, velocity in zip(parameters[:5], expected[:5], velocities[:5], strict=True):
-            update = p.grad if p.ndim == 1 else p.grad + decay * own
-            ratio = trust * own.norm() / update.norm()
-            update = update * ratio if p.ndim > 1 and ratio > 0 and ratio.isfinite() else update
-            velocity.mul_(momentum).add_(update)
-            own.sub_(lr * velocity)
-    for p, own in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(p.data, own)
 
 
 # ------------------------------------------------------------------------------------ going on from a checkpoint

@@ -1,10 +1,10 @@
 """Two runs over the same images: is the one better than the other by more than chance? And a table of many runs."""
 
+import contextlib
 import csv
 import json
-import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,8 +222,9 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
         scores = [results.get(f"val_{score}", results.get(score)) for _, results in members]
         probes = [results.get(f"probe_{score}_before") for _, results in members]
         row = {"results": str(members[0][0]), "differs by": ", ".join(f"{name} {own[name]}" for name in differing)}
-        row |= {"runs": len(members), "probe": _mean(probes), "score": _mean(scores)}
-        rows.append(row | {"spread": statistics.stdev(scores) if None not in scores and len(scores) > 1 else ""})
+        row |= {"runs": len(members), "probe": _figure(statistics.mean, probes)}
+        row |= {"score": _figure(statistics.mean, scores), "spread": _figure(statistics.stdev, scores)}
+        rows.append(row)
     return sorted(rows, key=lambda row: (row["score"] == "", row["score"]), reverse=True)
 
 
@@ -243,15 +244,17 @@ def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     return {name: value for section in sections.values() for name, value in section.items() if name != "seed"}
 
 
-def _mean(values: Sequence[float | None]) -> float | str:
-    return "" if None in values else statistics.mean(values)
+def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | str:
+    """Of numbers; empty where one of them is not known, or too few are."""
+    with contextlib.suppress(TypeError, statistics.StatisticsError):
+        return round(measure(values), 4)
+    return ""
 
 
 def table_of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The same for people: (score, what has it)."""
     shown = []
     for row in rows:
-        score, spread, probe = (f"{row[name] or math.nan:.4f}" for name in ("score", "spread", "probe"))
-        score += f" ± {spread}" if row["runs"] > 1 else ""
-        shown.append((score, f"{row['runs']} of {row['results']}, probe {probe}; {row['differs by'] or 'alone'}"))
+        score = f"{row['score']} ± {row['spread']}" if row["spread"] else str(row["score"])
+        shown.append((score, f"{row['runs']} of {row['results']}, probe {row['probe']}; {row['differs by']}"))
     return shown

@@ -85,7 +85,7 @@ def describe_rates(run: FineTuned) -> str:
     """One line: the learning rates of head, adapters and whatever else trains, and whether they are those asked for."""
     reported = [f"head {short_rate(run.rate)}"]
     if run.adapter_rate is not None:
-        why = f" ({run.adapter_lr_factor:g}x: they start at the gradient)" if run.adapter_lr_factor > 1 else ""
+        why = f" ({run.adapter_lr_factor:.3g}x: they start at the gradient)" if run.adapter_lr_factor > 1 else ""
         reported.append(f"adapters {short_rate(run.adapter_rate)}{why}")
     if not run.args.freeze_backbone:
         reported.append(f"backbone {short_rate(run.rate)}")
