@@ -144,7 +144,7 @@ def compare(args: argparse.Namespace) -> list[Any]:
     rows = comparison.summed_up(args.results)
     print(reports.table(comparison.table_of_runs(rows)))
     if args.output is not None:
-        files.write_csv(rows, comparison.COLUMNS, args.output)
+        files.write_csv(rows, list(rows[0]), args.output)
     return rows
 
 

@@ -928,10 +928,14 @@ def search_learning_rate(
         train(trial)
         return trial.history[-1]
 
+    epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
+    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
+    trial_args = replace(args, epochs=epochs)
     found = search.choose_learning_rate(
         train_at,
+        search.rates_that_differ(lambda rate: rate / optim.run_divisor(trial_args, rate, steps)),
         task,
-        epochs=args.epochs,
+        epochs=epochs,
         images=len(parts.val),
         begin=begin,
         folder=args.output_dir,

@@ -6,7 +6,8 @@ import math
 import torch
 
 from toolkit.answers.tasks import Classification, Regression
-from toolkit.run.search import RATES, Trial, choose, choose_learning_rate
+from toolkit.run import optim
+from toolkit.run.search import RATES, Trial, choose, choose_learning_rate, rates_that_differ
 
 
 def variance_on(images: int):
@@ -22,6 +23,7 @@ def search(accuracy, folder, images, resume=None):
 
     rate, _ = choose_learning_rate(
         train,
+        RATES,
         Classification(["cat", "dog"]),
         epochs=1,
         images=images,
@@ -84,3 +86,12 @@ def test_an_interrupted_search_goes_on_with_what_it_knows(tmp_path):
         search(accuracy, tmp_path, images=1000)
     rate, rows = search(accuracy, tmp_path, images=1000, resume=tmp_path / "last.pth")
     assert rate == 1e-4 and made == list(RATES) == [row[0] for row in rows]
+
+
+def test_rates_that_a_short_run_lowers_alike_are_tried_once():
+    def tried(steps: int) -> list[float]:
+        return rates_that_differ(lambda rate: rate / optim.rate_divisor(rate, steps))
+
+    assert tried(200) == list(RATES)
+    assert tried(20) == [1e-5, 3e-5, 1e-4]
+    assert tried(150) == [1e-5, 3e-5, 1e-4, 3e-4]

@@ -48,7 +48,6 @@ REPLACED = {
     "exclude_modules": "write --target-modules with a regular expression, as '(?!layer4|fc).*': all but these two",
     "rank_pattern": "give `add_lora_to_model` its rank_pattern, in a loop of your own",
     "use_rslora": "write --lora-alpha with as much times the square root of the rank",
-    "save_every": "give last.pth to --checkpoint for a backbone of an earlier epoch",
     "eval_only": "use deploy_lora.py evaluate",
     "unknown": "write 0 or 1 in the list in place of -1 where an unknown label means no or yes",
 }

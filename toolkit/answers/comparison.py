@@ -199,11 +199,9 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
 # ----------------------------------------------------------------------------------------------------------------------
 # Many runs
 
-COLUMNS = ("results", "differs by", "runs", "probe", "score", "spread")
-
 
 def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row of COLUMNS for many `results.json`, the best first; those that differ by their seed alone share one.
+    """A row for each of many `results.json`, the best first; those that differ by their seed alone share one.
 
     `score` and `probe` are means, and `spread` is the standard deviation of the scores.
     """

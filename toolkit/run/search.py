@@ -19,8 +19,18 @@ from toolkit.run.guard import Collapsed
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
+ALIKE = 1.5  # times a rate: below it a higher one is no other trial
 MOST_TRIAL_EPOCHS = 20
 SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
+
+
+def rates_that_differ(peak: Callable[[float], float]) -> list[float]:
+    """Those of RATES that are worth a trial: a short run lowers many of them to nearly the same `peak` of it."""
+    chosen: list[float] = []
+    for rate in RATES:
+        if not chosen or peak(rate) > ALIKE * peak(chosen[-1]):
+            chosen.append(rate)
+    return chosen
 
 
 class Trial(NamedTuple):
@@ -59,6 +69,7 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
 
 def choose_learning_rate(
     train: Callable[[float, int], dict[str, float]],
+    rates: Sequence[float],
     task: Task,
     epochs: int,
     images: int,
@@ -73,7 +84,8 @@ def choose_learning_rate(
     Args:
         train: trains at a rate for a number of epochs, and returns the row of the last one, with the task's score, as
             `val_accuracy`, and `val_loss`. Raises Collapsed if the training collapses.
-        epochs: of the run that the rate is for.
+        rates: to try: see `rates_that_differ`.
+        epochs: of a trial.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
         folder: receives `last.pth` after each trial, and `learning_rates.csv` at the end.
@@ -91,11 +103,10 @@ def choose_learning_rate(
             what = ", ".join(changed) or "other images"
             raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
         trials = [Trial(*trial) for trial in state["trials"]]
-    epochs = min(epochs, MOST_TRIAL_EPOCHS)
     over = f"over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, {over}")
+    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs, {over}")
     columns = ("learning_rate", f"val_{task.score}", "val_loss")
-    for rate in RATES[len(trials) :]:
+    for rate in rates[len(trials) :]:
         try:
             row = train(rate, epochs)
             trials.append(Trial(rate, row[columns[1]], row["val_loss"]))
