@@ -199,9 +199,9 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class RecomputedNorm(NamedTuple):
-    """A LayerNorm as a `prologue` whose input is not saved either: backward computes it again, to the last bit.
+    """A LayerNorm as a `prologue` whose input, ``left + right``, is not saved either: backward adds them again.
 
-    It is ``left + right``. Both are saved, so it pays where others save them anyway.
+    Both are saved instead, so it pays where others save them anyway.
     """
 
     norm: nn.LayerNorm
@@ -212,11 +212,8 @@ class RecomputedNorm(NamedTuple):
         return self.norm(x)
 
 
-Prologue = nn.LayerNorm | nn.GELU | RecomputedNorm
-
-
-def _evaluate(prologue: Prologue | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``prologue(x)``, and what its derivative needs beside x: for a LayerNorm each row's mean and 1 / deviation."""
+def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``prologue(x)`` and what its derivative needs beside x: for a LayerNorm each row's mean and 1 / deviation."""
     if prologue is None:
         return x, []
     if isinstance(prologue, nn.GELU):
@@ -227,7 +224,9 @@ def _evaluate(prologue: Prologue | None, x: Tensor) -> tuple[Tensor, list[Tensor
     return y, statistics
 
 
-def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
+def _pull_back(
+    prologue: nn.LayerNorm | nn.GELU | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
+) -> Tensor:
     """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits.
 
     A LayerNorm takes some of the rows at a time: all at once would be the peak of a ViT's memory.
@@ -255,7 +254,8 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
     adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
-    prologue: Prologue | None = None,  # what is to be applied to x first; its output is not saved but recomputed
+    # What is to be applied to x first; its output is not saved but recomputed.
+    prologue: nn.LayerNorm | nn.GELU | RecomputedNorm | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b, and for W if it is not frozen, which is slower.
 

@@ -162,11 +162,11 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is 'full'."""
+    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is True."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if self.checkpointing != "full":
+        if not self.checkpointing:
             return forward(self, *args, **kwargs)
         if saves_in_16_bits() and torch.is_grad_enabled():  # the second run would start from a rounded input
             raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
@@ -197,7 +197,7 @@ def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
 class FusedBasicBlock(BasicBlock):
     """The block of ResNet-18 and 34, with its BatchNorms folded."""
 
-    checkpointing = "none"
+    checkpointing = False
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class FusedBasicBlock(BasicBlock):
 class FusedBottleneck(Bottleneck):
     """The block of ResNet-50 and larger, with its BatchNorms folded."""
 
-    checkpointing = "none"
+    checkpointing = False
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
@@ -261,8 +261,6 @@ def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
 class FusedMLPBlock(MLPBlock):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
-    checkpointing = "none"
-
     def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
         """``mlp(prologue(input))``. The first layer recomputes the prologue, if `recomputes` allows that."""
         linear, *rest = self
@@ -281,7 +279,7 @@ class FusedMLPBlock(MLPBlock):
 class FusedEncoderBlock(EncoderBlock):
     """The block of a ViT. Each LayerNorm is recomputed in backward by the adapted layer behind it."""
 
-    checkpointing = "none"
+    checkpointing = False
 
     @recomputable
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
@@ -290,7 +288,6 @@ class FusedEncoderBlock(EncoderBlock):
         attention = self.self_attention
         mlp = self.mlp
         residual = input if tokens is None else input[:, :tokens]
-        by_mlp = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
@@ -300,7 +297,7 @@ class FusedEncoderBlock(EncoderBlock):
             x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
         attended = self.dropout(x)
         x = attended + residual
-        if not by_mlp:
+        if type(mlp) is not FusedMLPBlock or is_hooked(mlp) or not recomputes(self.ln_2, mlp[0]):
             return x + mlp(self.ln_2(x))
         prologue = self.ln_2
         if attended.dtype != x.dtype:
@@ -331,9 +328,9 @@ def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tenso
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
-    """PyTorch's transformer layer, with nothing fused: its `checkpointing` can be 'full'."""
+    """PyTorch's transformer layer, with nothing fused: its `checkpointing` can be True."""
 
-    checkpointing = "none"
+    checkpointing = False
     forward = recomputable(nn.TransformerEncoderLayer.forward)
 
 
@@ -372,13 +369,13 @@ def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
         any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
         or (stock is MLPBlock and not _trains(block))
         or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-        or vars(block).get("checkpointing") == "full"
+        or "checkpointing" in vars(block)
     )
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
-    _set_checkpointing(model, "none")
+    _set_checkpointing(model, [])
     for module in model.modules():
         if isinstance(module, Freezable):
             module.__class__ = stock_norm(module)
@@ -409,7 +406,6 @@ def _set_fast_paths(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
 
-MODES = ("none", "full")
 WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer)
 
 
@@ -420,28 +416,29 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         mode: 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of
             the sixteen activations of the block's width per token, in the time that it would take to write and read
             them.
-            'full': only the input of each block is saved. timm's models know no other mode.
+            'full': only the input of each block is saved.
 
-    Raises InputError for a mode that does not exist, or a model without anything to recompute.
+    Raises InputError for a mode that does not exist, or for 'full' in a model without anything to recompute.
     """
-    if mode not in MODES:
+    if mode not in ("none", "full"):
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")
-    recomputes_blocks = mode == "full"
-    blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
+    full = mode == "full"
+    blocks = [m for m in model.modules() if full and STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
         with contextlib.suppress(AssertionError):  # which timm raises if this one cannot
-            model.set_grad_checkpointing(recomputes_blocks)
-            by_itself = recomputes_blocks
-    if recomputes_blocks and not by_itself and not blocks:
+            model.set_grad_checkpointing(full)
+            by_itself = True
+    if full and not by_itself and not blocks:
         raise InputError("gradient checkpointing full finds nothing to recompute in this model")
-    _set_checkpointing(model, mode)
+    _set_checkpointing(model, blocks)
     fuse(model)
 
 
-def _set_checkpointing(model: nn.Module, mode: str) -> None:
+def _set_checkpointing(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Turn it on in these blocks of the model, and off in all others."""
     for module in model.modules():
-        if STOCK.get(type(module), type(module)) in WHOLE_BLOCKS:
+        if isinstance(module, WHOLE_BLOCKS):
             vars(module).pop("checkpointing", None)
-            if mode != "none":
-                module.checkpointing = mode
+    for block in blocks:
+        block.checkpointing = True

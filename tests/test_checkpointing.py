@@ -60,7 +60,7 @@ def test_layer_norm_and_gelu_are_computed_again():
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
 def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, dropout):
-    """Adapted attention keeps them; in 4 bits, where memory counts, it computes them again."""
+    """Adapted attention keeps them; over 4 bits, for whoever lacks memory, it computes them once more."""
     monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
     computed, weights = [], attention._attention_weights
     monkeypatch.setattr(attention, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
@@ -70,7 +70,16 @@ def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits
         logits = model(images(16))
     assert len(computed) == blocks
     logits.sum().backward()
-    assert len(computed) == blocks + (blocks if four_bits else 0)
+    assert len(computed) == blocks * (2 if four_bits else 1)
+
+
+def test_the_graph_may_be_kept():
+    """A second backward pass over it gives the same gradients."""
+    model, x = frozen(vit()).double(), images(16, dtype=torch.float64)
+    parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(gradient, again)
 
 
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "all trains"])
