@@ -17,7 +17,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from toolkit import InputError
 from toolkit.models.backbones import head_name
 
-MAPS = 4  # that the head reads: of a ResNet's stages, of as many of a ViT's blocks
+MAPS = 4  # that the head reads of a ViT's blocks; of a network with stages it reads all
 OVERLAP = 0.25  # of a window with the next, as a share of its side
 WINDOWS_AT_ONCE = 8
 
@@ -100,9 +100,9 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _read(backbone: nn.Module) -> list[int]:
-    """Which of the maps of a model of timm are read: the last of its stages, or some of its many blocks."""
+    """Which of the maps of a model of timm are read: those of all its stages, or of some of its many blocks."""
     number = len(backbone.feature_info)
-    return list(range(number))[-MAPS:] if number <= 2 * MAPS else _spread(number)
+    return list(range(number)) if number <= 2 * MAPS else _spread(number)
 
 
 def _spread(blocks: int) -> list[int]:
