@@ -199,7 +199,8 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     shown = [*meaning, *rows, ("made", made)]
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
-    print(f"\n{table([*rows, *meaning])}")
+    by_label = report.printed() if run.task.kind == "multilabel" else []
+    print(f"\n{table([*rows, *by_label, *meaning])}")
     return results
 
 
