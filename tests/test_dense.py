@@ -7,6 +7,7 @@ from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
 from toolkit.models import dense
+from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseHead, DenseModel
 
 
@@ -52,6 +53,16 @@ def test_features_at_pixels_are_what_the_logits_are_linear_in(model):
         logits = features @ model.head.linear.weight.float().T + model.head.linear.bias.float()
         expected = model(image)[0][:, rows, columns].T
     torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch, sides", [("timm:test_efficientnet", [16, 8, 4, 2, 1]), ("timm:test_vit", [10] * 4)])
+def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch, sides):
+    """A network's first stage, at half the image's size, is where thin things such as membranes are seen."""
+    size = 32 if len(sides) == 5 else 160
+    model = DenseModel(build_backbone(arch, 5), classes=5, image_size=size).eval()
+    maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
+    assert [features.shape[2] for features in maps] == sides
+    assert model.head.widths == [features.shape[1] for features in maps]
 
 
 def test_one_window_is_the_whole_image(model):

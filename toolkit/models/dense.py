@@ -102,7 +102,8 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 def _read(backbone: nn.Module) -> list[int]:
     """Which of the maps of a model of timm are read: those of all its stages, or of some of its many blocks."""
     number = len(backbone.feature_info)
-    return list(range(number)) if number <= 2 * MAPS else _spread(number)
+    has_stages = len({info["reduction"] for info in backbone.feature_info}) > 1
+    return list(range(number)) if has_stages or number <= MAPS else _spread(number)
 
 
 def _spread(blocks: int) -> list[int]:
