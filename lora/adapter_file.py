@@ -154,4 +154,5 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != tuple(wanted.shape):
-            raise InputError(f"{path} is damaged: for its {classes} classes {name} is {found}, not {(*wanted.shape,)}")
+            problem = f"for its {classes} classes {name} is {found}, not {(*wanted.shape,)}"
+            raise InputError(f"{path} is damaged, or of an earlier version: {problem}")

@@ -314,7 +314,7 @@ IMAGES = [
          "handwritten digits alone", "moco_v2_800ep_pretrain.pth.tar", "--checkpoint shipped"),
     case("columns of no list", "finetune --label-columns cat,dog", "only a --data-list of classes, labels or numbers"),
     case("a list without a checkpoint", "bare-finetune --data-list l.csv", "--data-list without --checkpoint"),
-    case("a data set that was downloaded", "finetune --dataset cifar10", "no set is downloaded", "--data-dir"),
+    case("a data set that was downloaded", "finetune --dataset cifar10", "'cifar10' is none of digits, imagefolder"),
     case("a data set without a checkpoint", "bare-finetune --dataset imagefolder", "--dataset without --checkpoint"),
     case("no folder", "plain-finetune --dataset imagefolder", "imagefolder needs --data-dir"),
     case("a folder for the digits", "finetune --dataset digits", "the digits need no --data-dir", "imagefolder"),

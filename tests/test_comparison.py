@@ -200,6 +200,7 @@ def runs_of(folder: Path, **scores: float) -> list[Path]:
         _, rank, seed = name.split("_")
         settings = {"model": {"arch": "vit_mini"}, "finetune": {"lora_rank": int(rank), "seed": int(seed)}}
         results = {"task": "classification", "val_accuracy": score, "probe_accuracy_before": 0.5, "config": settings}
+        results["val_images"] = 30
         paths.append(folder / f"{name}.json")
         paths[-1].write_text(json.dumps(results))
     return paths
@@ -208,16 +209,22 @@ def runs_of(folder: Path, **scores: float) -> list[Path]:
 def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsys):
     paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8, r_4_0=0.6)
     evaluated = tmp_path / "evaluated.json"
-    evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9}))
+    evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 30}))
     rows = deploy_lora.main(["compare", *map(str, [*paths, evaluated]), "--output", str(tmp_path / "runs.csv")])
     assert [row["score"] for row in rows] == pytest.approx([0.9, 0.75, 0.6])
     assert [row["runs"] for row in rows] == [1, 2, 1] and rows[1]["spread"] == 0.0707
-    assert rows[1]["differs by"] == "arch vit_mini, lora_rank 8" and rows[0]["probe"] == ""
+    assert rows[1]["differs by"] == "lora_rank 8" and rows[0]["probe"] == "" and rows[0]["differs by"] == ""
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert lines[0] == "results,differs by,runs,probe,score,spread" and len(lines) == 4
     assert "0.75 ± 0.0707" in capsys.readouterr().out
     [row, _] = comparison.summed_up([*paths[:2], paths[2]])
     assert row["differs by"] == "lora_rank 8"
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text(json.dumps({"task": "classification", "val_accuracy": None, "val_images": 30}))
+    assert [row["score"] for row in comparison.summed_up([nothing, *paths])] == [0.75, 0.6, ""]
+    evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 31}))
+    with pytest.raises(InputError, match="over 30, 31 images: compare those over the same"):
+        comparison.summed_up([evaluated, *paths])
     other = tmp_path / "numbers.json"
     other.write_text(json.dumps({"task": "regression", "val_r2": 0.9}))
     with pytest.raises(InputError, match="several tasks, classification, regression: compare those of one"):

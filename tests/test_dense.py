@@ -63,6 +63,7 @@ def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch,
     maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
     assert [features.shape[2] for features in maps] == sides
     assert model.head.widths == [features.shape[1] for features in maps]
+    assert dense._read(model.backbone) == ([0, 1, 2, 3, 4] if len(sides) == 5 else [2, 3, 4, 5])  # of six blocks
 
 
 def test_one_window_is_the_whole_image(model):

@@ -271,7 +271,9 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
     assert labels.printed()[1][0] in NAMES and numbers.printed()[1][0] == "age"
     assert all("positives" in text for _, text in labels.printed()[1:])
     by_name = labels.figures()["labels"]
-    assert all(by_name[name]["auroc_interval"] is None or by_name[name]["positives"] >= 5 for name in NAMES)
+    for i, name in enumerate(NAMES):
+        told = [by_name[name]["average_precision_interval"], by_name[name]["auroc_interval"]]
+        assert told == list(map(answer_reports.finite_interval, labels.label_intervals(i)))
 
 
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path):

@@ -209,6 +209,9 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
     kinds = {results["task"] for _, results in runs}
     if len(kinds) > 1:
         raise InputError(f"these results are of several tasks, {listed(sorted(kinds))}: compare those of one")
+    images = {results.get("val_images", results.get("images")) for _, results in runs}
+    if len(images) > 1:
+        raise InputError(f"these results are over {listed(sorted(images))} images: compare those over the same")
     score = TASKS[kinds.pop()].score
     groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for path, results in runs:
@@ -216,14 +219,14 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
     settings = [json.loads(key) for key in groups]
     rows = []
     for own, members in zip(settings, groups.values(), strict=True):
-        differing = [name for name in own if any(other.get(name) != own[name] for other in settings)]
+        differing = [name for name in own if any(other.get(name, own[name]) != own[name] for other in settings)]
         scores = [results.get(f"val_{score}", results.get(score)) for _, results in members]
         probes = [results.get(f"probe_{score}_before") for _, results in members]
         row = {"results": str(members[0][0]), "differs by": ", ".join(f"{name} {own[name]}" for name in differing)}
         row |= {"runs": len(members), "probe": _figure(statistics.mean, probes)}
         row |= {"score": _figure(statistics.mean, scores), "spread": _figure(statistics.stdev, scores)}
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["score"] == "", row["score"]), reverse=True)
+    return sorted(rows, key=lambda row: (row["score"] != "", row["score"]), reverse=True)
 
 
 def _results(path: Path) -> dict[str, Any]:
@@ -237,9 +240,13 @@ def _results(path: Path) -> dict[str, Any]:
 
 
 def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What runs of one kind share: their settings but the seed. Results of `evaluate` have none, and stand alone."""
+    """What runs of one kind share: their settings but the seed, and but a rate that was searched for.
+
+    Results of `evaluate` have none, and stand alone.
+    """
     sections = results.get("config", {"": {"file": str(path)}})
-    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"}
+    left_out = {"seed", "learning_rate"} if "learning rate" in results.get("chosen_by", {}) else {"seed"}
+    return {name: value for section in sections.values() for name, value in section.items() if name not in left_out}
 
 
 def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | str:
@@ -253,6 +260,6 @@ def table_of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The same for people: (score, what has it)."""
     shown = []
     for row in rows:
-        score = f"{row['score']} ± {row['spread']}" if row["spread"] else str(row["score"])
+        score = f"{row['score']} ± {row['spread']}" if row["spread"] != "" else str(row["score"])
         shown.append((score, f"{row['runs']} of {row['results']}, probe {row['probe']}; {row['differs by']}"))
     return shown

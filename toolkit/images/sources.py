@@ -105,7 +105,7 @@ def load_splits(
     elif dataset == "imagefolder":
         parts, class_names = _image_folder(data_dir, val_dir, needs_val, bands)
     else:
-        raise InputError(unknown_dataset(dataset))
+        raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
     if group_by is not None:
         _group(parts, data_list, group_by)
         if not data_list and group_by == "1" and task == "classification":
@@ -150,16 +150,6 @@ def _divide(
     if elsewhere and within:
         print(f"evaluating on a part of the training images; {printable(elsewhere)} is left alone")
     return train, val
-
-
-def unknown_dataset(name: str) -> str:
-    """What is wrong with a data set that there is not, or that has no labels."""
-    if name == UNLABELLED_SET:
-        return "--dataset unlabelled is for pretraining; here each image needs a label: use imagefolder"
-    return (
-        f"'{printable(name)}' is none of {', '.join(DATASETS)}; no set is downloaded: get a public one yourself, and "
-        "name its folder with --data-dir"
-    )
 
 
 def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:

@@ -103,7 +103,9 @@ def _read(backbone: nn.Module) -> list[int]:
     """Which of the maps of a model of timm are read: those of all its stages, or of some of its many blocks."""
     number = len(backbone.feature_info)
     has_stages = len({info["reduction"] for info in backbone.feature_info}) > 1
-    return list(range(number)) if has_stages or number <= MAPS else _spread(number)
+    if number > 2 * MAPS:
+        return _spread(number)
+    return list(range(number)) if has_stages else list(range(number))[-MAPS:]
 
 
 def _spread(blocks: int) -> list[int]:
@@ -145,11 +147,13 @@ def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
         points: (P, 2), the pixels' columns and rows as shares of the image, from 0 to 1 at their centres.
     """
     size = finest(maps)
-    whole = torch.cat([enlarged(features, size) for features in maps], 1)  # (1, D, h, w)
     grid = (2 * points - 1)[None, :, None]  # (1, P, 1, 2)
-    # The interpolation of `enlarged`: at the border the outermost cells count alone.
-    taken = F.grid_sample(whole.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return taken[0, :, :, 0].T
+    taken = []
+    for features in maps:  # one at a time: all of them, enlarged, would be the peak of memory
+        whole = enlarged(features, size).float()
+        # The interpolation of `enlarged`: at the border the outermost cells count alone.
+        taken.append(F.grid_sample(whole, grid, mode="bilinear", padding_mode="border", align_corners=False))
+    return torch.cat(taken, 1)[0, :, :, 0].T
 
 
 # ----------------------------------------------------------------------------------------------------------------------

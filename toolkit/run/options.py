@@ -60,13 +60,6 @@ SAVES_MEMORY = (
 # The options, by section
 
 
-def data_set(name: str) -> str:
-    """A converter for the name of a data set."""
-    if name not in sources.DATASETS:
-        raise argparse.ArgumentTypeError(sources.unknown_dataset(name))
-    return name
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What is for the command line only."""
@@ -110,7 +103,7 @@ class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
     dataset: str | None = option(
-        None, "default: imagefolder with images of your own, else digits", type=data_set, choices=sources.DATASETS
+        None, "default: imagefolder with images of your own, else digits", choices=sources.DATASETS
     )
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)

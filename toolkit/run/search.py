@@ -1,4 +1,4 @@
-"""Finds a learning rate: trains at each of seven rates over three decades, on a part of the training images.
+"""Finds a learning rate: trains at up to seven rates over three decades, on a part of the training images.
 
 The trials are as long as the run itself, up to MOST_TRIAL_EPOCHS. Shorter ones, as in successive halving, favour rates
 that are too low: a head that starts as a linear probe is good at once, and the gain of a higher rate shows only in the
