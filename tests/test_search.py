@@ -3,8 +3,10 @@
 import contextlib
 import math
 
+import pytest
 import torch
 
+import finetune_lora
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim
 from toolkit.run.search import RATES, Trial, choose, choose_learning_rate, rates_that_differ
@@ -95,3 +97,17 @@ def test_rates_that_a_short_run_lowers_alike_are_tried_once():
     assert tried(200) == list(RATES)
     assert tried(20) == [1e-5, 3e-5, 1e-4]
     assert tried(150) == [1e-5, 3e-5, 1e-4, 3e-4]
+
+
+def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(train, rates, task, **settings):
+        assert rates == [1e-5, 3e-5, 1e-4] and settings["epochs"] == 2
+        raise Asked
+
+    monkeypatch.setattr(finetune_lora.search, "choose_learning_rate", asked)
+    command = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --epochs 2 --learning-rate auto"
+    with pytest.raises(Asked):
+        finetune_lora.main([*command.split(), "--device", "cpu"])
