@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import finetune_lora
-from benchmarks import MEASURED
+from benchmarks import MEASURED, finished_runs
 from toolkit.answers import probe
 from toolkit.answers.segmentation import PixelObjective
 from toolkit.config import positive_int
@@ -116,8 +116,7 @@ class Log:
     def __init__(self, path: Path, options: list[str]):
         self.path = path
         self.options = options
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = [run for run in map(json.loads, lines) if run["options"] == options]
+        self.runs = finished_runs(path, options)
 
     def find(self, job: tuple[str, float, int, str]) -> dict[str, Any]:
         """The figures of a run, which is made if it has not been yet."""

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks import MEASURED
+from benchmarks import MEASURED, finished_runs
 from toolkit.config import positive_int
 
 TUNING_SEED = 1000
@@ -157,8 +157,7 @@ class Log:
     def __init__(self, path: Path, options: list[str]):
         self.path = path
         self.options = options
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = [run for run in map(json.loads, lines) if run["options"] == options]
+        self.runs = finished_runs(path, options)
 
     def find(self, method: str, rate: float | None, seed: int, split: str) -> dict[str, Any]:
         """The figures of a run, which is made if it has not been yet."""

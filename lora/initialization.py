@@ -26,10 +26,10 @@ GRADIENT_IMAGES = 256  # enough for a good gradient
 
 
 def adapter_lr_factor(r: int) -> float:
-    """How much faster than everything else adapters of this rank learn.
+    """How many times faster than everything else adapters of rank r learn; alpha is taken to be twice the rank.
 
-    A's rows are orthogonal and equally long at every rank, and Adam moves each number of B alike: a step changes
-    W by sqrt(r) as much (rank-stabilised scaling, arXiv 2312.03732). At rank 64 the whole factor makes runs collapse.
+    A's rows are orthogonal and equally long at every rank, and Adam moves each number of B by the rate. At one rate a
+    step would change W by an amount that grows with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
     """
     return ADAPTER_LR_FACTOR * min(1.0, math.sqrt(8 / r))
 

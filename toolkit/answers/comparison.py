@@ -209,7 +209,7 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
     kinds = {results["task"] for _, results in runs}
     if len(kinds) > 1:
         raise InputError(f"these results are of several tasks, {listed(sorted(kinds))}: compare those of one")
-    images = {results.get("val_images", results.get("images")) for _, results in runs}
+    images = {str(results.get("val_images", results.get("images"))) for _, results in runs}
     if len(images) > 1:
         raise InputError(f"these results are over {listed(sorted(images))} images: compare those over the same")
     score = TASKS[kinds.pop()].score

@@ -287,8 +287,8 @@ class LabelReport(ColumnReport):
     def printed(self) -> list[tuple[str, str]]:
         rows = []
         for name, positives, _, ap, auroc, *_ in self.by_label():
-            few = ", too few for an interval" if positives < FEWEST_POSITIVES else ""
-            text = f"AP {ap}, AUROC {auroc or 'not defined'}; positives: {positives}{few}"
+            without = "" if "(" in ap else ", no interval"
+            text = f"AP {ap}, AUROC {auroc or 'not defined'}; positives: {positives}{without}"
             rows.append((name, text if positives else "no positives"))
         return shortened("by label", "the worst first, with 95% intervals:", rows)
 
