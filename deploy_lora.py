@@ -19,9 +19,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import reprlib
 import tempfile
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
@@ -42,18 +45,25 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import is_per_pixel
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import VERSION, InputError, devices, files, listed, printable
+from toolkit import VERSION, InputError, devices, distributed, files, listed, printable
 from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
-from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
+from toolkit.images.data import (
+    UNLABELLED,
+    LabelledImages,
+    TolerantImages,
+    Transformed,
+    build_loader,
+    fixed_order_batch,
+)
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
-from toolkit.images.sources import DATASETS, load_splits, readable
+from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
 from toolkit.run import reports
@@ -112,7 +122,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images, where = _labelled_images(args.images, about)
         images = readable(images)
         task = _task_of(about)
-        result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
+        loader = make_loader(Transformed(images, about["transform"]))
+        result = task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+    if not distributed.is_main():
+        return {}
     report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
     if args.output is not None:
@@ -148,8 +161,9 @@ def compare(args: argparse.Namespace) -> list[Any]:
     return rows
 
 
-def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
-    """Write the answers for images as a table, one row for each image, and return the rows; or maps, and their paths.
+def predict(args: argparse.Namespace) -> list[Any]:
+    """Write the answers for images as a table, a row for each image, and return the rows; or maps, and their paths.
+    With a folder as --output it is a table in parts, of which only the names are returned.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
     numbers. Beside the `path` and, if files have geotags, `x` and `y` of the image's centre and their `epsg` code: as
@@ -168,24 +182,20 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
                 "image; without --window, since its windows are those of its training"
             )
         of_maps = args.probabilities or args.window is not None or args.abstain is not None
-        if not is_map and (args.output.suffix != ".csv" or of_maps):
+        if not is_map and of_maps:
             raise InputError(
-                f"--output {args.output}: the adapter answers for whole images: name a table, answers.csv, or for a "
-                "scene map.tif, which alone can have --probabilities, --window and --abstain"
+                f"--output {args.output}: the adapter answers for whole images: --probabilities, --window and "
+                "--abstain are for the map of a scene, map.tif"
             )
-        images = _images(args.images, about["transform"].bands)
         if is_map:
-            return _predict_maps(args, model, about, task, images)
-        images = readable(images)
-        outputs = _outputs(args, model, (batch for batch, _ in progress_bar(make_loader(images), "predict")))
-    rows = predictions.write_table(task, outputs, images, args.output)
-    print(f"wrote {args.output}: {len(rows)} images")
-    return rows
+            return _predict_maps(args, model, about, task)
+        write = functools.partial(predictions.write_table, task)
+        return _write_answers(args, model, about, make_loader, write)
 
 
-def _predict_maps(
-    args: argparse.Namespace, model: nn.Module, about: dict[str, Any], task: Task, images: LabelledImages
-) -> list[Path]:
+def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, Any], task: Task) -> list[Path]:
+    """Write a map of each image, or of one. Several processes share the images, or the windows of the one."""
+    images = _images(args.images, about["transform"].bands)
     is_file = args.output.suffix in MAP_SUFFIXES
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
@@ -194,19 +204,33 @@ def _predict_maps(
         window = model.window
 
     def answer(windows: Tensor) -> Tensor:
-        return _outputs(args, model, windows.split(args.batch_size))
+        return torch.cat([_outputs(args, model, some).cpu() for some in windows.split(args.batch_size)])
+
+    def answer_share(windows: Tensor) -> Tensor:
+        share = windows[distributed.rank() :: distributed.world_size()].split(args.batch_size)
+        return _answers(args, model, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
 
     maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
+    share = range(distributed.rank(), len(images), distributed.world_size())
+    if is_file:
+        maps.answer = answer_share
+        maps.writes = distributed.is_main()
+        share = range(1)
     written = []
     broken = []
     places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
     parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
-    for i in progress_bar(range(len(images)), "predict", disable=is_file):
+    for i in progress_bar(share, "predict", disable=is_file):
+        if args.resume and (made := predictions.made_map(places[i])):
+            written.append(made)
+            continue
         try:
             with open_scene(images.name(i), about["transform"].bands) as scene:
                 written.append(maps.write(scene, places[i], parts_bar))
         except UnreadableImage as error:
             broken.append(error)
+    written = sorted(itertools.chain(*distributed.gather(written)))
+    broken = list(itertools.chain(*distributed.gather(broken)))
     if not written:
         raise broken[0]
     for error in broken:
@@ -225,22 +249,94 @@ def _refuse_pixels(about: dict[str, Any], command: str) -> None:
         raise InputError(f"{command} is not for an adapter with a class for every pixel: use predict, merge or export")
 
 
-def embed(args: argparse.Namespace) -> Tensor:
+def embed(args: argparse.Namespace) -> Any:
     """Write the features that the classifier head receives for images, and return them: float32, (N, D).
 
-    `--output features.npy` is the array; `features_paths.csv` beside it has the image's path for each row.
+    `--output features.npy` is the array; `features_paths.csv` beside it has the image's path for each row. With a
+    folder as --output both are in parts, of which only the names are returned.
     """
     with _model_on_device(args) as (model, about, make_loader):
         _refuse_pixels(about, "embed")
-        images = readable(_images(args.images, about["transform"].bands))
-        batches = (batch for batch, _ in progress_bar(make_loader(images), "embed"))
-        features = _outputs(args, headless(model), batches)
-    with files.open_atomically(args.output) as file:
+        return _write_answers(args, headless(model), about, make_loader, _write_features)
+
+
+def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Tensor:
+    with files.open_atomically(path) as file:
         np.save(file, features.numpy())
-    paths = args.output.with_name(f"{args.output.stem}_paths.csv")
+    paths = path.with_name(f"{path.stem}_paths.csv")
     files.write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
-    print(f"wrote {args.output}: {len(features)} images, {features.shape[1]} numbers each; their paths are in {paths}")
     return features
+
+
+def _write_answers(
+    args: argparse.Namespace,
+    model: nn.Module,
+    about: dict[str, Any],
+    make_loader: Callable[[Transformed], DataLoader],
+    write: Callable[[Tensor, LabelledImages, Path], Any],
+) -> Any:
+    """Answer for images, of which several processes each take a share, and write the answers.
+
+    They go into the file --output, and are returned as `write` returns them; or into parts in the folder --output, of
+    which the paths are returned. `write` takes outputs (n, ...), their images, and a path.
+    """
+    images = _images(args.images, about["transform"].bands)
+    batch_size = fixed_order_batch(args.batch_size)
+    parts = None
+    size = len(images)
+    done = 0
+    if not args.output.suffix:
+        parts = _parts(args, images, batch_size)
+        size = parts.size
+        done = parts.done
+    zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
+    rest = TolerantImages(images.subset(range(done * size, len(images))), about["transform"], zeros)
+    batches = iter(progress_bar(make_loader(rest), args.command))
+    written = None
+    answered = 0
+    for number in range(done, math.ceil(len(images) / size)):
+        part = images.subset(range(number * size, min((number + 1) * size, len(images))))
+        of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
+        outputs, problems = _answers(args, model, of_part, zeros)
+        kept = without_problem(problems)
+        answered += len(kept)
+        if distributed.is_main():
+            path = args.output if parts is None else parts.path(number)
+            written = write(outputs[kept], part.subset(kept), path)
+            if parts is not None:
+                parts.note(number)
+    if parts is not None:
+        written = list(map(parts.path, range(math.ceil(len(images) / size))))
+    print(f"wrote {args.output}: {answered} images")
+    return written
+
+
+def _parts(args: argparse.Namespace, images: LabelledImages, batch_size: int) -> predictions.Parts:
+    """The parts that --output is to have. Batches end where they do: an interrupted command sees the same ones."""
+    made_of = {
+        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
+        "images": images.digest,
+        "--arithmetic": args.arithmetic,
+    }
+    size = max(1, PART_IMAGES // batch_size) * batch_size
+    return predictions.Parts(args.output, SUFFIXES[args.command][0], size, made_of, args.resume)
+
+
+@torch.no_grad()
+def _answers(
+    args: argparse.Namespace, model: nn.Module, batches: Iterable[tuple[Tensor, list[str]]], zeros: Tensor
+) -> tuple[Tensor, list[str]]:
+    """The outputs for the images of all processes, float32 on the CPU, (N, ...); and what is wrong with each, or ""."""
+    problems = []
+    outputs = []
+    for images, found in batches:
+        outputs.append(_outputs(args, model, images))
+        problems += found
+    if not outputs:  # fewer images than processes
+        outputs.append(_outputs(args, model, zeros[None])[:0])
+    shares = itertools.zip_longest(*distributed.gather(problems))
+    in_order = [problem for several in shares for problem in several if problem is not None]
+    return distributed.interleave(torch.cat(outputs)).cpu(), in_order
 
 
 @contextlib.contextmanager
@@ -248,16 +344,17 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
     """Yield the model on --device, its file's metadata, and a function that makes loaders; faults get a remedy."""
     device, precision = _device_and_precision(args)
     devices.check_arithmetic(args.arithmetic, device)
+    distributed.join(device)
     with faults_explained(device, "lower --batch-size") as loaders:
         model, about = load_finetuned(args.adapter, args.checkpoint)
         if args.arithmetic == "int8":
             multiply_in_8_bits(model, precision)
 
-        def make_loader(images: LabelledImages):
+        def make_loader(images: Transformed) -> DataLoader:
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
             if is_per_pixel(about):  # whole images, of any size
                 loading |= {"batch_size": 1, "collate": collate_pairs}
-            loaders.append(build_loader(Transformed(images, about["transform"]), **loading))
+            loaders.append(build_loader(images, **loading))
             return loaders[-1]
 
         yield devices.place(model, device), about, make_loader
@@ -269,10 +366,10 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 
 
 @torch.no_grad()
-def _outputs(args: argparse.Namespace, model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """The model's outputs for all images of these batches, float32 on the CPU: (N, ...)."""
-    outputs = evaluation.map_batches(model, batches, *_device_and_precision(args))
-    return torch.cat([output.float().cpu() for output in outputs])
+def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
+    """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
+    [outputs] = evaluation.map_batches(model, [images], *_device_and_precision(args))
+    return outputs.float()
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
@@ -698,10 +795,11 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
-SUFFIXES = {  # allowed for --output
+PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
+SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
     "predict": (".csv", *MAP_SUFFIXES, ""),
-    "embed": (".npy",),
+    "embed": (".npy", ""),
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
     "export": (".onnx", ".pt2"),
 }
@@ -711,7 +809,7 @@ def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
     if args.output is None:
         return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
-    if os.path.isdir(args.output) and args.command not in ("convert", "predict"):
+    if os.path.isdir(args.output) and args.command not in ("convert", "predict", "embed"):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
     if suffixes and args.output.suffix not in suffixes:
@@ -719,7 +817,7 @@ def check_output(args: argparse.Namespace) -> list[str]:
         if "" in suffixes:
             endings += ", or be a folder's"
         return [f"--output {args.output}: the name must end in {endings}"]
-    if args.command == "predict" and not args.output.suffix and os.path.isfile(args.output):
+    if "" in suffixes and not args.output.suffix and os.path.isfile(args.output):
         return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
@@ -740,6 +838,8 @@ def check(args: argparse.Namespace) -> list[str]:
         problems.append("say which way to convert: --to peft or --from peft")
     elif args.command == "convert" and args.source and args.checkpoint is None:
         problems.append("--from peft needs --checkpoint, the base that PEFT adapted")
+    if args.command in ("predict", "embed") and args.resume and args.output is not None and args.output.suffix:
+        problems.append("--resume is for answers in a folder, which --output is to name")
     if args.command == "export" and not problems and args.output.suffix == ".onnx":
         try:
             import onnx  # noqa: F401 - torch.onnx.export imports both
@@ -791,6 +891,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+        parsers[name].add_argument("--resume", action="store_true", help="go on with what is in the folder --output")
     predicting = parsers["predict"]
     predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")
     what = "in maps: no answer where the likeliest class is less probable than this, as 0.6"

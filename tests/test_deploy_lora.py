@@ -26,6 +26,7 @@ from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager
 from tests.run_folders import rows_of
 from toolkit import InputError
+from toolkit.answers import predictions
 from toolkit.answers.measures import wilson_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
@@ -171,6 +172,53 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
     with pytest.raises(InputError, match=r"none of the 1 images can be read, such as .*broken\.jpg: not a") as found:
         run("predict --device cpu", adapter_for_images, tmp_path / "broken.jpg", "--output", tmp_path / "p.csv")
     assert "--" not in str(found.value)
+
+
+@pytest.mark.parametrize("command", ["predict", "embed"])
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_path, monkeypatch, command):
+    """15 images in parts of 4: a stopped command and its sequel write, bit for bit, what one that runs through does."""
+    monkeypatch.setattr(deploy_lora, "PART_IMAGES", 7)  # which becomes a multiple of a batch
+
+    def write(folder: str, *more: str, part: str = "val") -> list[Path]:
+        argv = f"{command} --batch-size 4 --device cpu", trained, images / part, "--output", tmp_path / folder
+        return run(*argv, *more)
+
+    paths = write("whole")
+    assert [path.stem for path in paths] == [f"part-{i:05d}" for i in range(4)]
+    single = run(f"{command} --device cpu", trained, images / "val", "--output", tmp_path / f"one{paths[0].suffix}")
+    if command == "predict":
+        rows = [row for path in paths for row in rows_of(path)]
+        assert [row["path"] for row in rows] == [row["path"] for row in single]
+        assert [float(row["probability"]) for row in rows] == pytest.approx([float(r["probability"]) for r in single])
+    else:
+        assert_close(torch.from_numpy(np.concatenate(list(map(np.load, paths)))), single, FP32)
+
+    real_note = predictions.Parts.note
+
+    def note_and_stop(parts: predictions.Parts, number: int) -> None:
+        real_note(parts, number)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predictions.Parts, "note", note_and_stop)
+        write("stopped")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob("part-*")}
+    write("stopped", "--resume")
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())  # nothing twice
+    contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "stopped")]
+    assert contents[0] == contents[1]
+
+    with pytest.raises(InputError, match="whole has parts already: go on with --resume, or name another folder"):
+        write("whole")
+    with pytest.raises(InputError, match="whole: its parts were made with other images; name another folder"):
+        write("whole", "--resume", part="train")
+
+
+def test_only_answers_in_a_folder_are_resumed():
+    with pytest.raises(InputError, match="--resume is for answers in a folder, which --output is to name"):
+        run("predict lora.pth images --output p.csv --resume")
 
 
 @pytest.mark.parametrize("trained", ["qlora"], indirect=True)

@@ -1,18 +1,24 @@
 """Two real processes compute what one does: the same adapters to rounding, every image once, and faults stop both."""
 
+import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from children import ROOT, Child, together
+from conftest import CLASSES
+from PIL import Image
 from torch import nn
 
+import deploy_lora
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
@@ -148,6 +154,74 @@ def test_two_processes_train_batch_norm_as_one(narrow, images, tmp_path, what):
     run_both(f"{argv} --batch-size 10 --lora-rank 2 {what}", tmp_path)
     saved = read_adapter_file(tmp_path / "out/lora.pth")["tensors"]
     assert "layer1.0.bn1.running_mean" in saved and ("bn1.weight" in saved) is ("follow" not in what)
+
+
+@pytest.fixture
+def adapter(options, tmp_path):
+    finetune_lora.main(options("lora", "adapter").split())
+    return tmp_path / "adapter" / "lora.pth"
+
+
+@pytest.mark.parametrize(("part", "files"), [(3, 4), pytest.param(16, 1, marks=pytest.mark.slow)])
+def test_two_processes_write_the_answers_of_one(adapter, images, tmp_path, part, files, monkeypatch):
+    """Of 7 images one is broken; with two in a batch, the last part or batch is of a single one."""
+    folder = tmp_path / "mine"
+    shutil.copytree(images / "val" / CLASSES[0], folder)
+    (folder / "2.png").write_bytes(b"no image")
+    shutil.copyfile(images / "val" / CLASSES[1] / "0.png", folder / "a.png")
+    shutil.copyfile(images / "val" / CLASSES[1] / "1.png", folder / "b.png")
+    argv = f"predict {adapter} {folder} --batch-size 2 --device cpu --workers 0 --output {tmp_path}"
+    monkeypatch.setattr(deploy_lora, "PART_IMAGES", part)
+    children = completed("deploy_lora", f"{argv}/out", tmp_path / "log", before=partial(in_parts_of, part))
+    assert f"1 of {2 if files > 1 else 7} images cannot be read" in children[0].output
+    assert not any("wrote" in child.output for child in children[1:])  # one of the two speaks
+    deploy_lora.main(f"{argv}/alone".split())
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {path.name for path in (tmp_path / "out").iterdir()} and len(names) == files + 1
+    for name in names - {"parts.json"}:
+        ours, theirs = (list(csv.DictReader((tmp_path / way / name).open())) for way in ("out", "alone"))
+        assert [row["path"] for row in ours] == [row["path"] for row in theirs]
+        probabilities = [[float(row["probability"]) for row in rows] for rows in (ours, theirs)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-4)
+
+
+def in_parts_of(part: int) -> None:
+    deploy_lora.PART_IMAGES = part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", ["evaluate {adapter} {images} --output {out}.json", "embed {adapter} {images}/val --output {out}.npy"]
+)
+def test_two_processes_evaluate_and_embed_as_one(adapter, images, tmp_path, words):
+    """15 images in batches of 7: the last is of one."""
+    ours, theirs = (words.format(adapter=adapter, images=images, out=tmp_path / way) for way in ("out", "alone"))
+    completed("deploy_lora", f"{ours} --batch-size 7 --device cpu", tmp_path / "log")
+    deploy_lora.main(f"{theirs} --batch-size 7 --device cpu".split())
+    if "evaluate" in words:
+        results = [json.loads((tmp_path / f"{way}.json").read_text()) for way in ("out", "alone")]
+        assert_alike(*results, "accuracy", "loss", "images")
+        return
+    arrays = [np.load(tmp_path / f"{way}.npy") for way in ("out", "alone")]
+    np.testing.assert_allclose(*arrays, atol=1e-4)
+    assert (tmp_path / "out_paths.csv").read_text() == (tmp_path / "alone_paths.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_maps_of_one(base, pairs, tmp_path):
+    """Six masks, of which each process writes three, and a map whose windows they share."""
+    argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu"
+    finetune_lora.main(f"{argv} --output-dir {tmp_path}/run".split())
+    images = pairs / "val" / "images"
+    for words in (f"{images} --output {tmp_path}/maps", f"{images}/0.png --output {tmp_path}/map.tif"):
+        argv = f"predict {tmp_path}/run/lora.pth --device cpu {words}"
+        completed("deploy_lora", argv, tmp_path / "log")
+        deploy_lora.main(argv.replace(f"{tmp_path}/map", f"{tmp_path}/alone").split())
+    shared = sorted((tmp_path / "maps").rglob("*.png"))
+    assert len(shared) == 6
+    for path in [*shared, tmp_path / "map.tif"]:
+        alone = str(path).replace(f"{tmp_path}/map", f"{tmp_path}/alone")
+        assert np.mean(np.array(Image.open(path)) != np.array(Image.open(alone))) < 0.01
 
 
 @pytest.mark.slow

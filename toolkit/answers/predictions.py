@@ -1,7 +1,8 @@
-"""Predictions as files: a table of images, a mask of each image, or a map of a scene."""
+"""Predictions as files: a table of images, whole or in parts, a mask of each image, or a map of a scene."""
 
+import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,59 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit import InputError, listed
+from toolkit import InputError, distributed, listed
 from toolkit.answers.parts import Task
-from toolkit.files import open_atomically, same_file, write_csv
+from toolkit.files import open_atomically, same_file, write_csv, write_text
 from toolkit.images import maps
 from toolkit.images.data import LabelledImages
 from toolkit.images.maps import no_class, write_map, write_mask
 from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
+
+MANIFEST = "parts.json"
+
+
+class Parts:
+    """Answers for many images in a folder: files part-00000.csv and so on, of `size` images each but for the last.
+
+    Each is whole or not there. `parts.json` says what they were made of and how many are done, for a command that goes
+    on where another was stopped.
+
+    Args:
+        folder: is made.
+        suffix: of the files.
+        size: images of a file.
+        about: what the answers depend on.
+        resume: go on with parts that are there.
+
+    Raises:
+        InputError: there are parts, and `resume` is not given; or they were made of something else.
+    """
+
+    def __init__(self, folder: Path, suffix: str, size: int, about: dict[str, Any], resume: bool):
+        self.folder = folder
+        self.suffix = suffix
+        self.size = size
+        self.about = about | {"suffix": suffix, "images of a file": size}
+        manifest = folder / MANIFEST
+        # The first process reads, before any of them can have written.
+        found, *_ = distributed.gather(json.loads(manifest.read_text()) if manifest.exists() else None)
+        if found is not None and not resume:
+            raise InputError(f"{folder} has parts already: go on with --resume, or name another folder")
+        differing = [name for name, value in self.about.items() if found and found["about"].get(name) != value]
+        if differing:
+            raise InputError(f"{folder}: its parts were made with other {listed(differing)}; name another folder")
+        self.done = found["done"] if found else 0  # how many files
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}{self.suffix}"
+
+    def note(self, number: int) -> None:
+        """Note that this file is written, and all before it."""
+        self.done = number + 1
+        write_text(json.dumps({"about": self.about, "done": self.done}, indent=2), self.folder / MANIFEST)
 
 
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
@@ -61,6 +106,12 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path)
     return places
 
 
+def made_map(place: Path) -> Path | None:
+    """The map of `Maps.write` that lies at one of `places_of_masks`, if there is one."""
+    possible = (place.with_name(f"{place.name}{suffix}") for suffix in (".tif", ".png", ".npy"))
+    return next(filter(Path.exists, possible), None)
+
+
 @dataclass
 class Maps:
     """Maps of scenes: the classes, or numbers, that a model answers with."""
@@ -71,6 +122,7 @@ class Maps:
     window: int  # S for answers of pixels; else the pixels along each side of what becomes one pixel of the map
     probabilities: bool = False  # of all classes, instead of the likeliest one
     abstain: float | None = None  # a likeliest class that is less probable than this is no answer
+    writes: bool = True  # False: in a process whose answers another one writes
 
     def __post_init__(self) -> None:
         self.are_classes = self.task.kind in ("segmentation", "classification")
@@ -94,6 +146,9 @@ class Maps:
         names = self.task.names
         colours = palette(len(names), self.task.head.record().get("colours")) if self.has_classes else None
         is_tiff = path.suffix in (".tif", ".tiff")
+        if not self.writes:
+            deque(parts, maxlen=0)
+            return path
         if is_tiff or scene.like is not None:
             path = path if is_tiff else path.with_name(f"{path.name}.tif")
             size = math.ceil(scene.height / step), math.ceil(scene.width / step)

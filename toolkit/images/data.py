@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from toolkit import distributed
-from toolkit.images.folders import ImageFiles
+from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.shards import ShardedImages
 from toolkit.images.transforms import TwoCrops, View, to_rgb
 
@@ -151,6 +151,20 @@ class Transformed(Dataset):
         if getattr(self.transform, "takes_label", False):  # one draw for an image and its mask
             return self.transform(image, label)
         return self.transform(image), label
+
+
+class TolerantImages(Transformed):
+    """(image, problem): "", or what is wrong with an image that cannot be read, for which `stand_in` is there."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], stand_in: torch.Tensor):
+        super().__init__(dataset, transform)
+        self.stand_in = stand_in
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, str]:
+        try:
+            return super().__getitem__(index)[0], ""
+        except UnreadableImage as error:
+            return self.stand_in, str(error).partition("; repair")[0]
 
 
 class Batches(Sampler):

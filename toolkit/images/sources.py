@@ -400,10 +400,17 @@ def readable(images: LabelledImages) -> LabelledImages:
             return str(error).partition("; repair")[0]  # the remedy is to skip such images
         return ""
 
-    problems = look_at_each(problem, len(images), "image")
+    return images.subset(without_problem(look_at_each(problem, len(images), "image")))
+
+
+def without_problem(problems: Sequence[str]) -> list[int]:
+    """The positions of the images that can be read, of which the problem is ""; says which others are left out.
+
+    Raises InputError if none is left.
+    """
     broken = list(filter(None, problems))
-    if broken and len(broken) == len(images):
-        raise InputError(f"none of the {len(images)} images can be read, such as {broken[0]}")
+    if broken and len(broken) == len(problems):
+        raise InputError(f"none of the {len(problems)} images can be read, such as {broken[0]}")
     if broken:
-        print("\n  ".join([f"{len(broken)} of {len(images)} images cannot be read and are left out:", *broken]))
-    return images.subset([i for i, error in enumerate(problems) if not error])
+        print("\n  ".join([f"{len(broken)} of {len(problems)} images cannot be read and are left out:", *broken]))
+    return [i for i, problem in enumerate(problems) if not problem]
