@@ -63,6 +63,7 @@ from toolkit.images.data import (
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
+from toolkit.images.shards import read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
@@ -373,15 +374,23 @@ def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tens
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
-    """The image files that are named, and all in named folders and below. Raises InputError for a path without any."""
+    """The images that are named, and all in named folders and below, and in lists; or those in a folder's archives.
+
+    Raises InputError for a path without any.
+    """
+    if len(paths) == 1 and os.path.isdir(paths[0]) and not folders.first_image(paths[0]) and shard_names(paths[0]):
+        source, _ = read_shards(paths[0], bands)
+        return LabelledImages(source, source.labels)
     names = []
     for path in paths:
         if not os.path.exists(path):
-            raise InputError(f"{path}: no such file or folder; give images, or folders of images")
+            raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
         others = Counter()
         if os.path.isdir(path):
             found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
+        elif path.suffix.lower() in LIST_SUFFIXES:
+            found = [os.path.join(path.parent, name) for name in lists.read_paths(path, path.parent)]
         if not found:
             raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
         folders.report_others(path, others)
@@ -795,6 +804,7 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
+LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
@@ -890,7 +900,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     what = "folder with a folder of images per class, or with images/ and masks/; or a list"
     parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
     for name in ("predict", "embed"):
-        parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+        parsers[name].add_argument(
+            "images", type=Path, nargs="+", help="images, folders or lists of them, or a folder of archives"
+        )
         parsers[name].add_argument("--resume", action="store_true", help="go on with what is in the folder --output")
     predicting = parsers["predict"]
     predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")

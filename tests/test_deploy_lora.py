@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -214,6 +215,24 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
         write("whole")
     with pytest.raises(InputError, match="whole: its parts were made with other images; name another folder"):
         write("whole", "--resume", part="train")
+
+
+def test_lists_and_archives_are_answered_as_folders_are(adapter_for_images, images, tmp_path):
+    def probabilities(*sources: Path) -> list[str]:
+        return [row["probability"] for row in run("predict --device cpu", adapter_for_images, *sources, *output)]
+
+    output = "--output", tmp_path / "p.csv"
+    names = [f"val/{name}/{i}.png" for name in CLASSES for i in range(5)]
+    (images / "listed.csv").write_text("\n".join(["path,patient", *(f"{name},7" for name in names)]))
+    (tmp_path / "archives").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / "archives" / f"{number}.tar", "w") as archive:
+            for i, name in enumerate(names[8 * number : 8 * number + 8]):
+                archive.add(images / name, f"{i}.png")
+    expected = probabilities(images / "val")
+    assert probabilities(images / "listed.csv") == expected == probabilities(tmp_path / "archives")
+    assert rows_of(tmp_path / "p.csv")[8]["path"] == f"{tmp_path}/archives/1.tar/0.png"
+    (images / "listed.csv").unlink()
 
 
 def test_only_answers_in_a_folder_are_resumed():

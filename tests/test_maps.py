@@ -168,8 +168,8 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
     soft = tifffile.imread(tmp_path / "soft.tif")
     assert soft.shape == (3, 5, 3)
     np.testing.assert_allclose(soft.sum(2), 1, atol=1e-5)
-    with pytest.raises(InputError, match="the adapter answers for whole images: name a table"):
-        deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "maps")
+    with pytest.raises(InputError, match="whole images: --probabilities, --window and --abstain are for the map"):
+        deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "answers", "--window", 24)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

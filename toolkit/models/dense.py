@@ -187,18 +187,20 @@ def answers_by_rows(
     lefts = window_starts(width, size)
     side = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size)
     weights = side[:, None] * side  # how much a window counts at each of its pixels: less towards its borders
+    sums = None
     for number, top in enumerate(tops):
         band = read(top, min(top + size, height))
         missing = (0, max(0, size - width), 0, max(0, size - height))
         band = F.pad(band[None], missing, mode="replicate")[0]  # a small image's border is repeated
-        windows = torch.stack([band[:, :, left : left + size] for left in lefts])
-        logits = torch.cat([answer(part).float().cpu() for part in windows.split(WINDOWS_AT_ONCE)])
-        if number == 0:
-            sums = torch.zeros(logits.shape[1], size, band.shape[2])
-            counts = torch.zeros(size, band.shape[2])
-        for left, window in zip(lefts, logits, strict=True):
-            sums[:, :, left : left + size] += window * weights
-            counts[:, left : left + size] += weights
+        for first in range(0, len(lefts), WINDOWS_AT_ONCE):
+            some = lefts[first : first + WINDOWS_AT_ONCE]
+            logits = answer(torch.stack([band[:, :, left : left + size] for left in some])).float().cpu()
+            if sums is None:
+                sums = torch.zeros(logits.shape[1], size, band.shape[2])
+                counts = torch.zeros(size, band.shape[2])
+            for left, window in zip(some, logits, strict=True):
+                sums[:, :, left : left + size] += window * weights
+                counts[:, left : left + size] += weights
         is_last = number + 1 == len(tops)
         done = height - top if is_last else tops[number + 1] - top
         yield top, (sums[:, :done] / counts[:done])[:, :, :width]
