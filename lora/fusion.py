@@ -242,10 +242,13 @@ class FusedResNet(ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         return resnet_from_stage(self, self.stem(x))
 
+    def first_layer(self, x: Tensor) -> Tensor:
+        return conv_bn(self.conv1, self.bn1, x)
+
     def stem(self, x: Tensor) -> Tensor:
         """The input of the first stage."""
         relu, pool = self.relu, self.maxpool
-        x = conv_bn(self.conv1, self.bn1, x)
+        x = self.first_layer(x)
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         return pool(relu(x))

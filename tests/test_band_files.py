@@ -238,7 +238,10 @@ def eurosat(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     backbone = build_backbone("resnet18", 2, channels=13).state_dict()
     tensors = {name: tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
-    torch.save(tensors, "resnet18_sentinel2_all_moco-59bfdff9.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    checkpoint = tmp_path / "torch/hub/checkpoints/resnet18_sentinel2_all_moco-59bfdff9.pth"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save(tensors, checkpoint)  # as if downloaded before
     rng = np.random.RandomState(0)
     for place, count in (("EuroSAT_MS/Forest", 5), ("EuroSAT_MS/River", 5), ("new_tiles", 4)):
         for i in range(count):

@@ -1,11 +1,14 @@
 """toolkit/models/dense.py: maps, the linear head over them, and windows, against plain computations."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
+from finetune_lora import add_lora_to_model
 from toolkit.models import dense
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseHead, DenseModel
@@ -64,6 +67,24 @@ def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch,
     assert [features.shape[2] for features in maps] == sides
     assert model.head.widths == [features.shape[1] for features in maps]
     assert dense._read(model.backbone) == ([0, 1, 2, 3, 4] if len(sides) == 5 else [2, 3, 4, 5])  # of six blocks
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_resnet_is_read_from_its_first_layer_on(adapted):
+    """As torchvision computes it; with adapters, which change nothing yet, through folded BatchNorms."""
+    plain = backbone("resnet18").eval()
+    model = copy.deepcopy(plain)
+    if adapted:
+        add_lora_to_model(model, r=2)
+    images = torch.randn(2, 3, 64, 64)
+    x = plain.relu(plain.bn1(plain.conv1(images)))
+    expected = [x, plain.layer1(plain.maxpool(x))]
+    for stage in (plain.layer2, plain.layer3, plain.layer4):
+        expected.append(stage(expected[-1]))
+    found = dense.feature_maps(model.eval(), images)
+    assert [features.shape[2] for features in found] == [32, 16, 8, 4, 2]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_one_window_is_the_whole_image(model):

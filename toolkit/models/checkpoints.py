@@ -5,6 +5,7 @@
 model of timm is loaded under timm's own names.
 """
 
+import difflib
 import functools
 import hashlib
 import math
@@ -32,10 +33,11 @@ from toolkit.files import (
 )
 from toolkit.models import backbones
 from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
+from toolkit.models.published import PUBLISHED, fetch, is_published
 
 OFFICIAL_CHECKPOINTS = (
-    "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
-    "r-50-1000ep.pth.tar, vit-s-300ep.pth.tar, vit-b-300ep.pth.tar (github.com/facebookresearch/moco-v3)"
+    "for photographs give --checkpoint moco-v2-800ep, or moco-v3-resnet50, moco-v3-vit-small, moco-v3-vit-base, which "
+    "MoCo's authors publish"
 )
 
 
@@ -184,7 +186,9 @@ _NO_ARCH = "random weights have no architecture of their own"
 
 
 def checkpoint_path(text: str) -> Path:
-    """The file that `--checkpoint` names; 'shipped' stands for the one that comes with the toolkit."""
+    """The file that `--checkpoint` names: 'shipped', a published one, which is fetched, or a path."""
+    if is_published(text):
+        return fetch(text)
     return SHIPPED if text == "shipped" else Path(text)
 
 
@@ -212,7 +216,9 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
             "weights are in none; drop one of the two"
         )
     if not is_none(path) and not os.path.exists(path):
-        problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
+        alike = difflib.get_close_matches(str(path), PUBLISHED, n=1)
+        meant = f", or {alike[0]}" if alike else ""
+        problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint{meant}")
     if arch is not None:
         try:
             backbones.default_image_size(arch)

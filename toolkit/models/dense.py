@@ -86,7 +86,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    """Images (N, C, H, W) -> the maps (N, D, h, w) of a ResNet's stages, or of as many of a ViT's blocks."""
+    """Images (N, C, H, W) -> maps (N, D, h, w): of a ResNet's first layer and stages, or of some blocks of a ViT."""
     if isinstance(backbone, ResNet):
         return _of_resnet(backbone, images)
     if isinstance(backbone, VisionTransformer):
@@ -114,13 +114,13 @@ def _spread(blocks: int) -> list[int]:
 
 
 def _of_resnet(backbone: ResNet, images: Tensor) -> list[Tensor]:
-    if hasattr(backbone, "stem"):  # with adapters, in which BatchNorm is folded
-        x = backbone.stem(images)
-    else:
-        x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
-    maps = [backbone.layer1(x)]
-    for stage in (backbone.layer2, backbone.layer3, backbone.layer4):
-        maps.append(stage(maps[-1]))
+    is_fused = hasattr(backbone, "first_layer")  # with adapters, in which BatchNorm is folded
+    x = backbone.first_layer(images) if is_fused else backbone.bn1(backbone.conv1(images))
+    maps = [backbone.relu(x)]
+    x = backbone.maxpool(maps[0])
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        x = stage(x)
+        maps.append(x)
     return maps
 
 

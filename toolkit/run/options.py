@@ -88,7 +88,9 @@ class ModelOptions(ShapeOptions):
     """Section `model`."""
 
     checkpoint: Path = option(
-        SHIPPED, "file of MoCo, torchvision or timm; shipped: for digits; none: random weights", type=checkpoint_path
+        SHIPPED,
+        "file of MoCo, torchvision or timm, or moco-v2-800ep; shipped: digits; none: random",
+        type=checkpoint_path,
     )
     arch: str | None = option(
         None,

@@ -1,0 +1,101 @@
+"""Backbones that MoCo's authors and users have published, by name: `--checkpoint moco-v2-800ep`.
+
+A file is downloaded once, into the folder of `torch.hub`, and only if its name was typed.
+"""
+
+import hashlib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from toolkit import InputError
+
+_MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
+_MOCO_V3 = "https://dl.fbaipublicfiles.com/moco-v3"
+_GEO = "https://hf.co/torchgeo"
+_LANDSAT = f"{_GEO}/ssl4eo_landsat/resolve/1c88bb51b6e17a21dde5230738fa38b74bd74f76"
+# The address, and how the file's MD5 (MoCo's) or SHA-256 begins; "" where the publisher does not say.
+PUBLISHED = {
+    "moco-v1-200ep": (f"{_MOCO}/moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar", "b251726a"),
+    "moco-v2-200ep": (f"{_MOCO}/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "59fd9945"),
+    "moco-v2-800ep": (f"{_MOCO}/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"),
+    "moco-v3-resnet50": (f"{_MOCO_V3}/r-50-1000ep/r-50-1000ep.pth.tar", ""),
+    "moco-v3-vit-small": (f"{_MOCO_V3}/vit-s-300ep/vit-s-300ep.pth.tar", ""),
+    "moco-v3-vit-base": (f"{_MOCO_V3}/vit-b-300ep/vit-b-300ep.pth.tar", ""),
+    "sentinel1-resnet50": (
+        f"{_GEO}/resnet50_sentinel1_all_moco/resolve/e79862c667853c10a709bdd77ea8ffbad0e0f1cf/"
+        "resnet50_sentinel1_all_moco-906e4356.pth",
+        "906e4356",
+    ),
+    "sentinel2-resnet18": (
+        f"{_GEO}/resnet18_sentinel2_all_moco/resolve/5b8cddc9a14f3844350b7f40b85bcd32aed75918/"
+        "resnet18_sentinel2_all_moco-59bfdff9.pth",
+        "59bfdff9",
+    ),
+    "sentinel2-resnet50": (
+        f"{_GEO}/resnet50_sentinel2_all_moco/resolve/da4f3c9dbe09272eb902f3b37f46635fa4726879/"
+        "resnet50_sentinel2_all_moco-df8b932e.pth",
+        "df8b932e",
+    ),
+    "sentinel2-vit-small": (
+        f"{_GEO}/vit_small_patch16_224_sentinel2_all_moco/resolve/1cb683f6c14739634cdfaaceb076529adf898c74/"
+        "vit_small_patch16_224_sentinel2_all_moco-67c9032d.pth",
+        "67c9032d",
+    ),
+    "landsat-tm-toa-resnet18": (f"{_LANDSAT}/resnet18_landsat_tm_toa_moco-1c691b4f.pth", "1c691b4f"),
+    "landsat-tm-toa-resnet50": (f"{_LANDSAT}/resnet50_landsat_tm_toa_moco-ba1ce753.pth", "ba1ce753"),
+    "landsat-etm-toa-resnet18": (f"{_LANDSAT}/resnet18_landsat_etm_toa_moco-bb88689c.pth", "bb88689c"),
+    "landsat-etm-toa-resnet50": (f"{_LANDSAT}/resnet50_landsat_etm_toa_moco-e9a84d5a.pth", "e9a84d5a"),
+    "landsat-etm-sr-resnet18": (f"{_LANDSAT}/resnet18_landsat_etm_sr_moco-4f078acd.pth", "4f078acd"),
+    "landsat-etm-sr-resnet50": (f"{_LANDSAT}/resnet50_landsat_etm_sr_moco-1266cde3.pth", "1266cde3"),
+    "landsat-oli-tirs-toa-resnet18": (f"{_LANDSAT}/resnet18_landsat_oli_tirs_toa_moco-a3002f51.pth", "a3002f51"),
+    "landsat-oli-tirs-toa-resnet50": (f"{_LANDSAT}/resnet50_landsat_oli_tirs_toa_moco-de7f5e0f.pth", "de7f5e0f"),
+    "landsat-oli-sr-resnet18": (f"{_LANDSAT}/resnet18_landsat_oli_sr_moco-660e82ed.pth", "660e82ed"),
+    "landsat-oli-sr-resnet50": (f"{_LANDSAT}/resnet50_landsat_oli_sr_moco-ff580dad.pth", "ff580dad"),
+}
+
+
+def is_published(text: str) -> bool:
+    """Is this the name of a published checkpoint: one of PUBLISHED, or `hf:owner/name/file` of the Hugging Face Hub?"""
+    return text in PUBLISHED or text.startswith("hf:")
+
+
+def fetch(name: str) -> Path:
+    """The file of a published checkpoint, which is downloaded unless it was before.
+
+    Raises InputError if it cannot be reached or is damaged, or for a file of the Hub without huggingface_hub.
+    """
+    if name.startswith("hf:"):
+        return _from_hub(*name.removeprefix("hf:").split("/", 2))
+    url, digest = PUBLISHED[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
+    part = path.with_name(f"{path.name}.part")
+    if not path.exists():
+        print(f"downloading {url} to {path}; see the licence on the publisher's page (MoCo's own: CC-BY-NC 4.0)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(part))
+        except OSError as error:
+            raise InputError(f"cannot download {url} ({error}): fetch it elsewhere and give its path") from None
+        content = part.read_bytes()
+        if not any(hashlib.new(kind, content).hexdigest().startswith(digest) for kind in ("md5", "sha256")):
+            part.unlink()
+            raise InputError(f"{url} is not the file that its publisher describes, {digest}...: try again later")
+        part.replace(path)
+    return path
+
+
+def _from_hub(owner: str = "", repository: str = "", file: str = "") -> Path:
+    if not file:
+        raise InputError(
+            "hf: is to be followed by owner/name/file, as hf:torchgeo/resnet18_sentinel2_all_moco/NAME.pth"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise InputError(f"hf:{owner}/{repository} needs huggingface_hub: pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"hf:{owner}/{repository}/{file} cannot be downloaded: {str(error).splitlines()[0]}") from None
