@@ -11,7 +11,7 @@ from tests.run_folders import metrics, rows_of, tensors
 from toolkit import InputError
 from toolkit.answers.tasks import Classification
 from toolkit.run import optim, training
-from toolkit.run.options import TuneOptions
+from toolkit.run.options import FineTuneOptions
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
@@ -34,7 +34,7 @@ def test_more_passes_over_few_images_do_not_raise_the_rate():
     """Of an epoch of n steps, 5 n passes count."""
 
     def divisor(epochs: int, steps_per_epoch: int) -> float:
-        return optim.run_divisor(TuneOptions(epochs=epochs), rate=1e-4, steps_per_epoch=steps_per_epoch)
+        return optim.run_divisor(FineTuneOptions(epochs=epochs), rate=1e-4, steps_per_epoch=steps_per_epoch)
 
     assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 20)
     assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == optim.rate_divisor(1e-4, 80)
@@ -42,10 +42,12 @@ def test_more_passes_over_few_images_do_not_raise_the_rate():
 
 
 @pytest.mark.parametrize(
-    "other", [{"head_init": "random"}, {"lora_init": "random"}, {"freeze_backbone": False}], ids=str
+    "other",
+    [{"head_init": "random"}, {"lora_init": "random"}, {"freeze_backbone": False}, {"task": "segmentation"}],
+    ids=str,
 )
-def test_only_adapters_that_start_at_the_gradient_get_another_rate(other):
-    assert optim.run_divisor(TuneOptions(epochs=1, **other), rate=1e-2, steps_per_epoch=2) == 1
+def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_rate(other):
+    assert optim.run_divisor(FineTuneOptions(epochs=1, **other), rate=1e-2, steps_per_epoch=2) == 1
 
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):

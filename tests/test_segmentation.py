@@ -17,7 +17,6 @@ from toolkit.answers.segmentation import Segmentation, pixel_figures, rare_class
 from toolkit.devices import seed_everything
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.dense import DenseModel, answers_for
-from toolkit.run import optim
 
 CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
@@ -131,9 +130,8 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
 
 
 @pytest.fixture
-def segment(base, pairs, tmp_path, monkeypatch):
+def segment(base, pairs, tmp_path):
     """segment("--epochs 1", "out") trains on the pairs; its results, with the folder as `folder`."""
-    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
 
     def run(options: str = "", output: str = "out", **more) -> dict:
         argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path / output}"

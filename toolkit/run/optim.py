@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.run.options import TuneOptions
+from toolkit.run.options import FineTuneOptions, TuneOptions
 
 
 def build_optimizer(
@@ -131,9 +131,13 @@ def rate_divisor(rate: float, steps: int) -> float:
     return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
 
 
-def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
-    """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed."""
-    if args.head_init != "probe" or not args.freeze_backbone or args.lora_init == "random":
+def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> float:
+    """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed.
+
+    So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
+    """
+    has_masks = args.task == "segmentation"
+    if has_masks or args.head_init != "probe" or not args.freeze_backbone or args.lora_init == "random":
         return 1.0
     counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
     return rate_divisor(rate, counted)
