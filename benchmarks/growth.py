@@ -4,6 +4,9 @@
     python -m benchmarks.growth                                       # an hour on two cores
     python -m benchmarks.growth --device cuda --precision bf16 --batches 16 32 64 128 --fits-into 24
     python -m benchmarks.growth --answers 10000x20 100000x20 10000x1000    # what a run ends with: its reports, minutes
+    python -m benchmarks.growth --pairs 1000 10000 100000       # images and masks: listed, and all masks checked
+    python -m benchmarks.growth --scenes 2000 5000 10000        # a map of a scene of so many pixels a side, minutes
+    python -m benchmarks.growth --predict 10000 100000 1000000  # answers for so many small images, in parts, an hour
 
 One thing varies at a time, from a ViT-B/16 with the second of --batches and the second of --ranks: 8 and 8. Each point
 is a run of `benchmarks.compare_peers`, with all variants side by side; see there for what is measured. A finished point
@@ -13,28 +16,40 @@ are left to CUDA itself, which is assumed.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import multiprocessing
+import os
 import shlex
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import tifffile
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+import deploy_lora
 from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
+from finetune_lora import add_lora_to_model, load_base
 from lora.backends import PREFERS_ONEDNN_LINEAR
+from lora_utils import LoRAManager
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
 from toolkit.answers.tasks import TASKS
 from toolkit.config import positive_float, positive_int
 from toolkit.devices import CUDA_CONTEXT_BYTES, peak_memory_bytes
+from toolkit.images.masks import Classes, MaskReader, pairs_in
+from toolkit.models.backbones import build_backbone
 from toolkit.run.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")
@@ -50,6 +65,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     if args.answers:
         return measure_answers(args.answers)
+    for what in (list_pairs, map_scene, predict_images):
+        if sizes := getattr(args, OF_DATA[what][0]):
+            return measure_data(what, sizes)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     middle = "vit_b_16", args.batches[:2][-1], args.ranks[:2][-1]
     sweeps = {
@@ -83,6 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: peers by the same products, and LoRA")
     parser.add_argument("--answers", nargs="+", metavar="IMAGESxOUTPUTS", help="measure the reports on these instead")
+    for option, text in OF_DATA.values():
+        parser.add_argument(f"--{option}", type=positive_int, nargs="+", metavar="COUNT", help=f"{text} instead")
     parser.add_argument("--steps", type=positive_int, default=3, help="rounds that are timed")
     parser.add_argument("--fits-into", type=positive_float, default=8.0, help="GB, for the largest batch")
     parser.add_argument("--image-size", type=positive_int, default=224)
@@ -167,6 +187,85 @@ def report_on_answers(kind: str, images: int, outputs: int) -> tuple[float, int]
     report.figures()
     report.printed()
     return time.perf_counter() - started, peak_memory_bytes(torch.device("cpu")) - before
+
+
+def measure_data(what: Callable[[int, Path], float], sizes: list[int]) -> dict[str, Any]:
+    """Seconds and memory of one of OF_DATA at each size, each in a process of its own."""
+    result = {}
+    print(f"| {OF_DATA[what][1]} | seconds | peak memory of the process, MB |\n|---|---|---|")
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, memory = pool.apply(measured, (what, size, Path(folder)))
+        result[str(size)] = {"seconds": seconds, "memory_bytes": memory}
+        print(f"| {size:,} | {seconds:.1f} | {memory / 1e6:,.0f} |", flush=True)
+    return result
+
+
+def measured(what: Callable[[int, Path], float], size: int, folder: Path) -> tuple[float, int]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        seconds = what(size, folder)
+    return seconds, peak_memory_bytes(torch.device("cpu"))
+
+
+def list_pairs(count: int, folder: Path) -> float:
+    """The seconds to find so many images and masks of 16 x 16 pixels, and to check all masks."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / "train" / kind).mkdir(parents=True)
+    for i in range(count):
+        levels = rng.integers(0, 3, (16, 16), np.uint8)
+        for kind in ("images", "masks"):
+            Image.fromarray(levels).save(folder / "train" / kind / f"{i}.png")
+    started = time.perf_counter()
+    found = pairs_in(folder / "train", None, MaskReader(Classes(NAMES)))
+    assert len(found) == count
+    return time.perf_counter() - started
+
+
+def map_scene(side: int, folder: Path) -> float:
+    """The seconds to write the map of a scene of three bands, as many pixels wide as high, in windows of 224 pixels."""
+    adapter = small_adapter(folder, per_pixel=True)
+    levels = tifffile.memmap(folder / "scene.tif", shape=(side, side, 3), dtype=np.uint8, photometric="rgb")
+    levels[:] = np.arange(side, dtype=np.uint8)[:, None]
+    levels.flush()
+    started = time.perf_counter()
+    deploy_lora.main(["predict", str(adapter), str(folder / "scene.tif"), "--output", str(folder / "map.tif")])
+    return time.perf_counter() - started
+
+
+def predict_images(count: int, folder: Path) -> float:
+    """The seconds to answer for so many images of 8 x 8 pixels, which are links to a thousand, in parts."""
+    adapter = small_adapter(folder, per_pixel=False)
+    (folder / "images").mkdir()
+    for i in range(count):
+        if i < 1000:
+            Image.new("RGB", (8, 8), (i % 256, i // 4, 9)).save(folder / "images" / f"{i:07d}.png")
+        else:
+            os.link(folder / "images" / f"{i % 1000:07d}.png", folder / "images" / f"{i:07d}.png")
+    started = time.perf_counter()
+    argv = f"predict {adapter} {folder}/images --output {folder}/answers --batch-size 256 --workers 0"
+    deploy_lora.main(argv.split())
+    return time.perf_counter() - started
+
+
+def small_adapter(folder: Path, per_pixel: bool) -> Path:
+    """An adapter on a random backbone: a ResNet-18 of 224 pixels for masks, else vit_mini of 8."""
+    arch, size = ("resnet18", 224) if per_pixel else ("vit_mini", 8)
+    torch.save(build_backbone(arch, 2, image_size=size).state_dict(), folder / "base.pth")
+    model, _ = load_base(folder / "base.pth", None, len(NAMES), arch, size, per_pixel=per_pixel)
+    about = {"arch": arch, "class_names": list(NAMES), "image_size": size, "checkpoint": str(folder / "base.pth")}
+    if per_pixel:
+        about["task"] = TASKS["segmentation"](NAMES, masks=MaskReader(Classes(NAMES)).record).record()
+    LoRAManager(add_lora_to_model(model, r=2)).save_lora_checkpoint(folder / "lora.pth", about)
+    return folder / "lora.pth"
+
+
+NAMES = ("water", "wood", "field")
+OF_DATA = {
+    list_pairs: ("pairs", "images with masks"),
+    map_scene: ("scenes", "pixels along each side of a scene"),
+    predict_images: ("predict", "images to answer for"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
