@@ -2,6 +2,7 @@
 
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
+    python deploy_lora.py threshold checkpoints/lora/lora.pth list.csv --goal sensitivity=0.95 --output lora95.pth
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
     python deploy_lora.py compare runs/*/results.json --output runs.csv         # a table of many runs
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
@@ -43,13 +44,13 @@ from torchvision.models.resnet import ResNet
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
-from lora.adapter_file import is_per_pixel
+from lora.adapter_file import is_per_pixel, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import VERSION, InputError, devices, distributed, files, listed, printable
 from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
+from toolkit.config import folds, positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import (
@@ -144,6 +145,30 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
+
+
+def threshold(args: argparse.Namespace) -> Task:
+    """Choose the thresholds of an adapter with several labels anew, on labelled images, and write it to --output.
+
+    Returns the task, with the thresholds that are written.
+    """
+    with _model_on_device(args) as (model, about, make_loader):
+        task = _task_of(about)
+        if task.kind != "multilabel":
+            raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
+        images, where = _labelled_images(args.images, about)
+        images = readable(images)
+        loader = make_loader(Transformed(images, about["transform"]))
+        result = task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+    task.head.thresholds = result.thresholds_for(args.goal)
+    if distributed.is_main():
+        content = read_adapter_file(args.adapter)
+        content["metadata"]["task"] = task.record()
+        write_adapter_file(content, args.output)
+        report = task.report(result, images.clusters())
+        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed()]))
+        print(f"wrote {args.output}")
+    return task
 
 
 def compare(args: argparse.Namespace) -> list[Any]:
@@ -802,7 +827,7 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
+ON_IMAGES = ("evaluate", "threshold", "predict", "embed")  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
@@ -810,6 +835,7 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
     "predict": (".csv", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
+    "threshold": (".pth", ".safetensors"),
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
     "export": (".onnx", ".pt2"),
 }
@@ -863,6 +889,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and 
     "info": (info, "what is in an adapter file"),
     "evaluate": (evaluate, "accuracy on labelled images"),
     "compare": (compare, "two results over the same images: is one better by more than chance? or a table of many"),
+    "threshold": (threshold, "choose anew, on labelled images, from which probability on a label is an answer"),
     "predict": (predict, "the most probable classes of images, as a table; masks and maps"),
     "embed": (embed, "the features of images, as an array"),
     "merge": (merge, "base and adapter as one state_dict that plain torchvision loads"),
@@ -898,7 +925,10 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             what = "int8: multiply in 8 bits; for a large ViT on a CPU"
             command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=what)
     what = "folder with a folder of images per class, or with images/ and masks/; or a list"
-    parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
+    for name in ("evaluate", "threshold"):
+        parsers[name].add_argument("images", type=Path, nargs="?", help=what)
+    what = "f1, or sensitivity=0.95 or specificity=0.9 of each label"
+    parsers["threshold"].add_argument("--goal", type=threshold_goal, default="f1", help=what)
     for name in ("predict", "embed"):
         parsers[name].add_argument(
             "images", type=Path, nargs="+", help="images, folders or lists of them, or a folder of archives"

@@ -110,6 +110,35 @@ def test_predictions_are_what_the_evaluation_had(trained, lists, kind, tmp_path)
         assert said["labels"].split(",") == [name for name in ("up", "left") if shares[name] > thresholds[name]] or [""]
 
 
+def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_path):
+    """On the evaluation images each label then has the sensitivity that was asked for, and nothing else changes."""
+    _, folder = trained["multilabel"]
+    argv = ["threshold", str(folder / "lora.pth"), str(lists / "multilabel_val.csv"), "--goal", "sensitivity=0.9"]
+    deploy_lora.main([*argv, "--output", str(tmp_path / "lora90.pth")])
+    before, after = (read_adapter_file(path) for path in (folder / "lora.pth", tmp_path / "lora90.pth"))
+    thresholds = after["metadata"]["task"].pop("thresholds")
+    assert thresholds != before["metadata"]["task"].pop("thresholds")
+    assert after["metadata"] == before["metadata"] and after["base_hash"] == before["base_hash"]
+    assert all(torch.equal(tensor, before["tensors"][name]) for name, tensor in after["tensors"].items())
+    labels = deploy_lora.main(["evaluate", str(tmp_path / "lora90.pth")])["labels"]
+    assert [label["threshold"] for label in labels.values()] == pytest.approx(thresholds)
+    assert all(label["sensitivity"] >= 0.9 for label in labels.values())
+    with pytest.raises(InputError, match="has no thresholds: only adapters with several labels have them"):
+        deploy_lora.main(["threshold", str(once / "lora.pth"), "--output", str(tmp_path / "other.pth")])
+
+
+def test_a_run_chooses_its_thresholds_by_what_it_is_told(base, lists, tmp_path):
+    labels = []
+    for goal in ("sensitivity=0.99", "sensitivity=0.3"):
+        results, _ = train(base, lists, "multilabel", f"--threshold {goal} --epochs 1", tmp_path / goal, "")
+        labels.append(results["labels"])
+    assert all(labels[0][name]["threshold"] < labels[1][name]["threshold"] for name in labels[0])
+    with pytest.raises(InputError, match="--threshold with --task classification: only labels have it"):
+        finetune_lora.read_options(["--threshold", "sensitivity=0.9"])
+    with pytest.raises(InputError, match=r"expected f1, or a share as in sensitivity=0\.95 or specificity=0\.9"):
+        finetune_lora.read_options(["--task", "multilabel", "--threshold", "precision=0.9"])
+
+
 def test_adapters_of_every_task_share_a_base(trained, once, base, lists):
     """Each answers as it does alone, in whatever order they are used, and knows what its answers mean."""
     folders = {kind: folder for kind, (_, folder) in trained.items()} | {"classification": once}

@@ -99,6 +99,31 @@ def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     assert measures.f1(scores > threshold, positive, times[None]).item() == pytest.approx(weighted)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.95])
+@pytest.mark.parametrize("seed", range(3))
+def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
+    """Of all thresholds that reach the goal it is the one at which the other figure is best."""
+    scores, positive, _ = scored_labels(seed)
+    scores = scores / 2
+    others = np.concatenate([[0.0], (scores.unique()[1:] + scores.unique()[:-1]).numpy() / 2, [1.0]])
+
+    def figures(threshold: float) -> dict[str, float]:
+        above = scores > threshold
+        hits, rejections = (above & (positive == 1)).sum(), (~above & (positive == 0)).sum()
+        return {
+            "sensitivity": (hits / (positive == 1).sum()).item(),
+            "specificity": (rejections / (positive == 0).sum()).item(),
+        }
+
+    for kind, other in (("sensitivity", "specificity"), ("specificity", "sensitivity")):
+        found = figures(measures.threshold_for(scores, positive, f"{kind}={share}"))
+        assert found[kind] >= share - 1e-6
+        best = max(figures(t)[other] for t in others if figures(t)[kind] >= share - 1e-6)
+        assert found[other] == pytest.approx(best)
+    assert measures.threshold_for(scores, positive, "f1") == measures.best_threshold(scores, positive)
+    assert measures.threshold_for(scores, torch.zeros_like(positive), f"sensitivity={share}") == 0.5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
     random = np.random.RandomState(seed)

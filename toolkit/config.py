@@ -85,6 +85,14 @@ any_float = _number(float, lambda x: True, "a number")
 positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
+def threshold_goal(text: str) -> str:
+    """What `toolkit.answers.measures.threshold_for` takes."""
+    kind, _, share = text.partition("=")
+    if text != "f1" and (kind not in ("sensitivity", "specificity") or not 0 < positive_share(share) < 1):
+        raise argparse.ArgumentTypeError("expected f1, or a share as in sensitivity=0.95 or specificity=0.9")
+    return text
+
+
 def or_word(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """A converter that accepts a word as well, and leaves it as it is."""
     return lambda text: text if text == word else convert(text)

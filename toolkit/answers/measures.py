@@ -150,6 +150,28 @@ def best_threshold(scores: Tensor, positive: Tensor) -> float:
     return ((ranked[best] + ranked[best + 1]) / 2).item()
 
 
+def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
+    """The threshold of scores (N,), 0 to 1, that reaches a goal: "f1", "sensitivity=0.95" or "specificity=0.9".
+
+    That is the one with the highest F1; or the highest with which this share of the positives lies above it, or the
+    lowest with which this share of the negatives does not, and 0.5 without any of them.
+    """
+    kind, _, share = goal.partition("=")
+    if kind == "f1":
+        return best_threshold(scores, positive)
+    of_interest = scores[positive.bool() if kind == "sensitivity" else ~positive.bool()].double().sort().values
+    if not len(of_interest):
+        return 0.5
+    needed = math.ceil(float(share) * len(of_interest) - 1e-9)  # so many, of 0.95 x 20 as well
+    ranked = F.pad(scores.double().unique(), (1, 1), value=0.0)
+    ranked[-1] = 1.0
+    if kind == "sensitivity":  # halfway to the next lower score
+        place = torch.searchsorted(ranked[1:-1], of_interest[len(of_interest) - needed])
+    else:  # halfway to the next higher one
+        place = torch.searchsorted(ranked[1:-1], of_interest[needed - 1]) + 1
+    return ((ranked[place] + ranked[place + 1]) / 2).item()
+
+
 def _ends_of_runs(ranked: Tensor) -> Tensor:
     """Where runs of equal values (N,) end."""
     return ranked.unique_consecutive(return_counts=True)[1].cumsum(0) - 1

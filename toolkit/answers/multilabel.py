@@ -84,9 +84,9 @@ class LabelAnswers(ColumnAnswers):
             "npv": rejections / (~above & (positive | negative)).sum(0),
         }
 
-    def best_thresholds(self) -> Tensor:
-        """The threshold of each label that has the highest F1 here, (K,)."""
-        return torch.tensor([measures.best_threshold(values, targets) for values, targets, _ in self.known()])
+    def thresholds_for(self, goal: str) -> Tensor:
+        """The threshold of each label that reaches a goal here, (K,): see `measures.threshold_for`."""
+        return torch.tensor([measures.threshold_for(values, targets, goal) for values, targets, _ in self.known()])
 
 
 class LabelObjective(Objective):
@@ -144,8 +144,9 @@ class LabelHead(Head):
 
     output_name = "probabilities"
 
-    def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None):
+    def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None, goal: str):
         super().__init__(names, objective)
+        self.goal = goal
         self.thresholds = torch.full((len(names),), THRESHOLD) if thresholds is None else thresholds.float()
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> LabelAnswers:
@@ -192,11 +193,11 @@ class LabelHead(Head):
         return measures.fit_temperature(outputs - constant, loss)
 
     def calibrate(self, outputs, targets, optimism) -> None:
-        """The thresholds are those with the highest F1 on these views."""
+        """The thresholds are those that reach the goal on these views."""
         super().calibrate(outputs, targets, optimism)
         constant = self.objective.constant_logits.to(outputs.device)
         tempered = torch.lerp(constant, outputs, 1 / self.temperature)  # as of a head that is softened so
-        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).best_thresholds()
+        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).thresholds_for(self.goal)
 
     def restore(self, record) -> None:
         self.thresholds = torch.tensor(record["thresholds"], dtype=self.thresholds.dtype)
@@ -340,6 +341,7 @@ class MultiLabel(Task):
         names: of the K labels.
         targets, balanced, mixup: as for `LabelObjective`.
         thresholds: (K,), above which probabilities labels are answers.
+        goal: by which they are chosen anew: see `measures.threshold_for`.
     """
 
     kind = "multilabel"
@@ -358,6 +360,7 @@ class MultiLabel(Task):
         balanced: bool = False,
         mixup: float = 0.0,
         thresholds: Tensor | None = None,
+        goal: str = "f1",
     ):
         objective = LabelObjective(len(names), targets, balanced, mixup)
-        super().__init__(objective, LabelHead(names, objective, thresholds))
+        super().__init__(objective, LabelHead(names, objective, thresholds, goal))

@@ -91,7 +91,7 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
     balanced = args.class_weights == "balanced"
     task: Task
     if args.task == "multilabel":
-        task = MultiLabel(names, train.targets, balanced, args.mixup)
+        task = MultiLabel(names, train.targets, balanced, args.mixup, goal=args.threshold)
     elif args.task == "regression":
         task = Regression(names, train.targets, args.mixup)
     elif args.task == "segmentation":

@@ -192,6 +192,9 @@ class TuneOptions(AdapterOptions):
     class_weights: str = option(
         "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
     )
+    threshold: str = option(
+        "f1", "what decides about labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal
+    )
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
@@ -436,6 +439,8 @@ def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     for name in ("classes", "unknown_value"):
         if name in typed and args.task != "segmentation":
             yield f"{flag(name)} with --task {args.task}: only masks have it; use --task segmentation"
+    if "threshold" in typed and args.task != "multilabel":
+        yield f"--threshold with --task {args.task}: only labels have it; use --task multilabel"
     if args.task == "segmentation" and args.dataset != "imagefolder":
         yield (
             f"--task segmentation: --dataset {args.dataset} has no masks; give --data-dir with the folders images/ and "
