@@ -187,6 +187,8 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
     assert int(launch.nproc_per_node) > 1
     if launch.training_script == "finetune_lora.py":
         finetune_lora.read_options(launch.training_script_args)
+    elif launch.training_script == "deploy_lora.py":
+        assert not deploy_lora.check(deploy_lora.make_parser()[0].parse_args(launch.training_script_args))
     else:
         assert launch.module and launch.training_script == "moco.pretrain"
         pretrain.config.parse_args(
