@@ -142,7 +142,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         picture = Path(folder) / report.picture
         report.draw(picture)
         report.draw_mistakes(images, mistakes, about["transform"].bands)
-        write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes)
+        named = report.named_mistakes(images)
+        write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes, named)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 

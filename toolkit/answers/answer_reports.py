@@ -102,7 +102,13 @@ class Report:
                 shrunk = shrink(images.undecoded(i)[0])
                 place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
                 place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
+                file = drawn(Path(images.name(i)).name[-26:])
+                place.text(0.5, -0.03, file, fontsize=6, ha="center", va="top", transform=place.transAxes)
         save_figure(figure, path)
+
+    def named_mistakes(self, images: LabelledImages) -> list[tuple[str, str]]:
+        """What `draw_mistakes` shows, for the page: (the image's name, what is said of it)."""
+        return [(images.name(i), text) for chosen in self.mistakes().values() for i, text in chosen]
 
     def calibration_figures(self) -> dict[str, float]:
         """The expected calibration error (0 to 1) and, where a run has just been calibrated, the temperature."""

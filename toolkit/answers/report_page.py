@@ -30,6 +30,7 @@ def write_page(
     sections: Sequence[str],
     adapter: Path,
     mistakes: Path,
+    named: Sequence[tuple[str, str]],
     curves: Path | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
@@ -40,6 +41,7 @@ def write_page(
         sections: what the page shows of the answers, in HTML.
         adapter: the file that gave them.
         mistakes, curves: pictures.
+        named: the images on `mistakes` and what is said of each.
     """
     adapter = shlex.quote(str(adapter))
     commands = [
@@ -54,6 +56,8 @@ def write_page(
     parts += sections
     described = "the most confident wrong answers, and the least certain right ones"
     parts += ["<h2>Mistakes</h2>", html_picture(mistakes.read_bytes(), described)]
+    if named:
+        parts.append(f"<details><summary>The files</summary>{html_table(named, ('image', 'what it is'))}</details>")
     parts += ["<h2>To go on</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
     if config is not None:
         settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

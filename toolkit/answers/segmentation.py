@@ -300,7 +300,7 @@ class PixelReport(Report):
             picture = images.picture(image, bands)  # (H, W, 3), from 0 to 1
             truth = images.mask(image)
             answer = self.answers.maps[image].long().where(truth != NO_LABEL, NO_LABEL)
-            layers = {drawn(text): None, "truth": truth, "answer": answer}
+            layers = {drawn(f"{Path(images.name(image)).name[-40:]}: {text}"): None, "truth": truth, "answer": answer}
             for (title, classes), axes in zip(layers.items(), row, strict=True):
                 axes.imshow(picture if classes is None else 0.4 * picture + 0.6 * coloured(classes, images.palette))
                 axes.set_title(title, fontsize=9)

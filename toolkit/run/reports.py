@@ -197,6 +197,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     page = run.path("report.html")
     made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
     shown = [*meaning, *rows, ("made", made)]
+    pictures["named"] = report.named_mistakes(run.splits.val)
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     by_label = report.printed() if run.task.kind == "multilabel" else []
