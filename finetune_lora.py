@@ -788,12 +788,12 @@ def main(
     distributed.join(device)
     if options.all_folds(args):
         return cross_validate(main, argv, after_epoch, args)
-    held = output_folder.held(args.output_dir, "finetune_lora.py", output_folder.FINE_TUNING_FILES, args.resume)
+    held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
         devices.seed_everything(args.seed)
         splits, model, report, plan = prepare(args, device)
-        print(devices.describe_device(device, plan.dtype))
+        print(f"device: {device}, precision: {plan.dtype}")
         resumed = args.resume
         if args.learning_rate == "auto":
             rate, resumed = search_learning_rate(args, plan, splits, opened, begin)

@@ -37,11 +37,6 @@ def test_generators_repeat_and_come_back_from_a_file_read_with_weights_only(tmp_
     expected = draw()
     devices.restore_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
     assert draw() == expected
-    devices.seed_everything(0)
-    assert devices.product_seconds(torch.bfloat16) > 0
-    drawn = draw()
-    devices.seed_everything(0)
-    assert draw() == drawn
 
 
 @pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
@@ -66,22 +61,6 @@ def test_device_and_precision():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bf16", "told"),
-    [
-        (torch.bfloat16, 2.04, "take 2.0 times as long as float32's on this processor: --precision fp32 is faster"),
-        (torch.bfloat16, 1.19, None),
-        (torch.bfloat16, 0.1, None),
-        (torch.float32, 0.25, None),
-    ],
-)
-def test_a_precision_that_is_slow_on_this_cpu_is_named(monkeypatch, dtype, bf16, told):
-    monkeypatch.setattr(devices, "product_seconds", {torch.float32: 1.0, torch.bfloat16: bf16}.get)
-    first, *more = devices.describe_device(torch.device("cpu"), dtype).splitlines()
-    assert first == f"device: cpu, precision: {dtype}" and len(more) == bool(told)
-    assert not told or told in more[0]
-
-
-@pytest.mark.parametrize(
     ("in_float32", "in_bf16", "dtype"),
     [(1.0, 0.5, torch.bfloat16), (1.0, 0.8, torch.float32), (1.0, 2.0, torch.float32), (0.01, 0.001, torch.float32)],
 )
@@ -93,11 +72,6 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     assert faster_dtype(lambda dtype: nn.Linear(3, 2), torch.ones(2, 3)) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
-
-
-def test_products_are_not_measured_on_a_gpu(monkeypatch):
-    monkeypatch.delattr(devices, "product_seconds")
-    assert devices.describe_device(torch.device("cuda"), torch.bfloat16) == "device: cuda, precision: torch.bfloat16"
 
 
 def test_adapters_have_a_rate_of_their_own_and_biases_no_decay():

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
@@ -111,23 +110,6 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-CLEARLY_SLOWER = 1.2  # two measurements of equal times may differ by less than this while other programs run
-
-
-def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """Device and precision for the log, and a second line if 16 bits are slower than 32 on this CPU.
-
-    This is measured: a processor's name does not say how fast its products in 16 bits are.
-    """
-    line = f"device: {device}, precision: {dtype}"
-    if device.type == "cpu" and dtype != torch.float32:
-        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-        if times > CLEARLY_SLOWER:
-            line += f"\nbf16 products take {times:.1f} times as long as float32's on this processor: "
-            line += "--precision fp32 is faster"
-    return line
-
-
 WORTH_ROUNDING = 1.3  # times as fast
 WORTH_MEASURING = 0.03  # CPU seconds for an image in float32: with smaller models a run is short in either precision
 
@@ -156,13 +138,6 @@ def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> t
         return torch.float32
     print(f"precision: bf16, in which this processor trains {times:.1f} times as fast (else --precision fp32)")
     return torch.bfloat16
-
-
-def product_seconds(dtype: torch.dtype) -> float:
-    """The CPU's shortest time for 512 tokens in the first linear layer of a ViT-B/16's MLP; draws no random numbers."""
-    tokens = torch.ones(512, 768, dtype=dtype)
-    weight = torch.ones(3072, 768, dtype=dtype)
-    return shortest_seconds(lambda: F.linear(tokens, weight))
 
 
 def shortest_seconds(work: Callable[[], Any]) -> float:

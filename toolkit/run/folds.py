@@ -56,7 +56,7 @@ def cross_validate(
     words = [word for word in typed if word != "--resume"]
     _, count = read_folds(args.folds)
     files = output_folder.FINE_TUNING_FILES
-    with output_folder.held(args.output_dir, "finetune_lora.py", files, args.resume) as begin:
+    with output_folder.held(args.output_dir, files, args.resume) as begin:
         identity = _identity(args)
         if args.resume:
             _check_identity(args.output_dir / IDENTITY, identity)
