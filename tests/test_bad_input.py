@@ -262,7 +262,7 @@ FLAGS = [
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
          " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train", "'gpu'",
          "absent: no such folder", "gone.pth: file not found", "base.pth is a file"),
-    case("bad images and a bad checkpoint", "finetune --data-dir mine --checkpoint theirs.pth", "found only one",
+    case("a bad checkpoint is told before images", "finetune --data-dir mine --checkpoint theirs.pth",
          "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
 ]  # fmt: skip
 

@@ -524,9 +524,9 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scalin
     channels = 3
     metadata: dict[str, Any] = {}
     file = checkpoint
-    with contextlib.suppress(InputError):  # reported when the backbone is built
-        if checkpoint is not None:
-            channels, metadata = checkpoints.find_images(checkpoint, args.arch)
+    if checkpoint is not None:
+        channels, metadata = checkpoints.find_images(checkpoint, args.arch)
+    with contextlib.suppress(InputError):  # reported when it is put on the backbone
         adapter = getattr(args, "stage1_adapter", None)
         if adapter is not None:
             content = read_checkpoint(adapter)

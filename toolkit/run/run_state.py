@@ -212,11 +212,7 @@ def recorded_setting(path: Path | None, section: str, name: str) -> Any:
     return value_at(read_checkpoint(path), f"config/{section}/{name}")
 
 
-OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have
-
-
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
     """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
     then = flat(then)
-    now = {name: value for name, value in flat(now).items() if name in then or value not in OFF}
-    return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
+    return [f"{k} was {then.get(k)}, is {v}" for k, v in flat(now).items() if k not in free and v != then.get(k)]
