@@ -217,7 +217,7 @@ def test_features_and_evaluation_are_exact_and_leave_the_mode():
     assert model.training and model[1].training and model[2].weight.grad is None
 
 
-def test_knn_accuracy_agrees_with_a_vote_counted_by_hand():
+def test_knn_accuracy_agrees_with_a_vote_counted_by_hand(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     bank, labels = torch.randn(40, 5, generator=generator), torch.arange(40) % 4
     queries, targets = torch.randn(30, 5, generator=generator), torch.arange(30) % 4
@@ -228,9 +228,13 @@ def test_knn_accuracy_agrees_with_a_vote_counted_by_hand():
         for i in similarity.argsort(descending=True)[:7]:
             votes[labels[i]] += float(torch.exp(similarity[i] / 0.1))
         correct += votes.index(max(votes)) == target
-    assert evaluation.knn_accuracy(bank, labels, queries, targets, k=7, temperature=0.1) == correct / 30
-    assert evaluation.knn_accuracy(bank, labels, bank * 3, labels, k=1) == 1.0
-    assert 0 <= evaluation.knn_accuracy(bank, labels, queries, targets, k=1000) <= 1
+    monkeypatch.setattr(evaluation, "NEIGHBOUR_TEMPERATURE", 0.1)
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", 7)
+    assert evaluation.knn_accuracy(bank, labels, queries, targets) == correct / 30
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", 1)
+    assert evaluation.knn_accuracy(bank, labels, bank * 3, labels) == 1.0
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", 1000)
+    assert 0 <= evaluation.knn_accuracy(bank, labels, queries, targets) <= 1
 
 
 def test_balanced_weights_are_scikit_learns():

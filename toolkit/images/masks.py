@@ -134,7 +134,6 @@ def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- reading masks
 
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes numbers, by compression or by its range
-_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
 
@@ -250,8 +249,6 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                 f"{path}: a mask in the format {image.format}, which may change its values; save it anew, from where "
                 "it was made, as PNG, TIFF or .npy"
             )
-        if image.mode not in _MODES:
-            raise ValueError(f"its colours are of the kind {image.mode}")
         colours = None
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)

@@ -70,7 +70,7 @@ def cross_validate(
             own = args.output_dir / FOLDER / str(number)
             if (own / "results.json").exists():
                 print(f"part {number} of {count}: finished in {own}")
-                found.append(_finished(own / "results.json"))
+                found.append(json.loads((own / "results.json").read_text(encoding="utf-8")))
                 continue
             print(f"\npart {number} of {count}")
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
@@ -84,13 +84,6 @@ def cross_validate(
         return _summed_up(found, args) if distributed.is_main() else {}
 
 
-def _finished(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path} is damaged: delete it, and --resume finishes that part again") from None
-
-
 def _identity(args: FineTuneOptions) -> dict[str, Any]:
     """What all parts share: the settings, a digest of the images, and one of each file that the base is made of."""
     with contextlib.redirect_stdout(io.StringIO()):  # each part says what it reads
@@ -100,16 +93,8 @@ def _identity(args: FineTuneOptions) -> dict[str, Any]:
     return {
         "config": stored_sections(YAML_SECTIONS, args),
         "images": splits.digest(),
-        "base": list(map(_file_digest, files)),
+        "base": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
     }
-
-
-def _file_digest(path: Path) -> str:
-    hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            hashed.update(chunk)
-    return hashed.hexdigest()
 
 
 def _check_identity(path: Path, now: dict[str, Any]) -> None:
