@@ -247,7 +247,6 @@ FLAGS = [
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
     case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),
-    case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
     case("4 bits that train", "finetune --use-qlora --no-freeze-backbone", "4 bits cannot train", "drop one"),
     case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
@@ -358,9 +357,9 @@ IMAGES = [
          files=classes("cat", "dog") | {"l.csv": "path,label,who\nmine/cat/0.png,cat,1\nmine/dog/0.png,dog,\n"}),
     case("a single group", "plain-finetune --data-list l.csv --group-by 1", "all images are in one group",
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"}),
-    case("a column of folders", "finetune --group-by patient", "which alone has columns", "1 is bright"),
+    case("a column of folders", "finetune --group-by patient", "no column of a --data-list", "1 is bright"),
     case("the folder of the class", "finetune --group-by 1", "this is the folder of the class"),
-    case("a level that is not there", "finetune --group-by 2", "bright/0.png is in no folder of this level"),
+    case("a level that is not there", "finetune --group-by 2", "no level of the folders of bright/0.png"),
     case("groups of digits", "plain-finetune --group-by 1", "--group-by 1: these images are in no folder or list"),
     case("one part", "plain-finetune --folds 1", "--folds: expected a number of parts, as 5, or one, as 2/5, got '1'"),
     case("a part that is not there", "plain-finetune --folds 6/5", "or one, as 2/5, got '6/5'"),
@@ -402,7 +401,6 @@ IMAGES = [
     case("no such folder for the accuracy", "pretrain --knn-dir gone", "--knn-dir gone: no such folder"),
     case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "images/train/dark",
          "at least two classes, found none"),
-    case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
 ]  # fmt: skip
 

@@ -131,13 +131,9 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
             spread[name] = statistics.stdev(values)
     rows += [mean, spread]
     write_csv(rows, ("part", *columns), args.output_dir / TABLE)
-    factor, unit = task.axis
-    decimals = 2 if unit else 3
-    print(f"\n{'part':<8}{'images':>8}{f'linear probe{unit}':>20}{f'{task.score_title}{unit}':>20}")
+    print(f"\n{'part':<8}{'images':>8}{'linear probe':>20}{task.score_title:>20}")
     for row in rows:
-        line = f"{row['part']:<8}{row.get('val_images', ''):>8}"
-        for name in (probe, score):
-            line += " " * 20 if row[name] is None else f"{factor * row[name]:>20.{decimals}f}"
-        print(line)
+        shown = ["" if row[name] is None else task.reported(row[name]) for name in (probe, score)]
+        print(f"{row['part']:<8}{row.get('val_images', ''):>8}{shown[0]:>20}{shown[1]:>20}")
     print(f"\ntable in {args.output_dir / TABLE}")
     return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}
