@@ -438,6 +438,8 @@ def check_batch_size(args: PretrainOptions, images: int) -> None:
         raise InputError(f"--batch-size {args.batch_size}: there are only {images} training images")
     if args.moco_version != 3 and args.queue_size < args.batch_size:  # the version may be the checkpoint's
         raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}; raise it")
+    if args.moco_version == 3 and args.batch_size == 1:
+        raise InputError("the BatchNorms of MoCo v3's projector need two images: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
 

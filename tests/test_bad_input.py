@@ -247,6 +247,7 @@ FLAGS = [
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
     case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),
+    case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
     case("4 bits that train", "finetune --use-qlora --no-freeze-backbone", "4 bits cannot train", "drop one"),
     case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
@@ -401,6 +402,7 @@ IMAGES = [
     case("no such folder for the accuracy", "pretrain --knn-dir gone", "--knn-dir gone: no such folder"),
     case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "images/train/dark",
          "at least two classes, found none"),
+    case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
 ]  # fmt: skip
 

@@ -60,6 +60,8 @@ def select_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # such as meta, on which nothing is computed
+            raise NotImplementedError
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:  # else pinning memory would take room on GPU 0
             torch.cuda.set_device(device)
