@@ -252,34 +252,28 @@ def _read_config(
     if not isinstance(content, dict | None):
         problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
-    own: dict[str, list[str]] = {}
+    section_of: dict[str, str] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
-            own[group.title] = [action.dest for action in group._group_actions]
+            section_of |= {action.dest: group.title for action in group._group_actions}
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
-            hint = _hint(section, SECTIONS) or _right_section(section, own)
-            problems.append(f"{printable(section)}: no such section in {path}{hint}")
+            problems.append(f"{printable(section)}: no such section in {path}{_hint(section, SECTIONS, section_of)}")
         elif not isinstance(entries, dict | None):
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
-        elif section in own:
+        elif section in section_of.values():
             for key, value in (entries or {}).items():
                 name = f"{section}.{printable(key)}"
-                if key in own[section]:
+                if section_of.get(key) == section:
                     yield section, key, value
                 elif key not in ignored.get(section, ()):
-                    hint = _right_section(key, own) or _hint(key, own[section]) or "; delete the line"
+                    hint = _hint(key, section_of, section_of) or "; delete the line"
                     problems.append(f"{name}: no such key in {path}{hint}")
 
 
-def _right_section(key: Any, own: dict[str, list[str]]) -> str:
-    for section, keys in own.items():
-        if key in keys:
-            return f" (it belongs in the section {section})"
-    return ""
-
-
-def _hint(name: Any, known: Collection[str]) -> str:
+def _hint(name: Any, known: Collection[str], section_of: Mapping[str, str] | None = None) -> str:
+    if section_of and name in section_of:
+        return f" (it belongs in the section {section_of[name]})"
     meant = did_you_mean(name, known)
     return f" ({meant})" if meant else ""
 

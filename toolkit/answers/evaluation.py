@@ -129,8 +129,7 @@ def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The features that the head of `model` receives, float32 (N, D), and labels (N,), both on `device`."""
-    features, labels = over_loader(model, loader, device, dtype, functools.partial(forward_features, model))
-    return features, labels
+    return over_loader(model, loader, device, dtype, functools.partial(forward_features, model))
 
 
 def all_outputs(

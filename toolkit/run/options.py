@@ -530,9 +530,8 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scalin
         adapter = getattr(args, "stage1_adapter", None)
         if adapter is not None:
             content = read_checkpoint(adapter)
-            about = content.get("metadata") if isinstance(content, dict) else None
-            if isinstance(about, dict) and "mean" in about:
-                metadata = about
+            if checkpoints.value_at(content, "metadata/mean") is not None:
+                metadata = content["metadata"]
                 file = adapter
     channels = args.channels or channels
     known = known_scaling(scaling_of(args), channels, metadata, file)
