@@ -620,3 +620,12 @@ def test_a_head_that_is_not_found_is_reported():
         add_lora_to_model(with_own_head(), r=2)
     with pytest.raises(InputError, match=r"no module is named 'clss', so it cannot be the classifier head: did you"):
         add_lora_to_model(with_own_head(), r=2, head="clss")
+
+
+def test_the_head_of_a_model_that_another_module_holds_is_found():
+    holder = nn.Module()
+    holder.model = resnet()
+    add_lora_to_model(holder, r=2)
+    freeze_backbone_params(holder)
+    assert type(holder.model.fc) is nn.Linear and holder.model.fc.weight.requires_grad
+    assert not holder.model.conv1.weight.requires_grad

@@ -212,11 +212,27 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def _found_head(model: nn.Module) -> str | None:
-    """The child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'."""
+    """The child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'.
+
+    In a model that is held by another module, as by one of Lightning, it is the one module of such a name with which
+    the parameters end.
+    """
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
         return name
-    return next(filter(model._modules.__contains__, HEAD_NAMES), None)
+    for name in HEAD_NAMES:
+        if name in model._modules:
+            return name
+    found = []
+    for name, module in model.named_modules():
+        inside = found and f"{name}.".startswith(f"{found[-1]}.")
+        if name.rpartition(".")[2] in HEAD_NAMES and not inside and any(True for _ in module.parameters()):
+            found.append(name)
+    if len(found) == 1:
+        *_, (last, _) = model.named_parameters()
+        if last.startswith(f"{found[0]}."):
+            return found[0]
+    return None
 
 
 def in_head(model: nn.Module, name: str) -> bool:
