@@ -575,7 +575,7 @@ OUTPUTS = [
 CHANNELS = [
     case("means of other channels", "finetune --mean 0 0 --std 1", "--mean: 2 numbers; give one, or one for each of 3"),
     case("an unknown family", "finetune --normalise ssl4eo", "'ssl4eo' is none of data, ssl4eo-s12", "did you mean"),
-    case("a family of other channels", "finetune --normalise ssl4eo-l", "images of 6, 7, 9, 11 channels"),
+    case("a family of other channels", "finetune --normalise ssl4eo-l", "is for 6, 7, 9, 11 channels"),
     case("a family and a scale", "finetune --normalise ssl4eo-s12 --scale 1", "brings its own --scale"),
     case("too few bands", "finetune --bands 1,2", "--bands names 2 bands, and the network takes 3"),
     case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1, 2, 3"),

@@ -164,7 +164,7 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path, problem):
 @pytest.mark.parametrize(
     ("task", "content", "problem"),
     [
-        ("multilabel", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put the labels"),
+        ("multilabel", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put labels"),
         ("multilabel", "a.png\n", "the line 'a.png' is not"),
         ("multilabel", "path,cat\na.png,yes\n", "the column cat says yes: write 1 for yes and 0 for no"),
         ("multilabel", "a.png,\n", "no image has a label"),

@@ -278,10 +278,8 @@ def _columns(
         numbers = list(map(read, row[1:]))
         if None in numbers:
             place = numbers.index(None)
-            raise InputError(
-                f"--data-list {path}: '{printable(row[1 + place])}' in the column {printable(names[place])} is not "
-                f"{expected}; leave out columns that are no answers, or name those that are with --label-columns"
-            )
+            cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
+            raise _error(path, f"{cell} is not {expected}; name the columns that are answers with --label-columns")
         values.append(numbers)
     dtype = torch.float64 if read is _number else torch.float32
     return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
@@ -295,10 +293,8 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
         raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
     for row in rows:
         if len(row) != 2:
-            raise InputError(
-                f"--data-list {path}: the line '{printable(','.join(row))}' is not `path,\"a,b\"`; put the labels of "
-                "an image into quotation marks, or name the columns in the first line, as path,cat,dog"
-            )
+            line = f"the line '{printable(','.join(row))}' is not `path,\"a,b\"`"
+            raise _error(path, f"{line}; put labels into quotation marks, or name columns first, as path,cat,dog")
     found = []
     for row in rows:
         labels = map(str.strip, row[1].split(","))

@@ -188,10 +188,7 @@ class MaskReader:
         if levels.ndim == 2 and (colours is None or self.colours is None):
             found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
         elif self.colours is None:
-            raise InputError(
-                f"{path}: an RGB mask, and the colours of the classes are not known; give --classes a file with a line "
-                "`name r g b` for each class"
-            )
+            raise InputError(f"{path}: an RGB mask; give --classes a file with a line `name r g b` for each class")
         elif levels.ndim == 3:
             found = self.of_colours[_codes(levels)]
         else:  # numbers of colours, of which those that are no class's may be unknown by their number
@@ -245,10 +242,8 @@ def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     with open_image(path) as image:
         if image.format not in _FORMATS:
-            raise InputError(
-                f"{path}: a mask in the format {image.format}, which may change its values; save it anew, from where "
-                "it was made, as PNG, TIFF or .npy"
-            )
+            changes = f"the format {image.format} may change the values of a mask"
+            raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
         colours = None
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)

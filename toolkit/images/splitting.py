@@ -140,10 +140,8 @@ def check_apart(groups: np.ndarray, others: np.ndarray, by: str) -> None:
     shared = np.intersect1d(groups, others)
     if len(shared):
         images = f"{np.isin(others, shared).sum()} of {len(others)} evaluation images"
-        raise InputError(
-            f"--group-by {printable(by)}: {listed(shared)} on both sides, with {images}; move each group to one side, "
-            "or give all images as one set, which is then divided by groups"
-        )
+        both = f"{listed(shared)} on both sides, with {images}"
+        raise InputError(f"--group-by {printable(by)}: {both}; move each group to one side, or give all as one set")
 
 
 def read_folds(text: str) -> tuple[int | None, int]:

@@ -142,15 +142,11 @@ class RunState:
             what = ", ".join(changed) or "other classes"
             raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
         if state["images"] != own["images"]:
-            raise InputError(
-                f"{path} was trained on other images than {self.args.data_dir or 'the data set'} holds now: put back "
-                "those that were there, or start without --resume"
-            )
+            there = f"{self.args.data_dir or 'the data set'} holds now"
+            raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
         if state["base"] != own["base"]:
-            raise InputError(
-                f"{path} was trained over another base than {self.args.checkpoint}: give the same --checkpoint, and "
-                "--stage1-adapter if there was one"
-            )
+            base = f"another base than {self.args.checkpoint}"
+            raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
