@@ -499,10 +499,8 @@ def add_lora_to_model(
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
     use_qlora: bool = False,
     use_rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
     base_dtype: torch.dtype | None = None,
     adapt_last: int | None = None,
     head: str | Sequence[str] | None = None,
@@ -514,10 +512,7 @@ def add_lora_to_model(
         r, lora_alpha, lora_dropout, use_rslora: see `LoRASettings`.
         target_modules: names, suffixes, containing modules or regular expressions of the layers to adapt. None: every
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
-        exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits, and those of the layers below `adapt_last`.
-        rank_pattern: other ranks, as {"layer4": 16}, for the layers that a name, written as in `target_modules`,
-            selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
             has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
             attention in 8 bits, and on CPUs multiply in 8 bits (`lora.int8`). The classifier head, which
@@ -540,10 +535,10 @@ def add_lora_to_model(
             f"head={last!r}",
             stacklevel=2,
         )
-    chosen = adapted.choose_layers(model, target_modules, exclude_modules, adapt_last)
-    by_layer = adapted.settings_by_layer(chosen, settings, rank_pattern)
+    chosen = adapted.choose_layers(model, target_modules, adapt_last)
+    by_layer = dict.fromkeys(chosen, settings)
     if adapt_last is not None:  # those below are without an adapter, but are stored as the others are
-        names = adapted.choose_layers(model, None, exclude_modules)
+        names = adapted.choose_layers(model)
         below = itertools.takewhile(lambda name: not adapted.in_last_blocks(inner, name, adapt_last), names)
         by_layer = dict.fromkeys(below) | by_layer
     return adapt_layers(model, by_layer, use_qlora, base_dtype)
@@ -788,12 +783,12 @@ def main(
     distributed.join(device)
     if options.all_folds(args):
         return cross_validate(main, argv, after_epoch, args)
-    held = output_folder.held(args.output_dir, "finetune_lora.py", output_folder.FINE_TUNING_FILES, args.resume)
+    held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
         devices.seed_everything(args.seed)
         splits, model, report, plan = prepare(args, device)
-        print(devices.describe_device(device, plan.dtype))
+        print(f"device: {device}, precision: {plan.dtype}")
         resumed = args.resume
         if args.learning_rate == "auto":
             rate, resumed = search_learning_rate(args, plan, splits, opened, begin)
@@ -813,10 +808,7 @@ def main(
 
 
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:
-    """Load the images, build the model for their classes, and settle what the options leave open.
-
-    One message has the problems of both images and model.
-    """
+    """Load the images, build the model for their classes, and settle what the options leave open."""
     # What a run has measured at its start counts for all of it. None: it is to be measured.
     precision = args.precision
     if precision == "auto":
@@ -827,15 +819,8 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     if precision is None and (device.type != "cpu" or args.arithmetic == "int8"):
         precision = "auto"
     dtype = None if precision is None else devices.select_precision(precision, device)
-    try:
-        known, read = options.known_image_values(args, args.checkpoint)
-        splits = load_images(args, read)
-    except InputError as error:
-        try:
-            build_model(args, dtype or torch.float32, num_classes=2)  # nothing is measured for a run that will not be
-        except InputError as another:
-            raise InputError("\n".join(dict.fromkeys((str(error), str(another))))) from None
-        raise
+    known, read = options.known_image_values(args, args.checkpoint)
+    splits = load_images(args, read)
     model, report = build_model(args, dtype, len(splits.class_names), arithmetic)
     dtype = report["dtype"]
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)

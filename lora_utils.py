@@ -221,10 +221,8 @@ class LoRAManager:
             how += " and an adapter in use"
         for name, layer in stored.items():
             if layer.base_bits < 32 and not (merge and layers):
-                raise InputError(
-                    f"{name} is in {layer.base_bits} bits, its float weight is gone: take the merged weights with "
-                    f"{how}, or load the checkpoint again"
-                )
+                remedy = f"take the merged weights with {how}, or load the checkpoint again"
+                raise InputError(f"{name} is in {layer.base_bits} bits, its float weight is gone: {remedy}")
         if self.record.adapters is not None and not merge:
             self.unmerge_lora_weights()
             self.use(None)
@@ -332,10 +330,8 @@ class LoRAManager:
             start = self.record.base_digests
             changed = [name for name in now if now[name] != start.get(name)]
             if layers and start and changed:
-                raise InputError(
-                    f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: "
-                    "save the adapter, load the checkpoint again, and then load the saved file with a name"
-                )
+                remedy = "save the adapter, load the checkpoint again, and then the saved file with a name"
+                raise InputError(f"the base has trained with the adapter in use ({listed(changed)}): {remedy}")
             self.record.adapters = AdapterSet(self.model)
         self.record.adapters.adopt(layers, self.model)
         return self.record.adapters

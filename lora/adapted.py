@@ -9,7 +9,7 @@ import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -153,22 +153,6 @@ def _matches_any(name: str, targets: Iterable[str]) -> bool:
     return any(matches_layer(name, target) for target in targets)
 
 
-def settings_by_layer(
-    layers: Iterable[str], settings: LoRASettings, rank_pattern: Mapping[str, int] | None = None
-) -> dict[str, LoRASettings]:
-    """The settings of each layer by name: those given, with the rank of the first target that matches the layer.
-
-    Raises InputError for a target (see `matches_layer`) that matches no layer, or a rank below 1.
-    """
-    chosen = dict.fromkeys(layers, settings)
-    for target, rank in reversed((rank_pattern or {}).items()):  # so that the first is the last to be written
-        matched = [name for name in chosen if matches_layer(name, target)]
-        if not matched:
-            raise InputError(f"no adapted layer matches {target!r}; there are: {listed(list(chosen), 12)}")
-        chosen |= dict.fromkeys(matched, replace(settings, r=rank))
-    return chosen
-
-
 def unwrap_for_editing(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError if the wrapper no longer allows changing what trains."""
     if isinstance(model, DistributedDataParallel):
@@ -208,15 +192,13 @@ def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
 def choose_layers(
     model: nn.Module,
     target_modules: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
     adapt_last: int | None = None,
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select, and what is refused."""
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
-    targets = _as_list(target_modules)
-    excluded = _as_list(exclude_modules)
-    unmatched = [t for t in [*targets, *excluded] if not any(matches_layer(name, t) for name in candidates)]
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    unmatched = [t for t in targets if not any(matches_layer(name, t) for name in candidates)]
     if unmatched:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     chosen = {}
@@ -224,16 +206,11 @@ def choose_layers(
         wanted = _matches_any(name, targets)
         if target_modules is None:
             wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
-        in_depth = adapt_last is None or in_last_blocks(model, name, adapt_last)
-        if wanted and in_depth and not _matches_any(name, excluded):
+        if wanted and (adapt_last is None or in_last_blocks(model, name, adapt_last)):
             chosen[name] = layer
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
     return chosen
-
-
-def _as_list(targets: str | Sequence[str] | None) -> list[str]:
-    return [targets] if isinstance(targets, str) else list(targets or ())
 
 
 def in_last_blocks(model: nn.Module, name: str, number: int) -> bool:

@@ -330,13 +330,6 @@ def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tenso
     return model.heads(model.encoder.ln(x)[:, 0])
 
 
-class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
-    """PyTorch's transformer layer, with nothing fused: its `checkpointing` can be True."""
-
-    checkpointing = False
-    forward = recomputable(nn.TransformerEncoderLayer.forward)
-
-
 FUSED = {
     ResNet: FusedResNet,
     BasicBlock: FusedBasicBlock,
@@ -346,7 +339,6 @@ FUSED = {
     EncoderBlock: FusedEncoderBlock,
     MLPBlock: FusedMLPBlock,
     VisionTransformer: FusedVisionTransformer,
-    nn.TransformerEncoderLayer: RecomputedEncoderLayer,
 }
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
@@ -409,7 +401,7 @@ def _set_fast_paths(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
 
-WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer)
+WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck)
 
 
 def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:

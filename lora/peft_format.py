@@ -167,7 +167,7 @@ def recorded_in(header: dict[str, str], folder: Path, report: dict[str, Any]) ->
             about = json.loads(header[IMAGES])
         elif channels != 3:
             unscaled = {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0}
-            about |= {**unscaled, "bands": [], "show_bands": [1]}
+            about |= {**unscaled, "bands": []}
         return from_metadata({**about, "arch": report["arch"]}), json.loads(header.get(TASK, "null"))
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None

@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtype = devices.select_precision(args.precision, device)
     distributed.join(device)
     devices.seed_everything(args.seed)
-    held = output_folder.held(args.output_dir, "moco.pretrain", written(args), args.resume)
+    held = output_folder.held(args.output_dir, written(args), args.resume)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
         loaders += [run.loader, *run.measuring_loaders]
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         unlabelled = "" if len(run.measuring_loaders) > 1 else " without labels"
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
-        print(devices.describe_device(device, dtype))
+        print(f"device: {device}, precision: {dtype}")
         if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             holds = "it holds an image's own older keys too"
             print(f"--queue-size {args.queue_size} is more than there are images: {holds}")

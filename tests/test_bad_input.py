@@ -188,13 +188,11 @@ FLAGS = [
     case("a word of a flag", "finetune --dropout 0.1", "--dropout: no such", "mean --lora-dropout?", "--help-all"),
     case("an underscore in a flag", "finetune --lora_rank 4", "--lora_rank", "did you mean --lora-rank?"),
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
-    case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),
-    case("an earlier name", "finetune --train-norms", "--train-norms: replaced; write --norms train"),
     case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
     case("a flag without its value", "finetune --epochs", "--epochs: expected a value, got none"),
     case("an empty value", "finetune --checkpoint ''", "--checkpoint: expected a value, got none"),
-    case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora=yes", "alone"),
+    case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora", "ignored explicit argument"),
     case("whole numbers out of range", "finetune --epochs ten --batch-size 0 --accumulation-steps 2.5 --image-size 0"
          " --labels-per-class -3 --lora-rank -1 --seed -1 --heads 0 --workers 100000",
          *(f"--{name}: expected a whole number above 0, got '{value}'" for name, value in {
@@ -264,15 +262,11 @@ FLAGS = [
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
          " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train", "'gpu'",
          "absent: no such folder", "gone.pth: file not found", "base.pth is a file"),
-    case("bad images and a bad checkpoint", "finetune --data-dir mine --checkpoint theirs.pth", "found only one",
+    case("a bad checkpoint is told before images", "finetune --data-dir mine --checkpoint theirs.pth",
          "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
 ]  # fmt: skip
 
 CONFIGS = [
-    config("an earlier key", "finetune: {follow_norms: true}", "replaced; delete the line, and write --norms follow"),
-    config("a key of an earlier version", "finetune: {patch_dropout: 0.5}", "and 0.5 cannot be had any more; delete"),
-    config("pretraining's keys of an earlier version", "moco: {rotation: 10, noise: 0.05}", "moco.rotation was removed",
-           "moco.noise was removed, and 0.05 cannot be had", script="pretrain"),
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
     config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
@@ -281,7 +275,7 @@ CONFIGS = [
     config("a list", "- epochs", "expected the sections model, data"),
     config("a key twice", "finetune: {epochs: 3, epochs: 4}", "my.yaml", "the key epochs is there twice"),
     config("tabs", "finetune:\n\tepochs: 3", "my.yaml: not valid YAML", "line 2"),
-    config("a checkpoint for a config", lambda: Path("base.pth").read_bytes(), "not a text file in UTF-8"),
+    config("a checkpoint for a config", lambda: Path("base.pth").read_bytes(), "my.yaml: not valid YAML"),
     config("a control code", "finetune: {epochs: \x1b[2J}", "my.yaml: not valid YAML"),
     config("a NUL in a path", 'data: {data_dir: "a\\0b"}', "data.data_dir: expected text without a NUL character"),
     config("a tag without sense", "finetune: {epochs: !!timestamp x}", "my.yaml: not valid YAML"),
@@ -290,7 +284,6 @@ CONFIGS = [
     config("a huge number for a key", f"finetune:\n  ? 0x{'f' * 9000}\n  : 1", "finetune.a number too long"),
     config("a list that holds itself", "finetune: &f {target_modules: [*f]}", "target_modules: expected a value"),
     config("deep nesting", nested(5000), "my.yaml: not valid YAML: RecursionError"),
-    config("a novel", "# and so on\n" * 20_000, "longer than 100,000 characters"),
     config("a tag that would run code", "finetune: !!python/object/apply:os.mkdir [ran]", "the tag", "os.mkdir"),
     config("everything wrong", "finetune: {epochs: null, lora_rank: -2, seed: [1], batch_size: yes, use_qlora: 1,"
            " target_modules: mlp, rank: 3}\nmodle:\ndata: 3", "finetune.epochs: expected a value, got none",
@@ -298,10 +291,10 @@ CONFIGS = [
            "finetune.batch_size: expected a value, got true", "finetune.use_qlora: expected true or false, got 1",
            "target_modules: expected a list", "finetune.rank: no such", "modle: no such section",
            "data: expected a section"),
-    case("a missing config", "finetune --config gone.yaml", "--config gone.yaml", "No such file"),
+    case("a missing config", "finetune --config gone.yaml", "gone.yaml: file not found"),
     config("pretraining's file has errors too", "moco: {epochs: 0, optimiser: sgd}", "moco.epochs: expected",
            "moco.optimiser: no such key", "did you mean optimizer?", script="pretrain"),
-    case("a device for a config", "finetune --config /dev/zero", "--config /dev/zero: longer than"),
+    case("a device for a config", "finetune --config /dev/zero", "/dev/zero: not a file"),
 ]  # fmt: skip
 
 TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
@@ -357,7 +350,7 @@ IMAGES = [
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat\nmine/dog/0.png,dog\n",
                                         "m.csv": "mine/dog/1.png,eel\n"}),
     case("a column that is not there", "plain-finetune --data-list l.csv --group-by pateint", "no such column in l.csv",
-         "which has label, patient (did you mean patient?)", files=classes("cat", "dog") | {
+         "which has label, patient", files=classes("cat", "dog") | {
              "l.csv": "path,label,patient\nmine/cat/0.png,cat,1\nmine/dog/0.png,dog,2\n"}),
     case("columns without names", "plain-finetune --data-list l.csv --group-by patient", "first line of l.csv names no",
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat,1\nmine/dog/0.png,dog,2\n"}),
@@ -365,9 +358,9 @@ IMAGES = [
          files=classes("cat", "dog") | {"l.csv": "path,label,who\nmine/cat/0.png,cat,1\nmine/dog/0.png,dog,\n"}),
     case("a single group", "plain-finetune --data-list l.csv --group-by 1", "all images are in one group",
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"}),
-    case("a column of folders", "finetune --group-by patient", "which alone has columns", "1 is bright"),
+    case("a column of folders", "finetune --group-by patient", "no column of a --data-list", "1 is bright"),
     case("the folder of the class", "finetune --group-by 1", "this is the folder of the class"),
-    case("a level that is not there", "finetune --group-by 2", "bright/0.png is in no folder of this level"),
+    case("a level that is not there", "finetune --group-by 2", "no level of the folders of bright/0.png"),
     case("groups of digits", "plain-finetune --group-by 1", "--group-by 1: these images are in no folder or list"),
     case("one part", "plain-finetune --folds 1", "--folds: expected a number of parts, as 5, or one, as 2/5, got '1'"),
     case("a part that is not there", "plain-finetune --folds 6/5", "or one, as 2/5, got '6/5'"),
@@ -384,8 +377,8 @@ IMAGES = [
     case("what several labels have not", "plain-finetune --task multilabel --data-list l.csv "
          "--labels-per-class 3 --label-smoothing 0.1 --keep-best accuracy",
          "--labels-per-class with", "--label-smoothing with", "--keep-best accuracy with --task multilabel"),
-    case("what numbers have not", "plain-finetune --task regression --data-list l.csv --class-weights balanced "
-         "--unknown negative", "--class-weights balanced with --task regression", "--unknown: replaced; write 0 or 1"),
+    case("what numbers have not", "plain-finetune --task regression --data-list l.csv --class-weights balanced",
+         "--class-weights balanced with --task regression"),
     case("a number that is always the same", "bare-finetune --checkpoint base.pth --task regression --data-list l.csv",
          "the number number is the same in all", files=classes("cat", count=4) | {
              "l.csv": "".join(f"mine/cat/{i}.png,2.5\n" for i in range(4))}),
@@ -565,10 +558,6 @@ OUTPUTS = [
          files={"out/last.pth": lambda: Path("base.pth").read_bytes()}),
     case("a stage-1 adapter that its run would replace", "finetune --stage1-adapter out/lora.pth",
          "--stage1-adapter out/lora.pth would be", files={"out/lora.pth": lambda: Path("lora.pth").read_bytes()}),
-    case("the folder of a stopped pretraining", "finetune", "out has the last.pth of a run of moco.pretrain",
-         files={"out/last.pth": torch_file({"global_steps": 3})}),
-    case("the folder of a fine-tuning", "pretrain", "out has the last.pth of a run of finetune_lora.py", "name another",
-         files={"out/last.pth": lambda: Path("last.pth").read_bytes()}),
     case("pretraining with bad values", "pretrain --momentum 1 --temperature 0 --moco-version 4 --device gpu",
          "--momentum: expected a number", "--temperature: expected", "4' is none of 2, 3", "'gpu'"),
     case("adapters of stage 1 over nothing", "pretrain --lora-rank 4", "--lora-rank 4 without --checkpoint"),
@@ -586,7 +575,7 @@ OUTPUTS = [
 CHANNELS = [
     case("means of other channels", "finetune --mean 0 0 --std 1", "--mean: 2 numbers; give one, or one for each of 3"),
     case("an unknown family", "finetune --normalise ssl4eo", "'ssl4eo' is none of data, ssl4eo-s12", "did you mean"),
-    case("a family of other channels", "finetune --normalise ssl4eo-l", "images of 6, 7, 9, 11 channels"),
+    case("a family of other channels", "finetune --normalise ssl4eo-l", "is for 6, 7, 9, 11 channels"),
     case("a family and a scale", "finetune --normalise ssl4eo-s12 --scale 1", "brings its own --scale"),
     case("too few bands", "finetune --bands 1,2", "--bands names 2 bands, and the network takes 3"),
     case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1, 2, 3"),

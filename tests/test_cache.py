@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +45,6 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
         refused("several machines share no file; use --cache-features none")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
-        refused(r"--cache-features disk: .* has room for 0.00 GB, .* use --cache-features none")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     refused(r"cannot make .*: Not a directory; set XDG_CACHE_HOME")
@@ -79,9 +75,9 @@ def test_room_for_features_is_reserved(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=r"has no room for 0\.10 GB"):
+    with pytest.raises(InputError, match=r"no room for 0\.10 GB in .*No space left.* use --cache-features none"):
         cache._empty_file(tmp_path, 100_000_000)
-    assert len(list(tmp_path.glob("features-*"))) == 1
+    assert len(list(tmp_path.glob("features-*"))) == 1  # the first one
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_13_channels_of_which_10_are_zero_are_the_rgb_model_bit_for_bit(arch, si
     kernel = torch.zeros_like(many.state_dict()[f"{first}.weight"])
     kernel[:, 1:4] = rgb.state_dict()[f"{first}.weight"]
     many.load_state_dict(rgb.state_dict() | {f"{first}.weight": kernel})
-    excluded = {"exclude_modules": [first]} if options else {}
+    excluded = {"target_modules": rf"(?!{first}$|fc|heads).*"} if options else {}
     for model in (rgb, many):
         freeze_backbone_params(add_lora_to_model(model, r=4, **options, **excluded))
         model.train()

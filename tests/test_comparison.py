@@ -174,7 +174,7 @@ def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda text: None, "No such file or directory; the answers for each image lie there if a run"),
+        (lambda text: None, "No such file or directory; a run, or evaluate --output, writes answers there"),
         (lambda text: text.replace("299,", "300,"), "are over other images, such as 299"),
         (lambda text: text.replace(",cat,cat,", ",dog,cat,"), "do not agree on what is true: look at the column class"),
         (lambda text: text.replace("answer", "reply"), "is of other classes, labels or numbers than"),

@@ -160,7 +160,7 @@ def test_evaluation_images_elsewhere(tmp_path):
 
 def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
     two_classes(tmp_path, "train")
-    with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one, name it with --val-dir"):
+    with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one"):
         sources.load_splits("imagefolder", tmp_path)
     assert len(sources.load_splits("imagefolder", tmp_path, eval_split="validation").val) == 2
     splits = sources.load_splits("imagefolder", tmp_path, for_training_only=True)

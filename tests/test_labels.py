@@ -205,7 +205,7 @@ def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(run, lists
         metadata["config"]["data"]["label_columns"] = [3]
 
     damaged = changed_adapter(folder, tmp_path / "damaged.pth", damage)
-    with pytest.raises(InputError, match=r"in the column Sex is not 1, 0, .* name those that are with --label-columns"):
+    with pytest.raises(InputError, match=r"in the column Sex is not 1, 0, .* answers with --label-columns"):
         deploy_lora.main(["evaluate", damaged, str(lists / "chexpert_train.csv")])
 
 

@@ -263,8 +263,8 @@ def test_a_name_of_timms_says_how_many_heads(saved):
 @pytest.mark.parametrize(
     "arch, heads, complaint",
     [
-        ("resnet18", 6, "it has no attention"),
-        ("timm:test_vit", 6, "timm's name says how many"),
+        ("resnet18", 6, "only torchvision's ViTs take a number"),
+        ("timm:test_vit", 6, "only torchvision's ViTs take a number"),
         ("vit_mini", 5, "5 heads do not divide the 192 features of vit_mini; 3 do"),
         ("vit_mini", 0, "0 heads do not divide"),
     ],

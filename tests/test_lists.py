@@ -45,8 +45,8 @@ def test_lists(tmp_path, text, expected):
         ('"' + "a" * 200_000, r"line 1 is not `path,label` \(field larger than"),
         ('a.png,cat\nb.png,"dog\na.png,cat\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
         ('a.png,cat\nb.png,"dog\na.png,cat"\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
-        ('a.png,"cat,dog"\n', "the label 'cat,dog' of a.png has a comma, and an image has one label"),
-        ("a.png\tcat, dog\n", "the label 'cat, dog' of a.png has a comma, and an image has one label"),
+        ('a.png,"cat,dog"\n', "the label 'cat,dog' of a.png has a comma: write the name of its class without"),
+        ("a.png\tcat, dog\n", "the label 'cat, dog' of a.png has a comma: write the name of its class without"),
         ("a.png,cat\n./a.png,dog\n", "two labels for a.png; leave one of the lines out"),
         ("a.png,cat\n../{folder}/a.png,dog\n", r"two labels for \.\./.*/a\.png; leave one of the lines out"),
         ("a.png,cat\nb.png\n", "the line 'b.png' is not a path and a label"),
@@ -118,7 +118,7 @@ b.png,Male,87,Lateral,,,-1.0,1.0
     ("columns", "names", "values"),
     [
         (["No Finding..Fracture"], ["No Finding", "Edema", "Fracture"], [[1, NAN, NAN], [NAN, NAN, 1]]),
-        (["fracture", "No Finding"], ["Fracture", "No Finding"], [[NAN, 1], [1, NAN]]),
+        (["Fracture", "No Finding"], ["Fracture", "No Finding"], [[NAN, 1], [1, NAN]]),
         (["Fracture"], ["Fracture"], [[NAN], [1]]),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_list_with_other_columns_says_which_are_labels(tmp_path, columns, name
     assert lists.read_list(tmp_path / "list.csv", tmp_path, label_columns=["Sex"])[1] == ["Female", "Male"]
     ages = lists.read_targets(tmp_path / "list.csv", tmp_path, "regression", label_columns=["Age"]).values
     assert ages.tolist() == [[68], [87]]
-    with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*did you mean Edema"):
+    with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*, which has Sex, Age"):
         lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel", label_columns=["Edma"])
 
 
@@ -164,7 +164,7 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path, problem):
 @pytest.mark.parametrize(
     ("task", "content", "problem"),
     [
-        ("multilabel", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put the labels"),
+        ("multilabel", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put labels"),
         ("multilabel", "a.png\n", "the line 'a.png' is not"),
         ("multilabel", "path,cat\na.png,yes\n", "the column cat says yes: write 1 for yes and 0 for no"),
         ("multilabel", "a.png,\n", "no image has a label"),
@@ -203,7 +203,7 @@ def test_a_second_list_follows_the_names_of_the_first():
     found = lists.like(second._replace(in_columns=False), names, Path("val.csv"), Path("train.csv"))
     torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, 0]]), equal_nan=True)
     numbers = second._replace(values=second.values.double())
-    with pytest.raises(InputError, match=r"val\.csv has no column eel, which train\.csv has; add it"):
+    with pytest.raises(InputError, match=r"val\.csv: it has no column eel, which train\.csv has; add it"):
         lists.like(numbers, names, Path("val.csv"), Path("train.csv"))
-    with pytest.raises(InputError, match=r"val.csv has dog, which train.csv lacks"):
+    with pytest.raises(InputError, match=r"val.csv: it has dog, which train.csv lacks"):
         lists.like(second, ["cat"], Path("val.csv"), Path("train.csv"))

@@ -113,5 +113,5 @@ def test_a_norm_that_computes_more_is_refused(monkeypatch):
             return super().forward(x).relu()
 
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(InputError, match=r"NormAndReLU has a forward of its own.*train in one"):
+    with pytest.raises(InputError, match=r"NormAndReLU cannot take statistics.*train in one"):
         share_statistics(nn.Sequential(NormAndReLU(2)))

@@ -10,8 +10,8 @@ import yaml
 
 import finetune_lora
 from moco import pretrain
-from toolkit import InputError, config
-from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, FineTuneOptions, Plan
+from toolkit import config
+from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 
 
 def test_a_list_given_in_parts_is_one_list():
@@ -76,57 +76,3 @@ def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, t
     assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
     in_file = {name for section in settings.values() for name in section}
     assert {name for name, source in sources.items() if source == "config"} == in_file
-
-
-def problems_of(*typed: str) -> list[str]:
-    with pytest.raises(InputError) as raised:
-        finetune_lora.read_options([*typed, "--device", "cpu"])
-    return str(raised.value).splitlines()
-
-
-@pytest.mark.parametrize("section", ["model", "data", "finetune"])
-@pytest.mark.parametrize("last", [False, True])
-def test_an_old_configuration_may_have_removed_options_at_their_defaults(base, tmp_path, section, last):
-    """Some have two, as 0 and 0.0."""
-    old = {name: values[-1 if last else 0] for name, values in config.REMOVED.items()}
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump({section: old}))
-    finetune_lora.read_options(["--checkpoint", str(base), "--config", str(tmp_path / "my.yaml")])
-
-
-def test_another_value_of_a_removed_option_is_one_line(tmp_path):
-    removed = {"cached_views": 8, "show_bands": [4], "head_learning_rate": 0.1, "cutmix": 1.0, "ema": 0.99}
-    removed |= {"schedule": "constant", "base_dtype": "bf16", "crop_min": 0.5, "tensorboard": True}
-    removed |= {"alpha_pattern": ["a=1"], "cache_images": "uint8", "channel_fit": "mean"}
-    replaced = {
-        "from_scratch": "write --checkpoint none, with an --arch",
-        "use_rslora": "write --lora-alpha with as much times the square root of the rank",
-        "train_norms": "write --norms train",
-        "exclude_modules": "write --target-modules with a regular expression, as '(?!layer4|fc).*'",
-        "rank_pattern": "give `add_lora_to_model` its rank_pattern",
-        "unknown": "write 0 or 1 in the list in place of -1",
-    }
-    old = {"finetune": removed | dict.fromkeys(replaced, True)}
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
-    found = problems_of("--config", str(tmp_path / "my.yaml"))
-    for (name, value), line in zip(removed.items(), found[:12], strict=True):
-        assert line.startswith(f"finetune.{name} was removed, and {value} cannot be had any more; delete the line")
-    for (name, remedy), line in zip(replaced.items(), found[12:], strict=True):
-        assert line.startswith(f"finetune.{name}: replaced; delete the line, and {remedy}")
-
-
-def test_a_removed_option_that_is_typed_is_one_line():
-    removed = ["--ema", "--cutmix=1", "--no-tensorboard", "--no-use-rslora"]
-    found = problems_of(*removed, "--from-scratch", "--use-rslora", "--eval-only", "lora.pth")
-    assert found[:4] == [f"{typed}: the option was removed; leave it out" for typed in removed]
-    assert found[4:] == [
-        "--from-scratch: replaced; write --checkpoint none, with an --arch",
-        "--use-rslora: replaced; write --lora-alpha with as much times the square root of the rank",
-        "--eval-only: replaced; use deploy_lora.py evaluate",
-    ]
-
-
-def test_no_option_is_among_the_removed_ones_of_its_script():
-    """Stage 1 has still the smallest share of a crop."""
-    fields = {field.name for field in dataclasses.fields(FineTuneOptions)}
-    assert not fields & config.REMOVED.keys() and not fields & config.REPLACED.keys()
-    assert pretrain.read_options([])[0].crop_min == 0.2

@@ -5,16 +5,13 @@ import errno
 from pathlib import Path
 
 import pytest
-import torch
 
 from toolkit import InputError
 from toolkit.run import output_folder
 
-STATES = {"finetune_lora.py": {"class_names": []}, "moco.pretrain": {"global_steps": 0}}  # in last.pth, shortened
 
-
-def hold(folder: Path, script: str = "moco.pretrain") -> None:
-    with output_folder.held(folder, script):
+def hold(folder: Path) -> None:
+    with output_folder.held(folder):
         assert (folder / output_folder.LOCK).exists()
 
 
@@ -75,40 +72,20 @@ def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_pat
         assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
 
 
-@pytest.mark.parametrize("script", STATES)
-def test_the_other_scripts_run_is_not_moved_aside(tmp_path, script):
-    torch.save(STATES[script], tmp_path / "last.pth")
-    hold(tmp_path, script)
-    [other] = STATES.keys() - {script}
-    with pytest.raises(InputError, match=f"has the last.pth of a run of {script}"):
-        hold(tmp_path, other)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"[{}]", b"PK\x03\x04"])
-def test_a_file_that_is_nobodys_is_no_obstacle(tmp_path, content):
-    (tmp_path / "last.pth").write_bytes(content)
-    hold(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
 def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
     folder = tmp_path / "new" / "deeper"
-    with pytest.raises(InputError, match="bad image"), output_folder.held(folder, "moco.pretrain"):
+    with pytest.raises(InputError, match="bad image"), output_folder.held(folder):
         assert (folder / output_folder.LOCK).exists()
         raise InputError("bad image")
     assert list(tmp_path.iterdir()) == []
-    with output_folder.held(folder, "moco.pretrain"):
+    with output_folder.held(folder):
         (folder / "last.pth").touch()
     assert [path.name for path in folder.iterdir()] == ["last.pth"]
 
 
-def test_a_system_without_locks_knows_of_another_run_by_its_file_if_at_all(tmp_path, monkeypatch):
+def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(output_folder, "fcntl", None)
-    with output_folder.held(tmp_path, "moco.pretrain"):
-        with pytest.raises(InputError, match="another run is going on in it"):
-            hold(tmp_path)
-        assert (tmp_path / output_folder.LOCK).exists()
+    hold(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.undo()
@@ -118,7 +95,7 @@ def test_a_system_without_locks_knows_of_another_run_by_its_file_if_at_all(tmp_p
 
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with output_folder.held(tmp_path, "moco.pretrain"):
+    with output_folder.held(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -134,18 +111,15 @@ def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monke
         return lockf(*given)
 
     monkeypatch.setattr(fcntl, "lockf", slow)
-    with output_folder.held(tmp_path, "moco.pretrain"):
+    with output_folder.held(tmp_path):
         assert (tmp_path / output_folder.LOCK).read_text().startswith("process ")
 
 
-def test_what_a_killed_run_left_halfway_is_undone(tmp_path):
-    """Files of an earlier run that were being moved aside come back, and what was being written goes."""
+def test_what_a_killed_run_left_halfway_goes(tmp_path):
     folder = tmp_path / "lora"
-    (folder / output_folder.MOVING).mkdir(parents=True)
-    (folder / output_folder.MOVING / "lora.pth").write_bytes(b"best")
+    folder.mkdir()
     (folder / "last.pth").write_bytes(b"state")
     (folder / ".lora.pth.4711.tmp").write_bytes(b"half of it")
-    with output_folder.held(folder, "finetune_lora.py"):
-        assert contents(folder).keys() >= {"lora.pth", "last.pth"}
-        assert not list(folder.glob(".*.tmp")) and not (folder / output_folder.MOVING).exists()
-    assert contents(folder) == {"lora.pth": b"best", "last.pth": b"state"}
+    with output_folder.held(folder):
+        assert not list(folder.glob(".*.tmp"))
+    assert contents(folder) == {"last.pth": b"state"}

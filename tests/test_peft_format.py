@@ -6,6 +6,7 @@ Its answers are compared with the model's. Everything here needs PEFT, apart fro
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from torch import nn
 
 import deploy_lora
 from deploy_lora import from_peft, to_peft
-from finetune_lora import add_lora_to_model, load_finetuned
+from finetune_lora import adapt_layers, add_lora_to_model, load_finetuned
+from lora.adapted import adapted_layers, recorded_settings
 from lora.peft_format import CONFIG, WEIGHTS, _obstacle
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
@@ -41,13 +43,19 @@ def bases(base, narrow, tmp_path_factory) -> dict[str, Path]:
 SIZES = {"vit": 16, "resnet": 32}
 
 
-def saved(base: Path, size: int, folder: Path, **options) -> Path:
-    """An adapter file with these options of `add_lora_to_model`."""
+def saved(base: Path, size: int, folder: Path, ranks: dict[str, int] | None = None, **options) -> Path:
+    """An adapter file with these options of `add_lora_to_model`, and other ranks of layers by a part of their names."""
     torch.manual_seed(0)
     model, report = load_backbone(base, len(NAMES), image_size=size)
     head = model.fc if report["arch"] == "resnet18" else model.heads.head
     nn.init.normal_(head.weight, std=0.1)
-    randomize_adapters(add_lora_to_model(model, **options), std=0.05)
+    add_lora_to_model(model, **options)
+    if ranks is not None:
+        settings = {name: recorded_settings(vars(layer)) for name, layer in adapted_layers(model).items()}
+        for part, rank in ranks.items():
+            settings |= {name: replace(own, r=rank) for name, own in settings.items() if part in name}
+        adapt_layers(model, settings)
+    randomize_adapters(model, std=0.05)
     about = {"arch": report["arch"], "class_names": NAMES, "image_size": size, "checkpoint": str(base)}
     LoRAManager(model).save_lora_checkpoint(folder / "lora.pth", about)
     return folder / "lora.pth"
@@ -70,10 +78,10 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
     [
         ("vit", {"target_modules": "mlp", "r": 3}),
         ("vit", {"r": 2, "lora_alpha": 5}),  # attention too
-        ("vit", {"r": 4, "use_rslora": True, "rank_pattern": {"self_attention": 2, "mlp.3": 8}}),
+        ("vit", {"r": 4, "use_rslora": True, "ranks": {"self_attention": 2, "mlp.3": 8}}),
         ("resnet", {"r": 2, "lora_dropout": 0.1}),
-        ("resnet", {"r": 2, "rank_pattern": {"conv[1]": 5}}),
-        ("resnet", {"r": 2, "target_modules": "conv1", "exclude_modules": r"layer.*"}),  # others end in this name
+        ("resnet", {"r": 2, "ranks": {".conv1": 5}}),
+        ("resnet", {"r": 2, "target_modules": r"conv[1]"}),  # others end in this name
     ],
     ids=["linear", "attention", "ranks of a ViT", "convolutions", "ranks of a ResNet", "one name"],
 )
@@ -173,7 +181,7 @@ def test_what_peft_has_trained_is_read(peft, kind, config, bases, tmp_path):
 @pytest.mark.slow
 def test_there_and_back_is_the_same_file(peft, base, tmp_path):
     """Attention's blocks and ranks come back as they were, and so do the settings."""
-    adapter = saved(base, 16, tmp_path, r=2, lora_alpha=6, lora_dropout=0.1, rank_pattern={"encoder_layer_0": 4})
+    adapter = saved(base, 16, tmp_path, r=2, lora_alpha=6, lora_dropout=0.1, ranks={"encoder_layer_0": 4})
     to_peft(adapter, tmp_path / "peft")
     from_peft(tmp_path / "peft", tmp_path / "back.pth", base, NAMES)
     here, back = read_adapter_file(adapter), read_adapter_file(tmp_path / "back.pth")

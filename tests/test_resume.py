@@ -102,7 +102,7 @@ def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
     again = finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")  # the same images, wherever they lie
     assert again["images"] == json.loads((once / "results.json").read_text())["images"]
     shutil.copy(images / "train/dark/0.png", tmp_path / "moved/train/dark/new.png")
-    with pytest.raises(InputError, match=r"trained on other images than .*moved holds now: .*without --resume"):
+    with pytest.raises(InputError, match=r"trained on other images than .*moved holds now: .*drop --resume"):
         finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")
 
 

@@ -22,7 +22,6 @@ def patients(images) -> set[str]:
     ("list_name", "task", "by"),
     [
         ("all.csv", "classification", "Patient"),
-        ("all.csv", "classification", "patient"),
         ("labels.csv", "multilabel", "Patient"),
         ("numbers.csv", "regression", "Patient"),
         (None, "classification", "2"),

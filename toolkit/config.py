@@ -10,7 +10,6 @@ import dataclasses
 import math
 import re
 import shutil
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,37 +19,9 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, InputError, did_you_mean, printable
-from toolkit.files import SHIPPED, stored_path
+from toolkit.files import SHIPPED, check_file, stored_path
 
 SECTIONS = ("model", "data", "moco", "finetune")
-
-# Options of earlier versions, with the value at which each did nothing: an old configuration may have it at that.
-_EMPTY = ("merge_into", "sort_into", "rotation", "shift", "noise", "show_bands", "head_learning_rate")
-_PATTERNS = ("alpha_pattern", "rank_pattern", "exclude_modules")
-_OFF = ("from_scratch", "use_rslora", "tensorboard", "train_norms", "follow_norms")
-REMOVED = {
-    **dict.fromkeys(_EMPTY + _PATTERNS, (None,)),
-    **dict.fromkeys(_OFF, (False,)),
-    **dict.fromkeys(("patch_dropout", "cutmix", "ema"), (0,)),
-    "cache_images": ("none",),
-    "cached_views": (None, 4),
-    "channel_fit": (None, "timm"),
-    "crop_min": (0.75,),
-    "schedule": ("cosine",),
-    "base_dtype": ("auto",),
-    "unknown": ("ignore",),
-}
-# What does what an option of earlier versions did.
-REPLACED = {
-    "train_norms": "write --norms train",
-    "follow_norms": "write --norms follow",
-    "from_scratch": "write --checkpoint none, with an --arch",
-    "exclude_modules": "write --target-modules with a regular expression, as '(?!layer4|fc).*': all but these two",
-    "rank_pattern": "give `add_lora_to_model` its rank_pattern, in a loop of your own",
-    "use_rslora": "write --lora-alpha with as much times the square root of the rank",
-    "eval_only": "use deploy_lora.py evaluate",
-    "unknown": "write 0 or 1 in the list in place of -1 where an unknown label means no or yes",
-}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -229,17 +200,8 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | No
             action.const = ""  # for `--epochs` without a value, which _convert_one refuses
         elif action.nargs == "+":
             action.nargs = "*"
-    words = []
-    problems = []
-    for word in sys.argv[1:] if argv is None else argv:
-        name, equals, _ = word.partition("=")
-        action = parser._option_string_actions.get(name)
-        if equals and action is not None and action.nargs == 0:
-            problems.append(f"{printable(word)}: write {name} alone; it takes no value")
-        else:
-            words.append(word)
-    typed, rest = lenient.parse_known_args(words)
-    return vars(typed), problems + unknown_words(parser, rest)
+    typed, rest = lenient.parse_known_args(argv)
+    return vars(typed), unknown_words(parser, rest)
 
 
 def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
@@ -248,12 +210,7 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     known = list(parser._option_string_actions)
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
-        name = word.split("=")[0].removeprefix("--").replace("-", "_")
-        if name in REPLACED:
-            problem = f"replaced; {REPLACED[name]}"
-        elif name.removeprefix("no_") in REMOVED:
-            problem = "the option was removed; leave it out"
-        elif word.startswith("-"):
+        if word.startswith("-"):
             problem = f"no such option{_hint(word.split('=')[0], known)}; see {see}"
         elif before.startswith("-"):  # a word after an unknown option is most likely its value
             continue
@@ -265,9 +222,6 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
 
 def _raise_input_error(message: str) -> None:
     raise InputError(message)
-
-
-LONGEST_CONFIG = 100_000  # characters, for which PyYAML takes a second
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -283,21 +237,14 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _load_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises InputError, in one line, for a file that is no YAML or is too long."""
+    """The content of a YAML file. Raises InputError, in one line, for a file that is no YAML."""
+    check_file(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST_CONFIG + 1)
-        if len(text) <= LONGEST_CONFIG:
-            return yaml.load(text, _ConfigLoader)  # a SafeLoader
-        reason = f"longer than {LONGEST_CONFIG:,} characters; give a YAML file of options"
+        return yaml.load(path.read_bytes(), _ConfigLoader)  # a SafeLoader
     except OSError as error:
         reason = f"cannot read it: {error.strerror}"
-    except UnicodeDecodeError:
-        reason = "not a text file in UTF-8; give a YAML file"
-    except yaml.YAMLError as error:
-        reason = f"not valid YAML: {' '.join(str(error).split())}"
     except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
-        reason = f"not valid YAML: {type(error).__name__}: {printable(error)}"
+        reason = f"not valid YAML: {type(error).__name__}: {printable(' '.join(str(error).split()), 500)}"
     raise InputError(f"--config {path}: {reason}")
 
 
@@ -313,41 +260,28 @@ def _read_config(
     if not isinstance(content, dict | None):
         problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
-    own: dict[str, list[str]] = {}
+    section_of: dict[str, str] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
-            own[group.title] = [action.dest for action in group._group_actions]
+            section_of |= {action.dest: group.title for action in group._group_actions}
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
-            hint = _hint(section, SECTIONS) or _right_section(section, own)
-            problems.append(f"{printable(section)}: no such section in {path}{hint}")
+            problems.append(f"{printable(section)}: no such section in {path}{_hint(section, SECTIONS, section_of)}")
         elif not isinstance(entries, dict | None):
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
-        elif section in own:
+        elif section in section_of.values():
             for key, value in (entries or {}).items():
                 name = f"{section}.{printable(key)}"
-                if key in own[section]:
+                if section_of.get(key) == section:
                     yield section, key, value
-                elif key in ignored.get(section, ()) or value in REMOVED.get(key, ()):
-                    continue
-                elif key in REPLACED:
-                    problems.append(f"{name}: replaced; delete the line, and {REPLACED[key]}")
-                elif key in REMOVED:
-                    gone = f"{printable(value)} cannot be had any more"
-                    problems.append(f"{name} was removed, and {gone}; delete the line")
-                else:
-                    hint = _right_section(key, own) or _hint(key, own[section])
+                elif key not in ignored.get(section, ()):
+                    hint = _hint(key, section_of, section_of) or "; delete the line"
                     problems.append(f"{name}: no such key in {path}{hint}")
 
 
-def _right_section(key: Any, own: dict[str, list[str]]) -> str:
-    for section, keys in own.items():
-        if key in keys:
-            return f" (it belongs in the section {section})"
-    return ""
-
-
-def _hint(name: Any, known: Collection[str]) -> str:
+def _hint(name: Any, known: Collection[str], section_of: Mapping[str, str] | None = None) -> str:
+    if section_of and name in section_of:
+        return f" (it belongs in the section {section_of[name]})"
     meant = did_you_mean(name, known)
     return f" ({meant})" if meant else ""
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
@@ -29,11 +28,8 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator, as tensors, tuples and numbers: `torch.load(weights_only=True)` reads these."""
-    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    """The state of PyTorch's generators: a run draws from no others."""
     return {
-        "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
@@ -41,10 +37,6 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng_state(state: dict[str, Any]) -> None:
     """Undo everything drawn since `rng_state()` returned this. CUDA states are left where the device count differs."""
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    keys, position, has_gauss, cached_gaussian = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -111,23 +103,6 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-CLEARLY_SLOWER = 1.2  # two measurements of equal times may differ by less than this while other programs run
-
-
-def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """Device and precision for the log, and a second line if 16 bits are slower than 32 on this CPU.
-
-    This is measured: a processor's name does not say how fast its products in 16 bits are.
-    """
-    line = f"device: {device}, precision: {dtype}"
-    if device.type == "cpu" and dtype != torch.float32:
-        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-        if times > CLEARLY_SLOWER:
-            line += f"\nbf16 products take {times:.1f} times as long as float32's on this processor: "
-            line += "--precision fp32 is faster"
-    return line
-
-
 WORTH_ROUNDING = 1.3  # times as fast
 WORTH_MEASURING = 0.03  # CPU seconds for an image in float32: with smaller models a run is short in either precision
 
@@ -156,13 +131,6 @@ def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> t
         return torch.float32
     print(f"precision: bf16, in which this processor trains {times:.1f} times as fast (else --precision fp32)")
     return torch.bfloat16
-
-
-def product_seconds(dtype: torch.dtype) -> float:
-    """The CPU's shortest time for 512 tokens in the first linear layer of a ViT-B/16's MLP; draws no random numbers."""
-    tokens = torch.ones(512, 768, dtype=dtype)
-    weight = torch.ones(3072, 768, dtype=dtype)
-    return shortest_seconds(lambda: F.linear(tokens, weight))
 
 
 def shortest_seconds(work: Callable[[], Any]) -> float:

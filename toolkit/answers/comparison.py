@@ -121,9 +121,7 @@ def _read(path: Path) -> Answered:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             titles, *rows = csv.reader(file)
     except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; the answers for each image lie there if a run, or evaluate --output, wrote them"
-        ) from None
+        raise InputError(f"{path}: {error.strerror}; a run, or evaluate --output, writes answers there") from None
     except (csv.Error, ValueError):
         titles, rows = [], []
     if titles[:1] != [IMAGE] or not rows or any(len(row) != len(titles) for row in rows):

@@ -129,8 +129,7 @@ def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The features that the head of `model` receives, float32 (N, D), and labels (N,), both on `device`."""
-    features, labels = over_loader(model, loader, device, dtype, functools.partial(forward_features, model))
-    return features, labels
+    return over_loader(model, loader, device, dtype, functools.partial(forward_features, model))
 
 
 def all_outputs(
@@ -146,24 +145,17 @@ NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
 QUERIES_AT_ONCE = 1_024
 
 
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    k: int = NEIGHBOURS,
-    temperature: float = NEIGHBOUR_TEMPERATURE,
-) -> float:
+def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> float:
     """The accuracy (0 to 1) of the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
 
-    Each of the k nearest training images votes for its class with weight exp(similarity / temperature). Features are
-    (N, D), with labels (N,).
+    Each of the NEIGHBOURS nearest training images votes for its class with weight exp(similarity /
+    NEIGHBOUR_TEMPERATURE). Features are (N, D), with labels (N,).
     """
     classes = int(train_labels.max()) + 1
     answers = []
-    for similarity, neighbours in _nearest(train_features, features, k):
+    for similarity, neighbours in _nearest(train_features, features):
         votes = torch.zeros(len(similarity), classes, device=similarity.device)
-        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        votes.scatter_add_(1, train_labels[neighbours], (similarity / NEIGHBOUR_TEMPERATURE).exp())
         answers.append(votes.argmax(1))
     return int((torch.cat(answers) == labels).sum()) / len(labels)
 
@@ -177,7 +169,7 @@ def knn_means(train_features: Tensor, train_targets: Tensor, features: Tensor) -
     values = train_targets.nan_to_num().float()
     mean = values.sum(0) / known.sum(0).clamp_min(1)
     found = []
-    for similarity, neighbours in _nearest(train_features, features, NEIGHBOURS):
+    for similarity, neighbours in _nearest(train_features, features):
         votes = ((similarity - 1) / NEIGHBOUR_TEMPERATURE).exp()[..., None]  # (B, k, 1)
         total = (votes * values[neighbours]).sum(1)
         weight = (votes * known[neighbours]).sum(1)
@@ -185,11 +177,11 @@ def knn_means(train_features: Tensor, train_targets: Tensor, features: Tensor) -
     return torch.cat(found)
 
 
-def _nearest(train_features: Tensor, features: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Similarities and places of the k nearest training images, (B, k) each, some features at a time."""
+def _nearest(train_features: Tensor, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarities and places of the k = NEIGHBOURS nearest training images, (B, k) each, some features at a time."""
     train = F.normalize(train_features.float(), dim=1)
     for queries in features.float().split(QUERIES_AT_ONCE):
-        yield (F.normalize(queries, dim=1) @ train.T).topk(min(k, len(train)), dim=1)  # (B, N) -> (B, k)
+        yield (F.normalize(queries, dim=1) @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)  # (B, N) -> (B, k)
 
 
 class Evaluation(NamedTuple):

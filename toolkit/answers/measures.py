@@ -311,14 +311,11 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     below = middle - low
     above = high - middle
     factor = math.exp(min(half / below + half / above, 500.0))  # of the odds below / above
+    place = 1 / (1 + above / below)  # of the middle between the bounds, 0 to 1; 0 or 1 where one is infinite
 
     def end(times: float) -> float:
-        if math.isinf(above):
-            return low + below * times
-        if math.isinf(below):
-            return high - above / times
-        odds = below / above * times
-        return low + (high - low) * odds / (1 + odds)
+        shrunk = 1 - place + times * place
+        return low + below * times / shrunk if math.isinf(high) else high - above / shrunk
 
     return end(1 / factor), end(factor)
 

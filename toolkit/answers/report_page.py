@@ -15,7 +15,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
-th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; } .titled :not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
 tr + tr { border-top: 1px solid #eee; }
 img { max-width: 100%; } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
 """
@@ -70,22 +70,14 @@ def write_page(
 
 
 def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str:
-    """An HTML table. Under titles, columns of numbers stand to the right."""
-    marks = [""] * max(len(titles), len(rows[0]) if rows else 0)
-    for i in range(1, len(titles)):
-        if all(isinstance(row[i], int) or str(row[i]).endswith("%") for row in rows):
-            marks[i] = ' class="number"'
+    """An HTML table. Under titles, all columns but the first stand to the right: most are numbers."""
 
     def line(kind: str, cells: Sequence[Any]) -> str:
-        marked = ""
-        for mark, cell in zip(marks, cells, strict=True):
-            marked += f"<{kind}{mark}>{html.escape(str(cell))}</{kind}>"
-        return f"<tr>{marked}</tr>"
+        found = [f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells]
+        return f"<tr>{''.join(found)}</tr>"
 
-    lines = [line("td", row) for row in rows]
-    if titles:
-        lines.insert(0, line("th", titles))
-    return f"<table>{''.join(lines)}</table>"
+    body = "".join(line("td", row) for row in rows)
+    return f'<table class="titled">{line("th", titles)}{body}</table>' if titles else f"<table>{body}</table>"
 
 
 def drawn(text: str) -> str:

@@ -165,8 +165,6 @@ def _single(path: str) -> np.ndarray:
     name = os.path.basename(path)
     try:
         array, _ = decoded(read_file(path))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {name} beside it") from None
     except InputError:
         raise
     except Exception as error:

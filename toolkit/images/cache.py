@@ -5,12 +5,10 @@ each epoch draws one.
 """
 
 import contextlib
-import errno
 import itertools
 import math
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -76,12 +74,6 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     numel = math.prod(shape)
     needed = numel * dtype.itemsize
     print(f"caching features in {folder}: {needed / 1e9:.2f} GB")
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"--cache-features disk: {folder} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: free "
-            "some, set XDG_CACHE_HOME to another place, or use --cache-features none"
-        )
     name = _empty_file(folder, needed) if distributed.is_main() else ""
     path = Path(distributed.gather(name)[0])
     try:
@@ -101,9 +93,9 @@ def _empty_file(folder: Path, size: int) -> str:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            os.unlink(name)
-            raise InputError(f"--cache-features: {folder} has no room for {size / 1e9:.2f} GB: free some") from None
+        os.unlink(name)
+        problem = f"--cache-features: no room for {size / 1e9:.2f} GB in {folder} ({error.strerror})"
+        raise InputError(f"{problem}: free some, set XDG_CACHE_HOME, or use --cache-features none") from None
     finally:
         os.close(file)
     return name

@@ -64,10 +64,8 @@ def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], fi
     if given.normalise in FAMILIES:
         expected = FAMILIES[given.normalise].channels
         if channels not in expected:
-            raise InputError(
-                f"--normalise {given.normalise} is for images of {', '.join(map(str, expected))} channels, and the "
-                f"network takes {channels}: give --scale, --mean and --std instead"
-            )
+            takes = f"is for {', '.join(map(str, expected))} channels, and the network takes {channels}"
+            raise InputError(f"--normalise {given.normalise} {takes}: give --scale, --mean and --std instead")
         return _of_family(given.normalise, given.bands, "")
     if file is None or any((given.scale, given.mean, given.std, given.normalise)):
         return given

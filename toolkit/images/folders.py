@@ -96,10 +96,8 @@ def evaluation_folder(root: Path) -> Path:
         found.append(test)
         print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
     if not found:
-        raise InputError(
-            f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
-            "put what is in train/ straight into --data-dir"
-        )
+        names = "/, ".join(EVALUATION_NAMES)
+        raise InputError(f"{root} has train/ but no {names}/ or test/: add one, or name it with --val-dir")
     return found[0]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit import InputError, did_you_mean, listed, printable
+from toolkit import InputError, listed, printable
 from toolkit.images.bands import ARRAY_SUFFIXES, check_is_file
 from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
 
@@ -81,10 +81,8 @@ def read_list(
                 problem += " (for several labels or numbers: --task multilabel or regression)"
             raise _error(path, problem)
         if "," in row[1]:
-            raise InputError(
-                f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
-                "has one label; write the name of its class without one, or use --task multilabel"
-            )
+            label = f"the label '{printable(row[1])}' of {printable(row[0])}"
+            raise _error(path, f"{label} has a comma: write the name of its class without, or use --task multilabel")
     labels = list(map(itemgetter(1), rows))
     if line == "path,label":  # the path of a mask stays as it is, like that of an image
         labels = list(map(one_spelling, labels))
@@ -159,10 +157,8 @@ def read_groups(path: Path, column: str) -> np.ndarray:
     _check_widths(path, titles, rows)
     bare = [row[0] for row in rows if not row[place]]
     if bare:
-        raise InputError(
-            f"--data-list {path}: nothing in the column {printable(column)} for {listed(bare)}; write a name, one of "
-            "its own where the group is not known"
-        )
+        nothing = f"nothing in the column {printable(column)} for {listed(bare)}"
+        raise _error(path, f"{nothing}; write a name, one of its own where the group is not known")
     return np.array([one_spelling(row[place]) for row in rows])
 
 
@@ -206,20 +202,16 @@ def _check_widths(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
 
 
 def _place_of(column: str, titles: Sequence[str], path: Path, option: str = "--group-by") -> int:
-    """Where a column stands behind the paths, by its title or else by that in other letters."""
+    """Where the column of this title stands behind the paths."""
     if not titles:
         problem = f"the first line of {path} names no columns; write it, as path,label,{printable(column)}"
         if option == "--group-by":
             problem += ", or give the number of a folder's level"
         raise InputError(f"{option} {printable(column)}: {problem}")
     names = titles[1:]
-    for given, known in ((column, names), (column.lower(), list(map(str.lower, names)))):
-        if given in known:
-            return 1 + known.index(given)
-    problem = f"no such column in {path}, which has {listed(names, 20)}"
-    if hint := did_you_mean(column, names):
-        problem += f" ({hint})"
-    raise InputError(f"{option} {printable(column)}: {problem}")
+    if column not in names:
+        raise InputError(f"{option} {printable(column)}: no such column in {path}, which has {listed(names, 20)}")
+    return 1 + names.index(column)
 
 
 _ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
@@ -286,10 +278,8 @@ def _columns(
         numbers = list(map(read, row[1:]))
         if None in numbers:
             place = numbers.index(None)
-            raise InputError(
-                f"--data-list {path}: '{printable(row[1 + place])}' in the column {printable(names[place])} is not "
-                f"{expected}; leave out columns that are no answers, or name those that are with --label-columns"
-            )
+            cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
+            raise _error(path, f"{cell} is not {expected}; name the columns that are answers with --label-columns")
         values.append(numbers)
     dtype = torch.float64 if read is _number else torch.float32
     return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
@@ -303,10 +293,8 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
         raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
     for row in rows:
         if len(row) != 2:
-            raise InputError(
-                f"--data-list {path}: the line '{printable(','.join(row))}' is not `path,\"a,b\"`; put the labels of "
-                "an image into quotation marks, or name the columns in the first line, as path,cat,dog"
-            )
+            line = f"the line '{printable(','.join(row))}' is not `path,\"a,b\"`"
+            raise _error(path, f"{line}; put labels into quotation marks, or name columns first, as path,cat,dog")
     found = []
     for row in rows:
         labels = map(str.strip, row[1].split(","))
@@ -332,10 +320,10 @@ def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) 
     """
     surplus = sorted(set(targets.names) - set(names))
     if surplus:
-        raise InputError(f"--data-list {path} has {listed(surplus)}, which {other} lacks")
+        raise _error(path, f"it has {listed(surplus)}, which {other} lacks")
     missing = [name for name in names if name not in targets.names]
     if missing and targets.values.dtype == torch.float64:
-        raise InputError(f"--data-list {path} has no column {listed(missing)}, which {other} has; add it")
+        raise _error(path, f"it has no column {listed(missing)}, which {other} has; add it")
     fill = math.nan if targets.in_columns else 0.0
     values = targets.values.new_full((len(targets.values), len(names)), fill)
     values[:, list(map(names.index, targets.names))] = targets.values

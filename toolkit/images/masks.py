@@ -134,7 +134,6 @@ def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- reading masks
 
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes numbers, by compression or by its range
-_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
 
@@ -189,10 +188,7 @@ class MaskReader:
         if levels.ndim == 2 and (colours is None or self.colours is None):
             found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
         elif self.colours is None:
-            raise InputError(
-                f"{path}: an RGB mask, and the colours of the classes are not known; give --classes a file with a line "
-                "`name r g b` for each class"
-            )
+            raise InputError(f"{path}: an RGB mask; give --classes a file with a line `name r g b` for each class")
         elif levels.ndim == 3:
             found = self.of_colours[_codes(levels)]
         else:  # numbers of colours, of which those that are no class's may be unknown by their number
@@ -246,12 +242,8 @@ def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     with open_image(path) as image:
         if image.format not in _FORMATS:
-            raise InputError(
-                f"{path}: a mask in the format {image.format}, which may change its values; save it anew, from where "
-                "it was made, as PNG, TIFF or .npy"
-            )
-        if image.mode not in _MODES:
-            raise ValueError(f"its colours are of the kind {image.mode}")
+            changes = f"the format {image.format} may change the values of a mask"
+            raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
         colours = None
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)

@@ -301,10 +301,8 @@ def _listed_images(places: Sequence[tuple[Path, Path]], bands: Bands | None, tas
         if task == "classification":
             names, labels = lists.read_list(path, folder, **columns)
             if lists.look_like_numbers(labels):
-                raise InputError(
-                    f"--data-list {path}: the labels are numbers, as {printable(labels[0])}, and not classes that "
-                    "images share; use --task regression"
-                )
+                number = printable(labels[0])
+                raise InputError(f"--data-list {path}: the labels are numbers, as {number}; use --task regression")
             contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
             continue
         targets = lists.read_targets(path, folder, task, **columns)

@@ -122,16 +122,14 @@ def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0)
 def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
     """The name of the folder at a level of each path, counted from '1', the outermost: (N,).
 
-    Raises InputError if `by` is no number, which is for the columns of lists, or a path has no folder there.
+    Raises InputError if a path has no folder there.
     """
     found = []
     for path in paths:
-        parts = filter(None, path.split("/")[:-1])
-        folders = {str(level): name for level, name in enumerate(parts, 1)}
+        folders = {str(level): name for level, name in enumerate(filter(None, path.split("/")[:-1]), 1)}
         if by not in folders:
             levels = listed(f"{level} is {name}" for level, name in folders.items())
-            what = "is in no folder of this level" if by.isdecimal() else "is in no list, which alone has columns"
-            problem = f"{printable(path)} {what}; of its folders by their level, {levels}"
+            problem = f"no column of a --data-list, and no level of the folders of {printable(path)}: {levels}"
             raise InputError(f"--group-by {printable(by)}: {problem}")
         found.append(one_spelling(folders[by]))
     return np.array(found)
@@ -142,10 +140,8 @@ def check_apart(groups: np.ndarray, others: np.ndarray, by: str) -> None:
     shared = np.intersect1d(groups, others)
     if len(shared):
         images = f"{np.isin(others, shared).sum()} of {len(others)} evaluation images"
-        raise InputError(
-            f"--group-by {printable(by)}: {listed(shared)} on both sides, with {images}; move each group to one side, "
-            "or give all images as one set, which is then divided by groups"
-        )
+        both = f"{listed(shared)} on both sides, with {images}"
+        raise InputError(f"--group-by {printable(by)}: {both}; move each group to one side, or give all as one set")
 
 
 def read_folds(text: str) -> tuple[int | None, int]:

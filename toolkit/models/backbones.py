@@ -86,10 +86,8 @@ def check_heads(arch: str, heads: int | None) -> None:
     """Raise InputError if `arch` cannot have so many attention heads. None stands for its own, which always fit."""
     if heads is None:
         return
-    if arch.startswith(TIMM):
-        raise InputError(f"{heads} heads are not for {arch}: timm's name says how many; drop --heads")
     if arch not in _VITS:
-        raise InputError(f"{heads} heads are not for {arch}: it has no attention; drop --heads")
+        raise InputError(f"{heads} heads are not for {arch}: only torchvision's ViTs take a number; drop --heads")
     width, own = _VITS[arch]["hidden_dim"], default_heads(arch)
     if type(heads) is not int or heads < 1 or width % heads:
         raise InputError(f"{printable(heads)} heads do not divide the {width} features of {arch}; {own} do")

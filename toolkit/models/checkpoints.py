@@ -87,10 +87,8 @@ def load_backbone(
     if channels == own_channels or is_none(path):
         channel_fit = None
     elif channel_fit is None:
-        raise InputError(
-            f"{path} is for images of {own_channels} channels, not {channels}: read as many bands, or fit its "
-            "first layer with channel_fit='timm'"
-        )
+        is_for = f"is for images of {own_channels} channels, not {channels}"
+        raise InputError(f"{path} {is_for}: read as many bands, or fit its first layer with channel_fit='timm'")
     model = backbones.build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)
     if channel_fit is not None:

@@ -97,10 +97,8 @@ def share_statistics(model: nn.Module) -> None:
         if not isinstance(module, _BatchNorm) or is_shared or getattr(module, "frozen", False):
             continue
         if type(module).forward is not _BatchNorm.forward:
-            raise InputError(
-                f"{type(module).__name__} has a forward of its own, which cannot take statistics over several "
-                "processes: train in one, or freeze the norms (--freeze-backbone, no --norms train)"
-            )
+            remedy = "train in one, or freeze the norms (--freeze-backbone, no --norms train)"
+            raise InputError(f"{type(module).__name__} cannot take statistics over several processes: {remedy}")
         module.__class__ = _extended(type(module), SharedStatistics)
 
 

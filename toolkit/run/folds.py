@@ -56,7 +56,7 @@ def cross_validate(
     words = [word for word in typed if word != "--resume"]
     _, count = read_folds(args.folds)
     files = output_folder.FINE_TUNING_FILES
-    with output_folder.held(args.output_dir, "finetune_lora.py", files, args.resume) as begin:
+    with output_folder.held(args.output_dir, files, args.resume) as begin:
         identity = _identity(args)
         if args.resume:
             _check_identity(args.output_dir / IDENTITY, identity)
@@ -70,7 +70,7 @@ def cross_validate(
             own = args.output_dir / FOLDER / str(number)
             if (own / "results.json").exists():
                 print(f"part {number} of {count}: finished in {own}")
-                found.append(_finished(own / "results.json"))
+                found.append(json.loads((own / "results.json").read_text(encoding="utf-8")))
                 continue
             print(f"\npart {number} of {count}")
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
@@ -84,13 +84,6 @@ def cross_validate(
         return _summed_up(found, args) if distributed.is_main() else {}
 
 
-def _finished(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path} is damaged: delete it, and --resume finishes that part again") from None
-
-
 def _identity(args: FineTuneOptions) -> dict[str, Any]:
     """What all parts share: the settings, a digest of the images, and one of each file that the base is made of."""
     with contextlib.redirect_stdout(io.StringIO()):  # each part says what it reads
@@ -100,16 +93,8 @@ def _identity(args: FineTuneOptions) -> dict[str, Any]:
     return {
         "config": stored_sections(YAML_SECTIONS, args),
         "images": splits.digest(),
-        "base": list(map(_file_digest, files)),
+        "base": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
     }
-
-
-def _file_digest(path: Path) -> str:
-    hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            hashed.update(chunk)
-    return hashed.hexdigest()
 
 
 def _check_identity(path: Path, now: dict[str, Any]) -> None:
@@ -146,13 +131,9 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
             spread[name] = statistics.stdev(values)
     rows += [mean, spread]
     write_csv(rows, ("part", *columns), args.output_dir / TABLE)
-    factor, unit = task.axis
-    decimals = 2 if unit else 3
-    print(f"\n{'part':<8}{'images':>8}{f'linear probe{unit}':>20}{f'{task.score_title}{unit}':>20}")
+    print(f"\n{'part':<8}{'images':>8}{'linear probe':>20}{task.score_title:>20}")
     for row in rows:
-        line = f"{row['part']:<8}{row.get('val_images', ''):>8}"
-        for name in (probe, score):
-            line += " " * 20 if row[name] is None else f"{factor * row[name]:>20.{decimals}f}"
-        print(line)
+        shown = ["" if row[name] is None else task.reported(row[name]) for name in (probe, score)]
+        print(f"{row['part']:<8}{row.get('val_images', ''):>8}{shown[0]:>20}{shown[1]:>20}")
     print(f"\ntable in {args.output_dir / TABLE}")
     return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}

@@ -531,15 +531,14 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scalin
     channels = 3
     metadata: dict[str, Any] = {}
     file = checkpoint
-    with contextlib.suppress(InputError):  # reported when the backbone is built
-        if checkpoint is not None:
-            channels, metadata = checkpoints.find_images(checkpoint, args.arch)
+    if checkpoint is not None:
+        channels, metadata = checkpoints.find_images(checkpoint, args.arch)
+    with contextlib.suppress(InputError):  # reported when it is put on the backbone
         adapter = getattr(args, "stage1_adapter", None)
         if adapter is not None:
             content = read_checkpoint(adapter)
-            about = content.get("metadata") if isinstance(content, dict) else None
-            if isinstance(about, dict) and "mean" in about:
-                metadata = about
+            if checkpoints.value_at(content, "metadata/mean") is not None:
+                metadata = content["metadata"]
                 file = adapter
     channels = args.channels or channels
     known = known_scaling(scaling_of(args), channels, metadata, file)

@@ -1,8 +1,8 @@
-"""The folder of a run's results: it is outside the images, belongs to one script, and is used by one run at a time.
+"""The folder of a run's results: it is outside the images, and is used by one run at a time.
 
 A run moves the files of an earlier run to a new folder beside its own (`begin_folder`): nothing is overwritten. A
-folder is refused beforehand if it is among the images, if the run would overwrite a checkpoint that it reads, if it has
-results of the other script, or if another run is still going on in it.
+folder is refused beforehand if it is among the images, if the run would overwrite a checkpoint that it reads, or if
+another run is still going on in it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import InputError, distributed, printable
-from toolkit.files import read_checkpoint, same_file
+from toolkit.files import same_file
 from toolkit.images.folders import EVALUATION_NAMES
 from toolkit.images.sources import UNLABELLED_SET
 
@@ -29,8 +29,6 @@ _TABLES = ("metrics.csv", "results.json", "results_answers.csv", "learning_rates
 _CURVES = ("learning_rates.png", "training_curves.png", "precision_recall.png")
 _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "report.html")
 FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", *_TABLES, *_PICTURES)
-# Both scripts write last.pth, from the start of a run on. These are keys of it that only one of the two writes.
-MARKS = {"finetune_lora.py": {"class_names", "trials"}, "moco.pretrain": {"global_steps"}}
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
@@ -64,31 +62,25 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(
-    folder: Path, script: str, files: Iterable[str] = (), resumed: Path | None = None
-) -> Iterator[Callable[[], None]]:
+def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable[[], None]]:
     """Within this block the folder of --output-dir exists, and no other run writes to it.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
 
     Args:
-        script: a key of MARKS.
         files, resumed: see `begin_folder`.
 
     Yields:
         `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
 
     Raises:
-        InputError: in every process: another run is going on in the folder, it has the other script's results, or it
-            cannot be made.
+        InputError: in every process: another run is going on in the folder, or it cannot be made.
     """
     with contextlib.ExitStack() as stack:
         problem = None
         if distributed.is_main():
             try:
                 stack.enter_context(_locked(folder))
-                _tidy(folder)
-                _check_owner(folder, script)
             except InputError as error:
                 problem = str(error)
         problem, *_ = distributed.gather(problem)
@@ -103,6 +95,8 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _lock(folder / LOCK)
+        for path in folder.glob(".*.tmp"):  # a killed run left it in `open_atomically`; no other run writes here
+            path.unlink()
     except OSError as error:
         raise _unusable(folder, error) from None
     try:
@@ -122,19 +116,16 @@ def _lock(path: Path) -> int:
     Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
     Raises InputError if another process holds the file, and OSError if it cannot be made.
     """
-    if fcntl is None:
-        try:  # Windows removes a temporary file together with its process
-            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_TEMPORARY", 0))
-        except FileExistsError:
-            raise _busy(path) from None
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            owner = os.read(handle, 200).decode(errors="replace")
+            owner = printable(os.read(handle, 200).decode(errors="replace"))
             os.close(handle)
-            raise _busy(path, owner) from None
+            problem = f"another run ({owner}) is going on in it; let it end, or name another"
+            raise InputError(f"--output-dir {path.parent}: {problem}") from None
         except OSError:  # some network file systems have no locks: then the run goes on without one
             pass
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
@@ -144,25 +135,9 @@ def _lock(path: Path) -> int:
         os.close(handle)  # a run that ended at this moment has removed the file
 
 
-def _busy(path: Path, owner: str = "") -> InputError:
-    who = f" ({printable(owner)})" if owner else ""
-    return InputError(f"--output-dir {path.parent}: another run{who} is going on in it; let it end, or name another")
-
-
 def _unusable(folder: Path, error: OSError) -> InputError:
     why = error.strerror or error
     return InputError(f"--output-dir {folder}: cannot make it, or move out what is in it: {why}; name another folder")
-
-
-def _check_owner(folder: Path, script: str) -> None:
-    """Raise InputError if the other script's run is in the folder. A file that cannot be read is nobody's."""
-    try:
-        content = read_checkpoint(folder / "last.pth")
-    except InputError:
-        return
-    for other, marks in MARKS.items():
-        if other != script and isinstance(content, dict) and marks & content.keys():
-            raise InputError(f"--output-dir {folder} has the last.pth of a run of {other}: name another folder")
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
@@ -182,33 +157,15 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
         raise _unusable(folder, error) from None
 
 
-MOVING = ".moved-aside"  # a folder in the folder, while the files of an earlier run are moved
-
-
-def _tidy(folder: Path) -> None:
-    """Undo what a killed run left halfway: bring back files that were being moved aside, remove unfinished ones."""
-    try:
-        for path in sorted((folder / MOVING).glob("*")):
-            os.rename(path, folder / path.name)
-        for path in folder.glob(".*.tmp"):  # of `open_atomically`; no other run writes here
-            path.unlink()
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(folder / MOVING)
-    except OSError as error:
-        raise _unusable(folder, error) from None
-
-
 def _move_aside(folder: Path, names: list[str]) -> None:
     """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so."""
     named = folder.name not in ("", "..") and not folder.is_symlink()
     place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
-    moving = folder / MOVING  # a run that is killed meanwhile leaves all files below one folder
-    moving.mkdir()
-    for name in names:
-        os.rename(folder / name, moving / name)
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
     aside = next(path for path in numbered if not os.path.lexists(path))
-    os.rename(moving, aside)
+    aside.mkdir()
+    for name in names:
+        os.rename(folder / name, aside / name)
     is_finished = {"results.json", "folds.csv"} & set(names)
     unfinished = "" if is_finished else ", unfinished (--resume with this --output-dir goes on with it)"
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

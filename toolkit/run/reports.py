@@ -41,11 +41,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def counted(number: int, names: tuple[str, str]) -> str:
-    """A number with the singular or the plural behind it."""
-    return f"{number} {names[number != 1]}"
-
-
 def short_rate(rate: float) -> str:
     """A learning rate as people type it: 1e-4, 2.4e-3."""
     digits, _, power = f"{rate:.2e}".partition("e")
@@ -63,7 +58,9 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
         where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
     groups = "" if args.group_by is None else f", in {splits.group_counts()} groups ({printable(args.group_by)})"
-    return f"data: {numbers}, {counted(len(splits.class_names), TASKS[args.task].outputs_are)}{groups}"
+    one, several = TASKS[args.task].outputs_are
+    outputs = len(splits.class_names)
+    return f"data: {numbers}, {outputs} {one if outputs == 1 else several}{groups}"
 
 
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:

@@ -142,15 +142,11 @@ class RunState:
             what = ", ".join(changed) or "other classes"
             raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
         if state["images"] != own["images"]:
-            raise InputError(
-                f"{path} was trained on other images than {self.args.data_dir or 'the data set'} holds now: put back "
-                "those that were there, or start without --resume"
-            )
+            there = f"{self.args.data_dir or 'the data set'} holds now"
+            raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
         if state["base"] != own["base"]:
-            raise InputError(
-                f"{path} was trained over another base than {self.args.checkpoint}: give the same --checkpoint, and "
-                "--stage1-adapter if there was one"
-            )
+            base = f"another base than {self.args.checkpoint}"
+            raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
@@ -212,11 +208,7 @@ def recorded_setting(path: Path | None, section: str, name: str) -> Any:
     return value_at(read_checkpoint(path), f"config/{section}/{name}")
 
 
-OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have
-
-
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
     """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
     then = flat(then)
-    now = {name: value for name, value in flat(now).items() if name in then or value not in OFF}
-    return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
+    return [f"{k} was {then.get(k)}, is {v}" for k, v in flat(now).items() if k not in free and v != then.get(k)]

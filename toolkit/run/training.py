@@ -26,10 +26,8 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
         raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
     needed = max(2, processes)
     if training_norms(model) and min(batch_size, train_images) < needed:
-        raise InputError(
-            f"BatchNorm that trains needs {needed} images or more, and one in each process: raise --batch-size, or use "
-            "--freeze-backbone without --norms train"
-        )
+        remedy = "raise --batch-size, or use --freeze-backbone without --norms train"
+        raise InputError(f"BatchNorm that trains needs {needed} images or more, and one in each process: {remedy}")
 
 
 class MicroBatches(NamedTuple):
