@@ -10,7 +10,7 @@ import yaml
 
 import finetune_lora
 from moco import pretrain
-from toolkit import config
+from toolkit import InputError, config
 from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 
 
@@ -34,6 +34,16 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     args, _ = pretrain.read_options(["--config", str(tmp_path / "config.yaml")])
     assert args.arch == "vit_mini" and args.dataset == "digits" and args.checkpoint is None
+
+
+def test_what_an_old_configuration_leaves_empty_does_not_matter(tmp_path):
+    """The config.yaml of a run has all options, of which a later version may lack some."""
+    (tmp_path / "config.yaml").write_text("finetune: {rank_pattern: null, epochs: 3}")
+    args, _ = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
+    assert args.epochs == 3
+    (tmp_path / "config.yaml").write_text("finetune: {rank_pattern: 4}")
+    with pytest.raises(InputError, match=r"finetune\.rank_pattern: no such key in .*; delete the line"):
+        finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
 
 
 @pytest.mark.parametrize("script", [finetune_lora, pretrain])

@@ -274,7 +274,7 @@ def _read_config(
                 name = f"{section}.{printable(key)}"
                 if section_of.get(key) == section:
                     yield section, key, value
-                elif key not in ignored.get(section, ()):
+                elif key not in ignored.get(section, ()) and value is not None:  # as old files have what is gone
                     hint = _hint(key, section_of, section_of) or "; delete the line"
                     problems.append(f"{name}: no such key in {path}{hint}")
 

@@ -57,7 +57,7 @@ def write_page(
     described = "the most confident wrong answers, and the least certain right ones"
     parts += ["<h2>Mistakes</h2>", html_picture(mistakes.read_bytes(), described)]
     if named:
-        parts.append(f"<details><summary>The files</summary>{html_table(named, ('image', 'what it is'))}</details>")
+        parts.append(f"<details><summary>The files</summary>{html_table(named)}</details>")
     parts += ["<h2>To go on</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
     if config is not None:
         settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

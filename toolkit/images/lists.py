@@ -164,7 +164,7 @@ def read_groups(path: Path, column: str) -> np.ndarray:
 
 def has_column(path: Path, column: str) -> bool:
     """Does the first line of a list name this column, behind the path?"""
-    return column.lower() in map(str.lower, _rows(path)[0][1:])
+    return column in _rows(path)[0][1:]
 
 
 def _label_columns(
