@@ -81,6 +81,7 @@ class Guard:
         may_shrink: bool = False,
     ):
         self.variance = task.head.variance
+        self.has_masks = task.kind == "segmentation"  # the watched views then have labels enough to judge an epoch by
         self.images = len(watched)
         self.lost_share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.may_shrink = may_shrink
@@ -154,8 +155,8 @@ class Guard:
         return useless or self._lost(score, self.lost_share, errors=2)
 
     def is_barren(self, trained: Answers, divisor: float) -> bool:
-        """Does the epoch leave nothing to keep, and no lower loss than at the start?"""
-        return divisor == math.inf and trained.loss >= self.start_loss
+        """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""
+        return divisor == math.inf and (self.has_masks or trained.loss >= self.start_loss)
 
     def note_epoch(self, trained: Answers, divisor: float) -> None:
         """Note an epoch that stays: see `after_epoch`."""
