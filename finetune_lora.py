@@ -685,13 +685,12 @@ def load_finetuned(
     """
     content = read_adapter_file(adapter_path)
     metadata = content["metadata"]
-    lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
-    base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
+    adapter_file.check_metadata(adapter_path, metadata, content["tensors"])
+    base, stage1 = adapter_file.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
     per_pixel = adapter_file.is_per_pixel(metadata)
-    model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata), per_pixel=per_pixel)
+    model, _ = load_base(base, stage1, *adapter_file.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
-    values = bands.from_metadata(metadata)
-    transform = eval_transform(None if per_pixel else metadata["image_size"], **values)
+    transform = eval_transform(None if per_pixel else metadata["image_size"], **bands.from_metadata(metadata))
     tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
     return model.eval(), {**metadata, "transform": transform}
 
@@ -712,7 +711,7 @@ def load_base(
     With `per_pixel` it is a `DenseModel`, which answers for every pixel. Returns the model and the report of
     `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base.
     """
-    heads = heads or lora_utils.heads_in_file(stage1_adapter)
+    heads = heads or adapter_file.heads_in_file(stage1_adapter)
     model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
@@ -1224,8 +1223,7 @@ class FineTuning(RunState):
             bar.set_postfix(self.progress.shown() | self.meter.shown(), refresh=False)
             bar.update(images)
             if not self.history and self.progress.steps == 1 and (unused := lora_utils.unused_adapters(self.model)):
-                names = listed(unused)
-                tqdm.write(f"no gradient reaches the adapters of {names}: leave them out by --target-modules")
+                tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out by --target-modules")
             self.guard.note_step(plain / images if math.isfinite(loss) else loss)
             verdict = self.guard.after_step()
             if isinstance(verdict, GoBack):
@@ -1239,11 +1237,10 @@ class FineTuning(RunState):
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
-        rate = now.learning_rate
-        adapter_rate = rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+        adapter_rate = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
-        row |= {"learning_rate": rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
+        row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
         self.history.append(row)
         self.progress = None
         if not self.is_trial:

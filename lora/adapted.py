@@ -8,7 +8,7 @@ import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
@@ -149,10 +149,6 @@ def matches_layer(name: str, target: str) -> bool:
         raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
 
 
-def _matches_any(name: str, targets: Iterable[str]) -> bool:
-    return any(matches_layer(name, target) for target in targets)
-
-
 def unwrap_for_editing(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError if the wrapper no longer allows changing what trains."""
     if isinstance(model, DistributedDataParallel):
@@ -203,7 +199,7 @@ def choose_layers(
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     chosen = {}
     for name, layer in candidates.items():
-        wanted = _matches_any(name, targets)
+        wanted = any(matches_layer(name, target) for target in targets)
         if target_modules is None:
             wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
         if wanted and (adapt_last is None or in_last_blocks(model, name, adapt_last)):
@@ -217,7 +213,7 @@ def in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
     blocks = block_names(model)
     if not 1 <= number <= len(blocks):
         raise InputError(f"adapt_last is {number}; give a number from 1 to {len(blocks)}, the model's blocks")
-    return _matches_any(name, blocks[-number:])
+    return any(matches_layer(name, block) for block in blocks[-number:])
 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

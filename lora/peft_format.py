@@ -214,9 +214,7 @@ def adapters_in(
     reasons = []
     for name, layer in layers.items():
         kind = type(layer).__name__
-        reason = f"PEFT's {kind}"
-        if kind in _KINDS:
-            reason = _obstacle(layer.get_base_layer())
+        reason = _obstacle(layer.get_base_layer()) if kind in _KINDS else f"PEFT's {kind}"
         if reason:
             reasons.append(f"{name} ({reason})")
     if reasons:

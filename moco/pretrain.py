@@ -248,8 +248,7 @@ class Pretraining(RunState):
             share_statistics(self.model)
         base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
-        warmup = args.warmup_epochs * steps
-        self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup)
+        self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
         self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
@@ -420,8 +419,7 @@ def load_data(
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
-    shuffled = {"shuffle": True, "seed": args.seed, "drop_last": True}
-    loader = data.build_loader(data.Transformed(images, views), **shuffled, **common)
+    loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
     transform = transforms.eval_transform(args.image_size, **values)
     measured = [images.at_most(MEASURED_IMAGES)]
     if labelled:
@@ -463,8 +461,7 @@ def load_images(
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else validation_part(images)
     if args.knn_dir:
-        how = {"skip_unreadable": args.skip_unreadable, "bands": read}
-        labelled = load_splits("imagefolder", args.knn_dir, **how)[:2]
+        labelled = load_splits("imagefolder", args.knn_dir, skip_unreadable=args.skip_unreadable, bands=read)[:2]
     return images, labelled
 
 
