@@ -854,9 +854,7 @@ def build_model(
         arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster.
             The report has both.
 
-    Raises:
-        InputError: the checkpoint cannot be read, or the options do not fit its model: see `load_base` and
-            `add_lora_to_model`.
+    Raises InputError as `load_base` and `add_lora_to_model` do.
     """
     per_pixel = args.task == "segmentation"
     shape = options.backbone_shape(args)

@@ -196,8 +196,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def train(run: "Pretraining") -> None:
     """Train the remaining epochs. Until the last one ends, `last.pth` has the state to resume.
 
-    Raises:
-        Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+    Raises Stopped after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
     """
     args = run.args
     run.begin()

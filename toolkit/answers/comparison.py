@@ -69,8 +69,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
 
     If one of them says which group each image is of, groups are what chance draws.
 
-    Raises:
-        InputError: answers are missing, or are for other images, by another truth or in other groups.
+    Raises InputError if answers are missing, or are for other images, by another truth or in other groups.
     """
     one = _read(answers_path(first))
     other = _read(answers_path(second))
@@ -158,7 +157,6 @@ def _differences(
         answered = [title + kind for title in truth]
         runs = [answers(0.0, _numbers(table, answered), targets) for table in tables]
     images = len(tables[0][truth[0]])
-    bounds = [measures.UNBOUNDED] * len(names)
 
     def both(weights: Tensor) -> Tensor:  # (2, n, measures)
         return torch.stack([figures(run, weights)[:, : len(names)] for run in runs])
@@ -167,7 +165,7 @@ def _differences(
         before, after = both(weights)
         return after - before
 
-    found = measures.jackknife(difference, images, clusters, bounds)
+    found = measures.jackknife(difference, images, clusters, [measures.UNBOUNDED] * len(names))
     before, after = both(torch.ones(1, images))[:, 0].tolist()
     chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
     columns = zip(names, before, after, found.intervals, chances, strict=True)

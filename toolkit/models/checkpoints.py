@@ -100,7 +100,7 @@ def load_backbone(
         _check_match(source, weights, model, arch)
         model.load_state_dict({**model.state_dict(), **weights})
         _record_digests(model, source.weights)
-    report = {
+    return model, {
         "family": source.layout.family,
         "arch": arch,
         "image_size": image_size,
@@ -111,7 +111,6 @@ def load_backbone(
         "loaded": list(weights),
         "dropped": source.dropped,
     }
-    return model, report
 
 
 CHANNEL_FITS = ("timm",)

@@ -210,7 +210,6 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
     if run.history:
         best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
     interval = f"{run.task.score}_interval"
-    others = {name: figure for name, figure in figures.items() if name not in (run.task.score, interval)}
     return {
         "task": run.task.kind,
         score: figures[run.task.score],
@@ -224,7 +223,7 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         f"best_{score}": finite(best[score]),
         f"{of_knn}_before": finite(run.baseline[of_knn]),
         f"{of_probe}_before": finite(run.baseline[of_probe]),
-        **others,
+        **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
     }
 
 

@@ -194,10 +194,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
     settings = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            settings |= {f"{name}.{key}": entry for key, entry in value.items()}
-        else:
-            settings[name] = value
+        settings |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return settings
 
 
