@@ -584,8 +584,7 @@ def adapt_layers(
             layer.remove_lora()
     for name, layer in chosen.items():
         kind = ADAPTED[type(layer)][use_qlora] if type(layer) in ADAPTED else type(layer)  # which it has in fewer bits
-        stored = None if in_head(model, name) else base_dtype
-        kind.adapt(layer, settings[name], stored)
+        kind.adapt(layer, settings[name], None if in_head(model, name) else base_dtype)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
             layer = chosen[name].out_proj
@@ -839,9 +838,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
 
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
     """`--norms`, with `auto` as frozen on a GPU: no GPU has run norms that follow, which are predicted to be slow."""
-    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
-        return "frozen"
-    return args.norms
+    return "frozen" if args.norms == "auto" and args.freeze_backbone and device.type != "cpu" else args.norms
 
 
 def build_model(
@@ -1082,9 +1079,7 @@ class FineTuning(RunState):
         steps = self.loaders.steps_per_epoch
         divisor = optim.run_divisor(args, asked, steps)
         self.first_rate = asked / divisor  # the peak rate before any collapse
-        network = self.network
-        if args.compile:
-            network = devices.compiled(network, self.device, args.accumulation_steps)
+        network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
         self.begin_training(network, optimizer, steps, warmup)

@@ -102,9 +102,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    if is_adapted(module) and name in module.float_digests:
-        return module.base().shape
-    return parameter.shape
+    return module.base().shape if is_adapted(module) and name in module.float_digests else parameter.shape
 
 
 def full_rank(model: nn.Module) -> int:

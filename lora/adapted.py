@@ -181,8 +181,7 @@ def _has_adaptable_kind(layer: nn.Module) -> bool:
 
 def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
     """Has the attention one weight for q, k and v, and no positions beside the input's? Those of ViTs are so."""
-    packed = layer._parameters.get("in_proj_weight") is not None
-    return packed and layer.bias_k is None and not layer.add_zero_attn
+    return layer._parameters.get("in_proj_weight") is not None and layer.bias_k is None and not layer.add_zero_attn
 
 
 def choose_layers(
@@ -233,9 +232,7 @@ def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> No
 
 def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
     """Do layers of this kind store their weights rounded to this `base_dtype`? In 8 bits linear ones and attention."""
-    if dtype == torch.int8:
-        return isinstance(layer, nn.Linear | nn.MultiheadAttention)
-    return dtype in LOW_PRECISION
+    return isinstance(layer, nn.Linear | nn.MultiheadAttention) if dtype == torch.int8 else dtype in LOW_PRECISION
 
 
 def check_stored_bits(

@@ -113,8 +113,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def pixels(x: Tensor) -> Tensor | None:
     """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
-    lies_last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.permute(0, 2, 3, 1).flatten(0, 2) if lies_last else None
+    return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:

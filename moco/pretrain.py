@@ -297,8 +297,7 @@ class Pretraining(RunState):
                 )
             self.progress.add(images, 0, loss)
             speed = self.meter.results()["images_per_second"]
-            shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
-            bar.set_postfix(shown | self.meter.shown(), refresh=False)
+            bar.set_postfix({"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"} | self.meter.shown(), refresh=False)
 
     def end_epoch(self) -> None:
         """Add a row to the history, save the files that are due, measure the features if that is due, print a line."""
@@ -378,7 +377,6 @@ class Pretraining(RunState):
 
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
-        file = "moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)
         return {
             **{name: last[name] for name in ("loss", *measures.TITLES)},
             "before": self.baseline,
@@ -386,7 +384,7 @@ class Pretraining(RunState):
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
-            "checkpoint": self.path(file),
+            "checkpoint": self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)),
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
             "normalization": self.about_images,
@@ -509,8 +507,7 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
-    encoders = (model.encoder_q, model.encoder_k)
-    modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in encoders]}
+    modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in (model.encoder_q, model.encoder_k)]}
     if hasattr(model, "predictor"):
         modules["predictor"] = [model.predictor]
     for part, tensors in parts.items():

@@ -41,8 +41,7 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
     first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
     if images.groups is not None:
         first[GROUP] = images.groups
-    rows = zip(*first.values(), *columns.values(), strict=True)
-    write_cells(rows, [*first, *columns], answers_path(results))
+    write_cells(zip(*first.values(), *columns.values(), strict=True), [*first, *columns], answers_path(results))
 
 
 class Answered(NamedTuple):

@@ -281,8 +281,7 @@ def fit_one_vs_rest(
     if weights is not None:
         counts = torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu()).double()
     counts.masked_fill_(Y.isnan(), 0)
-    count = len(Y) // views
-    parts = _parts(_folds(strata(Y[:count]).tolist(), clusters), views)
+    parts = _parts(_folds(strata(Y[: len(Y) // views]).tolist(), clusters), views)
     Y = Y.nan_to_num()
     starts = [None] * len(parts)
 
@@ -315,8 +314,7 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     X = X.double()
     Y = targets.detach().cpu().double()
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-    count = len(Y) // views
-    for rest, part in _parts(_folds([0] * count, clusters), views):
+    for rest, part in _parts(_folds([0] * (len(Y) // views), clusters), views):
         for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
             errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
     best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0

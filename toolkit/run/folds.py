@@ -101,9 +101,7 @@ def _check_identity(path: Path, now: dict[str, Any]) -> None:
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
         changed = changed_settings(then["config"], now["config"], FREE_TO_CHANGE)
-        for what in ("images", "base"):
-            if then[what] != now[what]:
-                changed.append(f"other {what}")
+        changed += [f"other {what}" for what in ("images", "base") if then[what] != now[what]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--resume: {path.parent.parent} has no parts to go on with; start without it") from None
     if changed:

@@ -192,8 +192,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     sections = report.sections(run.path(report.picture))
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
     page = run.path("report.html")
-    made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
-    shown = [*meaning, *rows, ("made", made)]
+    shown = [*meaning, *rows, ("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
     pictures["named"] = report.named_mistakes(run.splits.val)
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
