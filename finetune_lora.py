@@ -298,9 +298,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
                 y = batch_norm(y)
             return functional.added_and_rectified(y, residual, relu)
         if x.dim() == 3:
-            if residual is not None:
-                residual = residual[None]
-            return self.forward(x[None], batch_norm, residual, relu)[0]
+            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         A = self.lora_A
         B = self.lora_B
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
@@ -367,9 +365,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """The product of x with so many of q, k and v from the first on, (N, L, count * embed_dim)."""
         end = first + count
         rows = slice(first * self.embed_dim, end * self.embed_dim)
-        bias = self.in_proj_bias
-        if bias is not None:
-            bias = bias[rows]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
         A = self._factors("A")[first:end]
@@ -413,12 +409,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if need_weights and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
-            if weights is not None:
-                weights = weights[0]
-            return output[0], weights
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        return output, weights
+            return output[0], None if weights is None else weights[0]
+        return output if self.batch_first else output.transpose(0, 1), weights
 
 
 class _FourBits:
@@ -808,12 +800,8 @@ def main(
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:
     """Load the images, build the model for their classes, and settle what the options leave open."""
     # What a run has measured at its start counts for all of it. None: it is to be measured.
-    precision = args.precision
-    if precision == "auto":
-        precision = run_state.recorded_setting(args.resume, "finetune", "precision")
-    arithmetic = args.arithmetic
-    if arithmetic == "int8":
-        arithmetic = run_state.recorded_setting(args.resume, "finetune", "arithmetic")
+    precision = run_state.recorded_setting(args.resume, "precision") if args.precision == "auto" else args.precision
+    arithmetic = run_state.recorded_setting(args.resume, "arithmetic") if args.arithmetic == "int8" else args.arithmetic
     if precision is None and (device.type != "cpu" or args.arithmetic == "int8"):
         precision = "auto"
     dtype = None if precision is None else devices.select_precision(precision, device)

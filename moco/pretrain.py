@@ -472,12 +472,8 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    dim = 256
-    mlp_dim = 4096
-    if outputs:
-        dim = outputs[-1]
-        if len(outputs) > 1 and version == 3:
-            mlp_dim = outputs[0]
+    dim = outputs[-1] if outputs else 256
+    mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
     checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
     backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
     args = replace(

@@ -168,8 +168,7 @@ def _for_channels(model: nn.Module, channels: int) -> nn.Module:
         return model
     name = first_convolution(model)
     old = model.get_submodule(name)
-    how = {"stride": old.stride, "padding": old.padding, "bias": old.bias is not None}
-    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, **how)
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     if name == "conv1":
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     elif name == "conv_proj":

@@ -66,10 +66,8 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
     """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
     _, of_probe = baseline_keys(task)
-    measured = []
-    for title, name in zip(BASELINES, baseline_keys(task), strict=True):
-        if baseline[name] is not None:
-            measured.append(f"{title} {task.reported(baseline[name])}")
+    scores = [(title, baseline[name]) for title, name in zip(BASELINES, baseline_keys(task), strict=True)]
+    measured = [f"{title} {task.reported(score)}" for title, score in scores if score is not None]
     line = f"before training: {', '.join(measured) or 'nothing to compare with'}"
     if task.kind != "classification":
         line += f" ({task.score_title})"

@@ -198,11 +198,11 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def recorded_setting(path: Path | None, section: str, name: str) -> Any:
-    """A setting of the run that wrote this `last.pth`; None if there is no such file, or nothing of it in the file."""
+def recorded_setting(path: Path | None, name: str) -> Any:
+    """A setting of the fine-tuning that wrote this `last.pth`; None if there is no file, or not this setting in it."""
     if path is None or not path.exists():
         return None
-    return value_at(read_checkpoint(path), f"config/{section}/{name}")
+    return value_at(read_checkpoint(path), f"config/finetune/{name}")
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
