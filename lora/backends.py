@@ -18,10 +18,8 @@ _CORES = Path("/proc/cpuinfo")  # Linux alone has it
 CPU = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets
 # The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
 # MKL. MKL keeps its fastest code for Intel's processors.
-_HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-PREFERS_ONEDNN_LINEAR = (
-    "AVX512" in torch.backends.cpu.get_cpu_capability() and _HAS_ONEDNN_LINEAR and "AuthenticAMD" in CPU
-)
+_IS_AMD_WITH_AVX512 = "AuthenticAMD" in CPU and "AVX512" in torch.backends.cpu.get_cpu_capability()
+PREFERS_ONEDNN_LINEAR = _IS_AMD_WITH_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
 ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):

@@ -76,10 +76,8 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
     missing = sorted(set(one.images) - set(other.images))
     if missing or len(set(other.images)) != len(one.images):
-        images = "other images"
-        if missing:
-            images += f", such as {printable(missing[0])}"
-        raise InputError(f"{first} and {second} are over {images}: evaluate both on the same ones")
+        such_as = f", such as {printable(missing[0])}" if missing else ""
+        raise InputError(f"{first} and {second} are over other images{such_as}: evaluate both on the same ones")
     place = {name: i for i, name in enumerate(other.images)}
     order = [place[name] for name in one.images]
     others = {title: cells[order] for title, cells in other.columns.items()}
