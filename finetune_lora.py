@@ -298,9 +298,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
                 y = batch_norm(y)
             return functional.added_and_rectified(y, residual, relu)
         if x.dim() == 3:
-            if residual is not None:
-                residual = residual[None]
-            return self.forward(x[None], batch_norm, residual, relu)[0]
+            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         A = self.lora_A
         B = self.lora_B
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
@@ -367,9 +365,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """The product of x with so many of q, k and v from the first on, (N, L, count * embed_dim)."""
         end = first + count
         rows = slice(first * self.embed_dim, end * self.embed_dim)
-        bias = self.in_proj_bias
-        if bias is not None:
-            bias = bias[rows]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
         A = self._factors("A")[first:end]
@@ -413,12 +409,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if need_weights and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
-            if weights is not None:
-                weights = weights[0]
-            return output[0], weights
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        return output, weights
+            return output[0], None if weights is None else weights[0]
+        return output if self.batch_first else output.transpose(0, 1), weights
 
 
 class _FourBits:
@@ -584,8 +576,7 @@ def adapt_layers(
             layer.remove_lora()
     for name, layer in chosen.items():
         kind = ADAPTED[type(layer)][use_qlora] if type(layer) in ADAPTED else type(layer)  # which it has in fewer bits
-        stored = None if in_head(model, name) else base_dtype
-        kind.adapt(layer, settings[name], stored)
+        kind.adapt(layer, settings[name], None if in_head(model, name) else base_dtype)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
             layer = chosen[name].out_proj
@@ -685,13 +676,12 @@ def load_finetuned(
     """
     content = read_adapter_file(adapter_path)
     metadata = content["metadata"]
-    lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
-    base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
+    adapter_file.check_metadata(adapter_path, metadata, content["tensors"])
+    base, stage1 = adapter_file.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
     per_pixel = adapter_file.is_per_pixel(metadata)
-    model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata), per_pixel=per_pixel)
+    model, _ = load_base(base, stage1, *adapter_file.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
-    values = bands.from_metadata(metadata)
-    transform = eval_transform(None if per_pixel else metadata["image_size"], **values)
+    transform = eval_transform(None if per_pixel else metadata["image_size"], **bands.from_metadata(metadata))
     tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
     return model.eval(), {**metadata, "transform": transform}
 
@@ -712,7 +702,7 @@ def load_base(
     With `per_pixel` it is a `DenseModel`, which answers for every pixel. Returns the model and the report of
     `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base.
     """
-    heads = heads or lora_utils.heads_in_file(stage1_adapter)
+    heads = heads or adapter_file.heads_in_file(stage1_adapter)
     model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
@@ -810,12 +800,8 @@ def main(
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:
     """Load the images, build the model for their classes, and settle what the options leave open."""
     # What a run has measured at its start counts for all of it. None: it is to be measured.
-    precision = args.precision
-    if precision == "auto":
-        precision = run_state.recorded_setting(args.resume, "finetune", "precision")
-    arithmetic = args.arithmetic
-    if arithmetic == "int8":
-        arithmetic = run_state.recorded_setting(args.resume, "finetune", "arithmetic")
+    precision = run_state.recorded_setting(args.resume, "precision") if args.precision == "auto" else args.precision
+    arithmetic = run_state.recorded_setting(args.resume, "arithmetic") if args.arithmetic == "int8" else args.arithmetic
     if precision is None and (device.type != "cpu" or args.arithmetic == "int8"):
         precision = "auto"
     dtype = None if precision is None else devices.select_precision(precision, device)
@@ -840,9 +826,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
 
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
     """`--norms`, with `auto` as frozen on a GPU: no GPU has run norms that follow, which are predicted to be slow."""
-    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
-        return "frozen"
-    return args.norms
+    return "frozen" if args.norms == "auto" and args.freeze_backbone and device.type != "cpu" else args.norms
 
 
 def build_model(
@@ -855,9 +839,7 @@ def build_model(
         arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster.
             The report has both.
 
-    Raises:
-        InputError: the checkpoint cannot be read, or the options do not fit its model: see `load_base` and
-            `add_lora_to_model`.
+    Raises InputError as `load_base` and `add_lora_to_model` do.
     """
     per_pixel = args.task == "segmentation"
     shape = options.backbone_shape(args)
@@ -1085,9 +1067,7 @@ class FineTuning(RunState):
         steps = self.loaders.steps_per_epoch
         divisor = optim.run_divisor(args, asked, steps)
         self.first_rate = asked / divisor  # the peak rate before any collapse
-        network = self.network
-        if args.compile:
-            network = devices.compiled(network, self.device, args.accumulation_steps)
+        network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
         self.begin_training(network, optimizer, steps, warmup)
@@ -1224,8 +1204,7 @@ class FineTuning(RunState):
             bar.set_postfix(self.progress.shown() | self.meter.shown(), refresh=False)
             bar.update(images)
             if not self.history and self.progress.steps == 1 and (unused := lora_utils.unused_adapters(self.model)):
-                names = listed(unused)
-                tqdm.write(f"no gradient reaches the adapters of {names}: leave them out by --target-modules")
+                tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out by --target-modules")
             self.guard.note_step(plain / images if math.isfinite(loss) else loss)
             verdict = self.guard.after_step()
             if isinstance(verdict, GoBack):
@@ -1239,11 +1218,10 @@ class FineTuning(RunState):
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
-        rate = now.learning_rate
-        adapter_rate = rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+        adapter_rate = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
-        row |= {"learning_rate": rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
+        row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
         self.history.append(row)
         self.progress = None
         if not self.is_trial:

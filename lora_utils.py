@@ -17,15 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import AdaptedLayer, adapted_layers, adapter_parameters, is_adapted
-from lora.adapter_file import (  # noqa: F401 - most of these are for whoever reads the files
-    LAYER_FIELDS,
-    check_metadata,
-    find_base,
-    heads_in_file,
-    model_shape,
-    read_adapter_file,
-    write_adapter_file,
-)
+from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter_file, write_adapter_file  # noqa: F401
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
@@ -52,17 +44,13 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, by name in the model: trainable parameters, and unfrozen buffers."""
-    state = model.state_dict()
-    trained = {}
+    names = set()
     for prefix, module in model.named_modules():
         own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if not getattr(module, "frozen", False):
             own += dict(module.named_buffers(recurse=False))
-        for name in own:
-            full_name = dotted(prefix, name)
-            if full_name in state:
-                trained[full_name] = state[full_name]
-    return trained
+        names |= {dotted(prefix, name) for name in own}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 def unused_adapters(model: nn.Module) -> list[str]:
@@ -114,9 +102,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    if is_adapted(module) and name in module.float_digests:
-        return module.base().shape
-    return parameter.shape
+    return module.base().shape if is_adapted(module) and name in module.float_digests else parameter.shape
 
 
 def full_rank(model: nn.Module) -> int:
@@ -214,11 +200,9 @@ class LoRAManager:
         """
         layers = adapted_layers(self.model)
         stored = dict(layers)
-        how = "merge=True"
         if self.record.adapters is not None:
             stored |= self.record.adapters.base.layers
-        if not layers:
-            how += " and an adapter in use"
+        how = "merge=True" if layers else "merge=True and an adapter in use"
         for name, layer in stored.items():
             if layer.base_bits < 32 and not (merge and layers):
                 remedy = f"take the merged weights with {how}, or load the checkpoint again"
@@ -264,8 +248,8 @@ class LoRAManager:
         """
         layers = {}
         for name, layer in self._layers_in_file().items():
-            own = sum(map(Tensor.numel, adapter_parameters(layer).values()))
-            layers[name] = {**_layer_record(layer), "parameters": own}
+            layers[name] = _layer_record(layer)
+            layers[name]["parameters"] = sum(map(Tensor.numel, adapter_parameters(layer).values()))
         return {
             "num_layers": sum(record["r"] > 0 for record in layers.values()),
             "lora_parameters": sum(record["parameters"] for record in layers.values()),
@@ -312,12 +296,7 @@ class LoRAManager:
         del self.record.adapters.named[name]
 
     def _adapter_set(self) -> AdapterSet:
-        """The model's named adapters. An adapter without a name becomes one of them, as `default`.
-
-        Raises:
-            InputError: the adapters are merged or switched off, there is a `default` already, or the base has trained
-                together with the adapter.
-        """
+        """The model's named adapters. One without a name becomes `default`; raises InputError where that cannot be."""
         layers = adapted_layers(self.model)
         if any(layer.merged for layer in layers.values()):
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
@@ -406,13 +385,12 @@ class LoRAManager:
                 is taken. The model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
-        metadata = content["metadata"]
         if name is not None:
             self._add(name, content, path)
-            return metadata
-        self._read(content, path)
-        self._in_use_or_unnamed().metadata = metadata
-        return metadata
+        else:
+            self._read(content, path)
+            self._in_use_or_unnamed().metadata = content["metadata"]
+        return content["metadata"]
 
     def _in_use_or_unnamed(self) -> Adapter | ModelRecord:
         """What has the metadata of the adapter in use: one with a name itself, else the model's record."""

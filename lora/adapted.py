@@ -8,7 +8,7 @@ import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
@@ -149,10 +149,6 @@ def matches_layer(name: str, target: str) -> bool:
         raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
 
 
-def _matches_any(name: str, targets: Iterable[str]) -> bool:
-    return any(matches_layer(name, target) for target in targets)
-
-
 def unwrap_for_editing(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError if the wrapper no longer allows changing what trains."""
     if isinstance(model, DistributedDataParallel):
@@ -185,8 +181,7 @@ def _has_adaptable_kind(layer: nn.Module) -> bool:
 
 def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
     """Has the attention one weight for q, k and v, and no positions beside the input's? Those of ViTs are so."""
-    packed = layer._parameters.get("in_proj_weight") is not None
-    return packed and layer.bias_k is None and not layer.add_zero_attn
+    return layer._parameters.get("in_proj_weight") is not None and layer.bias_k is None and not layer.add_zero_attn
 
 
 def choose_layers(
@@ -203,7 +198,7 @@ def choose_layers(
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     chosen = {}
     for name, layer in candidates.items():
-        wanted = _matches_any(name, targets)
+        wanted = any(matches_layer(name, target) for target in targets)
         if target_modules is None:
             wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
         if wanted and (adapt_last is None or in_last_blocks(model, name, adapt_last)):
@@ -217,7 +212,7 @@ def in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
     blocks = block_names(model)
     if not 1 <= number <= len(blocks):
         raise InputError(f"adapt_last is {number}; give a number from 1 to {len(blocks)}, the model's blocks")
-    return _matches_any(name, blocks[-number:])
+    return any(matches_layer(name, block) for block in blocks[-number:])
 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
@@ -237,9 +232,7 @@ def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> No
 
 def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
     """Do layers of this kind store their weights rounded to this `base_dtype`? In 8 bits linear ones and attention."""
-    if dtype == torch.int8:
-        return isinstance(layer, nn.Linear | nn.MultiheadAttention)
-    return dtype in LOW_PRECISION
+    return isinstance(layer, nn.Linear | nn.MultiheadAttention) if dtype == torch.int8 else dtype in LOW_PRECISION
 
 
 def check_stored_bits(

@@ -25,9 +25,8 @@ LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scalin
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
     """Write the content of an adapter file, see `read_adapter_file`, as `.safetensors` if the name ends so."""
     if files.is_safetensors(path):
-        described = dict(content)
-        tensors = described.pop("tensors")
-        files.write_safetensors(tensors, path, {"adapter": json.dumps(described)})
+        described = {key: value for key, value in content.items() if key != "tensors"}
+        files.write_safetensors(content["tensors"], path, {"adapter": json.dumps(described)})
     else:
         files.save_atomically(content, path)
 

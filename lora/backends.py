@@ -18,10 +18,8 @@ _CORES = Path("/proc/cpuinfo")  # Linux alone has it
 CPU = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets
 # The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
 # MKL. MKL keeps its fastest code for Intel's processors.
-_HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-PREFERS_ONEDNN_LINEAR = (
-    "AVX512" in torch.backends.cpu.get_cpu_capability() and _HAS_ONEDNN_LINEAR and "AuthenticAMD" in CPU
-)
+_IS_AMD_WITH_AVX512 = "AuthenticAMD" in CPU and "AVX512" in torch.backends.cpu.get_cpu_capability()
+PREFERS_ONEDNN_LINEAR = _IS_AMD_WITH_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
 ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
@@ -113,8 +111,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def pixels(x: Tensor) -> Tensor | None:
     """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
-    lies_last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.permute(0, 2, 3, 1).flatten(0, 2) if lies_last else None
+    return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:

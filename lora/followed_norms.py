@@ -117,8 +117,7 @@ class FollowedNorm(AdapterStatistics):
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
         outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
         self.doubled = 2 * outputs
-        spread = outputs.square().sum(0) + STEADY * self.variance  # v(W), (out,)
-        self.spread = spread.clamp_min(LEAST_SPREAD)
+        self.spread = (outputs.square().sum(0) + STEADY * self.variance).clamp_min(LEAST_SPREAD)  # v(W), (out,)
 
     def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
         A = conv.lora_A  # (r, fan_in)

@@ -62,9 +62,7 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
-        reason = _obstacle(layer)
-        if in_head(model, name):
-            reason = "an adapter on the head, which PEFT saves whole"
+        reason = "an adapter on the head, which PEFT saves whole" if in_head(model, name) else _obstacle(layer)
         if reason:
             yield f"{name} ({reason})"
     of_base = [name for name in tensors if ".lora_" not in name and not in_head(model, name)]
@@ -166,8 +164,7 @@ def recorded_in(header: dict[str, str], folder: Path, report: dict[str, Any]) ->
         if IMAGES in header:
             about = json.loads(header[IMAGES])
         elif channels != 3:
-            unscaled = {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0}
-            about |= {**unscaled, "bands": []}
+            about |= {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0, "bands": []}
         return from_metadata({**about, "arch": report["arch"]}), json.loads(header.get(TASK, "null"))
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
@@ -214,9 +211,7 @@ def adapters_in(
     reasons = []
     for name, layer in layers.items():
         kind = type(layer).__name__
-        reason = f"PEFT's {kind}"
-        if kind in _KINDS:
-            reason = _obstacle(layer.get_base_layer())
+        reason = _obstacle(layer.get_base_layer()) if kind in _KINDS else f"PEFT's {kind}"
         if reason:
             reasons.append(f"{name} ({reason})")
     if reasons:

@@ -18,9 +18,7 @@ class UpperHalf(nn.Module):
     """A model that begins with one of its blocks or, with `first` None, with its head."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.first is None:
-            return self.get_submodule(head_name(self))(x)
-        return self.from_block(self, x, self.first)
+        return self.get_submodule(head_name(self))(x) if self.first is None else self.from_block(self, x, self.first)
 
 
 def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:

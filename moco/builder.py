@@ -112,8 +112,7 @@ class MoCoV3(MomentumContrast):
                 fix_positions(backbone)
             if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
                 backbone.conv_proj.requires_grad_(False)
-        projector = mlp([feature_dim(backbone), *hidden, dim])
-        super().__init__(backbone, projector, m, T)
+        super().__init__(backbone, mlp([feature_dim(backbone), *hidden, dim]), m, T)
         self.predictor = mlp([dim, mlp_dim, dim])
 
     def momentum(self, progress: float) -> float:

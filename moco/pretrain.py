@@ -196,8 +196,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def train(run: "Pretraining") -> None:
     """Train the remaining epochs. Until the last one ends, `last.pth` has the state to resume.
 
-    Raises:
-        Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+    Raises Stopped after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
     """
     args = run.args
     run.begin()
@@ -248,8 +247,7 @@ class Pretraining(RunState):
             share_statistics(self.model)
         base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
-        warmup = args.warmup_epochs * steps
-        self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup)
+        self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
         self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
@@ -299,8 +297,7 @@ class Pretraining(RunState):
                 )
             self.progress.add(images, 0, loss)
             speed = self.meter.results()["images_per_second"]
-            shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
-            bar.set_postfix(shown | self.meter.shown(), refresh=False)
+            bar.set_postfix({"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"} | self.meter.shown(), refresh=False)
 
     def end_epoch(self) -> None:
         """Add a row to the history, save the files that are due, measure the features if that is due, print a line."""
@@ -380,7 +377,6 @@ class Pretraining(RunState):
 
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
-        file = "moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)
         return {
             **{name: last[name] for name in ("loss", *measures.TITLES)},
             "before": self.baseline,
@@ -388,7 +384,7 @@ class Pretraining(RunState):
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
-            "checkpoint": self.path(file),
+            "checkpoint": self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)),
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
             "normalization": self.about_images,
@@ -420,8 +416,7 @@ def load_data(
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
-    shuffled = {"shuffle": True, "seed": args.seed, "drop_last": True}
-    loader = data.build_loader(data.Transformed(images, views), **shuffled, **common)
+    loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
     transform = transforms.eval_transform(args.image_size, **values)
     measured = [images.at_most(MEASURED_IMAGES)]
     if labelled:
@@ -463,8 +458,7 @@ def load_images(
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else validation_part(images)
     if args.knn_dir:
-        how = {"skip_unreadable": args.skip_unreadable, "bands": read}
-        labelled = load_splits("imagefolder", args.knn_dir, **how)[:2]
+        labelled = load_splits("imagefolder", args.knn_dir, skip_unreadable=args.skip_unreadable, bands=read)[:2]
     return images, labelled
 
 
@@ -478,12 +472,8 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    dim = 256
-    mlp_dim = 4096
-    if outputs:
-        dim = outputs[-1]
-        if len(outputs) > 1 and version == 3:
-            mlp_dim = outputs[0]
+    dim = outputs[-1] if outputs else 256
+    mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
     checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
     backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
     args = replace(
@@ -513,8 +503,7 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
-    encoders = (model.encoder_q, model.encoder_k)
-    modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in encoders]}
+    modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in (model.encoder_q, model.encoder_k)]}
     if hasattr(model, "predictor"):
         modules["predictor"] = [model.predictor]
     for part, tensors in parts.items():

@@ -23,7 +23,8 @@ from finetune_lora import (
     freeze_backbone_params,
     load_finetuned,
 )
-from lora_utils import LoRAManager, check_metadata, read_adapter_file, write_adapter_file
+from lora.adapter_file import check_metadata
+from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from tests.checkpoint_files import without_head
 from toolkit import InputError
 from toolkit.models import checkpoints

@@ -156,10 +156,8 @@ def compiled(network: nn.Module, device: torch.device, accumulation_steps: int =
     """The network as one graph, forward and backward: `--compile`. It shares all tensors with the network.
 
     On CUDA the graph becomes CUDA graphs, so that a step does not wait for Python; not if gradients accumulate, since
-    the next batch would overwrite them there. A batch of another size is compiled again.
-
-    Raises:
-        InputError: what the compiler needs is not here.
+    the next batch would overwrite them there. A batch of another size is compiled again. Raises InputError where the
+    compiler lacks what it needs.
     """
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--compile knows CPUs and CUDA, not {device.type}: leave it out")

@@ -50,9 +50,8 @@ def found_path(path: str | os.PathLike) -> Path:
 
 def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
     """Do both paths lead to one existing file?"""
-    if first is None or second is None:
-        return False
-    return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
+    exist = None not in (first, second) and os.path.exists(first) and os.path.exists(second)
+    return exist and os.path.samefile(first, second)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

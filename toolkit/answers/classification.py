@@ -162,10 +162,8 @@ class ClassReport(Report):
         size = math.ceil(len(self.names) / MOST_ROWS)
         groups = range(math.ceil(len(self.names) / size))
         matrix = confusion_matrix(self.answers.labels // size, self.answers.predictions // size, labels=groups)
-        title = self.title()
-        if size > 1:
-            title += f", {size} classes per row"
-        plot_confusion(matrix, self.names, title, path)
+        per_row = f", {size} classes per row" if size > 1 else ""
+        plot_confusion(matrix, self.names, self.title() + per_row, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The wrong answers that were given with most confidence, and the right ones with least."""

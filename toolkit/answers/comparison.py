@@ -41,8 +41,7 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
     first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
     if images.groups is not None:
         first[GROUP] = images.groups
-    rows = zip(*first.values(), *columns.values(), strict=True)
-    write_cells(rows, [*first, *columns], answers_path(results))
+    write_cells(zip(*first.values(), *columns.values(), strict=True), [*first, *columns], answers_path(results))
 
 
 class Answered(NamedTuple):
@@ -69,8 +68,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
 
     If one of them says which group each image is of, groups are what chance draws.
 
-    Raises:
-        InputError: answers are missing, or are for other images, by another truth or in other groups.
+    Raises InputError if answers are missing, or are for other images, by another truth or in other groups.
     """
     one = _read(answers_path(first))
     other = _read(answers_path(second))
@@ -78,10 +76,8 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
     missing = sorted(set(one.images) - set(other.images))
     if missing or len(set(other.images)) != len(one.images):
-        images = "other images"
-        if missing:
-            images += f", such as {printable(missing[0])}"
-        raise InputError(f"{first} and {second} are over {images}: evaluate both on the same ones")
+        such_as = f", such as {printable(missing[0])}" if missing else ""
+        raise InputError(f"{first} and {second} are over other images{such_as}: evaluate both on the same ones")
     place = {name: i for i, name in enumerate(other.images)}
     order = [place[name] for name in one.images]
     others = {title: cells[order] for title, cells in other.columns.items()}
@@ -158,7 +154,6 @@ def _differences(
         answered = [title + kind for title in truth]
         runs = [answers(0.0, _numbers(table, answered), targets) for table in tables]
     images = len(tables[0][truth[0]])
-    bounds = [measures.UNBOUNDED] * len(names)
 
     def both(weights: Tensor) -> Tensor:  # (2, n, measures)
         return torch.stack([figures(run, weights)[:, : len(names)] for run in runs])
@@ -167,7 +162,7 @@ def _differences(
         before, after = both(weights)
         return after - before
 
-    found = measures.jackknife(difference, images, clusters, bounds)
+    found = measures.jackknife(difference, images, clusters, [measures.UNBOUNDED] * len(names))
     before, after = both(torch.ones(1, images))[:, 0].tolist()
     chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
     columns = zip(names, before, after, found.intervals, chances, strict=True)

@@ -237,7 +237,6 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=tor
 
     columns = over_loader(model, loader, device, dtype, found=found)
     labels, confidences, predictions = (column.cpu() for column in columns)
-    loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
+    [loss] = distributed.all_sum(sum(torch.stack(losses).tolist()))  # read together: one wait for the GPU
     accuracy = (predictions == labels).float().mean().item()
-    loss = distributed.all_sum(loss)[0] / len(labels)
-    return Evaluation(loss, accuracy, predictions, labels, confidences)
+    return Evaluation(loss / len(labels), accuracy, predictions, labels, confidences)

@@ -91,8 +91,7 @@ class Ranking:
 
     def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
         order = scores.argsort(descending=True)
-        ranked = scores[order]
-        ends = _ends_of_runs(ranked)
+        ends = _ends_of_runs(scores[order])
         starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
         self.images = order if images is None else images[order]
         self.positives = positive[order].nonzero().flatten()
@@ -180,9 +179,7 @@ def _ends_of_runs(ranked: Tensor) -> Tensor:
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     """The sum of values (N, ...) over the images, (...), or (n, ...) for weights (n, N)."""
     values = values.double()
-    if weights is None:
-        return values.sum(0)
-    return by_rows(lambda some: some.double() @ values, weights, len(values))
+    return values.sum(0) if weights is None else by_rows(lambda some: some.double() @ values, weights, len(values))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,9 +220,7 @@ def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> T
         spread = (weighted * first).sum(1)
         return together / (spread * second.square_().mul_(counts).sum(1)).sqrt()
 
-    if weights is None:
-        return measure(torch.ones(1, len(truth)))[0]
-    return by_rows(measure, weights, 4 * len(truth))
+    return measure(torch.ones(1, len(truth)))[0] if weights is None else by_rows(measure, weights, 4 * len(truth))
 
 
 def _centred_ranks(run: Tensor, counts: Tensor) -> Tensor:
@@ -236,9 +231,7 @@ def _centred_ranks(run: Tensor, counts: Tensor) -> Tensor:
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return values.mean()
-    return weighted_sum(values, weights) / weights.sum(1)
+    return values.mean() if weights is None else weighted_sum(values, weights) / weights.sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,8 +268,7 @@ def jackknife(
         clusters: as for `share_interval`: the images of one cluster are left out together.
         bounds: the lowest and the highest value of each column, never reached; of further columns 0 and 1.
 
-    Returns:
-        No interval where nothing changes, as where all answers are right, or where a part has all that is measured.
+    No interval is found where nothing changes, as where all answers are right, or a part has all that is measured.
     """
     from scipy.stats import t
 

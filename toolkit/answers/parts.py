@@ -1,7 +1,6 @@
 """The parts of a task: an objective that is minimised, a head whose outputs are answers, and a report on these.
 
-To add a task, derive a class from each of `Objective`, `Head` and `toolkit.answers.answer_reports.Report`, put them
-together in a class derived from `Task`, and name that in `toolkit.answers.tasks.TASKS`.
+CONTRIBUTING.md says how to add a task.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

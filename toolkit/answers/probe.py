@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import distributed
-from toolkit.images import splitting
-from toolkit.images.splitting import strata
+from toolkit.images.splitting import folds, strata
 from toolkit.models.backbones import head_name
 
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
@@ -230,7 +229,7 @@ def _folds(alike: Sequence[int], clusters: Tensor | None) -> np.ndarray:
         draws = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
         return (draws % min(FOLDS, len(alike))).numpy()
     names = clusters.tolist()
-    return splitting.folds(alike, names, min(FOLDS, len(set(names))))
+    return folds(alike, names, min(FOLDS, len(set(names))))
 
 
 def _as_linear(fitted, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -281,8 +280,7 @@ def fit_one_vs_rest(
     if weights is not None:
         counts = torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu()).double()
     counts.masked_fill_(Y.isnan(), 0)
-    count = len(Y) // views
-    parts = _parts(_folds(strata(Y[:count]).tolist(), clusters), views)
+    parts = _parts(_folds(strata(Y[: len(Y) // views]).tolist(), clusters), views)
     Y = Y.nan_to_num()
     starts = [None] * len(parts)
 
@@ -315,8 +313,7 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     X = X.double()
     Y = targets.detach().cpu().double()
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-    count = len(Y) // views
-    for rest, part in _parts(_folds([0] * count, clusters), views):
+    for rest, part in _parts(_folds([0] * (len(Y) // views), clusters), views):
         for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
             errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
     best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0

@@ -99,8 +99,7 @@ class NumberHead(Head):
 
     @torch.no_grad()
     def score(self, model, features, targets) -> float:
-        answers = self.in_units(probe.head_outputs(model, features))
-        return NumberAnswers(0.0, answers, targets.cpu()).score
+        return NumberAnswers(0.0, self.in_units(probe.head_outputs(model, features)), targets.cpu()).score
 
     def knn_score(self, train_features, train_targets, features, targets) -> float:
         standardised = self.objective.standardised(train_targets).float().to(train_features.device)

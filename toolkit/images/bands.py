@@ -311,9 +311,7 @@ def array_of(content: bytes) -> Any:
 
 def _bands_last(array: np.ndarray) -> np.ndarray:
     """An array with its bands first or last as (H, W, bands): there are fewer bands than rows or columns."""
-    if array.ndim == 3 and array.shape[0] < array.shape[2]:
-        return np.moveaxis(array, 0, -1)
-    return array
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] < array.shape[2] else array
 
 
 def floats(array: np.ndarray) -> np.ndarray:

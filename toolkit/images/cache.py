@@ -70,7 +70,12 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor whose memory is one file for all processes. Its name is removed at once, so no file is left behind."""
     if len(set(distributed.gather(platform.node()))) > 1:
         raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
-    folder = _folder()
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "moco-images")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make {folder} for the cache: {error.strerror}"
+        raise InputError(f"{problem}; set XDG_CACHE_HOME to another place") from None
     numel = math.prod(shape)
     needed = numel * dtype.itemsize
     print(f"caching features in {folder}: {needed / 1e9:.2f} GB")
@@ -99,13 +104,3 @@ def _empty_file(folder: Path, size: int) -> str:
     finally:
         os.close(file)
     return name
-
-
-def _folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "moco-images")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot make {folder} for the cache: {error.strerror}"
-        raise InputError(f"{problem}; set XDG_CACHE_HOME to another place") from None
-    return folder

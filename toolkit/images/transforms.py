@@ -249,18 +249,16 @@ def two_crops(
     levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
         affine = T.RandomAffine(10, (0.1, 0.1), (0.88, 1.12), interpolation=InterpolationMode.BILINEAR)
-        noise = partial(grey_noise, 0.05)
-        view = View(partial(whole, image_size), affine, levels, noise, normalize, bands=bands)
+        view = View(partial(whole, image_size), affine, levels, partial(grey_noise, 0.05), normalize, bands=bands)
         return TwoCrops(view, view)
     crop = partial(random_crop, image_size, (crop_min, 1.0))
     # SimCLR's (2002.05709, appendix A): a kernel of a tenth of the image, made an odd number of pixels.
     blur = GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
-    grey = T.RandomGrayscale(p=0.2)
     if bands is not None:
         colour = [T.RandomApply([partial(band_brightness, 0.4)], p=0.8)]
     else:
         saturation = {"moco_v2": 0.4, "moco_v3": 0.2}[augmentation]
-        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], p=0.8), grey]
+        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], p=0.8), T.RandomGrayscale(p=0.2)]
     rest = (T.RandomHorizontalFlip(), levels, normalize)
     if augmentation == "moco_v2":
         first = second = [T.RandomApply([blur], p=0.5)]

@@ -168,8 +168,7 @@ def _for_channels(model: nn.Module, channels: int) -> nn.Module:
         return model
     name = first_convolution(model)
     old = model.get_submodule(name)
-    how = {"stride": old.stride, "padding": old.padding, "bias": old.bias is not None}
-    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, **how)
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     if name == "conv1":
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     elif name == "conv_proj":
@@ -339,8 +338,7 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
         except TypeError:  # a model without this argument takes any size
             model = timm.create_model(name, **shape)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        images = f"{size} pixels and {channels} channels"
-        raise InputError(f"timm cannot build {name} for {images}: {error}") from None
+        raise InputError(f"timm cannot build {name} for {size} pixels and {channels} channels: {error}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     _check_patches(arch, size, patch[0])
     if not isinstance(config.classifier, str) or not isinstance(model.get_classifier(), nn.Linear):

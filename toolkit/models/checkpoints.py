@@ -100,7 +100,7 @@ def load_backbone(
         _check_match(source, weights, model, arch)
         model.load_state_dict({**model.state_dict(), **weights})
         _record_digests(model, source.weights)
-    report = {
+    return model, {
         "family": source.layout.family,
         "arch": arch,
         "image_size": image_size,
@@ -111,18 +111,15 @@ def load_backbone(
         "loaded": list(weights),
         "dropped": source.dropped,
     }
-    return model, report
 
 
 CHANNEL_FITS = ("timm",)
 
 
 def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, dict[str, Any]]:
-    """The images that a checkpoint was trained on.
+    """The number of channels that a checkpoint's first layer takes, and the file's metadata about the images' values.
 
-    Returns:
-        The number of channels that its first layer takes; and the file's metadata about their values, as
-        `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
+    The metadata are as `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
     """
     source = _identify(path, arch)
     arch = _find_arch(source)
@@ -158,11 +155,10 @@ def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
-    """The projector and predictor of a MoCo checkpoint.
+    """The version of MoCo that wrote a checkpoint, 2 (for 1, too) or 3, and its `projector` and `predictor`.
 
-    Returns:
-        MoCo's version, 2 (for 1, too) or 3, or None if the file is not from a pretraining by MoCo; and the tensors of
-        `projector` and `predictor` by their names in the modules of `moco.builder`, empty if the file has none.
+    The version is None if the file is not from a pretraining by MoCo. The tensors have their names in the modules of
+    `moco.builder`; there are none if the file has none.
     """
     tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)

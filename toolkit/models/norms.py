@@ -86,9 +86,7 @@ def share_statistics(model: nn.Module) -> None:
     """Make every BatchNorm that is not `frozen` normalise by the statistics of all processes in training, in place.
 
     With a single process nothing changes. Every process must call the model equally often, with an image or more.
-
-    Raises:
-        InputError: a BatchNorm computes more than PyTorch's own, as those of some timm models do.
+    Raises InputError if a BatchNorm computes more than PyTorch's own, as those of some timm models do.
     """
     if distributed.world_size() == 1:
         return

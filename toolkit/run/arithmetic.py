@@ -29,8 +29,7 @@ def speedups(
         functools.partial(F.linear, tokens, weight),
         functools.partial(F.linear, tokens.bfloat16(), weight.bfloat16()),
     )
-    seconds = map(devices.shortest_seconds, ways)
-    in_8_bits, in_float32, in_bf16 = distributed.all_sum(*seconds)
+    in_8_bits, in_float32, in_bf16 = distributed.all_sum(*map(devices.shortest_seconds, ways))
     times = {torch.float32: in_float32 / in_8_bits, torch.bfloat16: in_bf16 / in_8_bits}
     print(
         f"products in 8 bits ({width} to {out}): {times[torch.float32]:.1f} times the speed of fp32, "

@@ -55,8 +55,7 @@ def cross_validate(
     typed = sys.argv[1:] if argv is None else argv
     words = [word for word in typed if word != "--resume"]
     _, count = read_folds(args.folds)
-    files = output_folder.FINE_TUNING_FILES
-    with output_folder.held(args.output_dir, files, args.resume) as begin:
+    with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
         identity = _identity(args)
         if args.resume:
             _check_identity(args.output_dir / IDENTITY, identity)
@@ -102,14 +101,11 @@ def _check_identity(path: Path, now: dict[str, Any]) -> None:
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
         changed = changed_settings(then["config"], now["config"], FREE_TO_CHANGE)
-        for what in ("images", "base"):
-            if then[what] != now[what]:
-                changed.append(f"other {what}")
+        changed += [f"other {what}" for what in ("images", "base") if then[what] != now[what]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--resume: {path.parent.parent} has no parts to go on with; start without it") from None
     if changed:
-        what = ", ".join(changed)
-        raise InputError(f"{path.parent} has parts of another run ({what}); start without --resume")
+        raise InputError(f"{path.parent} has parts of another run ({', '.join(changed)}); start without --resume")
 
 
 def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[str, Any]:
@@ -121,14 +117,12 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     rows = []
     for part, results in enumerate(found, 1):
         rows.append({"part": part} | {name: results[name] for name in columns})
-    mean = {"part": "mean", probe: None, score: None}
-    spread = {"part": "spread", probe: None, score: None}
+    mean = {"part": "mean"}
+    spread = {"part": "spread"}
     for name in (probe, score):
         values = [row[name] for row in rows if row[name] is not None]  # a random head has no probe
-        if values:
-            mean[name] = statistics.mean(values)
-        if len(values) > 1:
-            spread[name] = statistics.stdev(values)
+        mean[name] = statistics.mean(values) if values else None
+        spread[name] = statistics.stdev(values) if len(values) > 1 else None
     rows += [mean, spread]
     write_csv(rows, ("part", *columns), args.output_dir / TABLE)
     print(f"\n{'part':<8}{'images':>8}{'linear probe':>20}{task.score_title:>20}")

@@ -109,13 +109,12 @@ class Loaders:
         loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}
         self.train = self.add_loader(self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, **loading)
         self.watched_images = guard.watched_images(self.images.train)
-        if norms_train:
-            self.watched_images = self.without_small_rest(self.watched_images)
-        self._watched = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
         self._statistics = None
         if norms_train:
+            self.watched_images = self.without_small_rest(self.watched_images)
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
             self._statistics = self.add_loader(some, self.plain_view, seed=self.args.seed, keep_workers=False)
+        self._watched = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""

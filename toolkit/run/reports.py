@@ -66,10 +66,8 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
     """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
     _, of_probe = baseline_keys(task)
-    measured = []
-    for title, name in zip(BASELINES, baseline_keys(task), strict=True):
-        if baseline[name] is not None:
-            measured.append(f"{title} {task.reported(baseline[name])}")
+    scores = [(title, baseline[name]) for title, name in zip(BASELINES, baseline_keys(task), strict=True)]
+    measured = [f"{title} {task.reported(score)}" for title, score in scores if score is not None]
     line = f"before training: {', '.join(measured) or 'nothing to compare with'}"
     if task.kind != "classification":
         line += f" ({task.score_title})"
@@ -192,8 +190,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     sections = report.sections(run.path(report.picture))
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
     page = run.path("report.html")
-    made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
-    shown = [*meaning, *rows, ("made", made)]
+    shown = [*meaning, *rows, ("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
     pictures["named"] = report.named_mistakes(run.splits.val)
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
@@ -210,7 +207,6 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
     if run.history:
         best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
     interval = f"{run.task.score}_interval"
-    others = {name: figure for name, figure in figures.items() if name not in (run.task.score, interval)}
     return {
         "task": run.task.kind,
         score: figures[run.task.score],
@@ -224,7 +220,7 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         f"best_{score}": finite(best[score]),
         f"{of_knn}_before": finite(run.baseline[of_knn]),
         f"{of_probe}_before": finite(run.baseline[of_probe]),
-        **others,
+        **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
     }
 
 

@@ -194,18 +194,15 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
     settings = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            settings |= {f"{name}.{key}": entry for key, entry in value.items()}
-        else:
-            settings[name] = value
+        settings |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return settings
 
 
-def recorded_setting(path: Path | None, section: str, name: str) -> Any:
-    """A setting of the run that wrote this `last.pth`; None if there is no such file, or nothing of it in the file."""
+def recorded_setting(path: Path | None, name: str) -> Any:
+    """A setting of the fine-tuning that wrote this `last.pth`; None if there is no file, or not this setting in it."""
     if path is None or not path.exists():
         return None
-    return value_at(read_checkpoint(path), f"config/{section}/{name}")
+    return value_at(read_checkpoint(path), f"config/finetune/{name}")
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:

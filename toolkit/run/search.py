@@ -120,7 +120,6 @@ def choose_learning_rate(
     rate = choose(trials, lambda score: task.head.variance(score, images))
     begin()
     if distributed.is_main():
-        rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
-        write_csv(rows, columns, folder / "learning_rates.csv")
+        write_csv([dict(zip(columns, trial, strict=True)) for trial in trials], columns, folder / "learning_rates.csv")
     print(f"learning rate {rate:.0e}")
     return rate, None

@@ -70,10 +70,7 @@ def read_figures(steps: list[StepFigures], stop: Any) -> list[tuple[int, list[fl
     The processes exchange the figures, and along with them whether one of them was asked to stop: `StopRequests`.
     """
     images = [step.images for step in steps]
-    sums = []
-    for step in steps:
-        rows = [figures.tolist() for figures in step.sums]
-        sums.append(list(map(sum, zip(*rows, strict=True))))
+    sums = [list(map(sum, zip(*map(Tensor.tolist, step.sums), strict=True))) for step in steps]
     steps.clear()
     if distributed.world_size() > 1:
         *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
