@@ -304,7 +304,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n
 IMAGES = [
     case("a missing folder", "finetune --data-dir absent", "--data-dir absent: no such folder"),
     case("your own images without a checkpoint", "bare-finetune --data-dir images", "--data-dir without --checkpoint",
-         "handwritten digits alone", "moco_v2_800ep_pretrain.pth.tar", "--checkpoint shipped"),
+         "handwritten digits alone", "moco-v2-800ep", "--checkpoint shipped"),
     case("columns of no list", "finetune --label-columns cat,dog", "only a --data-list of classes, labels or numbers"),
     case("a list without a checkpoint", "bare-finetune --data-list l.csv", "--data-list without --checkpoint"),
     case("a data set that was downloaded", "finetune --dataset cifar10", "'cifar10' is none of digits, imagefolder"),
@@ -525,7 +525,7 @@ ADAPTERS = [
     case("a certainty above 1", "deploy_lora predict lora.pth images --output p.tif --abstain 60",
          "--abstain", "expected a number above 0, at most 1, got '60'"),
     case("a table of sure answers", "deploy_lora predict lora.pth images --output p.csv --abstain 0.6",
-         "map.tif, which alone can have --probabilities, --window and --abstain"),
+         "--probabilities, --window and --abstain are for the map of a scene, map.tif"),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
     case("evaluation on images without classes", "deploy_lora evaluate lora.pth mine", "mine: expected a folder of im",
          files={"mine/a.png": PNG}),

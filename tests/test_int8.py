@@ -365,7 +365,7 @@ def test_a_trained_model_answers_in_8_bits(model, autocast, fast_processor):
     kept = {name for name, p in model.named_parameters() if p.dim() > 1 and p.dtype == torch.float32 and p.numel()}
     assert kept == {"class_token", "encoder.pos_embedding", "conv_proj.weight", "heads.head.weight"}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert 1e-4 < relative_error(model(x), dense(x.double())) < 4e-2
+        assert 1e-4 < relative_error(model(x), dense(x.double())) < 5e-2
 
 
 def test_a_layer_without_adapter_adds_no_product_of_width_0(fast_processor):

@@ -217,7 +217,7 @@ def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
     model, _ = load_finetuned(results["folder"] / "lora.pth")
     assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
     again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), "--device", "cpu"])
-    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-2 if "bf16" in flags else 1e-6)
+    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-2 if "bf16" in flags else 1e-4)
 
 
 def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):

@@ -86,7 +86,7 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
     micro = [np.concatenate(part) for part in zip(*pairs, strict=True)]
     assert answers.measured()["micro_ap"] == pytest.approx(metrics.average_precision_score(*micro), abs=1e-12)
-    thresholds = answers.best_thresholds()
+    thresholds = answers.thresholds_for("f1")
     scores = [metrics.f1_score(true, p > t) for (true, p), t in zip(pairs, thresholds.numpy(), strict=True)]
     assert answers.f1(thresholds).tolist() == pytest.approx(scores)
     assert answers.f1(thresholds).mean() >= answers.f1(torch.full((3,), 0.5)).mean()
