@@ -184,7 +184,8 @@ def compare(args: argparse.Namespace) -> list[Any]:
     rows = comparison.summed_up(args.results)
     print(reports.table(comparison.table_of_runs(rows)))
     if args.output is not None:
-        files.write_csv(rows, list(rows[0]), args.output)
+        comparison.write_table_of_runs(rows, args.output)
+        print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
     return rows
 
 
@@ -869,7 +870,8 @@ def check_output(args: argparse.Namespace) -> list[str]:
 def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of a command, and which packages it lacks."""
     if args.command in ("info", "compare"):
-        return []
+        is_table = args.command == "info" or args.output is None or args.output.suffix in (".csv", ".md")
+        return [] if is_table else [f"--output {args.output}: the name must end in .csv or .md"]
     problems = check_output(args)
     if args.command == "convert" and (args.to is None) == (args.source is None):
         problems.append("say which way to convert: --to peft or --from peft")
@@ -910,7 +912,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         if name == "compare":
             what = "results.json of runs, or of evaluate --output: two over the same images, or many"
             command.add_argument("results", type=Path, nargs="+", help=what)
-            command.add_argument("--output", type=Path, help="a table of all, runs.csv")
+            command.add_argument(
+                "--output", type=Path, help="a table of all, runs.csv or runs.md, and a picture beside it"
+            )
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":

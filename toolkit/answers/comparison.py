@@ -17,8 +17,9 @@ from toolkit.answers import measures
 from toolkit.answers.answer_reports import interval_text
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
+from toolkit.answers.report_page import BLUE, ORANGE, drawn, new_figure, save_figure
 from toolkit.answers.tasks import TASKS
-from toolkit.files import write_cells
+from toolkit.files import write_cells, write_csv, write_text
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
 
@@ -247,6 +248,29 @@ def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float 
     with contextlib.suppress(TypeError, statistics.StatisticsError):
         return round(measure(values), 4)
     return ""
+
+
+def write_table_of_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The rows as .csv, or as a table in Markdown, and beside it as a picture, .png."""
+    if path.suffix == ".md":
+        lines = [list(rows[0]), ["---"] * len(rows[0])]
+        lines += [[str(cell).replace("|", "\\|") for cell in row.values()] for row in rows]
+        write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), path)
+    else:
+        write_csv(rows, list(rows[0]), path)
+    known = [row for row in rows if row["score"] != ""]
+    figure = new_figure(9, 1.2 + 0.4 * len(known))
+    axes = figure.subplots()
+    for place, row in enumerate(known):
+        axes.errorbar(row["score"], place, xerr=row["spread"] or None, fmt="o", color=BLUE)
+        if row["probe"] != "":
+            axes.plot(row["probe"], place, "|", color=ORANGE, markersize=14)
+    names = [drawn(printable(row["differs by"] or row["results"], 60)) for row in known]
+    axes.set_yticks(range(len(known)), names)
+    axes.set_title("points: after the run, with the deviation over seeds; orange: its linear probe", fontsize=9)
+    axes.invert_yaxis()  # the best on top
+    axes.grid(alpha=0.3)
+    save_figure(figure, path.with_suffix(".png"))
 
 
 def table_of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -301,18 +301,19 @@ class LabelReport(ColumnReport):
 
     def draw(self, path: Path) -> None:
         """Precision by recall, and the ROC, of the ten labels with the lowest AP."""
+        from sklearn.metrics import precision_recall_curve, roc_curve
+
         figure = new_figure(11, 4.5)
         precisions, rocs = figure.subplots(1, 2)
         columns = list(self.answers.known())
         for i in worst_first(self.by["average_precision"])[:CURVES]:
-            if self.by["positives"][i]:
-                scores, targets, _ = columns[i]
-                ranked = targets[scores.argsort(descending=True)]
-                hits = ranked.cumsum(0)
-                alarms = (1 - ranked).cumsum(0)
-                name = drawn(printable(self.names[i], 24))
-                precisions.plot(hits / hits[-1], hits / (hits + alarms), label=name, drawstyle="steps-post")
-                rocs.plot(alarms / alarms[-1].clamp_min(1), hits / hits[-1], drawstyle="steps-post")
+            scores, targets, _ = columns[i]
+            if targets.any():
+                precision, recall, _ = precision_recall_curve(targets, scores)
+                precisions.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-pre")
+            if targets.any() and not targets.all():
+                alarms, hits, _ = roc_curve(targets, scores)
+                rocs.plot(alarms, hits)
         precisions.set(xlabel="recall", ylabel="precision", title=self.title())
         rocs.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC")
         for axes in (precisions, rocs):
