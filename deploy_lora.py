@@ -64,7 +64,7 @@ from toolkit.images.data import (
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
-from toolkit.images.shards import read_shards, shard_names
+from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
@@ -124,8 +124,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images, where = _labelled_images(args.images, about)
         images = readable(images)
         task = _task_of(about)
-        loader = make_loader(Transformed(images, about["transform"]))
-        result = task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+        result = _evaluated(args, task, model, make_loader, images, about)
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
@@ -148,6 +147,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, images, about) -> Any:
+    """The answers for labelled images, of which each process takes a share."""
+    if len(images) < distributed.world_size():
+        raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
+    loader = make_loader(Transformed(images, about["transform"]))
+    return task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+
+
 def threshold(args: argparse.Namespace) -> Task:
     """Choose the thresholds of an adapter with several labels anew, on labelled images, and write it to --output.
 
@@ -159,12 +166,11 @@ def threshold(args: argparse.Namespace) -> Task:
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
         images, where = _labelled_images(args.images, about)
         images = readable(images)
-        loader = make_loader(Transformed(images, about["transform"]))
-        result = task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+        result = _evaluated(args, task, model, make_loader, images, about)
     task.head.thresholds = result.thresholds_for(args.goal)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
-        content["metadata"]["task"] = task.record()
+        content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
         write_adapter_file(content, args.output)
         report = task.report(result, images.clusters())
         print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed()]))
@@ -225,6 +231,8 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
     """Write a map of each image, or of one. Several processes share the images, or the windows of the one."""
     images = _images(args.images, about["transform"].bands)
     is_file = args.output.suffix in MAP_SUFFIXES
+    if isinstance(images.source, ShardedImages):
+        raise InputError(f"{args.images[0]}: maps are not made of images in archives; unpack them")
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
     window = args.window or about["image_size"]
@@ -246,15 +254,21 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         share = range(1)
     written = []
     broken = []
-    places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
+    if is_file:
+        places = [args.output]
+    else:
+        made_of = _made_of(args, images) | {"--probabilities": args.probabilities, "--abstain": args.abstain}
+        predictions.begin_folder(args.output, made_of, args.resume, replaces=True)
+        places = predictions.places_of_masks(images, args.images, args.output)
     parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
     for i in progress_bar(share, "predict", disable=is_file):
-        if args.resume and (made := predictions.made_map(places[i])):
+        if args.resume and (made := predictions.made_map(places[i], args.output)):
             written.append(made)
             continue
         try:
             with open_scene(images.name(i), about["transform"].bands) as scene:
-                written.append(maps.write(scene, places[i], parts_bar))
+                path = maps.write(scene, places[i], parts_bar)
+                written += [path] if maps.writes else []
         except UnreadableImage as error:
             broken.append(error)
     written = sorted(itertools.chain(*distributed.gather(written)))
@@ -310,44 +324,41 @@ def _write_answers(
     """
     images = _images(args.images, about["transform"].bands)
     batch_size = fixed_order_batch(args.batch_size)
-    parts = None
+    in_parts = not args.output.suffix
     size = len(images)
     done = 0
-    if not args.output.suffix:
-        parts = _parts(args, images, batch_size)
-        size = parts.size
-        done = parts.done
+    if in_parts:
+        size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
+        made_of = _made_of(args, images) | {"--batch-size or number of processes": size}
+        done = predictions.begin_folder(args.output, made_of, args.resume, replaces=False)
+    suffix = SUFFIXES[args.command][0]
+    paths = [args.output / f"part-{number:05d}{suffix}" for number in range(math.ceil(len(images) / size))]
     zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
     rest = TolerantImages(images.subset(range(done * size, len(images))), about["transform"], zeros)
     batches = iter(progress_bar(make_loader(rest), args.command))
     written = None
     answered = 0
-    for number in range(done, math.ceil(len(images) / size)):
+    for number in range(done, len(paths)):
         part = images.subset(range(number * size, min((number + 1) * size, len(images))))
         of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
         outputs, problems = _answers(args, model, of_part, zeros)
-        kept = without_problem(problems)
+        kept = without_problem(problems, may_be_none=in_parts)
         answered += len(kept)
         if distributed.is_main():
-            path = args.output if parts is None else parts.path(number)
-            written = write(outputs[kept], part.subset(kept), path)
-            if parts is not None:
-                parts.note(number)
-    if parts is not None:
-        written = list(map(parts.path, range(math.ceil(len(images) / size))))
-    print(f"wrote {args.output}: {answered} images")
-    return written
+            written = write(outputs[kept], part.subset(kept), paths[number] if in_parts else args.output)
+        if in_parts:
+            predictions.note_done(args.output, made_of, number + 1)
+    print(f"wrote {args.output}: {answered} images" + f"; {done} parts were there" * (done > 0))
+    return paths if in_parts else written
 
 
-def _parts(args: argparse.Namespace, images: LabelledImages, batch_size: int) -> predictions.Parts:
-    """The parts that --output is to have. Batches end where they do: an interrupted command sees the same ones."""
-    made_of = {
+def _made_of(args: argparse.Namespace, images: LabelledImages) -> dict[str, Any]:
+    """What the answers in a folder depend on, for its manifest."""
+    return {
         "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
-        "images": images.digest,
+        "images": [str(images.source.folder), images.digest],
         "--arithmetic": args.arithmetic,
     }
-    size = max(1, PART_IMAGES // batch_size) * batch_size
-    return predictions.Parts(args.output, SUFFIXES[args.command][0], size, made_of, args.resume)
 
 
 @torch.no_grad()
@@ -417,7 +428,7 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
         if os.path.isdir(path):
             found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
         elif path.suffix.lower() in LIST_SUFFIXES:
-            found = [os.path.join(path.parent, name) for name in lists.read_paths(path, path.parent)]
+            found = [str(path.parent / name) for name in lists.read_paths(path, path.parent)]
         if not found:
             raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
         folders.report_others(path, others)
@@ -930,8 +941,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             what = "int8: multiply in 8 bits; for a large ViT on a CPU"
             command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=what)
     what = "folder with a folder of images per class, or with images/ and masks/; or a list"
-    for name in ("evaluate", "threshold"):
-        parsers[name].add_argument("images", type=Path, nargs="?", help=what)
+    parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
+    what = "a list of images and their labels, which neither trained the adapter nor are to judge it"
+    parsers["threshold"].add_argument("images", type=Path, help=what)
     what = "f1, or sensitivity=0.95 or specificity=0.9 of each label"
     parsers["threshold"].add_argument("--goal", type=threshold_goal, default="f1", help=what)
     for name in ("predict", "embed"):

@@ -51,6 +51,7 @@ from toolkit.models.backbones import head_names, headless, in_head, name_head, r
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
+from toolkit.models.published import is_published
 from toolkit.run import arithmetic as stopwatch
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.folds import cross_validate
@@ -741,7 +742,8 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[FineTuneOptions, di
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
 
     def default_config(typed: dict[str, Any]) -> Path | None:  # its values suit the shipped backbone alone
-        is_shipped = checkpoint_path(typed.get("checkpoint", "shipped")).resolve() == DEFAULT_CHECKPOINT.resolve()
+        text = typed.get("checkpoint", "shipped")
+        is_shipped = not is_published(text) and checkpoint_path(text).resolve() == DEFAULT_CHECKPOINT.resolve()
         return DEFAULT_CONFIG if is_shipped else None
 
     def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:

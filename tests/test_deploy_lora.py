@@ -195,15 +195,15 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     else:
         assert_close(torch.from_numpy(np.concatenate(list(map(np.load, paths)))), single, FP32)
 
-    real_note = predictions.Parts.note
+    real_note = predictions.note_done
 
-    def note_and_stop(parts: predictions.Parts, number: int) -> None:
-        real_note(parts, number)
-        if number == 1:
+    def note_and_stop(folder: Path, about: dict, done: int) -> None:
+        real_note(folder, about, done)
+        if done == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(predictions.Parts, "note", note_and_stop)
+        patch.setattr(predictions, "note_done", note_and_stop)
         write("stopped")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob("part-*")}
     write("stopped", "--resume")
@@ -213,8 +213,23 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
 
     with pytest.raises(InputError, match="whole has parts already: go on with --resume, or name another folder"):
         write("whole")
-    with pytest.raises(InputError, match="whole: its parts were made with other images; name another folder"):
+    with pytest.raises(InputError, match="whole: its answers were made with other images; name another folder"):
         write("whole", "--resume", part="train")
+    (tmp_path / "whole" / "parts.json").write_text("{}")
+    with pytest.raises(InputError, match=r"parts\.json is damaged: name another folder"):
+        write("whole", "--resume")
+
+
+def test_a_part_may_have_no_image_that_can_be_read(adapter_for_images, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deploy_lora, "PART_IMAGES", 2)
+    shutil.copytree(images / "val" / CLASSES[0], tmp_path / "mine")
+    (tmp_path / "mine" / "z.jpg").write_bytes(b"no image")  # 5 others
+    (tmp_path / "mine" / "y.jpg").write_bytes(b"no image")
+    paths = run(
+        "predict --device cpu --batch-size 2", adapter_for_images, tmp_path / "mine", "--output", tmp_path / "p"
+    )
+    assert [len(rows_of(path)) for path in paths] == [2, 2, 1, 0]
+    assert "wrote" in capsys.readouterr().out
 
 
 def test_lists_and_archives_are_answered_as_folders_are(adapter_for_images, images, tmp_path):

@@ -118,13 +118,14 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
     before, after = (read_adapter_file(path) for path in (folder / "lora.pth", tmp_path / "lora90.pth"))
     thresholds = after["metadata"]["task"].pop("thresholds")
     assert thresholds != before["metadata"]["task"].pop("thresholds")
+    assert after["metadata"].pop("thresholds chosen") == f"for sensitivity=0.9, in {lists / 'multilabel_val.csv'}"
     assert after["metadata"] == before["metadata"] and after["base_hash"] == before["base_hash"]
     assert all(torch.equal(tensor, before["tensors"][name]) for name, tensor in after["tensors"].items())
     labels = deploy_lora.main(["evaluate", str(tmp_path / "lora90.pth")])["labels"]
     assert [label["threshold"] for label in labels.values()] == pytest.approx(thresholds)
     assert all(label["sensitivity"] >= 0.9 for label in labels.values())
     with pytest.raises(InputError, match="has no thresholds: only adapters with several labels have them"):
-        deploy_lora.main(["threshold", str(once / "lora.pth"), "--output", str(tmp_path / "other.pth")])
+        deploy_lora.main(["threshold", str(once / "lora.pth"), "list.csv", "--output", str(tmp_path / "other.pth")])
 
 
 def test_a_run_chooses_its_thresholds_by_what_it_is_told(base, lists, tmp_path):
@@ -217,7 +218,8 @@ def test_a_number_called_x_is_not_the_places_x(trained, lists, tmp_path, monkeyp
 
     adapter = changed_adapter(folder, tmp_path / "x.pth", call_x)
     place = {"x": 500_000, "y": 4_000_000, "epsg": 32632}
-    monkeypatch.setattr(maps, "centres", lambda paths: [place for _ in paths])
+    monkeypatch.setattr(maps, "have_places", lambda paths: True)
+    monkeypatch.setattr(maps, "centre", lambda path: place)
     table = deploy_lora.main(["predict", adapter, str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")])
     assert float(table[0]["x"]) < 1000 and table[0]["image_x"] == 500_000
     assert list(rows_of(tmp_path / "p.csv")[0]) == ["path", "x", "left light", "image_x", "image_y", "image_epsg"]

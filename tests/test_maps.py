@@ -135,7 +135,23 @@ def test_images_that_cannot_be_read_are_left_out(of_pairs, pairs, tmp_path, caps
     (tmp_path / "images/1.png").write_bytes((pairs / "val/images/0.png").read_bytes()[:200])
     assert deploy("predict", of_pairs, tmp_path / "images", "--output", tmp_path / "maps") == [tmp_path / "maps/0.png"]
     assert f"left out: {tmp_path}/images/1.png: not a readable image" in capsys.readouterr().out
-    assert os.listdir(tmp_path / "maps") == ["0.png"]
+    assert sorted(os.listdir(tmp_path / "maps")) == ["0.png", "parts.json"]
+
+
+def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path):
+    """What was there before the folder was begun is written anew; what was made since stays."""
+    argv = "predict", of_pairs, pairs / "val" / "images", "--output", tmp_path / "maps"
+    paths = deploy(*argv)
+    contents = {path: path.read_bytes() for path in paths}
+    os.utime(paths[0], (0, 0))  # as of an earlier command
+    paths[0].write_bytes(b"torn")
+    os.utime(paths[0], (0, 0))
+    times = {path: path.stat().st_mtime_ns for path in paths[1:]}
+    assert sorted(deploy(*argv, "--resume")) == sorted(paths)
+    assert {path: path.read_bytes() for path in paths} == contents
+    assert {path: path.stat().st_mtime_ns for path in paths[1:]} == times
+    with pytest.raises(InputError, match="its answers were made with other --probabilities; name another folder"):
+        deploy(*argv, "--resume", "--probabilities")
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,15 @@ def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     assert measures.f1(scores > threshold, positive, times[None]).item() == pytest.approx(weighted)
 
 
+def test_thresholds_of_saturated_scores_are_below_them():
+    """Between 1 and its neighbour in float32 there is no middle."""
+    scores = torch.tensor([1.0] * 19 + [0.2] + [0.99999994] * 5)
+    positive = torch.tensor([1.0] * 20 + [0.0] * 5)
+    threshold = torch.tensor(measures.threshold_for(scores, positive, "sensitivity=0.95"))
+    assert ((scores > threshold) == (scores == 1)).all()
+    assert ((scores > torch.tensor(measures.best_threshold(scores, positive))) == (scores == 1)).all()
+
+
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.95])
 @pytest.mark.parametrize("seed", range(3))
 def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
@@ -121,6 +130,7 @@ def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
         best = max(figures(t)[other] for t in others if figures(t)[kind] >= share - 1e-6)
         assert found[other] == pytest.approx(best)
     assert measures.threshold_for(scores, positive, "f1") == measures.best_threshold(scores, positive)
+    assert 0 <= measures.threshold_for(scores, positive, "sensitivity=1e-12") <= 1
     assert measures.threshold_for(scores, torch.zeros_like(positive), f"sensitivity={share}") == 0.5
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import types
+from argparse import ArgumentTypeError
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -45,7 +46,7 @@ def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, images,
     assert "downloading" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["another file", "nothing there"])
+@pytest.mark.parametrize("fault", ["another file", "nothing there", "torn"])
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, fault):
     monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", "0123abcd"))
     message = (
@@ -53,9 +54,19 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, mon
     )
     if fault == "another file":
         (tmp_path / "web" / "base.pth").write_bytes(b"other")
-        message = f"{server}/base.pth is not the file that its publisher describes, 0123abcd...: try again later"
-    with pytest.raises(InputError, match=re.escape(message)):
+        message = f"{server}/base.pth did not arrive as it is published (0123abcd): try again later"
+    if fault == "torn":  # of a file whose digest is not known
+        monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
+        (tmp_path / "web" / "base.pth").write_bytes(b"other")
+        real = torch.hub.download_url_to_file
+        monkeypatch.setattr(
+            torch.hub, "download_url_to_file", lambda url, path: (real(url, path), open(path, "w").close())
+        )
+        message = f"{server}/base.pth did not arrive as it is published (5): try again later"
+    with pytest.raises(ArgumentTypeError, match=re.escape(message)):
         checkpoint_path("moco-v9")
+    with pytest.raises(InputError, match=re.escape(message)):
+        finetune_lora.read_options(["--checkpoint", "moco-v9"])
     assert not list((tmp_path / "hub").rglob("*.p*"))
 
 
@@ -63,17 +74,17 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
     hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert checkpoint_path("hf:owner/name/folder/a.pth") == tmp_path / "owner/name/folder/a.pth"
-    with pytest.raises(InputError, match="hf: is to be followed by owner/name/file"):
+    with pytest.raises(ArgumentTypeError, match="hf: is to be followed by owner/name/file"):
         checkpoint_path("hf:owner/name")
 
     def refuse(*_):
         raise OSError("404: no such repository\nand much more")
 
     hub.hf_hub_download = refuse
-    with pytest.raises(InputError, match=r"hf:owner/name/a\.pth cannot be downloaded: 404: no such repository$"):
+    with pytest.raises(ArgumentTypeError, match=r"hf:owner/name/a\.pth cannot be downloaded: 404: no such repository$"):
         checkpoint_path("hf:owner/name/a.pth")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="hf:owner/name needs huggingface_hub: pip install huggingface_hub"):
+    with pytest.raises(ArgumentTypeError, match="hf:owner/name needs huggingface_hub: pip install huggingface_hub"):
         checkpoint_path("hf:owner/name/a.pth")
 
 

@@ -146,7 +146,7 @@ def best_threshold(scores: Tensor, positive: Tensor) -> float:
     hits = positive[order].double().cumsum(0)[ends]
     best = int((hits / (ends + 1 + positive.sum())).argmax())  # half of F1
     ranked = F.pad(scores[order][ends].double(), (0, 1))
-    return ((ranked[best] + ranked[best + 1]) / 2).item()
+    return _halfway(ranked[best + 1], ranked[best])
 
 
 def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
@@ -161,14 +161,20 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     of_interest = scores[positive.bool() if kind == "sensitivity" else ~positive.bool()].double().sort().values
     if not len(of_interest):
         return 0.5
-    needed = math.ceil(float(share) * len(of_interest) - 1e-9)  # so many, of 0.95 x 20 as well
+    needed = max(1, math.ceil(float(share) * len(of_interest) - 1e-9))  # 19, of 0.95 x 20 too
     ranked = F.pad(scores.double().unique(), (1, 1), value=0.0)
     ranked[-1] = 1.0
     if kind == "sensitivity":  # halfway to the next lower score
         place = torch.searchsorted(ranked[1:-1], of_interest[len(of_interest) - needed])
     else:  # halfway to the next higher one
         place = torch.searchsorted(ranked[1:-1], of_interest[needed - 1]) + 1
-    return ((ranked[place] + ranked[place + 1]) / 2).item()
+    return _halfway(ranked[place], ranked[place + 1])
+
+
+def _halfway(low: Tensor, high: Tensor) -> float:
+    """The middle in float32, as thresholds are kept; where it would be the higher score itself, the lower one."""
+    middle = ((low + high) / 2).float()
+    return (middle if middle < high.float() else low).item()
 
 
 def _ends_of_runs(ranked: Tensor) -> Tensor:
@@ -303,11 +309,14 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     below = middle - low
     above = high - middle
     factor = math.exp(min(half / below + half / above, 500.0))  # of the odds below / above
-    place = 1 / (1 + above / below)  # of the middle between the bounds, 0 to 1; 0 or 1 where one is infinite
 
     def end(times: float) -> float:
-        shrunk = 1 - place + times * place
-        return low + below * times / shrunk if math.isinf(high) else high - above / shrunk
+        if math.isinf(above):
+            return low + below * times
+        if math.isinf(below):
+            return high - above / times
+        odds = below / above * times
+        return low + (high - low) * odds / (1 + odds)
 
     return end(1 / factor), end(factor)
 

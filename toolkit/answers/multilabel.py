@@ -267,7 +267,7 @@ class LabelReport(ColumnReport):
 
     def rows(self) -> list[tuple[str, str]]:
         *rows, (title, text) = super().rows()
-        rows.append((title, f"{text}, at thresholds chosen on training images"))
+        rows.append((title, f"{text}, at the stored thresholds"))
         precisions = zip(self.names, self.by["average_precision"], strict=True)
         missing = [name for name, value in precisions if math.isnan(value)]
         if missing:
@@ -310,7 +310,7 @@ class LabelReport(ColumnReport):
             scores, targets, _ = columns[i]
             if targets.any():
                 precision, recall, _ = precision_recall_curve(targets, scores)
-                precisions.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-pre")
+                precisions.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
             if targets.any() and not targets.all():
                 alarms, hits, _ = roc_curve(targets, scores)
                 rocs.plot(alarms, hits)

@@ -26,46 +26,37 @@ from toolkit.models.dense import answers_by_rows, window_starts
 MANIFEST = "parts.json"
 
 
-class Parts:
-    """Answers for many images in a folder: files part-00000.csv and so on, of `size` images each but for the last.
-
-    Each is whole or not there. `parts.json` says what they were made of and how many are done, for a command that goes
-    on where another was stopped.
+def begin_folder(folder: Path, about: dict[str, Any], resume: bool, replaces: bool) -> int:
+    """Make a folder of answers that depend on all this, and return how many of its files are done, by its manifest.
 
     Args:
-        folder: is made.
-        suffix: of the files.
-        size: images of a file.
-        about: what the answers depend on.
-        resume: go on with parts that are there.
-
-    Raises:
-        InputError: there are parts, and `resume` is not given; or they were made of something else.
+        resume: go on with what is there; raises InputError if that is of other answers, or the manifest is damaged.
+        replaces: without `resume` what is there is written anew, for which else InputError is raised.
     """
-
-    def __init__(self, folder: Path, suffix: str, size: int, about: dict[str, Any], resume: bool):
-        self.folder = folder
-        self.suffix = suffix
-        self.size = size
-        self.about = about | {"suffix": suffix, "images of a file": size}
-        manifest = folder / MANIFEST
-        # The first process reads, before any of them can have written.
-        found, *_ = distributed.gather(json.loads(manifest.read_text()) if manifest.exists() else None)
-        if found is not None and not resume:
-            raise InputError(f"{folder} has parts already: go on with --resume, or name another folder")
-        differing = [name for name, value in self.about.items() if found and found["about"].get(name) != value]
+    manifest = folder / MANIFEST
+    # The first process looks, before any of them can have written.
+    text, *_ = distributed.gather(manifest.read_text() if manifest.exists() else "")
+    if text and not resume and not replaces:
+        raise InputError(f"{folder} has parts already: go on with --resume, or name another folder")
+    if text and resume:
+        try:
+            found = json.loads(text)
+            differing = [name for name, value in about.items() if found["about"].get(name) != value]
+            done = int(found["done"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{manifest} is damaged: name another folder") from None
         if differing:
-            raise InputError(f"{folder}: its parts were made with other {listed(differing)}; name another folder")
-        self.done = found["done"] if found else 0  # how many files
-        folder.mkdir(parents=True, exist_ok=True)
+            raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    note_done(folder, about, 0)
+    return 0
 
-    def path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}{self.suffix}"
 
-    def note(self, number: int) -> None:
-        """Note that this file is written, and all before it."""
-        self.done = number + 1
-        write_text(json.dumps({"about": self.about, "done": self.done}, indent=2), self.folder / MANIFEST)
+def note_done(folder: Path, about: dict[str, Any], done: int) -> None:
+    """Note what a folder's answers depend on and how many of its files are written: the first ones."""
+    if distributed.is_main():
+        write_text(json.dumps({"about": about, "done": done}, indent=2), folder / MANIFEST)
 
 
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
@@ -74,10 +65,10 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
     names = [images.name(i) for i in range(len(images))]
     columns.insert(0, "image_path" if "path" in columns else "path")
     rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
-    if places := maps.centres(names):
+    if maps.have_places(map(images.source.path, range(len(images.source)))):  # all of them: parts have the same columns
         prefix = "" if set(columns).isdisjoint(maps.COLUMNS) else "image_"
-        for row, place in zip(rows, places, strict=True):
-            row.update({prefix + name: value for name, value in place.items()})
+        for row, name in zip(rows, names, strict=True):
+            row.update({prefix + key: value for key, value in maps.centre(name).items()})
         columns += [prefix + name for name in maps.COLUMNS]
     write_csv(rows, columns, path)
     return rows
@@ -106,10 +97,14 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path)
     return places
 
 
-def made_map(place: Path) -> Path | None:
-    """The map of `Maps.write` that lies at one of `places_of_masks`, if there is one."""
-    possible = (place.with_name(f"{place.name}{suffix}") for suffix in (".tif", ".png", ".npy"))
-    return next(filter(Path.exists, possible), None)
+def made_map(place: Path, folder: Path) -> Path | None:
+    """The map of `Maps.write` at one of `places_of_masks`, if it was made since the folder was begun."""
+    begun = (folder / MANIFEST).stat().st_mtime
+    for suffix in (".tif", ".png", ".npy"):
+        path = place.with_name(f"{place.name}{suffix}")
+        if path.exists() and path.stat().st_mtime >= begun:
+            return path
+    return None
 
 
 @dataclass

@@ -98,18 +98,17 @@ def centre(path: str | os.PathLike) -> dict[str, Any]:
     return {"x": x, "y": y, "epsg": "" if code == _UNNAMED else code}
 
 
-def centres(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """The `centre` of each file, or empty columns; an empty list if no file has tags, or tifffile is missing."""
-    paths = list(paths)
-    if not any(path.lower().endswith((".tif", ".tiff")) for path in paths):
-        return []
+def have_places(paths: Iterable[str]) -> bool:
+    """Does the first TIFF among these files say where it is? Then a table of them has COLUMNS."""
+    first = next((path for path in paths if path.lower().endswith((".tif", ".tiff"))), None)
+    if first is None:
+        return False
     try:
         import_tifffile()
     except ImportError:
         print("the geotags of TIFFs are not read: pip install tifffile")
-        return []
-    found = list(map(centre, paths))
-    return [dict.fromkeys(COLUMNS, "") | place for place in found] if any(found) else []
+        return False
+    return bool(centre(first))
 
 
 def no_class(classes: int) -> np.integer:

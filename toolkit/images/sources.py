@@ -401,13 +401,13 @@ def readable(images: LabelledImages) -> LabelledImages:
     return images.subset(without_problem(look_at_each(problem, len(images), "image")))
 
 
-def without_problem(problems: Sequence[str]) -> list[int]:
+def without_problem(problems: Sequence[str], may_be_none: bool = False) -> list[int]:
     """The positions of the images that can be read, of which the problem is ""; says which others are left out.
 
-    Raises InputError if none is left.
+    Raises InputError if none is left, unless there may be none.
     """
     broken = list(filter(None, problems))
-    if broken and len(broken) == len(problems):
+    if broken and len(broken) == len(problems) and not may_be_none:
         raise InputError(f"none of the {len(problems)} images can be read, such as {broken[0]}")
     if broken:
         print("\n  ".join([f"{len(broken)} of {len(problems)} images cannot be read and are left out:", *broken]))

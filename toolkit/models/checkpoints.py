@@ -5,6 +5,7 @@
 model of timm is loaded under timm's own names.
 """
 
+import argparse
 import difflib
 import functools
 import hashlib
@@ -180,9 +181,15 @@ _NO_ARCH = "random weights have no architecture of their own"
 
 
 def checkpoint_path(text: str) -> Path:
-    """The file that `--checkpoint` names: 'shipped', a published one, which is fetched, or a path."""
+    """The file that `--checkpoint` names: 'shipped', a published one, which is fetched, or a path.
+
+    Raises ArgumentTypeError, as a converter of argparse, for a file that cannot be fetched.
+    """
     if is_published(text):
-        return fetch(text)
+        try:
+            return fetch(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return SHIPPED if text == "shipped" else Path(text)
 
 

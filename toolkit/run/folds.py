@@ -69,7 +69,7 @@ def cross_validate(
             own = args.output_dir / FOLDER / str(number)
             if (own / "results.json").exists():
                 print(f"part {number} of {count}: finished in {own}")
-                found.append(json.loads((own / "results.json").read_text(encoding="utf-8")))
+                found.append(_results(own / "results.json"))
                 continue
             print(f"\npart {number} of {count}")
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
@@ -81,6 +81,13 @@ def cross_validate(
                 print(stopped)
                 found.append(stopped.results)
         return _summed_up(found, args) if distributed.is_main() else {}
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path} is damaged: delete it, and --resume finishes that part again") from None
 
 
 def _identity(args: FineTuneOptions) -> dict[str, Any]:

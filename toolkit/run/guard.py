@@ -124,7 +124,8 @@ class Guard:
         """What is to become of an epoch.
 
         Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
-        So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs.
+        So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs: with
+        masks whatever the loss.
 
         Args:
             trained: the answers for the watched images with all of the trained change.
