@@ -53,14 +53,7 @@ from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
-from toolkit.images.data import (
-    UNLABELLED,
-    LabelledImages,
-    TolerantImages,
-    Transformed,
-    build_loader,
-    fixed_order_batch,
-)
+from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
@@ -240,21 +233,18 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         window = model.window
 
     def answer(windows: Tensor) -> Tensor:
-        return torch.cat([_outputs(args, model, some).cpu() for some in windows.split(args.batch_size)])
-
-    def answer_share(windows: Tensor) -> Tensor:
+        if not is_file:
+            return torch.cat([_outputs(args, model, some).cpu() for some in windows.split(args.batch_size)])
         share = windows[distributed.rank() :: distributed.world_size()].split(args.batch_size)
         return _answers(args, model, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
 
     maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
     share = range(distributed.rank(), len(images), distributed.world_size())
-    if is_file:
-        maps.answer = answer_share
-        maps.writes = distributed.is_main()
-        share = range(1)
     written = []
     broken = []
     if is_file:
+        maps.writes = distributed.is_main()
+        share = range(1)
         places = [args.output]
     else:
         made_of = _made_of(args, images) | {"--probabilities": args.probabilities, "--abstain": args.abstain}

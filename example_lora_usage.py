@@ -45,11 +45,6 @@ def example_1_setup() -> nn.Module:
         counts = count_parameters(model)
         share = counts["trainable"] / counts["total"]
         print(f"  r={rank:<2}  {counts['trainable']:>7,} of {counts['total']:,} parameters train ({share:.1%})")
-
-    # Only the attention, and with a rank-stabilised scaling:
-    add_lora_to_model(model, r=8, target_modules=["self_attention"], use_rslora=True)
-    info = LoRAManager(model).get_lora_info()
-    print(f"  attention only: {info['num_layers']} adapted layers, {info['lora_parameters']:,} parameters")
     return model
 
 

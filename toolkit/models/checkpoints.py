@@ -36,11 +36,6 @@ from toolkit.models import backbones
 from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
 from toolkit.models.published import PUBLISHED, fetch, is_published
 
-OFFICIAL_CHECKPOINTS = (
-    "for photographs give --checkpoint moco-v2-800ep, or moco-v3-resnet50, moco-v3-vit-small, moco-v3-vit-base, which "
-    "MoCo's authors publish"
-)
-
 
 def load_backbone(
     path: str | os.PathLike,

@@ -331,7 +331,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> l
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
         problems.append(
             f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
-            f"alone; {checkpoints.OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
+            "alone; for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
         )
     complete_adapters(args)
     if args.task == "segmentation" and origins["class_weights"] == "default":
