@@ -5,7 +5,7 @@
     python -m benchmarks.growth --device cuda --precision bf16 --batches 16 32 64 128 --fits-into 24
     python -m benchmarks.growth --answers 10000x20 100000x20 10000x1000    # what a run ends with: its reports, minutes
     python -m benchmarks.growth --pairs 1000 10000 100000       # images and masks: listed, and all masks checked
-    python -m benchmarks.growth --scenes 2000 5000 10000        # a map of a scene of so many pixels a side, minutes
+    python -m benchmarks.growth --scenes 2000 5000 20000        # a map of a scene, so many pixels wide and 500 high
     python -m benchmarks.growth --predict 10000 100000 1000000  # answers for so many small images, in parts, an hour
 
 One thing varies at a time, from a ViT-B/16 with the second of --batches and the second of --ranks: 8 and 8. Each point
@@ -223,10 +223,10 @@ def list_pairs(count: int, folder: Path) -> float:
 
 
 def map_scene(side: int, folder: Path) -> float:
-    """The seconds to write the map of a scene of three bands, as many pixels wide as high, in windows of 224 pixels."""
+    """The seconds to write the map of a scene of three bands, 500 pixels high, in windows of 224 pixels."""
     adapter = small_adapter(folder, per_pixel=True)
-    levels = tifffile.memmap(folder / "scene.tif", shape=(side, side, 3), dtype=np.uint8, photometric="rgb")
-    levels[:] = np.arange(side, dtype=np.uint8)[:, None]
+    levels = tifffile.memmap(folder / "scene.tif", shape=(500, side, 3), dtype=np.uint8, photometric="rgb")
+    levels[:] = np.arange(side)[:, None] % 250
     levels.flush()
     started = time.perf_counter()
     deploy_lora.main(["predict", str(adapter), str(folder / "scene.tif"), "--output", str(folder / "map.tif")])
@@ -263,7 +263,7 @@ def small_adapter(folder: Path, per_pixel: bool) -> Path:
 NAMES = ("water", "wood", "field")
 OF_DATA = {
     list_pairs: ("pairs", "images with masks"),
-    map_scene: ("scenes", "pixels along each side of a scene"),
+    map_scene: ("scenes", "pixels along the width of a scene"),
     predict_images: ("predict", "images to answer for"),
 }
 

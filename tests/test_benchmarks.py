@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import compare_peers, domain, growth, loading, model_zoo, quality, roofline, time_to_accuracy
+from benchmarks import (
+    answering,
+    compare_peers,
+    digit_scenes,
+    domain,
+    growth,
+    loading,
+    model_zoo,
+    quality,
+    roofline,
+    time_to_accuracy,
+)
 from lora_utils import read_adapter_file
 from toolkit.run import optim
 
@@ -52,6 +64,29 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     assert result["fits"] == {"full": 70, "lora": 70}
     assert "| LoRA here | 1 s, 1,400 MB | 1 s, 1,800 MB |" in capsys.readouterr().out
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_how_pairs_scenes_and_answers_grow(tmp_path, monkeypatch):
+    for what, size in ((growth.list_pairs, 6), (growth.map_scene, 300), (growth.predict_images, 5)):
+        folder = tmp_path / what.__name__
+        folder.mkdir()
+        assert what(size, folder) > 0
+    assert len(list((tmp_path / "predict_images" / "answers").iterdir())) == 2  # a part and its manifest
+
+
+def test_answering_is_measured_beside_its_parts(images, capsys):
+    argv = f"--data-dir {images}/val --arch resnet18 --images 2 --batch-size 2 --workers 0 --rounds 1"
+    rates = answering.main(argv.split())
+    assert set(rates["resnet18"]) == {"decoding alone", "network alone", "predict", "plain loop"}
+    assert "| resnet18 |" in capsys.readouterr().out
+
+
+def test_scenes_of_digits_are_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(digit_scenes, "SCENES", {"train": 2, "val": 1})
+    digit_scenes.main([str(tmp_path)])
+    image, mask = (Image.open(tmp_path / "train" / kind / "001.png") for kind in ("images", "masks"))
+    assert image.size == mask.size == (96, 96) and image.mode == mask.mode == "L"
+    assert 2 <= len(set(mask.getdata())) <= 7
 
 
 def test_each_loader_makes_the_same_views_of_each_file(tmp_path, monkeypatch, capsys):

@@ -252,7 +252,9 @@ def write_preparation(folder: Path, monkeypatch) -> None:
 def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, monkeypatch, capsys):
     """The section from top to bottom: a ResNet-50, the newcomer's images, and plain torchvision in the end."""
     monkeypatch.chdir(tmp_path)
-    save_moco_v2("resnet50", 2048, tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    save_moco_v2("resnet50", 2048, tmp_path / "hub" / "checkpoints")
     for name in ("my_images", "image.png"):
         (tmp_path / name).symlink_to(newcomer / name)
     tune, merge = (shlex.split(command)[2:] for command in commands(TO_A_SERVER))

@@ -1,0 +1,135 @@
+"""Measure how many images a second `deploy_lora.py predict` answers for, beside its parts and a plain loop.
+
+    python -m benchmarks.answering --data-dir photos --arch resnet50 vit_b_16 --images 300
+    python -m benchmarks.answering --data-dir photos --arch resnet50 --arithmetic int8
+
+Of the same files, in interleaved rounds: reading and decoding alone; the adapted network alone, on batches in memory;
+both, by `predict`, which overlap; and what one would write without the toolkit: torchvision's plain network in a loop
+over `ImageFolder` and `DataLoader`, with as many loading processes. The first round warms up. Weights are random.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+import deploy_lora
+from finetune_lora import add_lora_to_model, load_finetuned
+from lora_utils import LoRAManager
+from toolkit.config import positive_int
+from toolkit.devices import ARITHMETICS
+from toolkit.images.data import Transformed, build_loader
+from toolkit.images.folders import image_names
+from toolkit.images.transforms import eval_transform
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import load_backbone
+from toolkit.run.runs import run_script
+
+SIZE = 224
+PLAIN = v2.Compose(
+    [
+        v2.Resize(256),
+        v2.CenterCrop(SIZE),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
+
+
+class Files(Dataset):
+    """The images of some files as a plain loop would read them."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return PLAIN(torchvision.datasets.folder.default_loader(self.paths[i]))
+
+
+def ways_of(arch: str, paths: list[str], folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """What is timed, by name: each goes over all images once."""
+    torch.save(build_backbone(arch, 2).state_dict(), folder / f"{arch}.pth")
+    model, _ = load_backbone(folder / f"{arch}.pth", 10)
+    add_lora_to_model(model, r=8)
+    adapter = folder / f"{arch}_lora.pth"
+    about = {"arch": arch, "class_names": list("0123456789"), "image_size": SIZE}
+    LoRAManager(model).save_lora_checkpoint(adapter, about | {"checkpoint": str(folder / f"{arch}.pth")})
+    adapted, _ = load_finetuned(adapter)
+    plain = getattr(torchvision.models, arch)().eval()
+    images = deploy_lora._images([Path(path) for path in paths], None)
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
+    loader = build_loader(Transformed(images, eval_transform(SIZE)), **loading)
+    batches = [torch.randn(n, 3, SIZE, SIZE) for n in map(len, torch.arange(len(paths)).split(args.batch_size))]
+    argv = f"--output {folder}/answers.csv --batch-size {args.batch_size} --workers {args.workers} --device cpu"
+
+    def decode() -> None:
+        for _ in loader:
+            pass
+
+    @torch.inference_mode()
+    def compute() -> None:
+        for batch in batches:
+            adapted(batch)
+
+    def predict() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            deploy_lora.main(["predict", str(adapter), *paths, *argv.split(), "--arithmetic", args.arithmetic])
+
+    @torch.inference_mode()
+    def plain_loop() -> None:
+        for batch in DataLoader(Files(paths), args.batch_size, num_workers=args.workers):
+            plain(batch)
+
+    return {"decoding alone": decode, "network alone": compute, "predict": predict, "plain loop": plain_loop}
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Print images a second of each way, the medians of the rounds, and return them by architecture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--arch", nargs="+", default=["resnet50", "vit_b_16"])
+    parser.add_argument("--images", type=positive_int, default=300)
+    parser.add_argument("--batch-size", type=positive_int, default=32)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--arithmetic", choices=ARITHMETICS, default="float")
+    args = parser.parse_args(argv)
+    paths = [f"{args.data_dir}/{name}" for name in image_names(args.data_dir)[: args.images]]
+    result = {}
+    print("| network | decoding alone | network alone | predict | of the slower of the two | plain loop |")
+    print("|---|---|---|---|---|---|")
+    for arch in args.arch:
+        with tempfile.TemporaryDirectory() as folder:
+            ways = ways_of(arch, paths, Path(folder), args)
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(args.rounds + 1):
+                for name, run in ways.items():
+                    started = time.perf_counter()
+                    run()
+                    seconds[name].append(time.perf_counter() - started)
+        rates = {name: len(paths) / statistics.median(found[1:]) for name, found in seconds.items()}
+        slower = min(rates["decoding alone"], rates["network alone"])
+        shown = [f"{rates['decoding alone']:.0f}", f"{rates['network alone']:.1f}", f"{rates['predict']:.1f}"]
+        print(
+            f"| {arch} | {' | '.join(shown)} | {rates['predict'] / slower:.2f} | {rates['plain loop']:.1f} |",
+            flush=True,
+        )
+        result[arch] = rates
+    return result
+
+
+if __name__ == "__main__":
+    run_script(main)
