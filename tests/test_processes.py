@@ -94,7 +94,7 @@ def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
     """The results of two processes, with their files in `out`, and of one, with its files in `alone`."""
     children = completed("finetune_lora", f"{argv} --output-dir {folder}/out", folder / "log", before=with_sgd)
     assert "epoch" not in children[1].output  # one of the two speaks
-    assert children[0].output.count("epoch 1: training loss") == 1
+    assert "epoch 1: training loss" in children[0].output  # twice if the run goes back
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
         with_sgd()
