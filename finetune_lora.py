@@ -1057,6 +1057,7 @@ class FineTuning(RunState):
             self.loaders.watched_images,
             all_train=norms_train or not args.freeze_backbone,
             may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
+            epochs=args.epochs,
         )
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()

@@ -269,7 +269,6 @@ def write_table_of_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(known)), names)
     axes.set_title("points: after the run, with the deviation over seeds; orange: its linear probe", fontsize=9)
     axes.invert_yaxis()  # the best on top
-    axes.grid(alpha=0.3)
     save_figure(figure, path.with_suffix(".png"))
 
 

@@ -100,11 +100,8 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path)
 def made_map(place: Path, folder: Path) -> Path | None:
     """The map of `Maps.write` at one of `places_of_masks`, if it was made since the folder was begun."""
     begun = (folder / MANIFEST).stat().st_mtime
-    for suffix in (".tif", ".png", ".npy"):
-        path = place.with_name(f"{place.name}{suffix}")
-        if path.exists() and path.stat().st_mtime >= begun:
-            return path
-    return None
+    possible = (place.with_name(f"{place.name}{suffix}") for suffix in (".tif", ".png", ".npy"))
+    return next((path for path in possible if path.exists() and path.stat().st_mtime >= begun), None)
 
 
 @dataclass

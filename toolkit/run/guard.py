@@ -70,6 +70,7 @@ class Guard:
         watched: the training images that are evaluated after each epoch.
         all_train: whether the whole backbone trains, or BatchNorm.
         may_shrink: whether less than all of the trained change may be kept.
+        epochs: of the whole run.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Guard:
         watched: LabelledImages,
         all_train: bool = False,
         may_shrink: bool = False,
+        epochs: int | None = None,
     ):
         self.variance = task.head.variance
-        self.has_masks = task.kind == "segmentation"  # the watched views then have labels enough to judge an epoch by
+        self.last_epoch = epochs if task.kind == "segmentation" else None  # else nothing to keep is a result, too
         self.images = len(watched)
         self.lost_share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.may_shrink = may_shrink
@@ -124,8 +126,8 @@ class Guard:
         """What is to become of an epoch.
 
         Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
-        So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs: with
-        masks whatever the loss.
+        So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs. With
+        masks, of which few images have labels enough to judge by, so does one that would end with nothing to keep.
 
         Args:
             trained: the answers for the watched images with all of the trained change.
@@ -139,7 +141,10 @@ class Guard:
         if divisor < math.inf and kept.score < self.scores[0]:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         may_go_back = len(self.retreats) < RETREATS
-        if may_go_back and self.is_barren(trained, divisor) and self.barren_epochs + 1 >= BARREN_EPOCHS:
+        is_due = self.barren_epochs + 1 >= BARREN_EPOCHS
+        if self.last_epoch is not None and trained.loss < self.start_loss:  # later epochs may mend it
+            is_due = len(self.scores) == self.last_epoch
+        if may_go_back and self.is_barren(trained, divisor) and is_due:
             return GoBack("training gains nothing")
         return Keep()
 
@@ -157,7 +162,7 @@ class Guard:
 
     def is_barren(self, trained: Answers, divisor: float) -> bool:
         """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""
-        return divisor == math.inf and (self.has_masks or trained.loss >= self.start_loss)
+        return divisor == math.inf and (self.last_epoch is not None or trained.loss >= self.start_loss)
 
     def note_epoch(self, trained: Answers, divisor: float) -> None:
         """Note an epoch that stays: see `after_epoch`."""
