@@ -17,6 +17,7 @@ from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
+from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
@@ -135,6 +136,24 @@ def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
     before = copy.deepcopy(judge.state_dict())
     assert judge.after_epoch(trained, kept, divisor) == judge.after_epoch(trained, kept, divisor) == verdict
     assert judge.state_dict() == before
+
+
+def test_with_masks_a_run_that_would_end_with_nothing_to_keep_goes_back():
+    """Not before its last epoch: later ones may mend what the first ones harm. Of whole images nothing is a result."""
+    watched = LabelledImages([None] * 4, [0] * 4, targets=torch.ones(4, 2))
+    worse = answers(0.79, 0.5)  # by a lower loss
+    for task, verdict in (
+        (Segmentation(["ground", "ink"]), GoBack("training gains nothing")),
+        (Classification(["ground", "ink"]), Keep()),
+    ):
+        judge = Guard(task, watched, watched, may_shrink=True, epochs=3)
+        judge.note_start(None, answers(0.8, loss=1.0))
+        judge.note_step(1.0)
+        for _ in range(2):
+            assert judge.after_epoch(worse, worse, math.inf) == Keep()
+            judge.note_epoch(worse, math.inf)
+        assert judge.after_epoch(worse, worse, 8) == ShrinkTo(math.inf)
+        assert judge.after_epoch(worse, worse, math.inf) == verdict
 
 
 def test_a_run_goes_back_three_times_and_fails_the_fourth_and_its_state_comes_back():
