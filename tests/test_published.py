@@ -95,5 +95,5 @@ def test_the_names_of_torchgeos_files_end_in_their_digests():
 
 
 def test_a_name_that_is_nearly_one_of_them(images):
-    with pytest.raises(InputError, match=r"moco-v2-800: file not found; .* checkpoint, or moco-v2-800ep"):
+    with pytest.raises(InputError, match=r"moco-v2-800: file not found; .* checkpoint; did you mean moco-v2-800ep"):
         finetune_lora.read_options(f"--checkpoint moco-v2-800 --data-dir {images}".split())

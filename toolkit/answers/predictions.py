@@ -48,7 +48,10 @@ def begin_folder(folder: Path, about: dict[str, Any], resume: bool, replaces: bo
         if differing:
             raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
         return done
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
     note_done(folder, about, 0)
     return 0
 

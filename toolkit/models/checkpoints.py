@@ -6,7 +6,6 @@ model of timm is loaded under timm's own names.
 """
 
 import argparse
-import difflib
 import functools
 import hashlib
 import math
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, did_you_mean, listed, printable
 from toolkit.files import (
     SHIPPED,
     ForeignObject,
@@ -212,9 +211,8 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
             "weights are in none; drop one of the two"
         )
     if not is_none(path) and not os.path.exists(path):
-        alike = difflib.get_close_matches(str(path), PUBLISHED, n=1)
-        meant = f", or {alike[0]}" if alike else ""
-        problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint{meant}")
+        problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
+        problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
     if arch is not None:
         try:
             backbones.default_image_size(arch)

@@ -93,9 +93,7 @@ def fetch(name: str) -> Path:
 
 def _from_hub(owner: str = "", repository: str = "", file: str = "") -> Path:
     if not file:
-        raise InputError(
-            "hf: is to be followed by owner/name/file, as hf:torchgeo/resnet18_sentinel2_all_moco/NAME.pth"
-        )
+        raise InputError("hf: is to be followed by owner/name/file, the file's place on the Hugging Face Hub")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
