@@ -8,9 +8,12 @@
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
+    python deploy_lora.py explain checkpoints/lora/lora.pth my_images --output explained
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
+    python deploy_lora.py card checkpoints/lora/lora.pth --output README.md     # a model card
+    python deploy_lora.py push checkpoints/lora/lora.pth owner/name             # with its card, to the Hub
 
 Every command takes the file of any run: LoRA, QLoRA or full fine-tuning. Each command is a function of the parsed
 options; the table COMMANDS lists them all.
@@ -44,11 +47,11 @@ from torchvision.models.resnet import ResNet
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
-from lora.adapter_file import is_per_pixel, write_adapter_file
+from lora.adapter_file import check_metadata, is_per_pixel, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import VERSION, InputError, devices, distributed, files, listed, printable
-from toolkit.answers import comparison, evaluation, predictions
-from toolkit.answers.report_page import write_page
+from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
+from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, splitting, transforms
@@ -118,6 +121,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images = readable(images)
         task = _task_of(about)
         result = _evaluated(args, task, model, make_loader, images, about)
+        explainer = _explainer(args, model, about) if task.kind == "classification" else None
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
@@ -133,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         mistakes = Path(folder) / "mistakes.png"
         picture = Path(folder) / report.picture
         report.draw(picture)
-        report.draw_mistakes(images, mistakes, about["transform"].bands)
+        report.draw_mistakes(images, mistakes, about["transform"].bands, explainer)
         named = report.named_mistakes(images)
         write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes, named)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
@@ -146,6 +150,41 @@ def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_load
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
     loader = make_loader(Transformed(images, about["transform"]))
     return task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+
+
+def _explainer(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> heat_maps.Explainer:
+    return heat_maps.Explainer(model, about["transform"], *_device_and_precision(args), **from_metadata(about))
+
+
+def explain(args: argparse.Namespace) -> list[Path]:
+    """Write for each image what of it decided the answer, as a picture in the folder --output; return their paths.
+
+    Of several labels this is the most probable one, of several numbers the largest output.
+    """
+    with _model_on_device(args) as (model, about, _):
+        _refuse_pixels(about, "explain")
+        explainer = _explainer(args, model, about)
+        task = _task_of(about)
+        images = _images(args.images, explainer.bands)
+        args.output.mkdir(exist_ok=True)
+        written = []
+        places = predictions.places_of_masks(images, args.images, args.output)
+        for i, place in enumerate(progress_bar(places, "explain")):
+            try:
+                *pictures, outputs = explainer.explain(images.undecoded(i)[0])
+            except UnreadableImage as error:
+                print(f"left out: {error}")
+                continue
+            columns, [cells] = task.table(outputs)
+            figure = new_figure(6, 3.4)
+            figure.suptitle(drawn(", ".join(map(" ".join, zip(columns, cells, strict=True)))[:70]))
+            for axes, picture in zip(figure.subplots(1, 2), pictures, strict=True):
+                axes.imshow(picture)
+                axes.axis("off")
+            written.append(place.with_name(f"{place.name}.png"))
+            save_figure(figure, written[-1])
+    print(f"wrote {args.output}: {len(written)} pictures of what decided")
+    return written
 
 
 def threshold(args: argparse.Namespace) -> Task:
@@ -572,6 +611,47 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     return metadata
 
 
+def card(args: argparse.Namespace) -> str:
+    """Write a model card of the adapter and, where `results.json` of its run is beside it, its figures; return it."""
+    content = read_adapter_file(args.adapter)
+    metadata = content["metadata"]
+    check_metadata(args.adapter, metadata, content["tensors"])
+    beside = args.adapter.with_name("results.json")
+    results = {}
+    if beside.exists():
+        results = comparison.read_results(beside)
+        if results.get("config") != metadata.get("config"):
+            raise InputError(f"{beside} is of another run than {args.adapter}: move one of them")
+    name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
+    text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
+    if args.output is not None:
+        files.write_text(text, args.output)
+        print(f"wrote {args.output}")
+    return text
+
+
+def push(args: argparse.Namespace) -> str:
+    """Send the adapter, its card and the run's page to the Hugging Face Hub, and return the address."""
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise InputError("push needs huggingface_hub: pip install huggingface_hub") from None
+    sent = {args.adapter.name: args.adapter, "README.md": card(args).encode()}
+    page = args.adapter.with_name("report.html")
+    if page.exists():
+        sent[page.name] = page
+    hub = HfApi()
+    try:
+        hub.create_repo(args.repository, private=args.private, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
+        hub.create_commit(args.repository, operations, commit_message=f"{args.adapter.name} and its card")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(f"{args.repository}: {printable(str(error).splitlines()[0])}; `hf auth login`?") from None
+    print(f"sent {listed(sent)} to {hub.endpoint}/{args.repository}")
+    return f"{hub.endpoint}/{args.repository}"
+
+
 ACTIVATIONS = {"classification": "softmax", "segmentation": "softmax", "multilabel": "sigmoid", "regression": "none"}
 
 
@@ -830,7 +910,7 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-ON_IMAGES = ("evaluate", "threshold", "predict", "embed")  # these commands compute on a device
+ON_IMAGES = ("evaluate", "threshold", "predict", "embed", "explain")  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
@@ -838,9 +918,11 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
     "predict": (".csv", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
+    "explain": ("",),
     "threshold": (".pth", ".safetensors"),
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
     "export": (".onnx", ".pt2"),
+    "card": (".md",),
 }
 
 
@@ -848,7 +930,7 @@ def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
     if args.output is None:
         return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
-    if os.path.isdir(args.output) and args.command not in ("convert", "predict", "embed"):
+    if os.path.isdir(args.output) and args.command not in ("convert", "predict", "embed", "explain"):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
     if suffixes and args.output.suffix not in suffixes:
@@ -860,8 +942,8 @@ def check_output(args: argparse.Namespace) -> list[str]:
         return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
-    read = [args.adapter, args.checkpoint]
-    if args.command in ("predict", "embed"):
+    read = [args.adapter, getattr(args, "checkpoint", None)]
+    if args.command in ("predict", "embed", "explain"):
         read += args.images
     if any(files.same_file(args.output, path) for path in read):
         return [f"--output {args.output} is read by this very command; name another file"]
@@ -870,8 +952,10 @@ def check_output(args: argparse.Namespace) -> list[str]:
 
 def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of a command, and which packages it lacks."""
-    if args.command in ("info", "compare"):
-        is_table = args.command == "info" or args.output is None or args.output.suffix in (".csv", ".md")
+    if args.command in ("info", "push"):
+        return []
+    if args.command == "compare":
+        is_table = args.output is None or args.output.suffix in (".csv", ".md")
         return [] if is_table else [f"--output {args.output}: the name must end in .csv or .md"]
     problems = check_output(args)
     if args.command == "convert" and (args.to is None) == (args.source is None):
@@ -896,9 +980,12 @@ COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and 
     "threshold": (threshold, "choose anew, on labelled images, from which probability on a label is an answer"),
     "predict": (predict, "the most probable classes of images, as a table; masks and maps"),
     "embed": (embed, "the features of images, as an array"),
+    "explain": (explain, "what of an image decided the answer, as a picture of each"),
     "merge": (merge, "base and adapter as one state_dict that plain torchvision loads"),
     "export": (export, "the merged model as a graph for onnxruntime or torch.export"),
     "convert": (convert, "to the adapter format of PEFT, and back"),
+    "card": (card, "a model card: what it is, its figures, and how to load it"),
+    "push": (push, "adapter, card and page to the Hugging Face Hub"),
 }
 
 
@@ -918,11 +1005,16 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             )
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
-        if name != "info":
+        if name == "push":
+            command.add_argument("repository", help="owner/name; is made unless it exists")
+            command.add_argument("--private", action="store_true", help="make one that others cannot see")
+            command.set_defaults(output=None)
+        elif name != "info":
             what = "the file to write (required)"
             if name == "evaluate":
                 what = "the numbers as .json; the page lies beside it"
             command.add_argument("--output", type=Path, help=what)  # `check_output` reports all problems at once
+        if name not in ("info", "card", "push"):
             command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
         if name in ON_IMAGES:
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
@@ -936,10 +1028,11 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parsers["threshold"].add_argument("images", type=Path, help=what)
     what = "f1, or sensitivity=0.95 or specificity=0.9 of each label"
     parsers["threshold"].add_argument("--goal", type=threshold_goal, default="f1", help=what)
-    for name in ("predict", "embed"):
+    for name in ("predict", "embed", "explain"):
         parsers[name].add_argument(
             "images", type=Path, nargs="+", help="images, folders or lists of them, or a folder of archives"
         )
+    for name in ("predict", "embed"):
         parsers[name].add_argument("--resume", action="store_true", help="go on with what is in the folder --output")
     predicting = parsers["predict"]
     predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")

@@ -994,9 +994,9 @@ def finish(run: "FineTuning") -> dict[str, Any]:
         elif run.calibrate() and distributed.is_main():
             manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
         result = run.evaluate(run.loaders.val)
-    if not distributed.is_main():
-        return {}
-    return reports.write_finetuning(run, result, kept["epoch"], count_parameters(run.model))
+        if not distributed.is_main():
+            return {}
+        return reports.write_finetuning(run, result, kept["epoch"], count_parameters(run.model))
 
 
 class FineTuning(RunState):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toolkit import printable
 from toolkit.answers import measures
+from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.report_page import BLUE, drawn, html_picture, new_figure, save_figure
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
@@ -85,25 +86,38 @@ class Report:
             rows.append((headline.title, text))
         return rows
 
-    def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
-        """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
+    def draw_mistakes(
+        self,
+        images: LabelledImages,
+        path: Path,
+        bands: Bands | None = None,
+        explainer: Explainer | None = None,
+    ) -> None:
+        """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it.
+
+        With an explainer there is a picture beside each of what decided.
+        """
         groups = self.mistakes()
         # matplotlib would draw a large photograph from its every pixel.
         shrink = View(partial(whole_along, 256, enlarges=False))
-        rows = [max(1, math.ceil(len(chosen) / COLUMNS)) for chosen in groups.values()]
+        wide = 1 if explainer is None else 2  # columns for an image
+        rows = [max(1, math.ceil(wide * len(chosen) / COLUMNS)) for chosen in groups.values()]
         figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
         parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
         for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
             part.suptitle(title if chosen else f"{title}: none")
-            places = part.subplots(height, COLUMNS, squeeze=False).ravel()
-            for place in places:
+            places = part.subplots(height, COLUMNS, squeeze=False).reshape(-1, wide)
+            for place in places.flat:
                 place.axis("off")
-            for (i, text), place in zip(chosen, places, strict=False):
+            for (i, text), (place, *beside) in zip(chosen, places, strict=False):
                 shrunk = shrink(images.undecoded(i)[0])
                 place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
                 place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
                 file = drawn(Path(images.name(i)).name[-26:])
                 place.text(0.5, -0.03, file, fontsize=6, ha="center", va="top", transform=place.transAxes)
+                for other in beside:
+                    other.imshow(explainer.explain(images.undecoded(i)[0])[1])
+                    other.set_title("what decided", fontsize=8)
         save_figure(figure, path)
 
     def named_mistakes(self, images: LabelledImages) -> list[tuple[str, str]]:

@@ -199,7 +199,7 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
     `score` and `probe` are means, and `spread` is the standard deviation of the scores.
     """
-    runs = [(path, _results(path)) for path in paths]
+    runs = [(path, read_results(path)) for path in paths]
     kinds = {results["task"] for _, results in runs}
     if len(kinds) > 1:
         raise InputError(f"these results are of several tasks, {listed(sorted(kinds))}: compare those of one")
@@ -223,7 +223,7 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["score"] != "", row["score"]), reverse=True)
 
 
-def _results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["task"] in TASKS:

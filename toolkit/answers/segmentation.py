@@ -34,7 +34,6 @@ from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.devices import autocast, to_device
-from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import coloured
 from toolkit.models.dense import answers_for, feature_maps, features_at
@@ -287,7 +286,7 @@ class PixelReport(Report):
         shares = {image: _share_right(self.answers.confusion[image]) for image in self.answers.maps}
         return {"Fewest right pixels first": [(i, f"{share:.0%} of the pixels right") for i, share in shares.items()]}
 
-    def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
+    def draw_mistakes(self, images, path, bands=None, explainer=None) -> None:
         """A row for each of the worst images: it, and over it its mask and the answers; then the colours' meaning."""
         from matplotlib.patches import Patch
 

@@ -11,6 +11,7 @@ from typing import Any
 from toolkit import VERSION, printable
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import Report, finite
+from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, new_figure, save_figure, write_page
 from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline_keys
@@ -18,6 +19,7 @@ from toolkit.devices import peak_memory_bytes
 from toolkit.files import stored_path, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.sources import Splits
+from toolkit.images.transforms import eval_transform
 from toolkit.models.checkpoints import stored_checkpoint
 from toolkit.run import verdict
 from toolkit.run.options import DataOptions, lora_options
@@ -145,7 +147,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     """Write and print the results of a fine-tuning, and return the content of `results.json`.
 
     Args:
-        result: the answers for the evaluation images of the model that was saved after `kept_epoch`.
+        result: the answers for the evaluation images of the model that was saved after `kept_epoch`, as it is now.
         counts: its parameters, as `count_parameters` gives them.
     """
     normalization = run.plan.normalization
@@ -178,7 +180,11 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
-    report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
+    explainer = None
+    if run.task.kind == "classification":  # elsewhere the answer that is wrong need not be the highest output
+        view = eval_transform(run.report["image_size"], **normalization)
+        explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
+    report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
     images = run.task.objective.counts(run.splits.train)
     found = verdict.judge(
         results, run.history, run.task.score, run.task.axis[0], images_per_class=sum(images.values()) / len(images)

@@ -1,0 +1,102 @@
+"""Heat maps of what decided: equal to Grad-CAM written out over stock PyTorch, for each kind of backbone."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import randomize_adapters
+from PIL import Image
+
+import deploy_lora
+from finetune_lora import add_lora_to_model
+from lora_utils import LoRAManager
+from toolkit import InputError
+from toolkit.answers.heat_maps import Explainer, grad_cam
+from toolkit.models.backbones import build_backbone
+
+
+def by_hand(features: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Equations 1 and 2 of the paper, for features (N, D, h, h) of which the outputs (N, K) were computed."""
+    maps = []
+    for i, row in enumerate(outputs):
+        [gradient] = torch.autograd.grad(row.max(), features, retain_graph=True)
+        alpha = gradient[i].mean((1, 2))
+        maps.append(F.relu(sum(a * f for a, f in zip(alpha, features[i], strict=True))))
+    return torch.stack(maps).detach()
+
+
+def enlarged(maps: torch.Tensor, size: int) -> torch.Tensor:
+    heat = F.interpolate(maps[:, None], size=(size, size), mode="bilinear")[:, 0]
+    heat = heat - heat.amin((1, 2), keepdim=True)
+    return heat / heat.amax((1, 2), keepdim=True)
+
+
+def adapted(arch: str, size: int, plain: bool = False) -> torch.nn.Module:
+    """A model with trained adapters; or the stock model into which they are merged."""
+    torch.manual_seed(0)
+    model = build_backbone(arch, 3, size)
+    torch.nn.init.normal_(list(model.modules())[-1].weight)
+    randomize_adapters(add_lora_to_model(model, r=2))
+    return LoRAManager(model).unload(merge=True).eval() if plain else model.eval()
+
+
+def test_of_a_resnet_it_is_that_of_its_last_stage():
+    images = torch.randn(3, 3, 96, 96)
+    net = adapted("resnet18", 96, plain=True)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+    features = net.layer4(net.layer3(net.layer2(net.layer1(x)))).requires_grad_()
+    logits = net.fc(net.avgpool(features).flatten(1))
+    heat, outputs = grad_cam(adapted("resnet18", 96), images)
+    torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(heat, enlarged(by_hand(features, logits), 96), rtol=1e-3, atol=1e-3)
+
+
+def test_of_a_vit_it_is_that_of_the_patches_which_the_last_block_receives():
+    images = torch.randn(2, 3, 16, 16)
+    net = adapted("vit_mini", 16, plain=True)
+    x = net._process_input(images)
+    x = torch.cat([net.class_token.expand(len(x), -1, -1), x], 1) + net.encoder.pos_embedding
+    *earlier, last = net.encoder.layers
+    for block in earlier:
+        x = block(x)
+    side = 16 // net.patch_size
+    features = x[:, 1:].movedim(1, 2).reshape(2, -1, side, side).detach().requires_grad_()
+    tokens = torch.cat([x[:, :1], features.flatten(2).movedim(2, 1)], 1)
+    logits = net.heads(net.encoder.ln(last(tokens))[:, 0])
+    heat, outputs = grad_cam(adapted("vit_mini", 16), images)
+    torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(heat, enlarged(by_hand(features, logits), 16), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["timm:test_vit", "timm:test_efficientnet", "timm:swin_tiny_patch4_window7_224"])
+def test_models_of_timm_have_one_too(arch):
+    size = 224 if "224" in arch else 96
+    model = build_backbone(arch, 3, size).eval()
+    heat, _ = grad_cam(model, torch.randn(1, 3, size, size))
+    assert heat.shape == (1, size, size)
+    assert (heat.min(), heat.max()) == (0, 1)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_without_blocks_is_one_line():
+    with pytest.raises(InputError, match="a Linear has no blocks whose features could be looked at"):
+        grad_cam(torch.nn.Linear(3, 2), torch.zeros(1, 3))
+
+
+def test_explain_draws_each_image_and_leaves_out_what_is_none(once, tmp_path, capsys):
+    folder = tmp_path / "some"
+    (folder / "inner").mkdir(parents=True)
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / "inner" / "black.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    written = deploy_lora.main(["explain", str(once / "lora.pth"), str(folder), "--output", str(tmp_path / "out")])
+    assert written == [tmp_path / "out" / "inner" / "black.png"]
+    assert Image.open(written[0]).size == (720, 408)
+    assert f"left out: {folder}/broken.jpg: not a readable image" in capsys.readouterr().out
+
+
+def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, pictures, monkeypatch):
+    shown = []
+    explain = Explainer.explain
+    monkeypatch.setattr(Explainer, "explain", lambda *args: shown.append(1) or explain(*args))
+    results = finetune("--epochs 1")
+    assert 0 < len(shown) <= results["val_images"]

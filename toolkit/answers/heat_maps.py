@@ -1,0 +1,105 @@
+"""Heat maps of what decides an answer: Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from toolkit import InputError
+from toolkit.answers.evaluation import eval_mode
+from toolkit.devices import autocast, to_device
+from toolkit.images.bands import Bands
+from toolkit.images.transforms import View
+from toolkit.models.backbones import block_names
+from toolkit.models.dense import enlarged
+
+
+def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What speaks for the highest output of each image.
+
+    A heat map is ``relu(sum_k a_k F_k)``, with F the features of the last block and a_k the mean of the output's
+    gradient to F_k over all places (equations 1 and 2). Of a ViT, F are the tokens that the last block receives: of
+    those that it returns, the head may read one alone.
+
+    Args:
+        images: (N, C, S, S), normalised, on the model's device.
+
+    Returns:
+        The maps, (N, S, S), from 0 to 1 each, and the model's outputs, (N, K), both on the CPU.
+
+    Raises:
+        InputError: the model has no blocks, or its features have no places.
+    """
+    blocks = block_names(model)
+    if not blocks:
+        raise InputError(f"a {type(model).__name__} has no blocks whose features could be looked at")
+    kept: list[Tensor] = []
+
+    def keep(_block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(output if output.dim() == 4 else inputs[0])
+
+    hook = model.get_submodule(blocks[-1]).register_forward_hook(keep)
+    try:
+        with eval_mode(model), torch.enable_grad():
+            outputs = model(images.clone().requires_grad_())
+            [gradient] = torch.autograd.grad(outputs.amax(1).sum(), kept)
+    finally:
+        hook.remove()
+    features = _in_places(kept[0].detach().float())
+    shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
+    heat = enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]
+    heat = heat - heat.amin((1, 2), keepdim=True)
+    heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    return heat.cpu(), outputs.detach().float().cpu()
+
+
+def _in_places(features: Tensor) -> Tensor:
+    """Maps (N, D, h, h), maps with D at the end, or tokens (N, 1 + h h, D), as (N, D, h, h)."""
+    if features.dim() == 4:
+        return features if features.shape[2] == features.shape[3] else features.movedim(3, 1)
+    side = int(features.shape[1] ** 0.5)
+    patches = features[:, -side * side :]  # class and register tokens are the first
+    return patches.movedim(2, 1).unflatten(2, (side, side))
+
+
+class Explainer:
+    """Pictures of what a model sees of images, bright where most speaks for its answer.
+
+    Args:
+        view: from an image as `LabelledImages.undecoded` gives it to (C, S, S), normalised.
+        mean, std: of this normalisation.
+        bands: what is read of images that are no RGB photographs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: View,
+        device: torch.device,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+        bands: Bands | None = None,
+    ):
+        self.model = model
+        self.view = view
+        self.device = device
+        self.dtype = dtype
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.bands = bands
+
+    def explain(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """What the model sees, in grey under its heat map too, both (S, S, 3) from 0 to 1; and its outputs (1, K)."""
+        import matplotlib
+
+        normalised = self.view(image)
+        with autocast(self.device, self.dtype):
+            heat, outputs = grad_cam(self.model, to_device(normalised[None], self.device))
+        picture = (normalised * self.std + self.mean).clamp(0, 1).movedim(0, 2).numpy()
+        if self.bands is not None:
+            picture = self.bands.picture(normalised)
+        colours = matplotlib.colormaps["inferno"](heat[0].numpy())[..., :3]
+        return picture, (picture.mean(2, keepdims=True) + colours) / 2, outputs
