@@ -40,7 +40,7 @@ from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import InputError, config, devices, distributed, dotted, listed
-from toolkit.answers import evaluation, tasks
+from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
@@ -970,7 +970,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     kept = run.evaluate_watched(verdict.divisor)
                     verdict = run.guard.after_epoch(trained, kept, verdict.divisor)
                 if isinstance(verdict, Keep):
-                    with run.kept_weights():
+                    with run.kept_weights(), run.believable():
                         result = run.evaluate(run.stop.watched(run.loaders.val))
             match verdict:
                 case Keep():
@@ -1291,7 +1291,26 @@ class FineTuning(RunState):
         """Evaluate the guard's images, in the same views each time, with ``wise_ft.alpha / divisor`` of the change."""
         self.wise_ft.share = self.wise_ft.alpha / divisor
         with self.kept_weights():
-            return self.evaluate(self.loaders.watched)
+            if self.loaders.has_masks:
+                return self.evaluate(self.loaders.watched)
+            self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)
+            return self.task.head.answers(*self.watched_outputs)
+
+    @contextlib.contextmanager
+    def believable(self) -> Iterator[None]:
+        """Within this block the head has the temperature that `calibrate` would choose by the guard's images alone.
+
+        Else the loss of an epoch would be that of a head that was made unsure so that it can learn.
+        """
+        if self.loaders.has_masks:
+            yield
+            return
+        head = probe.linear_head(self.model)
+        before = copy.deepcopy(head.state_dict())
+        optimism = self.head_temperature.optimism
+        self.task.head.soften(self.model, self.task.head.believable_temperature(*self.watched_outputs, optimism))
+        yield
+        head.load_state_dict(before)
 
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.

@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ def server(monkeypatch):
     """A Hub that takes commits into `files`, or answers 401 while `refuses`."""
 
     class Hub(BaseHTTPRequestHandler):
-        files: dict[str, bytes] = {}
-        made: list[dict] = []
+        files: ClassVar[dict[str, bytes]] = {}
+        made: ClassVar[list[dict]] = []
         refuses = False
 
         def log_message(self, *_):
@@ -104,13 +105,13 @@ def test_push_sends_adapter_card_and_page(server, once, capsys):
 
 def test_a_refused_push_is_one_line(server, once):
     server.refuses = True
-    with pytest.raises(InputError, match="^me/flowers: .*401.*`hf auth login`[?]$"):
+    with pytest.raises(InputError, match=r"^me/flowers: .*401.*`hf auth login`[?]$"):
         deploy_lora.main(["push", str(once / "lora.pth"), "me/flowers"])
 
 
 def test_push_without_huggingface_hub_names_it(once, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="^push needs huggingface_hub: pip install huggingface_hub$"):
+    with pytest.raises(InputError, match=r"^push needs huggingface_hub: pip install huggingface_hub$"):
         deploy_lora.main(["push", str(once / "lora.pth"), "me/flowers"])
 
 

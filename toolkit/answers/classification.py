@@ -58,6 +58,11 @@ class ClassHead(Head):
     knn_score = staticmethod(evaluation.knn_accuracy)
     evaluate = staticmethod(evaluation.evaluate)
 
+    def answers(self, logits: Tensor, labels: Tensor) -> Evaluation:
+        confidences, predictions = logits.softmax(1).max(1)
+        accuracy = (predictions == labels).float().mean().item()
+        return Evaluation(F.cross_entropy(logits, labels).item(), accuracy, predictions, labels, confidences)
+
     def constant_score(self, images: LabelledImages) -> float:
         return max(Counter(images.labels).values()) / len(images)
 

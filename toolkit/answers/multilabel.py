@@ -149,8 +149,7 @@ class LabelHead(Head):
         self.goal = goal
         self.thresholds = torch.full((len(names),), THRESHOLD) if thresholds is None else thresholds.float()
 
-    def evaluate(self, model, loader, device, dtype=torch.float32) -> LabelAnswers:
-        outputs, targets = evaluation.all_outputs(model, loader, device, dtype)
+    def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
         loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
         return LabelAnswers(loss, outputs.sigmoid(), targets)
 

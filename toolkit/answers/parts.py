@@ -117,7 +117,7 @@ class Head:
 
     temperature = 1.0  # what the outputs were divided by at the end of the run
     output_name = "logits"  # of what `output_layer` makes of the outputs
-    evaluate: Callable[..., Answers]  # of model, loader, device and dtype
+    answers: Callable[[Tensor, Tensor], Answers]  # of outputs and targets
     score: Callable[[nn.Module, Tensor, Tensor], float | None]  # of its answers for features; None: ask `evaluate`
     # Of answers taken from the most similar training images, by their features and those of others; None: there is none
     knn_score: Callable[[Tensor, Tensor, Tensor, Tensor], float | None]
@@ -132,6 +132,10 @@ class Head:
     def __init__(self, names: Sequence[str], objective: Any):
         self.names = list(names)
         self.objective = objective
+
+    def evaluate(self, model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Answers:
+        """The answers of a model over a loader."""
+        return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
 
     def features(
         self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, images: int
@@ -154,14 +158,16 @@ class Head:
         """
 
     def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
-        """Choose the temperature, and all that depends on it, by outputs for views of training images.
+        """Choose the temperature, and all that depends on it: see `believable_temperature`."""
+        self.temperature = self.believable_temperature(outputs, targets, optimism)
 
-        It stays 1 where `HeadTemperature.optimism` is not known.
+    def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
+        """What makes probabilities believable, by outputs for views of training images.
+
+        It is 1 where `HeadTemperature.optimism` is not known.
         """
-        self.temperature = 1.0
-        if optimism is not None:
-            views = self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
-            self.temperature = 1.0 if views is None else optimism * views
+        views = None if optimism is None else self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
+        return 1.0 if views is None else optimism * views
 
     def record(self) -> dict[str, list[float]]:
         """What an adapter file has to say of the head: numbers for each output, by name."""

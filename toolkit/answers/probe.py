@@ -63,14 +63,14 @@ def init_head_from_probe(
 
     The arguments are those of `fit_linear_probe`.
     """
-    classes = _linear_head(model).out_features
+    classes = linear_head(model).out_features
     return set_head(model, fit_linear_probe(features, labels, classes, views, class_weights, clusters))
 
 
 @torch.no_grad()
 def set_head(model: nn.Module, probe: Probe) -> Probe:
     """Set the head of `model`, a linear layer, to a probe, which is returned."""
-    head = _linear_head(model)
+    head = linear_head(model)
     head.weight.copy_(probe.weight)
     head.bias.copy_(probe.bias)
     distributed.broadcast([head.weight, head.bias])  # on other machines the last bits may differ
@@ -95,7 +95,7 @@ def choose_temperature(
     The loss is of logits (N, K) for features (N, D) of training images with their augmentation; `towards` is as
     `soften_head` takes it.
     """
-    logits = _linear_head(model)(features) - towards
+    logits = linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
     per_rate = DRIFT_STEPS * logits.std().item() / LOGIT_DRIFT if features_train else 0.0
     return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
@@ -107,13 +107,13 @@ def soften_head(model: nn.Module, temperature: float, towards: Tensor | float = 
 
     `towards` (K,) are the logits that are left at an infinite temperature, if not 0: those of a constant answer.
     """
-    head = _linear_head(model)
+    head = linear_head(model)
     head.weight.div_(temperature)
     head.bias.sub_(towards).div_(temperature).add_(towards)
     distributed.broadcast([head.weight, head.bias])
 
 
-def _linear_head(model: nn.Module) -> nn.Linear:
+def linear_head(model: nn.Module) -> nn.Linear:
     [head] = (m for m in model.get_submodule(head_name(model)).modules() if isinstance(m, nn.Linear))
     return head
 
@@ -121,7 +121,7 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 @torch.no_grad()
 def head_outputs(model: nn.Module, features: Tensor) -> Tensor:
     """The outputs (N, K) of the head of `model` for features (N, D)."""
-    return _linear_head(model)(features)
+    return linear_head(model)(features)
 
 
 def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:

@@ -92,8 +92,7 @@ class NumberHead(Head):
         """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
         return outputs.cpu().double() * self.objective.std + self.objective.mean
 
-    def evaluate(self, model, loader, device, dtype=torch.float32) -> NumberAnswers:
-        outputs, targets = evaluation.all_outputs(model, loader, device, dtype)
+    def answers(self, outputs: Tensor, targets: Tensor) -> NumberAnswers:
         loss = self.objective.loss(outputs, targets).item() / len(targets)
         return NumberAnswers(loss, self.in_units(outputs), targets)
 

@@ -102,9 +102,7 @@ def describe_epoch(run: FineTuned) -> str:
     score = f"{run.task.score_title} {run.task.reported(row[f'val_{run.task.score}'])}"
     lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
     if run.wise_ft.share == 0:
-        lines += (
-            "\n  the start is still better and is kept; its loss is that of a head made unsure, so that it can learn"
-        )
+        lines += "\n  the start is still better, and is kept"
     elif run.wise_ft.share < run.wise_ft.alpha:
         kept = f"{run.wise_ft.share:.0%} of the change is evaluated and kept"
         lines += f"\n  the start still answers training images better: {kept}"
