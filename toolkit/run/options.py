@@ -27,6 +27,7 @@ from toolkit.images.transforms import AUGMENTATIONS
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, TIMM
 from toolkit.models.checkpoints import checkpoint_path, is_none
+from toolkit.run.loggers import LOGGERS
 
 NORMS = ("auto", "frozen", "follow", "train")
 CHECKPOINTING = ("none", "full")
@@ -70,6 +71,7 @@ class RunOptions:
         None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    log: str | None = option(None, "send the metrics to a tracker too, if it is installed", choices=tuple(LOGGERS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
+from toolkit.run import loggers
 from toolkit.run.optim import lr_schedule
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
@@ -55,6 +56,7 @@ class RunState:
         self.progress: Progress | None = None  # of the epoch that has begun
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
         self.meter = LoadingMeter()
+        self.log: Callable[[Mapping[str, Any]], None] = lambda row: None  # a row of the history, to --log
         self.stop = StopRequests()
         self.trained_entries: dict[str, StateEntry] = {}
         self.other_entries = {
@@ -122,6 +124,8 @@ class RunState:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
             write_csv(self.history, columns, self.path("metrics.csv"))
+        if self.history:
+            self.log(self.history[-1])
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
@@ -158,7 +162,8 @@ class RunState:
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
         """Within this block stop requests are noted; one that is raised saves the state, and says where."""
-        with self.stop:
+        settings = self.identity["config"]
+        with self.stop, loggers.opened(self.args.log, self.args.output_dir, settings) as self.log:
             try:
                 yield
                 self.stop.check()  # a request that came after the last step

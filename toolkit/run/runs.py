@@ -18,7 +18,7 @@ from toolkit import InputError, distributed, printable
 from toolkit.devices import check_arithmetic, select_device, select_precision
 from toolkit.images.data import end_workers
 from toolkit.images.folders import UnreadableImage
-from toolkit.run import output_folder
+from toolkit.run import loggers, output_folder
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
@@ -27,7 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from mallo
 
 
 def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
-    """What is wrong with the device, the precision and the folders that the options name, one line each.
+    """What is wrong with the device, the precision, the tracker and the folders that options name, one line each.
 
     `written` names the files that the run writes to --output-dir.
     """
@@ -39,6 +39,7 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
         yield str(error)
     if args.data_dir is not None and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
+    yield from loggers.missing(args.log)
     yield from output_folder.problems(args, written)
 
 

@@ -1,0 +1,82 @@
+"""Experiment trackers: `--log NAME` sends each row of metrics.csv to one of them as well.
+
+Where a tracker keeps its runs, and as whom it logs in, is its own business: its environment variables say so.
+"""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit import distributed
+
+PROJECT = "moco-lora"
+Log = Callable[[dict[str, float], int], None]  # takes numbers by name, and the epoch
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder / "tensorboard") as writer:
+
+        def log(numbers: dict[str, float], epoch: int) -> None:
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, epoch)
+
+        yield log
+
+
+@contextlib.contextmanager
+def _wandb(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
+    import wandb
+
+    with wandb.init(project=PROJECT, name=folder.name, dir=folder, config=settings) as run:
+        yield lambda numbers, epoch: run.log(numbers, step=epoch)
+
+
+@contextlib.contextmanager
+def _mlflow(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
+    import mlflow
+
+    mlflow.set_experiment(PROJECT)
+    with mlflow.start_run(run_name=folder.name):
+        for section, values in settings.items():
+            mlflow.log_params({f"{section}.{name}": value for name, value in values.items()})
+        yield lambda numbers, epoch: mlflow.log_metrics(numbers, step=epoch)
+
+
+@contextlib.contextmanager
+def _trackio(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
+    import trackio
+
+    run = trackio.init(project=PROJECT, name=folder.name, config=settings)
+    yield lambda numbers, epoch: run.log(numbers, step=epoch)
+    run.finish()
+
+
+LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
+
+
+def missing(name: str | None) -> list[str]:
+    """A line if the package of this tracker is not installed."""
+    if name is None or importlib.util.find_spec(name) is not None:
+        return []
+    return [f"--log {name}: needs {name}: pip install {name}"]
+
+
+@contextlib.contextmanager
+def opened(name: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield what logs a row of metrics.csv. Without a name, and in all processes but the first, it does nothing."""
+    if name is None or not distributed.is_main():
+        yield lambda row: None
+        return
+    with LOGGERS[name](folder, settings) as log:
+
+        def log_row(row: Mapping[str, Any]) -> None:
+            numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+            log({key: number for key, number in numbers.items() if math.isfinite(number)}, row["epoch"])
+
+        yield log_row
