@@ -34,7 +34,7 @@ WITH_LINKS = [*PAGES, "benchmarks/RESULTS.md", "CONTRIBUTING.md", "checkpoints/m
 LONGEST_README = 230  # lines: it is read in five minutes
 SMALL = ["--labels-per-class", "2", "--epochs", "1", "--batch-size", "10"]
 # A newcomer lacks them.
-EXTRAS = ("peft", "onnx", "onnxscript", "onnxruntime", "accelerate", "pytorch_lightning", "torch.utils.tensorboard")
+EXTRAS = ("peft", "onnx", "onnxscript", "onnxruntime", "accelerate", "pytorch_lightning")
 
 
 def blocks(language: str, text: str) -> list[str]:

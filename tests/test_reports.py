@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+from toolkit import VERSION
 from toolkit.answers import answer_reports, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.measures import wilson_interval
@@ -157,9 +160,12 @@ def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
     plan = argparse.Namespace(norms=norms, learning_rate=1e-4)
     run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster, plan=plan)
     run.args = argparse.Namespace(freeze_backbone=frozen)
+    run.guard = argparse.Namespace(retreats=[])
     assert reports.describe_rates(run) == f"learning rate: {shown}"
     plan.learning_rate = 20 * run.rate
     assert "; 1/20 of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
+    run.guard.retreats.append({"epoch": 1, "learning_rate": 2e-3})
+    assert "; 1/20 of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
 
 
 # ------------------------------------------------------------------------------------------- several labels, numbers
@@ -340,3 +346,13 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
         *names[:2],
     ]
     assert all(words in page.text for words in [*told, "absent caf?"])
+
+
+def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/finetune_lora.py", "--data-dir", "my images"])
+    (_, made), command = reports._made()
+    commit = r"(, commit [0-9a-f]{7,})?"  # none in a copy without its history
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d by version {VERSION}{commit}", made)
+    assert command == ("command", "python finetune_lora.py --data-dir 'my images'")
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py"])
+    assert len(reports._made()) == 1

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
 from toolkit import InputError, listed, printable
+from toolkit.images import dicom
 from toolkit.models.backbones import check_channels, normalization
 
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -207,8 +208,10 @@ TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Open an image file with Pillow, without decoding it. Raises OSError."""
+    """Open an image file with Pillow, without decoding it unless it is DICOM. Raises OSError."""
     check_is_file(path)
+    if dicom.is_dicom(path):
+        return dicom.picture(read_file(path), path)
     return Image.open(path, formats=FORMATS)
 
 
@@ -244,6 +247,8 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
         array = _bands_last(array_of(content))
     elif content[:4] in TIFF_BEGINS:
         array = levels_of_tiff(content)
+    elif content[128:132] == b"DICM":
+        array = dicom.levels(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()

@@ -14,10 +14,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
+from toolkit.images import dicom
 from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image, read_file
 
 # The first frame of an animated file is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
+IMAGE_SUFFIXES += dicom.SUFFIXES
 # What network drives, archivers and systems put among images: thumbnails, deleted files.
 _OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 EVALUATION_NAMES = ("val", "valid", "validation")  # or else test

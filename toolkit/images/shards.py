@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, listed, printable
+from toolkit.images import dicom
 from toolkit.images.bands import FORMATS, Bands
 from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, visible_entries
 
@@ -42,6 +43,8 @@ class ShardedImages(ImageFiles):
     def _read(self, i: int) -> Image.Image | np.ndarray:
         if self.bands is not None:
             return self.bands.read(self.content(i))
+        if dicom.is_dicom(self.names[i]):
+            return dicom.picture(self.content(i), self.path(i))
         image = Image.open(io.BytesIO(self.content(i)), formats=FORMATS)
         image.filename = self.path(i)  # what messages call it
         return image

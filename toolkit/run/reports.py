@@ -1,8 +1,11 @@
 """What a run prints while it trains, and what it leaves: result files, pictures and the table printed at its end."""
 
+import contextlib
 import json
 import math
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +19,7 @@ from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, new_figure, save_figure, write_page
 from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline_keys
 from toolkit.devices import peak_memory_bytes
-from toolkit.files import stored_path, write_text
+from toolkit.files import TOOLKIT, stored_path, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
@@ -91,6 +94,8 @@ def describe_rates(run: FineTuned) -> str:
     if run.rate < run.plan.learning_rate:
         asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of {short_rate(run.plan.learning_rate)}"
         why = "so few steps cannot correct what a high rate does (--lora-init random: as typed)"
+        if run.guard.retreats:
+            why = "lowered where training collapsed or gained nothing"
         reported[-1] += f"{asked}: {why}"
     return f"learning rate: {', '.join(reported)}"
 
@@ -194,13 +199,26 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     sections = report.sections(run.path(report.picture))
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
     page = run.path("report.html")
-    shown = [*meaning, *rows, ("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
+    shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
     pictures["named"] = report.named_mistakes(run.splits.val)
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     by_label = report.printed() if run.task.kind == "multilabel" else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
     return results
+
+
+def _made() -> list[tuple[str, str]]:
+    """When and by what a page was made: version, commit of a clone, and command, unless Python called the script."""
+    made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
+    with contextlib.suppress(OSError):
+        asked = ["git", "rev-parse", "--short", "HEAD", "--show-prefix"]
+        found = subprocess.run(asked, cwd=TOOLKIT, capture_output=True, text=True).stdout.split("\n")
+        if found[1:] == ["", ""]:  # the folder is the top of its clone, and not in another one
+            made += f", commit {found[0]}"
+    script = Path(sys.argv[0]).name
+    command = [("command", shlex.join(["python", script, *sys.argv[1:]]))] if script == "finetune_lora.py" else []
+    return [("made", made), *command]
 
 
 def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:

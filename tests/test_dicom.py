@@ -1,0 +1,111 @@
+"""DICOM files: their windows, units and inverted greys, in folders, archives and with --channels 1."""
+
+import io
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune_lora
+from toolkit import InputError
+from toolkit.images import bands, dicom
+from toolkit.images.folders import ImageFiles
+from toolkit.images.shards import read_shards
+from toolkit.images.transforms import to_rgb
+
+pydicom = pytest.importorskip("pydicom")
+
+
+def file_of(pixels: np.ndarray, **tags) -> bytes:
+    """A DICOM file of 16-bit greys (H, W), or frames of them, with these tags."""
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    dataset = pydicom.Dataset()
+    dataset.file_meta = meta
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    dataset.SamplesPerPixel = 1
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.PixelRepresentation = 0
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    if pixels.ndim == 3:
+        dataset.NumberOfFrames = len(pixels)
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = pixels.astype(np.uint16).tobytes()
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+RAMP = np.arange(0, 4000, 40).reshape(10, 10)
+
+
+@pytest.mark.parametrize(
+    ("tags", "greys"),
+    [
+        ({}, 255 * RAMP / 3960),
+        # From 1000 to 2000 of the numbers 2 x - 1000.
+        (
+            {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 1500, "WindowWidth": 1001},
+            255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1),
+        ),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, 255 - 255 * RAMP / 3960),
+    ],
+    ids=["as it is", "window", "inverted"],
+)
+def test_a_picture_is_seen_through_the_window_of_its_file(tags, greys):
+    image = dicom.picture(file_of(RAMP, **tags), "chest.dcm")
+    np.testing.assert_allclose(np.asarray(image), greys, atol=1)
+    assert np.asarray(to_rgb(image)).shape == (10, 10, 3)
+
+
+def test_numbers_are_in_their_own_unit():
+    content = file_of(
+        np.stack([RAMP, RAMP + 7]), RescaleSlope=2, RescaleIntercept=-1000, WindowWidth=10, WindowCenter=5
+    )
+    array, names = bands.decoded(content)
+    np.testing.assert_array_equal(array[..., 0], 2 * RAMP - 1000)  # of the first frame
+    assert names is None
+    inverted, _ = bands.decoded(file_of(RAMP, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(inverted[..., 0], RAMP.max() - RAMP)
+
+
+def test_a_folder_of_them_trains(base, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for name, level in (("ill", 1000), ("well", 3000)):
+            folder = tmp_path / "xrays" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = level + rng.integers(0, 300, (20, 24)) * np.linspace(1, 3, 24)
+                (folder / f"{i}.dcm").write_bytes(file_of(pixels))
+    argv = f"--data-dir {tmp_path}/xrays --checkpoint {base} --epochs 1 --device cpu --output-dir {tmp_path}/out"
+    for more in ("", " --channels 1 --scale 4000 --mean 0.5 --std 0.2"):
+        results = finetune_lora.main([*argv.split(), *more.split()])
+        assert results["val_images"] == 6
+
+
+def test_archives_may_have_them(tmp_path):
+    content = file_of(RAMP)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("1.dcm")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    images, _ = read_shards(tmp_path)
+    assert isinstance(images[0][0], Image.Image)
+    assert images[0][0].size == (10, 10)
+
+
+def test_damaged_files_and_a_missing_package_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "torn.dcm").write_bytes(file_of(RAMP)[:-50])
+    images = ImageFiles(tmp_path, ["torn.dcm"], [0])
+    with pytest.raises(InputError, match=r"torn.dcm: not a readable image \(.*\); repair or remove it"):
+        images[0]
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(InputError, match=r"DICOM files need pydicom .*: pip install pydicom pylibjpeg\[all\]"):
+        images[0]

@@ -1,0 +1,54 @@
+"""DICOM files of radiology: X-rays, CT, MR. pydicom, which reads them, is optional."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image
+
+from toolkit import InputError
+
+SUFFIXES = (".dcm", ".dicom")
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    return str(path).lower().endswith(SUFFIXES)
+
+
+def picture(content: bytes, path: str | os.PathLike) -> Image.Image:
+    """A file's first image in grey or RGB, of 8 bits: through the window that it names, its darkest level black."""
+    levels, windowed = _read(content)
+    if levels.ndim == 2:
+        low, high = float(windowed.min()), float(windowed.max())
+        levels = (255 * (windowed - low) / max(high - low, 1e-12)).round()
+    image = Image.fromarray(levels.astype(np.uint8))
+    image.filename = str(path)  # what messages call it
+    return image
+
+
+def levels(content: bytes) -> np.ndarray:
+    """The numbers of a file's first image in their own unit, (H, W), or RGB, (H, W, 3): Hounsfield units of a CT."""
+    return _read(content)[0]
+
+
+def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers, and the same through the file's window, both with high numbers bright.
+
+    Raises InputError without pydicom, or pydicom's own errors for a damaged file.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels import apply_rescale, apply_voi_lut
+    except ImportError as error:
+        raise InputError(f"DICOM files need pydicom ({error}): pip install pydicom pylibjpeg[all]") from None
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    array = dataset.pixel_array
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        array = array[0]
+    if array.ndim == 3:
+        return array, array
+    numbers = apply_rescale(array, dataset).astype(np.float64)
+    windowed = apply_voi_lut(apply_rescale(array, dataset), dataset).astype(np.float64)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":  # high numbers are dark
+        return numbers.max() + numbers.min() - numbers, -windowed
+    return numbers, windowed
