@@ -54,7 +54,7 @@ from toolkit.answers import comparison, evaluation, heat_maps, model_card, predi
 from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, threshold_goal, unknown_words, worker_count
-from toolkit.images import folders, lists, masks, splitting, transforms
+from toolkit.images import folders, lists, masks, remote, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
@@ -445,19 +445,19 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 
     Raises InputError for a path without any.
     """
-    if len(paths) == 1 and os.path.isdir(paths[0]) and not folders.first_image(paths[0]) and shard_names(paths[0]):
+    if len(paths) == 1 and _has_archives(paths[0]):
         source, _ = read_shards(paths[0], bands)
         return LabelledImages(source, source.labels)
     names = []
     for path in paths:
-        if not os.path.exists(path):
+        if not remote.is_remote(path) and not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
         others = Counter()
         if os.path.isdir(path):
             found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
         elif path.suffix.lower() in LIST_SUFFIXES:
-            found = [str(path.parent / name) for name in lists.read_paths(path, path.parent)]
+            found = [remote.located(path.parent, name) for name in lists.read_paths(path, path.parent)]
         if not found:
             raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
         folders.report_others(path, others)
@@ -465,6 +465,12 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
     return LabelledImages(ImageFiles("", names, labels, bands), labels)
+
+
+def _has_archives(path: Path) -> bool:
+    if remote.is_remote(path):
+        return not path.suffix and bool(shard_names(path))
+    return os.path.isdir(path) and not folders.first_image(path) and bool(shard_names(path))
 
 
 def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
@@ -480,7 +486,7 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     where = f"in {place}"
     if is_per_pixel(about):
         images = masks.pairs_in(place, about["transform"].bands, _mask_reader(about))
-    elif os.path.isfile(place) or _task_of(about).kind != "classification":
+    elif remote.is_file(place) or _task_of(about).kind != "classification":
         images = _images_in_list(place, about)
     else:
         inside = {name for name in (*folders.EVALUATION_NAMES, "test") if os.path.isdir(place / name)}
@@ -491,7 +497,7 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         found = folders.labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
         images = LabelledImages(found, found.labels)
     data = _data_of_run(about)
-    if os.path.isfile(place) and (column := _group_column(place, data)):
+    if remote.is_file(place) and (column := _group_column(place, data)):
         images.groups = lists.read_groups(place, column)
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
@@ -513,7 +519,8 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     if "data_list" in data:
         data["data_list"] = list(map(files.found_path, data["data_list"]))
         for path in data["data_list"]:
-            files.check_file(path)
+            if not remote.is_remote(path):
+                files.check_file(path)
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
     data["bands"] = about["transform"].bands
     if is_per_pixel(about):

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
 from toolkit import InputError, listed, printable
-from toolkit.images import dicom
+from toolkit.images import dicom, remote
 from toolkit.models.backbones import check_channels, normalization
 
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -208,15 +208,26 @@ TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Open an image file with Pillow, without decoding it unless it is DICOM. Raises OSError."""
+    """Open an image with Pillow, without decoding it unless it is DICOM. Raises OSError, or InputError if remote."""
+    if remote.is_remote(path) or dicom.is_dicom(path):
+        return picture_of(read_file(path), path)
     check_is_file(path)
-    if dicom.is_dicom(path):
-        return dicom.picture(read_file(path), path)
     return Image.open(path, formats=FORMATS)
 
 
+def picture_of(content: bytes, path: str | os.PathLike) -> Image.Image:
+    """What `open_image` returns, of a file's content. `path` is what messages call it."""
+    if dicom.is_dicom(path):
+        return dicom.picture(content, path)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image.filename = os.fspath(path)
+    return image
+
+
 def read_file(path: str | os.PathLike) -> bytes:
-    """The content of a file. Raises OSError."""
+    """The content of a file. Raises OSError, or InputError if remote."""
+    if remote.is_remote(path):
+        return remote.read(path)
     check_is_file(path)
     return Path(path).read_bytes()
 

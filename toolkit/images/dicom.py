@@ -22,7 +22,7 @@ def picture(content: bytes, path: str | os.PathLike) -> Image.Image:
         low, high = float(windowed.min()), float(windowed.max())
         levels = (255 * (windowed - low) / max(high - low, 1e-12)).round()
     image = Image.fromarray(levels.astype(np.uint8))
-    image.filename = str(path)  # what messages call it
+    image.filename = os.fspath(path)  # what messages call it
     return image
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
-from toolkit.images import dicom
+from toolkit.images import dicom, remote
 from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image, read_file
 
 # The first frame of an animated file is the image.
@@ -50,7 +50,7 @@ class ImageFiles(Dataset):
         return open_image(self.path(i)) if self.bands is None else self.bands.read_path(self.path(i))
 
     def path(self, i: int) -> str:
-        return os.path.join(self.folder, self.names[i])
+        return remote.located(self.folder, self.names[i])
 
     def parts(self, i: int) -> list[str]:
         """The paths of all that an image is read of: one, or one for each of its bands."""
@@ -90,11 +90,11 @@ def evaluation_folder(root: Path) -> Path:
 
     Raises InputError where several have such a name, or none.
     """
-    found = [root / name for name in EVALUATION_NAMES if os.path.isdir(root / name)]
+    found = [root / name for name in EVALUATION_NAMES if remote.is_folder(root / name)]
     if len(found) > 1:
         raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
     test = root / "test"
-    if os.path.isdir(test):
+    if remote.is_folder(test):
         found.append(test)
         print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
     if not found:

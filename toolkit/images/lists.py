@@ -1,6 +1,7 @@
 """Lists of images: a line each, with the path, and what is known of the image."""
 
 import csv
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.images.bands import ARRAY_SUFFIXES, check_is_file
+from toolkit.images import remote
+from toolkit.images.bands import ARRAY_SUFFIXES, read_file
 from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
@@ -95,11 +97,11 @@ def _error(path: Path, problem: str) -> InputError:
 
 def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str]) -> list[str]:
     """The files' names, without ./ and //. Raises InputError for files that are not there, or have two labels."""
-    root = os.path.abspath(folder)
+    root = folder if remote.is_remote(folder) else os.path.abspath(folder)
     # What .. leaves depends on links, so it stays.
     short = [str(PurePosixPath(name)) if "./" in name or "//" in name else name for name in names]
-    files = [os.path.join(root, name) for name in short]
-    missing = [name for name, file in zip(short, files, strict=True) if not os.path.isfile(file)]
+    files = [remote.located(root, name) for name in short]
+    missing = [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]
     if missing:
         raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}")
     label_of: dict[str, str] = {}
@@ -117,8 +119,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     rows = []
     number = 0
     try:
-        check_is_file(path)
-        with open(path, encoding="utf-8-sig") as file:
+        with io.StringIO(read_file(path).decode("utf-8-sig"), newline=None) as file:
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
             for line in file:

@@ -5,7 +5,6 @@ streamed, as in webdataset, but indexed: a run finds where each image lies, and 
 each image once, can be resumed in the middle, and is shared exactly by several processes (`data.Batches`).
 """
 
-import io
 import os
 import posixpath
 import tarfile
@@ -17,13 +16,15 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, listed, printable
-from toolkit.images import dicom
-from toolkit.images.bands import FORMATS, Bands
+from toolkit.images import remote
+from toolkit.images.bands import Bands, picture_of
 from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, visible_entries
 
 
 def shard_names(folder: Path) -> list[str]:
     """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
+    if remote.is_remote(folder):
+        return remote.archives(folder)
     shards = [entry.name for entry in visible_entries(folder) if entry.name.endswith(".tar") and entry.is_file()]
     image = first_image(folder) if shards else None
     if image is not None:
@@ -43,18 +44,17 @@ class ShardedImages(ImageFiles):
     def _read(self, i: int) -> Image.Image | np.ndarray:
         if self.bands is not None:
             return self.bands.read(self.content(i))
-        if dicom.is_dicom(self.names[i]):
-            return dicom.picture(self.content(i), self.path(i))
-        image = Image.open(io.BytesIO(self.content(i)), formats=FORMATS)
-        image.filename = self.path(i)  # what messages call it
-        return image
+        return picture_of(self.content(i), self.path(i))
 
     def size(self, i: int) -> int:
         return int(self.places[i, 2])
 
     def content(self, i: int) -> bytes:
         shard, offset, size = self.places[i].tolist()
-        with open(os.path.join(self.folder, self.shards[shard]), "rb") as file:
+        path = os.path.join(self.folder, self.shards[shard])
+        if remote.is_remote(path):
+            return remote.read(path, offset, offset + size)
+        with open(path, "rb") as file:
             file.seek(offset)
             return file.read(size)
 
@@ -90,7 +90,7 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
     images = {}
     labels = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with remote.opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
                     continue

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
-from toolkit.images import folders, lists, splitting
+from toolkit.images import folders, lists, remote, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
@@ -218,7 +218,10 @@ def _image_folder(
         places.append(folders.evaluation_folder(root))
         if places[-1].name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
-    if shard_names(train):
+    has_shards = bool(shard_names(train))
+    if remote.is_remote(train) and not has_shards:
+        raise InputError(f"{train}: no .tar archives; for images of their own give a list of addresses, --data-list")
+    if has_shards:
         parts, class_names = _by_label(places, [_labelled_shards(place, bands) for place in places])
     else:
         parts = []
@@ -235,7 +238,7 @@ def _image_folder(
 
 def _train_folder(root: Path) -> Path:
     """The train/ in a folder, or else the folder."""
-    return root / "train" if os.path.isdir(root / "train") else root
+    return root / "train" if remote.is_folder(root / "train") else root
 
 
 def _check_classes(val: Path, val_names: Iterable[str], train: Path, class_names: Sequence[str]) -> None:
@@ -251,7 +254,7 @@ def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder")
 
 
 def _existing(option: str, folder: str | Path) -> Path:
-    if os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
+    if remote.is_folder(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
     problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
     raise InputError(f"{option} {folder}: {problem}")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from toolkit import InputError, distributed, printable
 from toolkit.devices import check_arithmetic, select_device, select_precision
+from toolkit.images import remote
 from toolkit.images.data import end_workers
 from toolkit.images.folders import UnreadableImage
 from toolkit.run import loggers, output_folder
@@ -37,7 +38,7 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
         check_arithmetic(getattr(args, "arithmetic", "float"), device)  # an option of fine-tuning alone
     except InputError as error:
         yield str(error)
-    if args.data_dir is not None and not os.path.exists(args.data_dir):
+    if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
     yield from loggers.missing(args.log)
     yield from output_folder.problems(args, written)
