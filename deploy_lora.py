@@ -24,6 +24,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -242,7 +243,7 @@ def predict(args: argparse.Namespace) -> list[Any]:
         task = _task_of(about)
         per_pixel = task.kind == "segmentation"
         is_map = per_pixel or args.output.suffix in MAP_SUFFIXES
-        if per_pixel and (args.output.suffix == ".csv" or args.window is not None):
+        if per_pixel and (args.output.suffix in (".csv", ".parquet") or args.window is not None):
             raise InputError(
                 f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one "
                 "image; without --window, since its windows are those of its training"
@@ -353,14 +354,14 @@ def _write_answers(
     """
     images = _images(args.images, about["transform"].bands)
     batch_size = fixed_order_batch(args.batch_size)
-    in_parts = not args.output.suffix
+    in_parts = args.output.suffix in FOLDERS
     size = len(images)
     done = 0
     if in_parts:
         size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
         made_of = _made_of(args, images) | {"--batch-size or number of processes": size}
         done = predictions.begin_folder(args.output, made_of, args.resume, replaces=False)
-    suffix = SUFFIXES[args.command][0]
+    suffix = args.output.suffix or SUFFIXES[args.command][0]
     paths = [args.output / f"part-{number:05d}{suffix}" for number in range(math.ceil(len(images) / size))]
     zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
     rest = TolerantImages(images.subset(range(done * size, len(images))), about["transform"], zeros)
@@ -920,10 +921,11 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 ON_IMAGES = ("evaluate", "threshold", "predict", "embed", "explain")  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
+FOLDERS = ("", ".parquet")  # of parts
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
-    "predict": (".csv", *MAP_SUFFIXES, ""),
+    "predict": (".csv", ".parquet", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
     "explain": ("",),
     "threshold": (".pth", ".safetensors"),
@@ -945,7 +947,7 @@ def check_output(args: argparse.Namespace) -> list[str]:
         if "" in suffixes:
             endings += ", or be a folder's"
         return [f"--output {args.output}: the name must end in {endings}"]
-    if "" in suffixes and not args.output.suffix and os.path.isfile(args.output):
+    if "" in suffixes and args.output.suffix in FOLDERS and os.path.isfile(args.output):
         return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
@@ -969,8 +971,12 @@ def check(args: argparse.Namespace) -> list[str]:
         problems.append("say which way to convert: --to peft or --from peft")
     elif args.command == "convert" and args.source and args.checkpoint is None:
         problems.append("--from peft needs --checkpoint, the base that PEFT adapted")
-    if args.command in ("predict", "embed") and args.resume and args.output is not None and args.output.suffix:
+    is_file = args.output is not None and args.output.suffix not in FOLDERS
+    if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")
+    is_parquet = args.output is not None and args.output.suffix == ".parquet"
+    if is_parquet and importlib.util.find_spec("pyarrow") is None:
+        problems.append(f"--output {args.output}: needs pyarrow: pip install pyarrow")
     if args.command == "export" and not problems and args.output.suffix == ".onnx":
         try:
             import onnx  # noqa: F401 - torch.onnx.export imports both

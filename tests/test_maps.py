@@ -135,7 +135,7 @@ def test_images_that_cannot_be_read_are_left_out(of_pairs, pairs, tmp_path, caps
     (tmp_path / "images/1.png").write_bytes((pairs / "val/images/0.png").read_bytes()[:200])
     assert deploy("predict", of_pairs, tmp_path / "images", "--output", tmp_path / "maps") == [tmp_path / "maps/0.png"]
     assert f"left out: {tmp_path}/images/1.png: not a readable image" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path / "maps")) == ["0.png", "parts.json"]
+    assert sorted(os.listdir(tmp_path / "maps")) == ["0.png", "_parts.json"]
 
 
 def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path):
@@ -160,7 +160,7 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
         ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
         ("val", "map.tif", "one map, and there are 12 images"),
         ("val/images/0.png --window 16", "maps", "without --window"),
-        ("val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
+        ("val", "maps.json", "must end in .csv or .parquet or .tif or .tiff, or be a folder's"),
     ],
 )
 def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, images, output, named):

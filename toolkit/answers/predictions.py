@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
-MANIFEST = "parts.json"
+MANIFEST = "_parts.json"  # readers of a folder of Parquet files pass over what begins with _
 
 
 def begin_folder(folder: Path, about: dict[str, Any], resume: bool, replaces: bool) -> int:
@@ -73,8 +74,33 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
         for row, name in zip(rows, names, strict=True):
             row.update({prefix + key: value for key, value in maps.centre(name).items()})
         columns += [prefix + name for name in maps.COLUMNS]
-    write_csv(rows, columns, path)
+    if path.suffix == ".parquet":
+        _write_parquet(rows, {name: _is_text(task, name) for name in columns}, path)
+    else:
+        write_csv(rows, columns, path)
     return rows
+
+
+def _is_text(task: Task, column: str) -> bool:
+    """Has this column of `write_table` texts and not numbers, whatever the names of classes look like?"""
+    of_answers = {"classification": r"class(_\d)?", "multilabel": "labels", "regression": "image_path"}
+    return column == "path" or re.fullmatch(of_answers[task.kind], column) is not None
+
+
+def _write_parquet(rows: Sequence[dict[str, Any]], are_texts: Mapping[str, bool], path: Path) -> None:
+    """Write a table whose columns are texts, or else numbers, which are missing where a row has none."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {}
+    for name, is_text in are_texts.items():
+        cells = [row.get(name) for row in rows]
+        if is_text:  # names of files need not be UTF-8
+            columns[name] = pyarrow.array([cell.encode(errors="replace").decode() for cell in cells], pyarrow.string())
+        else:
+            columns[name] = pyarrow.array([None if cell is None else float(cell) for cell in cells], pyarrow.float64())
+    with open_atomically(path) as file:
+        parquet.write_table(pyarrow.table(columns), file)
 
 
 def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:

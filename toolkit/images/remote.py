@@ -1,7 +1,7 @@
 """Lists, archives and images by their address: `s3://`, `gs://`, `https://` and what else fsspec reads.
 
-An address travels as a path, where // is /: `Path("s3://bucket/a.csv")` is `s3:/bucket/a.csv`. So its parent, and what lies
-beside it, are found as those of any path. Credentials are fsspec's business: an address that has some is refused.
+An address travels as a path, where // is /: `Path("s3://bucket/a.csv")` is `s3:/bucket/a.csv`. So its parent, and what
+lies beside it, are found as those of any path. Credentials are fsspec's business: an address that has some is refused.
 """
 
 import contextlib
