@@ -52,7 +52,6 @@ from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, 
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.models.published import is_published
-from toolkit.run import arithmetic as stopwatch
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
@@ -612,7 +611,7 @@ def int8_pays(model: nn.Module, precision: torch.dtype) -> bool:
     if not int8.multiplies_exactly("cpu", *shape):
         print("products in 8 bits overflow on this CPU, which has neither VNNI nor AMX: --arithmetic float is used")
         return False
-    return stopwatch.speedups(*shape, int8.multiplier)[precision] >= stopwatch.WORTH_ROUNDING
+    return devices.speedups(*shape, int8.multiplier)[precision] >= devices.WORTH_8_BITS
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
