@@ -1074,7 +1074,6 @@ class FineTuning(RunState):
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
         self.begin_training(network, optimizer, steps, warmup)
         optim.lower_rates(self.schedule, divisor)
-        self.steps_read_together = training.STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
             "wise_ft": StateEntry.of(self.wise_ft),

@@ -241,7 +241,8 @@ class Pretraining(RunState):
         super().__init__(args, device, dtype)
         self.model = model
         normalization, self.loader, self.measuring_loaders = load_data(args, known, read, device)
-        self.about_images = bands.recorded(normalization, vars(args))  # for whoever uses the backbone
+        self.about_images = bands.recorded(normalization, {})  # for whoever uses the backbone
+        self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
@@ -249,7 +250,6 @@ class Pretraining(RunState):
         steps = len(self.loader)
         self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
-        self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
         self.trained_entries["model"] = StateEntry(self.model_state, restore)
         self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base}
@@ -348,11 +348,7 @@ class Pretraining(RunState):
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
-        if args.channels:
-            metadata["channels"] = args.channels
-        if self.report.get("channel_fit"):
-            metadata["channel_fit"] = self.report["channel_fit"]
-        metadata |= self.about_images
+        metadata |= self.about_adapters
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}

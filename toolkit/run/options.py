@@ -361,6 +361,7 @@ _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
 _CHANGES = "cached features must be the same in every epoch"
 _COMPILED = "the compiler decides what is saved for backward"
+_NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
 CLASHES = {
     "--no-freeze-backbone": {
@@ -376,7 +377,11 @@ CLASHES = {
     "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
     "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
     "--cache-features": {"--norms train": _CHANGES, "--mixup": _CHANGES},
-    "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
+    "--checkpoint none": {
+        "--use-qlora": _NO_FILE,
+        "--arithmetic int8": _NO_FILE,
+        "--stage1-adapter": "there is no base for it to be merged into",
+    },
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
     "--task multilabel": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS},
     "--task regression": {
@@ -417,8 +422,7 @@ def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
 
 def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
-    bits = next((words for words in ("--use-qlora", "--arithmetic int8") if _is_given(args, words)), None)
-    problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads, bits)
+    problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads)
     for other, clashing in CLASHES.items():
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):

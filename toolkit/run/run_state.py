@@ -18,7 +18,7 @@ from toolkit.models.checkpoints import value_at
 from toolkit.run.optim import lr_schedule
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
-from toolkit.run.training import Progress
+from toolkit.run.training import STEPS_READ_TOGETHER, Progress
 
 
 class StateEntry(NamedTuple):
@@ -81,6 +81,7 @@ class RunState:
         """
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
+        self.steps_read_together = STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parallel = distributed.parallel(network, self.device)
