@@ -1029,9 +1029,7 @@ class FineTuning(RunState):
         self.report = report
         self.splits = splits
         self.is_trial = is_trial
-        self.loaders = Loaders(
-            args, cached or splits, report["image_size"], plan.normalization, plan.device, opened, self.meter
-        )
+        self.loaders = Loaders(args, plan, cached or splits, report["image_size"], opened, self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)

@@ -185,9 +185,7 @@ def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
 
 
 def choose_layers(
-    model: nn.Module,
-    target_modules: str | Sequence[str] | None = None,
-    adapt_last: int | None = None,
+    model: nn.Module, target_modules: str | Sequence[str] | None = None, adapt_last: int | None = None
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select, and what is refused."""
     model = unwrap_for_editing(model)

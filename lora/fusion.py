@@ -287,7 +287,6 @@ class FusedEncoderBlock(EncoderBlock):
     @recomputable
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
         """The block's output (N, L, E), or only its first ``tokens`` tokens, if `by_rows` allows that."""
-        torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention = self.self_attention
         mlp = self.mlp
         residual = input if tokens is None else input[:, :tokens]

@@ -126,14 +126,11 @@ def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[s
 
 def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    problems = options.complete_data(args, sources)
-    options.complete_adapters(args)
-    options.complete_resume(args)
-    problems += options.resume_problems(args)
+    problems = options.complete_shared(args, sources)
     problems += runs.environment_problems(args, written(args))
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.adapter_problems(args, typed)
+    problems += options.shared_problems(args, typed)
     if "crop_min" in typed and args.two_crops == "digits":
         problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
     if args.checkpoint is not None and not os.path.exists(args.checkpoint):
@@ -142,8 +139,6 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
     if args.checkpoint is not None and sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    if args.warmup_epochs > args.epochs:
-        problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     return problems
 
 

@@ -100,8 +100,7 @@ class Guard:
     def note_start(self, worst_batch_loss: float | None, watched: Answers) -> None:
         """Note the answers before training, or before it begins anew with a head of another temperature.
 
-        Args:
-            worst_batch_loss: the highest loss of a batch of the watched images, if the batch matters; else None.
+        `worst_batch_loss` is the highest loss of a batch of the watched images, if the batch matters; else None.
         """
         self.first_loss = worst_batch_loss
         self.recent_loss = worst_batch_loss

@@ -69,11 +69,7 @@ class RunState:
         self.identity: dict[str, Any] = {}
 
     def begin_training(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        steps_per_epoch: int,
-        warmup_steps: int,
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int
     ) -> None:
         """Set up optimizer, schedule and scaler for the module that steps call, compiled already if it is to be.
 
@@ -182,8 +178,7 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Whether a run may go on from a state
+# --------------------------------------------------------------------------------- whether a run may go on from a state
 
 
 def of_other_version(path: Path) -> InputError:
