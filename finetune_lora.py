@@ -903,13 +903,11 @@ def search_learning_rate(
         train_at,
         search.rates_that_differ(lambda rate: rate / optim.run_divisor(trial_args, rate, steps)),
         task,
+        args,
         epochs=epochs,
         images=len(parts.val),
         begin=begin,
-        folder=args.output_dir,
-        resume=args.resume,
         settings={"config": plan.settings(args), "images": splits.digest()},
-        free=options.FREE_TO_CHANGE,
     )
     end_workers(opened)
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one

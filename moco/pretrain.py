@@ -200,7 +200,10 @@ def train(run: "Pretraining") -> None:
             progress = run.begin_epoch()
             unread: list[training.StepFigures] = []
             run.model.train()
-            with progress.timed(), run.bar() as bar:
+            batches = run.meter.watched(run.loader)
+            title = f"epoch {run.epoch + 1}/{args.epochs}"
+            bar = runs.progress_bar(batches, title, initial=progress.steps, total=run.steps_per_epoch)
+            with progress.timed(), bar:
                 for number, (views, _) in enumerate(bar, run.global_steps):
                     x1, x2 = (devices.to_device(view, run.device) for view in views)  # two views, (N, 3, S, S) each
                     m = run.model.momentum(number / run.total_steps)
@@ -274,12 +277,6 @@ class Pretraining(RunState):
         self.loader.batch_sampler.epoch = self.epoch
         self.loader.batch_sampler.start = self.progress.steps
         return self.progress
-
-    def bar(self) -> tqdm:
-        """The progress bar of the epoch, over its batches."""
-        title = f"epoch {self.epoch + 1}/{self.args.epochs}"
-        batches = self.meter.watched(self.loader)
-        return runs.progress_bar(batches, title, initial=self.progress.steps, total=self.steps_per_epoch)
 
     def note_steps(self, unread: list[training.StepFigures], rate: float, bar: tqdm) -> None:
         """Count steps and show them. Raises InputError for a loss that is not finite."""

@@ -125,25 +125,11 @@ class RunState:
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
-        self.check_same_run(path, state, free)
+        check_same_run(self.args, path, state, self.identity, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
             entry.load(state[key])
         print(f"resuming {path} after {self.done()}")
-
-    def check_same_run(self, path: Path, state: Mapping[str, Any], free: Container[str]) -> None:
-        """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
-        own = self.identity
-        changed = changed_settings(state["config"], own["config"], free)
-        if changed or state.get("class_names") != own.get("class_names"):
-            what = ", ".join(changed) or "other classes"
-            raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
-        if state["images"] != own["images"]:
-            there = f"{self.args.data_dir or 'the data set'} holds now"
-            raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
-        if state["base"] != own["base"]:
-            base = f"another base than {self.args.checkpoint}"
-            raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
@@ -184,6 +170,22 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 def of_other_version(path: Path) -> InputError:
     """The error for a file that is no state of this version."""
     return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+
+
+def check_same_run(
+    args: Any, path: Path, state: Mapping[str, Any], own: Mapping[str, Any], free: Container[str]
+) -> None:
+    """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
+    changed = changed_settings(state["config"], own["config"], free)
+    if changed or state.get("class_names") != own.get("class_names"):
+        what = ", ".join(changed) or "other classes"
+        raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+    if state["images"] != own["images"]:
+        there = f"{args.data_dir or 'the data set'} holds now"
+        raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
+    if state.get("base") != own.get("base"):  # a search has none
+        base = f"another base than {args.checkpoint}"
+        raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
