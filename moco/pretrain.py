@@ -441,8 +441,7 @@ def load_images(
         images = load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
         labelled = ()
     else:
-        where = options.image_sources(args, read)
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, **where, for_training_only=True)
+        splits = load_splits(**options.image_sources(args, read), for_training_only=True)
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else validation_part(images)
     if args.knn_dir:

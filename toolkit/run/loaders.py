@@ -32,15 +32,8 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     reader = None
     if args.task == "segmentation":
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
-    return load_splits(
-        args.dataset,
-        args.data_dir,
-        args.eval_split,
-        args.labels_per_class,
-        args.seed,
-        masks=reader,
-        **image_sources(args, read),
-    )
+    where = image_sources(args, read)
+    return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
 
 
 class Loaders:

@@ -490,7 +490,7 @@ def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
 
 def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[str, Any]:
     """The keyword arguments of `load_splits`: where a user's images are, and what is read of them."""
-    names = ["val_dir", "data_list", "skip_unreadable"]
+    names = ["dataset", "data_dir", "eval_split", "val_dir", "data_list", "skip_unreadable"]
     if isinstance(args, DataOptions):
         names += ["task", "label_columns", "group_by", "folds"]
     return {name: getattr(args, name) for name in names} | {"bands": read}
