@@ -215,9 +215,7 @@ class TuneOptions(AdapterOptions):
         "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
     )
     gradient_checkpointing: str = option(
-        "none",
-        "what backward computes again. none: LayerNorm, GELU; full: whole blocks",
-        choices=CHECKPOINTING,
+        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=CHECKPOINTING
     )
     activation_precision: int = option(
         32, "bits of activations saved for backward; 16: half the bytes, rounded", type=int, choices=(32, 16)

@@ -177,9 +177,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     report.draw(run.path(report.picture))
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
     images = run.task.objective.counts(run.splits.train)
-    found = verdict.judge(
-        results, run.history, run.task.score, run.task.axis[0], images_per_class=sum(images.values()) / len(images)
-    )
+    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images))
     results["verdict"] = found._asdict()
     meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
     meaning.append(("next", found.next_step))
