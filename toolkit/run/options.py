@@ -471,14 +471,9 @@ def lora_options(args: AdapterOptions) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`, which adapter files record. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    return {
-        "r": args.lora_rank,
-        "lora_alpha": args.lora_alpha,
-        "lora_dropout": args.lora_dropout,
-        "target_modules": list(args.target_modules or ()) or None,
-        "use_qlora": args.use_qlora,
-        "adapt_last": args.adapt_last,
-    }
+    names = ("lora_alpha", "lora_dropout", "use_qlora", "adapt_last")
+    known = {name: getattr(args, name) for name in names}
+    return known | {"r": args.lora_rank, "target_modules": list(args.target_modules or ()) or None}
 
 
 def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
