@@ -436,7 +436,7 @@ def load_images(
     """
     is_own = args.dataset == "imagefolder"
     if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):
-        if problems := options.unlabelled_problems(args):  # only now it may be known that there are no labels
+        if problems := list(options.unlabelled_problems(args)):  # only now it may be known that there are no labels
             raise InputError("\n".join(problems))
         images = load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
         labelled = ()

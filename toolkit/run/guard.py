@@ -117,7 +117,9 @@ class Guard:
     def after_step(self) -> Keep | GoBack:
         """Go back if the recent loss is above twice that of a constant answer, or of the start if that is higher."""
         highest = EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0)
-        return Keep() if self.recent_loss <= highest else GoBack("training collapsed")  # NaN is no number below
+        if self.recent_loss <= highest:  # which NaN is not
+            return Keep()
+        return GoBack("training collapsed")
 
     def after_epoch(self, trained: Answers, kept: Answers, divisor: float) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch.

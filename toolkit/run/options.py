@@ -309,14 +309,12 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
     return problems
 
 
-def unlabelled_problems(args: Any) -> list[str]:
+def unlabelled_problems(args: Any) -> Iterator[str]:
     """The options that images without labels have no use for, one line each."""
     needless = {"--val-dir": args.val_dir, "a second --data-list": (args.data_list or [])[1:]}
-    return [
-        f"{name} with images without labels: they are not evaluated on; drop it"
-        for name, given in needless.items()
-        if given
-    ]
+    for name, given in needless.items():
+        if given:
+            yield f"{name} with images without labels: they are not evaluated on; drop it"
 
 
 def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
@@ -394,12 +392,11 @@ def _is_given(args: Any, words: str) -> bool:
 def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     """What is wrong with options that both scripts have, one line each. `typed`: see `parse_args`."""
     if args.lora_rank == 0:
-        needless = [name for name in ("use_qlora", "adapt_last") if getattr(args, name)]
-        # A configuration may have these for its runs with adapters, so they are refused only if they are typed.
-        of_adapters = ("lora_alpha", "lora_dropout", "target_modules", "lora_init")
-        needless += [name for name in of_adapters if name in typed]
-        for name in needless:
-            yield f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank"
+        always = ("use_qlora", "adapt_last")
+        # A configuration may have the others for its runs with adapters, so they are refused only if they are typed.
+        for name in (*always, "lora_alpha", "lora_dropout", "target_modules", "lora_init"):
+            if name in typed or (name in always and getattr(args, name)):
+                yield f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank"
     if args.warmup_epochs > args.epochs:
         yield (
             f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: "
