@@ -3,7 +3,7 @@
     python example_lora_usage.py              # all seven
     python example_lora_usage.py --only 2     # one of them
 
-Each is a function to copy from; it prints what it found and raises where something is not as it should be.
+Each is a function to copy from, and prints what it found.
 """
 
 import argparse
@@ -73,8 +73,6 @@ def example_2_training(epochs: int = 5) -> nn.Module:
             schedule.step()
         result = evaluate(model, evaluation, device)
         print(f"  epoch {epoch + 1}: evaluation accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
-    if result.accuracy < 0.9:
-        raise RuntimeError(f"the adapters learned too little: {result.accuracy:.2%}")
     return model
 
 
@@ -91,20 +89,20 @@ def example_3_checkpoints(model: nn.Module) -> None:
         LoRAManager(model).save_lora_checkpoint(path, metadata)
         print(f"  adapter file: {path.stat().st_size / 1e6:.2f} MB")
         rebuilt, _ = load_finetuned(path)
-        _check_equal("load_finetuned", rebuilt.to(device)(images), expected)
+        _compare("load_finetuned", rebuilt.to(device)(images), expected)
 
         # The same by hand, for a model that you build yourself:
         fresh, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
         add_lora_to_model(fresh, r=8, lora_alpha=16)
         manager = LoRAManager(fresh.to(device).eval())
         manager.load_lora_checkpoint(path)
-        _check_equal("a fresh model with the adapter file", fresh(images), expected)
+        _compare("a fresh model with the adapter file", fresh(images), expected)
 
         manager.merge_lora_weights()
         torch.save(fresh.state_dict(), Path(folder) / "merged.pth")
         plain = build_backbone("vit_mini", num_classes=10).to(device).eval()  # torchvision's VisionTransformer
         plain.load_state_dict(torch.load(Path(folder) / "merged.pth", weights_only=True, map_location=device))
-        _check_equal("plain torchvision with the merged file", plain(images), expected)
+        _compare("plain torchvision with the merged file", plain(images), expected)
 
 
 @torch.inference_mode()
@@ -122,10 +120,8 @@ def example_4_inference(model: nn.Module) -> None:
         bare = (model(images).argmax(1) == labels).float().mean().item()
     print(f"  200 evaluation digits: {adapted:.1%} right, {bare:.1%} without adapters (the head learned with them)")
     manager.merge_lora_weights()  # serving takes the backbone's own time
-    _check_equal("merged", model(images), logits)
+    _compare("merged", model(images), logits)
     manager.unmerge_lora_weights()
-    if adapted <= bare:
-        raise RuntimeError("the adapters make no difference")
 
 
 def example_5_serving(model: nn.Module) -> None:
@@ -152,8 +148,6 @@ def example_5_serving(model: nn.Module) -> None:
                 info = manager.use(task)
                 right += info["class_names"][base(image[None]).argmax()] == truth
     print(f"  {right} of 40 answers right for {' and '.join(manager.names)}")
-    if right < 32:
-        raise RuntimeError("an adapter answers for another's task")
 
 
 def example_6_several_labels(epochs: int = 3) -> None:
@@ -185,8 +179,6 @@ def example_6_several_labels(epochs: int = 3) -> None:
     _, rows = task.table(outputs[:3])
     for (labels, *_), digit in zip(rows, splits.val.labels[:3], strict=True):
         print(f"  {digit} is {labels or 'nothing'}")
-    if answers.score < 0.9:
-        raise RuntimeError(f"the labels are not found: macro AP {answers.score:.2%}")
 
 
 def example_7_masks(epochs: int = 2) -> None:
@@ -213,8 +205,6 @@ def example_7_masks(epochs: int = 2) -> None:
     matrix = torch.bincount((11 * masks + answers).flatten(), minlength=121).view(1, 11, 11)  # truth by answer
     figures = pixel_figures(matrix)
     print(f"  mean IoU {figures['miou'].item():.1%}; of the ground {figures['iou'][0, 0]:.1%}")
-    if figures["miou"].item() < 0.3:
-        raise RuntimeError("the digits' ink is not found")
 
 
 def _adapted_model(classes: int, **settings: Any) -> nn.Module:
@@ -243,11 +233,9 @@ def _some_digits(count: int, device: torch.device) -> tuple[torch.Tensor, torch.
     return batch.to(device), labels.to(device)
 
 
-def _check_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    difference = (actual - expected).abs().max().item()
-    print(f"  {what}: largest difference {difference:.1e}")
-    if difference > 1e-3:
-        raise RuntimeError(f"{what} gives other answers: {difference:.1e}")
+def _compare(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    print(f"  {what}: largest difference {(actual - expected).abs().max():.1e}")
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
 
 NEED_A_MODEL = (example_3_checkpoints, example_4_inference, example_5_serving)

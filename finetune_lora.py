@@ -52,7 +52,6 @@ from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, 
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.models.published import is_published
-from toolkit.run import arithmetic as stopwatch
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
@@ -612,7 +611,7 @@ def int8_pays(model: nn.Module, precision: torch.dtype) -> bool:
     if not int8.multiplies_exactly("cpu", *shape):
         print("products in 8 bits overflow on this CPU, which has neither VNNI nor AMX: --arithmetic float is used")
         return False
-    return stopwatch.speedups(*shape, int8.multiplier)[precision] >= stopwatch.WORTH_ROUNDING
+    return devices.speedups(*shape, int8.multiplier)[precision] >= devices.WORTH_8_BITS
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -904,13 +903,11 @@ def search_learning_rate(
         train_at,
         search.rates_that_differ(lambda rate: rate / optim.run_divisor(trial_args, rate, steps)),
         task,
+        args,
         epochs=epochs,
         images=len(parts.val),
         begin=begin,
-        folder=args.output_dir,
-        resume=args.resume,
         settings={"config": plan.settings(args), "images": splits.digest()},
-        free=options.FREE_TO_CHANGE,
     )
     end_workers(opened)
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
@@ -1030,9 +1027,7 @@ class FineTuning(RunState):
         self.report = report
         self.splits = splits
         self.is_trial = is_trial
-        self.loaders = Loaders(
-            args, cached or splits, report["image_size"], plan.normalization, plan.device, opened, self.meter
-        )
+        self.loaders = Loaders(args, plan, cached or splits, report["image_size"], opened, self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
@@ -1075,7 +1070,6 @@ class FineTuning(RunState):
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
         self.begin_training(network, optimizer, steps, warmup)
         optim.lower_rates(self.schedule, divisor)
-        self.steps_read_together = training.STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
             "wise_ft": StateEntry.of(self.wise_ft),

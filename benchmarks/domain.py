@@ -150,7 +150,7 @@ def backbone_flags(name: str, stage1: dict[str, Any] | None, checkpoint: Path) -
 def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
     """The held-out accuracies of linear probes on the frozen features, by labels per class, one for each draw."""
     args, _ = finetune_lora.read_options(flags)
-    splits = load_splits(args.dataset, args.data_dir, "held-out", **options.image_sources(args))
+    splits = load_splits(**options.image_sources(args) | {"eval_split": "held-out"})
     model, report = load_base(
         args.checkpoint, args.stage1_adapter, len(splits.class_names), args.arch, args.image_size, args.heads
     )

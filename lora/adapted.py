@@ -128,11 +128,6 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
     return record["kind"].startswith("QLoRA")
 
 
-def kind_named(name: str) -> type[nn.Module] | None:
-    """The class of adapted layers that adapter files name so; None: there is no such class."""
-    return {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}.get(name)
-
-
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The stock class that a class of adapted layers adapts; any other class itself."""
     return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)
@@ -185,9 +180,7 @@ def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
 
 
 def choose_layers(
-    model: nn.Module,
-    target_modules: str | Sequence[str] | None = None,
-    adapt_last: int | None = None,
+    model: nn.Module, target_modules: str | Sequence[str] | None = None, adapt_last: int | None = None
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select, and what is refused."""
     model = unwrap_for_editing(model)

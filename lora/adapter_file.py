@@ -14,7 +14,7 @@ from torch import Tensor
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
 from toolkit.models.backbones import build_backbone, default_heads, head_name
-from toolkit.models.checkpoints import CHANNEL_FITS, is_none
+from toolkit.models.checkpoints import CHANNEL_FITS, is_none, value_at
 from toolkit.models.dense import DenseModel
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
@@ -116,8 +116,7 @@ def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, in
 
 def is_per_pixel(metadata: dict[str, Any]) -> bool:
     """Is an adapter file's model one that answers for every pixel?"""
-    task = metadata.get("task")
-    return isinstance(task, dict) and task.get("kind") == "segmentation"
+    return value_at(metadata, "task/kind") == "segmentation"
 
 
 def heads_in_file(adapter: str | Path | None) -> int | None:

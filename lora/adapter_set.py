@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, kind_named, recorded_settings, stock_class
+from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, recorded_settings, stock_class
 from lora.followed_norms import statistics_in_file
 from lora.fusion import fuse
 from toolkit import InputError, dotted
@@ -179,7 +179,8 @@ class AdapterSet:
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """Adapt one layer as its record in a file says. Returns what does not fit, one line each."""
-    kind = kind_named(record["kind"])
+    kinds = {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}
+    kind = kinds.get(record["kind"])
     if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}

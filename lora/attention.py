@@ -112,7 +112,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, keep_weights=False):
-        attended = _empty_heads(q, v.shape[-1])
+        attended = torch.empty_like(q)  # heads of a token side by side in memory, as in q
         kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else None
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
@@ -128,7 +128,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gy):
         q, k, v, kept = ctx.saved_tensors
         scaling = 1 / math.sqrt(q.shape[-1])
-        gq, gk, gv = (_empty_heads(t, t.shape[-1]) for t in (q, k, v))
+        gq, gk, gv = map(torch.empty_like, (q, k, v))
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p, gy_p = (t[part].flatten(0, 1) for t in (q, k, v, gy.to(q.dtype)))
             weights = _attention_weights(q_p, k_p) if kept is None else kept[part].flatten(0, 1)
@@ -157,9 +157,3 @@ def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
     heads = max(SCORES_AT_A_TIME // scores, 1)
     firsts = itertools.product(range(0, N, images), range(0, H, heads))
     return [(slice(n, n + images), slice(h, h + heads)) for n, h in firsts]
-
-
-def _empty_heads(like: Tensor, width: int) -> Tensor:
-    """(N, H, L, width), with the heads of a token side by side in memory: (N, L, H width) is then a view."""
-    N, H, L, _ = like.shape
-    return like.new_empty(N, L, H, width).transpose(1, 2)

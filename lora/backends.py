@@ -148,16 +148,11 @@ def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_w
 
 def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of ``gy y`` and of ``gy`` over all but the channels: (N, C, H, W) -> (C,), in float32 or more."""
-    zeros, ones = _zeros_and_ones(y.shape[1], torch.promote_types(y.dtype, torch.float32), y.device)
+    ones = y.new_ones(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
     _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(  # of a BatchNorm that changes nothing
-        gy, y, ones, None, None, zeros, ones, True, 0.0, [False, True, True]
+        gy, y, ones, None, None, torch.zeros_like(ones), ones, True, 0.0, [False, True, True]
     )
     return of_weight, of_bias
-
-
-@functools.cache
-def _zeros_and_ones(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros(count, dtype=dtype, device=device), torch.ones(count, dtype=dtype, device=device)
 
 
 # ------------------------------------------------------------------------------------ what else PyTorch keeps private
@@ -165,15 +160,13 @@ def _zeros_and_ones(count: int, dtype: torch.dtype, device: torch.device) -> tup
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
     """``norm(x)`` of x (..., width), and each row's mean and reciprocal deviation."""
-    weights = norm._parameters  # in the third of the time that an attribute takes
-    return torch.native_layer_norm(x, norm.normalized_shape, weights["weight"], weights["bias"], norm.eps)
+    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
     """The input's gradient from the output's; the statistics are those of `layer_norm`."""
-    weights = norm._parameters
     return torch.ops.aten.native_layer_norm_backward(
-        gy, x, norm.normalized_shape, mean, deviation, weights["weight"], weights["bias"], [True, False, False]
+        gy, x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
     )[0]
 
 

@@ -254,15 +254,10 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
     adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
-    # What is to be applied to x first; its output is not saved but recomputed.
+    # What is to be applied to x first; its output is not saved but recomputed. Not with adapter_x, which would need it.
     prologue: nn.LayerNorm | nn.GELU | RecomputedNorm | None = None,
 ) -> Tensor:
-    """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b, and for W if it is not frozen, which is slower.
-
-    Raises ValueError for adapter_x with a prologue: dropout would need the output that is not saved.
-    """
-    if adapter_x is not None and prologue is not None:
-        raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
+    """``x (W + s B A)^T + b`` with exact gradients for x, A, B, b, and for W if it is not frozen, which is slower."""
     dtype = compute_dtype(x)
     A = _stacked(A)
     B = _stacked(B)

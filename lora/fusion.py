@@ -87,11 +87,10 @@ def conv_bn_relu(
     downsample: nn.Module | None = None,
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
+    residual = input if downsample is None else downsample(input)
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
-        residual = input if downsample is None else downsample(input)
         return conv(x, batch_norm=norm, residual=residual, relu=True)
     out = conv_bn(conv, norm, x, changes=True)
-    residual = input if downsample is None else downsample(input)
     if residual is not None:
         out += residual
     return relu(out)
@@ -370,11 +369,12 @@ def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
 
 def unfuse(model: nn.Module) -> None:
     """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
-    _set_checkpointing(model, [])
     for module in model.modules():
         if isinstance(module, Freezable):
             module.__class__ = stock_norm(module)
             vars(module).pop("frozen", None)
+        if isinstance(module, WHOLE_BLOCKS):
+            vars(module).pop("checkpointing", None)
         module.__class__ = STOCK.get(type(module), type(module))
     _set_fast_paths(model)
 
@@ -418,7 +418,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     if mode not in ("none", "full"):
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")
     full = mode == "full"
-    blocks = [m for m in model.modules() if full and STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
+    blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
         with contextlib.suppress(AssertionError):  # which timm raises if this one cannot
@@ -426,14 +426,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             by_itself = True
     if full and not by_itself and not blocks:
         raise InputError("gradient checkpointing full finds nothing to recompute in this model")
-    _set_checkpointing(model, blocks)
-    fuse(model)
-
-
-def _set_checkpointing(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Turn it on in these blocks of the model, and off in all others."""
-    for module in model.modules():
-        if isinstance(module, WHOLE_BLOCKS):
-            vars(module).pop("checkpointing", None)
     for block in blocks:
-        block.checkpointing = True
+        vars(block).pop("checkpointing", None)
+        if full:
+            block.checkpointing = True
+    fuse(model)

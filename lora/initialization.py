@@ -34,6 +34,7 @@ def adapter_lr_factor(r: int) -> float:
     return ADAPTER_LR_FACTOR * min(1.0, math.sqrt(8 / r))
 
 
+@torch.no_grad()
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
     """Start the adapters of `model` at its gradient, in place, without changing the model's output.
 
@@ -53,33 +54,31 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
     if not pairs:
         return
-    before = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+    before = [(A.clone(), B.clone()) for A, B in pairs]
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for A, B in pairs:
-            A.zero_()
-            B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
+    for A, B in pairs:
+        A.zero_()
+        B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
     try:
-        with torch.compiler.set_stance("force_eager"):  # some steps in eval mode are not worth compiling
+        # Some steps in eval mode are not worth compiling.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             backward()
         sketches = [A.grad for A, _ in pairs]
     finally:
         for parameter, gradient in former_gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
-                A.copy_(former_A)
-                B.copy_(former_B)
-    with torch.no_grad():
-        for (A, B), sketch in zip(pairs, sketches, strict=True):
-            if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
-                precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
-                rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
-                A[: len(rows)] = rows / math.sqrt(3)
-                B.zero_()
-            distributed.broadcast([A])  # the last bits, or signs, may differ between machines
+        for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
+            A.copy_(former_A)
+            B.copy_(former_B)
+    for (A, B), sketch in zip(pairs, sketches, strict=True):
+        if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
+            precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
+            rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
+            A[: len(rows)] = rows / math.sqrt(3)
+            B.zero_()
+        distributed.broadcast([A])  # the last bits, or signs, may differ between machines
 
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

@@ -126,14 +126,11 @@ def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[s
 
 def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    problems = options.complete_data(args, sources)
-    options.complete_adapters(args)
-    options.complete_resume(args)
-    problems += options.resume_problems(args)
+    problems = options.complete_shared(args, sources)
     problems += runs.environment_problems(args, written(args))
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.adapter_problems(args, typed)
+    problems += options.shared_problems(args, typed)
     if "crop_min" in typed and args.two_crops == "digits":
         problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
     if args.checkpoint is not None and not os.path.exists(args.checkpoint):
@@ -142,8 +139,6 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
     if args.checkpoint is not None and sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    if args.warmup_epochs > args.epochs:
-        problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     return problems
 
 
@@ -205,7 +200,10 @@ def train(run: "Pretraining") -> None:
             progress = run.begin_epoch()
             unread: list[training.StepFigures] = []
             run.model.train()
-            with progress.timed(), run.bar() as bar:
+            batches = run.meter.watched(run.loader)
+            title = f"epoch {run.epoch + 1}/{args.epochs}"
+            bar = runs.progress_bar(batches, title, initial=progress.steps, total=run.steps_per_epoch)
+            with progress.timed(), bar:
                 for number, (views, _) in enumerate(bar, run.global_steps):
                     x1, x2 = (devices.to_device(view, run.device) for view in views)  # two views, (N, 3, S, S) each
                     m = run.model.momentum(number / run.total_steps)
@@ -241,7 +239,8 @@ class Pretraining(RunState):
         super().__init__(args, device, dtype)
         self.model = model
         normalization, self.loader, self.measuring_loaders = load_data(args, known, read, device)
-        self.about_images = bands.recorded(normalization, vars(args))  # for whoever uses the backbone
+        self.about_images = bands.recorded(normalization, {})  # for whoever uses the backbone
+        self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
@@ -249,7 +248,6 @@ class Pretraining(RunState):
         steps = len(self.loader)
         self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
-        self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
         self.trained_entries["model"] = StateEntry(self.model_state, restore)
         self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base}
@@ -279,12 +277,6 @@ class Pretraining(RunState):
         self.loader.batch_sampler.epoch = self.epoch
         self.loader.batch_sampler.start = self.progress.steps
         return self.progress
-
-    def bar(self) -> tqdm:
-        """The progress bar of the epoch, over its batches."""
-        title = f"epoch {self.epoch + 1}/{self.args.epochs}"
-        batches = self.meter.watched(self.loader)
-        return runs.progress_bar(batches, title, initial=self.progress.steps, total=self.steps_per_epoch)
 
     def note_steps(self, unread: list[training.StepFigures], rate: float, bar: tqdm) -> None:
         """Count steps and show them. Raises InputError for a loss that is not finite."""
@@ -348,11 +340,7 @@ class Pretraining(RunState):
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
-        if args.channels:
-            metadata["channels"] = args.channels
-        if self.report.get("channel_fit"):
-            metadata["channel_fit"] = self.report["channel_fit"]
-        metadata |= self.about_images
+        metadata |= self.about_adapters
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
@@ -448,13 +436,12 @@ def load_images(
     """
     is_own = args.dataset == "imagefolder"
     if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):
-        if problems := options.unlabelled_problems(args):  # only now it may be known that there are no labels
+        if problems := list(options.unlabelled_problems(args)):  # only now it may be known that there are no labels
             raise InputError("\n".join(problems))
         images = load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
         labelled = ()
     else:
-        where = options.image_sources(args, read)
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, **where, for_training_only=True)
+        splits = load_splits(**options.image_sources(args, read), for_training_only=True)
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else validation_part(images)
     if args.knn_dir:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetune_lora import LoRALinear, QLoRALinear, QLoRAMultiheadAttention
-from lora.adapted import ADAPTED, LoRASettings, kind_named, stock_class
+from lora.adapted import ADAPTED, LoRASettings, stock_class
 from lora.adapter_set import LayerState
 from toolkit import InputError
 
@@ -71,11 +71,10 @@ def test_the_bits_of_the_base(kind, four_bits, dtype, bits):
         assert LayerState.of(layer).base_bits == 32
 
 
-def test_the_table_knows_kinds_by_name_and_what_they_adapt():
+def test_the_table_knows_what_kinds_adapt():
     class Mine(LoRALinear):
         """A user's own kind."""
 
-    assert kind_named("QLoRALinear") is QLoRALinear and kind_named("Linear") is None
     assert stock_class(Mine) is stock_class(QLoRALinear) is nn.Linear
     assert stock_class(QLoRAMultiheadAttention) is nn.MultiheadAttention
     projection = type(nn.MultiheadAttention(8, 2).out_proj)  # a subclass of nn.Linear

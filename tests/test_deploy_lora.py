@@ -26,13 +26,12 @@ import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager
 from tests.run_folders import rows_of
-from toolkit import InputError
+from toolkit import InputError, devices
 from toolkit.answers import predictions
 from toolkit.answers.measures import wilson_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
 from toolkit.models.checkpoints import load_backbone
-from toolkit.run import arithmetic as run_arithmetic
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
 
@@ -292,7 +291,7 @@ def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
     """Near those in floats where 8 bits are faster, and else the same."""
     found = []
     for times, arithmetic in ((2.0, "float"), (2.0, "int8"), (1.0, "int8")):
-        monkeypatch.setattr(run_arithmetic, "speedups", lambda *layer, times=times: {torch.float32: times})
+        monkeypatch.setattr(devices, "speedups", lambda *layer, times=times: {torch.float32: times})
         options = f"--device cpu --arithmetic {arithmetic}"
         features = run(f"embed {options}", trained, images / "val", "--output", tmp_path / "f.npy")
         rows = run(f"predict {options}", trained, images / "val", "--output", tmp_path / "p.csv")

@@ -168,8 +168,6 @@ def test_a_recomputed_operation_saves_its_input_not_its_output():
             saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, prologue=nn.GELU()))
         assert x.untyped_storage().data_ptr() in saved
         assert sum(saved.values()) < 1.5 * x.numel() * 4
-    with pytest.raises(ValueError, match="exclude each other"):  # as dropout and such an operation do
-        lora_linear(x, W, A, B, adapter_x=x, prologue=nn.GELU())
 
 
 def flops(function) -> int:

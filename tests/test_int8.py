@@ -30,7 +30,7 @@ from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager
 from toolkit import InputError, devices
 from toolkit.devices import ARITHMETICS
-from toolkit.run import arithmetic, runs
+from toolkit.run import runs
 
 ROOT = Path(__file__).parents[1]
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
@@ -268,7 +268,7 @@ def fast_processor(monkeypatch):
     """A processor that multiplies fast in 8 bits, whatever this one does."""
     if not int8.multiplies_exactly("cpu", 64, 64):
         pytest.skip("products in 8 bits overflow on this CPU")
-    monkeypatch.setattr(arithmetic, "speedups", lambda *layer: {torch.float32: 2.0})
+    monkeypatch.setattr(devices, "speedups", lambda *layer: {torch.float32: 2.0})
 
 
 @exact_products
@@ -276,14 +276,14 @@ def test_8_bits_are_used_only_where_they_are_faster_and_that_is_reported(monkeyp
     """By one measurement, on the model's widest layer."""
     seconds = iter([1.0, 3.0, 1.2])  # in 8 bits, float32 and bf16
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: next(seconds))
-    arithmetic.speedups.cache_clear()
+    devices.speedups.cache_clear()
     model = vit()
     assert not finetune_lora.int8_pays(model, torch.bfloat16) and finetune_lora.int8_pays(model, torch.float32)
     assert capsys.readouterr().out.splitlines() == [
         "products in 8 bits (16 to 32): 3.0 times the speed of fp32, 1.2 times the speed of bf16; used from 1.5 times "
         "on, else --arithmetic float"
     ]
-    arithmetic.speedups.cache_clear()
+    devices.speedups.cache_clear()
 
 
 INEXACT = """
@@ -324,7 +324,7 @@ def test_sums_are_as_exact_as_float32():
 
 def test_measuring_draws_no_random_numbers():
     torch.manual_seed(0)
-    assert all(ratio > 0 for ratio in arithmetic.speedups.__wrapped__(32, 16, int8.multiplier).values())
+    assert all(ratio > 0 for ratio in devices.speedups.__wrapped__(32, 16, int8.multiplier).values())
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(1), drawn)
@@ -378,7 +378,7 @@ def test_a_layer_without_adapter_adds_no_product_of_width_0(fast_processor):
 
 def test_where_8_bits_are_slower_a_model_answers_in_floats_and_one_of_convolutions_is_refused(monkeypatch):
     """Before its adapters are merged."""
-    monkeypatch.setattr(arithmetic, "speedups", lambda *layer: {torch.float32: 1.4})
+    monkeypatch.setattr(devices, "speedups", lambda *layer: {torch.float32: 1.4})
     model, x = in_8_bits(vit(hidden_dim=64)).eval(), images(16)
     expected = model(x)
     assert_close(multiply_in_8_bits(model, torch.float32)(x), expected, 5e-2)

@@ -124,7 +124,7 @@ def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch
         run.history.append(dict.fromkeys(columns, 0.5))
 
     monkeypatch.setattr(finetune_lora, "train", no_steps)
-    with pytest.raises(InputError, match=r"of a search with other settings \(finetune\.batch_size was 8, is 4\)"):
+    with pytest.raises(InputError, match=r"belongs to a run with other settings \(finetune\.batch_size was 8, is 4\)"):
         finetune(f"{command} --batch-size 4", output="elsewhere")
     results = finetune(f"{command} --data-dir {moved} --workers 1", output="elsewhere")
     assert results["learning_rate"] == 1e-4 and len(rows_of(tmp_path / "elsewhere/learning_rates.csv")) == 2

@@ -9,6 +9,7 @@ import torch
 import finetune_lora
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim
+from toolkit.run.options import RunOptions
 from toolkit.run.search import RATES, Trial, choose, choose_learning_rate, rates_that_differ
 
 
@@ -27,11 +28,10 @@ def search(accuracy, folder, images, resume=None):
         train,
         RATES,
         Classification(["cat", "dog"]),
+        RunOptions(output_dir=folder, resume=resume),
         epochs=1,
         images=images,
         begin=lambda: None,
-        folder=folder,
-        resume=resume,
         settings={"config": {"finetune": {}}, "images": "a digest"},
     )
     _, *rows = (folder / "learning_rates.csv").read_text().splitlines()
@@ -103,7 +103,7 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images,
     class Asked(Exception):
         pass
 
-    def asked(train, rates, task, **settings):
+    def asked(train, rates, task, args, **settings):
         assert rates == [1e-5, 3e-5, 1e-4] and settings["epochs"] == 2
         raise Asked
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from toolkit.answers.tasks import Classification, Regression
 from toolkit.run.verdict import judge
 
 RISING = (0.70, 0.74, 0.78, 0.82)
@@ -20,7 +21,7 @@ def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowere
     }
     train_loss, val_loss = losses
     history = [{"val_accuracy": score, "train_loss": train_loss, "val_loss": val_loss} for score in scores]
-    return judge(results | more, history, "accuracy", 100, per_class)
+    return judge(results | more, history, Classification, per_class)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_the_gain_is_over_the_linear_probe(probe, gained):
 def test_points_are_of_scores_in_per_cent():
     results = {"val_r2": 0.5, "probe_r2_before": 0.25, "val_r2_interval": (0.4, 0.6), "task": "regression"}
     results |= {"learning_rate": 1, "head_learning_rate": 1, "val_images": 9, "epochs": 0}
-    assert judge(results, [], "r2", 1, 30).gained == "+0.25 against the linear probe, more than chance explains"
+    assert judge(results, [], Regression, 30).gained == "+0.25 against the linear probe, more than chance explains"
 
 
 def test_a_good_run_has_no_limits_and_goes_on_to_predict():

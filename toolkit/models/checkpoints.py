@@ -71,7 +71,7 @@ def load_backbone(
             with another number of channels.
     """
     source = _identify(path, arch)
-    arch = _find_arch(source)
+    arch = source.arch
     if image_size is None:
         image_size = _find_image_size(source, arch)
     if heads is None:
@@ -117,10 +117,9 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
     The metadata are as `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
     """
     source = _identify(path, arch)
-    arch = _find_arch(source)
-    _, channels = _find_channels(source.weights, arch)
+    _, channels = _find_channels(source.weights, source.arch)
     if source.images:
-        source.images["arch"] = arch
+        source.images["arch"] = source.arch
     return channels, source.images
 
 
@@ -197,19 +196,11 @@ def stored_checkpoint(path: str | os.PathLike) -> str:
     return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
 
 
-def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None, fewer_bits: str | None) -> list[str]:
-    """What is wrong with the options `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files.
-
-    `fewer_bits` is the option that stores the weights in 4 or 16 bits, if there is one.
-    """
+def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None) -> list[str]:
+    """What is wrong with `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files."""
     problems = []
     if is_none(path) and arch is None:
         problems.append(f"--checkpoint none: {_NO_ARCH}; say which with --arch")
-    if is_none(path) and fewer_bits is not None:
-        problems.append(
-            f"{fewer_bits} with --checkpoint none: an adapter over weights in fewer bits needs their file, and random "
-            "weights are in none; drop one of the two"
-        )
     if not is_none(path) and not os.path.exists(path):
         problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
         problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
@@ -327,7 +318,7 @@ class _Source:
 
     path: str | os.PathLike
     layout: _Layout
-    arch: str | None  # the one that was asked for, or else the one that the file names
+    arch: str  # the one that was asked for, or that the file names, or else that its tensors' shapes imply
     epoch: int | None = None
     image_size: int | None = None
     heads: int | None = None
@@ -366,7 +357,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     return _Source(
         path=path,
         layout=layout,
-        arch=arch,
+        arch=arch or _likely_arch(path, weights),
         epoch=_whole_number(info, "epoch"),
         image_size=_whole_number(info, "config/image_size"),  # this toolkit's pretraining stores it
         heads=_whole_number(info, "config/heads"),
@@ -491,16 +482,14 @@ def _renamed(key: str, renames: _Renames) -> str:
     return key
 
 
-def _find_arch(source: _Source) -> str:
-    """The arch that was asked for or that the file names, else the one that shares the most tensors with it."""
-    if source.arch is not None:
-        return source.arch
-    found = _shapes_of(source.weights)
+def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -> str:
+    """The arch that shares the most tensors with a file."""
+    found = _shapes_of(weights)
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
         raise InputError(
-            f"{source.path}: none of its {len(source.weights)} tensors belongs to a known backbone "
-            f"({listed(source.weights)}); known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
+            f"{path}: none of its {len(weights)} tensors belongs to a known backbone "
+            f"({listed(weights)}); known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
         )
     return best
 

@@ -44,9 +44,7 @@ class DenseModel(nn.Module):
     Args:
         backbone: a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`. Its
             classifier head becomes an identity.
-        classes: K.
-        image_size: S, in pixels.
-        channels: C.
+        classes, image_size, channels: K, S (in pixels) and C.
 
     Raises:
         InputError: the backbone has no maps that can be read.
@@ -156,8 +154,7 @@ def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
     return torch.cat(taken, 1)[0, :, :, 0].T
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images of any size, in windows
+# --------------------------------------------------------------------------------------- images of any size, in windows
 
 
 def window_starts(length: int, size: int) -> list[int]:

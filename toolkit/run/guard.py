@@ -100,8 +100,7 @@ class Guard:
     def note_start(self, worst_batch_loss: float | None, watched: Answers) -> None:
         """Note the answers before training, or before it begins anew with a head of another temperature.
 
-        Args:
-            worst_batch_loss: the highest loss of a batch of the watched images, if the batch matters; else None.
+        `worst_batch_loss` is the highest loss of a batch of the watched images, if the batch matters; else None.
         """
         self.first_loss = worst_batch_loss
         self.recent_loss = worst_batch_loss
@@ -117,10 +116,10 @@ class Guard:
 
     def after_step(self) -> Keep | GoBack:
         """Go back if the recent loss is above twice that of a constant answer, or of the start if that is higher."""
-        if not math.isfinite(self.recent_loss):
-            return GoBack("training collapsed")
-        explodes = self.recent_loss > EXPLODED_RATIO * max(self.constant_loss, self.first_loss)
-        return GoBack("training collapsed") if explodes else Keep()
+        highest = EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0)
+        if self.recent_loss <= highest:  # which NaN is not
+            return Keep()
+        return GoBack("training collapsed")
 
     def after_epoch(self, trained: Answers, kept: Answers, divisor: float) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch.

@@ -19,7 +19,7 @@ from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import guard, runs, training
-from toolkit.run.options import FineTuneOptions, image_sources
+from toolkit.run.options import FineTuneOptions, Plan, image_sources
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
@@ -32,15 +32,8 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     reader = None
     if args.task == "segmentation":
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
-    return load_splits(
-        args.dataset,
-        args.data_dir,
-        args.eval_split,
-        args.labels_per_class,
-        args.seed,
-        masks=reader,
-        **image_sources(args, read),
-    )
+    where = image_sources(args, read)
+    return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
 
 
 class Loaders:
@@ -49,7 +42,6 @@ class Loaders:
     Args:
         splits: the training and the evaluation images, or features that are cached of them.
         image_size: pixels along each side.
-        normalization: the keyword arguments of transforms, from `bands.settle`.
         opened: a list to which all loaders are added, so that their processes can be ended.
         meter: measures the loading of training images.
     """
@@ -57,19 +49,19 @@ class Loaders:
     def __init__(
         self,
         args: FineTuneOptions,
+        plan: Plan,
         splits: Splits,
         image_size: int,
-        normalization: dict[str, Any],
-        device: torch.device,
         opened: list[DataLoader],
         meter: LoadingMeter,
     ):
         self.args = args
-        self.device = device
+        self.device = plan.device
         self.opened = opened
         self.meter = meter
         self.images = splits
         self.has_masks = isinstance(splits.train, masks.MaskedImages)
+        normalization = plan.normalization
         if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
             pairs = masks.pair_transforms(image_size, args.augmentation, **normalization)
             self.augmentation, self.eval_transform = pairs

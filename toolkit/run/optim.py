@@ -37,8 +37,7 @@ def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> b
     return scaler.get_scale() >= scale
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How much of the trained change is kept
+# ------------------------------------------------------------------------------- how much of the trained change is kept
 
 # At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.
 IMAGES_WORTH_THE_START = 5.0
@@ -49,9 +48,7 @@ def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
 
     With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
     where the head did not start as a linear probe, and where the whole backbone trains, of which it would keep a copy.
-
-    Args:
-        images: the number of training images of each class.
+    `images` has the number of training images of each class.
     """
     if args.wise_ft != "auto":
         return args.wise_ft
@@ -108,8 +105,7 @@ class WiseFT:
         self.start = {name: start.clone().to(self.weights[name]) for name, start in state["start"].items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The learning rate
+# ---------------------------------------------------------------------------------------------------- the learning rate
 
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.

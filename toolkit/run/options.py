@@ -57,8 +57,7 @@ SAVES_MEMORY = (
     "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
 )
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The options, by section
+# ---------------------------------------------------------------------------------------------- the options, by section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +217,7 @@ class TuneOptions(AdapterOptions):
         "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
     )
     gradient_checkpointing: str = option(
-        "none",
-        "what backward computes again. none: LayerNorm, GELU; full: whole blocks",
-        choices=CHECKPOINTING,
+        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=CHECKPOINTING
     )
     activation_precision: int = option(
         32, "bits of activations saved for backward; 16: half the bytes, rounded", type=int, choices=(32, 16)
@@ -278,15 +275,20 @@ FREE_TO_CHANGE = (
     *(f"data.{name}" for name in PLACES_OF_IMAGES),
 )
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What follows from options, before they are frozen. These functions fill in what argparse has read.
+# -------------------------------------------------------------------- what follows from options, before they are frozen
 
 
-def complete_data(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
-    """Fill in the default data set, and resolve the paths of a configuration.
+def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
+    """Fill in what follows from options that both scripts have: data set, paths of a configuration, alpha, `last.pth`.
 
     Returns what is wrong with the options of the images together, one line each.
     """
+    if args.lora_alpha is None:  # without adapters that of the usual rank
+        args.lora_alpha = 2.0 * (args.lora_rank or 8)
+    if args.resume == Path():  # the flag alone
+        args.resume = args.output_dir / "last.pth"
+    elif args.resume is not None and args.resume.name == str(args.resume) and not os.path.exists(args.resume):
+        args.resume = args.output_dir / args.resume
     for name in PATHS:
         value = getattr(args, name, None)
         if value and origins.get(name) == "config":
@@ -309,33 +311,24 @@ def complete_data(args: argparse.Namespace, origins: dict[str, str]) -> list[str
     return problems
 
 
-def unlabelled_problems(args: Any) -> list[str]:
+def unlabelled_problems(args: Any) -> Iterator[str]:
     """The options that images without labels have no use for, one line each."""
     needless = {"--val-dir": args.val_dir, "a second --data-list": (args.data_list or [])[1:]}
-    return [
-        f"{name} with images without labels: they are not evaluated on; drop it"
-        for name, given in needless.items()
-        if given
-    ]
-
-
-def complete_adapters(args: argparse.Namespace) -> None:
-    """Fill in alpha, by default twice the rank; without adapters, that of the usual rank, 8."""
-    if args.lora_alpha is None:
-        args.lora_alpha = 2.0 * (args.lora_rank or 8)
+    for name, given in needless.items():
+        if given:
+            yield f"{name} with images without labels: they are not evaluated on; drop it"
 
 
 def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
     """Fill in the options that follow from others; return the problems with the data options, one line each."""
     args.label_columns = bands.split_names(args.label_columns)
-    problems = complete_data(args, origins)
+    problems = complete_shared(args, origins)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
         problems.append(
             f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
             "alone; for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
         )
-    complete_adapters(args)
     if args.task == "segmentation" and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
     if args.task == "segmentation" and origins["augmentation"] == "config":
@@ -344,25 +337,16 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> l
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    complete_resume(args)
     return problems
 
 
-def complete_resume(args: argparse.Namespace) -> None:
-    """Fill in the file to resume: that of --output-dir, unless a path is given."""
-    if args.resume == Path():  # the flag alone
-        args.resume = args.output_dir / "last.pth"
-    elif args.resume is not None and args.resume.name == str(args.resume) and not os.path.exists(args.resume):
-        args.resume = args.output_dir / args.resume
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What goes together
+# --------------------------------------------------------------------------------------------------- what goes together
 
 _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
 _CHANGES = "cached features must be the same in every epoch"
 _COMPILED = "the compiler decides what is saved for backward"
+_NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
 CLASHES = {
     "--no-freeze-backbone": {
@@ -378,6 +362,7 @@ CLASHES = {
     "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
     "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
     "--cache-features": {"--norms train": _CHANGES, "--mixup": _CHANGES},
+    "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
     "--task multilabel": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS},
@@ -406,29 +391,34 @@ def _is_given(args: Any, words: str) -> bool:
     return str(now) == value if value else now not in (None, False, "none")
 
 
-def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of the adapters together, one line each. `typed`: see `parse_args`."""
-    if args.lora_rank > 0:
-        return []
-    needless = [name for name in ("use_qlora", "adapt_last") if getattr(args, name)]
-    # A configuration may have these for its runs with adapters, so they are refused only if they are typed.
-    of_adapters = ("lora_alpha", "lora_dropout", "target_modules", "lora_init")
-    needless += [name for name in of_adapters if name in typed]
-    return [f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
+def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
+    """What is wrong with options that both scripts have, one line each. `typed`: see `parse_args`."""
+    if args.lora_rank == 0:
+        always = ("use_qlora", "adapt_last")
+        # A configuration may have the others for its runs with adapters, so they are refused only if they are typed.
+        for name in (*always, "lora_alpha", "lora_dropout", "target_modules", "lora_init"):
+            if name in typed or (name in always and getattr(args, name)):
+                yield f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank"
+    if args.warmup_epochs > args.epochs:
+        yield (
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: "
+            "no step would have the peak rate; lower it"
+        )
+    if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
+        yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"
 
 
 def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
-    bits = next((words for words in ("--use-qlora", "--arithmetic int8") if _is_given(args, words)), None)
-    problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads, bits)
+    problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads)
     for other, clashing in CLASHES.items():
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
                 problems.append(f"{words} with {other}: {reason}; drop one of the two")
-    problems += adapter_problems(args, typed)
+    problems += shared_problems(args, typed)
     problems += _task_problems(args, typed)
     problems += _run_problems(args)
-    return problems if all_folds(args) else problems + resume_problems(args)
+    return problems
 
 
 def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
@@ -465,41 +455,24 @@ def _run_problems(args: Any) -> Iterator[str]:
         yield "--norms train with --adapt-last and --use-qlora: backward would hold 4-bit weights as floats; drop one"
     if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
         yield f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir"
-    if args.warmup_epochs > args.epochs:
-        yield (
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: "
-            "no step would have the peak rate; lower it"
-        )
 
 
-def resume_problems(args: Any) -> list[str]:
-    """A line if there is nothing to resume."""
-    if args.resume is None or os.path.exists(args.resume):
-        return []
-    return [f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What options mean to others
+# ------------------------------------------------------------------------------------------ what options mean to others
 
 
 def all_folds(args: Any) -> bool:
     """Are all parts of a cross-validation asked for, and not one?"""
-    return args.folds is not None and splitting.read_folds(args.folds)[0] is None
+    folds = getattr(args, "folds", None)  # stage 1 has none
+    return folds is not None and splitting.read_folds(folds)[0] is None
 
 
 def lora_options(args: AdapterOptions) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`, which adapter files record. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    return {
-        "r": args.lora_rank,
-        "lora_alpha": args.lora_alpha,
-        "lora_dropout": args.lora_dropout,
-        "target_modules": list(args.target_modules or ()) or None,
-        "use_qlora": args.use_qlora,
-        "adapt_last": args.adapt_last,
-    }
+    names = ("lora_alpha", "lora_dropout", "use_qlora", "adapt_last")
+    known = {name: getattr(args, name) for name in names}
+    return known | {"r": args.lora_rank, "target_modules": list(args.target_modules or ()) or None}
 
 
 def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
@@ -509,7 +482,7 @@ def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
 
 def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[str, Any]:
     """The keyword arguments of `load_splits`: where a user's images are, and what is read of them."""
-    names = ["val_dir", "data_list", "skip_unreadable"]
+    names = ["dataset", "data_dir", "eval_split", "val_dir", "data_list", "skip_unreadable"]
     if isinstance(args, DataOptions):
         names += ["task", "label_columns", "group_by", "folds"]
     return {name: getattr(args, name) for name in names} | {"bands": read}
@@ -523,12 +496,8 @@ def scaling_of(args: Any) -> bands.Scaling:
 def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scaling, bands.Bands | None]:
     """What the options say of the numbers in image files or else, where it is known, the checkpoint's pretraining.
 
-    Args:
-        args: `ImageOptions` and `ShapeOptions`.
-
-    Returns:
-        These values, and the bands that are read of a user's images, as many as the first layer takes; None: they are
-        RGB photographs.
+    Returns these values, and the bands that are read of a user's images, as many as the first layer takes; None: they
+    are RGB photographs. `args` are `ImageOptions` and `ShapeOptions`.
     """
     channels = 3
     metadata: dict[str, Any] = {}

@@ -66,15 +66,9 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
     """Within this block the folder of --output-dir exists, and no other run writes to it.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
+    Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
 
-    Args:
-        files, resumed: see `begin_folder`.
-
-    Yields:
-        `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
-
-    Raises:
-        InputError: in every process: another run is going on in the folder, or it cannot be made.
+    Raises InputError in every process if another run is going on in the folder, or it cannot be made.
     """
     with contextlib.ExitStack() as stack:
         problem = None

@@ -17,7 +17,7 @@ from toolkit.answers.answer_reports import Report, finite
 from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, new_figure, save_figure, write_page
-from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline_keys
+from toolkit.answers.tasks import TASKS, Answers, Task, baseline_keys
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import TOOLKIT, stored_path, write_text
 from toolkit.images.bands import recorded
@@ -31,8 +31,7 @@ from toolkit.run.training import best_epoch
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
 BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Words that several lines share
+# --------------------------------------------------------------------------------------- words that several lines share
 
 
 def duration(seconds: float) -> str:
@@ -52,8 +51,7 @@ def short_rate(rate: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# While it runs
+# -------------------------------------------------------------------------------------------------------- while it runs
 
 
 def describe_data(args: DataOptions, splits: Splits) -> str:
@@ -121,8 +119,7 @@ def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     return f"{taken}, {duration(left)} left" if left else taken
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What it leaves
+# ------------------------------------------------------------------------------------------------------- what it leaves
 
 
 def adapter_metadata(run: FineTuned) -> dict[str, Any]:
@@ -189,9 +186,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
     images = run.task.objective.counts(run.splits.train)
-    found = verdict.judge(
-        results, run.history, run.task.score, run.task.axis[0], images_per_class=sum(images.values()) / len(images)
-    )
+    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images))
     results["verdict"] = found._asdict()
     meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
     meaning.append(("next", found.next_step))
@@ -263,16 +258,9 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def plot_finetuning(
-    history: list[dict[str, float]],
-    baseline: dict[str, float | None],
-    path: Path,
-    task: Task | type[Task] = Classification,
+    history: list[dict[str, float]], baseline: dict[str, float | None], path: Path, task: Task | type[Task]
 ) -> None:
-    """Losses and score by epoch, both losses without label smoothing.
-
-    Args:
-        baseline: the scores of k-NN and linear probe before training, None where not measured.
-    """
+    """Losses and score by epoch, both losses without label smoothing. A score of `baseline` is None if not measured."""
     figure = new_figure(9, 3.6)
     losses, scores = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]

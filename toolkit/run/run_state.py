@@ -19,7 +19,7 @@ from toolkit.run import loggers
 from toolkit.run.optim import lr_schedule
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
-from toolkit.run.training import Progress
+from toolkit.run.training import STEPS_READ_TOGETHER, Progress
 
 
 class StateEntry(NamedTuple):
@@ -71,11 +71,7 @@ class RunState:
         self.identity: dict[str, Any] = {}
 
     def begin_training(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        steps_per_epoch: int,
-        warmup_steps: int,
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int
     ) -> None:
         """Set up optimizer, schedule and scaler for the module that steps call, compiled already if it is to be.
 
@@ -83,6 +79,7 @@ class RunState:
         """
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
+        self.steps_read_together = STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parallel = distributed.parallel(network, self.device)
@@ -132,25 +129,11 @@ class RunState:
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
-        self.check_same_run(path, state, free)
+        check_same_run(self.args, path, state, self.identity, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
             entry.load(state[key])
         print(f"resuming {path} after {self.done()}")
-
-    def check_same_run(self, path: Path, state: Mapping[str, Any], free: Container[str]) -> None:
-        """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
-        own = self.identity
-        changed = changed_settings(state["config"], own["config"], free)
-        if changed or state.get("class_names") != own.get("class_names"):
-            what = ", ".join(changed) or "other classes"
-            raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
-        if state["images"] != own["images"]:
-            there = f"{self.args.data_dir or 'the data set'} holds now"
-            raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
-        if state["base"] != own["base"]:
-            base = f"another base than {self.args.checkpoint}"
-            raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
@@ -186,13 +169,28 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Whether a run may go on from a state
+# --------------------------------------------------------------------------------- whether a run may go on from a state
 
 
 def of_other_version(path: Path) -> InputError:
     """The error for a file that is no state of this version."""
     return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+
+
+def check_same_run(
+    args: Any, path: Path, state: Mapping[str, Any], own: Mapping[str, Any], free: Container[str]
+) -> None:
+    """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
+    changed = changed_settings(state["config"], own["config"], free)
+    if changed or state.get("class_names") != own.get("class_names"):
+        what = ", ".join(changed) or "other classes"
+        raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+    if state["images"] != own["images"]:
+        there = f"{args.data_dir or 'the data set'} holds now"
+        raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
+    if state.get("base") != own.get("base"):  # a search has none
+        base = f"another base than {args.checkpoint}"
+        raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from toolkit.run import loggers, output_folder
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How a run begins
+# ----------------------------------------------------------------------------------------------------- how a run begins
 
 
 def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
@@ -60,8 +59,7 @@ def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
     return progress_bar(title=f"epoch {epoch}/{epochs}", total=images, initial=done, unit="img", leave=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How a run stops
+# ------------------------------------------------------------------------------------------------------ how a run stops
 
 
 class Stopped(KeyboardInterrupt):
@@ -116,8 +114,7 @@ class StopRequests:
             yield batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How a run fails
+# ------------------------------------------------------------------------------------------------------ how a run fails
 
 # What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
 NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

@@ -6,16 +6,17 @@ last epochs. Each trial is saved when it ends, so a stopped search can be resume
 """
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit import InputError, distributed
+from toolkit import distributed
 from toolkit.answers.tasks import Task
 from toolkit.files import read_checkpoint, save_atomically, write_csv
 from toolkit.images import sources
 from toolkit.run import run_state
 from toolkit.run.guard import Collapsed
+from toolkit.run.options import FREE_TO_CHANGE, RunOptions
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
@@ -71,15 +72,15 @@ def choose_learning_rate(
     train: Callable[[float, int], dict[str, float]],
     rates: Sequence[float],
     task: Task,
+    args: RunOptions,
     epochs: int,
     images: int,
     begin: Callable[[], None],
-    folder: Path,
-    resume: Path | None,
     settings: dict[str, Any],
-    free: Container[str] = (),
 ) -> tuple[float, Path | None]:
     """Search for the best rate, or read it from the run to resume; returns that run's `last.pth` too, if there is one.
+
+    --output-dir receives `last.pth` after each trial, and `learning_rates.csv` at the end.
 
     Args:
         train: trains at a rate for a number of epochs, and returns the row of the last one, with the task's score, as
@@ -88,20 +89,16 @@ def choose_learning_rate(
         epochs: of a trial.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
-        folder: receives `last.pth` after each trial, and `learning_rates.csv` at the end.
-        settings: `config` and `images` of the run, which an interrupted search must share, but for those in `free`.
+        settings: `config` and `images` of the run, which an interrupted search must share: see `check_same_run`.
     """
     trials: list[Trial] = []
-    if resume is not None:
-        state = read_checkpoint(resume)
+    if args.resume is not None:
+        state = read_checkpoint(args.resume)
         if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
-            raise run_state.of_other_version(resume)
+            raise run_state.of_other_version(args.resume)
         if "trials" not in state:
-            return state["config"]["finetune"]["learning_rate"], resume
-        changed = run_state.changed_settings(state["config"], settings["config"], free)
-        if changed or state["images"] != settings["images"]:
-            what = ", ".join(changed) or "other images"
-            raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
+            return state["config"]["finetune"]["learning_rate"], args.resume
+        run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
         trials = [Trial(*trial) for trial in state["trials"]]
     over = f"over at most {SEARCH_IMAGES:,} images each"
     print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs, {over}")
@@ -116,10 +113,11 @@ def choose_learning_rate(
         print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trials[-1].val_loss:.4f}")
         begin()
         if distributed.is_main():
-            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
+            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
     rate = choose(trials, lambda score: task.head.variance(score, images))
     begin()
     if distributed.is_main():
-        write_csv([dict(zip(columns, trial, strict=True)) for trial in trials], columns, folder / "learning_rates.csv")
+        rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
+        write_csv(rows, columns, args.output_dir / "learning_rates.csv")
     print(f"learning rate {rate:.0e}")
     return rate, None

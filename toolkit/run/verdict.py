@@ -6,6 +6,8 @@ It looks at the evaluation images: whoever follows it has used them, and a numbe
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from toolkit.answers.parts import Task
+
 FEW_IMAGES = 25  # of each class: below it, training hardly finds more than the probe does
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
 RISING = 0.1  # of the whole gain, in the last quarter of the epochs
@@ -21,21 +23,14 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    results: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-    score: str,
-    factor: float,
-    images_per_class: float,
+    results: Mapping[str, Any], history: Sequence[Mapping[str, float]], task: Task | type[Task], images_per_class: float
 ) -> Verdict:
-    """Judge a finished run.
+    """Judge a finished run, by the content of `results.json` and the rows of `metrics.csv`, one for each epoch.
 
-    Args:
-        results: the content of `results.json`.
-        history: a row for each epoch, as in `metrics.csv`.
-        score: the name of the task's score.
-        factor: of the score where it is printed; 100: its differences are points.
-        images_per_class: of the training images.
+    `images_per_class` is that of the training images.
     """
+    score = task.score
+    factor, _ = task.axis  # 100: differences are points
     after = results[f"val_{score}"]
     probe = results[f"probe_{score}_before"]
     interval = results[f"val_{score}_interval"]
