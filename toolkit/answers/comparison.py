@@ -154,19 +154,16 @@ def _differences(
         targets = _numbers(tables[0], truth)
         answered = [title + kind for title in truth]
         runs = [answers(0.0, _numbers(table, answered), targets) for table in tables]
-    images = len(tables[0][truth[0]])
 
-    def both(weights: Tensor) -> Tensor:  # (2, n, measures)
-        return torch.stack([figures(run, weights)[:, : len(names)] for run in runs])
+    def differences(weights: Tensor) -> Tensor:
+        """(n, 3 measures): how the runs differ, then the figures of each."""
+        before, after = (figures(run, weights)[:, : len(names)] for run in runs)
+        return torch.cat([after - before, before, after], 1)
 
-    def difference(weights: Tensor) -> Tensor:
-        before, after = both(weights)
-        return after - before
-
-    found = measures.jackknife(difference, images, clusters, [measures.UNBOUNDED] * len(names))
-    before, after = both(torch.ones(1, images))[:, 0].tolist()
+    found = measures.jackknife(differences, len(tables[0][truth[0]]), clusters, [measures.UNBOUNDED] * 3 * len(names))
+    _, before, after = found.values.view(3, -1).tolist()
     chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
-    columns = zip(names, before, after, found.intervals, chances, strict=True)
+    columns = zip(names, before, after, found.intervals, chances, strict=False)  # those of the differences come first
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 
 
