@@ -97,8 +97,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
         groups = groups_there
     clusters = None
     if groups is not None:
-        number = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-        clusters = torch.tensor([number[name] for name in groups])
+        clusters = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
     return _differences([one.columns, others], truth, kind, clusters)
 
 
