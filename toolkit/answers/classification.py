@@ -144,16 +144,13 @@ class ClassReport(Report):
 
     def most_confused(self) -> list[tuple[str, str, int, str]]:
         """The most frequent wrong answers: (true class, answer, images, share of the class)."""
-        answers = self.answers
-        wrong = answers.labels != answers.predictions
-        pairs = torch.stack([answers.labels[wrong], answers.predictions[wrong]], 1)
-        found, images = pairs.unique(dim=0, return_counts=True)  # not all pairs: they are the square of the classes
-        totals = answers.labels.bincount(minlength=len(self.names))
-        most = images.argsort(descending=True, stable=True)[:CONFUSIONS]
+        labels = self.answers.labels.tolist()
+        totals = Counter(labels)
         rows = []
-        for (true, answer), count in zip(found[most].tolist(), images[most].tolist(), strict=True):
-            rows.append((self.names[true], self.names[answer], count, f"{count / int(totals[true]):.1%}"))
-        return rows
+        for (true, answer), count in Counter(zip(labels, self.answers.predictions.tolist(), strict=True)).most_common():
+            if true != answer:
+                rows.append((self.names[true], self.names[answer], count, f"{count / totals[true]:.1%}"))
+        return rows[:CONFUSIONS]
 
     def draw(self, path: Path) -> None:
         """The confusion matrix. Of more than 1,000 classes, neighbours are counted as one: it has no room for all."""

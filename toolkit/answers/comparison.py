@@ -46,7 +46,7 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
 
 
 class Answered(NamedTuple):
-    """A file of answers: what `write_answers` wrote."""
+    """A file of answers: what `write_answers` wrote, in the order of the images' names."""
 
     images: list[str]
     groups: np.ndarray | None  # (N,)
@@ -75,30 +75,25 @@ def compare(first: Path, second: Path) -> list[Difference]:
     other = _read(answers_path(second))
     if one.columns.keys() != other.columns.keys():
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
-    missing = sorted(set(one.images) - set(other.images))
-    if missing or len(set(other.images)) != len(one.images):
-        such_as = f", such as {printable(missing[0])}" if missing else ""
-        raise InputError(f"{first} and {second} are over other images{such_as}: evaluate both on the same ones")
-    place = {name: i for i, name in enumerate(other.images)}
-    order = [place[name] for name in one.images]
-    others = {title: cells[order] for title, cells in other.columns.items()}
+    if one.images != other.images:
+        images = listed(sorted(set(one.images) ^ set(other.images)), 1)
+        raise InputError(f"{first} and {second} are over other images, such as {images}: evaluate both on the same")
     truth, kind = _truth(one.columns)
     if not truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
-    differing = [title for title in truth if (one.columns[title] != others[title]).any()]
+    differing = [title for title in truth if (one.columns[title] != other.columns[title]).any()]
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
     groups = one.groups
     if other.groups is not None:
-        groups_there = other.groups[order]
-        if groups is not None and (groups != groups_there).any():
+        if groups is not None and (groups != other.groups).any():
             raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-        groups = groups_there
+        groups = other.groups
     clusters = None
     if groups is not None:
         clusters = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
-    return _differences([one.columns, others], truth, kind, clusters)
+    return _differences([one.columns, other.columns], truth, kind, clusters)
 
 
 def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
@@ -122,7 +117,7 @@ def _read(path: Path) -> Answered:
         titles, rows = [], []
     if titles[:1] != [IMAGE] or not rows or any(len(row) != len(titles) for row in rows):
         raise InputError(f"{path} is not a table of answers, or damaged: evaluate again")
-    images, *columns = np.array(rows, dtype=object).T
+    images, *columns = np.array(sorted(rows), dtype=object).T
     del titles[0]
     groups = None
     is_label = titles[1:2] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group

@@ -104,10 +104,9 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
         room = 8.0
         for (left, top, right, bottom), size, margin in places:
             room = min(room, (right - left) / size[0] / margin, (bottom - top) / size[1] / margin)
-        reduction = max(factor for factor in _REDUCTIONS if factor <= max(1, room))
-        # The pixels at the end become the first ones, so the last block must be as large as the others.
-        if orientation != 1:
-            reduction = max(n for n in _REDUCTIONS if n <= reduction and width % n == 0 and height % n == 0)
+        # Of an image that is turned, pixels at the end become the first ones: the last block has to be whole.
+        fits = [n for n in _REDUCTIONS if orientation == 1 or width % n == height % n == 0]
+        reduction = max(n for n in fits if n <= max(1, room))
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
         image = to_rgb(image)
@@ -211,19 +210,18 @@ def train_transform(
         mean, std, bands: as for `eval_transform`. 'trivial' is for photographs and refuses bands.
         crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
     """
-    crop = partial(random_crop, image_size, (crop_min, 1.0))
-    flip = T.RandomHorizontalFlip()
-    tensor = _tensor(mean, std, bands)
-    if augmentation == "crop":
-        return View(crop, flip, *tensor, bands=bands)
-    if augmentation == "trivial":
+    if augmentation == "none":
+        return eval_transform(image_size, mean, std, bands)
+    place = partial(random_crop, image_size, (crop_min, 1.0))
+    changes = [T.RandomHorizontalFlip()]
+    if augmentation == "affine":
+        place = partial(whole, image_size)
+        changes = [T.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
+    elif augmentation == "trivial":
         if bands is not None:
             raise InputError("--augmentation trivial is for RGB photographs; use crop")
-        return View(crop, flip, T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR), *tensor)
-    if augmentation == "affine":
-        affine = T.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
-        return View(partial(whole, image_size), affine, *tensor, bands=bands)
-    return eval_transform(image_size, mean, std, bands)
+        changes.append(T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
+    return View(place, *changes, *_tensor(mean, std, bands), bands=bands)
 
 
 TWO_CROPS = ("moco_v2", "moco_v3", "digits")
