@@ -75,7 +75,7 @@ def test_room_for_features_is_reserved(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=r"cannot make a file of 0\.10 GB in .*No space left.* use --cache-features none"):
+    with pytest.raises(InputError, match=r"a file of 0\.10 GB in .*No space left.* use --cache-features none"):
         cache._empty_file(tmp_path, 100_000_000)
     assert len(list(tmp_path.glob("features-*"))) == 1  # the first one
 

@@ -27,8 +27,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
-        image = _to_8_bits(image)
+    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255. NaN and infinity become black
+        levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
+        scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
+        if image.mode.startswith("I;16") or levels.max() > 255:
+            scale = 1 / 257
+        image = Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -44,15 +48,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _name(image: Image.Image) -> str:
     return getattr(image, "filename", "") or "an image"
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; NaN and infinity become black."""
-    levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
-    if image.mode.startswith("I;16") or levels.max() > 255:
-        scale = 1 / 257
-    return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
 
 
 class View:
