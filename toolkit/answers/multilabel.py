@@ -40,17 +40,16 @@ class LabelAnswers(ColumnAnswers):
     def score(self) -> float:
         return self.by_label()[0].nanmean().item()
 
-    def figures(self, weights: Tensor | None = None, by_label: Tensor | None = None) -> Tensor:
-        """(3,), or (n, 3): means over the labels that have one; for the micro AP all labels are in one ranking.
-
-        `by_label` is what the method returns, if it is known.
+    def figures(self, weights: Tensor | None = None) -> Tensor:
+        """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the AP of each label and the AUROC of
+        each. For the micro AP all labels are in one ranking.
         """
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
         micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
-        by_label = self.by_label(weights) if by_label is None else by_label
-        macro_ap, macro_auroc = by_label.nanmean(-1).unbind(-1)
-        return torch.stack([macro_ap, micro[..., 0], macro_auroc], -1)
+        by_label = self.by_label(weights)
+        macro_ap, macro_auroc = by_label.nanmean(-1, keepdim=True).unbind(-2)
+        return torch.cat([macro_ap, micro[..., :1], macro_auroc, by_label.flatten(-2)], -1)
 
     def reliability(self) -> Tensor:
         """`toolkit.answers.measures.calibration` over all labels of all images."""
@@ -248,9 +247,9 @@ class LabelReport(ColumnReport):
 
     def measure(self, weights: Tensor) -> Tensor:
         """The headlines, then the AP of each label and the AUROC of each."""
-        by_label = self.answers.by_label(weights)
+        means, by_label = self.answers.figures(weights).tensor_split([len(self.answers.MEASURED)], 1)
         macro_f1 = self.answers.f1(self.head.thresholds, weights).nanmean(-1, keepdim=True)
-        return torch.cat([self.answers.figures(weights, by_label), macro_f1, by_label.flatten(1)], 1)
+        return torch.cat([means, macro_f1, by_label], 1)
 
     def label_intervals(self, i: int) -> list[measures.Interval]:
         """Those of a label's AP and AUROC; NaN where few images are positives, or few are negatives."""

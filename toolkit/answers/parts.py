@@ -37,14 +37,14 @@ class ColumnAnswers:
     """Answers to K questions on each image, each of which counts where its target is known."""
 
     MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures
-    # Of weights of the images (n, N): a row of figures for each; of None: their one row, (len(MEASURED),)
+    # Of weights of the images (n, N): a row of these figures, and maybe others, for each; of None: their one row
     figures: ClassVar[Callable[..., Tensor]]
     loss: float
     values: Tensor  # (N, K)
     targets: Tensor  # (N, K), NaN where unknown
 
     def measured(self) -> dict[str, float]:
-        return dict(zip(self.MEASURED, self.figures().tolist(), strict=True))
+        return dict(zip(self.MEASURED, self.figures().tolist(), strict=False))
 
     def known(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each column the images of which it is known, (M,): their values, their targets, and which they are."""
