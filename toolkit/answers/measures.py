@@ -124,11 +124,6 @@ class Ranking:
         return sums / torch.cat([positives, positives * (total - positives)], 1)
 
 
-def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The harmonic mean of precision and recall of answers (N, ...), 0 or 1. It is 0 without any true positive."""
-    return 2 * weighted_sum(answers * positive, weights) / weighted_sum(answers + positive, weights).clamp_min(1)
-
-
 def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     """The threshold of scores (N,), 0 to 1, that reaches a goal: "f1", "sensitivity=0.95" or "specificity=0.9".
 

@@ -36,10 +36,6 @@ class LabelAnswers(ColumnAnswers):
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
-    @property
-    def score(self) -> float:
-        return self.by_label()[0].nanmean().item()
-
     def figures(self, weights: Tensor | None = None) -> Tensor:
         """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the AP of each label and the AUROC of
         each. For the micro AP all labels are in one ranking.
@@ -61,11 +57,13 @@ class LabelAnswers(ColumnAnswers):
         return torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
 
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
-        positive = self.targets.nan_to_num()
+        """The F1 of each label at its threshold: 0 without any true positive, and NaN without positives."""
+        positive = self.targets == 1
         answers = (self.values > thresholds) & ~self.targets.isnan()
-        found = measures.f1(answers, positive, weights)
-        return found.where(measures.weighted_sum(positive, weights) > 0, torch.nan)
+        hits = measures.weighted_sum(answers & positive, weights)
+        positives = measures.weighted_sum(positive, weights)
+        f1 = 2 * hits / (measures.weighted_sum(answers, weights) + positives)
+        return f1.where(positives > 0, torch.nan)
 
     def rates(self, thresholds: Tensor) -> dict[str, Tensor]:
         """How answers above the thresholds are right, (K,) each: of the positives (sensitivity), of the negatives
@@ -153,7 +151,6 @@ class LabelHead(Head):
         loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
         return LabelAnswers(loss, outputs.sigmoid(), targets)
 
-    @torch.no_grad()
     def score(self, model, features, targets) -> float:
         return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
 
