@@ -113,9 +113,8 @@ class ClassReport(Report):
     def rows(self) -> list[tuple[str, str]]:
         accuracy, balanced, f1 = self.values
         images = len(self.answers.labels)
-        chance = answer_reports.interval_text(
-            *self.intervals[0], f".{int(images >= 200)}%"
-        )  # more digits would be chance's own
+        digits = int(images >= 200)  # more would be chance's own
+        chance = answer_reports.interval_text(*self.intervals[0], f".{digits}%")
         return [
             ("accuracy", f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({chance})"),
             ("balanced over classes", f"{balanced:.2%}, macro F1 {f1:.2%}"),

@@ -85,14 +85,12 @@ def compare(first: Path, second: Path) -> list[Difference]:
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
-    groups = one.groups
-    if other.groups is not None:
-        if groups is not None and (groups != other.groups).any():
-            raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-        groups = other.groups
+    groups = [answered.groups for answered in (one, other) if answered.groups is not None]
+    if len(groups) == 2 and (groups[0] != groups[1]).any():
+        raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
     clusters = None
-    if groups is not None:
-        clusters = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
+    if groups:
+        clusters = torch.from_numpy(np.unique(groups[0], return_inverse=True)[1])
     return _differences([one.columns, other.columns], truth, kind, clusters)
 
 
