@@ -133,7 +133,9 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     """
     kind, _, share = goal.partition("=")
     positive = positive.bool()
-    images = int((~positive if kind == "specificity" else positive).sum())
+    images = int(positive.sum())
+    if kind == "specificity":
+        images = len(scores) - images
     if not images:
         return 0.5
     levels, level = scores.double().unique(return_inverse=True)
