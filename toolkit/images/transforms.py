@@ -77,9 +77,6 @@ class TwoCrops:
         return tuple(render(image, self.views))
 
 
-_REDUCTIONS = (1, 2, 4, 8)  # by these factors libjpeg can shrink an image while it decodes
-
-
 def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     """Several views of an image, which is decoded once."""
     if views[0].bands is not None:
@@ -99,8 +96,9 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
         room = 8.0
         for (left, top, right, bottom), size, margin in places:
             room = min(room, (right - left) / size[0] / margin, (bottom - top) / size[1] / margin)
-        # Of an image that is turned, pixels at the end become the first ones: the last block has to be whole.
-        fits = [n for n in _REDUCTIONS if orientation == 1 or width % n == height % n == 0]
+        # By these factors libjpeg can shrink an image while it decodes. Of an image that is turned, pixels at the end
+        # become the first ones: the last block has to be whole.
+        fits = [n for n in (1, 2, 4, 8) if orientation == 1 or width % n == height % n == 0]
         reduction = max(n for n in fits if n <= max(1, room))
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
