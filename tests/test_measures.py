@@ -81,7 +81,7 @@ def test_what_is_the_same_everywhere_has_no_figure():
     assert average_precision(scores, 0 * ones).isnan() and auroc(scores, 0 * ones).isnan()
     assert average_precision(scores, ones) == metrics.average_precision_score(ones, scores) == 1
     assert auroc(scores, ones).isnan()
-    assert measures.best_threshold(scores, 0 * ones) == 0.5
+    assert measures.threshold_for(scores, 0 * ones, "f1") == 0.5
     assert measures.r2(torch.rand(5), torch.full((5,), 3e8)).isnan()
     assert measures.spearman(torch.rand(5), torch.ones(5)).isnan()
 
@@ -90,13 +90,14 @@ def test_what_is_the_same_everywhere_has_no_figure():
 def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     scores, positive, times = scored_labels(seed)
     scores = scores / 2
-    threshold = measures.best_threshold(scores, positive)
-    reached = measures.f1(scores > threshold, positive).item()
+    threshold = measures.threshold_for(scores, positive, "f1")
+    answers = multilabel.LabelAnswers(0.0, scores[:, None], positive[:, None])
+    reached = answers.f1(torch.tensor([threshold])).item()
     assert reached == pytest.approx(metrics.f1_score(positive, scores > threshold), abs=1e-12)
     others = [metrics.f1_score(positive, scores > other) for other in np.linspace(0, 0.999, 200)]
     assert reached == pytest.approx(max(others))
     weighted = metrics.f1_score(positive, scores > threshold, sample_weight=times.numpy())
-    assert measures.f1(scores > threshold, positive, times[None]).item() == pytest.approx(weighted)
+    assert answers.f1(torch.tensor([threshold]), times[None]).item() == pytest.approx(weighted)
 
 
 def test_thresholds_of_saturated_scores_are_below_them():
@@ -105,7 +106,7 @@ def test_thresholds_of_saturated_scores_are_below_them():
     positive = torch.tensor([1.0] * 20 + [0.0] * 5)
     threshold = torch.tensor(measures.threshold_for(scores, positive, "sensitivity=0.95"))
     assert ((scores > threshold) == (scores == 1)).all()
-    assert ((scores > torch.tensor(measures.best_threshold(scores, positive))) == (scores == 1)).all()
+    assert ((scores > torch.tensor(measures.threshold_for(scores, positive, "f1"))) == (scores == 1)).all()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.95])
@@ -129,7 +130,6 @@ def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
         assert found[kind] >= share - 1e-6
         best = max(figures(t)[other] for t in others if figures(t)[kind] >= share - 1e-6)
         assert found[other] == pytest.approx(best)
-    assert measures.threshold_for(scores, positive, "f1") == measures.best_threshold(scores, positive)
     assert 0 <= measures.threshold_for(scores, positive, "sensitivity=1e-12") <= 1
     assert measures.threshold_for(scores, torch.zeros_like(positive), f"sensitivity={share}") == 0.5
 

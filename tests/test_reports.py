@@ -16,7 +16,6 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from toolkit import VERSION
 from toolkit.answers import answer_reports, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.measures import wilson_interval
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
 from toolkit.run import reports, training
@@ -121,7 +120,9 @@ def test_the_best_epoch_has_a_figure_and_else_is_the_last():
 @pytest.mark.parametrize("right, of, share", [(12, 24, "50.00% (95% interval 31% to 69%)"),
                                               (356, 359, "99.16% (95% interval 97.6% to 99.7%)")])  # fmt: skip
 def test_an_accuracy_is_told_as_counted_images_with_its_interval(right, of, share):
-    assert answer_reports.right_of(right / of, of, wilson_interval(right, of)) == f"{right} of {of} images, {share}"
+    said = (torch.arange(of) < right).long()
+    result = Evaluation(0.1, right / of, said, torch.ones(of).long(), torch.full((of,), 0.5))
+    assert Classification(NAMES).report(result).rows()[0] == ("accuracy", f"{right} of {of} images, {share}")
 
 
 @pytest.mark.parametrize(

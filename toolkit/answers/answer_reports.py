@@ -233,13 +233,6 @@ def finite_interval(interval: tuple[float, float]) -> list[float] | None:
     return None if math.isnan(interval[0]) else list(interval)
 
 
-def right_of(accuracy: float, images: int, interval: tuple[float, float]) -> str:
-    """An accuracy as counted images, per cent, and how far chance reaches."""
-    digits = int(images >= 200)  # more would be chance's own
-    chance = interval_text(*interval, f".{digits}%")
-    return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({chance})"
-
-
 def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, form: str | None = None) -> None:
     """A confusion matrix of NumPy: rows are true classes, columns answers. Up to 20 classes have names and numbers."""
     from matplotlib.ticker import MaxNLocator

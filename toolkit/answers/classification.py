@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import Headline, Report, finite, plot_confusion, right_of, shortened, worst_first
+from toolkit.answers import answer_reports, evaluation, measures, probe
+from toolkit.answers.answer_reports import Headline, Report, finite, worst_first
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.parts import Head, SoftmaxObjective, Task, mixed
 from toolkit.answers.report_page import html_picture, html_table
@@ -117,15 +117,18 @@ class ClassReport(Report):
 
     def rows(self) -> list[tuple[str, str]]:
         accuracy, balanced, f1 = self.values
+        images = len(self.answers.labels)
+        digits = int(images >= 200)  # more would be chance's own
+        chance = answer_reports.interval_text(*self.intervals[0], f".{digits}%")
         return [
-            ("accuracy", right_of(accuracy, len(self.answers.labels), self.intervals[0])),
+            ("accuracy", f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({chance})"),
             ("balanced over classes", f"{balanced:.2%}, macro F1 {f1:.2%}"),
             *self.calibration_rows(),
         ]
 
     def printed(self) -> list[tuple[str, str]]:
         rows = [(name, f"{right} of {images} right") for name, images, right, _ in self.by_class()]
-        return shortened("by class", "the worst first:", rows)
+        return answer_reports.shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
         return [
@@ -149,16 +152,13 @@ class ClassReport(Report):
 
     def most_confused(self) -> list[tuple[str, str, int, str]]:
         """The most frequent wrong answers: (true class, answer, images, share of the class)."""
-        answers = self.answers
-        wrong = answers.labels != answers.predictions
-        pairs = torch.stack([answers.labels[wrong], answers.predictions[wrong]], 1)
-        found, images = pairs.unique(dim=0, return_counts=True)  # not all pairs: they are the square of the classes
-        totals = answers.labels.bincount(minlength=len(self.names))
-        most = images.argsort(descending=True, stable=True)[:CONFUSIONS]
+        labels = self.answers.labels.tolist()
+        totals = Counter(labels)
         rows = []
-        for (true, answer), count in zip(found[most].tolist(), images[most].tolist(), strict=True):
-            rows.append((self.names[true], self.names[answer], count, f"{count / int(totals[true]):.1%}"))
-        return rows
+        for (true, answer), count in Counter(zip(labels, self.answers.predictions.tolist(), strict=True)).most_common():
+            if true != answer:
+                rows.append((self.names[true], self.names[answer], count, f"{count / totals[true]:.1%}"))
+        return rows[:CONFUSIONS]
 
     def draw(self, path: Path) -> None:
         """The confusion matrix. Of more than 1,000 classes, neighbours are counted as one: it has no room for all."""
@@ -168,7 +168,7 @@ class ClassReport(Report):
         groups = range(math.ceil(len(self.names) / size))
         matrix = confusion_matrix(self.answers.labels // size, self.answers.predictions // size, labels=groups)
         per_row = f", {size} classes per row" if size > 1 else ""
-        plot_confusion(matrix, self.names, self.title() + per_row, path)
+        answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The wrong answers that were given with most confidence, and the right ones with least."""

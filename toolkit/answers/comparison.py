@@ -46,7 +46,7 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
 
 
 class Answered(NamedTuple):
-    """A file of answers: what `write_answers` wrote."""
+    """A file of answers: what `write_answers` wrote, in the order of the images' names."""
 
     images: list[str]
     groups: np.ndarray | None  # (N,)
@@ -75,31 +75,23 @@ def compare(first: Path, second: Path) -> list[Difference]:
     other = _read(answers_path(second))
     if one.columns.keys() != other.columns.keys():
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
-    missing = sorted(set(one.images) - set(other.images))
-    if missing or len(set(other.images)) != len(one.images):
-        such_as = f", such as {printable(missing[0])}" if missing else ""
-        raise InputError(f"{first} and {second} are over other images{such_as}: evaluate both on the same ones")
-    place = {name: i for i, name in enumerate(other.images)}
-    order = [place[name] for name in one.images]
-    others = {title: cells[order] for title, cells in other.columns.items()}
+    if one.images != other.images:
+        images = listed(sorted(set(one.images) ^ set(other.images)), 1)
+        raise InputError(f"{first} and {second} are over other images, such as {images}: evaluate both on the same")
     truth, kind = _truth(one.columns)
     if not truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
-    differing = [title for title in truth if (one.columns[title] != others[title]).any()]
+    differing = [title for title in truth if (one.columns[title] != other.columns[title]).any()]
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
-    groups = one.groups
-    if other.groups is not None:
-        groups_there = other.groups[order]
-        if groups is not None and (groups != groups_there).any():
-            raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-        groups = groups_there
+    groups = [answered.groups for answered in (one, other) if answered.groups is not None]
+    if len(groups) == 2 and (groups[0] != groups[1]).any():
+        raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
     clusters = None
-    if groups is not None:
-        number = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-        clusters = torch.tensor([number[name] for name in groups])
-    return _differences([one.columns, others], truth, kind, clusters)
+    if groups:
+        clusters = torch.from_numpy(np.unique(groups[0], return_inverse=True)[1])
+    return _differences([one.columns, other.columns], truth, kind, clusters)
 
 
 def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
@@ -123,7 +115,7 @@ def _read(path: Path) -> Answered:
         titles, rows = [], []
     if titles[:1] != [IMAGE] or not rows or any(len(row) != len(titles) for row in rows):
         raise InputError(f"{path} is not a table of answers, or damaged: evaluate again")
-    images, *columns = np.array(rows, dtype=object).T
+    images, *columns = np.array(sorted(rows), dtype=object).T
     del titles[0]
     groups = None
     is_label = titles[1:2] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
@@ -154,19 +146,16 @@ def _differences(
         targets = _numbers(tables[0], truth)
         answered = [title + kind for title in truth]
         runs = [answers(0.0, _numbers(table, answered), targets) for table in tables]
-    images = len(tables[0][truth[0]])
 
-    def both(weights: Tensor) -> Tensor:  # (2, n, measures)
-        return torch.stack([figures(run, weights)[:, : len(names)] for run in runs])
+    def differences(weights: Tensor) -> Tensor:
+        """(n, 3 measures): how the runs differ, then the figures of each."""
+        before, after = (figures(run, weights)[:, : len(names)] for run in runs)
+        return torch.cat([after - before, before, after], 1)
 
-    def difference(weights: Tensor) -> Tensor:
-        before, after = both(weights)
-        return after - before
-
-    found = measures.jackknife(difference, images, clusters, [measures.UNBOUNDED] * len(names))
-    before, after = both(torch.ones(1, images))[:, 0].tolist()
+    found = measures.jackknife(differences, len(tables[0][truth[0]]), clusters, [measures.UNBOUNDED] * 3 * len(names))
+    _, before, after = found.values.view(3, -1).tolist()
     chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
-    columns = zip(names, before, after, found.intervals, chances, strict=True)
+    columns = zip(names, before, after, found.intervals, chances, strict=False)  # those of the differences come first
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 
 

@@ -91,15 +91,13 @@ class Ranking:
 
     def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
         order = scores.argsort(descending=True)
-        ends = _ends_of_runs(scores[order])
-        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
         self.images = order if images is None else images[order]
         self.positives = positive[order].nonzero().flatten()
-        rank = torch.searchsorted(ends, self.positives)
-        self.first = starts[rank]  # of the answers at each positive's rank
-        self.last = ends[rank]
-        self.positives_above = torch.searchsorted(self.positives, self.first)
-        self.positives_until = torch.searchsorted(self.positives, self.last, right=True)
+        ends = F.pad(scores[order].unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))  # of the ranks
+        rank = torch.searchsorted(ends, self.positives, right=True)
+        self.above = ends[rank - 1]  # how many answers are above each positive's rank,
+        self.until = ends[rank]  # how many down to it,
+        self.positives_until = torch.searchsorted(self.positives, self.until)  # and of the positives
 
     def figures(self, weights: Tensor | None = None) -> Tensor:
         """AP and AUROC, (2,), or (n, 2) for weights (n, images).
@@ -117,69 +115,48 @@ class Ranking:
         counts = each[:, self.positives].double()  # (n, P)
         answers = F.pad(each.cumsum(1, dtype=torch.int32), (1, 0))  # (n, 1 + M): how many are in front
         hits = F.pad(counts.cumsum(1), (1, 0))  # (n, 1 + P): and of the positives
+        total = answers[:, -1:]
         positives = hits[:, -1:]
-        negatives = answers[:, -1:] - positives
-        hits_until = hits[:, self.positives_until]
-        answers_until = answers[:, self.last + 1]
-        precision = hits_until / answers_until.clamp_min(1)
-        negatives_above = answers[:, self.first] - hits[:, self.positives_above]
-        negatives_until = answers_until - hits_until
-        below = negatives - (negatives_above + negatives_until) / 2  # of the negatives, those of equal scores half
+        until = answers[:, self.until].double()
+        precision = hits[:, self.positives_until] / until.clamp_min(1)
+        below = total - (answers[:, self.above] + until) / 2 - positives / 2  # of equal scores, and of positives, half
         sums = torch.stack([(counts * precision).sum(1), (counts * below).sum(1)], 1)
-        return sums / torch.cat([positives, positives * negatives], 1)
-
-
-def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The harmonic mean of precision and recall of answers (N, ...), 0 or 1. It is 0 without any true positive."""
-    return 2 * weighted_sum(answers * positive, weights) / weighted_sum(answers + positive, weights).clamp_min(1)
-
-
-def best_threshold(scores: Tensor, positive: Tensor) -> float:
-    """The threshold with the highest F1 of scores (N,), 0 to 1, halfway between two neighbouring scores.
-
-    0.5 without a positive. Of equally good ones the highest.
-    """
-    if not positive.any():
-        return 0.5
-    order = scores.argsort(descending=True, stable=True)
-    ends = _ends_of_runs(scores[order])
-    hits = positive[order].double().cumsum(0)[ends]
-    best = int((hits / (ends + 1 + positive.sum())).argmax())  # half of F1
-    ranked = F.pad(scores[order][ends].double(), (0, 1))
-    return _halfway(ranked[best + 1], ranked[best])
+        return sums / torch.cat([positives, positives * (total - positives)], 1)
 
 
 def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     """The threshold of scores (N,), 0 to 1, that reaches a goal: "f1", "sensitivity=0.95" or "specificity=0.9".
 
-    That is the one with the highest F1; or the highest with which this share of the positives lies above it, or the
-    lowest with which this share of the negatives does not, and 0.5 without any of them.
+    That is the one with the highest F1, of equally good ones the highest; or the highest with which this share of the
+    positives lies above it, or the lowest with which this share of the negatives does not. It is halfway between two
+    neighbouring scores, and 0.5 without any of those images.
     """
     kind, _, share = goal.partition("=")
-    if kind == "f1":
-        return best_threshold(scores, positive)
-    of_interest = scores[positive.bool() if kind == "sensitivity" else ~positive.bool()].double().sort().values
-    if not len(of_interest):
+    positive = positive.bool()
+    images = int(positive.sum())
+    if kind == "specificity":
+        images = len(scores) - images
+    if not images:
         return 0.5
-    needed = max(1, math.ceil(float(share) * len(of_interest) - 1e-9))  # 19, of 0.95 x 20 too
-    ranked = F.pad(scores.double().unique(), (1, 1), value=0.0)
-    ranked[-1] = 1.0
-    if kind == "sensitivity":  # halfway to the next lower score
-        place = torch.searchsorted(ranked[1:-1], of_interest[len(of_interest) - needed])
-    else:  # halfway to the next higher one
-        place = torch.searchsorted(ranked[1:-1], of_interest[needed - 1]) + 1
-    return _halfway(ranked[place], ranked[place + 1])
+    levels, level = scores.double().unique(return_inverse=True)
+    # For a threshold below each level, and for one above all: how many positives are above it, and negatives below
+    rejections = F.pad(level[~positive].bincount(minlength=len(levels)).cumsum(0), (1, 0))
+    hits = positive.sum() - F.pad(level[positive].bincount(minlength=len(levels)).cumsum(0), (1, 0))
+    if kind == "f1":
+        half_f1 = hits / (hits + len(scores) - rejections).double()
+        place = len(levels) - int(half_f1.flip(0).argmax())
+    else:
+        needed = max(1, math.ceil(float(share) * images - 1e-9))  # 19, of 0.95 x 20 too
+        place = int((hits >= needed).sum()) - 1 if kind == "sensitivity" else int((rejections < needed).sum())
+    edges = F.pad(levels, (1, 1))
+    edges[-1] = 1.0
+    return _halfway(edges[place], edges[place + 1])
 
 
 def _halfway(low: Tensor, high: Tensor) -> float:
     """The middle in float32, as thresholds are kept; where it would be the higher score itself, the lower one."""
     middle = ((low + high) / 2).float()
     return (middle if middle < high.float() else low).item()
-
-
-def _ends_of_runs(ranked: Tensor) -> Tensor:
-    """Where runs of equal values (N,) end."""
-    return ranked.unique_consecutive(return_counts=True)[1].cumsum(0) - 1
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -36,21 +36,16 @@ class LabelAnswers(ColumnAnswers):
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
-    @property
-    def score(self) -> float:
-        return self.by_label()[0].nanmean().item()
-
-    def figures(self, weights: Tensor | None = None, by_label: Tensor | None = None) -> Tensor:
-        """(3,), or (n, 3): means over the labels that have one; for the micro AP all labels are in one ranking.
-
-        `by_label` is what the method returns, if it is known.
+    def figures(self, weights: Tensor | None = None) -> Tensor:
+        """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the AP of each label and the AUROC of
+        each. For the micro AP all labels are in one ranking.
         """
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
         micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
-        by_label = self.by_label(weights) if by_label is None else by_label
-        macro_ap, macro_auroc = by_label.nanmean(-1).unbind(-1)
-        return torch.stack([macro_ap, micro[..., 0], macro_auroc], -1)
+        by_label = self.by_label(weights)
+        macro_ap, macro_auroc = by_label.nanmean(-1, keepdim=True).unbind(-2)
+        return torch.cat([macro_ap, micro[..., :1], macro_auroc, by_label.flatten(-2)], -1)
 
     def reliability(self) -> Tensor:
         """`toolkit.answers.measures.calibration` over all labels of all images."""
@@ -62,11 +57,13 @@ class LabelAnswers(ColumnAnswers):
         return torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
 
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
-        positive = self.targets.nan_to_num()
+        """The F1 of each label at its threshold: 0 without any true positive, and NaN without positives."""
+        positive = self.targets == 1
         answers = (self.values > thresholds) & ~self.targets.isnan()
-        found = measures.f1(answers, positive, weights)
-        return found.where(measures.weighted_sum(positive, weights) > 0, torch.nan)
+        hits = measures.weighted_sum(answers & positive, weights)
+        positives = measures.weighted_sum(positive, weights)
+        f1 = 2 * hits / (measures.weighted_sum(answers, weights) + positives)
+        return f1.where(positives > 0, torch.nan)
 
     def rates(self, thresholds: Tensor) -> dict[str, Tensor]:
         """How answers above the thresholds are right, (K,) each: of the positives (sensitivity), of the negatives
@@ -153,7 +150,6 @@ class LabelHead(Head):
         loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
         return LabelAnswers(loss, outputs.sigmoid(), targets)
 
-    @torch.no_grad()
     def score(self, model, features, targets) -> float:
         return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
 
@@ -247,9 +243,9 @@ class LabelReport(ColumnReport):
 
     def measure(self, weights: Tensor) -> Tensor:
         """The headlines, then the AP of each label and the AUROC of each."""
-        by_label = self.answers.by_label(weights)
+        means, by_label = self.answers.figures(weights).tensor_split([len(self.answers.MEASURED)], 1)
         macro_f1 = self.answers.f1(self.head.thresholds, weights).nanmean(-1, keepdim=True)
-        return torch.cat([self.answers.figures(weights, by_label), macro_f1, by_label.flatten(1)], 1)
+        return torch.cat([means, macro_f1, by_label], 1)
 
     def label_intervals(self, i: int) -> list[measures.Interval]:
         """Those of a label's AP and AUROC; NaN where few images are positives, or few are negatives."""

@@ -36,15 +36,19 @@ class Answers(Protocol):
 class ColumnAnswers:
     """Answers to K questions on each image, each of which counts where its target is known."""
 
-    MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures
-    # Of weights of the images (n, N): a row of figures for each; of None: their one row, (len(MEASURED),)
+    MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
+    # Of weights of the images (n, N): a row of these figures, and maybe others, for each; of None: their one row
     figures: ClassVar[Callable[..., Tensor]]
     loss: float
     values: Tensor  # (N, K)
     targets: Tensor  # (N, K), NaN where unknown
 
+    @property
+    def score(self) -> float:
+        return self.figures()[0].item()
+
     def measured(self) -> dict[str, float]:
-        return dict(zip(self.MEASURED, self.figures().tolist(), strict=True))
+        return dict(zip(self.MEASURED, self.figures().tolist(), strict=False))
 
     def known(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each column the images of which it is known, (M,): their values, their targets, and which they are."""

@@ -34,10 +34,6 @@ class NumberAnswers(ColumnAnswers):
 
     MEASURED = tuple(MEASURES)
 
-    @property
-    def score(self) -> float:
-        return self.by_number("r2").nanmean().item()
-
     def figures(self, weights: Tensor | None = None) -> Tensor:
         """(4,), or (n, 4): means over the numbers that have one."""
         return torch.stack([self.by_number(name, weights).nanmean(-1) for name in MEASURES], -1)
@@ -96,7 +92,6 @@ class NumberHead(Head):
         loss = self.objective.loss(outputs, targets).item() / len(targets)
         return NumberAnswers(loss, self.in_units(outputs), targets)
 
-    @torch.no_grad()
     def score(self, model, features, targets) -> float:
         return NumberAnswers(0.0, self.in_units(probe.head_outputs(model, features)), targets.cpu()).score
 

@@ -19,17 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import distributed
-from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import (
-    Headline,
-    Report,
-    finite,
-    finite_interval,
-    interval_text,
-    plot_confusion,
-    shortened,
-    worst_first,
-)
+from toolkit.answers import answer_reports, evaluation, measures, probe
+from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
@@ -258,7 +249,7 @@ class PixelReport(Report):
         rows = []
         for i in worst_first(ious):
             share, iou, dice, chance = (column[i] for column in columns)
-            cells = (f"{share:.1%}", f"{iou:.1%} ({interval_text(*chance)})", f"{dice:.1%}")
+            cells = (f"{share:.1%}", f"{iou:.1%} ({answer_reports.interval_text(*chance)})", f"{dice:.1%}")
             if math.isnan(iou):
                 cells = ("0.0%", "nowhere", "nowhere")
             rows.append((self.names[i], *cells))
@@ -266,7 +257,7 @@ class PixelReport(Report):
 
     def printed(self) -> list[tuple[str, str]]:
         rows = [(name, f"IoU {iou}, {share} of the pixels") for name, share, iou, _ in self.by_class()]
-        return shortened("by class", "the worst first:", rows)
+        return answer_reports.shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
         return [
@@ -280,7 +271,7 @@ class PixelReport(Report):
     def draw(self, path: Path) -> None:
         matrix = self.answers.confusion.sum(0).double()
         shares = (matrix / matrix.sum(1, keepdim=True)).nan_to_num()
-        plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
+        answer_reports.plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         shares = {image: _share_right(self.answers.confusion[image]) for image in self.answers.maps}

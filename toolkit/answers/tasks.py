@@ -4,7 +4,6 @@ Each is in a file of its own: `classification`, `multilabel`, `regression`. What
 """
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from toolkit.answers.multilabel import MultiLabel
 from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
 from toolkit.answers.regression import Regression
 from toolkit.answers.segmentation import Segmentation, rare_class_weights
+from toolkit.images.bands import are_numbers
 from toolkit.images.masks import MaskReader
 from toolkit.images.sources import Splits
 
@@ -124,9 +124,7 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
         raise InputError(f"{path} is of another version of the toolkit, or damaged: its task is none of this one's")
     recorded = {}
     for field in fields:
-        values = record.get(field)
-        are_numbers = isinstance(values, list) and all(isinstance(value, float) for value in values)
-        if not are_numbers or len(values) != len(names) or not all(map(math.isfinite, values)):
+        if not are_numbers(record.get(field), len(names)):
             raise InputError(f"{path} is damaged: {' or '.join(fields)} of its task is not a number for each output")
-        recorded[field] = torch.tensor(values, dtype=torch.float64)
+        recorded[field] = torch.tensor(record[field], dtype=torch.float64)
     return TASKS[kind](names, **recorded)

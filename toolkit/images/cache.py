@@ -71,11 +71,6 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if len(set(distributed.gather(platform.node()))) > 1:
         raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "moco-images")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot make {folder} for the cache: {error.strerror}"
-        raise InputError(f"{problem}; set XDG_CACHE_HOME to another place") from None
     numel = math.prod(shape)
     needed = numel * dtype.itemsize
     print(f"caching features in {folder}: {needed / 1e9:.2f} GB")
@@ -93,14 +88,16 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _empty_file(folder: Path, size: int) -> str:
     """A new file with its space reserved: if the disk filled up later, writing to the tensor would be a bus error."""
-    file, name = tempfile.mkstemp(prefix="features-", dir=folder)
+    name = None
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)
+        folder.mkdir(parents=True, exist_ok=True)
+        file, name = tempfile.mkstemp(prefix="features-", dir=folder)
+        with open(file, "wb"):  # which closes it
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, size)
     except OSError as error:
-        os.unlink(name)
-        problem = f"--cache-features: no room for {size / 1e9:.2f} GB in {folder} ({error.strerror})"
+        if name is not None:
+            os.unlink(name)
+        problem = f"--cache-features: cannot make a file of {size / 1e9:.2f} GB in {folder} ({error.strerror})"
         raise InputError(f"{problem}: free some, set XDG_CACHE_HOME, or use --cache-features none") from None
-    finally:
-        os.close(file)
     return name

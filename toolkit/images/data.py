@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -167,6 +167,7 @@ class TolerantImages(Transformed):
             return self.stand_in, str(error).partition("; repair")[0]
 
 
+@dataclass(eq=False)
 class Batches(Sampler):
     """This process's share of the positions of each batch, in an order that depends on (seed, epoch) alone.
 
@@ -178,28 +179,18 @@ class Batches(Sampler):
     one skips the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.
     """
 
-    ARCHIVES_AT_A_TIME = 8
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
-        archives: np.ndarray | None = None,
-    ):
-        self.count = count
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.archives = archives  # the number of each image's archive, if the images are in archives
-        self.epoch = 0
-        self.start = 0
-        self.number = count // batch_size if drop_last else -(-count // batch_size)
+    ARCHIVES_AT_A_TIME: ClassVar[int] = 8
+    count: int
+    batch_size: int
+    shuffle: bool = False
+    seed: int = 0
+    drop_last: bool = False
+    archives: np.ndarray | None = None  # the number of each image's archive, if the images are in archives
+    epoch: int = 0
+    start: int = 0
 
     def __len__(self) -> int:
-        return self.number
+        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
 
     def has_share(self, number: int) -> bool:
         """Does this process get a share of this batch (0 is the first)?"""
@@ -211,7 +202,7 @@ class Batches(Sampler):
         self.epoch += 1
         self.start = 0
         order = self.shuffled(epoch) if self.shuffle else torch.arange(self.count)
-        for number in range(start, self.number):
+        for number in range(start, len(self)):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
             share = batch[distributed.rank() :: distributed.world_size()]
             if self.shuffle:

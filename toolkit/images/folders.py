@@ -1,7 +1,6 @@
 """Image files: finding them below a folder, keeping their names in little memory, and opening them."""
 
 import contextlib
-import hashlib
 import os
 import posixpath
 import unicodedata
@@ -231,13 +230,9 @@ def copies(
     sizes = {i: files.size(i) for i in chosen}
     other_sizes = {i: others.size(i) for i in others_chosen}
     common = set(sizes.values()) & set(other_sizes.values()) - {-1}
-    known = {_digest(others, i): others.path(i) for i, size in other_sizes.items() if size in common}
+    known = {hash(others.content(i)): others.path(i) for i, size in other_sizes.items() if size in common}
     found = []
     for i, size in sizes.items():
-        if size in common and (other := known.get(_digest(files, i))):
+        if size in common and (other := known.get(hash(files.content(i)))):
             found.append((files.path(i), other))
     return found
-
-
-def _digest(files: ImageFiles, i: int) -> bytes:
-    return hashlib.blake2b(files.content(i)).digest()

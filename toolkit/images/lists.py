@@ -220,11 +220,7 @@ _YES_OR_NO = {"yes", "no", "y", "n", "true", "false", "t", "f"}
 
 
 def read_targets(
-    path: Path,
-    folder: Path,
-    task: str,
-    group_by: str | None = None,
-    label_columns: Sequence[str] | None = None,
+    path: Path, folder: Path, task: str, group_by: str | None = None, label_columns: Sequence[str] | None = None
 ) -> Targets:
     """A list of images with several labels, or with one or several numbers.
 

@@ -22,34 +22,23 @@ _SCALE = 33550
 _TIE_POINTS = 33922
 _MATRIX = 34264
 _KEYS = {34735: "H", 34736: "d", 34737: "s"}
-# Among the keys:
-_RASTER_TYPE = 1025
+_RASTER_TYPE = "GTRasterTypeGeoKey"
 _POINT = 2  # a raster type: positions are those of pixels' centres, not of their upper left corners
-_GEOGRAPHIC = 2048
-_PROJECTED = 3072
 _UNNAMED = 32767  # a reference system that has no code
 _GDAL_METADATA = 42112  # tags of GDAL
 _GDAL_NODATA = 42113
 _TILE = 256
 
 
-def _tags(path: str | os.PathLike) -> tuple[dict[int, Any], dict[int, int], tuple[int, int]]:
-    """The tags of a TIFF by their numbers, the short ones of the keys among them, and its width and height."""
-    with import_tifffile().TiffFile(path) as file:
-        page = file.pages[0]
-        wanted = (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS)
-        tags = {code: page.tags[code].value for code in wanted if code in page.tags}
-    entries = np.reshape(tags.get(min(_KEYS), ()), (-1, 4)).tolist()
-    keys = {key: value for key, place, _, value in entries if place == 0}
-    return tags, keys, (page.imagewidth, page.imagelength)
-
-
 def georeference(path: str | None, step: int = 1) -> list[tuple]:
     """The tags of a TIFF that say where it is, for one whose pixels are `step` times as wide and high."""
     if path is None:
         return []
-    found, keys, _ = _tags(path)
-    shift = (keys.get(_RASTER_TYPE) == _POINT) * (step - 1) / 2  # of the first pixel's place, in pixels
+    with import_tifffile().TiffFile(path) as file:
+        page = file.pages[0]
+        found = {code: page.tags[code].value for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS) if code in page.tags}
+        is_point = (page.geotiff_tags or {}).get(_RASTER_TYPE) == _POINT
+    shift = is_point * (step - 1) / 2  # of the first pixel's place, in pixels
     if _SCALE in found:
         found[_SCALE] = np.array(found[_SCALE]) * (step, step, 1)
     if _TIE_POINTS in found:
@@ -78,22 +67,23 @@ def centre(path: str | os.PathLike) -> dict[str, Any]:
     the reference system, or empty if it has none.
     """
     try:
-        tags, keys, (width, height) = _tags(path)
-        half = 0.5 * (keys.get(_RASTER_TYPE) == _POINT)
-        column = width / 2 - half
-        row = height / 2 - half
-        if _MATRIX in tags:
-            matrix = np.reshape(tags[_MATRIX], (4, 4)).tolist()
-            x, y = (a * column + b * row + d for a, b, _, d in matrix[:2])
+        with import_tifffile().TiffFile(path) as file:
+            page = file.pages[0]
+            tags = page.geotiff_tags
+        half = 0.5 * (tags.get(_RASTER_TYPE) == _POINT)
+        column = page.imagewidth / 2 - half
+        row = page.imagelength / 2 - half
+        if "ModelTransformation" in tags:
+            x, y = (a * column + b * row + d for a, b, _, d in tags["ModelTransformation"][:2])
         else:
-            across, down = map(float, tags[_SCALE][:2])
-            at_column, at_row, _, x, y, _ = map(float, tags[_TIE_POINTS])  # of a single point
+            across, down, _ = tags["ModelPixelScale"]
+            at_column, at_row, _, x, y, _ = tags["ModelTiepoint"]  # of a single point
             x += (column - at_column) * across
             y -= (row - at_row) * down
-        code = keys.get(_PROJECTED, keys.get(_GEOGRAPHIC, _UNNAMED))
-    except Exception:  # damaged tags, of which there are many kinds: the image itself can be read
+        code = int(tags.get("ProjectedCSTypeGeoKey", tags.get("GeographicTypeGeoKey", _UNNAMED)))
+    except Exception:  # no such tags, or damaged ones, of which there are many kinds: the image itself can be read
         return {}
-    if not keys or not (math.isfinite(x) and math.isfinite(y)):
+    if not (math.isfinite(x) and math.isfinite(y)):
         return {}
     return {"x": x, "y": y, "epsg": "" if code == _UNNAMED else code}
 

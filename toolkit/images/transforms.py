@@ -27,8 +27,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
-        image = _to_8_bits(image)
+    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255. NaN and infinity become black
+        levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
+        scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
+        if image.mode.startswith("I;16") or levels.max() > 255:
+            scale = 1 / 257
+        image = Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -44,15 +48,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _name(image: Image.Image) -> str:
     return getattr(image, "filename", "") or "an image"
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; NaN and infinity become black."""
-    levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
-    if image.mode.startswith("I;16") or levels.max() > 255:
-        scale = 1 / 257
-    return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
 
 
 class View:
@@ -82,9 +77,6 @@ class TwoCrops:
         return tuple(render(image, self.views))
 
 
-_REDUCTIONS = (1, 2, 4, 8)  # by these factors libjpeg can shrink an image while it decodes
-
-
 def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     """Several views of an image, which is decoded once."""
     if views[0].bands is not None:
@@ -104,10 +96,10 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
         room = 8.0
         for (left, top, right, bottom), size, margin in places:
             room = min(room, (right - left) / size[0] / margin, (bottom - top) / size[1] / margin)
-        reduction = max(factor for factor in _REDUCTIONS if factor <= max(1, room))
-        # The pixels at the end become the first ones, so the last block must be as large as the others.
-        if orientation != 1:
-            reduction = max(n for n in _REDUCTIONS if n <= reduction and width % n == 0 and height % n == 0)
+        # By these factors libjpeg can shrink an image while it decodes. Of an image that is turned, pixels at the end
+        # become the first ones: the last block has to be whole.
+        fits = [n for n in (1, 2, 4, 8) if orientation == 1 or width % n == height % n == 0]
+        reduction = max(n for n in fits if n <= max(1, room))
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
         image = to_rgb(image)
@@ -211,19 +203,18 @@ def train_transform(
         mean, std, bands: as for `eval_transform`. 'trivial' is for photographs and refuses bands.
         crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
     """
-    crop = partial(random_crop, image_size, (crop_min, 1.0))
-    flip = T.RandomHorizontalFlip()
-    tensor = _tensor(mean, std, bands)
-    if augmentation == "crop":
-        return View(crop, flip, *tensor, bands=bands)
-    if augmentation == "trivial":
+    if augmentation == "none":
+        return eval_transform(image_size, mean, std, bands)
+    place = partial(random_crop, image_size, (crop_min, 1.0))
+    changes = [T.RandomHorizontalFlip()]
+    if augmentation == "affine":
+        place = partial(whole, image_size)
+        changes = [T.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR)]
+    elif augmentation == "trivial":
         if bands is not None:
             raise InputError("--augmentation trivial is for RGB photographs; use crop")
-        return View(crop, flip, T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR), *tensor)
-    if augmentation == "affine":
-        affine = T.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
-        return View(partial(whole, image_size), affine, *tensor, bands=bands)
-    return eval_transform(image_size, mean, std, bands)
+        changes.append(T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
+    return View(place, *changes, *_tensor(mean, std, bands), bands=bands)
 
 
 TWO_CROPS = ("moco_v2", "moco_v3", "digits")
