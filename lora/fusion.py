@@ -87,10 +87,11 @@ def conv_bn_relu(
     downsample: nn.Module | None = None,
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
-    residual = input if downsample is None else downsample(input)
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
+        residual = input if downsample is None else downsample(input)
         return conv(x, batch_norm=norm, residual=residual, relu=True)
     out = conv_bn(conv, norm, x, changes=True)
+    residual = input if downsample is None else downsample(input)  # in this order a hook sees them
     if residual is not None:
         out += residual
     return relu(out)

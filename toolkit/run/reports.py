@@ -206,9 +206,9 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
 def _made() -> list[tuple[str, str]]:
     """When and by what a page was made: version, commit of a clone, and command, unless Python called the script."""
     made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         asked = ["git", "rev-parse", "--short", "HEAD", "--show-prefix"]
-        found = subprocess.run(asked, cwd=TOOLKIT, capture_output=True, text=True).stdout.split("\n")
+        found = subprocess.check_output(asked, cwd=TOOLKIT, stderr=subprocess.DEVNULL, text=True).split("\n")
         if found[1:] == ["", ""]:  # the folder is the top of its clone, and not in another one
             made += f", commit {found[0]}"
     script = Path(sys.argv[0]).name
