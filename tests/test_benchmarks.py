@@ -1,5 +1,6 @@
 """The scripts in benchmarks/: each on its smallest input, and what it writes. Nothing checks a clock."""
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -151,7 +152,7 @@ FAST += ["transformers:Swinv2", "transformers:Segformer"]
 def test_whole_commands_are_timed_and_a_plain_loop_has_its_best_rate(base, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time_to_accuracy, "RATES", (1e-4, 1e-3))
     apart = lambda command, check: time_to_accuracy.main(command[3:])  # noqa: E731 - the same, in this process
-    monkeypatch.setattr(time_to_accuracy.subprocess, "run", apart)
+    monkeypatch.setattr(time_to_accuracy, "subprocess", argparse.Namespace(run=apart))
     monkeypatch.chdir(tmp_path)
     options = f"--data-dir {images} --checkpoint {base} --epochs 2 --batch-size 8 --workers 0".split()
     command = ["--methods", "default", "plain", "--seeds", "1", "--output-dir", str(tmp_path / "out"), *options]
