@@ -291,12 +291,6 @@ def test_a_position_embedding_of_no_square_is_one_clear_line(saved):
             load_backbone(saved(state), num_classes=2, image_size=size)
 
 
-def test_vit_keeps_the_size_it_was_trained_at(saved):
-    source = build_backbone("vit_mini", 2, image_size=48)
-    model, report = load_backbone(saved(source.state_dict()), num_classes=2)
-    assert report["image_size"] == model.image_size == 48
-
-
 def test_the_head_is_always_fresh(narrow, saved):
     content = narrow | {"fc.weight": torch.full((3, 40), 7.0), "fc.bias": torch.full((3,), 7.0)}
     model, report = load_backbone(saved(content), num_classes=3)

@@ -389,11 +389,10 @@ def test_where_8_bits_are_slower_a_model_answers_in_floats_and_one_of_convolutio
     assert model.layer1[0].conv1.r == 2
 
 
-def test_a_probe_reads_features_in_8_bits(base, images, tmp_path, fast_processor):
+def test_a_probe_reads_features_in_8_bits(finetune, images, fast_processor):
     """`--lora-rank 0`: so does what evaluates its file, which is that of a float base."""
-    options = f"--data-dir {images} --checkpoint {base} --device cpu --workers 0 --epochs 1 --output-dir {tmp_path}"
-    results = finetune_lora.main([*options.split(), "--lora-rank", "0", "--arithmetic", "int8"])
-    words = f"evaluate {tmp_path}/lora.pth {images}/val --device cpu".split()
+    results = finetune("--epochs 1 --lora-rank 0 --arithmetic int8")
+    words = f"evaluate {results['folder']}/lora.pth {images}/val --device cpu".split()
     again = {kind: deploy_lora.main([*words, "--arithmetic", kind])["loss"] for kind in ARITHMETICS}
     assert again["int8"] == results["val_loss"] != again["float"]
     assert again["float"] == pytest.approx(results["val_loss"], rel=0.05)

@@ -14,14 +14,12 @@ import torchvision
 from PIL import Image
 
 import deploy_lora
-import finetune_lora
 from finetune_lora import load_finetuned
 from tests.checkpoint_files import narrow_resnet, save_base
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import answers_for
-from toolkit.run import optim
 
 tifffile = pytest.importorskip("tifffile")
 pytestmark = pytest.mark.usefixtures("small_backbones")
@@ -54,27 +52,25 @@ def tiffs(tmp_path_factory) -> Path:
     return folder
 
 
-def trained(argv: str, output: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
-        argv += f" --device cpu --workers 0 --batch-size 4 --epochs 1 --learning-rate 1e-3 --output-dir {output}"
-        finetune_lora.main(["--task", "segmentation", "--lora-rank", "2", "--wise-ft", "1", *argv.split()])
-    return output / "lora.pth"
+@pytest.fixture(scope="module")
+def trained(finetune_into, tmp_path_factory):
+    """trained("--classes dark bright") trains for an epoch; the adapter."""
+    argv = "--task segmentation --lora-rank 2 --wise-ft 1 --augmentation crop --workers 0 --batch-size 4 --epochs 1"
+    return lambda options: finetune_into(tmp_path_factory.mktemp("run"), f"{argv} {options}")["folder"] / "lora.pth"
 
 
 @pytest.fixture(scope="module")
-def of_pairs(base, pairs, tmp_path_factory) -> Path:
+def of_pairs(trained, pairs) -> Path:
     """The adapter of a ViT for windows of 16 pixels."""
-    return trained(f"--checkpoint {base} --data-dir {pairs} --classes dark bright", tmp_path_factory.mktemp("vit"))
+    return trained(f"--data-dir {pairs} --classes dark bright")
 
 
 @pytest.fixture(scope="module")
-def of_tiffs(small_backbones, tiffs, tmp_path_factory) -> Path:
+def of_tiffs(small_backbones, trained, tiffs, tmp_path_factory) -> Path:
     """The adapter of a ResNet-18 for windows of 64 pixels of four channels."""
-    folder = tmp_path_factory.mktemp("resnet")
-    base = save_base(folder / "base.pth", "resnet18", 64, 4)
+    base = save_base(tmp_path_factory.mktemp("resnet") / "base.pth", "resnet18", 64, 4)
     argv = f"--checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
-    return trained(f"{argv} --normalise data --image-size 64", folder)
+    return trained(f"{argv} --normalise data --image-size 64")
 
 
 def logits_of(adapter: Path, image) -> torch.Tensor:
@@ -155,7 +151,7 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("images", "output", "named"),
+    ("given", "output", "named"),
     [
         ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
         ("val", "map.tif", "one map, and there are 12 images"),
@@ -163,9 +159,9 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
         ("val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
     ],
 )
-def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, images, output, named):
+def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, given, output, named):
     with pytest.raises(InputError, match=named):
-        deploy("predict", of_pairs, *f"{pairs}/{images}".split(), "--output", tmp_path / output)
+        deploy("predict", of_pairs, *f"{pairs}/{given}".split(), "--output", tmp_path / output)
 
 
 def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_images):
@@ -237,10 +233,10 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
     assert "2 classes of every pixel" in capsys.readouterr().out
 
 
-def test_the_page_makes_the_mask_with_plain_pytorch(pairs, tmp_path, monkeypatch):
+def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, monkeypatch):
     """docs/deploy.md, with a narrow network in the place of the ResNet-50; the image is one window."""
     base = save_base(tmp_path / "base.pth", "resnet18", 32)
-    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32", tmp_path / "out")
+    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
     page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (prepare,) = (block for block in blocks if block.startswith("# prepare.py"))

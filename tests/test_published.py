@@ -30,13 +30,12 @@ def server(tmp_path, monkeypatch):
         running.shutdown()
 
 
-def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, images, tmp_path, monkeypatch, capsys):
+def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, finetune, tmp_path, monkeypatch, capsys):
     content = base.read_bytes()
     (tmp_path / "web" / "base.pth").write_bytes(content)
     digest = hashlib.md5(content).hexdigest()[:8]
     monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", digest))
-    argv = f"--checkpoint moco-v9 --data-dir {images} --epochs 1 --device cpu --workers 0 --output-dir {tmp_path}/out"
-    finetune_lora.main(argv.split())
+    finetune("--checkpoint moco-v9 --epochs 1")
     assert (
         f"downloading {server}/base.pth to {tmp_path}/hub/checkpoints/base.pth; see the licence"
         in capsys.readouterr().out

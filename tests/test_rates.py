@@ -7,7 +7,7 @@ import torch
 
 import finetune_lora
 from finetune_lora import FineTuning
-from tests.run_folders import metrics, rows_of, tensors
+from tests.run_folders import assert_same_tensors, metrics, rows_of
 from toolkit import InputError
 from toolkit.answers.tasks import Classification
 from toolkit.run import optim, training
@@ -89,8 +89,7 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     monkeypatch.setattr(FineTuning, "start", note_calls(FineTuning.start, made))
     resumed = finetune("--learning-rate auto --resume", output="stopped")
     assert len(made) == 3 - 1 + 1  # what is left of the search, and the run
-    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
 
 

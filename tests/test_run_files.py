@@ -248,26 +248,6 @@ def test_evaluation_writes_its_page_alone(finished, images):
     assert {path.name for path in {*folder.iterdir()} - before.keys()} == {"lora_evaluation.html"}
 
 
-GUIDE = [
-    "",
-    "--checkpoint ./checkpoints/moco_stage1/moco_stage1_epoch_100.pth --config ./configs/stage1.yaml --lora-rank 8 "
-    "--epochs 10",
-    "--use-qlora --lora-rank 4 --epochs 10",
-    "--lora-rank 4 --use-qlora --learning-rate 5e-5",
-    "--lora-rank 16 --lora-alpha 32 --learning-rate 5e-5 --epochs 20",
-]
-
-
-@pytest.mark.parametrize("command", GUIDE)
-def test_every_command_of_the_guide_is_understood(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    args, words = read_options([*command.split(), "--device", "cpu"])[0], command.split()
-    shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
-    for flag, key in (("--lora-rank", "lora_rank"), ("--epochs", "epochs"), ("--learning-rate", "learning_rate")):
-        assert getattr(args, key) == float(words[words.index(flag) + 1] if flag in words else shipped[key])
-    assert args.use_qlora == ("--use-qlora" in words) and args.checkpoint.resolve() == files.SHIPPED
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole_vit_mini")
 def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The search for a learning rate."""
 
-import contextlib
 import math
 
 import pytest
@@ -9,40 +8,12 @@ import torch
 import finetune_lora
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim
-from toolkit.run.search import RATES, Trial, choose, choose_learning_rate, rates_that_differ
+from toolkit.run.search import RATES, Trial, choose, rates_that_differ
 
 
 def variance_on(images: int):
     """Of accuracies that are measured on so many images."""
     return lambda accuracy: Classification(["cat", "dog"]).head.variance(accuracy, images)
-
-
-def search(accuracy, folder, images, resume=None):
-    """The rate that a search takes if training at a rate ends with this accuracy; and the rows of its table."""
-
-    def train(rate: float, epochs: int) -> dict[str, float]:
-        return {"val_accuracy": accuracy(rate), "val_loss": 0.0}
-
-    rate, _ = choose_learning_rate(
-        train,
-        RATES,
-        Classification(["cat", "dog"]),
-        epochs=1,
-        images=images,
-        begin=lambda: None,
-        folder=folder,
-        resume=resume,
-        settings={"config": {"finetune": {}}, "images": "a digest"},
-    )
-    _, *rows = (folder / "learning_rates.csv").read_text().splitlines()
-    return rate, [tuple(map(float, row.split(","))) for row in rows]
-
-
-def test_a_rate_is_found_that_is_better_by_more_than_chance(tmp_path):
-    accuracies = dict(zip(RATES, [0.5, 0.6, 0.7, 0.8, 0.9, 0.89, 0.0], strict=True))
-    rate, rows = search(accuracies.get, tmp_path, images=100)  # 0.9 has an error of 0.03
-    assert rate == 1e-3
-    assert [row[:2] for row in rows] == list(accuracies.items())
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
@@ -71,23 +42,6 @@ def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
     assert "the score is not defined on the validation part" in capsys.readouterr().out
     trials[0] = Trial(RATES[0], 0.5, 9.0)
     assert choose(trials, variance_on(100)) == RATES[0]
-
-
-def test_an_interrupted_search_goes_on_with_what_it_knows(tmp_path):
-    """To the same rate; no trial is made twice."""
-    made = []
-
-    def accuracy(rate: float) -> float:
-        if len(made) == 5 and not (tmp_path / "stopped").exists():
-            (tmp_path / "stopped").touch()
-            raise KeyboardInterrupt
-        made.append(rate)
-        return 1 - rate
-
-    with contextlib.suppress(KeyboardInterrupt):
-        search(accuracy, tmp_path, images=1000)
-    rate, rows = search(accuracy, tmp_path, images=1000, resume=tmp_path / "last.pth")
-    assert rate == 1e-4 and made == list(RATES) == [row[0] for row in rows]
 
 
 def test_rates_that_a_short_run_lowers_alike_are_tried_once():

@@ -130,19 +130,14 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
 
 
 @pytest.fixture
-def segment(base, pairs, tmp_path):
-    """segment("--epochs 1", "out") trains on the pairs; its results, with the folder as `folder`."""
-
-    def run(options: str = "", output: str = "out", **more) -> dict:
-        argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path / output}"
-        argv += " --device cpu --workers 0 --batch-size 4 --epochs 2 --learning-rate 1e-3"
-        return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": tmp_path / output}
-
-    return run
+def segment(finetune, pairs):
+    """segment("--lora-rank 2") trains an epoch on the pairs; its results, with the folder as `folder`."""
+    argv = f"--task segmentation --data-dir {pairs} --augmentation crop --workers 0 --batch-size 4 --epochs 1"
+    return lambda options: finetune(f"{argv} {options}")
 
 
-def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment, pairs):
-    results = segment("--epochs 1 --lora-rank 2 --wise-ft 1")
+def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment):
+    results = segment("--lora-rank 2 --wise-ft 1")
     named = {"val_miou", "probe_miou_before", "val_miou_interval", "iou_per_class", "dice_per_class", "pixel_accuracy"}
     assert named <= results.keys()
     assert results["task"] == "segmentation" and list(results["iou_per_class"]) == ["class 0", "class 1"]
@@ -180,7 +175,7 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
     ],
 )
 def test_what_other_tasks_can_do_masks_can_too(segment, options):
-    assert 0 <= segment(f"{options} --epochs 1")["val_miou"] <= 1
+    assert 0 <= segment(options)["val_miou"] <= 1
 
 
 def test_what_is_not_possible_with_masks_is_refused_by_name(pairs):
