@@ -16,13 +16,6 @@ from lora.adapter_set import LayerState
 from toolkit import InputError
 
 
-def test_scaling():
-    """alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
-    assert LoRASettings() == LoRASettings(8, 16, 0, False)
-    assert LoRASettings(4, 16).scaling == 4
-    assert LoRASettings(4, 16, use_rslora=True).scaling == 8
-
-
 def test_settings_of_any_kind_of_number():
     """They may come from NumPy; the layer stores what an adapter file can hold."""
     stored = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))

@@ -703,10 +703,6 @@ def test_images_of_every_mode_and_size_beside_other_files(script, workplace, cap
         assert list(results["accuracy_per_class"]) == ["cat", "dög"]
 
 
-def test_the_last_of_two_equal_flags_counts():
-    assert finetune_lora.read_options(["--seed", "3", "--seed", "4"])[0].seed == 4
-
-
 @pytest.mark.parametrize(
     "text",
     ["", "# nothing\n", "finetune:\n", "\ufefffinetune: {epochs: 1}", "finetune: {epochs: 1}\r\n", "moco: {epochs: 9}"],

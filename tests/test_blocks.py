@@ -271,11 +271,6 @@ def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode):
 # ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths
 
 
-def test_a_vit_equals_the_stock_model():
-    stock, x = vit().double(), images(16, dtype=torch.float64)
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
-
-
 @pytest.mark.parametrize(
     "names", [("ln_1.weight",), ("ln_2.bias",), ("in_proj_weight", "mlp.0.weight", "mlp.3.weight")], ids=str
 )

@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -26,7 +25,7 @@ from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, u
 from toolkit import InputError
 from toolkit.models import published
 from toolkit.models.backbones import build_backbone, record_of
-from toolkit.models.checkpoints import checkpoint_path, describe_base, load_backbone, tensor_digest
+from toolkit.models.checkpoints import checkpoint_path, load_backbone, tensor_digest
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
 
@@ -140,17 +139,6 @@ def check_dropped(dropped, state):
     assert set(dropped) == {key for key in state if rest.match(key)}
 
 
-def test_stage_1_of_this_toolkit_for_a_vit(saved):
-    source = build_backbone("vit_mini", 10, image_size=32)
-    encoder = without_head(source.state_dict()) | mlp_head("heads", (0, 3, 6))
-    content = {"model": under("encoder_q.", encoder) | under("encoder_k.", encoder), "arch": "vit_mini"}
-    model, report = load_backbone(saved(content | {"epoch": 7, "config": {"image_size": 32}}), num_classes=5)
-    assert report["family"] == "moco_stage1"
-    assert report["image_size"] == 32
-    assert torch.equal(model.encoder.ln.weight, source.encoder.ln.weight)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_mini", "vit_conv_small"])
 def test_arch_is_found_by_shapes_alone(arch, saved):
     source = build_backbone(arch, 2)
@@ -163,14 +151,6 @@ def test_arch_is_found_by_shapes_alone(arch, saved):
 def test_what_a_file_tells_of_itself_is_used_only_if_it_makes_sense(told, narrow, saved):
     _, report = load_backbone(saved({"state_dict": narrow, **told}), num_classes=2)
     assert (report["arch"], report["epoch"]) == ("resnet18", None)
-
-
-def test_safetensors_hold_a_backbone_as_well(narrow, tmp_path):
-    path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(narrow, path, {"format": "pt"})
-    model, report = load_backbone(path, num_classes=2)
-    assert (report["arch"], report["family"]) == ("resnet18", "torchvision")
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in narrow.items())
 
 
 BESIDE = {"dtype": torch.float16, "device": torch.device("cuda"), "scales": torch.ones(2).to(torch.float8_e5m2)}
@@ -353,12 +333,6 @@ def test_a_content_that_is_no_backbone_is_one_clear_line(case, narrow, saved):
     assert "checkpoint.pth" in str(raised.value)
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 900
-
-
-def test_what_a_file_has_beside_the_backbone_is_counted():
-    report = {"arch": "resnet18", "heads": None, "image_size": 224, "channels": 3, "family": "moco_v2", "epoch": 3}
-    line = describe_base(report | {"loaded": ["conv1.weight"], "dropped": ["queue", "queue_ptr"]})
-    assert line.endswith("epoch 3;\n          all 1 backbone tensors loaded; 2 others in the file left out")
 
 
 def test_wrong_arch_names_the_right_one(narrow, saved):

@@ -14,9 +14,7 @@ from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapte
 from torch import nn
 
 from finetune_lora import (
-    LoRASettings,
     QLoRALinear,
-    adapt_layers,
     add_lora_to_model,
     freeze_backbone_params,
     load_finetuned,
@@ -245,25 +243,6 @@ def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, chec
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(base.items()))
     write_adapter_file(read_adapter_file(path) | {"base_hash": hashlib.sha256(lines.encode()).hexdigest()}, path)
     assert torch.equal(load_finetuned(path)[0].heads.head.weight, model.heads.head.weight)
-
-
-def test_each_layer_has_its_own_rank_and_scaling(path, checkpoint):
-    model, _ = checkpoints.load_backbone(checkpoint, 2)
-    block = "encoder.layers.encoder_layer_1"
-    settings = {
-        f"{block}.mlp.0": LoRASettings(r=1, lora_alpha=3),
-        f"{block}.mlp.3": LoRASettings(r=5, use_rslora=True, lora_dropout=0.5),
-        f"{block}.self_attention": LoRASettings(r=2),
-        f"{block}.self_attention.out_proj": LoRASettings(r=7, lora_alpha=1),
-    }
-    randomize_adapters(adapt_layers(model, settings), std=0.1)
-    LoRAManager(model).save_lora_checkpoint(path, about(checkpoint))
-    loaded, _ = load_finetuned(path)
-    records = LoRAManager(loaded).get_lora_info()["layers"]
-    assert {name: record["r"] for name, record in records.items()} == {name: own.r for name, own in settings.items()}
-    assert records == LoRAManager(model).get_lora_info()["layers"]
-    x = images()
-    assert torch.equal(loaded(x), model.eval()(x))
 
 
 def ramp(shape, start: int, step: float = 1 / 4096) -> torch.Tensor:

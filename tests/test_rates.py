@@ -13,7 +13,7 @@ from toolkit import InputError
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim, training
 from toolkit.run.options import FineTuneOptions
-from toolkit.run.search import RATES, Trial, choose, rates_that_differ
+from toolkit.run.search import RATES, Trial, choose
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
@@ -195,15 +195,6 @@ def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
     assert "the score is not defined on the validation part" in capsys.readouterr().out
     trials[0] = Trial(RATES[0], 0.5, 9.0)
     assert choose(trials, variance_on(100)) == RATES[0]
-
-
-def test_rates_that_a_short_run_lowers_alike_are_tried_once():
-    def tried(steps: int) -> list[float]:
-        return rates_that_differ(lambda rate: rate / optim.rate_divisor(rate, steps))
-
-    assert tried(200) == list(RATES)
-    assert tried(20) == [1e-5, 3e-5, 1e-4]
-    assert tried(150) == [1e-5, 3e-5, 1e-4, 3e-4]
 
 
 def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images, tmp_path, monkeypatch):

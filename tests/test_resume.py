@@ -18,7 +18,6 @@ from tests.run_folders import assert_same_tensors, metrics, stop, tensors
 from toolkit import InputError, devices
 from toolkit.files import read_checkpoint
 from toolkit.run import reports, runs
-from toolkit.run.run_state import changed_settings
 
 
 def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finetune, once):
@@ -247,10 +246,3 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
 def test_what_libraries_say_becomes_a_line_with_a_remedy(told, remedy):
     with pytest.raises(InputError, match=remedy), runs.faults_explained(torch.device("meta"), "lower it"):
         raise RuntimeError(told)
-
-
-def test_settings_that_differ_are_named_but_for_free_ones():
-    then = {"finetune": {"epochs": 3, "seed": 0}}
-    now = {"finetune": {"epochs": 4, "seed": 0, "compile": True}}
-    assert changed_settings(then, now, free=()) == ["finetune.epochs was 3, is 4", "finetune.compile was None, is True"]
-    assert changed_settings(then, now, free=("finetune.compile", "finetune.epochs")) == []

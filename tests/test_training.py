@@ -30,13 +30,6 @@ def test_each_process_needs_an_image(monkeypatch, train, val):
         training.check_batches(model, train, val, batch_size=4)
 
 
-def test_device_and_precision():
-    cpu = devices.select_device("cpu")
-    assert devices.select_device("auto").type in ("cpu", "cuda", "mps")
-    assert devices.select_precision("auto", cpu) == devices.select_precision("fp32", cpu) == torch.float32
-    assert devices.select_precision("bf16", cpu) == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("in_float32", "in_bf16", "dtype"),
     [(1.0, 0.5, torch.bfloat16), (1.0, 0.8, torch.float32), (1.0, 2.0, torch.float32), (0.01, 0.001, torch.float32)],
