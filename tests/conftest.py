@@ -176,7 +176,8 @@ def finetune_into(base, images):
 @pytest.fixture
 def finetune(finetune_into, tmp_path):
     """finetune("--epochs 1", "out") is `finetune_into` a folder of that name."""
-    return lambda options="", output="out", **more: finetune_into(tmp_path / output, options, **more)
+    with mock.patch.object(optim, "STEPS_TO_TRAIN", 1):
+        yield lambda options="", output="out", **more: finetune_into(tmp_path / output, options, **more)
 
 
 @pytest.fixture(scope="session")

@@ -242,15 +242,6 @@ def test_a_name_that_is_no_utf8_is_opened(tmp_path):
     assert image.size == (2, 2) and label == 3 and files.path(0) == path
 
 
-def test_an_unlabelled_class_is_an_error_only_where_all_are_needed(tmp_path):
-    touch(tmp_path, "cat/a.png", "dog/notes.txt")
-    assert folders.labelled_files(tmp_path, ["cat", "dog", "eel"], every=False).labels == [0]
-    with pytest.raises(InputError, match=r"no images in dog, eel \(looked for \.jpg"):
-        folders.labelled_files(tmp_path, ["cat", "dog", "eel"])
-    with pytest.raises(InputError, match="no images in dog"):
-        folders.labelled_files(tmp_path, ["dog"], every=False)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")
 def test_two_spellings_of_a_class_are_one_class(tmp_path):
     """The letter and its accent as one character, or as two, as a Mac may write them."""
