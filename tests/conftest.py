@@ -16,7 +16,6 @@ gc.disable()  # until everything is imported
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 import finetune_lora
@@ -120,18 +119,6 @@ def pairs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def resnet() -> dict[str, torch.Tensor]:
-    """The state_dict of a ResNet-18 without its head, with statistics as after training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = torchvision.models.resnet18()
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.uniform_(0.5, 2.0)
-    return without_head(model.state_dict())
-
-
 @pytest.fixture(scope="module")
 def whole_vit_mini():
     """Six blocks, as the shipped checkpoint has."""
@@ -155,7 +142,7 @@ def small_backbones():
 
 @pytest.fixture(scope="module")
 def narrow(small_backbones) -> dict[str, torch.Tensor]:
-    """`resnet`, of the narrow one."""
+    """The state_dict of such a ResNet-18 without its head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return without_head(narrow_resnet().state_dict())

@@ -122,16 +122,6 @@ def test_each_adapter_computes_what_it_computes_alone(manager, alone):
         assert_same(manager.model, alone[name])
 
 
-def test_without_an_adapter_the_model_is_the_base(manager, arch, alone):
-    expected = base(arch)
-    freeze_backbone_params(expected)
-    expected.load_state_dict(manager.model.state_dict())  # its head
-    for name in ("pets", "cars"):
-        manager.use(name)
-    assert manager.use(None) == {}
-    assert_same(manager.model, expected)
-
-
 def test_switching_copies_no_weight(manager):
     def storages(model):
         return {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}

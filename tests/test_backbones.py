@@ -5,7 +5,6 @@ import torch
 import torchvision
 from torch import nn
 
-from toolkit import InputError
 from toolkit.models.backbones import ARCHS, block_names, build_backbone, default_image_size, forward_features, head_name
 
 WIDTHS = dict(zip(ARCHS, (512, 512, 2048, 2048, 192, 384, 768, 1024, 384, 768), strict=True))
@@ -24,41 +23,6 @@ def test_maps_images_of_the_default_size_to_logits_and_features(arch):
         images = torch.empty(2, 3, default_image_size(arch), default_image_size(arch))
         assert model(images).shape == (2, 7)
         assert forward_features(model, images).shape == (2, WIDTHS[arch])
-
-
-def test_conv_stem_is_moco_v3s():
-    convs = [m for m in build_backbone("vit_conv_small", 2).conv_proj.modules() if isinstance(m, nn.Conv2d)]
-    assert [c.out_channels for c in convs] == [48, 96, 192, 384, 384]
-    assert [c.kernel_size for c in convs] == [(3, 3)] * 4 + [(1, 1)]
-    assert [c.stride for c in convs] == [(2, 2)] * 4 + [(1, 1)]
-
-
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
-        (("resnet81", 10), "did you mean resnet18"),
-        (("vgg", 10), "choose one of resnet18"),
-        (("vit_small", 10, 100), "multiple of vit_small's patch of 16; 96 would fit"),
-        (("vit_mini", 10, 3), "8 would fit"),
-        (("vit_mini", 10, 0), "positive number of pixels"),
-        (("resnet18", 10, -1), "positive number of pixels"),
-        (("resnet18", 0), "at least 1 class"),
-    ],
-)
-def test_bad_arguments_are_one_clear_line(arguments, complaint):
-    with pytest.raises(InputError, match=complaint) as raised:
-        build_backbone(*arguments)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("arch, head", [("resnet18", "fc"), ("vit_mini", "heads")])
-def test_head_is_found_and_features_are_its_input(arch, head):
-    model = build_backbone(arch, 10).eval()
-    nn.init.normal_((model.fc if head == "fc" else model.heads.head).weight)  # torchvision's ViT head starts at zero
-    images = torch.randn(2, 3, 32, 32)
-    assert head_name(model) == head
-    features = forward_features(model, images)
-    assert torch.equal(getattr(model, head)(features), model(images))
 
 
 def test_features_leave_the_head_alone_and_carry_gradients():

@@ -48,22 +48,13 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(base, images, tmp_path_factory) -> Path:
-    """The output folder of a short run."""
-    folder = tmp_path_factory.mktemp("finished")
-    argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 1 --lora-rank 2"
-    finetune_lora.main([*argv.split(), "--target-modules", "mlp.0"])
-    return folder
-
-
 @pytest.fixture
-def workplace(base, images, finished, small_backbones, tmp_path, monkeypatch) -> Path:
+def workplace(base, images, finished_once, small_backbones, tmp_path, monkeypatch) -> Path:
     """The working folder: a checkpoint base.pth, a folder images, and an adapter lora.pth with its run's last.pth."""
     for name, target in (("base.pth", base), ("images", images)):
         (tmp_path / name).symlink_to(target)
     for name in ("lora.pth", "last.pth"):
-        (tmp_path / name).symlink_to(finished / name)
+        (tmp_path / name).symlink_to(finished_once["folder"] / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -213,25 +204,16 @@ FLAGS = [
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 2"),
-    case(
-        "features that change",
-        "finetune --cache-features disk --mixup 1",
-        "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
-        "--mixup with --cache-features: cached features must be the same in every epoch",
-    ),
-    case(
-        "norms below 4 bits",
-        "finetune --adapt-last 2 --use-qlora --norms train",
-        "--norms train with --adapt-last and --use-qlora",
-    ),
+    case("features that change", "finetune --cache-features disk --mixup 1",
+         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
+         "--mixup with --cache-features: cached features must be the same in every epoch"),
+    case("norms below 4 bits", "finetune --adapt-last 2 --use-qlora --norms train",
+         "--norms train with --adapt-last and --use-qlora"),
     case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
-    case(
-        "settings of no adapters",
-        "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --target-modules mlp"
-        " --lora-init random",
-        *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout",
-          "target-modules", "lora-init")),
-    ),
+    case("settings of no adapters",
+         "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --target-modules mlp --lora-init random",
+         *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout",
+           "target-modules", "lora-init"))),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
     case("8 bits for weights that train", "finetune --no-freeze-backbone --arithmetic int8", "nothing is frozen"),
     case("8 bits and 4", "finetune --arithmetic int8 --use-qlora", "--arithmetic int8 with --use-qlora", "drop one of"),
@@ -252,11 +234,12 @@ FLAGS = [
     case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
     case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
-    case(
-        "16 bits of nothing",
-        "finetune --activation-precision 16 --gradient-checkpointing full",
-        "--activation-precision 16 with --gradient-checkpointing full",
-    ),
+    case("16 bits of nothing", "finetune --activation-precision 16 --gradient-checkpointing full",
+         "--activation-precision 16 with --gradient-checkpointing full"),
+    case("what the compiler decides itself",
+         "finetune --compile --activation-precision 16 --gradient-checkpointing full",
+         *(f"--{name} with --compile: the compiler decides" for name in ("activation-precision 16",
+           "gradient-checkpointing"))),
     case("an image size between patches", "finetune --image-size 17", "17 is not a multiple of vit_mini's patch", "16"),
     case("an image size for no memory", "finetune --image-size 100000", "image size is 100000", "at most 4096"),
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
@@ -472,7 +455,7 @@ ADAPTERS = [
     case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without --resume"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
     case("another run to resume", "finetune --resume last.pth", "last.pth belongs to a run with other settings",
-         "lora_rank was 2, is 8"),
+         "augmentation was none, is crop"),
     case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a last.pth of this version"),
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
     case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
@@ -481,27 +464,27 @@ ADAPTERS = [
          "that the adapter does not know: cat, dog", files=classes("cat", "dog")),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
     adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
-    adapter("a rank of 0", recorded(r=0), "theirs.pth is damaged", "impossible"),
-    adapter("alpha that is not a number", recorded(lora_alpha=float("nan")), "theirs.pth is damaged"),
     adapter("a scaling beyond all numbers", recorded(scaling=10**400), "theirs.pth is damaged"),
     adapter("a scaling beyond float32", recorded(scaling=1e299), "theirs.pth is damaged"),
     adapter("another kind of layer", recorded(kind="LoRAConv2d"), "has kind LoRAConv2d in the file, LoRALinear here"),
     adapter("a surplus layer", changed("lora.pth", lambda c: c["layers"].update({"(a+)+$": next(iter(
         c["layers"].values()))})), "no layer to adapt is named (a+)+$"),
-    adapter("a surplus tensor", changed("lora.pth", lambda c: c["tensors"].update(more=torch.zeros(1))), "tensor more"),
-    adapter("a missing tensor", changed("lora.pth", lambda c: c["tensors"].pop(
-        "encoder.layers.encoder_layer_0.mlp.0.lora_A")), "lora_A is missing in the file"),
-    adapter("an adapter that diverged", changed("lora.pth", lambda c: c["tensors"]["heads.head.bias"].fill_(
-        float("inf"))), "NaN or infinite numbers in heads.head.bias"),
     adapter("a class too many", described(class_names=list("abcd")), "for its 4 classes heads.head.weight is (3, 192)"),
     adapter("no classes", described(class_names=[]), "num_classes is 0"),
     adapter("classes for no memory", described(class_names=["a"] * 100_000), "for its 100000 classes"),
     adapter("an image size of an adapter between patches", described(image_size=17), "not a multiple"),
+    adapter("an image size of nothing", described(image_size=0), "positive number of pixels"),
+    adapter("an image size of a patch too little", described(image_size=3), "8 would fit"),
     adapter("an unknown arch", described(arch="resnet51"), "unknown arch 'resnet51'", "did you mean resnet50?"),
     adapter("metadata of wrong types", described(arch=3, image_size="16"), "arch, image_size in its metadata"),
+    adapter("classes that are numbers", described(class_names=[1, 2, 3]), "class_names in its metadata"),
+    adapter("no path of its base", described(checkpoint=None), "damaged: checkpoint in its metadata"),
+    adapter("another arch", described(arch="resnet18", heads=None), "for its 3 classes fc.weight is missing"),
     adapter("no metadata", changed("lora.pth", lambda c: c.update(metadata={})), "does not say its arch, class_names"),
     case("info of nothing", "deploy_lora info gone.pth", "gone.pth: file not found"),
     case("info of a checkpoint", "deploy_lora info base.pth", "base.pth is not an adapter file of this toolkit"),
+    case("info of other tensors", "deploy_lora info a.safetensors", "is not an adapter file of this toolkit",
+         files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)})}),
     case("info of JSON nested too deeply", "deploy_lora info a.safetensors", "its description is no JSON",
          files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)}, {"adapter": nested(100_000)})}),
     case("an unknown flag of info", "deploy_lora info lora.pth --verbose", "--verbose: no such option"),
@@ -527,6 +510,8 @@ ADAPTERS = [
     case("a table of sure answers", "deploy_lora predict lora.pth images --output p.csv --abstain 0.6",
          "--probabilities, --window and --abstain are for the map of a scene, map.tif"),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
+    case("answers in one file that go on", "deploy_lora predict lora.pth images --output p.csv --resume",
+         "--resume is for answers in a folder, which --output is to name"),
     case("evaluation on images without classes", "deploy_lora evaluate lora.pth mine", "mine: expected a folder of im",
          files={"mine/a.png": PNG}),
     case("evaluation on unknown images", "deploy_lora evaluate theirs.pth", "give a folder with class folders",
@@ -556,6 +541,8 @@ OUTPUTS = [
          files={"out/last.pth": lambda: Path("base.pth").read_bytes()}),
     case("a base that pretraining would replace", "pretrain --checkpoint out/last.pth", "would be overwritten: give",
          files={"out/last.pth": lambda: Path("base.pth").read_bytes()}),
+    case("a base that pretraining's last epoch would replace", "pretrain --checkpoint out/moco_stage1_epoch_1.pth",
+         "_epoch_1.pth would be", files={"out/moco_stage1_epoch_1.pth": lambda: Path("base.pth").read_bytes()}),
     case("a stage-1 adapter that its run would replace", "finetune --stage1-adapter out/lora.pth",
          "--stage1-adapter out/lora.pth would be", files={"out/lora.pth": lambda: Path("lora.pth").read_bytes()}),
     case("pretraining with bad values", "pretrain --momentum 1 --temperature 0 --moco-version 4 --device gpu",
@@ -709,10 +696,6 @@ def test_images_of_every_mode_and_size_beside_other_files(script, workplace, cap
     assert capsys.readouterr().out.count("mine: files that are not read as images: 2 .csv, 2 .db, 2 .txt") == 1
     if name == "finetune":
         assert list(results["accuracy_per_class"]) == ["cat", "dög"]
-
-
-def test_the_last_of_two_equal_flags_counts():
-    assert finetune_lora.read_options(["--seed", "3", "--seed", "4"])[0].seed == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Noise on 13 bands stands for Sentinel-2's images: three bands carry the class.
 """
 
+import copy
 import io
 import json
 import os
@@ -15,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from dense import FP32, compare_with_dense, frozen, rounded
 from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
-from moco import pretrain
+from finetune_lora import load_finetuned
 from tests.checkpoint_files import save_base
 from toolkit import InputError
 from toolkit.images import folders
@@ -29,8 +29,7 @@ from toolkit.images.bands import Bands, Scaling, decoded, measured, settle
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
 from toolkit.images.transforms import GaussianBlur, eval_transform, train_transform, two_crops
-from toolkit.models.backbones import build_backbone, first_convolution, input_channels
-from toolkit.models.checkpoints import load_backbone
+from toolkit.models.backbones import build_backbone, input_channels
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -116,41 +115,12 @@ def test_the_merged_file_and_the_graph_answer_as_the_model_does(trained, tiffs, 
 @pytest.mark.usefixtures("small_backbones")
 @pytest.mark.parametrize("options", [{}, {"use_qlora": True}], ids=["LoRA", "QLoRA"])
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", 32), ("vit_mini", 16), ("vit_conv_small", 32)])
-def test_13_channels_of_which_10_are_zero_are_the_rgb_model_bit_for_bit(arch, size, options):
-    """Outputs and gradients, also with BatchNorm folded into the adapted convolutions, which freezing does.
-
-    In 4 bits the first convolution stays a float: its groups of numbers would be others with ten planes of zeros.
-    """
-    rgb, many = build_backbone(arch, 4, size), build_backbone(arch, 4, size, channels=13)
-    first = first_convolution(rgb)
-    kernel = torch.zeros_like(many.state_dict()[f"{first}.weight"])
-    kernel[:, 1:4] = rgb.state_dict()[f"{first}.weight"]
-    many.load_state_dict(rgb.state_dict() | {f"{first}.weight": kernel})
-    excluded = {"target_modules": rf"(?!{first}$|fc|heads).*"} if options else {}
-    for model in (rgb, many):
-        freeze_backbone_params(add_lora_to_model(model, r=4, **options, **excluded))
-        model.train()
-    theirs = dict(many.named_parameters())
-
-    def planes(tensor, like):
-        """Those of the three channels: a convolution's A is (r, channels * area)."""
-        area = like.shape[1] // 3 if tensor.shape != like.shape else 0
-        return tensor[:, area : 4 * area] if area else tensor
-
-    for name, parameter in rgb.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.1)
-            planes(theirs[name].data, parameter).copy_(parameter.data)
-    images, labels = torch.randn(4, 3, size, size), torch.arange(4)
-    padded = torch.zeros(4, 13, size, size)
-    padded[:, 1:4] = images
-    outputs = [rgb(images), many(padded)]
-    assert torch.equal(*outputs)
-    for logits in outputs:
-        F.cross_entropy(logits, labels).backward()
-    for name, parameter in rgb.named_parameters():
-        if parameter.grad is not None:
-            assert torch.equal(planes(theirs[name].grad, parameter), parameter.grad), name
+def test_a_network_of_13_channels_equals_the_stock_one(arch, size, options):
+    """Outputs and gradients, with an adapter on the first convolution too."""
+    stock, x = build_backbone(arch, 4, size, channels=13).eval(), torch.randn(4, 13, size, size)
+    torch.nn.init.normal_((stock.fc if arch == "resnet18" else stock.heads.head).weight)
+    model = frozen(copy.deepcopy(stock), target_modules=r"(?!fc|heads).*", **options)
+    compare_with_dense(rounded(stock, model), model, [x], FP32)
 
 
 def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_path):
@@ -445,20 +415,3 @@ def test_pictures_show_three_bands_stretched():
     assert (picture.min(), picture.max()) == (0, 1)
     grey = Bands(1).picture(image[:1])
     assert np.array_equal(grey[..., 0], grey[..., 2])
-
-
-@pytest.mark.slow
-def test_stage_1_on_13_bands_goes_on_in_adapters_that_say_what_their_images_were(tiffs, tmp_path, capsys):
-    argv = f"--data-dir {tiffs} --output-dir {tmp_path / 'pre'} --device cpu --workers 0 --scale 10000"
-    argv += " --two-crops digits --epochs 1 --batch-size 8 --dim 8 --mlp-dim 8"
-    results = pretrain.main([*argv.split(), *["--arch", "vit_mini", "--image-size", "16", "--channels", "13"]])
-    assert load_backbone(results["checkpoint"], 3)[1]["channels"] == 13
-
-    argv = argv.replace("/pre ", "/adapted ") + f" --checkpoint {results['checkpoint']} --lora-rank 2"
-    adapted = pretrain.main(argv.split())
-    capsys.readouterr()
-    both = f"--epochs 1 --stage1-adapter {adapted['checkpoint']}"
-    run(results["checkpoint"], tiffs, tmp_path / "both", both, scale="")
-    assert "as in the pretraining, which moco_lora.pth says" in capsys.readouterr().out
-    evaluated = deploy_lora.main(f"evaluate {tmp_path / 'both' / 'lora.pth'} --device cpu --workers 0".split())
-    assert evaluated["images"] == 9

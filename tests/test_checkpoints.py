@@ -3,21 +3,29 @@
 The files are built here in the layout that the official code writes, with random weights.
 """
 
+import hashlib
 import math
 import re
+import sys
+import threading
+import types
+from argparse import ArgumentTypeError
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
 
+import finetune_lora
 from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
+from toolkit.models import published
 from toolkit.models.backbones import build_backbone, record_of
-from toolkit.models.checkpoints import describe_base, load_backbone, tensor_digest
+from toolkit.models.checkpoints import checkpoint_path, load_backbone, tensor_digest
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
 
@@ -131,17 +139,6 @@ def check_dropped(dropped, state):
     assert set(dropped) == {key for key in state if rest.match(key)}
 
 
-def test_stage_1_of_this_toolkit_for_a_vit(saved):
-    source = build_backbone("vit_mini", 10, image_size=32)
-    encoder = without_head(source.state_dict()) | mlp_head("heads", (0, 3, 6))
-    content = {"model": under("encoder_q.", encoder) | under("encoder_k.", encoder), "arch": "vit_mini"}
-    model, report = load_backbone(saved(content | {"epoch": 7, "config": {"image_size": 32}}), num_classes=5)
-    assert report["family"] == "moco_stage1"
-    assert report["image_size"] == 32
-    assert torch.equal(model.encoder.ln.weight, source.encoder.ln.weight)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_mini", "vit_conv_small"])
 def test_arch_is_found_by_shapes_alone(arch, saved):
     source = build_backbone(arch, 2)
@@ -154,14 +151,6 @@ def test_arch_is_found_by_shapes_alone(arch, saved):
 def test_what_a_file_tells_of_itself_is_used_only_if_it_makes_sense(told, narrow, saved):
     _, report = load_backbone(saved({"state_dict": narrow, **told}), num_classes=2)
     assert (report["arch"], report["epoch"]) == ("resnet18", None)
-
-
-def test_safetensors_hold_a_backbone_as_well(narrow, tmp_path):
-    path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(narrow, path, {"format": "pt"})
-    model, report = load_backbone(path, num_classes=2)
-    assert (report["arch"], report["family"]) == ("resnet18", "torchvision")
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in narrow.items())
 
 
 BESIDE = {"dtype": torch.float16, "device": torch.device("cuda"), "scales": torch.ones(2).to(torch.float8_e5m2)}
@@ -291,12 +280,6 @@ def test_a_position_embedding_of_no_square_is_one_clear_line(saved):
             load_backbone(saved(state), num_classes=2, image_size=size)
 
 
-def test_vit_keeps_the_size_it_was_trained_at(saved):
-    source = build_backbone("vit_mini", 2, image_size=48)
-    model, report = load_backbone(saved(source.state_dict()), num_classes=2)
-    assert report["image_size"] == model.image_size == 48
-
-
 def test_the_head_is_always_fresh(narrow, saved):
     content = narrow | {"fc.weight": torch.full((3, 40), 7.0), "fc.bias": torch.full((3,), 7.0)}
     model, report = load_backbone(saved(content), num_classes=3)
@@ -352,12 +335,6 @@ def test_a_content_that_is_no_backbone_is_one_clear_line(case, narrow, saved):
     assert len(str(raised.value)) < 900
 
 
-def test_what_a_file_has_beside_the_backbone_is_counted():
-    report = {"arch": "resnet18", "heads": None, "image_size": 224, "channels": 3, "family": "moco_v2", "epoch": 3}
-    line = describe_base(report | {"loaded": ["conv1.weight"], "dropped": ["queue", "queue_ptr"]})
-    assert line.endswith("epoch 3;\n          all 1 backbone tensors loaded; 2 others in the file left out")
-
-
 def test_wrong_arch_names_the_right_one(narrow, saved):
     with pytest.raises(
         InputError, match=r"not hold a resnet50.*looks like resnet18: give the --checkpoint of a resnet50"
@@ -367,3 +344,86 @@ def test_wrong_arch_names_the_right_one(narrow, saved):
         load_backbone(saved(narrow), num_classes=2, arch="vit_mini")
     with pytest.raises(InputError, match=r"does not hold a resnet34.*looks like resnet18"):
         load_backbone(saved(moco_v2(narrow, arch="resnet34")), num_classes=2)
+
+
+# ----------------------------- by the names of published ones: downloaded once, from a server of this test, and checked
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a server of the files in tmp_path/web; torch.hub's folder is tmp_path/hub."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "web").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, finetune, tmp_path, monkeypatch, capsys):
+    content = base.read_bytes()
+    (tmp_path / "web" / "base.pth").write_bytes(content)
+    digest = hashlib.md5(content).hexdigest()[:8]
+    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", digest))
+    finetune("--checkpoint moco-v9 --epochs 1")
+    assert (
+        f"downloading {server}/base.pth to {tmp_path}/hub/checkpoints/base.pth; see the licence"
+        in capsys.readouterr().out
+    )
+    (tmp_path / "web" / "base.pth").unlink()
+    assert checkpoint_path("moco-v9").read_bytes() == content
+    assert "downloading" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["another file", "nothing there", "torn"])
+def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, fault):
+    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", "0123abcd"))
+    message = (
+        f"cannot download {server}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and give its path"
+    )
+    if fault == "another file":
+        (tmp_path / "web" / "base.pth").write_bytes(b"other")
+        message = f"{server}/base.pth did not arrive as it is published (0123abcd): try again later"
+    if fault == "torn":  # of a file whose digest is not known
+        monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
+        (tmp_path / "web" / "base.pth").write_bytes(b"other")
+        real = torch.hub.download_url_to_file
+        monkeypatch.setattr(
+            torch.hub, "download_url_to_file", lambda url, path: (real(url, path), open(path, "w").close())
+        )
+        message = f"{server}/base.pth did not arrive as it is published (5): try again later"
+    with pytest.raises(ArgumentTypeError, match=re.escape(message)):
+        checkpoint_path("moco-v9")
+    with pytest.raises(InputError, match=re.escape(message)):
+        finetune_lora.read_options(["--checkpoint", "moco-v9"])
+    assert not list((tmp_path / "hub").rglob("*.p*"))
+
+
+def test_files_of_the_hub(tmp_path, monkeypatch):
+    hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert checkpoint_path("hf:owner/name/folder/a.pth") == tmp_path / "owner/name/folder/a.pth"
+    with pytest.raises(ArgumentTypeError, match="hf: is to be followed by owner/name/file"):
+        checkpoint_path("hf:owner/name")
+
+    def refuse(*_):
+        raise OSError("404: no such repository\nand much more")
+
+    hub.hf_hub_download = refuse
+    with pytest.raises(ArgumentTypeError, match=r"hf:owner/name/a\.pth cannot be downloaded: 404: no such repository$"):
+        checkpoint_path("hf:owner/name/a.pth")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ArgumentTypeError, match="hf:owner/name needs huggingface_hub: pip install huggingface_hub"):
+        checkpoint_path("hf:owner/name/a.pth")
+
+
+def test_the_names_of_torchgeos_files_end_in_their_digests():
+    for name, (url, digest) in published.PUBLISHED.items():
+        assert url.startswith("https://") and re.fullmatch("[0-9a-f]{8}|", digest), name
+        assert "torchgeo" not in url or url.endswith(f"-{digest}.pth"), name
+
+
+def test_a_name_that_is_nearly_one_of_them(images):
+    with pytest.raises(InputError, match=r"moco-v2-800: file not found; .* checkpoint; did you mean moco-v2-800ep"):
+        finetune_lora.read_options(f"--checkpoint moco-v2-800 --data-dir {images}".split())

@@ -14,7 +14,7 @@ from torch import nn
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
-from tests.run_folders import metrics, tensors
+from tests.run_folders import assert_same_tensors, metrics, tensors
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
@@ -218,8 +218,7 @@ def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
     with_evaluations(monkeypatch, lambda network, real: real._replace(accuracy=0.0))
     other = finetune("--epochs 2 --labels-per-class 2", output="other")
     assert other["val_accuracy"] == 0 != one["val_accuracy"] and not other["retreats"]
-    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (one, other))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert_same_tensors(one["folder"] / "lora.pth", other["folder"] / "lora.pth")
 
 
 def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
@@ -365,8 +364,7 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     watched(whole_run[3:])
     resumed = finetune("--epochs 2 --resume", output="stopped")
     assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
-    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
 
 
 @pytest.mark.slow

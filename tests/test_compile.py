@@ -71,14 +71,6 @@ def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, finetun
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
 
 
-@pytest.mark.parametrize("option", ["--activation-precision 16", "--gradient-checkpointing full"])
-def test_what_the_compiler_decides_itself_is_refused(finetune, option):
-    with pytest.raises(
-        InputError, match=f"{option.removesuffix(' full')} with --compile: the compiler decides.*drop one"
-    ):
-        finetune(f"--compile {option}")
-
-
 def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, finetune, tmp_path):
     monkeypatch.setattr(devices, "cpp_compiler", lambda: None)
     with pytest.raises(InputError, match=r"--compile on a CPU needs a C\+\+ compiler"):

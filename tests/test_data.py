@@ -64,16 +64,6 @@ def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
     assert len({data.LabelledImages(two, labels).subset(indices).digest for labels, indices in sets}) == len(sets)
 
 
-def test_a_folder_with_train_and_val(tmp_path):
-    for part, names in (("train", "abc"), ("val", "d")):
-        for label in ("dog", "cat"):
-            write_images(tmp_path / part / label / "deeper", names)
-    splits = sources.load_splits("imagefolder", tmp_path)
-    assert splits.class_names == ["cat", "dog"]
-    assert (splits.train.labels, splits.val.labels) == ([0, 0, 0, 1, 1, 1], [0, 1])
-    assert splits.train[5][0].getpixel((0, 0)) == (200, 100, 50)
-
-
 def test_one_set_of_class_folders_is_split_the_same_each_time_and_an_added_image_moves_no_other(tmp_path):
     for label in ("cat", "dog"):
         write_images(tmp_path / label, [str(i) for i in range(50)])
@@ -108,14 +98,6 @@ def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
         {"train_cat": "ef", "train_dog": "cd", "val_cat": "ab"},
     ]
     assert len({digest(**files) for files in (one, *others)}) == 1 + len(others)
-
-
-def test_a_class_may_lack_validation_images(tmp_path):
-    write_images(tmp_path / "train" / "cat")
-    write_images(tmp_path / "train" / "dog")
-    write_images(tmp_path / "val" / "dog")
-    splits = sources.load_splits("imagefolder", tmp_path)
-    assert splits.class_names == ["cat", "dog"] and set(splits.val.labels) == {1}
 
 
 def two_classes(folder, *parts: str, names="abc") -> None:

@@ -21,7 +21,6 @@ from toolkit import InputError
 from toolkit.files import (
     TOOLKIT,
     found_path,
-    is_plain_tensor,
     open_atomically,
     read_checkpoint,
     read_safetensors,
@@ -290,15 +289,6 @@ def test_a_file_without_checksums_is_read(saved):
     finally:
         torch.serialization.set_crc32_options(before)
     assert torch.equal(read_checkpoint(path)["w"], torch.arange(100.0))
-
-
-def test_plain_tensors_are_those_that_copy_into_a_parameter():
-    plain = torch.zeros(2, 2)
-    dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
-    assert all(is_plain_tensor(tensor) for tensor in (plain, nn.Parameter(plain), plain[:1].expand(9, 2), plain.T))
-    assert all(is_plain_tensor(plain.to(dtype)) for dtype in dtypes)
-    others = (plain.to(torch.float8_e4m3fn), plain * 1j, plain.to_sparse(), plain.to("meta"), [0.0], None)
-    assert not any(is_plain_tensor(value) for value in others)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -1,16 +1,191 @@
-"""toolkit/images/folders.py: which files are found, in which order, and what is said where there are none."""
+"""Images in folders and in tar archives: found, read, split, shuffled and resumed."""
 
+import io
 import os
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from moco import pretrain
 from toolkit import InputError
-from toolkit.images import folders
+from toolkit.images import data, folders, shards, sources, transforms
 from toolkit.images.shards import read_shards
+
+
+def write_shard(path, samples: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def jpeg(level: int, suffix: str = "jpeg") -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (12, 9), level).save(file, suffix)
+    return file.getvalue()
+
+
+def write_set(folder, number: int, per_shard: int = 6, labels: bool = True) -> None:
+    """Grey images, each of its own level, of three classes that take turns."""
+    for first in range(0, number, per_shard):
+        samples = {}
+        for i in range(first, min(first + per_shard, number)):
+            samples[f"{i:04}.jpg"] = jpeg(i)
+            samples |= {f"{i:04}.cls": b"%d" % (8 + i % 3)} if labels else {}
+        write_shard(folder / f"shard-{first // per_shard:03}.tar", samples)
+
+
+def level(image) -> int:
+    return round(sum(image.resize((1, 1)).getpixel((0, 0))) / 3)
+
+
+def test_images_and_their_labels_are_read_from_where_they_lie(tmp_path):
+    write_set(tmp_path, 20)
+    splits = sources.load_splits("imagefolder", tmp_path)
+    assert splits.class_names == ["8", "9", "10"] and len(splits.train) + len(splits.val) == 20
+    for part in splits[:2]:
+        for i in range(len(part)):
+            assert part[i][0].size == (12, 9)
+    names = {part.name(i) for part in splits[:2] for i in range(len(part))}
+    assert names == {str(tmp_path / f"shard-{i // 6:03}.tar" / f"{i:04}.jpg") for i in range(20)}
+    by_name = {part.name(i)[-8:-4]: part[i] for part in splits[:2] for i in range(len(part))}
+    assert all(abs(level(image) - int(key)) <= 1 and label == int(key) % 3 for key, (image, label) in by_name.items())
+
+
+def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path, capsys):
+    """Copies among them are told."""
+    write_set(tmp_path / "train", 12)
+    write_set(tmp_path / "validation", 3)
+    splits = sources.load_splits("imagefolder", tmp_path)
+    assert (len(splits.train), len(splits.val)) == (12, 3)
+    example = f"{tmp_path}/validation/shard-000.tar/0000.jpg of {tmp_path}/train/shard-000.tar/0000.jpg"
+    assert f"3 of 3 evaluation images are copies of training images, such as {example}" in capsys.readouterr().out
+    assert len(sources.load_splits("imagefolder", tmp_path, for_training_only=True).train) == 12
+
+
+def test_any_image_format_and_names_in_folders_will_do(tmp_path):
+    """What macOS adds is passed over, and two spellings of a label are one class."""
+    samples = {"a/x.y.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.json": b"{}"}
+    samples |= {"b/x.cls": "caf\u00e9".encode(), "c/x.jpg": jpeg(7), "c/x.cls": "cafe\u0301".encode()}
+    write_shard(tmp_path / "one.tar", {name.replace("/", "/._"): b"\xff\x00" for name in samples} | samples)
+    images, labels = shards.read_shards(tmp_path)
+    assert list(images.names) == ["one.tar/a/x.y.PNG", "one.tar/b/x.webp", "one.tar/c/x.jpg"]
+    assert labels == ["cat", "caf\u00e9", "caf\u00e9"]
+    assert [level(images[i][0].convert("RGB")) for i in range(2)] == [3, 200]
+
+
+def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
+    write_set(tmp_path, 120)
+    images = sources.load_unlabelled(tmp_path)
+    assert set(images.labels) == {images[0][1]} == {data.UNLABELLED}  # though the archives have labels
+    loader = data.build_loader(data.Transformed(images, level), 8, shuffle=True, seed=1)
+    batches = loader.batch_sampler
+    batches.epoch = 3
+    order = [i for batch in batches for i, _ in batch]
+    assert sorted(order) == list(range(120)) and order != sorted(order)
+    archives = [i // 6 for i in order]
+    first, second = set(archives[:48]), set(archives[48:96])  # 8 archives of 6
+    assert len(first) == len(second) == 8 and not first & second
+    batches.epoch, batches.start = 3, 5
+    assert [i for batch in batches for i, _ in batch] == order[40:]  # where it was interrupted
+    assert batches.shuffled(3).tolist() == order != batches.shuffled(4).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_loaded_does_not_depend_on_the_workers(tmp_path, workers):
+    write_set(tmp_path, 24)
+    images, transform = sources.load_unlabelled(tmp_path), transforms.train_transform(8, "crop")
+    loaded = [
+        torch.cat([x for x, _ in data.build_loader(data.Transformed(images, transform), 6, shuffle=True, workers=w)])
+        for w in (0, workers)
+    ]
+    assert torch.equal(*loaded)
+
+
+def test_archives_without_labels_pretrain_a_backbone(tmp_path, capsys):
+    write_set(tmp_path / "set", 16, labels=False)
+    assert not sources.has_labels(tmp_path / "set")
+    flags = f"--data-dir {tmp_path / 'set'} --output-dir {tmp_path / 'out'} --epochs 1 --batch-size 8 --dim 8"
+    results = pretrain.main([*flags.split(), "--mlp-dim", "8"])
+    assert results["knn_accuracy"] is None and results["effective_rank"] > 0
+    assert "16 images" in capsys.readouterr().out
+
+
+def test_what_webdataset_writes_is_read(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for i, name in enumerate(("cat", "dog", "cat")):
+            writer.write({"__key__": f"{i:05}", "jpg": Image.new("RGB", (5, 5), (i, i, i)), "cls": name})
+    images, labels = shards.read_shards(tmp_path)
+    assert labels == ["cat", "dog", "cat"] and images[2][0].size == (5, 5)
+
+
+def test_what_is_wrong_with_an_archive_is_told(tmp_path):
+    write_shard(tmp_path / "labels/a.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"1"})
+    with pytest.raises(InputError, match=r"1 images in its archives have no label beside them: a\.tar/0\.jpg"):
+        shards.read_shards(tmp_path / "labels")
+    write_shard(tmp_path / "none/a.tar", {"readme.txt": b"nothing"})
+    with pytest.raises(InputError, match="no images in its 1 archives"):
+        shards.read_shards(tmp_path / "none")
+    for name, content in {"text": b"no archive at all", "cut": (tmp_path / "none/a.tar").read_bytes()[:700]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tar").write_bytes(content)
+        with pytest.raises(InputError, match=r"a\.tar"):
+            shards.read_shards(tmp_path / name)
+    (tmp_path / "packed").mkdir()
+    with tarfile.open(tmp_path / "packed/a.tar", "w:gz") as archive:
+        archive.add(tmp_path / "none/a.tar", "x.jpg")
+    with pytest.raises(InputError, match=r"compressed ones must be unpacked"):
+        shards.read_shards(tmp_path / "packed")
+
+
+def test_what_is_damaged_is_named(tmp_path):
+    write_set(tmp_path, 6)
+    content = bytearray((tmp_path / "shard-000.tar").read_bytes())
+    content[content.index(b"0003.jpg") + 4] ^= 1  # in a header: its checksum no longer fits
+    (tmp_path / "shard-000.tar").write_bytes(content)
+    with pytest.raises(InputError, match=r"shard-000\.tar: not a tar archive that can be read \(it is damaged"):
+        sources.load_unlabelled(tmp_path)
+    folder = tmp_path / "images"
+    write_shard(folder / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
+    images = sources.load_unlabelled(folder)
+    for i in (0, 1):
+        with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
+            images[i]
+    assert len(sources.readable(images)) == len(sources.load_unlabelled(folder, skip_unreadable=True)) == 1
+
+
+@pytest.mark.parametrize("target", ["gone.cls", "0.cls"])
+def test_a_label_that_links_to_nothing_or_to_itself_is_one_line(tmp_path, target):
+    write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(9)})
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        link = tarfile.TarInfo("0.cls")
+        link.type = tarfile.SYMTYPE
+        link.linkname = target
+        archive.addfile(link)
+    with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read"):
+        shards.read_shards(tmp_path)
+
+
+def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tmp_path):
+    write_set(tmp_path / "train", 6)
+    write_set(tmp_path / "val", 6)
+    (tmp_path / "val" / "0").mkdir()
+    (tmp_path / "val" / "0" / "a.jpg").write_bytes(jpeg(0))
+    with pytest.raises(InputError, match=r"val has both archives, as shard-000\.tar, and image files, as 0/a\.jpg"):
+        sources.load_splits("imagefolder", tmp_path)
+    assert len(sources.load_unlabelled(tmp_path)) == 6
+    (tmp_path / "val" / "0").rename(tmp_path / "train" / "@eaDir")  # thumbnails are no images
+    assert len(sources.load_splits("imagefolder", tmp_path).train) == 6
+
+
+# ------------------------------ toolkit/images/folders.py: which files are found, and what is said where there are none
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -65,15 +240,6 @@ def test_a_name_that_is_no_utf8_is_opened(tmp_path):
     files = folders.ImageFiles(tmp_path, folders.image_names(tmp_path), [3])
     image, label = files[0]
     assert image.size == (2, 2) and label == 3 and files.path(0) == path
-
-
-def test_an_unlabelled_class_is_an_error_only_where_all_are_needed(tmp_path):
-    touch(tmp_path, "cat/a.png", "dog/notes.txt")
-    assert folders.labelled_files(tmp_path, ["cat", "dog", "eel"], every=False).labels == [0]
-    with pytest.raises(InputError, match=r"no images in dog, eel \(looked for \.jpg"):
-        folders.labelled_files(tmp_path, ["cat", "dog", "eel"])
-    with pytest.raises(InputError, match="no images in dog"):
-        folders.labelled_files(tmp_path, ["dog"], every=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")

@@ -1,8 +1,10 @@
-"""Which layers get adapters, how they are removed, what trains and what is counted: on whole models."""
+"""Which layers get adapters, how they are removed, what trains and what is counted, on whole models; their settings."""
 
 import copy
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,8 @@ from finetune_lora import (
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
-from lora.adapted import choose_layers
+from lora.adapted import ADAPTED, choose_layers, stock_class
+from lora.adapter_set import LayerState
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
 from toolkit.models.backbones import block_names, record_of
@@ -131,10 +134,6 @@ def test_a_name_is_not_matched_by_its_beginning():
         ({"target_modules": ["mlp", "nowhere", "elsewhere"]}, "no layer matches nowhere, elsewhere;"),
         ({"target_modules": "*mlp"}, "neither a layer nor a regular expression"),
         ({"r": 0, "lora_alpha": -1, "lora_dropout": 1.0}, "r is 0.*lora_alpha is -1.*lora_dropout is 1.0"),
-        ({"r": 2.5}, "r is 2.5"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
-        ({"lora_alpha": "16", "lora_dropout": None}, "lora_alpha is '16'.*lora_dropout is None"),
         ({"use_qlora": True, "target_modules": "heads"}, "head heads.head trains, so it cannot be in 4 bits"),
         # PyTorch does not call attention's out_proj: such an adapter would do nothing, and get no gradient.
         *(({"target_modules": name}, "no layer matches") for name in ("out_proj", r".*out_proj", f"{BLOCK}.out_proj")),
@@ -279,22 +278,6 @@ def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
 # ------------------------------------------------------------------------------------------------- again, and removed
 
 
-def test_adapters_are_replaced_never_nested():
-    """The record of the base stays: by it an adapter file knows which weights of the base have trained since."""
-    model = add_lora_to_model(vit(), r=4, lora_alpha=8)
-    before, keys = snapshot(model), [key for key in model.state_dict() if "lora_" not in key]
-    digests = dict(record_of(model).base_digests)
-    for rank in (4, 8, 16):
-        add_lora_to_model(model, r=rank, lora_alpha=2 * rank)
-        assert record_of(model).base_digests == digests
-        randomize_adapters(model)
-        for layer in (m for m in model.modules() if any(adapters(m))):
-            assert layer.r == rank and layer.scaling == 2
-            assert all(A.shape[0] == B.shape[1] == rank for _, _, A, B in adapters(layer))
-        assert [key for key in model.state_dict() if "lora_" not in key] == keys
-        assert_unchanged(before, model, keys)
-
-
 def test_layers_that_are_no_longer_targets_are_stock_layers_again():
     for build, x in ((resnet, images()), (vit, images(16))):
         model = build().eval()
@@ -324,9 +307,11 @@ def test_a_layer_built_as_an_adapted_one_is_adapted_again():
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-def test_new_adapters_start_as_the_base_model_merged_before_or_not(build, side, four_bits):
+def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, side, four_bits):
+    """They start as the base model, and the record of the base stays: by it an adapter file knows what has trained."""
     model, x = add_lora_to_model(build(), use_qlora=four_bits).eval(), images(side)
     freeze_backbone_params(model)
+    keys, digests = list(model.state_dict()), dict(record_of(model).base_digests)
     expected, packed = model(x), {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     for merged in (False, True):
         randomize_adapters(model)
@@ -335,6 +320,9 @@ def test_new_adapters_start_as_the_base_model_merged_before_or_not(build, side, 
         assert not torch.allclose(model(x), expected, atol=1e-2)
         add_lora_to_model(model, r=3, use_qlora=four_bits)
         freeze_backbone_params(model)
+        assert list(model.state_dict()) == keys and record_of(model).base_digests == digests
+        ranks = [A.shape[0] for layer in model.modules() for _, _, A, _ in adapters(layer)]
+        assert ranks and set(ranks) == {3}
         assert all(torch.equal(model.get_parameter(n), p) for n, p in packed.items())
         assert_close(model(x), expected, FP32)
 
@@ -445,14 +433,6 @@ def test_statistics_of_a_frozen_batch_norm_stay():
     assert head.train().head[0].training and head.head[0].weight.requires_grad
 
 
-def test_nothing_below_the_encoder_of_a_vit_is_differentiated():
-    model = frozen(vit())
-    inputs = []
-    model.encoder.layers[0].self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    model(images(16))
-    assert not inputs[0].requires_grad
-
-
 @pytest.mark.parametrize("build, side, last", [(resnet, 32, 2), (vit, 16, 1)], ids=["resnet", "vit"])
 def test_the_last_blocks_alone_are_adapted(build, side, last):
     """Exactly, and nothing below them is kept for backward."""
@@ -489,7 +469,12 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     assert not unused_adapters(model)
 
     before, manager = snapshot(model), LoRAManager(model)
+    with pytest.raises(InputError, match=r"is in \d+ bits.*take the merged weights with merge=True"):
+        manager.unload()
     manager.merge_lora_weights()
+    merged = snapshot(model)
+    manager.merge_lora_weights()
+    assert_unchanged(merged, model)
     assert list(model.state_dict()) == list(stock.state_dict())
     assert_close(model(x), twin(x.double()), FP32)
     manager.unmerge_lora_weights()
@@ -497,14 +482,6 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     LoRAManager(model).unload(merge=True)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
     assert_close(model(x), twin(x.double()), FP32)
-
-
-@pytest.mark.parametrize("wrong", [0, 3])
-def test_more_blocks_than_there_are(wrong):
-    with pytest.raises(InputError, match=f"adapt_last is {wrong}; give a number from 1 to 2"):
-        add_lora_to_model(vit(), adapt_last=wrong)
-    with pytest.raises(InputError, match="adapt_last is 1; give a number from 1 to 0"):
-        add_lora_to_model(nn.Sequential(nn.Linear(4, 4)), r=2, adapt_last=1)
 
 
 class ReadsWeight(nn.Module):
@@ -629,3 +606,64 @@ def test_the_head_of_a_model_that_another_module_holds_is_found():
     freeze_backbone_params(holder)
     assert type(holder.model.fc) is nn.Linear and holder.model.fc.weight.requires_grad
     assert not holder.model.conv1.weight.requires_grad
+
+
+# -------------------- the settings of an adapter, and what each kind of adapted layer offers to the rest of the toolkit
+
+
+def test_settings_of_any_kind_of_number():
+    """They may come from NumPy; the layer stores what an adapter file can hold."""
+    stored = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))
+    assert [type(value) for value in stored.values()] == [int, float, float, bool]
+    assert list(stored.values()) == [4, 6, 0, True]
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("r", [0, -1, True, 2.0, "8", None]),
+        ("lora_alpha", [0, -16, "16", math.inf, math.nan, None]),
+        ("lora_dropout", [-0.1, 1, 1.5, math.nan, "0", None]),
+    ],
+)
+def test_impossible_settings(name, wrong):
+    for value in wrong:
+        with pytest.raises(InputError, match=f"^{name} is {value!r}; give"):
+            LoRASettings(**{name: value})
+    with pytest.raises(InputError, match=r"r is 0.*; lora_alpha is 0.*; lora_dropout is 1"):
+        LoRASettings(0, 0, 1)
+
+
+STOCK = {
+    "linear": lambda: nn.Linear(8, 6),
+    "conv": lambda: nn.Conv2d(4, 6, 3),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+@pytest.mark.parametrize(
+    "four_bits, dtype, bits", [(False, None, 32), (False, torch.bfloat16, 16), (False, torch.int8, 8), (True, None, 4)]
+)
+def test_the_bits_of_the_base(kind, four_bits, dtype, bits):
+    """Merged or not, with an adapter or without; a merged weight whose adapter is gone is a float's."""
+    bits = 32 if (kind, bits) == ("conv", 8) else bits  # no convolution is stored in 8 bits
+    for settings in (LoRASettings(), None):
+        stock = STOCK[kind]()
+        layer = ADAPTED[type(stock)][four_bits].adapt(stock, settings, dtype)
+        state = LayerState.of(layer)
+        assert layer.base_bits == state.base_bits == state.without_adapter().base_bits == bits
+        layer.merge()
+        assert layer.base_bits == bits
+        layer.remove_lora(merge=True)
+        assert LayerState.of(layer).base_bits == 32
+
+
+def test_the_table_knows_kinds_by_name_and_what_they_adapt():
+    class Mine(LoRALinear):
+        """A user's own kind."""
+
+    assert stock_class(Mine) is stock_class(QLoRALinear) is nn.Linear
+    assert stock_class(QLoRAMultiheadAttention) is nn.MultiheadAttention
+    projection = type(nn.MultiheadAttention(8, 2).out_proj)  # a subclass of nn.Linear
+    assert stock_class(projection) is projection is not nn.Linear

@@ -234,25 +234,6 @@ def test_it_is_loaded_copied_and_cast_like_any_parameter():
         model.load_state_dict(stock.state_dict(), strict=False)
 
 
-def test_several_adapters_share_it(tmp_path):
-    stock, x = vit(hidden_dim=64), images(16)
-    for r in (1, 3):
-        LoRAManager(in_8_bits(stock, r=r)).save_lora_checkpoint(tmp_path / f"{r}.pth")
-    model = in_8_bits(stock)
-    manager, packed = LoRAManager(model), model.encoder.layers[0].mlp[0].weight
-    for r in (1, 3):
-        manager.load_lora_checkpoint(tmp_path / f"{r}.pth", name=f"rank {r}")
-    for r in (1, 3):
-        manager.use(f"rank {r}")
-        alone = in_8_bits(stock, r=r)
-        LoRAManager(alone).load_lora_checkpoint(tmp_path / f"{r}.pth")
-        assert torch.equal(model(x), alone(x))
-        assert model.encoder.layers[0].mlp[0].weight is packed
-    manager.use(None)
-    with LoRAManager(alone).disable_lora():
-        assert torch.equal(model(x), alone(x))
-
-
 @pytest.mark.slow
 def test_it_is_exported_for_batches_of_any_size():
     """And compiled into one graph. Both compute what the model does."""
@@ -389,11 +370,10 @@ def test_where_8_bits_are_slower_a_model_answers_in_floats_and_one_of_convolutio
     assert model.layer1[0].conv1.r == 2
 
 
-def test_a_probe_reads_features_in_8_bits(base, images, tmp_path, fast_processor):
+def test_a_probe_reads_features_in_8_bits(finetune, images, fast_processor):
     """`--lora-rank 0`: so does what evaluates its file, which is that of a float base."""
-    options = f"--data-dir {images} --checkpoint {base} --device cpu --workers 0 --epochs 1 --output-dir {tmp_path}"
-    results = finetune_lora.main([*options.split(), "--lora-rank", "0", "--arithmetic", "int8"])
-    words = f"evaluate {tmp_path}/lora.pth {images}/val --device cpu".split()
+    results = finetune("--epochs 1 --batch-size 32 --lora-rank 0 --arithmetic int8")
+    words = f"evaluate {results['folder']}/lora.pth {images}/val --device cpu".split()
     again = {kind: deploy_lora.main([*words, "--arithmetic", kind])["loss"] for kind in ARITHMETICS}
     assert again["int8"] == results["val_loss"] != again["float"]
     assert again["float"] == pytest.approx(results["val_loss"], rel=0.05)

@@ -16,7 +16,6 @@ import torchvision
 from torch import nn
 
 import deploy_lora
-import finetune_lora
 from finetune_lora import add_lora_to_model, load_base, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
@@ -173,14 +172,6 @@ def test_the_first_layer_of_a_file_says_how_many_channels_the_images_have(case, 
     assert model(torch.randn(2, channels, 32, 32)).shape == (2, 2)
 
 
-@pytest.mark.parametrize("case", ["mmpretrain, MoCo v2"])
-def test_the_layouts_hold_models_of_timms_too(case, resnet, saved):
-    pytest.importorskip("timm")
-    model, report = load_backbone(saved(RESNETS[case][1](resnet)), num_classes=2, arch="timm:resnet18")
-    assert (report["family"], report["arch"]) == (RESNETS[case][0], "timm:resnet18")
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in resnet.items())
-
-
 @pytest.mark.parametrize(
     "case", ["SeCo", "solo-learn, MoCo v2+", "mmpretrain, MoCo v2", "VISSL", "another Lightning module"]
 )
@@ -260,22 +251,6 @@ def test_a_name_of_timms_says_how_many_heads(saved):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in vit.items())
 
 
-@pytest.mark.parametrize(
-    "arch, heads, complaint",
-    [
-        ("resnet18", 6, "only torchvision's ViTs take a number"),
-        ("timm:test_vit", 6, "only torchvision's ViTs take a number"),
-        ("vit_mini", 5, "5 heads do not divide the 192 features of vit_mini; 3 do"),
-        ("vit_mini", 0, "0 heads do not divide"),
-    ],
-)
-def test_heads_that_cannot_be_are_one_clear_line(arch, heads, complaint):
-    if arch.startswith("timm:"):
-        pytest.importorskip("timm")
-    with pytest.raises(InputError, match=complaint):
-        build_backbone(arch, 2, heads=heads)
-
-
 @pytest.fixture
 def mini(tmp_path):
     """A checkpoint of the small ViT, whose tensors do for 3 heads and for 6."""
@@ -293,12 +268,10 @@ def logits_of_plain_vit(state, heads, images):
 
 
 @pytest.mark.usefixtures("few_images")
-def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(mini, images, capsys):
+def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(mini, finetune, capsys):
     heads = 6
-    folder = mini.parent / "out"
-    argv = f"--checkpoint {mini} --data-dir {images} --output-dir {folder} --device cpu --lora-rank 2 --batch-size 8"
-    finetune_lora.main(f"{argv} --target-modules mlp.0 --epochs 1 --heads 6".split())
-    path = folder / "lora.pth"
+    results = finetune(f"--checkpoint {mini} --lora-rank 2 --target-modules mlp.0 --epochs 1 --heads 6")
+    path = results["folder"] / "lora.pth"
     assert read_adapter_file(path)["metadata"]["heads"] == heads
     model, info = load_finetuned(path)
     assert model.encoder.layers[0].num_heads == info["heads"] == heads

@@ -69,36 +69,28 @@ def test_lists_that_cannot_be_used(tmp_path, content, problem):
 NAN = math.nan
 
 
+LABELS, NUMBERS = "multilabel", "regression"
+
+
 @pytest.mark.parametrize(
-    ("text", "names", "values"),
+    ("task", "text", "names", "values"),
     [
-        ('a.png,"cat,dog"\nb.png,\nc.png, dog\n', ["cat", "dog"], [[1, 1], [0, 0], [0, 1]]),
-        ("path\tlabels\na.png\t10, 9\nb.png\t\nc.png\t10,\n", ["9", "10"], [[1, 1], [0, 0], [0, 1]]),
-        ("path,cat,dog\na.png,1,0\nb.png,-1,1\nc.png,,1\n", ["cat", "dog"], [[1, 0], [NAN, 1], [NAN, 1]]),
-        ("Path,dog\na.png,1.0\nb.png,-1.0\nc.png,0.0\n", ["dog"], [[1], [NAN], [0]]),
-        ("path,labels\na.png,1\nb.png,0\nc.png,1\n", ["0", "1"], [[0, 1], [1, 0], [0, 1]]),  # names, not answers
+        (LABELS, 'a.png,"cat,dog"\nb.png,\nc.png, dog\n', ["cat", "dog"], [[1, 1], [0, 0], [0, 1]]),
+        (LABELS, "path\tlabels\na.png\t10, 9\nb.png\t\nc.png\t10,\n", ["9", "10"], [[1, 1], [0, 0], [0, 1]]),
+        (LABELS, "path,cat,dog\na.png,1,0\nb.png,-1,1\nc.png,,1\n", ["cat", "dog"], [[1, 0], [NAN, 1], [NAN, 1]]),
+        (LABELS, "Path,dog\na.png,1.0\nb.png,-1.0\nc.png,0.0\n", ["dog"], [[1], [NAN], [0]]),
+        (LABELS, "path,labels\na.png,1\nb.png,0\nc.png,1\n", ["0", "1"], [[0, 1], [1, 0], [0, 1]]),  # no answers
+        (NUMBERS, "a.png,3\nb.png,-1.5e3\nc.png,\n", ["number"], [[3], [-1500], [NAN]]),
+        (NUMBERS, "path,age,kg\na.png,3,1\nb.png,4,\nc.png,5,2\n", ["age", "kg"], [[3, 1], [4, NAN], [5, 2]]),
+        (NUMBERS, "a.png,3,1\nb.png,4,1\nc.png,5,2\n", ["number 1", "number 2"], [[3, 1], [4, 1], [5, 2]]),
     ],
 )
-def test_lists_of_several_labels(tmp_path, text, names, values):
+def test_lists_of_several_labels_and_of_numbers(tmp_path, task, text, names, values):
     (tmp_path / "list.csv").write_text(text)
-    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel")
+    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, task)
     assert (targets.paths, targets.names) == (["a.png", "b.png", "c.png"], names)
-    torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "names", "values"),
-    [
-        ("a.png,3\nb.png,-1.5e3\nc.png,\n", ["number"], [[3], [-1500], [NAN]]),
-        ("path,age,weight\na.png,3,1\nb.png,4,\nc.png,5,2\n", ["age", "weight"], [[3, 1], [4, NAN], [5, 2]]),
-        ("a.png,3,1\nb.png,4,1\nc.png,5,2\n", ["number 1", "number 2"], [[3, 1], [4, 1], [5, 2]]),
-    ],
-)
-def test_lists_of_numbers(tmp_path, text, names, values):
-    (tmp_path / "list.csv").write_text(text)
-    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, "regression")
-    assert targets.names == names
-    torch.testing.assert_close(targets.values, torch.tensor(values).double(), equal_nan=True)
+    expected = torch.tensor(values).to(targets.values.dtype)
+    torch.testing.assert_close(targets.values, expected, equal_nan=True)
 
 
 def test_numbers_are_read_in_double_precision(tmp_path):

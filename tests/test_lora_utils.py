@@ -1,29 +1,24 @@
 """Adapter files: what they hold, that they come back, and that nothing else gets in."""
 
-import contextlib
 import copy
 import functools
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
-from dense import FP32, assert_close, assert_unchanged, dense_twin, frozen, randomize_adapters, resnet, snapshot, vit
+from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapters, resnet, snapshot, vit
 from torch import nn
 
 from finetune_lora import (
-    LoRASettings,
     QLoRALinear,
-    adapt_layers,
     add_lora_to_model,
     freeze_backbone_params,
     load_finetuned,
 )
-from lora.adapter_file import check_metadata
 from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from tests.checkpoint_files import without_head
 from toolkit import InputError
@@ -250,25 +245,6 @@ def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, chec
     assert torch.equal(load_finetuned(path)[0].heads.head.weight, model.heads.head.weight)
 
 
-def test_each_layer_has_its_own_rank_and_scaling(path, checkpoint):
-    model, _ = checkpoints.load_backbone(checkpoint, 2)
-    block = "encoder.layers.encoder_layer_1"
-    settings = {
-        f"{block}.mlp.0": LoRASettings(r=1, lora_alpha=3),
-        f"{block}.mlp.3": LoRASettings(r=5, use_rslora=True, lora_dropout=0.5),
-        f"{block}.self_attention": LoRASettings(r=2),
-        f"{block}.self_attention.out_proj": LoRASettings(r=7, lora_alpha=1),
-    }
-    randomize_adapters(adapt_layers(model, settings), std=0.1)
-    LoRAManager(model).save_lora_checkpoint(path, about(checkpoint))
-    loaded, _ = load_finetuned(path)
-    records = LoRAManager(loaded).get_lora_info()["layers"]
-    assert {name: record["r"] for name, record in records.items()} == {name: own.r for name, own in settings.items()}
-    assert records == LoRAManager(model).get_lora_info()["layers"]
-    x = images()
-    assert torch.equal(loaded(x), model.eval()(x))
-
-
 def ramp(shape, start: int, step: float = 1 / 4096) -> torch.Tensor:
     """Numbers that are the same on every machine."""
     return ((torch.arange(math.prod(shape)) + start) % 257 - 128).reshape(shape) * step
@@ -395,55 +371,6 @@ def test_another_model_is_refused(path, other):
 # ------------------------------------------------------------------------------------------------------ damaged files
 
 
-def test_files_that_are_no_adapter_files(either):
-    manager = LoRAManager(adapted(base()))
-    manager.save_lora_checkpoint(either)
-    for content in (either.read_bytes()[:-1000], b"not an adapter", None):
-        either.write_bytes(content) if content else either.unlink()
-        with pytest.raises(InputError, match=r"adapter\.\w+"):
-            manager.load_lora_checkpoint(either)
-    if either.suffix == ".pth":
-        torch.save(base().state_dict(), either)
-    else:
-        safetensors.torch.save_file({"a": torch.zeros(1)}, either)
-    with pytest.raises(InputError, match="is not an adapter file of this toolkit"):
-        manager.load_lora_checkpoint(either)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({}, None),
-        ({"class_names": ["a", "b", "c"]}, r"for its 3 classes heads\.head\.weight is \(2, 192\), not \(3, 192\)"),
-        ({"class_names": [1, 2]}, "damaged: class_names in its metadata of the wrong type"),
-        ({"class_names": "ab", "arch": 3}, "damaged: arch, class_names in its metadata"),
-        ({"arch": "vit_minni"}, "unknown arch 'vit_minni': did you mean vit_mini?"),
-        ({"arch": "resnet18"}, r"for its 2 classes fc\.weight is missing"),
-        ({"image_size": 2**40}, "at most 4096"),
-        ({"checkpoint": None}, "damaged: checkpoint in its metadata"),
-    ],
-    ids=str,
-)
-def test_metadata_describe_a_model_that_the_tensors_fit(change, message, tmp_path):
-    head = build_backbone("vit_mini", 2, 16).state_dict()
-    refused = pytest.raises(InputError, match=message) if message else contextlib.nullcontext()
-    with refused:
-        check_metadata(tmp_path / "a.pth", about(tmp_path) | change, head)
-    with pytest.raises(InputError, match="does not say its class_names, image_size, checkpoint: build the model"):
-        check_metadata(tmp_path / "a.pth", {"arch": "vit_mini"}, {})
-
-
-def test_code_in_a_file_is_not_run(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "harm"),)
-
-    torch.save({"layers": {}, "tensors": {}, "metadata": Harmful()}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="mkdir"):
-        read_adapter_file(tmp_path / "a.pth")
-    assert not (tmp_path / "harm").exists()
-
-
 @pytest.mark.parametrize("value", [torch.zeros(1), {1, 2}, object()], ids=["tensor", "set", "object"])
 def test_metadata_that_could_not_be_read_back_is_refused(either, value):
     with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):
@@ -467,34 +394,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(either, monkeypatch):
         manager.save_lora_checkpoint(either)
     assert either.read_bytes() == before
     assert list(either.parent.iterdir()) == [either]
-
-
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("build", [resnet, vit])
-def test_merging_a_model(build, four_bits):
-    """Exactly torchvision's keys, equal to W + s B A by hand, twice is once, and back bit for bit."""
-    stock, x = base(build=build), torch.randn(2, 3, 16, 16)
-    model = adapted(copy.deepcopy(stock), use_qlora=four_bits)
-    manager, before, expected = LoRAManager(model), snapshot(model), model(x)
-    manager.merge_lora_weights()
-    merged = snapshot(model)
-    assert list(merged) == list(stock.state_dict())
-    manager.merge_lora_weights()
-    assert_unchanged(merged, model)
-    plain = base(build=build)
-    plain.load_state_dict(merged)
-    assert_close(plain(x), expected, FP32)
-    if not four_bits:
-        assert_close(plain.double()(x.double()), dense_twin(stock, model)(x.double()), 1e-6)
-    manager.unmerge_lora_weights()
-    assert_unchanged(before, model)
-    assert torch.equal(model(x), expected)
-    if four_bits:  # which are unloaded merged, or not at all
-        with pytest.raises(InputError, match=r"in 4 bits.*take the merged weights with merge=True"):
-            manager.unload()
-        assert_unchanged(before, model)
-        manager.unload(merge=True)
-        assert_unchanged(merged, model)
 
 
 def test_adapters_switched_off_within_a_block():

@@ -381,16 +381,6 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base, capsys):
         load_finetuned(results["checkpoint"])
 
 
-def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run, done, tmp_path):
-    (tmp_path / "out").mkdir()
-    whole = shutil.copy(done[1] / "moco_stage1_epoch_2.pth", tmp_path / "out")
-    with pytest.raises(InputError, match=r"epoch_2\.pth would be overwritten: give another --output-dir"):
-        run(f"--checkpoint {whole}")
-    last = shutil.copy(whole, tmp_path / "out/last.pth")
-    with pytest.raises(InputError, match=r"last\.pth would be overwritten"):
-        run(f"--checkpoint {last} --lora-rank 2")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [2, 3])
 def test_stage_1_goes_on_from_its_own_checkpoint(run, capsys, version):

@@ -1,9 +1,15 @@
-"""Runs that are stopped and go on, in their own folder or in another."""
+"""Runs that are stopped and go on, how they begin and fail, and what they write where."""
 
+import argparse
+import errno
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +19,7 @@ from lora_utils import read_adapter_file
 from tests.run_folders import assert_same_tensors, metrics, stop, tensors
 from toolkit import InputError, devices
 from toolkit.files import read_checkpoint
-from toolkit.run import reports, runs
+from toolkit.run import output_folder, reports, runs
 
 
 def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finetune, once):
@@ -166,3 +172,197 @@ def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monk
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
     for name in ("temperature", "calibration_error", "val_loss"):
         assert resumed[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
+
+
+# -------------------------------------------------------------------------------------------------- toolkit/run/runs.py
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
+    """In a newcomer's environment Python buffers what it prints into a file. A name may have bytes that are no text."""
+    code = r"""
+import sys
+from toolkit import InputError
+from toolkit.run import runs
+def main():
+    print("epoch 1")
+    print("a warning", file=sys.stderr)
+    print("caf\udce9.jpg")
+    raise InputError("disk full")
+runs.run_script(main)
+"""
+    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    environment["PYTHONIOENCODING"] = "utf-8"
+    with open(tmp_path / "run.log", "wb") as log:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
+    assert done.returncode == 2
+    assert (tmp_path / "run.log").read_text().splitlines() == [
+        *("epoch 1", "a warning", r"caf\udce9.jpg", "error: disk full"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
+    code = """
+import resource, torch
+from toolkit.run import runs
+def main():
+    for _ in range(11):
+        torch.ones(2**24)  # 64 MB
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+faults = []
+runs.run_script(main)
+print((faults[-1] - faults[0]) // 10)
+"""
+    run = [sys.executable, "-c", code]
+    own, users = (
+        int(subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **more}).stdout)
+        for more in ({}, {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
+    )
+    assert own < 20 < users  # 16,384 pages of 4 kB, or 32 of 2 MB
+
+
+@pytest.mark.slow
+def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
+    """As in `deploy_lora.py info lora.pth | head`."""
+    code = "from toolkit.run import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
+    script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert script.stdout.readline() == b"0\n"
+    script.stdout.close()
+    assert script.wait(60) == 141 and script.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("told", "remedy"),
+    [
+        ("CUDA error: out of memory", "out of memory on meta: lower it"),
+        ("Expected to have finished reduction in the prior iteration", "--target-modules"),
+    ],
+)
+def test_what_libraries_say_becomes_a_line_with_a_remedy(told, remedy):
+    with pytest.raises(InputError, match=remedy), runs.faults_explained(torch.device("meta"), "lower it"):
+        raise RuntimeError(told)
+
+
+# --------------------- toolkit/run/output_folder.py: what a run may write where, and how nothing of another run is lost
+
+
+def hold(folder: Path) -> None:
+    with output_folder.held(folder):
+        assert (folder / output_folder.LOCK).exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def problems(**given) -> list[str]:
+    usual = {"dataset": "imagefolder", "data_dir": None, "data_list": None, "val_dir": None, "output_dir": Path("out")}
+    return list(output_folder.problems(argparse.Namespace(**usual | given)))
+
+
+@pytest.mark.parametrize("parts", [("cat", "dog"), ("train", "val"), ("train", "validation", "test")])
+def test_results_may_not_lie_among_the_images(tmp_path, parts):
+    """They would be a class of their own in the next run, which removes them."""
+    for part in parts:
+        (tmp_path / "images" / part).mkdir(parents=True)
+
+    def refused(output: str) -> bool:
+        found = problems(data_dir=tmp_path / "images", output_dir=tmp_path / "images" / output)
+        assert all("is among the images in" in problem for problem in found) and len(found) < 2
+        return bool(found)
+
+    assert refused("out") == ("cat" in parts)
+    assert all(refused(f"{part}/deep/out") for part in parts)
+    assert not refused("../out")
+
+
+def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
+    folder = tmp_path / "lora"
+
+    def left(resumed: Path | None, *more: str) -> set[str]:
+        for name in ("lora.pth", "last.pth", "notes.txt", *more):
+            (folder / name).write_text(name)
+        output_folder.begin_folder(folder, ("lora.pth", "last.pth", "results.json"), resumed)
+        return {path.name for path in folder.iterdir()}
+
+    folder.mkdir()
+    assert left(folder / "last.pth") == {"lora.pth", "last.pth", "notes.txt"} and capsys.readouterr().out == ""
+    assert left(None, "results.json") == {"notes.txt"}
+    assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
+    assert left(tmp_path / "other" / "last.pth") == {"notes.txt"}
+    assert f"is now in {folder}-2, unfinished (--resume" in capsys.readouterr().out
+    output_folder.begin_folder(folder, ("lora.pth",))  # there is nothing to move
+    moved = {path.name: set(contents(path)) for path in tmp_path.iterdir() if path != folder}
+    assert moved == {"lora-1": {"lora.pth", "last.pth", "results.json"}, "lora-2": {"lora.pth", "last.pth"}}
+    assert contents(tmp_path / "lora-1")["last.pth"] == b"last.pth"
+
+
+def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    for number, folder in enumerate((Path(), tmp_path / "elsewhere/link"), 1):
+        (tmp_path / "real/lora.pth").touch()
+        output_folder.begin_folder(folder, ("lora.pth",))
+        assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
+
+
+def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
+    folder = tmp_path / "new" / "deeper"
+    with pytest.raises(InputError, match="bad image"), output_folder.held(folder):
+        assert (folder / output_folder.LOCK).exists()
+        raise InputError("bad image")
+    assert list(tmp_path.iterdir()) == []
+    with output_folder.held(folder):
+        (folder / "last.pth").touch()
+    assert [path.name for path in folder.iterdir()] == ["last.pth"]
+
+
+def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder, "fcntl", None)
+    hold(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.undo()
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with output_folder.held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monkeypatch):
+    """Else two later runs would hold a file each: one without a name, and one with."""
+    fcntl = pytest.importorskip("fcntl")
+    lockf, removed = fcntl.lockf, []
+
+    def slow(*given):
+        if not removed:
+            removed.append((tmp_path / output_folder.LOCK).unlink())
+        return lockf(*given)
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    with output_folder.held(tmp_path):
+        assert (tmp_path / output_folder.LOCK).read_text().startswith("process ")
+
+
+def test_what_a_killed_run_left_halfway_goes(tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "last.pth").write_bytes(b"state")
+    (folder / ".lora.pth.4711.tmp").write_bytes(b"half of it")
+    with output_folder.held(folder):
+        assert not list(folder.glob(".*.tmp"))
+    assert contents(folder) == {"last.pth": b"state"}

@@ -1,6 +1,8 @@
-"""finetune_lora.py as a user runs it: main(argv), then what it printed, returned and left in the output folder."""
+"""finetune_lora.py as a user runs it: its options, then what it printed, returned and left in the output folder."""
 
+import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -17,11 +19,13 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned, read_options
 from lora_utils import read_adapter_file
+from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, tensors
-from toolkit import VERSION, files
+from toolkit import VERSION, InputError, config, files
 from toolkit.answers.measures import wilson_interval
 from toolkit.files import read_checkpoint
 from toolkit.run import optim
+from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,17 +207,6 @@ def test_results_say_what_came_out(finished):
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
 
 
-def test_the_adapter_file_describes_itself(finished, base):
-    _, folder, _ = finished
-    content = read_adapter_file(folder / "lora.pth")
-    about = content["metadata"]
-    assert about["class_names"] == CLASSES and (about["arch"], about["image_size"]) == ("vit_mini", 16)
-    assert about["checkpoint"] == str(base) and about["config"]["finetune"]["lora_rank"] == 4
-    assert about["lora"]["r"] == 4 and about["epoch"] == 4
-    assert {name for name in content["tensors"] if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
-    assert {record["r"] for record in content["layers"].values()} == {4}
-
-
 def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypatch):
     results, _, printed = finished
     table = printed.rpartition("\n\n")[2].splitlines()
@@ -248,26 +241,6 @@ def test_evaluation_writes_its_page_alone(finished, images):
     assert {path.name for path in {*folder.iterdir()} - before.keys()} == {"lora_evaluation.html"}
 
 
-GUIDE = [
-    "",
-    "--checkpoint ./checkpoints/moco_stage1/moco_stage1_epoch_100.pth --config ./configs/stage1.yaml --lora-rank 8 "
-    "--epochs 10",
-    "--use-qlora --lora-rank 4 --epochs 10",
-    "--lora-rank 4 --use-qlora --learning-rate 5e-5",
-    "--lora-rank 16 --lora-alpha 32 --learning-rate 5e-5 --epochs 20",
-]
-
-
-@pytest.mark.parametrize("command", GUIDE)
-def test_every_command_of_the_guide_is_understood(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    args, words = read_options([*command.split(), "--device", "cpu"])[0], command.split()
-    shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
-    for flag, key in (("--lora-rank", "lora_rank"), ("--epochs", "epochs"), ("--learning-rate", "learning_rate")):
-        assert getattr(args, key) == float(words[words.index(flag) + 1] if flag in words else shipped[key])
-    assert args.use_qlora == ("--use-qlora" in words) and args.checkpoint.resolve() == files.SHIPPED
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole_vit_mini")
 def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, monkeypatch):
@@ -283,3 +256,80 @@ def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, m
         again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
         assert again["val_loss"] == results["val_loss"]
         assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]
+
+
+# --------------------------------- toolkit/config.py: defaults, YAML and command line; types, choices and nearest names
+
+
+def test_a_list_given_in_parts_is_one_list():
+    command = "--data-list a.csv --data-list b.csv --target-modules fc --target-modules conv1 layer4"
+    args, _ = config.parse_args(finetune_lora.make_parser(), command.split())
+    assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.target_modules == ["fc", "conv1", "layer4"]
+
+
+def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(tmp_path):
+    def keys(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+        return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+
+    fine_tuning, stage1 = keys(finetune_lora.make_parser()), keys(pretrain.make_parser())
+    shared = {*config.SECTIONS} & fine_tuning.keys() & stage1.keys()
+    assert shared == {"model", "data"} == OF_FINE_TUNING.keys()
+    for section in shared:
+        assert fine_tuning[section] - stage1[section] == OF_FINE_TUNING[section], section
+    settings = config.stored_sections(YAML_SECTIONS, finetune_lora.read_options([])[0])
+    settings["model"]["arch"] = "vit_mini"  # stage 1 cannot leave it to a checkpoint
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    args, _ = pretrain.read_options(["--config", str(tmp_path / "config.yaml")])
+    assert args.arch == "vit_mini" and args.dataset == "digits" and args.checkpoint is None
+
+
+def test_what_an_old_configuration_leaves_empty_does_not_matter(tmp_path):
+    """The config.yaml of a run has all options, of which a later version may lack some."""
+    (tmp_path / "config.yaml").write_text("finetune: {rank_pattern: null, epochs: 3}")
+    args, _ = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
+    assert args.epochs == 3
+    (tmp_path / "config.yaml").write_text("finetune: {rank_pattern: 4}")
+    with pytest.raises(InputError, match=r"finetune\.rank_pattern: no such key in .*; delete the line"):
+        finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize("script", [finetune_lora, pretrain])
+def test_options_that_were_read_cannot_be_changed(script):
+    args, _ = script.read_options([])
+    assert dataclasses.replace(args, epochs=3).epochs == 3 != args.epochs
+    for name in ("epochs", "learning_rate", "a_new_one"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(args, name, 1)
+    args, _ = script.read_options(["--mean", "0.5", "--std", "0.25"])
+    assert (args.mean, args.std) == ((0.5,), (0.25,))  # lists could be
+
+
+def settled(**changes) -> Plan:
+    values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
+    rest = {"learning_rate": 3e-4, "precision": "fp32", "arithmetic": "int8", "norms": "follow"} | changes
+    return Plan(device=torch.device("cpu"), dtype=torch.float32, image_values=values, normalization={}, **rest)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2",
+        "--learning-rate auto --norms auto --arithmetic float --wise-ft 0.5 --mixup 0.2 --keep-best f1",
+        "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
+    ],
+)
+def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, tmp_path, typed):
+    """With what was settled in place of what was left open."""
+    args, _ = finetune_lora.read_options(["--checkpoint", str(base), *typed.split()])
+    arithmetic = "int8" if args.freeze_backbone else "float"
+    plan = settled(norms=args.norms if args.lora_rank == 0 else "follow", arithmetic=arithmetic)
+    settings = plan.settings(args)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    again, sources = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
+    assert plan.settings(again) == settings
+    names = ("learning_rate", "precision", "arithmetic", "norms")
+    found = {name: getattr(plan, name) for name in names} | plan.image_values
+    assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
+    in_file = {name for section in settings.values() for name in section}
+    assert {name for name, source in sources.items() if source == "config"} == in_file

@@ -116,14 +116,6 @@ def test_bf16_computes_in_it_and_keeps_the_adapters_in_float32(start, finetune):
     assert {tensor.dtype for tensor in tensors(results["folder"] / "lora.pth").values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(start):
-    (loss, *_), expected = gradients(start(), [8])
-    (loss_again, *_), found = gradients(start("--gradient-checkpointing full"), [8])
-    assert loss_again == pytest.approx(loss, rel=1e-5) and found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
-
-
 def test_an_epoch_sees_every_image_once_in_a_new_order(start, monkeypatch):
     run, seen = start("--batch-size 8 --accumulation-steps 2 --learning-rate 1e-5 --epochs 2 --wise-ft 1"), []
     real_steps = run.loaders.steps
@@ -153,41 +145,37 @@ def test_accumulated_batches_are_read_one_at_a_time(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(images, tmp_path):
+def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(finetune, saved, images, tmp_path):
     """Of 21 images in batches of 4 one is left over; a ResNet at 32 pixels ends in maps of 1x1."""
-    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
-    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
-    argv += " --image-size 32 --epochs 1 --lora-rank 0 --no-freeze-backbone"
-    finetune_lora.main(f"{argv} --batch-size 4".split())
+    resnet = saved(build_backbone("resnet18", 5).state_dict())
+    options = f"--checkpoint {resnet} --image-size 32 --epochs 1 --lora-rank 0 --no-freeze-backbone"
+    finetune(f"{options} --batch-size 4")
     assert read_checkpoint(tmp_path / "out/last.pth")["schedule"]["last_epoch"] == 5
     with pytest.raises(InputError, match=r"BatchNorm that trains needs 2 images or more.*raise --batch-size"):
-        finetune_lora.main(f"{argv} --batch-size 1".split())
+        finetune(f"{options} --batch-size 1")
     # To evaluate, BatchNorm needs no other image.
     alone = f"evaluate {tmp_path / 'out/lora.pth'} {images} --batch-size 1 --device cpu"
     assert 0 <= deploy_lora.main(alone.split())["accuracy"] <= 1
 
 
 @pytest.mark.slow
-def test_a_head_starts_on_the_statistics_that_training_will_see(images, monkeypatch, tmp_path):
+def test_a_head_starts_on_the_statistics_that_training_will_see(finetune, saved, images, monkeypatch, tmp_path):
     """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training.
 
     What the backbone knows before training is told as the file has it.
     """
-    torch.manual_seed(0)
     resnet = build_backbone("resnet18", 5)
-    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
-    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
-    monkeypatch.setattr(runs.StopRequests, "check", lambda requests: (_ for _ in ()).throw(runs.Stopped(2)))
+    options = f"--checkpoint {saved(resnet.state_dict())} --image-size 32 --epochs 1 --lora-rank 0 --batch-size 7"
+    monkeypatch.setattr(runs.StopRequests, "check", stop)
     with pytest.raises(runs.Stopped):  # at the first step: the file is the probe's
-        finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 0 --norms train --batch-size 7".split())
+        finetune(f"{options} --norms train")
     model, info = load_finetuned(tmp_path / "out/lora.pth")
     pixels = torch.stack([info["transform"](image) for image, _ in load_splits("imagefolder", images).train])
     maps = resnet.conv1(pixels)
     torch.testing.assert_close(model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     assert resnet.bn1.running_mean.abs().max() == 0  # what the file has
-    argv = f"{argv} --output-dir {tmp_path}/frozen --image-size 32 --epochs 1 --lora-rank 0 --batch-size 7"
     with pytest.raises(runs.Stopped):
-        finetune_lora.main(argv.split())
+        finetune(options, "frozen")
     baselines = [read_checkpoint(tmp_path / name / "last.pth")["before"] for name in ("out", "frozen")]
     assert baselines[0] == baselines[1]
 

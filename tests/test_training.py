@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 from collections import Counter
 
 import numpy as np
@@ -15,26 +14,10 @@ from torch import nn
 from finetune_lora import LoRALinear
 from toolkit import InputError, devices
 from toolkit.answers import evaluation, tasks
-from toolkit.answers.tasks import Classification
 from toolkit.devices import faster_dtype
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions
-
-
-def draw() -> tuple:
-    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
-
-
-def test_generators_repeat_and_come_back_from_a_file_read_with_weights_only(tmp_path):
-    devices.seed_everything(3)
-    first = draw()
-    devices.seed_everything(3)
-    assert draw() == first
-    torch.save(devices.rng_state(), tmp_path / "rng.pth")
-    expected = torch.rand(3)
-    devices.restore_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
@@ -45,17 +28,6 @@ def test_each_process_needs_an_image(monkeypatch, train, val):
     training.check_batches(model, 3, 3, batch_size=4)
     with pytest.raises(InputError, match="3 processes are more than there are images to train or evaluate on"):
         training.check_batches(model, train, val, batch_size=4)
-
-
-def test_device_and_precision():
-    cpu = devices.select_device("cpu")
-    assert devices.select_device("auto").type in ("cpu", "cuda", "mps")
-    assert devices.select_precision("auto", cpu) == devices.select_precision("fp32", cpu) == torch.float32
-    assert devices.select_precision("bf16", cpu) == torch.bfloat16
-    with pytest.raises(InputError, match="fp16 needs a GPU"):
-        devices.select_precision("fp16", cpu)
-    with pytest.raises(InputError, match="'abacus' is not available"):
-        devices.select_device("abacus")
 
 
 @pytest.mark.parametrize(
@@ -70,26 +42,6 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     assert faster_dtype(lambda dtype: nn.Linear(3, 2), torch.ones(2, 3)) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
-
-
-def test_adapters_have_a_rate_of_their_own_and_biases_no_decay():
-    model = nn.Sequential(LoRALinear(3, 2, r=1))
-    model[0].weight.requires_grad_(False)
-    groups = optim.build_optimizer(model, 0.1, adapter_lr_factor=24.0, weight_decay=0.5).param_groups
-    found = {(group["lr"], group["weight_decay"], *(tuple(p.shape) for p in group["params"])) for group in groups}
-    assert found == {(0.1 * 24.0, 0.5, (1, 3), (2, 1)), (0.1, 0.0, (2,))}
-
-
-def test_a_step_whose_gradients_overflow_is_none():
-    for scaler in torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False):
-        layer = nn.Linear(2, 1)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-        scaler.scale(layer(torch.ones(1, 2)).sum()).backward()
-        assert optim.stepped(scaler, optimizer)
-        before = layer.weight.detach().clone()
-        layer.weight.grad.fill_(math.inf)
-        if scaler.is_enabled():
-            assert not optim.stepped(scaler, optimizer) and torch.equal(layer.weight, before)
 
 
 def test_mixed_images_are_mixed_as_their_labels_are():
@@ -178,24 +130,6 @@ def test_how_much_of_the_change_is_kept(options, share):
     assert optim.wise_ft_alpha(TuneOptions(**options), {0: 2, 1: 8}) == share
 
 
-def learning_rates(**options) -> list[float]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = optim.lr_schedule(optimizer, 10, **options)
-    rates = []
-    for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
-
-
-def test_schedules():
-    cosine = learning_rates(warmup_steps=2)
-    assert cosine[:3] == [1.0, 2.0, 2.0]
-    assert cosine[6] == pytest.approx(1.0)  # halfway between warm-up and end
-    assert cosine[2:] == sorted(cosine[2:], reverse=True) and cosine[-1] > 0
-
-
 def test_features_and_evaluation_are_exact_and_leave_the_mode():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9))
     model[0].eval()  # a frozen layer within a training model
@@ -270,14 +204,6 @@ def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_i
         assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     vit = devices.place(build_backbone("vit_mini", 2, 16), device)
     assert all(parameter.is_contiguous() for parameter in vit.parameters())
-
-
-def test_the_best_epoch_by_each_measure():
-    names = ("epoch", "val_loss", *Classification.best_by.values())
-    rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
-    history = [dict(zip(names, row, strict=True)) for row in rows]
-    best = {by: training.best_epoch(history, column)["epoch"] for by, column in Classification.best_by.items()}
-    assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
 
 
 def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):

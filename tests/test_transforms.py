@@ -205,17 +205,6 @@ def a_digit() -> Image.Image:
     return sources.load_splits("digits").train[0][0]
 
 
-def test_two_crops_differ_from_each_other_and_repeat_with_the_seed():
-    image = a_digit()
-    for name in transforms.TWO_CROPS:
-        pairs = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            pairs.append(transforms.two_crops(32, name)(image))
-        assert not torch.equal(*pairs[0])
-        assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
-
-
 def test_digits_views_are_the_image_but_for_a_small_change_of_place_and_noise(monkeypatch):
     image, drawn, still = a_digit(), [], (0.0, (0, 0), 1.0, (0, 0))
     monkeypatch.setattr(T.RandomAffine, "get_params", staticmethod(lambda *limits: drawn.append(limits) or still))

@@ -1,4 +1,4 @@
-"""Activations saved in 16 bits, second derivatives, and a model's two halves."""
+"""What is kept for backward: gradient checkpointing, activations in 16 bits, a model's two halves."""
 
 import copy
 
@@ -9,12 +9,16 @@ import torchvision
 from dense import (
     DEVICES,
     EXACT,
+    FP32,
+    Operations,
     assert_close,
+    classes,
     dense_twin,
     expected_gradients,
     frozen,
     images,
     loss_and_gradients,
+    randomize_adapters,
     resnet,
     saved_bytes,
     vit,
@@ -22,13 +26,145 @@ from dense import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune_lora import set_gradient_checkpointing
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention
 from lora.activations import SavedIn16Bits
 from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.models.backbones import head_name
+
+
+@pytest.mark.parametrize(
+    "dropout, elsewhere, four_bits",
+    [(0.0, 0.0, False), (0.2, 0.2, False), (0.2, 0.0, False), (0.2, 0.2, True)],
+    ids=["", "dropout", "dropout of tokens alone", "4 bits"],
+)
+def test_checkpointing_a_vit_changes_memory_and_nothing_else(four_bits, dropout, elsewhere):
+    """With dropout the same values are dropped the second time; attention's and the adapters' own included."""
+    model = vit(dropout=dropout, attention_dropout=elsewhere)
+    frozen(model, 0.3, use_qlora=four_bits, lora_dropout=elsewhere).train()
+    x, keys = images(16, 8), list(model.state_dict())
+    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
+    set_gradient_checkpointing(model, "full")
+    loss, gradients = loss_and_gradients(model, x)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(loss, expected[0])
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name], FP32, name)
+    if not dropout:  # which keeps the LayerNorm's and GELU's output in every mode
+        assert saved_bytes(model, x) < 0.6 * before
+    set_gradient_checkpointing(model, "none")
+    assert saved_bytes(model, x) == before
+    assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
+
+
+def test_layer_norm_and_gelu_are_computed_again():
+    """Each of two blocks: its GELU twice, and its two LayerNorms as often as the layers behind them need it."""
+    model = frozen(vit()).train()
+    with torch.autocast("cpu", torch.bfloat16), Operations() as seen:
+        model(images(16, 8)).float().square().sum().backward()
+    assert (seen.count("native_layer_norm.default"), seen.count("gelu.default")) == (11, 4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
+def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, dropout):
+    """Adapted attention keeps them; over 4 bits, for whoever lacks memory, it computes them once more."""
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
+    computed, weights = [], attention._attention_weights
+    monkeypatch.setattr(attention, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
+    model = frozen(vit(), use_qlora=four_bits, lora_dropout=dropout)
+    blocks = len(model.encoder.layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images(16))
+    assert len(computed) == blocks
+    logits.sum().backward()
+    assert len(computed) == blocks * (2 if four_bits else 1)
+
+
+def test_the_graph_may_be_kept():
+    """A second backward pass over it gives the same gradients."""
+    model, x = frozen(vit()).double(), images(16, dtype=torch.float64)
+    parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(gradient, again)
+
+
+def test_checkpointing_where_there_is_nothing_to_recompute():
+    adapted = frozen(resnet())
+    for model, mode, message in (
+        (nn.Linear(2, 2), "full", "full finds nothing to recompute"),
+        (adapted, "selective", "'selective' is unknown: choose none or full"),
+    ):
+        with pytest.raises(InputError, match=message):
+            set_gradient_checkpointing(model, mode)
+
+
+def adapted_resnet(freeze: bool) -> nn.Module:
+    model = randomize_adapters(add_lora_to_model(resnet(), r=2), std=0.05)
+    freeze_backbone_params(model, freeze)
+    return model
+
+
+WAYS = {
+    "adapters": lambda: adapted_resnet(freeze=True),
+    "all trains": lambda: adapted_resnet(freeze=False),
+    "a stock resnet": resnet,
+    "a stock vit": vit,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointing_other_networks(way):
+    """A BatchNorm that trains counts a batch once, though it is computed twice. Afterwards all is as it was."""
+    model, x = WAYS[way]().train(), images(16 if way == "a stock vit" else 32, 8)
+    stock, plain = copy.deepcopy(model), copy.deepcopy(model)
+    (expected, wanted), before = loss_and_gradients(plain, x), saved_bytes(copy.deepcopy(model), x)
+    set_gradient_checkpointing(model, "full")
+    loss, gradients = loss_and_gradients(model, x)
+    assert torch.equal(loss, expected)
+    for name, gradient in gradients.items():
+        assert_close(gradient, wanted[name], 1e-5, name)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+    assert saved_bytes(model, x) < (0.9 if way == "adapters" else 0.8) * before
+    set_gradient_checkpointing(model, "none")
+    assert classes(model) == classes(stock)
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert set(vars(ours)) == set(vars(theirs))
+
+
+def kept_by_a_block(**options) -> int:
+    """Bytes, of a block that is not the last one, for 8 images of 5 tokens."""
+    both = []
+    for num_layers in (2, 3):
+        model = frozen(vit(num_layers=num_layers, **options)).train()
+        both.append(saved_bytes(model, images(16, 8)))
+    return both[1] - both[0]
+
+
+def test_what_a_block_keeps():
+    """The output of neither LayerNorm nor GELU."""
+    width, mlp, heads, packed = 16, 32, 2, 3 * 2 * 16 * 2  # packed: the A and B of q, k and v, one below the other
+    kept = 3 * width + width + heads + mlp  # q, k, v, what the heads answer with its log-sum-exps, the input of GELU
+    assert kept_by_a_block() == 4 * (8 * 5 * (2 * width + kept) + packed)  # and the residual before and in the middle
+    with torch.autocast("cpu", torch.bfloat16):  # the sum in the middle is of float32, and attention's share is kept
+        low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
+        factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions
+        beside = (2 * 5 * heads, 4 * heads)  # attention's weights where it is made of products, or log-sum-exps
+        assert kept_by_a_block() in [8 * 5 * (4 * width + low + more) + 2 * factors for more in beside]
+
+
+def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
+    """It acts on the GELU's output, which then has to exist."""
+    more = kept_by_a_block(dropout=0.3) - kept_by_a_block()
+    assert more == 4 * 8 * 5 * (32 + 32 + 2 * 16)  # after dropout, and three masks
+
+
+# ------------------------------------------- activations saved in 16 bits, second derivatives, and a model's two halves
 
 
 @pytest.fixture
