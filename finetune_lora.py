@@ -1053,6 +1053,7 @@ class FineTuning(RunState):
             all_train=norms_train or not args.freeze_backbone,
             may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
             epochs=args.epochs,
+            adapters_first=self.adapter_lr_factor > 1 and args.task == "segmentation",
         )
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
@@ -1243,12 +1244,17 @@ class FineTuning(RunState):
         if self.guard.has_failed:
             self.save()
             raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self))
-        optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
+        if self.guard.lowers_adapters_alone:
+            self.adapter_lr_factor /= guard.RETREAT_FACTOR
+        optim.lower_rates(self.schedule, guard.RETREAT_FACTOR, self.guard.lowers_adapters_alone)
         if not self.history:  # the head need not be so soft, and then its gradient is another
             self.task.head.soften(self.model, self.temperature / temperature)
             self.start_adapters()
         self.save()
-        print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
+        rate = f"learning rate {self.rate:.1e}"
+        if self.guard.lowers_adapters_alone:
+            rate = f"adapters' learning rate {self.adapter_rate:.1e}"
+        print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, {rate}")
 
     def save(self) -> None:
         """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""

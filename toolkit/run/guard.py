@@ -71,6 +71,7 @@ class Guard:
         all_train: whether the whole backbone trains, or BatchNorm.
         may_shrink: whether less than all of the trained change may be kept.
         epochs: of the whole run.
+        adapters_first: whether the first retreat lowers the adapters' rate alone.
     """
 
     def __init__(
@@ -81,12 +82,14 @@ class Guard:
         all_train: bool = False,
         may_shrink: bool = False,
         epochs: int | None = None,
+        adapters_first: bool = False,
     ):
         self.variance = task.head.variance
         self.last_epoch = epochs if task.kind == "segmentation" else None  # else nothing to keep is a result, too
         self.images = len(watched)
         self.lost_share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.may_shrink = may_shrink
+        self.adapters_first = adapters_first
         self.constant_score = task.head.constant_score(watched)
         self.constant_loss = task.objective.constant_loss(train)
         self.first_loss: float | None = None  # of the first step: the loss before training
@@ -190,7 +193,16 @@ class Guard:
     @property
     def rate_divisor(self) -> float:
         """What the retreats divide the learning rate by. The last collapse ends the run and lowers nothing."""
-        return RETREAT_FACTOR ** min(len(self.retreats), RETREATS)
+        lowered = min(len(self.retreats), RETREATS)
+        return RETREAT_FACTOR ** max(0, lowered - self.adapters_first)
+
+    @property
+    def lowers_adapters_alone(self) -> bool:
+        """Was the last retreat one that lowers the adapters' rate alone?
+
+        Adapters that start at the gradient train at many times the head's rate, and are what collapses.
+        """
+        return self.adapters_first and len(self.retreats) == 1
 
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""

@@ -15,12 +15,15 @@ def build_optimizer(
     model: nn.Module, rate: float, adapter_lr_factor: float = 1.0, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """AdamW over everything that trains, biases and norms without weight decay; adapters learn at rate times factor."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}  # by whether they are adapters', and by decay
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = rate * adapter_lr_factor if name.rpartition(".")[2].startswith("lora_") else rate
-            groups.setdefault((own, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
-    options = [{"params": group, "lr": own, "weight_decay": decay} for (own, decay), group in groups.items()]
+            is_adapter = name.rpartition(".")[2].startswith("lora_")
+            groups.setdefault((is_adapter, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    options = []
+    for (is_adapter, decay), group in groups.items():
+        own = rate * adapter_lr_factor if is_adapter else rate
+        options.append({"params": group, "lr": own, "weight_decay": decay, "are_adapters": is_adapter})
     return torch.optim.AdamW(options, fused=fused(model))
 
 
@@ -160,8 +163,9 @@ def lr_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> None:
-    """Divide the learning rates of every parameter group by this, now and for the rest of the schedule."""
-    schedule.base_lrs = [rate / divisor for rate in schedule.base_lrs]
-    for group in schedule.optimizer.param_groups:
-        group["lr"] /= divisor
+def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float, of_adapters_alone: bool = False) -> None:
+    """Divide the learning rates of adapters, or of all that trains, now and for the rest of the schedule."""
+    for number, group in enumerate(schedule.optimizer.param_groups):
+        if group["are_adapters"] or not of_adapters_alone:
+            group["lr"] /= divisor
+            schedule.base_lrs[number] /= divisor
