@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.growth                                       # an hour on two cores
     python -m benchmarks.growth --device cuda --precision bf16 --batches 16 32 64 128 --fits-into 24
-    python -m benchmarks.growth --answers 10000x20 100000x20 10000x1000    # what a run ends with: its reports, minutes
+    python -m benchmarks.growth --answers 10000x20 100000x20    # what a run ends with: figures and page, minutes
     python -m benchmarks.growth --pairs 1000 10000 100000       # images and masks: listed, and all masks checked
     python -m benchmarks.growth --scenes 2000 5000 20000        # a map of a scene, so many pixels wide and 500 high
     python -m benchmarks.growth --predict 10000 100000 1000000  # answers for so many small images, in parts, an hour
@@ -45,6 +45,7 @@ from lora_utils import LoRAManager
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
+from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import TASKS
 from toolkit.config import positive_float, positive_int
 from toolkit.devices import CUDA_CONTEXT_BYTES, peak_memory_bytes
@@ -57,6 +58,7 @@ PEERS = ("full", "peft")
 OURS = ("lora", "lora_16bit", "qlora_16bit")
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")  # Okabe and Ito
 MARKERS = "osD^vP"
+OF_ANSWERS = ("classification", "multilabel", "regression")
 Point = tuple[str, int, int]  # model, batch size, rank
 
 
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure what is missing, then write `growth.json` and `growth.png` and print the tables."""
     args = parse(argv)
     if args.answers:
-        return measure_answers(args.answers)
+        return measure_answers(args.answers, args.tasks)
     for what in (list_pairs, map_scene, predict_images):
         if sizes := getattr(args, OF_DATA[what][0]):
             return measure_data(what, sizes)
@@ -101,6 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: peers by the same products, and LoRA")
     parser.add_argument("--answers", nargs="+", metavar="IMAGESxOUTPUTS", help="measure the reports on these instead")
+    parser.add_argument("--tasks", nargs="+", choices=OF_ANSWERS, default=OF_ANSWERS, help="of --answers")
     for option, text in OF_DATA.values():
         parser.add_argument(f"--{option}", type=positive_int, nargs="+", metavar="COUNT", help=f"{text} instead")
     parser.add_argument("--steps", type=positive_int, default=3, help="rounds that are timed")
@@ -148,22 +151,24 @@ def largest_batch(sweep: dict[str, Any], variant: str, gigabytes: float) -> int:
     return max(0, int((gigabytes * 1e9 - start) / slope))
 
 
-def measure_answers(sizes: list[str]) -> dict[str, Any]:
+def measure_answers(sizes: list[str], kinds: list[str]) -> dict[str, Any]:
     """Seconds and memory of the reports on answers of each task and size, each in a process of its own."""
     result = {}
-    print("| images x outputs | task | seconds | memory beside the answers, MB |\n|---|---|---|---|")
+    print("| images x outputs | task | figures, s | page, s | memory beside the answers, MB | page, MB |")
+    print("|---|---|---|---|---|---|")
     for size in sizes:
         images, outputs = map(int, size.split("x"))
-        for kind in ("classification", "multilabel", "regression"):
+        for kind in kinds:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, memory = pool.apply(report_on_answers, (kind, images, outputs))
-            result[f"{kind} {size}"] = {"seconds": seconds, "memory_bytes": memory}
-            print(f"| {size} | {kind} | {seconds:.1f} | {memory / 1e6:,.0f} |", flush=True)
+                found = pool.apply(report_on_answers, (kind, images, outputs))
+            result[f"{kind} {size}"] = found
+            costs = f"{found['seconds']:.1f} | {found['page_seconds']:.1f} | {found['memory_bytes'] / 1e6:,.0f}"
+            print(f"| {size} | {kind} | {costs} | {found['page_bytes'] / 1e6:.2f} |", flush=True)
     return result
 
 
-def report_on_answers(kind: str, images: int, outputs: int) -> tuple[float, int]:
-    """The seconds and bytes that the figures of a report take, with intervals: the answers are random."""
+def report_on_answers(kind: str, images: int, outputs: int) -> dict[str, float]:
+    """What the figures of a report take, with intervals, and its pictures and page: the answers are random."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     names = [str(i) for i in range(outputs)]
@@ -186,7 +191,18 @@ def report_on_answers(kind: str, images: int, outputs: int) -> tuple[float, int]
     report = task.report(answers)
     report.figures()
     report.printed()
-    return time.perf_counter() - started, peak_memory_bytes(torch.device("cpu")) - before
+    figured = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder, report.picture)
+        report.draw(picture)
+        write_page(Path(folder, "page.html"), report.title(), [], report.sections(picture), Path("l"), picture, [])
+        size = Path(folder, "page.html").stat().st_size
+    return {
+        "seconds": figured - started,
+        "page_seconds": time.perf_counter() - figured,
+        "memory_bytes": peak_memory_bytes(torch.device("cpu")) - before,
+        "page_bytes": size,
+    }
 
 
 def measure_data(what: Callable[[int, Path], float], sizes: list[int]) -> dict[str, Any]:
