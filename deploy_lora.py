@@ -431,7 +431,7 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
 
 def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     device = devices.select_device(args.device)
-    return device, devices.select_precision("auto", device)
+    return device, devices.select_precision(args.precision, device)
 
 
 @torch.no_grad()
@@ -1033,6 +1033,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
             command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
+            what = "auto: 16 bits on a GPU; bf16: for CPUs with AMX too"
+            command.add_argument("--precision", choices=devices.PRECISIONS, default="auto", help=what)
             what = "int8: multiply in 8 bits; for a large ViT on a CPU"
             command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=what)
     what = "folder with a folder of images per class, or with images/ and masks/; or a list"

@@ -78,7 +78,8 @@ def test_how_pairs_scenes_and_answers_grow(tmp_path, monkeypatch):
 def test_answering_is_measured_beside_its_parts(images, capsys):
     argv = f"--data-dir {images}/val --arch resnet18 --images 2 --batch-size 2 --workers 0 --rounds 1"
     rates = answering.main(argv.split())
-    assert set(rates["resnet18"]) == {"decoding alone", "network alone", "predict", "plain loop"}
+    ways = {"decoding alone", "network alone", "predict", "of archives", "torchvision", "timm"}
+    assert ways - set(rates["resnet18"]) <= {"timm"}  # which need not be installed
     assert "| resnet18 |" in capsys.readouterr().out
 
 
