@@ -1319,9 +1319,14 @@ class FineTuning(RunState):
         to do: for numbers, and for classes if the head did not start as a probe.
         """
         optimism = self.head_temperature.optimism
-        if self.task.kind == "regression" or (self.task.kind != "multilabel" and optimism is None):
+        if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
             return False
-        outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
+        if self.loaders.has_masks:
+            outputs, targets = self.task.head.pixel_outputs(
+                self.model, self.loaders.watched, self.device, self.dtype, len(self.loaders.watched_images)
+            )
+        else:
+            outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
         self.task.head.calibrate(outputs, targets, optimism)
         self.task.head.soften(self.model, self.task.head.temperature)
         return True

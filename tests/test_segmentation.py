@@ -13,11 +13,14 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import finetune_lora
 from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare, read_options
-from lora_utils import LoRAManager, base_digests
+from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.segmentation import Segmentation, pixel_figures, rare_class_weights
 from toolkit.devices import seed_everything
+from toolkit.images.data import Transformed, build_loader
+from toolkit.images.masks import collate_pairs, pair_transforms
+from toolkit.images.sources import load_splits
 from toolkit.models import dense
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.dense import DenseHead, DenseModel, answers_for
@@ -303,3 +306,30 @@ def test_windows_cover_an_image_of_any_size(height, width):
 def test_windows_overlap_and_end_at_the_border():
     assert dense.window_starts(100, 32) == [0, 23, 45, 68]
     assert dense.window_starts(32, 32) == dense.window_starts(10, 32) == [0]
+
+
+def test_probabilities_are_made_believable_by_training_pixels(segment):
+    """Logits that are twice as large as they should be are halved; a run stores what it divided by."""
+    torch.manual_seed(0)
+    logits = torch.randn(20_000, 3)
+    targets = torch.distributions.Categorical(logits=logits).sample()
+    head = Segmentation(["a", "b", "c"]).head
+    assert head.believable_temperature(2 * logits, targets, optimism=None) == pytest.approx(2, rel=0.05)
+    results = segment("--lora-rank 2")
+    assert 0 < results["temperature"] != 1
+    assert read_adapter_file(results["folder"] / "lora.pth")["metadata"]["temperature"] == results["temperature"]
+
+
+def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
+    """A third of the pixels is ink; with balanced weights half of those that the probe sees are."""
+    images = load_splits("imagefolder", pairs, task="segmentation").train
+    view, _ = pair_transforms(16, "none", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    loader = build_loader(Transformed(images, view), batch_size=4, workers=0, collate=collate_pairs)
+    task = Segmentation(["ground", "ink"], class_weights=torch.tensor([0.5, 3.0]))
+    model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16).eval()
+    arguments = model, loader, torch.device("cpu"), torch.float32, len(images)
+    outputs, plain = task.head.pixel_outputs(*arguments)
+    _, weighted = task.head.features(*arguments)
+    assert outputs.shape == (len(plain), 2)
+    shares = [(classes == 1).sum() / (classes >= 0).sum() for classes in (plain, weighted)]
+    assert shares[0] + 0.2 < shares[1]

@@ -143,11 +143,22 @@ class PixelHead(Head):
         pixels = images.targets.sum(0)
         return (pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
 
+    def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
+        """The temperature that fits pixels of training images: of so many, it fits those of others as well."""
+        return measures.fit_temperature(outputs, functools.partial(F.cross_entropy, target=targets))
+
+    def pixel_outputs(self, model, loader, device, dtype, images) -> tuple[Tensor, Tensor]:
+        """Outputs (M, K) and classes (M,) of random known pixels of a loader's images, each class as often as it is."""
+        features, targets = self.features(model, loader, device, dtype, images, balanced=False)
+        known = targets != NO_LABEL
+        return probe.head_outputs(model, features[known]).cpu(), targets[known].cpu()
+
     @torch.no_grad()
-    def features(self, model, loader, device, dtype, images) -> tuple[Tensor, Tensor]:
+    def features(self, model, loader, device, dtype, images, balanced=True) -> tuple[Tensor, Tensor]:
         """Features (N P, D) and classes (N P,) of P pixels of each image of a loader, P for each image in turn.
 
-        With several processes, each computes its share and all of them return the whole.
+        With `balanced` rare classes are drawn more often, as the objective weighs them. With several processes, each
+        computes its share and all of them return the whole.
         """
         pixels = max(LEAST_PIXELS, PROBE_ROWS // (2 * images))
         rows = []
@@ -157,7 +168,7 @@ class PixelHead(Head):
                 for image, mask in zip(batch, masks, strict=True):
                     with autocast(device, dtype):
                         maps = feature_maps(model.backbone, to_device(image[None], device))
-                    places = self._drawn(mask, pixels, len(rows))
+                    places = self._drawn(mask, pixels, len(rows), balanced)
                     height, width = mask.shape
                     points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 1)
                     rows.append(features_at(maps, points.to(device)))
@@ -165,7 +176,7 @@ class PixelHead(Head):
         features = distributed.interleave(torch.stack(rows))
         return features.flatten(0, 1), distributed.interleave(torch.stack(classes)).flatten()
 
-    def _drawn(self, mask: Tensor, pixels: int, number: int) -> Tensor:
+    def _drawn(self, mask: Tensor, pixels: int, number: int, balanced: bool) -> Tensor:
         """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones.
 
         `number` is of the image among those of this process. The draws depend on its number among all.
@@ -174,7 +185,7 @@ class PixelHead(Head):
         flat = mask.flatten().cpu()
         known = flat != NO_LABEL
         weights = known.float()
-        if self.objective.class_weights is not None:
+        if balanced and self.objective.class_weights is not None:
             weights = weights * self.objective.class_weights.cpu()[flat.clamp_min(0)]
         if not known.any():
             weights = torch.ones(len(flat))
