@@ -938,7 +938,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     run.optimizer.zero_grad(set_to_none=True)
                     sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch
                     for number, (images, labels) in enumerate(step.batches, 1):
-                        images, labels = run.task.mix(devices.to_device(images, run.device), labels)
+                        images = devices.to_device(images, run.device)
                         labels = devices.to_device(labels, run.device)
                         with run.exchanging(is_last=number == step.number):
                             with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
@@ -1130,11 +1130,12 @@ class FineTuning(RunState):
         steps = math.ceil(images_at_once / (self.args.batch_size * self.args.accumulation_steps))
         for step in itertools.islice(self.loaders.steps(epoch=1), steps):
             for number, (images, labels) in enumerate(step.batches, 1):
-                images, labels = self.task.mix(devices.to_device(images, self.device), labels)
+                images = devices.to_device(images, self.device)
+                labels = devices.to_device(labels, self.device)
                 with self.exchanging(is_last=number == step.number):
                     with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                         logits = self.parallel(images)
-                    loss = self.task.loss(logits.float(), devices.to_device(labels, self.device))
+                    loss = self.task.loss(logits.float(), labels)
                     self.scaler.scale(loss * factor).backward()
 
     def go_on_from(self, path: Path) -> None:

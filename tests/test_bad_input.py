@@ -201,10 +201,10 @@ FLAGS = [
          "--seed: expected a whole number, 0 or more",
          "--workers: expected a whole number from 0 to 256, or auto"),
     case("numbers out of range", "finetune --lora-alpha 0 --learning-rate 0,01 --clip-grad-norm nan --scale -1"
-         " --lora-dropout 1 --label-smoothing -0.1 --weight-decay -1 --warmup-epochs inf --mixup -0.2",
+         " --lora-dropout 1 --label-smoothing -0.1 --weight-decay -1 --warmup-epochs inf",
          *(f"--{x}: expected a number above 0" for x in ("lora-alpha", "learning-rate", "clip-grad-norm", "scale")),
          *(f"--{name}: expected a number from 0 to below 1" for name in ("lora-dropout", "label-smoothing")),
-         *(f"--{name}: expected a number, 0 or more" for name in ("weight-decay", "warmup-epochs", "mixup"))),
+         *(f"--{name}: expected a number, 0 or more" for name in ("weight-decay", "warmup-epochs"))),
     case("misspelt choices", "finetune --dataset digit --augmentation flips --precision float16 --cache-features Disk",
          "'digit' is none of digits, imagefolder", "'flips' is none of crop, trivial, affine, none",
          "'float16' is none of auto, fp32, bf16, fp16", "'Disk' is none of none, disk"),
@@ -215,9 +215,8 @@ FLAGS = [
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 2"),
     case(
         "features that change",
-        "finetune --cache-features disk --mixup 1",
+        "finetune --cache-features disk",
         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
-        "--mixup with --cache-features: cached features must be the same in every epoch",
     ),
     case(
         "norms below 4 bits",

@@ -163,7 +163,7 @@ def test_adapters_of_every_task_share_a_base(trained, once, base, lists):
 @pytest.mark.parametrize(("kind", "by"), [("multilabel", "macro-ap"), ("regression", "r2")])
 def test_the_best_epoch_by_the_tasks_own_figure_is_kept_and_a_search_judges_by_it(run, monkeypatch, kind, by):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
-    results, folder = run(kind, f"--epochs 2 --keep-best {by} --mixup 0.2 --learning-rate auto")
+    results, folder = run(kind, f"--epochs 2 --keep-best {by} --learning-rate auto")
     score = f"val_{SCORES[kind]}"
     assert list(rows_of(folder / "learning_rates.csv")[0]) == ["learning_rate", score, "val_loss"]
     column = f"val_{by.replace('-', '_')}"
@@ -231,7 +231,7 @@ def test_seconds_since_1970_are_learned_and_predicted(run, lists, tmp_path):
         lines = (lists / f"regression_{part}.csv").read_text().splitlines()[1:]
         rows = [f"{path},{1_700_000_000 + 3 * int(light)}" for path, light, _ in (line.split(",") for line in lines)]
         (lists / f"time_{part}.csv").write_text("\n".join(["path,time", *rows]) + "\n")
-    results, folder = run("regression", "--cache-features none --mixup 0.2", "time")
+    results, folder = run("regression", "--cache-features none", "time")
     assert math.isfinite(results["val_r2"]) and results["mae"] < 360
     answers = rows_of(folder / "results_answers.csv")
     assert all(int(row["time"]) % 3 == 1_700_000_000 % 3 for row in answers)
