@@ -16,7 +16,6 @@ from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import from_record
-from toolkit.images import maps
 from toolkit.images.transforms import eval_transform
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import optim
@@ -208,21 +207,6 @@ def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(run, lists
     damaged = changed_adapter(folder, tmp_path / "damaged.pth", damage)
     with pytest.raises(InputError, match=r"in the column Sex is not 1, 0, .* answers with --label-columns"):
         deploy_lora.main(["evaluate", damaged, str(lists / "chexpert_train.csv")])
-
-
-def test_a_number_called_x_is_not_the_places_x(trained, lists, tmp_path, monkeypatch):
-    _, folder = trained["regression"]
-
-    def call_x(metadata):
-        metadata["class_names"][0] = "x"
-
-    adapter = changed_adapter(folder, tmp_path / "x.pth", call_x)
-    place = {"x": 500_000, "y": 4_000_000, "epsg": 32632}
-    monkeypatch.setattr(maps, "have_places", lambda paths: True)
-    monkeypatch.setattr(maps, "centre", lambda path: place)
-    table = deploy_lora.main(["predict", adapter, str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")])
-    assert float(table[0]["x"]) < 1000 and table[0]["image_x"] == 500_000
-    assert list(rows_of(tmp_path / "p.csv")[0]) == ["path", "x", "left light", "image_x", "image_y", "image_epsg"]
 
 
 def test_seconds_since_1970_are_learned_and_predicted(run, lists, tmp_path):
