@@ -78,28 +78,16 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     size = args.adapter.stat().st_size / 1e6
     adapted = sum(record["r"] > 0 for record in content["layers"].values())
     print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {size:.2f} MB")
-    for key, value in content["metadata"].items():
-        print("\n".join(_described(key, value)))
+    metadata = dict(content["metadata"])
+    config = metadata.pop("config", None)
+    sections = config.items() if isinstance(config, dict) else ()
+    for key, value in (*metadata.items(), *sections):
+        text = f"{printable(key)}: {printable(_SHORT.repr(value), 4000)}"
+        print(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False))
     for name, record in content["layers"].items():
         how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
-
-
-def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
-    """The lines of a terminal for an entry of a file's metadata; sections are indented under their titles."""
-    shown = _SHORT.repr(value)
-    if isinstance(value, dict):
-        entries = list(itertools.islice(value.items(), _SHORT.maxlist))
-        if len(indent) < 6 and any(isinstance(entry, dict) and entry for _, entry in entries):
-            yield f"{indent}{printable(key)}:"
-            for name, entry in entries:
-                yield from _described(name, entry, f"{indent}  ")
-            return
-        shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
-    text = f"{printable(key)}: {printable(shown, 2000)}"
-    below = f"{indent}    "
-    yield textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=below, break_on_hyphens=False)
 
 
 # A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
