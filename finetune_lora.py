@@ -931,7 +931,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             epoch = len(run.history) + 1
             progress = run.begin_epoch()
             verdict = Keep()
-            unread: list[training.StepFigures] = []
+            unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
             with progress.timed(), runs.epoch_bar(epoch, args.epochs, len(run.splits.train), progress.images) as bar:
                 for step in run.loaders.steps(epoch, progress.steps):
@@ -953,7 +953,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     if optim.stepped(run.scaler, run.optimizer):
                         run.schedule.step()
 
-                    unread.append(training.StepFigures(step.images, sums))
+                    unread.append((step.images, sums))
                     if len(unread) == run.steps_read_together or step.is_last:
                         verdict = run.note_steps(unread, bar)
                         if isinstance(verdict, GoBack) or run.stop.is_due:
@@ -1195,7 +1195,7 @@ class FineTuning(RunState):
         """Within this block of the last batch of a step, backward averages the gradients over the processes."""
         return contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel)
 
-    def note_steps(self, unread: list[training.StepFigures], bar: tqdm) -> Keep | GoBack:
+    def note_steps(self, unread: list[tuple[int, list[Tensor]]], bar: tqdm) -> Keep | GoBack:
         """Count steps, show them, and ask the guard about each."""
         for images, (loss, plain, correct) in training.read_figures(unread, self.stop):
             self.progress.add(images, int(correct), plain)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -198,7 +198,7 @@ def train(run: "Pretraining") -> None:
     with run.saved_when_stopped():
         while run.epoch < args.epochs:
             progress = run.begin_epoch()
-            unread: list[training.StepFigures] = []
+            unread = []  # the images of each step, and its loss: see `training.read_figures`
             run.model.train()
             batches = run.meter.watched(run.loader)
             title = f"epoch {run.epoch + 1}/{args.epochs}"
@@ -215,7 +215,7 @@ def train(run: "Pretraining") -> None:
                     if optim.stepped(run.scaler, run.optimizer):
                         run.schedule.step()
 
-                    unread.append(training.StepFigures(args.batch_size, [loss.detach()[None]]))
+                    unread.append((args.batch_size, [loss.detach()[None]]))
                     is_last = number + 1 == (run.epoch + 1) * run.steps_per_epoch
                     if len(unread) == run.steps_read_together or is_last:
                         run.note_steps(unread, rate, bar)
@@ -278,7 +278,7 @@ class Pretraining(RunState):
         self.loader.batch_sampler.start = self.progress.steps
         return self.progress
 
-    def note_steps(self, unread: list[training.StepFigures], rate: float, bar: tqdm) -> None:
+    def note_steps(self, unread: list[tuple[int, list[Tensor]]], rate: float, bar: tqdm) -> None:
         """Count steps and show them. Raises InputError for a loss that is not finite."""
         for images, (loss,) in training.read_figures(unread, self.stop):
             loss /= distributed.world_size()
