@@ -920,6 +920,8 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "export": (".onnx", ".pt2"),
     "card": (".md",),
 }
+# The packages that writing such files takes
+NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}
 
 
 def check_output(args: argparse.Namespace) -> list[str]:
@@ -961,15 +963,9 @@ def check(args: argparse.Namespace) -> list[str]:
     is_file = args.output is not None and args.output.suffix not in FOLDERS
     if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")
-    is_parquet = args.output is not None and args.output.suffix == ".parquet"
-    if is_parquet and importlib.util.find_spec("pyarrow") is None:
-        problems.append(f"--output {args.output}: needs pyarrow: pip install pyarrow")
-    if args.command == "export" and not problems and args.output.suffix == ".onnx":
-        try:
-            import onnx  # noqa: F401 - torch.onnx.export imports both
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            problems = [f"--output {args.output}: needs onnx and onnxscript ({error}): pip install onnx onnxscript"]
+    needed = NEEDED.get((args.command, getattr(args.output, "suffix", "")), ())
+    if not all(map(importlib.util.find_spec, needed)):
+        problems.append(f"--output {args.output}: needs {' and '.join(needed)}: pip install {' '.join(needed)}")
     return problems
 
 

@@ -810,12 +810,13 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     splits = load_images(args, read)
     model, report = build_model(args, dtype, len(splits.class_names), arithmetic)
     dtype = report["dtype"]
+    names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     print(reports.describe_data(args, splits), describe_base(report), sep="\n")
     plan = Plan(
         device=device,
         dtype=dtype,
-        precision=precision or devices.precision_name(dtype),
+        precision=precision or names[dtype],
         image_values=vars(known),
         normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
         learning_rate=args.learning_rate,
