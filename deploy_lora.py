@@ -64,7 +64,7 @@ from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
-from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
+from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint, value_at
 from toolkit.run import reports
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
@@ -553,10 +553,9 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
 
     Anybody may have written it: nothing is returned where something in them is what no run can have written.
     """
-    config = about.get("config")
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+    data = value_at(about, "config/data")
+    if not isinstance(data, dict):
         return {}
-    data = config["data"]
     known = {key: data[key] for key in (*_TEXTS, *_LISTS) if data.get(key) is not None}
     for key, value in known.items():
         texts = value if key in _LISTS else [value]

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, listed
+from toolkit.models.checkpoints import value_at
 from toolkit.models.published import PUBLISHED
 
 PIPELINES = {
@@ -29,7 +30,7 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
     base = Path(str(metadata["checkpoint"])).name
     published = {Path(url).name: known for known, (url, _) in PUBLISHED.items()}
     base = published.get(base, base)
-    kind = (metadata.get("task") or {}).get("kind", "classification")
+    kind = value_at(metadata, "task/kind") or "classification"
     figures = _figures(results)
     about: dict[str, Any] = {"license": MOCO_LICENCE if base.startswith("moco-v") else "unknown"}
     about["tags"] = ["lora", "moco", str(metadata["arch"])]
@@ -64,7 +65,7 @@ python deploy_lora.py predict {file} my_images --output answers.csv --checkpoint
 ## Settings, of version {metadata.get("version", VERSION)} of the toolkit
 
 ```yaml
-{_yaml(_section(metadata, "finetune"))}```
+{_yaml(value_at(metadata, "config/finetune") or {})}```
 """
 
 
@@ -96,15 +97,8 @@ def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, 
 
 def _data(metadata: Mapping[str, Any]) -> str:
     """The images of a run, by the name of their list or folder: a path says more than a stranger is to know."""
-    data = _section(metadata, "data")
-    places = data.get("data_list")
+    places = value_at(metadata, "config/data/data_list")
     if not isinstance(places, list):
-        places = [data.get("data_dir") or data.get("dataset", "unknown images")]
+        known = (value_at(metadata, f"config/data/{name}") for name in ("data_dir", "dataset"))
+        places = [next(filter(None, known), "unknown images")]
     return listed([Path(str(place)).name for place in places])
-
-
-def _section(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A section of a run's settings; empty in a file that no run has written."""
-    config = metadata.get("config")
-    section = config.get(name) if isinstance(config, dict) else None
-    return section if isinstance(section, dict) else {}
