@@ -175,14 +175,7 @@ def compare(what: str, actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
 
-EXAMPLES = (
-    example_1_setup,
-    example_2_training,
-    example_3_checkpoints,
-    example_4_inference,
-    example_5_serving,
-    example_6_several_labels,
-)
+EXAMPLES = [function for name, function in globals().items() if name.startswith("example_")]  # in this file's order
 
 
 def main(argv: list[str] | None = None) -> None:
