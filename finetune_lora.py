@@ -941,7 +941,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     for number, (images, labels) in enumerate(step.batches, 1):
                         images = devices.to_device(images, run.device)
                         labels = devices.to_device(labels, run.device)
-                        with run.exchanging(is_last=number == step.number):
+                        with distributed.exchanging(run.parallel, is_last=number == step.number):
                             with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
                                 logits = run.parallel(images)  # (N, outputs)
                             loss = run.task.loss(logits.float(), labels)
@@ -1133,7 +1133,7 @@ class FineTuning(RunState):
             for number, (images, labels) in enumerate(step.batches, 1):
                 images = devices.to_device(images, self.device)
                 labels = devices.to_device(labels, self.device)
-                with self.exchanging(is_last=number == step.number):
+                with distributed.exchanging(self.parallel, is_last=number == step.number):
                     with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                         logits = self.parallel(images)
                     loss = self.task.loss(logits.float(), labels)
@@ -1191,10 +1191,6 @@ class FineTuning(RunState):
                     best = read_checkpoint(path)
                 self.last_good = copy_to_cpu({"epochs": len(self.history), "state": self.trained(), "best": best})
         return self.progress
-
-    def exchanging(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Within this block of the last batch of a step, backward averages the gradients over the processes."""
-        return contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel)
 
     def note_steps(self, unread: list[tuple[int, list[Tensor]]], bar: tqdm) -> Keep | GoBack:
         """Count steps, show them, and ask the guard about each."""

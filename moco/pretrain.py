@@ -63,13 +63,6 @@ SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --imag
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainRunOptions(RunOptions):
-    """What is for the command line only."""
-
-    output_dir: Path = option(Path("checkpoints/pretrain"), "folder for all results", type=Path)
-
-
-@dataclass(frozen=True, kw_only=True)
 class BackboneOptions(ShapeOptions):
     """Section `model`."""
 
@@ -107,15 +100,17 @@ class MoCoOptions(AdapterOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(PretrainRunOptions, BackboneOptions, ImageOptions, MoCoOptions):
+class PretrainOptions(RunOptions, BackboneOptions, ImageOptions, MoCoOptions):
     """All options of stage 1."""
 
 
-SECTIONS = {"run": PretrainRunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
+SECTIONS = {"run": RunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
+    parser = config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
+    parser.set_defaults(output_dir=Path("checkpoints/pretrain"))
+    return parser
 
 
 def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
