@@ -64,7 +64,7 @@ from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
-from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
+from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint, value_at
 from toolkit.run import reports
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
@@ -78,28 +78,16 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     size = args.adapter.stat().st_size / 1e6
     adapted = sum(record["r"] > 0 for record in content["layers"].values())
     print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {size:.2f} MB")
-    for key, value in content["metadata"].items():
-        print("\n".join(_described(key, value)))
+    metadata = dict(content["metadata"])
+    config = metadata.pop("config", None)
+    sections = config.items() if isinstance(config, dict) else ()
+    for key, value in (*metadata.items(), *sections):
+        text = f"{printable(key)}: {printable(_SHORT.repr(value), 4000)}"
+        print(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False))
     for name, record in content["layers"].items():
         how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
-
-
-def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
-    """The lines of a terminal for an entry of a file's metadata; sections are indented under their titles."""
-    shown = _SHORT.repr(value)
-    if isinstance(value, dict):
-        entries = list(itertools.islice(value.items(), _SHORT.maxlist))
-        if len(indent) < 6 and any(isinstance(entry, dict) and entry for _, entry in entries):
-            yield f"{indent}{printable(key)}:"
-            for name, entry in entries:
-                yield from _described(name, entry, f"{indent}  ")
-            return
-        shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
-    text = f"{printable(key)}: {printable(shown, 2000)}"
-    below = f"{indent}    "
-    yield textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=below, break_on_hyphens=False)
 
 
 # A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
@@ -233,8 +221,7 @@ def predict(args: argparse.Namespace) -> list[Any]:
     With a folder as --output it is a table in parts, of which only the names are returned.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. Beside the `path` and, if files have geotags, `x` and `y` of the image's centre and their `epsg` code: as
-    `image_path` and so on, if a number is called so.
+    numbers. Beside the `path`, which is `image_path` if a number is called so.
 
     A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
     map.tif. Other models write such a map too, of an answer for each window of --window pixels.
@@ -566,10 +553,9 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
 
     Anybody may have written it: nothing is returned where something in them is what no run can have written.
     """
-    config = about.get("config")
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+    data = value_at(about, "config/data")
+    if not isinstance(data, dict):
         return {}
-    data = config["data"]
     known = {key: data[key] for key in (*_TEXTS, *_LISTS) if data.get(key) is not None}
     for key, value in known.items():
         texts = value if key in _LISTS else [value]
@@ -933,6 +919,8 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "export": (".onnx", ".pt2"),
     "card": (".md",),
 }
+# The packages that writing such files takes
+NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}
 
 
 def check_output(args: argparse.Namespace) -> list[str]:
@@ -974,15 +962,9 @@ def check(args: argparse.Namespace) -> list[str]:
     is_file = args.output is not None and args.output.suffix not in FOLDERS
     if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")
-    is_parquet = args.output is not None and args.output.suffix == ".parquet"
-    if is_parquet and importlib.util.find_spec("pyarrow") is None:
-        problems.append(f"--output {args.output}: needs pyarrow: pip install pyarrow")
-    if args.command == "export" and not problems and args.output.suffix == ".onnx":
-        try:
-            import onnx  # noqa: F401 - torch.onnx.export imports both
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            problems = [f"--output {args.output}: needs onnx and onnxscript ({error}): pip install onnx onnxscript"]
+    needed = NEEDED.get((args.command, getattr(args.output, "suffix", "")), ())
+    if not all(map(importlib.util.find_spec, needed)):
+        problems.append(f"--output {args.output}: needs {' and '.join(needed)}: pip install {' '.join(needed)}")
     return problems
 
 

@@ -810,12 +810,13 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     splits = load_images(args, read)
     model, report = build_model(args, dtype, len(splits.class_names), arithmetic)
     dtype = report["dtype"]
+    names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     print(reports.describe_data(args, splits), describe_base(report), sep="\n")
     plan = Plan(
         device=device,
         dtype=dtype,
-        precision=precision or devices.precision_name(dtype),
+        precision=precision or names[dtype],
         image_values=vars(known),
         normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
         learning_rate=args.learning_rate,
@@ -931,16 +932,16 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             epoch = len(run.history) + 1
             progress = run.begin_epoch()
             verdict = Keep()
-            unread: list[training.StepFigures] = []
+            unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
             with progress.timed(), runs.epoch_bar(epoch, args.epochs, len(run.splits.train), progress.images) as bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
                     sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch
                     for number, (images, labels) in enumerate(step.batches, 1):
-                        images, labels = run.task.mix(devices.to_device(images, run.device), labels)
+                        images = devices.to_device(images, run.device)
                         labels = devices.to_device(labels, run.device)
-                        with run.exchanging(is_last=number == step.number):
+                        with distributed.exchanging(run.parallel, is_last=number == step.number):
                             with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
                                 logits = run.parallel(images)  # (N, outputs)
                             loss = run.task.loss(logits.float(), labels)
@@ -953,7 +954,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     if optim.stepped(run.scaler, run.optimizer):
                         run.schedule.step()
 
-                    unread.append(training.StepFigures(step.images, sums))
+                    unread.append((step.images, sums))
                     if len(unread) == run.steps_read_together or step.is_last:
                         verdict = run.note_steps(unread, bar)
                         if isinstance(verdict, GoBack) or run.stop.is_due:
@@ -1131,11 +1132,12 @@ class FineTuning(RunState):
         steps = math.ceil(images_at_once / (self.args.batch_size * self.args.accumulation_steps))
         for step in itertools.islice(self.loaders.steps(epoch=1), steps):
             for number, (images, labels) in enumerate(step.batches, 1):
-                images, labels = self.task.mix(devices.to_device(images, self.device), labels)
-                with self.exchanging(is_last=number == step.number):
+                images = devices.to_device(images, self.device)
+                labels = devices.to_device(labels, self.device)
+                with distributed.exchanging(self.parallel, is_last=number == step.number):
                     with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                         logits = self.parallel(images)
-                    loss = self.task.loss(logits.float(), devices.to_device(labels, self.device))
+                    loss = self.task.loss(logits.float(), labels)
                     self.scaler.scale(loss * factor).backward()
 
     def go_on_from(self, path: Path) -> None:
@@ -1191,11 +1193,7 @@ class FineTuning(RunState):
                 self.last_good = copy_to_cpu({"epochs": len(self.history), "state": self.trained(), "best": best})
         return self.progress
 
-    def exchanging(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Within this block of the last batch of a step, backward averages the gradients over the processes."""
-        return contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel)
-
-    def note_steps(self, unread: list[training.StepFigures], bar: tqdm) -> Keep | GoBack:
+    def note_steps(self, unread: list[tuple[int, list[Tensor]]], bar: tqdm) -> Keep | GoBack:
         """Count steps, show them, and ask the guard about each."""
         for images, (loss, plain, correct) in training.read_figures(unread, self.stop):
             self.progress.add(images, int(correct), plain)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
 from toolkit.models.backbones import build_backbone, default_heads, head_name
-from toolkit.models.checkpoints import CHANNEL_FITS, is_none, value_at
+from toolkit.models.checkpoints import is_none, value_at
 from toolkit.models.dense import DenseModel
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
@@ -139,7 +139,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = _of_another_type(metadata, kinds)
     wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
-    if metadata.get("channel_fit") not in (None, *CHANNEL_FITS):
+    if metadata.get("channel_fit") not in (None, "timm"):
         wrong.append("channel_fit")
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")

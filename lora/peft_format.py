@@ -16,7 +16,6 @@ loads the models, and compares their answers after each conversion.
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,13 +99,16 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     tensors = {}
     for name, layer in layers.items():
         factors = _packed_factors(layer, times_projected)
-        ranks[name] = len(factors["lora_A.weight"])
-        alphas[name] = layer.scaling * ranks[name]
+        pattern = f"^{re.escape(name)}"
+        ranks[pattern] = len(factors["lora_A.weight"])
+        alphas[pattern] = layer.scaling * ranks[pattern]
         for key, factor in factors.items():
             tensors[f"{name}.{key}"] = factor
     config = import_peft().LoraConfig(
-        **_by_layer("r", "rank_pattern", ranks),
-        **_by_layer("lora_alpha", "alpha_pattern", alphas),
+        r=max(ranks.values()),  # the patterns have that of each layer
+        lora_alpha=max(alphas.values()),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
         modules_to_save=list(head_names(model)),
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
@@ -141,13 +143,6 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
         "base_layer.out_proj.lora_A.weight": F.pad(projection.lora_A, (0, 0, 0, rank - projection.r)),
         "base_layer.out_proj.lora_B.weight": F.pad(projected, (0, rank - projection.r)),
     }
-
-
-def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, Any]:
-    """A setting in PEFT's form: the most frequent value for all layers, and a pattern for those that differ."""
-    usual, _ = Counter(values.values()).most_common(1)[0]
-    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
-    return {field: usual, pattern: others}
 
 
 # ---------------------------------------------------------------------------------------------------------- from PEFT

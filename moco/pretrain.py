@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -60,13 +60,6 @@ KNN_QUERIES = 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
 MEASURED_IMAGES = 2_048  # the images on which the effective rank is measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainRunOptions(RunOptions):
-    """What is for the command line only."""
-
-    output_dir: Path = option(Path("checkpoints/pretrain"), "folder for all results", type=Path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +100,17 @@ class MoCoOptions(AdapterOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(PretrainRunOptions, BackboneOptions, ImageOptions, MoCoOptions):
+class PretrainOptions(RunOptions, BackboneOptions, ImageOptions, MoCoOptions):
     """All options of stage 1."""
 
 
-SECTIONS = {"run": PretrainRunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
+SECTIONS = {"run": RunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
+    parser = config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
+    parser.set_defaults(output_dir=Path("checkpoints/pretrain"))
+    return parser
 
 
 def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
@@ -198,7 +193,7 @@ def train(run: "Pretraining") -> None:
     with run.saved_when_stopped():
         while run.epoch < args.epochs:
             progress = run.begin_epoch()
-            unread: list[training.StepFigures] = []
+            unread = []  # the images of each step, and its loss: see `training.read_figures`
             run.model.train()
             batches = run.meter.watched(run.loader)
             title = f"epoch {run.epoch + 1}/{args.epochs}"
@@ -215,7 +210,7 @@ def train(run: "Pretraining") -> None:
                     if optim.stepped(run.scaler, run.optimizer):
                         run.schedule.step()
 
-                    unread.append(training.StepFigures(args.batch_size, [loss.detach()[None]]))
+                    unread.append((args.batch_size, [loss.detach()[None]]))
                     is_last = number + 1 == (run.epoch + 1) * run.steps_per_epoch
                     if len(unread) == run.steps_read_together or is_last:
                         run.note_steps(unread, rate, bar)
@@ -278,7 +273,7 @@ class Pretraining(RunState):
         self.loader.batch_sampler.start = self.progress.steps
         return self.progress
 
-    def note_steps(self, unread: list[training.StepFigures], rate: float, bar: tqdm) -> None:
+    def note_steps(self, unread: list[tuple[int, list[Tensor]]], rate: float, bar: tqdm) -> None:
         """Count steps and show them. Raises InputError for a loss that is not finite."""
         for images, (loss,) in training.read_figures(unread, self.stop):
             loss /= distributed.world_size()

@@ -18,7 +18,6 @@ from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.images.folders import image_names
-from toolkit.images.maps import centre
 from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
 
@@ -167,69 +166,15 @@ def test_a_preview_is_no_band(tmp_path):
     assert Bands(1).array(tmp_path / "a.tif").shape == (16, 16, 1)
 
 
-# --- geotags ---------------------------------------------------------------------------------------------------------
-
-
-def geotiff(path: Path, keys: list[tuple[int, int]], levels: np.ndarray | None = None, **tags) -> Path:
-    """A TIFF, if not of `levels` 10 pixels wide and 20 high, with the GeoKeys and the tags scale, tiepoint, matrix."""
-    directory = [1, 1, 0, len(keys), *(n for key, value in keys for n in (key, 0, 1, value))]
-    numbers = {"scale": 33550, "tiepoint": 33922, "matrix": 34264}
-    extra = [(34735, "H", len(directory), directory, True)]
-    extra += [(numbers[name], "d", len(values), values, True) for name, values in tags.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    levels = np.random.RandomState(0).randint(0, 255, (20, 10)).astype(np.uint8) if levels is None else levels
-    tifffile.imwrite(path, levels, photometric="minisblack", planarconfig="contig", extratags=extra)
-    return path
-
-
-UTM, DEGREES = (3072, 32632), (2048, 4326)
-PLACE = {"scale": [10.0, 10.0, 0.0], "tiepoint": [0.0, 0.0, 0.0, 500000.0, 5300000.0, 0.0]}
-
-
-@pytest.mark.parametrize(
-    ("keys", "tags", "expected"),
-    [
-        ([UTM], PLACE, (500050, 5299900, 32632)),
-        ([(1025, 2), UTM], PLACE, (500045, 5299905, 32632)),  # places are of pixels' centres
-        ([UTM], PLACE | {"tiepoint": [10.0, 20.0, 0.0, 500000.0, 5300000.0, 0.0]}, (499950, 5300100, 32632)),
-        ([DEGREES], {"scale": [0.1, 0.2, 0.0], "tiepoint": [0.0, 0.0, 0.0, 8.0, 50.0, 0.0]}, (8.5, 48.0, 4326)),
-        ([UTM], {"matrix": [0.0, 2.0, 0, 100.0, 3.0, 0.0, 0, 200.0, *[0.0] * 7, 1.0]}, (120, 215, 32632)),  # turned
-        ([(3072, 32767)], PLACE, (500050, 5299900, "")),
-    ],
-)
-def test_the_centre_is_where_the_tags_say(keys, tags, expected, tmp_path):
-    found = centre(geotiff(tmp_path / "tile.tif", keys, **tags))
-    assert (found["x"], found["y"]) == pytest.approx(expected[:2])
-    assert found["epsg"] == expected[2]
-
-
-@pytest.mark.parametrize(
-    "tags", [{}, {"scale": [10.0, 10.0, 0.0]}, PLACE | {"scale": [float("nan")] * 3}, PLACE | {"tiepoint": [0.0] * 12}]
-)
-def test_tags_that_give_no_place_are_left_out(tags, tmp_path):
-    assert centre(geotiff(tmp_path / "tile.tif", [UTM], **tags)) == {}
-
-
-def test_predictions_have_the_places_of_the_files_that_know_theirs(
-    adapter_for_images, images, tmp_path, monkeypatch, capsys
-):
-    geotiff(tmp_path / "tiles" / "1.tif", [UTM], **PLACE)
-    shutil.copy(images / "val" / "dark" / "0.png", tmp_path / "tiles" / "2.png")
-    argv = f"predict {adapter_for_images} {tmp_path / 'tiles'} --output {tmp_path / 'p.csv'}".split()
-    argv += ["--device", "cpu", "--workers", "0"]
-    deploy_lora.main(argv)
-    first, second = rows_of(tmp_path / "p.csv")
-    assert (float(first["x"]), float(first["y"]), first["epsg"]) == (500050, 5299900, "32632")
-    assert (second["x"], second["y"], second["epsg"]) == ("", "", "")
-
-    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
-    assert "x" not in deploy_lora.main(argv)[0]
-    assert "geotags of TIFFs are not read: pip install tifffile" in capsys.readouterr().out
-    (tmp_path / "tiles" / "1.tif").unlink()
-    assert "x" not in deploy_lora.main(argv)[0]
-
-
 # --- the worked page -------------------------------------------------------------------------------------------------
+
+
+def geotiff(path: Path, levels: np.ndarray) -> None:
+    """A TIFF of these levels, of 10 m in a UTM zone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True), (33550, "d", 3, [10.0, 10.0, 0.0], True)]
+    keys.append((33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5.3e6, 0.0], True))
+    tifffile.imwrite(path, levels, photometric="minisblack", planarconfig="contig", extratags=keys)
 
 
 @pytest.fixture
@@ -247,7 +192,7 @@ def eurosat(tmp_path, monkeypatch) -> Path:
         for i in range(count):
             levels = rng.randint(0, 3000, (32, 32, 13)).astype(np.uint16)
             levels[..., 9] //= 300  # B10, which stands before B11, B12 and B8A here
-            geotiff(tmp_path / place / f"{i}.tif", [UTM], levels, **PLACE)
+            geotiff(tmp_path / place / f"{i}.tif", levels)
     shutil.copy("new_tiles/0.tif", "new_tiles/tile.tif")
     return tmp_path
 
@@ -277,8 +222,7 @@ def test_the_page_on_sentinel_2_runs_from_top_to_bottom(eurosat, capsys):
     assert "which moco_lora.pth says" in last
     assert promised[1] in last  # the bands too, which were not typed again
 
-    rows = rows_of("predictions.csv")
-    assert [(float(row["x"]), float(row["y"]), row["epsg"]) for row in rows] == [(500160, 5299840, "32632")] * 5
+    assert [Path(row["path"]).stem for row in rows_of("predictions.csv")] == ["0", "1", "2", "3", "tile"]
     [snippet] = [block for block in code if "load_finetuned" in block]
     exec(snippet, names := {"load_finetuned": load_finetuned})
     assert names["logits"].shape == (1, 2)

@@ -58,8 +58,7 @@ def test_info_tells_what_is_in_the_file(adapter, capsys):
         "  class_names: ['a', 'b', 'ß']",
         "  image_size: 16",
         f"  checkpoint: {content['metadata']['checkpoint']!r}",
-        "  config:",
-        "    finetune: learning_rate 0.0001",
+        "  finetune: {'learning_rate': 0.0001}",
         "  encoder.layers.encoder_layer_1.mlp.0: LoRALinear, r=2, scaling=8",
         "  encoder.layers.encoder_layer_1.mlp.3: LoRALinear, r=2, scaling=8",
     ]

@@ -16,7 +16,6 @@ from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import from_record
-from toolkit.images import maps
 from toolkit.images.transforms import eval_transform
 from toolkit.models.checkpoints import load_backbone
 
@@ -161,7 +160,7 @@ def test_the_best_epoch_by_the_tasks_own_figure_is_kept_and_a_search_judges_by_i
     train, tmp_path, monkeypatch, kind, by
 ):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
-    results = train(kind, tmp_path, f"--epochs 2 --keep-best {by} --mixup 0.2 --learning-rate auto")
+    results = train(kind, tmp_path, f"--epochs 2 --keep-best {by} --learning-rate auto")
     score = f"val_{SCORES[kind]}"
     assert list(rows_of(tmp_path / "learning_rates.csv")[0]) == ["learning_rate", score, "val_loss"]
     column = f"val_{by.replace('-', '_')}"
@@ -202,28 +201,13 @@ def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(train, lis
         deploy_lora.main(["evaluate", damaged, str(lists / "chexpert_train.csv")])
 
 
-def test_a_number_called_x_is_not_the_places_x(trained, lists, tmp_path, monkeypatch):
-    folder = trained["regression"]["folder"]
-
-    def call_x(metadata):
-        metadata["class_names"][0] = "x"
-
-    adapter = changed_adapter(folder, tmp_path / "x.pth", call_x)
-    place = {"x": 500_000, "y": 4_000_000, "epsg": 32632}
-    monkeypatch.setattr(maps, "have_places", lambda paths: True)
-    monkeypatch.setattr(maps, "centre", lambda path: place)
-    table = deploy_lora.main(["predict", adapter, str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")])
-    assert float(table[0]["x"]) < 1000 and table[0]["image_x"] == 500_000
-    assert list(rows_of(tmp_path / "p.csv")[0]) == ["path", "x", "left light", "image_x", "image_y", "image_epsg"]
-
-
 def test_seconds_since_1970_are_learned_and_predicted(train, lists, tmp_path):
     """Minutes apart: float32 would round them to two minutes, and their R2 to nothing."""
     for part in ("train", "val"):
         lines = (lists / f"regression_{part}.csv").read_text().splitlines()[1:]
         rows = [f"{path},{1_700_000_000 + 3 * int(light)}" for path, light, _ in (line.split(",") for line in lines)]
         (lists / f"time_{part}.csv").write_text("\n".join(["path,time", *rows]) + "\n")
-    results = train("regression", tmp_path / "out", "--cache-features none --mixup 0.2", "time")
+    results = train("regression", tmp_path / "out", "--cache-features none", "time")
     assert math.isfinite(results["val_r2"]) and results["mae"] < 360
     answers = rows_of(results["folder"] / "results_answers.csv")
     assert all(int(row["time"]) % 3 == 1_700_000_000 % 3 for row in answers)

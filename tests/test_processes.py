@@ -33,7 +33,7 @@ from toolkit.run import guard, optim, output_folder
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"
 WAYS = {
-    "lora": "--label-smoothing 0.1 --mixup 0.4",
+    "lora": "--label-smoothing 0.1",
     "qlora": "--use-qlora --target-modules mlp.0 --gradient-checkpointing full",
     "features": "--adapt-last 1 --cache-features disk --use-qlora",
 }
@@ -242,15 +242,20 @@ def note_images() -> None:
     log = Path(os.environ["NOTES"]).with_suffix(f".{os.environ['RANK']}.txt")
 
     def begin_epoch(run):
-        real_mix = run.task.mix
+        real_steps = run.loaders.steps
 
-        def mix(images, labels):  # what the loop does first with a batch
-            sums = images.double().sum((1, 2, 3))[labels >= 0].tolist()
-            with open(log, "a") as file:
-                file.write("".join(f"{number:.3f}\n" for number in sums))
-            return real_mix(images, labels)
+        def noted(batches):
+            for images, labels in batches:
+                sums = images.double().sum((1, 2, 3))[labels >= 0].tolist()
+                with open(log, "a") as file:
+                    file.write("".join(f"{number:.3f}\n" for number in sums))
+                yield images, labels
 
-        run.task.mix = mix
+        def steps(epoch, start=0):
+            for step in real_steps(epoch, start):
+                yield step._replace(batches=noted(step.batches))
+
+        run.loaders.steps = steps
         return real_begin(run)
 
     finetune_lora.FineTuning.begin_epoch = begin_epoch

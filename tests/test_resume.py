@@ -49,7 +49,7 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
 
 WAYS = {
     "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
-    "4 bits": "--use-qlora --mixup 0.2",
+    "4 bits": "--use-qlora --label-smoothing 0.1",
     "features of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1"
     " --cache-features disk",
     "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",

@@ -315,7 +315,7 @@ def settled(**changes) -> Plan:
     [
         "",
         "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2",
-        "--learning-rate auto --norms auto --arithmetic float --wise-ft 0.5 --mixup 0.2 --keep-best f1",
+        "--learning-rate auto --norms auto --arithmetic float --wise-ft 0.5 --keep-best f1",
         "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
     ],
 )

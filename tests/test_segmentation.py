@@ -186,10 +186,10 @@ def test_what_other_tasks_can_do_masks_can_too(segment, options):
 
 
 def test_what_is_not_possible_with_masks_is_refused_by_name(pairs):
-    options = "--augmentation trivial --mixup 0.2 --cache-features disk --adapt-last 1 --labels-per-class 3"
+    options = "--augmentation trivial --cache-features disk --adapt-last 1 --labels-per-class 3"
     with pytest.raises(InputError) as raised:
         read_options(f"--task segmentation --data-dir {pairs} {options} --keep-best accuracy".split())
-    for named in ("--augmentation trivial", "--mixup", "--cache-features", "--labels-per-class"):
+    for named in ("--augmentation trivial", "--cache-features", "--labels-per-class"):
         assert f"{named} with --task segmentation" in str(raised.value)
     assert "--keep-best accuracy with --task segmentation: use miou or dice or pixels" in str(raised.value)
 

@@ -131,16 +131,6 @@ def test_the_error_of_a_score_is_that_of_drawing_other_images():
     assert 0.6 < math.sqrt(task.head.variance(np.mean(score), 150)) / np.std(score) < 1.7
 
 
-def test_mixing_leaves_unknown_what_one_of_the_two_does_not_know():
-    images, targets = torch.rand(8, 3, 4, 4), torch.tensor([[1.0, 0.0], [0.0, math.nan]] * 4)
-    torch.manual_seed(0)
-    new, labels = tasks.MultiLabel(["a", "b"], mixup=0.4).mix(images, targets)
-    share = ((new - images.roll(1, 0)) / (images - images.roll(1, 0))).median()
-    torch.testing.assert_close(labels[0, 0], share.clamp(0, 1), atol=1e-4, rtol=0)
-    assert labels[:, 1].isnan().all()
-    assert tasks.MultiLabel(["a", "b"]).mix(images, targets)[1] is targets
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers
 

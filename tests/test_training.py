@@ -13,7 +13,7 @@ from torch import nn
 
 from finetune_lora import LoRALinear
 from toolkit import InputError, devices
-from toolkit.answers import evaluation, tasks
+from toolkit.answers import evaluation
 from toolkit.devices import faster_dtype
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
@@ -42,20 +42,6 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     assert faster_dtype(lambda dtype: nn.Linear(3, 2), torch.ones(2, 3)) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
-
-
-def test_mixed_images_are_mixed_as_their_labels_are():
-    """Image i is all i: what is mixed of it and the one before shows in its mean."""
-    torch.manual_seed(0)
-    task = tasks.Classification(list("abcd"), mixup=0.5)
-    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32)
-    for _ in range(5):
-        mixed, shares = task.mix(images.clone(), torch.arange(4))
-        torch.testing.assert_close(shares.sum(1), torch.ones(4))
-        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0), rtol=1e-4, atol=1e-4)
-    images, labels, missing = torch.randn(2, 3, 4, 4), torch.tensor([1, 0]), torch.full((2,), evaluation.NO_LABEL)
-    assert tasks.Classification(list("ab")).mix(images, labels) == (images, labels)
-    assert tasks.Classification(list("ab"), mixup=0.5).mix(images, missing) == (images, missing)
 
 
 def test_statistics_are_those_of_the_loaders_images():

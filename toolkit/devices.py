@@ -83,11 +83,6 @@ PRECISIONS = ("auto", *DTYPES)
 ARITHMETICS = ("float", "int8")
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as an option."""
-    return next(name for name, other in DTYPES.items() if other == dtype)
-
-
 def select_precision(name: str, device: torch.device) -> torch.dtype:
     """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
 

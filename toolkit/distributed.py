@@ -132,6 +132,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def not_yet_averaged(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Within this block backward only adds to the process's own gradients. `model` is what `parallel` returned."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+def exchanging(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+    """Within this block of the last batch of a step, backward averages the gradients of what `parallel` returned."""
+    adds_only = isinstance(model, DistributedDataParallel) and not is_last
+    return model.no_sync() if adds_only else contextlib.nullcontext()

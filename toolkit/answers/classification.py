@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, worst_first
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.parts import Head, SoftmaxObjective, Task, mixed
+from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import html_picture, html_table
 from toolkit.images.data import LabelledImages
 
@@ -26,22 +26,10 @@ UNCERTAIN_SHOWN = 6
 
 
 class ClassObjective(SoftmaxObjective):
-    """Cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed."""
-
-    def __init__(self, classes: int, class_weights: Tensor | None, label_smoothing: float, mixup: float):
-        super().__init__(class_weights, label_smoothing)
-        self.classes = classes
-        self.mixup = mixup
+    """Cross-entropy of logits (N, K) and labels (N,)."""
 
     def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A mixed image has the label of its largest share."""
-        return (outputs.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))).sum()
-
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        shares = F.one_hot(targets.clamp_min(0), self.classes).float()
-        shares[targets == evaluation.NO_LABEL] = torch.nan
-        mixed_images, mixed_shares = mixed(images, shares, self.mixup)
-        return mixed_images, targets if mixed_shares is shares else mixed_shares  # nothing is mixed
+        return (outputs.argmax(1) == targets).sum()
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)
@@ -204,7 +192,6 @@ class Classification(Task):
     Args:
         names: of the K classes.
         class_weights, label_smoothing: as for `toolkit.answers.parts.SoftmaxObjective`.
-        mixup: alpha of mixup; 0: nothing is mixed.
     """
 
     kind = "classification"
@@ -216,14 +203,8 @@ class Classification(Task):
     best_by: Mapping[str, str] = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"}
     Report = ClassReport
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        mixup: float = 0.0,
-    ):
-        objective = ClassObjective(len(names), class_weights, label_smoothing, mixup)
+    def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):
+        objective = ClassObjective(class_weights, label_smoothing)
         super().__init__(objective, ClassHead(names, objective))
 
     def record(self) -> None:

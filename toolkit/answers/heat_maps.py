@@ -1,6 +1,7 @@
 """Heat maps of what decides an answer: Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ def _in_places(features: Tensor) -> Tensor:
     return patches.movedim(2, 1).unflatten(2, (side, side))
 
 
+@dataclass
 class Explainer:
     """Pictures of what a model sees of images, bright where most speaks for its answer.
 
@@ -73,23 +75,13 @@ class Explainer:
         bands: what is read of images that are no RGB photographs.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        view: View,
-        device: torch.device,
-        dtype: torch.dtype,
-        mean: Sequence[float],
-        std: Sequence[float],
-        bands: Bands | None = None,
-    ):
-        self.model = model
-        self.view = view
-        self.device = device
-        self.dtype = dtype
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-        self.bands = bands
+    model: nn.Module
+    view: View
+    device: torch.device
+    dtype: torch.dtype
+    mean: Sequence[float]
+    std: Sequence[float]
+    bands: Bands | None = None
 
     def explain(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """What the model sees, in grey under its heat map too, both (S, S, 3) from 0 to 1; and its outputs (1, K)."""
@@ -98,7 +90,8 @@ class Explainer:
         normalised = self.view(image)
         with autocast(self.device, self.dtype):
             heat, outputs = grad_cam(self.model, to_device(normalised[None], self.device))
-        picture = (normalised * self.std + self.mean).clamp(0, 1).movedim(0, 2).numpy()
+        mean, std = torch.tensor([self.mean, self.std])[..., None, None]
+        picture = (normalised * std + mean).clamp(0, 1).movedim(0, 2).numpy()
         if self.bands is not None:
             picture = self.bands.picture(normalised)
         colours = matplotlib.colormaps["inferno"](heat[0].numpy())[..., :3]

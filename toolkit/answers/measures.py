@@ -150,12 +150,8 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
         place = int((hits >= needed).sum()) - 1 if kind == "sensitivity" else int((rejections < needed).sum())
     edges = F.pad(levels, (1, 1))
     edges[-1] = 1.0
-    return _halfway(edges[place], edges[place + 1])
-
-
-def _halfway(low: Tensor, high: Tensor) -> float:
-    """The middle in float32, as thresholds are kept; where it would be the higher score itself, the lower one."""
-    middle = ((low + high) / 2).float()
+    low, high = edges[place : place + 2]
+    middle = ((low + high) / 2).float()  # as thresholds are kept; where it would be the higher score itself, the lower
     return (middle if middle < high.float() else low).item()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, listed
+from toolkit.models.checkpoints import value_at
 from toolkit.models.published import PUBLISHED
 
 PIPELINES = {
@@ -29,7 +30,7 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
     base = Path(str(metadata["checkpoint"])).name
     published = {Path(url).name: known for known, (url, _) in PUBLISHED.items()}
     base = published.get(base, base)
-    kind = (metadata.get("task") or {}).get("kind", "classification")
+    kind = value_at(metadata, "task/kind") or "classification"
     figures = _figures(results)
     about: dict[str, Any] = {"license": MOCO_LICENCE if base.startswith("moco-v") else "unknown"}
     about["tags"] = ["lora", "moco", str(metadata["arch"])]
@@ -39,39 +40,37 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
         measured = {"task": {"type": PIPELINES[kind]}, "metrics": metrics}
         measured["dataset"] = {"name": _data(metadata), "type": "private"}
         about["model-index"] = [{"name": name, "results": [measured]}] if metrics else []
-    lines = [
-        f"# {name}",
-        "",
-        f"Adapters (LoRA) for {metadata['arch']}, trained over `{base}`: {kind} of images of "
-        f"{metadata['image_size']} pixels into {listed(metadata['class_names'], 30)}.",
-        "",
-        "The licence of the base holds for what is made of it. Look it up on its publisher's page.",
-        "",
-        "## Results",
-        "",
-        *(_table(figures, results) if figures else ["Not measured."]),
-        "",
-        "## Data",
-        "",
-        f"{_data(metadata)}.",
-        "",
-        "## To use it",
-        "",
-        "```bash",
-        f"python deploy_lora.py predict {file} my_images --output answers.csv --checkpoint BASE",
-        "```",
-        "",
-        f"`BASE` is the file of `{base}`. In Python: `model, info = load_finetuned('{file}', 'BASE')`.",
-        "",
-        "## Settings",
-        "",
-        "```yaml",
-        yaml.safe_dump(_section(metadata, "finetune"), sort_keys=False, allow_unicode=True).strip(),
-        "```",
-        "",
-        f"Made with version {metadata.get('version', VERSION)} of the toolkit.",
-    ]
-    return f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(lines) + "\n"
+    return f"""---
+{_yaml(about)}---
+
+# {name}
+
+Adapters (LoRA) for {metadata["arch"]}, trained over `{base}` on {_data(metadata)}: {kind} of images of \
+{metadata["image_size"]} pixels into {listed(metadata["class_names"], 30)}.
+
+The licence of the base holds for what is made of it. Look it up on its publisher's page.
+
+## Results
+
+{_table(figures, results)}
+
+## To use it
+
+```bash
+python deploy_lora.py predict {file} my_images --output answers.csv --checkpoint BASE
+```
+
+`BASE` is the file of `{base}`. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
+
+## Settings, of version {metadata.get("version", VERSION)} of the toolkit
+
+```yaml
+{_yaml(value_at(metadata, "config/finetune") or {})}```
+"""
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _figures(results: Mapping[str, Any]) -> list[tuple[str, float, list[float]]]:
@@ -84,27 +83,22 @@ def _figures(results: Mapping[str, Any]) -> list[tuple[str, float, list[float]]]
     return found
 
 
-def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |" for name, value, (low, high) in figures]
-    score = next(iter(figures))[0]
+def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, Any]) -> str:
+    if not figures:
+        return "Not measured."
+    rows = [f"On {results['val_images']:,} evaluation images:", "", "| | | 95% interval |", "|---|---|---|"]
+    rows += [f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |" for name, value, (low, high) in figures]
+    score, *_ = figures[0]
     before = results.get(f"probe_{score}_before")
     if before is not None:
         rows.append(f"| {score} of the linear probe, before training | {before:.4g} | |")
-    return [f"On {results['val_images']:,} evaluation images:", "", "| | | 95% interval |", "|---|---|---|", *rows]
+    return "\n".join(rows)
 
 
 def _data(metadata: Mapping[str, Any]) -> str:
     """The images of a run, by the name of their list or folder: a path says more than a stranger is to know."""
-    data = _section(metadata, "data")
-    lists = data.get("data_list") or []
-    places = lists if isinstance(lists, list) else []
-    if not places and data.get("data_dir"):
-        places = [data["data_dir"]]
-    return listed([Path(str(place)).name for place in places] or [str(data.get("dataset", "unknown images"))])
-
-
-def _section(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A section of a run's settings; empty in a file that no run has written."""
-    config = metadata.get("config")
-    section = config.get(name) if isinstance(config, dict) else None
-    return section if isinstance(section, dict) else {}
+    places = value_at(metadata, "config/data/data_list")
+    if not isinstance(places, list):
+        known = (value_at(metadata, f"config/data/{name}") for name in ("data_dir", "dataset"))
+        places = [next(filter(None, known), "unknown images")]
+    return listed([Path(str(place)).name for place in places])

@@ -93,12 +93,10 @@ class LabelObjective(Objective):
         labels: K.
         targets: of the training images, (N, K): 1, 0, or NaN where unknown.
         balanced: of each label its positives count as much as its negatives, together as much as they all did.
-        mixup: alpha of mixup; 0: none. A label that one of the two images does not know is unknown.
     """
 
-    def __init__(self, labels: int, targets: Tensor | None, balanced: bool, mixup: float):
+    def __init__(self, labels: int, targets: Tensor | None, balanced: bool):
         targets = torch.full((1, labels), math.nan) if targets is None else targets
-        self.mixup = mixup
         self.balanced = balanced
         known = (~targets.isnan()).sum(0)
         self.positives = targets.nansum(0)  # (K,)
@@ -116,9 +114,7 @@ class LabelObjective(Objective):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over all K labels of an image, where unknown ones count 0; summed over images."""
-        # A share of a mixed image weighs as much of a positive as it is one.
-        weights = torch.lerp(self.weights[0], self.weights[1], targets.nan_to_num())
-        return self.plain_loss(outputs, targets, weights)
+        return self.plain_loss(outputs, targets, self.weights[1].where(targets == 1, self.weights[0]))
 
     def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         known = ~targets.isnan()
@@ -335,7 +331,7 @@ class MultiLabel(Task):
 
     Args:
         names: of the K labels.
-        targets, balanced, mixup: as for `LabelObjective`.
+        targets, balanced: as for `LabelObjective`.
         thresholds: (K,), above which probabilities labels are answers.
         goal: by which they are chosen anew: see `measures.threshold_for`.
     """
@@ -354,9 +350,8 @@ class MultiLabel(Task):
         names: Sequence[str],
         targets: Tensor | None = None,
         balanced: bool = False,
-        mixup: float = 0.0,
         thresholds: Tensor | None = None,
         goal: str = "f1",
     ):
-        objective = LabelObjective(len(names), targets, balanced, mixup)
+        objective = LabelObjective(len(names), targets, balanced)
         super().__init__(objective, LabelHead(names, objective, thresholds, goal))

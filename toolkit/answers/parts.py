@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit import distributed
 from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
 from toolkit.images.data import LabelledImages
@@ -63,7 +62,6 @@ class Objective:
     A derived class adds what is annotated here.
     """
 
-    mixup = 0.0  # alpha of mixup; 0: nothing is mixed
     loss: evaluation.Loss  # what is minimised
     plain_loss: evaluation.Loss  # without weights and smoothing: reported, and watched by the guard
     counts: Callable[[LabelledImages], Mapping[Any, int]]  # how many images say something about each output
@@ -76,10 +74,6 @@ class Objective:
     def progress(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The figures of a training batch: `plain_loss` and `hits`."""
         return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
-
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed images, and their targets."""
-        return mixed(images, targets, self.mixup)
 
     def to(self, device: torch.device) -> None:
         """Put what the loss needs onto the device."""
@@ -206,7 +200,6 @@ class Task:
         self.loss = objective.loss
         self.plain_loss = objective.plain_loss
         self.progress = objective.progress
-        self.mix = objective.mix
         self.evaluate = head.evaluate
 
     def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
@@ -236,21 +229,3 @@ class Task:
     def reported(cls, score: float) -> str:
         """A score as people read it."""
         return "not defined" if score != score else f"{score:{cls.score_format}}"  # NaN is not itself
-
-
-def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """mixup (arXiv 1710.09412) with targets (N, K): each image with the one before it, by one share for the batch.
-
-    Several processes mix their shares of a batch as if it were one. A batch that is smaller than there are processes,
-    which some lack a share of, stays as it is.
-    """
-    if alpha == 0:
-        return images, targets
-    share = distributed.gather(torch.distributions.Beta(alpha, alpha).sample().item())[0]
-    lacking, *_ = distributed.all_sum(float(targets.isnan().all()))
-    if lacking:
-        return images, targets
-    own = slice(distributed.rank(), None, distributed.world_size())
-    before = distributed.interleave(images).roll(1, 0)[own]
-    targets_before = distributed.interleave(targets).roll(1, 0)[own]
-    return torch.lerp(before, images, share), torch.lerp(targets_before, targets, share)

@@ -17,7 +17,6 @@ from torch import Tensor
 from toolkit import InputError, distributed, listed
 from toolkit.answers.parts import Task
 from toolkit.files import open_atomically, same_file, write_csv, write_text
-from toolkit.images import maps
 from toolkit.images.data import LabelledImages
 from toolkit.images.maps import no_class, write_map, write_mask
 from toolkit.images.masks import palette
@@ -69,36 +68,27 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
     names = [images.name(i) for i in range(len(images))]
     columns.insert(0, "image_path" if "path" in columns else "path")
     rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
-    if maps.have_places(map(images.source.path, range(len(images.source)))):  # all of them: parts have the same columns
-        prefix = "" if set(columns).isdisjoint(maps.COLUMNS) else "image_"
-        for row, name in zip(rows, names, strict=True):
-            row.update({prefix + key: value for key, value in maps.centre(name).items()})
-        columns += [prefix + name for name in maps.COLUMNS]
     if path.suffix == ".parquet":
-        _write_parquet(rows, {name: _is_text(task, name) for name in columns}, path)
+        text_columns = {"classification": r"class(_\d)?", "multilabel": "labels", "regression": "image_path"}[task.kind]
+        are_texts = {name: re.fullmatch(f"path|{text_columns}", name) is not None for name in columns}
+        _write_parquet(rows, are_texts, path)
     else:
         write_csv(rows, columns, path)
     return rows
 
 
-def _is_text(task: Task, column: str) -> bool:
-    """Has this column of `write_table` texts and not numbers, whatever the names of classes look like?"""
-    of_answers = {"classification": r"class(_\d)?", "multilabel": "labels", "regression": "image_path"}
-    return column == "path" or re.fullmatch(of_answers[task.kind], column) is not None
-
-
 def _write_parquet(rows: Sequence[dict[str, Any]], are_texts: Mapping[str, bool], path: Path) -> None:
-    """Write a table whose columns are texts, or else numbers, which are missing where a row has none."""
+    """Write a table whose columns are texts or, whatever the names of classes look like, numbers."""
     import pyarrow
     from pyarrow import parquet
 
     columns = {}
     for name, is_text in are_texts.items():
-        cells = [row.get(name) for row in rows]
+        cells = [row[name] for row in rows]
         if is_text:  # names of files need not be UTF-8
             columns[name] = pyarrow.array([cell.encode(errors="replace").decode() for cell in cells], pyarrow.string())
         else:
-            columns[name] = pyarrow.array([None if cell is None else float(cell) for cell in cells], pyarrow.float64())
+            columns[name] = pyarrow.array([float(cell) for cell in cells], pyarrow.float64())
     with open_atomically(path) as file:
         parquet.write_table(pyarrow.table(columns), file)
 

@@ -51,13 +51,11 @@ class NumberObjective(Objective):
 
     Args:
         mean, std: of the training images, float64 (K,).
-        mixup: alpha of mixup; 0: none.
     """
 
-    def __init__(self, mean: Tensor, std: Tensor, mixup: float):
+    def __init__(self, mean: Tensor, std: Tensor):
         self.mean = mean.double()
         self.std = std.double()
-        self.mixup = mixup
 
     def standardised(self, targets: Tensor) -> Tensor:
         """In the targets' own precision: large numbers that differ by little need float64."""
@@ -224,7 +222,6 @@ class Regression(Task):
     Args:
         names: of the K numbers.
         targets: of the training images, (N, K), NaN where unknown; or give mean and std, (K,).
-        mixup: alpha of mixup; 0: none.
 
     Raises:
         InputError: a number is the same for all training images, or known of fewer than two.
@@ -245,7 +242,6 @@ class Regression(Task):
         self,
         names: Sequence[str],
         targets: Tensor | None = None,
-        mixup: float = 0.0,
         mean: Tensor | None = None,
         std: Tensor | None = None,
     ):
@@ -255,5 +251,5 @@ class Regression(Task):
                 if len(known) < 2 or known.min() == known.max():
                     raise InputError(f"the number {name} is the same in all training images: there is nothing to learn")
             mean, std = torch.tensor([[of.mean(), of.std(correction=0)] for of in columns], dtype=torch.float64).T
-        objective = NumberObjective(mean, std, mixup)
+        objective = NumberObjective(mean, std)
         super().__init__(objective, NumberHead(names, objective))

@@ -91,15 +91,15 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
     balanced = args.class_weights == "balanced"
     task: Task
     if args.task == "multilabel":
-        task = MultiLabel(names, train.targets, balanced, args.mixup, goal=args.threshold)
+        task = MultiLabel(names, train.targets, balanced, goal=args.threshold)
     elif args.task == "regression":
-        task = Regression(names, train.targets, args.mixup)
+        task = Regression(names, train.targets)
     elif args.task == "segmentation":
         weights = rare_class_weights(train.targets) if balanced else None
         task = Segmentation(names, weights, args.label_smoothing, train.source.read.record)
     else:
         weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
-        task = Classification(names, weights, args.label_smoothing, args.mixup)
+        task = Classification(names, weights, args.label_smoothing)
     task.objective.to(device)
     return task
 

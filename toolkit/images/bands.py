@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -401,17 +401,8 @@ SMALLEST_STD = 0.01
 LARGEST_STD = 30.0
 
 
-class Statistics(NamedTuple):
-    """Statistics of each channel over all pixels, (channels,) each."""
-
-    mean: np.ndarray
-    std: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def measured(images: Iterable[np.ndarray]) -> Statistics:
-    """The statistics of images (H, W, channels)."""
+def measured(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The mean, std, smallest and largest value of each channel, (channels,), over images (H, W, channels)."""
     count = 0
     total = squares = 0.0
     low = math.inf
@@ -424,7 +415,7 @@ def measured(images: Iterable[np.ndarray]) -> Statistics:
         low = np.minimum(low, pixels.min(0))
         high = np.maximum(high, pixels.max(0))
     mean = total / count
-    return Statistics(mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high)
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high
 
 
 def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str, Any]:
@@ -447,9 +438,10 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         found = measured(as_array(images[i][0]) for i in range(len(images)))
     if scaling.normalise:
         scale = getattr(bands, "scale", 255.0)
-        varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
-        mean = (found.mean / scale).tolist()
-        std = np.where(varies, found.std / scale, 1).tolist()
+        level, deviation, *_ = found
+        varies = deviation > 1e-6 * np.maximum(1, np.abs(level))
+        mean = (level / scale).tolist()
+        std = np.where(varies, deviation / scale, 1).tolist()
     mean, std = (tuple(np.broadcast_to(np.array(numbers, float), channels).tolist()) for numbers in (mean, std))
     if bands is not None:
         chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
@@ -466,31 +458,32 @@ def _distinct(numbers: Sequence[float]) -> str:
     return ", ".join(map("{:.4g}".format, dict.fromkeys(numbers)))
 
 
-def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None:
+def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float]) -> None:
     """Raise InputError if the network would see values far from any that networks are trained on.
 
     One channel that varies too much is enough, or most channels varying too little. Only a warning is printed for few
     channels that hardly vary: Sentinel-2's B10 divided by 10000, as in SSL4EO-S12, has a standard deviation of 0.0005.
     """
-    seen = found.std / (bands.scale * np.asarray(std))
+    mean, deviation, low, high = found
+    seen = deviation / (bands.scale * np.asarray(std))
     is_read = np.array([band != ZEROS for band in bands.chosen] or [True] * bands.channels)
     weak = np.flatnonzero(is_read & (seen < SMALLEST_STD)).tolist()
     strong = np.flatnonzero(is_read & (seen > LARGEST_STD)).tolist()
     if strong or 2 * len(weak) > is_read.sum():
-        likely = 10000 if found.mean.max() < 15000 else 65535  # reflectances in ten thousandths, or 16 bits
-        if found.high.max() <= 255:
-            likely = 1 if found.high.max() <= 2 else 255
+        likely = 10000 if mean.max() < 15000 else 65535  # reflectances in ten thousandths, or 16 bits
+        if high.max() <= 255:
+            likely = 1 if high.max() <= 2 else 255
         worst = [*strong, *weak][0]
         raise InputError(
             f"channel {worst + 1} has a standard deviation of {seen[worst]:.3g} after normalisation, and networks are "
-            f"trained on about 1: in the files its numbers go from {found.low[worst]:.4g} to {found.high[worst]:.4g} "
-            f"(mean {found.mean[worst]:.4g}, std {found.std[worst]:.4g}), and are divided by {bands.scale:g}; "
+            f"trained on about 1: in the files its numbers go from {low[worst]:.4g} to {high[worst]:.4g} "
+            f"(mean {mean[worst]:.4g}, std {deviation[worst]:.4g}), and are divided by {bands.scale:g}; "
             f"--scale {likely} is likely, or measure mean and std with --normalise data"
         )
     for i in weak:
         print(
             f"channel {i + 1} hardly varies: its standard deviation is {seen[i]:.2g} after normalisation (in the files "
-            f"{found.std[i]:.3g}); if it should count, use --normalise data"
+            f"{deviation[i]:.3g}); if it should count, use --normalise data"
         )
 
 

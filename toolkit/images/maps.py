@@ -1,15 +1,13 @@
-"""Where on Earth an image is; and maps, what a model answers for each pixel of an image, as files with that place.
+"""Maps, what a model answers for each pixel of an image, as files; and its place on Earth, which they take.
 
 A place is in the tags of OGC's GeoTIFF 1.1 (19-008r4): a pixel's position and the size of all, or a matrix, in degrees
 or in units of the projection of an EPSG code.
 """
 
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,14 +15,12 @@ from PIL import Image
 from toolkit.files import open_atomically
 from toolkit.images.bands import import_tifffile
 
-COLUMNS = ("x", "y", "epsg")
 _SCALE = 33550
 _TIE_POINTS = 33922
 _MATRIX = 34264
 _KEYS = {34735: "H", 34736: "d", 34737: "s"}
 _RASTER_TYPE = "GTRasterTypeGeoKey"
 _POINT = 2  # a raster type: positions are those of pixels' centres, not of their upper left corners
-_UNNAMED = 32767  # a reference system that has no code
 _GDAL_METADATA = 42112  # tags of GDAL
 _GDAL_NODATA = 42113
 _TILE = 256
@@ -58,47 +54,6 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
             count = len(value)
         extra.append((code, _KEYS.get(code, "d"), count, value, True))
     return extra
-
-
-def centre(path: str | os.PathLike) -> dict[str, Any]:
-    """The `x`, `y` and `epsg` of an image's centre; an empty dictionary if the file has no such tags.
-
-    x is the longitude and y the latitude in degrees, or both are in the units of the projection. `epsg` is the code of
-    the reference system, or empty if it has none.
-    """
-    try:
-        with import_tifffile().TiffFile(path) as file:
-            page = file.pages[0]
-            tags = page.geotiff_tags
-        half = 0.5 * (tags.get(_RASTER_TYPE) == _POINT)
-        column = page.imagewidth / 2 - half
-        row = page.imagelength / 2 - half
-        if "ModelTransformation" in tags:
-            x, y = (a * column + b * row + d for a, b, _, d in tags["ModelTransformation"][:2])
-        else:
-            across, down, _ = tags["ModelPixelScale"]
-            at_column, at_row, _, x, y, _ = tags["ModelTiepoint"]  # of a single point
-            x += (column - at_column) * across
-            y -= (row - at_row) * down
-        code = int(tags.get("ProjectedCSTypeGeoKey", tags.get("GeographicTypeGeoKey", _UNNAMED)))
-    except Exception:  # no such tags, or damaged ones, of which there are many kinds: the image itself can be read
-        return {}
-    if not (math.isfinite(x) and math.isfinite(y)):
-        return {}
-    return {"x": x, "y": y, "epsg": "" if code == _UNNAMED else code}
-
-
-def have_places(paths: Iterable[str]) -> bool:
-    """Does the first TIFF among these files say where it is? Then a table of them has COLUMNS."""
-    first = next((path for path in paths if path.lower().endswith((".tif", ".tiff"))), None)
-    if first is None:
-        return False
-    try:
-        import_tifffile()
-    except ImportError:
-        print("the geotags of TIFFs are not read: pip install tifffile")
-        return False
-    return bool(centre(first))
 
 
 def no_class(classes: int) -> np.integer:

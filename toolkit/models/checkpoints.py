@@ -57,7 +57,7 @@ def load_backbone(
         heads: the attention heads of a torchvision ViT; by default what the layout implies. If that is a guess, this
             warns: a ViT-S with 6 heads and one with 12 have the same tensors.
         channels: the images' channels; by default those that the file's first layer takes.
-        channel_fit: how to convert the first layer for another number, one of CHANNEL_FITS; None: refuse.
+        channel_fit: how to convert the first layer for another number, 'timm' (`_fitted_to_channels`); None: refuse.
 
     Returns:
         The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
@@ -106,9 +106,6 @@ def load_backbone(
         "loaded": list(weights),
         "dropped": source.dropped,
     }
-
-
-CHANNEL_FITS = ("timm",)
 
 
 def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, dict[str, Any]]:

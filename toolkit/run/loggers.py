@@ -4,6 +4,7 @@ Where a tracker keeps its runs, and as whom it logs in, is its own business: its
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -30,11 +31,10 @@ def _tensorboard(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
 
 
 @contextlib.contextmanager
-def _wandb(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
-    import wandb
-
-    with wandb.init(project=PROJECT, name=folder.name, dir=folder, config=settings) as run:
-        yield lambda numbers, epoch: run.log(numbers, step=epoch)
+def _wandb(folder: Path, settings: dict[str, Any], package: str = "wandb", **where: Any) -> Iterator[Log]:
+    run = importlib.import_module(package).init(project=PROJECT, name=folder.name, config=settings, **where)
+    yield lambda numbers, epoch: run.log(numbers, step=epoch)
+    run.finish()
 
 
 @contextlib.contextmanager
@@ -48,16 +48,12 @@ def _mlflow(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
         yield lambda numbers, epoch: mlflow.log_metrics(numbers, step=epoch)
 
 
-@contextlib.contextmanager
-def _trackio(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
-    import trackio
-
-    run = trackio.init(project=PROJECT, name=folder.name, config=settings)
-    yield lambda numbers, epoch: run.log(numbers, step=epoch)
-    run.finish()
-
-
-LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
+LOGGERS = {
+    "tensorboard": _tensorboard,
+    "wandb": lambda folder, settings: _wandb(folder, settings, dir=folder),
+    "mlflow": _mlflow,
+    "trackio": functools.partial(_wandb, package="trackio"),  # it has wandb's interface
+}
 
 
 def missing(name: str | None) -> list[str]:

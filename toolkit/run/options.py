@@ -202,7 +202,6 @@ class TuneOptions(AdapterOptions):
     weight_decay: float = option(0.01, "weight decay of AdamW", type=config.non_negative_float)
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
-    mixup: float = option(0.0, "alpha of mixup, as 0.2; 0: none", type=config.non_negative_float)
     wise_ft: float | str = option(
         "auto",
         "saved share of the trained change; auto: by the images per class",
@@ -361,7 +360,7 @@ CLASHES = {
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
     "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
     "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
-    "--cache-features": {"--norms train": _CHANGES, "--mixup": _CHANGES},
+    "--cache-features": {"--norms train": _CHANGES},
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
@@ -374,7 +373,6 @@ CLASHES = {
     "--task segmentation": {
         "--augmentation trivial": _NO_MASKS,
         "--augmentation affine": _NO_MASKS,
-        "--mixup": _NO_MASKS,
         "--cache-features": _NO_MASKS,
         "--labels-per-class": _NO_MASKS,
     },
@@ -382,7 +380,7 @@ CLASHES = {
 
 
 def _is_given(args: Any, words: str) -> bool:
-    """Do the options have what these words say: `--norms train`, `--no-freeze-backbone`, or any `--mixup` but none?"""
+    """Do the options have what these words say: `--norms train`, `--no-freeze-backbone`, or `--heads` of any value?"""
     name, _, value = words.removeprefix("--").partition(" ")
     name = name.replace("-", "_")
     if name.startswith("no_"):

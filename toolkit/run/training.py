@@ -57,20 +57,14 @@ def micro_batches(
         yield MicroBatches(itertools.islice(shares, number), number, images, is_last)
 
 
-class StepFigures(NamedTuple):
-    """What an optimizer step measures, unread."""
-
-    images: int  # of all processes together
-    sums: list[Tensor]  # of each batch: sums over its images, (n,), on the device
-
-
-def read_figures(steps: list[StepFigures], stop: Any) -> list[tuple[int, list[float]]]:
+def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple[int, list[float]]]:
     """The images of each step, and its figures summed over batches and processes. Empties the list.
 
-    The processes exchange the figures, and along with them whether one of them was asked to stop: `StopRequests`.
+    A step comes as the number of its images in all processes, and for each batch the sums over its images, (n,), on the
+    device. The processes exchange their sums, and whether one of them was asked to stop: `StopRequests`.
     """
-    images = [step.images for step in steps]
-    sums = [list(map(sum, zip(*map(Tensor.tolist, step.sums), strict=True))) for step in steps]
+    images = [number for number, _ in steps]
+    sums = [list(map(sum, zip(*map(Tensor.tolist, batches), strict=True))) for _, batches in steps]
     steps.clear()
     if distributed.world_size() > 1:
         *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
