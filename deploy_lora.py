@@ -21,7 +21,6 @@ options; the table COMMANDS lists them all.
 
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.util
@@ -45,7 +44,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
-from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
+from finetune_lora import load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import check_metadata, is_per_pixel, write_adapter_file
@@ -64,7 +63,7 @@ from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
-from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint, value_at
+from toolkit.models.checkpoints import checkpoint_path, value_at
 from toolkit.run import reports
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
@@ -779,18 +778,14 @@ def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str], outpu
     return graph.model_proto.SerializeToString()
 
 
-# ------------------------------------------------------------------------------------------- PEFT's format, and from it
+# ------------------------------------------------------------------------------------------------------- PEFT's format
 
 ROUNDING = 1e-3  # the largest difference of answers, relative to their size, that rounding explains
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write the adapter in PEFT's format (`--to peft`), or one of PEFT's in this toolkit's (`--from peft`)."""
-    if args.to is not None:
-        error = to_peft(args.adapter, args.output, args.checkpoint)
-    else:
-        given = {name: vars(args)[name] for name in ("class_names", "image_size", "arch", "heads")}
-        error = from_peft(args.adapter, args.output, args.checkpoint, **given)
+    """Write the adapter in PEFT's format into the folder --output."""
+    error = to_peft(args.adapter, args.output, args.checkpoint)
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 
@@ -824,8 +819,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        values = recorded(from_metadata(metadata), metadata)
-        peft_format.write_peft(model, Path(scratch), values, _task_of(metadata).record())
+        peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         difference = _difference(theirs, model, metadata["image_size"], tolerance)
         try:
@@ -836,58 +830,6 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             with files.open_atomically(folder / name) as file:
                 file.write(Path(scratch, name).read_bytes())
     return difference
-
-
-def from_peft(
-    folder: Path,
-    output: Path,
-    checkpoint: Path,
-    class_names: list[str] | None = None,
-    image_size: int | None = None,
-    arch: str | None = None,
-    heads: int | None = None,
-) -> float:
-    """Write the LoRA adapter in a folder of PEFT as an adapter file, which `load_finetuned` reads.
-
-    Returns what `to_peft` does. Raises InputError if PEFT is missing, the folder or the checkpoint cannot be read, or
-    the adapter has something that this toolkit's adapters lack.
-
-    Args:
-        folder: written by `PeftModel.save_pretrained`, with the classifier head in it (`modules_to_save`).
-        output: `.pth` or `.safetensors`.
-        checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
-        class_names: the names of the outputs; None: their numbers.
-        image_size, arch, heads: as `load_backbone` takes them; None: what the checkpoint says.
-    """
-    peft = peft_format.import_peft()
-    tensors, header = peft_format.read_peft(folder)
-    head = {n.removeprefix(peft_format.PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
-    rows = [len(tensor) for name, tensor in head.items() if name.endswith(".weight") and tensor.dim() == 2]
-    if not rows:
-        raise InputError(f"{folder} has no classifier head: train it with PEFT's modules_to_save, as ['fc']")
-    if class_names is None:
-        class_names = list(map(str, range(rows[-1])))
-    if len(class_names) != rows[-1]:
-        raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
-    model, report = load_backbone(checkpoint, len(class_names), arch, image_size, heads)
-    try:
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
-    except Exception as error:  # PEFT stumbles over folders that do not fit in many ways
-        raise InputError(f"PEFT cannot put {folder} on {checkpoint}: {printable(error, 300)}") from None
-    settings, factors = peft_format.adapters_in(theirs, tensors, folder)
-    adapt_layers(model, settings)
-    unknown = model.load_state_dict(head | factors, strict=False).unexpected_keys
-    if unknown:
-        raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
-    error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
-    about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
-    values, task = peft_format.recorded_in(header, folder, report)
-    about |= recorded(values, report)
-    if task := from_record(task, class_names, folder).record():
-        about["task"] = task
-    about["checkpoint"] = stored_checkpoint(checkpoint)
-    LoRAManager(model).save_lora_checkpoint(output, about)
-    return error
 
 
 @torch.no_grad()
@@ -955,10 +897,6 @@ def check(args: argparse.Namespace) -> list[str]:
         is_table = args.output is None or args.output.suffix in (".csv", ".md")
         return [] if is_table else [f"--output {args.output}: the name must end in .csv or .md"]
     problems = check_output(args)
-    if args.command == "convert" and (args.to is None) == (args.source is None):
-        problems.append("say which way to convert: --to peft or --from peft")
-    elif args.command == "convert" and args.source and args.checkpoint is None:
-        problems.append("--from peft needs --checkpoint, the base that PEFT adapted")
     is_file = args.output is not None and args.output.suffix not in FOLDERS
     if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")
@@ -978,7 +916,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and 
     "explain": (explain, "what of an image decided the answer, as a picture of each"),
     "merge": (merge, "base and adapter as one state_dict that plain torchvision loads"),
     "export": (export, "the merged model as a graph for onnxruntime or torch.export"),
-    "convert": (convert, "to the adapter format of PEFT, and back"),
+    "convert": (convert, "to the adapter format of PEFT"),
     "card": (card, "a model card: what it is, its figures, and how to load it"),
     "push": (push, "adapter, card and page to the Hugging Face Hub"),
 }
@@ -1038,13 +976,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
     what = "the graph takes images from 0 to 1, or files' numbers"
     parsers["export"].add_argument("--normalise", action="store_true", help=what)
-    direction = parsers["convert"]
-    direction.add_argument("--to", choices=["peft"], help="write PEFT's format, into the folder --output")
-    direction.add_argument("--from", choices=["peft"], dest="source", help="read a folder that PEFT wrote")
-    direction.add_argument("--class-names", nargs="+", help="with --from: names of the outputs; default: numbers")
-    direction.add_argument("--image-size", type=positive_int, help="with --from: pixels; default: the checkpoint's own")
-    direction.add_argument("--arch", help="with --from: timm:NAME; default: what the checkpoint says")
-    direction.add_argument("--heads", type=positive_int, help="with --from: of a ViT; default: as its layout implies")
+    what = "the format; --output is a folder"
+    parsers["convert"].add_argument("--to", choices=["peft"], default="peft", help=what)
     return parser, parsers
 
 

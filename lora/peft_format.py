@@ -1,4 +1,4 @@
-"""Converts adapters to the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), and from it.
+"""Converts adapters to the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
 Both libraries compute ``W + s B A``, so an adapter's values stay as they are; only the shapes differ.
 
@@ -10,33 +10,26 @@ Both libraries compute ``W + s B A``, so an adapter's values stay as they are; o
   3774): `_times_projected` tests the installed release, and the factors are made for that one.
 
 An adapter that PEFT would compute differently is refused, with the reason: see `obstacles`. `deploy_lora.py convert`
-loads the models, and compares their answers after each conversion.
+loads the models, and compares their answers.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapted import AdaptedLayer, LoRASettings, is_adapted, outermost_layers
-from toolkit import InputError, listed, printable
-from toolkit.files import read_safetensors
-from toolkit.images.bands import from_metadata
+from lora.adapted import AdaptedLayer, is_adapted, outermost_layers
+from toolkit import InputError, listed
 from toolkit.models.backbones import head_names, in_head
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # precedes the base's names inside a PeftModel
-IMAGES = "images"  # this key and the next have this toolkit's metadata in the file's header
-TASK = "task"
-ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
 def import_peft():
@@ -46,9 +39,6 @@ def import_peft():
     except ImportError as error:
         raise InputError(f"PEFT's format needs PEFT ({error}): pip install peft") from None
     return peft
-
-
-# ------------------------------------------------------------------------------------------------------------ to PEFT
 
 
 def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
@@ -86,11 +76,10 @@ def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return dict(outermost_layers(model, lambda module: is_adapted(module) and module.r > 0))
 
 
-def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict[str, Any] | None = None) -> None:
+def write_peft(model: nn.Module, folder: Path) -> None:
     """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
 
-    The metadata about images (`about`, from `bands.recorded`) and the meaning of the outputs (`task`) are
-    written into the file's header, for a conversion back. `obstacles` must have found none.
+    `obstacles` must have found none.
     """
     layers = _adapted_layers(model)
     times_projected = _times_projected()
@@ -118,10 +107,7 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
         tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
-    header = {"format": "pt", IMAGES: json.dumps(about)}
-    if task is not None:
-        header[TASK] = json.dumps(task)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata=header)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
@@ -143,113 +129,6 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
         "base_layer.out_proj.lora_A.weight": F.pad(projection.lora_A, (0, 0, 0, rank - projection.r)),
         "base_layer.out_proj.lora_B.weight": F.pad(projected, (0, rank - projection.r)),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------- from PEFT
-
-
-def recorded_in(header: dict[str, str], folder: Path, report: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The normalisation and the task, for `toolkit.answers.tasks.from_record`, that `write_peft` recorded.
-
-    For a folder that PEFT itself wrote the first is that of the backbone, and the second is None.
-    """
-    channels = report["channels"]
-    try:
-        about = {"channels": channels}
-        if IMAGES in header:
-            about = json.loads(header[IMAGES])
-        elif channels != 3:
-            about |= {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0, "bands": []}
-        return from_metadata({**about, "arch": report["arch"]}), json.loads(header.get(TASK, "null"))
-    except (ValueError, TypeError) as error:  # an InputError is a ValueError
-        raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
-
-
-def read_peft(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in a folder of PEFT, and the file's header.
-
-    Raises InputError unless it holds plain LoRA, as this toolkit computes it.
-    """
-    peft = import_peft()
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():  # PEFT would look for it on the internet
-        raise InputError(f"{folder} is no adapter of PEFT: it must be a folder with {CONFIG} and {WEIGHTS}")
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise InputError(f"{folder / CONFIG} is damaged: {printable(error)}") from None
-    if config.peft_type != peft.PeftType.LORA:
-        raise InputError(f"{folder} holds {printable(config.peft_type)}; only LoRA can be converted")
-    more = [n for n in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters") if getattr(config, n)]
-    if config.bias != "none":
-        more.append(f"bias={config.bias}")
-    # Other initialisations change the base's weights at the start.
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
-        more.append(f"init_lora_weights={config.init_lora_weights}")
-    if more:
-        raise InputError(f"{folder} has {printable(', '.join(more))}, which adapters here have not")
-    return read_safetensors(folder / WEIGHTS)
-
-
-@torch.no_grad()
-def adapters_in(
-    theirs: nn.Module, tensors: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, LoRASettings], dict[str, Tensor]]:
-    """Convert the adapters of a folder's PeftModel with `read_peft`'s tensors: settings of layers, factors by name.
-
-    Raises InputError if the tensors do not fit the folder's configuration, or a kind of layer is not adapted here.
-    """
-    layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    needed = {f"{PREFIX}{name}.lora_{factor}.weight" for name in layers for factor in "AB"}
-    torn = needed ^ set(filter(re.compile(r"\.lora_").search, tensors))
-    if torn:
-        raise InputError(f"{folder} does not fit its own {CONFIG} or this base: {listed(sorted(torn))}")
-    reasons = []
-    for name, layer in layers.items():
-        kind = type(layer).__name__
-        reason = _obstacle(layer.get_base_layer()) if kind in _KINDS else f"PEFT's {kind}"
-        if reason:
-            reasons.append(f"{name} ({reason})")
-    if reasons:
-        raise InputError(f"{folder} cannot be read: {listed(reasons)}")
-    settings = {}
-    factors = {}
-    for inner, layer in layers.items():
-        A = layer.lora_A[ADAPTER].weight.flatten(1)  # (r, fan_in)
-        B = layer.lora_B[ADAPTER].weight.flatten(1)  # (out, r)
-        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-            own = _unpacked(A, B)
-        elif inner.endswith(".base_layer.out_proj"):
-            used = (A != 0).any(1) | (B != 0).any(0)  # ranks that are zero in both fill up
-            used[0] = True  # leaves a rank of at least 1
-            own = {"lora_A": A[used], "lora_B": B[:, used] * _times_projected()}
-        else:
-            own = {"lora_A": A, "lora_B": B}
-        name = inner.replace(".base_layer.", ".")
-        rank = len(next(iter(own.values())))
-        dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
-        settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
-        for key, factor in own.items():
-            factors[f"{name}.{key}"] = factor
-    return settings, factors
-
-
-_KINDS = ("Linear", "Conv2d", "MultiheadAttention")  # the layers of PEFT that have a counterpart here
-
-
-def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Unpack an adapter A (R, E), B (3 E, R) into those of q, k and v: of a third of the rank if B is block-diagonal.
-
-    Otherwise each of the three has the whole rank, also before training: a B of zeros does not show how it is built.
-    """
-    As = [A] * 3
-    Bs = B.unflatten(0, (3, -1)).unbind()  # 3 of (E, R)
-    if len(A) % 3 == 0 and B.any():
-        blocks = [rows.chunk(3, dim=1)[i] for i, rows in enumerate(Bs)]  # 3 of (E, R / 3), on the diagonal
-        if torch.equal(torch.block_diag(*blocks), B):
-            As = A.chunk(3)
-            Bs = blocks
-    names = ("lora_A_q", "lora_A_k", "lora_A_v", "lora_B_q", "lora_B_k", "lora_B_v")
-    return dict(zip(names, [*As, *Bs], strict=True))
 
 
 @torch.no_grad()

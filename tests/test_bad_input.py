@@ -518,11 +518,7 @@ ADAPTERS = [
     case("a graph of an unknown kind", "deploy_lora export lora.pth --output m.pth", "must end in .onnx or .pt2"),
     case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean is not 3 numbers",
          files={"theirs.pth": described(mean="ImageNet")}),
-    case("a conversion without direction", "deploy_lora convert lora.pth --output peft", "--to peft or --from peft"),
-    case("a conversion both ways", "deploy_lora convert lora.pth --output peft --to peft --from peft", "which way"),
     case("a conversion to another library", "deploy_lora convert lora.pth --to loralib --output x", "'loralib'"),
-    case("a conversion from PEFT without base", "deploy_lora convert images --from peft --output m.pth",
-         "--from peft needs --checkpoint"),
     case("no command", "deploy_lora", "error:", "command"),
 ]  # fmt: skip
 

@@ -123,15 +123,6 @@ def test_a_network_of_13_channels_equals_the_stock_one(arch, size, options):
     compare_with_dense(rounded(stock, model), model, [x], FP32)
 
 
-def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_path):
-    pytest.importorskip("peft")
-    deploy_lora.main(f"convert {trained} --to peft --output {tmp_path / 'peft'}".split())
-    back = f"convert {tmp_path / 'peft'} --from peft --output {tmp_path / 'back.pth'} --checkpoint {base13}"
-    deploy_lora.main(back.split())
-    before, after = (load_finetuned(path)[1] for path in (trained, tmp_path / "back.pth"))
-    assert all(after[name] == before[name] for name in ("channels", "bands", "scale", "mean", "std"))
-
-
 def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
     results = run(base, tiffs, tmp_path, "--channels 13 --labels-per-class 2")
     evaluated = deploy_lora.main(f"evaluate {tmp_path / 'lora.pth'} --device cpu --workers 0".split())

@@ -215,17 +215,3 @@ def test_seconds_since_1970_are_learned_and_predicted(train, lists, tmp_path):
     [row] = deploy_lora.main(command)
     said = {row["image"]: float(row["time answer"]) for row in answers}["val0.png"]
     assert float(row["time"]) == pytest.approx(said, abs=0.5)
-
-
-@pytest.mark.parametrize("kind", ["multilabel", pytest.param("regression", marks=pytest.mark.slow)])
-def test_an_adapter_in_pefts_format_keeps_its_answers(trained, base, kind, tmp_path):
-    pytest.importorskip("peft")
-    folder = trained[kind]["folder"]
-    deploy_lora.main(["convert", str(folder / "lora.pth"), "--to", "peft", "--output", str(tmp_path / "peft")])
-    back = ["convert", str(tmp_path / "peft"), "--from", "peft", "--output", str(tmp_path / "lora.pth")]
-    deploy_lora.main([*back, "--checkpoint", str(base)])
-    one, other = (load_finetuned(path / "lora.pth", base) for path in (folder, tmp_path))
-    assert one[1]["task"] == other[1]["task"]
-    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(one[0](images), other[0](images), rtol=1e-3, atol=1e-4)

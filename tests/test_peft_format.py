@@ -1,27 +1,25 @@
-"""Adapters to PEFT's format and back: PEFT itself loads what is written, and writes what is read.
+"""Adapters in PEFT's format: PEFT itself loads what is written.
 
 Its answers are compared with the model's. Everything here needs PEFT, apart from the message that says so.
 """
 
-import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from dense import FP32, assert_close, randomize_adapters
 from torch import nn
 
 import deploy_lora
-from deploy_lora import from_peft, to_peft
+from deploy_lora import to_peft
 from finetune_lora import adapt_layers, add_lora_to_model, load_finetuned
 from lora.adapted import adapted_layers, recorded_settings
 from lora.peft_format import CONFIG, WEIGHTS, _obstacle
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
+from toolkit.models.backbones import forward_features
 from toolkit.models.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
@@ -142,119 +140,21 @@ def test_layers_that_peft_computes_otherwise(layer, expected):
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "peft", None)
-    for convert, *given in ((to_peft,), (from_peft, tmp_path / "base.pth")):
-        with pytest.raises(InputError, match="pip install peft"):
-            convert(tmp_path / "lora.pth", tmp_path, *given)
+    with pytest.raises(InputError, match="pip install peft"):
+        to_peft(tmp_path / "lora.pth", tmp_path)
 
 
-def written_by_peft(peft, base: Path, size: int, folder: Path, **config) -> nn.Module:
-    """A PeftModel whose adapters and head are not as at the start; saved into `folder`."""
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_what_peft_has_trained_is_a_checkpoint_once_it_is_merged(peft, kind, bases, tmp_path):
     torch.manual_seed(0)
-    model = stock(base, size)
-    config = {"r": 3, "lora_alpha": 5, "modules_to_save": [list(dict(model.named_children()))[-1]], **config}
-    model = peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
+    targets = {"vit": ["mlp.0", "self_attention"], "resnet": ["conv2"]}
+    model = peft.get_peft_model(stock(bases[kind], SIZES[kind]), peft.LoraConfig(r=3, target_modules=targets[kind]))
+    for name, parameter in model.eval().named_parameters():
+        if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.parametrize(
-    "kind, config",
-    [
-        ("vit", {"target_modules": ["mlp.0", "self_attention"], "rank_pattern": {"mlp.0": 2}}),
-        ("vit", {"target_modules": r".*encoder_layer_[01]\..*mlp\.3", "use_rslora": True}),
-        ("resnet", {"target_modules": ["conv2"], "alpha_pattern": {"layer1.0.conv2": 30}, "lora_dropout": 0.1}),
-    ],
-    ids=["attention", "rank-stabilised", "convolutions"],
-)
-def test_what_peft_has_trained_is_read(peft, kind, config, bases, tmp_path):
-    theirs = written_by_peft(peft, bases[kind], SIZES[kind], tmp_path / "peft", **config)
-    words = f"convert {tmp_path}/peft --from peft --output {tmp_path}/lora.pth --checkpoint {bases[kind]}".split()
-    deploy_lora.main([*words, "--image-size", str(SIZES[kind]), "--class-names", *NAMES])
-    ours, info = load_finetuned(tmp_path / "lora.pth")
-    assert_same_answers(theirs, ours, SIZES[kind])
-    assert info["class_names"] == NAMES
-
-
-@pytest.mark.slow
-def test_there_and_back_is_the_same_file(peft, base, tmp_path):
-    """Attention's blocks and ranks come back as they were, and so do the settings."""
-    adapter = saved(base, 16, tmp_path, r=2, lora_alpha=6, lora_dropout=0.1, ranks={"encoder_layer_0": 4})
-    to_peft(adapter, tmp_path / "peft")
-    from_peft(tmp_path / "peft", tmp_path / "back.pth", base, NAMES)
-    here, back = read_adapter_file(adapter), read_adapter_file(tmp_path / "back.pth")
-    assert here["tensors"].keys() == back["tensors"].keys() and here["base_hash"] == back["base_hash"]
-    assert all(torch.equal(tensor, back["tensors"][name]) for name, tensor in here["tensors"].items())
-    assert here["layers"] == back["layers"]
-
-
-def test_attention_that_has_not_trained_keeps_its_rank_and_outputs_have_a_name_each_or_their_numbers(
-    peft, base, tmp_path
-):
-    """Its B of zeros looks like one of three blocks."""
-    config = peft.LoraConfig(r=3, target_modules=["self_attention"], modules_to_save=["heads"])
-    model = peft.get_peft_model(stock(base, 16), config).eval()
-    model.save_pretrained(tmp_path / "peft")
-    from_peft(tmp_path / "peft", tmp_path / "lora.pth", base)
-    assert {record["r"] for record in read_adapter_file(tmp_path / "lora.pth")["layers"].values()} == {3}
-    ours, info = load_finetuned(tmp_path / "lora.pth")
-    assert_same_answers(model, ours, 16)
-    assert info["class_names"] == ["0", "1", "2"]
-    with pytest.raises(InputError, match="2 names for the 3 outputs"):
-        from_peft(tmp_path / "peft", tmp_path / "other.pth", base, ["a", "b"])
-
-
-def with_tensors(keep):
-    def change(folder: Path) -> None:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        safetensors.torch.save_file({name: t for name, t in tensors.items() if keep(name)}, folder / WEIGHTS)
-
-    return change
-
-
-@pytest.fixture(scope="module")
-def written(base, tmp_path_factory) -> Path:
-    """A folder that PEFT has written."""
-    folder = tmp_path_factory.mktemp("peft")
-    written_by_peft(pytest.importorskip("peft"), base, 16, folder, target_modules=["mlp.0"])
-    return folder
-
-
-WITHOUT_HEAD = with_tensors(lambda name: "lora_" in name)
-WITHOUT_A_LAYER = with_tensors(lambda name: f"{BLOCK}mlp.0.lora_A" not in name)
-
-
-def with_settings(**settings):
-    def change(folder: Path) -> None:
-        config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps(config | settings))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda folder: (folder / CONFIG).unlink(), "no adapter of PEFT: it must be a folder with adapter_config.js"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json is damaged"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "no readable safetensors file"),
-        (WITHOUT_HEAD, "no classifier head"),
-        (WITHOUT_A_LAYER, r"does not fit its own adapter_config.json or this base: .*mlp\.0\.lora_A\.weight"),
-        (with_settings(use_dora=True), "has use_dora, which adapters here have not"),
-        (with_settings(bias="all"), "has bias=all"),
-        (with_settings(init_lora_weights="pissa"), "has init_lora_weights=pissa"),
-        (with_settings(peft_type="IA3"), "only LoRA can be converted"),
-        (with_settings(target_modules=["q_proj"]), "PEFT cannot put .*: No modules were targeted"),
-        (with_settings(r=7), "PEFT cannot put .*size mismatch"),
-    ],
-    ids=["no config", "no JSON", "no tensors", "no head", "a layer missing", "DoRA", "biases", "PiSSA", "IA3",
-         "other layers", "another rank"],
-)  # fmt: skip
-def test_folders_that_cannot_be_read(written, change, message, base, tmp_path):
-    shutil.copytree(written, tmp_path / "peft")
-    change(tmp_path / "peft")
-    with pytest.raises(InputError, match=message):
-        from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, NAMES)
-    assert not (tmp_path / "lora.pth").exists()
+    merged = model.merge_and_unload()
+    torch.save(merged.state_dict(), tmp_path / "from_peft.pth")
+    here, _ = load_backbone(tmp_path / "from_peft.pth", len(NAMES), image_size=SIZES[kind])
+    images = torch.randn(2, 3, SIZES[kind], SIZES[kind])
+    with torch.no_grad():
+        assert_close(forward_features(here.eval(), images), forward_features(merged, images), FP32)
