@@ -976,8 +976,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
     what = "the graph takes images from 0 to 1, or files' numbers"
     parsers["export"].add_argument("--normalise", action="store_true", help=what)
-    what = "the format; --output is a folder"
-    parsers["convert"].add_argument("--to", choices=["peft"], default="peft", help=what)
+    parsers["convert"].add_argument("--to", choices=["peft"], default="peft", help="the format; --output is a folder")
     return parser, parsers
 
 
