@@ -166,6 +166,6 @@ def lr_schedule(
 def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float, of_adapters_alone: bool = False) -> None:
     """Divide the learning rates of adapters, or of all that trains, now and for the rest of the schedule."""
     for number, group in enumerate(schedule.optimizer.param_groups):
-        if group["are_adapters"] or not of_adapters_alone:
+        if not of_adapters_alone or group.get("are_adapters"):  # an optimizer of another kind has no such key
             group["lr"] /= divisor
             schedule.base_lrs[number] /= divisor
