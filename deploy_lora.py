@@ -62,9 +62,11 @@ from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
-from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
+from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, value_at
 from toolkit.run import reports
+from toolkit.run.options import FREE_TO_CHANGE
+from toolkit.run.run_state import changed_settings
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
 # ------------------------------------------------------------------------------------------------- what is in a file
@@ -109,7 +111,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images = readable(images)
         task = _task_of(about)
         result = _evaluated(args, task, model, make_loader, images, about)
-        explainer = _explainer(args, model, about) if task.kind == "classification" else None
+        has_maps = task.kind == "classification" and block_names(model)
+        explainer = _explainer(args, model, about) if has_maps else None
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
@@ -157,7 +160,7 @@ def explain(args: argparse.Namespace) -> list[Path]:
         args.output.mkdir(exist_ok=True)
         written = []
         places = predictions.places_of_masks(images, args.images, args.output)
-        for i, place in enumerate(progress_bar(places, "explain")):
+        for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), "explain"):
             try:
                 *pictures, outputs = explainer.explain(images.undecoded(i)[0])
             except UnreadableImage as error:
@@ -169,7 +172,7 @@ def explain(args: argparse.Namespace) -> list[Path]:
             for axes, picture in zip(figure.subplots(1, 2), pictures, strict=True):
                 axes.imshow(picture)
                 axes.axis("off")
-            written.append(place.with_name(f"{place.name}.png"))
+            written.append(places[i].with_name(f"{places[i].name}.png"))
             save_figure(figure, written[-1])
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
@@ -374,6 +377,7 @@ def _made_of(args: argparse.Namespace, images: LabelledImages) -> dict[str, Any]
         "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
         "images": [str(images.source.folder), images.digest],
         "--arithmetic": args.arithmetic,
+        "--precision": args.precision,
     }
 
 
@@ -397,13 +401,13 @@ def _answers(
 @contextlib.contextmanager
 def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict[str, Any], Callable]]:
     """Yield the model on --device, its file's metadata, and a function that makes loaders; faults get a remedy."""
-    device, precision = _device_and_precision(args)
+    device, _ = _device_and_precision(args)
     devices.check_arithmetic(args.arithmetic, device)
     distributed.join(device)
     with faults_explained(device, "lower --batch-size") as loaders:
         model, about = load_finetuned(args.adapter, args.checkpoint)
         if args.arithmetic == "int8":
-            multiply_in_8_bits(model, precision)
+            multiply_in_8_bits(model)
 
         def make_loader(images: Transformed) -> DataLoader:
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
@@ -443,7 +447,7 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
         others = Counter()
         if os.path.isdir(path):
             found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
-        elif path.suffix.lower() in LIST_SUFFIXES:
+        elif path.suffix.lower() in predictions.LIST_SUFFIXES:
             found = [remote.located(path.parent, name) for name in lists.read_paths(path, path.parent)]
         if not found:
             raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
@@ -611,9 +615,9 @@ def card(args: argparse.Namespace) -> str:
     check_metadata(args.adapter, metadata, content["tensors"])
     beside = args.adapter.with_name("results.json")
     results = {}
-    if beside.exists():
+    if beside.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
         results = comparison.read_results(beside)
-        if results.get("config") != metadata.get("config"):
+        if changed_settings(results.get("config") or {}, metadata.get("config") or {}, FREE_TO_CHANGE):
             raise InputError(f"{beside} is of another run than {args.adapter}: move one of them")
     name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
     text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
@@ -627,7 +631,6 @@ def push(args: argparse.Namespace) -> str:
     """Send the adapter, its card and the run's page to the Hugging Face Hub, and return the address."""
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise InputError("push needs huggingface_hub: pip install huggingface_hub") from None
     sent = {args.adapter.name: args.adapter, "README.md": card(args).encode()}
@@ -639,8 +642,8 @@ def push(args: argparse.Namespace) -> str:
         hub.create_repo(args.repository, private=args.private, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
         hub.create_commit(args.repository, operations, commit_message=f"{args.adapter.name} and its card")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(f"{args.repository}: {printable(str(error).splitlines()[0])}; `hf auth login`?") from None
+    except Exception as error:  # of the network, of the Hub, or of the name
+        raise InputError(f"{args.repository}: {printable(error, 300)}; `hf auth login`?") from None
     print(f"sent {listed(sent)} to {hub.endpoint}/{args.repository}")
     return f"{hub.endpoint}/{args.repository}"
 
@@ -848,7 +851,6 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 ON_IMAGES = ("evaluate", "threshold", "predict", "embed", "explain")  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
-LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 FOLDERS = ("", ".parquet")  # of parts
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 SUFFIXES = {  # allowed for --output; "": a folder's

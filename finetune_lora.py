@@ -585,33 +585,23 @@ def adapt_layers(
     return wrapped
 
 
-def multiply_in_8_bits(model: nn.Module, precision: torch.dtype) -> nn.Module:
-    """Merge a model's adapters and store its weights, but the head's, in 8 bits, if this CPU is faster in them.
+def multiply_in_8_bits(model: nn.Module) -> nn.Module:
+    """Merge a model's adapters and store its weights, but the head's, in 8 bits. It is for answers and features then.
 
-    It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
-    Raises InputError for a model whose head is its only linear layer, such as a ResNet.
+    Raises InputError as `check_8_bits`.
     """
-    if int8.widest_layer(model) is None:
-        raise InputError("8 bits are for linear layers and attention, and the model has none: use --arithmetic float")
+    check_8_bits(model)
     model = LoRAManager(model).unload(merge=True)
-    if not int8_pays(model, precision):
-        return model
     return adapt_layers(model, dict.fromkeys(adapted.choose_layers(model)), base_dtype=torch.int8)
 
 
-def int8_pays(model: nn.Module, precision: torch.dtype) -> bool:
-    """Are the model's products exact in 8 bits on this CPU, and faster than in this precision? Prints what it finds.
-
-    Measured on the widest linear layer. Rounding passes over the activations: in narrow layers that takes as long as
-    the products.
-    """
+def check_8_bits(model: nn.Module) -> None:
+    """Raise InputError for a model whose head is its only linear layer, as a ResNet, and for a CPU that would err."""
     shape = int8.widest_layer(model)
     if shape is None:
-        return True  # `adapt_layers` refuses 8 bits without such layers
+        raise InputError("8 bits are for linear layers and attention, and the model has none: use --arithmetic float")
     if not int8.multiplies_exactly("cpu", *shape):
-        print("products in 8 bits overflow on this CPU, which has neither VNNI nor AMX: --arithmetic float is used")
-        return False
-    return devices.speedups(*shape, int8.multiplier)[precision] >= devices.WORTH_8_BITS
+        raise InputError("8 bits overflow on this CPU, which has neither VNNI nor AMX: use --arithmetic float")
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -802,13 +792,12 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     """Load the images, build the model for their classes, and settle what the options leave open."""
     # What a run has measured at its start counts for all of it. None: it is to be measured.
     precision = run_state.recorded_setting(args.resume, "precision") if args.precision == "auto" else args.precision
-    arithmetic = run_state.recorded_setting(args.resume, "arithmetic") if args.arithmetic == "int8" else args.arithmetic
     if precision is None and (device.type != "cpu" or args.arithmetic == "int8"):
         precision = "auto"
     dtype = None if precision is None else devices.select_precision(precision, device)
     known, read = options.known_image_values(args, args.checkpoint)
     splits = load_images(args, read)
-    model, report = build_model(args, dtype, len(splits.class_names), arithmetic)
+    model, report = build_model(args, dtype, len(splits.class_names))
     dtype = report["dtype"]
     names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
@@ -820,7 +809,6 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
         image_values=vars(known),
         normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
         learning_rate=args.learning_rate,
-        arithmetic=report["arithmetic"],
         norms=settled_norms(args, device),
     )
     return splits, model, report, plan
@@ -831,17 +819,11 @@ def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
     return "frozen" if args.norms == "auto" and args.freeze_backbone and device.type != "cpu" else args.norms
 
 
-def build_model(
-    args: FineTuneOptions, dtype: torch.dtype | None, num_classes: int, arithmetic: str | None = "float"
-) -> tuple[nn.Module, dict[str, Any]]:
+def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
 
-    Args:
-        dtype: of products, by autocast; frozen weights are stored in it. None: bf16 where a CPU is faster in it.
-        arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster.
-            The report has both.
-
-    Raises InputError as `load_base` and `add_lora_to_model` do.
+    `dtype` is that of products, by autocast; frozen weights are stored in it, unless in 8 bits. None: bf16 where a CPU
+    is faster in it. The report has it. Raises InputError as `load_base`, `check_8_bits` and `add_lora_to_model` do.
     """
     per_pixel = args.task == "segmentation"
     shape = options.backbone_shape(args)
@@ -849,12 +831,10 @@ def build_model(
     if dtype is None:
         images = torch.ones(2, report["channels"], report["image_size"], report["image_size"])
         dtype = devices.faster_dtype(lambda dtype: adapt_as_asked(copy.deepcopy(model), args, dtype), images)
-    in_8_bits = False
-    if args.freeze_backbone and not is_none(args.checkpoint):
-        in_8_bits = arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype))
-    adapt_as_asked(model, args, torch.int8 if in_8_bits else dtype)
-    report |= {"dtype": dtype, "arithmetic": "int8" if in_8_bits else "float"}
-    return model, report
+    if args.arithmetic == "int8":
+        check_8_bits(model)
+    adapt_as_asked(model, args, torch.int8 if args.arithmetic == "int8" else dtype)
+    return model, report | {"dtype": dtype}
 
 
 def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.dtype) -> nn.Module:
@@ -864,7 +844,7 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=frozen_dtype)
     elif frozen_dtype == torch.int8:
-        multiply_in_8_bits(model, torch.float32)
+        multiply_in_8_bits(model)
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
@@ -888,7 +868,7 @@ def search_learning_rate(
         end_workers(opened)  # the last trial's
         devices.seed_everything(args.seed)
         own = replace(args, epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs), wise_ft=wise_ft)
-        model, report = build_model(own, plan.dtype, len(splits.class_names), plan.arithmetic)
+        model, report = build_model(own, plan.dtype, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
         devices.place(model, plan.device)
         trial = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
@@ -1219,6 +1199,7 @@ class FineTuning(RunState):
         row |= {f"val_{name}": value for name, value in result.measured().items()}
         row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
         self.history.append(row)
+        self.log(row)
         self.progress = None
         if not self.is_trial:
             print(reports.describe_epoch(self))
@@ -1307,8 +1288,10 @@ class FineTuning(RunState):
         before = copy.deepcopy(head.state_dict())
         optimism = self.head_temperature.optimism
         self.task.head.soften(self.model, self.task.head.believable_temperature(*self.watched_outputs, optimism))
-        yield
-        head.load_state_dict(before)
+        try:
+            yield
+        finally:
+            head.load_state_dict(before)
 
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.

@@ -78,7 +78,7 @@ def ways_of(arch: str, paths: list[str], folder: Path, args: argparse.Namespace)
     device = torch.device("cpu")
     dtype = devices.select_precision(args.precision, device)
     if args.arithmetic == "int8":
-        multiply_in_8_bits(adapted, dtype)
+        multiply_in_8_bits(adapted)
     archives = folder / "archives"
     archives.mkdir(exist_ok=True)
     with tarfile.open(archives / f"{arch}.tar", "w") as archive:

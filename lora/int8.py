@@ -16,7 +16,7 @@ and only those that do it exactly; on other devices the weight is made dense for
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,3 @@ def widest_layer(model: nn.Module) -> torch.Size | None:
     """The shape of the widest linear layer outside the classifier head; None: there is none."""
     linear_layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     return max((m.weight.shape for n, m in linear_layers if not in_head(model, n)), key=math.prod, default=None)
-
-
-def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return functools.partial(linear, W=Int8Weight.quantize(weight))

@@ -299,6 +299,7 @@ class Pretraining(RunState):
             row |= self.measure()
             self.save_epoch()  # again, with the measures
         self.save_metrics(METRICS)
+        self.log(row)
         figures = f"loss {row['loss']:.3f}"
         if measured := describe_measures(row):
             figures += f", {measured}"

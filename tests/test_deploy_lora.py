@@ -24,9 +24,10 @@ from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
+from lora import int8
 from lora_utils import LoRAManager
 from tests.run_folders import rows_of
-from toolkit import InputError, devices
+from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.answers.measures import wilson_interval
 from toolkit.images import transforms
@@ -275,19 +276,19 @@ def test_features_are_what_the_head_receives(trained, images, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["lora"], indirect=True)
-def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
-    """Near those in floats where 8 bits are faster, and else the same."""
+def test_answers_and_features_in_8_bits(trained, images, tmp_path):
+    """Near those in floats."""
+    if not int8.multiplies_exactly("cpu", 192, 768):
+        pytest.skip("products in 8 bits overflow on this CPU")
     found = []
-    for times, arithmetic in ((2.0, "float"), (2.0, "int8"), (1.0, "int8")):
-        monkeypatch.setattr(devices, "speedups", lambda *layer, times=times: {torch.float32: times})
+    for arithmetic in ("float", "int8"):
         options = f"--device cpu --arithmetic {arithmetic}"
         features = run(f"embed {options}", trained, images / "val", "--output", tmp_path / "f.npy")
         rows = run(f"predict {options}", trained, images / "val", "--output", tmp_path / "p.csv")
         loss = run(f"evaluate {options}", trained, images / "val")["loss"]
         found.append((features, torch.tensor([float(row["probability"]) for row in rows]), loss))
-    for floats, in_8_bits, as_floats in zip(*found, strict=True):
+    for floats, in_8_bits in zip(*found, strict=True):
         assert 1e-4 < relative_error(torch.as_tensor(in_8_bits), torch.as_tensor(floats)) < 5e-2
-        assert_close(torch.as_tensor(as_floats), torch.as_tensor(floats), FP32)
 
 
 @pytest.mark.parametrize("trained", ["full"], indirect=True)

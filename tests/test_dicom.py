@@ -75,6 +75,31 @@ def test_numbers_are_in_their_own_unit():
     np.testing.assert_array_equal(inverted[..., 0], RAMP.max() - RAMP)
 
 
+def test_frames_share_their_unit_and_window():
+    """As in enhanced CT and MR, where these stand in sequences."""
+    unit, window, group = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    unit.RescaleSlope, unit.RescaleIntercept = 2, -1000
+    window.WindowCenter, window.WindowWidth = 1500, 1001
+    group.PixelValueTransformationSequence, group.FrameVOILUTSequence = [unit], [window]
+    content = file_of(np.stack([RAMP, RAMP + 7]), SharedFunctionalGroupsSequence=[group])
+    np.testing.assert_array_equal(bands.decoded(content)[0][..., 0], 2 * RAMP - 1000)
+    greys = 255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1)
+    np.testing.assert_allclose(np.asarray(dicom.picture(content, "ct.dcm")), greys, atol=1)
+
+
+def test_a_palette_gives_colours_and_a_window_without_width_is_none():
+    palette = np.zeros((3, 4000), np.uint16)
+    palette[1] = 65535  # all green
+    tags = {"PhotometricInterpretation": "PALETTE COLOR", "WindowCenter": 5, "WindowWidth": 10}
+    for name, colours in zip(("Red", "Green", "Blue"), palette, strict=True):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [4000, 0, 16]
+        tags[f"{name}PaletteColorLookupTableData"] = colours.tobytes()
+    image = np.asarray(dicom.picture(file_of(RAMP, **tags), "us.dcm"))
+    assert (image == (0, 255, 0)).all()
+    image = dicom.picture(file_of(RAMP, WindowCenter=5, WindowWidth=0), "screen.dcm")
+    np.testing.assert_allclose(np.asarray(image), 255 * RAMP / 3960, atol=1)
+
+
 def test_a_folder_of_them_trains(base, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 3)):

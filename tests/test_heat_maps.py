@@ -94,6 +94,25 @@ def test_explain_draws_each_image_and_leaves_out_what_is_none(once, tmp_path, ca
     assert f"left out: {folder}/broken.jpg: not a readable image" in capsys.readouterr().out
 
 
+def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_path):
+    for patient in ("p1", "p2"):
+        (tmp_path / "mine" / patient).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "mine" / patient / "1.png")
+    (tmp_path / "mine" / "list.csv").write_text("p1/1.png\np2/1.png\n")
+    explain = ["explain", str(once / "lora.pth"), str(tmp_path / "mine" / "list.csv"), "--output"]
+    written = deploy_lora.main([*explain, str(tmp_path / "out")])
+    assert written == [tmp_path / "out" / patient / "1.png" for patient in ("p1", "p2")]
+    with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
+        deploy_lora.main([*explain, str(tmp_path / "mine")])
+
+
+def test_a_run_of_a_model_without_blocks_has_a_page_without_maps(finetune, pictures):
+    pytest.importorskip("timm")
+    options = "--checkpoint none --no-freeze-backbone --lora-rank 0 --head-init random --arch timm:regnety_002"
+    results = finetune(f"{options} --image-size 32 --epochs 1")
+    assert (results["folder"] / "report.html").exists()
+
+
 def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, pictures, monkeypatch):
     shown = []
     explain = Explainer.explain

@@ -33,9 +33,10 @@ def test_wandb(finetune, monkeypatch):
     sent = []
     send = wandb.Run.log
 
-    def log(run, numbers, step):
-        sent.append((run.project, run.name, run.config["finetune"]["lora_rank"], step, numbers["val_accuracy"]))
-        send(run, numbers, step=step)
+    def log(run, numbers):
+        of_run = run.project, run.name, run.config["finetune"]["lora_rank"]
+        sent.append((*of_run, numbers["epoch"], numbers["val_accuracy"]))
+        send(run, numbers)
 
     monkeypatch.setattr(wandb.Run, "log", log)
     folder = finetune("--log wandb")["folder"]
@@ -62,8 +63,8 @@ def test_trackio(finetune, monkeypatch):
     asked = []
 
     class Run:
-        def log(self, numbers, step):
-            asked.append((step, numbers["val_accuracy"]))
+        def log(self, numbers):
+            asked.append((numbers["epoch"], numbers["val_accuracy"]))
 
         def finish(self):
             asked.append("finished")
@@ -84,7 +85,7 @@ def test_trackio(finetune, monkeypatch):
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     for main in (finetune_lora.main, pretrain.main):
-        with pytest.raises(InputError, match=r"^--log mlflow: needs mlflow: pip install mlflow$"):
+        with pytest.raises(InputError, match=r"^--tracker mlflow: needs mlflow: pip install mlflow$"):
             main(["--log", "mlflow", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -94,3 +95,27 @@ def test_a_run_that_was_not_logged_may_go_on_logged(once, finetune):
     config = json.loads((once / "results.json").read_text())["config"]
     results = finetune("--epochs 1 --resume --log tensorboard")
     assert results["config"] == config
+
+
+def test_a_stopped_run_ends_its_tracker_and_one_that_cannot_begin_is_a_line(finetune, monkeypatch):
+    class Trackio:
+        ended = 0
+
+        @classmethod
+        def init(cls, **_):
+            return cls()
+
+        def log(self, numbers):
+            raise KeyboardInterrupt
+
+        def finish(self):
+            Trackio.ended += 1
+
+    monkeypatch.setitem(sys.modules, "trackio", Trackio)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(KeyboardInterrupt):
+        finetune("--tracker trackio")
+    assert Trackio.ended == 1
+    monkeypatch.setattr(Trackio, "init", lambda **_: 1 / 0)
+    with pytest.raises(InputError, match=r"^--tracker trackio cannot begin: division by zero$"):
+        finetune("--tracker trackio", "other")

@@ -292,11 +292,11 @@ def test_an_exported_vit_takes_windows(of_pairs, tmp_path):
 def test_what_has_no_meaning_for_pixels_is_refused(of_pairs, pairs, tmp_path, of_tiffs, tiffs, monkeypatch):
     with pytest.raises(InputError, match="embed is not for an adapter with a class for every pixel"):
         deploy("embed", of_pairs, pairs / "val", "--output", tmp_path / "a.npy")
-    with pytest.raises(InputError, match="the mask would replace"):
+    with pytest.raises(InputError, match="what is written would replace"):
         deploy("predict", of_tiffs, tiffs / "images/0.tif", "--output", tiffs / "images")
     for name in ("a.tif", "a.tiff"):
         write_tiff(tmp_path / name, 64, 64)
-    with pytest.raises(InputError, match=r"several images would have the mask .*/a; predict them apart"):
+    with pytest.raises(InputError, match=r"several images would be written to .*/a; name them apart"):
         deploy("predict", of_tiffs, tmp_path / "a.tif", tmp_path / "a.tiff", "--output", tmp_path / "maps")
     monkeypatch.setattr(deploy_lora.peft_format, "import_peft", lambda: None)
     with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):

@@ -131,9 +131,12 @@ def test_bytes_of_a_server_without_ranges_are_cut_out_here(monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("memory://place/none.csv", "memory://place/none.csv cannot be read: "),
-        ("https://me:secret@somewhere/list.csv", "an address with a password or a signature would be written"),
-        ("https://somewhere/list.csv?signature=secret", "an address with a password or a signature would be written"),
+        ("memory://place/none.csv", "none.csv: cannot read it: "),
+        ("https://me:secret@somewhere/list.csv", "somewhere/list.csv: a password or signature in its address would be"),
+        (
+            "https://somewhere/list.csv?key=secret",
+            "somewhere/list.csv: a password or signature in its address would be",
+        ),
         ("nosuch://place/list.csv", "nosuch://place/list.csv cannot be read: Protocol not known"),
     ],
 )
@@ -146,7 +149,7 @@ def test_what_cannot_be_had_is_one_line_without_secrets(path, message, base, tmp
 
 def test_a_missing_image_is_named(base, tmp_path):
     fsspec.filesystem("memory").pipe("/place/list.csv", b"a.png,x\nb.png,y\nc.png,x\nd.png,y\n")
-    with pytest.raises(InputError, match=r"memory://place/.*png cannot be read"):
+    with pytest.raises(InputError, match=r"place/.*png: not a readable image"):
         finetune_lora.main(argv(base, tmp_path / "out", "--data-list memory://place/list.csv"))
 
 
@@ -163,4 +166,19 @@ def test_without_fsspec_it_is_named(base, tmp_path, monkeypatch):
 
 
 def test_drives_of_windows_are_no_addresses():
+    assert all(map(remote.is_remote, ("s3:\\bucket\\a.csv", "S3://bucket/a.csv")))
     assert not any(map(remote.is_remote, ("C:/images/a.png", "c:\\images", "/home/me", "a:b.png")))
+
+
+def test_results_are_written_on_this_machine(base):
+    with pytest.raises(InputError, match="--output-dir s3:/bucket/out: results are written on this machine"):
+        finetune_lora.main(argv(base, "s3://bucket/out", ""))
+
+
+def test_a_server_that_fails_is_one_line(base, tmp_path, monkeypatch):
+    def fail(url):
+        raise RuntimeError("500, message='Internal Server Error'")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(InputError, match=r"https://somewhere/list.csv cannot be read: 500"):
+        finetune_lora.main(argv(base, tmp_path / "out", "--data-list https://somewhere/list.csv"))

@@ -306,7 +306,7 @@ def test_options_that_were_read_cannot_be_changed(script):
 
 def settled(**changes) -> Plan:
     values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
-    rest = {"learning_rate": 3e-4, "precision": "fp32", "arithmetic": "int8", "norms": "follow"} | changes
+    rest = {"learning_rate": 3e-4, "precision": "fp32", "norms": "follow"} | changes
     return Plan(device=torch.device("cpu"), dtype=torch.float32, image_values=values, normalization={}, **rest)
 
 
@@ -322,13 +322,12 @@ def settled(**changes) -> Plan:
 def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, tmp_path, typed):
     """With what was settled in place of what was left open."""
     args, _ = finetune_lora.read_options(["--checkpoint", str(base), *typed.split()])
-    arithmetic = "int8" if args.freeze_backbone else "float"
-    plan = settled(norms=args.norms if args.lora_rank == 0 else "follow", arithmetic=arithmetic)
+    plan = settled(norms=args.norms if args.lora_rank == 0 else "follow")
     settings = plan.settings(args)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     again, sources = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
     assert plan.settings(again) == settings
-    names = ("learning_rate", "precision", "arithmetic", "norms")
+    names = ("learning_rate", "precision", "norms")
     found = {name: getattr(plan, name) for name in names} | plan.image_values
     assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
     in_file = {name for section in settings.values() for name in section}

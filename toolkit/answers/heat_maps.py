@@ -45,10 +45,10 @@ def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     try:
         with eval_mode(model), torch.enable_grad():
             outputs = model(images.clone().requires_grad_())
-            [gradient] = torch.autograd.grad(outputs.amax(1).sum(), kept)
+            [gradient] = torch.autograd.grad(outputs.amax(1).sum(), kept[-1:])  # a block may be called several times
     finally:
         hook.remove()
-    features = _in_places(kept[0].detach().float())
+    features = _in_places(kept[-1].detach().float())
     shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
     heat = enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]
     heat = heat - heat.amin((1, 2), keepdim=True)

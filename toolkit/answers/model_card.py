@@ -40,12 +40,14 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
         measured = {"task": {"type": PIPELINES[kind]}, "metrics": metrics}
         measured["dataset"] = {"name": _data(metadata), "type": "private"}
         about["model-index"] = [{"name": name, "results": [measured]}] if metrics else []
+    what = "Adapters (LoRA)" if metadata.get("lora") else "Weights"
+    output = "maps" if kind == "segmentation" else "answers.csv"
     return f"""---
 {_yaml(about)}---
 
 # {name}
 
-Adapters (LoRA) for {metadata["arch"]}, trained over `{base}` on {_data(metadata)}: {kind} of images of \
+{what} for {metadata["arch"]}, trained over `{base}` on {_data(metadata)}: {kind} of images of \
 {metadata["image_size"]} pixels into {listed(metadata["class_names"], 30)}.
 
 The licence of the base holds for what is made of it. Look it up on its publisher's page.
@@ -57,7 +59,7 @@ The licence of the base holds for what is made of it. Look it up on its publishe
 ## To use it
 
 ```bash
-python deploy_lora.py predict {file} my_images --output answers.csv --checkpoint BASE
+python deploy_lora.py predict {file} my_images --output {output} --checkpoint BASE
 ```
 
 `BASE` is the file of `{base}`. In Python: `model, info = load_finetuned('{file}', 'BASE')`.

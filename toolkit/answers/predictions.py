@@ -23,6 +23,7 @@ from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
+LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 MANIFEST = "_parts.json"  # readers of a folder of Parquet files pass over what begins with _
 
 
@@ -104,23 +105,27 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path)
         name = Path(images.name(i))
         inside = Path(name.name)
         for path in given:
-            if name != path and name.is_relative_to(path):
-                inside = name.relative_to(path)
+            folder = path.parent if path.suffix in LIST_SUFFIXES else path
+            if name != path and name.is_relative_to(folder):
+                inside = name.relative_to(folder)
         places.append(output / inside.with_suffix(""))
         places[-1].parent.mkdir(parents=True, exist_ok=True)
-        if same_file(places[-1].with_name(f"{places[-1].name}.tif"), name):
-            raise InputError(f"--output {output}: the mask would replace {name}; name another folder")
+        if any(same_file(path, name) for path in _possible(places[-1])):
+            raise InputError(f"--output {output}: what is written would replace {name}; name another folder")
     twice = [str(place) for place, count in Counter(places).items() if count > 1]
     if twice:
-        raise InputError(f"--output {output}: several images would have the mask {listed(twice)}; predict them apart")
+        raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
     return places
 
 
 def made_map(place: Path, folder: Path) -> Path | None:
     """The map of `Maps.write` at one of `places_of_masks`, if it was made since the folder was begun."""
     begun = (folder / MANIFEST).stat().st_mtime
-    possible = (place.with_name(f"{place.name}{suffix}") for suffix in (".tif", ".png", ".npy"))
-    return next((path for path in possible if path.exists() and path.stat().st_mtime >= begun), None)
+    return next((path for path in _possible(place) if path.exists() and path.stat().st_mtime >= begun), None)
+
+
+def _possible(place: Path) -> list[Path]:
+    return [place.with_name(f"{place.name}{suffix}") for suffix in (".tif", ".png", ".npy")]
 
 
 @dataclass

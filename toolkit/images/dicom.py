@@ -1,6 +1,8 @@
 """DICOM files of radiology: X-rays, CT, MR. pydicom, which reads them, is optional."""
 
+import contextlib
 import io
+import itertools
 import os
 
 import numpy as np
@@ -38,17 +40,27 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_rescale, apply_voi_lut
+        from pydicom.pixels import apply_color_lut, apply_rescale, apply_voi_lut, pixel_array
     except ImportError as error:
         raise InputError(f"DICOM files need pydicom ({error}): pip install pydicom pylibjpeg[all]") from None
     dataset = pydicom.dcmread(io.BytesIO(content))
-    array = dataset.pixel_array
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        array = array[0]
+    groups = [
+        *dataset.get("SharedFunctionalGroupsSequence", ()),
+        *dataset.get("PerFrameFunctionalGroupsSequence", ())[:1],
+    ]
+    for group, name in itertools.product(groups, ("PixelValueTransformationSequence", "FrameVOILUTSequence")):
+        for values in group.get(name, ()):  # of CT and MR in many frames
+            dataset.update(values)
+    array = pixel_array(dataset, index=0)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        array = apply_color_lut(array, dataset)
     if array.ndim == 3:
+        array = array // 257 if array.dtype == np.uint16 else array
         return array, array
     numbers = apply_rescale(array, dataset).astype(np.float64)
-    windowed = apply_voi_lut(apply_rescale(array, dataset), dataset).astype(np.float64)
+    windowed = numbers
+    with contextlib.suppress(ValueError):  # a window without width, or of an unknown kind, is none
+        windowed = apply_voi_lut(apply_rescale(array, dataset), dataset).astype(np.float64)
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # high numbers are dark
         return numbers.max() + numbers.min() - numbers, -windowed
     return numbers, windowed

@@ -387,13 +387,13 @@ def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[Mas
     largest = max(map(len, counts), default=1) - 1
     names = list(parts[0].read.names or map("class {}".format, range(largest)))
     images = []
-    problems = []
+    problems = [pixels for pixels in itertools.chain(*found) if isinstance(pixels, str)]
+    if problems and not counts:
+        raise InputError(f"no mask can be used: {problems[0]}")
     for files, looked_at in zip(parts, found, strict=True):
         targets = torch.zeros(len(files), len(names))
         for i, pixels in enumerate(looked_at):
-            if isinstance(pixels, str):
-                problems.append(pixels)
-            else:
+            if not isinstance(pixels, str):
                 targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 from toolkit import InputError, printable
 
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")  # two letters at least: C:/ is a drive of Windows
+# Two letters at least: C:/ is a drive of Windows.
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):[/\\]+(?=[^/\\])", re.IGNORECASE)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -38,9 +39,10 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 def archives(folder: str | os.PathLike) -> list[str]:
     """The sorted names of the tar archives at an address."""
-    with _at(folder) as (system, place):
+    with contextlib.suppress(FileNotFoundError), _at(folder) as (system, place):
         names = (entry.rstrip("/").rpartition("/")[2] for entry in system.ls(place, detail=False))
         return sorted(name for name in names if name.endswith(".tar"))
+    return []
 
 
 def read(path: str | os.PathLike, start: int | None = None, end: int | None = None) -> bytes:
@@ -59,7 +61,8 @@ def opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             yield file
         return
-    with _at(path) as (system, place), system.open(place, "rb") as file:
+    # Of an archive small parts are read, one for each image: a large buffer would fetch all of it.
+    with _at(path) as (system, place), system.open(place, "rb", block_size=2**16) as file:
         yield file
 
 
@@ -70,12 +73,16 @@ def _at(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
         import fsspec
     except ImportError:
         raise InputError(f"{path}: addresses need fsspec: pip install fsspec, with s3fs, gcsfs or aiohttp") from None
-    url = _ADDRESS.sub(r"\1://", os.fspath(path), count=1)
-    if "@" in url.split("/")[2] or "?" in url:
-        raise InputError("an address with a password or a signature would be written into files: see fsspec's settings")
+    url = _ADDRESS.sub(r"\1://", os.fspath(path).replace("\\", "/"), count=1)
+    host, _, rest = url.partition("://")[2].partition("/")
+    if "@" in host or "?" in url:
+        place = f"{host.rpartition('@')[2]}/{rest.partition('?')[0]}"
+        raise InputError(
+            f"{place}: a password or signature in its address would be written into files; see fsspec's settings"
+        )
     try:
         yield fsspec.core.url_to_fs(url)
-    except InputError:
+    except (InputError, FileNotFoundError):  # of an image, that is one that cannot be read
         raise
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # each file system has its own
         raise InputError(f"{url} cannot be read: {printable(error) or type(error).__name__}") from None

@@ -1,4 +1,4 @@
-"""Experiment trackers: `--log NAME` sends each row of metrics.csv to one of them as well.
+"""Experiment trackers: `--tracker NAME` sends each row of metrics.csv to one of them as well.
 
 Where a tracker keeps its runs, and as whom it logs in, is its own business: its environment variables say so.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit import distributed
+from toolkit import InputError, distributed, printable
 
 PROJECT = "moco-lora"
 Log = Callable[[dict[str, float], int], None]  # takes numbers by name, and the epoch
@@ -33,8 +33,10 @@ def _tensorboard(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
 @contextlib.contextmanager
 def _wandb(folder: Path, settings: dict[str, Any], package: str = "wandb", **where: Any) -> Iterator[Log]:
     run = importlib.import_module(package).init(project=PROJECT, name=folder.name, config=settings, **where)
-    yield lambda numbers, epoch: run.log(numbers, step=epoch)
-    run.finish()
+    try:
+        yield lambda numbers, _: run.log(numbers)  # by its own count: an epoch may be done again
+    finally:
+        run.finish()
 
 
 @contextlib.contextmanager
@@ -60,7 +62,7 @@ def missing(name: str | None) -> list[str]:
     """A line if the package of this tracker is not installed."""
     if name is None or importlib.util.find_spec(name) is not None:
         return []
-    return [f"--log {name}: needs {name}: pip install {name}"]
+    return [f"--tracker {name}: needs {name}: pip install {name}"]
 
 
 @contextlib.contextmanager
@@ -69,7 +71,11 @@ def opened(name: str | None, folder: Path, settings: dict[str, Any]) -> Iterator
     if name is None or not distributed.is_main():
         yield lambda row: None
         return
-    with LOGGERS[name](folder, settings) as log:
+    with contextlib.ExitStack() as stack:
+        try:
+            log = stack.enter_context(LOGGERS[name](folder, settings))
+        except Exception as error:  # of a missing key, or a server
+            raise InputError(f"--tracker {name} cannot begin: {printable(error, 300)}") from None
 
         def log_row(row: Mapping[str, Any]) -> None:
             numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}

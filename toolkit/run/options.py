@@ -70,7 +70,7 @@ class RunOptions:
         None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    log: str | None = option(None, "send the metrics to a tracker too, if it is installed", choices=tuple(LOGGERS))
+    tracker: str | None = option(None, "send the metrics there too", choices=tuple(LOGGERS), flags=("--log",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,14 +244,13 @@ class Plan:
     image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
     normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
     learning_rate: float
-    arithmetic: str  # of products with frozen weights: float, or int8 where that is faster
     norms: str  # frozen, follow, train; auto where no BatchNorm can follow
 
     def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
         """The options, with what is settled, in the sections of a YAML file that repeats the run."""
         settings = config.stored_sections(YAML_SECTIONS, args)
         settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
-        settled = ("learning_rate", "precision", "arithmetic", "norms")
+        settled = ("learning_rate", "precision", "norms")
         settings["finetune"] |= {name: getattr(self, name) for name in settled}
         return settings
 

@@ -17,6 +17,7 @@ from typing import Any
 from toolkit import InputError, distributed, printable
 from toolkit.files import same_file
 from toolkit.images.folders import EVALUATION_NAMES
+from toolkit.images.remote import is_remote
 from toolkit.images.sources import UNLABELLED_SET
 
 try:
@@ -28,12 +29,15 @@ LOCK = ".running"  # a file in the folder while a run writes there
 _TABLES = ("metrics.csv", "results.json", "results_answers.csv", "learning_rates.csv", "folds.csv")
 _CURVES = ("learning_rates.png", "training_curves.png", "precision_recall.png")
 _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "report.html")
-FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", *_TABLES, *_PICTURES)
+FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", "tensorboard", "wandb", *_TABLES, *_PICTURES)
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     """What is wrong with --output-dir, one line each; `written` names the files that the run writes there."""
     folder = args.output_dir
+    if is_remote(folder):
+        yield f"--output-dir {folder}: results are written on this machine; name a folder"
+        return
     places = [folder / name for name in written]
     for option in ("checkpoint", "stage1_adapter"):
         path = getattr(args, option, None)

@@ -23,6 +23,7 @@ from toolkit.files import TOOLKIT, stored_path, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
+from toolkit.models.backbones import block_names
 from toolkit.models.checkpoints import stored_checkpoint
 from toolkit.run import verdict
 from toolkit.run.options import DataOptions, lora_options
@@ -171,7 +172,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
-        "arithmetic": run.plan.arithmetic,
+        "arithmetic": run.args.arithmetic,
         "version": VERSION,
         "images": run.identity["images"],
         "normalization": recorded(normalization, run.report),
@@ -180,8 +181,8 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
-    explainer = None
-    if run.task.kind == "classification":  # elsewhere the answer that is wrong need not be the highest output
+    explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
+    if run.task.kind == "classification" and block_names(run.model):
         view = eval_transform(run.report["image_size"], **normalization)
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)

@@ -121,8 +121,6 @@ class RunState:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
             write_csv(self.history, columns, self.path("metrics.csv"))
-        if self.history:
-            self.log(self.history[-1])
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
@@ -146,7 +144,7 @@ class RunState:
     def saved_when_stopped(self) -> Iterator[None]:
         """Within this block stop requests are noted; one that is raised saves the state, and says where."""
         settings = self.identity["config"]
-        with self.stop, loggers.opened(self.args.log, self.args.output_dir, settings) as self.log:
+        with self.stop, loggers.opened(self.args.tracker, self.args.output_dir, settings) as self.log:
             try:
                 yield
                 self.stop.check()  # a request that came after the last step

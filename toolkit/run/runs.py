@@ -39,7 +39,7 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
         yield str(error)
     if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
-    yield from loggers.missing(args.log)
+    yield from loggers.missing(args.tracker)
     yield from output_folder.problems(args, written)
 
 
