@@ -87,7 +87,9 @@ def ways_of(arch: str, paths: list[str], folder: Path, args: argparse.Namespace)
     images = deploy_lora._images([Path(path) for path in paths], None)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     loader = build_loader(Transformed(images, eval_transform(SIZE)), **loading)
-    batches = [torch.randn(n, 3, SIZE, SIZE) for n in map(len, torch.arange(len(paths)).split(args.batch_size))]
+    devices.place(adapted, device)
+    counts = map(len, torch.arange(len(paths)).split(args.batch_size))
+    batches = [devices.to_device(torch.randn(n, 3, SIZE, SIZE), device) for n in counts]
     argv = f"--output {folder}/answers.csv --batch-size {args.batch_size} --workers {args.workers} --device cpu"
     argv += f" --arithmetic {args.arithmetic} --precision {args.precision}"
 
