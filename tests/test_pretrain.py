@@ -20,7 +20,7 @@ from finetune_lora import load_base, load_finetuned
 from lora.fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
 from moco import pretrain
-from tests.run_folders import assert_same_tensors, rows_of, stop
+from tests.run_folders import assert_same_tensors, metrics, rows_of, stop
 from toolkit import InputError, config
 from toolkit.files import read_checkpoint
 from toolkit.images import data, sources
@@ -464,3 +464,19 @@ def test_adapters_in_bfloat16(adapt):
     options = "--learning-rate 1e-5 --epochs 1 --precision"
     low, single = (adapt(f"{options} {name}", name)["loss"] for name in ("bf16", "fp32"))
     assert low == pytest.approx(single, rel=0.03) and low != single
+
+
+def test_a_run_that_was_killed_while_it_measured_measures_on_its_return(images, tmp_path, monkeypatch):
+    argv = f"--data-dir {images} --arch vit_mini --image-size 16 --batch-size 8 --epochs 2 --knn-every 1 --device cpu"
+    argv += " --workers 0 --dim 16 --mlp-dim 32 --output-dir"
+    pretrain.main([*argv.split(), str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.Pretraining, "measure", stopped)
+        pretrain.main([*argv.split(), str(tmp_path / "killed")])
+    pretrain.main([*argv.split(), str(tmp_path / "killed"), "--resume"])
+    whole, killed = (metrics(tmp_path / name) for name in ("whole", "killed"))
+    assert [row["knn_accuracy"] for row in killed] == [row["knn_accuracy"] for row in whole]
+
+
+def stopped(run):
+    raise KeyboardInterrupt
