@@ -208,10 +208,10 @@ def _made() -> list[tuple[str, str]]:
     """When and by what a page was made: version, commit of a clone, and command, unless Python called the script."""
     made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        asked = ["git", "rev-parse", "--short", "HEAD", "--show-prefix"]
+        asked = ["git", "rev-parse", "--show-prefix", "--short", "HEAD"]
         found = subprocess.check_output(asked, cwd=TOOLKIT, stderr=subprocess.DEVNULL, text=True).split("\n")
-        if found[1:] == ["", ""]:  # the folder is the top of its clone, and not in another one
-            made += f", commit {found[0]}"
+        if found[0] == "":  # the folder is the top of its clone, and not in another one
+            made += f", commit {found[1]}"
     script = Path(sys.argv[0]).name
     command = [("command", shlex.join(["python", script, *sys.argv[1:]]))] if script == "finetune_lora.py" else []
     return [("made", made), *command]
