@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -354,7 +355,8 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
 def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/finetune_lora.py", "--data-dir", "my images"])
     (_, made), command = reports._made()
-    is_clone = (reports.TOOLKIT / ".git").exists() and shutil.which("git")  # else it is a copy without its history
+    asked = "git", "rev-parse", "--show-prefix"
+    is_clone = shutil.which("git") and subprocess.run(asked, cwd=reports.TOOLKIT, capture_output=True).stdout == b"\n"
     commit = r", commit [0-9a-f]{7,}" if is_clone else ""
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d by version {VERSION}{commit}", made)
     assert command == ("command", "python finetune_lora.py --data-dir 'my images'")
