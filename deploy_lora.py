@@ -159,12 +159,13 @@ def explain(args: argparse.Namespace) -> list[Path]:
         images = _images(args.images, explainer.bands)
         args.output.mkdir(exist_ok=True)
         written = []
+        broken = []
         places = predictions.places_of_masks(images, args.images, args.output)
         for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), "explain"):
             try:
                 *pictures, outputs = explainer.explain(images.undecoded(i)[0])
             except UnreadableImage as error:
-                print(f"left out: {error}")
+                broken.append(error)
                 continue
             columns, [cells] = task.table(outputs)
             figure = new_figure(6, 3.4)
@@ -174,6 +175,9 @@ def explain(args: argparse.Namespace) -> list[Path]:
                 axes.axis("off")
             written.append(places[i].with_name(f"{places[i].name}.png"))
             save_figure(figure, written[-1])
+        written = sorted(itertools.chain(*distributed.gather(written)))
+        for error in itertools.chain(*distributed.gather(broken)):
+            print(f"left out: {error}")
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
 

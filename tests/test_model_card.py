@@ -38,6 +38,9 @@ def test_a_card_names_a_published_base_and_its_licence():
     assert yaml.safe_load(text.split("---")[1])["license"] == "cc-by-nc-4.0"
     assert "trained over `moco-v2-800ep`" in text
     assert "Not measured." in text
+    about["checkpoint"] = "/mine/moco-v2-of-my-own.pth"
+    text = write_card(about | {"class_names": ["a", "b"]}, {}, "flowers", "lora.pth")
+    assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"
 
 
 def test_figures_of_another_run_are_refused(once, tmp_path):

@@ -164,6 +164,19 @@ def adapter(options, tmp_path):
     return tmp_path / "adapter" / "lora.pth"
 
 
+@pytest.mark.slow
+def test_two_processes_explain_all_images_and_count_them(adapter, images, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(images / "val" / CLASSES[0], folder)  # 5 images
+    (folder / "3.png").write_bytes(b"no image")
+    argv = f"explain {adapter} {folder} --device cpu --workers 0 --output {tmp_path}/out"
+    children = completed("deploy_lora", argv, tmp_path / "log")
+    output = "".join(child.output for child in children)
+    assert output.count("left out: ") == 1 and "3.png" in output
+    assert output.count("4 pictures of what decided") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png", "4.png"]
+
+
 @pytest.mark.parametrize(("part", "files"), [(3, 4), pytest.param(16, 1, marks=pytest.mark.slow)])
 def test_two_processes_write_the_answers_of_one(adapter, images, tmp_path, part, files, monkeypatch):
     """Of 7 images one is broken; with two in a batch, the last part or batch is of a single one."""

@@ -32,7 +32,7 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
     base = published.get(base, base)
     kind = value_at(metadata, "task/kind") or "classification"
     figures = _figures(results)
-    about: dict[str, Any] = {"license": MOCO_LICENCE if base.startswith("moco-v") else "unknown"}
+    about: dict[str, Any] = {"license": MOCO_LICENCE if base in PUBLISHED and base.startswith("moco") else "unknown"}
     about["tags"] = ["lora", "moco", str(metadata["arch"])]
     if kind in PIPELINES:
         about["pipeline_tag"] = PIPELINES[kind]
