@@ -1,9 +1,11 @@
 """timm's models by name: their own keys, heads, sizes and normalisation, from the command line to plain timm."""
 
+import copy
+
 import pytest
 import safetensors.torch
 import torch
-from dense import FP32, assert_close, randomize_adapters
+from dense import FP32, assert_close, randomize_adapters, saved_bytes
 from torch import nn
 
 import deploy_lora
@@ -23,6 +25,7 @@ from toolkit.models.backbones import (
     record_of,
 )
 from toolkit.models.checkpoints import load_backbone
+from toolkit.models.norms import freeze_statistics
 
 timm = pytest.importorskip("timm")
 
@@ -250,3 +253,59 @@ def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name):
     assert (once, twice, gradients("none")[1]) == (1, 2, 1)
     for gradient, wanted in zip(recomputed, expected, strict=True):
         assert_close(gradient, wanted, FP32)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "none": nn.Identity}
+
+
+def frozen_norm(activation: str | None, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    """A stock BatchNorm, or timm's with an activation, in eval mode; and its frozen twin."""
+    torch.manual_seed(2)
+    stock = nn.BatchNorm2d(5)
+    if activation is not None:
+        stock = timm.layers.BatchNormAct2d(5, act_layer=ACTIVATIONS[activation])
+    for tensor in (stock.weight.data, stock.bias.data, stock.running_mean, stock.running_var):
+        tensor.uniform_(0.5, 2)
+    stock.to(dtype).eval().requires_grad_(False)
+    twin = copy.deepcopy(stock)
+    freeze_statistics(twin, freeze=True, training=True)
+    return stock, twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_a_frozen_batch_norm_is_the_stock_one(activation, layout, dtype):
+    stock, twin = frozen_norm(activation, dtype)
+    x = (3 * torch.randn(2, 5, 4, 3, dtype=dtype)).to(memory_format=layout).requires_grad_()
+    gy = torch.randn(2, 5, 4, 3, dtype=dtype)
+    expected = stock(x)
+    assert torch.equal(twin(x), expected)
+    (gradient,) = torch.autograd.grad(twin(x), x, gy)
+    (expected_gradient,) = torch.autograd.grad(expected, x, gy)
+    assert_close(gradient, expected_gradient, 1e-12 if dtype == torch.float64 else 1e-2)
+    if dtype == torch.float64:
+        assert torch.autograd.gradgradcheck(twin, x)
+
+
+def test_a_frozen_batch_norm_keeps_at_most_its_output():
+    x = torch.randn(8, 5, 16, 16, dtype=torch.float64, requires_grad=True)
+    once = x.numel() * 8
+    kept = {}
+    for activation in (None, *ACTIVATIONS):
+        kept[activation] = round(saved_bytes(frozen_norm(activation)[1], x) / once)
+    assert kept == {None: 0, "none": 0, "relu": 1, "relu6": 1, "silu": 1}
+
+
+def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one():
+    stock, twin = frozen_norm("relu")
+    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    seen = []
+    twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert torch.equal(twin(x), stock(x))
+    assert torch.equal(seen[0], stock(x))
+    twin.weight.requires_grad_()
+    twin(x).sum().backward()
+    stock.weight.requires_grad_()
+    stock(x).sum().backward()
+    assert torch.equal(twin.weight.grad, stock.weight.grad)

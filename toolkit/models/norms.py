@@ -5,9 +5,11 @@ alone.
 """
 
 import functools
+import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,13 +47,53 @@ def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
 # -------------------------------------------------------------------------------------------------------------- frozen
 
 
+class _ConstantNorm(torch.autograd.Function):
+    """``batch_norm(x)`` by the running statistics, clamped to [0, highest] if that is given. Differentiable twice."""
+
+    @staticmethod
+    def forward(ctx, x, norm, highest):
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        scale, _ = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, None)
+        ctx.highest = highest
+        ctx.save_for_backward(scale.view(-1, *[1] * (x.dim() - 2)), None if highest is None else y.clamp_(0, highest))
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        scale, y = ctx.saved_tensors
+        if y is not None:
+            gy = torch.ops.aten.hardtanh_backward(gy, y, 0.0, ctx.highest)
+        return (gy * scale).to(gy.dtype), None, None
+
+
+HIGHEST = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # outputs of activations that clamp at 0 and here
+
+
 class Freezable(_Extended):
-    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says."""
+    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says.
+
+    It is then a constant scale and shift. For the gradient PyTorch keeps its input all the same and, if it is timm's
+    with a ReLU in it, the ReLU's input too. Here backward reads at most the output, which the next layer keeps anyway.
+    """
 
     frozen = False
 
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stock = stock_norm(self)
+        has_activation = stock.__name__ == "BatchNormAct2d"  # timm's
+        is_known = has_activation or stock.forward is _BatchNorm.forward
+        trains = self.training or any(parameter.requires_grad for parameter in self.parameters())
+        if trains or not is_known or not x.requires_grad or self.running_mean is None or torch.compiler.is_compiling():
+            return super().forward(x)
+        if not has_activation:
+            return _ConstantNorm.apply(x, self, None)
+        highest = HIGHEST.get(type(self.act))
+        if highest is None or type(self.drop) is not nn.Identity or self.act._forward_hooks:
+            return self.act(self.drop(_ConstantNorm.apply(x, self, None)))
+        return _ConstantNorm.apply(x, self, highest)
 
 
 FreezableBatchNorm2d = _extended(nn.BatchNorm2d, Freezable)
@@ -94,7 +136,7 @@ def share_statistics(model: nn.Module) -> None:
         is_shared = isinstance(module, SharedStatistics)
         if not isinstance(module, _BatchNorm) or is_shared or getattr(module, "frozen", False):
             continue
-        if type(module).forward is not _BatchNorm.forward:
+        if stock_norm(module).forward is not _BatchNorm.forward:
             remedy = "train in one, or freeze the norms (--freeze-backbone, no --norms train)"
             raise InputError(f"{type(module).__name__} cannot take statistics over several processes: {remedy}")
         module.__class__ = _extended(type(module), SharedStatistics)
