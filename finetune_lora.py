@@ -47,7 +47,7 @@ from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
-from toolkit.models.backbones import head_names, headless, in_head, name_head, record_of
+from toolkit.models.backbones import block_names, head_names, headless, in_head, name_head, record_of
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
@@ -768,8 +768,14 @@ def main(
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
         devices.seed_everything(args.seed)
+        if args.adapt_last == "auto" and args.resume:
+            args = replace(args, adapt_last=run_state.recorded_setting(args.resume, "adapt_last"))
         splits, model, report, plan = prepare(args, device)
         print(f"device: {device}, precision: {plan.dtype}")
+        features = None
+        if args.adapt_last == "auto":
+            args, features = settle_adapt_last(args, plan, devices.place(model, device), report, splits, opened)
+            model, report = build_model(args, plan.dtype, len(splits.class_names))
         resumed = args.resume
         if args.learning_rate == "auto":
             rate, resumed = search_learning_rate(args, plan, splits, opened, begin)
@@ -781,7 +787,7 @@ def main(
         if resumed:
             run.go_on_from(resumed)
         else:
-            run.start()
+            run.start(features)
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read
         train(run, after_epoch)
@@ -850,6 +856,32 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model
+
+
+def settle_adapt_last(
+    args: FineTuneOptions,
+    plan: Plan,
+    model: nn.Module,
+    report: dict[str, Any],
+    splits: Splits,
+    opened: list[DataLoader],
+) -> tuple[FineTuneOptions, list[tuple[Tensor, Tensor]]]:
+    """`--adapt-last auto`: the number of blocks by the gradient of the start, for which everything is adapted once.
+
+    Returns the options with this number, and the features of the images, which are the same for the run.
+    """
+    random_state = devices.rng_state()
+    if plan.learning_rate == "auto":
+        plan = replace(plan, learning_rate=search.DEFAULT_RATE)
+    everything = replace(args, cache_features="none")
+    trial = FineTuning(everything, plan, model, report, splits, opened, is_trial=True)
+    features = trial.start()
+    number = initialization.blocks_with_most(model, trial.gradient_energies)
+    end_workers(opened)
+    devices.restore_rng_state(random_state)
+    part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
+    print(f"adapters: {part}, by the share of the gradient")
+    return replace(args, adapt_last=number), features
 
 
 def search_learning_rate(
@@ -1096,7 +1128,8 @@ class FineTuning(RunState):
         """Start the adapters at the gradient of the first images, and remember this start."""
         if self.args.lora_init == "gradient":
             with evaluation.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
-                initialization.start_at_gradient(self.model, self._first_backward, self.args.seed)
+                seed = self.args.seed
+                self.gradient_energies = initialization.start_at_gradient(self.model, self._first_backward, seed)
         self.wise_ft.begin()
         worst_loss = None  # of the guard's batches, where BatchNorm makes losses depend on the batch
         if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's

@@ -11,18 +11,20 @@ is ``s Q^T G``. For a random Q this is a sketch of G's rows (Halko, Martinsson a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import adapter_parameters
+from lora.adapted import adapter_parameters, in_last_blocks, unwrap_for_editing
 from toolkit import distributed
+from toolkit.models.backbones import block_names
 
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
 # then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
 ADAPTER_LR_FACTOR = 24.0  # up to rank 8
 GRADIENT_IMAGES = 256  # enough for a good gradient
+MOST = 0.9  # of the gradient's energy: what the blocks that are worth adapting have together
 
 
 def adapter_lr_factor(r: int) -> float:
@@ -35,7 +37,7 @@ def adapter_lr_factor(r: int) -> float:
 
 
 @torch.no_grad()
-def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
+def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> dict[str, float]:
     """Start the adapters of `model` at its gradient, in place, without changing the model's output.
 
     B becomes zero. A's rows become orthogonal, and as long as those of a random start, 1 / sqrt(3).
@@ -50,10 +52,15 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     adapter is left unchanged if its gradient is zero, not finite, or missing (as a merged one's); all are if `backward`
     raises. The parameters' `.grad` are restored in any case. `backward` adds the gradients of some batches to them: a
     few hundred images are enough. `seed` is that of the random Q.
+
+    Returns the energy of each adapted layer's gradient, ``||G||^2``, as its sketch estimates it where all layers have
+    one scaling; up to a factor that is the same for all.
     """
-    pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
+    named = [(name, A, B) for name, A, B in adapter_pairs(model) if A.requires_grad]
+    pairs = [(A, B) for _, A, B in named]
+    energies: dict[str, float] = {}
     if not pairs:
-        return
+        return energies
     before = [(A.clone(), B.clone()) for A, B in pairs]
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
@@ -72,18 +79,34 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
         for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
             A.copy_(former_A)
             B.copy_(former_B)
-    for (A, B), sketch in zip(pairs, sketches, strict=True):
+    for (name, A, B), sketch in zip(named, sketches, strict=True):
         if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
             precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
+            energies[name] = energies.get(name, 0.0) + precise.square().sum().item() * len(B) / len(A)
             rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
             A[: len(rows)] = rows / math.sqrt(3)
             B.zero_()
         distributed.broadcast([A])  # the last bits, or signs, may differ between machines
+    return energies
 
 
-def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each adapter's A (r, fan_in) and B (fan_out, r)."""
-    for layer in model.modules():
+def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | None:
+    """How many of the last blocks have MOST of the gradient's energy together; None: less than all layers do not.
+
+    Adapters below them would change little of what the task wants to change, and cost backward half its time: the lower
+    stages of a convolutional network have the most pixels. `energies` are those of `start_at_gradient`.
+    """
+    inner = unwrap_for_editing(model)
+    for number in range(1, len(block_names(inner)) + 1):
+        held = sum(energy for name, energy in energies.items() if in_last_blocks(inner, name, number))
+        if held >= MOST * sum(energies.values()):
+            return number
+    return None
+
+
+def adapter_pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The name of each adapter's layer, its A (r, fan_in) and its B (fan_out, r)."""
+    for layer_name, layer in model.named_modules():
         factors = adapter_parameters(layer)
         for name in filter(lambda name: name.startswith("lora_A"), factors):
-            yield factors[name], factors[name.replace("lora_A", "lora_B")]
+            yield layer_name, factors[name], factors[name.replace("lora_A", "lora_B")]

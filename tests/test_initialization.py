@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_lora import LoRALinear, add_lora_to_model, freeze_backbone_params
-from lora.initialization import adapter_lr_factor, adapter_pairs, start_at_gradient
+from lora.initialization import adapter_lr_factor, adapter_pairs, blocks_with_most, start_at_gradient
 from lora_utils import LoRAManager
 from toolkit.models.backbones import build_backbone
 
@@ -110,7 +110,7 @@ def test_the_model_answers_as_before_and_rows_are_orthogonal(dtype):
     start_at_gradient(model, lambda: F.cross_entropy(model(x.to(dtype)).float(), labels).backward())
     assert torch.equal(model(x.to(dtype)), before)
     assert all(p.grad is None for p in model.parameters())
-    for A, B in adapter_pairs(model):
+    for _, A, B in adapter_pairs(model):
         close = {} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 0}
         torch.testing.assert_close(3 * A.float() @ A.float().T, torch.eye(R), **close)
         assert not B.any()
@@ -184,6 +184,34 @@ def test_a_model_without_adapters_is_left_alone():
     start_at_gradient(model, lambda: calls.append(None))
     assert not calls
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_it_estimates_the_energy_of_each_layer_s_gradient():
+    """Its mean over many sketches is the squared norm of the dense gradient, with the scaling of alpha / r = 2."""
+    stock = Layers()
+    sums: dict[str, float] = {}
+    for seed in range(100):
+        model = adapted(stock, lora_alpha=2 * R)
+        for name, energy in start_at_gradient(model, backward(model), seed).items():
+            sums[name] = sums.get(name, 0.0) + energy / 2**2 / 100
+    dense = {name: gradient.square().sum().item() for name, gradient in dense_gradients(stock).items()}
+    of_attention = sum(dense.pop(f"attention.{part}") for part in "qkv")
+    dense = {name.removesuffix(".weight"): energy for name, energy in dense.items() if not name.startswith("fc")}
+    assert sums == pytest.approx(dense | {"attention": of_attention}, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "energies, number",
+    [
+        ({"conv1": 0.01, "layer1.0.conv1": 0.08, "layer3.0.conv1": 0.31, "layer4.0.conv2": 0.6}, 2),
+        ({"conv1": 0.02, "layer1.0.conv1": 0.1, "layer4.0.conv2": 0.88}, 4),
+        ({"conv1": 0.2, "layer4.0.conv2": 0.8}, None),
+        ({"layer4.0.conv1": 1.0}, 1),
+    ],
+    ids=["the last two stages", "all stages, and not the stem", "all layers", "the last stage"],
+)
+def test_the_last_blocks_that_have_nine_tenths_of_the_gradient(energies, number):
+    assert blocks_with_most(build_backbone("resnet18", 3), energies) == number
 
 
 def test_the_first_step_moves_a_weight_as_far_at_every_rank_from_8_on():

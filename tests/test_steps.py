@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, load_finetuned
+from lora import initialization
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import read_adapter_file
 from tests.run_folders import stop, tensors, train_on
@@ -179,6 +180,21 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(finetune, saved,
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
+def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys):
+    """Also where it is resumed: the choice stands in its files."""
+    monkeypatch.setattr(initialization, "MOST", 0.01)  # which the last block alone has
+    chosen = finetune("--adapt-last auto --epochs 1 --labels-per-class 2", "auto")
+    assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
+    assert chosen["config"]["finetune"]["adapt_last"] == 1
+    typed = finetune("--adapt-last 1 --epochs 1 --labels-per-class 2", "typed")
+    first, second = (tensors(results["folder"] / "lora.pth") for results in (chosen, typed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again
+    resumed = finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --resume", "auto")
+    assert resumed["config"]["finetune"]["adapt_last"] == 1
+
+
 @pytest.mark.parametrize("flags", ["", "--use-qlora", pytest.param("--precision bf16", marks=pytest.mark.slow)])
 def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
     """Also in what the file says, from which the model is built anew, with what was in 4 bits below."""
@@ -236,7 +252,7 @@ def test_adapters_start_at_the_gradient_that_the_first_images_have(start, option
 
     reference.model.eval()
     start_at_gradient(reference.model, backward)
-    for (A, B), (expected, _) in zip(adapter_pairs(run.model), adapter_pairs(reference.model), strict=True):
+    for (_, A, B), (_, expected, _) in zip(adapter_pairs(run.model), adapter_pairs(reference.model), strict=True):
         cosines = torch.linalg.svdvals(A.detach() @ expected.detach().T) * 3  # of the two spaces
         assert cosines[0] > 0.999 and cosines.mean() > 0.9
         assert not B.any() and A.grad is None
@@ -250,7 +266,7 @@ def test_adapters_start_alike_in_float16_where_the_gradient_is_small(start, monk
     low.dtype, low.scaler = torch.float16, torch.amp.GradScaler("cpu")
     for run in (precise, low):
         run.start()
-    for (A, _), (expected, _) in zip(adapter_pairs(low.model), adapter_pairs(precise.model), strict=True):
+    for (_, A, _), (_, expected, _) in zip(adapter_pairs(low.model), adapter_pairs(precise.model), strict=True):
         assert torch.linalg.svdvals(A.detach() @ expected.detach().T)[0] * 3 > 0.99
 
 

@@ -180,6 +180,11 @@ class TuneOptions(AdapterOptions):
         "follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow, on a GPU frozen",
         choices=NORMS,
     )
+    adapt_last: int | str | None = option(
+        None,
+        "only so many of the last blocks or stages; auto: those with most of the gradient; default: all",
+        type=or_word("auto", positive_int),
+    )
     learning_rate: float | str = option(
         1e-4,
         "AdamW's peak rate; adapters that start at the gradient use 24 times it, less above rank 8; auto: search",
@@ -355,6 +360,7 @@ CLASHES = {
         "--norms follow": "only frozen BatchNorms follow adapters",
         "--cache-features": _CHANGES,
     },
+    "--adapt-last auto": {"--lora-init random": "it goes by the gradient at which adapters start"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
     "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
@@ -469,6 +475,8 @@ def lora_options(args: AdapterOptions) -> dict[str, Any]:
         return {}
     names = ("lora_alpha", "lora_dropout", "use_qlora", "adapt_last")
     known = {name: getattr(args, name) for name in names}
+    if args.adapt_last == "auto":  # all, until the gradient is known
+        known["adapt_last"] = None
     return known | {"r": args.lora_rank, "target_modules": list(args.target_modules or ()) or None}
 
 
