@@ -86,7 +86,9 @@ def run_one(job: tuple[str, float, int, str], options: list[str], answers: Any) 
     _, flags, decoder, _ = METHODS[method]
     if decoder is not None:
         finetune_lora.DenseModel = lambda *args: Decoder(decoder, *args)
-        probe.soften_head = lambda model, temperature: None  # no linear layer, which could be divided by it
+        # A decoder has no linear layer that a temperature could divide.
+        probe.soften_head = lambda model, temperature: None
+        finetune_lora.FineTuning.calibrate = lambda run: False
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         typed = ["--learning-rate", str(rate), "--seed", str(seed), "--eval-split", split]
