@@ -772,9 +772,9 @@ def main(
             args = replace(args, adapt_last=run_state.recorded_setting(args.resume, "adapt_last"))
         splits, model, report, plan = prepare(args, device)
         print(f"device: {device}, precision: {plan.dtype}")
-        features = None
+        whole = None
         if args.adapt_last == "auto":
-            args, features = settle_adapt_last(args, plan, devices.place(model, device), report, splits, opened)
+            args, whole = settle_adapt_last(args, plan, devices.place(model, device), report, splits, opened)
             model, report = build_model(args, plan.dtype, len(splits.class_names))
         resumed = args.resume
         if args.learning_rate == "auto":
@@ -787,7 +787,8 @@ def main(
         if resumed:
             run.go_on_from(resumed)
         else:
-            run.start(features)
+            run.start() if whole is None else run.start_as(whole)
+            whole = None  # so that its model leaves the memory
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read
         train(run, after_epoch)
@@ -865,23 +866,24 @@ def settle_adapt_last(
     report: dict[str, Any],
     splits: Splits,
     opened: list[DataLoader],
-) -> tuple[FineTuneOptions, list[tuple[Tensor, Tensor]]]:
-    """`--adapt-last auto`: the number of blocks by the gradient of the start, for which everything is adapted once.
+) -> tuple[FineTuneOptions, "FineTuning | None"]:
+    """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything.
 
-    Returns the options with this number, and the features of the images, which are the same for the run.
+    Returns the options with this number, and that run, from which this one can start unless its rate is searched for.
     """
     random_state = devices.rng_state()
-    if plan.learning_rate == "auto":
+    is_searched = plan.learning_rate == "auto"
+    if is_searched:
         plan = replace(plan, learning_rate=search.DEFAULT_RATE)
     everything = replace(args, cache_features="none")
-    trial = FineTuning(everything, plan, model, report, splits, opened, is_trial=True)
-    features = trial.start()
-    number = initialization.blocks_with_most(model, trial.gradient_energies)
+    whole = FineTuning(everything, plan, model, report, splits, opened, is_trial=True)
+    whole.start()
+    number = initialization.blocks_with_most(model, whole.gradient_energies)
     end_workers(opened)
     devices.restore_rng_state(random_state)
     part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
-    return replace(args, adapt_last=number), features
+    return replace(args, adapt_last=number), None if is_searched else whole
 
 
 def search_learning_rate(
@@ -1123,6 +1125,16 @@ class FineTuning(RunState):
         self.task.head.soften(self.model, self.temperature)
         self.start_adapters()
         return features
+
+    def start_as(self, whole: "FineTuning") -> None:
+        """Start as a run has that adapts more layers: what it adapts beside this one's has not changed its answers."""
+        own = trained_state(self.model).keys()
+        state = {name: tensor for name, tensor in trained_state(whole.model).items() if name in own}
+        self.model.load_state_dict(state, strict=False)
+        self.baseline = whole.baseline
+        self.head_temperature = whole.head_temperature
+        self.wise_ft.begin()
+        self.guard.load_state_dict(whole.guard.state_dict())
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""

@@ -6,6 +6,7 @@
     python -m benchmarks.compare_peers --model vit_b_16 --batch-size 8 --precision bf16
     python -m benchmarks.compare_peers --model vit_b_16 --batch-size 64 --device cuda --precision bf16
     python -m benchmarks.compare_peers --model resnet18 --batch-size 32 --variants full,peft,lora
+    python -m benchmarks.compare_peers --model timm:tf_efficientnet_lite0 --batch-size 8 --variants full,peft,lora
 
 Time: all variants live in one process and take one step each per round, in an order drawn anew for every round, so that
 a machine that slows down slows all of them down. What counts is the median of the ratios within a round.
@@ -66,6 +67,7 @@ from lora.nf4 import bitsandbytes_functional
 from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
+from toolkit.answers.probe import linear_head
 from toolkit.config import positive_int
 from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device, select_precision
 from toolkit.models.backbones import block_names, build_backbone, default_image_size, head_name
@@ -74,7 +76,7 @@ from toolkit.run.optim import fused
 from toolkit.run.output_folder import begin_folder
 from toolkit.run.runs import run_script
 
-MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
+MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16", "timm:resnet50", "timm:tf_efficientnet_lite0")
 NUM_CLASSES = 100
 MEMORY_STEPS = 3  # AdamW's state exists from the second step on
 WARMUP_STEPS = 2  # B is zero at first, so A has a gradient from the second step on
@@ -370,16 +372,14 @@ def build_variant(name: str, args) -> nn.Module:
     """The variant's model in train mode on args.device, from the same random weights as all others."""
     torch.manual_seed(args.seed)
     model = build_backbone(args.model, NUM_CLASSES, args.image_size)
-    nn.init.normal_(
-        model.get_parameter(f"{head_name(model)}.{'weight' if is_resnet(args) else 'head.weight'}"), 0, 0.01
-    )
+    nn.init.normal_(linear_head(model).weight, 0, 0.01)
     model = VARIANTS[name].build(model, args).to(args.device)
     # BatchNorm2d of random weights stays near mean 0 and variance 1, so eval mode computes on sensible numbers too.
-    return model.to(memory_format=torch.channels_last if is_resnet(args) else torch.preserve_format).train()
+    return model.to(memory_format=torch.channels_last if is_convolutional(args) else torch.preserve_format).train()
 
 
-def is_resnet(args) -> bool:
-    return args.model.startswith("resnet")
+def is_convolutional(args) -> bool:
+    return not args.model.startswith("vit")
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -461,7 +461,7 @@ def synchronize(device: torch.device) -> None:
 def random_batch(args, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), generator=generator)
-    if is_resnet(args):
+    if is_convolutional(args):
         images = images.contiguous(memory_format=torch.channels_last)
     return images.to(args.device), labels.to(args.device)
 
