@@ -8,8 +8,10 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import re
 import shutil
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, InputError, did_you_mean, printable
-from toolkit.files import SHIPPED, check_file, stored_path
+from toolkit.paths import SHIPPED, check_file, stored_path
 
 SECTIONS = ("model", "data", "moco", "finetune")
 
@@ -183,6 +185,16 @@ def parse_args(
     if problems:
         raise InputError("\n".join(problems))
     return args, sources
+
+
+def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any], description: str) -> None:
+    """Read the options of a script that is about to load PyTorch: for help, and for mistakes, it ends here."""
+    try:
+        read_options(None, description)
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, which find the same, one says it
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:

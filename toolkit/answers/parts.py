@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
+from toolkit.choices import KEEP_BEST
 from toolkit.images.data import LabelledImages
 
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
@@ -186,7 +187,6 @@ class Task:
     score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
     score_title: str  # for people
     measured: tuple[str, ...]  # the names in `Answers.measured`; columns of metrics.csv, with val_ before them
-    best_by: Mapping[str, str]  # the values of --keep-best, and the column that each means
     loss_title: str
     outputs_are: tuple[str, str]  # one of them, and several
     axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
@@ -201,6 +201,11 @@ class Task:
         self.plain_loss = objective.plain_loss
         self.progress = objective.progress
         self.evaluate = head.evaluate
+
+    @property
+    def best_by(self) -> Mapping[str, str]:
+        """The values of --keep-best, and the column that each means."""
+        return KEEP_BEST[self.kind]
 
     def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The columns of a table of predictions (`Head.columns`), and for each image what stands in them."""

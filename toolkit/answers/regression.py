@@ -235,7 +235,6 @@ class Regression(Task):
     score_format = ".3f"
     outputs_are = ("number", "numbers")
     measured = tuple(MEASURES)
-    best_by: Mapping[str, str] = {"r2": "val_r2", "spearman": "val_spearman"}
     Report = NumberReport
 
     def __init__(

@@ -9,8 +9,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import torch
-
 from toolkit import InputError
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
@@ -67,6 +65,8 @@ def fetch(name: str) -> Path:
     """
     if name.startswith("hf:"):
         return _from_hub(*name.removeprefix("hf:").split("/", 2))
+    import torch  # here, since it takes seconds, and every command line is compared with these names
+
     url, digest = PUBLISHED[name]
     path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes may fetch the same
