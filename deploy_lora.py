@@ -37,11 +37,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before PyTorch, which takes seconds to load: help and mistakes need not wait for it
-    from toolkit.config import check_command_line
-    from toolkit.run import commands
+from toolkit.config import check_command_line
+from toolkit.run.commands import FOLDERS, MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
 
-    check_command_line(commands.read_options, __doc__)
+if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
+    check_command_line(read_options, __doc__)
 
 import numpy as np
 import torch
@@ -69,8 +69,7 @@ from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import value_at
-from toolkit.run import commands, reports
-from toolkit.run.commands import FOLDERS, MAP_SUFFIXES, ON_IMAGES, PART_IMAGES, SUFFIXES, check  # noqa: F401
+from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings
 from toolkit.run.runs import faults_explained, progress_bar, run_script
@@ -859,20 +858,16 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
+PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 COMMANDS: dict[str, Callable] = {
     run.__name__: run
     for run in (info, evaluate, compare, threshold, predict, embed, explain, merge, export, convert, card, push)
 }
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and the parser of each command."""
-    return commands.make_parser(__doc__)
-
-
 def main(argv: Sequence[str] | None = None) -> Any:
     """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
-    args = commands.read_options(argv, __doc__)
+    args = read_options(argv, __doc__)
     return COMMANDS[args.command](args)
 
 

@@ -10,7 +10,6 @@ From top to bottom: the adapted layers, how they get into a model, what trains a
 its command line. The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
@@ -21,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before PyTorch, which takes seconds to load: help and mistakes need not wait for it
-    from toolkit.config import check_command_line
-    from toolkit.run import options
+from toolkit.config import check_command_line
+from toolkit.run.options import FineTuneOptions, Plan, make_parser, read_options
 
-    check_command_line(options.read_options, __doc__)
+if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
+    check_command_line(read_options, __doc__)
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +60,6 @@ from toolkit.run import guard, optim, options, output_folder, reports, run_state
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
-from toolkit.run.options import DEFAULT_CONFIG, FineTuneOptions, Plan  # noqa: F401
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 DEFAULT_CHECKPOINT = SHIPPED
@@ -721,19 +719,6 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
     LoRAManager(model).load_lora_checkpoint(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ options
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    return options.make_parser(__doc__)
-
-
-def read_options(argv: Sequence[str] | None = None) -> tuple[FineTuneOptions, dict[str, str]]:
-    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
-    return options.read_options(argv, __doc__)
-
-
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -749,7 +734,7 @@ def main(
     Returns:
         The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds that of `cross_validate`.
     """
-    args, sources = read_options(argv)
+    args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     distributed.join(device)
     if options.all_folds(args):

@@ -58,14 +58,14 @@ class PretrainOptions(RunOptions, BackboneOptions, ImageOptions, MoCoOptions):
 SECTIONS = {"run": RunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str = "") -> argparse.ArgumentParser:
     """The command line, whose groups are the sections of the configuration file."""
     parser = config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=description)
     parser.set_defaults(output_dir=Path("checkpoints/pretrain"))
     return parser
 
 
-def read_options(argv: Sequence[str] | None, description: str) -> tuple[PretrainOptions, dict[str, str]]:
+def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[PretrainOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
     args, sources = config.parse_args(make_parser(description), argv, check=complete, ignored=options.OF_FINE_TUNING)
     return config.frozen(PretrainOptions, args), sources

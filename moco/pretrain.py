@@ -14,7 +14,6 @@ it only adapters do, over a frozen backbone that queries and keys share.
 Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
 """
 
-import argparse
 import functools
 import json
 import math
@@ -22,23 +21,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-if __name__ == "__main__":  # before PyTorch, which takes seconds to load: help and mistakes need not wait for it
-    import moco.options
-    from toolkit.config import check_command_line
+from moco.options import PretrainOptions, checkpoint_name, make_parser, read_options, written  # noqa: F401
+from toolkit.config import check_command_line
 
-    check_command_line(moco.options.read_options, __doc__)
+if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
+    check_command_line(read_options, __doc__)
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import moco.options
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
-from moco.options import PretrainOptions, checkpoint_name, written
 from toolkit import InputError, config, devices, distributed
 from toolkit.answers import evaluation, measures
 from toolkit.files import save_atomically, write_text
@@ -65,16 +62,6 @@ MEASURED_IMAGES = 2_048  # the images on which the effective rank is measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line, whose groups are the sections of the configuration file."""
-    return moco.options.make_parser(__doc__)
-
-
-def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
-    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
-    return moco.options.read_options(argv, __doc__)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain as the options say.
 
@@ -84,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         `images_per_second`, `waiting_share`, `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of
         `moco_lora.pth`) and `metrics`.
     """
-    args, _ = read_options(argv)
+    args, _ = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     dtype = devices.select_precision(args.precision, device)
     distributed.join(device)

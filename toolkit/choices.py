@@ -2,11 +2,9 @@
 
 UNLABELLED_SET = "unlabelled"  # all images of a folder, for pretraining alone
 DATASETS = ("digits", "imagefolder", UNLABELLED_SET)
-EVAL_SPLITS = ("held-out", "validation")
 EVALUATION_NAMES = ("val", "valid", "validation")  # of the folder of evaluation images; or else test
 AUGMENTATIONS = ("crop", "trivial", "affine", "none")
 TWO_CROPS = ("moco_v2", "moco_v3", "digits")
-CACHES = ("none", "disk")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ARITHMETICS = ("float", "int8")
 

@@ -238,11 +238,7 @@ class Regression(Task):
     Report = NumberReport
 
     def __init__(
-        self,
-        names: Sequence[str],
-        targets: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
+        self, names: Sequence[str], targets: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
     ):
         if targets is not None:
             columns = [column[~column.isnan()] for column in targets.double().T]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
-from toolkit.choices import DATASETS, EVAL_SPLITS, UNLABELLED_SET  # noqa: F401
+from toolkit.choices import DATASETS, UNLABELLED_SET  # noqa: F401
 from toolkit.images import folders, lists, remote, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each

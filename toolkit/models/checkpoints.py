@@ -21,14 +21,7 @@ from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from toolkit import InputError, listed, printable
-from toolkit.files import (
-    ForeignObject,
-    is_plain_tensor,
-    is_safetensors,
-    read_checkpoint,
-    read_safetensors,
-    stored_path,
-)
+from toolkit.files import ForeignObject, is_plain_tensor, is_safetensors, read_checkpoint, read_safetensors, stored_path
 from toolkit.models import backbones
 from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
 from toolkit.models.names import NO_ARCH, NO_CHECKPOINT, checkpoint_path, is_none  # noqa: F401

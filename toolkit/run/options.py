@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import InputError, choices, config
+from toolkit import InputError, config
+from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import flag, option, or_word, positive_float, positive_int, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 NORMS = ("auto", "frozen", "follow", "train")
 CHECKPOINTING = ("none", "full")
-BEST_BY = tuple(dict.fromkeys(by for columns in choices.KEEP_BEST.values() for by in columns))
+BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in columns))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = (
@@ -105,16 +106,14 @@ class ModelOptions(ShapeOptions):
 class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
-    dataset: str | None = option(
-        None, "default: imagefolder with images of your own, else digits", choices=choices.DATASETS
-    )
+    dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
     data_list: tuple[Path, ...] | None = several(
         None, "list of `path,label` lines; two: training, evaluation", type=Path
     )
     eval_split: str = option(
-        "held-out", "validation: a part of the training images, to choose settings", choices=choices.EVAL_SPLITS
+        "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
     )
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
@@ -136,7 +135,7 @@ class DataOptions(ImageOptions):
     task: str = option(
         "classification",
         "one class an image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
-        choices=tuple(choices.KEEP_BEST),
+        choices=tuple(KEEP_BEST),
     )
     label_columns: tuple[str, ...] | None = several(
         None, "columns of a list that are labels or numbers, as A,B,C or A..B; default: all but paths and groups"
@@ -152,11 +151,9 @@ class DataOptions(ImageOptions):
         None, "values of unknown pixels in masks; else 255, unless a class has it", type=config.any_float
     )
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
-    augmentation: str = option(
-        "crop", "crop, trivial: photographs; affine: digits; none", choices=choices.AUGMENTATIONS
-    )
+    augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
     cache_features: str = option(
-        "none", "run frozen blocks below --adapt-last once per image and view", choices=choices.CACHES
+        "none", "run frozen blocks below --adapt-last once per image and view", choices=("none", "disk")
     )
 
 
@@ -214,10 +211,10 @@ class TuneOptions(AdapterOptions):
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
     precision: str = option(
-        "auto", "products and frozen weights; auto: 16 bits on CUDA, and on a CPU if faster", choices=choices.PRECISIONS
+        "auto", "products and frozen weights; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS
     )
     arithmetic: str = option(
-        "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=choices.ARITHMETICS
+        "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
     )
     gradient_checkpointing: str = option(
         "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=CHECKPOINTING
@@ -306,7 +303,7 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
-    if args.dataset == choices.UNLABELLED_SET:
+    if args.dataset == UNLABELLED_SET:
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
@@ -424,7 +421,7 @@ def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
 
 def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     """What --task lacks, one line each."""
-    best_by = choices.KEEP_BEST[args.task]
+    best_by = KEEP_BEST[args.task]
     if args.keep_best is not None and args.keep_best not in best_by:
         yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
     if args.label_columns and (not args.data_list or args.task == "segmentation"):
@@ -482,14 +479,14 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
 # -------------------------------------------------------------------------------------- the command line of fine-tuning
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str = "") -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
     parser = config.make_parser(FINE_TUNING_SECTIONS, description=description, add_help=False)
     config.add_help(parser, NEEDED)
     return parser
 
 
-def read_options(argv: Sequence[str] | None, description: str) -> tuple[FineTuneOptions, dict[str, str]]:
+def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[FineTuneOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
     args, sources = config.parse_args(make_parser(description), argv, _default_config, _complete)
     return config.frozen(FineTuneOptions, args), sources
