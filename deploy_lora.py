@@ -112,10 +112,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     is `lora_evaluation.html` beside `lora.pth` or, with `--output results.json`, `results.html`.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        images, where = _labelled_images(args.images, about)
-        images = readable(images)
         task = _task_of(about)
-        result = _evaluated(args, task, model, make_loader, images, about)
+        images, where, result = _evaluated(args, task, model, make_loader, about)
         has_maps = task.kind == "classification" and block_names(model)
         explainer = _explainer(args, model, about) if has_maps else None
     if not distributed.is_main():
@@ -140,12 +138,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, images, about) -> Any:
-    """The answers for labelled images, of which each process takes a share."""
+def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, about) -> tuple:
+    """Labelled images, where they were found, and the answers for them, of which each process takes a share."""
+    images, where = _labelled_images(args.images, about)
+    images = readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
     loader = make_loader(Transformed(images, about["transform"]))
-    return task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+    return images, where, task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
 
 
 def _explainer(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> heat_maps.Explainer:
@@ -196,9 +196,7 @@ def threshold(args: argparse.Namespace) -> Task:
         task = _task_of(about)
         if task.kind != "multilabel":
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
-        images, where = _labelled_images(args.images, about)
-        images = readable(images)
-        result = _evaluated(args, task, model, make_loader, images, about)
+        images, where, result = _evaluated(args, task, model, make_loader, about)
     task.head.thresholds = result.thresholds_for(args.goal)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
@@ -859,16 +857,14 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 # ------------------------------------------------------------------------------------------------------- command line
 
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
-COMMANDS: dict[str, Callable] = {
-    run.__name__: run
-    for run in (info, evaluate, compare, threshold, predict, embed, explain, merge, export, convert, card, push)
-}
+COMMANDS = (info, evaluate, compare, threshold, predict, embed, explain, merge, export, convert, card, push)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
     args = read_options(argv, __doc__)
-    return COMMANDS[args.command](args)
+    run = next(run for run in COMMANDS if run.__name__ == args.command)
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config import check_command_line
-from toolkit.run.options import FineTuneOptions, Plan, make_parser, read_options
+from toolkit.run.options import DEFAULT_CONFIG, FineTuneOptions, Plan, make_parser, read_options  # noqa: F401
 
 if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
     check_command_line(read_options, __doc__)

@@ -12,18 +12,17 @@ from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.models.names import ARCHS, checkpoint_path
 from toolkit.run import options
-from toolkit.run.options import AdapterOptions, ImageOptions, RunOptions, ShapeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneOptions(ShapeOptions):
+class BackboneOptions(options.ShapeOptions):
     """Section `model`."""
 
     arch: str = option("vit_mini", choices=ARCHS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoCoOptions(AdapterOptions):
+class MoCoOptions(options.AdapterOptions):
     """Section `moco`."""
 
     checkpoint: Path | None = option(None, "go on with this backbone, projector and predictor", type=checkpoint_path)
@@ -39,9 +38,7 @@ class MoCoOptions(AdapterOptions):
     momentum: float = option(0.99, "m; v3 raises it to 1 along a cosine", type=fraction)
     temperature: float = option(0.2, "T", type=positive_float)
     dim: int | None = option(None, "width of queries and keys; default: the checkpoint's, else 256", type=positive_int)
-    mlp_dim: int | None = option(
-        None, "v3: hidden width of projector and predictor; the checkpoint's, else 4096", type=positive_int
-    )
+    mlp_dim: int | None = option(None, "v3: hidden width of the MLPs; the checkpoint's, else 4096", type=positive_int)
     queue_size: int = option(65536, "v2: K", type=positive_int)
     two_crops: str = option("moco_v3", "how the views are made", choices=TWO_CROPS)
     crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
@@ -51,11 +48,11 @@ class MoCoOptions(AdapterOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions, BackboneOptions, ImageOptions, MoCoOptions):
+class PretrainOptions(options.RunOptions, BackboneOptions, options.ImageOptions, MoCoOptions):
     """All options of stage 1."""
 
 
-SECTIONS = {"run": RunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
+SECTIONS = {"run": options.RunOptions, "model": BackboneOptions, "data": options.ImageOptions, "moco": MoCoOptions}
 
 
 def make_parser(description: str = "") -> argparse.ArgumentParser:

@@ -21,8 +21,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from toolkit import InputError, printable
-from toolkit.paths import SHIPPED, TOOLKIT, check_file, found_path, same_file, stored_path  # noqa: F401
+from toolkit import SHIPPED, TOOLKIT, InputError, check_file, found_path, printable, same_file, stored_path  # noqa: F401
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
 

@@ -197,15 +197,11 @@ class Task:
         self.objective = objective
         self.head = head
         self.names = head.names
+        self.best_by = KEEP_BEST[self.kind]
         self.loss = objective.loss
         self.plain_loss = objective.plain_loss
         self.progress = objective.progress
         self.evaluate = head.evaluate
-
-    @property
-    def best_by(self) -> Mapping[str, str]:
-        """The values of --keep-best, and the column that each means."""
-        return KEEP_BEST[self.kind]
 
     def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The columns of a table of predictions (`Head.columns`), and for each image what stands in them."""

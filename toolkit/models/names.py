@@ -8,9 +8,8 @@ import argparse
 import os
 from pathlib import Path
 
-from toolkit import InputError, did_you_mean, printable
+from toolkit import SHIPPED, InputError, did_you_mean, printable
 from toolkit.models.published import PUBLISHED, fetch, is_published
-from toolkit.paths import SHIPPED
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -83,8 +82,6 @@ def timm_config(arch: str):
         raise InputError(f"{arch} takes images of {height} x {width} pixels; those of this toolkit are square")
     return config
 
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 NO_CHECKPOINT = "none"
 NO_ARCH = "random weights have no architecture of their own"

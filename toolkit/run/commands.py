@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError
+from toolkit import VERSION, InputError, same_file
 from toolkit.choices import ARITHMETICS, PRECISIONS
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path
-from toolkit.paths import same_file
 
 COMMANDS = {  # and the help of each
     "info": "what is in an adapter file",
@@ -42,8 +41,7 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "export": (".onnx", ".pt2"),
     "card": (".md",),
 }
-# The packages that writing such files takes
-NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}
+NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}  # packages
 
 
 def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -63,9 +61,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(of_adapters, "adapter", "adapter file, .pth or .safetensors", type=Path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
     add(["evaluate"], "images", "folder of class folders, or of images/ and masks/; or a list", type=Path, nargs="?")
-    add(
-        ["threshold"], "images", "list of labelled images that neither trained the adapter nor judge it", type=Path
-    )
+    add(["threshold"], "images", "list of labelled images that neither trained the adapter nor judge it", type=Path)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
     add(["push"], "repository", "owner/name; is made unless it exists")
     add(["push"], "--private", "make one that others cannot see", **switch)
@@ -73,21 +69,16 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["compare"], "--output", "a table of all, runs.csv or runs.md, and a picture beside it", type=Path)
     add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
     add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
-    based = of_adapters - {"info", "card", "push"}
-    add(based, "--checkpoint", "the base, if it was moved since training", type=checkpoint_path)
+    add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     add(ON_IMAGES, "--batch-size", "images at a time", type=positive_int, default=32)
     add(ON_IMAGES, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
     add(ON_IMAGES, "--workers", "processes that load images", type=worker_count, default="auto")
-    what = "auto: 16 bits on a GPU; bf16: for CPUs with AMX too"
-    add(ON_IMAGES, "--precision", what, choices=PRECISIONS, default="auto")
-    what = "int8: multiply in 8 bits; for a large ViT on a CPU"
-    add(ON_IMAGES, "--arithmetic", what, choices=ARITHMETICS, default="float")
-    what = "f1, or sensitivity=0.95 or specificity=0.9 of each label"
-    add(["threshold"], "--goal", what, type=threshold_goal, default="f1")
+    add(ON_IMAGES, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
+    add(ON_IMAGES, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
+    add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
     add(["predict", "embed"], "--resume", "go on with what is in the folder --output", **switch)
     add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
-    what = "in maps: no answer where the likeliest class is less probable than this, as 0.6"
-    add(["predict"], "--abstain", what, type=positive_share)
+    add(["predict"], "--abstain", "in maps: no answer where all classes are less probable, as 0.6", type=positive_share)
     add(["predict"], "--window", "in maps of an answer for windows: pixels; its own", type=positive_int)
     add(["export"], "--normalise", "the graph takes images from 0 to 1, or files' numbers", **switch)
     add(["convert"], "--to", "the format; --output is a folder", choices=["peft"], default="peft")

@@ -1,8 +1,7 @@
 """The options of both scripts: flag and YAML key, type and default of each, and what goes together.
 
 A class is a section of the YAML file and a field is an option; `toolkit.config` makes the parser from them. Options are
-read once, completed, checked together, and then frozen: what a run settles later is in its `Plan`. All of this is done
-before PyTorch is loaded, which takes seconds, unless an option asks for what PyTorch alone knows.
+read before PyTorch is loaded, completed, checked together, and then frozen: what a run settles is in its `Plan`.
 """
 
 import argparse
@@ -14,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import InputError, config
+from toolkit import SHIPPED, TOOLKIT, InputError, config, found_path
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
-from toolkit.config import flag, option, or_word, positive_float, positive_int, several
+from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, model_problems
 from toolkit.models.published import is_published
-from toolkit.paths import SHIPPED, TOOLKIT, found_path
 from toolkit.run import loggers, output_folder
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 NORMS = ("auto", "frozen", "follow", "train")
-CHECKPOINTING = ("none", "full")
 BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in columns))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
@@ -79,9 +76,7 @@ class ShapeOptions:
     """What describes a backbone beside its arch."""
 
     heads: int | None = option(None, "attention heads of a ViT; default: as its layout implies", type=positive_int)
-    channels: int | None = option(
-        None, "channels of the images, to which the first layer is fitted; default: the checkpoint's", type=positive_int
-    )
+    channels: int | None = option(None, "channels of the images; default: the checkpoint's", type=positive_int)
     image_size: int | None = option(None, "pixels; default: what the backbone was made for", type=positive_int)
 
 
@@ -90,9 +85,7 @@ class ModelOptions(ShapeOptions):
     """Section `model`."""
 
     checkpoint: Path = option(
-        SHIPPED,
-        "file of MoCo, torchvision or timm, or moco-v2-800ep; shipped: digits; none: random",
-        type=checkpoint_path,
+        SHIPPED, "file of MoCo, torchvision or timm; moco-v2-800ep; shipped: digits; none: random", type=checkpoint_path
     )
     arch: str | None = option(
         None,
@@ -109,9 +102,7 @@ class ImageOptions:
     dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
-    data_list: tuple[Path, ...] | None = several(
-        None, "list of `path,label` lines; two: training, evaluation", type=Path
-    )
+    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; a second: evaluation", type=Path)
     eval_split: str = option(
         "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
     )
@@ -120,12 +111,10 @@ class ImageOptions:
     bands: tuple[str, ...] | None = several(None, "bands to read from a file, as 4,3,2; 0: zeros (default: all)")
     scale: float | None = option(None, "divisor of the files' values, as 10000", type=positive_float)
     mean: tuple[float, ...] | None = several(
-        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=config.any_float
+        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
     )
-    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=config.any_float)
-    normalise: str | None = option(
-        None, "data: mean and std measured on training images; or a known family's", choices=("data", *FAMILIES)
-    )
+    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
+    normalise: str | None = option(None, "data: measure training images; or a family", choices=("data", *FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,20 +130,12 @@ class DataOptions(ImageOptions):
         None, "columns of a list that are labels or numbers, as A,B,C or A..B; default: all but paths and groups"
     )
     group_by: str | None = option(None, "column or folder level that names the patient or field: none is on two sides")
-    folds: str | None = option(
-        None, "cross-validate over so many parts, a run for each; 2/5: that of the second of five", type=config.folds
-    )
-    classes: tuple[str, ...] | None = several(
-        None, "names of the classes in masks, or a file of names and values or colours; with --task segmentation"
-    )
-    unknown_value: tuple[float, ...] | None = several(
-        None, "values of unknown pixels in masks; else 255, unless a class has it", type=config.any_float
-    )
+    folds: str | None = option(None, "cross-validate over so many parts; 2/5: the second of five", type=config.folds)
+    classes: tuple[str, ...] | None = several(None, "classes in masks: names, or a file with values or colours")
+    unknown_value: tuple[float, ...] | None = several(None, "unknown pixels' values in masks; else 255", type=any_float)
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
-    cache_features: str = option(
-        "none", "run frozen blocks below --adapt-last once per image and view", choices=("none", "disk")
-    )
+    cache_features: str = option("none", "run frozen blocks once per image and view", choices=("none", "disk"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +158,7 @@ class TuneOptions(AdapterOptions):
 
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option(
-        "auto",
-        "follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow, on a GPU frozen",
-        choices=NORMS,
+        "auto", "follow: statistics follow the adapters; train: slow; auto: follow, on a GPU frozen", choices=NORMS
     )
     learning_rate: float | str = option(
         1e-4,
@@ -194,9 +173,7 @@ class TuneOptions(AdapterOptions):
     class_weights: str = option(
         "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
     )
-    threshold: str = option(
-        "f1", "what decides about labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal
-    )
+    threshold: str = option("f1", "for labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal)
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
@@ -204,24 +181,16 @@ class TuneOptions(AdapterOptions):
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     wise_ft: float | str = option(
-        "auto",
-        "saved share of the trained change; auto: by the images per class",
-        type=or_word("auto", config.positive_share),
+        "auto", "saved share of the trained change; auto: by images per class", type=or_word("auto", positive_share)
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
-    precision: str = option(
-        "auto", "products and frozen weights; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS
-    )
-    arithmetic: str = option(
-        "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
-    )
+    precision: str = option("auto", "products, frozen weights; auto: 16 bits on CUDA, or if faster", choices=PRECISIONS)
+    arithmetic: str = option("float", "int8: frozen layers in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS)
     gradient_checkpointing: str = option(
-        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=CHECKPOINTING
+        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
-    activation_precision: int = option(
-        32, "bits of activations saved for backward; 16: half the bytes, rounded", type=int, choices=(32, 16)
-    )
+    activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
@@ -274,6 +243,27 @@ FREE_TO_CHANGE = (
     *(f"data.{name}" for name in PLACES_OF_IMAGES),
 )
 
+
+def make_parser(description: str = "") -> argparse.ArgumentParser:
+    """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
+    parser = config.make_parser(FINE_TUNING_SECTIONS, description=description, add_help=False)
+    config.add_help(parser, NEEDED)
+    return parser
+
+
+def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[FineTuneOptions, dict[str, str]]:
+    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
+    args, sources = config.parse_args(make_parser(description), argv, _default_config, complete_fine_tuning)
+    return config.frozen(FineTuneOptions, args), sources
+
+
+def _default_config(typed: dict[str, Any]) -> Path | None:
+    """The configuration of a run that names none: its values suit the shipped backbone alone."""
+    text = typed.get("checkpoint", "shipped")
+    is_shipped = not is_published(text) and checkpoint_path(text).resolve() == SHIPPED.resolve()
+    return DEFAULT_CONFIG if is_shipped else None
+
+
 # -------------------------------------------------------------------- what follows from options, before they are frozen
 
 
@@ -318,8 +308,8 @@ def unlabelled_problems(args: Any) -> Iterator[str]:
             yield f"{name} with images without labels: they are not evaluated on; drop it"
 
 
-def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
-    """Fill in the options that follow from others; return the problems with the data options, one line each."""
+def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], typed: set[str]) -> list[str]:
+    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
     args.label_columns = scaling.split_names(args.label_columns)
     problems = complete_shared(args, origins)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
@@ -336,7 +326,8 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> l
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    return problems
+    problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
+    return problems + fine_tuning_problems(args, typed)
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -461,7 +452,7 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
     `written` names the files that the run writes to --output-dir.
     """
     arithmetic = getattr(args, "arithmetic", "float")  # an option of fine-tuning alone
-    if args.device != "auto" or args.precision == "fp16" or arithmetic != "float":  # others are on every machine
+    if args.device not in ("auto", "cpu") or args.precision == "fp16" or arithmetic == "int8":  # the rest is everywhere
         from toolkit import devices  # here: it loads PyTorch
 
         try:
@@ -474,35 +465,6 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
         yield f"--data-dir {args.data_dir}: no such folder"
     yield from loggers.missing(args.tracker)
     yield from output_folder.problems(args, written)
-
-
-# -------------------------------------------------------------------------------------- the command line of fine-tuning
-
-
-def make_parser(description: str = "") -> argparse.ArgumentParser:
-    """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = config.make_parser(FINE_TUNING_SECTIONS, description=description, add_help=False)
-    config.add_help(parser, NEEDED)
-    return parser
-
-
-def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[FineTuneOptions, dict[str, str]]:
-    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
-    args, sources = config.parse_args(make_parser(description), argv, _default_config, _complete)
-    return config.frozen(FineTuneOptions, args), sources
-
-
-def _default_config(typed: dict[str, Any]) -> Path | None:
-    """The configuration of a run that names none: its values suit the shipped backbone alone."""
-    text = typed.get("checkpoint", "shipped")
-    is_shipped = not is_published(text) and checkpoint_path(text).resolve() == SHIPPED.resolve()
-    return DEFAULT_CONFIG if is_shipped else None
-
-
-def _complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
-    problems = complete_fine_tuning(args, sources)
-    problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
-    return problems + fine_tuning_problems(args, typed)
 
 
 # ------------------------------------------------------------------------------------------ what options mean to others

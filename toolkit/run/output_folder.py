@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError, printable
+from toolkit import InputError, printable, same_file
 from toolkit.choices import EVALUATION_NAMES, UNLABELLED_SET
 from toolkit.images.remote import is_remote
-from toolkit.paths import same_file
 
 try:
     import fcntl
