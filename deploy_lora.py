@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import check_command_line
+from toolkit.config import check_command_line, folds
 from toolkit.run.commands import FOLDERS, MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
 
 if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
@@ -58,7 +58,6 @@ from toolkit import InputError, devices, distributed, files, listed, printable
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
 from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.config import folds
 from toolkit.images import folders, lists, masks, remote, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
