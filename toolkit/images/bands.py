@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode, decode_png
 
 from toolkit import InputError, listed, printable
 from toolkit.images import dicom, remote
-from toolkit.images.scaling import Scaling
+from toolkit.images.scaling import Scaling, option_problems, split_names  # noqa: F401
 from toolkit.models.backbones import check_channels, normalization
 
 ARRAY_SUFFIXES = (".npy", ".npz")
