@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -38,6 +37,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.config import check_command_line, folds
+from toolkit.run.commands import FOLDERS, MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
+
+if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
+    check_command_line(read_options, __doc__)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -49,11 +54,10 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import check_metadata, is_per_pixel, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import VERSION, InputError, devices, distributed, files, listed, printable
+from toolkit import InputError, devices, distributed, files, listed, printable
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
 from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.config import folds, positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.images import folders, lists, masks, remote, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
@@ -63,7 +67,7 @@ from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
-from toolkit.models.checkpoints import checkpoint_path, value_at
+from toolkit.models.checkpoints import value_at
 from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings
@@ -107,10 +111,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     is `lora_evaluation.html` beside `lora.pth` or, with `--output results.json`, `results.html`.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        images, where = _labelled_images(args.images, about)
-        images = readable(images)
         task = _task_of(about)
-        result = _evaluated(args, task, model, make_loader, images, about)
+        images, where, result = _evaluated(args, task, model, make_loader, about)
         has_maps = task.kind == "classification" and block_names(model)
         explainer = _explainer(args, model, about) if has_maps else None
     if not distributed.is_main():
@@ -135,12 +137,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, images, about) -> Any:
-    """The answers for labelled images, of which each process takes a share."""
+def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, about) -> tuple:
+    """Labelled images, where they were found, and the answers for them, of which each process takes a share."""
+    images, where = _labelled_images(args.images, about)
+    images = readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
     loader = make_loader(Transformed(images, about["transform"]))
-    return task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+    return images, where, task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
 
 
 def _explainer(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> heat_maps.Explainer:
@@ -191,9 +195,7 @@ def threshold(args: argparse.Namespace) -> Task:
         task = _task_of(about)
         if task.kind != "multilabel":
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
-        images, where = _labelled_images(args.images, about)
-        images = readable(images)
-        result = _evaluated(args, task, model, make_loader, images, about)
+        images, where, result = _evaluated(args, task, model, make_loader, about)
     task.head.thresholds = result.thresholds_for(args.goal)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
@@ -853,147 +855,14 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-ON_IMAGES = ("evaluate", "threshold", "predict", "embed", "explain")  # these commands compute on a device
-MAP_SUFFIXES = (".tif", ".tiff")
-FOLDERS = ("", ".parquet")  # of parts
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
-SUFFIXES = {  # allowed for --output; "": a folder's
-    "evaluate": (".json",),
-    "predict": (".csv", ".parquet", *MAP_SUFFIXES, ""),
-    "embed": (".npy", ""),
-    "explain": ("",),
-    "threshold": (".pth", ".safetensors"),
-    "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
-    "export": (".onnx", ".pt2"),
-    "card": (".md",),
-}
-# The packages that writing such files takes
-NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}
-
-
-def check_output(args: argparse.Namespace) -> list[str]:
-    """What is wrong with --output, before anything is computed."""
-    if args.output is None:
-        return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
-    if os.path.isdir(args.output) and args.command not in ("convert", "predict", "embed", "explain"):
-        return [f"--output {args.output}: a folder; name a file"]
-    suffixes = SUFFIXES.get(args.command, ())
-    if suffixes and args.output.suffix not in suffixes:
-        endings = " or ".join(filter(None, suffixes))
-        if "" in suffixes:
-            endings += ", or be a folder's"
-        return [f"--output {args.output}: the name must end in {endings}"]
-    if "" in suffixes and args.output.suffix in FOLDERS and os.path.isfile(args.output):
-        return [f"--output {args.output}: a file; name a folder"]
-    if not os.path.isdir(args.output.parent):
-        return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
-    read = [args.adapter, getattr(args, "checkpoint", None)]
-    if args.command in ("predict", "embed", "explain"):
-        read += args.images
-    if any(files.same_file(args.output, path) for path in read):
-        return [f"--output {args.output} is read by this very command; name another file"]
-    return []
-
-
-def check(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of a command, and which packages it lacks."""
-    if args.command in ("info", "push"):
-        return []
-    if args.command == "compare":
-        is_table = args.output is None or args.output.suffix in (".csv", ".md")
-        return [] if is_table else [f"--output {args.output}: the name must end in .csv or .md"]
-    problems = check_output(args)
-    is_file = args.output is not None and args.output.suffix not in FOLDERS
-    if args.command in ("predict", "embed") and args.resume and is_file:
-        problems.append("--resume is for answers in a folder, which --output is to name")
-    needed = NEEDED.get((args.command, getattr(args.output, "suffix", "")), ())
-    if not all(map(importlib.util.find_spec, needed)):
-        problems.append(f"--output {args.output}: needs {' and '.join(needed)}: pip install {' '.join(needed)}")
-    return problems
-
-
-COMMANDS: dict[str, tuple[Callable, str]] = {  # the function that runs it, and its line of help
-    "info": (info, "what is in an adapter file"),
-    "evaluate": (evaluate, "accuracy on labelled images"),
-    "compare": (compare, "two results over the same images: is one better by more than chance? or a table of many"),
-    "threshold": (threshold, "choose anew, on labelled images, from which probability on a label is an answer"),
-    "predict": (predict, "the most probable classes of images, as a table; masks and maps"),
-    "embed": (embed, "the features of images, as an array"),
-    "explain": (explain, "what of an image decided the answer, as a picture of each"),
-    "merge": (merge, "base and adapter as one state_dict that plain torchvision loads"),
-    "export": (export, "the merged model as a graph for onnxruntime or torch.export"),
-    "convert": (convert, "to the adapter format of PEFT"),
-    "card": (card, "a model card: what it is, its figures, and how to load it"),
-    "push": (push, "adapter, card and page to the Hugging Face Hub"),
-}
-
-
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and the parser of each command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=VERSION)
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    parsers = {}
-    for name, (_, text) in COMMANDS.items():
-        parsers[name] = command = subparsers.add_parser(name, help=text, allow_abbrev=False)
-        if name == "compare":
-            what = "results.json of runs, or of evaluate --output: two over the same images, or many"
-            command.add_argument("results", type=Path, nargs="+", help=what)
-            command.add_argument(
-                "--output", type=Path, help="a table of all, runs.csv or runs.md, and a picture beside it"
-            )
-            continue
-        command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
-        if name == "push":
-            command.add_argument("repository", help="owner/name; is made unless it exists")
-            command.add_argument("--private", action="store_true", help="make one that others cannot see")
-            command.set_defaults(output=None)
-        elif name != "info":
-            what = "the file to write (required)"
-            if name == "evaluate":
-                what = "the numbers as .json; the page lies beside it"
-            command.add_argument("--output", type=Path, help=what)  # `check_output` reports all problems at once
-        if name not in ("info", "card", "push"):
-            command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
-        if name in ON_IMAGES:
-            command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
-            command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-            command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
-            what = "auto: 16 bits on a GPU; bf16: for CPUs with AMX too"
-            command.add_argument("--precision", choices=devices.PRECISIONS, default="auto", help=what)
-            what = "int8: multiply in 8 bits; for a large ViT on a CPU"
-            command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=what)
-    what = "folder with a folder of images per class, or with images/ and masks/; or a list"
-    parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
-    what = "a list of images and their labels, which neither trained the adapter nor are to judge it"
-    parsers["threshold"].add_argument("images", type=Path, help=what)
-    what = "f1, or sensitivity=0.95 or specificity=0.9 of each label"
-    parsers["threshold"].add_argument("--goal", type=threshold_goal, default="f1", help=what)
-    for name in ("predict", "embed", "explain"):
-        parsers[name].add_argument(
-            "images", type=Path, nargs="+", help="images, folders or lists of them, or a folder of archives"
-        )
-    for name in ("predict", "embed"):
-        parsers[name].add_argument("--resume", action="store_true", help="go on with what is in the folder --output")
-    predicting = parsers["predict"]
-    predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")
-    what = "in maps: no answer where the likeliest class is less probable than this, as 0.6"
-    predicting.add_argument("--abstain", type=positive_share, help=what)
-    predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
-    what = "the graph takes images from 0 to 1, or files' numbers"
-    parsers["export"].add_argument("--normalise", action="store_true", help=what)
-    parsers["convert"].add_argument("--to", choices=["peft"], default="peft", help="the format; --output is a folder")
-    return parser, parsers
+COMMANDS = (info, evaluate, compare, threshold, predict, embed, explain, merge, export, convert, card, push)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
-    parser, parsers = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    problems = check(args) + unknown_words(parsers[args.command], rest)
-    if problems:
-        raise InputError("\n".join(problems))
-    run, _ = COMMANDS[args.command]
+    args = read_options(argv, __doc__)
+    run = next(run for run in COMMANDS if run.__name__ == args.command)
     return run(args)
 
 

@@ -10,7 +10,6 @@ From top to bottom: the adapted layers, how they get into a model, what trains a
 its command line. The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
@@ -20,6 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from toolkit.config import check_command_line
+from toolkit.run.options import DEFAULT_CONFIG, FineTuneOptions, Plan, make_parser, read_options  # noqa: F401
+
+if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
+    check_command_line(read_options, __doc__)
 
 import torch
 import torch.nn.functional as F
@@ -42,25 +47,22 @@ from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, r
 from toolkit import InputError, config, devices, distributed, dotted, listed
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
-from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
+from toolkit.files import SHIPPED, read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import block_names, head_names, headless, in_head, name_head, record_of
-from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
+from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
-from toolkit.models.published import is_published
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
-from toolkit.run.options import FineTuneOptions, Plan
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 DEFAULT_CHECKPOINT = SHIPPED
-DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -717,33 +719,6 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
     LoRAManager(model).load_lora_checkpoint(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ options
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = config.make_parser(options.FINE_TUNING_SECTIONS, description=__doc__, add_help=False)
-    config.add_help(parser, options.NEEDED)
-    return parser
-
-
-def read_options(argv: Sequence[str] | None = None) -> tuple[FineTuneOptions, dict[str, str]]:
-    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
-
-    def default_config(typed: dict[str, Any]) -> Path | None:  # its values suit the shipped backbone alone
-        text = typed.get("checkpoint", "shipped")
-        is_shipped = not is_published(text) and checkpoint_path(text).resolve() == DEFAULT_CHECKPOINT.resolve()
-        return DEFAULT_CONFIG if is_shipped else None
-
-    def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
-        problems = options.complete_fine_tuning(args, sources)
-        problems += runs.environment_problems(args, output_folder.FINE_TUNING_FILES)
-        return problems + options.fine_tuning_problems(args, typed)
-
-    args, sources = config.parse_args(make_parser(), argv, default_config, complete)
-    return config.frozen(FineTuneOptions, args), sources
-
-
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -759,7 +734,7 @@ def main(
     Returns:
         The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds that of `cross_validate`.
     """
-    args, sources = read_options(argv)
+    args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     distributed.join(device)
     if options.all_folds(args):

@@ -14,15 +14,18 @@ it only adapters do, over a frozen backbone that queries and keys share.
 Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
 """
 
-import argparse
 import functools
 import json
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
+
+from moco.options import PretrainOptions, checkpoint_name, make_parser, read_options, written  # noqa: F401
+from toolkit.config import check_command_line
+
+if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
+    check_command_line(read_options, __doc__)
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +38,13 @@ from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
 from toolkit import InputError, config, devices, distributed
 from toolkit.answers import evaluation, measures
-from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.files import save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
-from toolkit.models.backbones import ARCHS, head_name, headless, other_heads, record_of
+from toolkit.models.backbones import head_name, headless, other_heads, record_of
 from toolkit.models.norms import share_statistics
 from toolkit.run import optim, options, output_folder, reports, runs, training
-from toolkit.run.options import AdapterOptions, ImageOptions, RunOptions, ShapeOptions
 from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
@@ -53,97 +54,12 @@ FREE_TO_CHANGE = (
     *options.PLACES_OF_IMAGES,
 )
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
-OPTIMIZERS = ("adamw", "sgd")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK = 50_000
 KNN_QUERIES = 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
 MEASURED_IMAGES = 2_048  # the images on which the effective rank is measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneOptions(ShapeOptions):
-    """Section `model`."""
-
-    arch: str = option("vit_mini", choices=ARCHS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoCoOptions(AdapterOptions):
-    """Section `moco`."""
-
-    checkpoint: Path | None = option(
-        None, "go on with this backbone, projector and predictor", type=checkpoints.checkpoint_path
-    )
-    lora_rank: int = option(0, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
-    moco_version: int | None = option(None, "default: the checkpoint's, else 3", type=int, choices=(2, 3))
-    epochs: int = option(100, type=positive_int)
-    batch_size: int = option(256, "of all processes together", type=positive_int)
-    optimizer: str = option("adamw", choices=OPTIMIZERS)
-    learning_rate: float = option(1e-3, type=positive_float, flags=("--lr",))
-    weight_decay: float = option(0.1, type=non_negative_float)
-    warmup_epochs: int = option(0, type=non_negative_int)
-    precision: str = option("auto", choices=devices.PRECISIONS)
-    momentum: float = option(0.99, "m; v3 raises it to 1 along a cosine", type=fraction)
-    temperature: float = option(0.2, "T", type=positive_float)
-    dim: int | None = option(None, "width of queries and keys; default: the checkpoint's, else 256", type=positive_int)
-    mlp_dim: int | None = option(
-        None, "v3: hidden width of projector and predictor; the checkpoint's, else 4096", type=positive_int
-    )
-    queue_size: int = option(65536, "v2: K", type=positive_int)
-    two_crops: str = option("moco_v3", "how the views are made", choices=transforms.TWO_CROPS)
-    crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
-    seed: int = option(0, type=non_negative_int)
-    knn_every: int = option(10, "epochs between k-NN accuracies", type=positive_int)
-    knn_dir: Path | None = option(None, "class folders to measure it on, if the images have no labels", type=Path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions, BackboneOptions, ImageOptions, MoCoOptions):
-    """All options of stage 1."""
-
-
-SECTIONS = {"run": RunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
-    parser.set_defaults(output_dir=Path("checkpoints/pretrain"))
-    return parser
-
-
-def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
-    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
-    args, sources = config.parse_args(make_parser(), argv, check=complete, ignored=options.OF_FINE_TUNING)
-    return config.frozen(PretrainOptions, args), sources
-
-
-def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
-    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    problems = options.complete_shared(args, sources)
-    problems += runs.environment_problems(args, written(args))
-    if args.knn_dir and not os.path.isdir(args.knn_dir):
-        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.shared_problems(args, typed)
-    if "crop_min" in typed and args.two_crops == "digits":
-        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
-    if args.checkpoint is not None and not os.path.exists(args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
-    if args.checkpoint is None and args.lora_rank > 0:
-        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
-    if args.checkpoint is not None and sources["arch"] == "default":
-        args.arch = None  # what the checkpoint says
-    return problems
-
-
-def written(args: Any) -> list[str]:
-    """The names of the files that a run writes to --output-dir."""
-    return [*Pretraining.FILES, checkpoint_name(args)]
-
-
-def checkpoint_name(args: Any) -> str:
-    return f"moco_stage1_epoch_{args.epochs}.pth"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -155,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         `images_per_second`, `waiting_share`, `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of
         `moco_lora.pth`) and `metrics`.
     """
-    args, _ = read_options(argv)
+    args, _ = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     dtype = devices.select_precision(args.precision, device)
     distributed.join(device)
@@ -224,8 +140,6 @@ def train(run: "Pretraining") -> None:
 
 class Pretraining(RunState):
     """A run of stage 1: the model, its optimizer, its data and its progress. `train` is its loop."""
-
-    FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
 
     def __init__(self, args: PretrainOptions, device: torch.device, dtype: torch.dtype):
         model, args, self.report = build_model(args, device)

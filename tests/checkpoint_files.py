@@ -12,7 +12,7 @@ from toolkit.models.backbones import build_backbone
 
 def shorten_vit_mini() -> None:
     """Two blocks of its six show as much, in half the time."""
-    backbones._VITS["vit_mini"] |= {"num_layers": 2}
+    backbones.VITS["vit_mini"] |= {"num_layers": 2}
 
 
 def narrow_resnet(weights=None, num_classes: int = 5) -> torch.nn.Module:

@@ -122,7 +122,7 @@ def pairs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole_vit_mini():
     """Six blocks, as the shipped checkpoint has."""
-    with mock.patch.dict(backbones._VITS, vit_mini=backbones._VITS["vit_mini"] | {"num_layers": 6}):
+    with mock.patch.dict(backbones.VITS, vit_mini=backbones.VITS["vit_mini"] | {"num_layers": 6}):
         checkpoints._shapes.cache_clear()
         yield
     checkpoints._shapes.cache_clear()
@@ -134,7 +134,7 @@ def small_backbones():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backbones._RESNETS, "resnet18", narrow_resnet)
         for arch in ("vit_small", "vit_conv_small"):
-            patch.setitem(backbones._VITS, arch, backbones._VITS[arch] | {"num_layers": 2})
+            patch.setitem(backbones.VITS, arch, backbones.VITS[arch] | {"num_layers": 2})
         checkpoints._shapes.cache_clear()
         yield
     checkpoints._shapes.cache_clear()

@@ -26,7 +26,9 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from toolkit.config import check_command_line
 from toolkit.models.backbones import build_backbone
+from toolkit.run.options import read_options
 from toolkit.run.runs import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -645,6 +647,53 @@ def test_the_scripts_themselves(script, options, names, tmp_path):
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
+
+
+@pytest.mark.parametrize(
+    "command, code, names",
+    [
+        ("finetune_lora.py --help", 0, ["python finetune_lora.py --use-qlora", "--lora-rank", "--help-all shows"]),
+        ("finetune_lora.py --help-all", 0, ["--warmup-epochs"]),
+        ("finetune_lora.py --epochz 3", 2, ["error: --epochz: no such option (did you mean --epochs?)"]),
+        ("finetune_lora.py --device cpu --epochs x", 2, ["--epochs: expected a whole number above 0, got 'x'"]),
+        ("finetune_lora.py --norms of", 2, ["--norms: 'of' is none of auto, frozen, follow, train"]),
+        # All in one message: a value by itself, two options together, a checkpoint, an architecture and a folder
+        (
+            "finetune_lora.py --lr x --use-qlora --no-freeze-backbone --checkpoint a.pth --arch b --data-dir images",
+            2,
+            ["--learning-rate: ", "--use-qlora with", "a.pth: file not found", "unknown arch 'b'", "no such folder"],
+        ),
+        ("finetune_lora.py --config my.yaml", 2, ["finetune.epoch: no such key in my.yaml (did you mean epochs?)"]),
+        ("-m moco.pretrain --help", 0, ["python -m moco.pretrain --config", "--moco-version"]),
+        ("-m moco.pretrain --optimizer adam --knn-dir b", 2, ["did you mean adamw?", "--knn-dir b: no such folder"]),
+        ("deploy_lora.py --help", 0, ["python deploy_lora.py info", "the features of images, as an array"]),
+        ("deploy_lora.py predict --help", 0, ["--window"]),
+        ("deploy_lora.py predict a.pth b --ouput c", 2, ["--output: expected a value", "--ouput: no such option"]),
+        ("deploy_lora.py predikt", 2, ["invalid choice: 'predikt'"]),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_pytorch(command, code, names, tmp_path):
+    """PyTorch takes seconds to load. In its place Python finds a file that fails."""
+    for package in ("torch", "torchvision", "numpy"):
+        (tmp_path / f"{package}.py").write_text("raise RuntimeError('loaded')")
+    (tmp_path / "my.yaml").write_text("finetune: {epoch: 3}")
+    script, *options = command.removeprefix("-m ").split()
+    script = ["-m", script] if command.startswith("-m") else [str(ROOT / script)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, *script, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and all(name in done.stdout + done.stderr for name in names), done
+
+
+def test_of_several_processes_one_reports_a_mistake(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", "--epochz"])
+    for rank, told in (("0", "error"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            check_command_line(read_options, "")
+        assert capsys.readouterr().err.partition(":")[0] == told
 
 
 # --------------------------------------------------------------------------------------------- odd input that must work

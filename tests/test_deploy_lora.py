@@ -3,6 +3,7 @@
 What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_peft_format.py`.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -227,7 +228,7 @@ def test_parts_in_parquet_are_one_table_to_its_readers(adapter_for_images, image
 
 
 def test_parquet_without_pyarrow_is_one_line(monkeypatch):
-    monkeypatch.setattr(deploy_lora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--output a\.parquet: needs pyarrow: pip install pyarrow"):
         run("predict lora.pth images --output a.parquet")
 

@@ -30,7 +30,6 @@ from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager
 from toolkit import InputError, devices
 from toolkit.devices import ARITHMETICS
-from toolkit.run import runs
 
 ROOT = Path(__file__).parents[1]
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
@@ -293,8 +292,7 @@ def test_sums_are_as_exact_as_float32():
 @pytest.mark.parametrize("run", [finetune_lora, deploy_lora], ids=["finetune", "deploy"])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_8_bits_are_for_the_cpu(run, device, monkeypatch):
-    for module in (devices, runs):
-        monkeypatch.setattr(module, "select_device", torch.device)
+    monkeypatch.setattr(devices, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     command = [] if run is finetune_lora else ["predict", "lora.pth", "images", "--output", "p.csv"]
     with pytest.raises(InputError, match=f"--arithmetic int8 is for CPUs, not {device}: add --device cpu"):

@@ -21,10 +21,12 @@ from finetune_lora import load_finetuned, read_options
 from lora_utils import read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, tensors
-from toolkit import VERSION, InputError, config, files
+from toolkit import VERSION, InputError, config, devices, files
 from toolkit.answers.measures import wilson_interval
+from toolkit.answers.tasks import TASKS
+from toolkit.choices import KEEP_BEST, PRECISIONS
 from toolkit.files import read_checkpoint
-from toolkit.run import optim
+from toolkit.run import commands, optim
 from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,13 @@ def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, m
     assert "(default: shipped)" in told and "(default: 0.0001)" in told and "(default: off)" in told
     assert "default: 2 r" in told and "--lora-rank, --rank" in told and "--no-" not in first.split("\n\n")[2]
     assert all(action.option_strings[0] in whole for action in finetune_lora.make_parser()._actions)
+
+
+def test_what_options_choose_from_is_what_there_is():
+    """The names stand in files that load no PyTorch, and what they name in others."""
+    assert tuple(KEEP_BEST) == tuple(TASKS)
+    assert ("auto", *devices.DTYPES) == PRECISIONS
+    assert tuple(commands.COMMANDS) == tuple(run.__name__ for run in deploy_lora.COMMANDS)
 
 
 def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path):

@@ -8,8 +8,10 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import re
 import shutil
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +20,7 @@ from typing import Any
 
 import yaml
 
-from toolkit import VERSION, InputError, did_you_mean, printable
-from toolkit.files import SHIPPED, check_file, stored_path
+from toolkit import SHIPPED, VERSION, InputError, check_file, did_you_mean, printable, stored_path
 
 SECTIONS = ("model", "data", "moco", "finetune")
 
@@ -80,8 +81,7 @@ def folds(text: str) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options as fields of dataclasses
+# ------------------------------------------------------------------------------------- options as fields of dataclasses
 
 
 def option(default: Any, meaning: str | None = None, *, flags: tuple[str, ...] = (), **how: Any) -> Any:
@@ -116,15 +116,11 @@ def make_parser(sections: Mapping[str, type], **how: Any) -> argparse.ArgumentPa
 
 def frozen(kind: type, values: argparse.Namespace) -> Any:
     """The options as an object of a dataclass, which nobody changes. A list becomes a tuple."""
-    options = dict(vars(values))
-    for name, value in options.items():
-        if isinstance(value, list):
-            options[name] = tuple(value)
-    return kind(**options)
+    lists = {name: tuple(value) for name, value in vars(values).items() if isinstance(value, list)}
+    return kind(**vars(values) | lists)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options: defaults < YAML < command line
+# ------------------------------------------------------------------------------ options: defaults < YAML < command line
 
 
 def parse_args(
@@ -183,6 +179,18 @@ def parse_args(
     if problems:
         raise InputError("\n".join(problems))
     return args, sources
+
+
+def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any], description: str) -> None:
+    """Read the options of a script that is about to load PyTorch: for help, and for mistakes, it ends here."""
+    try:
+        read_options(None, description)
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, which find the same, one says it
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # of a download
+        sys.exit(130)
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
@@ -324,8 +332,7 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
     return converted
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Help: the options that people need, and all of them
+# ------------------------------------------------------------------ help: the options that people need, and all of them
 
 
 def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
@@ -365,8 +372,7 @@ def shown_default(default: Any) -> str:
     return "shipped" if default == SHIPPED else _as_text(default)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The settings of a run
+# ------------------------------------------------------------------------------------------------ the settings of a run
 
 
 def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[str, str]) -> str:

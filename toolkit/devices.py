@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from toolkit import InputError, distributed
+from toolkit.choices import ARITHMETICS, PRECISIONS  # noqa: F401 - what this file computes in
 
 
 def seed_everything(seed: int) -> None:
@@ -78,8 +79,6 @@ def select_device(name: str) -> torch.device:
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = ("auto", *DTYPES)
-ARITHMETICS = ("float", "int8")
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:

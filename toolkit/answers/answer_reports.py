@@ -87,11 +87,7 @@ class Report:
         return rows
 
     def draw_mistakes(
-        self,
-        images: LabelledImages,
-        path: Path,
-        bands: Bands | None = None,
-        explainer: Explainer | None = None,
+        self, images: LabelledImages, path: Path, bands: Bands | None = None, explainer: Explainer | None = None
     ) -> None:
         """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it.
 

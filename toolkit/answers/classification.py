@@ -200,7 +200,6 @@ class Classification(Task):
     loss_title = "cross-entropy"
     outputs_are = ("class", "classes")
     measured = ("accuracy", "balanced_accuracy", "macro_f1")
-    best_by: Mapping[str, str] = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"}
     Report = ClassReport
 
     def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):

@@ -179,8 +179,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Many runs
+# ------------------------------------------------------------------------------------------------------------ many runs
 
 
 def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:

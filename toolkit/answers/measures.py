@@ -161,8 +161,7 @@ def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.sum(0) if weights is None else by_rows(lambda some: some.double() @ values, weights, len(values))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers. Answers and truth are (N,); weights as above.
+# ---------------------------------------------------------------- numbers: answers and truth are (N,); weights as above
 
 
 def mean_absolute_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -213,8 +212,7 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean() if weights is None else weighted_sum(values, weights) / weights.sum(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How far chance reaches
+# ----------------------------------------------------------------------------------------------- how far chance reaches
 
 PARTS = 50  # of the images, of which each is left out once
 SHARE = (0.0, 1.0)  # bounds of measures
@@ -314,8 +312,7 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
     return min(1.0, float(chances[np.abs(sums) >= abs(gains.sum().item())].sum()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Calibration
+# ---------------------------------------------------------------------------------------------------------- calibration
 
 BINS = 15
 

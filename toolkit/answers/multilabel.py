@@ -342,7 +342,6 @@ class MultiLabel(Task):
     loss_title = "binary cross-entropy"
     outputs_are = ("label", "labels")
     measured = LabelAnswers.MEASURED
-    best_by: Mapping[str, str] = {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"}
     Report = LabelReport
 
     def __init__(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
+from toolkit.choices import KEEP_BEST
 from toolkit.images.data import LabelledImages
 
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
@@ -186,7 +187,6 @@ class Task:
     score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
     score_title: str  # for people
     measured: tuple[str, ...]  # the names in `Answers.measured`; columns of metrics.csv, with val_ before them
-    best_by: Mapping[str, str]  # the values of --keep-best, and the column that each means
     loss_title: str
     outputs_are: tuple[str, str]  # one of them, and several
     axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
@@ -197,6 +197,7 @@ class Task:
         self.objective = objective
         self.head = head
         self.names = head.names
+        self.best_by = KEEP_BEST[self.kind]
         self.loss = objective.loss
         self.plain_loss = objective.plain_loss
         self.progress = objective.progress

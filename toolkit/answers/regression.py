@@ -235,15 +235,10 @@ class Regression(Task):
     score_format = ".3f"
     outputs_are = ("number", "numbers")
     measured = tuple(MEASURES)
-    best_by: Mapping[str, str] = {"r2": "val_r2", "spearman": "val_spearman"}
     Report = NumberReport
 
     def __init__(
-        self,
-        names: Sequence[str],
-        targets: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
+        self, names: Sequence[str], targets: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
     ):
         if targets is not None:
             columns = [column[~column.isnan()] for column in targets.double().T]

@@ -335,7 +335,6 @@ class Segmentation(Task):
     loss_title = "cross-entropy of a pixel"
     outputs_are = ("class", "classes")
     measured = tuple(PixelReport.HEADLINES)
-    best_by: Mapping[str, str] = {"miou": "val_miou", "dice": "val_macro_dice", "pixels": "val_pixel_accuracy"}
     Report = PixelReport
 
     def __init__(

@@ -20,7 +20,6 @@ from torch.utils.data import TensorDataset
 from toolkit import InputError, distributed
 from toolkit.images.data import LabelledImages
 
-CACHES = ("none", "disk")
 CACHED_VIEWS = 4  # made a run of ten epochs as accurate as new views in each epoch: see benchmarks/RESULTS.md
 
 

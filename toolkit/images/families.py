@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import InputError, printable
-from toolkit.images.bands import Scaling, from_metadata
-from toolkit.models.backbones import normalization
+from toolkit.images.scaling import Scaling
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,9 @@ def _of_family(name: str, bands: Sequence[str] | None, reason: str) -> Scaling:
 
 
 def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path) -> Scaling:
+    from toolkit.images.bands import from_metadata  # here: they load PyTorch, and FAMILIES are names of an option
+    from toolkit.models.backbones import normalization
+
     try:
         values = from_metadata(dict(metadata))
     except InputError as error:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
+from toolkit.choices import EVALUATION_NAMES
 from toolkit.images import dicom, remote
 from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image, read_file
 
@@ -21,7 +22,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".ti
 IMAGE_SUFFIXES += dicom.SUFFIXES
 # What network drives, archivers and systems put among images: thumbnails, deleted files.
 _OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
 

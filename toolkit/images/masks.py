@@ -24,9 +24,10 @@ from torch import Tensor
 
 from toolkit import InputError, listed, printable
 from toolkit.images import folders, splitting
-from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file, split_names
+from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import read_list
+from toolkit.images.scaling import split_names
 from toolkit.images.transforms import View, eval_transform, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
+from toolkit.choices import DATASETS, UNLABELLED_SET  # noqa: F401
 from toolkit.images import folders, lists, remote, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
@@ -19,9 +20,6 @@ from toolkit.images.masks import MaskReader, load_pairs
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
-UNLABELLED_SET = "unlabelled"  # all images of a folder, for pretraining alone
-DATASETS = ("digits", "imagefolder", UNLABELLED_SET)
-EVAL_SPLITS = ("held-out", "validation")
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 
 

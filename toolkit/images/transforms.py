@@ -11,6 +11,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode, functional
 
 from toolkit import InputError
+from toolkit.choices import AUGMENTATIONS, TWO_CROPS  # noqa: F401 - of the functions below
 from toolkit.images.bands import Bands
 from toolkit.images.folders import named_faults
 from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD
@@ -183,7 +184,6 @@ def shorter_side(image_size: int) -> int:
 # Measured in benchmarks/RESULTS.md: with 0.08, usual for training from scratch, a short fine-tuning on few labels loses
 # several points of accuracy.
 CROP_MIN = 0.75
-AUGMENTATIONS = ("crop", "trivial", "affine", "none")
 
 
 def train_transform(
@@ -215,9 +215,6 @@ def train_transform(
             raise InputError("--augmentation trivial is for RGB photographs; use crop")
         changes.append(T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     return View(place, *changes, *_tensor(mean, std, bands), bands=bands)
-
-
-TWO_CROPS = ("moco_v2", "moco_v3", "digits")
 
 
 def two_crops(

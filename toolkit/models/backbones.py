@@ -1,8 +1,4 @@
-"""Backbones by name: unmodified models of torchvision or timm, so that a merged `state_dict` loads into plain ones.
-
-A model of timm is named by `timm:` and its name in `timm.list_models()`, with or without a tag:
-`timm:vit_small_patch14_dinov2`.
-"""
+"""Backbones by name: unmodified models of torchvision or timm, so that a merged `state_dict` loads into plain ones."""
 
 import copy
 import math
@@ -14,23 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torchvision.models import resnet18, resnet34, resnet50, resnet101
+from torchvision import models
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
-from toolkit import InputError, did_you_mean, dotted, printable
+from toolkit import InputError, did_you_mean, dotted
+from toolkit.models.names import (  # noqa: F401
+    ARCHS,
+    RESNETS,
+    TIMM,
+    VITS,
+    check_channels,
+    check_heads,
+    default_heads,
+    default_image_size,
+    timm_config,
+)
 
-_RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
-
-# MoCo v3 (arXiv 2104.02057, section 4.4): vit_small has 12 heads where timm and DeiT have 6.
-_VITS = {
-    "vit_mini": {"patch_size": 8, "num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768},
-    "vit_small": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 384, "mlp_dim": 1536},
-    "vit_b_16": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
-    "vit_l_16": {"patch_size": 16, "num_layers": 24, "num_heads": 16, "hidden_dim": 1024, "mlp_dim": 4096},
-    # The convolutional stem takes the place of one transformer block.
-    "vit_conv_small": {"patch_size": 16, "num_layers": 11, "num_heads": 12, "hidden_dim": 384, "mlp_dim": 1536},
-    "vit_conv_base": {"patch_size": 16, "num_layers": 11, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
-}
+_RESNETS = {name: getattr(models, name) for name in RESNETS}
 
 # The statistics MoCo checkpoints were trained with, so images for torchvision's models are normalised with them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,8 +37,6 @@ PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")
 
 LARGEST_IMAGE = 4096  # pixels along each side; without a limit a damaged file or a typing error could ask for terabytes
 
-TIMM = "timm:"
-ARCHS = (*_RESNETS, *_VITS)  # of torchvision
 HEAD_NAMES = ("fc", "heads", "head", "classifier")
 
 
@@ -65,32 +59,6 @@ def record_of(model: nn.Module) -> ModelRecord:
     if "toolkit_record" not in vars(model):
         model.toolkit_record = ModelRecord()
     return model.toolkit_record
-
-
-def default_image_size(arch: str) -> int:
-    """Side in pixels of the square images that `arch` was designed for; raises InputError for an unknown name."""
-    if arch.startswith(TIMM):
-        return _timm_config(arch).input_size[-1]
-    if arch not in ARCHS:
-        hint = f"{did_you_mean(arch, ARCHS)} choose one of {', '.join(ARCHS)}, {TIMM}NAME"
-        raise InputError(f"unknown arch {arch!r}: {hint.lstrip()}")
-    return 32 if arch == "vit_mini" else 224
-
-
-def default_heads(arch: str) -> int | None:
-    """The number of attention heads of a torchvision ViT; None for ResNets, and for timm, whose names imply it."""
-    return _VITS.get(arch, {}).get("num_heads")
-
-
-def check_heads(arch: str, heads: int | None) -> None:
-    """Raise InputError if `arch` cannot have so many attention heads. None stands for its own, which always fit."""
-    if heads is None:
-        return
-    if arch not in _VITS:
-        raise InputError(f"{heads} heads are not for {arch}: only torchvision's ViTs take a number; drop --heads")
-    width, own = _VITS[arch]["hidden_dim"], default_heads(arch)
-    if type(heads) is not int or heads < 1 or width % heads:
-        raise InputError(f"{printable(heads)} heads do not divide the {width} features of {arch}; {own} do")
 
 
 def other_heads(model: nn.Module) -> dict[str, str]:
@@ -125,13 +93,13 @@ def build_backbone(
         return _build_timm(arch, num_classes, size, channels)
     if arch in _RESNETS:
         return _for_channels(_RESNETS[arch](weights=None, num_classes=num_classes), channels)
-    shape = _VITS[arch] | {"num_heads": heads or default_heads(arch)}
+    shape = VITS[arch] | {"num_heads": heads or default_heads(arch)}
     _check_patches(arch, size, shape["patch_size"])
     stem = None
     if "conv" in arch:  # 3x3 convolutions of stride 2 that double the width each time; torchvision appends the 1x1
         stem = [ConvStemConfig(shape["hidden_dim"] // n, kernel_size=3, stride=2) for n in (8, 4, 2, 1)]
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
-    if shape != _VITS[arch]:
+    if shape != VITS[arch]:
         record_of(model).heads = heads
     return _for_channels(model, channels)
 
@@ -140,15 +108,6 @@ def _check_patches(arch: str, size: int, patch: int) -> None:
     if size % patch:
         fitting = max(1, round(size / patch)) * patch
         raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch}; {fitting} would fit")
-
-
-MOST_CHANNELS = 1024  # enough for hyperspectral images; without a limit a damaged file could ask for terabytes
-
-
-def check_channels(channels: int) -> None:
-    """Raise InputError for a number of channels that no image has."""
-    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
-        raise InputError(f"{printable(channels)} channels; give a whole number from 1 to {MOST_CHANNELS}")
 
 
 def first_convolution(model: nn.Module) -> str | None:
@@ -294,37 +253,17 @@ def normalization(arch: str) -> dict[str, tuple[float, ...]]:
     """The `mean` and `std` of each channel with which `arch` was pretrained: ImageNet's, or what timm states."""
     if not arch.startswith(TIMM):
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    config = _timm_config(arch)
+    config = timm_config(arch)
     return {"mean": tuple(config.mean), "std": tuple(config.std)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- timm
 
 
-def _timm_config(arch: str):
-    """timm's `PretrainedCfg` of a model. Raises InputError if timm lacks the name or the images are not square."""
-    name = arch.removeprefix(TIMM)
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
-    if not timm.is_model(name):
-        hint = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
-        raise InputError(f"timm has no model {name!r}: {hint or 'timm.list_models() has their names'}")
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # an unknown tag
-        raise InputError(f"{arch}: {error}") from None
-    _, height, width = config.input_size
-    if height != width:
-        raise InputError(f"{arch} takes images of {height} x {width} pixels; those of this toolkit are square")
-    return config
-
-
 def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Module:
     import timm
 
-    config = _timm_config(arch)
+    config = timm_config(arch)
     name = arch.removeprefix(TIMM)
     shape = {"num_classes": num_classes}
     if channels != config.input_size[0]:

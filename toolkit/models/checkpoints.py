@@ -5,7 +5,6 @@
 model of timm is loaded under timm's own names.
 """
 
-import argparse
 import functools
 import hashlib
 import math
@@ -21,19 +20,11 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from toolkit import InputError, did_you_mean, listed, printable
-from toolkit.files import (
-    SHIPPED,
-    ForeignObject,
-    is_plain_tensor,
-    is_safetensors,
-    read_checkpoint,
-    read_safetensors,
-    stored_path,
-)
+from toolkit import InputError, listed, printable
+from toolkit.files import ForeignObject, is_plain_tensor, is_safetensors, read_checkpoint, read_safetensors, stored_path
 from toolkit.models import backbones
 from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
-from toolkit.models.published import PUBLISHED, fetch, is_published
+from toolkit.models.names import NO_ARCH, NO_CHECKPOINT, checkpoint_path, is_none  # noqa: F401
 
 
 def load_backbone(
@@ -166,48 +157,9 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     return version, {"projector": projector, "predictor": predictor}
 
 
-NO_CHECKPOINT = "none"
-_NO_ARCH = "random weights have no architecture of their own"
-
-
-def checkpoint_path(text: str) -> Path:
-    """The file that `--checkpoint` names: 'shipped', a published one, which is fetched, or a path.
-
-    Raises ArgumentTypeError, as a converter of argparse, for a file that cannot be fetched.
-    """
-    if is_published(text):
-        try:
-            return fetch(text)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return SHIPPED if text == "shipped" else Path(text)
-
-
-def is_none(path: str | os.PathLike) -> bool:
-    """Is this 'none', which stands for random weights instead of a checkpoint?"""
-    return str(path) == NO_CHECKPOINT
-
-
 def stored_checkpoint(path: str | os.PathLike) -> str:
     """A checkpoint's path as files record it: absolute, or relative to the toolkit if it is inside."""
     return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
-
-
-def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None) -> list[str]:
-    """What is wrong with `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files."""
-    problems = []
-    if is_none(path) and arch is None:
-        problems.append(f"--checkpoint none: {_NO_ARCH}; say which with --arch")
-    if not is_none(path) and not os.path.exists(path):
-        problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
-        problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
-    if arch is not None:
-        try:
-            backbones.default_image_size(arch)
-            backbones.check_heads(arch, heads)
-        except InputError as error:
-            problems.append(f"--arch {arch}: {error}")
-    return problems
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -328,7 +280,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     """Recognise the layout, and take the backbone out of it. A model of timm has its tensors under timm's names."""
     if is_none(path):
         if wanted is None:
-            raise InputError(f"{_NO_ARCH}: give an arch")
+            raise InputError(f"{NO_ARCH}: give an arch")
         return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
     tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)

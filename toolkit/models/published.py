@@ -9,8 +9,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import torch
-
 from toolkit import InputError
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
@@ -18,7 +16,7 @@ _MOCO_V3 = "https://dl.fbaipublicfiles.com/moco-v3"
 _LANDSAT = "https://hf.co/torchgeo/ssl4eo_landsat/resolve/1c88bb51b6e17a21dde5230738fa38b74bd74f76"
 
 
-def _of_torchgeo(name: str, commit: str, digest: str) -> tuple[str, str]:
+def _geo(name: str, commit: str, digest: str) -> tuple[str, str]:
     return f"https://hf.co/torchgeo/{name}/resolve/{commit}/{name}-{digest}.pth", digest
 
 
@@ -30,16 +28,10 @@ PUBLISHED = {
     "moco-v3-resnet50": (f"{_MOCO_V3}/r-50-1000ep/r-50-1000ep.pth.tar", ""),
     "moco-v3-vit-small": (f"{_MOCO_V3}/vit-s-300ep/vit-s-300ep.pth.tar", ""),
     "moco-v3-vit-base": (f"{_MOCO_V3}/vit-b-300ep/vit-b-300ep.pth.tar", ""),
-    "sentinel1-resnet50": _of_torchgeo(
-        "resnet50_sentinel1_all_moco", "e79862c667853c10a709bdd77ea8ffbad0e0f1cf", "906e4356"
-    ),
-    "sentinel2-resnet18": _of_torchgeo(
-        "resnet18_sentinel2_all_moco", "5b8cddc9a14f3844350b7f40b85bcd32aed75918", "59bfdff9"
-    ),
-    "sentinel2-resnet50": _of_torchgeo(
-        "resnet50_sentinel2_all_moco", "da4f3c9dbe09272eb902f3b37f46635fa4726879", "df8b932e"
-    ),
-    "sentinel2-vit-small": _of_torchgeo(
+    "sentinel1-resnet50": _geo("resnet50_sentinel1_all_moco", "e79862c667853c10a709bdd77ea8ffbad0e0f1cf", "906e4356"),
+    "sentinel2-resnet18": _geo("resnet18_sentinel2_all_moco", "5b8cddc9a14f3844350b7f40b85bcd32aed75918", "59bfdff9"),
+    "sentinel2-resnet50": _geo("resnet50_sentinel2_all_moco", "da4f3c9dbe09272eb902f3b37f46635fa4726879", "df8b932e"),
+    "sentinel2-vit-small": _geo(
         "vit_small_patch16_224_sentinel2_all_moco", "1cb683f6c14739634cdfaaceb076529adf898c74", "67c9032d"
     ),
     "landsat-tm-toa-resnet18": (f"{_LANDSAT}/resnet18_landsat_tm_toa_moco-1c691b4f.pth", "1c691b4f"),
@@ -67,6 +59,8 @@ def fetch(name: str) -> Path:
     """
     if name.startswith("hf:"):
         return _from_hub(*name.removeprefix("hf:").split("/", 2))
+    import torch  # here, since it takes seconds, and every command line is compared with these names
+
     url, digest = PUBLISHED[name]
     path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes may fetch the same

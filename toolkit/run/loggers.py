@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError, distributed, printable
+from toolkit import InputError, printable
 
 PROJECT = "moco-lora"
 Log = Callable[[dict[str, float], int], None]  # takes numbers by name, and the epoch
@@ -67,8 +67,8 @@ def missing(name: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def opened(name: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield what logs a row of metrics.csv. Without a name, and in all processes but the first, it does nothing."""
-    if name is None or not distributed.is_main():
+    """Yield what logs a row of metrics.csv. Without a name it does nothing."""
+    if name is None:
         yield lambda row: None
         return
     with contextlib.ExitStack() as stack:

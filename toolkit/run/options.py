@@ -1,37 +1,35 @@
 """The options of both scripts: flag and YAML key, type and default of each, and what goes together.
 
 A class is a section of the YAML file and a field is an option; `toolkit.config` makes the parser from them. Options are
-read once, completed, checked together, and then frozen: what a run settles later is in its `Plan`.
+read before PyTorch is loaded, completed, checked together, and then frozen: what a run settles is in its `Plan`.
 """
 
 import argparse
 import contextlib
 import inspect
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from toolkit import InputError, config
-from toolkit.answers.tasks import TASKS
-from toolkit.config import flag, option, or_word, positive_float, positive_int, several
-from toolkit.devices import ARITHMETICS, PRECISIONS
-from toolkit.files import SHIPPED, found_path, read_checkpoint
-from toolkit.images import bands, sources, splitting
-from toolkit.images.cache import CACHES
+from toolkit import SHIPPED, TOOLKIT, InputError, config, found_path
+from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
+from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
+from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.images.transforms import AUGMENTATIONS
-from toolkit.models import checkpoints
-from toolkit.models.backbones import ARCHS, TIMM
-from toolkit.models.checkpoints import checkpoint_path, is_none
-from toolkit.run.loggers import LOGGERS
+from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, model_problems
+from toolkit.models.published import is_published
+from toolkit.run import loggers, output_folder
 
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.images.bands import Bands
+
+DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 NORMS = ("auto", "frozen", "follow", "train")
-CHECKPOINTING = ("none", "full")
-BEST_BY = tuple(dict.fromkeys(by for task in TASKS.values() for by in task.best_by))
+BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in columns))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = (
@@ -70,7 +68,7 @@ class RunOptions:
         None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    tracker: str | None = option(None, "send the metrics there too", choices=tuple(LOGGERS), flags=("--log",))
+    tracker: str | None = option(None, "send the metrics there too", choices=tuple(loggers.LOGGERS), flags=("--log",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,7 @@ class ShapeOptions:
     """What describes a backbone beside its arch."""
 
     heads: int | None = option(None, "attention heads of a ViT; default: as its layout implies", type=positive_int)
-    channels: int | None = option(
-        None, "channels of the images, to which the first layer is fitted; default: the checkpoint's", type=positive_int
-    )
+    channels: int | None = option(None, "channels of the images; default: the checkpoint's", type=positive_int)
     image_size: int | None = option(None, "pixels; default: what the backbone was made for", type=positive_int)
 
 
@@ -89,9 +85,7 @@ class ModelOptions(ShapeOptions):
     """Section `model`."""
 
     checkpoint: Path = option(
-        SHIPPED,
-        "file of MoCo, torchvision or timm, or moco-v2-800ep; shipped: digits; none: random",
-        type=checkpoint_path,
+        SHIPPED, "file of MoCo, torchvision or timm; moco-v2-800ep; shipped: digits; none: random", type=checkpoint_path
     )
     arch: str | None = option(
         None,
@@ -105,28 +99,22 @@ class ModelOptions(ShapeOptions):
 class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
-    dataset: str | None = option(
-        None, "default: imagefolder with images of your own, else digits", choices=sources.DATASETS
-    )
+    dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
-    data_list: tuple[Path, ...] | None = several(
-        None, "list of `path,label` lines; two: training, evaluation", type=Path
-    )
+    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; a second: evaluation", type=Path)
     eval_split: str = option(
-        "held-out", "validation: a part of the training images, to choose settings", choices=sources.EVAL_SPLITS
+        "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
     )
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
     bands: tuple[str, ...] | None = several(None, "bands to read from a file, as 4,3,2; 0: zeros (default: all)")
     scale: float | None = option(None, "divisor of the files' values, as 10000", type=positive_float)
     mean: tuple[float, ...] | None = several(
-        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=config.any_float
+        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
     )
-    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=config.any_float)
-    normalise: str | None = option(
-        None, "data: mean and std measured on training images; or a known family's", choices=("data", *FAMILIES)
-    )
+    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
+    normalise: str | None = option(None, "data: measure training images; or a family", choices=("data", *FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,24 +124,18 @@ class DataOptions(ImageOptions):
     task: str = option(
         "classification",
         "one class an image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
-        choices=tuple(TASKS),
+        choices=tuple(KEEP_BEST),
     )
     label_columns: tuple[str, ...] | None = several(
         None, "columns of a list that are labels or numbers, as A,B,C or A..B; default: all but paths and groups"
     )
     group_by: str | None = option(None, "column or folder level that names the patient or field: none is on two sides")
-    folds: str | None = option(
-        None, "cross-validate over so many parts, a run for each; 2/5: that of the second of five", type=config.folds
-    )
-    classes: tuple[str, ...] | None = several(
-        None, "names of the classes in masks, or a file of names and values or colours; with --task segmentation"
-    )
-    unknown_value: tuple[float, ...] | None = several(
-        None, "values of unknown pixels in masks; else 255, unless a class has it", type=config.any_float
-    )
+    folds: str | None = option(None, "cross-validate over so many parts; 2/5: the second of five", type=config.folds)
+    classes: tuple[str, ...] | None = several(None, "classes in masks: names, or a file with values or colours")
+    unknown_value: tuple[float, ...] | None = several(None, "unknown pixels' values in masks; else 255", type=any_float)
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
-    cache_features: str = option("none", "run frozen blocks below --adapt-last once per image and view", choices=CACHES)
+    cache_features: str = option("none", "run frozen blocks once per image and view", choices=("none", "disk"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +158,7 @@ class TuneOptions(AdapterOptions):
 
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option(
-        "auto",
-        "follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow, on a GPU frozen",
-        choices=NORMS,
+        "auto", "follow: statistics follow the adapters; train: slow; auto: follow, on a GPU frozen", choices=NORMS
     )
     adapt_last: int | str | None = option(
         None,
@@ -198,9 +178,7 @@ class TuneOptions(AdapterOptions):
     class_weights: str = option(
         "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
     )
-    threshold: str = option(
-        "f1", "what decides about labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal
-    )
+    threshold: str = option("f1", "for labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal)
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
@@ -208,24 +186,16 @@ class TuneOptions(AdapterOptions):
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     wise_ft: float | str = option(
-        "auto",
-        "saved share of the trained change; auto: by the images per class",
-        type=or_word("auto", config.positive_share),
+        "auto", "saved share of the trained change; auto: by images per class", type=or_word("auto", positive_share)
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
-    precision: str = option(
-        "auto", "products and frozen weights; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS
-    )
-    arithmetic: str = option(
-        "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
-    )
+    precision: str = option("auto", "products, frozen weights; auto: 16 bits on CUDA, or if faster", choices=PRECISIONS)
+    arithmetic: str = option("float", "int8: frozen layers in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS)
     gradient_checkpointing: str = option(
-        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=CHECKPOINTING
+        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
-    activation_precision: int = option(
-        32, "bits of activations saved for backward; 16: half the bytes, rounded", type=int, choices=(32, 16)
-    )
+    activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
@@ -243,8 +213,8 @@ FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
 class Plan:
     """What options leave open, settled by the machine, the checkpoint and the images."""
 
-    device: torch.device
-    dtype: torch.dtype  # of products, by autocast
+    device: "torch.device"
+    dtype: "torch.dtype"  # of products, by autocast
     precision: str  # by which this dtype was chosen; auto on a GPU
     image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
     normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
@@ -278,6 +248,27 @@ FREE_TO_CHANGE = (
     *(f"data.{name}" for name in PLACES_OF_IMAGES),
 )
 
+
+def make_parser(description: str = "") -> argparse.ArgumentParser:
+    """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
+    parser = config.make_parser(FINE_TUNING_SECTIONS, description=description, add_help=False)
+    config.add_help(parser, NEEDED)
+    return parser
+
+
+def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[FineTuneOptions, dict[str, str]]:
+    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
+    args, sources = config.parse_args(make_parser(description), argv, _default_config, complete_fine_tuning)
+    return config.frozen(FineTuneOptions, args), sources
+
+
+def _default_config(typed: dict[str, Any]) -> Path | None:
+    """The configuration of a run that names none: its values suit the shipped backbone alone."""
+    text = typed.get("checkpoint", "shipped")
+    is_shipped = not is_published(text) and checkpoint_path(text).resolve() == SHIPPED.resolve()
+    return DEFAULT_CONFIG if is_shipped else None
+
+
 # -------------------------------------------------------------------- what follows from options, before they are frozen
 
 
@@ -299,15 +290,15 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
             setattr(args, name, found)
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
-    args.bands = bands.split_names(args.bands)
-    problems = bands.option_problems(scaling_of(args), args.channels)
+    args.bands = scaling.split_names(args.bands)
+    problems = scaling.option_problems(scaling_of(args), args.channels)
     if args.val_dir and args.data_list:
         problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
     elif args.val_dir and not args.data_dir:
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
-    if args.dataset == sources.UNLABELLED_SET:
+    if args.dataset == UNLABELLED_SET:
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
@@ -322,9 +313,9 @@ def unlabelled_problems(args: Any) -> Iterator[str]:
             yield f"{name} with images without labels: they are not evaluated on; drop it"
 
 
-def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
-    """Fill in the options that follow from others; return the problems with the data options, one line each."""
-    args.label_columns = bands.split_names(args.label_columns)
+def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], typed: set[str]) -> list[str]:
+    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
+    args.label_columns = scaling.split_names(args.label_columns)
     problems = complete_shared(args, origins)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
@@ -340,7 +331,8 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> l
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    return problems
+    problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
+    return problems + fine_tuning_problems(args, typed)
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -413,7 +405,7 @@ def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
 
 def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
-    problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads)
+    problems = model_problems(args.checkpoint, args.arch, args.heads)
     for other, clashing in CLASHES.items():
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
@@ -426,7 +418,7 @@ def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
 
 def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     """What --task lacks, one line each."""
-    best_by = TASKS[args.task].best_by
+    best_by = KEEP_BEST[args.task]
     if args.keep_best is not None and args.keep_best not in best_by:
         yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
     if args.label_columns and (not args.data_list or args.task == "segmentation"):
@@ -460,13 +452,34 @@ def _run_problems(args: Any) -> Iterator[str]:
         yield f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir"
 
 
+def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
+    """What is wrong with the device, the precision, the tracker and the folders that options name, one line each.
+
+    `written` names the files that the run writes to --output-dir.
+    """
+    arithmetic = getattr(args, "arithmetic", "float")  # an option of fine-tuning alone
+    if args.device not in ("auto", "cpu") or args.precision == "fp16" or arithmetic == "int8":  # the rest is everywhere
+        from toolkit import devices  # here: it loads PyTorch
+
+        try:
+            device = devices.select_device(args.device)
+            devices.select_precision(args.precision, device)
+            devices.check_arithmetic(arithmetic, device)
+        except InputError as error:
+            yield str(error)
+    if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
+        yield f"--data-dir {args.data_dir}: no such folder"
+    yield from loggers.missing(args.tracker)
+    yield from output_folder.problems(args, written)
+
+
 # ------------------------------------------------------------------------------------------ what options mean to others
 
 
 def all_folds(args: Any) -> bool:
     """Are all parts of a cross-validation asked for, and not one?"""
     folds = getattr(args, "folds", None)  # stage 1 has none
-    return folds is not None and splitting.read_folds(folds)[0] is None
+    return folds is not None and "/" not in folds
 
 
 def lora_options(args: AdapterOptions) -> dict[str, Any]:
@@ -485,7 +498,7 @@ def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("arch", "image_size", "heads", "channels")} | {"channel_fit": "timm"}
 
 
-def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[str, Any]:
+def image_sources(args: ImageOptions, read: "Bands | None" = None) -> dict[str, Any]:
     """The keyword arguments of `load_splits`: where a user's images are, and what is read of them."""
     names = ["dataset", "data_dir", "eval_split", "val_dir", "data_list", "skip_unreadable"]
     if isinstance(args, DataOptions):
@@ -493,17 +506,21 @@ def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[s
     return {name: getattr(args, name) for name in names} | {"bands": read}
 
 
-def scaling_of(args: Any) -> bands.Scaling:
+def scaling_of(args: Any) -> scaling.Scaling:
     """What the options say of the numbers in image files."""
-    return bands.Scaling(args.scale, args.mean, args.std, args.bands, args.normalise)
+    return scaling.Scaling(args.scale, args.mean, args.std, args.bands, args.normalise)
 
 
-def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scaling, bands.Bands | None]:
+def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scaling, "Bands | None"]:
     """What the options say of the numbers in image files or else, where it is known, the checkpoint's pretraining.
 
     Returns these values, and the bands that are read of a user's images, as many as the first layer takes; None: they
     are RGB photographs. `args` are `ImageOptions` and `ShapeOptions`.
     """
+    from toolkit.files import read_checkpoint  # here: they load PyTorch
+    from toolkit.images.bands import bands_of
+    from toolkit.models import checkpoints
+
     channels = 3
     metadata: dict[str, Any] = {}
     file = checkpoint
@@ -518,4 +535,4 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scalin
                 file = adapter
     channels = args.channels or channels
     known = known_scaling(scaling_of(args), channels, metadata, file)
-    return known, bands.bands_of(known, channels)
+    return known, bands_of(known, channels)

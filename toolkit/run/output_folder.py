@@ -14,11 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError, distributed, printable
-from toolkit.files import same_file
-from toolkit.images.folders import EVALUATION_NAMES
+from toolkit import InputError, printable, same_file
+from toolkit.choices import EVALUATION_NAMES, UNLABELLED_SET
 from toolkit.images.remote import is_remote
-from toolkit.images.sources import UNLABELLED_SET
 
 try:
     import fcntl
@@ -74,6 +72,8 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
 
     Raises InputError in every process if another run is going on in the folder, or it cannot be made.
     """
+    from toolkit import distributed  # here: it loads PyTorch
+
     with contextlib.ExitStack() as stack:
         problem = None
         if distributed.is_main():
@@ -144,6 +144,8 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     They stay if this run resumes from `resumed`, a file in this folder. Raises InputError if the folder cannot be made
     or the files cannot be moved.
     """
+    from toolkit import distributed
+
     if not distributed.is_main():
         return
     try:

@@ -144,7 +144,8 @@ class RunState:
     def saved_when_stopped(self) -> Iterator[None]:
         """Within this block stop requests are noted; one that is raised saves the state, and says where."""
         settings = self.identity["config"]
-        with self.stop, loggers.opened(self.args.tracker, self.args.output_dir, settings) as self.log:
+        tracker = self.args.tracker if distributed.is_main() else None
+        with self.stop, loggers.opened(tracker, self.args.output_dir, settings) as self.log:
             try:
                 yield
                 self.stop.check()  # a request that came after the last step

@@ -15,32 +15,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from toolkit import InputError, distributed, printable
-from toolkit.devices import check_arithmetic, select_device, select_precision
-from toolkit.images import remote
 from toolkit.images.data import end_workers
 from toolkit.images.folders import UnreadableImage
-from toolkit.run import loggers, output_folder
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
-
-# ----------------------------------------------------------------------------------------------------- how a run begins
-
-
-def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
-    """What is wrong with the device, the precision, the tracker and the folders that options name, one line each.
-
-    `written` names the files that the run writes to --output-dir.
-    """
-    try:
-        device = select_device(args.device)
-        select_precision(args.precision, device)
-        check_arithmetic(getattr(args, "arithmetic", "float"), device)  # an option of fine-tuning alone
-    except InputError as error:
-        yield str(error)
-    if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
-        yield f"--data-dir {args.data_dir}: no such folder"
-    yield from loggers.missing(args.tracker)
-    yield from output_folder.problems(args, written)
 
 
 def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:

@@ -1,0 +1,95 @@
+"""The options of stage 1, beside those that it shares with fine-tuning. They are read before PyTorch is loaded."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import config
+from toolkit.choices import PRECISIONS, TWO_CROPS
+from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
+from toolkit.models.names import ARCHS, checkpoint_path
+from toolkit.run import options
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions(options.ShapeOptions):
+    """Section `model`."""
+
+    arch: str = option("vit_mini", choices=ARCHS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoOptions(options.AdapterOptions):
+    """Section `moco`."""
+
+    checkpoint: Path | None = option(None, "go on with this backbone, projector and predictor", type=checkpoint_path)
+    lora_rank: int = option(0, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
+    moco_version: int | None = option(None, "default: the checkpoint's, else 3", type=int, choices=(2, 3))
+    epochs: int = option(100, type=positive_int)
+    batch_size: int = option(256, "of all processes together", type=positive_int)
+    optimizer: str = option("adamw", choices=("adamw", "sgd"))
+    learning_rate: float = option(1e-3, type=positive_float, flags=("--lr",))
+    weight_decay: float = option(0.1, type=non_negative_float)
+    warmup_epochs: int = option(0, type=non_negative_int)
+    precision: str = option("auto", choices=PRECISIONS)
+    momentum: float = option(0.99, "m; v3 raises it to 1 along a cosine", type=fraction)
+    temperature: float = option(0.2, "T", type=positive_float)
+    dim: int | None = option(None, "width of queries and keys; default: the checkpoint's, else 256", type=positive_int)
+    mlp_dim: int | None = option(None, "v3: hidden width of the MLPs; the checkpoint's, else 4096", type=positive_int)
+    queue_size: int = option(65536, "v2: K", type=positive_int)
+    two_crops: str = option("moco_v3", "how the views are made", choices=TWO_CROPS)
+    crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
+    seed: int = option(0, type=non_negative_int)
+    knn_every: int = option(10, "epochs between k-NN accuracies", type=positive_int)
+    knn_dir: Path | None = option(None, "class folders to measure it on, if the images have no labels", type=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(options.RunOptions, BackboneOptions, options.ImageOptions, MoCoOptions):
+    """All options of stage 1."""
+
+
+SECTIONS = {"run": options.RunOptions, "model": BackboneOptions, "data": options.ImageOptions, "moco": MoCoOptions}
+
+
+def make_parser(description: str = "") -> argparse.ArgumentParser:
+    """The command line, whose groups are the sections of the configuration file."""
+    parser = config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=description)
+    parser.set_defaults(output_dir=Path("checkpoints/pretrain"))
+    return parser
+
+
+def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[PretrainOptions, dict[str, str]]:
+    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
+    args, sources = config.parse_args(make_parser(description), argv, check=complete, ignored=options.OF_FINE_TUNING)
+    return config.frozen(PretrainOptions, args), sources
+
+
+def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
+    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
+    problems = options.complete_shared(args, sources)
+    problems += options.environment_problems(args, written(args))
+    if args.knn_dir and not os.path.isdir(args.knn_dir):
+        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
+    problems += options.shared_problems(args, typed)
+    if "crop_min" in typed and args.two_crops == "digits":
+        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
+    if args.checkpoint is not None and not os.path.exists(args.checkpoint):
+        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
+    if args.checkpoint is None and args.lora_rank > 0:
+        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
+    if args.checkpoint is not None and sources["arch"] == "default":
+        args.arch = None  # what the checkpoint says
+    return problems
+
+
+def written(args: Any) -> list[str]:
+    """The names of the files that a run writes to --output-dir."""
+    return ["moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png", checkpoint_name(args)]
+
+
+def checkpoint_name(args: Any) -> str:
+    return f"moco_stage1_epoch_{args.epochs}.pth"

@@ -1,0 +1,122 @@
+"""Models by their names: what `--arch` and `--checkpoint` may say. PyTorch is loaded only where a name needs it.
+
+A model of timm is named by `timm:` and its name in `timm.list_models()`, with or without a tag:
+`timm:vit_small_patch14_dinov2`.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from toolkit import SHIPPED, InputError, did_you_mean, printable
+from toolkit.models.published import PUBLISHED, fetch, is_published
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+# MoCo v3 (arXiv 2104.02057, section 4.4): vit_small has 12 heads where timm and DeiT have 6.
+VITS = {
+    "vit_mini": {"patch_size": 8, "num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768},
+    "vit_small": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 384, "mlp_dim": 1536},
+    "vit_b_16": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+    "vit_l_16": {"patch_size": 16, "num_layers": 24, "num_heads": 16, "hidden_dim": 1024, "mlp_dim": 4096},
+    # The convolutional stem takes the place of one transformer block.
+    "vit_conv_small": {"patch_size": 16, "num_layers": 11, "num_heads": 12, "hidden_dim": 384, "mlp_dim": 1536},
+    "vit_conv_base": {"patch_size": 16, "num_layers": 11, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+}
+
+TIMM = "timm:"
+ARCHS = (*RESNETS, *VITS)  # of torchvision
+
+
+def default_image_size(arch: str) -> int:
+    """Side in pixels of the square images that `arch` was designed for; raises InputError for an unknown name."""
+    if arch.startswith(TIMM):
+        return timm_config(arch).input_size[-1]
+    if arch not in ARCHS:
+        hint = f"{did_you_mean(arch, ARCHS)} choose one of {', '.join(ARCHS)}, {TIMM}NAME"
+        raise InputError(f"unknown arch {arch!r}: {hint.lstrip()}")
+    return 32 if arch == "vit_mini" else 224
+
+
+def default_heads(arch: str) -> int | None:
+    """The number of attention heads of a torchvision ViT; None for ResNets, and for timm, whose names imply it."""
+    return VITS.get(arch, {}).get("num_heads")
+
+
+def check_heads(arch: str, heads: int | None) -> None:
+    """Raise InputError if `arch` cannot have so many attention heads. None stands for its own, which always fit."""
+    if heads is None:
+        return
+    if arch not in VITS:
+        raise InputError(f"{heads} heads are not for {arch}: only torchvision's ViTs take a number; drop --heads")
+    width, own = VITS[arch]["hidden_dim"], default_heads(arch)
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise InputError(f"{printable(heads)} heads do not divide the {width} features of {arch}; {own} do")
+
+
+MOST_CHANNELS = 1024  # enough for hyperspectral images; without a limit a damaged file could ask for terabytes
+
+
+def check_channels(channels: int) -> None:
+    """Raise InputError for a number of channels that no image has."""
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+        raise InputError(f"{printable(channels)} channels; give a whole number from 1 to {MOST_CHANNELS}")
+
+
+def timm_config(arch: str):
+    """timm's `PretrainedCfg` of a model. Raises InputError if timm lacks the name or the images are not square."""
+    name = arch.removeprefix(TIMM)
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
+    if not timm.is_model(name):
+        hint = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
+        raise InputError(f"timm has no model {name!r}: {hint or 'timm.list_models() has their names'}")
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise InputError(f"{arch}: {error}") from None
+    _, height, width = config.input_size
+    if height != width:
+        raise InputError(f"{arch} takes images of {height} x {width} pixels; those of this toolkit are square")
+    return config
+
+
+NO_CHECKPOINT = "none"
+NO_ARCH = "random weights have no architecture of their own"
+
+
+def checkpoint_path(text: str) -> Path:
+    """The file that `--checkpoint` names: 'shipped', a published one, which is fetched, or a path.
+
+    Raises ArgumentTypeError, as a converter of argparse, for a file that cannot be fetched.
+    """
+    if is_published(text):
+        try:
+            return fetch(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return SHIPPED if text == "shipped" else Path(text)
+
+
+def is_none(path: str | os.PathLike) -> bool:
+    """Is this 'none', which stands for random weights instead of a checkpoint?"""
+    return str(path) == NO_CHECKPOINT
+
+
+def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None) -> list[str]:
+    """What is wrong with `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files."""
+    problems = []
+    if is_none(path) and arch is None:
+        problems.append(f"--checkpoint none: {NO_ARCH}; say which with --arch")
+    if not is_none(path) and not os.path.exists(path):
+        problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
+        problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
+    if arch is not None:
+        try:
+            default_image_size(arch)
+            check_heads(arch, heads)
+        except InputError as error:
+            problems.append(f"--arch {arch}: {error}")
+    return problems

@@ -1,0 +1,133 @@
+"""The command line of `deploy_lora.py`: its commands, their options, and what is wrong with these."""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit import VERSION, InputError, same_file
+from toolkit.choices import ARITHMETICS, PRECISIONS
+from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
+from toolkit.models.names import checkpoint_path
+
+COMMANDS = {  # and the help of each
+    "info": "what is in an adapter file",
+    "evaluate": "accuracy on labelled images",
+    "compare": "two results over the same images: is one better by more than chance? or a table of many",
+    "threshold": "choose anew, on labelled images, from which probability on a label is an answer",
+    "predict": "the most probable classes of images, as a table; masks and maps",
+    "embed": "the features of images, as an array",
+    "explain": "what of an image decided the answer, as a picture of each",
+    "merge": "base and adapter as one state_dict that plain torchvision loads",
+    "export": "the merged model as a graph for onnxruntime or torch.export",
+    "convert": "to the adapter format of PEFT",
+    "card": "a model card: what it is, its figures, and how to load it",
+    "push": "adapter, card and page to the Hugging Face Hub",
+}
+ANSWERING = ("predict", "embed", "explain")
+ON_IMAGES = ("evaluate", "threshold", *ANSWERING)  # these commands compute on a device
+MAP_SUFFIXES = (".tif", ".tiff")
+FOLDERS = ("", ".parquet")  # of parts
+SUFFIXES = {  # allowed for --output; "": a folder's
+    "evaluate": (".json",),
+    "compare": (".csv", ".md"),
+    "predict": (".csv", ".parquet", *MAP_SUFFIXES, ""),
+    "embed": (".npy", ""),
+    "explain": ("",),
+    "threshold": (".pth", ".safetensors"),
+    "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
+    "export": (".onnx", ".pt2"),
+    "card": (".md",),
+}
+NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}  # packages
+
+
+def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and the parser of each command."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=VERSION)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    parsers = {name: subparsers.add_parser(name, help=text, allow_abbrev=False) for name, text in COMMANDS.items()}
+
+    def add(commands: Iterable[str], name: str, meaning: str, **how: Any) -> None:
+        for command in commands:
+            parsers[command].add_argument(name, help=meaning, **how)
+
+    of_adapters = COMMANDS.keys() - {"compare"}
+    some = {"type": Path, "nargs": "+"}
+    switch = {"action": "store_true"}
+    add(of_adapters, "adapter", "adapter file, .pth or .safetensors", type=Path)
+    add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
+    add(["evaluate"], "images", "folder of class folders, or of images/ and masks/; or a list", type=Path, nargs="?")
+    add(["threshold"], "images", "list of labelled images that neither trained the adapter nor judge it", type=Path)
+    add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
+    add(["push"], "repository", "owner/name; is made unless it exists")
+    add(["push"], "--private", "make one that others cannot see", **switch)
+    parsers["push"].set_defaults(output=None)
+    add(["compare"], "--output", "a table of all, runs.csv or runs.md, and a picture beside it", type=Path)
+    add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
+    add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
+    add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
+    add(ON_IMAGES, "--batch-size", "images at a time", type=positive_int, default=32)
+    add(ON_IMAGES, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
+    add(ON_IMAGES, "--workers", "processes that load images", type=worker_count, default="auto")
+    add(ON_IMAGES, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
+    add(ON_IMAGES, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
+    add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
+    add(["predict", "embed"], "--resume", "go on with what is in the folder --output", **switch)
+    add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
+    add(["predict"], "--abstain", "in maps: no answer where all classes are less probable, as 0.6", type=positive_share)
+    add(["predict"], "--window", "in maps of an answer for windows: pixels; its own", type=positive_int)
+    add(["export"], "--normalise", "the graph takes images from 0 to 1, or files' numbers", **switch)
+    add(["convert"], "--to", "the format; --output is a folder", choices=["peft"], default="peft")
+    return parser, parsers
+
+
+def read_options(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
+    """The command and its options. Raises InputError with all that is wrong with them."""
+    parser, parsers = make_parser(description)
+    args, rest = parser.parse_known_args(argv)
+    problems = check(args) + unknown_words(parsers[args.command], rest)
+    if problems:
+        raise InputError("\n".join(problems))
+    return args
+
+
+def check_output(args: argparse.Namespace) -> list[str]:
+    """What is wrong with --output, before anything is computed."""
+    if args.output is None:
+        return [] if args.command in ("evaluate", "compare") else ["--output: expected a value, the file to write"]
+    if os.path.isdir(args.output) and args.command not in ("convert", *ANSWERING):
+        return [f"--output {args.output}: a folder; name a file"]
+    suffixes = SUFFIXES.get(args.command, ())
+    if suffixes and args.output.suffix not in suffixes:
+        endings = " or ".join(filter(None, suffixes))
+        if "" in suffixes:
+            endings += ", or be a folder's"
+        return [f"--output {args.output}: the name must end in {endings}"]
+    if "" in suffixes and args.output.suffix in FOLDERS and os.path.isfile(args.output):
+        return [f"--output {args.output}: a file; name a folder"]
+    if not os.path.isdir(args.output.parent):
+        return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
+    read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
+    if args.command in ANSWERING:
+        read += args.images
+    if any(same_file(args.output, path) for path in read):
+        return [f"--output {args.output} is read by this very command; name another file"]
+    return []
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of a command, and which packages it lacks."""
+    if args.command in ("info", "push"):
+        return []
+    problems = check_output(args)
+    is_file = args.output is not None and args.output.suffix not in FOLDERS
+    if args.command in ("predict", "embed") and args.resume and is_file:
+        problems.append("--resume is for answers in a folder, which --output is to name")
+    needed = NEEDED.get((args.command, getattr(args.output, "suffix", "")), ())
+    if not all(map(importlib.util.find_spec, needed)):
+        problems.append(f"--output {args.output}: needs {' and '.join(needed)}: pip install {' '.join(needed)}")
+    return problems
