@@ -48,7 +48,7 @@ METHODS = {
     "fp32": Method("the same in float32", ["--precision", "fp32"]),
     "bf16": Method("the same in bf16", ["--precision", "bf16"]),
     "int8": Method("the same, products in 8 bits", ["--arithmetic", "int8"]),
-    "last_4": Method("the last four blocks", ["--adapt-last", "4"]),
+    "last": Method("adapters where the gradient is", ["--adapt-last", "auto"]),
     "qlora": Method("QLoRA", ["--use-qlora"]),
     "plain": Method("full fine-tuning, plain loop", ["--precision", "fp32"], is_plain=True),
     "plain_bf16": Method("full fine-tuning, plain loop in bf16", ["--precision", "bf16"], is_plain=True),
@@ -89,7 +89,9 @@ def run_plain(method: str, flags: list[str], note: Callable[[float], None]) -> N
         import peft
 
         head = getattr(model, head_name(model))
-        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(choose_layers(model)))
+        # PEFT takes no convolution of more groups than the rank.
+        names = [name for name, layer in choose_layers(model).items() if getattr(layer, "groups", 1) == 1]
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names)
         model = peft.inject_adapter_in_model(config, model)
         head.requires_grad_(True)  # PEFT has frozen all but its own
     views = train_transform(report["image_size"], args.augmentation, **normalization)
