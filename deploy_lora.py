@@ -440,17 +440,17 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 
     Raises InputError for a path without any.
     """
-    if len(paths) == 1 and _has_archives(paths[0]):
-        source, _ = read_shards(paths[0], bands)
-        return LabelledImages(source, source.labels)
     names = []
     for path in paths:
         if not remote.is_remote(path) and not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
         others = Counter()
-        if os.path.isdir(path):
+        if remote.is_folder(path):
             found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
+            if not found and len(paths) == 1 and shard_names(path):
+                source, _ = read_shards(path, bands)
+                return LabelledImages(source, source.labels)
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
             found = [remote.located(path.parent, name) for name in lists.read_paths(path, path.parent)]
         if not found:
@@ -460,12 +460,6 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
     return LabelledImages(ImageFiles("", names, labels, bands), labels)
-
-
-def _has_archives(path: Path) -> bool:
-    if remote.is_remote(path):
-        return not path.suffix and bool(shard_names(path))
-    return os.path.isdir(path) and not folders.first_image(path) and bool(shard_names(path))
 
 
 def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
@@ -481,18 +475,19 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     where = f"in {place}"
     if is_per_pixel(about):
         images = masks.pairs_in(place, about["transform"].bands, _mask_reader(about))
-    elif remote.is_file(place) or _task_of(about).kind != "classification":
+    elif not remote.is_folder(place) or _task_of(about).kind != "classification":
         images = _images_in_list(place, about)
     else:
-        inside = {name for name in (*folders.EVALUATION_NAMES, "test") if os.path.isdir(place / name)}
-        if inside and not any(os.path.isdir(place / name) for name in about["class_names"]):  # one may be called test
+        inside = {name for name in (*folders.EVALUATION_NAMES, "test") if remote.is_folder(place / name)}
+        # A class may be called test.
+        if inside and not any(remote.is_folder(place / name) for name in about["class_names"]):
             place = folders.evaluation_folder(place)
         where = f"all in {place}"
         _check_classes(set(folders.class_folders(place, at_least=1)) - set(about["class_names"]), place)
         found = folders.labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
         images = LabelledImages(found, found.labels)
     data = _data_of_run(about)
-    if remote.is_file(place) and (column := _group_column(place, data)):
+    if not remote.is_folder(place) and (column := _group_column(place, data)):
         images.groups = lists.read_groups(place, column)
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):

@@ -37,7 +37,7 @@ from toolkit import InputError, config, devices, distributed
 from toolkit.answers import evaluation, measures
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.files import save_atomically, write_text
-from toolkit.images import bands, data, transforms
+from toolkit.images import bands, data, remote, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, head_name, headless, other_heads, record_of
@@ -123,7 +123,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
     problems = options.complete_shared(args, sources)
     problems += runs.environment_problems(args, written(args))
-    if args.knn_dir and not os.path.isdir(args.knn_dir):
+    if args.knn_dir and not remote.is_folder(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
     problems += options.shared_problems(args, typed)
     if "crop_min" in typed and args.two_crops == "digits":

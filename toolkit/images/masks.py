@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.images import folders, splitting
+from toolkit.images import folders, remote, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file, split_names
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import read_list
@@ -61,7 +61,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     if not given:
         return None
     where = f"--classes {printable(' '.join(given))}"
-    if len(given) == 1 and os.path.isfile(given[0]):
+    if len(given) == 1 and remote.is_file(given[0]):
         lines = _lines_of(given[0], where)
     else:
         lines = [(name, ()) for name in split_names(given)]
@@ -268,7 +268,7 @@ class PairFiles(folders.ImageFiles):
         self.read = read
 
     def mask_path(self, i: int) -> str:
-        return os.path.join(self.mask_folder, self.masks[i])
+        return remote.located(self.mask_folder, self.masks[i])
 
     def pixels(self, i: int) -> np.ndarray | str:
         """How many pixels of a mask are unknown, and of each class; or what is wrong with the pair."""
@@ -372,10 +372,10 @@ def load_pairs(
 def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """All images with masks in a folder with images/ and masks/, in one with x.jpg and x_mask.png, or in a list."""
     path = Path(path)
-    if os.path.isfile(path):
-        files = pairs_of_list(path, path.parent, bands, read)
-    else:
+    if remote.is_folder(path):
         files = _in_folders(*_pair_folders(path), bands, read)
+    else:
+        files = pairs_of_list(path, path.parent, bands, read)
     [images], _ = _masked([files], skip_unreadable=False)
     return images
 
@@ -428,7 +428,7 @@ _LAYOUTS = (
 def _pair_folders(folder: Path) -> tuple[Path, Path]:
     """Where the images and the masks of a folder are: in two folders within it, or both in itself."""
     for images, masks in itertools.product(_IMAGE_FOLDERS, _MASK_FOLDERS):
-        if os.path.isdir(folder / images) and os.path.isdir(folder / masks):
+        if remote.is_folder(folder / images) and remote.is_folder(folder / masks):
             return folder / images, folder / masks
     return folder, folder
 
@@ -437,7 +437,7 @@ def _places(
     data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool
 ) -> tuple[list[tuple[Path, Path]], bool]:
     """The folders of images and masks for training, and for evaluation if there are some; and: is the set divided?"""
-    if data_dir is None or not os.path.isdir(data_dir):
+    if data_dir is None or not remote.is_folder(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder; {_LAYOUTS}")
     images, masks = _pair_folders(Path(data_dir))
 
@@ -448,7 +448,7 @@ def _places(
 
     places = [(images, masks)]
     for name in reversed(_TRAINING_NAMES):  # the first one counts
-        if os.path.isdir(images / name):
+        if remote.is_folder(images / name):
             places = [part(name)]
     divided = val_dir is not None or places[0] != (images, masks)
     if val_dir is not None and needs_val:
@@ -512,7 +512,7 @@ def pairs_of_list(
 ) -> PairFiles:
     """The pairs of a list of `image,mask` lines, relative to a folder; `group_by` is as for `lists.read_list`."""
     names, masks = read_list(path, folder, group_by, line="image,mask")
-    missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
+    missing = [mask for mask in masks if not remote.is_file(remote.located(folder, mask))]
     if missing:
         problem = f"{len(missing)} masks are not in {folder}: {listed(missing)}"
         raise InputError(f"--data-list {path}: {problem}; write `image,mask` lines")

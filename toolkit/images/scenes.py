@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from toolkit.images import bands as reading
+from toolkit.images import remote
 from toolkit.images.bands import Bands, import_tifffile
 from toolkit.images.folders import named_faults
 from toolkit.images.transforms import to_rgb
@@ -84,6 +85,7 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
         for name, file in files.items():
             scratch = opened.enter_context(tempfile.TemporaryFile())
             with named_faults(file):
+                files[name] = file = opened.enter_context(remote.on_disk(file))
                 sources[name] = _in_tiff(file, bands, scratch) or _decoded(file, bands, scratch)
         finest = files[max(sources, key=lambda name: math.prod(sources[name].size))]
         scene = Scene(os.fspath(path), bands, sources, finest if _is_tiff(finest) else None)

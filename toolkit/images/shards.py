@@ -18,14 +18,12 @@ from PIL import Image
 from toolkit import InputError, listed, printable
 from toolkit.images import remote
 from toolkit.images.bands import Bands, picture_of
-from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, visible_entries
+from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, visible_names
 
 
 def shard_names(folder: Path) -> list[str]:
     """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
-    if remote.is_remote(folder):
-        return remote.archives(folder)
-    shards = [entry.name for entry in visible_entries(folder) if entry.name.endswith(".tar") and entry.is_file()]
+    shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
     image = first_image(folder) if shards else None
     if image is not None:
         both = f"{folder} has both archives, as {shards[0]}, and image files, as {image}"

@@ -218,10 +218,7 @@ def _image_folder(
         places.append(folders.evaluation_folder(root))
         if places[-1].name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
-    has_shards = bool(shard_names(train))
-    if remote.is_remote(train) and not has_shards:
-        raise InputError(f"{train}: no .tar archives; for images of their own give a list of addresses, --data-list")
-    if has_shards:
+    if shard_names(train):
         parts, class_names = _by_label(places, [_labelled_shards(place, bands) for place in places])
     else:
         parts = []
@@ -257,6 +254,8 @@ def _existing(option: str, folder: str | Path) -> Path:
     if remote.is_folder(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
     problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
+    if remote.is_remote(folder):
+        problem = "no folder that can be listed; name its images in a list, --data-list"
     raise InputError(f"{option} {folder}: {problem}")
 
 
