@@ -33,7 +33,6 @@ import reprlib
 import tempfile
 import textwrap
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,8 @@ from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Tran
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
-from toolkit.images.shards import ShardedImages, read_shards, shard_names
-from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
+from toolkit.images.shards import ShardedImages
+from toolkit.images.sources import DATASETS, all_images, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, value_at
 from toolkit.run import reports
@@ -107,10 +106,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     is `lora_evaluation.html` beside `lora.pth` or, with `--output results.json`, `results.html`.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        images, where = _labelled_images(args.images, about)
-        images = readable(images)
         task = _task_of(about)
-        result = _evaluated(args, task, model, make_loader, images, about)
+        images, where, result = _evaluated(args, task, model, about, make_loader)
         has_maps = task.kind == "classification" and block_names(model)
         explainer = _explainer(args, model, about) if has_maps else None
     if not distributed.is_main():
@@ -135,12 +132,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, images, about) -> Any:
-    """The answers for labelled images, of which each process takes a share."""
+def _evaluated(
+    args: argparse.Namespace, task: Task, model: nn.Module, about: dict[str, Any], make_loader: Callable
+) -> tuple[LabelledImages, str, Any]:
+    """The labelled images of the options, a description of where they are, and the answers for them."""
+    images, where = _labelled_images(args.images, about)
+    images = readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
     loader = make_loader(Transformed(images, about["transform"]))
-    return task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+    return images, where, task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
 
 
 def _explainer(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> heat_maps.Explainer:
@@ -191,9 +192,7 @@ def threshold(args: argparse.Namespace) -> Task:
         task = _task_of(about)
         if task.kind != "multilabel":
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
-        images, where = _labelled_images(args.images, about)
-        images = readable(images)
-        result = _evaluated(args, task, model, make_loader, images, about)
+        images, where, result = _evaluated(args, task, model, about, make_loader)
     task.head.thresholds = result.thresholds_for(args.goal)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
@@ -445,17 +444,15 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
         if not remote.is_remote(path) and not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
-        others = Counter()
         if remote.is_folder(path):
-            found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
-            if not found and len(paths) == 1 and shard_names(path):
-                source, _ = read_shards(path, bands)
+            source = all_images(path, bands)
+            if len(paths) == 1:
                 return LabelledImages(source, source.labels)
+            if isinstance(source, ShardedImages):
+                raise InputError(f"{path}: its images are in archives; name this folder alone")
+            found = map(source.path, range(len(source)))
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
             found = [remote.located(path.parent, name) for name in lists.read_paths(path, path.parent)]
-        if not found:
-            raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
-        folders.report_others(path, others)
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
@@ -988,6 +985,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
     problems = check(args) + unknown_words(parsers[args.command], rest)
     if problems:
         raise InputError("\n".join(problems))
+    if args.command not in ON_IMAGES and not distributed.is_main():
+        return None  # several processes share images alone
     run, _ = COMMANDS[args.command]
     return run(args)
 

@@ -27,7 +27,7 @@ def is_bare_dicom(path: str | os.PathLike) -> bool:
     if os.path.splitext(name)[1].strip(".0123456789") or name.upper() == "DICOMDIR":
         return False
     if remote.is_file(path):  # opening a pipe would wait for ever
-        with contextlib.suppress(OSError), remote.opened(path) as file:
+        with contextlib.suppress(OSError), remote.opened(path, at_once=_MARK.stop) as file:
             return is_dicom(name, file.read(_MARK.stop))
     return False
 

@@ -177,12 +177,6 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
 
 
-def first_image(folder: Path) -> str | None:
-    """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
-    found = _image_folders(folder, "", (), Counter(), None)
-    return next((posixpath.join(inner, names[0]) for inner, names in found if names), None)
-
-
 def _image_folders(
     folder: Path, within: str, above: tuple[str, ...], others: Counter, bands: Bands | None
 ) -> Iterator[tuple[str, list[str]]]:

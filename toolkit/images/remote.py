@@ -5,9 +5,9 @@ lies beside it, are found as those of any path. Credentials are fsspec's busines
 """
 
 import contextlib
+import io
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 from urllib.parse import unquote
@@ -27,11 +27,10 @@ def is_remote(path: str | os.PathLike) -> bool:
 def address(path: str | os.PathLike) -> str:
     """An address as others write it, with its //; a path as it is."""
     text = os.fspath(path)
-    found = _ADDRESS.match(text)
-    if found is None:
+    if not is_remote(text):
         return text
-    slashes = ":///" if found[1].lower() == "file" else "://"
-    return found[1] + slashes + text[found.end() :].replace("\\", "/")
+    text = _ADDRESS.sub(r"\1://", text.replace("\\", "/"), count=1)
+    return re.sub("^file:", "file:/", text, flags=re.IGNORECASE)
 
 
 def located(folder: str | os.PathLike, name: str | os.PathLike) -> str:
@@ -88,28 +87,15 @@ def read(path: str | os.PathLike, start: int | None = None, end: int | None = No
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file, or what is at an address, to be read in any order."""
+def opened(path: str | os.PathLike, at_once: int = 2**22) -> Iterator[BinaryIO]:
+    """A file, or what is at an address, to be read in any order. Of the latter so many bytes are fetched at once."""
     if not is_remote(path):
         with open(path, "rb") as file:
             yield file
         return
-    # Of an archive small parts are read, one for each image: a large buffer would fetch all of it.
-    with _at(path) as (system, place), system.open(place, "rb", block_size=2**16) as file:
+    # Some systems' files have no buffer of their own.
+    with _at(path) as (system, place), io.BufferedReader(system.open(place, "rb", block_size=at_once), at_once) as file:
         yield file
-
-
-@contextlib.contextmanager
-def on_disk(path: str | os.PathLike) -> Iterator[str]:
-    """The path of a file, or of a copy of what is at an address, which lasts as long as this block."""
-    if not is_remote(path):
-        yield os.fspath(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = os.path.join(folder, os.path.basename(path))
-        with _at(path) as (system, place):
-            system.get_file(place, copy)
-        yield copy
 
 
 @contextlib.contextmanager
@@ -134,5 +120,5 @@ def _at(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
         raise FileNotFoundError("nothing is there") from None
     except Exception as error:  # each file system has its own
         # The address is named already, and one to which a server has led further may have a signature.
-        why = _WITHIN_TEXT.sub("", printable(error)) or type(error).__name__
+        why = _WITHIN_TEXT.sub("", printable(error)).rstrip(": ") or type(error).__name__
         raise InputError(f"{url} cannot be read: {why}") from None

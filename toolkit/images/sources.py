@@ -165,21 +165,24 @@ def load_unlabelled(
     """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
         path, folder = _places_of_lists(data_list, data_dir)[0]
-        source = ImageFiles(folder, lists.read_paths(path, folder), (), bands)
+        names = lists.read_paths(path, folder)
+        source = ImageFiles(folder, names, [UNLABELLED] * len(names), bands)
     else:
-        folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
-        if shard_names(folder):
-            source, _ = read_shards(folder, bands)
-        else:
-            others = Counter()
-            names = folders.image_names(folder, "", others, bands)
-            if not names:
-                raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
-            folders.report_others(folder, others)
-            source = ImageFiles(folder, names, (), bands)
-    source.labels = [UNLABELLED] * len(source)
+        source = all_images(_train_folder(_folder_of_images(data_dir, UNLABELLED_SET)), bands)
     images = LabelledImages(source, source.labels)
     return readable(images) if skip_unreadable else images
+
+
+def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
+    """All images below a folder, or else in its archives; says which other files are there. Raises InputError."""
+    others = Counter()
+    names = folders.image_names(folder, "", others, bands)
+    if not names and shard_names(folder):
+        return read_shards(folder, bands)[0]
+    if not names:
+        raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
+    folders.report_others(folder, others)
+    return ImageFiles(folder, names, [UNLABELLED] * len(names), bands)
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
