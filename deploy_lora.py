@@ -53,14 +53,13 @@ from toolkit.answers import comparison, evaluation, heat_maps, model_card, predi
 from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, threshold_goal, unknown_words, worker_count
-from toolkit.images import folders, lists, masks, remote, splitting, transforms
+from toolkit.images import folders, lists, masks, remote, sources, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
-from toolkit.images.sources import DATASETS, all_images, load_splits, readable, without_problem
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, value_at
 from toolkit.run import reports
@@ -137,7 +136,7 @@ def _evaluated(
 ) -> tuple[LabelledImages, str, Any]:
     """The labelled images of the options, a description of where they are, and the answers for them."""
     images, where = _labelled_images(args.images, about)
-    images = readable(images)
+    images = sources.readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
     loader = make_loader(Transformed(images, about["transform"]))
@@ -364,7 +363,7 @@ def _write_answers(
         part = images.subset(range(number * size, min((number + 1) * size, len(images))))
         of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
         outputs, problems = _answers(args, model, of_part, zeros)
-        kept = without_problem(problems, may_be_none=in_parts)
+        kept = sources.without_problem(problems, may_be_none=in_parts)
         answered += len(kept)
         if distributed.is_main():
             written = write(outputs[kept], part.subset(kept), paths[number] if in_parts else args.output)
@@ -441,11 +440,11 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     """
     names = []
     for path in paths:
-        if not remote.is_remote(path) and not os.path.exists(path):
+        if not remote.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
         if remote.is_folder(path):
-            source = all_images(path, bands)
+            source = sources.all_images(path, bands)
             if len(paths) == 1:
                 return LabelledImages(source, source.labels)
             if isinstance(source, ShardedImages):
@@ -470,20 +469,23 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     if place is None:
         return _images_of_run(about)
     where = f"in {place}"
+    read = about["transform"].bands
+    data = _data_of_run(about)
     if is_per_pixel(about):
-        images = masks.pairs_in(place, about["transform"].bands, _mask_reader(about))
+        images = masks.pairs_in(place, read, _mask_reader(about))
     elif not remote.is_folder(place) or _task_of(about).kind != "classification":
-        images = _images_in_list(place, about)
+        columns = {"group_by": _group_column(place, data), "label_columns": data.get("label_columns")}
+        kind = _task_of(about).kind
+        images, _ = sources.listed_images(place, place.parent, read, kind, columns, about["class_names"], "the adapter")
     else:
         inside = {name for name in (*folders.EVALUATION_NAMES, "test") if remote.is_folder(place / name)}
         # A class may be called test.
         if inside and not any(remote.is_folder(place / name) for name in about["class_names"]):
             place = folders.evaluation_folder(place)
         where = f"all in {place}"
-        _check_classes(set(folders.class_folders(place, at_least=1)) - set(about["class_names"]), place)
-        found = folders.labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
+        sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
+        found = folders.labelled_files(place, about["class_names"], every=False, bands=read)
         images = LabelledImages(found, found.labels)
-    data = _data_of_run(about)
     if not remote.is_folder(place) and (column := _group_column(place, data)):
         images.groups = lists.read_groups(place, column)
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
@@ -499,7 +501,7 @@ def _mask_reader(about: dict[str, Any]) -> masks.MaskReader:
 
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
-    if data.get("dataset") not in DATASETS:
+    if data.get("dataset") not in sources.DATASETS:
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
     for key in {"data_dir", "val_dir"} & data.keys():
         data[key] = files.found_path(data[key])
@@ -512,34 +514,10 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data["bands"] = about["transform"].bands
     if is_per_pixel(about):
         data["masks"] = _mask_reader(about)
-    splits = load_splits(**data, task=_task_of(about).kind)
-    _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
+    splits = sources.load_splits(**data, task=_task_of(about).kind)
+    sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
-
-
-def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
-    known = about["class_names"]
-    kind = _task_of(about).kind
-    data = _data_of_run(about)
-    columns = {"group_by": _group_column(path, data), "label_columns": data.get("label_columns")}
-    values = None
-    if kind == "classification":
-        names, labels = lists.read_list(path, path.parent, **columns)
-        _check_classes(set(labels) - set(known), path)
-        numbers = list(map(known.index, labels))
-    else:
-        targets = lists.read_targets(path, path.parent, kind, **columns)
-        targets = lists.like(targets, known, path, "the adapter")
-        names = targets.paths
-        values = targets.values
-        numbers = [UNLABELLED] * len(names)
-    return LabelledImages(ImageFiles(path.parent, names, numbers, about["transform"].bands), numbers, targets=values)
-
-
-def _check_classes(unknown: set[str], place: Any) -> None:
-    if unknown:
-        raise InputError(f"{place} has classes that the adapter does not know: {listed(sorted(unknown))}")
 
 
 # What `load_splits` takes of a run's settings: texts, and lists of them.

@@ -370,7 +370,7 @@ IMAGES = [
            "mine has both archives, as all.tar, and image files, as ", "move those"),
     images("an archive per class", {f"mine/train/{name}.tar": lambda: tar("0.jpg") for name in ("cat", "dog")}
            | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
-           "If each archive is a class", "tar -xf"),
+           "if each archive is a class", "unpack each"),
     images("archives for training alone", {"mine/train/all.tar": lambda: tar("0.jpg", "0.cls", "1.jpg", "1.cls")}
            | classes("cat", "dog", folder="mine/val"), "mine/val: no .tar archives; the training images are in some"),
     case("an archive that is none", "finetune --data-dir tars", "0.tar: not a tar archive", "unpacked",
@@ -460,7 +460,7 @@ ADAPTERS = [
     case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
          files={"o.pth": other_base}),
     case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
-         "that the adapter does not know: cat, dog", files=classes("cat", "dog")),
+         "that the adapter lacks: cat, dog", files=classes("cat", "dog")),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
     adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
     adapter("a scaling beyond all numbers", recorded(scaling=10**400), "theirs.pth is damaged"),

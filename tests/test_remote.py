@@ -249,9 +249,9 @@ def test_what_is_no_folder_asks_for_a_list(place, base, tmp_path, what):
         finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/{what}"))
 
 
-def test_without_fsspec_it_is_named(base, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(InputError, match="addresses need fsspec: pip install fsspec"):
+def test_a_missing_package_of_a_system_is_named(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(InputError, match="s3://bucket/list.csv cannot be read: Install s3fs"):
         finetune_lora.main(argv(base, tmp_path / "out", "--data-list s3://bucket/list.csv"))
 
 

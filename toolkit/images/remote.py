@@ -72,7 +72,7 @@ def listing(folder: str | os.PathLike) -> Iterator[tuple[str, bool]]:
             above, _, name = entry["name"].rstrip("/").rpartition("/")
             if above != place.rstrip("/") or "?" in name:  # links of a web page that lead elsewhere, or sort it
                 continue
-            is_quoted = place.startswith("http") and not _MEANING.search(name)
+            is_quoted = place.startswith(("http:", "https:")) and not _MEANING.search(name)
             yield unquote(name) if is_quoted else name, entry["type"] == "directory"
         system.invalidate_cache(place)  # it would keep a kilobyte for each file
 
@@ -101,17 +101,14 @@ def opened(path: str | os.PathLike, at_once: int = 2**22) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def _at(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
     """The file system of an address and the place in it. What goes wrong within this block names the address."""
-    try:
-        import fsspec
-    except ImportError:
-        raise InputError(f"{path}: addresses need fsspec: pip install fsspec, with s3fs, gcsfs or aiohttp") from None
+    import fsspec  # comes with PyTorch, and takes a while
+
     url = address(path)
     host, _, rest = url.partition("://")[2].partition("/")
     if "@" in host or "?" in url:
         place = f"{host.rpartition('@')[2]}/{rest.partition('?')[0]}"
-        raise InputError(
-            f"{place}: a password or signature in its address would be written into files; see fsspec's settings"
-        )
+        problem = "a password or signature in its address would be written into files; see fsspec's settings"
+        raise InputError(f"{place}: {problem}")
     try:
         yield fsspec.core.url_to_fs(url)
     except InputError:
