@@ -234,17 +234,12 @@ def predict(args: argparse.Namespace) -> list[Any]:
         task = _task_of(about)
         per_pixel = task.kind == "segmentation"
         is_map = per_pixel or args.output.suffix in MAP_SUFFIXES
+        answers = f"--output {args.output}: the adapter answers for"
         if per_pixel and (args.output.suffix in (".csv", ".parquet") or args.window is not None):
-            raise InputError(
-                f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one "
-                "image; without --window, since its windows are those of its training"
-            )
+            raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
         of_maps = args.probabilities or args.window is not None or args.abstain is not None
         if not is_map and of_maps:
-            raise InputError(
-                f"--output {args.output}: the adapter answers for whole images: --probabilities, --window and "
-                "--abstain are for the map of a scene, map.tif"
-            )
+            raise InputError(f"{answers} whole images: --probabilities, --window and --abstain are for a map, map.tif")
         if is_map:
             return _predict_maps(args, model, about, task)
         write = functools.partial(predictions.write_table, task)
@@ -478,9 +473,9 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         kind = _task_of(about).kind
         images, _ = sources.listed_images(place, place.parent, read, kind, columns, about["class_names"], "the adapter")
     else:
-        inside = {name for name in (*folders.EVALUATION_NAMES, "test") if remote.is_folder(place / name)}
-        # A class may be called test.
-        if inside and not any(remote.is_folder(place / name) for name in about["class_names"]):
+        inside = folders.folders_by_class(place).keys()
+        has_parts = inside & {*folders.EVALUATION_NAMES, "test"}
+        if has_parts and not inside & set(about["class_names"]):  # a class may be called test
             place = folders.evaluation_folder(place)
         where = f"all in {place}"
         sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
@@ -791,10 +786,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         tolerance = torch.inf
         print("the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same")
     if metadata.get("stage1_adapter"):
-        print(
-            "the adapter was trained over a checkpoint and its stage-1 adapter; in PEFT it belongs on what "
-            "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
-        )
+        print("in PEFT it belongs on what finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns")
     with tempfile.TemporaryDirectory() as scratch:
         peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
@@ -907,11 +899,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     for name, (_, text) in COMMANDS.items():
         parsers[name] = command = subparsers.add_parser(name, help=text, allow_abbrev=False)
         if name == "compare":
-            what = "results.json of runs, or of evaluate --output: two over the same images, or many"
-            command.add_argument("results", type=Path, nargs="+", help=what)
-            command.add_argument(
-                "--output", type=Path, help="a table of all, runs.csv or runs.md, and a picture beside it"
-            )
+            command.add_argument("results", type=Path, nargs="+", help="results.json of runs, or of evaluate --output")
+            command.add_argument("--output", type=Path, help="a table of all, as runs.csv or .md, with a picture")
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name == "push":

@@ -507,7 +507,7 @@ ADAPTERS = [
     case("a certainty above 1", "deploy_lora predict lora.pth images --output p.tif --abstain 60",
          "--abstain", "expected a number above 0, at most 1, got '60'"),
     case("a table of sure answers", "deploy_lora predict lora.pth images --output p.csv --abstain 0.6",
-         "--probabilities, --window and --abstain are for the map of a scene, map.tif"),
+         "--probabilities, --window and --abstain are for a map, map.tif"),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
     case("answers in one file that go on", "deploy_lora predict lora.pth images --output p.csv --resume",
          "--resume is for answers in a folder, which --output is to name"),

@@ -251,7 +251,7 @@ def test_what_is_no_folder_asks_for_a_list(place, base, tmp_path, what):
 
 def test_a_missing_package_of_a_system_is_named(base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(InputError, match="s3://bucket/list.csv cannot be read: Install s3fs"):
+    with pytest.raises(InputError, match=r"s3://bucket/list.csv cannot be read: Install s3fs"):
         finetune_lora.main(argv(base, tmp_path / "out", "--data-list s3://bucket/list.csv"))
 
 

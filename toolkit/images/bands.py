@@ -184,10 +184,8 @@ def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -
     """By how much a band (H, W) is smaller than the largest. Raises ValueError if by no whole number: another crop."""
     times, rest = divmod(size[0], shape[0])
     if rest or shape[1] * times != size[1]:
-        raise ValueError(
-            f"its band {name} is {shape[1]}x{shape[0]} and another {size[1]}x{size[0]}: a smaller band is "
-            "enlarged to a whole multiple, and this is none"
-        )
+        another = f"another {size[1]}x{size[0]}, which is no whole multiple of that"
+        raise ValueError(f"its band {name} is {shape[1]}x{shape[0]} and {another}")
     return times
 
 

@@ -150,10 +150,7 @@ class MaskReader:
         self.colours = classes.colours
         self.remedy = ""  # where the masks seem to be read otherwise than they are meant
         if self.colours is None:
-            self.remedy = (
-                "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` "
-                "and `NAME 255`"
-            )
+            self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
         values = classes.values or range(len(classes.names))
         if unknown is None:
             unknown = [] if 255 in (classes.values or ()) else [255]
@@ -202,10 +199,8 @@ class MaskReader:
             mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
             what = ("value", "colour")[level.ndim]
             remedy = (f"--unknown-value {mark}", f"a line `unknown {mark}` there")[level.ndim]
-            raise InputError(
-                f"{path}: a pixel has the {what} {mark}, which is no class's; add a line "
-                f"`NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
-            )
+            remedy = f"add a line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
+            raise InputError(f"{path}: a pixel has the {what} {mark}, which is no class's; {remedy}")
         return found
 
 
@@ -280,10 +275,8 @@ class PairFiles(folders.ImageFiles):
         except InputError as error:
             return str(error)
         if mask.shape != (height, width):
-            return (
-                f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}; save "
-                "the mask at the size of the image, each pixel with the class of the nearest one"
-            )
+            sizes = f"the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}"
+            return f"{path}: {sizes}; save the mask at that size, each pixel with the class of the nearest one"
         pixels = np.bincount(mask.ravel().clip(-1) + 1)
         if len(pixels) == 1:
             return f"{path}: all pixels are unknown; remove it{self.read.remedy}"
