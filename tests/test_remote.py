@@ -179,8 +179,9 @@ def test_the_address_of_a_file_is_its_path(here, adapter_for_images, tmp_path):
         assert len(rows[0]) == 13 and [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
 
 
-def test_pretraining_reads_archives(place, tmp_path):
-    options = f"--data-dir {place}/shards --arch vit_mini --image-size 16 --batch-size 4 --queue-size 8 --epochs 1"
+@pytest.mark.parametrize("what", ["shards", "images"])
+def test_pretraining_reads_archives_and_folders(place, tmp_path, what):
+    options = f"--data-dir {place}/{what} --arch vit_mini --image-size 16 --batch-size 4 --queue-size 8 --epochs 1"
     pretrain.main([*options.split(), "--device", "cpu", "--workers", "0", "--output-dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "moco_stage1_epoch_1.pth").exists()
 
