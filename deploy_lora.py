@@ -27,12 +27,10 @@ import io
 import itertools
 import json
 import math
-import os
 import reprlib
 import tempfile
 import textwrap
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,14 +56,13 @@ from toolkit import InputError, devices, distributed, files, listed, printable
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
 from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.images import folders, lists, masks, remote, splitting, transforms
+from toolkit.images import folders, lists, masks, remote, sources, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
-from toolkit.images.shards import ShardedImages, read_shards, shard_names
-from toolkit.images.sources import DATASETS, load_splits, readable, without_problem
+from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import value_at
 from toolkit.run import reports
@@ -112,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
-        images, where, result = _evaluated(args, task, model, make_loader, about)
+        images, where, result = _evaluated(args, task, model, about, make_loader)
         has_maps = task.kind == "classification" and block_names(model)
         explainer = _explainer(args, model, about) if has_maps else None
     if not distributed.is_main():
@@ -137,10 +134,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluated(args: argparse.Namespace, task: Task, model: nn.Module, make_loader: Callable, about) -> tuple:
-    """Labelled images, where they were found, and the answers for them, of which each process takes a share."""
+def _evaluated(
+    args: argparse.Namespace, task: Task, model: nn.Module, about: dict[str, Any], make_loader: Callable
+) -> tuple[LabelledImages, str, Any]:
+    """The labelled images of the options, a description of where they are, and the answers for them."""
     images, where = _labelled_images(args.images, about)
-    images = readable(images)
+    images = sources.readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
     loader = make_loader(Transformed(images, about["transform"]))
@@ -195,7 +194,7 @@ def threshold(args: argparse.Namespace) -> Task:
         task = _task_of(about)
         if task.kind != "multilabel":
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
-        images, where, result = _evaluated(args, task, model, make_loader, about)
+        images, where, result = _evaluated(args, task, model, about, make_loader)
     task.head.thresholds = result.thresholds_for(args.goal)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
@@ -238,17 +237,12 @@ def predict(args: argparse.Namespace) -> list[Any]:
         task = _task_of(about)
         per_pixel = task.kind == "segmentation"
         is_map = per_pixel or args.output.suffix in MAP_SUFFIXES
+        answers = f"--output {args.output}: the adapter answers for"
         if per_pixel and (args.output.suffix in (".csv", ".parquet") or args.window is not None):
-            raise InputError(
-                f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one "
-                "image; without --window, since its windows are those of its training"
-            )
+            raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
         of_maps = args.probabilities or args.window is not None or args.abstain is not None
         if not is_map and of_maps:
-            raise InputError(
-                f"--output {args.output}: the adapter answers for whole images: --probabilities, --window and "
-                "--abstain are for the map of a scene, map.tif"
-            )
+            raise InputError(f"{answers} whole images: --probabilities, --window and --abstain are for a map, map.tif")
         if is_map:
             return _predict_maps(args, model, about, task)
         write = functools.partial(predictions.write_table, task)
@@ -367,7 +361,7 @@ def _write_answers(
         part = images.subset(range(number * size, min((number + 1) * size, len(images))))
         of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
         outputs, problems = _answers(args, model, of_part, zeros)
-        kept = without_problem(problems, may_be_none=in_parts)
+        kept = sources.without_problem(problems, may_be_none=in_parts)
         answered += len(kept)
         if distributed.is_main():
             written = write(outputs[kept], part.subset(kept), paths[number] if in_parts else args.output)
@@ -442,32 +436,24 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 
     Raises InputError for a path without any.
     """
-    if len(paths) == 1 and _has_archives(paths[0]):
-        source, _ = read_shards(paths[0], bands)
-        return LabelledImages(source, source.labels)
     names = []
     for path in paths:
-        if not remote.is_remote(path) and not os.path.exists(path):
+        if not remote.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
-        others = Counter()
-        if os.path.isdir(path):
-            found = [f"{path}/{name}" for name in folders.image_names(path, "", others, bands)]
+        if remote.is_folder(path):
+            source = sources.all_images(path, bands)
+            if len(paths) == 1:
+                return LabelledImages(source, source.labels)
+            if isinstance(source, ShardedImages):
+                raise InputError(f"{path}: its images are in archives; name this folder alone")
+            found = map(source.path, range(len(source)))
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
             found = [remote.located(path.parent, name) for name in lists.read_paths(path, path.parent)]
-        if not found:
-            raise InputError(f"{path}: no images {folders.looked_for(others, bands)}")
-        folders.report_others(path, others)
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
     return LabelledImages(ImageFiles("", names, labels, bands), labels)
-
-
-def _has_archives(path: Path) -> bool:
-    if remote.is_remote(path):
-        return not path.suffix and bool(shard_names(path))
-    return os.path.isdir(path) and not folders.first_image(path) and bool(shard_names(path))
 
 
 def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
@@ -481,20 +467,24 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     if place is None:
         return _images_of_run(about)
     where = f"in {place}"
+    read = about["transform"].bands
+    data = _data_of_run(about)
     if is_per_pixel(about):
-        images = masks.pairs_in(place, about["transform"].bands, _mask_reader(about))
-    elif remote.is_file(place) or _task_of(about).kind != "classification":
-        images = _images_in_list(place, about)
+        images = masks.pairs_in(place, read, _mask_reader(about))
+    elif not remote.is_folder(place) or _task_of(about).kind != "classification":
+        columns = {"group_by": _group_column(place, data), "label_columns": data.get("label_columns")}
+        kind = _task_of(about).kind
+        images, _ = sources.listed_images(place, place.parent, read, kind, columns, about["class_names"], "the adapter")
     else:
-        inside = {name for name in (*folders.EVALUATION_NAMES, "test") if os.path.isdir(place / name)}
-        if inside and not any(os.path.isdir(place / name) for name in about["class_names"]):  # one may be called test
+        inside = folders.folders_by_class(place).keys()
+        has_parts = inside & {*folders.EVALUATION_NAMES, "test"}
+        if has_parts and not inside & set(about["class_names"]):  # a class may be called test
             place = folders.evaluation_folder(place)
         where = f"all in {place}"
-        _check_classes(set(folders.class_folders(place, at_least=1)) - set(about["class_names"]), place)
-        found = folders.labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
+        sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
+        found = folders.labelled_files(place, about["class_names"], every=False, bands=read)
         images = LabelledImages(found, found.labels)
-    data = _data_of_run(about)
-    if remote.is_file(place) and (column := _group_column(place, data)):
+    if not remote.is_folder(place) and (column := _group_column(place, data)):
         images.groups = lists.read_groups(place, column)
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
@@ -509,7 +499,7 @@ def _mask_reader(about: dict[str, Any]) -> masks.MaskReader:
 
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
-    if data.get("dataset") not in DATASETS:
+    if data.get("dataset") not in sources.DATASETS:
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
     for key in {"data_dir", "val_dir"} & data.keys():
         data[key] = files.found_path(data[key])
@@ -522,34 +512,10 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data["bands"] = about["transform"].bands
     if is_per_pixel(about):
         data["masks"] = _mask_reader(about)
-    splits = load_splits(**data, task=_task_of(about).kind)
-    _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
+    splits = sources.load_splits(**data, task=_task_of(about).kind)
+    sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
-
-
-def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
-    known = about["class_names"]
-    kind = _task_of(about).kind
-    data = _data_of_run(about)
-    columns = {"group_by": _group_column(path, data), "label_columns": data.get("label_columns")}
-    values = None
-    if kind == "classification":
-        names, labels = lists.read_list(path, path.parent, **columns)
-        _check_classes(set(labels) - set(known), path)
-        numbers = list(map(known.index, labels))
-    else:
-        targets = lists.read_targets(path, path.parent, kind, **columns)
-        targets = lists.like(targets, known, path, "the adapter")
-        names = targets.paths
-        values = targets.values
-        numbers = [UNLABELLED] * len(names)
-    return LabelledImages(ImageFiles(path.parent, names, numbers, about["transform"].bands), numbers, targets=values)
-
-
-def _check_classes(unknown: set[str], place: Any) -> None:
-    if unknown:
-        raise InputError(f"{place} has classes that the adapter does not know: {listed(sorted(unknown))}")
 
 
 # What `load_splits` takes of a run's settings: texts, and lists of them.
@@ -823,10 +789,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         tolerance = torch.inf
         print("the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same")
     if metadata.get("stage1_adapter"):
-        print(
-            "the adapter was trained over a checkpoint and its stage-1 adapter; in PEFT it belongs on what "
-            "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
-        )
+        print("in PEFT it belongs on what finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns")
     with tempfile.TemporaryDirectory() as scratch:
         peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
@@ -862,6 +825,8 @@ COMMANDS = (info, evaluate, compare, threshold, predict, embed, explain, merge, 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
     args = read_options(argv, __doc__)
+    if args.command not in ON_IMAGES and not distributed.is_main():
+        return None  # several processes share images alone
     run = next(run for run in COMMANDS if run.__name__ == args.command)
     return run(args)
 

@@ -756,12 +756,12 @@ def main(
             rate, resumed = search_learning_rate(args, plan, splits, opened, begin)
             plan = replace(plan, learning_rate=rate)
         run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
+        if resumed:
+            run.go_on_from(resumed)
         print(reports.describe_rates(run))
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
-        if resumed:
-            run.go_on_from(resumed)
-        else:
+        if not resumed:
             run.start() if whole is None else run.start_as(whole)
             whole = None  # so that its model leaves the memory
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))

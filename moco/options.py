@@ -10,6 +10,7 @@ from typing import Any
 from toolkit import config
 from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
+from toolkit.images import remote
 from toolkit.models.names import ARCHS, checkpoint_path
 from toolkit.run import options
 
@@ -72,7 +73,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
     problems = options.complete_shared(args, sources)
     problems += options.environment_problems(args, written(args))
-    if args.knn_dir and not os.path.isdir(args.knn_dir):
+    if args.knn_dir and not remote.is_folder(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
     problems += options.shared_problems(args, typed)
     if "crop_min" in typed and args.two_crops == "digits":

@@ -372,7 +372,7 @@ IMAGES = [
            "mine has both archives, as all.tar, and image files, as ", "move those"),
     images("an archive per class", {f"mine/train/{name}.tar": lambda: tar("0.jpg") for name in ("cat", "dog")}
            | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
-           "If each archive is a class", "tar -xf"),
+           "if each archive is a class", "unpack each"),
     images("archives for training alone", {"mine/train/all.tar": lambda: tar("0.jpg", "0.cls", "1.jpg", "1.cls")}
            | classes("cat", "dog", folder="mine/val"), "mine/val: no .tar archives; the training images are in some"),
     case("an archive that is none", "finetune --data-dir tars", "0.tar: not a tar archive", "unpacked",
@@ -462,7 +462,7 @@ ADAPTERS = [
     case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
          files={"o.pth": other_base}),
     case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
-         "that the adapter does not know: cat, dog", files=classes("cat", "dog")),
+         "that the adapter lacks: cat, dog", files=classes("cat", "dog")),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
     adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
     adapter("a scaling beyond all numbers", recorded(scaling=10**400), "theirs.pth is damaged"),
@@ -509,7 +509,7 @@ ADAPTERS = [
     case("a certainty above 1", "deploy_lora predict lora.pth images --output p.tif --abstain 60",
          "--abstain", "expected a number above 0, at most 1, got '60'"),
     case("a table of sure answers", "deploy_lora predict lora.pth images --output p.csv --abstain 0.6",
-         "--probabilities, --window and --abstain are for the map of a scene, map.tif"),
+         "--probabilities, --window and --abstain are for a map, map.tif"),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
     case("answers in one file that go on", "deploy_lora predict lora.pth images --output p.csv --resume",
          "--resume is for answers in a folder, which --output is to name"),

@@ -8,8 +8,10 @@ import math
 import re
 import sys
 import threading
+import time
 import types
 from argparse import ArgumentTypeError
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -374,6 +376,23 @@ def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, finetun
     (tmp_path / "web" / "base.pth").unlink()
     assert checkpoint_path("moco-v9").read_bytes() == content
     assert "downloading" not in capsys.readouterr().out
+
+
+def test_of_two_that_need_a_file_one_downloads_it(server, tmp_path, monkeypatch):
+    (tmp_path / "web" / "base.pth").write_bytes(b"weights")
+    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
+    real = torch.hub.download_url_to_file
+    begun = []
+
+    def download(url, path):
+        begun.append(path)
+        time.sleep(0.2)
+        real(url, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(checkpoint_path, ["moco-v9"] * 2))
+    assert len(begun) == 1 and [path.read_bytes() for path in paths] == [b"weights"] * 2
 
 
 @pytest.mark.parametrize("fault", ["another file", "nothing there", "torn"])

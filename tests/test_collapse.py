@@ -364,8 +364,8 @@ def test_what_a_collapse_did_is_undone(finetune, watched):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched, monkeypatch):
-    """Also if it then collapses once more: the state to go back to is in last.pth."""
+def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched, monkeypatch, capsys):
+    """Also if it then collapses once more: the state to go back to is in last.pth. The rates that it prints are its."""
     whole_run = [1.0, 1.0, 0.4, 0.4, 1.0]
     watched(whole_run)
     whole = finetune("--epochs 2", output="whole")
@@ -382,7 +382,9 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     with pytest.raises(runs.Stopped):
         finetune("--epochs 2", output="stopped")
     watched(whole_run[3:])
+    capsys.readouterr()
     resumed = finetune("--epochs 2 --resume", output="stopped")
+    assert "lowered where training collapsed" in capsys.readouterr().out.partition("back to epoch")[0]
     assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
 

@@ -337,7 +337,10 @@ def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_pa
     assert found["accuracy_interval"] != expected["accuracy_interval"]  # it is of the five patients
     assert again["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     plain.write_text(f"{images / 'val/dark/0.png'},eel\n")
-    for path, problem in ((table, "the line .* is not a path and a label"), (plain, "classes that .* not know: eel")):
+    for path, problem in (
+        (table, "the line .* is not a path and a label"),
+        (plain, "classes that the adapter lacks: eel"),
+    ):
         with pytest.raises(InputError, match=problem):
             run("evaluate --device cpu", adapter, path)
 

@@ -1,8 +1,10 @@
 """DICOM files: their windows, units and inverted greys, in folders, archives and with --channels 1."""
 
 import io
+import os
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 import finetune_lora
 from toolkit import InputError
 from toolkit.images import bands, dicom
-from toolkit.images.folders import ImageFiles
+from toolkit.images.folders import ImageFiles, image_names
 from toolkit.images.shards import read_shards
 from toolkit.images.transforms import to_rgb
 
@@ -113,6 +115,21 @@ def test_a_folder_of_them_trains(base, tmp_path, capsys):
     for more in ("", " --channels 1 --scale 4000 --mean 0.5 --std 0.2"):
         results = finetune_lora.main([*argv.split(), *more.split()])
         assert results["val_images"] == 6
+
+
+def test_in_folders_files_without_suffix_are_known_by_their_mark(tmp_path, capsys):
+    names = ["1.2.840.113619.2", "IM0001", "a.dcm"]
+    for name in (*names, "DICOMDIR", "scan.old"):  # the fourth lists a disc, and nothing else is opened
+        (tmp_path / name).write_bytes(file_of(RAMP))
+    (tmp_path / "README").write_text("of the disc")
+    os.mkfifo(tmp_path / "pipe")
+    assert image_names(tmp_path) == names
+    images = ImageFiles(tmp_path, names, [0] * 3)
+    assert [image.size for image, _ in images] == [(10, 10)] * 3
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    system.put(f"{tmp_path}/IM0001", "/disc/IM0001")
+    [name] = image_names(Path("memory://disc"))
+    assert ImageFiles("memory://disc", [name], [0])[0][0].size == (10, 10)
 
 
 def test_archives_may_have_them(tmp_path):

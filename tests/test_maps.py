@@ -159,7 +159,7 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
     [
         ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
         ("val", "map.tif", "one map, and there are 12 images"),
-        ("val/images/0.png --window 16", "maps", "without --window"),
+        ("val/images/0.png --window 16", "maps", "drop --window"),
         ("val", "maps.json", "must end in .csv or .parquet or .tif or .tiff, or be a folder's"),
     ],
 )
@@ -184,7 +184,7 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
     soft = tifffile.imread(tmp_path / "soft.tif")
     assert soft.shape == (3, 5, 3)
     np.testing.assert_allclose(soft.sum(2), 1, atol=1e-5)
-    with pytest.raises(InputError, match="whole images: --probabilities, --window and --abstain are for the map"):
+    with pytest.raises(InputError, match="whole images: --probabilities, --window and --abstain are for a map"):
         deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "answers", "--window", 24)
 
 

@@ -222,6 +222,14 @@ def test_two_processes_evaluate_and_embed_as_one(adapter, images, tmp_path, word
     assert (tmp_path / "out_paths.csv").read_text() == (tmp_path / "alone_paths.csv").read_text()
 
 
+@pytest.mark.parametrize("words", ["info {}", "card {} --output {}.md", "merge {} --output {}.safetensors"])
+def test_what_shares_no_images_one_of_two_processes_does(adapter, tmp_path, words):
+    children = completed("deploy_lora", words.format(adapter, tmp_path / "out"), tmp_path / "log")
+    assert children[1].output == "" != children[0].output
+    if "--output" in words:
+        assert children[0].output.count("wrote") == 1
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_maps_of_one(base, pairs, tmp_path):
     """Six masks, of which each process writes three, and a map whose windows they share."""

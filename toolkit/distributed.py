@@ -78,7 +78,9 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Is this the process that prints and writes the files?"""
+    """Is this the process that prints and writes the files? It is known before `join`, too."""
+    if launched() and not dist.is_initialized():
+        return os.environ["RANK"] == "0"
     return rank() == 0
 
 

@@ -83,7 +83,7 @@ class Bands:
                 plain = os.path.join(folder, begin + band)
                 # Other bands may have another resolution: the finest that exists.
                 others = (plain + resolution + end for resolution in _RESOLUTIONS if own_resolution)
-                found[band] = next(filter(os.path.exists, others), plain + own_resolution + end)
+                found[band] = next(filter(remote.exists, others), plain + own_resolution + end)
         return found
 
     def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
@@ -185,10 +185,8 @@ def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -
     """By how much a band (H, W) is smaller than the largest. Raises ValueError if by no whole number: another crop."""
     times, rest = divmod(size[0], shape[0])
     if rest or shape[1] * times != size[1]:
-        raise ValueError(
-            f"its band {name} is {shape[1]}x{shape[0]} and another {size[1]}x{size[0]}: a smaller band is "
-            "enlarged to a whole multiple, and this is none"
-        )
+        another = f"another {size[1]}x{size[0]}, which is no whole multiple of that"
+        raise ValueError(f"its band {name} is {shape[1]}x{shape[0]} and {another}")
     return times
 
 
@@ -210,7 +208,7 @@ TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image with Pillow, without decoding it unless it is DICOM. Raises OSError, or InputError if remote."""
-    if remote.is_remote(path) or dicom.is_dicom(path):
+    if remote.is_remote(path) or dicom.is_dicom(path) or dicom.is_bare_dicom(path):
         return picture_of(read_file(path), path)
     check_is_file(path)
     return Image.open(path, formats=FORMATS)
@@ -218,7 +216,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 def picture_of(content: bytes, path: str | os.PathLike) -> Image.Image:
     """What `open_image` returns, of a file's content. `path` is what messages call it."""
-    if dicom.is_dicom(path):
+    if dicom.is_dicom(path, content):
         return dicom.picture(content, path)
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     image.filename = os.fspath(path)

@@ -9,12 +9,27 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError
+from toolkit.images import remote
 
 SUFFIXES = (".dcm", ".dicom")
+_MARK = slice(128, 132)
 
 
-def is_dicom(path: str | os.PathLike) -> bool:
-    return str(path).lower().endswith(SUFFIXES)
+def is_dicom(path: str | os.PathLike, content: bytes = b"") -> bool:
+    """Is this a DICOM file, by its suffix, or by the mark in its content?"""
+    return str(path).lower().endswith(SUFFIXES) or content[_MARK] == b"DICM"
+
+
+def is_bare_dicom(path: str | os.PathLike) -> bool:
+    """Has a file no suffix (IM0001, 1.2.840.11), but DICOM's mark? Only such files are opened."""
+    name = os.path.basename(path)
+    # The one of this name lists the files of a disc.
+    if os.path.splitext(name)[1].strip(".0123456789") or name.upper() == "DICOMDIR":
+        return False
+    if remote.is_file(path):  # opening a pipe would wait for ever
+        with contextlib.suppress(OSError), remote.opened(path, at_once=_MARK.stop) as file:
+            return is_dicom(name, file.read(_MARK.stop))
+    return False
 
 
 def picture(content: bytes, path: str | os.PathLike) -> Image.Image:

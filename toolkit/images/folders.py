@@ -117,20 +117,22 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
 def folders_by_class(folder: Path) -> dict[str, list[str]]:
     """The names of the folders of each class, by the class's, sorted."""
     found: dict[str, list[str]] = {}
-    for entry in visible_entries(folder):
-        if entry.is_dir():
-            found.setdefault(one_spelling(entry.name), []).append(entry.name)
+    for name in visible_names(folder)[0]:
+        found.setdefault(one_spelling(name), []).append(name)
     return dict(sorted(found.items()))
 
 
-def visible_entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder and not hidden, sorted. Raises InputError for a folder that cannot be listed."""
+def visible_names(folder: Path) -> tuple[list[str], list[str]]:
+    """The sorted names of the folders and of the files in a folder that are not hidden. Raises InputError."""
+    folders = []
+    files = []
     try:
-        with os.scandir(folder) as entries:
-            visible = (entry for entry in entries if not entry.name.startswith(".") and entry.name not in _OF_SYSTEMS)
-            return sorted(visible, key=lambda entry: entry.name)
+        for name, is_folder in remote.listing(folder):
+            if not name.startswith(".") and name not in _OF_SYSTEMS:
+                (folders if is_folder else files).append(name)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be listed: {error.strerror}") from None
+        raise InputError(f"{folder}: cannot be listed: {error.strerror or error}") from None
+    return sorted(folders), sorted(files)
 
 
 def one_spelling(name: str) -> str:
@@ -175,35 +177,27 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
 
 
-def first_image(folder: Path) -> str | None:
-    """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
-    found = _image_folders(folder, "", (), Counter(), None)
-    return next((posixpath.join(inner, names[0]) for inner, names in found if names), None)
-
-
 def _image_folders(
-    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter, bands: Bands | None
+    folder: Path, within: str, above: tuple[str, ...], others: Counter, bands: Bands | None
 ) -> Iterator[tuple[str, list[str]]]:
     """(path relative to `folder`, names of its images) for a folder and for each below it."""
-    entries = visible_entries(folder / within)
-    here = os.stat(folder / within)
-    if any(os.path.samestat(here, other) for other in above):
+    folders, files = visible_names(folder / within)
+    here = os.path.realpath(folder / within)
+    if here in above:
         return  # a link to a folder around it
+    known = suffixes(bands)
     names = []
-    folders = []
-    for entry in entries:
-        if entry.is_dir():
-            folders.append(posixpath.join(within, entry.name))
-        elif entry.name.lower().endswith(suffixes(bands)):
-            names.append(entry.name)
+    for name in files:
+        if name.lower().endswith(known) or dicom.is_bare_dicom(folder / within / name):
+            names.append(name)
         else:
-            others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+            others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
     if bands is not None:
         names, apart = bands.one_for_each_image(names)
         others += Counter({"of other bands": apart})
     yield within, names
-    for inner in folders:
-        yield from _image_folders(folder, inner, (*above, here), others, bands)
+    for name in folders:
+        yield from _image_folders(folder, posixpath.join(within, name), (*above, here), others, bands)
 
 
 def looked_for(others: Counter, bands: Bands | None = None) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit.files import open_atomically
+from toolkit.images import remote
 from toolkit.images.bands import import_tifffile
 
 _SCALE = 33550
@@ -30,7 +31,7 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
     """The tags of a TIFF that say where it is, for one whose pixels are `step` times as wide and high."""
     if path is None:
         return []
-    with import_tifffile().TiffFile(path) as file:
+    with remote.opened(path) as source, import_tifffile().TiffFile(source) as file:
         page = file.pages[0]
         found = {code: page.tags[code].value for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS) if code in page.tags}
         is_point = (page.geotiff_tags or {}).get(_RASTER_TYPE) == _POINT

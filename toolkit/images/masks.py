@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.images import folders, splitting
+from toolkit.images import folders, remote, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import read_list
@@ -62,7 +62,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     if not given:
         return None
     where = f"--classes {printable(' '.join(given))}"
-    if len(given) == 1 and os.path.isfile(given[0]):
+    if len(given) == 1 and remote.is_file(given[0]):
         lines = _lines_of(given[0], where)
     else:
         lines = [(name, ()) for name in split_names(given)]
@@ -151,10 +151,7 @@ class MaskReader:
         self.colours = classes.colours
         self.remedy = ""  # where the masks seem to be read otherwise than they are meant
         if self.colours is None:
-            self.remedy = (
-                "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` "
-                "and `NAME 255`"
-            )
+            self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
         values = classes.values or range(len(classes.names))
         if unknown is None:
             unknown = [] if 255 in (classes.values or ()) else [255]
@@ -203,10 +200,8 @@ class MaskReader:
             mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
             what = ("value", "colour")[level.ndim]
             remedy = (f"--unknown-value {mark}", f"a line `unknown {mark}` there")[level.ndim]
-            raise InputError(
-                f"{path}: a pixel has the {what} {mark}, which is no class's; add a line "
-                f"`NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
-            )
+            remedy = f"add a line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
+            raise InputError(f"{path}: a pixel has the {what} {mark}, which is no class's; {remedy}")
         return found
 
 
@@ -269,7 +264,7 @@ class PairFiles(folders.ImageFiles):
         self.read = read
 
     def mask_path(self, i: int) -> str:
-        return os.path.join(self.mask_folder, self.masks[i])
+        return remote.located(self.mask_folder, self.masks[i])
 
     def pixels(self, i: int) -> np.ndarray | str:
         """How many pixels of a mask are unknown, and of each class; or what is wrong with the pair."""
@@ -281,10 +276,8 @@ class PairFiles(folders.ImageFiles):
         except InputError as error:
             return str(error)
         if mask.shape != (height, width):
-            return (
-                f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}; save "
-                "the mask at the size of the image, each pixel with the class of the nearest one"
-            )
+            sizes = f"the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}"
+            return f"{path}: {sizes}; save the mask at that size, each pixel with the class of the nearest one"
         pixels = np.bincount(mask.ravel().clip(-1) + 1)
         if len(pixels) == 1:
             return f"{path}: all pixels are unknown; remove it{self.read.remedy}"
@@ -373,10 +366,10 @@ def load_pairs(
 def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """All images with masks in a folder with images/ and masks/, in one with x.jpg and x_mask.png, or in a list."""
     path = Path(path)
-    if os.path.isfile(path):
-        files = pairs_of_list(path, path.parent, bands, read)
-    else:
+    if remote.is_folder(path):
         files = _in_folders(*_pair_folders(path), bands, read)
+    else:
+        files = pairs_of_list(path, path.parent, bands, read)
     [images], _ = _masked([files], skip_unreadable=False)
     return images
 
@@ -429,7 +422,7 @@ _LAYOUTS = (
 def _pair_folders(folder: Path) -> tuple[Path, Path]:
     """Where the images and the masks of a folder are: in two folders within it, or both in itself."""
     for images, masks in itertools.product(_IMAGE_FOLDERS, _MASK_FOLDERS):
-        if os.path.isdir(folder / images) and os.path.isdir(folder / masks):
+        if remote.is_folder(folder / images) and remote.is_folder(folder / masks):
             return folder / images, folder / masks
     return folder, folder
 
@@ -438,7 +431,7 @@ def _places(
     data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool
 ) -> tuple[list[tuple[Path, Path]], bool]:
     """The folders of images and masks for training, and for evaluation if there are some; and: is the set divided?"""
-    if data_dir is None or not os.path.isdir(data_dir):
+    if data_dir is None or not remote.is_folder(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder; {_LAYOUTS}")
     images, masks = _pair_folders(Path(data_dir))
 
@@ -449,7 +442,7 @@ def _places(
 
     places = [(images, masks)]
     for name in reversed(_TRAINING_NAMES):  # the first one counts
-        if os.path.isdir(images / name):
+        if remote.is_folder(images / name):
             places = [part(name)]
     divided = val_dir is not None or places[0] != (images, masks)
     if val_dir is not None and needs_val:
@@ -513,7 +506,7 @@ def pairs_of_list(
 ) -> PairFiles:
     """The pairs of a list of `image,mask` lines, relative to a folder; `group_by` is as for `lists.read_list`."""
     names, masks = read_list(path, folder, group_by, line="image,mask")
-    missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
+    missing = [mask for mask in masks if not remote.is_file(remote.located(folder, mask))]
     if missing:
         problem = f"{len(missing)} masks are not in {folder}: {listed(missing)}"
         raise InputError(f"--data-list {path}: {problem}; write `image,mask` lines")

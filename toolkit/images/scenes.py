@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from toolkit.images import bands as reading
+from toolkit.images import remote
 from toolkit.images.bands import Bands, import_tifffile
 from toolkit.images.folders import named_faults
 from toolkit.images.transforms import to_rgb
@@ -92,8 +93,9 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
 
 
 def _is_tiff(path: str) -> bool:
-    reading.check_is_file(path)
-    with open(path, "rb") as file:
+    if not remote.is_remote(path):
+        reading.check_is_file(path)
+    with remote.opened(path) as file:
         return file.read(4) in reading.TIFF_BEGINS
 
 
@@ -101,7 +103,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
     """The levels of a TIFF, in memory for a few strips or tiles; None if it has to be decoded by other means."""
     if not _is_tiff(path):
         return None
-    with contextlib.suppress(Exception), import_tifffile().TiffFile(path) as file:
+    with contextlib.suppress(Exception), remote.opened(path) as source, import_tifffile().TiffFile(source) as file:
         page = file.pages[0]
         series = file.series[0]
         # A photograph has to be what Pillow would make of it: upright RGB of 8 bits, not compressed as a JPEG.
@@ -113,7 +115,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
         if bands is None and not (is_upright and is_rgb and page.compression not in _JPEG):
             return None
         axis = ({0, 1, 2} - found).pop()
-        if series.dataoffset is not None:
+        if series.dataoffset is not None and not remote.is_remote(path):
             return Levels(path, series.shape, np.dtype(file.byteorder + series.dtype.char), series.dataoffset, axis)
         if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the map would be a bus error
             os.posix_fallocate(scratch.fileno(), 0, series.nbytes)

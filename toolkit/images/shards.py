@@ -18,17 +18,15 @@ from PIL import Image
 from toolkit import InputError, listed, printable
 from toolkit.images import remote
 from toolkit.images.bands import Bands, picture_of
-from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, visible_entries
+from toolkit.images.folders import ImageFiles, image_names, looked_for, one_spelling, suffixes, visible_names
 
 
 def shard_names(folder: Path) -> list[str]:
     """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
-    if remote.is_remote(folder):
-        return remote.archives(folder)
-    shards = [entry.name for entry in visible_entries(folder) if entry.name.endswith(".tar") and entry.is_file()]
-    image = first_image(folder) if shards else None
-    if image is not None:
-        both = f"{folder} has both archives, as {shards[0]}, and image files, as {image}"
+    shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
+    images = image_names(folder) if shards else []
+    if images:
+        both = f"{folder} has both archives, as {shards[0]}, and image files, as {images[0]}"
         raise InputError(f"{both}: move those that are not meant elsewhere")
     return shards
 
@@ -90,7 +88,8 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
     images = {}
     labels = {}
     try:
-        with remote.opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        # Small parts are read, one for each image: a large buffer would fetch all.
+        with remote.opened(path, at_once=2**16) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
                     continue

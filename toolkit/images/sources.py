@@ -95,7 +95,11 @@ def load_splits(
         parts, class_names = load_pairs(data_dir, val_dir, of_lists, needs_val, bands, masks, skip_unreadable)
     elif data_list:
         columns = {"group_by": group_by, "label_columns": label_columns}
-        parts, class_names = _listed_images(listed_in, bands, task, columns)
+        parts = []
+        class_names = []
+        for path, folder in listed_in:
+            images, class_names = listed_images(path, folder, bands, task, columns, class_names, listed_in[0][0])
+            parts.append(images)
     elif task != "classification":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
     elif dataset == "digits":
@@ -163,21 +167,24 @@ def load_unlabelled(
     """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
         path, folder = _places_of_lists(data_list, data_dir)[0]
-        source = ImageFiles(folder, lists.read_paths(path, folder), (), bands)
+        names = lists.read_paths(path, folder)
+        source = ImageFiles(folder, names, [UNLABELLED] * len(names), bands)
     else:
-        folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
-        if shard_names(folder):
-            source, _ = read_shards(folder, bands)
-        else:
-            others = Counter()
-            names = folders.image_names(folder, "", others, bands)
-            if not names:
-                raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
-            folders.report_others(folder, others)
-            source = ImageFiles(folder, names, (), bands)
-    source.labels = [UNLABELLED] * len(source)
+        source = all_images(_train_folder(_folder_of_images(data_dir, UNLABELLED_SET)), bands)
     images = LabelledImages(source, source.labels)
     return readable(images) if skip_unreadable else images
+
+
+def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
+    """All images below a folder, or else in its archives; says which other files are there. Raises InputError."""
+    others = Counter()
+    names = folders.image_names(folder, "", others, bands)
+    if not names and shard_names(folder):
+        return read_shards(folder, bands)[0]
+    if not names:
+        raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
+    folders.report_others(folder, others)
+    return ImageFiles(folder, names, [UNLABELLED] * len(names), bands)
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
@@ -216,17 +223,18 @@ def _image_folder(
         places.append(folders.evaluation_folder(root))
         if places[-1].name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
-    has_shards = bool(shard_names(train))
-    if remote.is_remote(train) and not has_shards:
-        raise InputError(f"{train}: no .tar archives; for images of their own give a list of addresses, --data-list")
-    if has_shards:
-        parts, class_names = _by_label(places, [_labelled_shards(place, bands) for place in places])
+    parts = []
+    class_names: list[str] = []
+    if shard_names(train):
+        contents = [_labelled_shards(place, bands) for place in places]
+        for place, (files, labels) in zip(places, contents, strict=True):
+            images, class_names = _by_class(files, labels, place, class_names, train)
+            parts.append(images)
     else:
-        parts = []
         class_names = folders.class_folders(train)
         for folder in places:
             if folder != train:
-                _check_classes(folder, folders.class_folders(folder, at_least=1), train, class_names)
+                check_classes(folder, folders.class_folders(folder, at_least=1), train, class_names)
             files = folders.labelled_files(folder, class_names, every=folder == train, bands=bands)
             parts.append(LabelledImages(files, files.labels))
     if len(parts) == 1 and train != root:
@@ -239,12 +247,6 @@ def _train_folder(root: Path) -> Path:
     return root / "train" if remote.is_folder(root / "train") else root
 
 
-def _check_classes(val: Path, val_names: Iterable[str], train: Path, class_names: Sequence[str]) -> None:
-    unknown = set(val_names) - set(class_names)
-    if unknown:
-        raise InputError(f"{val} has classes that {train} lacks: {', '.join(sorted(unknown))}")
-
-
 def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder") -> Path:
     if data_dir is None:
         raise InputError(f"dataset {dataset} needs --data-dir, a folder with train/ and val/ or with class folders")
@@ -255,6 +257,8 @@ def _existing(option: str, folder: str | Path) -> Path:
     if remote.is_folder(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
     problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
+    if remote.is_remote(folder):
+        problem = "no folder that can be listed; name its images in a list, --data-list"
     raise InputError(f"{option} {folder}: {problem}")
 
 
@@ -263,26 +267,9 @@ def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, 
         raise InputError(f"{folder}: no .tar archives; the training images are in some, so these have to be as well")
     images, labels = read_shards(folder, bands)
     if not labels:
-        raise InputError(
-            f"{folder}: the images in its archives have no labels, a .cls beside each .jpg; only pretraining needs "
-            "none. If each archive is a class, as ImageNet comes, unpack each into a folder of its name: "
-            "for t in *.tar; do mkdir ${t%.tar} && tar -xf $t -C ${t%.tar}; done"
-        )
+        unlabelled = f"{folder}: the images in its archives have no labels, a .cls beside each .jpg"
+        raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
     return images, labels
-
-
-def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]]) -> Parts:
-    """Images whose labels are text, of one place or of two."""
-    class_names = lists.in_order(set(contents[0][1]))
-    if len(class_names) < 2:
-        raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
-    _check_classes(places[-1], contents[-1][1], places[0], class_names)
-    numbers = {name: number for number, name in enumerate(class_names)}
-    parts = []
-    for files, labels in contents:
-        files.labels = [numbers[label] for label in labels]
-        parts.append(LabelledImages(files, files.labels))
-    return parts, class_names
 
 
 def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
@@ -292,31 +279,47 @@ def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | Non
     return [(path, _existing("--data-dir", data_dir) if data_dir else path.parent) for path in map(Path, data_list)]
 
 
-def _listed_images(places: Sequence[tuple[Path, Path]], bands: Bands | None, task: str, columns: dict) -> Parts:
-    """The images of one list or of two. `columns` has `group_by` and `label_columns`, as the readers take them."""
-    paths = [path for path, _ in places]
-    contents = []
-    parts: list[LabelledImages] = []
-    class_names: list[str] = []
-    for path, folder in places:
-        if task == "classification":
-            names, labels = lists.read_list(path, folder, **columns)
-            if lists.look_like_numbers(labels):
-                number = printable(labels[0])
-                raise InputError(f"--data-list {path}: the labels are numbers, as {number}; use --task regression")
-            contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
-            continue
-        targets = lists.read_targets(path, folder, task, **columns)
-        if parts:
-            targets = lists.like(targets, class_names, path, paths[0])
-        class_names = targets.names
-        labels = [0] * len(targets.paths)
-        if task == "multilabel":
-            labels = splitting.strata(targets.values).tolist()
-        parts.append(LabelledImages(ImageFiles(folder, targets.paths, labels, bands), labels, targets.values))
-    if contents:
-        return _by_label(paths, contents)
-    return parts, class_names
+def listed_images(
+    path: Path, folder: Path, bands: Bands | None, task: str, columns: dict, known: Sequence[str] = (), other: Any = ""
+) -> tuple[LabelledImages, list[str]]:
+    """The images of a list, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
+
+    `columns` has `group_by` and `label_columns`, as the readers take them. Raises InputError for other names.
+    """
+    if task == "classification":
+        names, labels = lists.read_list(path, folder, **columns)
+        if not known and lists.look_like_numbers(labels):
+            number = printable(labels[0])
+            raise InputError(f"--data-list {path}: the labels are numbers, as {number}; use --task regression")
+        return _by_class(ImageFiles(folder, names, (), bands), labels, path, known, other)
+    targets = lists.read_targets(path, folder, task, **columns)
+    if known:
+        targets = lists.like(targets, known, path, other)
+    labels = [0] * len(targets.paths)
+    if task == "multilabel":
+        labels = splitting.strata(targets.values).tolist()
+    files = ImageFiles(folder, targets.paths, labels, bands)
+    return LabelledImages(files, labels, targets.values), targets.names
+
+
+def _by_class(
+    files: ImageFiles, labels: Sequence[str], place: Path, known: Sequence[str], other: Any
+) -> tuple[LabelledImages, list[str]]:
+    """Images whose labels are text, and the names of their classes, as for `listed_images`."""
+    class_names = list(known) or lists.in_order(set(labels))
+    if len(class_names) < 2:
+        raise InputError(f"{place}: expected at least two classes, found only {printable(*class_names)}")
+    check_classes(place, labels, other, class_names)
+    numbers = {name: number for number, name in enumerate(class_names)}
+    files.labels = [numbers[label] for label in labels]
+    return LabelledImages(files, files.labels), class_names
+
+
+def check_classes(place: Any, names: Iterable[str], other: Any, known: Iterable[str]) -> None:
+    """Raise InputError for names of classes that are not known."""
+    unknown = set(names) - set(known)
+    if unknown:
+        raise InputError(f"{place} has classes that {other} lacks: {listed(sorted(unknown))}")
 
 
 def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:

@@ -4,10 +4,11 @@ A file is downloaded once, into the folder of `torch.hub`, and only if its name 
 """
 
 import hashlib
-import os
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
+
+from filelock import FileLock
 
 from toolkit import InputError
 
@@ -59,27 +60,35 @@ def fetch(name: str) -> Path:
     """
     if name.startswith("hf:"):
         return _from_hub(*name.removeprefix("hf:").split("/", 2))
-    import torch  # here, since it takes seconds, and every command line is compared with these names
+    import torch
 
     url, digest = PUBLISHED[name]
     path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes may fetch the same
     if not path.exists():
-        print(f"downloading {url} to {path}; see the licence on the publisher's page (MoCo's own: CC-BY-NC 4.0)")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(part))
-            with urlopen(Request(url, method="HEAD")) as answer:
-                length = answer.headers["Content-Length"]  # None where the server does not say
-        except OSError as error:
+            with FileLock(path.with_suffix(".lock")):  # of several processes one downloads, and the others wait
+                if not path.exists():
+                    _download(url, digest, path)
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             raise InputError(f"cannot download {url} ({error}): fetch it elsewhere and give its path") from None
-        content = part.read_bytes()
-        begins = any(hashlib.new(kind, content).hexdigest().startswith(digest) for kind in ("md5", "sha256"))
-        if not begins or length not in (None, str(len(content))):
-            part.unlink()
-            raise InputError(f"{url} did not arrive as it is published ({digest or length}): try again later")
-        part.replace(path)
     return path
+
+
+def _download(url: str, digest: str, path: Path) -> None:
+    import torch  # here: it takes seconds, and the names above are looked up in every command line
+
+    part = path.with_name(f"{path.name}.part")
+    print(f"downloading {url} to {path}; see the licence on the publisher's page (MoCo's own: CC-BY-NC 4.0)")
+    torch.hub.download_url_to_file(url, str(part))
+    with urlopen(Request(url, method="HEAD")) as answer:
+        length = answer.headers["Content-Length"]  # None where the server does not say
+    content = part.read_bytes()
+    begins = any(hashlib.new(kind, content).hexdigest().startswith(digest) for kind in ("md5", "sha256"))
+    if not begins or length not in (None, str(len(content))):
+        part.unlink()
+        raise InputError(f"{url} did not arrive as it is published ({digest or length}): try again later")
+    part.replace(path)
 
 
 def _from_hub(owner: str = "", repository: str = "", file: str = "") -> Path:

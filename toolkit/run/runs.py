@@ -116,10 +116,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise InputError(f"out of memory on {device if on_device else 'cpu'}: {saves_memory}") from None
         if "Expected to have finished reduction" in str(error):  # DistributedDataParallel
-            raise InputError(
-                "a layer with an adapter has no part in the output: start one process alone, which names it, and leave "
-                "it out by --target-modules"
-            ) from None
+            unused = "a layer with an adapter has no part in the output: start one process alone, which names it"
+            raise InputError(f"{unused}, and leave it out by --target-modules") from None
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
             cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
             remedy = f"look for its message, or whether it was killed ({cause})"
@@ -130,10 +128,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         if not named and not broken:
             raise
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
-        raise InputError(
-            f"a process that loads images was killed ({reason}): memory may have run out; use fewer --workers, or "
-            "--workers 0"
-        ) from None
+        killed = f"a process that loads images was killed ({reason})"
+        raise InputError(f"{killed}: memory may have run out; use fewer --workers, or --workers 0") from None
     finally:
         end_workers(loaders)
 
