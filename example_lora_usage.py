@@ -1,6 +1,6 @@
-"""Six examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
+"""Five examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
 
-    python example_lora_usage.py              # all six
+    python example_lora_usage.py              # all five
     python example_lora_usage.py --only 2     # one of them
 
 Each is a function to copy from, and prints what it found.
@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 
 from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, count_parameters
-from toolkit.answers.evaluation import all_outputs, evaluate, extract_features
-from toolkit.answers.tasks import MultiLabel
+from toolkit.answers.evaluation import evaluate
 from toolkit.devices import select_device
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -31,7 +30,6 @@ from toolkit.run.runs import run_script
 
 DEVICE = select_device("auto")
 DIGITS = list("0123456789")  # the names of the classes
-LABELS = {"even": [0, 2, 4, 6, 8], "round": [0, 6, 8, 9], "large": [5, 6, 7, 8, 9]}
 
 
 def example_1_setup() -> None:
@@ -133,25 +131,6 @@ def example_5_serving() -> None:
         with torch.inference_mode():
             right = (base(images).argmax(1) == truth).sum()
         print(f"  {task} ({', '.join(info['class_names'])}): {right} of 20 answers right")
-
-
-def example_6_several_labels() -> None:
-    """Several labels an image, some of them unknown: AP and AUROC, and the thresholds of answers."""
-    model = adapted_model(len(LABELS))
-    splits = load_splits("digits")  # your own: load_splits("imagefolder", data_list=["labels.csv"], task="multilabel")
-    for digits in (splits.train, splits.val):  # give them three labels each, a fifth of which are unknown
-        labels = torch.tensor(digits.labels)
-        digits.targets = torch.stack([torch.isin(labels, torch.tensor(which)) for which in LABELS.values()], 1).float()
-        digits.targets[torch.rand(digits.targets.shape) < 0.2] = torch.nan
-    in_order = loader(splits.train, 256)
-    task = MultiLabel(list(LABELS), splits.train.targets)  # its loss leaves out what is unknown
-    task.head.start(model, *extract_features(model, in_order, DEVICE))  # a logistic regression of each label
-    batches = loader(splits.train, 32, shuffle=True)
-    train(model, batches, lambda logits, targets: task.loss(logits, targets) / len(targets), rate=1e-3, epochs=3)
-    task.head.calibrate(*all_outputs(model, in_order, DEVICE), optimism=None)  # thresholds: the best F1 in training
-    answers = task.evaluate(model, loader(splits.val, 256), DEVICE)
-    for name, ap, auroc, threshold in zip(task.names, *answers.by_label(), task.head.thresholds, strict=True):
-        print(f"  {name:<8} AP {ap:.1%}, AUROC {auroc:.1%}; an answer above probability {threshold:.2f}")
 
 
 def adapted_model(classes: int, r: int = 8, target_modules: list[str] | None = None) -> nn.Module:
