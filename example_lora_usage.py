@@ -1,6 +1,6 @@
-"""Five examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
+"""Four examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
 
-    python example_lora_usage.py              # all five
+    python example_lora_usage.py              # all four
     python example_lora_usage.py --only 2     # one of them
 
 Each is a function to copy from, and prints what it found.
@@ -9,7 +9,6 @@ Each is a function to copy from, and prints what it found.
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,27 +42,23 @@ def example_1_setup() -> None:
         print(f"  r={rank:<2}  {counts['trainable']:>7,} of {counts['total']:,} parameters train")
 
 
-def train(model: nn.Module, batches: DataLoader, loss: Callable, rate: float, epochs: int) -> None:
-    """A loop of your own, nothing but PyTorch around the adapted model."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+@functools.cache  # the examples after it take the same model
+def example_2_training() -> nn.Module:
+    """Training: adapters and classifier head, in a loop of your own, nothing but PyTorch around the adapted model."""
+    splits = load_splits("digits")  # your own: load_splits("imagefolder", "my_images")
+    model = adapted_model()
+    batches = build_loader(Transformed(splits.train, train_transform(32, "affine")), 32, shuffle=True)  # photos: "crop"
+    epochs = 5
+    # Adapters that start at random, as these do, need about ten times full fine-tuning's rate: lora/initialization.py.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     model.train()
     for _ in range(epochs):
-        for images, targets in batches:
+        for images, labels in batches:
             optimizer.zero_grad()
-            loss(model(images.to(DEVICE)), targets.to(DEVICE)).backward()
+            F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE)).backward()
             optimizer.step()
             schedule.step()
-
-
-@functools.cache  # the examples after it take the same model
-def example_2_training(epochs: int = 5) -> nn.Module:
-    """Training: adapters and classifier head, in the loop `train`."""
-    splits = load_splits("digits")  # your own: load_splits("imagefolder", "my_images")
-    model = adapted_model(10)
-    batches = build_loader(Transformed(splits.train, train_transform(32, "affine")), 32, shuffle=True)  # photos: "crop"
-    # Adapters that start at random, as these do, need about ten times full fine-tuning's rate: lora/initialization.py.
-    train(model, batches, F.cross_entropy, rate=3e-3, epochs=epochs)
     result = evaluate(model, loader(splits.val, 256), DEVICE)
     print(f"  evaluation accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
     return model.eval()
@@ -83,7 +78,7 @@ def example_3_checkpoints() -> None:
         rebuilt, _ = load_finetuned(path)
         compare("load_finetuned", rebuilt.to(DEVICE)(images), expected)
 
-        fresh = adapted_model(10)  # the same for a model that you build yourself
+        fresh = adapted_model()  # the same for a model that you build yourself
         manager = LoRAManager(fresh.eval())
         manager.load_lora_checkpoint(path)
         manager.merge_lora_weights()
@@ -110,38 +105,15 @@ def example_4_inference() -> None:
     print(f"  200 evaluation digits: {adapted:.1%} right, {bare:.1%} without adapters (the head learned with them)")
 
 
-def example_5_serving() -> None:
-    """Serving: several adapters on one base, each with layers, rank and classes of its own."""
-    parity = adapted_model(2, r=4, target_modules=["self_attention"])  # is a digit even or odd? a second task
-    batches = loader(load_splits("digits").train, 32, shuffle=True)
-    train(parity, batches, lambda logits, labels: F.cross_entropy(logits, labels % 2), rate=3e-3, epochs=1)
-
-    base, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=1)  # each file brings its own head
-    manager = LoRAManager(base.to(DEVICE).eval())
-    trained = [("digits", example_2_training(), DIGITS), ("parity", parity, ["even", "odd"])]
-    with tempfile.TemporaryDirectory() as folder:
-        for task, model, class_names in trained:
-            path = Path(folder) / f"{task}.pth"
-            LoRAManager(model).save_lora_checkpoint(path, {"class_names": class_names})
-            manager.load_lora_checkpoint(path, name=task)
-
-    images, labels = some_digits(20)
-    for task, truth in (("digits", labels), ("parity", labels % 2)):
-        info = manager.use(task)
-        with torch.inference_mode():
-            right = (base(images).argmax(1) == truth).sum()
-        print(f"  {task} ({', '.join(info['class_names'])}): {right} of 20 answers right")
-
-
-def adapted_model(classes: int, r: int = 8, target_modules: list[str] | None = None) -> nn.Module:
+def adapted_model() -> nn.Module:
     torch.manual_seed(0)
-    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=classes)
-    freeze_backbone_params(add_lora_to_model(model, r=r, lora_alpha=16, target_modules=target_modules))
+    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
+    freeze_backbone_params(add_lora_to_model(model, r=8, lora_alpha=16))
     return model.to(DEVICE)
 
 
-def loader(images: LabelledImages, batch_size: int, shuffle: bool = False) -> DataLoader:
-    return build_loader(Transformed(images, eval_transform(32)), batch_size, shuffle=shuffle)
+def loader(images: LabelledImages, batch_size: int) -> DataLoader:
+    return build_loader(Transformed(images, eval_transform(32)), batch_size)
 
 
 def some_digits(count: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +130,7 @@ EXAMPLES = [function for name, function in globals().items() if name.startswith(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the examples, or one of them; the third to fifth train the model of the second first."""
+    """Run the examples, or one of them; the third and fourth train the model of the second first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, choices=range(1, len(EXAMPLES) + 1), help="run one example")
     only = parser.parse_args(argv).only

@@ -365,13 +365,3 @@ def test_checkpoints_and_inference_agree_with_what_was_trained(capsys):
     printed = capsys.readouterr().out
     adapted, bare = map(float, re.search(r"([\d.]+)% right, ([\d.]+)% without adapters", printed).groups())
     assert adapted > 90 and adapted > bare
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("whole_vit_mini")
-def test_serving_answers_for_each_task(capsys):
-    examples.example_5_serving()
-    printed = capsys.readouterr().out
-    found = re.findall(r"(digits|parity) \(.*\): (\d+) of 20 answers right", printed)
-    assert [task for task, _ in found] == ["digits", "parity"]
-    assert all(int(right) >= 16 for _, right in found)
