@@ -92,12 +92,12 @@ def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     scores = scores / 2
     threshold = measures.threshold_for(scores, positive, "f1")
     answers = multilabel.LabelAnswers(0.0, scores[:, None], positive[:, None])
-    reached = answers.f1(torch.tensor([threshold])).item()
+    reached = answers.rates(torch.tensor([threshold]))["f1"].item()
     assert reached == pytest.approx(metrics.f1_score(positive, scores > threshold), abs=1e-12)
     others = [metrics.f1_score(positive, scores > other) for other in np.linspace(0, 0.999, 200)]
     assert reached == pytest.approx(max(others))
     weighted = metrics.f1_score(positive, scores > threshold, sample_weight=times.numpy())
-    assert answers.f1(torch.tensor([threshold]), times[None]).item() == pytest.approx(weighted)
+    assert answers.rates(torch.tensor([threshold]), times[None])["f1"].item() == pytest.approx(weighted)
 
 
 def test_thresholds_of_saturated_scores_are_below_them():
