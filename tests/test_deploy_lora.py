@@ -310,7 +310,7 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         assert f"{name:<22}{round(5 * right)} of 5 right" in told
     for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
         text = page.read_text()
-        assert f"{results['accuracy']:.2%} of 15 images right" in text and "By class" in text
+        assert f"accuracy {results['accuracy']:.2%} on 15 images" in text and "By class" in text
         assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 

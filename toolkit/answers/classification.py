@@ -101,9 +101,6 @@ class ClassReport(Report):
         by_class = {"accuracy_per_class": dict(zip(self.names, shares, strict=True))}
         return super().figures() | self.calibration_figures() | by_class
 
-    def title(self) -> str:
-        return f"{self.answers.accuracy:.2%} of {len(self.answers.labels)} images right"
-
     def rows(self) -> list[tuple[str, str]]:
         accuracy, balanced, f1 = self.values
         images = len(self.answers.labels)
