@@ -1,6 +1,7 @@
 """Measures of features without labels, of scores for labels and of numbers; and their confidence intervals."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
@@ -189,24 +190,16 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
-    runs = [of.unique(return_inverse=True)[1] for of in (answers, truth)]
+    from scipy.stats import spearmanr
 
-    def measure(weights: Tensor) -> Tensor:
-        counts = weights.double()
-        first, second = (_centred_ranks(run, counts) for run in runs)
-        weighted = first * counts
-        together = (weighted * second).sum(1)
-        spread = (weighted * first).sum(1)
-        return together / (spread * second.square_().mul_(counts).sum(1)).sqrt()
-
-    return measure(torch.ones(1, len(truth)))[0] if weights is None else by_rows(measure, weights, 4 * len(truth))
-
-
-def _centred_ranks(run: Tensor, counts: Tensor) -> Tensor:
-    """The ranks, less their mean, of images that count so often, (n, N), in runs (N,) of equal values by size."""
-    totals = torch.zeros_like(counts).index_add_(1, run, counts)
-    ranks = (totals.cumsum(1) - totals / 2)[:, run]
-    return ranks - (ranks * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where all are equal
+        for times in torch.ones(1, len(truth), dtype=int) if weights is None else weights.long():
+            pair = (numbers.repeat_interleave(times) for numbers in (answers, truth))
+            found.append(spearmanr(*pair).statistic)
+    correlations = torch.tensor(found, dtype=torch.float64)
+    return correlations[0] if weights is None else correlations
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
