@@ -64,15 +64,11 @@ class AdapterStatistics:
 
         g is a number: its logarithm takes the gradient of the statistics, if they have one.
         """
-        norm = self.norm
         mean, variance = self.statistics(conv)
+        scale, shift = constant_scale_and_shift(self.norm, mean, variance, conv.bias)
         if not variance.requires_grad:
-            scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
             return scale, None, shift.to(compute_dtype(mean))
-        log_scale = -0.5 * (variance + norm.eps).log()
-        scale = log_scale.exp() if norm.weight is None else log_scale.exp() * norm.weight
-        shift = (-mean if conv.bias is None else conv.bias - mean) * scale
-        return scale.detach(), log_scale, shift if norm.bias is None else shift + norm.bias
+        return scale.detach(), -0.5 * (variance + self.norm.eps).log(), shift
 
     def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
         """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
