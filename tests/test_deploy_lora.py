@@ -29,7 +29,7 @@ from lora_utils import LoRAManager
 from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import predictions
-from toolkit.answers.measures import wilson_interval
+from toolkit.answers.measures import share_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
 from toolkit.models.checkpoints import load_backbone
@@ -303,7 +303,9 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         n: h.float().mean().item() for n, h in zip(CLASSES, hits.split(5), strict=True)
     }
     assert json.loads((tmp_path / "r.json").read_text()) == results
-    assert results["accuracy_interval"] == pytest.approx(wilson_interval(15 * results["accuracy"], 15))
+    assert results["accuracy_interval"] == pytest.approx(
+        share_interval(torch.arange(15) < round(15 * results["accuracy"]))
+    )
     told = capsys.readouterr().out
     assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told and f"all in {images}/val\n" in told
     for name, right in results["accuracy_per_class"].items():

@@ -14,7 +14,7 @@ import finetune_lora
 from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import probe
-from toolkit.answers.measures import wilson_interval
+from toolkit.answers.measures import share_interval
 from toolkit.files import SHIPPED, read_checkpoint
 from toolkit.images import splitting
 from toolkit.images.sources import load_splits, validation_part
@@ -121,7 +121,7 @@ def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp
     again = deploy_lora.main(["evaluate", str(run["folder"] / "lora.pth"), "--device", "cpu"])
     assert again["images"] == run["val_images"] and again["loss"] == pytest.approx(run["val_loss"], abs=1e-5)
     assert again["accuracy_interval"] == pytest.approx(run["val_accuracy_interval"])
-    of_images = wilson_interval(run["val_accuracy"] * run["val_images"], run["val_images"])
+    of_images = share_interval(torch.arange(run["val_images"]) < round(run["val_accuracy"] * run["val_images"]))
     assert run["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
     assert json.loads((run["folder"] / "results.json").read_text())["config"]["data"]["group_by"] == "2"
     answers = (run["folder"] / "results_answers.csv").read_text().splitlines()
@@ -132,7 +132,7 @@ def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp
         return deploy_lora.main(["evaluate", adapter, str(images), "--device", "cpu", "--output", f"{tmp_path}/o.json"])
 
     found = evaluated(hospital / "scans")
-    by_image = wilson_interval(found["accuracy"] * found["images"], found["images"])
+    by_image = share_interval(torch.arange(found["images"]) < round(found["accuracy"] * found["images"]))
     assert found["accuracy_interval"] != pytest.approx(by_image)
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
     flat = tmp_path / "flat"
