@@ -1,6 +1,6 @@
-"""Six examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
+"""Four examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
 
-    python example_lora_usage.py              # all six
+    python example_lora_usage.py              # all four
     python example_lora_usage.py --only 2     # one of them
 
 Each is a function to copy from, and prints what it found.
@@ -9,7 +9,6 @@ Each is a function to copy from, and prints what it found.
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +18,7 @@ from torch.utils.data import DataLoader
 
 from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, count_parameters
-from toolkit.answers.evaluation import all_outputs, evaluate, extract_features
-from toolkit.answers.tasks import MultiLabel
+from toolkit.answers.evaluation import evaluate
 from toolkit.devices import select_device
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -31,7 +29,6 @@ from toolkit.run.runs import run_script
 
 DEVICE = select_device("auto")
 DIGITS = list("0123456789")  # the names of the classes
-LABELS = {"even": [0, 2, 4, 6, 8], "round": [0, 6, 8, 9], "large": [5, 6, 7, 8, 9]}
 
 
 def example_1_setup() -> None:
@@ -45,27 +42,23 @@ def example_1_setup() -> None:
         print(f"  r={rank:<2}  {counts['trainable']:>7,} of {counts['total']:,} parameters train")
 
 
-def train(model: nn.Module, batches: DataLoader, loss: Callable, rate: float, epochs: int) -> None:
-    """A loop of your own, nothing but PyTorch around the adapted model."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+@functools.cache  # the examples after it take the same model
+def example_2_training() -> nn.Module:
+    """Training: adapters and classifier head, in a loop of your own, nothing but PyTorch around the adapted model."""
+    splits = load_splits("digits")  # your own: load_splits("imagefolder", "my_images")
+    model = adapted_model()
+    batches = build_loader(Transformed(splits.train, train_transform(32, "affine")), 32, shuffle=True)  # photos: "crop"
+    epochs = 5
+    # Adapters that start at random, as these do, need about ten times full fine-tuning's rate: lora/initialization.py.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     model.train()
     for _ in range(epochs):
-        for images, targets in batches:
+        for images, labels in batches:
             optimizer.zero_grad()
-            loss(model(images.to(DEVICE)), targets.to(DEVICE)).backward()
+            F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE)).backward()
             optimizer.step()
             schedule.step()
-
-
-@functools.cache  # the examples after it take the same model
-def example_2_training(epochs: int = 5) -> nn.Module:
-    """Training: adapters and classifier head, in the loop `train`."""
-    splits = load_splits("digits")  # your own: load_splits("imagefolder", "my_images")
-    model = adapted_model(10)
-    batches = build_loader(Transformed(splits.train, train_transform(32, "affine")), 32, shuffle=True)  # photos: "crop"
-    # Adapters that start at random, as these do, need about ten times full fine-tuning's rate: lora/initialization.py.
-    train(model, batches, F.cross_entropy, rate=3e-3, epochs=epochs)
     result = evaluate(model, loader(splits.val, 256), DEVICE)
     print(f"  evaluation accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
     return model.eval()
@@ -85,7 +78,7 @@ def example_3_checkpoints() -> None:
         rebuilt, _ = load_finetuned(path)
         compare("load_finetuned", rebuilt.to(DEVICE)(images), expected)
 
-        fresh = adapted_model(10)  # the same for a model that you build yourself
+        fresh = adapted_model()  # the same for a model that you build yourself
         manager = LoRAManager(fresh.eval())
         manager.load_lora_checkpoint(path)
         manager.merge_lora_weights()
@@ -112,57 +105,15 @@ def example_4_inference() -> None:
     print(f"  200 evaluation digits: {adapted:.1%} right, {bare:.1%} without adapters (the head learned with them)")
 
 
-def example_5_serving() -> None:
-    """Serving: several adapters on one base, each with layers, rank and classes of its own."""
-    parity = adapted_model(2, r=4, target_modules=["self_attention"])  # is a digit even or odd? a second task
-    batches = loader(load_splits("digits").train, 32, shuffle=True)
-    train(parity, batches, lambda logits, labels: F.cross_entropy(logits, labels % 2), rate=3e-3, epochs=1)
-
-    base, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=1)  # each file brings its own head
-    manager = LoRAManager(base.to(DEVICE).eval())
-    trained = [("digits", example_2_training(), DIGITS), ("parity", parity, ["even", "odd"])]
-    with tempfile.TemporaryDirectory() as folder:
-        for task, model, class_names in trained:
-            path = Path(folder) / f"{task}.pth"
-            LoRAManager(model).save_lora_checkpoint(path, {"class_names": class_names})
-            manager.load_lora_checkpoint(path, name=task)
-
-    images, labels = some_digits(20)
-    for task, truth in (("digits", labels), ("parity", labels % 2)):
-        info = manager.use(task)
-        with torch.inference_mode():
-            right = (base(images).argmax(1) == truth).sum()
-        print(f"  {task} ({', '.join(info['class_names'])}): {right} of 20 answers right")
-
-
-def example_6_several_labels() -> None:
-    """Several labels an image, some of them unknown: AP and AUROC, and the thresholds of answers."""
-    model = adapted_model(len(LABELS))
-    splits = load_splits("digits")  # your own: load_splits("imagefolder", data_list=["labels.csv"], task="multilabel")
-    for digits in (splits.train, splits.val):  # give them three labels each, a fifth of which are unknown
-        labels = torch.tensor(digits.labels)
-        digits.targets = torch.stack([torch.isin(labels, torch.tensor(which)) for which in LABELS.values()], 1).float()
-        digits.targets[torch.rand(digits.targets.shape) < 0.2] = torch.nan
-    in_order = loader(splits.train, 256)
-    task = MultiLabel(list(LABELS), splits.train.targets)  # its loss leaves out what is unknown
-    task.head.start(model, *extract_features(model, in_order, DEVICE))  # a logistic regression of each label
-    batches = loader(splits.train, 32, shuffle=True)
-    train(model, batches, lambda logits, targets: task.loss(logits, targets) / len(targets), rate=1e-3, epochs=3)
-    task.head.calibrate(*all_outputs(model, in_order, DEVICE), optimism=None)  # thresholds: the best F1 in training
-    answers = task.evaluate(model, loader(splits.val, 256), DEVICE)
-    for name, ap, auroc, threshold in zip(task.names, *answers.by_label(), task.head.thresholds, strict=True):
-        print(f"  {name:<8} AP {ap:.1%}, AUROC {auroc:.1%}; an answer above probability {threshold:.2f}")
-
-
-def adapted_model(classes: int, r: int = 8, target_modules: list[str] | None = None) -> nn.Module:
+def adapted_model() -> nn.Module:
     torch.manual_seed(0)
-    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=classes)
-    freeze_backbone_params(add_lora_to_model(model, r=r, lora_alpha=16, target_modules=target_modules))
+    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
+    freeze_backbone_params(add_lora_to_model(model, r=8, lora_alpha=16))
     return model.to(DEVICE)
 
 
-def loader(images: LabelledImages, batch_size: int, shuffle: bool = False) -> DataLoader:
-    return build_loader(Transformed(images, eval_transform(32)), batch_size, shuffle=shuffle)
+def loader(images: LabelledImages, batch_size: int) -> DataLoader:
+    return build_loader(Transformed(images, eval_transform(32)), batch_size)
 
 
 def some_digits(count: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +130,7 @@ EXAMPLES = [function for name, function in globals().items() if name.startswith(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the examples, or one of them; the third to fifth train the model of the second first."""
+    """Run the examples, or one of them; the third and fourth train the model of the second first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, choices=range(1, len(EXAMPLES) + 1), help="run one example")
     only = parser.parse_args(argv).only

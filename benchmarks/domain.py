@@ -38,7 +38,7 @@ from finetune_lora import load_base
 from moco import pretrain
 from toolkit import InputError, devices
 from toolkit.answers import evaluation
-from toolkit.answers.probe import head_accuracy, init_head_from_probe
+from toolkit.answers.probe import fit_linear_probe, head_accuracy, set_head
 from toolkit.config import positive_int
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -163,7 +163,7 @@ def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
     for budget, seed in itertools.product(budgets, range(DRAWS)):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(device)
         drawn = torch.cat([order[labels[order] == label][:budget] for label in range(len(splits.class_names))])
-        init_head_from_probe(model, features[drawn], labels[drawn])
+        set_head(model, fit_linear_probe(features[drawn], labels[drawn], len(splits.class_names)))
         accuracies[budget].append(head_accuracy(model, *held_out))
     return accuracies
 

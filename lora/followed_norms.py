@@ -64,15 +64,11 @@ class AdapterStatistics:
 
         g is a number: its logarithm takes the gradient of the statistics, if they have one.
         """
-        norm = self.norm
         mean, variance = self.statistics(conv)
+        scale, shift = constant_scale_and_shift(self.norm, mean, variance, conv.bias)
         if not variance.requires_grad:
-            scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
             return scale, None, shift.to(compute_dtype(mean))
-        log_scale = -0.5 * (variance + norm.eps).log()
-        scale = log_scale.exp() if norm.weight is None else log_scale.exp() * norm.weight
-        shift = (-mean if conv.bias is None else conv.bias - mean) * scale
-        return scale.detach(), log_scale, shift if norm.bias is None else shift + norm.bias
+        return scale.detach(), -0.5 * (variance + self.norm.eps).log(), shift
 
     def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
         """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
@@ -133,18 +129,9 @@ class FollowedNorm(AdapterStatistics):
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
     """The directions of largest variance of centred rows (P, D), each as long as its standard deviation: (k, D)."""
-    # LAPACK may not converge on zeros: of inputs that never vary, such as padding, and of patches that are the mean.
-    varies = rows.abs().amax(0) > 0
-    own = rows[rows.abs().amax(1) > 0][:, varies].double()
-    if own.shape[1] <= len(own):
-        variances, directions = torch.linalg.eigh(own.T @ own / len(rows))  # in ascending order
-        found = (directions * variances.clamp_min(0).sqrt()).T[-number:]
-    else:
-        _, turned = torch.linalg.eigh(own @ own.T)
-        found = turned.T[-number:] @ own / math.sqrt(len(rows))
-    components = rows.new_zeros(min(number, *rows.shape), rows.shape[1])
-    components[: len(found), varies] = found.to(rows.dtype)
-    return components
+    own = rows[rows.abs().amax(1) > 0].double()  # LAPACK may not converge on zeros, as of patches that are the mean
+    _, turned = torch.linalg.eigh(own @ own.T)  # in ascending order
+    return (turned.T[-number:] @ own / math.sqrt(len(rows))).to(rows.dtype)
 
 
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:

@@ -48,7 +48,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
         start_at_gradient(model, backward)
 
-    Call it after the head has its starting values (`init_head_from_probe`), and in eval mode to leave dropout out. An
+    Call it after the head has its starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An
     adapter is left unchanged if its gradient is zero, not finite, or missing (as a merged one's); all are if `backward`
     raises. The parameters' `.grad` are restored in any case. `backward` adds the gradients of some batches to them: a
     few hundred images are enough. `seed` is that of the random Q.

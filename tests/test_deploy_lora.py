@@ -30,7 +30,7 @@ from lora_utils import LoRAManager
 from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import predictions
-from toolkit.answers.measures import wilson_interval
+from toolkit.answers.measures import share_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
 from toolkit.models.checkpoints import load_backbone
@@ -304,14 +304,16 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         n: h.float().mean().item() for n, h in zip(CLASSES, hits.split(5), strict=True)
     }
     assert json.loads((tmp_path / "r.json").read_text()) == results
-    assert results["accuracy_interval"] == pytest.approx(wilson_interval(15 * results["accuracy"], 15))
+    assert results["accuracy_interval"] == pytest.approx(
+        share_interval(torch.arange(15) < round(15 * results["accuracy"]))
+    )
     told = capsys.readouterr().out
     assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told and f"all in {images}/val\n" in told
     for name, right in results["accuracy_per_class"].items():
         assert f"{name:<22}{round(5 * right)} of 5 right" in told
     for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
         text = page.read_text()
-        assert f"{results['accuracy']:.2%} of 15 images right" in text and "By class" in text
+        assert f"accuracy {results['accuracy']:.2%} on 15 images" in text and "By class" in text
         assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 

@@ -31,15 +31,20 @@ def test_effective_rank_counts_directions(features):
     assert measures.effective_rank(features) == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)), rel=1e-4)
 
 
+def interval_of(hits: int, images: int) -> tuple[float, float]:
+    """That of so many right answers."""
+    return measures.share_interval(torch.arange(images) < hits)
+
+
 @pytest.mark.parametrize(("share", "images"), [(0.5, 24), (0.9, 60), (0.98, 359)])
 def test_the_wilson_interval(share, images):
     draws = np.random.RandomState(0).binomial(images, share, size=500)
-    intervals = [measures.wilson_interval(hits, images) for hits in draws]
+    intervals = [interval_of(hits, images) for hits in draws]
     covered = np.mean([low <= share <= high for low, high in intervals])
     assert 0.92 < covered < 0.98
-    assert measures.wilson_interval(0, 10) == (0, pytest.approx(0.2775, abs=1e-4))
-    assert all(measures.wilson_interval(n, n)[1] == 1 and measures.wilson_interval(0, n)[0] == 0 for n in range(1, 400))
-    assert measures.wilson_interval(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1)
+    assert interval_of(0, 10) == (0, pytest.approx(0.2775, abs=1e-4))
+    assert all(interval_of(n, n)[1] == 1 and interval_of(0, n)[0] == 0 for n in range(1, 400))
+    assert interval_of(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1)
 
 
 # Scores with many ties, some labels rare; each as scores (N,), 0 or 1 (N,), and how often each image counts (N,).
@@ -92,12 +97,12 @@ def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     scores = scores / 2
     threshold = measures.threshold_for(scores, positive, "f1")
     answers = multilabel.LabelAnswers(0.0, scores[:, None], positive[:, None])
-    reached = answers.f1(torch.tensor([threshold])).item()
+    reached = answers.rates(torch.tensor([threshold]))["f1"].item()
     assert reached == pytest.approx(metrics.f1_score(positive, scores > threshold), abs=1e-12)
     others = [metrics.f1_score(positive, scores > other) for other in np.linspace(0, 0.999, 200)]
     assert reached == pytest.approx(max(others))
     weighted = metrics.f1_score(positive, scores > threshold, sample_weight=times.numpy())
-    assert answers.f1(torch.tensor([threshold]), times[None]).item() == pytest.approx(weighted)
+    assert answers.rates(torch.tensor([threshold]), times[None])["f1"].item() == pytest.approx(weighted)
 
 
 def test_thresholds_of_saturated_scores_are_below_them():
@@ -441,9 +446,9 @@ def test_intervals_of_clusters_of_one_image_are_those_of_images():
     right = torch.arange(400) % 4 > 0
     alone = measures.share_interval(right, torch.arange(400))
     assert alone == pytest.approx(measures.share_interval(right), abs=2e-3)
-    assert measures.share_interval(right) == measures.wilson_interval(300, 400)
+    assert measures.share_interval(right) == interval_of(300, 400)
     low, high = measures.share_interval(torch.ones(50, dtype=torch.bool), torch.arange(50) // 10)
-    assert low < measures.wilson_interval(5, 5)[0] + 0.01 and high == 1  # five patients, whatever the images
+    assert low < interval_of(5, 5)[0] + 0.01 and high == 1  # five patients, whatever the images
     assert measures.share_interval(right, torch.zeros(400, dtype=torch.long)) == (0, 1)
 
 

@@ -81,17 +81,17 @@ def test_balanced_weights_find_the_rare_class():
     features, labels = clusters(2, images=200, spread=3.0)
     keep = (labels == 0) | (torch.arange(len(labels)) < 24)  # 12 of the second class
     recalls = {}
-    for weights in ("none", "balanced"):
+    for weights in (None, "balanced"):
         model = Net(8, 2)
-        probe.init_head_from_probe(model, features[keep], labels[keep], class_weights=weights)
+        probe.set_head(model, probe.fit_linear_probe(features[keep], labels[keep], 2, class_weights=weights))
         recalls[weights] = probe.head_accuracy(model, features[labels == 1], labels[labels == 1])
-    assert recalls["balanced"] > recalls["none"] + 0.1
+    assert recalls["balanced"] > recalls[None] + 0.1
 
 
 def test_the_temperature_grows_with_the_rate_if_features_train():
     features, labels = clusters(4, spread=2.0)
     model = Net(8, 4)
-    probe.init_head_from_probe(model, features, labels)
+    probe.set_head(model, probe.fit_linear_probe(features, labels, 4))
     spread = model.fc(features).std().item()
     per_rate = probe.choose_temperature(model, features, loss_of(labels), features_train=True).per_rate
     assert per_rate == pytest.approx(probe.DRIFT_STEPS * spread / probe.LOGIT_DRIFT)
@@ -102,7 +102,7 @@ def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     """With label smoothing the best confidence is lower, and no other temperature has a smaller loss."""
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
-    probe.init_head_from_probe(model, features, labels)
+    probe.set_head(model, probe.fit_linear_probe(features, labels, 4))
     assert probe.choose_temperature(model, features, loss_of(labels), True).least == 1
     least = probe.choose_temperature(model, features, loss_of(labels, 0.1), True).least
     probe.soften_head(model, least)
@@ -241,7 +241,7 @@ def test_a_class_of_one_patient_is_left_out_of_the_validation():
     of_others = held_out[~unknown]
     assert (of_others.argmax(1) == labels[~unknown]).float().mean() > 0.6
     task, model = tasks.Classification(["a", "b", "c"]), Net(8, 3)
-    probe.init_head_from_probe(model, features, labels, clusters=patients)
+    probe.set_head(model, probe.fit_linear_probe(features, labels, 3, clusters=patients))
     twice = torch.cat([held_out, held_out])
     assert 0 < tasks.optimism(task, model, twice, features, labels) < math.inf
 

@@ -365,24 +365,3 @@ def test_checkpoints_and_inference_agree_with_what_was_trained(capsys):
     printed = capsys.readouterr().out
     adapted, bare = map(float, re.search(r"([\d.]+)% right, ([\d.]+)% without adapters", printed).groups())
     assert adapted > 90 and adapted > bare
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("whole_vit_mini")
-def test_serving_answers_for_each_task(capsys):
-    examples.example_5_serving()
-    printed = capsys.readouterr().out
-    found = re.findall(r"(digits|parity) \(.*\): (\d+) of 20 answers right", printed)
-    assert [task for task, _ in found] == ["digits", "parity"]
-    assert all(int(right) >= 16 for _, right in found)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("whole_vit_mini")
-def test_several_labels_are_found(capsys):
-    examples.main(["--only", "6"])
-    printed = capsys.readouterr().out
-    pattern = r"(even|round|large) +AP ([\d.]+)%, AUROC ([\d.]+)%; an answer above probability 0\.\d+"
-    figures = re.findall(pattern, printed)
-    assert [name for name, *_ in figures] == ["even", "round", "large"]
-    assert all(float(ap) > 80 and float(roc) > 90 for _, ap, roc in figures)

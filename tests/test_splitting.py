@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import statistics
 
 import numpy as np
@@ -13,7 +14,7 @@ import finetune_lora
 from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import probe
-from toolkit.answers.measures import wilson_interval
+from toolkit.answers.measures import share_interval
 from toolkit.files import SHIPPED, read_checkpoint
 from toolkit.images import splitting
 from toolkit.images.sources import load_splits, validation_part
@@ -120,7 +121,7 @@ def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp
     again = deploy_lora.main(["evaluate", str(run["folder"] / "lora.pth"), "--device", "cpu"])
     assert again["images"] == run["val_images"] and again["loss"] == pytest.approx(run["val_loss"], abs=1e-5)
     assert again["accuracy_interval"] == pytest.approx(run["val_accuracy_interval"])
-    of_images = wilson_interval(run["val_accuracy"] * run["val_images"], run["val_images"])
+    of_images = share_interval(torch.arange(run["val_images"]) < round(run["val_accuracy"] * run["val_images"]))
     assert run["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
     assert json.loads((run["folder"] / "results.json").read_text())["config"]["data"]["group_by"] == "2"
     answers = (run["folder"] / "results_answers.csv").read_text().splitlines()
@@ -131,7 +132,7 @@ def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp
         return deploy_lora.main(["evaluate", adapter, str(images), "--device", "cpu", "--output", f"{tmp_path}/o.json"])
 
     found = evaluated(hospital / "scans")
-    by_image = wilson_interval(found["accuracy"] * found["images"], found["images"])
+    by_image = share_interval(torch.arange(found["images"]) < round(found["accuracy"] * found["images"]))
     assert found["accuracy_interval"] != pytest.approx(by_image)
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
     flat = tmp_path / "flat"
@@ -204,7 +205,7 @@ class Runs:
         if args.folds == self.stops_at:
             raise KeyboardInterrupt
         accuracy = int(args.folds.partition("/")[0]) / 10
-        results = {"val_images": 7, "val_accuracy": accuracy, "probe_accuracy_before": None}
+        results = {"task": "classification", "val_images": 7, "val_accuracy": accuracy, "probe_accuracy_before": None}
         (args.output_dir / "results.json").write_text(json.dumps(results))
         if args.folds == self.collapses_at:
             raise Collapsed(1, 1e-3, 0, args.output_dir / "lora.pth", results)
@@ -239,7 +240,7 @@ def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
     stand_in.stops_at = "2/3"
     with pytest.raises(KeyboardInterrupt):
         validate()
-    with pytest.raises(InputError, match=r"has parts of another run \(finetune.epochs was 10, is 4\)"):
+    with pytest.raises(InputError, match=r"other settings \(finetune.epochs was 10, is 4\)"):
         validate("--epochs 4 --resume")
     stand_in.stops_at = None
     found = validate("--workers 1 --resume")
@@ -253,16 +254,21 @@ def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
     assert validate("--resume") == found and len(stand_in.commands) == 4  # nothing was left to run
 
 
-def test_parts_of_other_images_or_another_base_are_not_gone_on_with(validate, stand_in, tmp_path):
+def test_parts_of_other_images_or_another_base_are_not_gone_on_with(validate, stand_in, tmp_path, hospital):
     """Every image is to be evaluated once, by a model that did not train on it."""
+    base = tmp_path / "base.pth"
+    torch.save(read_checkpoint(SHIPPED), base)
+    scans = shutil.copytree(hospital / "scans", tmp_path / "scans")
+    command = f"--checkpoint {base} --data-dir {scans}"
     stand_in.stops_at = "2/3"
     with pytest.raises(KeyboardInterrupt):
-        validate()
-    with pytest.raises(InputError, match=r"another run \(data.labels_per_class was None, is 3, other images\)"):
-        validate("--labels-per-class 3 --resume")
-    torch.save(read_checkpoint(SHIPPED) | {"note": "another file"}, tmp_path / "copy.pth")
-    with pytest.raises(InputError, match="other base"):
-        validate(f"--checkpoint {tmp_path / 'copy.pth'} --resume")
+        validate(command)
+    torch.save(read_checkpoint(SHIPPED) | {"note": "another file"}, base)
+    with pytest.raises(InputError, match="was trained over another base than"):
+        validate(f"{command} --resume")
+    next(scans.rglob("*.png")).unlink()
+    with pytest.raises(InputError, match="was trained on other images than"):
+        validate(f"{command} --resume")
     assert stand_in.parts == ["1/3", "2/3"]
 
 

@@ -13,7 +13,7 @@ from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_p
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
-from toolkit.answers.probe import init_head_from_probe
+from toolkit.answers.probe import fit_linear_probe, set_head
 from toolkit.models.backbones import (
     build_backbone,
     default_image_size,
@@ -86,7 +86,7 @@ def test_only_the_classifier_trains():
     trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trains == {"head.fc.weight", "head.fc.bias"} and not in_head(model, "head.norm")
     assert count_parameters(model)["lora"] > 0
-    init_head_from_probe(model, torch.randn(20, 64), torch.arange(20) % 5)
+    set_head(model, fit_linear_probe(torch.randn(20, 64), torch.arange(20) % 5, 5))
     assert not hasattr(model.head.fc, "lora_A")
     assert forward_features(timm.create_model("test_vit", num_classes=0), images(160)).shape == (2, 64)  # it has none
 

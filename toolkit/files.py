@@ -62,8 +62,12 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
 
 def write_text(text: str, path: str | os.PathLike) -> None:
     """A text file in UTF-8, written whole or not at all."""
+    try:
+        content = text.encode(errors="surrogateescape")  # names of files need not be UTF-8
+    except UnicodeEncodeError:  # nor need names of classes be text: a half of a pair of UTF-16 is no character
+        content = text.encode(errors="replace")
     with open_atomically(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os.PathLike) -> None:
@@ -75,13 +79,7 @@ def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str 
     """`write_csv` of rows of cells, for titles of which two may be the same."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([titles, *rows])
-    written = text.getvalue()
-    try:
-        content = written.encode(errors="surrogateescape")  # names of files need not be UTF-8
-    except UnicodeEncodeError:  # nor need names of classes be text: a half of a pair of UTF-16 is no character
-        content = written.encode(errors="replace")
-    with open_atomically(path) as file:
-        file.write(content)
+    write_text(text.getvalue(), path)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ class ClassHead(Head):
         return max(Counter(images.labels).values()) / len(images)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        weights = "none" if self.objective.class_weights is None else "balanced"
-        return probe.init_head_from_probe(model, features, targets, views, weights, clusters)
+        weights = None if self.objective.class_weights is None else "balanced"
+        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, weights, clusters)
+        return probe.set_head(model, fitted)
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.objective.label_smoothing)
@@ -99,9 +100,6 @@ class ClassReport(Report):
         shares = map(finite, (right / images).tolist())  # None for a class without images
         by_class = {"accuracy_per_class": dict(zip(self.names, shares, strict=True))}
         return super().figures() | self.calibration_figures() | by_class
-
-    def title(self) -> str:
-        return f"{self.answers.accuracy:.2%} of {len(self.answers.labels)} images right"
 
     def rows(self) -> list[tuple[str, str]]:
         accuracy, balanced, f1 = self.values

@@ -42,12 +42,9 @@ def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         kept.append(output if output.dim() == 4 else inputs[0])
 
     hook = model.get_submodule(blocks[-1]).register_forward_hook(keep)
-    try:
-        with eval_mode(model), torch.enable_grad():
-            outputs = model(images.clone().requires_grad_())
-            [gradient] = torch.autograd.grad(outputs.amax(1).sum(), kept[-1:])  # a block may be called several times
-    finally:
-        hook.remove()
+    with hook, eval_mode(model), torch.enable_grad():
+        outputs = model(images.clone().requires_grad_())
+        [gradient] = torch.autograd.grad(outputs.amax(1).sum(), kept[-1:])  # a block may be called several times
     features = _in_places(kept[-1].detach().float())
     shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
     heat = enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]

@@ -1,6 +1,7 @@
 """Measures of features without labels, of scores for labels and of numbers; and their confidence intervals."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
@@ -16,43 +17,36 @@ Interval = tuple[float, float]
 NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 
 
-def wilson_interval(hits: float, images: float) -> Interval:
-    """The 95% interval of the true accuracy (0 to 1), if `hits` of `images` answers are right.
+def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
+    """The 95% interval of the true accuracy (0 to 1), from answers (N,) that are right or wrong.
 
-    Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
+    It is Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
+
+    Images of one cluster may be alike: `clusters` (N,) has the number of each image's cluster, such as a patient; None:
+    each image is for itself. It is then that of as many independent images as would have the same variance, at most N,
+    and wider where there are few clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and
+    Pearson's).
     """
-    share = hits / images
-    unsure = NORMAL**2 / images
+    images = len(right)
+    share = right.double().sum().item() / images
+    effective = images
+    if clusters is not None:
+        from scipy.stats import t
+
+        number = int(clusters.max()) + 1
+        if number < 2:
+            return 0.0, 1.0
+        sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
+        variance = number / (number - 1) * sums.square().sum().item() / images**2
+        effective = share * (1 - share) / variance if variance > 0 else number
+        effective = min(images, effective) * (NORMAL / t.ppf(0.975, number - 1)) ** 2
+    unsure = NORMAL**2 / effective
     middle = (share + unsure / 2) / (1 + unsure)
     half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
     # The ends are exact, whatever is rounded.
-    low = 0.0 if hits <= 0 else middle - half
-    high = 1.0 if hits >= images else middle + half
+    low = middle - half if share > 0 else 0.0
+    high = middle + half if share < 1 else 1.0
     return low, high
-
-
-def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
-    """`wilson_interval` of answers (N,) that are right or wrong, where images of one cluster may be alike.
-
-    It is that of as many independent images as would have the same variance, at most N, and wider where there are few
-    clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and Pearson's). `clusters` (N,) has the
-    number of each image's cluster, such as a patient; None: each image is for itself.
-    """
-    hits = right.double().sum().item()
-    images = len(right)
-    if clusters is None:
-        return wilson_interval(hits, images)
-    from scipy.stats import t
-
-    share = hits / images
-    number = int(clusters.max()) + 1
-    if number < 2:
-        return 0.0, 1.0
-    sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
-    variance = number / (number - 1) * sums.square().sum().item() / images**2
-    effective = share * (1 - share) / variance if variance > 0 else number
-    effective = min(images, effective) * (NORMAL / t.ppf(0.975, number - 1)) ** 2
-    return wilson_interval(share * effective, effective)
 
 
 def effective_rank(features: Tensor) -> float:
@@ -188,24 +182,16 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
-    runs = [of.unique(return_inverse=True)[1] for of in (answers, truth)]
+    from scipy.stats import spearmanr
 
-    def measure(weights: Tensor) -> Tensor:
-        counts = weights.double()
-        first, second = (_centred_ranks(run, counts) for run in runs)
-        weighted = first * counts
-        together = (weighted * second).sum(1)
-        spread = (weighted * first).sum(1)
-        return together / (spread * second.square_().mul_(counts).sum(1)).sqrt()
-
-    return measure(torch.ones(1, len(truth)))[0] if weights is None else by_rows(measure, weights, 4 * len(truth))
-
-
-def _centred_ranks(run: Tensor, counts: Tensor) -> Tensor:
-    """The ranks, less their mean, of images that count so often, (n, N), in runs (N,) of equal values by size."""
-    totals = torch.zeros_like(counts).index_add_(1, run, counts)
-    ranks = (totals.cumsum(1) - totals / 2)[:, run]
-    return ranks - (ranks * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where all are equal
+        for times in torch.ones(1, len(truth), dtype=int) if weights is None else weights.long():
+            pair = (numbers.repeat_interleave(times) for numbers in (answers, truth))
+            found.append(spearmanr(*pair).statistic)
+    correlations = torch.tensor(found, dtype=torch.float64)
+    return correlations[0] if weights is None else correlations
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -56,29 +56,24 @@ class LabelAnswers(ColumnAnswers):
         """AP and AUROC of each label, (2, K), or (n, 2, K) for weights of the images (n, N)."""
         return torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
 
-    def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The F1 of each label at its threshold: 0 without any true positive, and NaN without positives."""
-        positive = self.targets == 1
-        answers = (self.values > thresholds) & ~self.targets.isnan()
-        hits = measures.weighted_sum(answers & positive, weights)
-        positives = measures.weighted_sum(positive, weights)
-        f1 = 2 * hits / (measures.weighted_sum(answers, weights) + positives)
-        return f1.where(positives > 0, torch.nan)
-
-    def rates(self, thresholds: Tensor) -> dict[str, Tensor]:
-        """How answers above the thresholds are right, (K,) each: of the positives (sensitivity), of the negatives
-        (specificity), of the answers yes (PPV, precision) and of the answers no (NPV); NaN where there are none.
+    def rates(self, thresholds: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """How answers above the thresholds are right, (K,) each, or (n, K) for weights of the images (n, N): F1, and
+        the share of the positives (sensitivity), of the negatives (specificity), of the answers yes (PPV, precision)
+        and of the answers no (NPV). NaN where there are none, for F1 of the positives.
         """
         positive = self.targets == 1
         negative = self.targets == 0
         above = self.values > thresholds
-        hits = (above & positive).sum(0)
-        rejections = (~above & negative).sum(0)
+        both = (positive, negative, above & positive, ~above & negative)
+        positives, negatives, hits, rejections = (measures.weighted_sum(of, weights) for of in both)
+        answers = hits + negatives - rejections
+        f1 = 2 * hits / (answers + positives)
         return {
-            "sensitivity": hits / positive.sum(0),
-            "specificity": rejections / negative.sum(0),
-            "ppv": hits / (above & (positive | negative)).sum(0),
-            "npv": rejections / (~above & (positive | negative)).sum(0),
+            "f1": f1.where(positives > 0, torch.nan),
+            "sensitivity": hits / positives,
+            "specificity": rejections / negatives,
+            "ppv": hits / answers,
+            "npv": rejections / (rejections + positives - hits),
         }
 
     def thresholds_for(self, goal: str) -> Tensor:
@@ -226,21 +221,19 @@ class LabelReport(ColumnReport):
         labels = len(self.names)
         thresholds = self.head.thresholds
         first = len(self.HEADLINES)
-        rates = self.answers.rates(thresholds)
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),
             "unknown": self.answers.targets.isnan().sum(0).tolist(),
             "average_precision": self.values[first : first + labels],
             "auroc": self.values[first + labels :],
-            "f1": self.answers.f1(thresholds).tolist(),
-            **{name: rate.tolist() for name, rate in rates.items()},
+            **{name: rate.tolist() for name, rate in self.answers.rates(thresholds).items()},
             "threshold": thresholds.tolist(),
         }
 
     def measure(self, weights: Tensor) -> Tensor:
         """The headlines, then the AP of each label and the AUROC of each."""
         means, by_label = self.answers.figures(weights).tensor_split([len(self.answers.MEASURED)], 1)
-        macro_f1 = self.answers.f1(self.head.thresholds, weights).nanmean(-1, keepdim=True)
+        macro_f1 = self.answers.rates(self.head.thresholds, weights)["f1"].nanmean(-1, keepdim=True)
         return torch.cat([means, macro_f1, by_label], 1)
 
     def label_intervals(self, i: int) -> list[measures.Interval]:

@@ -51,22 +51,6 @@ class HeadTemperature(NamedTuple):
         return max(self.least, self.per_rate * rate)
 
 
-def init_head_from_probe(
-    model: nn.Module,
-    features: Tensor,
-    labels: Tensor,
-    views: int = 1,
-    class_weights: str = "none",
-    clusters: Tensor | None = None,
-) -> Probe:
-    """Set the head of `model`, a linear layer from D features to K classes, to the linear probe of its features.
-
-    The arguments are those of `fit_linear_probe`.
-    """
-    classes = linear_head(model).out_features
-    return set_head(model, fit_linear_probe(features, labels, classes, views, class_weights, clusters))
-
-
 @torch.no_grad()
 def set_head(model: nn.Module, probe: Probe) -> Probe:
     """Set the head of `model`, a linear layer, to a probe, which is returned."""
@@ -134,7 +118,7 @@ def fit_linear_probe(
     labels: Tensor,
     num_classes: int,
     views: int = 1,
-    class_weights: str = "none",
+    class_weights: str | None = None,
     clusters: Tensor | None = None,
 ) -> Probe:
     """A multinomial logistic regression on standardised features; its strength is scikit-learn's C.
@@ -142,7 +126,7 @@ def fit_linear_probe(
     Args:
         features: (views * N, D): the same N images once for each view, such as once as they are and once augmented.
         labels: (views * N,), from 0 to K - 1.
-        class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
+        class_weights: 'balanced': every class counts alike, however many images it has; None: every image.
         clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
 
     C has the smallest cross-validated log loss, for which all views of an image, and all images of a cluster, are held
@@ -156,7 +140,6 @@ def fit_linear_probe(
     from sklearn.model_selection import StratifiedKFold
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
-    weights = None if class_weights == "none" else class_weights
     X = features.detach().cpu().float().numpy()
     y = labels.cpu().numpy()
     classes = y[: len(y) // views]
@@ -173,7 +156,7 @@ def fit_linear_probe(
         losses = []
         held_out = torch.full((len(y), num_classes), torch.nan)
         for rest, part in splits:
-            fitted = _regression(strength, weights).fit(X[rest], y[rest])
+            fitted = _regression(strength, class_weights).fit(X[rest], y[rest])
             losses.append(log_loss(y[part], fitted.predict_proba(X[part]), labels=fitted.classes_))
             weight, bias = _as_linear(fitted, num_classes)
             answers = torch.from_numpy(X[part]) @ weight.T + bias
@@ -186,7 +169,7 @@ def fit_linear_probe(
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore")  # a fit that has not converged is still a fair start
         strength, held_out = _strongest(tried, splits)
-        weight, bias = _as_linear(_regression(strength, weights).fit(X, y), num_classes)
+        weight, bias = _as_linear(_regression(strength, class_weights).fit(X, y), num_classes)
     return Probe(weight, bias, strength, held_out)
 
 

@@ -198,8 +198,9 @@ class PixelHead(Head):
         of_rows = clusters.cpu().repeat_interleave(per_image)
         known = (targets.view(views, -1) != NO_LABEL).all(0).cpu()
         kept = known.repeat(views)
-        found = probe.init_head_from_probe(model, features[kept], targets[kept], views, "none", of_rows[known])
-        return found._replace(held_out=None)
+        classes = len(self.names)
+        found = probe.fit_linear_probe(features[kept], targets[kept], classes, views, clusters=of_rows[known])
+        return probe.set_head(model, found._replace(held_out=None))
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets)  # which ignores NO_LABEL

@@ -8,12 +8,12 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from toolkit import InputError, distributed
+from toolkit.answers.comparison import read_results
 from toolkit.answers.tasks import TASKS, baseline_keys
 from toolkit.config import stored_sections
 from toolkit.files import write_csv, write_text
@@ -23,7 +23,7 @@ from toolkit.run import output_folder
 from toolkit.run.guard import Collapsed
 from toolkit.run.loaders import load_images
 from toolkit.run.options import FREE_TO_CHANGE, YAML_SECTIONS, FineTuneOptions, known_image_values
-from toolkit.run.run_state import changed_settings
+from toolkit.run.run_state import check_same_run
 
 # In --output-dir
 FOLDER = "folds"
@@ -58,7 +58,10 @@ def cross_validate(
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
         identity = _identity(args)
         if args.resume:
-            _check_identity(args.output_dir / IDENTITY, identity)
+            path = args.output_dir / IDENTITY
+            if not path.exists():
+                raise InputError(f"--resume: {args.output_dir} has no parts to go on with; start without it")
+            check_same_run(args, path, json.loads(path.read_text(encoding="utf-8")), identity, FREE_TO_CHANGE)
         begin()
         if distributed.is_main():
             (args.output_dir / FOLDER).mkdir(exist_ok=True)
@@ -69,7 +72,7 @@ def cross_validate(
             own = args.output_dir / FOLDER / str(number)
             if (own / "results.json").exists():
                 print(f"part {number} of {count}: finished in {own}")
-                found.append(_results(own / "results.json"))
+                found.append(read_results(own / "results.json"))
                 continue
             print(f"\npart {number} of {count}")
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
@@ -83,13 +86,6 @@ def cross_validate(
         return _summed_up(found, args) if distributed.is_main() else {}
 
 
-def _results(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path} is damaged: delete it, and --resume finishes that part again") from None
-
-
 def _identity(args: FineTuneOptions) -> dict[str, Any]:
     """What all parts share: the settings, a digest of the images, and one of each file that the base is made of."""
     with contextlib.redirect_stdout(io.StringIO()):  # each part says what it reads
@@ -101,18 +97,6 @@ def _identity(args: FineTuneOptions) -> dict[str, Any]:
         "images": splits.digest(),
         "base": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
     }
-
-
-def _check_identity(path: Path, now: dict[str, Any]) -> None:
-    """Raise InputError if the parts that are there are of runs with other settings, images or weights."""
-    try:
-        then = json.loads(path.read_text(encoding="utf-8"))
-        changed = changed_settings(then["config"], now["config"], FREE_TO_CHANGE)
-        changed += [f"other {what}" for what in ("images", "base") if then[what] != now[what]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"--resume: {path.parent.parent} has no parts to go on with; start without it") from None
-    if changed:
-        raise InputError(f"{path.parent} has parts of another run ({', '.join(changed)}); start without --resume")
 
 
 def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[str, Any]:

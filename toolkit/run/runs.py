@@ -115,9 +115,6 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         on_device = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY_ON_GPU)
         if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise InputError(f"out of memory on {device if on_device else 'cpu'}: {saves_memory}") from None
-        if "Expected to have finished reduction" in str(error):  # DistributedDataParallel
-            unused = "a layer with an adapter has no part in the output: start one process alone, which names it"
-            raise InputError(f"{unused}, and leave it out by --target-modules") from None
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
             cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
             remedy = f"look for its message, or whether it was killed ({cause})"
