@@ -129,9 +129,18 @@ class FollowedNorm(AdapterStatistics):
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
     """The directions of largest variance of centred rows (P, D), each as long as its standard deviation: (k, D)."""
-    own = rows[rows.abs().amax(1) > 0].double()  # LAPACK may not converge on zeros, as of patches that are the mean
-    _, turned = torch.linalg.eigh(own @ own.T)  # in ascending order
-    return (turned.T[-number:] @ own / math.sqrt(len(rows))).to(rows.dtype)
+    # LAPACK may not converge on zeros: of inputs that never vary, such as padding, and of patches that are the mean.
+    varies = rows.abs().amax(0) > 0
+    own = rows[rows.abs().amax(1) > 0][:, varies].double()
+    if own.shape[1] <= len(own):
+        variances, directions = torch.linalg.eigh(own.T @ own / len(rows))  # in ascending order
+        found = (directions * variances.clamp_min(0).sqrt()).T[-number:]
+    else:
+        _, turned = torch.linalg.eigh(own @ own.T)
+        found = turned.T[-number:] @ own / math.sqrt(len(rows))
+    components = rows.new_zeros(min(number, *rows.shape), rows.shape[1])
+    components[: len(found), varies] = found.to(rows.dtype)
+    return components
 
 
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
