@@ -749,7 +749,12 @@ def main(
         print(f"device: {device}, precision: {plan.dtype}")
         whole = None
         if args.adapt_last == "auto":
-            args, whole = settle_adapt_last(args, plan, devices.place(model, device), report, splits, opened)
+            everything = replace(args, cache_features="none")
+            some_rate = replace(plan, learning_rate=search.DEFAULT_RATE) if args.learning_rate == "auto" else plan
+            devices.place(model, device)
+            whole = FineTuning(everything, some_rate, model, report, splits, opened, is_trial=True)
+            args = settle_adapt_last(args, whole)
+            end_workers(opened)
             model, report = build_model(args, plan.dtype, len(splits.class_names))
         resumed = args.resume
         if args.learning_rate == "auto":
@@ -762,7 +767,7 @@ def main(
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
         if not resumed:
-            run.start() if whole is None else run.start_as(whole)
+            run.start() if whole is None or args.learning_rate == "auto" else run.start_as(whole)
             whole = None  # so that its model leaves the memory
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read
@@ -834,31 +839,13 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     return model
 
 
-def settle_adapt_last(
-    args: FineTuneOptions,
-    plan: Plan,
-    model: nn.Module,
-    report: dict[str, Any],
-    splits: Splits,
-    opened: list[DataLoader],
-) -> tuple[FineTuneOptions, "FineTuning | None"]:
-    """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything.
-
-    Returns the options with this number, and that run, from which this one can start unless its rate is searched for.
-    """
-    random_state = devices.rng_state()
-    is_searched = plan.learning_rate == "auto"
-    if is_searched:
-        plan = replace(plan, learning_rate=search.DEFAULT_RATE)
-    everything = replace(args, cache_features="none")
-    whole = FineTuning(everything, plan, model, report, splits, opened, is_trial=True)
+def settle_adapt_last(args: FineTuneOptions, whole: "FineTuning") -> FineTuneOptions:
+    """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
     whole.start()
-    number = initialization.blocks_with_most(model, whole.gradient_energies)
-    end_workers(opened)
-    devices.restore_rng_state(random_state)
-    part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
+    number = initialization.blocks_with_most(whole.model, whole.gradient_energies)
+    part = "all layers" if number is None else f"the last {number} of {len(block_names(whole.model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
-    return replace(args, adapt_last=number), None if is_searched else whole
+    return replace(args, adapt_last=number)
 
 
 def search_learning_rate(
