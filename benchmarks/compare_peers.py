@@ -373,6 +373,9 @@ def build_variant(name: str, args) -> nn.Module:
     torch.manual_seed(args.seed)
     model = build_backbone(args.model, NUM_CLASSES, args.image_size)
     nn.init.normal_(linear_head(model).weight, 0, 0.01)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.ones_(norm.weight)  # timm's random networks have zeros in some, through which no gradient passes
     model = VARIANTS[name].build(model, args).to(args.device)
     # BatchNorm2d of random weights stays near mean 0 and variance 1, so eval mode computes on sensible numbers too.
     return model.to(memory_format=torch.channels_last if is_convolutional(args) else torch.preserve_format).train()
@@ -827,7 +830,7 @@ def main(argv: list[str] | None = None) -> dict:
     result["variants"] = {name: {**about, **memory[name]} for name, about in timed.items()}
     summarise(result)
 
-    path = args.output_dir / f"{args.model}_b{args.batch_size}_{args.device.type}_{args.precision}"
+    path = args.output_dir / f"{args.model.replace(':', '_')}_b{args.batch_size}_{args.device.type}_{args.precision}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     if "full" in timed:
         plot(result, path.with_suffix(".png"))
