@@ -439,7 +439,7 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     names = []
     for path in paths:
         if not remote.exists(path):
-            raise InputError(f"{path}: no such file or folder; give images, lists or folders of images")
+            raise InputError(f"{remote.address(path)}: no such file or folder; give images, lists or folders of images")
         found = [str(path)]
         if remote.is_folder(path):
             source = sources.all_images(path, bands)
@@ -466,6 +466,8 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     """
     if place is None:
         return _images_of_run(about)
+    if not remote.exists(place):
+        raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
     where = f"in {place}"
     read = about["transform"].bands
     data = _data_of_run(about)

@@ -44,10 +44,11 @@ from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
+from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
-from toolkit.files import SHIPPED, read_checkpoint, save_atomically
+from toolkit.files import read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
@@ -61,9 +62,6 @@ from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
-
-DEFAULT_CHECKPOINT = SHIPPED
-
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
@@ -750,11 +748,12 @@ def main(
         whole = None
         if args.adapt_last == "auto":
             everything = replace(args, cache_features="none")
-            some_rate = replace(plan, learning_rate=search.DEFAULT_RATE) if args.learning_rate == "auto" else plan
-            devices.place(model, device)
-            whole = FineTuning(everything, some_rate, model, report, splits, opened, is_trial=True)
+            known = replace(plan, learning_rate=search.DEFAULT_RATE) if args.learning_rate == "auto" else plan
+            whole = FineTuning(everything, known, devices.place(model, device), report, splits, opened, is_trial=True)
             args = settle_adapt_last(args, whole)
             end_workers(opened)
+            if args.learning_rate == "auto" or args.cache_features != "none":  # the run starts by itself
+                whole = None
             model, report = build_model(args, plan.dtype, len(splits.class_names))
         resumed = args.resume
         if args.learning_rate == "auto":
@@ -767,7 +766,7 @@ def main(
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
         if not resumed:
-            run.start() if whole is None or args.learning_rate == "auto" else run.start_as(whole)
+            run.start() if whole is None else run.start_as(whole)
             whole = None  # so that its model leaves the memory
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read

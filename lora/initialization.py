@@ -97,7 +97,8 @@ def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | N
     stages of a convolutional network have the most pixels. `energies` are those of `start_at_gradient`.
     """
     inner = unwrap_for_editing(model)
-    for number in range(1, len(block_names(inner)) + 1):
+    blocks = block_names(inner) if energies else []
+    for number in range(1, len(blocks) + 1):
         held = sum(energy for name, energy in energies.items() if in_last_blocks(inner, name, number))
         if held >= MOST * sum(energies.values()):
             return number

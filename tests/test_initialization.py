@@ -207,8 +207,9 @@ def test_it_estimates_the_energy_of_each_layer_s_gradient():
         ({"conv1": 0.02, "layer1.0.conv1": 0.1, "layer4.0.conv2": 0.88}, 4),
         ({"conv1": 0.2, "layer4.0.conv2": 0.8}, None),
         ({"layer4.0.conv1": 1.0}, 1),
+        ({}, None),
     ],
-    ids=["the last two stages", "all stages, and not the stem", "all layers", "the last stage"],
+    ids=["the last two stages", "all stages, and not the stem", "all layers", "the last stage", "no gradient"],
 )
 def test_the_last_blocks_that_have_nine_tenths_of_the_gradient(energies, number):
     assert blocks_with_most(build_backbone("resnet18", 3), energies) == number

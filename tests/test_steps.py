@@ -13,7 +13,7 @@ from finetune_lora import FineTuning, LoRALayer, load_finetuned
 from lora import initialization
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import read_adapter_file
-from tests.run_folders import stop, tensors, train_on
+from tests.run_folders import assert_same_tensors, stop, tensors, train_on
 from toolkit import InputError
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import evaluate
@@ -194,6 +194,16 @@ def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(fin
     monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again
     resumed = finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --resume", "auto")
     assert resumed["config"]["finetune"]["adapt_last"] == 1
+
+
+def test_with_cached_features_the_chosen_blocks_start_by_themselves(finetune, monkeypatch):
+    """Their views are other ones than those for which everything was adapted."""
+    monkeypatch.setattr(initialization, "MOST", 0.01)
+    options = "--epochs 1 --labels-per-class 2 --cache-features disk"
+    chosen = finetune(f"--adapt-last auto {options}", "auto")
+    assert_same_tensors(
+        chosen["folder"] / "lora.pth", finetune(f"--adapt-last 1 {options}", "typed")["folder"] / "lora.pth"
+    )
 
 
 def test_a_run_starts_as_one_that_adapts_more(start):

@@ -70,6 +70,7 @@ def or_word(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == word else convert(text)
 
 
+block_count = or_word("auto", _number(int, lambda x: x > 0, "a whole number above 0, or auto"))
 worker_count = or_word("auto", _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 
@@ -186,8 +187,9 @@ def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any],
     try:
         read_options(None, description)
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, which find the same, one says it
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # `main` finds it again: of several processes one reports it
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # of a download
         sys.exit(130)

@@ -178,9 +178,9 @@ def load_unlabelled(
 def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
     """All images below a folder, or else in its archives; says which other files are there. Raises InputError."""
     others = Counter()
-    names = folders.image_names(folder, "", others, bands)
-    if not names and shard_names(folder):
+    if shard_names(folder):  # which refuses a folder that has images as well
         return read_shards(folder, bands)[0]
+    names = folders.image_names(folder, "", others, bands)
     if not names:
         raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
     folders.report_others(folder, others)
@@ -258,8 +258,8 @@ def _existing(option: str, folder: str | Path) -> Path:
         return Path(folder)
     problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
     if remote.is_remote(folder):
-        problem = "no folder that can be listed; name its images in a list, --data-list"
-    raise InputError(f"{option} {folder}: {problem}")
+        problem = "no folder that can be listed, or no answer; name its images in a list, --data-list"
+    raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
 def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:

@@ -72,8 +72,8 @@ HIGHEST = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # outputs of activations that clam
 class Freezable(_Extended):
     """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says.
 
-    It is then a constant scale and shift. For the gradient PyTorch keeps its input all the same and, if it is timm's
-    with a ReLU in it, the ReLU's input too. Here backward reads at most the output, which the next layer keeps anyway.
+    It is then a constant scale and shift, whose input PyTorch keeps for backward all the same. Here nothing is kept or,
+    of timm's with a ReLU in it, the output, which the next layer keeps anyway.
     """
 
     frozen = False
@@ -86,8 +86,10 @@ class Freezable(_Extended):
         has_activation = stock.__name__ == "BatchNormAct2d"  # timm's
         is_known = has_activation or stock.forward is _BatchNorm.forward
         trains = self.training or any(parameter.requires_grad for parameter in self.parameters())
-        if trains or not is_known or not x.requires_grad or self.running_mean is None or torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced:
             return super().forward(x)
+        self._check_input_dim(x)
         if not has_activation:
             return _ConstantNorm.apply(x, self, None)
         highest = HIGHEST.get(type(self.act))

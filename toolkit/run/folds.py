@@ -61,7 +61,10 @@ def cross_validate(
             path = args.output_dir / IDENTITY
             if not path.exists():
                 raise InputError(f"--resume: {args.output_dir} has no parts to go on with; start without it")
-            check_same_run(args, path, json.loads(path.read_text(encoding="utf-8")), identity, FREE_TO_CHANGE)
+            try:
+                check_same_run(args, path, json.loads(path.read_text(encoding="utf-8")), identity, FREE_TO_CHANGE)
+            except (json.JSONDecodeError, KeyError):
+                raise InputError(f"{path} is damaged: start without --resume") from None
         begin()
         if distributed.is_main():
             (args.output_dir / FOLDER).mkdir(exist_ok=True)

@@ -85,12 +85,12 @@ class ModelOptions(ShapeOptions):
     """Section `model`."""
 
     checkpoint: Path = option(
-        SHIPPED, "file of MoCo, torchvision or timm; moco-v2-800ep; shipped: digits; none: random", type=checkpoint_path
+        SHIPPED, "file of MoCo, torchvision, timm; or moco-v2-800ep; shipped; none: random", type=checkpoint_path
     )
     arch: str | None = option(
         None,
         "architecture, or timm:NAME; default: the checkpoint's",
-        metavar=f"{{{','.join((*ARCHS, f'{TIMM}NAME'))}}}",  # `option_problems` checks it
+        metavar=f"{{{','.join((*ARCHS, f'{TIMM}NAME'))}}}",  # `model_problems` checks it
     )
     stage1_adapter: Path | None = option(None, "moco_lora.pth of moco.pretrain, merged into the checkpoint", type=Path)
 
@@ -102,7 +102,7 @@ class ImageOptions:
     dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
-    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; a second: evaluation", type=Path)
+    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; two: for evaluation", type=Path)
     eval_split: str = option(
         "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
     )
@@ -114,7 +114,7 @@ class ImageOptions:
         None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
     )
     std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
-    normalise: str | None = option(None, "data: measure training images; or a family", choices=("data", *FAMILIES))
+    normalise: str | None = option(None, "data: mean, std of training images; a family", choices=("data", *FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +132,10 @@ class DataOptions(ImageOptions):
     group_by: str | None = option(None, "column or folder level that names the patient or field: none is on two sides")
     folds: str | None = option(None, "cross-validate over so many parts; 2/5: the second of five", type=config.folds)
     classes: tuple[str, ...] | None = several(None, "classes in masks: names, or a file with values or colours")
-    unknown_value: tuple[float, ...] | None = several(None, "unknown pixels' values in masks; else 255", type=any_float)
+    unknown_value: tuple[float, ...] | None = several(None, "unknown pixels in masks; 255 if no class", type=any_float)
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
-    cache_features: str = option("none", "run frozen blocks once per image and view", choices=("none", "disk"))
+    cache_features: str = option("none", "run blocks below --adapt-last once per view", choices=("none", "disk"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +158,10 @@ class TuneOptions(AdapterOptions):
 
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option(
-        "auto", "follow: statistics follow the adapters; train: slow; auto: follow, on a GPU frozen", choices=NORMS
+        "auto", "a ResNet's. follow: they follow adapters; train: slow; auto: follow; on a GPU frozen", choices=NORMS
     )
     adapt_last: int | str | None = option(
-        None,
-        "only so many of the last blocks or stages; auto: those with most of the gradient; default: all",
-        type=or_word("auto", positive_int),
+        None, "adapt the last blocks or stages alone; auto: by the gradient; default: all", type=config.block_count
     )
     learning_rate: float | str = option(
         1e-4,
@@ -178,7 +176,7 @@ class TuneOptions(AdapterOptions):
     class_weights: str = option(
         "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
     )
-    threshold: str = option("f1", "for labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal)
+    threshold: str = option("f1", "of labels: f1, sensitivity=0.95, specificity=0.9", type=config.threshold_goal)
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
@@ -190,7 +188,7 @@ class TuneOptions(AdapterOptions):
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
-    precision: str = option("auto", "products, frozen weights; auto: 16 bits on CUDA, or if faster", choices=PRECISIONS)
+    precision: str = option("auto", "of products; auto: 16 bits on CUDA, on a CPU if faster", choices=PRECISIONS)
     arithmetic: str = option("float", "int8: frozen layers in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS)
     gradient_checkpointing: str = option(
         "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
@@ -352,7 +350,7 @@ CLASHES = {
         "--norms follow": "only frozen BatchNorms follow adapters",
         "--cache-features": _CHANGES,
     },
-    "--adapt-last auto": {"--lora-init random": "it goes by the gradient at which adapters start"},
+    "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
     "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
