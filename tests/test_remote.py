@@ -246,7 +246,7 @@ def test_a_missing_image_is_named_once(place, base, tmp_path):
 
 @pytest.mark.parametrize("what", ["none", "images/3.png"])
 def test_what_is_no_folder_asks_for_a_list(place, base, tmp_path, what):
-    with pytest.raises(InputError, match=rf"{what}: no folder that can be listed, or no answer; name its images in a list"):
+    with pytest.raises(InputError, match=rf"{what}: no folder that can be listed, or no answer; name"):
         finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/{what}"))
 
 
