@@ -1008,8 +1008,7 @@ class FineTuning(RunState):
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
-        norms_train = bool(evaluation.training_norms(model))
-        self.loaders.open(norms_train)
+        self.loaders.open(bool(evaluation.training_norms(model)))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
             if followers(model):  # files are to say so, since `auto` is another thing on a GPU
@@ -1026,7 +1025,6 @@ class FineTuning(RunState):
             self.task,
             splits.train,
             self.loaders.watched_images,
-            all_train=norms_train or not args.freeze_backbone,
             may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
             epochs=args.epochs,
             adapters_first=self.adapter_lr_factor > 1 and args.task == "segmentation",

@@ -19,6 +19,8 @@ RETREATS = 3  # how often a collapsed run goes back
 RETREAT_FACTOR = 8.0  # divides the learning rate each time
 WATCHED_VIEWS = 128
 SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
+LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more has collapsed
+EARLY_LOST_SHARE = 0.9  # in the first half of a run: later epochs mend what the first steps harm
 LOSS_DECAY = 0.8  # per step, of the moving average of the loss
 EXPLODED_RATIO = 2.0  # of the recent loss to that of a constant answer
 BARREN_EPOCHS = 2  # in a row, after which a lower rate is tried
@@ -68,7 +70,6 @@ class Guard:
 
     Args:
         watched: the training images that are evaluated after each epoch.
-        all_train: whether the whole backbone trains, or BatchNorm.
         may_shrink: whether less than all of the trained change may be kept.
         epochs: of the whole run.
         adapters_first: whether the first retreat lowers the adapters' rate alone.
@@ -79,15 +80,14 @@ class Guard:
         task: Task,
         train: LabelledImages,
         watched: LabelledImages,
-        all_train: bool = False,
         may_shrink: bool = False,
-        epochs: int | None = None,
+        epochs: int = 1,
         adapters_first: bool = False,
     ):
         self.variance = task.head.variance
-        self.last_epoch = epochs if task.kind == "segmentation" else None  # else nothing to keep is a result, too
+        self.epochs = epochs
+        self.has_masks = task.kind == "segmentation"
         self.images = len(watched)
-        self.lost_share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.may_shrink = may_shrink
         self.adapters_first = adapters_first
         self.constant_score = task.head.constant_score(watched)
@@ -144,8 +144,8 @@ class Guard:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         may_go_back = len(self.retreats) < RETREATS
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS
-        if self.last_epoch is not None and trained.loss < self.start_loss:  # later epochs may mend it
-            is_due = len(self.scores) == self.last_epoch
+        if self.has_masks and trained.loss < self.start_loss:  # later epochs may mend it
+            is_due = len(self.scores) == self.epochs
         if may_go_back and self.is_barren(trained, divisor) and is_due:
             return GoBack("training gains nothing")
         return Keep()
@@ -153,18 +153,19 @@ class Guard:
     def has_collapsed(self, score: float, loss: float) -> bool:
         """Has the score lost a quarter of its best lead over a constant answer, by more than two standard errors?
 
-        The share is a third if the whole backbone trains. On very few images no loss of accuracy exceeds two standard
-        errors: there a score no better than a constant answer's, with a higher loss, counts as a collapse too.
+        In the first half of a run nine tenths. On very few images no loss of accuracy exceeds two standard errors:
+        there a score no better than a constant answer's, with a higher loss, counts as a collapse too.
         """
         if not math.isfinite(loss):
             return True
         best = max(self.scores, default=0.0)
         useless = best > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
-        return useless or self._lost(score, self.lost_share, errors=2)
+        is_early = 2 * len(self.scores) <= self.epochs
+        return useless or self._lost(score, EARLY_LOST_SHARE if is_early else LOST_SHARE, errors=2)
 
     def is_barren(self, trained: Answers, divisor: float) -> bool:
         """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""
-        return divisor == math.inf and (self.last_epoch is not None or trained.loss >= self.start_loss)
+        return divisor == math.inf and (self.has_masks or trained.loss >= self.start_loss)
 
     def note_epoch(self, trained: Answers, divisor: float) -> None:
         """Note an epoch that stays: see `after_epoch`."""

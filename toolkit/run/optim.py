@@ -143,10 +143,10 @@ def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> flo
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
-    """The number of steps of a warm-up of some epochs, at least a few unless there is none."""
+    """The number of steps of a warm-up of some epochs: at least a few unless there is none, at most half of the run."""
     if epochs == 0:
         return 0
-    return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
+    return min(max(round(steps_per_epoch * epochs), LEAST_WARMUP_STEPS), total_steps // 2)
 
 
 def lr_schedule(

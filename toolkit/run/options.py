@@ -181,7 +181,7 @@ class TuneOptions(AdapterOptions):
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
     weight_decay: float = option(0.01, "weight decay of AdamW", type=config.non_negative_float)
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=config.non_negative_float)
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     wise_ft: float | str = option(
         "auto", "saved share of the trained change; auto: by images per class", type=or_word("auto", positive_share)
