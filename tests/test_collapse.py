@@ -97,12 +97,10 @@ def answers(score: float, loss: float) -> Evaluation:
     return Evaluation(loss, score, *[None] * 3)
 
 
-def guard_of(
-    images: int, scores: list[float], classes: int = 10, all_train: bool = False, may_shrink: bool = False
-) -> Guard:
+def guard_of(images: int, scores: list[float], classes: int = 10, may_shrink: bool = False, epochs: int = 1) -> Guard:
     """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
     watched = LabelledImages([None] * images, [i % classes for i in range(images)])
-    judge = Guard(Classification([str(i) for i in range(classes)]), watched, watched, all_train, may_shrink)
+    judge = Guard(Classification([str(i) for i in range(classes)]), watched, watched, may_shrink, epochs)
     judge.scores = scores
     return judge
 
@@ -122,12 +120,13 @@ def guard_that_may_shrink() -> Guard:
         (answers(0.8, 1.5), answers(0.8, 1.5), 1, Keep()),  # a higher loss alone is no harm
         (answers(0.5, 0.9), answers(0.5, 0.9), 1, GoBack("training collapsed")),
         (answers(0.9, math.nan), answers(0.9, math.nan), 1, GoBack("training collapsed")),
-        (answers(0.79, 1.1), answers(0.79, 1.1), 1, ShrinkTo(2)),
-        (answers(0.79, 1.1), answers(0.79, 1.1), 2, ShrinkTo(4)),
-        (answers(0.79, 1.1), answers(0.79, 1.1), 4, ShrinkTo(8)),
-        (answers(0.79, 1.1), answers(0.79, 1.1), 8, ShrinkTo(math.inf)),
-        (answers(0.79, 1.1), answers(0.79, 1.1), math.inf, Keep()),  # nothing is left to shrink
-        (answers(0.79, 1.1), answers(0.81, 1.0), 2, Keep()),  # with half of the change
+        (answers(0.76, 1.1), answers(0.76, 1.1), 1, Keep()),  # within a standard error, 0.06
+        (answers(0.72, 1.1), answers(0.72, 1.1), 1, ShrinkTo(2)),
+        (answers(0.72, 1.1), answers(0.72, 1.1), 2, ShrinkTo(4)),
+        (answers(0.72, 1.1), answers(0.72, 1.1), 4, ShrinkTo(8)),
+        (answers(0.72, 1.1), answers(0.72, 1.1), 8, ShrinkTo(math.inf)),
+        (answers(0.72, 1.1), answers(0.72, 1.1), math.inf, Keep()),  # nothing is left to shrink
+        (answers(0.72, 1.1), answers(0.81, 1.0), 2, Keep()),  # with half of the change
     ],
 )
 def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
@@ -140,8 +139,8 @@ def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
 
 def test_with_masks_a_run_that_would_end_with_nothing_to_keep_goes_back():
     """Not before its last epoch: later ones may mend what the first ones harm. Of whole images nothing is a result."""
-    watched = LabelledImages([None] * 4, [0] * 4, targets=torch.ones(4, 2))
-    worse = answers(0.79, 0.5)  # by a lower loss
+    watched = LabelledImages([None] * 400, [0] * 400, targets=torch.ones(400, 2))
+    worse = answers(0.75, 0.5)  # by a lower loss
     for task, verdict in (
         (Segmentation(["ground", "ink"]), GoBack("training gains nothing")),
         (Classification(["ground", "ink"]), Keep()),
@@ -195,10 +194,10 @@ def test_a_run_goes_back_three_times_and_fails_the_fourth_and_its_state_comes_ba
     assert other.rate_divisor == 8 and other.lost_seconds == 5.0 and other.scores == [0.8, 0.7]
 
 
-@pytest.mark.parametrize(("all_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
-def test_how_much_may_be_lost(all_train, share):
-    """Of 30 points above a constant answer, on so many images that chance hardly counts."""
-    judge = guard_of(100_000, [0.4, 0.35], all_train=all_train)
+@pytest.mark.parametrize(("epochs", "share"), [(3, 1 / 4), (4, 0.9)])
+def test_how_much_may_be_lost(epochs, share):
+    """In the second epoch, of 30 points above a constant answer, on so many images that chance hardly counts."""
+    judge = guard_of(100_000, [0.4, 0.35], epochs=epochs)
     assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss=1.0)
     assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss=1.0)
 
@@ -306,9 +305,9 @@ def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
     run.start()
     run.guard.scores = [1.0]
     real = FineTuning.evaluate_watched
-    monkeypatch.setattr(FineTuning, "evaluate_watched", lambda *given: real(*given)._replace(accuracy=0.99))
+    monkeypatch.setattr(FineTuning, "evaluate_watched", lambda *given: real(*given)._replace(accuracy=0.9))
     train(run)
-    assert run.wise_ft.share == kept and run.guard.scores == [1.0, 0.99]
+    assert run.wise_ft.share == kept and run.guard.scores == [1.0, 0.9]
 
 
 @pytest.mark.slow
@@ -331,7 +330,7 @@ def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune, monkeypatch)
 
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
-    watched([1.0, 1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0])
+    watched([1.0, 1.0, 0.0, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0])
     results = finetune("--epochs 4 --warmup-epochs 0 --labels-per-class 2")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
         (2, 1e-3),
@@ -409,7 +408,7 @@ def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.3, 1.0] * 4, 0)])
+@pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.0, 1.0] * 4, 0)])
 def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watched, tmp_path, accuracies, good):
     """And with the files of its last good adapter."""
     watched([1.0, *accuracies])
@@ -422,7 +421,7 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watc
     assert results == json.loads(json.dumps(stopped.value.results))
     assert results["epochs"] == good and len(results["retreats"]) == 4
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
-    watched([0.3])
+    watched([0.0])
     with pytest.raises(Collapsed) as resumed:
         finetune("--epochs 3 --resume")
     assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again

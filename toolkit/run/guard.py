@@ -45,7 +45,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class ShrinkTo:
-    """The guard's images are answered worse than before training: try it with less of the trained change."""
+    """The guard's images are answered worse than before training, beyond chance: try less of the trained change."""
 
     divisor: float  # of the share that is kept; infinite: nothing is
 
@@ -140,7 +140,8 @@ class Guard:
             return GoBack("training collapsed")
         if not self.may_shrink:
             return Keep()
-        if divisor < math.inf and kept.score < self.scores[0]:
+        start = self.scores[0]
+        if divisor < math.inf and kept.score < start - self._chance(start, kept.score):
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         may_go_back = len(self.retreats) < RETREATS
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS
@@ -208,8 +209,11 @@ class Guard:
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""
         best = max(self.scores, default=0.0)
-        chance = errors * math.sqrt(2 * self.variance((best + score) / 2, self.images))
-        return score < best - max((best - self.constant_score) * share, chance)
+        return score < best - max((best - self.constant_score) * share, errors * self._chance(best, score))
+
+    def _chance(self, one: float, other: float) -> float:
+        """The standard error of the difference of two scores."""
+        return math.sqrt(2 * self.variance((one + other) / 2, self.images))
 
     def state_dict(self) -> dict[str, Any]:
         names = ("first_loss", "recent_loss", "scores", "start_loss", "barren_epochs", "retreats", "lost_seconds")
