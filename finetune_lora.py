@@ -862,7 +862,7 @@ def search_learning_rate(
         nonlocal features, cached
         end_workers(opened)  # the last trial's
         devices.seed_everything(args.seed)
-        own = replace(args, epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs), wise_ft=wise_ft)
+        own = replace(args, epochs=epochs, wise_ft=wise_ft)
         model, report = build_model(own, plan.dtype, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
         devices.place(model, plan.device)

@@ -140,8 +140,7 @@ class Guard:
             return GoBack("training collapsed")
         if not self.may_shrink:
             return Keep()
-        start = self.scores[0]
-        if divisor < math.inf and kept.score < start - self._chance(start, kept.score):
+        if divisor < math.inf and kept.score < self.scores[0] - self._chance(self.scores[0], kept.score):
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         may_go_back = len(self.retreats) < RETREATS
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS

@@ -112,7 +112,7 @@ class WiseFT:
 
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
-STEPS_TO_TRAIN = 200
+STEPS_TO_TRAIN = 80
 SAFE_RATE = 1e-4
 COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
@@ -124,10 +124,8 @@ def rate_divisor(rate: float, steps: int) -> float:
     Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
-    share = (steps / STEPS_TO_TRAIN) ** 1.5
-    if share >= 1:
-        return 1.0
-    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
+    share = min(1.0, (steps / STEPS_TO_TRAIN) ** 1.5)
+    return max(1.0, rate * (1 - share) / SAFE_RATE) / share
 
 
 def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> float:
