@@ -124,7 +124,7 @@ def rate_divisor(rate: float, steps: int) -> float:
     Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
-    share = min(1.0, (steps / STEPS_TO_TRAIN) ** 1.5)
+    share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
     return max(1.0, rate * (1 - share) / SAFE_RATE) / share
 
 
