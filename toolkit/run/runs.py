@@ -32,11 +32,6 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
     return tqdm(batches, title, **options)
 
 
-def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
-    """The progress bar of an epoch over so many images, of which `done` are done."""
-    return progress_bar(title=f"epoch {epoch}/{epochs}", total=images, initial=done, unit="img", leave=False)
-
-
 # ------------------------------------------------------------------------------------------------------ how a run stops
 
 
