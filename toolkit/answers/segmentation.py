@@ -143,10 +143,6 @@ class PixelHead(Head):
         pixels = images.targets.sum(0)
         return (pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
 
-    def variance(self, score: float, images: int) -> float:
-        """An image's pixels are worth a hundred images and more: benchmarks/RESULTS.md, "Who goes back"."""
-        return super().variance(score, 100 * images)
-
     def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
         """The temperature that fits pixels of training images: of so many, it fits those of others as well."""
         return measures.fit_temperature(outputs, functools.partial(F.cross_entropy, target=targets))

@@ -21,6 +21,7 @@ WATCHED_VIEWS = 128
 SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
 LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more has collapsed
 EARLY_LOST_SHARE = 0.9  # in the first half of a run: later epochs mend what the first steps harm
+HARMLESS_LOSS = 0.01  # of the score before training: about one view, of which the probe was fitted to all
 LOSS_DECAY = 0.8  # per step, of the moving average of the loss
 EXPLODED_RATIO = 2.0  # of the recent loss to that of a constant answer
 BARREN_EPOCHS = 2  # in a row, after which a lower rate is tried
@@ -45,7 +46,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class ShrinkTo:
-    """The guard's images are answered worse than before training, beyond chance: try less of the trained change."""
+    """The guard's images are answered worse than before training: try it with less of the trained change."""
 
     divisor: float  # of the share that is kept; infinite: nothing is
 
@@ -140,7 +141,7 @@ class Guard:
             return GoBack("training collapsed")
         if not self.may_shrink:
             return Keep()
-        if divisor < math.inf and kept.score < self.scores[0] - self._chance(self.scores[0], kept.score):
+        if divisor < math.inf and kept.score < self.scores[0] - HARMLESS_LOSS:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         may_go_back = len(self.retreats) < RETREATS
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS
@@ -208,11 +209,8 @@ class Guard:
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""
         best = max(self.scores, default=0.0)
-        return score < best - max((best - self.constant_score) * share, errors * self._chance(best, score))
-
-    def _chance(self, one: float, other: float) -> float:
-        """The standard error of the difference of two scores."""
-        return math.sqrt(2 * self.variance((one + other) / 2, self.images))
+        chance = errors * math.sqrt(2 * self.variance((best + score) / 2, self.images))
+        return score < best - max((best - self.constant_score) * share, chance)
 
     def state_dict(self) -> dict[str, Any]:
         names = ("first_loss", "recent_loss", "scores", "start_loss", "barren_epochs", "retreats", "lost_seconds")
