@@ -70,7 +70,7 @@ def test_accumulated_batches_are_one_big_batch(start, options):
 
 
 def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
-    run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1")
+    run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1 --warmup-epochs 0")
     images = torch.stack([run.loaders.train.dataset[i][0] for i in range(6)])
     labels = torch.tensor([run.loaders.train.dataset[i][1] for i in range(6)])
     head = run.model.heads.head
@@ -254,9 +254,9 @@ def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkey
 def test_a_random_head_and_the_rates_of_each_group(finetune, start):
     results = finetune("--head-init random --epochs 1 --labels-per-class 2")
     assert results["probe_accuracy_before"] is None and results["knn_accuracy_before"] == 1.0
-    rates = [(group["lr"], group["weight_decay"]) for group in start().optimizer.param_groups]
+    rates = [(group["lr"], group["weight_decay"]) for group in start("--warmup-epochs 0").optimizer.param_groups]
     assert sorted(rates) == [(0.01, 0.0), (0.01, 0.01), (0.24, 0.01)]  # the head's bias and weight, adapters
-    assert start("--lora-init random").optimizer.param_groups[0]["lr"] == 0.01
+    assert start("--lora-init random --warmup-epochs 0").optimizer.param_groups[0]["lr"] == 0.01
 
 
 @pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --norms train"])
