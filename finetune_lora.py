@@ -909,8 +909,10 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             verdict = Keep()
             unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
-            counted = {"total": len(run.splits.train), "initial": progress.images, "unit": "img", "leave": False}
-            with progress.timed(), runs.progress_bar(title=f"epoch {epoch}/{args.epochs}", **counted) as bar:
+            title = f"epoch {epoch}/{args.epochs}"
+            total = len(run.splits.train)
+            bar = runs.progress_bar(title=title, total=total, initial=progress.images, unit="img", leave=False)
+            with progress.timed(), bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
                     sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch

@@ -30,6 +30,8 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
     assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
     assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=50) == 25
+    assert optim.warmup_steps(8, steps_per_epoch=50, total_steps=500) == 400  # as typed
+    assert FineTuneOptions().warmup_epochs == 1
     assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 

@@ -121,8 +121,8 @@ LEAST_WARMUP_STEPS = 20
 def rate_divisor(rate: float, steps: int) -> float:
     """The divisor of the learning rate of adapters that begin at the gradient: above 1 if the run has few steps.
 
-    Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
-    there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
+    Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps mend that, if
+    there are any. The power is measured: benchmarks/RESULTS.md, "What the first steps harm, later ones mend".
     """
     share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
     return max(1.0, rate * (1 - share) / SAFE_RATE) / share
@@ -141,10 +141,11 @@ def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> flo
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
-    """The number of steps of a warm-up of some epochs: at least a few unless there is none, at most half of the run."""
+    """The number of steps of a warm-up of some epochs: at least a few unless there is none. A whole run is halved."""
     if epochs == 0:
         return 0
-    return min(max(round(steps_per_epoch * epochs), LEAST_WARMUP_STEPS), total_steps // 2)
+    steps = max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
+    return steps if steps < total_steps else total_steps // 2
 
 
 def lr_schedule(
