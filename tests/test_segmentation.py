@@ -121,6 +121,19 @@ def test_the_loss_is_the_mean_over_an_images_known_pixels(weights):
     assert not ours[3].any()
 
 
+def test_smoothing_never_makes_a_rare_class_the_best_answer():
+    """What is spread is weighed by the true class: by the rare ones' own weights they would be the answer for all."""
+    weights = rare_class_weights(torch.tensor([[400_000.0, 600_000.0, 0.0]]))  # a class of which no pixel trains
+    task = Segmentation(NAMES, weights, label_smoothing=0.1)
+    truth = torch.tensor([0, 1, NO_LABEL]).view(1, 1, 3)
+    best = torch.eye(3)[[0, 1, 0]].lerp(torch.full((3, 3), 1 / 3), 0.1)  # the smoothed truth, (pixels, K)
+    logits = best.log().T[None, :, None].requires_grad_()
+    loss = task.loss(logits, truth)
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-6
+    entropy = -(best * best.log()).sum(1)[:2]
+    assert loss.item() == pytest.approx((entropy * weights[:2]).mean().item())
+
+
 def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
     torch.manual_seed(0)
     logits, truth = torch.randn(6, 3, 8, 8), masks((6, 8, 8))
