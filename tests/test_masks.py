@@ -32,6 +32,7 @@ LEVELS = np.array([[0, 1, 2, 255], [2, 2, 0, 1], [1, 255, 0, 0]], np.uint8)
 EXPECTED = np.where(LEVELS == 255, UNKNOWN, LEVELS.astype(int))
 THREE = Classes(("sea", "land", "ice"))
 COLOURS = ((0, 0, 255), (0, 200, 0), (255, 255, 255))
+BLACK_LAST = Classes(("cell", "ground"), colours=((255, 255, 255), (0, 0, 0)))
 IN_COLOURS = Classes(("sea", "land", "ice"), colours=COLOURS, unknown=((9, 9, 9),))
 
 
@@ -67,6 +68,17 @@ def pal(colours: np.ndarray) -> Image.Image:
 
 # ----------------------------------------------------------------------------------------------------------- formats
 
+
+def save_pages(path: Path) -> None:
+    tifffile.imwrite(path, np.stack([LEVELS] * 5), photometric="minisblack")
+
+
+def save_with_overview(path: Path) -> None:
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(LEVELS, subifds=0, metadata=None)
+        writer.write(LEVELS[::2, ::2], subfiletype=1, metadata=None)
+
+
 FORMATS = {
     "l.png": lambda path: Image.fromarray(LEVELS).save(path),
     "l.tif": lambda path: Image.fromarray(LEVELS).save(path),
@@ -75,6 +87,8 @@ FORMATS = {
     "signed.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int16)),
     "32.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int32)),
     "float.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.float32)),
+    "white_is_zero.tif": lambda path: tifffile.imwrite(path, LEVELS, photometric="miniswhite"),
+    "overviews.tif": lambda path: save_with_overview(path),
     "one_band.tif": lambda path: tifffile.imwrite(path, LEVELS[None]),
     "la.png": lambda path: Image.fromarray(LEVELS).convert("LA").save(path),
     "8.npy": lambda path: np.save(path, LEVELS),
@@ -141,6 +155,10 @@ FAULTS = {
     "decimals": (lambda path: np.save(path.with_suffix(".npy"), LEVELS / 2), THREE, "decimals"),
     "nan": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.nan), THREE, "NaN"),
     "bands": (lambda path: np.save(path.with_suffix(".npy"), np.zeros((3, 4, 5))), THREE, "whole numbers"),
+    "pages": (lambda path: save_pages(path.with_suffix(".tif")), THREE, "it has uint8 (3, 4, 5)"),
+    "grey": (lambda path: write_mask(path, LEVELS * 0), BLACK_LAST, "a grey mask"),
+    "grey white": (lambda path: write_mask(path, (LEVELS == 1) * np.uint8(255)), BLACK_LAST, "a grey mask"),
+    "one bit": (lambda path: Image.fromarray(LEVELS == 1).save(path), BLACK_LAST, "a grey mask"),
     "text": (lambda path: path.write_text("no image"), THREE, "not a readable image"),
     "cut": (lambda path: path.write_bytes(write_mask(path).read_bytes()[:50]), THREE, "not a readable image"),
     "size": (lambda path: write_mask(path, LEVELS[:2]), THREE, "the mask is 4x2, and its image (upright) 4x3"),
@@ -153,14 +171,16 @@ def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
     make, classes, message = FAULTS[fault]
     for i in range(3):
         write_image(tmp_path / "images" / f"{i}.png", seed=i)
+        if classes is BLACK_LAST:
+            write_mask(tmp_path / "masks" / f"{i}.png", np.dstack([(LEVELS == 1) * np.uint8(255)] * 3))
         if i == 1:
             (tmp_path / "masks").mkdir(exist_ok=True)
             make(tmp_path / "masks" / "1.png")
         elif classes is IN_COLOURS:
             write_mask(tmp_path / "masks" / f"{i}.png", rgb())
-        else:
+        elif classes is not BLACK_LAST:
             write_mask(tmp_path / "masks" / f"{i}.png")
-    with pytest.raises(InputError, match=r"masks.1\.(png|npy): ") as raised:
+    with pytest.raises(InputError, match=r"masks.1\.(png|npy|tif): ") as raised:
         load_pairs(tmp_path, classes=classes)
     assert message in str(raised.value) and "\n" not in str(raised.value)
     splits = load_pairs(tmp_path, classes=classes, skip_unreadable=True)

@@ -66,15 +66,10 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
         lines = _lines_of(given[0], where)
     else:
         lines = [(name, ()) for name in split_names(given)]
-    names = []
-    marks = []
-    unknown = []
-    for name, mark in lines:
-        if mark and name.lower() == "unknown":
-            unknown.append(mark)
-        else:
-            names.append(name)
-            marks.append(mark)
+    unknown = [mark for name, mark in lines if mark and name.lower() == "unknown"]
+    lines = [(name, mark) for name, mark in lines if not mark or name.lower() != "unknown"]
+    names = [name for name, _ in lines]
+    marks = [mark for _, mark in lines]
     if not 2 <= len(names) <= MOST_CLASSES:
         raise InputError(f"{where}: {len(names)} classes; give 2 to {MOST_CLASSES} names, or a file that exists")
     kinds = set(map(len, marks + unknown))
@@ -135,6 +130,7 @@ def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- reading masks
 
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes numbers, by compression or by its range
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFFs, and a value of it
 _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
 
@@ -185,6 +181,11 @@ class MaskReader:
             levels, colours = _decoded(path)
         if levels.ndim == 2 and (colours is None or self.colours is None):
             found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
+            if self.colours is not None:  # programs save RGB that has only greys as one band, or as one bit
+                greys = np.clip(levels * (255 if levels.max() <= 1 else 1), 0, 255).astype(np.int64)
+                by_grey = self.of_colours[_codes(np.stack([greys] * 3, -1))]
+                if (by_grey != _MISSING).all() and (by_grey != found).any():
+                    raise InputError(f"{path}: a grey mask, of numbers of classes or of their colours; save it as RGB")
         elif self.colours is None:
             raise InputError(f"{path}: an RGB mask; give --classes a file with a line `name r g b` for each class")
         elif levels.ndim == 3:
@@ -240,6 +241,9 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         if image.format not in _FORMATS:
             changes = f"the format {image.format} may change the values of a mask"
             raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
+        has_pages = image.format == "TIFF" and image.mode != "P" and image.n_frames > 1
+        if has_pages or (image.mode == "L" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO):
+            return levels_of_tiff(read_file(path)), None  # Pillow inverts such numbers, and reads the first page alone
         colours = None
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
@@ -514,7 +518,6 @@ def pairs_of_list(
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms
-
 
 LARGEST_ZOOM = 2.0  # of crops; the smallest is its inverse
 
