@@ -312,7 +312,7 @@ CODES = (33550, 33922, 34264, 34735, 34736, 34737)
 
 def geotags(keys=UTM, matrix=None):
     tags = [(34735, "H", len(keys), keys, True), (34736, "d", 2, (6378137.0, 298.25), True)]
-    tags.append((34737, "s", 0, "WGS 84 / UTM zone 32N|", True))
+    tags.append((34737, "s", 0, "Réseau géodésique, UTM zone 32N|".encode(), True))
     if matrix is not None:
         return [*tags, (34264, "d", 16, matrix, True)]
     scale = (33550, "d", 3, (10.0, 10.0, 0.0), True)

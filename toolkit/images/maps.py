@@ -49,11 +49,9 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
         found[_MATRIX] = matrix
     extra = []
     for code, value in found.items():
-        count = 0  # of a text: as long as it is
-        if not isinstance(value, str):
-            value = np.ravel(value).tolist()
-            count = len(value)
-        extra.append((code, _KEYS.get(code, "d"), count, value, True))
+        # As bytes tifffile writes any text, and else ASCII alone: a projection may be called Réseau géodésique.
+        value = value.encode() if isinstance(value, str) else np.ravel(value).tolist()
+        extra.append((code, _KEYS.get(code, "d"), len(value), value, True))
     return extra
 
 

@@ -110,9 +110,8 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
         is_upright = _ORIENTATION not in page.tags or page.tags[_ORIENTATION].value == 1
         is_rgb = page.photometric == _RGB and page.samplesperpixel == 3 and page.dtype == np.uint8
         found = {series.axes.find("Y"), series.axes.find("X")}
-        if series.ndim not in (2, 3) or -1 in found:
-            return None
-        if bands is None and not (is_upright and is_rgb and page.compression not in _JPEG):
+        is_read_alike = bands is not None or (is_upright and is_rgb and page.compression not in _JPEG)
+        if series.ndim not in (2, 3) or -1 in found or not is_read_alike:
             return None
         axis = ({0, 1, 2} - found).pop()
         if series.dataoffset is not None and not remote.is_remote(path):
