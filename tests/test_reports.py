@@ -434,5 +434,9 @@ def test_below_the_probe_the_rate_is_searched():
     assert judged(probe=0.9).next_step == "the same command with --learning-rate auto"
 
 
+def test_a_run_over_masks_goes_on_to_maps():
+    assert judged(task="segmentation").next_step.endswith("--output maps")  # a table is refused
+
+
 def test_masks_are_not_sent_to_an_augmentation_that_they_lack():
     assert "augmentation" not in judged(losses=(0.1, 0.6), task="segmentation").next_step

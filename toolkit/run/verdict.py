@@ -51,7 +51,8 @@ def judge(
         limits.append("overfitting: the evaluation's loss is far above the training's")
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
-    next_step = "python deploy_lora.py predict lora.pth new_images --output answers.csv"
+    output = "maps" if results["task"] == "segmentation" else "answers.csv"
+    next_step = f"python deploy_lora.py predict lora.pth new_images --output {output}"
     if is_rising:
         next_step = more
     elif is_overfitted and results["task"] == "classification":
