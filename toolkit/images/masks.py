@@ -223,10 +223,10 @@ def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         if not path.lower().endswith((".tif", ".tiff")):
             raise
         levels = levels_of_tiff(read_file(path))  # of 64 bits, for example
+    if levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
+        return levels[..., :3], None
     if levels.ndim == 3 and 1 in (levels.shape[0], levels.shape[2]):
         levels = levels[..., 0] if levels.shape[2] == 1 else levels[0]
-    elif levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
-        return levels[..., :3], None
     if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
         raise ValueError(f"it has {levels.dtype} {levels.shape}, and a mask has whole numbers (H, W)")
     if levels.dtype.kind != "f":
