@@ -11,7 +11,7 @@ from PIL import Image
 
 import deploy_lora
 from toolkit import InputError
-from toolkit.answers import answer_reports, comparison, measures, multilabel, regression, tasks
+from toolkit.answers import answer_reports, comparison, measures, multilabel, regression, segmentation, tasks
 from toolkit.answers.evaluation import Evaluation
 from toolkit.images.data import LabelledImages
 
@@ -38,6 +38,13 @@ def classes(tmp_path):
         report = tasks.Classification(["cat", "dog"]).report(result)
         paths.append(write(report, tmp_path / name / "results.json", 300))
     return paths, wrong
+
+
+def test_masks_are_not_called_damaged(tmp_path):
+    answers = segmentation.PixelAnswers(0.1, torch.ones(4, 2, 2, dtype=torch.long), torch.ones(10, 3))
+    path = write(segmentation.Segmentation(["sea", "land"]).report(answers), tmp_path / "a/results.json", 4)
+    with pytest.raises(InputError, match="has no answers for whole images: those for masks are not"):
+        deploy_lora.main(["compare", str(path), str(path)])
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{first} and {second} are over other images, such as {images}: evaluate both on the same")
     truth, kind = _truth(one.columns)
     if not truth:
-        raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
+        raise InputError(f"{answers_path(first)} has no answers for whole images: those for masks are not compared")
     differing = [title for title in truth if (one.columns[title] != other.columns[title]).any()]
     if differing:
         columns = listed(differing, 4)
