@@ -449,10 +449,13 @@ def test_bands_and_their_masks(tmp_path):
     """Arrays of five bands, and a file for each band."""
     rng = np.random.RandomState(0)
     for i in range(6):
-        for place in ("arrays/images", "arrays/masks", "files/images", f"folders/images/{i}", "folders/masks"):
+        for place in ("arrays/images", "arrays/masks", "files/images", "product/images", f"folders/images/{i}"):
             (tmp_path / place).mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(tmp_path / f"arrays/images/{i}.tif", rng.randint(0, 99, (5, 6, 8)).astype(np.uint16))
         np.save(tmp_path / f"arrays/masks/{i}.npy", rng.randint(0, 3, (6, 8)))
+        tifffile.imwrite(tmp_path / f"product/images/t{i}_B02_10m.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
+        tifffile.imwrite(tmp_path / f"product/images/t{i}_B05_20m.tif", rng.randint(0, 9, (3, 4)).astype(np.uint16))
+        write_mask(tmp_path / f"product/masks/t{i}.png", rng.randint(0, 3, (6, 8)).astype(np.uint8))
         for band in ("B02", "B03"):
             tifffile.imwrite(tmp_path / f"files/images/t{i}_{band}.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
             tifffile.imwrite(tmp_path / f"folders/images/{i}/{band}.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
@@ -461,6 +464,7 @@ def test_bands_and_their_masks(tmp_path):
     for name, bands in (
         ("arrays", Bands(5)),
         ("files", Bands(2, ("B02", "B03"))),
+        ("product", Bands(2, ("B05", "B02"))),
         ("folders", Bands(2, ("B03", "B02"))),
     ):
         images = load_pairs(tmp_path / name, bands=bands).train

@@ -32,7 +32,7 @@ ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained
 _NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels without data
 # Pillow goes by a file's content, and would start Ghostscript for an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
-_RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's bands in products of level 2A
+RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's bands in products of level 2A
 # The names of red, green and blue: Sentinel-2's, and plain ones.
 _COLOURS = (("R", "G", "B"), ("red", "green", "blue"), ("B4", "B3", "B2"), ("B04", "B03", "B02"))
 
@@ -82,7 +82,7 @@ class Bands:
             if band != ZEROS:
                 plain = os.path.join(folder, begin + band)
                 # Other bands may have another resolution: the finest that exists.
-                others = (plain + resolution + end for resolution in _RESOLUTIONS if own_resolution)
+                others = (plain + resolution + end for resolution in RESOLUTIONS if own_resolution)
                 found[band] = next(filter(remote.exists, others), plain + own_resolution + end)
         return found
 
@@ -104,7 +104,7 @@ class Bands:
         if all(map(str.isdigit, self.chosen)):
             return None
         bands = "|".join(re.escape(band) for band in self.chosen if band != ZEROS)
-        found = re.fullmatch(rf"(|.*[_.-])({bands})({'|'.join(_RESOLUTIONS)}|)(\.[^.]*|)", name, re.DOTALL)
+        found = re.fullmatch(rf"(|.*[_.-])({bands})({'|'.join(RESOLUTIONS)}|)(\.[^.]*|)", name, re.DOTALL)
         return found and found.groups()
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:

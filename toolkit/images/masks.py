@@ -24,7 +24,7 @@ from torch import Tensor
 
 from toolkit import InputError, listed, printable
 from toolkit.images import folders, remote, splitting
-from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file
+from toolkit.images.bands import RESOLUTIONS, Bands, array_of, levels_of_tiff, open_image, read_file
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import read_list
 from toolkit.images.scaling import split_names
@@ -496,10 +496,10 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def _stems_of_masks(stem: str, bands: Bands | None) -> Iterator[str]:
-    """What the mask of an image may be called. An image that lies in a file for each band is x_B02 or x/B02."""
+    """What the mask of an image may be called. One that lies in a file for each band is x_B02, x_B02_10m or x/B02."""
     ends = ["", *_IMAGE_ENDS]
-    for band in getattr(bands, "chosen", ()):
-        ends += [f"_{band}", f"/{band}"]
+    for band, resolution in itertools.product(getattr(bands, "chosen", ()), ("", *RESOLUTIONS)):
+        ends += [f"_{band}{resolution}", f"/{band}{resolution}"]
     for end, mask_end in itertools.product(ends, ("", *_MASK_ENDS)):
         if stem.endswith(end):
             yield stem.removesuffix(end) + mask_end
