@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lora_utils import read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, tensors
 from toolkit import InputError, distributed
+from toolkit.answers import predictions
 from toolkit.files import read_checkpoint
 from toolkit.images.sources import load_splits
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
@@ -230,15 +232,21 @@ def test_what_shares_no_images_one_of_two_processes_does(adapter, tmp_path, word
         assert children[0].output.count("wrote") == 1
 
 
+def write_texts_late() -> None:
+    """As on a slow drive: the other process must not look for what the first one is about to write."""
+    real = predictions.write_text
+    predictions.write_text = lambda *what: time.sleep(1) or real(*what)
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_maps_of_one(base, pairs, tmp_path):
     """Six masks, of which each process writes three, and a map whose windows they share."""
     argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu"
     finetune_lora.main(f"{argv} --output-dir {tmp_path}/run".split())
     images = pairs / "val" / "images"
-    for words in (f"{images} --output {tmp_path}/maps", f"{images}/0.png --output {tmp_path}/map.tif"):
+    for words in (f"{images} --output {tmp_path}/maps --resume", f"{images}/0.png --output {tmp_path}/map.tif"):
         argv = f"predict {tmp_path}/run/lora.pth --device cpu {words}"
-        completed("deploy_lora", argv, tmp_path / "log")
+        completed("deploy_lora", argv, tmp_path / "log", before=write_texts_late)
         deploy_lora.main(argv.replace(f"{tmp_path}/map", f"{tmp_path}/alone").split())
     shared = sorted((tmp_path / "maps").rglob("*.png"))
     assert len(shared) == 6

@@ -54,6 +54,7 @@ def begin_folder(folder: Path, about: dict[str, Any], resume: bool, replaces: bo
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
     note_done(folder, about, 0)
+    distributed.gather(None)  # until then the others may miss the note, by which maps are new or old
     return 0
 
 
