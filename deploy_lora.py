@@ -460,9 +460,9 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     """Labelled images, and a description of where they were found.
 
     Args:
-        place: a folder with a folder of images for each class, itself or in the val/ in it, or with images/ and masks/
-            for a class of every pixel; or a list, which it must be for an adapter with several labels or numbers. None:
-            the images on which the run was evaluated.
+        place: a folder with a folder of images for each class, or with images/ and masks/ for a class of every pixel,
+            itself or in the val/ in it; or a list, which it must be for an adapter with several labels or numbers.
+            None: the images on which the run was evaluated.
     """
     if place is None:
         return _images_of_run(about)

@@ -365,6 +365,8 @@ def test_pairs_in_two_parts(layout, tmp_path):
             assert np.array_equal(images.mask(i).numpy().ravel()[:-1], levels.ravel()[:-1])
     validation = load_pairs(tmp_path, classes=THREE, eval_split="validation")
     assert len(validation.train) + len(validation.val) == 6
+    evaluated = pairs_in(tmp_path, None, MaskReader(THREE))  # no image that trained
+    assert list(evaluated.relative_names()) == list(splits.val.relative_names())
 
 
 @pytest.mark.parametrize(("image", "mask"), [("images/{}.png", "masks/{}.png"), ("{}_img.png", "{}_seg.png")])

@@ -366,10 +366,11 @@ def load_pairs(
 
 
 def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader) -> MaskedImages:
-    """All images with masks in a folder with images/ and masks/, in one with x.jpg and x_mask.png, or in a list."""
+    """All images with masks in a folder, of one in two parts those to evaluate on (see `load_pairs`); or in a list."""
     path = Path(path)
     if remote.is_folder(path):
-        files = _in_folders(*_pair_folders(path), bands, read)
+        places, _ = _places(path, None, needs_val=True)
+        files = _in_folders(*places[-1], bands, read)
     else:
         files = pairs_of_list(path, path.parent, bands, read)
     [images], _ = _masked([files], skip_unreadable=False)
