@@ -18,6 +18,9 @@ import deploy_lora
 from finetune_lora import load_finetuned
 from tests.checkpoint_files import narrow_resnet, save_base
 from toolkit import InputError
+from toolkit.answers.classification import Classification
+from toolkit.answers.predictions import Maps
+from toolkit.answers.regression import Regression
 from toolkit.images.bands import Bands, open_image
 from toolkit.images.maps import write_map, write_mask
 from toolkit.images.scenes import open_scene
@@ -186,6 +189,19 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
     np.testing.assert_allclose(soft.sum(2), 1, atol=1e-5)
     with pytest.raises(InputError, match="whole images: --probabilities, --window and --abstain are for a map"):
         deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "answers", "--window", 24)
+
+
+@pytest.mark.parametrize(
+    ("task", "asked"),
+    [
+        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"probabilities": True}),
+        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"abstain": 0.6}),
+        (Classification(["sea", "land"]), {"probabilities": True, "abstain": 0.6}),
+    ],
+)
+def test_what_a_map_cannot_have_is_refused(task, asked):
+    with pytest.raises(InputError, match="--abstain is for maps of classes, and numbers have no --probabilities"):
+        Maps(task, lambda windows: windows, None, 8, **asked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -102,8 +102,7 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path)
     images would have one mask, or if it would replace an image.
     """
     places = []
-    for i in range(len(images)):
-        name = Path(images.name(i))
+    for name in map(Path, map(images.name, range(len(images)))):
         inside = Path(name.name)
         for path in given:
             folder = path.parent if path.suffix in LIST_SUFFIXES else path
@@ -144,8 +143,9 @@ class Maps:
     def __post_init__(self) -> None:
         self.are_classes = self.task.kind in ("segmentation", "classification")
         self.has_classes = self.are_classes and not self.probabilities
-        if self.abstain is not None and not self.has_classes:
-            raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
+        are_numbers = self.task.kind == "regression" and self.probabilities
+        if are_numbers or (self.abstain is not None and not self.has_classes):
+            raise InputError("--abstain is for maps of classes, and numbers have no --probabilities: drop it")
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
