@@ -333,11 +333,24 @@ def test_a_record_of_something_else_is_refused(record):
 def test_classification_computes_what_a_run_always_computed():
     features, labels, _ = features_for("classification")
     weights = evaluation.balanced_weights({0: 10, 1: 20, 2: 30}, 3)
-    task, logits = tasks.Classification(NAMES, weights, label_smoothing=0.1), features[:, :3]
-    stock = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=0.1)
-    assert torch.equal(task.loss(logits, labels), stock)
-    assert torch.equal(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
+    task, logits = tasks.Classification(NAMES, weights), features[:, :3]
+    stock = F.cross_entropy(logits, labels, weights, reduction="sum")
+    assert torch.allclose(task.loss(logits, labels), stock)
+    assert torch.allclose(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
     assert task.head.first_temperature(Net(), features, labels, False).at(1.0) >= 1
     assert probe.HeadTemperature() == tasks.Regression(["a"], torch.tensor([[1.0], [2.0]])).head.first_temperature(
         *[None] * 4
     )
+
+
+def test_smoothing_never_makes_a_rare_class_the_best_answer():
+    """By PyTorch's weights a class 1,000 times as rare is the best answer for images of the other one."""
+    weights = evaluation.balanced_weights({0: 1000, 1: 1}, 2).double()
+    task = tasks.Classification(NAMES[:2], weights, label_smoothing=0.1)
+    labels = torch.tensor([0, 1])
+    best = torch.tensor([[0.95, 0.05], [0.05, 0.95]]).double()  # the smoothed truth
+    logits = best.log().requires_grad_()
+    loss = task.loss(logits, labels)
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-5
+    each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    assert loss.item() == pytest.approx((each * weights).sum().item())

@@ -102,10 +102,16 @@ class SoftmaxObjective(Objective):
     def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.cross_entropy(outputs, targets, None, 0.0)
 
+    def cross_entropy(self, outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+        """Summed over images. The true class weighs all of it: PyTorch weighs what is spread by its goal."""
+        losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
+        if weights is not None:
+            losses = losses * weights[targets.clamp_min(0)]
+        return self.total(losses, targets)
+
     @staticmethod
-    def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-        """Summed over images."""
-        return F.cross_entropy(outputs, targets, weights, reduction="sum", label_smoothing=smoothing)
+    def total(losses: Tensor, targets: Tensor) -> Tensor:
+        return losses.sum()
 
 
 class Head:

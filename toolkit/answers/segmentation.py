@@ -78,10 +78,7 @@ class PixelObjective(SoftmaxObjective):
     """Cross-entropy of logits (N, K, H, W) and masks (N, H, W): the mean over an image's known pixels."""
 
     @staticmethod
-    def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-        losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
-        if weights is not None:  # by the true class: PyTorch weighs what is spread by where it goes, rare classes most
-            losses = losses * weights[targets.clamp_min(0)]
+    def total(losses: Tensor, targets: Tensor) -> Tensor:
         known = (targets != NO_LABEL).flatten(1).sum(1).clamp_min(1)
         return (losses.flatten(1).sum(1) / known).sum()
 
@@ -135,8 +132,11 @@ class PixelHead(Head):
         maps = {image: answers for _, image, answers in worst}
         return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), maps=maps)
 
-    # The start is judged by whole masks, as training is, and neighbours of single pixels say nothing of masks.
-    score = knn_score = staticmethod(lambda *_: None)
+    def score(self, model, features, targets) -> None:
+        """None: the start is judged by whole masks, as training is."""
+
+    def knn_score(self, train_features, train_targets, features, targets) -> None:
+        """None: neighbours of single pixels say nothing of masks."""
 
     def constant_score(self, images: LabelledImages) -> float:
         pixels = images.targets.sum(0)
