@@ -961,10 +961,10 @@ def finish(run: "FineTuning") -> dict[str, Any]:
     """Calibrate the adapter that is kept, evaluate it once more, and write and print the results."""
     manager = LoRAManager(run.model)
     path = run.path("lora.pth")
-    kept = {"epoch": len(run.history)}
+    kept = {"epoch": len(run.history), "kept_share": run.wise_ft.share}
     with run.kept_weights():
         if run.args.keep_best:
-            kept = manager.load_lora_checkpoint(path)
+            kept |= manager.load_lora_checkpoint(path)
         if "temperature" in kept:  # a run that was killed behind this had calibrated it
             run.task.take_chosen(kept)
         elif run.calibrate() and distributed.is_main():
@@ -972,7 +972,7 @@ def finish(run: "FineTuning") -> dict[str, Any]:
         result = run.evaluate(run.loaders.val)
         if not distributed.is_main():
             return {}
-        return reports.write_finetuning(run, result, kept["epoch"], count_parameters(run.model))
+        return reports.write_finetuning(run, result, kept, count_parameters(run.model))
 
 
 class FineTuning(RunState):

@@ -477,3 +477,20 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     again = finetune(f"{options} --resume")
     assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
     assert again["kept_epoch"] == kept
+
+
+@pytest.mark.parametrize("options", ["", "--resume"])
+def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, monkeypatch, options):
+    """The second epoch harms, so that nothing of it would be kept; the first is the best, however often it is told."""
+    with_answers(monkeypatch, torch.tensor([0, 1, 2]), [[0, 1, 2], [0, 1, 1]])
+    real = FineTuning.evaluate_watched
+
+    def evaluate_watched(run, divisor=1):
+        return real(run, divisor)._replace(accuracy=0.9 if len(run.history) == 1 else 1.0)
+
+    monkeypatch.setattr(FineTuning, "evaluate_watched", evaluate_watched)
+    results = finetune("--keep-best accuracy")
+    if options:
+        results = finetune(f"--keep-best accuracy {options}")
+    assert results["kept_epoch"] == 1
+    assert results["kept_share"] == 7 / 12  # of seven images of each class

@@ -100,8 +100,7 @@ def choose_learning_rate(
             return state["config"]["finetune"]["learning_rate"], args.resume
         run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
         trials = [Trial(*trial) for trial in state["trials"]]
-    over = f"over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs, {over}")
+    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs over at most {SEARCH_IMAGES:,} images")
     columns = ("learning_rate", f"val_{task.score}", "val_loss")
     for rate in rates[len(trials) :]:
         try:
