@@ -18,7 +18,7 @@ from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
-from toolkit.answers.tasks import Classification
+from toolkit.answers.tasks import Classification, Regression
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -210,6 +210,16 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert not guard_of(1000, [0.3, 0.24]).is_recoverable and guard_of(1000, [0.3, 0.285]).is_recoverable
     judge = guard_of(4, [1.0], classes=2)
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
+
+
+@pytest.mark.parametrize(("start", "score", "collapsed"), [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)])
+def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start, score, collapsed):
+    """Their R2 is about 0, above or below."""
+    targets = torch.linspace(-1, 1, 128, dtype=torch.float64)[:, None]
+    watched = LabelledImages([None] * 128, [0] * 128, targets=targets)
+    judge = Guard(Regression(["age"], targets), watched, watched)
+    judge.scores = [start]
+    assert judge.has_collapsed(score, loss=1 - score) == collapsed
 
 
 def test_a_loss_that_explodes_is_seen_within_the_epoch():
