@@ -212,7 +212,9 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
 
 
-@pytest.mark.parametrize(("start", "score", "collapsed"), [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)])
+@pytest.mark.parametrize(
+    ("start", "score", "collapsed"), [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)]
+)
 def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start, score, collapsed):
     """Their R2 is about 0, above or below."""
     targets = torch.linspace(-1, 1, 128, dtype=torch.float64)[:, None]

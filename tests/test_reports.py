@@ -401,7 +401,7 @@ def test_the_gain_is_over_the_linear_probe(probe, gained):
 
 @pytest.mark.parametrize(
     ("chosen_by", "remedy"),
-    [({}, "--learning-rate auto"), ({"learning rate": "trials on a part of the training images"}, "--lora-rank 0")],
+    [({}, "--learning-rate auto"), ({"learning rate": "trials"}, "--lora-rank 0 --freeze-backbone")],
 )
 def test_a_run_below_its_probe_is_told_what_it_has_not_tried(chosen_by, remedy):
     assert judged(0.90, chosen_by=chosen_by).next_step == f"the same command with {remedy}"

@@ -62,7 +62,8 @@ def judge(
     gain = f"{factor * (results[f'val_{score}'] - probe):+.2g}{unit} against the linear probe"
     low, high = interval
     if probe > high:
-        other = "--lora-rank 0" if "learning rate" in results.get("chosen_by", {}) else "--learning-rate auto"
+        is_searched = "learning rate" in results.get("chosen_by", {})
+        other = "--lora-rank 0 --freeze-backbone" if is_searched else "--learning-rate auto"
         return Verdict(f"{gain}: it is below it, beyond chance", limits, f"the same command with {other}")
     if probe < low:
         return Verdict(f"{gain}, more than chance explains", limits, next_step)
