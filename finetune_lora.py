@@ -911,8 +911,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
             title = f"epoch {epoch}/{args.epochs}"
-            total = len(run.splits.train)
-            bar = runs.progress_bar(title=title, total=total, initial=progress.images, unit="img", leave=False)
+            bar = runs.progress_bar(title=title, total=len(run.splits.train), initial=progress.images, unit="img")
             with progress.timed(), bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
@@ -963,6 +962,8 @@ def finish(run: "FineTuning") -> dict[str, Any]:
     manager = LoRAManager(run.model)
     path = run.path("lora.pth")
     kept = {"epoch": len(run.history), "kept_share": run.wise_ft.share}
+    if run.args.keep_best:
+        run.wise_ft.share = 0.0  # of what the last epoch has changed, the file may have nothing
     with run.kept_weights():
         if run.args.keep_best:
             kept |= manager.load_lora_checkpoint(path)

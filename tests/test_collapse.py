@@ -491,18 +491,20 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     assert again["kept_epoch"] == kept
 
 
-@pytest.mark.parametrize("options", ["", "--resume"])
-def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, monkeypatch, options):
-    """The second epoch harms, so that nothing of it would be kept; the first is the best, however often it is told."""
+@pytest.mark.parametrize("harmful", [1, 2])
+@pytest.mark.parametrize("options", ["", "--norms train"])
+def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, monkeypatch, harmful, options):
+    """The first epoch is the best, whether nothing of it is kept or of the second; so it is where the run goes on."""
     with_answers(monkeypatch, torch.tensor([0, 1, 2]), [[0, 1, 2], [0, 1, 1]])
-    real = FineTuning.evaluate_watched
+    real, begin_epoch = FineTuning.evaluate_watched, FineTuning.begin_epoch
 
     def evaluate_watched(run, divisor=1):
-        return real(run, divisor)._replace(accuracy=0.9 if len(run.history) == 1 else 1.0)
+        return real(run, divisor)._replace(accuracy=0.9 if len(run.history) == harmful - 1 and started else 1.0)
 
+    started = []
     monkeypatch.setattr(FineTuning, "evaluate_watched", evaluate_watched)
-    results = finetune("--keep-best accuracy")
-    if options:
-        results = finetune(f"--keep-best accuracy {options}")
-    assert results["kept_epoch"] == 1
-    assert results["kept_share"] == 7 / 12  # of seven images of each class
+    monkeypatch.setattr(FineTuning, "begin_epoch", lambda run: started.append(run) or begin_epoch(run))
+    for again in ("", "--resume"):
+        results = finetune(f"--keep-best accuracy {options} {again}")
+        assert results["kept_epoch"] == 1
+        assert results["kept_share"] == (0 if harmful == 1 else 7 / 12)  # of seven images of each class

@@ -28,7 +28,7 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
     """
     redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
     interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
-    options = {"mininterval": interval, "leave": batches is None, "disable": not distributed.is_main(), **options}
+    options = {"mininterval": interval, "leave": False, "disable": not distributed.is_main(), **options}
     return tqdm(batches, title, **options)
 
 
