@@ -110,17 +110,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         images, where, result = _evaluated(args, task, model, about, make_loader)
-        has_maps = task.kind == "classification" and block_names(model)
-        explainer = _explainer(args, model, about) if has_maps else None
+        explainer = _explainer(args, model, about) if task.kind == "classification" and block_names(model) else None
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
+    page = args.adapter.with_name(f"{args.adapter.stem}_evaluation.html")
     if args.output is not None:
         files.write_text(json.dumps(results, indent=2), args.output)
         comparison.write_answers(report.answer_columns(), images, args.output)
-    beside = args.adapter.with_name(f"{args.adapter.stem}_evaluation")
-    page = (args.output or beside).with_suffix(".html")
+        page = args.output.with_suffix(".html")
     rows = [("adapter", str(args.adapter)), ("images", where), *report.rows(), ("loss", f"{result.loss:.4f}")]
     print(reports.table([*rows, *report.printed()]))
     with tempfile.TemporaryDirectory() as folder:
@@ -591,8 +590,9 @@ def card(args: argparse.Namespace) -> str:
     results = {}
     if beside.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
         results = comparison.read_results(beside)
-        if changed_settings(results.get("config") or {}, metadata.get("config") or {}, FREE_TO_CHANGE):
-            raise InputError(f"{beside} is of another run than {args.adapter}: move one of them")
+        differing = changed_settings(results.get("config") or {}, metadata.get("config") or {}, FREE_TO_CHANGE)
+        if differing or results.get("adapter_bytes") != args.adapter.stat().st_size:
+            raise InputError(f"{beside} is of another run or file than {args.adapter}: move one of them")
     name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
     text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
     if args.output is not None:
@@ -609,7 +609,7 @@ def push(args: argparse.Namespace) -> str:
         raise InputError("push needs huggingface_hub: pip install huggingface_hub") from None
     sent = {args.adapter.name: args.adapter, "README.md": card(args).encode()}
     page = args.adapter.with_name("report.html")
-    if page.exists():
+    if page.exists() and "thresholds chosen" not in read_adapter_file(args.adapter)["metadata"]:  # as for the card
         sent[page.name] = page
     hub = HfApi()
     try:

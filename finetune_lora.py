@@ -842,6 +842,8 @@ def settle_adapt_last(args: FineTuneOptions, whole: "FineTuning") -> FineTuneOpt
     """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
     whole.start()
     number = initialization.blocks_with_most(whole.model, whole.gradient_energies)
+    if number is None and args.cache_features != "none":
+        raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
     part = "all layers" if number is None else f"the last {number} of {len(block_names(whole.model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
     return replace(args, adapt_last=number)
@@ -855,14 +857,15 @@ def search_learning_rate(
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
+    epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
+    own = replace(args, epochs=epochs, wise_ft=wise_ft)
     features = None  # of the first trial, for all of them
     cached = None
 
-    def train_at(rate: float, epochs: int) -> dict[str, float]:
+    def train_at(rate: float) -> dict[str, float]:
         nonlocal features, cached
         end_workers(opened)  # the last trial's
         devices.seed_everything(args.seed)
-        own = replace(args, epochs=epochs, wise_ft=wise_ft)
         model, report = build_model(own, plan.dtype, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
         devices.place(model, plan.device)
@@ -872,12 +875,10 @@ def search_learning_rate(
         train(trial)
         return trial.history[-1]
 
-    epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
     steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
-    trial_args = replace(args, epochs=epochs)
     found = search.choose_learning_rate(
         train_at,
-        search.rates_that_differ(lambda rate: rate / optim.run_divisor(trial_args, rate, steps)),
+        search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps)),
         task,
         args,
         epochs=epochs,
@@ -910,8 +911,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
             title = f"epoch {epoch}/{args.epochs}"
-            total = len(run.splits.train)
-            bar = runs.progress_bar(title=title, total=total, initial=progress.images, unit="img", leave=False)
+            bar = runs.progress_bar(title=title, total=len(run.splits.train), initial=progress.images, unit="img")
             with progress.timed(), bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
@@ -961,10 +961,12 @@ def finish(run: "FineTuning") -> dict[str, Any]:
     """Calibrate the adapter that is kept, evaluate it once more, and write and print the results."""
     manager = LoRAManager(run.model)
     path = run.path("lora.pth")
-    kept = {"epoch": len(run.history)}
+    kept = {"epoch": len(run.history), "kept_share": run.wise_ft.share}
+    if run.args.keep_best:
+        run.wise_ft.share = 0.0  # of what the last epoch has changed, the file may have nothing
     with run.kept_weights():
         if run.args.keep_best:
-            kept = manager.load_lora_checkpoint(path)
+            kept |= manager.load_lora_checkpoint(path)
         if "temperature" in kept:  # a run that was killed behind this had calibrated it
             run.task.take_chosen(kept)
         elif run.calibrate() and distributed.is_main():
@@ -972,7 +974,7 @@ def finish(run: "FineTuning") -> dict[str, Any]:
         result = run.evaluate(run.loaders.val)
         if not distributed.is_main():
             return {}
-        return reports.write_finetuning(run, result, kept["epoch"], count_parameters(run.model))
+        return reports.write_finetuning(run, result, kept, count_parameters(run.model))
 
 
 class FineTuning(RunState):

@@ -182,7 +182,7 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     The inputs' covariances are estimated from the batches, without which nothing follows. `required` raises InputError
     if there is no BatchNorm to follow.
     """
-    norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm)}
+    norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm) and conv.r > 0}
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
     batches = list(batches) if norm_of else []

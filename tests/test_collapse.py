@@ -18,7 +18,7 @@ from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
-from toolkit.answers.tasks import Classification
+from toolkit.answers.tasks import Classification, Regression
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -210,6 +210,18 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert not guard_of(1000, [0.3, 0.24]).is_recoverable and guard_of(1000, [0.3, 0.285]).is_recoverable
     judge = guard_of(4, [1.0], classes=2)
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
+
+
+@pytest.mark.parametrize(
+    ("start", "score", "collapsed"), [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)]
+)
+def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start, score, collapsed):
+    """Their R2 is about 0, above or below."""
+    targets = torch.linspace(-1, 1, 128, dtype=torch.float64)[:, None]
+    watched = LabelledImages([None] * 128, [0] * 128, targets=targets)
+    judge = Guard(Regression(["age"], targets), watched, watched)
+    judge.scores = [start]
+    assert judge.has_collapsed(score, loss=1 - score) == collapsed
 
 
 def test_a_loss_that_explodes_is_seen_within_the_epoch():
@@ -477,3 +489,22 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     again = finetune(f"{options} --resume")
     assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
     assert again["kept_epoch"] == kept
+
+
+@pytest.mark.parametrize("harmful", [1, 2])
+@pytest.mark.parametrize("options", ["", "--norms train"])
+def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, monkeypatch, harmful, options):
+    """The first epoch is the best, whether nothing of it is kept or of the second; so it is where the run goes on."""
+    with_answers(monkeypatch, torch.tensor([0, 1, 2]), [[0, 1, 2], [0, 1, 1]])
+    real, begin_epoch = FineTuning.evaluate_watched, FineTuning.begin_epoch
+
+    def evaluate_watched(run, divisor=1):
+        return real(run, divisor)._replace(accuracy=0.9 if len(run.history) == harmful - 1 and started else 1.0)
+
+    started = []
+    monkeypatch.setattr(FineTuning, "evaluate_watched", evaluate_watched)
+    monkeypatch.setattr(FineTuning, "begin_epoch", lambda run: started.append(run) or begin_epoch(run))
+    for again in ("", "--resume"):
+        results = finetune(f"--keep-best accuracy {options} {again}")
+        assert results["kept_epoch"] == 1
+        assert results["kept_share"] == (0 if harmful == 1 else 7 / 12)  # of seven images of each class

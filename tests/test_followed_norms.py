@@ -286,6 +286,17 @@ def trained(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
+def test_a_batch_norm_behind_a_layer_that_is_only_stored_in_fewer_bits_has_nothing_to_follow(x, tmp_path):
+    """Its statistics are the base's, and no part of the file."""
+    model = add_lora_to_model(resnet(), r=2, adapt_last=1, use_qlora=True)
+    freeze_backbone_params(model)
+    follow_statistics(model, [x], required=True)
+    names = {name for name, module in model.named_modules() if module in followers(model)}
+    assert names and all(name.startswith("layer4") for name in names)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth")
+    assert all(name.startswith("layer4") for name in statistics(read_adapter_file(tmp_path / "lora.pth")["tensors"]))
+
+
 def test_a_network_without_such_batch_norms_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     add_lora_to_model(model, r=2, target_modules="0")

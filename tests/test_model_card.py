@@ -12,6 +12,9 @@ import torch
 import yaml
 
 import deploy_lora
+from finetune_lora import load_finetuned
+from lora.adapter_file import read_adapter_file, write_adapter_file
+from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.answers.model_card import write_card
 
@@ -47,8 +50,22 @@ def test_figures_of_another_run_are_refused(once, tmp_path):
     results = json.loads((once / "results.json").read_text())
     results["config"]["finetune"]["seed"] = 7
     (once / "results.json").write_text(json.dumps(results))
-    with pytest.raises(InputError, match="is of another run than"):
+    with pytest.raises(InputError, match="is of another run or file than"):
         deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(tmp_path / "README.md")])
+
+
+@pytest.mark.parametrize("way", ["an adapter of an own loop", "trained on", "results of evaluate"])
+def test_figures_of_another_adapter_are_refused(once, tmp_path, way):
+    """Of one whose file says nothing of a run, or still says what it was loaded with; and of no run."""
+    model, info = load_finetuned(once / "lora.pth")
+    if way == "results of evaluate":
+        deploy_lora.main(["evaluate", str(once / "lora.pth"), "--output", str(once / "results.json")])
+    if way == "trained on":
+        model.encoder.ln.weight.data += 1
+    kept = {key: value for key, value in info.items() if key not in ("transform", "config")}
+    LoRAManager(model).save_lora_checkpoint(once / "other.pth", kept if way == "an adapter of an own loop" else None)
+    with pytest.raises(InputError, match="is of another run or file than"):
+        deploy_lora.main(["card", str(once / "other.pth"), "--output", str(tmp_path / "README.md")])
 
 
 @pytest.fixture
@@ -104,6 +121,14 @@ def test_push_sends_adapter_card_and_page(server, once, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"sent lora.pth, README.md, report.html to {address}"
     assert "secret" not in out
+
+
+def test_push_sends_no_figures_of_other_thresholds(server, once):
+    content = read_adapter_file(once / "lora.pth")
+    content["metadata"]["thresholds chosen"] = "for f1, in list.csv"
+    write_adapter_file(content, once / "other.pth")
+    deploy_lora.main(["push", str(once / "other.pth"), "me/flowers"])
+    assert server.files.keys() == {"other.pth", "README.md"}
 
 
 def test_a_refused_push_is_one_line(server, once):

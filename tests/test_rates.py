@@ -11,7 +11,7 @@ from finetune_lora import FineTuning
 from tests.run_folders import assert_same_tensors, metrics, rows_of
 from toolkit import InputError
 from toolkit.answers.tasks import Classification, Regression
-from toolkit.run import optim, training
+from toolkit.run import optim, reports, training
 from toolkit.run.options import FineTuneOptions
 from toolkit.run.search import RATES, Trial, choose
 
@@ -162,6 +162,15 @@ def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
     assert {rate for name, rate in rates.items() if "heads" in name} == {results["head_learning_rate"]} == {1e-4}
     [row] = metrics(results["folder"])
     assert [row["learning_rate"], row["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
+
+
+@pytest.mark.parametrize(("options", "remedy"), [("", "--lora-init random"), ("--lora-rank 0", "--head-init random")])
+def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, monkeypatch, options, remedy):
+    """Without adapters there is nothing that --lora-init could start: it is refused."""
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 80)
+    told = reports.describe_rates(start(options))
+    assert f"so few steps cannot correct what a high rate does ({remedy}: as typed)" in told
+    assert start(f"{options} {remedy}").rate == 1e-2
 
 
 # ----------------------------------------------------------------------------------------------------------- the search

@@ -399,6 +399,14 @@ def test_the_gain_is_over_the_linear_probe(probe, gained):
     assert judged(probe).gained == gained
 
 
+@pytest.mark.parametrize(
+    ("chosen_by", "remedy"),
+    [({}, "--learning-rate auto"), ({"learning rate": "trials"}, "--lora-rank 0 --freeze-backbone")],
+)
+def test_a_run_below_its_probe_is_told_what_it_has_not_tried(chosen_by, remedy):
+    assert judged(0.90, chosen_by=chosen_by).next_step == f"the same command with {remedy}"
+
+
 def test_points_are_of_scores_in_per_cent():
     results = {"val_r2": 0.5, "probe_r2_before": 0.25, "val_r2_interval": (0.4, 0.6), "task": "regression"}
     results |= {"learning_rate": 1, "head_learning_rate": 1, "val_images": 9, "epochs": 0}

@@ -252,6 +252,13 @@ def test_evaluation_writes_its_page_alone(finished, images):
     assert {path.name for path in {*folder.iterdir()} - before.keys()} == {"lora_evaluation.html"}
 
 
+def test_files_whose_names_have_a_version_have_a_page_each(once, images):
+    for name in ("lora.v2", "lora.v3"):
+        shutil.copy(once / "lora.pth", once / f"{name}.pth")
+        deploy_lora.main(["evaluate", str(once / f"{name}.pth"), str(images / "val"), "--device", "cpu"])
+        assert (once / f"{name}_evaluation.html").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole_vit_mini")
 def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, monkeypatch):

@@ -206,6 +206,15 @@ def test_with_cached_features_the_chosen_blocks_start_by_themselves(finetune, mo
     )
 
 
+def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
+    """They would be those of the adapters' start, so that no adapter would train."""
+    monkeypatch.setattr(initialization, "MOST", 1.1)  # which no number of blocks has
+    finetune("--adapt-last auto --epochs 1 --labels-per-class 2")
+    with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
+        finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
+    assert not (tmp_path / "cached").exists()
+
+
 def test_a_run_starts_as_one_that_adapts_more(start):
     whole = start()
     whole.start()

@@ -157,12 +157,11 @@ class Guard:
         In the first half of a run nine tenths. On very few images no loss of accuracy exceeds two standard errors:
         there a score no better than a constant answer's, with a higher loss, counts as a collapse too.
         """
-        if not math.isfinite(loss):
-            return True
         best = max(self.scores, default=0.0)
-        useless = best > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
-        is_early = 2 * len(self.scores) <= self.epochs
-        return useless or self._lost(score, EARLY_LOST_SHARE if is_early else LOST_SHARE, errors=2)
+        least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
+        useless = least > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
+        share = EARLY_LOST_SHARE if 2 * len(self.scores) <= self.epochs else LOST_SHARE
+        return useless or not math.isfinite(loss) or self._lost(score, share, errors=2)
 
     def is_barren(self, trained: Answers, divisor: float) -> bool:
         """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""

@@ -92,7 +92,8 @@ def describe_rates(run: FineTuned) -> str:
         reported.append(f"norms {short_rate(run.rate)}")
     if run.rate < run.plan.learning_rate:
         asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of {short_rate(run.plan.learning_rate)}"
-        why = "so few steps cannot correct what a high rate does (--lora-init random: as typed)"
+        remedy = "--head-init random" if run.adapter_rate is None else "--lora-init random"
+        why = f"so few steps cannot correct what a high rate does ({remedy}: as typed)"
         if run.guard.retreats:
             why = "lowered where training collapsed or gained nothing"
         reported[-1] += f"{asked}: {why}"
@@ -138,28 +139,30 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
         "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
         "lora": lora_options(run.args),
         "epoch": len(run.history),
+        "kept_share": run.wise_ft.share,
         score: last,
         "config": run.identity["config"],
         **({} if task is None else {"task": task}),
     }
 
 
-def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
+def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
     """Write and print the results of a fine-tuning, and return the content of `results.json`.
 
     Args:
-        result: the answers for the evaluation images of the model that was saved after `kept_epoch`, as it is now.
+        result: the answers for the evaluation images of the model that was saved, as it is now.
+        kept: its `epoch` and `kept_share`.
         counts: its parameters, as `count_parameters` gives them.
     """
     normalization = run.plan.normalization
     report = run.task.report(result, run.splits.val.clusters())
     results = {
-        **_scores(run, result, report.figures(), kept_epoch),
+        **_scores(run, result, report.figures(), kept["epoch"]),
         "learning_rate": run.plan.learning_rate,
         "head_learning_rate": run.rate,
         "adapter_learning_rate": run.adapter_rate,
         "chosen_by": _chosen_by(run),
-        "kept_share": run.wise_ft.share,
+        "kept_share": kept["kept_share"],
         "retreats": run.guard.retreats,
         "epochs": len(run.history),
         "seconds": sum(row["seconds"] for row in run.history) + run.guard.lost_seconds,
@@ -317,9 +320,8 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
     rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
     if (share := results["kept_share"]) < 1:
         start = "start" if probe is None else "probe"
-        rows.append(
-            ("saved weights", f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)")
-        )
+        way = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
+        rows.append(("saved weights", way))
     memory = "not known on this system"
     if results["peak_memory_bytes"]:
         whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch

@@ -143,9 +143,8 @@ class RunState:
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
         """Within this block stop requests are noted; one that is raised saves the state, and says where."""
-        settings = self.identity["config"]
         tracker = self.args.tracker if distributed.is_main() else None
-        with self.stop, loggers.opened(tracker, self.args.output_dir, settings) as self.log:
+        with self.stop, loggers.opened(tracker, self.args.output_dir, self.identity["config"]) as self.log:
             try:
                 yield
                 self.stop.check()  # a request that came after the last step

@@ -28,7 +28,7 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
     """
     redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
     interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
-    options = {"mininterval": interval, "leave": batches is None, "disable": not distributed.is_main(), **options}
+    options = {"mininterval": interval, "leave": False, "disable": not distributed.is_main(), **options}
     return tqdm(batches, title, **options)
 
 
@@ -154,8 +154,7 @@ def run_script(main: Callable[[], Any]) -> None:
     except InputError as error:
         sys.stdout.flush()
         if distributed.claim_report():
-            # A DataLoader worker's error arrives with the worker's traceback as text before the message.
-            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)  # of a worker, too
         if hasattr(signal, "SIGCHLD"):  # if a loading process was killed, PyTorch's handler would raise on the way out
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.exit(2)

@@ -69,7 +69,7 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
 
 
 def choose_learning_rate(
-    train: Callable[[float, int], dict[str, float]],
+    train: Callable[[float], dict[str, float]],
     rates: Sequence[float],
     task: Task,
     args: RunOptions,
@@ -83,8 +83,8 @@ def choose_learning_rate(
     --output-dir receives `last.pth` after each trial, and `learning_rates.csv` at the end.
 
     Args:
-        train: trains at a rate for a number of epochs, and returns the row of the last one, with the task's score, as
-            `val_accuracy`, and `val_loss`. Raises Collapsed if the training collapses.
+        train: trains at a rate, and returns the row of the last epoch, with the task's score, as `val_accuracy`, and
+            `val_loss`. Raises Collapsed if the training collapses.
         rates: to try: see `rates_that_differ`.
         epochs: of a trial.
         images: the number of images on which trials are judged.
@@ -100,12 +100,11 @@ def choose_learning_rate(
             return state["config"]["finetune"]["learning_rate"], args.resume
         run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
         trials = [Trial(*trial) for trial in state["trials"]]
-    over = f"over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs, {over}")
+    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs over at most {SEARCH_IMAGES:,} images")
     columns = ("learning_rate", f"val_{task.score}", "val_loss")
     for rate in rates[len(trials) :]:
         try:
-            row = train(rate, epochs)
+            row = train(rate)
             trials.append(Trial(rate, row[columns[1]], row["val_loss"]))
         except Collapsed:
             trials.append(Trial(rate, 0.0, math.inf))

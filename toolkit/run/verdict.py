@@ -31,7 +31,6 @@ def judge(
     """
     score = task.score
     factor, _ = task.axis  # 100: differences are points
-    after = results[f"val_{score}"]
     probe = results[f"probe_{score}_before"]
     interval = results[f"val_{score}_interval"]
     is_rising = _rises([row[f"val_{score}"] for row in history], probe)
@@ -61,10 +60,12 @@ def judge(
         return Verdict("there is no linear probe to compare it with", limits, next_step)
 
     unit = " points" if factor == 100 else ""
-    gain = f"{factor * (after - probe):+.2g}{unit} against the linear probe"
+    gain = f"{factor * (results[f'val_{score}'] - probe):+.2g}{unit} against the linear probe"
     low, high = interval
     if probe > high:
-        return Verdict(f"{gain}: it is below it, beyond chance", limits, "the same command with --learning-rate auto")
+        is_searched = "learning rate" in results.get("chosen_by", {})
+        other = "--lora-rank 0 --freeze-backbone" if is_searched else "--learning-rate auto"
+        return Verdict(f"{gain}: it is below it, beyond chance", limits, f"the same command with {other}")
     if probe < low:
         return Verdict(f"{gain}, more than chance explains", limits, next_step)
     if images_per_class < FEW_IMAGES:
