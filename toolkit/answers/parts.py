@@ -123,9 +123,6 @@ class Head:
     temperature = 1.0  # what the outputs were divided by at the end of the run
     output_name = "logits"  # of what `output_layer` makes of the outputs
     answers: Callable[[Tensor, Tensor], Answers]  # of outputs and targets
-    score: Callable[[nn.Module, Tensor, Tensor], float | None]  # of its answers for features; None: ask `evaluate`
-    # Of answers taken from the most similar training images, by their features and those of others; None: there is none
-    knn_score: Callable[[Tensor, Tensor, Tensor, Tensor], float | None]
     constant_score: Callable[[LabelledImages], float]  # of the best answer that is the same for all images
     # Set the head to the linear probe of features, targets, views and clusters as `fit_linear_probe` takes them
     start: Callable[..., probe.Probe]
@@ -141,6 +138,12 @@ class Head:
     def evaluate(self, model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Answers:
         """The answers of a model over a loader."""
         return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
+
+    def score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:
+        """Of the head's answers for features; None: ask `evaluate`."""
+
+    def knn_score(self, train_features, train_targets, features, targets) -> float | None:
+        """Of answers taken from the most similar training images; None: they say nothing."""
 
     def features(
         self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, images: int

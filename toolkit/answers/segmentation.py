@@ -132,12 +132,6 @@ class PixelHead(Head):
         maps = {image: answers for _, image, answers in worst}
         return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), maps=maps)
 
-    def score(self, model, features, targets) -> None:
-        """None: the start is judged by whole masks, as training is."""
-
-    def knn_score(self, train_features, train_targets, features, targets) -> None:
-        """None: neighbours of single pixels say nothing of masks."""
-
     def constant_score(self, images: LabelledImages) -> float:
         pixels = images.targets.sum(0)
         return (pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
