@@ -195,8 +195,7 @@ class LoRAManager:
                 adapters were merged.
 
         Raises:
-            InputError: layers are in 4 or 16 bits and `merge` is false: their float weights are gone. The model is
-                unchanged.
+            InputError: without `merge`, for layers in 4 or 16 bits: their float weights are gone. Nothing is changed.
         """
         layers = adapted_layers(self.model)
         stored = dict(layers)

@@ -446,8 +446,7 @@ def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape
 def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
     """The gradients of A, of sB and, if needed, of the adapter's input.
 
-    All of them go through r channels, but for groups > 1: these would need groups * r, and the dense gradient is
-    smaller.
+    All of them go through r channels, but for groups > 1: the dense gradient is smaller than groups * r channels.
     """
     if geometry.groups > 1:
         kernel = (sB @ A).view(shape)

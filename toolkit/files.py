@@ -259,8 +259,7 @@ _LARGEST_TUPLE = 10_000_000
 def _check_pickle(file: IO[bytes]) -> set[str]:
     """Walk through the next pickle in `file` without loading it; return the classes and functions that it names.
 
-    Raises _Refused for a tuple whose hash, as a key of a dictionary, would overflow the stack and end the process, or
-    take for ever.
+    Raises _Refused for a tuple whose hash, as a dictionary's key, would overflow the stack or take for ever.
 
     A tuple's size here doubles with every level of nesting, and counts repeated values again. `stack` holds the sizes
     of the values that an unpickler would have on its stack; None is a mark.

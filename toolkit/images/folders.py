@@ -170,8 +170,7 @@ def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
     """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
 
-    Links are followed. What is no image is counted in `others`, by suffix. Raises InputError for a folder that cannot
-    be listed.
+    Links are followed. `others` counts what is no image, by suffix. Raises InputError for a folder it cannot list.
     """
     found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]

@@ -60,6 +60,7 @@ class Loaders:
         self.opened = opened
         self.meter = meter
         self.images = splits
+        self.image_size = image_size
         self.has_masks = isinstance(splits.train, masks.MaskedImages)
         normalization = plan.normalization
         if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
@@ -124,6 +125,8 @@ class Loaders:
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
+            if transform is self.eval_transform and images.targets.sum(1).max() > self.image_size**2:
+                loading["batch_size"] = 1  # a whole image may have thousands of pixels along each side
         self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
 
