@@ -16,7 +16,7 @@ from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.segmentation import Segmentation, pixel_figures, rare_class_weights
+from toolkit.answers.segmentation import Segmentation, _counted, pixel_figures, rare_class_weights
 from toolkit.devices import seed_everything
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.masks import collate_pairs, pair_transforms
@@ -315,8 +315,23 @@ def test_windows_cover_an_image_of_any_size(height, width):
         read.append((first, last))
         return image[:, first:last]
 
-    tops = [top for top, _ in dense.answers_by_rows(rows, height, width, 32, answer)]
-    assert tops == sorted(set(tops)) and read[-1][1] == height and all(last - first <= 32 for first, last in read)
+    parts = list(dense.answers_by_rows(rows, height, width, 32, answer))
+    assert sum(part.shape[1] for part in parts) == read[-1][1] == height
+    assert all(last - first <= 32 for first, last in read)
+
+
+def test_figures_of_rows_are_those_of_the_whole_image():
+    """What is counted part by part, for memory's sake, is what all logits at once have."""
+    torch.manual_seed(0)
+    logits, mask = torch.randn(3, 50, 20), torch.randint(3, (50, 20))
+    mask[40:] = NO_LABEL
+    *figures, answers = _counted(logits.split(7, 1), mask)
+    confusion, loss, bins = figures
+    known = mask != NO_LABEL
+    assert torch.equal(answers, logits.argmax(0).to(torch.uint8))
+    assert confusion.sum() == bins[:, 2].sum() == known.sum()
+    assert confusion.diagonal().sum() == (answers[known] == mask[known]).sum()
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[None], mask[None]).item())
 
 
 def test_windows_overlap_and_end_at_the_border():

@@ -59,10 +59,6 @@ class ClassHead(Head):
         fitted = probe.fit_linear_probe(features, targets, len(self.names), views, weights, clusters)
         return probe.set_head(model, fitted)
 
-    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
-        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.objective.label_smoothing)
-        return probe.choose_temperature(model, features, loss, features_train)
-
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
         return measures.fit_temperature(outputs, loss)

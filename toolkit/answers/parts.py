@@ -3,6 +3,7 @@
 CONTRIBUTING.md says how to add a task.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -126,8 +127,6 @@ class Head:
     constant_score: Callable[[LabelledImages], float]  # of the best answer that is the same for all images
     # Set the head to the linear probe of features, targets, views and clusters as `fit_linear_probe` takes them
     start: Callable[..., probe.Probe]
-    # For features, and whether they train: the temperature before training, as by `choose_temperature`
-    first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
     # A table of predictions, for outputs: what stands in each column, for each image
     columns: Callable[[Tensor], Mapping[str, Sequence[str]]]
 
@@ -154,6 +153,11 @@ class Head:
     def variance(self, score: float, images: int) -> float:
         """The square of the standard error of a score that is measured on so many images: here that of a share."""
         return score * (1 - score) / images
+
+    def first_temperature(self, model, features, targets, features_train: bool) -> probe.HeadTemperature:
+        """The temperature before training, by features, which are to train or not: see `choose_temperature`."""
+        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.objective.label_smoothing)
+        return probe.choose_temperature(model, features, loss, features_train)
 
     def soften(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature)

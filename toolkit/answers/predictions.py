@@ -183,7 +183,7 @@ class Maps:
         def read(first: int, last: int) -> Tensor:
             return self.transform(_image(scene.rows(first, last), scene))
 
-        for _, logits in answers_by_rows(read, scene.height, scene.width, self.window, self.answer):
+        for logits in answers_by_rows(read, scene.height, scene.width, self.window, self.answer):
             yield self._values(logits.movedim(0, 2))
 
     def _windows(self, scene: Scene) -> Iterator[np.ndarray]:

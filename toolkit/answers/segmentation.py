@@ -27,7 +27,7 @@ from toolkit.answers.report_page import drawn, html_picture, html_table, new_fig
 from toolkit.devices import autocast, to_device
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import coloured
-from toolkit.models.dense import answers_for, feature_maps, features_at
+from toolkit.models.dense import answers_by_rows, feature_maps, features_at
 
 PROBE_ROWS = 8_000  # pixels, at the most, that the head's start is fitted to, over all images and views
 LEAST_PIXELS = 8  # of each image among them
@@ -118,17 +118,20 @@ class PixelHead(Head):
         with evaluation.eval_mode(model):
             for images, masks in loader:
                 if torch.is_tensor(images) and set(images.shape[2:]) == {model.window}:
-                    answers: Iterable[Tensor] = answer(images)
+                    parts: Iterable = ([logits] for logits in answer(images))
                 else:
-                    answers = (answers_for(image, model.window, answer) for image in images)
-                for logits, mask in zip(answers, masks, strict=True):
+                    parts = (
+                        answers_by_rows(lambda a, b, image=image: image[:, a:b], *image.shape[1:], model.window, answer)
+                        for image in images
+                    )
+                for rows, mask in zip(parts, masks, strict=True):
                     image = len(counted) * distributed.world_size() + distributed.rank()
-                    counted.append(_counted(logits, mask.cpu()))
-                    worst.append((_share_right(counted[-1][0]), image, logits.argmax(0).to(torch.uint8)))
+                    *figures, answers = _counted(rows, mask.cpu())
+                    counted.append(figures)
+                    worst.append((_share_right(figures[0]), image, answers))
                     worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
         confusion, losses, bins = (distributed.interleave(torch.stack(column)) for column in zip(*counted, strict=True))
-        found = itertools.chain.from_iterable(distributed.gather(worst))
-        worst = sorted(found, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
         maps = {image: answers for _, image, answers in worst}
         return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), maps=maps)
 
@@ -195,21 +198,26 @@ class PixelHead(Head):
         found = probe.fit_linear_probe(features[kept], targets[kept], classes, views, clusters=of_rows[known])
         return probe.set_head(model, found._replace(held_out=None))
 
-    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
-        loss = functools.partial(F.cross_entropy, target=targets)  # which ignores NO_LABEL
-        return probe.choose_temperature(model, features, loss, features_train)
 
+def _counted(parts: Iterable[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The confusion matrix, mean loss and `PixelAnswers.bins` of an image's known pixels, and its answers (H, W).
 
-def _counted(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The confusion matrix, mean loss and `PixelAnswers.bins` of an image's known pixels, from logits (K, H, W)."""
-    classes = len(logits)
-    known = mask != NO_LABEL
-    truth = mask[known]
-    outputs = logits[:, known].T  # (pixels, K)
-    answers = outputs.argmax(1)
-    confusion = torch.bincount(truth * classes + answers, minlength=classes**2).view(classes, classes)
-    loss = F.cross_entropy(outputs, truth).double().nan_to_num()  # 0 for an image of which nothing is known
-    return confusion, loss, measures.calibration(outputs.softmax(1).amax(1), answers == truth)
+    `parts` are its logits (K, rows, W) from the top downwards: all at once they would fill the memory.
+    """
+    columns = []
+    for logits in parts:
+        rows, mask = mask.tensor_split((logits.shape[1],))
+        known = rows != NO_LABEL
+        truth = rows[known]
+        outputs = logits[:, known].T  # (pixels, K)
+        answers = outputs.argmax(1)
+        confusion = torch.bincount(truth * len(logits) + answers, minlength=len(logits) ** 2).view(2 * [len(logits)])
+        loss = F.cross_entropy(outputs, truth, reduction="sum").double()
+        bins = measures.calibration(outputs.softmax(1).amax(1), answers == truth)
+        columns.append((confusion, loss, bins, logits.argmax(0).to(torch.uint8)))
+    *figures, answers = zip(*columns, strict=True)
+    confusion, loss, bins = map(sum, figures)
+    return confusion, (loss / confusion.sum()).nan_to_num(), bins, torch.cat(answers)
 
 
 def _share_right(confusion: Tensor) -> float:

@@ -168,24 +168,20 @@ def window_starts(length: int, size: int) -> list[int]:
 
 def answers_by_rows(
     read: Callable[[int, int], Tensor], height: int, width: int, size: int, answer: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[int, Tensor]]:
-    """The answers for an image of any size, from its top downwards. Memory grows with its width alone.
+) -> Iterator[Tensor]:
+    """The logits (K, rows, width) for an image of any size, from its top downwards. Memory grows with its width alone.
 
     Args:
         read: of a first and a last row, exclusive, the normalised image, (C, rows, width).
         size: of the windows, in pixels.
-        answer: windows (n, C, size, size) -> logits (n, K, size, size). Where windows overlap, their weighted mean
-            counts.
-
-    Yields:
-        The first row of a part, and its logits (K, rows, width).
+        answer: windows (n, C, size, size) -> logits (n, K, size, size); where windows overlap, their weighted mean.
     """
     tops = window_starts(height, size)
     lefts = window_starts(width, size)
     side = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size)
     weights = side[:, None] * side  # how much a window counts at each of its pixels: less towards its borders
     sums = None
-    for number, top in enumerate(tops):
+    for top, end in zip(tops, [*tops[1:], height], strict=True):
         band = read(top, min(top + size, height))
         missing = (0, max(0, size - width), 0, max(0, size - height))
         band = F.pad(band[None], missing, mode="replicate")[0]  # a small image's border is repeated
@@ -198,16 +194,13 @@ def answers_by_rows(
             for left, window in zip(some, logits, strict=True):
                 sums[:, :, left : left + size] += window * weights
                 counts[:, left : left + size] += weights
-        is_last = number + 1 == len(tops)
-        done = height - top if is_last else tops[number + 1] - top
-        yield top, (sums[:, :done] / counts[:done])[:, :, :width]
-        if not is_last:
-            sums = F.pad(sums[:, done:], (0, 0, 0, done))
-            counts = F.pad(counts[done:], (0, 0, 0, done))
+        done = end - top
+        yield (sums[:, :done] / counts[:done])[:, :, :width]
+        sums = F.pad(sums[:, done:], (0, 0, 0, done))
+        counts = F.pad(counts[done:], (0, 0, 0, done))
 
 
 def answers_for(image: Tensor, size: int, answer: Callable[[Tensor], Tensor]) -> Tensor:
     """The logits (K, H, W) for an image (C, H, W) of any size: see `answers_by_rows`."""
     height, width = image.shape[1:]
-    parts = answers_by_rows(lambda first, last: image[:, first:last], height, width, size, answer)
-    return torch.cat([part for _, part in parts], 1)
+    return torch.cat(list(answers_by_rows(lambda first, last: image[:, first:last], height, width, size, answer)), 1)
