@@ -289,7 +289,7 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
         column = printable(titles[1])
         raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
     for row in rows:
-        if len(row) != 2:
+        if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
             line = f"the line '{printable(','.join(row))}' is not `path,\"a,b\"`"
             raise _error(path, f"{line}; put labels into quotation marks, or name columns first, as path,cat,dog")
     found = []
