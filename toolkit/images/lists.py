@@ -315,8 +315,7 @@ def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) 
 
     A label without a column is unknown; one that a list of names never names is no.
     """
-    surplus = sorted(set(targets.names) - set(names))
-    if surplus:
+    if surplus := sorted(set(targets.names) - set(names)):
         raise _error(path, f"it has {listed(surplus)}, which {other} lacks")
     missing = [name for name in names if name not in targets.names]
     if missing and targets.values.dtype == torch.float64:
