@@ -127,8 +127,7 @@ class Bands:
         """The chosen ones of an image's bands (H, W, bands), which have these names, or else numbers from 1."""
         if self.chosen:
             names = names or list(map(str, range(1, array.shape[2] + 1)))
-            missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
-            if missing:
+            if missing := sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index):
                 raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
             array = self.stacked(dict(zip(names, np.moveaxis(array, 2, 0), strict=True)), array.shape[:2])
         return self._checked(array)

@@ -156,8 +156,7 @@ def read_groups(path: Path, column: str) -> np.ndarray:
     titles, rows = _rows(path)
     place = _place_of(column, titles, path)
     _check_widths(path, titles, rows)
-    bare = [row[0] for row in rows if not row[place]]
-    if bare:
+    if bare := [row[0] for row in rows if not row[place]]:
         nothing = f"nothing in the column {printable(column)} for {listed(bare)}"
         raise _error(path, f"{nothing}; write a name, one of its own where the group is not known")
     return np.array([one_spelling(row[place]) for row in rows])

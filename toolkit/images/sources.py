@@ -293,6 +293,8 @@ def listed_images(
     targets = lists.read_targets(path, folder, task, **columns)
     if known:
         targets = lists.like(targets, known, path, other)
+    elif task == "multilabel" and not (targets.values == 0).any():  # every answer yes would be right
+        raise InputError(f"--data-list {path}: no answer is 0 for no; -1 and nothing are unknown")
     labels = [0] * len(targets.paths)
     if task == "multilabel":
         labels = splitting.strata(targets.values).tolist()

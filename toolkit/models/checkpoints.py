@@ -551,8 +551,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
-        better = [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]
-        if better:
+        if better := [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]:
             found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
         raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
     broken = []
