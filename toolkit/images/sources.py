@@ -379,8 +379,7 @@ def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
     if len(train) + len(val) > MOST_COMPARED:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
         return
-    found = folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
-    if found:
+    if found := folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist()):
         first, other = found[0]
         print(
             f"{len(found)} of {len(val)} evaluation images are copies of training images, "

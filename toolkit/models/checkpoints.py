@@ -522,6 +522,8 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     """
     if arch != "vit_small" or source.heads:
         return source.heads or backbones.default_heads(arch)
+    if "vit_small_patch16" in os.path.basename(source.path):  # timm's, as torchgeo names its files
+        return 6
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
