@@ -408,16 +408,11 @@ def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> I
         modules["predictor"] = [model.predictor]
     for part, tensors in parts.items():
         for module in modules.get(part, ()):
-            fits = _shapes(module.state_dict()) == _shapes(tensors)
+            fits = checkpoints.shapes_of(module.state_dict()) == checkpoints.shapes_of(tensors)
             if fits:
-                module.load_state_dict(tensors, strict=False)
+                module.load_state_dict(tensors)
         if part in modules:
             yield f"; {part} {'taken over' if fits else 'fresh'}"
-
-
-def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    """The shapes of tensors by name, without BatchNorm's counters, which some files lack."""
-    return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Optimizer:

@@ -351,6 +351,9 @@ IMAGES = [
     case("more parts than images", "finetune --folds 30", "21 images or groups are too few for 30 parts"),
     case("two evaluation parts", "finetune --folds 5 --eval-split validation", "--folds with --eval-split validation"),
     case("parts from elsewhere", "finetune --folds 5 --resume last.pth", "give --resume alone, and"),
+    case("labels of which none is no", "plain-finetune --task multilabel --data-list l.csv",
+         "l.csv: no answer is 0 for no; -1 and nothing are unknown",
+         files=classes("cat") | {"l.csv": "path,a,b\nmine/cat/0.png,1,-1\nmine/cat/1.png,-1,1\n"}),
     case("labels that are numbers", "plain-finetune --data-list l.csv", "l.csv: the labels are numbers, as 3.5",
          "use --task regression", files=classes("cat", count=4) | {
              "l.csv": "mine/cat/0.png,3.5\nmine/cat/1.png,2\nmine/cat/2.png,7\nmine/cat/3.png,1\n"}),

@@ -195,6 +195,42 @@ def test_an_rgb_png_of_16_bits_keeps_them():
     assert np.array_equal(decoded(content)[0], levels.astype(np.float32))
 
 
+def jpeg2000(levels: np.ndarray, bits: int) -> bytes:
+    """Levels in a JPEG 2000 file that says it has so many bits, as Sentinel-2's say 15. Pillow writes 8 or 16 alone."""
+    own = 8 * levels.dtype.itemsize
+    middle = levels.astype(int) + 2 ** (own - 1) - 2 ** (bits - 1)  # what is coded is the distance from the middle
+    content = bytearray(saved_by(Image.fromarray(middle.astype(levels.dtype)).save, "JPEG2000", irreversible=False))
+    content[content.find(b"\xff\x4f\xff\x51") + 42] = bits - 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 15, 16])
+def test_jpeg_2000_has_the_numbers_of_its_file(bits):
+    """Pillow shifts those of 15 bits to fill 16, which would double the reflectances of Sentinel-2's products."""
+    levels = np.random.RandomState(0).randint(0, 2**bits, (32, 32)).astype(np.uint16)
+    assert np.array_equal(decoded(jpeg2000(levels, bits))[0][..., 0], levels)
+
+
+def test_colours_of_jpeg_2000_that_pillow_would_cut_to_8_bits_are_refused():
+    content = bytearray(jpeg2000(np.zeros((32, 32, 4), np.uint8), 8))
+    assert decoded(bytes(content))[0].shape == (32, 32, 4)
+    content[content.find(b"\xff\x4f\xff\x51") + 42] = 11  # 12 bits
+    with pytest.raises(ValueError, match="JPEG 2000 of 12 bits"):
+        decoded(bytes(content))
+
+
+def test_a_channel_of_an_ome_tiff_whose_others_are_in_other_files_is_one_band():
+    """Read of its content alone, the channels that lie elsewhere would be bands of zeros."""
+    planes = [f'<TiffData FirstC="{c}" IFD="0"><UUID FileName="{c}.ome.tif">urn:{c}</UUID></TiffData>' for c in (0, 1)]
+    size = 'DimensionOrder="XYCZT" Type="uint16" SizeX="20" SizeY="16" SizeC="2" SizeZ="1" SizeT="1"'
+    about = f'<Image ID="i"><Pixels ID="p" {size}>{"".join(planes)}</Pixels></Image>'
+    about = f'<?xml version="1.0"?><OME UUID="urn:1">{about}</OME>'
+    content = saved_by(tifffile.imwrite, np.full((16, 20), 7, np.uint16), description=about, metadata=None)
+    assert tifffile.TiffFile(io.BytesIO(content)).is_ome
+    read, _ = decoded(content)
+    assert read.shape == (16, 20, 1) and (read == 7).all()
+
+
 def test_bands_are_picked_put_in_order_and_made_of_zeros():
     array = np.arange(16 * 20 * 12, dtype=np.float32).reshape(16, 20, 12)
     content = saved_by(np.save, array)

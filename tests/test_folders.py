@@ -80,6 +80,19 @@ def test_any_image_format_and_names_in_folders_will_do(tmp_path):
     assert [level(images[i][0].convert("RGB")) for i in range(2)] == [3, 200]
 
 
+def test_names_with_dots_have_their_own_labels(tmp_path):
+    """By webdataset's key, the name up to its first dot, `scan_0.1` and `scan_0.2` would share the last one's label."""
+    samples = {}
+    for name, label in (("scan_0.1", b"cat"), ("scan_0.2", b"dog"), ("x", b"cow")):
+        samples |= {f"{name}.jpg": jpeg(3), f"{name}.cls": label}
+    samples["x.left.jpg"] = jpeg(4)
+    write_shard(tmp_path / "one.tar", samples)
+    images, labels = shards.read_shards(tmp_path)
+    found = dict(zip(images.names, labels, strict=True))
+    assert found["one.tar/scan_0.1.jpg"] == "cat" and found["one.tar/scan_0.2.jpg"] == "dog"
+    assert found["one.tar/x.jpg"] == found["one.tar/x.left.jpg"] == "cow"
+
+
 def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     write_set(tmp_path, 120)
     images = sources.load_unlabelled(tmp_path)

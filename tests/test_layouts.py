@@ -243,6 +243,13 @@ def test_a_vit_comes_out_bit_for_bit_with_its_heads_and_guesses_are_told(case, v
 
 
 @pytest.mark.filterwarnings("error")
+def test_torchgeos_file_of_a_vit_small_is_named_as_timms_with_6_heads(vit, saved):
+    """Its positions are MoCo v3's, whose own ViT-S has 12: `--checkpoint sentinel2-vit-small` would have them."""
+    _, report = load_backbone(saved(vit, "vit_small_patch16_224_sentinel2_all_moco-67c9032d.pth"), num_classes=2)
+    assert report["heads"] == 6
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_name_of_timms_says_how_many_heads(saved):
     pytest.importorskip("timm")
     vit = without_head(build_backbone("timm:test_vit", 2).state_dict())

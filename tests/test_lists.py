@@ -158,6 +158,8 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path, problem):
     [
         ("multilabel", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put labels"),
         ("multilabel", "a.png\n", "the line 'a.png' is not"),
+        ("multilabel", "path,x\na.png,Mass|Edema\nb.png,Edema\n", "'a.png,Mass|Edema' is not `path,\"a,b\"`; put"),
+        ("multilabel", "a.png,Mass; Edema\n", "the line 'a.png,Mass; Edema' is not"),
         ("multilabel", "path,cat\na.png,yes\n", "the column cat says yes: write 1 for yes and 0 for no"),
         ("multilabel", "a.png,\n", "no image has a label"),
         ("multilabel", "Path,Sex,Edema\na.png,Male,1\n", "'Male' in the column Sex is not 1, 0, or -1"),

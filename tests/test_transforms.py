@@ -7,7 +7,9 @@ from PIL import Image
 from torchvision import transforms as T
 
 from benchmarks import loading
+from toolkit import InputError
 from toolkit.images import data, sources, transforms
+from toolkit.images.bands import open_image
 
 
 def pixel(image: Image.Image) -> tuple[int, int, int]:
@@ -38,6 +40,28 @@ def test_every_image_mode_becomes_rgb():
     assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
     palette.info["transparency"] = 1
     assert pixel(palette) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jp2"])
+def test_near_infrared_that_is_marked_as_transparency_is_left_out(tmp_path, suffix):
+    """GDAL marks the fourth band of 8 bits so; over white, vegetation would be pale."""
+    levels = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
+    Image.fromarray(levels).save(tmp_path / f"rgbn.{suffix}")
+    image = open_image(tmp_path / f"rgbn.{suffix}")
+    assert image.mode == "RGBA"
+    rgb = np.asarray(transforms.to_rgb(image))
+    assert np.array_equal(rgb, levels[..., :3])
+
+
+@pytest.mark.parametrize(
+    "levels", [np.float32([0, 1.02]), np.float32([-0.5, 0.5]), np.int32([0, 300]), np.int16([-9, 9])]
+)
+def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path, levels):
+    """One image of a set would be a hundred times as dark as the next, by its own largest number."""
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", levels[None])
+    with pytest.raises(InputError, match=r"a.tif: its numbers go from .* --scale and --bands 1,1,1"):
+        transforms.to_rgb(open_image(tmp_path / "a.tif"))
 
 
 def odd_files(folder) -> dict:

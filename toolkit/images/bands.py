@@ -127,8 +127,7 @@ class Bands:
         """The chosen ones of an image's bands (H, W, bands), which have these names, or else numbers from 1."""
         if self.chosen:
             names = names or list(map(str, range(1, array.shape[2] + 1)))
-            missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
-            if missing:
+            if missing := sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index):
                 raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
             array = self.stacked(dict(zip(names, np.moveaxis(array, 2, 0), strict=True)), array.shape[:2])
         return self._checked(array)
@@ -265,7 +264,18 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             array = _pixels(image)
+            if image.format == "JPEG2000":
+                array = _of_own_bits(array, content)
     return floats(array), names
+
+
+def _of_own_bits(levels: np.ndarray, content: bytes) -> np.ndarray:
+    """The numbers of a JPEG 2000 file. Pillow shifts those of fewer bits, as Sentinel-2's 15, to fill 8 or 16."""
+    depth = content[content.find(b"\xff\x4f\xff\x51") + 42]  # of the first band; 128 or more for numbers with a sign
+    bits = depth % 128 + 1
+    if depth >= 128 or bits > 8 * levels.itemsize:
+        raise ValueError(f"it is JPEG 2000 of {bits} bits in colours or with a sign, which lose some: write a TIFF")
+    return levels >> 8 * levels.itemsize - bits
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -289,7 +299,7 @@ def levels_of_tiff(content: bytes) -> np.ndarray:
         tifffile = import_tifffile()
     except ImportError as error:
         raise InputError(f"TIFF files need tifffile ({error}): pip install tifffile imagecodecs") from None
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
+    with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as file:  # OME's bands may be in other files
         if len(file.pages) > MOST_PAGES:
             raise ValueError(f"it has {len(file.pages)} pages, and at most {MOST_PAGES} are read")
         series = file.series[0]

@@ -59,11 +59,9 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise InputError(f"DICOM files need pydicom ({error}): pip install pydicom pylibjpeg[all]") from None
     dataset = pydicom.dcmread(io.BytesIO(content))
-    groups = [
-        *dataset.get("SharedFunctionalGroupsSequence", ()),
-        *dataset.get("PerFrameFunctionalGroupsSequence", ())[:1],
-    ]
-    for group, name in itertools.product(groups, ("PixelValueTransformationSequence", "FrameVOILUTSequence")):
+    shared = dataset.get("SharedFunctionalGroupsSequence", ())
+    own = dataset.get("PerFrameFunctionalGroupsSequence", ())[:1]
+    for group, name in itertools.product([*shared, *own], ("PixelValueTransformationSequence", "FrameVOILUTSequence")):
         for values in group.get(name, ()):  # of CT and MR in many frames
             dataset.update(values)
     array = pixel_array(dataset, index=0)

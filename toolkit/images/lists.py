@@ -156,8 +156,7 @@ def read_groups(path: Path, column: str) -> np.ndarray:
     titles, rows = _rows(path)
     place = _place_of(column, titles, path)
     _check_widths(path, titles, rows)
-    bare = [row[0] for row in rows if not row[place]]
-    if bare:
+    if bare := [row[0] for row in rows if not row[place]]:
         nothing = f"nothing in the column {printable(column)} for {listed(bare)}"
         raise _error(path, f"{nothing}; write a name, one of its own where the group is not known")
     return np.array([one_spelling(row[place]) for row in rows])
@@ -289,7 +288,7 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
         column = printable(titles[1])
         raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
     for row in rows:
-        if len(row) != 2:
+        if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
             line = f"the line '{printable(','.join(row))}' is not `path,\"a,b\"`"
             raise _error(path, f"{line}; put labels into quotation marks, or name columns first, as path,cat,dog")
     found = []
@@ -315,8 +314,7 @@ def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) 
 
     A label without a column is unknown; one that a list of names never names is no.
     """
-    surplus = sorted(set(targets.names) - set(names))
-    if surplus:
+    if surplus := sorted(set(targets.names) - set(names)):
         raise _error(path, f"it has {listed(surplus)}, which {other} lacks")
     missing = [name for name in names if name not in targets.names]
     if missing and targets.values.dtype == torch.float64:

@@ -1,10 +1,10 @@
 """Images larger than the memory: GeoTIFFs, and others, that are read in rows."""
 
-import contextlib
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +72,7 @@ class Scene:
         return reading.enlarged(band, times)[first - times * start : last - times * start]
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
     """Open an image, in one file or in a file for each band, to read it in rows.
 
@@ -80,7 +80,7 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
     InputError for what is no image, or has other bands.
     """
     files = {"": os.fspath(path)} if bands is None else bands.files(path)
-    with contextlib.ExitStack() as opened:
+    with ExitStack() as opened:
         sources = {}
         for name, file in files.items():
             scratch = opened.enter_context(tempfile.TemporaryFile())
@@ -103,7 +103,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
     """The levels of a TIFF, in memory for a few strips or tiles; None if it has to be decoded by other means."""
     if not _is_tiff(path):
         return None
-    with contextlib.suppress(Exception), remote.opened(path) as source, import_tifffile().TiffFile(source) as file:
+    with suppress(Exception), remote.opened(path) as source, import_tifffile().TiffFile(source, is_ome=False) as file:
         page = file.pages[0]
         series = file.series[0]
         # A photograph has to be what Pillow would make of it: upright RGB of 8 bits, not compressed as a JPEG.

@@ -72,19 +72,19 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
         for name, (offset, size) in images.items():
             names.append(f"{shard}/{name}")
             places.append((number, offset, size))
-            texts.append(labels.get(_key(name)))
+            place, file = posixpath.split(name)
+            key = posixpath.join(place, file.partition(".")[0])  # by which webdataset finds labels
+            texts.append(labels.get(posixpath.splitext(name)[0], labels.get(key)))
     if not names:
         raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(Counter(), bands)}")
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
-    if bare:
-        texts = []
-    return ShardedImages(folder, shards, names, np.array(places), bands), texts
+    return ShardedImages(folder, shards, names, np.array(places), bands), [text for text in texts if text is not None]
 
 
 def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """The members of one archive: image -> (offset, size) in bytes, and key -> label."""
+    """The members of one archive: image -> (offset, size) in bytes, and a label's name without .cls -> label."""
     images = {}
     labels = {}
     try:
@@ -97,7 +97,7 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
                     text = archive.extractfile(member).read(1000).decode()
-                    labels[_key(member.name)] = one_spelling(text.strip())
+                    labels[member.name.removesuffix(".cls")] = one_spelling(text.strip())
             archive.fileobj.seek(archive.offset)
             if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # an archive ends in zeros, or in nothing
                 raise tarfile.ReadError("it is damaged after its first members")
@@ -105,9 +105,3 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
         problem = f"{path}: not a tar archive that can be read ({printable(error)})"
         raise InputError(f"{problem}; compressed ones must be unpacked to .tar") from None
     return images, labels
-
-
-def _key(name: str) -> str:
-    """The key that an image and its label share: the path up to the first dot of the file's name."""
-    folder, file = posixpath.split(name)
-    return posixpath.join(folder, file.partition(".")[0])

@@ -111,15 +111,13 @@ def load_splits(
     if group_by is not None:
         _group(parts, data_list, group_by)
         if not data_list and group_by == "1" and task == "classification":
-            below = "groups are in folders below, from level 2 on"
-            raise InputError(f"--group-by 1: this is the folder of the class; {below}")
+            raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
     if skip_unreadable:
         labels = set(parts[0].labels)
         parts = list(map(readable, parts))
         gone = labels - set(parts[0].labels)
         if gone and task == "classification":
-            unread = f"no training image of {_names(gone, class_names)} can be read"
-            raise InputError(f"{unread}: repair some, or remove the class")
+            raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
     elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
     train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
     if group_by is not None and task == "classification" and (gone := set(val.labels) - set(train.labels)):
@@ -295,6 +293,8 @@ def listed_images(
     targets = lists.read_targets(path, folder, task, **columns)
     if known:
         targets = lists.like(targets, known, path, other)
+    elif task == "multilabel" and not (targets.values == 0).any():  # every answer yes would be right
+        raise InputError(f"--data-list {path}: no answer is 0 for no; -1 and nothing are unknown")
     labels = [0] * len(targets.paths)
     if task == "multilabel":
         labels = splitting.strata(targets.values).tolist()
@@ -317,8 +317,7 @@ def _by_class(
 
 def check_classes(place: Any, names: Iterable[str], other: Any, known: Iterable[str]) -> None:
     """Raise InputError for names of classes that are not known."""
-    unknown = set(names) - set(known)
-    if unknown:
+    if unknown := set(names) - set(known):
         raise InputError(f"{place} has classes that {other} lacks: {listed(sorted(unknown))}")
 
 
@@ -380,8 +379,7 @@ def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
     if len(train) + len(val) > MOST_COMPARED:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
         return
-    found = folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
-    if found:
+    if found := folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist()):
         first, other = found[0]
         print(
             f"{len(found)} of {len(val)} evaluation images are copies of training images, "

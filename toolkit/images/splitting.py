@@ -139,8 +139,8 @@ def check_apart(groups: np.ndarray, others: np.ndarray, by: str) -> None:
     """Raise InputError where evaluation images are of groups that train."""
     shared = np.intersect1d(groups, others)
     if len(shared):
-        images = f"{np.isin(others, shared).sum()} of {len(others)} evaluation images"
-        both = f"{listed(shared)} on both sides, with {images}"
+        count = np.isin(others, shared).sum()
+        both = f"{listed(shared)} on both sides, with {count} of {len(others)} evaluation images"
         raise InputError(f"--group-by {printable(by)}: {both}; move each group to one side, or give all as one set")
 
 

@@ -13,16 +13,19 @@ from torchvision.transforms import InterpolationMode, functional
 from toolkit import InputError
 from toolkit.choices import AUGMENTATIONS, TWO_CROPS  # noqa: F401 - of the functions below
 from toolkit.images.bands import Bands
-from toolkit.images.folders import named_faults
+from toolkit.images.folders import UnreadableImage, named_faults
 from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL image to RGB: upright by its EXIF data, over white, 16-bit and float levels scaled to 8 bits.
+    """Convert any PIL image to RGB: upright by its EXIF data, over white, 16-bit levels and floats to 1 as 8 bits.
 
-    What `Image.open` returns is decoded first; an InputError names a file that cannot be decoded.
+    What `Image.open` returns is decoded first; an InputError names a file that cannot be decoded, or whose numbers do
+    not say what is white. Transparency of TIFF and JPEG 2000 is left out: GDAL calls a band of near-infrared so.
     """
-    with named_faults(_name(image)):
+    name = _name(image)
+    has_bands = image.format in ("TIFF", "JPEG2000")
+    with named_faults(name):
         image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
@@ -30,11 +33,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255. NaN and infinity become black
         levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-        scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
-        if image.mode.startswith("I;16") or levels.max() > 255:
-            scale = 1 / 257
-        image = Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        white = {"F": 1, "I": 255}.get(image.mode, 65535)
+        if image.mode == "I" and not has_bands and levels.max() > 255:
+            white = 65535
+        if levels.min() < 0 or levels.max() > white:
+            found = f"its numbers go from {levels.min():.4g} to {levels.max():.4g}"
+            raise UnreadableImage(f"{name}: {found}: say what is white with --scale and --bands 1,1,1")
+        image = Image.fromarray((levels * 255 / white).round().astype(np.uint8))
+    if not has_bands and (image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

@@ -433,7 +433,7 @@ def _renamed(key: str, renames: _Renames) -> str:
 
 def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -> str:
     """The arch that shares the most tensors with a file."""
-    found = _shapes_of(weights)
+    found = shapes_of(weights)
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
         raise InputError(
@@ -449,10 +449,10 @@ _POSITIONS = ("encoder.pos_embedding", "pos_embed")  # torchvision's and timm's
 @functools.cache
 def _shapes(arch: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a backbone's tensors, without those that depend on the image size or class count."""
-    return _shapes_of(_backbone_state(_meta_model(arch)))
+    return shapes_of(_backbone_state(_meta_model(arch)))
 
 
-def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Names and shapes of tensors, without the position embedding."""
     return frozenset((key, tuple(value.shape)) for key, value in tensors.items() if key not in _POSITIONS)
 
@@ -522,6 +522,8 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     """
     if arch != "vit_small" or source.heads:
         return source.heads or backbones.default_heads(arch)
+    if "vit_small_patch16" in os.path.basename(source.path):  # timm's, as torchgeo names its files
+        return 6
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
@@ -551,8 +553,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
-        better = [other for other in ARCHS if other != arch and _shapes(other) == _shapes_of(source.weights)]
-        if better:
+        if better := [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]:
             found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
         raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
     broken = []
