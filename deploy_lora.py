@@ -128,7 +128,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         report.draw(picture)
         report.draw_mistakes(images, mistakes, about["transform"].bands, explainer)
         named = report.named_mistakes(images)
-        write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes, named)
+        write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes, named, task.predicted_into)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 

@@ -197,6 +197,7 @@ class Task:
     outputs_are: tuple[str, str]  # one of them, and several
     axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
     score_format = ".2%"
+    predicted_into = "answers.csv"  # an --output of `deploy_lora.py predict`
     Report: type[Report]
 
     def __init__(self, objective: Objective, head: Head):

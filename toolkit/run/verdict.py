@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from toolkit.answers.parts import Task
+from toolkit.models.checkpoints import value_at
 
 FEW_IMAGES = 25  # of each class: below it, training hardly finds more than the probe does
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
@@ -50,17 +51,19 @@ def judge(
         limits.append("overfitting: the evaluation's loss is far above the training's")
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
-    output = "maps" if results["task"] == "segmentation" else "answers.csv"
-    next_step = f"python deploy_lora.py predict lora.pth new_images --output {output}"
+    augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
+    next_step = f"python deploy_lora.py predict lora.pth new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
-    elif is_overfitted and results["task"] == "classification":
+    elif is_overfitted and task.kind == "classification" and augmentation not in ("trivial", "affine"):
         next_step = "the same command with --augmentation trivial"
-    if probe is None or interval is None:
+    if probe is None:
         return Verdict("there is no linear probe to compare it with", limits, next_step)
 
     unit = " points" if factor == 100 else ""
     gain = f"{factor * (results[f'val_{score}'] - probe):+.2g}{unit} against the linear probe"
+    if interval is None:
+        return Verdict(f"{gain}; the answers do not say how far chance reaches", limits, next_step)
     low, high = interval
     if probe > high:
         is_searched = "learning rate" in results.get("chosen_by", {})
