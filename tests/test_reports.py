@@ -18,6 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from toolkit import VERSION
 from toolkit.answers import answer_reports, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
+from toolkit.answers.measures import mcnemar, share_interval
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
@@ -369,9 +370,10 @@ def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
 
 
 RISING = (0.70, 0.74, 0.78, 0.82)
+GOOD = (0.81, 0.82, 0.82, 0.82)
 
 
-def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowered=1.0, per_class=100, task=Classification, **more):
+def judged(probe=0.7, scores=GOOD, losses=(0.5, 0.6), lowered=1.0, per_class=100, task=Classification, **more):
     results = {
         f"val_{task.score}": scores[-1],
         f"val_{task.score}_interval": (0.77, 0.86),
@@ -397,6 +399,14 @@ def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowere
 )
 def test_the_gain_is_over_the_linear_probe(probe, gained):
     assert judged(probe).gained == gained
+
+
+@pytest.mark.parametrize(("wrong", "is_chance"), [(5, True), (6, False)])
+def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
+    """No interval of an accuracy below 1 has 1 in it, but by McNemar's test five images differ by chance."""
+    score = 1 - wrong / 24
+    found = judged(1.0, (score,), val_images=24, val_accuracy_interval=share_interval(torch.arange(24) >= wrong))
+    assert ("may be chance" in found.gained) == is_chance == (mcnemar(torch.ones(24), torch.arange(24) >= wrong) > 0.05)
 
 
 def test_a_gain_without_an_interval_is_a_gain_over_the_probe_all_the_same():

@@ -13,6 +13,7 @@ FEW_IMAGES = 25  # of each class: below it, training hardly finds more than the 
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
 RISING = 0.1  # of the whole gain, in the last quarter of the epochs
 LOWERED = 1.5  # times: a learning rate that is worth a word
+FEWEST_APART = 6  # images that more or fewer are right: with 5, McNemar's exact p is at least 1 / 16
 
 
 class Verdict(NamedTuple):
@@ -61,10 +62,13 @@ def judge(
         return Verdict("there is no linear probe to compare it with", limits, next_step)
 
     unit = " points" if factor == 100 else ""
-    gain = f"{factor * (results[f'val_{score}'] - probe):+.2g}{unit} against the linear probe"
+    gained = results[f"val_{score}"] - probe
+    gain = f"{factor * gained:+.2g}{unit} against the linear probe"
     if interval is None:
         return Verdict(f"{gain}; the answers do not say how far chance reaches", limits, next_step)
     low, high = interval
+    if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
+        low, high = 0.0, 1.0
     if probe > high:
         is_searched = "learning rate" in results.get("chosen_by", {})
         other = "--lora-rank 0 --freeze-backbone" if is_searched else "--learning-rate auto"
