@@ -81,7 +81,7 @@ class Objective:
 
 
 class SoftmaxObjective(Objective):
-    """Cross-entropy of logits of K classes.
+    """Cross-entropy of logits of K classes, of each image the mean over what is known of it: a label, or its pixels.
 
     Args:
         class_weights: (K,), how much each class counts; None: 1.
@@ -107,11 +107,8 @@ class SoftmaxObjective(Objective):
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
         if weights is not None:
             losses = losses * weights[targets.clamp_min(0)]
-        return self.total(losses, targets)
-
-    @staticmethod
-    def total(losses: Tensor, targets: Tensor) -> Tensor:
-        return losses.sum()
+        known = (targets != evaluation.NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
+        return (losses.reshape(len(targets), -1).sum(1) / known).sum()
 
 
 class Head:

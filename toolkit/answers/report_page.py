@@ -43,7 +43,6 @@ def write_page(
         adapter: the file that gave them.
         mistakes, curves: pictures.
         named: the images on `mistakes` and what is said of each.
-        predicted_into: see `toolkit.answers.parts.Task`.
     """
     adapter = shlex.quote(str(adapter))
     commands = [

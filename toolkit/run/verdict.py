@@ -61,9 +61,8 @@ def judge(
     if probe is None:
         return Verdict("there is no linear probe to compare it with", limits, next_step)
 
-    unit = " points" if factor == 100 else ""
     gained = results[f"val_{score}"] - probe
-    gain = f"{factor * gained:+.2g}{unit} against the linear probe"
+    gain = f"{factor * gained:+.2g}{' points' if factor == 100 else ''} against the linear probe"
     if interval is None:
         return Verdict(f"{gain}; the answers do not say how far chance reaches", limits, next_step)
     low, high = interval
