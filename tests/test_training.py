@@ -117,7 +117,7 @@ def test_how_much_of_the_change_is_kept(options, share):
 
 
 def test_a_head_over_random_weights_starts_at_random_unless_a_probe_is_typed():
-    argv = "--checkpoint none --arch vit_mini --no-freeze-backbone".split()
+    argv = ["--checkpoint", "none", "--arch", "vit_mini", "--no-freeze-backbone"]
     assert read_options(argv)[0].head_init == "random"
     assert read_options([*argv, "--head-init", "probe"])[0].head_init == "probe"
 
