@@ -127,8 +127,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         picture = Path(folder) / report.picture
         report.draw(picture)
         report.draw_mistakes(images, mistakes, about["transform"].bands, explainer)
+        sections = report.sections(picture)
         named = report.named_mistakes(images)
-        write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes, named)
+        write_page(page, report.title(), rows, sections, args.adapter, mistakes, named, task.predicted_into)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 

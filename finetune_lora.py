@@ -692,7 +692,8 @@ def load_base(
     With `per_pixel` it is a `DenseModel`, which answers for every pixel. Returns the model and the report of
     `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base.
     """
-    heads = heads or adapter_file.heads_in_file(stage1_adapter)
+    if heads is None and stage1_adapter is not None:
+        heads = adapter_file.heads_of(read_adapter_file(stage1_adapter)["metadata"])
     model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)

@@ -108,7 +108,7 @@ def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, in
         len(metadata["class_names"]),
         metadata["arch"],
         metadata["image_size"],
-        _heads(metadata),
+        heads_of(metadata),
         metadata.get("channels") or 3,
         metadata.get("channel_fit"),
     )
@@ -119,12 +119,8 @@ def is_per_pixel(metadata: dict[str, Any]) -> bool:
     return value_at(metadata, "task/kind") == "segmentation"
 
 
-def heads_in_file(adapter: str | Path | None) -> int | None:
-    """The attention heads of the ViT under an adapter file; None: there is no file, or no torchvision ViT."""
-    return None if adapter is None else _heads(read_adapter_file(adapter)["metadata"])
-
-
-def _heads(metadata: dict[str, Any]) -> int | None:
+def heads_of(metadata: dict[str, Any]) -> int | None:
+    """The attention heads of the ViT under an adapter; None: it is no torchvision ViT."""
     heads = metadata.get("heads")
     return default_heads(str(metadata.get("arch"))) if heads is None else heads
 

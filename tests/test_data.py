@@ -390,6 +390,19 @@ def test_the_meter_tells_waiting_from_working(monkeypatch):
     assert data.LoadingMeter(20, waited=1, seconds=21).shown() == {}  # nothing to mend
 
 
+def test_the_meter_counts_the_last_batch_though_nobody_asks_for_another(monkeypatch):
+    """As a step takes the batches that it needs: an epoch of one batch would be all waiting."""
+    clock = Clock()
+    monkeypatch.setattr(data.time, "perf_counter", clock)
+    meter = data.LoadingMeter()
+    batches = meter.watched([(torch.zeros(4, 3), torch.zeros(4))])
+    next(batches)
+    assert meter.shown() == {}  # not yet known
+    clock.now += 2.0
+    batches.close()
+    assert meter.results() == {"images_per_second": 2, "waiting_share": 0}
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

@@ -18,6 +18,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from toolkit import VERSION
 from toolkit.answers import answer_reports, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
+from toolkit.answers.measures import mcnemar, share_interval
+from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
 from toolkit.run import reports, training
@@ -336,7 +338,7 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
     config = {"finetune": {"note": "</pre><script>"}}
     rows = [("accuracy after", "66.67%")]
     title, curves = "66.67% of 3 images right", tmp_path / "training_curves.png"
-    report_page.write_page(tmp_path / "report.html", title, rows, *about, curves=curves, config=config)
+    report_page.write_page(tmp_path / "report.html", title, rows, *about, "maps", curves, config)
     text = (tmp_path / "report.html").read_text()
     page = Reader(text)
     assert "script" not in page.tags and page.tags.count("img") == 4 and "http" not in text
@@ -346,7 +348,7 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
         "accuracy after",
         "no images",
         "<script>.png",
-        f"predict {tmp_path}/lora.pth",
+        f"predict {tmp_path}/lora.pth new_images --output maps\n",
         *names[:2],
     ]
     assert all(words in page.text for words in [*told, "absent caf?"])
@@ -368,22 +370,22 @@ def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
 
 
 RISING = (0.70, 0.74, 0.78, 0.82)
+GOOD = (0.81, 0.82, 0.82, 0.82)
 
 
-def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowered=1.0, per_class=100, **more):
+def judged(probe=0.7, scores=GOOD, losses=(0.5, 0.6), lowered=1.0, per_class=100, task=Classification, **more):
     results = {
-        "task": "classification",
-        "val_accuracy": scores[-1],
-        "val_accuracy_interval": (0.77, 0.86),
-        "probe_accuracy_before": probe,
+        f"val_{task.score}": scores[-1],
+        f"val_{task.score}_interval": (0.77, 0.86),
+        f"probe_{task.score}_before": probe,
         "learning_rate": 1e-3,
         "head_learning_rate": 1e-3 / lowered,
         "val_images": 300,
         "epochs": len(scores),
     }
     train_loss, val_loss = losses
-    history = [{"val_accuracy": score, "train_loss": train_loss, "val_loss": val_loss} for score in scores]
-    return judge(results | more, history, Classification, per_class)
+    history = [{f"val_{task.score}": score, "train_loss": train_loss, "val_loss": val_loss} for score in scores]
+    return judge(results | more, history, task, per_class)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +399,21 @@ def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowere
 )
 def test_the_gain_is_over_the_linear_probe(probe, gained):
     assert judged(probe).gained == gained
+
+
+@pytest.mark.parametrize(("wrong", "is_chance"), [(5, True), (6, False)])
+def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
+    """No interval of an accuracy below 1 has 1 in it, but by McNemar's test five images differ by chance."""
+    score = 1 - wrong / 24
+    found = judged(1.0, (score,), val_images=24, val_accuracy_interval=share_interval(torch.arange(24) >= wrong))
+    assert ("may be chance" in found.gained) == is_chance == (mcnemar(torch.ones(24), torch.arange(24) >= wrong) > 0.05)
+
+
+def test_a_gain_without_an_interval_is_a_gain_over_the_probe_all_the_same():
+    """As where each evaluation image with a label comes before all others: `jackknife` finds no interval."""
+    assert judged(0.7, val_accuracy_interval=None).gained == (
+        "+12 points against the linear probe; the answers do not say how far chance reaches"
+    )
 
 
 @pytest.mark.parametrize(
@@ -443,8 +460,14 @@ def test_below_the_probe_the_rate_is_searched():
 
 
 def test_a_run_over_masks_goes_on_to_maps():
-    assert judged(task="segmentation").next_step.endswith("--output maps")  # a table is refused
+    assert judged(task=Segmentation).next_step.endswith("--output maps")  # a table is refused
 
 
 def test_masks_are_not_sent_to_an_augmentation_that_they_lack():
-    assert "augmentation" not in judged(losses=(0.1, 0.6), task="segmentation").next_step
+    assert "augmentation" not in judged(losses=(0.1, 0.6), task=Segmentation).next_step
+
+
+@pytest.mark.parametrize("augmentation", ["trivial", "affine"])
+def test_an_augmentation_that_varies_images_more_is_not_recommended_again(augmentation):
+    config = {"data": {"augmentation": augmentation}}
+    assert "augmentation" not in judged(losses=(0.1, 0.6), config=config).next_step

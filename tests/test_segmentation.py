@@ -210,6 +210,14 @@ def test_what_is_not_possible_with_masks_is_refused_by_name(pairs):
     assert "--keep-best accuracy with --task segmentation: use miou or dice or pixels" in str(raised.value)
 
 
+def test_a_configuration_crops_masks_or_not_as_it_says(pairs, tmp_path):
+    """That of the shipped backbone, which nobody has named, is for digits."""
+    argv = f"--task segmentation --data-dir {pairs} --checkpoint shipped".split()
+    assert read_options(argv)[0].augmentation == "crop"
+    (tmp_path / "config.yaml").write_text("data: {augmentation: none}")
+    assert read_options([*argv, "--config", str(tmp_path / "config.yaml")])[0].augmentation == "none"
+
+
 def test_masks_are_asked_for_and_their_options_refused_elsewhere():
     with pytest.raises(InputError, match="--dataset digits has no masks; give --data-dir with the folders images/"):
         read_options(["--task", "segmentation"])

@@ -17,7 +17,7 @@ from toolkit.answers import evaluation
 from toolkit.devices import faster_dtype
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
-from toolkit.run.options import TuneOptions
+from toolkit.run.options import TuneOptions, read_options
 
 
 @pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
@@ -114,6 +114,12 @@ def test_weights_come_back_after_a_failure_and_a_as_it_trains():
 )
 def test_how_much_of_the_change_is_kept(options, share):
     assert optim.wise_ft_alpha(TuneOptions(**options), {0: 2, 1: 8}) == share
+
+
+def test_a_head_over_random_weights_starts_at_random_unless_a_probe_is_typed():
+    argv = ["--checkpoint", "none", "--arch", "vit_mini", "--no-freeze-backbone"]
+    assert read_options(argv)[0].head_init == "random"
+    assert read_options([*argv, "--head-init", "probe"])[0].head_init == "probe"
 
 
 def test_features_and_evaluation_are_exact_and_leave_the_mode():

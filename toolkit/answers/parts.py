@@ -82,7 +82,7 @@ class Objective:
 
 
 class SoftmaxObjective(Objective):
-    """Cross-entropy of logits of K classes.
+    """Cross-entropy of logits of K classes, of each image the mean over what is known of it: a label, or its pixels.
 
     Args:
         class_weights: (K,), how much each class counts; None: 1.
@@ -108,11 +108,8 @@ class SoftmaxObjective(Objective):
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
         if weights is not None:
             losses = losses * weights[targets.clamp_min(0)]
-        return self.total(losses, targets)
-
-    @staticmethod
-    def total(losses: Tensor, targets: Tensor) -> Tensor:
-        return losses.sum()
+        known = (targets != evaluation.NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
+        return (losses.reshape(len(targets), -1).sum(1) / known).sum()
 
 
 class Head:
@@ -204,6 +201,7 @@ class Task:
     outputs_are: tuple[str, str]  # one of them, and several
     axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
     score_format = ".2%"
+    predicted_into = "answers.csv"  # an --output of `deploy_lora.py predict`
     Report: type[Report]
 
     def __init__(self, objective: Objective, head: Head):

@@ -31,6 +31,7 @@ def write_page(
     adapter: Path,
     mistakes: Path,
     named: Sequence[tuple[str, str]],
+    predicted_into: str = "answers.csv",
     curves: Path | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
@@ -46,7 +47,7 @@ def write_page(
     adapter = shlex.quote(str(adapter))
     commands = [
         f"python deploy_lora.py evaluate {adapter}",
-        f"python deploy_lora.py predict {adapter} new_images --output predictions.csv",
+        f"python deploy_lora.py predict {adapter} new_images --output {predicted_into}",
         f"python deploy_lora.py merge {adapter} --output merged.pth",
         f"python deploy_lora.py export {adapter} --output model.onnx",
     ]

@@ -77,11 +77,6 @@ def pixel_figures(matrices: Tensor) -> dict[str, Tensor]:
 class PixelObjective(SoftmaxObjective):
     """Cross-entropy of logits (N, K, H, W) and masks (N, H, W): the mean over an image's known pixels."""
 
-    @staticmethod
-    def total(losses: Tensor, targets: Tensor) -> Tensor:
-        known = (targets != NO_LABEL).flatten(1).sum(1).clamp_min(1)
-        return (losses.flatten(1).sum(1) / known).sum()
-
     def counts(self, images: LabelledImages) -> dict[int, int]:
         return dict(enumerate((images.targets > 0).sum(0).tolist()))
 
@@ -337,6 +332,7 @@ class Segmentation(Task):
     loss_title = "cross-entropy of a pixel"
     outputs_are = ("class", "classes")
     measured = tuple(PixelReport.HEADLINES)
+    predicted_into = "maps"
     Report = PixelReport
 
     def __init__(

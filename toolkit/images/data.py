@@ -240,10 +240,12 @@ class LoadingMeter:
             received = time.perf_counter()
             self.waited += received - asked
             self.seconds += received - asked
-            yield batch
-            asked = time.perf_counter()
-            self.seconds += asked - received
-            self.images += len(batch[1]) * distributed.world_size()
+            try:
+                yield batch
+            finally:  # after the last batch of an epoch a loop need not ask for another
+                asked = time.perf_counter()
+                self.seconds += asked - received
+                self.images += len(batch[1]) * distributed.world_size()
 
     def results(self) -> dict[str, float]:
         """`images_per_second`, of all processes together, and `waiting_share` of the time, 0 to 1."""
@@ -253,7 +255,7 @@ class LoadingMeter:
     def shown(self) -> dict[str, str]:
         """For a progress bar: the share of waiting, where it is worth more loading processes."""
         share = self.results()["waiting_share"]
-        return {"waiting for images": f"{share:.0%}"} if share >= MUCH_WAITING else {}
+        return {"waiting for images": f"{share:.0%}"} if self.images and share >= MUCH_WAITING else {}
 
 
 MUCH_WAITING = 0.1  # of the time

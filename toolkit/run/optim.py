@@ -132,8 +132,7 @@ def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> flo
 
     So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
     """
-    has_masks = args.task == "segmentation"
-    if has_masks or args.head_init != "probe" or not args.freeze_backbone or args.lora_init == "random":
+    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or args.task == "segmentation":
         return 1.0
     counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
     return rate_divisor(rate, counted)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import SHIPPED, TOOLKIT, InputError, config, found_path
+from toolkit import SHIPPED, TOOLKIT, InputError, config, found_path, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
@@ -323,9 +323,9 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         )
     if args.task == "segmentation" and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
-    if args.task == "segmentation" and origins["augmentation"] == "config":
+    if args.task == "segmentation" and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
         args.augmentation = "crop"  # the shipped backbone's file has that of digits
-    if is_none(args.checkpoint):
+    if is_none(args.checkpoint) and origins["head_init"] != "command line":
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"

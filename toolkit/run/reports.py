@@ -196,11 +196,11 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     meaning.append(("next", found.next_step))
     rows = summary(run, results, report)
     sections = report.sections(run.path(report.picture))
-    pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
+    about = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
+    about |= {"named": report.named_mistakes(run.splits.val), "predicted_into": run.task.predicted_into}
     page = run.path("report.html")
     shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
-    pictures["named"] = report.named_mistakes(run.splits.val)
-    write_page(page, report.title(), shown, sections, run.path("lora.pth"), **pictures, config=results["config"])
+    write_page(page, report.title(), shown, sections, run.path("lora.pth"), **about, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     by_label = report.printed() if run.task.kind == "multilabel" else []
     print(f"\n{table([*rows, *by_label, *meaning])}")

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from toolkit.answers.parts import Task
+from toolkit.models.checkpoints import value_at
 
 FEW_IMAGES = 25  # of each class: below it, training hardly finds more than the probe does
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
 RISING = 0.1  # of the whole gain, in the last quarter of the epochs
 LOWERED = 1.5  # times: a learning rate that is worth a word
+FEWEST_APART = 6  # images that more or fewer are right: with 5, McNemar's exact p is at least 1 / 16
 
 
 class Verdict(NamedTuple):
@@ -50,18 +52,22 @@ def judge(
         limits.append("overfitting: the evaluation's loss is far above the training's")
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
-    output = "maps" if results["task"] == "segmentation" else "answers.csv"
-    next_step = f"python deploy_lora.py predict lora.pth new_images --output {output}"
+    augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
+    next_step = f"python deploy_lora.py predict lora.pth new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
-    elif is_overfitted and results["task"] == "classification":
+    elif is_overfitted and task.kind == "classification" and augmentation not in ("trivial", "affine"):
         next_step = "the same command with --augmentation trivial"
-    if probe is None or interval is None:
+    if probe is None:
         return Verdict("there is no linear probe to compare it with", limits, next_step)
 
-    unit = " points" if factor == 100 else ""
-    gain = f"{factor * (results[f'val_{score}'] - probe):+.2g}{unit} against the linear probe"
+    gained = results[f"val_{score}"] - probe
+    gain = f"{factor * gained:+.2g}{' points' if factor == 100 else ''} against the linear probe"
+    if interval is None:
+        return Verdict(f"{gain}; the answers do not say how far chance reaches", limits, next_step)
     low, high = interval
+    if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
+        low, high = 0.0, 1.0
     if probe > high:
         is_searched = "learning rate" in results.get("chosen_by", {})
         other = "--lora-rank 0 --freeze-backbone" if is_searched else "--learning-rate auto"
