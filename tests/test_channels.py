@@ -219,6 +219,17 @@ def test_colours_of_jpeg_2000_that_pillow_would_cut_to_8_bits_are_refused():
         decoded(bytes(content))
 
 
+def test_numbers_that_mark_pixels_without_data_are_read_as_0():
+    """GDAL's tag names one; ArcGIS takes the lowest of floats. Without the tag a number is a number."""
+    levels = np.array([[-9999, 5], [6, 7]], np.int16)
+    tag = [(42113, "s", 0, "-9999", True)]
+    marked, _ = decoded(saved_by(tifffile.imwrite, levels, extratags=tag))
+    assert marked[..., 0].tolist() == [[0, 5], [6, 7]]
+    assert decoded(saved_by(tifffile.imwrite, levels))[0][..., 0].tolist() == levels.tolist()
+    lowest = np.array([[-3.4028235e38, np.nan], [np.inf, 7]], np.float32)
+    assert decoded(saved_by(tifffile.imwrite, lowest))[0][..., 0].tolist() == [[0, 0], [0, 7]]
+
+
 def test_a_channel_of_an_ome_tiff_whose_others_are_in_other_files_is_one_band():
     """Read of its content alone, the channels that lie elsewhere would be bands of zeros."""
     planes = [f'<TiffData FirstC="{c}" IFD="0"><UUID FileName="{c}.ome.tif">urn:{c}</UUID></TiffData>' for c in (0, 1)]

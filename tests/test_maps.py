@@ -366,6 +366,8 @@ WRITTEN = {
     "BigTIFF": {"tile": (32, 32), "bigtiff": True, "compression": "deflate"},
     "big-endian": {"byteorder": ">", "tile": (32, 32)},
     "big-endian strips": {"byteorder": ">", "rowsperstrip": 16},
+    "pixels without data": {"extratags": [(42113, "s", 0, "7", True)]},
+    "compressed, without data": {"extratags": [(42113, "s", 0, "7", True)], "compression": "deflate"},
 }
 
 

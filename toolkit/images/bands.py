@@ -30,6 +30,7 @@ from toolkit.models.backbones import check_channels, normalization
 ARRAY_SUFFIXES = (".npy", ".npz")
 ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
 _NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels without data
+_LARGEST = 1e38  # of numbers; ArcGIS marks pixels without data by -3.4e38
 # Pillow goes by a file's content, and would start Ghostscript for an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's bands in products of level 2A
@@ -250,12 +251,13 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
     Raises InputError if a package is missing, ValueError or a library's own error if the file is damaged.
     """
     names = None
+    nodata = _NOT_A_NUMBER
     if content.startswith(b"PK"):
         array, names = _from_npz(content)
     elif content.startswith(b"\x93NUMPY"):
         array = _bands_last(array_of(content))
     elif content[:4] in TIFF_BEGINS:
-        array = levels_of_tiff(content)
+        array, nodata = levels_of_tiff(content)
     elif content[128:132] == b"DICM":
         array = dicom.levels(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
@@ -266,7 +268,7 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
             array = _pixels(image)
             if image.format == "JPEG2000":
                 array = _of_own_bits(array, content)
-    return floats(array), names
+    return floats(array, nodata), names
 
 
 def _of_own_bits(levels: np.ndarray, content: bytes) -> np.ndarray:
@@ -293,8 +295,8 @@ def _check_size(size: int, content: bytes) -> None:
         raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
 
 
-def levels_of_tiff(content: bytes) -> np.ndarray:
-    """The numbers of a TIFF as they are, bands last. Raises as `decoded` does."""
+def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
+    """The numbers of a TIFF as they are, bands last; and GDAL's number for no data, 0 without. Raises as `decoded`."""
     try:
         tifffile = import_tifffile()
     except ImportError as error:
@@ -306,10 +308,11 @@ def levels_of_tiff(content: bytes) -> np.ndarray:
         _check_size(series.nbytes, content)
         array = series.asarray()
         axes = series.axes
+        nodata = file.pages.first.nodata
     if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third axis is samples or pages
         other = axes.replace("Y", "").replace("X", "")
-        return np.moveaxis(array, axes.index(other), -1)
-    return _bands_last(array)
+        return np.moveaxis(array, axes.index(other), -1), nodata
+    return _bands_last(array), nodata
 
 
 def _from_npz(content: bytes) -> tuple[np.ndarray, list[str] | None]:
@@ -339,13 +342,13 @@ def _bands_last(array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] < array.shape[2] else array
 
 
-def floats(array: np.ndarray) -> np.ndarray:
-    """An image's numbers as float32, (H, W, bands). Raises ValueError for other arrays."""
+def floats(array: np.ndarray, nodata: float = _NOT_A_NUMBER) -> np.ndarray:
+    """An image's numbers as float32, (H, W, bands), 0 for no data. Raises ValueError for other arrays."""
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(f"it is an array of {array.dtype}, {array.shape}, and not of numbers, (H, W) or (H, W, bands)")
     numbers = array.astype(np.float32).reshape(*array.shape[:2], -1)
-    if array.dtype.kind == "f":
-        np.nan_to_num(numbers, copy=False, nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
+    has_data = (array.reshape(numbers.shape) != nodata) & (np.abs(numbers) < _LARGEST)  # which NaN is not
+    numbers[~has_data] = _NOT_A_NUMBER
     return numbers
 
 

@@ -222,7 +222,7 @@ def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     except UnidentifiedImageError:
         if not path.lower().endswith((".tif", ".tiff")):
             raise
-        levels = levels_of_tiff(read_file(path))  # of 64 bits, for example
+        levels, _ = levels_of_tiff(read_file(path))  # of 64 bits, for example
     if levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
         return levels[..., :3], None
     if levels.ndim == 3 and 1 in (levels.shape[0], levels.shape[2]):
@@ -243,7 +243,7 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
         has_pages = image.format == "TIFF" and image.mode != "P" and image.n_frames > 1
         if has_pages or (image.mode == "L" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO):
-            return levels_of_tiff(read_file(path)), None  # Pillow inverts such numbers, and reads the first page alone
+            return levels_of_tiff(read_file(path))[0], None  # Pillow inverts these, and reads the first page alone
         colours = None
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)

@@ -30,6 +30,7 @@ class Levels(NamedTuple):
     offset: int = 0
     bands_axis: int = 2
     names: Sequence[str] | None = None
+    nodata: float = 0.0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -41,6 +42,9 @@ class Levels(NamedTuple):
         if levels.ndim == 3:
             levels = np.moveaxis(levels, self.bands_axis, 2)
         return np.array(levels[first:last])
+
+    def floats(self, first: int, last: int) -> np.ndarray:
+        return reading.floats(self.rows(first, last), self.nodata)
 
 
 class Scene:
@@ -59,8 +63,10 @@ class Scene:
             if "" not in self.sources:
                 found = {name: self._band(name, first, last) for name in self.sources}
                 return self.bands.stacked(found, (last - first, self.width))
-            levels = self.sources[""].rows(first, last)
-            return levels if self.bands is None else self.bands.picked(reading.floats(levels), self.sources[""].names)
+            source = self.sources[""]
+            if self.bands is None:
+                return source.rows(first, last)
+            return self.bands.picked(source.floats(first, last), source.names)
 
     def _band(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of a band that has its own file, (rows, W): those of the whole enlarged band."""
@@ -68,7 +74,7 @@ class Scene:
         times = reading.enlarging_factor(source.size, (self.height, self.width), name)
         start = max(0, first // times - 1)  # each row of the result is a mean of neighbours
         end = min(source.size[0], last // times + 2)
-        band = reading.one_band(reading.floats(source.rows(start, end)), name)
+        band = reading.one_band(source.floats(start, end), name)
         return reading.enlarged(band, times)[first - times * start : last - times * start]
 
 
@@ -115,12 +121,13 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
             return None
         axis = ({0, 1, 2} - found).pop()
         if series.dataoffset is not None and not remote.is_remote(path):
-            return Levels(path, series.shape, np.dtype(file.byteorder + series.dtype.char), series.dataoffset, axis)
+            dtype = np.dtype(file.byteorder + series.dtype.char)
+            return Levels(path, series.shape, dtype, series.dataoffset, axis, nodata=page.nodata)
         if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the map would be a bus error
             os.posix_fallocate(scratch.fileno(), 0, series.nbytes)
         levels = np.memmap(scratch, series.dtype, "w+", shape=series.shape)
         series.asarray(out=levels, buffersize=_READ_AT_ONCE)
-        return Levels(scratch, series.shape, series.dtype, bands_axis=axis)
+        return Levels(scratch, series.shape, series.dtype, bands_axis=axis, nodata=page.nodata)
     return None
 
 
