@@ -1024,7 +1024,8 @@ class FineTuning(RunState):
 
         self.adapter_lr_factor = 1.0
         if args.lora_init == "gradient" and args.lora_rank > 0:
-            self.adapter_lr_factor = initialization.adapter_lr_factor(args.lora_rank)
+            most = optim.MOST_WITH_MASKS / plan.learning_rate if self.loaders.has_masks else math.inf
+            self.adapter_lr_factor = initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         self.guard = Guard(
@@ -1033,7 +1034,6 @@ class FineTuning(RunState):
             self.loaders.watched_images,
             may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
             epochs=args.epochs,
-            adapters_first=self.adapter_lr_factor > 1 and args.task == "segmentation",
         )
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
@@ -1233,17 +1233,12 @@ class FineTuning(RunState):
         if self.guard.has_failed:
             self.save()
             raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self))
-        if self.guard.lowers_adapters_alone:
-            self.adapter_lr_factor /= guard.RETREAT_FACTOR
-        optim.lower_rates(self.schedule, guard.RETREAT_FACTOR, self.guard.lowers_adapters_alone)
+        optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
             self.task.head.soften(self.model, self.temperature / temperature)
             self.start_adapters()
         self.save()
-        rate = f"learning rate {self.rate:.1e}"
-        if self.guard.lowers_adapters_alone:
-            rate = f"adapters' learning rate {self.adapter_rate:.1e}"
-        print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, {rate}")
+        print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
 
     def save(self) -> None:
         """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""

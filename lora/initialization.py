@@ -27,13 +27,14 @@ GRADIENT_IMAGES = 256  # enough for a good gradient
 MOST = 0.9  # of the gradient's energy: what the blocks that are worth adapting have together
 
 
-def adapter_lr_factor(r: int) -> float:
+def adapter_lr_factor(r: int, most: float = math.inf) -> float:
     """How many times faster than everything else adapters of rank r learn; alpha is taken to be twice the rank.
 
+    Up to rank 8 that is 24 times, or `most`.
     A's rows are orthogonal and equally long at every rank, and Adam moves each number of B by the rate. At one rate a
     step would change W by an amount that grows with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
     """
-    return ADAPTER_LR_FACTOR * min(1.0, math.sqrt(8 / r))
+    return min(ADAPTER_LR_FACTOR, most) * min(1.0, math.sqrt(8 / r))
 
 
 @torch.no_grad()

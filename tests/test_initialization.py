@@ -228,4 +228,5 @@ def test_the_first_step_moves_a_weight_as_far_at_every_rank_from_8_on():
         optimizer.step()
         moved.append((layer.effective_weight() - layer.weight).norm().item())
     assert moved[1:] == pytest.approx([moved[0]] * 2, rel=1e-3)
-    assert adapter_lr_factor(4) == adapter_lr_factor(8)
+    assert adapter_lr_factor(4) == adapter_lr_factor(8) == 24
+    assert adapter_lr_factor(8, most=3) == 3 and adapter_lr_factor(32, most=3) == 1.5

@@ -430,11 +430,6 @@ def test_points_are_of_scores_in_per_cent():
     assert judge(results, [], Regression, 30).gained == "+0.25 against the linear probe, more than chance explains"
 
 
-def test_a_rate_of_adapters_alone_that_was_lowered_is_a_limit():
-    retreats = [{"epoch": 1, "learning_rate": 1e-3}]
-    assert any("adapters whose learning rate was lowered" in limit for limit in judged(retreats=retreats).limits)
-
-
 def test_a_good_run_has_no_limits_and_goes_on_to_predict():
     assert judged() == ("+12 points against the linear probe, more than chance explains", [], judged().next_step)
     assert judged().next_step.startswith("python deploy_lora.py predict lora.pth")

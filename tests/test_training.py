@@ -172,10 +172,8 @@ def test_balanced_weights_are_scikit_learns():
 
 
 def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
-    """Of every group or of adapters alone, and after a resume."""
+    """And after a resume."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.1)]
-    for group, are_adapters in zip(groups, (True, False), strict=True):
-        group["are_adapters"] = are_adapters
     optimizer = torch.optim.AdamW(groups)
     schedule = optim.lr_schedule(optimizer, 10, 2)
     for _ in range(5):
@@ -188,9 +186,6 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
     optimizer.step(), schedule.step()
     assert schedule.get_last_lr() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * 4 / 8)) * r for r in (1, 0.1)])
     assert again.base_lrs == [0.25, 0.025]
-    optim.lower_rates(schedule, 5, of_adapters_alone=True)
-    assert schedule.base_lrs == [0.05, 0.025]
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.get_last_lr()[0] / 5)
 
 
 def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_is():

@@ -73,7 +73,6 @@ class Guard:
         watched: the training images that are evaluated after each epoch.
         may_shrink: whether less than all of the trained change may be kept.
         epochs: of the whole run.
-        adapters_first: whether the first retreat lowers the adapters' rate alone.
     """
 
     def __init__(
@@ -83,14 +82,12 @@ class Guard:
         watched: LabelledImages,
         may_shrink: bool = False,
         epochs: int = 1,
-        adapters_first: bool = False,
     ):
         self.variance = task.head.variance
         self.epochs = epochs
         self.has_masks = task.kind == "segmentation"
         self.images = len(watched)
         self.may_shrink = may_shrink
-        self.adapters_first = adapters_first
         self.constant_score = task.head.constant_score(watched)
         self.constant_loss = task.objective.constant_loss(train)
         self.first_loss: float | None = None  # of the first step: the loss before training
@@ -194,16 +191,7 @@ class Guard:
     @property
     def rate_divisor(self) -> float:
         """What the retreats divide the learning rate by. The last collapse ends the run and lowers nothing."""
-        lowered = min(len(self.retreats), RETREATS)
-        return RETREAT_FACTOR ** max(0, lowered - self.adapters_first)
-
-    @property
-    def lowers_adapters_alone(self) -> bool:
-        """Was the last retreat one that lowers the adapters' rate alone?
-
-        Adapters that start at the gradient train at many times the head's rate, and are what collapses.
-        """
-        return self.adapters_first and len(self.retreats) == 1
+        return RETREAT_FACTOR ** min(len(self.retreats), RETREATS)
 
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""

@@ -23,7 +23,7 @@ def build_optimizer(
     options = []
     for (is_adapter, decay), group in groups.items():
         own = rate * adapter_lr_factor if is_adapter else rate
-        options.append({"params": group, "lr": own, "weight_decay": decay, "are_adapters": is_adapter})
+        options.append({"params": group, "lr": own, "weight_decay": decay})
     return torch.optim.AdamW(options, fused=fused(model))
 
 
@@ -115,6 +115,7 @@ STEPS_TO_TRAIN = 80
 SAFE_RATE = 1e-4
 COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
+MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times what a head of pixels wants they collapse
 
 
 def rate_divisor(rate: float, steps: int) -> float:
@@ -160,9 +161,8 @@ def lr_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float, of_adapters_alone: bool = False) -> None:
-    """Divide the learning rates of adapters, or of all that trains, now and for the rest of the schedule."""
+def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> None:
+    """Divide the learning rates, now and for the rest of the schedule."""
     for number, group in enumerate(schedule.optimizer.param_groups):
-        if not of_adapters_alone or group.get("are_adapters"):  # an optimizer of another kind has no such key
-            group["lr"] /= divisor
-            schedule.base_lrs[number] /= divisor
+        group["lr"] /= divisor
+        schedule.base_lrs[number] /= divisor

@@ -44,8 +44,6 @@ def judge(
         limits.append(f"few images, {images_per_class:.0f} of each class")
     if lowered > LOWERED:
         limits.append(f"a learning rate that was lowered {lowered:.0f}-fold")
-    elif results.get("retreats"):  # with masks the first one lowers the adapters' alone
-        limits.append("adapters whose learning rate was lowered, since they collapsed or gained nothing")
     if is_rising:
         limits.append("few epochs: the score still rose at the end")
     if is_overfitted:
