@@ -64,7 +64,7 @@ from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
-from toolkit.models.checkpoints import value_at
+from toolkit.models.checkpoints import NO_CHECKPOINT, value_at
 from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings
@@ -603,14 +603,18 @@ def card(args: argparse.Namespace) -> str:
 
 
 def push(args: argparse.Namespace) -> str:
-    """Send the adapter, its card and the run's page to the Hugging Face Hub, and return the address."""
+    """Send the adapter, what lies beside it, and its card to the Hugging Face Hub, and return the address."""
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
     except ImportError:
         raise InputError("push needs huggingface_hub: pip install huggingface_hub") from None
     sent = {args.adapter.name: args.adapter, "README.md": card(args).encode()}
+    metadata = read_adapter_file(args.adapter)["metadata"]
+    _, stage1 = find_base(args.adapter, metadata, NO_CHECKPOINT)  # the base itself is to be had from its publisher
+    if stage1 is not None:
+        sent[stage1.name] = stage1
     page = args.adapter.with_name("report.html")
-    if page.exists() and "thresholds chosen" not in read_adapter_file(args.adapter)["metadata"]:  # as for the card
+    if page.exists() and "thresholds chosen" not in metadata:  # as for the card
         sent[page.name] = page
     hub = HfApi()
     try:
@@ -690,9 +694,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units; or `probabilities`
     for every pixel, (N, classes, H, W), of images (N, C, H, W) that may be larger than S where the model is a ResNet.
 
-    Returns:
-        The metadata that are written into the file: `class_names` and other values as JSON. `model.json` beside it says
-        what is left to do around the graph, as `usage` does.
+    Returns the metadata that are written into the file: `class_names` and other values as JSON. `model.json` beside it
+    says what is left to do around the graph, as `usage` does.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)

@@ -49,7 +49,7 @@ from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
 FREE_TO_CHANGE = (
-    *("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir"),
+    *("config", "output_dir", "resume", "device", "tracker", "workers", "knn_every", "knn_dir"),
     "checkpoint",  # a digest catches another base
     *options.PLACES_OF_IMAGES,
 )
@@ -63,13 +63,11 @@ SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --imag
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Pretrain as the options say.
+    """Pretrain as the options say, and return the content of `results.json`.
 
-    Returns:
-        The content of `results.json`. From the last epoch: `loss`, `knn_accuracy` (0 to 1; None without labels),
-        `effective_rank`. `before`: the same measures of a checkpoint before any step. Then `epochs`, `seconds`,
-        `images_per_second`, `waiting_share`, `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of
-        `moco_lora.pth`) and `metrics`.
+    From the last epoch it has `loss`, `knn_accuracy` (0 to 1; None without labels) and `effective_rank`; in `before`
+    the same measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
+    `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
     args, _ = read_options(argv, __doc__)
     device = devices.select_device(args.device)
@@ -89,8 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(f"device: {device}, precision: {dtype}")
         if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
-            holds = "it holds an image's own older keys too"
-            print(f"--queue-size {args.queue_size} is more than there are images: {holds}")
+            print(f"--queue-size {args.queue_size} is more than there are images: it holds an image's own old keys too")
         begin()  # an earlier run's checkpoints stay if this run does not write them
         train(run)
         if distributed.is_main():
@@ -148,7 +145,6 @@ class Pretraining(RunState):
         super().__init__(args, device, dtype)
         self.model = model
         normalization, self.loader, self.measuring_loaders = load_data(args, known, read, device)
-        self.about_images = bands.recorded(normalization, {})  # for whoever uses the backbone
         self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
@@ -159,7 +155,8 @@ class Pretraining(RunState):
         self.total_steps = args.epochs * steps
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
         self.trained_entries["model"] = StateEntry(self.model_state, restore)
-        self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base}
+        self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base, "arch": args.arch}
+        self.identity["normalization"] = bands.recorded(normalization, {})  # for whoever uses the backbone
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
 
     @property
@@ -253,9 +250,8 @@ class Pretraining(RunState):
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
-        metadata |= self.about_adapters
+        metadata |= self.about_adapters | {"lora": options.lora_options(args)}
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
-        metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
         LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
 
@@ -270,8 +266,7 @@ class Pretraining(RunState):
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
-        images = {"arch": self.args.arch, "normalization": self.about_images}
-        return {"epoch": self.epoch, "global_steps": self.global_steps, **images, **self.identity}
+        return {"epoch": self.epoch, "global_steps": self.global_steps, **self.identity}
 
     def state(self) -> dict[str, Any]:
         return super().state() | self.about()
@@ -288,7 +283,7 @@ class Pretraining(RunState):
             "checkpoint": self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)),
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
-            "normalization": self.about_images,
+            "normalization": self.identity["normalization"],
             "config": self.identity["config"],
         }
 
@@ -405,14 +400,16 @@ def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> I
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
     modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in (model.encoder_q, model.encoder_k)]}
     if hasattr(model, "predictor"):
+        shorter = model.predictor[:-1]  # the official ones of ResNets end without a BatchNorm
+        if checkpoints.shapes_of(shorter.state_dict()) == checkpoints.shapes_of(parts.get("predictor", {})):
+            model.predictor = shorter
         modules["predictor"] = [model.predictor]
-    for part, tensors in parts.items():
-        for module in modules.get(part, ()):
-            fits = checkpoints.shapes_of(module.state_dict()) == checkpoints.shapes_of(tensors)
+    for part in filter(modules.__contains__, parts):
+        for module in modules[part]:
+            fits = checkpoints.shapes_of(module.state_dict()) == checkpoints.shapes_of(parts[part])
             if fits:
-                module.load_state_dict(tensors)
-        if part in modules:
-            yield f"; {part} {'taken over' if fits else 'fresh'}"
+                module.load_state_dict(parts[part])
+        yield f"; {part} {'taken over' if fits else 'fresh'}"
 
 
 def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Optimizer:

@@ -131,6 +131,22 @@ def test_push_sends_no_figures_of_other_thresholds(server, once):
     assert server.files.keys() == {"other.pth", "README.md"}
 
 
+def test_push_sends_the_stage_1_adapter_and_the_card_says_where_it_has_to_lie(server, once):
+    """Else nobody could load the adapter: `load_finetuned` looks for it beside the file."""
+    content = read_adapter_file(once / "lora.pth")
+    content["metadata"]["stage1_adapter"] = str(once / "moco_lora.pth")
+    (once / "moco_lora.pth").write_bytes(b"adapters of stage 1")
+    (once / "results.json").unlink()
+    write_adapter_file(content, once / "lora.pth")
+    deploy_lora.main(["push", str(once / "lora.pth"), "me/flowers"])
+    assert server.files["moco_lora.pth"] == b"adapters of stage 1"
+    card = server.files["README.md"].decode()
+    assert "`moco_lora.pth`, which is merged into it, has to lie beside `lora.pth`" in card
+    (once / "moco_lora.pth").unlink()
+    with pytest.raises(InputError, match=r"its stage-1 adapter, .*moco_lora.pth, is not there"):
+        deploy_lora.main(["push", str(once / "lora.pth"), "me/flowers"])
+
+
 def test_a_refused_push_is_one_line(server, once):
     server.refuses = True
     with pytest.raises(InputError, match=r"^me/flowers: .*401.*`hf auth login`[?]$"):

@@ -307,6 +307,30 @@ def test_shipped_configurations_are_valid(path):
     assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
 
 
+# --------------------------------------------------------------------------------------------------- trackers
+
+
+def test_mlflow_gets_settings_and_rows(run, tmp_path, monkeypatch):
+    """The settings of pretraining have no sections."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    loss = run("--epochs 1 --tracker mlflow")["loss"]
+    client = mlflow.MlflowClient(f"file://{tmp_path}/mlruns")
+    [logged] = client.search_runs([client.get_experiment_by_name("moco-lora").experiment_id])
+    assert logged.data.params["queue_size"] == "16"
+    assert logged.data.metrics["loss"] == pytest.approx(loss)
+
+
+def test_a_run_that_was_not_logged_may_go_on_logged_and_the_next_has_a_log_of_its_own(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run()
+    run(f"--resume {after_an_epoch(tmp_path / 'out')} --tracker tensorboard", "logged")
+    run("--epochs 1 --tracker tensorboard", "logged")
+    for folder in ("logged", "logged-1"):
+        assert len(list((tmp_path / folder / "tensorboard").iterdir())) == 1
+
+
 # ------------------------------------------------------------------------------------ going on from a checkpoint
 
 
@@ -337,6 +361,8 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
         for ours, official in zip(("encoder_q", "encoder_k"), names, strict=True):
             name = name.replace(f"{ours}.heads.", f"{official}.head.").replace(f"{ours}.", f"{official}.")
         state[f"module.{name}"] = tensor
+    if arch == "resnet18":  # the official predictor of a ResNet ends without a BatchNorm
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("module.predictor.4.")}
     torch.save({"state_dict": state, "arch": arch, "epoch": 3}, tmp_path / "official.pth.tar")
     flags = ["--checkpoint", str(tmp_path / "official.pth.tar"), "--lora-rank", "2", "--queue-size", "256"]
     args = pretrain.read_options(flags)[0]

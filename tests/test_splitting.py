@@ -12,13 +12,13 @@ import torch
 import deploy_lora
 import finetune_lora
 from tests.run_folders import rows_of
-from toolkit import InputError
+from toolkit import InputError, distributed
 from toolkit.answers import probe
 from toolkit.answers.measures import share_interval
 from toolkit.files import SHIPPED, read_checkpoint
 from toolkit.images import splitting
 from toolkit.images.sources import load_splits, validation_part
-from toolkit.run import folds, search
+from toolkit.run import folds, output_folder, search
 from toolkit.run.guard import Collapsed
 
 
@@ -292,3 +292,20 @@ def test_a_new_cross_validation_moves_what_was_there_aside(validate, tmp_path, c
     validate("--epochs 3")
     assert {path.name for path in (tmp_path / "out-2").iterdir()} == {"folds", "folds.csv", "config.yaml"}
     assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/results.json").exists()
+
+
+def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(validate, stand_in, tmp_path, monkeypatch):
+    """The first of several processes moves them aside, and may be slow: the others wait at the next exchange."""
+    validate()
+    begun = []
+    monkeypatch.setattr(output_folder, "begin_folder", lambda *_: begun.append("by the first process"))
+
+    def gather(value):
+        if begun:
+            shutil.rmtree(tmp_path / "out/folds", ignore_errors=True)
+        return [value, value]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    validate()
+    assert stand_in.parts == ["1/3", "2/3", "3/3"] * 2

@@ -419,6 +419,14 @@ def stored(value: Any) -> Any:
     return str(stored_path(value)) if isinstance(value, Path) else value
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
+    settings = {}
+    for name, value in config.items():
+        settings |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
+
+
 def flag(name: str) -> str:
     """How an option is typed."""
     return f"--{name.replace('_', '-')}"

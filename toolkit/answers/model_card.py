@@ -21,12 +21,10 @@ MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors
 def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: str, file: str) -> str:
     """The card as Markdown, with the Hub's block of metadata before it (huggingface.co/docs/hub/model-cards).
 
-    Args:
-        metadata: of the adapter file.
-        results: the content of the run's `results.json`; empty if there is none.
-        name: of the model.
-        file: the adapter file's name.
+    `metadata` are those of the adapter file, called `file`; `results` of the run's `results.json`, empty without one.
     """
+    stage1 = metadata.get("stage1_adapter")
+    beside = f", and `{Path(str(stage1)).name}`, which is merged into it, has to lie beside `{file}`" if stage1 else ""
     base = Path(str(metadata["checkpoint"])).name
     published = {Path(url).name: known for known, (url, _) in PUBLISHED.items()}
     base = published.get(base, base)
@@ -62,7 +60,7 @@ The licence of the base holds for what is made of it. Look it up on its publishe
 python deploy_lora.py predict {file} my_images --output {output} --checkpoint BASE
 ```
 
-`BASE` is the file of `{base}`. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
+`BASE` is the file of `{base}`{beside}. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
 
 ## Settings, of version {metadata.get("version", VERSION)} of the toolkit
 

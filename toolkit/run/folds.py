@@ -43,8 +43,7 @@ def cross_validate(
 
     Args:
         run: `finetune_lora.main`, which takes `argv` and `after_epoch`.
-        argv: has `--folds 5`; a part is the same command with `--folds 2/5`.
-        args: the options in it.
+        argv: has `--folds 5`, and its options are `args`; a part is the same command with `--folds 2/5`.
 
     Returns:
         `folds`: the results of each part; and the mean of their scores, under its name in `results.json`.
@@ -70,6 +69,7 @@ def cross_validate(
             (args.output_dir / FOLDER).mkdir(exist_ok=True)
             write_text(json.dumps(identity, indent=2), args.output_dir / IDENTITY)
             write_text(yaml.safe_dump(identity["config"], sort_keys=False), args.output_dir / "config.yaml")
+        distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for finished ones
         found = []
         for number in range(1, count + 1):
             own = args.output_dir / FOLDER / str(number)

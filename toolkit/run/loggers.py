@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import InputError, printable
+from toolkit.config import flat
 
 PROJECT = "moco-lora"
 Log = Callable[[dict[str, float], int], None]  # takes numbers by name, and the epoch
@@ -45,8 +46,7 @@ def _mlflow(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
 
     mlflow.set_experiment(PROJECT)
     with mlflow.start_run(run_name=folder.name):
-        for section, values in settings.items():
-            mlflow.log_params({f"{section}.{name}": value for name, value in values.items()})
+        mlflow.log_params(flat(settings))
         yield lambda numbers, epoch: mlflow.log_metrics(numbers, step=epoch)
 
 

@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from toolkit import InputError, distributed
+from toolkit.config import flat
 from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
@@ -189,14 +190,6 @@ def check_same_run(
     if state.get("base") != own.get("base"):  # a search has none
         base = f"another base than {args.checkpoint}"
         raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
-
-
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
-    settings = {}
-    for name, value in config.items():
-        settings |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return settings
 
 
 def recorded_setting(path: Path | None, name: str) -> Any:
