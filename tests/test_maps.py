@@ -192,15 +192,15 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
 
 
 @pytest.mark.parametrize(
-    ("task", "asked"),
+    ("task", "asked", "named"),
     [
-        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"probabilities": True}),
-        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"abstain": 0.6}),
-        (Classification(["sea", "land"]), {"probabilities": True, "abstain": 0.6}),
+        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"probabilities": True}, "numbers have none"),
+        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"abstain": 0.6}, "--abstain is for maps of classes"),
+        (Classification(["sea", "land"]), {"probabilities": True, "abstain": 0.6}, "drop it, or --probabilities"),
     ],
 )
-def test_what_a_map_cannot_have_is_refused(task, asked):
-    with pytest.raises(InputError, match="--abstain is for maps of classes, and numbers have no --probabilities"):
+def test_what_a_map_cannot_have_is_refused(task, asked, named):
+    with pytest.raises(InputError, match=named):
         Maps(task, lambda windows: windows, None, 8, **asked)
 
 

@@ -143,9 +143,10 @@ class Maps:
     def __post_init__(self) -> None:
         self.are_classes = self.task.kind in ("segmentation", "classification")
         self.has_classes = self.are_classes and not self.probabilities
-        are_numbers = self.task.kind == "regression" and self.probabilities
-        if are_numbers or (self.abstain is not None and not self.has_classes):
-            raise InputError("--abstain is for maps of classes, and numbers have no --probabilities: drop it")
+        if self.probabilities and self.task.kind == "regression":
+            raise InputError("--probabilities: numbers have none; drop it")
+        if self.abstain is not None and not self.has_classes:
+            raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.

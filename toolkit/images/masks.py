@@ -313,7 +313,9 @@ class MaskedImages(LabelledImages):
     def picture(self, i: int, bands: Bands | None) -> np.ndarray:
         """The image as a picture (H, W, 3) from 0 to 1."""
         image, _ = self[i]
-        return np.asarray(image) / 255 if bands is None else bands.picture(torch.from_numpy(image).permute(2, 0, 1))
+        if bands is None:
+            return np.asarray(image) / 255
+        return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
     @property
     def palette(self) -> np.ndarray:
