@@ -110,7 +110,8 @@ class WiseFT:
 
 # ---------------------------------------------------------------------------------------------------- the learning rate
 
-# From so many steps on a run trains at the given rate, up to 60 below SAFE_RATE: measured, see benchmarks/RESULTS.md.
+# A run of this many steps trains at the given learning rate, a shorter one at a lower rate, up to 60 steps at most at
+# SAFE_RATE. Measured, see benchmarks/RESULTS.md.
 STEPS_TO_TRAIN = 80
 SAFE_RATE = 1e-4
 COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
