@@ -104,7 +104,7 @@ class SoftmaxObjective(Objective):
         return self.cross_entropy(outputs, targets, None, 0.0)
 
     def cross_entropy(self, outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-        """Summed over images. The true class weighs all of it: PyTorch weighs what is spread by its goal."""
+        """Summed over images. What smoothing spreads counts by the true class's weight, not by those it goes to."""
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
         if weights is not None:
             losses = losses * weights[targets.clamp_min(0)]

@@ -154,7 +154,8 @@ def run_script(main: Callable[[], Any]) -> None:
     except InputError as error:
         sys.stdout.flush()
         if distributed.claim_report():
-            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)  # of a worker, too
+            # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         if hasattr(signal, "SIGCHLD"):  # if a loading process was killed, PyTorch's handler would raise on the way out
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.exit(2)
