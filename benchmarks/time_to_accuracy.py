@@ -34,7 +34,7 @@ from benchmarks import MEASURED, finished_runs
 from toolkit.config import positive_int
 
 TUNING_SEED = 1000
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that are tried for the plain loops
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that are tried for the plain loops
 
 
 class Method(NamedTuple):
