@@ -54,7 +54,7 @@ from lora.adapter_file import check_metadata, is_per_pixel, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, distributed, files, listed, printable
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
-from toolkit.answers.report_page import drawn, new_figure, save_figure, write_page
+from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.images import folders, lists, masks, remote, sources, splitting, transforms
 from toolkit.images.bands import Bands, from_metadata, recorded
@@ -173,9 +173,8 @@ def explain(args: argparse.Namespace) -> list[Path]:
             columns, [cells] = task.table(outputs)
             figure = new_figure(6, 3.4)
             figure.suptitle(drawn(", ".join(map(" ".join, zip(columns, cells, strict=True)))[:70]))
-            for axes, picture in zip(figure.subplots(1, 2), pictures, strict=True):
+            for axes, picture in zip(figure.subplots(1, 2, subplot_kw=PICTURE_ALONE), pictures, strict=True):
                 axes.imshow(picture)
-                axes.axis("off")
             written.append(places[i].with_name(f"{places[i].name}.png"))
             save_figure(figure, written[-1])
         written = sorted(itertools.chain(*distributed.gather(written)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit import printable
 from toolkit.answers import measures
 from toolkit.answers.heat_maps import Explainer
-from toolkit.answers.report_page import BLUE, drawn, html_picture, new_figure, save_figure
+from toolkit.answers.report_page import BLUE, PICTURE_ALONE, drawn, html_picture, new_figure, save_figure
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 from toolkit.images.transforms import View, whole_along
@@ -102,9 +102,7 @@ class Report:
         parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
         for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
             part.suptitle(title if chosen else f"{title}: none")
-            places = part.subplots(height, COLUMNS, squeeze=False).reshape(-1, wide)
-            for place in places.flat:
-                place.axis("off")
+            places = part.subplots(height, COLUMNS, squeeze=False, subplot_kw=PICTURE_ALONE).reshape(-1, wide)
             for (i, text), (place, *beside) in zip(chosen, places, strict=False):
                 shrunk = shrink(images.undecoded(i)[0])
                 place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)

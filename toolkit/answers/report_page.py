@@ -21,6 +21,8 @@ img { max-width: 100%; } pre { background: #f5f5f5; padding: .8rem; overflow-x: 
 """
 BLUE = "#0072B2"  # with orange, distinct for every kind of colour vision (Okabe and Ito)
 ORANGE = "#D55E00"
+# For axes that hold a picture. Ticks that are hidden, as `axis("off")` does, are laid out and take half of the time.
+PICTURE_ALONE = {"xticks": [], "yticks": [], "frame_on": False}
 
 
 def write_page(

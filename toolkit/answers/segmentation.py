@@ -23,7 +23,7 @@ from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
-from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
+from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.devices import autocast, to_device
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import coloured
@@ -291,9 +291,7 @@ class PixelReport(Report):
 
         [chosen] = self.mistakes().values()
         figure = new_figure(11, 0.8 + 3.0 * max(1, len(chosen)))
-        rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False)
-        for axes in rows.ravel():
-            axes.axis("off")
+        rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False, subplot_kw=PICTURE_ALONE)
         for (image, text), row in zip(chosen, rows, strict=False):
             picture = images.picture(image, bands)  # (H, W, 3), from 0 to 1
             truth = images.mask(image)
