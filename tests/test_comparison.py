@@ -40,11 +40,27 @@ def classes(tmp_path):
     return paths, wrong
 
 
-def test_masks_are_not_called_damaged(tmp_path):
-    answers = segmentation.PixelAnswers(0.1, torch.ones(4, 2, 2, dtype=torch.long), torch.ones(10, 3))
-    path = write(segmentation.Segmentation(["sea", "land"]).report(answers), tmp_path / "a/results.json", 4)
-    with pytest.raises(InputError, match="has no answers for whole images: those for masks are not"):
-        deploy_lora.main(["compare", str(path), str(path)])
+def test_masks_are_compared_image_by_image(tmp_path, capsys):
+    """The second run has more pixels right of each of 40 images, of which some are much harder than others."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(3, (40, 100), generator=generator)
+    draws = torch.rand(40, 100, generator=generator)
+    hardness = torch.rand(40, 1, generator=generator)
+    reports = []
+    for name, share in zip("ab", (0.8, 0.7), strict=True):
+        answered = torch.where(draws < share * hardness, (truth + 1) % 3, truth)
+        pairs = torch.nn.functional.one_hot(truth)[:, :, :, None] * torch.nn.functional.one_hot(answered)[:, :, None]
+        answers = segmentation.PixelAnswers(0.1, pairs.sum(1), torch.ones(10, 3))
+        reports.append(segmentation.Segmentation(["sea", "land", "sky: pixels"]).report(answers))
+        write(reports[-1], tmp_path / name / "results.json", 40)
+    found = deploy_lora.main(["compare", str(tmp_path / "a/results.json"), str(tmp_path / "b/results.json")])
+    before, after = (report.figures() for report in reports)
+    for difference, name in zip(found, ("val_miou", "macro_dice", "pixel_accuracy"), strict=True):
+        name = name.removeprefix("val_")
+        assert (difference.first, difference.second) == pytest.approx((before[name], after[name]))
+        assert 0 < difference.low < after[name] - before[name] < difference.high and difference.p < 0.01
+    assert before["miou_interval"][1] > after["miou_interval"][0]  # unpaired, chance might have made it
+    assert "mean IoU" in capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)

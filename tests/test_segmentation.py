@@ -16,7 +16,7 @@ from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.segmentation import Segmentation, _counted, pixel_figures, rare_class_weights
+from toolkit.answers.segmentation import Segmentation, _counted, counted, pixel_figures, rare_class_weights
 from toolkit.devices import seed_everything
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.masks import collate_pairs, pair_transforms
@@ -93,7 +93,7 @@ def test_its_base_is_what_the_checkpoint_holds(tmp_path):
 
 def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency():
     matrices = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
-    figures = pixel_figures(matrices)
+    figures = pixel_figures(counted(matrices))
     assert figures["miou"].item() == pytest.approx((3 / 4 + 4 / 5) / 2) and figures["iou"][0, 2].isnan()
     pixels = torch.tensor([[900.0, 90.0], [0.0, 10.0]])
     weights = rare_class_weights(pixels)

@@ -18,6 +18,7 @@ from toolkit.answers.answer_reports import interval_text
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, new_figure, save_figure
+from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
 from toolkit.answers.tasks import TASKS
 from toolkit.files import write_cells, write_csv, write_text
 from toolkit.images.data import LabelledImages
@@ -26,7 +27,12 @@ from toolkit.images.lists import ANSWER, PROBABILITY
 IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
 GROUP = "group"
 # The figures that are compared, by how the columns of answers end: the first of the answers' `figures`.
-SHOWN = {PROBABILITY: ("macro AP", "micro AP", "macro AUROC"), ANSWER: ("R2", "mean absolute error")}
+PIXELS, *_ = COUNTED
+SHOWN = {
+    PROBABILITY: ("macro AP", "micro AP", "macro AUROC"),
+    ANSWER: ("R2", "mean absolute error"),
+    PIXELS: tuple(headline.title for headline in PixelReport.HEADLINES.values()),
+}
 
 
 def answers_path(results: Path) -> Path:
@@ -80,7 +86,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{first} and {second} are over other images, such as {images}: evaluate both on the same")
     truth, kind = _truth(one.columns)
     if not truth:
-        raise InputError(f"{answers_path(first)} has no answers for whole images: those for masks are not compared")
+        raise InputError(f"{answers_path(first)} does not say what is true: evaluate again")
     differing = [title for title in truth if (one.columns[title] != other.columns[title]).any()]
     if differing:
         columns = listed(differing, 4)
@@ -97,11 +103,13 @@ def compare(first: Path, second: Path) -> list[Difference]:
 def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
     """The columns of what is true, and what the columns of answers to it end with; None: these are classes."""
     # Of both endings the more frequent one: a label may be called as the column of another's answers.
-    kind = max(SHOWN, key=lambda ending: sum(title + ending in titles for title in titles))
+    kind = max((PROBABILITY, ANSWER), key=lambda ending: sum(title + ending in titles for title in titles))
     truth = [title for title in titles if title + kind in titles]
-    if not truth and "class" in titles and "answer" in titles:
+    if truth:
+        return truth, kind
+    if "class" in titles and "answer" in titles:
         return ["class"], None
-    return truth, kind
+    return [title for title in titles if title.endswith(PIXELS)], PIXELS
 
 
 def _read(path: Path) -> Answered:
@@ -132,15 +140,14 @@ def _differences(
 
     So what makes images easy for both does not blur the difference.
     """
+    names = ("accuracy",) if kind is None else SHOWN[kind]
     if kind is None:
-        names: tuple[str, ...] = ("accuracy",)
-
-        def figures(right: Tensor, weights: Tensor) -> Tensor:
-            return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
-
+        figures = _accuracy
         runs = [torch.from_numpy(table["class"] == table["answer"]) for table in tables]
+    elif kind == PIXELS:
+        figures = _figures_of_pixels
+        runs = [_numbers(table, list(table)) for table in tables]
     else:
-        names = SHOWN[kind]
         answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
         figures = answers.figures
         targets = _numbers(tables[0], truth)
@@ -157,6 +164,17 @@ def _differences(
     chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
     columns = zip(names, before, after, found.intervals, chances, strict=False)  # those of the differences come first
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
+
+
+def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
+    return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
+
+
+def _figures_of_pixels(columns: Tensor, weights: Tensor) -> Tensor:
+    """The headlines (n, 3) of all columns of answers with masks, (N, 3 K): class by class what COUNTED names."""
+    counts = measures.weighted_sum(columns, weights).unflatten(1, (-1, len(COUNTED))).mT
+    figures = pixel_figures(counts)
+    return torch.stack([figures[name] for name in PixelReport.HEADLINES], 1)
 
 
 def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:

@@ -33,6 +33,7 @@ PROBE_ROWS = 8_000  # pixels, at the most, that the head's start is fitted to, o
 LEAST_PIXELS = 8  # of each image among them
 WORST_SHOWN = 6  # images in mistakes.png
 NO_PIXEL = "no pixel of the evaluation images is known"
+COUNTED = (": pixels", ": answered", ": right")  # of each image, by class: how the columns of its answers end
 
 
 @dataclass
@@ -56,18 +57,21 @@ class PixelAnswers:
         return self.bins
 
     def measured(self) -> dict[str, float]:
-        figures = pixel_figures(self.confusion.double().sum(0)[None])
+        figures = pixel_figures(counted(self.confusion).double().sum(0)[None])
         return {name: figures[name].item() for name in PixelReport.HEADLINES}
 
 
-def pixel_figures(matrices: Tensor) -> dict[str, Tensor]:
-    """The figures of confusion matrices (n, K, K), by name: (n,), and of each class (n, K).
+def counted(matrices: Tensor) -> Tensor:
+    """Of confusion matrices (n, K, K) how many pixels are of each class, answered as it, and both: (n, 3, K)."""
+    return torch.stack([matrices.sum(2), matrices.sum(1), matrices.diagonal(dim1=1, dim2=2)], 1)
+
+
+def pixel_figures(counts: Tensor) -> dict[str, Tensor]:
+    """The figures of pixels that are `counted`, (n, 3, K), by name: (n,), and of each class (n, K).
 
     A class that is neither there nor answered has NaN, and counts in no mean.
     """
-    right = matrices.diagonal(dim1=1, dim2=2)
-    truths = matrices.sum(2)
-    answers = matrices.sum(1)
+    truths, answers, right = counts.unbind(1)
     iou = right / (truths + answers - right)
     dice = 2 * right / (truths + answers)
     accuracy = right.sum(1) / truths.sum(1)
@@ -229,8 +233,7 @@ class PixelReport(Report):
     }
 
     def measure(self, weights: Tensor) -> Tensor:
-        matrices = self.answers.confusion.double()
-        summed = (weights.double() @ matrices.flatten(1)).view(-1, *matrices.shape[1:])
+        summed = measures.weighted_sum(counted(self.answers.confusion).flatten(1), weights).unflatten(1, (3, -1))
         return torch.cat([figure.view(len(weights), -1) for figure in pixel_figures(summed).values()], 1)
 
     def _of_classes(self, columns: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -306,13 +309,8 @@ class PixelReport(Report):
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         """For each class the pixels that are of it, that were answered as it, and that are both."""
-        matrices = self.answers.confusion
-        columns = {}
-        for i, name in enumerate(self.names):
-            columns[f"{name}: pixels"] = matrices[:, i].sum(1).tolist()
-            columns[f"{name}: answered"] = matrices[:, :, i].sum(1).tolist()
-            columns[f"{name}: right"] = matrices[:, i, i].tolist()
-        return columns
+        titles = [name + ending for name in self.names for ending in COUNTED]
+        return dict(zip(titles, counted(self.answers.confusion).mT.flatten(1).T.tolist(), strict=True))
 
 
 class Segmentation(Task):
