@@ -1136,9 +1136,10 @@ class FineTuning(RunState):
         if self.args.keep_best and path.resolve().parent != self.args.output_dir.resolve():
             raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
         free = options.FREE_TO_CHANGE
-        norms = {self.plan.norms, run_state.recorded_setting(path, "norms")}  # a ViT's LayerNorms may train, too
-        if "train" not in norms and not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
-            free = (*free, "finetune.norms")
+        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            norms = {self.plan.norms, run_state.recorded_setting(path, "norms")}
+            if "train" not in norms:  # else LayerNorms train
+                free = (*free, "finetune.norms")
         self.resume(path, free)
 
     # Its rates
