@@ -758,7 +758,7 @@ def main(
             model, report = build_model(args, plan.dtype, len(splits.class_names))
         resumed = args.resume
         if args.learning_rate == "auto":
-            rate, resumed = search_learning_rate(args, plan, splits, opened, begin)
+            rate, resumed = search_learning_rate(args, plan, splits, record_of(model).base_digests or {}, opened, begin)
             plan = replace(plan, learning_rate=rate)
         run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
         if resumed:
@@ -851,7 +851,7 @@ def settle_adapt_last(args: FineTuneOptions, whole: "FineTuning") -> FineTuneOpt
 
 
 def search_learning_rate(
-    args: FineTuneOptions, plan: Plan, splits: Splits, opened: list[DataLoader], begin: Callable[[], None]
+    args: FineTuneOptions, plan: Plan, splits: Splits, base: dict[str, str], opened: list[DataLoader], begin: Callable
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
     parts = search.parts_of(splits)
@@ -885,7 +885,7 @@ def search_learning_rate(
         epochs=epochs,
         images=len(parts.val),
         begin=begin,
-        settings={"config": plan.settings(args), "images": splits.digest()},
+        settings={"config": plan.settings(args), "images": splits.digest(), "base": base},
     )
     end_workers(opened)
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
@@ -1045,7 +1045,7 @@ class FineTuning(RunState):
         asked = self.plan.learning_rate
         steps = self.loaders.steps_per_epoch
         divisor = optim.run_divisor(args, asked, steps)
-        self.first_rate = asked / divisor  # the peak rate before any collapse
+        self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
         network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
@@ -1062,6 +1062,7 @@ class FineTuning(RunState):
                 save=lambda: tuple(self.head_temperature),
                 load=lambda state: setattr(self, "head_temperature", HeadTemperature(*state)),
             ),
+            "rate": StateEntry.attribute(self, "rate"),
             "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
         }
         self.identity |= {
@@ -1136,15 +1137,12 @@ class FineTuning(RunState):
             raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
         free = options.FREE_TO_CHANGE
         if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
-            free = (*free, "finetune.norms")
+            norms = {self.plan.norms, run_state.recorded_setting(path, "norms")}
+            if "train" not in norms:  # else LayerNorms train
+                free = (*free, "finetune.norms")
         self.resume(path, free)
 
     # Its rates
-
-    @property
-    def rate(self) -> float:
-        """The peak learning rate, which each collapse lowers."""
-        return self.first_rate / self.guard.rate_divisor
 
     @property
     def adapter_rate(self) -> float | None:
@@ -1230,9 +1228,10 @@ class FineTuning(RunState):
         self.restore(good["state"])
         self.history = self.history[: good["epochs"]]
         self.progress = None
-        if self.guard.has_failed:
+        if len(self.guard.retreats) > guard.RETREATS:
             self.save()
             raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self))
+        self.rate /= guard.RETREAT_FACTOR
         optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
             self.task.head.soften(self.model, self.temperature / temperature)

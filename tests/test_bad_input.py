@@ -303,6 +303,12 @@ IMAGES = [
     images("val without train", classes("cat", "dog", folder="mine/val"), "val are parts, not classes"),
     images("parts under other names", classes("cat", folder="mine/Train") | classes("cat", folder="mine/Test"),
            "Test, Train are parts, not classes", "lower case"),
+    images("a test part among the classes", classes("cat", "dog") | classes("cat", "dog", folder="mine/test"),
+           "test are parts, not classes", "put the classes into train and val"),
+    images("parts with a capital beside something else", {"mine/notes/a.png": PNG}
+           | classes("cat", "dog", folder="mine/Train") | classes("cat", folder="mine/Val"), "Train, Val are parts"),
+    images("evaluation images among the classes", classes("cat", "dog") | classes("cat", folder="mine/val"),
+           "val are parts, not classes", options="--val-dir mine/val"),
     images("an empty val", split(("cat", "dog"), ()) | {"mine/val/": None}, "val", "found none"),
     images("a class only in val", split(("cat", "dog"), ("cat", "eel")), "val has classes that", "lacks: eel"),
     images("a web page for an image", classes("cat", "dog") | {"mine/cat/0.png": HTML}, "0.png: not a readable image"),

@@ -268,6 +268,12 @@ def test_two_spellings_of_a_class_are_one_class(tmp_path):
         folders.class_folders(tmp_path)
 
 
+def test_a_class_may_be_called_as_a_part_is(tmp_path):
+    """Such as the cases and the controls of a test; with the classes in it, it is a part: see test_bad_input.py."""
+    touch(tmp_path, "control/a.png", "test/p1/b.png", "test/p2/c.png")
+    assert folders.class_folders(tmp_path) == ["control", "test"]
+
+
 def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
     """Not what systems leave among images, nor thumbnails of them."""
     touch(tmp_path / "cat", "a.png", "b.HEIC", "c.heic", "deep/d.heic", "e.avif", "README", ".f.heic", "@eaDir/b.jpg")

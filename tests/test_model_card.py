@@ -46,6 +46,20 @@ def test_a_card_names_a_published_base_and_its_licence():
     assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ({"eval_split": "validation"}, ", set aside of the training images to choose settings by:"),
+        ({"chosen_by": {"epoch": "they"}}, ", which chose the epoch: on others the figures are lower:"),
+        ({"eval_split": "held-out", "chosen_by": {"learning rate": "trials"}}, ":"),
+    ],
+)
+def test_a_card_says_what_its_images_have_chosen(chosen, told):
+    about = {"checkpoint": "base.pth", "arch": "vit_mini", "image_size": 16, "class_names": ["a", "b"]}
+    results = {"val_images": 90, "val_accuracy": 0.5, "val_accuracy_interval": [0.4, 0.6], **chosen}
+    assert f"\nOn 90 evaluation images{told}\n" in write_card(about, results, "flowers", "lora.pth")
+
+
 def test_figures_of_another_run_are_refused(once, tmp_path):
     results = json.loads((once / "results.json").read_text())
     results["config"]["finetune"]["seed"] = 7

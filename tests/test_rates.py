@@ -11,6 +11,7 @@ from finetune_lora import FineTuning
 from tests.run_folders import assert_same_tensors, metrics, rows_of
 from toolkit import InputError
 from toolkit.answers.tasks import Classification, Regression
+from toolkit.files import read_checkpoint
 from toolkit.run import optim, reports, training
 from toolkit.run.options import FineTuneOptions
 from toolkit.run.search import RATES, Trial, choose
@@ -96,6 +97,8 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert len(made) == 3 - 1 + 1  # what is left of the search, and the run
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
+    elsewhere = finetune(f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}", output="elsewhere")
+    assert list(elsewhere["chosen_by"]) == ["learning rate"]  # though its table of trials is not there
 
 
 @pytest.mark.slow
@@ -107,7 +110,7 @@ def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, mo
     results = finetune("--learning-rate auto --epochs 1 --keep-best f1")
     assert list(results["chosen_by"]) == ["learning rate", "epoch"]
     assert [len(run.splits.train) for run in made] == [16, 16, 21]
-    assert [run.wise_ft.share for run in made] == [7 / 12] * 3  # seven images of each class
+    assert [run.wise_ft.alpha for run in made] == [7 / 12] * 3  # seven images of each class
 
 
 @pytest.mark.slow
@@ -132,6 +135,22 @@ def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch
         finetune(f"{command} --batch-size 4", output="elsewhere")
     results = finetune(f"{command} --data-dir {moved} --workers 1", output="elsewhere")
     assert results["learning_rate"] == 1e-4 and len(rows_of(tmp_path / "elsewhere/learning_rates.csv")) == 2
+
+
+def test_trials_over_another_base_say_nothing(finetune, base, monkeypatch, tmp_path):
+    """A stopped search may find its checkpoint elsewhere, but not another one."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4,))
+    monkeypatch.setattr(finetune_lora.search, "choose", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune("--learning-rate auto --epochs 1")
+    content = read_checkpoint(base, mapped=False)
+    next(iter(content["state_dict"].values())).add_(1)
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"was trained over another base than .*other\.pth"):
+        finetune(f"--learning-rate auto --epochs 1 --resume --checkpoint {tmp_path / 'other.pth'}")
+    shutil.copy(base, tmp_path / "moved.pth")
+    with pytest.raises(ZeroDivisionError):  # as before: no trial is left to make
+        finetune(f"--learning-rate auto --epochs 1 --resume --checkpoint {tmp_path / 'moved.pth'}")
 
 
 def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):

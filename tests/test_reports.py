@@ -424,6 +424,14 @@ def test_a_run_below_its_probe_is_told_what_it_has_not_tried(chosen_by, remedy):
     assert judged(0.90, chosen_by=chosen_by).next_step == f"the same command with {remedy}"
 
 
+@pytest.mark.parametrize(("probe", "gained"), [(0.7, "+12 points"), (0.8, "may be chance"), (0.9, "beyond chance")])
+def test_an_epoch_chosen_by_the_evaluation_images_flatters(probe, gained):
+    """--keep-best: the best of several epochs is above the others by chance, too."""
+    told = judged(probe, chosen_by={"epoch": "the evaluation images"}).gained
+    assert gained in told and ("flattered: the evaluation images chose the epoch" in told) == (probe == 0.7)
+    assert "more than chance" not in told
+
+
 def test_points_are_of_scores_in_per_cent():
     results = {"val_r2": 0.5, "probe_r2_before": 0.25, "val_r2_interval": (0.4, 0.6), "task": "regression"}
     results |= {"learning_rate": 1, "head_learning_rate": 1, "val_images": 9, "epochs": 0}

@@ -19,7 +19,7 @@ from lora_utils import read_adapter_file
 from tests.run_folders import assert_same_tensors, metrics, stop, tensors
 from toolkit import InputError, devices
 from toolkit.files import read_checkpoint
-from toolkit.run import output_folder, reports, runs
+from toolkit.run import optim, output_folder, reports, runs
 
 
 def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finetune, once):
@@ -112,13 +112,14 @@ def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
         finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")
 
 
-def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, once, monkeypatch):
-    """It is in the optimizer's state, and the head's temperature depends on it."""
+def test_a_resumed_run_keeps_its_rates(finetune, once, monkeypatch):
+    """They are in the optimizer's state, whatever this version would choose; the head's temperature depends on them."""
     resumed, train = [], finetune_lora.train
     monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
+    monkeypatch.setattr(optim, "run_divisor", lambda *_: 5.0)
     monkeypatch.setattr(finetune_lora, "train", lambda run, *args: resumed.append(run) or train(run, *args))
     finetune("--epochs 1 --resume")
-    assert resumed[0].adapter_lr_factor == 24
+    assert (resumed[0].adapter_lr_factor, resumed[0].rate) == (24, 1e-3)
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
@@ -131,6 +132,15 @@ def test_a_network_without_batch_norm_goes_on_on_a_gpu(finetune, once, monkeypat
     """Where the norms of a ResNet would be frozen; to a ViT that is no other setting."""
     monkeypatch.setattr(finetune_lora, "settled_norms", lambda *_: "frozen")
     assert finetune("--epochs 1 --resume")["epochs"] == 1
+
+
+@pytest.mark.parametrize(("then", "now"), [("", "--norms train"), ("--norms train", "--norms frozen")])
+def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, then, now):
+    """Its LayerNorms would train from here on, or no more."""
+    if then:
+        finetune(f"--epochs 1 {then}")
+    with pytest.raises(InputError, match=f"norms was {then[8:] or 'auto'}, is {now[8:]}"):
+        finetune(f"--epochs 1 {now} --resume")
 
 
 @pytest.mark.slow

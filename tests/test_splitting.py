@@ -206,6 +206,7 @@ class Runs:
             raise KeyboardInterrupt
         accuracy = int(args.folds.partition("/")[0]) / 10
         results = {"task": "classification", "val_images": 7, "val_accuracy": accuracy, "probe_accuracy_before": None}
+        results["chosen_by"] = {"epoch": "the evaluation images"}
         (args.output_dir / "results.json").write_text(json.dumps(results))
         if args.folds == self.collapses_at:
             raise Collapsed(1, 1e-3, 0, args.output_dir / "lora.pth", results)
@@ -235,7 +236,7 @@ def validate(stand_in, tmp_path):
     return run
 
 
-def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
+def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path, capsys):
     """Finished parts are not run again, and an unfinished one goes on."""
     stand_in.stops_at = "2/3"
     with pytest.raises(KeyboardInterrupt):
@@ -252,6 +253,17 @@ def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
         "val_accuracy": str(found["val_accuracy"]),
     }
     assert validate("--resume") == found and len(stand_in.commands) == 4  # nothing was left to run
+    assert "the epoch of each part was chosen by the evaluation images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["--resume {}", "--resume={}", "--resume last.pth"])
+def test_it_goes_on_with_the_path_that_a_single_run_would_take(validate, stand_in, tmp_path, way):
+    stand_in.stops_at = "2/3"
+    with pytest.raises(KeyboardInterrupt):
+        validate()
+    stand_in.stops_at = None
+    validate(way.format(tmp_path / "out/last.pth"))
+    assert stand_in.parts == ["1/3", "2/3", "2/3 r", "3/3"]
 
 
 def test_parts_of_other_images_or_another_base_are_not_gone_on_with(validate, stand_in, tmp_path, hospital):

@@ -86,7 +86,12 @@ def _figures(results: Mapping[str, Any]) -> list[tuple[str, float, list[float]]]
 def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, Any]) -> str:
     if not figures:
         return "Not measured."
-    rows = [f"On {results['val_images']:,} evaluation images:", "", "| | | 95% interval |", "|---|---|---|"]
+    about = f"On {results['val_images']:,} evaluation images"
+    if results.get("eval_split") == "validation":
+        about += ", set aside of the training images to choose settings by"
+    if "epoch" in results.get("chosen_by", {}):
+        about += ", which chose the epoch: on others the figures are lower"
+    rows = [f"{about}:", "", "| | | 95% interval |", "|---|---|---|"]
     rows += [f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |" for name, value, (low, high) in figures]
     score, *_ = figures[0]
     before = results.get(f"probe_{score}_before")

@@ -105,9 +105,13 @@ def evaluation_folder(root: Path) -> Path:
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:
     """The sorted names of the class folders in a folder. Raises InputError for fewer, or for parts (train, val)."""
     names = list(folders_by_class(folder))
-    if names and set(map(str.lower, names)) <= _PART_NAMES:
-        parts = f"{folder}: {', '.join(names)} are parts, not classes"
-        raise InputError(f"{parts}; name them train and val, in lower case, or give them as --data-dir and --val-dir")
+    parts = [name for name in names if name.lower() in _PART_NAMES]
+    known = Counter(names)
+    for part in parts:
+        known.update(folders_by_class(folder / part).keys())
+    if parts and (parts == names or max(known.values()) > 1):  # else a class may be called so
+        problem = f"{folder}: {', '.join(parts)} are parts, not classes"
+        raise InputError(f"{problem}; put the classes into train and val, in lower case, or --data-dir and --val-dir")
     if len(names) < at_least:
         found = f"only {names[0]}" if names else "none"
         raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")

@@ -1,11 +1,11 @@
 """Cross-validation: a run for each part of the images, which trains on the others and is evaluated on this one."""
 
+import argparse
 import contextlib
 import hashlib
 import io
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,8 +51,9 @@ def cross_validate(
     Raises:
         InputError: as `run`; the finished parts are kept. Or these are of runs with other settings.
     """
-    typed = sys.argv[1:] if argv is None else argv
-    words = [word for word in typed if word != "--resume"]
+    own_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own_option.add_argument("--resume", nargs="?")  # of the parts each has its own
+    _, words = own_option.parse_known_args(argv)
     _, count = read_folds(args.folds)
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
         identity = _identity(args)
@@ -123,5 +124,7 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     for row in rows:
         shown = ["" if row[name] is None else task.reported(row[name]) for name in (probe, score)]
         print(f"{row['part']:<8}{row.get('val_images', ''):>8}{shown[0]:>20}{shown[1]:>20}")
+    for what, images in found[0].get("chosen_by", {}).items():
+        print(f"the {what} of each part was chosen by {images}")
     print(f"\ntable in {args.output_dir / TABLE}")
     return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}

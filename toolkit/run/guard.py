@@ -183,16 +183,6 @@ class Guard:
         at_start = len(self.scores) <= 1
         return at_start or (self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1))
 
-    @property
-    def has_failed(self) -> bool:
-        """Has the run gone back too often?"""
-        return len(self.retreats) > RETREATS
-
-    @property
-    def rate_divisor(self) -> float:
-        """What the retreats divide the learning rate by. The last collapse ends the run and lowers nothing."""
-        return RETREAT_FACTOR ** min(len(self.retreats), RETREATS)
-
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""
         best = max(self.scores, default=0.0)

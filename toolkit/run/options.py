@@ -294,8 +294,6 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
         problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
     elif args.val_dir and not args.data_dir:
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
-    if args.data_list and len(args.data_list) > 2:
-        problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
     if args.dataset == UNLABELLED_SET:
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):

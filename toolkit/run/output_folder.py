@@ -149,7 +149,6 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     if not distributed.is_main():
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         names = [name for name in files if os.path.lexists(folder / name)]
         if names and (resumed is None or resumed.resolve().parent != folder.resolve()):
             _move_aside(folder, names)

@@ -248,7 +248,7 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
 def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
     chosen = {}
-    if run.path("learning_rates.csv").exists():
+    if run.args.learning_rate == "auto" or run.path("learning_rates.csv").exists():
         chosen["learning rate"] = "trials on a part of the training images"
     column = run.task.best_by.get(run.args.keep_best)
     if any(not math.isnan(row[column]) for row in run.history if column is not None):

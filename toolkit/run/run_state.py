@@ -187,7 +187,7 @@ def check_same_run(
     if state["images"] != own["images"]:
         there = f"{args.data_dir or 'the data set'} holds now"
         raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
-    if state.get("base") != own.get("base"):  # a search has none
+    if state["base"] != own["base"]:
         base = f"another base than {args.checkpoint}"
         raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
 

@@ -89,7 +89,7 @@ def choose_learning_rate(
         epochs: of a trial.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
-        settings: `config` and `images` of the run, which an interrupted search must share: see `check_same_run`.
+        settings: `config`, `images` and `base` of the run, which an interrupted search must share (`check_same_run`).
     """
     trials: list[Trial] = []
     if args.resume is not None:

@@ -35,6 +35,7 @@ def judge(
     factor, _ = task.axis  # 100: differences are points
     probe = results[f"probe_{score}_before"]
     interval = results[f"val_{score}_interval"]
+    chosen_by = results.get("chosen_by", {})
     is_rising = _rises([row[f"val_{score}"] for row in history], probe)
     is_overfitted = bool(history) and history[-1]["val_loss"] > OVERFITTED * history[-1]["train_loss"]
     lowered = results["learning_rate"] / results["head_learning_rate"]
@@ -67,9 +68,10 @@ def judge(
     if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
         low, high = 0.0, 1.0
     if probe > high:
-        is_searched = "learning rate" in results.get("chosen_by", {})
-        other = "--lora-rank 0 --freeze-backbone" if is_searched else "--learning-rate auto"
+        other = "--lora-rank 0 --freeze-backbone" if "learning rate" in chosen_by else "--learning-rate auto"
         return Verdict(f"{gain}: it is below it, beyond chance", limits, f"the same command with {other}")
+    if probe < low and "epoch" in chosen_by:
+        return Verdict(f"{gain}, flattered: the evaluation images chose the epoch", limits, next_step)
     if probe < low:
         return Verdict(f"{gain}, more than chance explains", limits, next_step)
     if images_per_class < FEW_IMAGES:
