@@ -307,11 +307,12 @@ def effective_kernel(
 
 def pad_for_conv2d(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """Pad x where `F.conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers."""
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return x, conv.padding  # as it is now: networks are made dilated by changing it
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     if conv.padding_mode == "zeros" and left == right and top == bottom:
         return x, (top, left)
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    return F.pad(x, (left, right, top, bottom), conv.padding_mode.replace("zeros", "constant")), (0, 0)
 
 
 class Geometry(NamedTuple):

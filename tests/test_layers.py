@@ -167,6 +167,15 @@ def test_convolution(device, name):
         compare_with_dense(stock, adapted(stock), [x[0]], FP32)  # one image
 
 
+def test_a_convolution_s_geometry_is_read_at_each_call():
+    """Segmentation libraries make an encoder dilated by changing stride, padding and dilation of finished layers."""
+    stock = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+    layer = adapted(stock)
+    for conv in (stock, layer):
+        conv.stride, conv.padding, conv.dilation = (1, 1), (2, 2), (2, 2)
+    compare_with_dense(stock, layer, [torch.randn(2, 8, 9, 8)], FP32)
+
+
 @pytest.mark.parametrize("name", ["a linear layer", *CONVOLUTIONS])
 def test_dropout_acts_on_what_the_adapter_sees(name):
     """y = W x + s B A dropout(x), with the mask that the seed gives, and a convolution's own padding of both."""
