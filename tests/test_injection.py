@@ -81,6 +81,30 @@ def test_a_vit_is_adapted_but_for_its_head_and_patch_embedding():
     assert type(model.conv_proj) is nn.Conv2d and type(model.heads.head) is nn.Linear
 
 
+class ReadsItsWeightsDtype(nn.Module):
+    """As ViT, DeiT, DINOv2, CLIP and SigLIP of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, 8, 4, 4)})
+        self.body = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, pixels):
+        projection = self.patch_embeddings["projection"]
+        return self.classifier(self.body(projection(pixels.to(projection.weight.dtype)).mean((2, 3))))
+
+
+def test_a_patch_embedding_whose_dtype_the_model_reads_stays_a_float():
+    """Pixels that are converted to the dtype of a weight in 4 bits would be bytes."""
+    stock, x = ReadsItsWeightsDtype(), images(16)
+    model = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True)
+    assert adapted_names(model) == {"body"}
+    compare_with_dense(rounded(stock, model), model, [x], FP32)
+    with pytest.raises(InputError, match=r"not torch\.uint8: scale images; a model that reads"):
+        add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True, target_modules=["projection", "body"])(x)
+
+
 def test_a_model_without_a_head_is_adapted_altogether():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 5))
     add_lora_to_model(model, r=2)
