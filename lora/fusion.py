@@ -38,9 +38,10 @@ from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Does one of these have a hook? A hook must see what it would see in the stock model."""
+    """Does one of these have a hook, or a forward of its own? Each must see what it would see in the stock model."""
     return _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
     )
 
 
