@@ -73,8 +73,7 @@ class LoRALayer:
 
     or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). Each adapted layer *is* the layer it adapts: it keeps
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
-    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``. With a `base_dtype` of 16 bits W is
-    stored rounded to it; merging then gives a float32 weight, and the float base is gone.
+    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
     The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
     weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).

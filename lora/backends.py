@@ -55,10 +55,7 @@ def is_traced() -> bool:
 
 def refuse_jit() -> None:
     if torch.jit.is_tracing():  # it does not see the operations of an autograd.Function
-        raise RuntimeError(
-            "torch.jit.trace cannot follow adapters: use torch.export, or trace what "
-            "LoRAManager(model).unload(merge=True) returns"
-        )
+        raise RuntimeError("torch.jit traces no adapters: use torch.export, or LoRAManager(model).unload(merge=True)")
 
 
 def first_derivative(backward):

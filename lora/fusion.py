@@ -226,8 +226,7 @@ class FusedSequential(nn.Sequential):
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
-                norm = modules.pop(0)
-                input = conv_bn(module, norm, input, changes=bool(modules) or is_hooked(self))
+                input = conv_bn(module, modules.pop(0), input, changes=bool(modules) or is_hooked(self))
             else:
                 input = module(input)
         return input
