@@ -632,7 +632,7 @@ def with_hidden_fc() -> nn.Module:
     ],
 )
 def test_a_last_layer_that_is_no_head_is_reported(build, last, options):
-    with pytest.warns(UserWarning, match=f"the last layer, {last}, .* frozen: if it is new, give head='{last}'"):
+    with pytest.warns(UserWarning, match=f"last layer, {last}, .* with the backbone: if it is new, give head='{last}'"):
         add_lora_to_model(model := build(), r=2, **options)
     freeze_backbone_params(model)
     assert not model.get_submodule(last).weight.requires_grad
