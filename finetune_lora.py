@@ -53,7 +53,7 @@ from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
-from toolkit.models.backbones import block_names, head_names, headless, in_head, name_head, record_of
+from toolkit.models.backbones import block_names, headless, in_head, name_head, record_of
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
@@ -73,8 +73,7 @@ class LoRALayer:
 
     or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). Each adapted layer *is* the layer it adapts: it keeps
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
-    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``. With a `base_dtype` of 16 bits W is
-    stored rounded to it; merging then gives a float32 weight, and the float base is gone.
+    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
     The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
     weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
@@ -520,14 +519,13 @@ def add_lora_to_model(
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
     inner = adapted.unwrap_for_editing(model)
     name_head(inner, head)
-    last = next(reversed(adapted.adaptable_layers(inner)), "")
-    if target_modules is None and last and not head_names(inner) and isinstance(inner.get_submodule(last), nn.Linear):
-        warnings.warn(
-            f"no classifier head is found, so the last layer, {last}, is adapted and frozen: if it is new, give "
-            f"head={last!r}",
-            stacklevel=2,
-        )
     chosen = adapted.choose_layers(model, target_modules, adapt_last)
+    last, layer = list(adapted.adaptable_layers(inner).items())[-1]
+    is_meant = head is not None or in_head(inner, last) or (target_modules is not None and last in chosen)
+    is_meant |= any(last.startswith(f"{block}.") for block in block_names(inner))
+    if isinstance(layer, nn.Linear) and not is_meant:
+        what = f"the last layer, {last}, is in no classifier head, so it is frozen with the backbone"
+        warnings.warn(f"{what}: if it is new, give head={last!r}", stacklevel=2)
     by_layer = dict.fromkeys(chosen, settings)
     if adapt_last is not None:  # those below are without an adapter, but are stored as the others are
         names = adapted.choose_layers(model)

@@ -289,9 +289,7 @@ class LoRAManager:
         """Remove an adapter and free its memory. If it is in use, switch to the base. Raises the errors of `use`."""
         before = self.in_use
         self.use(name)
-        self.use(None)
-        if before != name:
-            self.use(before)
+        self.use(None if before == name else before)
         del self.record.adapters.named[name]
 
     def _adapter_set(self) -> AdapterSet:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit import InputError
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 _CORES = Path("/proc/cpuinfo")  # Linux alone has it
@@ -34,7 +36,10 @@ LEAK = 1e-20
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
+    """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own. It must be a float."""
+    if not x.is_floating_point():  # such as what a model converts to the dtype of a weight in 4 bits
+        hint = "scale images; a model that reads the dtype of a weight cannot have that in 4 bits"
+        raise InputError(f"an adapted layer takes floats, not {x.dtype}: {hint}")
     device = x.device.type
     is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
@@ -50,10 +55,7 @@ def is_traced() -> bool:
 
 def refuse_jit() -> None:
     if torch.jit.is_tracing():  # it does not see the operations of an autograd.Function
-        raise RuntimeError(
-            "torch.jit.trace cannot follow adapters: use torch.export, or trace what "
-            "LoRAManager(model).unload(merge=True) returns"
-        )
+        raise RuntimeError("torch.jit traces no adapters: use torch.export, or LoRAManager(model).unload(merge=True)")
 
 
 def first_derivative(backward):

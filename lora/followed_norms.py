@@ -31,6 +31,7 @@ from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lora.backends import compute_dtype
+from lora.functional import pad_for_conv2d
 from lora.fusion import STOCK, folds
 from lora.nf4 import dense_weight
 from toolkit import InputError, dotted
@@ -145,8 +146,8 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
 
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
     """Some patches of x (N, in, H, W) that the kernel is applied to: (number, in * kh * kw), always the same."""
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    windows = F.pad(x, tuple(conv._reversed_padding_repeated_twice), mode=mode)
+    x, (vertical, horizontal) = pad_for_conv2d(x, conv)
+    windows = F.pad(x, (horizontal, horizontal, vertical, vertical))
     for dim in (0, 1):
         extent = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1
         windows = windows.unfold(2 + dim, extent, conv.stride[dim])

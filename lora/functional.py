@@ -16,9 +16,8 @@ There are two ways to y and gx:
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
-layers: by size in full precision; in low precision always the side path, which costs less there than building the
-weight in float32 and rounding it. A convolution's kernel is small beside its input, so it is merged in low precision
-too: see `_kernel_merges`. Second derivatives are not defined, and are refused (`backends.first_derivative`).
+layers. A convolution's kernel is small beside its input, so it is merged in low precision too: see `_kernel_merges`.
+Second derivatives are not defined, and are refused (`backends.first_derivative`).
 """
 
 import math
@@ -44,7 +43,7 @@ def _is_trainable(weight: Tensor | NF4Weight | Int8Weight) -> bool:
 
 
 def _merge_pays(weight: Tensor | Int8Weight, output_numel: int) -> bool:
-    """Merged or side path? In full precision whichever passes over fewer elements; in 16 and 8 bits never merged."""
+    """Merged or side path? In full precision what passes over fewer elements; else the latter: rounding costs more."""
     any_number = isinstance(output_numel, torch.SymInt)  # as torch.export has it where the batch may be of any size
     floats = isinstance(weight, Tensor) and weight.dtype not in LOW_PRECISION
     return floats and (any_number or weight.numel() <= output_numel)
@@ -307,11 +306,12 @@ def effective_kernel(
 
 def pad_for_conv2d(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """Pad x where `F.conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers."""
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return x, conv.padding  # as it is now: networks are made dilated by changing it
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     if conv.padding_mode == "zeros" and left == right and top == bottom:
         return x, (top, left)
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    return F.pad(x, (left, right, top, bottom), conv.padding_mode.replace("zeros", "constant")), (0, 0)
 
 
 class Geometry(NamedTuple):

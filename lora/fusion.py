@@ -38,9 +38,10 @@ from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Does one of these have a hook? A hook must see what it would see in the stock model."""
+    """Does one of these have a hook, or a forward of its own? Each must see what it would see in the stock model."""
     return _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
     )
 
 
@@ -225,8 +226,7 @@ class FusedSequential(nn.Sequential):
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
-                norm = modules.pop(0)
-                input = conv_bn(module, norm, input, changes=bool(modules) or is_hooked(self))
+                input = conv_bn(module, modules.pop(0), input, changes=bool(modules) or is_hooked(self))
             else:
                 input = module(input)
         return input

@@ -2,8 +2,7 @@
 
 B is zero at the start, so the first steps change W by ``s dB A``: A determines in which r directions of its input a
 layer can change. Random directions contain a share of about r / fan_in of the gradient G (fan_out, fan_in). The best r
-directions are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1; here B starts at zero, and W is
-unchanged).
+directions are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1).
 
 G is never formed. If A is zero and B is any matrix Q, the model computes what its base computes, and the gradient of A
 is ``s Q^T G``. For a random Q this is a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm
@@ -58,14 +57,13 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     one scaling; up to a factor that is the same for all.
     """
     named = [(name, A, B) for name, A, B in adapter_pairs(model) if A.requires_grad]
-    pairs = [(A, B) for _, A, B in named]
     energies: dict[str, float] = {}
-    if not pairs:
+    if not named:
         return energies
-    before = [(A.clone(), B.clone()) for A, B in pairs]
+    before = [(factor, factor.clone()) for _, *pair in named for factor in pair]
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
-    for A, B in pairs:
+    for _, A, B in named:
         A.zero_()
         B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
@@ -73,13 +71,12 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
         # Some steps in eval mode are not worth compiling.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             backward()
-        sketches = [A.grad for A, _ in pairs]
+        sketches = [A.grad for _, A, _ in named]
     finally:
         for parameter, gradient in former_gradients:
             parameter.grad = gradient
-        for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
-            A.copy_(former_A)
-            B.copy_(former_B)
+        for factor, former in before:
+            factor.copy_(former)
     for (name, A, B), sketch in zip(named, sketches, strict=True):
         if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
             precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits

@@ -143,9 +143,11 @@ def test_a_variance_stays_positive_in_spite_of_rounding_and_of_channels_that_are
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_patches_are_what_the_kernel_is_applied_to(kind):
+@pytest.mark.parametrize("later", [{}, {"padding": (2, 3)}], ids=["as built", "padding changed"])
+def test_patches_are_what_the_kernel_is_applied_to(kind, later):
     """Products with them are numbers of the convolution's output."""
     conv = nn.Conv2d(4, 6, **kind).double()
+    vars(conv).update(later)
     x = torch.randn(3, 4, 9, 7, dtype=torch.float64)
     outputs = conv(x).permute(0, 2, 3, 1).flatten(0, 2)
     products = patches_of(conv, x, 20) @ conv.weight.flatten(1).T

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -79,6 +80,30 @@ def test_a_vit_is_adapted_but_for_its_head_and_patch_embedding():
     parts = ("self_attention", "self_attention.out_proj", "mlp.0", "mlp.3")
     assert adapted_names(model) == {layer + part for layer in layers for part in parts}
     assert type(model.conv_proj) is nn.Conv2d and type(model.heads.head) is nn.Linear
+
+
+class ReadsItsWeightsDtype(nn.Module):
+    """As ViT, DeiT, DINOv2, CLIP and SigLIP of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, 8, 4, 4)})
+        self.body = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, pixels):
+        projection = self.patch_embeddings["projection"]
+        return self.classifier(self.body(projection(pixels.to(projection.weight.dtype)).mean((2, 3))))
+
+
+def test_a_patch_embedding_whose_dtype_the_model_reads_stays_a_float():
+    """Pixels that are converted to the dtype of a weight in 4 bits would be bytes."""
+    stock, x = ReadsItsWeightsDtype(), images(16)
+    model = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True)
+    assert adapted_names(model) == {"body"}
+    compare_with_dense(rounded(stock, model), model, [x], FP32)
+    with pytest.raises(InputError, match=r"not torch\.uint8: scale images; a model that reads"):
+        add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True, target_modules=["projection", "body"])(x)
 
 
 def test_a_model_without_a_head_is_adapted_altogether():
@@ -592,9 +617,38 @@ def test_a_head_of_any_name_trains_and_is_saved_whole(head, tmp_path):
     assert [name for name, p in plain.named_parameters() if p.requires_grad] == ["cls.weight", "cls.bias"]
 
 
-def test_a_head_that_is_not_found_is_reported():
-    with pytest.warns(UserWarning, match="the last layer, cls, is adapted and frozen: if it is new, give head='cls'"):
-        add_lora_to_model(with_own_head(), r=2)
+def with_hidden_fc() -> nn.Module:
+    """Its last layer is new; the one before it has the name of a classifier head."""
+    return nn.Sequential(OrderedDict(body=nn.Linear(6, 8), fc=nn.Linear(8, 8), out=nn.Linear(8, 3)))
+
+
+@pytest.mark.parametrize(
+    "build, last, options",
+    [
+        (with_own_head, "cls", {}),
+        (with_own_head, "cls", {"target_modules": ["body"]}),
+        (with_hidden_fc, "out", {}),
+        (with_hidden_fc, "out", {"target_modules": "body"}),
+    ],
+)
+def test_a_last_layer_that_is_no_head_is_reported(build, last, options):
+    with pytest.warns(UserWarning, match=f"last layer, {last}, .* with the backbone: if it is new, give head='{last}'"):
+        add_lora_to_model(model := build(), r=2, **options)
+    freeze_backbone_params(model)
+    assert not model.get_submodule(last).weight.requires_grad
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
+    add_lora_to_model(with_own_head(), r=2, target_modules=["cls"])  # it has an adapter because it was asked for
+    add_lora_to_model(with_own_head(), r=2, head="body")
+    headless = vit()
+    headless.heads = nn.Identity()
+    add_lora_to_model(headless, r=2, target_modules="self_attention")  # the last layer is one of many alike
+    add_lora_to_model(resnet(), r=2)
+
+
+def test_a_head_is_named_by_a_name_that_is_there():
     with pytest.raises(InputError, match=r"no module is named 'clss', so it cannot be the classifier head: did you"):
         add_lora_to_model(with_own_head(), r=2, head="clss")
 

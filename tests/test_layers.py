@@ -100,6 +100,20 @@ def test_backward_inside_autocast_computes_as_forward_did():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
 
 
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("enabled", [True, False], ids=["on", "off"])
+def test_integers_are_refused(four_bits, enabled):
+    """As by stock layers. A weight in 4 bits is of bytes, and some models convert their input to its weight's dtype."""
+    x = torch.randint(9, (2, 8, 8, 8), dtype=torch.uint8)
+    cases = (nn.Linear(8, 5), (x,)), (nn.Conv2d(8, 5, 3), (x,)), (nn.MultiheadAttention(8, 2), (x[0],) * 3)
+    for stock, inputs in cases:
+        layer = adapted(stock, four_bits)
+        layer.lora_enabled = enabled
+        for module in (stock, layer):
+            with torch.no_grad(), pytest.raises((RuntimeError, InputError)):
+                module(*inputs)
+
+
 def test_an_untrained_adapter_changes_nothing():
     """B starts as zero, A does not: else neither would ever move."""
     x = torch.randn(2, 8, 8, 8)
@@ -165,6 +179,15 @@ def test_convolution(device, name):
     compare_with_dense(stock, adapted(stock), [x], FP32)
     if name in ("3x3", "same, even kernel", "depthwise"):
         compare_with_dense(stock, adapted(stock), [x[0]], FP32)  # one image
+
+
+def test_a_convolution_s_geometry_is_read_at_each_call():
+    """Segmentation libraries make an encoder dilated by changing stride, padding and dilation of finished layers."""
+    stock = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+    layer = adapted(stock)
+    for conv in (stock, layer):
+        conv.stride, conv.padding, conv.dilation = (1, 1), (2, 2), (2, 2)
+    compare_with_dense(stock, layer, [torch.randn(2, 8, 9, 8)], FP32)
 
 
 @pytest.mark.parametrize("name", ["a linear layer", *CONVOLUTIONS])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from dense import FP32, assert_close, frozen, images, resnet, vit
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -98,6 +98,21 @@ def test_an_average_is_of_what_trains_alone(build, side, four_bits, options, tmp
     assert torch.equal(model.eval()(x), answer)
 
 
+def test_what_sets_the_statistics_of_an_average_leaves_frozen_ones_alone():
+    """`update_bn` resets those of every BatchNorm first; those of the head alone count the batches then."""
+    model = resnet()
+    model.fc = nn.Sequential(nn.Linear(model.fc.in_features, 5), nn.BatchNorm1d(5))
+    average, x = AveragedModel(frozen(model)), images(count=8)
+    base, answer = base_digests(average.module), average.eval()(x)
+    update_bn([x, x], average)
+    assert base_digests(average.module) == base
+    features = average.module.fc[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
+    seen = []
+    assert not torch.equal(average.eval()(x), answer)
+    features.remove()
+    torch.testing.assert_close(average.module.fc[1].running_mean, seen[0].mean(0))
+
+
 def merge(model: nn.Module) -> None:
     LoRAManager(model).merge_lora_weights()
 
@@ -139,7 +154,7 @@ def test_jit_traces_what_is_merged_and_refuses_adapters(build, side, four_bits, 
     if change:
         change(model)
     if any("lora_" in name for name in model.state_dict()):  # those of merged layers are not in it
-        with pytest.raises(RuntimeError, match=r"use torch\.export, or trace what"):
+        with pytest.raises(RuntimeError, match=r"use torch\.export, or LoRAManager"):
             torch.jit.trace(model, x)
         return
     program, file = torch.jit.trace(model, x), io.BytesIO()

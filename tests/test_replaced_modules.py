@@ -101,6 +101,30 @@ def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
                 assert_close(actual, expected, EXACT, str(chosen))
 
 
+def doubled(module: nn.Module) -> None:
+    """Give one module a forward of its own, as recipes for attention maps or prompts do."""
+    stock = module.forward
+
+    def forward(*inputs, **options):
+        output = stock(*inputs, **options)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("options", [{}, {"target_modules": r".*(conv1|mlp\.0)"}], ids=["all adapted", "some adapted"])
+def test_a_forward_that_replaces_a_module_s_own_is_called(build, side, options):
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    for name, _ in stock.named_modules():
+        if name and "out_proj" not in name:  # which the stock attention never calls
+            model = frozen(copy.deepcopy(stock), **options).eval()
+            twin = dense_twin(stock, model)
+            for network in (twin, model):
+                doubled(network.get_submodule(name))
+            assert_close(model(x), twin(x), EXACT, name)
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 @pytest.mark.parametrize("name", ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"])
 def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):

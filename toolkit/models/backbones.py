@@ -32,8 +32,8 @@ _RESNETS = {name: getattr(models, name) for name in RESNETS}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# MoCo v3 freezes a ViT's patch embedding (2104.02057, section 4). These are its names in torchvision and timm.
-PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")
+# MoCo v3 freezes a ViT's patch embedding (2104.02057, section 4). Its names in torchvision, timm and transformers.
+PATCH_EMBEDDINGS = ("conv_proj", "patch_embed", "patch_embedding", "patch_embeddings")
 
 LARGEST_IMAGE = 4096  # pixels along each side; without a limit a damaged file or a typing error could ask for terabytes
 

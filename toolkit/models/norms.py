@@ -81,6 +81,10 @@ class Freezable(_Extended):
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
 
+    def reset_running_stats(self) -> None:
+        if not self.frozen:  # as `torch.optim.swa_utils.update_bn` would, and then never count a batch
+            super().reset_running_stats()
+
     def forward(self, x: Tensor) -> Tensor:
         stock = stock_norm(self)
         has_activation = stock.__name__ == "BatchNormAct2d"  # timm's
