@@ -546,8 +546,7 @@ def adapt_layers(
 
     Args:
         settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
-            attention, with the same settings unless its own name is among these. None: no adapter, but the weight is
-            stored as theirs are, in 4 or 16 bits.
+            attention, with the same settings unless its own name is among these. None: only stored as theirs are.
         use_qlora, base_dtype: see `add_lora_to_model`.
 
     Raises:

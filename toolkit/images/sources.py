@@ -63,8 +63,7 @@ def load_splits(
 
     Args:
         dataset: one of DATASETS.
-        data_dir: `imagefolder`: the folder with train/ and val/ (or valid/, validation/, else test/), or with the class
-            folders of one set, which is split.
+        data_dir: `imagefolder`: has train/ and val/ (or valid/, validation/, else test/), or class folders to be split.
         eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
             choosing hyperparameters without a look at the held-out images.
         labels_per_class: keep only so many random training images of each class.

@@ -187,8 +187,7 @@ def shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-# Measured in benchmarks/RESULTS.md: with 0.08, usual for training from scratch, a short fine-tuning on few labels loses
-# several points of accuracy.
+# Measured in benchmarks/RESULTS.md: with 0.08, usual from scratch, a short fine-tuning on few labels loses points.
 CROP_MIN = 0.75
 
 
