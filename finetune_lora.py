@@ -45,7 +45,7 @@ from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
-from toolkit import InputError, config, devices, distributed, dotted, listed
+from toolkit import InputError, config, devices, distributed, dotted, listed, printable
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.files import read_checkpoint, save_atomically
@@ -544,8 +544,7 @@ def adapt_layers(
 
     Args:
         settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
-            attention, with the same settings unless its own name is among these. None: no adapter, but the weight is
-            stored as theirs are, in 4 or 16 bits.
+            attention, with the same settings unless its own name is among these. None: only stored as theirs are.
         use_qlora, base_dtype: see `add_lora_to_model`.
 
     Raises:
@@ -685,13 +684,20 @@ def load_base(
     channel_fit: str | None = None,
     per_pixel: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads.
+    """`load_backbone`, with the stage-1 adapter of `moco.pretrain`, if any, merged; that knows its heads and channels.
 
     With `per_pixel` it is a `DenseModel`, which answers for every pixel. Returns the model and the report of
-    `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base.
+    `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base or other channels.
     """
-    if heads is None and stage1_adapter is not None:
-        heads = adapter_file.heads_of(read_adapter_file(stage1_adapter)["metadata"])
+    if stage1_adapter is not None:
+        about = read_adapter_file(stage1_adapter)["metadata"]
+        trained_on = about.get("channels") or 3
+        if channels not in (None, trained_on):
+            is_for = f"is for images of {printable(trained_on)} channels, not {channels}"
+            raise InputError(f"{stage1_adapter} {is_for}: leave out --channels")
+        heads = adapter_file.heads_of(about) if heads is None else heads
+        channels = trained_on
+        channel_fit = about.get("channel_fit")
     model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)

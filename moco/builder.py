@@ -56,8 +56,7 @@ class MoCo(MomentumContrast):
     """v2: InfoNCE against a queue of keys (1911.05722, algorithm 1), a projector with a hidden layer.
 
     BatchNorm normalises in each process by itself. So that its statistics cannot tell which key belongs to which query,
-    keys are computed in another order than queries (section 3.3, shuffling BN). One process has no use for shuffling:
-    BatchNorm sees the whole batch in any order.
+    keys are computed in another order than queries (section 3.3, shuffling BN). One process need not shuffle its batch.
 
     Args (others as in MomentumContrast):
         dim: width of q and k.
@@ -146,8 +145,7 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Encode the images of all W processes, (N, 3, S, S) each, in random processes: (W N, dim).
 
-    If no BatchNorm takes statistics of the batch, as in a frozen backbone, nothing can leak through them. Each process
-    then encodes its own images, and sends none.
+    Without a BatchNorm that takes statistics of the batch nothing leaks, and each process encodes its own images.
     """
     if distributed.world_size() == 1 or not any(isinstance(m, _BatchNorm) and m.training for m in encoder.modules()):
         return distributed.interleave(encoder(images))

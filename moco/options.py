@@ -1,7 +1,6 @@
 """The options of stage 1, beside those that it shares with fine-tuning. They are read before PyTorch is loaded."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from toolkit import config
 from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.images import remote
-from toolkit.models.names import ARCHS, checkpoint_path
+from toolkit.models.names import ARCHS, NO_CHECKPOINT, checkpoint_path, model_problems
 from toolkit.run import options
 
 
@@ -78,12 +77,11 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
     problems += options.shared_problems(args, typed)
     if "crop_min" in typed and args.two_crops == "digits":
         problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
-    if args.checkpoint is not None and not os.path.exists(args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.checkpoint is None and args.lora_rank > 0:
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
     if args.checkpoint is not None and sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
+    problems += model_problems(args.checkpoint or NO_CHECKPOINT, args.arch, args.heads)
     return problems
 
 

@@ -10,8 +10,6 @@
 
 With --checkpoint a pretraining that has ended goes on with your own images. Without --lora-rank all weights train; with
 it only adapters do, over a frozen backbone that queries and keys share.
-
-Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
 """
 
 import functools
@@ -53,6 +51,7 @@ FREE_TO_CHANGE = (
     "checkpoint",  # a digest catches another base
     *options.PLACES_OF_IMAGES,
 )
+OF_ONE_VERSION = {"queue_size": 2, "mlp_dim": 3}  # options that the other version of MoCo has no use for
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK = 50_000
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     the same measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
     `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
-    args, _ = read_options(argv, __doc__)
+    args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     dtype = devices.select_precision(args.precision, device)
     distributed.join(device)
@@ -88,6 +87,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"device: {device}, precision: {dtype}")
         if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             print(f"--queue-size {args.queue_size} is more than there are images: it holds an image's own old keys too")
+        for name, version in OF_ONE_VERSION.items():
+            if sources[name] != "default" and run.args.moco_version != version:
+                print(f"{config.flag(name)} has no effect: it is for MoCo v{version}")
         begin()  # an earlier run's checkpoints stay if this run does not write them
         train(run)
         if distributed.is_main():
@@ -329,8 +331,10 @@ def check_batch_size(args: PretrainOptions, images: int) -> None:
         raise InputError(f"--batch-size {args.batch_size}: there are only {images} training images")
     if args.moco_version != 3 and args.queue_size < args.batch_size:  # the version may be the checkpoint's
         raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}; raise it")
-    if args.moco_version == 3 and args.batch_size == 1:
-        raise InputError("the BatchNorms of MoCo v3's projector need two images: raise --batch-size")
+    ends_in_a_pixel = args.lora_rank == 0 and not args.arch.startswith("vit") and args.image_size <= 32
+    needed = 2 if args.moco_version == 3 else (1 + ends_in_a_pixel) * distributed.world_size()
+    if args.batch_size < needed:  # v3 has BatchNorms in its projector, which share their statistics
+        raise InputError(f"BatchNorms need two images, in MoCo v2 in each process: raise --batch-size to {needed}")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
 

@@ -299,6 +299,10 @@ IMAGES = [
     images("a folder of images without classes", {"mine/a.png": PNG, "mine/b.png": PNG}, "mine", "found none"),
     images("one class", classes("cat"), "found only cat"),
     images("an empty class", classes("cat", "dog") | {"mine/eel/": None}, "no images in eel"),
+    images("masks among the classes", classes("images", "masks"), "mine: masks/ has the masks of images/, and is no cl",
+           "--task segmentation", "--data-dir mine/images"),
+    case("masks to pretrain on", "pretrain --dataset unlabelled --data-dir mine", "mine/train: labels/ has the masks",
+         "--data-dir mine/train/images", files=classes("images", "labels", folder="mine/train")),
     images("train without val", classes("cat", "dog", folder="mine/train"), "train/ but no val/"),
     images("val without train", classes("cat", "dog", folder="mine/val"), "val are parts, not classes"),
     images("parts under other names", classes("cat", folder="mine/Train") | classes("cat", folder="mine/Test"),
@@ -396,6 +400,8 @@ IMAGES = [
     case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "images/train/dark",
          "at least two classes, found none"),
     case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
+    case("a pixel to normalise", "pretrain --moco-version 2 --arch resnet18 --batch-size 1",
+         "BatchNorms need two images, in MoCo v2 in each process", "raise --batch-size to 2"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
 ]  # fmt: skip
 
@@ -555,6 +561,8 @@ OUTPUTS = [
          "--momentum: expected a number", "--temperature: expected", "4' is none of 2, 3", "'gpu'"),
     case("adapters of stage 1 over nothing", "pretrain --lora-rank 4", "--lora-rank 4 without --checkpoint"),
     case("stage 1 goes on from nothing", "pretrain --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
+    case("stage 1 goes on from a misspelt name", "pretrain --checkpoint moco-v2-800", "did you mean moco-v2-800ep?"),
+    case("heads of a ResNet in stage 1", "pretrain --arch resnet18 --heads 6", "--arch resnet18: 6 heads are not for"),
     case("4-bit weights without adapters, pretraining", "pretrain --checkpoint base.pth --use-qlora",
          "--use-qlora with --lora-rank 0"),
     case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),

@@ -22,6 +22,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
+from moco import pretrain
 from tests.checkpoint_files import save_base
 from toolkit import InputError
 from toolkit.images import folders
@@ -123,10 +124,22 @@ def test_a_network_of_13_channels_equals_the_stock_one(arch, size, options):
     compare_with_dense(rounded(stock, model), model, [x], FP32)
 
 
-def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
+def test_a_fitted_first_layer_is_told_and_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path, capsys):
     results = run(base, tiffs, tmp_path, "--channels 13 --labels-per-class 2")
+    assert "loaded, the first layer fitted from 3 channels, in their order; " in capsys.readouterr().out
     evaluated = deploy_lora.main(f"evaluate {tmp_path / 'lora.pth'} --device cpu --workers 0".split())
     assert evaluated["accuracy"] == results["val_accuracy"]
+
+
+def test_a_stage_1_adapter_knows_the_channels_that_its_base_was_fitted_to(base, tiffs, tmp_path):
+    argv = f"--checkpoint {base} --channels 13 --scale 10000 --lora-rank 2 --data-dir {tiffs} --epochs 1 --batch-size 8"
+    argv += f" --output-dir {tmp_path / 'stage1'} --device cpu --workers 0 --dim 8 --mlp-dim 8"
+    stage1 = pretrain.main(argv.split())["checkpoint"]
+    run(base, tiffs, tmp_path / "out", f"--stage1-adapter {stage1}", scale="")
+    assert load_finetuned(tmp_path / "out" / "lora.pth")[1]["channels"] == 13
+    assert finetune_lora.load_base(base, stage1, 4)[1]["channels"] == 13
+    with pytest.raises(InputError, match=r"moco_lora.pth is for images of 13 channels, not 5: leave out --channels"):
+        run(base, tiffs, tmp_path / "other", f"--stage1-adapter {stage1} --channels 5")
 
 
 def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(base13, tiffs, tmp_path, capsys):

@@ -337,6 +337,12 @@ def test_a_content_that_is_no_backbone_is_one_clear_line(case, narrow, saved):
     assert len(str(raised.value)) < 900
 
 
+def test_a_first_layer_that_is_missing_cannot_be_fitted(narrow, saved):
+    content = {name: tensor for name, tensor in narrow.items() if name != "conv1.weight"}
+    with pytest.raises(InputError, match=r"1 missing: conv1\.weight"):
+        load_backbone(saved(content), num_classes=2, channels=4, channel_fit="timm")
+
+
 def test_wrong_arch_names_the_right_one(narrow, saved):
     with pytest.raises(
         InputError, match=r"not hold a resnet50.*looks like resnet18: give the --checkpoint of a resnet50"

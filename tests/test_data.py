@@ -226,6 +226,13 @@ def test_images_without_labels(tmp_path):
     assert not sources.has_labels(None, [tmp_path / "list.txt"])
 
 
+def test_images_beside_annotations_that_are_no_masks(tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances.json").write_text("{}")
+    assert len(sources.load_unlabelled(tmp_path)) == 3
+
+
 def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")

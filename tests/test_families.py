@@ -100,6 +100,15 @@ def test_seco_s_values_are_its_quantiles_and_imagenets():
     assert (levels / seco.scale - seco.mean) / seco.std == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_scale_of_other_files_leaves_the_mean_and_std_that_the_pretraining_recorded(capsys):
+    """They are those of reflectances, say, whatever the numbers in the files."""
+    told = {"arch": "resnet50", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "scale": 10000.0, "bands": []}
+    found = known_scaling(Scaling(scale=1.0), 3, told, "stage1.pth")
+    assert values(found) == (1, told["mean"], told["std"], None)
+    assert capsys.readouterr().out == "images: mean, std and bands as in the pretraining, which stage1.pth says\n"
+    assert known_scaling(Scaling(scale=1.0, mean=[0.0], std=[1.0]), 3, told, "stage1.pth").mean == [0.0]
+
+
 @pytest.mark.parametrize("damage", [{"std": [0.0, 1.0]}, {"mean": "x"}, {"channels": -1}, {"bands": 3}, {"scale": -1}])
 def test_a_file_that_is_damaged_there_is_one_line(damage):
     with pytest.raises(InputError, match=r"^stage1\.pth: "):

@@ -286,6 +286,12 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
     assert sorted(kinds.split(", ")) == ["1 .avif", "1 without suffix", "3 .heic"]
 
 
+def test_images_beside_the_class_folders_are_counted(tmp_path, capsys):
+    touch(tmp_path, "a.png", "b.JPG", "notes.txt", "cat/a.png", "dog/b.gif")
+    assert len(folders.labelled_files(tmp_path, ["cat", "dog"])) == 2
+    assert capsys.readouterr().out == f"{tmp_path}: files that are not read as images: 2 beside the class folders\n"
+
+
 def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):
     for name, content in {"a": "one", "b": "two", "c": "longer", "d": "one", "e": "six", "f": "longest"}.items():
         (tmp_path / name).write_text(content)

@@ -249,6 +249,12 @@ def test_torchgeos_file_of_a_vit_small_is_named_as_timms_with_6_heads(vit, saved
     assert report["heads"] == 6
 
 
+def test_in_moco_v3s_own_layout_such_a_name_does_not_tell_the_heads(vit, saved):
+    with pytest.warns(UserWarning, match="12 is a guess"):
+        _, report = load_backbone(saved(moco_v3(vit), "moco_v3_vit_small_patch16.pth"), num_classes=2)
+    assert report["heads"] == 12
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_name_of_timms_says_how_many_heads(saved):
     pytest.importorskip("timm")

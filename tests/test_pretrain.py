@@ -228,6 +228,15 @@ def test_a_queue_longer_than_the_data_is_told(run, monkeypatch, capsys):
     assert capsys.readouterr().out.count("is more than there are images") == 1
 
 
+def test_options_of_the_other_version_are_said_to_have_no_effect(run, done, monkeypatch, capsys):
+    assert "--queue-size has no effect: it is for MoCo v2\n" in done[2] and "--mlp-dim" not in done[2]
+    monkeypatch.setattr(pretrain, "train", stop)
+    with pytest.raises(runs.Stopped):
+        run("--moco-version 2")
+    told = capsys.readouterr().out
+    assert "--mlp-dim has no effect: it is for MoCo v3\n" in told and "--queue-size has" not in told
+
+
 def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
     monkeypatch.setattr(pretrain.distributed, "world_size", lambda: 5)  # a fifth of twenty images is held out
     monkeypatch.setattr(pretrain.distributed, "gather", lambda value: [value])

@@ -172,6 +172,7 @@ def test_every_adapter_command_runs(newcomer, first_run, monkeypatch, capsys):
             build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 
 
+@pytest.mark.usefixtures("newcomer")  # in whose folder the published file lies
 @pytest.mark.parametrize("command", commands_of("python -m moco.pretrain"))
 def test_every_pretraining_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -154,7 +154,7 @@ def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor,
     classes = int(train_labels.max()) + 1
     answers = []
     for similarity, neighbours in _nearest(train_features, features):
-        votes = torch.zeros(len(similarity), classes, device=similarity.device)
+        votes = similarity.new_zeros(len(similarity), classes)
         votes.scatter_add_(1, train_labels[neighbours], (similarity / NEIGHBOUR_TEMPERATURE).exp())
         answers.append(votes.argmax(1))
     return int((torch.cat(answers) == labels).sum()) / len(labels)

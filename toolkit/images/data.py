@@ -29,8 +29,7 @@ UNLABELLED = -1  # the label of an image without one
 class LabelledImages(Dataset):
     """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`.
 
-    With `targets`, (N, K) of all images, a row of them takes the label's place, and `labels` only say which images are
-    alike (see `splitting.strata`).
+    With `targets` (N, K), a row of them takes the label's place; `labels` then say which are alike: `splitting.strata`.
     """
 
     def __init__(self, source: Sequence[tuple[Any, int]], labels: Sequence[int], targets: torch.Tensor | None = None):
@@ -309,8 +308,7 @@ def build_loader(
         shuffle: a new order each epoch, and augmentations that can be repeated.
         workers: processes that load images; 'auto' for as many as are likely to help.
         device: what the batches are for: on the way to a GPU they wait in pinned memory.
-        keep_workers: they wait for the next pass, instead of ending with each. They take seconds to start where
-            processes do not fork (macOS, Windows).
+        keep_workers: they wait for the next pass. Without fork (macOS, Windows) each start would take seconds.
         collate: makes a batch of its items; None: PyTorch's own way.
     """
     if not shuffle:

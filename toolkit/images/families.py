@@ -66,10 +66,12 @@ def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], fi
             takes = f"is for {', '.join(map(str, expected))} channels, and the network takes {channels}"
             raise InputError(f"--normalise {given.normalise} {takes}: give --scale, --mean and --std instead")
         return _of_family(given.normalise, given.bands, "")
-    if file is None or any((given.scale, given.mean, given.std, given.normalise)):
+    if file is None or any((given.mean, given.std, given.normalise)):
         return given
-    if metadata:
+    if metadata:  # its mean and std hold after any scale that brings files to the same units
         return _as_recorded(given, channels, metadata, file)
+    if given.scale is not None:
+        return given
     file_name = Path(file).name
     for name, family in FAMILIES.items():
         if family.file and channels in family.channels and re.search(family.file, file_name):
@@ -96,6 +98,8 @@ def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], fil
     if is_usual or channels != getattr(bands, "channels", 3):
         return given
     chosen = given.bands or (bands and list(bands.chosen)) or None
-    known = Scaling(bands and bands.scale, list(values["mean"]), list(values["std"]), chosen)
-    print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(file).name)} says")
+    scale = given.scale or (bands and bands.scale)
+    known = Scaling(scale, list(values["mean"]), list(values["std"]), chosen)
+    taken = "mean, std and bands" if given.scale else "scale, mean, std and bands"
+    print(f"images: {taken} as in the pretraining, which {printable(Path(file).name)} says")
     return known

@@ -145,11 +145,10 @@ def one_spelling(name: str) -> str:
 
 
 def labelled_files(folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None) -> ImageFiles:
-    """All images below the class folders; says which other files are there. Raises InputError if there are no images
-    or, with `every`, none of some class.
-    """
+    """All images below class folders; reports others. Raises InputError if all or, with `every`, one is empty."""
     folders = folders_by_class(folder)
-    others = Counter()
+    beside = [name for name in visible_names(folder)[1] if name.lower().endswith(suffixes(bands))]
+    others = Counter(["beside the class folders"] * len(beside))
     names = []
     labels = []
     empty = []

@@ -424,7 +424,7 @@ _LAYOUTS = (
 )
 
 
-def _pair_folders(folder: Path) -> tuple[Path, Path]:
+def pair_folders(folder: Path) -> tuple[Path, Path]:
     """Where the images and the masks of a folder are: in two folders within it, or both in itself."""
     for images, masks in itertools.product(_IMAGE_FOLDERS, _MASK_FOLDERS):
         if remote.is_folder(folder / images) and remote.is_folder(folder / masks):
@@ -438,11 +438,11 @@ def _places(
     """The folders of images and masks for training, and for evaluation if there are some; and: is the set divided?"""
     if data_dir is None or not remote.is_folder(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder; {_LAYOUTS}")
-    images, masks = _pair_folders(Path(data_dir))
+    images, masks = pair_folders(Path(data_dir))
 
     def part(name: str) -> tuple[Path, Path]:
         if images == masks:
-            return _pair_folders(images / name)
+            return pair_folders(images / name)
         return images / name, masks / name
 
     places = [(images, masks)]
@@ -451,7 +451,7 @@ def _places(
             places = [part(name)]
     divided = val_dir is not None or places[0] != (images, masks)
     if val_dir is not None and needs_val:
-        places.append(_pair_folders(Path(val_dir)))
+        places.append(pair_folders(Path(val_dir)))
     elif divided and needs_val:
         places.append(part(folders.evaluation_folder(images).name))
     return places, divided

@@ -16,7 +16,7 @@ from toolkit.images import folders, lists, remote, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
-from toolkit.images.masks import MaskReader, load_pairs
+from toolkit.images.masks import MaskReader, load_pairs, pair_folders
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
@@ -63,8 +63,7 @@ def load_splits(
 
     Args:
         dataset: one of DATASETS.
-        data_dir: `imagefolder`: the folder with train/ and val/ (or valid/, validation/, else test/), or with the class
-            folders of one set, which is split.
+        data_dir: `imagefolder`: has train/ and val/ (or valid/, validation/, else test/), or class folders to be split.
         eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
             choosing hyperparameters without a look at the held-out images.
         labels_per_class: keep only so many random training images of each class.
@@ -241,8 +240,14 @@ def _image_folder(
 
 
 def _train_folder(root: Path) -> Path:
-    """The train/ in a folder, or else the folder."""
-    return root / "train" if remote.is_folder(root / "train") else root
+    """The train/ in a folder, or else the folder. Raises InputError if one of the two has masks beside its images."""
+    train = root / "train" if remote.is_folder(root / "train") else root
+    for folder in (root, train):
+        images, masks = pair_folders(folder)
+        if masks != folder and folders.image_names(masks):
+            remedy = f"use --task segmentation, or in moco.pretrain --data-dir {images}"
+            raise InputError(f"{folder}: {masks.name}/ has the masks of {images.name}/, and is no class: {remedy}")
+    return train
 
 
 def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder") -> Path:

@@ -187,8 +187,7 @@ def shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-# Measured in benchmarks/RESULTS.md: with 0.08, usual for training from scratch, a short fine-tuning on few labels loses
-# several points of accuracy.
+# Measured in benchmarks/RESULTS.md: with 0.08, usual from scratch, a short fine-tuning on few labels loses points.
 CROP_MIN = 0.75
 
 
@@ -237,8 +236,7 @@ def two_crops(
         augmentation: 'moco_v2' (2003.04297), 'moco_v3' (2104.02057: blur and solarisation differ between the two
             views), or 'digits' (a little rotation, shift and scale, and noise: no flip, no colour).
         crop_min: smallest share of the image's area in a crop, but for 'digits'.
-        mean, std, bands: as for `eval_transform`. With bands, each band's brightness varies instead of colour, grey
-            and solarisation.
+        mean, std, bands: as for `eval_transform`. With bands, their brightness varies instead of colour and grey.
     """
     levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
@@ -272,8 +270,7 @@ def band_brightness(strength: float, image: torch.Tensor) -> torch.Tensor:
 class GaussianBlur(T.GaussianBlur):
     """torchvision's GaussianBlur to within one level of 256, in a fifth of the time.
 
-    It makes one pass along each dimension, and leaves out the weights beyond four standard deviations, which add up to
-    6e-5.
+    It makes one pass along each dimension, without the weights beyond four standard deviations, in sum 6e-5.
     """
 
     def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:

@@ -170,8 +170,7 @@ def head_name(model: nn.Module) -> str | None:
 def _found_head(model: nn.Module) -> str | None:
     """The child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'.
 
-    In a model that is held by another module, as by one of Lightning, it is the one module of such a name with which
-    the parameters end.
+    In a module that holds a model, as one of Lightning, it is the one of such a name with which the parameters end.
     """
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:

@@ -1,8 +1,7 @@
 """Loads the backbone from any checkpoint of the MoCo family, matched key by key.
 
 `load_backbone` knows the layouts in the table `_LAYOUTS`: those of the official code, v1 and v2 (arXiv 1911.05722,
-2003.04297) and v3 (2104.02057), of projects that pretrain with MoCo, and of what their users convert and export. A
-model of timm is loaded under timm's own names.
+2003.04297) and v3 (2104.02057), of projects that pretrain with MoCo, and of converted files. timm's names stay.
 """
 
 import functools
@@ -42,8 +41,7 @@ def load_backbone(
         path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
             that model's own keys. 'none': random weights.
         num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
-        arch: one of `backbones.ARCHS`, or `timm:` and a model of timm; by default the one that the file names
-            or its shapes imply.
+        arch: one of `backbones.ARCHS`, or `timm:` and a name of timm's; by default what the file or its shapes say.
         image_size: pixels along each side; by default the file's own. A ViT's position embedding is interpolated.
         heads: the attention heads of a torchvision ViT; by default what the layout implies. If that is a guess, this
             warns: a ViT-S with 6 heads and one with 12 have the same tensors.
@@ -52,10 +50,9 @@ def load_backbone(
 
     Returns:
         The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
-        `channel_fit` (None if the first layer is the file's own), `epoch` (None if unknown), `loaded` (names in the
-        model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
-        `record_of(model).base_digests` has the SHA-256 of each tensor of the checkpoint, by name: adapter files
-        identify their base by it.
+        `channel_fit` (None if the first layer is the file's own), `file_channels`, `epoch` (None if unknown), `loaded`
+        (names in the model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
+        `record_of(model).base_digests` has the SHA-256 of each tensor, by which adapter files identify their base.
 
     Raises:
         InputError: the file cannot be read, it lacks tensors of the backbone or has others, or it was trained on images
@@ -77,7 +74,7 @@ def load_backbone(
         raise InputError(f"{path} {is_for}: read as many bands, or fit its first layer with channel_fit='timm'")
     model = backbones.build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)
-    if channel_fit is not None:
+    if channel_fit is not None and first in weights:
         weights = weights | {first: _fitted_to_channels(weights[first], channels)}
     if is_none(path):
         # No checkpoint has these weights, so an adapter file stores all of them.
@@ -93,6 +90,7 @@ def load_backbone(
         "heads": heads,
         "channels": channels,
         "channel_fit": channel_fit,
+        "file_channels": own_channels,
         "epoch": source.epoch,
         "loaded": list(weights),
         "dropped": source.dropped,
@@ -148,11 +146,8 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
         return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
     projector = {key.partition(".")[2]: tensors[full] for key, full in encoder.items() if key.startswith(_HEADS)}
-    predictor = {}
-    for full in dropped:
-        part, _, name = full.removeprefix("module.").partition(".")
-        if part == "predictor":
-            predictor[name] = tensors[full]
+    others = {full.removeprefix("module."): tensors[full] for full in dropped}
+    predictor = {name.partition(".")[2]: others[name] for name in others if name.startswith("predictor.")}
     version = 3 if predictor or layout.family == "moco_v3" else 2
     return version, {"projector": projector, "predictor": predictor}
 
@@ -203,9 +198,8 @@ _MMPRETRAIN: _Renames = (
 class _Layout:
     """Where a project's files have the backbone, and how to recognise these files.
 
-    A file has this layout if some tensor's name starts with `prefix`, some name starts with one of `signs`, and
-    something is at `entry`, a path through the dictionaries around the tensors. The prefix `module.`, of
-    DistributedDataParallel, does not count.
+    A file has this layout if some tensor's name starts with `prefix`, some name (without DDP's `module.`) with one of
+    `signs`, and something is at `entry`, a path through the dictionaries around the tensors.
     """
 
     family: str
@@ -522,7 +516,7 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     """
     if arch != "vit_small" or source.heads:
         return source.heads or backbones.default_heads(arch)
-    if "vit_small_patch16" in os.path.basename(source.path):  # timm's, as torchgeo names its files
+    if source.layout.family == "deit" and "vit_small_patch16" in os.path.basename(source.path):  # timm's, or torchgeo's
         return 6
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
@@ -581,4 +575,6 @@ def describe_base(report: dict[str, Any]) -> str:
     if report["epoch"] is not None:
         text += f", epoch {report['epoch']}"
     loaded = f"all {len(report['loaded'])} backbone tensors loaded"
+    if report["channel_fit"] is not None:
+        loaded += f", the first layer fitted from {report['file_channels']} channels, in their order"
     return f"{text};\n          {loaded}; {len(report['dropped'])} others in the file left out"

@@ -1,7 +1,6 @@
 """Models by their names: what `--arch` and `--checkpoint` may say. PyTorch is loaded only where a name needs it.
 
-A model of timm is named by `timm:` and its name in `timm.list_models()`, with or without a tag:
-`timm:vit_small_patch14_dinov2`.
+A model of timm is named as `timm:vit_small_patch14_dinov2`, by its name in `timm.list_models()` and, if any, its tag.
 """
 
 import argparse

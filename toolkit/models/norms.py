@@ -1,7 +1,6 @@
 """BatchNorms that stay in eval mode while they are frozen, and BatchNorms over the images of all processes.
 
-With the latter training in several processes is training in one, to rounding. PyTorch's SyncBatchNorm does this on GPUs
-alone.
+With the latter several processes train as one does, to rounding. PyTorch's SyncBatchNorm does this on GPUs alone.
 """
 
 import functools

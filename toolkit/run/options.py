@@ -523,12 +523,12 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     if checkpoint is not None:
         channels, metadata = checkpoints.find_images(checkpoint, args.arch)
     with contextlib.suppress(InputError):  # reported when it is put on the backbone
-        adapter = getattr(args, "stage1_adapter", None)
-        if adapter is not None:
+        if adapter := getattr(args, "stage1_adapter", None):
             content = read_checkpoint(adapter)
             if checkpoints.value_at(content, "metadata/mean") is not None:
                 metadata = content["metadata"]
                 file = adapter
+                channels = metadata.get("channels") or 3
     channels = args.channels or channels
     known = known_scaling(scaling_of(args), channels, metadata, file)
     return known, bands_of(known, channels)

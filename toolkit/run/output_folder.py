@@ -1,8 +1,7 @@
 """The folder of a run's results: it is outside the images, and is used by one run at a time.
 
-A run moves the files of an earlier run to a new folder beside its own (`begin_folder`): nothing is overwritten. A
-folder is refused beforehand if it is among the images, if the run would overwrite a checkpoint that it reads, or if
-another run is still going on in it.
+A run moves an earlier run's files to a new folder beside its own (`begin_folder`). A folder is refused if it is among
+the images, if the run would overwrite a checkpoint that it reads, or if another run is going on in it.
 """
 
 import contextlib
@@ -141,8 +140,7 @@ def _unusable(folder: Path, error: OSError) -> InputError:
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
     """Make the folder of --output-dir this run's own: move the `files` that an earlier run left there aside.
 
-    They stay if this run resumes from `resumed`, a file in this folder. Raises InputError if the folder cannot be made
-    or the files cannot be moved.
+    They stay if this run resumes from `resumed`, a file in it. Raises InputError if it cannot be made or cleared.
     """
     from toolkit import distributed
 
