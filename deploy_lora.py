@@ -427,8 +427,7 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 @torch.no_grad()
 def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
     """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
-    [outputs] = evaluation.map_batches(model, [images], *_device_and_precision(args))
-    return outputs.float()
+    return evaluation.computed(model, images, *_device_and_precision(args)).float()
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
