@@ -160,10 +160,9 @@ def explain(args: argparse.Namespace) -> list[Path]:
         explainer = _explainer(args, model, about)
         task = _task_of(about)
         images = _images(args.images, explainer.bands)
-        args.output.mkdir(exist_ok=True)
         written = []
         broken = []
-        places = predictions.places_of_masks(images, args.images, args.output)
+        places = predictions.places_of_masks(images, args.images, args.output, replaces=True)
         for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), "explain"):
             try:
                 *pictures, outputs = explainer.explain(images.undecoded(i)[0])
@@ -257,6 +256,8 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         raise InputError(f"{args.images[0]}: maps are not made of images in archives; unpack them")
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
+    if is_file and any(files.same_file(args.output, path) for path in images.source.parts(0)):
+        raise InputError(f"--output {args.output} is read by this very command; name another file")
     window = args.window or about["image_size"]
     if task.kind == "segmentation":
         window = model.window
@@ -277,8 +278,9 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         places = [args.output]
     else:
         made_of = _made_of(args, images) | {"--probabilities": args.probabilities, "--abstain": args.abstain}
+        begun = (args.output / predictions.MANIFEST).exists()
+        places = predictions.places_of_masks(images, args.images, args.output, replaces=begun)
         predictions.begin_folder(args.output, made_of, args.resume, replaces=True)
-        places = predictions.places_of_masks(images, args.images, args.output)
     parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
     for i in progress_bar(share, "predict", disable=is_file):
         if args.resume and (made := predictions.made_map(places[i], args.output)):
@@ -799,10 +801,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         difference = _difference(theirs, model, metadata["image_size"], tolerance)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+        files.make_folder(folder)
         for name in (peft_format.CONFIG, peft_format.WEIGHTS):
             with files.open_atomically(folder / name) as file:
                 file.write(Path(scratch, name).read_bytes())

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import tracemalloc
 import types
@@ -155,6 +156,20 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in paths[1:]} == times
     with pytest.raises(InputError, match="its answers were made with other --probabilities; name another folder"):
         deploy(*argv, "--resume", "--probabilities")
+
+
+def test_masks_drawn_by_hand_and_scenes_are_not_replaced(of_pairs, pairs, tmp_path, of_tiffs):
+    shutil.copytree(pairs / "val", tmp_path / "val")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"what is written would replace .*masks/0\.png; name another folder"):
+            deploy("predict", of_pairs, tmp_path / "val/images", "--output", tmp_path / "val/masks")
+    for path in (pairs / "val/masks").iterdir():
+        assert (tmp_path / "val/masks" / path.name).read_bytes() == path.read_bytes()
+    assert len(os.listdir(tmp_path / "val/masks")) == len(os.listdir(pairs / "val/masks"))
+    (tmp_path / "scenes").mkdir()
+    write_tiff(tmp_path / "scenes/scene.tif", 64, 64)
+    with pytest.raises(InputError, match=r"scene\.tif is read by this very command; name another file"):
+        deploy("predict", of_tiffs, tmp_path / "scenes", "--output", tmp_path / "scenes/scene.tif")
 
 
 @pytest.mark.parametrize(
