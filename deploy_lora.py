@@ -564,13 +564,15 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(files.same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
+    about = usage(metadata)
+    description = _place_of_usage(about, args.output)
     LoRAManager(model).merge_lora_weights()
     state = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
     if files.is_safetensors(args.output):
         files.write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
         files.save_atomically(state, args.output)
-    files.write_text(json.dumps(usage(metadata), indent=2), args.output.with_suffix(".json"))
+    files.write_text(json.dumps({"file": args.output.name, **about}, indent=2), description)
     arch = metadata["arch"]
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     shape = [f"{heads} heads" for heads in other_heads(model).values()]
@@ -640,8 +642,6 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     - The network sees (levels / `scale` - `mean`) / `std`.
     - `activation` of its outputs, in the order of `class_names`. A label is an answer above its `thresholds`. A number
       in its own unit is the output times `output_std` plus `output_mean`.
-
-    Temperatures are in the weights already.
     """
     values = from_metadata(metadata)
     bands = values["bands"]
@@ -663,12 +663,19 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         about["resize"] = [size, size]
     else:
         about["resize"] = transforms.shorter_side(size)
-    record = task.record() or {}
-    if "thresholds" in record:
-        about["thresholds"] = record["thresholds"]
-    if "mean" in record:
-        about |= {"output_mean": record["mean"], "output_std": record["std"]}
-    return about
+    names = {"thresholds": "thresholds", "mean": "output_mean", "std": "output_std"}
+    return about | {names[key]: value for key, value in task.head.record().items() if key in names}
+
+
+def _place_of_usage(about: dict[str, Any], output: Path) -> Path:
+    """Where `usage` of a file is written: beside it. Raises InputError if what is there is of a file with other use."""
+    path = output.with_suffix(".json")
+    with contextlib.suppress(OSError, UnicodeError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        other = str(value_at(found, "file"))
+        if other != output.name and (output.parent / other).exists() and found != {"file": other, **about}:
+            raise InputError(f"--output {output}: {path} is about {printable(other)}, used otherwise; name it apart")
+    return path
 
 
 class Normalised(nn.Module):
@@ -720,6 +727,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         left["activation"] = "none"
         left.pop("output_mean", None)
         left.pop("output_std", None)
+    description = _place_of_usage(left, args.output)
     any_size = is_per_pixel(metadata) and isinstance(getattr(model, "model", model).backbone, ResNet)
     program = _graph(nn.Sequential(model, task.head.output_layer()).eval(), metadata["image_size"], channels, any_size)
     with files.open_atomically(args.output) as file:
@@ -729,7 +737,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
             content = io.BytesIO()
             torch.export.save(program, content, extra_files=about)
             file.write(content.getvalue())
-    files.write_text(json.dumps(left, indent=2), args.output.with_suffix(".json"))
+    files.write_text(json.dumps({"file": args.output.name, **left}, indent=2), description)
     what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
     print(f"wrote {args.output}: {what}; its metadata: {', '.join(about)}")
     return about
