@@ -185,22 +185,23 @@ def explain(args: argparse.Namespace) -> list[Path]:
 
 
 def threshold(args: argparse.Namespace) -> Task:
-    """Choose the thresholds of an adapter with several labels anew, on labelled images, and write it to --output.
-
-    Returns the task, with the thresholds that are written.
-    """
+    """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         if task.kind != "multilabel":
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
         images, where, result = _evaluated(args, task, model, about, make_loader)
-    task.head.thresholds = result.thresholds_for(args.goal)
+    chosen = result.thresholds_for(args.goal)
+    unknown = chosen.isnan()  # of labels of which no image can tell: they keep theirs
+    task.head.thresholds = task.head.thresholds.where(unknown, chosen)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
         content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
         write_adapter_file(content, args.output)
         report = task.report(result, images.clusters())
-        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed()]))
+        rows = [("images", where), ("thresholds for", args.goal), *report.printed()]
+        rows += [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
+        print(reports.table(rows))
         print(f"wrote {args.output}")
     return task
 
@@ -517,6 +518,9 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
         data["masks"] = _mask_reader(about)
     splits = sources.load_splits(**data, task=_task_of(about).kind)
     sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
+    if splits.val.targets is not None:  # the columns of a list may have another order now
+        places = list(map(splits.class_names.index, about["class_names"]))
+        splits.val.targets = splits.val.targets[:, places]
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
 
