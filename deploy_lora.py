@@ -377,10 +377,11 @@ def _write_answers(
 def _made_of(args: argparse.Namespace, images: LabelledImages) -> dict[str, Any]:
     """What the answers in a folder depend on, for its manifest."""
     return {
+        "command": args.command,
         "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
         "images": [str(images.source.folder), images.digest],
         "--arithmetic": args.arithmetic,
-        "--precision": args.precision,
+        "--precision": str(_device_and_precision(args)[1]),
     }
 
 

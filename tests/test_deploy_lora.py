@@ -209,6 +209,12 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
         write("whole")
     with pytest.raises(InputError, match="whole: its answers were made with other images; name another folder"):
         write("whole", "--resume", part="train")
+    with pytest.raises(InputError, match="whole: its answers were made with other --precision; name another folder"):
+        write("whole", "--resume", "--precision", "bf16")
+    write("whole", "--resume", "--precision", "fp32")  # which is what a CPU computes in
+    other = {"predict": "embed", "embed": "predict"}[command]
+    with pytest.raises(InputError, match="whole: its answers were made with other command; name another folder"):
+        run(f"{other} --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "whole", "--resume")
     (tmp_path / "whole" / "_parts.json").write_text("{}")
     with pytest.raises(InputError, match=r"parts\.json is damaged: name another folder"):
         write("whole", "--resume")
