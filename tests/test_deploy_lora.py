@@ -430,7 +430,12 @@ def an_image(kind: str, path: Path) -> Path:
     if kind == "13 bands":
         path = path.with_suffix(".npy")
         np.save(path, random.randint(0, 9000, (20, 30, 13)).astype(np.uint16))
-    elif kind == "16-bit grey":
+    elif kind == "chosen bands":
+        path = path.with_suffix(".npy")
+        levels = random.randint(0, 9000, (20, 30, 4)).astype(np.float32)
+        levels[3, 4] = np.nan  # no data
+        np.save(path, levels)
+    elif kind in ("16-bit grey", "one band"):
         Image.fromarray(random.randint(0, 65536, (90, 120)).astype(np.uint16)).save(path)
     else:
         Image.fromarray(random.randint(0, 256, (90, 120, 3)).astype(np.uint8)).save(path)
@@ -443,6 +448,8 @@ OF_KIND = {
     "larger": {},
     "scaled RGB": {"channels": 3, "bands": [], "scale": 1000.0, "show_bands": [1], "mean": [0.1] * 3, "std": [2.0] * 3},
     "13 bands": {"channels": 13, "bands": [], "scale": 1e4, "show_bands": [1], "mean": [0.4] * 13, "std": [0.2] * 13},
+    "one band": {"channels": 1, "bands": [], "scale": 65535.0, "mean": [0.4], "std": [0.2]},
+    "chosen bands": {"channels": 4, "bands": ["4", "0", "1", "3"], "scale": 1e4, "mean": [0.4] * 4, "std": [0.2] * 4},
     "labels": {"task": {"kind": "multilabel", "thresholds": [0.2, 0.5, 0.7]}},
     "numbers": {"task": {"kind": "regression", "mean": [3.0, 0.0, -9.0], "std": [2.0, 1.0, 0.1]}},
 }
