@@ -474,10 +474,11 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     where = f"in {place}"
     read = about["transform"].bands
     data = _data_of_run(about)
+    column = None if remote.is_folder(place) else _group_column(place, data)
     if is_per_pixel(about):
-        images = masks.pairs_in(place, read, _mask_reader(about))
+        images = masks.pairs_in(place, read, _mask_reader(about), column)
     elif not remote.is_folder(place) or _task_of(about).kind != "classification":
-        columns = {"group_by": _group_column(place, data), "label_columns": data.get("label_columns")}
+        columns = {"group_by": column, "label_columns": data.get("label_columns")}
         kind = _task_of(about).kind
         images, _ = sources.listed_images(place, place.parent, read, kind, columns, about["class_names"], "the adapter")
     else:
@@ -489,7 +490,7 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
         found = folders.labelled_files(place, about["class_names"], every=False, bands=read)
         images = LabelledImages(found, found.labels)
-    if not remote.is_folder(place) and (column := _group_column(place, data)):
+    if column is not None:
         images.groups = lists.read_groups(place, column)
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
@@ -555,7 +556,7 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
 def _group_column(path: Path, data: dict[str, Any]) -> str | None:
     """The run's --group-by if it is a column of this list; that column then is no label."""
     by = data.get("group_by")
-    return by if by and lists.has_column(path, by) else None
+    return by if by and not by.isdecimal() and lists.has_column(path, by) else None
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit

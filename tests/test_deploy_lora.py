@@ -399,6 +399,12 @@ def test_a_group_that_no_machine_can_count(adapter_for_images, images):
     assert run("evaluate --device cpu", with_settings(adapter_for_images, grouped), images / "val")["images"] == 15
 
 
+def test_a_level_of_folders_is_no_column_of_a_list(tmp_path):
+    """A label may be called 2."""
+    (tmp_path / "list.csv").write_text("path,1,2\na.png,0,1\n")
+    assert deploy_lora._group_column(tmp_path / "list.csv", {"group_by": "2"}) is None
+
+
 def test_a_small_file_stays_small(adapter_for_images, tmp_path):
     """Names are two bytes each in a file; a head of as many rows, of one number each, would be a hundred megabytes."""
     content = torch.load(adapter_for_images)

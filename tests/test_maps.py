@@ -17,6 +17,7 @@ from PIL import Image
 
 import deploy_lora
 from finetune_lora import load_finetuned
+from lora.adapter_file import read_adapter_file, write_adapter_file
 from tests.checkpoint_files import narrow_resnet, save_base
 from toolkit import InputError
 from toolkit.answers.classification import Classification
@@ -239,6 +240,18 @@ def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path, place):
     assert found["miou_interval"] == pytest.approx(run["val_miou_interval"], abs=1e-6)
     page = (tmp_path / "results.html").read_text()
     assert "mean IoU" in page and "data:image/png" in page
+
+
+def test_an_evaluation_is_over_the_groups_of_its_list(of_pairs, pairs, tmp_path):
+    """In the column by which the run's images were grouped, which is no mask."""
+    content = read_adapter_file(of_pairs)
+    content["metadata"]["config"]["data"]["group_by"] = "tile"
+    write_adapter_file(content, tmp_path / "lora.pth")
+    lines = [f"{pairs}/val/images/{i}.png,{pairs}/val/masks/{i}.png,{i % 3}" for i in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,mask,tile", *lines]))
+    found = deploy("evaluate", tmp_path / "lora.pth", tmp_path / "list.csv")
+    expected = deploy("evaluate", of_pairs, pairs / "val")
+    assert found["miou"] == pytest.approx(expected["miou"]) and found["miou_interval"] != expected["miou_interval"]
 
 
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
