@@ -64,7 +64,7 @@ from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
-from toolkit.models.checkpoints import NO_CHECKPOINT, value_at
+from toolkit.models.checkpoints import NO_CHECKPOINT, state_digest, value_at
 from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings
@@ -601,7 +601,7 @@ def card(args: argparse.Namespace) -> str:
     if beside.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
         results = comparison.read_results(beside)
         differing = changed_settings(results.get("config") or {}, metadata.get("config") or {}, FREE_TO_CHANGE)
-        if differing or results.get("adapter_bytes") != args.adapter.stat().st_size:
+        if differing or results.get("adapter_digest") != state_digest(content["tensors"]):
             raise InputError(f"{beside} is of another run or file than {args.adapter}: move one of them")
     name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
     text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
