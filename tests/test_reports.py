@@ -418,7 +418,10 @@ def test_a_gain_without_an_interval_is_a_gain_over_the_probe_all_the_same():
 
 @pytest.mark.parametrize(
     ("chosen_by", "remedy"),
-    [({}, "--learning-rate auto"), ({"learning rate": "trials"}, "--lora-rank 0 --freeze-backbone")],
+    [
+        ({}, "--learning-rate auto"),
+        ({"learning rate": "trials"}, "--lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"),
+    ],
 )
 def test_a_run_below_its_probe_is_told_what_it_has_not_tried(chosen_by, remedy):
     assert judged(0.90, chosen_by=chosen_by).next_step == f"the same command with {remedy}"
@@ -466,3 +469,7 @@ def test_masks_are_not_sent_to_an_augmentation_that_they_lack():
 def test_an_augmentation_that_varies_images_more_is_not_recommended_again(augmentation):
     config = {"data": {"augmentation": augmentation}}
     assert "augmentation" not in judged(losses=(0.1, 0.6), config=config).next_step
+
+
+def test_images_of_bands_are_not_sent_to_an_augmentation_of_photographs():
+    assert "augmentation" not in judged(losses=(0.1, 0.6), normalization={"scale": 1e4}).next_step

@@ -51,10 +51,11 @@ def judge(
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
+    can_vary = task.kind == "classification" and value_at(results, "normalization/scale") is None  # photographs
     next_step = f"python deploy_lora.py predict lora.pth new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
-    elif is_overfitted and task.kind == "classification" and augmentation not in ("trivial", "affine"):
+    elif is_overfitted and can_vary and augmentation not in ("trivial", "affine"):
         next_step = "the same command with --augmentation trivial"
     if probe is None:
         return Verdict("there is no linear probe to compare it with", limits, next_step)
@@ -67,8 +68,9 @@ def judge(
     if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
         low, high = 0.0, 1.0
     if probe > high:
-        is_searched = "learning rate" in results.get("chosen_by", {})
-        other = "--lora-rank 0 --freeze-backbone" if is_searched else "--learning-rate auto"
+        other = "--learning-rate auto"
+        if "learning rate" in results.get("chosen_by", {}):
+            other = "--lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"
         return Verdict(f"{gain}: it is below it, beyond chance", limits, f"the same command with {other}")
     if probe < low:
         return Verdict(f"{gain}, more than chance explains", limits, next_step)
