@@ -12,11 +12,10 @@
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
-    python deploy_lora.py card checkpoints/lora/lora.pth --output README.md     # a model card
+    python deploy_lora.py card checkpoints/lora/lora.pth --output card.md       # a model card
     python deploy_lora.py push checkpoints/lora/lora.pth owner/name             # with its card, to the Hub
 
-Every command takes the file of any run: LoRA, QLoRA or full fine-tuning. Each command is a function of the parsed
-options; the table COMMANDS lists them all.
+Every command takes the file of any run: LoRA, QLoRA or full fine-tuning.
 """
 
 import argparse
@@ -435,10 +434,7 @@ def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tens
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
-    """The images that are named, and all in named folders and below, and in lists; or those in a folder's archives.
-
-    Raises InputError for a path without any.
-    """
+    """The images that are named, and all in named folders and below, and in lists; or those in a folder's archives."""
     names = []
     for path in paths:
         if not remote.exists(path):
@@ -462,10 +458,8 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
     """Labelled images, and a description of where they were found.
 
-    Args:
-        place: a folder with a folder of images for each class, or with images/ and masks/ for a class of every pixel,
-            itself or in the val/ in it; or a list, which it must be for an adapter with several labels or numbers.
-            None: the images on which the run was evaluated.
+    The place is a folder with a folder for each class, or with images/ and masks/, itself or in the val/ in it; or a
+    list, which it must be for several labels or numbers. None: the images on which the run was evaluated.
     """
     if place is None:
         return _images_of_run(about)
