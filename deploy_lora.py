@@ -226,8 +226,7 @@ def predict(args: argparse.Namespace) -> list[Any]:
     """Write the answers for images as a table, a row for each image, and return the rows; or maps, and their paths.
     With a folder as --output it is a table in parts, of which only the names are returned.
 
-    Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. Beside the `path`, which is `image_path` if a number is called so.
+    Answers are the most probable classes; all labels above their thresholds, and the probability of each; or numbers.
 
     A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
     map.tif. Other models write such a map too, of an answer for each window of --window pixels.

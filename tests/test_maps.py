@@ -464,6 +464,20 @@ def test_a_photograph_of_16_bits_becomes_one_of_8(tmp_path):
     assert np.array_equal(in_rows(tmp_path / "a.tif", None), np.asarray(to_rgb(open_image(tmp_path / "a.tif"))))
 
 
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_a_photograph_of_16_bits_is_read_as_it_is_or_refused(tmp_path, byteorder):
+    """Pillow reads the bytes of planes without compression as if each were a level."""
+    array = levels(bands=3) * 200
+    how = {"photometric": "rgb", "byteorder": byteorder}
+    tifffile.imwrite(tmp_path / "a.tif", array, **how)
+    tifffile.imwrite(tmp_path / "b.tif", array.transpose(2, 0, 1), planarconfig="separate", compression="zlib", **how)
+    for name in ("a.tif", "b.tif"):
+        assert np.array_equal(in_rows(tmp_path / name, None), array >> 8)
+    tifffile.imwrite(tmp_path / "c.tif", array.transpose(2, 0, 1), planarconfig="separate", **how)
+    with pytest.raises(InputError, match=r"c\.tif: .*16 bits whose bands lie apart: use --scale 65535"):
+        in_rows(tmp_path / "c.tif", None)
+
+
 @pytest.mark.parametrize("suffix", ["tif", "jp2"])
 def test_bands_of_other_resolutions_are_enlarged_as_whole_ones(tmp_path, suffix):
     rng = np.random.default_rng(0)
