@@ -198,9 +198,8 @@ def threshold(args: argparse.Namespace) -> Task:
         content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
         write_adapter_file(content, args.output)
         report = task.report(result, images.clusters())
-        rows = [("images", where), ("thresholds for", args.goal), *report.printed()]
-        rows += [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
-        print(reports.table(rows))
+        kept = [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
+        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed(), *kept]))
         print(f"wrote {args.output}")
     return task
 
@@ -464,7 +463,6 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         return _images_of_run(about)
     if not remote.exists(place):
         raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
-    where = f"in {place}"
     read = about["transform"].bands
     data = _data_of_run(about)
     column = None if remote.is_folder(place) else _group_column(place, data)
@@ -479,7 +477,6 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         has_parts = inside & {*folders.EVALUATION_NAMES, "test"}
         if has_parts and not inside & set(about["class_names"]):  # a class may be called test
             place = folders.evaluation_folder(place)
-        where = f"all in {place}"
         sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
         found = folders.labelled_files(place, about["class_names"], every=False, bands=read)
         images = LabelledImages(found, found.labels)
@@ -488,6 +485,9 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
             images.groups = splitting.folder_level(images.relative_names(), str(data.get("group_by")))
+    where = f"in {place}"
+    if images.groups is None and "group_by" in data:  # intervals are over images then
+        where += f", without groups by {printable(data['group_by'])}"
     return images, where
 
 

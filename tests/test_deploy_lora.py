@@ -314,7 +314,8 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         share_interval(torch.arange(15) < round(15 * results["accuracy"]))
     )
     told = capsys.readouterr().out
-    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told and f"all in {images}/val\n" in told
+    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
+    assert f"{'images':<22}in {images}/val\n" in told
     for name, right in results["accuracy_per_class"].items():
         assert f"{name:<22}{round(5 * right)} of 5 right" in told
     for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
@@ -328,11 +329,11 @@ def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
         shutil.copytree(images / "val" / source, tmp_path / name)
     about = {"class_names": ["cat", "test", "val"], "transform": transforms.eval_transform(32)}
     found, where = deploy_lora._labelled_images(tmp_path, about)
-    assert where == f"all in {tmp_path}"
+    assert where == f"in {tmp_path}"
     assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]
 
 
-def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path):
+def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path, capsys):
     """Whatever stands between its columns, and with the column by which the run was grouped."""
     adapter, table, plain = adapter_for_images, tmp_path / "test.csv", tmp_path / "plain.csv"
     expected = run("evaluate --device cpu", adapter, images / "val")
@@ -344,6 +345,9 @@ def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_pa
     assert (again["accuracy"], again["images"], found["images"]) == (expected["accuracy"], 15, 15)
     assert found["accuracy_interval"] != expected["accuracy_interval"]  # it is of the five patients
     assert again["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    capsys.readouterr()
+    run("evaluate --device cpu", grouped, plain)
+    assert f"{plain}, without groups by who\n" in capsys.readouterr().out  # its interval is of images
     plain.write_text(f"{images / 'val/dark/0.png'},eel\n")
     for path, problem in (
         (table, "the line .* is not a path and a label"),
