@@ -12,11 +12,10 @@
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
-    python deploy_lora.py card checkpoints/lora/lora.pth --output README.md     # a model card
+    python deploy_lora.py card checkpoints/lora/lora.pth --output card.md       # a model card
     python deploy_lora.py push checkpoints/lora/lora.pth owner/name             # with its card, to the Hub
 
-Every command takes the file of any run: LoRA, QLoRA or full fine-tuning. Each command is a function of the parsed
-options; the table COMMANDS lists them all.
+Every command takes the file of any run: LoRA, QLoRA or full fine-tuning.
 """
 
 import argparse
@@ -64,7 +63,7 @@ from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
-from toolkit.models.checkpoints import NO_CHECKPOINT, value_at
+from toolkit.models.checkpoints import NO_CHECKPOINT, state_digest, value_at
 from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings
@@ -160,10 +159,9 @@ def explain(args: argparse.Namespace) -> list[Path]:
         explainer = _explainer(args, model, about)
         task = _task_of(about)
         images = _images(args.images, explainer.bands)
-        args.output.mkdir(exist_ok=True)
         written = []
         broken = []
-        places = predictions.places_of_masks(images, args.images, args.output)
+        places = predictions.places_of_masks(images, args.images, args.output, replaces=True)
         for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), "explain"):
             try:
                 *pictures, outputs = explainer.explain(images.undecoded(i)[0])
@@ -185,22 +183,22 @@ def explain(args: argparse.Namespace) -> list[Path]:
 
 
 def threshold(args: argparse.Namespace) -> Task:
-    """Choose the thresholds of an adapter with several labels anew, on labelled images, and write it to --output.
-
-    Returns the task, with the thresholds that are written.
-    """
+    """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         if task.kind != "multilabel":
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
         images, where, result = _evaluated(args, task, model, about, make_loader)
-    task.head.thresholds = result.thresholds_for(args.goal)
+    chosen = result.thresholds_for(args.goal)
+    unknown = chosen.isnan()  # of labels of which no image can tell: they keep theirs
+    task.head.thresholds = task.head.thresholds.where(unknown, chosen)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
         content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
         write_adapter_file(content, args.output)
         report = task.report(result, images.clusters())
-        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed()]))
+        kept = [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
+        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed(), *kept]))
         print(f"wrote {args.output}")
     return task
 
@@ -226,8 +224,7 @@ def predict(args: argparse.Namespace) -> list[Any]:
     """Write the answers for images as a table, a row for each image, and return the rows; or maps, and their paths.
     With a folder as --output it is a table in parts, of which only the names are returned.
 
-    Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. Beside the `path`, which is `image_path` if a number is called so.
+    Answers are the most probable classes; all labels above their thresholds, and the probability of each; or numbers.
 
     A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
     map.tif. Other models write such a map too, of an answer for each window of --window pixels.
@@ -256,6 +253,8 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         raise InputError(f"{args.images[0]}: maps are not made of images in archives; unpack them")
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
+    if is_file and any(files.same_file(args.output, path) for path in images.source.parts(0)):
+        raise InputError(f"--output {args.output} is read by this very command; name another file")
     window = args.window or about["image_size"]
     if task.kind == "segmentation":
         window = model.window
@@ -276,8 +275,9 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         places = [args.output]
     else:
         made_of = _made_of(args, images) | {"--probabilities": args.probabilities, "--abstain": args.abstain}
+        begun = (args.output / predictions.MANIFEST).exists()
+        places = predictions.places_of_masks(images, args.images, args.output, replaces=begun)
         predictions.begin_folder(args.output, made_of, args.resume, replaces=True)
-        places = predictions.places_of_masks(images, args.images, args.output)
     parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
     for i in progress_bar(share, "predict", disable=is_file):
         if args.resume and (made := predictions.made_map(places[i], args.output)):
@@ -373,10 +373,11 @@ def _write_answers(
 def _made_of(args: argparse.Namespace, images: LabelledImages) -> dict[str, Any]:
     """What the answers in a folder depend on, for its manifest."""
     return {
+        "command": args.command,
         "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
         "images": [str(images.source.folder), images.digest],
         "--arithmetic": args.arithmetic,
-        "--precision": args.precision,
+        "--precision": str(_device_and_precision(args)[1]),
     }
 
 
@@ -426,15 +427,11 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 @torch.no_grad()
 def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
     """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
-    [outputs] = evaluation.map_batches(model, [images], *_device_and_precision(args))
-    return outputs.float()
+    return evaluation.computed(model, images, *_device_and_precision(args)).float()
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
-    """The images that are named, and all in named folders and below, and in lists; or those in a folder's archives.
-
-    Raises InputError for a path without any.
-    """
+    """The images that are named, and all in named folders and below, and in lists; or those in a folder's archives."""
     names = []
     for path in paths:
         if not remote.exists(path):
@@ -458,22 +455,20 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
     """Labelled images, and a description of where they were found.
 
-    Args:
-        place: a folder with a folder of images for each class, or with images/ and masks/ for a class of every pixel,
-            itself or in the val/ in it; or a list, which it must be for an adapter with several labels or numbers.
-            None: the images on which the run was evaluated.
+    The place is a folder with a folder for each class, or with images/ and masks/, itself or in the val/ in it; or a
+    list, which it must be for several labels or numbers. None: the images on which the run was evaluated.
     """
     if place is None:
         return _images_of_run(about)
     if not remote.exists(place):
         raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
-    where = f"in {place}"
     read = about["transform"].bands
     data = _data_of_run(about)
+    column = None if remote.is_folder(place) else _group_column(place, data)
     if is_per_pixel(about):
-        images = masks.pairs_in(place, read, _mask_reader(about))
+        images = masks.pairs_in(place, read, _mask_reader(about), column)
     elif not remote.is_folder(place) or _task_of(about).kind != "classification":
-        columns = {"group_by": _group_column(place, data), "label_columns": data.get("label_columns")}
+        columns = {"group_by": column, "label_columns": data.get("label_columns")}
         kind = _task_of(about).kind
         images, _ = sources.listed_images(place, place.parent, read, kind, columns, about["class_names"], "the adapter")
     else:
@@ -481,15 +476,17 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         has_parts = inside & {*folders.EVALUATION_NAMES, "test"}
         if has_parts and not inside & set(about["class_names"]):  # a class may be called test
             place = folders.evaluation_folder(place)
-        where = f"all in {place}"
         sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
         found = folders.labelled_files(place, about["class_names"], every=False, bands=read)
         images = LabelledImages(found, found.labels)
-    if not remote.is_folder(place) and (column := _group_column(place, data)):
+    if column is not None:
         images.groups = lists.read_groups(place, column)
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
             images.groups = splitting.folder_level(images.relative_names(), str(data.get("group_by")))
+    where = f"in {place}"
+    if images.groups is None and "group_by" in data:  # intervals are over images then
+        where += f", without groups by {printable(data['group_by'])}"
     return images, where
 
 
@@ -515,6 +512,9 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
         data["masks"] = _mask_reader(about)
     splits = sources.load_splits(**data, task=_task_of(about).kind)
     sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
+    if splits.val.targets is not None:  # the columns of a list may have another order now
+        places = list(map(splits.class_names.index, about["class_names"]))
+        splits.val.targets = splits.val.targets[:, places]
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
 
@@ -548,7 +548,7 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
 def _group_column(path: Path, data: dict[str, Any]) -> str | None:
     """The run's --group-by if it is a column of this list; that column then is no label."""
     by = data.get("group_by")
-    return by if by and lists.has_column(path, by) else None
+    return by if by and not by.isdecimal() and lists.has_column(path, by) else None
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit
@@ -562,13 +562,15 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(files.same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
+    about = usage(metadata)
+    description = _place_of_usage(about, args.output)
     LoRAManager(model).merge_lora_weights()
     state = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
     if files.is_safetensors(args.output):
         files.write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
         files.save_atomically(state, args.output)
-    files.write_text(json.dumps(usage(metadata), indent=2), args.output.with_suffix(".json"))
+    files.write_text(json.dumps({"file": args.output.name, **about}, indent=2), description)
     arch = metadata["arch"]
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     shape = [f"{heads} heads" for heads in other_heads(model).values()]
@@ -591,7 +593,7 @@ def card(args: argparse.Namespace) -> str:
     if beside.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
         results = comparison.read_results(beside)
         differing = changed_settings(results.get("config") or {}, metadata.get("config") or {}, FREE_TO_CHANGE)
-        if differing or results.get("adapter_bytes") != args.adapter.stat().st_size:
+        if differing or results.get("adapter_digest") != state_digest(content["tensors"]):
             raise InputError(f"{beside} is of another run or file than {args.adapter}: move one of them")
     name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
     text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
@@ -638,8 +640,6 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     - The network sees (levels / `scale` - `mean`) / `std`.
     - `activation` of its outputs, in the order of `class_names`. A label is an answer above its `thresholds`. A number
       in its own unit is the output times `output_std` plus `output_mean`.
-
-    Temperatures are in the weights already.
     """
     values = from_metadata(metadata)
     bands = values["bands"]
@@ -661,12 +661,19 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         about["resize"] = [size, size]
     else:
         about["resize"] = transforms.shorter_side(size)
-    record = task.record() or {}
-    if "thresholds" in record:
-        about["thresholds"] = record["thresholds"]
-    if "mean" in record:
-        about |= {"output_mean": record["mean"], "output_std": record["std"]}
-    return about
+    names = {"thresholds": "thresholds", "mean": "output_mean", "std": "output_std"}
+    return about | {names[key]: value for key, value in task.head.record().items() if key in names}
+
+
+def _place_of_usage(about: dict[str, Any], output: Path) -> Path:
+    """Where `usage` of a file is written: beside it. Raises InputError if what is there is of a file with other use."""
+    path = output.with_suffix(".json")
+    with contextlib.suppress(OSError, UnicodeError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        other = str(value_at(found, "file"))
+        if other != output.name and (output.parent / other).exists() and found != {"file": other, **about}:
+            raise InputError(f"--output {output}: {path} is about {printable(other)}, used otherwise; name it apart")
+    return path
 
 
 class Normalised(nn.Module):
@@ -718,6 +725,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         left["activation"] = "none"
         left.pop("output_mean", None)
         left.pop("output_std", None)
+    description = _place_of_usage(left, args.output)
     any_size = is_per_pixel(metadata) and isinstance(getattr(model, "model", model).backbone, ResNet)
     program = _graph(nn.Sequential(model, task.head.output_layer()).eval(), metadata["image_size"], channels, any_size)
     with files.open_atomically(args.output) as file:
@@ -727,7 +735,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
             content = io.BytesIO()
             torch.export.save(program, content, extra_files=about)
             file.write(content.getvalue())
-    files.write_text(json.dumps(left, indent=2), args.output.with_suffix(".json"))
+    files.write_text(json.dumps({"file": args.output.name, **left}, indent=2), description)
     what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
     print(f"wrote {args.output}: {what}; its metadata: {', '.join(about)}")
     return about
@@ -799,10 +807,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         difference = _difference(theirs, model, metadata["image_size"], tolerance)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+        files.make_folder(folder)
         for name in (peft_format.CONFIG, peft_format.WEIGHTS):
             with files.open_atomically(folder / name) as file:
                 file.write(Path(scratch, name).read_bytes())

@@ -250,6 +250,8 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     assert lines[2] == f"| {paths[0]} | lora_rank 8 | 2 | 0.5 | 0.75 | 0.0707 |"
     with pytest.raises(InputError, match=r"--output runs\.txt: the name must end in \.csv or \.md"):
         deploy_lora.main(["compare", *map(str, paths), "--output", "runs.txt"])
+    [row] = comparison.summed_up([paths[0], paths[0]])
+    assert (row["runs"], row["spread"]) == (1, "")  # one run, named twice
     [row, _] = comparison.summed_up([*paths[:2], paths[2]])
     assert row["differs by"] == "lora_rank 8"
     nothing = tmp_path / "nothing.json"

@@ -209,6 +209,12 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
         write("whole")
     with pytest.raises(InputError, match="whole: its answers were made with other images; name another folder"):
         write("whole", "--resume", part="train")
+    with pytest.raises(InputError, match="whole: its answers were made with other --precision; name another folder"):
+        write("whole", "--resume", "--precision", "bf16")
+    write("whole", "--resume", "--precision", "fp32")  # which is what a CPU computes in
+    other = {"predict": "embed", "embed": "predict"}[command]
+    with pytest.raises(InputError, match="whole: its answers were made with other command; name another folder"):
+        run(f"{other} --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "whole", "--resume")
     (tmp_path / "whole" / "_parts.json").write_text("{}")
     with pytest.raises(InputError, match=r"parts\.json is damaged: name another folder"):
         write("whole", "--resume")
@@ -308,7 +314,8 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         share_interval(torch.arange(15) < round(15 * results["accuracy"]))
     )
     told = capsys.readouterr().out
-    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told and f"all in {images}/val\n" in told
+    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
+    assert f"{'images':<22}in {images}/val\n" in told
     for name, right in results["accuracy_per_class"].items():
         assert f"{name:<22}{round(5 * right)} of 5 right" in told
     for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
@@ -322,11 +329,11 @@ def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
         shutil.copytree(images / "val" / source, tmp_path / name)
     about = {"class_names": ["cat", "test", "val"], "transform": transforms.eval_transform(32)}
     found, where = deploy_lora._labelled_images(tmp_path, about)
-    assert where == f"all in {tmp_path}"
+    assert where == f"in {tmp_path}"
     assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]
 
 
-def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path):
+def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path, capsys):
     """Whatever stands between its columns, and with the column by which the run was grouped."""
     adapter, table, plain = adapter_for_images, tmp_path / "test.csv", tmp_path / "plain.csv"
     expected = run("evaluate --device cpu", adapter, images / "val")
@@ -338,6 +345,9 @@ def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_pa
     assert (again["accuracy"], again["images"], found["images"]) == (expected["accuracy"], 15, 15)
     assert found["accuracy_interval"] != expected["accuracy_interval"]  # it is of the five patients
     assert again["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    capsys.readouterr()
+    run("evaluate --device cpu", grouped, plain)
+    assert f"{plain}, without groups by who\n" in capsys.readouterr().out  # its interval is of images
     plain.write_text(f"{images / 'val/dark/0.png'},eel\n")
     for path, problem in (
         (table, "the line .* is not a path and a label"),
@@ -393,6 +403,12 @@ def test_a_group_that_no_machine_can_count(adapter_for_images, images):
     assert run("evaluate --device cpu", with_settings(adapter_for_images, grouped), images / "val")["images"] == 15
 
 
+def test_a_level_of_folders_is_no_column_of_a_list(tmp_path):
+    """A label may be called 2."""
+    (tmp_path / "list.csv").write_text("path,1,2\na.png,0,1\n")
+    assert deploy_lora._group_column(tmp_path / "list.csv", {"group_by": "2"}) is None
+
+
 def test_a_small_file_stays_small(adapter_for_images, tmp_path):
     """Names are two bytes each in a file; a head of as many rows, of one number each, would be a hundred megabytes."""
     content = torch.load(adapter_for_images)
@@ -424,7 +440,12 @@ def an_image(kind: str, path: Path) -> Path:
     if kind == "13 bands":
         path = path.with_suffix(".npy")
         np.save(path, random.randint(0, 9000, (20, 30, 13)).astype(np.uint16))
-    elif kind == "16-bit grey":
+    elif kind == "chosen bands":
+        path = path.with_suffix(".npy")
+        levels = random.randint(0, 9000, (20, 30, 4)).astype(np.float32)
+        levels[3, 4] = np.nan  # no data
+        np.save(path, levels)
+    elif kind in ("16-bit grey", "one band"):
         Image.fromarray(random.randint(0, 65536, (90, 120)).astype(np.uint16)).save(path)
     else:
         Image.fromarray(random.randint(0, 256, (90, 120, 3)).astype(np.uint8)).save(path)
@@ -437,6 +458,8 @@ OF_KIND = {
     "larger": {},
     "scaled RGB": {"channels": 3, "bands": [], "scale": 1000.0, "show_bands": [1], "mean": [0.1] * 3, "std": [2.0] * 3},
     "13 bands": {"channels": 13, "bands": [], "scale": 1e4, "show_bands": [1], "mean": [0.4] * 13, "std": [0.2] * 13},
+    "one band": {"channels": 1, "bands": [], "scale": 65535.0, "mean": [0.4], "std": [0.2]},
+    "chosen bands": {"channels": 4, "bands": ["4", "0", "1", "3"], "scale": 1e4, "mean": [0.4] * 4, "std": [0.2] * 4},
     "labels": {"task": {"kind": "multilabel", "thresholds": [0.2, 0.5, 0.7]}},
     "numbers": {"task": {"kind": "regression", "mean": [3.0, 0.0, -9.0], "std": [2.0, 1.0, 0.1]}},
 }
@@ -513,6 +536,21 @@ def test_a_graph_and_its_preparation_answer_as_predict(served, prepare, normalis
     assert len(found) == 5
     for answer in found.tolist():
         assert answer == pytest.approx(expected, abs=1e-5, rel=1e-4)
+
+
+def test_what_is_said_of_one_file_is_not_said_of_another_that_is_used_otherwise(adapter_for_images, tmp_path):
+    """A graph that normalises its images would have them normalised twice."""
+    run("export", adapter_for_images, "--output", tmp_path / "model.pt2", "--normalise")
+    said = (tmp_path / "model.json").read_text()
+    with pytest.raises(InputError, match=r"model\.json is about model\.pt2, used otherwise; name it apart"):
+        run("merge", adapter_for_images, "--output", tmp_path / "model.pth")
+    assert (tmp_path / "model.json").read_text() == said and not (tmp_path / "model.pth").exists()
+    for suffix in ("pth", "safetensors"):  # the same weights
+        run("merge", adapter_for_images, "--output", tmp_path / f"merged.{suffix}")
+    run("export", adapter_for_images, "--output", tmp_path / "model.pt2")  # in the place of the former one
+    assert json.loads((tmp_path / "model.json").read_text())["mean"] != json.loads(said)["mean"]
+    (tmp_path / "model.json").write_text("no JSON")
+    run("export", adapter_for_images, "--output", tmp_path / "model.pt2")
 
 
 def test_what_onnx_needs_is_named(adapter_for_images, tmp_path, monkeypatch):

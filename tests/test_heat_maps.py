@@ -104,6 +104,8 @@ def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_pat
     assert written == [tmp_path / "out" / patient / "1.png" for patient in ("p1", "p2")]
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         deploy_lora.main([*explain, str(tmp_path / "mine")])
+    with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
+        deploy_lora.main([*explain, str(tmp_path / "out"), "--batch-size", "8", "--workers", "2"])  # one by one
 
 
 def test_a_run_of_a_model_without_blocks_has_a_page_without_maps(finetune, pictures):

@@ -124,6 +124,37 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
         deploy_lora.main(["threshold", str(once / "lora.pth"), "list.csv", "--output", str(tmp_path / "other.pth")])
 
 
+def test_a_label_that_no_image_shows_keeps_its_threshold(trained, lists, tmp_path, capsys):
+    """As where the list has no column for it."""
+    adapter = trained["multilabel"]["folder"] / "lora.pth"
+    rows = rows_of(lists / "multilabel_val.csv")
+    (lists / "left.csv").write_text("\n".join(["path,left", *(f"{row['path']},{row['left']}" for row in rows)]))
+    argv = ["threshold", str(adapter), str(lists / "left.csv"), "--goal", "sensitivity=0.9"]
+    task = deploy_lora.main([*argv, "--output", str(tmp_path / "other.pth")])
+    before = read_adapter_file(adapter)["metadata"]["task"]["thresholds"]
+    after = read_adapter_file(tmp_path / "other.pth")["metadata"]["task"]["thresholds"]
+    assert before[0] != 0.5 and after[0] == before[0] and after[1] != before[1]
+    assert task.head.thresholds.tolist() == after
+    told = capsys.readouterr().out
+    assert f"{'kept as it was':<22}up\n" in told and f"{'kept as it was':<22}left" not in told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_the_runs_lists_may_have_another_order_by_now(trained, lists, kind):
+    """As when another program has written them anew: each truth is still compared with its own answers."""
+    adapter = str(trained[kind]["folder"] / "lora.pth")
+    expected = deploy_lora.main(["evaluate", adapter])
+    contents = {path: path.read_text() for path in lists.glob(f"{kind}_*.csv")}
+    try:
+        for path, content in contents.items():
+            rows = (line.split(",") for line in content.splitlines())
+            path.write_text("".join(f"{image},{second},{first}\n" for image, first, second in rows))
+        assert deploy_lora.main(["evaluate", adapter]) == expected
+    finally:
+        for path, content in contents.items():
+            path.write_text(content)
+
+
 def test_a_run_chooses_its_thresholds_by_what_it_is_told(train, tmp_path):
     labels = []
     for goal in ("sensitivity=0.99", "sensitivity=0.3"):

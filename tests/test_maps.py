@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import tracemalloc
 import types
@@ -16,6 +17,7 @@ from PIL import Image
 
 import deploy_lora
 from finetune_lora import load_finetuned
+from lora.adapter_file import read_adapter_file, write_adapter_file
 from tests.checkpoint_files import narrow_resnet, save_base
 from toolkit import InputError
 from toolkit.answers.classification import Classification
@@ -157,6 +159,20 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
         deploy(*argv, "--resume", "--probabilities")
 
 
+def test_masks_drawn_by_hand_and_scenes_are_not_replaced(of_pairs, pairs, tmp_path, of_tiffs):
+    shutil.copytree(pairs / "val", tmp_path / "val")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"what is written would replace .*masks/0\.png; name another folder"):
+            deploy("predict", of_pairs, tmp_path / "val/images", "--output", tmp_path / "val/masks")
+    for path in (pairs / "val/masks").iterdir():
+        assert (tmp_path / "val/masks" / path.name).read_bytes() == path.read_bytes()
+    assert len(os.listdir(tmp_path / "val/masks")) == len(os.listdir(pairs / "val/masks"))
+    (tmp_path / "scenes").mkdir()
+    write_tiff(tmp_path / "scenes/scene.tif", 64, 64)
+    with pytest.raises(InputError, match=r"scene\.tif is read by this very command; name another file"):
+        deploy("predict", of_tiffs, tmp_path / "scenes", "--output", tmp_path / "scenes/scene.tif")
+
+
 @pytest.mark.parametrize(
     ("given", "output", "named"),
     [
@@ -224,6 +240,18 @@ def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path, place):
     assert found["miou_interval"] == pytest.approx(run["val_miou_interval"], abs=1e-6)
     page = (tmp_path / "results.html").read_text()
     assert "mean IoU" in page and "data:image/png" in page
+
+
+def test_an_evaluation_is_over_the_groups_of_its_list(of_pairs, pairs, tmp_path):
+    """In the column by which the run's images were grouped, which is no mask."""
+    content = read_adapter_file(of_pairs)
+    content["metadata"]["config"]["data"]["group_by"] = "tile"
+    write_adapter_file(content, tmp_path / "lora.pth")
+    lines = [f"{pairs}/val/images/{i}.png,{pairs}/val/masks/{i}.png,{i % 3}" for i in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,mask,tile", *lines]))
+    found = deploy("evaluate", tmp_path / "lora.pth", tmp_path / "list.csv")
+    expected = deploy("evaluate", of_pairs, pairs / "val")
+    assert found["miou"] == pytest.approx(expected["miou"]) and found["miou_interval"] != expected["miou_interval"]
 
 
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
@@ -434,6 +462,20 @@ def test_a_compression_that_pillow_alone_knows(tmp_path, monkeypatch):
 def test_a_photograph_of_16_bits_becomes_one_of_8(tmp_path):
     Image.fromarray(levels(bands=1)[..., 0] * 200).save(tmp_path / "a.tif")
     assert np.array_equal(in_rows(tmp_path / "a.tif", None), np.asarray(to_rgb(open_image(tmp_path / "a.tif"))))
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_a_photograph_of_16_bits_is_read_as_it_is_or_refused(tmp_path, byteorder):
+    """Pillow reads the bytes of planes without compression as if each were a level."""
+    array = levels(bands=3) * 200
+    how = {"photometric": "rgb", "byteorder": byteorder}
+    tifffile.imwrite(tmp_path / "a.tif", array, **how)
+    tifffile.imwrite(tmp_path / "b.tif", array.transpose(2, 0, 1), planarconfig="separate", compression="zlib", **how)
+    for name in ("a.tif", "b.tif"):
+        assert np.array_equal(in_rows(tmp_path / name, None), array >> 8)
+    tifffile.imwrite(tmp_path / "c.tif", array.transpose(2, 0, 1), planarconfig="separate", **how)
+    with pytest.raises(InputError, match=r"c\.tif: .*16 bits whose bands lie apart: use --scale 65535"):
+        in_rows(tmp_path / "c.tif", None)
 
 
 @pytest.mark.parametrize("suffix", ["tif", "jp2"])

@@ -171,7 +171,7 @@ def test_two_processes_explain_all_images_and_count_them(adapter, images, tmp_pa
     folder = tmp_path / "mine"
     shutil.copytree(images / "val" / CLASSES[0], folder)  # 5 images
     (folder / "3.png").write_bytes(b"no image")
-    argv = f"explain {adapter} {folder} --device cpu --workers 0 --output {tmp_path}/out"
+    argv = f"explain {adapter} {folder} --device cpu --output {tmp_path}/out"
     children = completed("deploy_lora", argv, tmp_path / "log")
     output = "".join(child.output for child in children)
     assert output.count("left out: ") == 1 and "3.png" in output

@@ -418,10 +418,21 @@ def test_a_gain_without_an_interval_is_a_gain_over_the_probe_all_the_same():
 
 @pytest.mark.parametrize(
     ("chosen_by", "remedy"),
-    [({}, "--learning-rate auto"), ({"learning rate": "trials"}, "--lora-rank 0 --freeze-backbone")],
+    [
+        ({}, "--learning-rate auto"),
+        ({"learning rate": "trials"}, "--lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"),
+    ],
 )
 def test_a_run_below_its_probe_is_told_what_it_has_not_tried(chosen_by, remedy):
     assert judged(0.90, chosen_by=chosen_by).next_step == f"the same command with {remedy}"
+
+
+@pytest.mark.parametrize(("per_class", "retreats", "is_short"), [(100, [], True), (10, [], False), (100, [{}], False)])
+def test_a_run_of_few_steps_below_its_probe_is_told_to_be_longer(per_class, retreats, is_short):
+    """As one epoch of digits is: the rate is lowered, and no search would find another."""
+    told = judged(0.90, (0.82,), lowered=7.0, per_class=per_class, retreats=retreats)
+    assert (told.next_step == "the same command with --epochs 2") == is_short
+    assert ("a learning rate that was lowered 7-fold for so few steps" in told.limits) == is_short
 
 
 @pytest.mark.parametrize(("probe", "gained"), [(0.7, "+12 points"), (0.8, "may be chance"), (0.9, "beyond chance")])
@@ -474,3 +485,7 @@ def test_masks_are_not_sent_to_an_augmentation_that_they_lack():
 def test_an_augmentation_that_varies_images_more_is_not_recommended_again(augmentation):
     config = {"data": {"augmentation": augmentation}}
     assert "augmentation" not in judged(losses=(0.1, 0.6), config=config).next_step
+
+
+def test_images_of_bands_are_not_sent_to_an_augmentation_of_photographs():
+    assert "augmentation" not in judged(losses=(0.1, 0.6), normalization={"scale": 1e4}).next_step

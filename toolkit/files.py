@@ -82,6 +82,14 @@ def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str 
     write_text(text.getvalue(), path)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there. Raises InputError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 

@@ -41,10 +41,7 @@ def answers_path(results: Path) -> Path:
 
 
 def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, results: Path) -> None:
-    """Write what is true of each image and what was answered, a row each, beside the results.
-
-    If the images have groups, these are in the second column.
-    """
+    """Write the truth and the answer for each image beside the results, a row each, with its group if it has one."""
     first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
     if images.groups is not None:
         first[GROUP] = images.groups
@@ -71,9 +68,7 @@ class Difference(NamedTuple):
 
 
 def compare(first: Path, second: Path) -> list[Difference]:
-    """Compare the answers beside two `results.json`, image by image.
-
-    If one of them says which group each image is of, groups are what chance draws.
+    """Compare the answers beside two `results.json`, image by image; or by groups, if one of them says these.
 
     Raises InputError if answers are missing, or are for other images, by another truth or in other groups.
     """
@@ -136,10 +131,7 @@ def _read(path: Path) -> Answered:
 def _differences(
     tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
 ) -> list[Difference]:
-    """Compare two runs by their figures, of all images and of parts that are the same for both.
-
-    So what makes images easy for both does not blur the difference.
-    """
+    """Compare two runs by figures of the same parts of the images: what is easy for both blurs no difference."""
     names = ("accuracy",) if kind is None else SHOWN[kind]
     if kind is None:
         figures = _accuracy
@@ -205,7 +197,7 @@ def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
     `score` and `probe` are means, and `spread` is the standard deviation of the scores.
     """
-    runs = [(path, read_results(path)) for path in paths]
+    runs = [(path, read_results(path)) for path in dict.fromkeys(paths)]
     kinds = {results["task"] for _, results in runs}
     if len(kinds) > 1:
         raise InputError(f"these results are of several tasks, {listed(sorted(kinds))}: compare those of one")
@@ -240,10 +232,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What runs of one kind share: their settings but the seed, and but a rate that was searched for.
-
-    Results of `evaluate` have none, and stand alone.
-    """
+    """What runs of one kind share: all settings but seed and searched rate. Results of `evaluate` stand alone."""
     sections = results.get("config", {"": {"file": str(path)}})
     left_out = {"seed", "learning_rate"} if "learning rate" in results.get("chosen_by", {}) else {"seed"}
     return {name: value for section in sections.values() for name, value in section.items() if name not in left_out}

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,12 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     counts = torch.tensor([images[label] for label in range(num_classes)])
     shares = len(images) * counts.double() / sum(images.values())
     return 1 / shares.where(counts > 0, 1.0).float()
+
+
+def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:
+    """A function of images (N, C, H, W), on a device and in a precision."""
+    with autocast(device, dtype):
+        return function(to_device(images, device))
 
 
 NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
@@ -68,8 +74,7 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
             norm.momentum = None  # the mean over all batches
             norm.train()
         for images, _ in loader:
-            with autocast(device, dtype):
-                model(to_device(images, device))
+            computed(model, images, device, dtype)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -83,23 +88,11 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
     losses = []
     model.train()
     for images, labels in loader:
-        with autocast(device, dtype):
-            outputs = model(to_device(images, device))
+        outputs = computed(model, images, device, dtype)
         total = loss(outputs.float(), to_device(labels, device)).item()
         total, number = distributed.all_sum(total, len(labels))
         losses.append(total / number)
     return max(losses)
-
-
-@torch.no_grad()
-def map_batches(
-    function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """Apply a function of images (N, 3, H, W) to each batch, on a device and in a precision."""
-    for batch in batches:
-        with autocast(device, dtype):
-            result = function(to_device(batch, device))
-        yield result
 
 
 @torch.no_grad()
@@ -119,8 +112,7 @@ def over_loader(
     parts = []
     with eval_mode(model):
         for images, targets in loader:
-            with autocast(device, dtype):
-                answers = (answer or model)(to_device(images, device))
+            answers = computed(answer or model, images, device, dtype)
             parts.append(found(answers.float(), to_device(targets, device)))
     return tuple(distributed.interleave(torch.cat(column)) for column in zip(*parts, strict=True))
 

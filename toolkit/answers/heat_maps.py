@@ -30,8 +30,7 @@ def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The maps, (N, S, S), from 0 to 1 each, and the model's outputs, (N, K), both on the CPU.
 
-    Raises:
-        InputError: the model has no blocks, or its features have no places.
+    Raises InputError if the model has no blocks, or its features have no places.
     """
     blocks = block_names(model)
     if not blocks:

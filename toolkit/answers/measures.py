@@ -123,7 +123,7 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
 
     That is the one with the highest F1, of equally good ones the highest; or the highest with which this share of the
     positives lies above it, or the lowest with which this share of the negatives does not. It is halfway between two
-    neighbouring scores, and 0.5 without any of those images.
+    neighbouring scores, and NaN without any of those images.
     """
     kind, _, share = goal.partition("=")
     positive = positive.bool()
@@ -131,7 +131,7 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     if kind == "specificity":
         images = len(scores) - images
     if not images:
-        return 0.5
+        return math.nan
     levels, level = scores.double().unique(return_inverse=True)
     # For a threshold below each level, and for one above all: how many positives are above it, and negatives below
     rejections = F.pad(level[~positive].bincount(minlength=len(levels)).cumsum(0), (1, 0))

@@ -77,7 +77,7 @@ class LabelAnswers(ColumnAnswers):
         }
 
     def thresholds_for(self, goal: str) -> Tensor:
-        """The threshold of each label that reaches a goal here, (K,): see `measures.threshold_for`."""
+        """The threshold of each label that reaches a goal here, (K,), or NaN: see `measures.threshold_for`."""
         return torch.tensor([measures.threshold_for(values, targets, goal) for values, targets, _ in self.known()])
 
 
@@ -183,7 +183,7 @@ class LabelHead(Head):
         super().calibrate(outputs, targets, optimism)
         constant = self.objective.constant_logits.to(outputs.device)
         tempered = torch.lerp(constant, outputs, 1 / self.temperature)  # as of a head that is softened so
-        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).thresholds_for(self.goal)
+        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).thresholds_for(self.goal).nan_to_num(THRESHOLD)
 
     def restore(self, record) -> None:
         self.thresholds = torch.tensor(record["thresholds"], dtype=self.thresholds.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from toolkit import InputError, distributed, listed
 from toolkit.answers.parts import Task
-from toolkit.files import open_atomically, same_file, write_csv, write_text
+from toolkit.files import make_folder, open_atomically, same_file, write_csv, write_text
 from toolkit.images.data import LabelledImages
 from toolkit.images.maps import no_class, write_map, write_mask
 from toolkit.images.masks import palette
@@ -49,10 +49,7 @@ def begin_folder(folder: Path, about: dict[str, Any], resume: bool, replaces: bo
         if differing:
             raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
         return done
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    make_folder(folder)
     note_done(folder, about, 0)
     distributed.gather(None)  # until then the others may miss the note, by which maps are new or old
     return 0
@@ -95,23 +92,24 @@ def _write_parquet(rows: Sequence[dict[str, Any]], are_texts: Mapping[str, bool]
         parquet.write_table(pyarrow.table(columns), file)
 
 
-def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
+def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path, replaces: bool) -> list[Path]:
     """Where the mask of each image goes, without its suffix: within `output` as the image within its folder.
 
     The folders are made. `given` are the images and folders of images that a user named. Raises InputError if two
-    images would have one mask, or if it would replace an image.
+    images would have one mask, or if it would replace an image or, unless it `replaces` what is there, any other file.
     """
     places = []
     for name in map(Path, map(images.name, range(len(images)))):
         inside = Path(name.name)
         for path in given:
-            folder = path.parent if path.suffix in LIST_SUFFIXES else path
+            folder = path.parent if path.suffix.lower() in LIST_SUFFIXES else path
             if name != path and name.is_relative_to(folder):
                 inside = name.relative_to(folder)
         places.append(output / inside.with_suffix(""))
-        places[-1].parent.mkdir(parents=True, exist_ok=True)
-        if any(same_file(path, name) for path in _possible(places[-1])):
-            raise InputError(f"--output {output}: what is written would replace {name}; name another folder")
+        for path in _possible(places[-1]):
+            if same_file(path, name) or (path.exists() and not replaces):
+                raise InputError(f"--output {output}: what is written would replace {path}; name another folder")
+        make_folder(places[-1].parent)
     twice = [str(place) for place, count in Counter(places).items() if count > 1]
     if twice:
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")

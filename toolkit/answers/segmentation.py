@@ -24,7 +24,6 @@ from toolkit.answers.answer_reports import Headline, Report, finite, finite_inte
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
-from toolkit.devices import autocast, to_device
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import coloured
 from toolkit.models.dense import answers_by_rows, feature_maps, features_at
@@ -109,8 +108,7 @@ class PixelHead(Head):
         """Answers for images of any size, in overlapping windows of the model's own."""
 
         def answer(windows: Tensor) -> Tensor:
-            with autocast(device, dtype):
-                return model(to_device(windows, device)).float().cpu()
+            return evaluation.computed(model, windows, device, dtype).float().cpu()
 
         counted = []
         worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it
@@ -156,13 +154,13 @@ class PixelHead(Head):
         computes its share and all of them return the whole.
         """
         pixels = max(LEAST_PIXELS, PROBE_ROWS // (2 * images))
+        of_backbone = functools.partial(feature_maps, model.backbone)
         rows = []
         classes = []
         with evaluation.eval_mode(model):
             for batch, masks in loader:
                 for image, mask in zip(batch, masks, strict=True):
-                    with autocast(device, dtype):
-                        maps = feature_maps(model.backbone, to_device(image[None], device))
+                    maps = evaluation.computed(of_backbone, image[None], device, dtype)
                     places = self._drawn(mask, pixels, len(rows), balanced)
                     height, width = mask.shape
                     points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 1)

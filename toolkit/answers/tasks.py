@@ -1,7 +1,4 @@
-"""The tasks that there are, which of them a run has, and how its head starts.
-
-Each is in a file of its own: `classification`, `multilabel`, `regression`. What a task consists of is in `parts`.
-"""
+"""The tasks that there are, which of them a run has, and how its head starts."""
 
 import argparse
 from collections import Counter

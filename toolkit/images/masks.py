@@ -367,14 +367,14 @@ def load_pairs(
     return parts, names
 
 
-def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader) -> MaskedImages:
+def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader, group_by: str | None = None) -> MaskedImages:
     """All images with masks in a folder, of one in two parts those to evaluate on (see `load_pairs`); or in a list."""
     path = Path(path)
     if remote.is_folder(path):
         places, _ = _places(path, None, needs_val=True)
         files = _in_folders(*places[-1], bands, read)
     else:
-        files = pairs_of_list(path, path.parent, bands, read)
+        files = pairs_of_list(path, path.parent, bands, read, group_by)
     [images], _ = _masked([files], skip_unreadable=False)
     return images
 

@@ -27,6 +27,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     has_bands = image.format in ("TIFF", "JPEG2000")
     with named_faults(name):
         image.load()
+        tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are bits, 259 is compression, 284 whether bands lie apart
+        if image.mode == "RGB" and 16 in tags.get(258, ()) and (tags.get(259), tags.get(284)) == (1, 2):
+            raise ValueError("Pillow misreads 16 bits whose bands lie apart: use --scale 65535, or save it anew")
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:

@@ -165,6 +165,12 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Equal for the same tensors under the same names."""
+    lines = [f"{name} {tensor_digest(tensor)}" for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Note the digests of a checkpoint's tensors in the model's record, and of those that were interpolated."""
     state = _backbone_state(model)

@@ -70,9 +70,10 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
     add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
     add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
-    add(ON_IMAGES, "--batch-size", "images at a time", type=positive_int, default=32)
+    in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other
+    add(in_batches, "--batch-size", "images at a time", type=positive_int, default=32)
     add(ON_IMAGES, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
-    add(ON_IMAGES, "--workers", "processes that load images", type=worker_count, default="auto")
+    add(in_batches, "--workers", "processes that load images", type=worker_count, default="auto")
     add(ON_IMAGES, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
     add(ON_IMAGES, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
     add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")

@@ -74,9 +74,10 @@ class Loaders:
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """`--cache-features`: run the frozen blocks, `lower` in eval mode, once on each image and view."""
 
+        @torch.no_grad()
         def features(loader: DataLoader) -> Iterator[Tensor]:
-            bar = runs.progress_bar(loader, "blocks below")
-            yield from evaluation.map_batches(lower, (batch for batch, _ in bar), self.device, dtype)
+            for batch, _ in runs.progress_bar(loader, "blocks below"):
+                yield evaluation.computed(lower, batch, self.device, dtype)
 
         def cached(images: LabelledImages, views: int = 0) -> CachedFeatures:
             if isinstance(images, CachedFeatures):

@@ -19,12 +19,12 @@ from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, new_figure, save_figure, write_page
 from toolkit.answers.tasks import TASKS, Answers, Task, baseline_keys
 from toolkit.devices import peak_memory_bytes
-from toolkit.files import TOOLKIT, stored_path, write_text
+from toolkit.files import TOOLKIT, read_checkpoint, stored_path, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import block_names
-from toolkit.models.checkpoints import stored_checkpoint
+from toolkit.models.checkpoints import state_digest, stored_checkpoint
 from toolkit.run import verdict
 from toolkit.run.options import DataOptions, lora_options
 from toolkit.run.training import best_epoch
@@ -172,6 +172,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         "lora_parameters": counts["lora"],
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "adapter_bytes": run.path("lora.pth").stat().st_size,
+        "adapter_digest": state_digest(read_checkpoint(run.path("lora.pth"))["tensors"]),
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),

@@ -39,12 +39,14 @@ def judge(
     is_rising = _rises([row[f"val_{score}"] for row in history], probe)
     is_overfitted = bool(history) and history[-1]["val_loss"] > OVERFITTED * history[-1]["train_loss"]
     lowered = results["learning_rate"] / results["head_learning_rate"]
+    is_short = lowered > LOWERED and not results.get("retreats") and images_per_class >= FEW_IMAGES
 
     limits = []
     if images_per_class < FEW_IMAGES:
         limits.append(f"few images, {images_per_class:.0f} of each class")
     if lowered > LOWERED:
-        limits.append(f"a learning rate that was lowered {lowered:.0f}-fold")
+        cause = " for so few steps" if is_short else ""
+        limits.append(f"a learning rate that was lowered {lowered:.0f}-fold{cause}")
     if is_rising:
         limits.append("few epochs: the score still rose at the end")
     if is_overfitted:
@@ -52,10 +54,11 @@ def judge(
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
+    can_vary = task.kind == "classification" and value_at(results, "normalization/scale") is None  # photographs
     next_step = f"python deploy_lora.py predict lora.pth new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
-    elif is_overfitted and task.kind == "classification" and augmentation not in ("trivial", "affine"):
+    elif is_overfitted and can_vary and augmentation not in ("trivial", "affine"):
         next_step = "the same command with --augmentation trivial"
     if probe is None:
         return Verdict("there is no linear probe to compare it with", limits, next_step)
@@ -68,8 +71,12 @@ def judge(
     if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
         low, high = 0.0, 1.0
     if probe > high:
-        other = "--lora-rank 0 --freeze-backbone" if "learning rate" in chosen_by else "--learning-rate auto"
-        return Verdict(f"{gain}: it is below it, beyond chance", limits, f"the same command with {other}")
+        next_step = "the same command with --learning-rate auto"
+        if is_short:
+            next_step = more
+        elif "learning rate" in chosen_by:
+            next_step = "the same command with --lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"
+        return Verdict(f"{gain}: it is below it, beyond chance", limits, next_step)
     if probe < low and "epoch" in chosen_by:
         return Verdict(f"{gain}, flattered: the evaluation images chose the epoch", limits, next_step)
     if probe < low:
