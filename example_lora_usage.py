@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, count_parameters
 from toolkit.answers.evaluation import evaluate
 from toolkit.devices import select_device
-from toolkit.images.data import LabelledImages, Transformed, build_loader
+from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.models.backbones import build_backbone
@@ -59,7 +58,7 @@ def example_2_training() -> nn.Module:
             F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE)).backward()
             optimizer.step()
             schedule.step()
-    result = evaluate(model, loader(splits.val, 256), DEVICE)
+    result = evaluate(model, build_loader(Transformed(splits.val, eval_transform(32)), 256), DEVICE)
     print(f"  evaluation accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
     return model.eval()
 
@@ -112,12 +111,8 @@ def adapted_model() -> nn.Module:
     return model.to(DEVICE)
 
 
-def loader(images: LabelledImages, batch_size: int) -> DataLoader:
-    return build_loader(Transformed(images, eval_transform(32)), batch_size)
-
-
 def some_digits(count: int) -> tuple[Tensor, Tensor]:
-    images, labels = next(iter(loader(load_splits("digits").val, count)))
+    images, labels = next(iter(build_loader(Transformed(load_splits("digits").val, eval_transform(32)), count)))
     return images.to(DEVICE), labels.to(DEVICE)
 
 

@@ -20,19 +20,16 @@ from toolkit.answers.regression import NumberAnswers
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, new_figure, save_figure
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
 from toolkit.answers.tasks import TASKS
-from toolkit.files import write_cells, write_csv, write_text
+from toolkit.files import write_cells, write_csv
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
 
 IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
 GROUP = "group"
 # The figures that are compared, by how the columns of answers end: the first of the answers' `figures`.
+SHOWN = {PROBABILITY: ("macro AP", "micro AP", "macro AUROC"), ANSWER: ("R2", "mean absolute error")}
 PIXELS, *_ = COUNTED
-SHOWN = {
-    PROBABILITY: ("macro AP", "micro AP", "macro AUROC"),
-    ANSWER: ("R2", "mean absolute error"),
-    PIXELS: tuple(headline.title for headline in PixelReport.HEADLINES.values()),
-}
+SHOWN[PIXELS] = tuple(headline.title for headline in PixelReport.HEADLINES.values())
 
 
 def answers_path(results: Path) -> Path:
@@ -142,9 +139,8 @@ def _differences(
     else:
         answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
         figures = answers.figures
-        targets = _numbers(tables[0], truth)
         answered = [title + kind for title in truth]
-        runs = [answers(0.0, _numbers(table, answered), targets) for table in tables]
+        runs = [answers(0.0, _numbers(table, answered), _numbers(table, truth)) for table in tables]
 
     def differences(weights: Tensor) -> Tensor:
         """(n, 3 measures): how the runs differ, then the figures of each."""
@@ -246,13 +242,8 @@ def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float 
 
 
 def write_table_of_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The rows as .csv, or as a table in Markdown, and beside it as a picture, .png."""
-    if path.suffix == ".md":
-        lines = [list(rows[0]), ["---"] * len(rows[0])]
-        lines += [[str(cell).replace("|", "\\|") for cell in row.values()] for row in rows]
-        write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), path)
-    else:
-        write_csv(rows, list(rows[0]), path)
+    """The rows as .csv, and beside it as a picture, .png."""
+    write_csv(rows, list(rows[0]), path)
     known = [row for row in rows if row["score"] != ""]
     figure = new_figure(9, 1.2 + 0.4 * len(known))
     axes = figure.subplots()

@@ -190,11 +190,9 @@ class NumberReport(ColumnReport):
         across = min(ROW, len(shown))
         down = math.ceil(len(shown) / across)
         figure = new_figure(4.2 * across, 4 * down)
-        places = figure.subplots(down, across, squeeze=False).ravel()
-        for place in places[len(shown) :]:
-            place.axis("off")
-        columns = zip(shown, self.answers.known(), self.by["r2"], places, strict=False)
-        for name, (values, truth, _), of_r2, place in columns:
+        columns = zip(shown, self.answers.known(), self.by["r2"], strict=False)
+        for number, (name, (values, truth, _), of_r2) in enumerate(columns, 1):
+            place = figure.add_subplot(down, across, number)
             place.plot(truth, values, ".", color=BLUE, alpha=0.5)
             if len(truth):
                 ends = [truth.min().item(), truth.max().item()]

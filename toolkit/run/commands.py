@@ -32,7 +32,7 @@ MAP_SUFFIXES = (".tif", ".tiff")
 FOLDERS = ("", ".parquet")  # of parts
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
-    "compare": (".csv", ".md"),
+    "compare": (".csv",),
     "predict": (".csv", ".parquet", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
     "explain": ("",),
@@ -66,7 +66,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["push"], "repository", "owner/name; is made unless it exists")
     add(["push"], "--private", "make one that others cannot see", **switch)
     parsers["push"].set_defaults(output=None)
-    add(["compare"], "--output", "a table of all, runs.csv or runs.md, and a picture beside it", type=Path)
+    add(["compare"], "--output", "a table of all, runs.csv, and a picture beside it", type=Path)
     add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
     add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
     add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)

@@ -77,10 +77,10 @@ def judge(
         elif "learning rate" in chosen_by:
             next_step = "the same command with --lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"
         return Verdict(f"{gain}: it is below it, beyond chance", limits, next_step)
-    if probe < low and "epoch" in chosen_by:
-        return Verdict(f"{gain}, flattered: the evaluation images chose the epoch", limits, next_step)
     if probe < low:
-        return Verdict(f"{gain}, more than chance explains", limits, next_step)
+        is_flattered = "epoch" in chosen_by
+        why = "flattered: the evaluation images chose the epoch" if is_flattered else "more than chance explains"
+        return Verdict(f"{gain}, {why}", limits, next_step)
     if images_per_class < FEW_IMAGES:
         more = "more labelled images; until then the probe, --lora-rank 0, is as good"
     return Verdict(f"{gain}, which may be chance with {results['val_images']:,} evaluation images", limits, more)
