@@ -583,10 +583,7 @@ def adapt_layers(
 
 
 def multiply_in_8_bits(model: nn.Module) -> nn.Module:
-    """Merge a model's adapters and store its weights, but the head's, in 8 bits. It is for answers and features then.
-
-    Raises InputError as `check_8_bits`.
-    """
+    """Merge the adapters and store the weights, but the head's, in 8 bits. Raises InputError as `check_8_bits`."""
     check_8_bits(model)
     model = LoRAManager(model).unload(merge=True)
     return adapt_layers(model, dict.fromkeys(adapted.choose_layers(model)), base_dtype=torch.int8)
@@ -644,11 +641,7 @@ def freeze_backbone_params(
 def load_finetuned(
     adapter_path: str | Path, checkpoint: str | Path | None = None, stage1_adapter: str | Path | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A fine-tuned model, in eval mode, ready to predict:
-
-        model, info = load_finetuned("checkpoints/lora/lora.pth")
-        logits = model(info["transform"](Image.open("image.png"))[None])
-        print(info["class_names"][logits.argmax()])
+    """A fine-tuned model, in eval mode, ready to predict, as in three lines of docs/python.md.
 
     Args:
         adapter_path: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.

@@ -241,10 +241,7 @@ class LoRAManager:
         self.record.resized_digests = computed
 
     def get_lora_info(self) -> dict[str, Any]:
-        """Totals, and for every adapted layer its rank, scaling, kind and number of parameters.
-
-        A layer of rank 0 has no adapter, but is stored in 4 bits.
-        """
+        """Totals, and of every layer rank (0: no adapter, but in 4 bits), scaling, kind and number of parameters."""
         layers = {}
         for name, layer in self._layers_in_file().items():
             layers[name] = _layer_record(layer)

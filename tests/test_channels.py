@@ -29,7 +29,7 @@ from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, measured, settle
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
-from toolkit.images.transforms import GaussianBlur, eval_transform, train_transform, two_crops
+from toolkit.images.transforms import GaussianBlur, eval_transform, to_rgb, train_transform, two_crops
 from toolkit.models.backbones import build_backbone, input_channels
 
 tifffile = pytest.importorskip("tifffile")
@@ -417,6 +417,16 @@ def test_a_single_channel_that_hardly_varies_is_told(tiffs, capsys):
         image[..., 10] //= 400
     settle(Scaling(scale=10000.0), "vit_mini", 13, LabelledImages([(image, 0) for image in images], [0] * len(images)))
     assert "channel 11 hardly varies: its standard deviation is 0.00014" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("most", "is_told"), [(4095, True), (10000, True), (65535, False)])
+def test_photographs_that_are_nearly_black_are_told(tmp_path, capsys, most, is_told):
+    """As 12 bits of an X-ray in a PNG of 16, of which 8 bits keep 16 levels."""
+    Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / "dark.png")
+    image = to_rgb(Image.open(tmp_path / "dark.png"))
+    settle(Scaling(), "resnet18", 3, LabelledImages([(image, 0)], [0]))
+    told = capsys.readouterr().out
+    assert ("say what is white, as --scale 4095 with --bands 1,1,1" in told) == is_told == (told != "")
 
 
 def test_statistics_are_numpys():

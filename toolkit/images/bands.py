@@ -371,6 +371,7 @@ def bands_of(scaling: Scaling, channels: int) -> Bands | None:
 
 
 MEASURED_IMAGES = 256
+DARK = 64  # of 255: photographs without a level above it likely have fewer bits than their files, or reflectances
 # Beyond these standard deviations of a channel after normalisation, the scale is taken to be wrong.
 SMALLEST_STD = 0.01
 LARGEST_STD = 30.0
@@ -404,6 +405,12 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         images: the training images, a `LabelledImages`.
     """
     bands = bands_of(scaling, channels)
+    if bands is None:
+        some = images.at_most(4)
+        brightest = max(np.asarray(some[i][0]).max() for i in range(len(some)))
+        if brightest < DARK:
+            dark = f"images: no level of {len(some)} training images is above {brightest} of 255, as with 12 bits"
+            print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
