@@ -523,7 +523,7 @@ def add_lora_to_model(
     last, layer = list(adapted.adaptable_layers(inner).items())[-1]
     is_meant = head is not None or in_head(inner, last) or (target_modules is not None and last in chosen)
     is_meant |= any(last.startswith(f"{block}.") for block in block_names(inner))
-    if isinstance(layer, nn.Linear) and not is_meant:
+    if last and isinstance(layer, nn.Linear) and not is_meant:
         what = f"the last layer, {last}, is in no classifier head, so it is frozen with the backbone"
         warnings.warn(f"{what}: if it is new, give head={last!r}", stacklevel=2)
     by_layer = dict.fromkeys(chosen, settings)
@@ -641,7 +641,11 @@ def freeze_backbone_params(
 def load_finetuned(
     adapter_path: str | Path, checkpoint: str | Path | None = None, stage1_adapter: str | Path | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A fine-tuned model, in eval mode, ready to predict, as in three lines of docs/python.md.
+    """A fine-tuned model, in eval mode, ready to predict:
+
+        model, info = load_finetuned("checkpoints/lora/lora.pth")
+        logits = model(info["transform"](Image.open("image.png"))[None])
+        print(info["class_names"][logits.argmax()])
 
     Args:
         adapter_path: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.

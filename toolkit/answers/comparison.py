@@ -160,8 +160,7 @@ def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
 
 def _figures_of_pixels(columns: Tensor, weights: Tensor) -> Tensor:
     """The headlines (n, 3) of all columns of answers with masks, (N, 3 K): class by class what COUNTED names."""
-    counts = measures.weighted_sum(columns, weights).unflatten(1, (-1, len(COUNTED))).mT
-    figures = pixel_figures(counts)
+    figures = pixel_figures(measures.weighted_sum(columns, weights).unflatten(1, (-1, len(COUNTED))).mT)
     return torch.stack([figures[name] for name in PixelReport.HEADLINES], 1)
 
 

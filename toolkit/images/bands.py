@@ -12,6 +12,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -407,10 +408,11 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     bands = bands_of(scaling, channels)
     if bands is None:
         some = images.at_most(4)
-        brightest = max(np.asarray(some[i][0]).max() for i in range(len(some)))
-        if brightest < DARK:
-            dark = f"images: no level of {len(some)} training images is above {brightest} of 255, as with 12 bits"
-            print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
+        with suppress(InputError):  # of a file that cannot be read, which is told when its turn comes
+            brightest = max(np.asarray(some[i][0]).max() for i in range(len(some)))
+            if brightest < DARK:
+                dark = f"images: no level of {len(some)} training images is above {brightest} of 255, as with 12 bits"
+                print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
