@@ -432,7 +432,6 @@ def test_a_run_of_few_steps_below_its_probe_is_told_to_be_longer(per_class, retr
     """As one epoch of digits is: the rate is lowered, and no search would find another."""
     told = judged(0.90, (0.82,), lowered=7.0, per_class=per_class, retreats=retreats)
     assert (told.next_step == "the same command with --epochs 2") == is_short
-    assert ("a learning rate that was lowered 7-fold for so few steps" in told.limits) == is_short
 
 
 @pytest.mark.parametrize(("probe", "gained"), [(0.7, "+12 points"), (0.8, "may be chance"), (0.9, "beyond chance")])

@@ -45,7 +45,7 @@ def judge(
     if images_per_class < FEW_IMAGES:
         limits.append(f"few images, {images_per_class:.0f} of each class")
     if lowered > LOWERED:
-        limits.append(f"a learning rate that was lowered {lowered:.0f}-fold{' for so few steps' * is_short}")
+        limits.append(f"a learning rate that was lowered {lowered:.0f}-fold")
     if is_rising:
         limits.append("few epochs: the score still rose at the end")
     if is_overfitted:
