@@ -246,7 +246,7 @@ def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
 def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
     monkeypatch.setattr(guard, "WATCHED_VIEWS", 128)
     run = start()
-    assert len(run.splits.train) == 21 and run.guard.images == len(run.loaders.watched.dataset) == 126
+    assert len(run.splits.train) == 21 and run.guard.images == len(run.loaders.watched_images) == 126
     first, second = run.evaluate_watched(), run.evaluate_watched()
     assert first.loss == second.loss  # the same views
 

@@ -483,3 +483,25 @@ def test_shares_of_all_processes_are_the_batches_of_one(monkeypatch, count, size
     assert stand_ins == sum(max(0, processes - len(batch)) for batch in alone)
     for batch, parts in zip(alone, zip(*shares, strict=True), strict=True):
         assert [batch[rank::processes] for rank in range(processes)] == list(parts)
+
+
+def test_batches_are_loaded_once_if_they_need_little_memory(monkeypatch):
+    drawn = []
+
+    def view(image):
+        drawn.append(torch.rand(2))
+        return drawn[-1]
+
+    def views(batches):
+        return torch.cat([images for images, _ in batches])
+
+    images = data.Transformed([(None, label) for label in range(5)], view)
+    batches = data.Remembered(data.build_loader(images, 2, shuffle=True))
+    next(iter(batches))  # a pass that is broken off
+    assert torch.equal(views(batches), views(batches))
+    assert len(batches) == 3 and len(drawn) == 2 + 5
+
+    monkeypatch.setattr(data, "REMEMBERED_BYTES", 10)  # then the same views are drawn again
+    batches = data.Remembered(data.build_loader(images, 2, shuffle=True))
+    assert torch.equal(views(batches), views(batches))
+    assert len(drawn) == 7 + 10

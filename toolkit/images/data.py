@@ -354,3 +354,33 @@ def _end_when_told_by(process: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != process:
         pass
     os._exit(0)
+
+
+REMEMBERED_BYTES = 2**27
+
+
+class Remembered:
+    """The batches of a loader, the same in each pass. If they need little memory, they are loaded only once."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+        self.batches: list[Sequence[torch.Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Sequence[torch.Tensor]]:
+        if self.batches:
+            yield from self.batches
+            return
+        self.loader.batch_sampler.epoch = 0
+        batches = []
+        needed = 0
+        for batch in self.loader:
+            needed += sum(part.nbytes for part in batch)
+            if needed <= REMEMBERED_BYTES:
+                batches.append(batch)
+            yield batch
+        if needed <= REMEMBERED_BYTES:
+            self.batches = batches
+            end_workers([self.loader])

@@ -15,7 +15,7 @@ from toolkit.answers.parts import Task
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
-from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build_loader
+from toolkit.images.data import LabelledImages, LoadingMeter, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import guard, runs, training
@@ -100,15 +100,19 @@ class Loaders:
         With `norms_train` a BatchNorm takes the statistics of its batch: each process then needs some of its images.
         """
         self.val = self.add_loader(self.images.val, self.eval_transform)
+        if not self.has_masks:  # which come with images of any size
+            self.val = Remembered(self.val)
         loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}
         self.train = self.add_loader(self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, **loading)
         self.watched_images = guard.watched_images(self.images.train)
-        self._statistics = None
+        self.statistics = None
         if norms_train:
             self.watched_images = self.without_small_rest(self.watched_images)
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
-            self._statistics = self.add_loader(some, self.plain_view, seed=self.args.seed, keep_workers=False)
-        self._watched = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
+            plain = self.add_loader(some, self.plain_view, seed=self.args.seed, keep_workers=False)
+            self.statistics = Remembered(plain)
+        views = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
+        self.watched = Remembered(views)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""
@@ -138,19 +142,6 @@ class Loaders:
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train) / self.args.accumulation_steps)
-
-    @property
-    def statistics(self) -> DataLoader | None:
-        """The training images from which statistics of BatchNorms that train are estimated; None if none does."""
-        if self._statistics is not None:
-            self._statistics.batch_sampler.epoch = 0  # the same views each time
-        return self._statistics
-
-    @property
-    def watched(self) -> DataLoader:
-        """Augmented views of the training images that the guard sees: the same ones each time."""
-        self._watched.batch_sampler.epoch = 0
-        return self._watched
 
     def calibration(self) -> DataLoader:
         """Augmented views of training images, by which the probabilities are calibrated."""
