@@ -62,8 +62,9 @@ from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
-from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
-from toolkit.models.checkpoints import NO_CHECKPOINT, state_digest, value_at
+from toolkit.models.backbones import block_names, headless, input_channels, other_heads
+from toolkit.models.checkpoints import state_digest, value_at
+from toolkit.models.names import NO_CHECKPOINT, TIMM
 from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings

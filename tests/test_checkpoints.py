@@ -27,7 +27,8 @@ from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, u
 from toolkit import InputError
 from toolkit.models import published
 from toolkit.models.backbones import build_backbone, record_of
-from toolkit.models.checkpoints import checkpoint_path, load_backbone, tensor_digest
+from toolkit.models.checkpoints import load_backbone, tensor_digest
+from toolkit.models.names import checkpoint_path
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
 

@@ -26,7 +26,8 @@ from torchvision.io import ImageReadMode, decode_png
 from toolkit import InputError, listed, printable
 from toolkit.images import dicom, remote
 from toolkit.images.scaling import Scaling, option_problems, split_names  # noqa: F401
-from toolkit.models.backbones import check_channels, normalization
+from toolkit.models.backbones import normalization
+from toolkit.models.names import check_channels
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
