@@ -859,8 +859,7 @@ def search_learning_rate(
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
-    epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
-    own = replace(args, epochs=epochs, wise_ft=wise_ft)
+    own = replace(args, epochs=min(args.epochs, search.MOST_TRIAL_EPOCHS), wise_ft=wise_ft)
     features = None  # of the first trial, for all of them
     cached = None
 
@@ -882,8 +881,7 @@ def search_learning_rate(
         train_at,
         search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps)),
         task,
-        args,
-        epochs=epochs,
+        own,
         images=len(parts.val),
         begin=begin,
         settings={"config": plan.settings(args), "images": splits.digest(), "base": base},
