@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, listed, optional_package, printable
 from toolkit.images import dicom, remote
 from toolkit.images.scaling import Scaling, option_problems, split_names  # noqa: F401
 from toolkit.models.backbones import normalization
@@ -240,11 +240,9 @@ def check_is_file(path: str | os.PathLike) -> None:
 
 
 def import_tifffile() -> ModuleType:
-    """The package tifffile, silenced: it would write a line for each damaged tag. Raises ImportError."""
-    import tifffile
-
+    """The package tifffile, silenced: it would write a line for each damaged tag."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
-    return tifffile
+    return optional_package("tifffile", "a TIFF file", "tifffile imagecodecs")
 
 
 def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
@@ -299,11 +297,7 @@ def _check_size(size: int, content: bytes) -> None:
 
 def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
     """The numbers of a TIFF as they are, bands last; and GDAL's number for no data, 0 without. Raises as `decoded`."""
-    try:
-        tifffile = import_tifffile()
-    except ImportError as error:
-        raise InputError(f"TIFF files need tifffile ({error}): pip install tifffile imagecodecs") from None
-    with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as file:  # OME's bands may be in other files
+    with import_tifffile().TiffFile(io.BytesIO(content), is_ome=False) as file:  # OME's bands may be in other files
         if len(file.pages) > MOST_PAGES:
             raise ValueError(f"it has {len(file.pages)} pages, and at most {MOST_PAGES} are read")
         series = file.series[0]
