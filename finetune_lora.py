@@ -1042,7 +1042,7 @@ class FineTuning(RunState):
         args = self.args
         model = self.model
         asked = self.plan.learning_rate
-        steps = self.loaders.steps_per_epoch
+        steps = math.ceil(len(self.loaders.train) / args.accumulation_steps)
         divisor = optim.run_divisor(args, asked, steps)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
         network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network

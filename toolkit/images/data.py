@@ -185,6 +185,7 @@ class Batches(Sampler):
     seed: int = 0
     drop_last: bool = False
     archives: np.ndarray | None = None  # the number of each image's archive, if the images are in archives
+    same_views: bool = False  # each pass is the same epoch
     epoch: int = 0
     start: int = 0
 
@@ -198,7 +199,7 @@ class Batches(Sampler):
     def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
         epoch = self.epoch
         start = self.start
-        self.epoch += 1
+        self.epoch += not self.same_views
         self.start = 0
         order = self.shuffled(epoch) if self.shuffle else torch.arange(self.count)
         for number in range(start, len(self)):

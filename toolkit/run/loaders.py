@@ -1,6 +1,5 @@
 """The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,13 +101,14 @@ class Loaders:
         self.val = self.add_loader(self.images.val, self.eval_transform)
         loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}
         self.train = self.add_loader(self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, **loading)
-        self.watched_images = guard.watched_images(self.images.train)
-        self._statistics = None
+        some = self.images.train.at_most(guard.WATCHED_VIEWS)
+        self.watched_images = some.subset([*range(len(some))] * (guard.WATCHED_VIEWS // len(some)))
+        self.statistics: DataLoader | None = None
         if norms_train:
             self.watched_images = self.without_small_rest(self.watched_images)
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
-            self._statistics = self.add_loader(some, self.plain_view, seed=self.args.seed, keep_workers=False)
-        self._watched = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
+            self.statistics = self.add_same_views(some, self.plain_view)
+        self.watched = self.add_same_views(self.watched_images, self.augmentation)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""
@@ -131,26 +131,15 @@ class Loaders:
         self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
 
+    def add_same_views(self, images: LabelledImages, transform: Callable) -> DataLoader:
+        """A loader with the same views in each pass."""
+        loader = self.add_loader(images, transform, seed=self.args.seed, keep_workers=False)
+        loader.batch_sampler.same_views = True
+        return loader
+
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
         return training.micro_batches(self.train, self.meter, epoch, start, self.args.accumulation_steps)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train) / self.args.accumulation_steps)
-
-    @property
-    def statistics(self) -> DataLoader | None:
-        """The training images from which statistics of BatchNorms that train are estimated; None if none does."""
-        if self._statistics is not None:
-            self._statistics.batch_sampler.epoch = 0  # the same views each time
-        return self._statistics
-
-    @property
-    def watched(self) -> DataLoader:
-        """Augmented views of the training images that the guard sees: the same ones each time."""
-        self._watched.batch_sampler.epoch = 0
-        return self._watched
 
     def calibration(self) -> DataLoader:
         """Augmented views of training images, by which the probabilities are calibrated."""
