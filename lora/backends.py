@@ -160,13 +160,8 @@ def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------ what else PyTorch keeps private
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm(x)`` of x (..., width), and each row's mean and reciprocal deviation."""
-    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
-    """The input's gradient from the output's; the statistics are those of `layer_norm`."""
+    """The input's gradient from the output's; the statistics are those of `torch.native_layer_norm`."""
     return torch.ops.aten.native_layer_norm_backward(
         gy, x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
     )[0]

@@ -140,7 +140,7 @@ class Bands:
         if count != self.channels:
             chosen = "--bands" if count > 1 else f"--bands {','.join('1' * self.channels)}"
             takes = f"the network takes {self.channels} (training chooses by {chosen})"
-            raise WrongBands(f"it has {_counted(count)}, and {takes}")
+            raise WrongBands(f"it has {count} band{'s' * (count > 1)}, and {takes}")
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:
@@ -160,10 +160,6 @@ class Bands:
         return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
 
 
-def _counted(bands: int) -> str:
-    return f"{bands} band{'s' * (bands != 1)}"
-
-
 def _single(path: str) -> np.ndarray:
     """The file of one band: (H, W)."""
     name = os.path.basename(path)
@@ -179,7 +175,7 @@ def _single(path: str) -> np.ndarray:
 def one_band(array: np.ndarray, name: str) -> np.ndarray:
     """An image (H, W, 1) as (H, W). Raises ValueError if it has several bands."""
     if array.shape[2] != 1:
-        raise ValueError(f"{name} is to be one band, and it has {_counted(array.shape[2])}")
+        raise ValueError(f"{name} is to be one band, and it has {array.shape[2]} bands")
     return array[..., 0]
 
 

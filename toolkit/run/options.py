@@ -6,6 +6,7 @@ read before PyTorch is loaded, completed, checked together, and then frozen: wha
 
 import argparse
 import contextlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -465,7 +466,8 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
             yield str(error)
     if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
-    yield from loggers.missing(args.tracker)
+    if args.tracker is not None and importlib.util.find_spec(args.tracker) is None:
+        yield f"--tracker {args.tracker}: needs {args.tracker}: pip install {args.tracker}"
     yield from output_folder.problems(args, written)
 
 
