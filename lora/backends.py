@@ -70,10 +70,8 @@ def first_derivative(backward):
         if torch.compiler.is_compiling():  # Dynamo would leave autocast off for all that it traces after this
             return backward(ctx, *gradients)
         if torch.is_grad_enabled():  # in a backward pass, by `create_graph` alone
-            raise RuntimeError(
-                "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
-                "adapters out with LoRAManager(model).unload(merge=True)"
-            )
+            remedy = "leave out create_graph=True, or take the adapters out with LoRAManager(model).unload(merge=True)"
+            raise RuntimeError(f"second derivatives through adapted layers are not defined: {remedy}")
         device = gradients[0].device.type
         if not torch.is_autocast_enabled(device):  # it rarely is, and entering the context takes longer
             return backward(ctx, *gradients)

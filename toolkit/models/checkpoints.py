@@ -436,10 +436,9 @@ def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -
     found = shapes_of(weights)
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
-        raise InputError(
-            f"{path}: none of its {len(weights)} tensors belongs to a known backbone "
-            f"({listed(weights)}); known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
-        )
+        known = f"known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
+        none = f"none of its {len(weights)} tensors belongs to a known backbone ({listed(weights)})"
+        raise InputError(f"{path}: {none}; {known}")
     return best
 
 
@@ -529,11 +528,9 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
         heads = heads_if_fixed
     if not source.layout.heads_certain:
-        warnings.warn(
-            f"{source.path}: the number of heads of a ViT-S is in no tensor, and {heads} is a guess: MoCo v3's own has "
-            "12, SSL4EO-S12's and timm's have 6; say which with --heads",
-            stacklevel=3,
-        )
+        guess = f"the number of heads of a ViT-S is in no tensor, and {heads} is a guess"
+        known = "MoCo v3's own has 12, SSL4EO-S12's and timm's have 6"
+        warnings.warn(f"{source.path}: {guess}: {known}; say which with --heads", stacklevel=3)
     return heads
 
 

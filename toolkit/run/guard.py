@@ -31,11 +31,9 @@ class Collapsed(InputError):
     """Training has collapsed too often. `results` are those of the last good adapter, whose files are complete."""
 
     def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
-        super().__init__(
-            f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
-            "--precision fp32 or --clip-grad-norm 1; "
-            f"the adapter of epoch {good_epoch} is in {adapter}"
-        )
+        remedy = "try a lower --learning-rate, --precision fp32 or --clip-grad-norm 1"
+        kept = f"the adapter of epoch {good_epoch} is in {adapter}"
+        super().__init__(f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: {remedy}; {kept}")
         self.results = results
 
 
