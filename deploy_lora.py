@@ -51,7 +51,7 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import check_metadata, is_per_pixel, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, devices, distributed, files, listed, printable
+from toolkit import InputError, devices, distributed, files, listed, optional_package, printable
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
@@ -62,8 +62,9 @@ from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
-from toolkit.models.backbones import TIMM, block_names, headless, input_channels, other_heads
-from toolkit.models.checkpoints import NO_CHECKPOINT, state_digest, value_at
+from toolkit.models.backbones import block_names, headless, input_channels, other_heads
+from toolkit.models.checkpoints import state_digest, value_at
+from toolkit.models.names import NO_CHECKPOINT, TIMM
 from toolkit.run import reports
 from toolkit.run.options import FREE_TO_CHANGE
 from toolkit.run.run_state import changed_settings
@@ -605,10 +606,7 @@ def card(args: argparse.Namespace) -> str:
 
 def push(args: argparse.Namespace) -> str:
     """Send the adapter, what lies beside it, and its card to the Hugging Face Hub, and return the address."""
-    try:
-        from huggingface_hub import CommitOperationAdd, HfApi
-    except ImportError:
-        raise InputError("push needs huggingface_hub: pip install huggingface_hub") from None
+    huggingface_hub = optional_package("huggingface_hub", "push")
     sent = {args.adapter.name: args.adapter, "README.md": card(args).encode()}
     metadata = read_adapter_file(args.adapter)["metadata"]
     _, stage1 = find_base(args.adapter, metadata, NO_CHECKPOINT)  # the base itself is to be had from its publisher
@@ -617,10 +615,10 @@ def push(args: argparse.Namespace) -> str:
     page = args.adapter.with_name("report.html")
     if page.exists() and "thresholds chosen" not in metadata:  # as for the card
         sent[page.name] = page
-    hub = HfApi()
+    hub = huggingface_hub.HfApi()
     try:
         hub.create_repo(args.repository, private=args.private, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
+        operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in sent.items()]
         hub.create_commit(args.repository, operations, commit_message=f"{args.adapter.name} and its card")
     except Exception as error:  # of the network, of the Hub, or of the name
         raise InputError(f"{args.repository}: {printable(error, 300)}; `hf auth login`?") from None

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: hel
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -48,7 +49,7 @@ from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
-from toolkit.files import read_checkpoint, save_atomically
+from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
@@ -591,10 +592,11 @@ def multiply_in_8_bits(model: nn.Module) -> nn.Module:
 
 def check_8_bits(model: nn.Module) -> None:
     """Raise InputError for a model whose head is its only linear layer, as a ResNet, and for a CPU that would err."""
-    shape = int8.widest_layer(model)
-    if shape is None:
+    layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)]
+    if not layers:
         raise InputError("8 bits are for linear layers and attention, and the model has none: use --arithmetic float")
-    if not int8.multiplies_exactly("cpu", *shape):
+    widest = max((layer.weight.shape for layer in layers), key=math.prod)
+    if not int8.multiplies_exactly("cpu", *widest):
         raise InputError("8 bits overflow on this CPU, which has neither VNNI nor AMX: use --arithmetic float")
 
 
@@ -859,8 +861,7 @@ def search_learning_rate(
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
-    epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
-    own = replace(args, epochs=epochs, wise_ft=wise_ft)
+    own = replace(args, epochs=min(args.epochs, search.MOST_TRIAL_EPOCHS), wise_ft=wise_ft)
     features = None  # of the first trial, for all of them
     cached = None
 
@@ -882,8 +883,7 @@ def search_learning_rate(
         train_at,
         search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps)),
         task,
-        args,
-        epochs=epochs,
+        own,
         images=len(parts.val),
         begin=begin,
         settings={"config": plan.settings(args), "images": splits.digest(), "base": base},
@@ -1044,7 +1044,7 @@ class FineTuning(RunState):
         args = self.args
         model = self.model
         asked = self.plan.learning_rate
-        steps = self.loaders.steps_per_epoch
+        steps = math.ceil(len(self.loaders.train) / args.accumulation_steps)
         divisor = optim.run_divisor(args, asked, steps)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
         network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network
@@ -1160,7 +1160,8 @@ class FineTuning(RunState):
     def save_start(self) -> None:
         """Write what makes the run resumable, however soon it is killed."""
         if not self.is_trial:
-            self.save_config()
+            if distributed.is_main():
+                write_text(yaml.safe_dump(self.identity["config"], sort_keys=False), self.path("config.yaml"))
             if self.progress is None:
                 self.save()
             else:

@@ -70,7 +70,8 @@ from toolkit import InputError
 from toolkit.answers.probe import linear_head
 from toolkit.config import positive_int
 from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device, select_precision
-from toolkit.models.backbones import block_names, build_backbone, default_image_size, head_name
+from toolkit.models.backbones import block_names, build_backbone, head_name
+from toolkit.models.names import default_image_size
 from toolkit.models.norms import FreezableBatchNorm2d
 from toolkit.run.optim import fused
 from toolkit.run.output_folder import begin_folder

@@ -51,7 +51,7 @@ from lora.backends import LOW_PRECISION
 from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError
 from toolkit.config import positive_int
-from toolkit.models.backbones import default_image_size
+from toolkit.models.names import default_image_size
 from toolkit.run.output_folder import begin_folder
 from toolkit.run.runs import run_script
 

@@ -24,8 +24,7 @@ from toolkit import InputError, listed
 from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
 # The table of kinds: stock class -> the class that adapts it over a float base, and the one over a 4-bit base. Types
-# are exact: a subclass may compute something else. `finetune_lora.py` fills the table below its classes: a reader finds
-# both in one file, and nothing in this package has to import that file.
+# are exact: a subclass may compute something else. `finetune_lora.py` fills the table, below its classes.
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 

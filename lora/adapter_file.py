@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
-from toolkit.models.backbones import build_backbone, default_heads, head_name
-from toolkit.models.checkpoints import is_none, value_at
+from toolkit.models.backbones import build_backbone, head_name
+from toolkit.models.checkpoints import value_at
 from toolkit.models.dense import DenseModel
+from toolkit.models.names import default_heads, is_none
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}

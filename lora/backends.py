@@ -70,10 +70,8 @@ def first_derivative(backward):
         if torch.compiler.is_compiling():  # Dynamo would leave autocast off for all that it traces after this
             return backward(ctx, *gradients)
         if torch.is_grad_enabled():  # in a backward pass, by `create_graph` alone
-            raise RuntimeError(
-                "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
-                "adapters out with LoRAManager(model).unload(merge=True)"
-            )
+            remedy = "leave out create_graph=True, or take the adapters out with LoRAManager(model).unload(merge=True)"
+            raise RuntimeError(f"second derivatives through adapted layers are not defined: {remedy}")
         device = gradients[0].device.type
         if not torch.is_autocast_enabled(device):  # it rarely is, and entering the context takes longer
             return backward(ctx, *gradients)
@@ -160,13 +158,8 @@ def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------ what else PyTorch keeps private
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm(x)`` of x (..., width), and each row's mean and reciprocal deviation."""
-    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
-    """The input's gradient from the output's; the statistics are those of `layer_norm`."""
+    """The input's gradient from the output's; the statistics are those of `torch.native_layer_norm`."""
     return torch.ops.aten.native_layer_norm_backward(
         gy, x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
     )[0]

@@ -219,7 +219,7 @@ def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tenso
         return F.gelu(x, approximate=prologue.approximate), []
     if prologue.weight is not None:
         x = x.to(prologue.weight.dtype)
-    y, *statistics = backends.layer_norm(x, prologue)
+    y, *statistics = torch.native_layer_norm(x, prologue.normalized_shape, prologue.weight, prologue.bias, prologue.eps)
     return y, statistics
 
 

@@ -15,15 +15,13 @@ and only those that do it exactly; on other devices the weight is made dense for
 """
 
 import functools
-import math
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora import backends
-from toolkit.models.backbones import in_head
 
 LARGEST = 127  # -128 has no counterpart
 ROUNDED_AT_ONCE = 2**17  # numbers in a block of rows, which when rounding stays in a core's cache
@@ -150,9 +148,3 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
         return gy @ W.dequantize(gy.dtype)
     codes, scale = quantize_rows(gy, W.scale)
     return _multiplied(gy.dtype, codes, scale, W.codes, None, None)
-
-
-def widest_layer(model: nn.Module) -> torch.Size | None:
-    """The shape of the widest linear layer outside the classifier head; None: there is none."""
-    linear_layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return max((m.weight.shape for n, m in linear_layers if not in_head(model, n)), key=math.prod, default=None)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.adapted import AdaptedLayer, is_adapted, outermost_layers
-from toolkit import InputError, listed
+from toolkit import listed, optional_package
 from toolkit.models.backbones import head_names, in_head
 
 CONFIG = "adapter_config.json"
@@ -34,11 +34,7 @@ PREFIX = "base_model.model."  # precedes the base's names inside a PeftModel
 
 def import_peft():
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and its warnings do not matter here
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError(f"PEFT's format needs PEFT ({error}): pip install peft") from None
-    return peft
+    return optional_package("peft", "PEFT's format")
 
 
 def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from tests.dense import resnet
-from toolkit.models import backbones
+from toolkit.models import names
 from toolkit.models.backbones import build_backbone
 
 
 def shorten_vit_mini() -> None:
     """Two blocks of its six show as much, in half the time."""
-    backbones.VITS["vit_mini"] |= {"num_layers": 2}
+    names.VITS["vit_mini"] |= {"num_layers": 2}
 
 
 def narrow_resnet(weights=None, num_classes: int = 5) -> torch.nn.Module:

@@ -28,7 +28,7 @@ from toolkit.devices import seed_everything
 from toolkit.images import sources
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
-from toolkit.models import backbones, checkpoints
+from toolkit.models import backbones, checkpoints, names
 from toolkit.run import guard, loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
@@ -122,7 +122,7 @@ def pairs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole_vit_mini():
     """Six blocks, as the shipped checkpoint has."""
-    with mock.patch.dict(backbones.VITS, vit_mini=backbones.VITS["vit_mini"] | {"num_layers": 6}):
+    with mock.patch.dict(names.VITS, vit_mini=names.VITS["vit_mini"] | {"num_layers": 6}):
         checkpoints._shapes.cache_clear()
         yield
     checkpoints._shapes.cache_clear()
@@ -132,9 +132,9 @@ def whole_vit_mini():
 def small_backbones():
     """A ResNet-18 is narrow here, and a ViT-S has two blocks: more would show no more of names and shapes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backbones._RESNETS, "resnet18", narrow_resnet)
+        patch.setattr(backbones.models, "resnet18", narrow_resnet)
         for arch in ("vit_small", "vit_conv_small"):
-            patch.setitem(backbones.VITS, arch, backbones.VITS[arch] | {"num_layers": 2})
+            patch.setitem(names.VITS, arch, names.VITS[arch] | {"num_layers": 2})
         checkpoints._shapes.cache_clear()
         yield
     checkpoints._shapes.cache_clear()

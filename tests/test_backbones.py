@@ -5,7 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from toolkit.models.backbones import ARCHS, block_names, build_backbone, default_image_size, forward_features, head_name
+from toolkit.models.backbones import block_names, build_backbone, forward_features, head_name
+from toolkit.models.names import ARCHS, default_image_size
 
 WIDTHS = dict(zip(ARCHS, (512, 512, 2048, 2048, 192, 384, 768, 1024, 384, 768), strict=True))
 

@@ -359,7 +359,7 @@ def test_what_is_no_file_is_refused_at_once(name, tmp_path):
 
 def test_the_message_says_how_to_get_tifffile(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
-    with pytest.raises(InputError, match=r"TIFF files need tifffile .*: pip install tifffile"):
+    with pytest.raises(InputError, match=r"a TIFF file needs tifffile .*: pip install tifffile"):
         decoded(b"II*\0")
 
 

@@ -149,5 +149,5 @@ def test_damaged_files_and_a_missing_package_are_one_line(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"torn.dcm: not a readable image \(.*\); repair or remove it"):
         images[0]
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(InputError, match=r"DICOM files need pydicom .*: pip install pydicom pylibjpeg\[all\]"):
+    with pytest.raises(InputError, match=r"a DICOM file needs pydicom .*: pip install pydicom pylibjpeg\[all\]"):
         images[0]

@@ -496,6 +496,13 @@ def test_bands_of_other_resolutions_are_enlarged_as_whole_ones(tmp_path, suffix)
         assert scene.like == (os.fspath(path) if suffix == "tif" else None)
 
 
+def test_a_map_without_tifffile_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(InputError, match=r"a TIFF file needs tifffile .*: pip install tifffile imagecodecs"):
+        write_map(tmp_path / "map.tif", [np.zeros((8, 8), np.uint8)], 8, 8, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     array = levels(2000, 1000)  # 20 MB
     how = {"planarconfig": "contig", **WRITTEN["compressed tiles"]}

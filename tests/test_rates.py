@@ -233,7 +233,7 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images,
         pass
 
     def asked(train, rates, task, args, **settings):
-        assert rates == [1e-5, 3e-5, 1e-4] and settings["epochs"] == 2
+        assert rates == [1e-5, 3e-5, 1e-4] and args.epochs == 2
         raise Asked
 
     monkeypatch.setattr(finetune_lora.search, "choose_learning_rate", asked)

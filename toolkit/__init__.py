@@ -1,10 +1,12 @@
 """The parts that runs of both stages share: images, models and checkpoints, training, options, files and reports."""
 
 import difflib
+import importlib
 import os
 import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 VERSION = "1.0"  # also in adapter files, results.json and report.html
@@ -43,6 +45,14 @@ def did_you_mean(name: Any, known: Collection[str]) -> str:
     begun = [full for full in known if name and full.startswith(name)]
     likely = begun or difflib.get_close_matches(name, known, 1)
     return f"did you mean {likely[0]}?" if likely else ""
+
+
+def optional_package(name: str, who: str, install: str | None = None) -> ModuleType:
+    """A package that only some users have. Raises InputError, which says who needs it, where it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{who} needs {name} ({error}): pip install {install or name}") from None
 
 
 def stored_path(path: str | os.PathLike) -> Path:

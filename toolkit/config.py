@@ -86,13 +86,9 @@ def folds(text: str) -> str:
 
 
 def option(default: Any, meaning: str | None = None, *, flags: tuple[str, ...] = (), **how: Any) -> Any:
-    """A field that is an option.
+    """A field that is an option. `meaning` is its help, `flags` are names beside `--the-field`.
 
-    Args:
-        default: its value when neither file nor command line gives one.
-        meaning: what the help says.
-        flags: names beside `--the-field`.
-        how: what `add_argument` takes beside these, such as `type` and `choices`.
+    `how` is what `add_argument` takes beside these, such as `type` and `choices`.
     """
     if isinstance(default, bool):
         how["action"] = argparse.BooleanOptionalAction
@@ -133,24 +129,16 @@ def parse_args(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
 
-    Options outside the groups of the YAML sections are for the command line only.
+    Returns the options (`config` is the file used, or None), and the source of each value: 'default', 'config' or
+    'command line'. Raises InputError with every problem of both the command line and the file, one per line.
 
     Args:
-        parser: has `--config`.
-        argv: the command line, `sys.argv[1:]` when None.
-        default_config: receives the command line's values, unconverted and by `dest`, and returns the YAML file to use
-            when they name none.
-        check: receives what this function returns, which it may complete, and the options to which the command line
-            gives another value than their default. Returns what is wrong with the options together. An option whose own
-            value is wrong has its default there.
+        parser: has `--config`. Options outside the groups of the YAML sections are for the command line only.
+        default_config: from the command line's values, unconverted and by `dest`, the YAML file if they name none.
+        check: from what this function returns, which it may complete, and from the options to which the command line
+            gives another value than their default: what is wrong with the options together. One that is wrong by itself
+            has its default there.
         ignored: by section, the keys of the file that are options of the other script alone.
-
-    Returns:
-        The options (`config` is the path of the file used, or None), and the source of every option's value:
-        'default', 'config' or 'command line'.
-
-    Raises:
-        InputError: one message with every problem of both the command line and the file, one per line.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     typed, problems = _read_command_line(parser, argv)

@@ -23,10 +23,11 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, listed, optional_package, printable
 from toolkit.images import dicom, remote
 from toolkit.images.scaling import Scaling, option_problems, split_names  # noqa: F401
-from toolkit.models.backbones import check_channels, normalization
+from toolkit.models.backbones import normalization
+from toolkit.models.names import check_channels
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
@@ -139,7 +140,7 @@ class Bands:
         if count != self.channels:
             chosen = "--bands" if count > 1 else f"--bands {','.join('1' * self.channels)}"
             takes = f"the network takes {self.channels} (training chooses by {chosen})"
-            raise WrongBands(f"it has {_counted(count)}, and {takes}")
+            raise WrongBands(f"it has {count} band{'s' * (count > 1)}, and {takes}")
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:
@@ -159,10 +160,6 @@ class Bands:
         return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
 
 
-def _counted(bands: int) -> str:
-    return f"{bands} band{'s' * (bands != 1)}"
-
-
 def _single(path: str) -> np.ndarray:
     """The file of one band: (H, W)."""
     name = os.path.basename(path)
@@ -178,7 +175,7 @@ def _single(path: str) -> np.ndarray:
 def one_band(array: np.ndarray, name: str) -> np.ndarray:
     """An image (H, W, 1) as (H, W). Raises ValueError if it has several bands."""
     if array.shape[2] != 1:
-        raise ValueError(f"{name} is to be one band, and it has {_counted(array.shape[2])}")
+        raise ValueError(f"{name} is to be one band, and it has {array.shape[2]} bands")
     return array[..., 0]
 
 
@@ -239,11 +236,9 @@ def check_is_file(path: str | os.PathLike) -> None:
 
 
 def import_tifffile() -> ModuleType:
-    """The package tifffile, silenced: it would write a line for each damaged tag. Raises ImportError."""
-    import tifffile
-
+    """The package tifffile, silenced: it would write a line for each damaged tag."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
-    return tifffile
+    return optional_package("tifffile", "a TIFF file", "tifffile imagecodecs")
 
 
 def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
@@ -298,11 +293,7 @@ def _check_size(size: int, content: bytes) -> None:
 
 def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
     """The numbers of a TIFF as they are, bands last; and GDAL's number for no data, 0 without. Raises as `decoded`."""
-    try:
-        tifffile = import_tifffile()
-    except ImportError as error:
-        raise InputError(f"TIFF files need tifffile ({error}): pip install tifffile imagecodecs") from None
-    with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as file:  # OME's bands may be in other files
+    with import_tifffile().TiffFile(io.BytesIO(content), is_ome=False) as file:  # OME's bands may be in other files
         if len(file.pages) > MOST_PAGES:
             raise ValueError(f"it has {len(file.pages)} pages, and at most {MOST_PAGES} are read")
         series = file.series[0]

@@ -8,11 +8,12 @@ import os
 import numpy as np
 from PIL import Image
 
-from toolkit import InputError
+from toolkit import optional_package
 from toolkit.images import remote
 
 SUFFIXES = (".dcm", ".dicom")
 _MARK = slice(128, 132)
+_INSTALL = "pydicom pylibjpeg[all]"
 
 
 def is_dicom(path: str | os.PathLike, content: bytes = b"") -> bool:
@@ -53,27 +54,24 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
     Raises InputError without pydicom, or pydicom's own errors for a damaged file.
     """
-    try:
-        import pydicom
-        from pydicom.pixels import apply_color_lut, apply_rescale, apply_voi_lut, pixel_array
-    except ImportError as error:
-        raise InputError(f"DICOM files need pydicom ({error}): pip install pydicom pylibjpeg[all]") from None
+    pydicom = optional_package("pydicom", "a DICOM file", _INSTALL)
+    pixels = optional_package("pydicom.pixels", "a DICOM file", _INSTALL)  # from its release 3 on
     dataset = pydicom.dcmread(io.BytesIO(content))
     shared = dataset.get("SharedFunctionalGroupsSequence", ())
     own = dataset.get("PerFrameFunctionalGroupsSequence", ())[:1]
     for group, name in itertools.product([*shared, *own], ("PixelValueTransformationSequence", "FrameVOILUTSequence")):
         for values in group.get(name, ()):  # of CT and MR in many frames
             dataset.update(values)
-    array = pixel_array(dataset, index=0)
+    array = pixels.pixel_array(dataset, index=0)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        array = apply_color_lut(array, dataset)
+        array = pixels.apply_color_lut(array, dataset)
     if array.ndim == 3:
         array = array // 257 if array.dtype == np.uint16 else array
         return array, array
-    numbers = apply_rescale(array, dataset).astype(np.float64)
+    numbers = pixels.apply_rescale(array, dataset).astype(np.float64)
     windowed = numbers
     with contextlib.suppress(ValueError):  # a window without width, or of an unknown kind, is none
-        windowed = apply_voi_lut(apply_rescale(array, dataset), dataset).astype(np.float64)
+        windowed = pixels.apply_voi_lut(pixels.apply_rescale(array, dataset), dataset).astype(np.float64)
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # high numbers are dark
         return numbers.max() + numbers.min() - numbers, -windowed
     return numbers, windowed

@@ -59,7 +59,7 @@ def read_list(
     label_columns: Sequence[str] | None = None,
     line: str = "path,label",
 ) -> tuple[list[str], list[str]]:
-    """The names and the labels in a list of images, a line each.
+    """The paths as listed, and the labels as text, in a list of images, a line each.
 
     Args:
         path: a text or CSV file in UTF-8 with commas or tabs between the columns; its first line may name them.
@@ -67,9 +67,6 @@ def read_list(
         group_by: a column that is no label, if it is one: see `read_groups`.
         label_columns: the one column that is the label: see `_label_columns`.
         line: what a line is to have. A label is put into one spelling, anything else stays as listed.
-
-    Returns:
-        The paths as listed, and the labels as text.
 
     Raises InputError for a file that is none of this, files that are not there, or two labels for one file.
     """

@@ -14,19 +14,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 from toolkit import InputError, did_you_mean, dotted
-from toolkit.models.names import (  # noqa: F401
-    ARCHS,
-    RESNETS,
-    TIMM,
-    VITS,
-    check_channels,
-    check_heads,
-    default_heads,
-    default_image_size,
-    timm_config,
-)
-
-_RESNETS = {name: getattr(models, name) for name in RESNETS}
+from toolkit.models import names
 
 # The statistics MoCo checkpoints were trained with, so images for torchvision's models are normalised with them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -80,26 +68,26 @@ def build_backbone(
     Raises InputError for an unknown arch, for a size, heads or channels that do not fit, for less than one class, and
     if timm is needed and missing.
     """
-    size = default_image_size(arch)  # raises for an unknown arch
+    size = names.default_image_size(arch)  # raises for an unknown arch
     if image_size is not None:
         size = image_size
-    check_heads(arch, heads)
+    names.check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
     if not 1 <= size <= LARGEST_IMAGE:
         raise InputError(f"image size is {size}; give a positive number of pixels, at most {LARGEST_IMAGE}")
-    check_channels(channels)
-    if arch.startswith(TIMM):
+    names.check_channels(channels)
+    if arch.startswith(names.TIMM):
         return _build_timm(arch, num_classes, size, channels)
-    if arch in _RESNETS:
-        return _for_channels(_RESNETS[arch](weights=None, num_classes=num_classes), channels)
-    shape = VITS[arch] | {"num_heads": heads or default_heads(arch)}
+    if arch in names.RESNETS:
+        return _for_channels(getattr(models, arch)(weights=None, num_classes=num_classes), channels)
+    shape = names.VITS[arch] | {"num_heads": heads or names.default_heads(arch)}
     _check_patches(arch, size, shape["patch_size"])
     stem = None
     if "conv" in arch:  # 3x3 convolutions of stride 2 that double the width each time; torchvision appends the 1x1
         stem = [ConvStemConfig(shape["hidden_dim"] // n, kernel_size=3, stride=2) for n in (8, 4, 2, 1)]
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
-    if shape != VITS[arch]:
+    if shape != names.VITS[arch]:
         record_of(model).heads = heads
     return _for_channels(model, channels)
 
@@ -144,13 +132,13 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
     """
     if head is None:
         return
-    names = (head,) if isinstance(head, str) else tuple(head)
+    heads = (head,) if isinstance(head, str) else tuple(head)
     modules = dict(model.named_modules())
-    for name in names:
+    for name in heads:
         if not name or name not in modules:
             hint = did_you_mean(str(name), modules)
             raise InputError(f"no module is named {name!r}, so it cannot be the classifier head: {hint}".rstrip(": "))
-    record_of(model).head = names
+    record_of(model).head = heads
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -163,8 +151,8 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 def head_name(model: nn.Module) -> str | None:
     """The name of the classifier head, the last if there are several; None if it is not clear which module it is."""
-    names = head_names(model)
-    return names[-1] if names else None
+    heads = head_names(model)
+    return heads[-1] if heads else None
 
 
 def _found_head(model: nn.Module) -> str | None:
@@ -250,9 +238,9 @@ def _share_a_type(modules: Collection[nn.Module]) -> bool:
 
 def normalization(arch: str) -> dict[str, tuple[float, ...]]:
     """The `mean` and `std` of each channel with which `arch` was pretrained: ImageNet's, or what timm states."""
-    if not arch.startswith(TIMM):
+    if not arch.startswith(names.TIMM):
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    config = timm_config(arch)
+    config = names.timm_config(arch)
     return {"mean": tuple(config.mean), "std": tuple(config.std)}
 
 
@@ -262,8 +250,8 @@ def normalization(arch: str) -> dict[str, tuple[float, ...]]:
 def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Module:
     import timm
 
-    config = timm_config(arch)
-    name = arch.removeprefix(TIMM)
+    config = names.timm_config(arch)
+    name = arch.removeprefix(names.TIMM)
     shape = {"num_classes": num_classes}
     if channels != config.input_size[0]:
         shape["in_chans"] = channels

@@ -22,8 +22,8 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from toolkit import InputError, listed, printable
 from toolkit.files import ForeignObject, is_plain_tensor, is_safetensors, read_checkpoint, read_safetensors, stored_path
 from toolkit.models import backbones
-from toolkit.models.backbones import ARCHS, HEAD_NAMES, TIMM
-from toolkit.models.names import NO_ARCH, NO_CHECKPOINT, checkpoint_path, is_none  # noqa: F401
+from toolkit.models.backbones import HEAD_NAMES
+from toolkit.models.names import ARCHS, NO_ARCH, NO_CHECKPOINT, TIMM, default_heads, default_image_size, is_none
 
 
 def load_backbone(
@@ -41,7 +41,7 @@ def load_backbone(
         path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
             that model's own keys. 'none': random weights.
         num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
-        arch: one of `backbones.ARCHS`, or `timm:` and a name of timm's; by default what the file or its shapes say.
+        arch: one of `names.ARCHS`, or `timm:` and a name of timm's; by default what the file or its shapes say.
         image_size: pixels along each side; by default the file's own. A ViT's position embedding is interpolated.
         heads: the attention heads of a torchvision ViT; by default what the layout implies. If that is a guess, this
             warns: a ViT-S with 6 heads and one with 12 have the same tensors.
@@ -436,10 +436,9 @@ def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -
     found = shapes_of(weights)
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
-        raise InputError(
-            f"{path}: none of its {len(weights)} tensors belongs to a known backbone "
-            f"({listed(weights)}); known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
-        )
+        known = f"known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
+        none = f"none of its {len(weights)} tensors belongs to a known backbone ({listed(weights)})"
+        raise InputError(f"{path}: {none}; {known}")
     return best
 
 
@@ -475,7 +474,7 @@ def _find_image_size(source: _Source, arch: str) -> int:
         side = _grid(source.weights[name], tokens)
         if patch and side:
             return side * patch
-    return source.image_size or backbones.default_image_size(arch)
+    return source.image_size or default_image_size(arch)
 
 
 def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
@@ -521,7 +520,7 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     """
     if arch != "vit_small" or source.heads:
-        return source.heads or backbones.default_heads(arch)
+        return source.heads or default_heads(arch)
     if source.layout.family == "deit" and "vit_small_patch16" in os.path.basename(source.path):  # timm's, or torchgeo's
         return 6
     heads_if_fixed, heads = source.layout.heads
@@ -529,11 +528,9 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
         heads = heads_if_fixed
     if not source.layout.heads_certain:
-        warnings.warn(
-            f"{source.path}: the number of heads of a ViT-S is in no tensor, and {heads} is a guess: MoCo v3's own has "
-            "12, SSL4EO-S12's and timm's have 6; say which with --heads",
-            stacklevel=3,
-        )
+        guess = f"the number of heads of a ViT-S is in no tensor, and {heads} is a guess"
+        known = "MoCo v3's own has 12, SSL4EO-S12's and timm's have 6"
+        warnings.warn(f"{source.path}: {guess}: {known}; say which with --heads", stacklevel=3)
     return heads
 
 
@@ -570,7 +567,7 @@ def describe_base(report: dict[str, Any]) -> str:
     """A description of the backbone and its checkpoint, in two lines of a terminal."""
     arch = report["arch"]
     text = f"backbone: {arch}"
-    if report["heads"] != backbones.default_heads(arch):
+    if report["heads"] != default_heads(arch):
         text += f" with {report['heads']} heads"
     text += f" for {report['image_size']} pixels"
     if report["channels"] != 3:

@@ -91,10 +91,8 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
         return _of_vit(backbone, images)
     if hasattr(backbone, "forward_intermediates"):  # timm's
         return backbone.forward_intermediates(images, indices=_read(backbone), norm=True, intermediates_only=True)
-    raise InputError(
-        f"a {type(backbone).__name__} has no maps for a class of every pixel: take a ResNet, a ViT, or one of timm's "
-        "models that has forward_intermediates"
-    )
+    remedy = "take a ResNet, a ViT, or one of timm's models that has forward_intermediates"
+    raise InputError(f"a {type(backbone).__name__} has no maps for a class of every pixel: {remedy}")
 
 
 def _read(backbone: nn.Module) -> list[int]:

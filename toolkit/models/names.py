@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from toolkit import SHIPPED, InputError, did_you_mean, printable
+from toolkit import SHIPPED, InputError, did_you_mean, optional_package, printable
 from toolkit.models.published import PUBLISHED, fetch, is_published
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -65,10 +65,7 @@ def check_channels(channels: int) -> None:
 def timm_config(arch: str):
     """timm's `PretrainedCfg` of a model. Raises InputError if timm lacks the name or the images are not square."""
     name = arch.removeprefix(TIMM)
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
+    timm = optional_package("timm", arch)
     if not timm.is_model(name):
         hint = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
         raise InputError(f"timm has no model {name!r}: {hint or 'timm.list_models() has their names'}")

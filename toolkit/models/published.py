@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 from filelock import FileLock
 
-from toolkit import InputError
+from toolkit import InputError, optional_package
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
 _MOCO_V3 = "https://dl.fbaipublicfiles.com/moco-v3"
@@ -94,11 +94,8 @@ def _download(url: str, digest: str, path: Path) -> None:
 def _from_hub(owner: str = "", repository: str = "", file: str = "") -> Path:
     if not file:
         raise InputError("hf: is to be followed by owner/name/file, the file's place on the Hugging Face Hub")
+    hub = optional_package("huggingface_hub", f"hf:{owner}/{repository}")
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise InputError(f"hf:{owner}/{repository} needs huggingface_hub: pip install huggingface_hub") from None
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        return Path(hub.hf_hub_download(f"{owner}/{repository}", file))
     except (OSError, ValueError) as error:
         raise InputError(f"hf:{owner}/{repository}/{file} cannot be downloaded: {str(error).splitlines()[0]}") from None

@@ -17,7 +17,7 @@ from toolkit.images.data import LabelledImages
 
 RETREATS = 3  # how often a collapsed run goes back
 RETREAT_FACTOR = 8.0  # divides the learning rate each time
-WATCHED_VIEWS = 128
+WATCHED_VIEWS = 128  # of training images, repeated if there are few, which are evaluated after each epoch
 SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
 LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more has collapsed
 EARLY_LOST_SHARE = 0.9  # in the first half of a run: later epochs mend what the first steps harm
@@ -31,11 +31,9 @@ class Collapsed(InputError):
     """Training has collapsed too often. `results` are those of the last good adapter, whose files are complete."""
 
     def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
-        super().__init__(
-            f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
-            "--precision fp32 or --clip-grad-norm 1; "
-            f"the adapter of epoch {good_epoch} is in {adapter}"
-        )
+        remedy = "try a lower --learning-rate, --precision fp32 or --clip-grad-norm 1"
+        kept = f"the adapter of epoch {good_epoch} is in {adapter}"
+        super().__init__(f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: {remedy}; {kept}")
         self.results = results
 
 
@@ -56,12 +54,6 @@ class GoBack:
     """The run goes back to its last good state, and on at a lower rate."""
 
     why: str
-
-
-def watched_images(images: LabelledImages) -> LabelledImages:
-    """The training images that are evaluated after each epoch: always the same, repeated if there are few."""
-    some = images.at_most(WATCHED_VIEWS)
-    return some.subset([*range(len(some))] * (WATCHED_VIEWS // len(some)))
 
 
 class Guard:

@@ -1,6 +1,5 @@
 """The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,15 +103,14 @@ class Loaders:
             self.val = Remembered(self.val)
         loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}
         self.train = self.add_loader(self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, **loading)
-        self.watched_images = guard.watched_images(self.images.train)
-        self.statistics = None
+        some = self.images.train.at_most(guard.WATCHED_VIEWS)
+        self.watched_images = some.subset([*range(len(some))] * (guard.WATCHED_VIEWS // len(some)))
+        self.statistics: Remembered | None = None
         if norms_train:
             self.watched_images = self.without_small_rest(self.watched_images)
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
-            plain = self.add_loader(some, self.plain_view, seed=self.args.seed, keep_workers=False)
-            self.statistics = Remembered(plain)
-        views = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
-        self.watched = Remembered(views)
+            self.statistics = self.add_same_views(some, self.plain_view)
+        self.watched = self.add_same_views(self.watched_images, self.augmentation)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""
@@ -135,13 +133,13 @@ class Loaders:
         self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
 
+    def add_same_views(self, images: LabelledImages, transform: Callable) -> Remembered:
+        """A loader with the same views in each pass."""
+        return Remembered(self.add_loader(images, transform, seed=self.args.seed, keep_workers=False))
+
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
         return training.micro_batches(self.train, self.meter, epoch, start, self.args.accumulation_steps)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train) / self.args.accumulation_steps)
 
     def calibration(self) -> DataLoader:
         """Augmented views of training images, by which the probabilities are calibrated."""

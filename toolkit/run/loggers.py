@@ -5,7 +5,7 @@ Where a tracker keeps its runs, and as whom it logs in, is its own business: its
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -56,13 +56,6 @@ LOGGERS = {
     "mlflow": _mlflow,
     "trackio": functools.partial(_wandb, package="trackio"),  # it has wandb's interface
 }
-
-
-def missing(name: str | None) -> list[str]:
-    """A line if the package of this tracker is not installed."""
-    if name is None or importlib.util.find_spec(name) is not None:
-        return []
-    return [f"--tracker {name}: needs {name}: pip install {name}"]
 
 
 @contextlib.contextmanager

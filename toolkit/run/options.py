@@ -6,6 +6,7 @@ read before PyTorch is loaded, completed, checked together, and then frozen: wha
 
 import argparse
 import contextlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -315,10 +316,9 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
     problems = complete_shared(args, origins)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
-        problems.append(
-            f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
-            "alone; for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
-        )
+        seen = "the backbone that comes with the toolkit has seen handwritten digits alone"
+        remedy = "for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
+        problems.append(f"{images} without --checkpoint: {seen}; {remedy}")
     if args.task == "segmentation" and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
     if args.task == "segmentation" and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
@@ -391,10 +391,8 @@ def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
             if name in typed or (name in always and getattr(args, name)):
                 yield f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank"
     if args.warmup_epochs > args.epochs:
-        yield (
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: "
-            "no step would have the peak rate; lower it"
-        )
+        warmup = f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
+        yield f"{warmup}: no step would have the peak rate; lower it"
     if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
         yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"
 
@@ -425,10 +423,8 @@ def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     if "threshold" in typed and args.task != "multilabel":
         yield f"--threshold with --task {args.task}: only labels have it; use --task multilabel"
     if args.task == "segmentation" and args.dataset != "imagefolder":
-        yield (
-            f"--task segmentation: --dataset {args.dataset} has no masks; give --data-dir with the folders images/ and "
-            "masks/, or --data-list with `image,mask` lines"
-        )
+        remedy = "give --data-dir with the folders images/ and masks/, or --data-list with `image,mask` lines"
+        yield f"--task segmentation: --dataset {args.dataset} has no masks; {remedy}"
     form = {"regression": "`path,3.5` lines", "multilabel": '`path,"a,b"` lines, or a column for each label'}
     if args.task in form and not args.data_list:
         yield f"--task {args.task} needs --data-list with {form[args.task]}: folders say one class for each image"
@@ -465,7 +461,8 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
             yield str(error)
     if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
-    yield from loggers.missing(args.tracker)
+    if args.tracker is not None and importlib.util.find_spec(args.tracker) is None:
+        yield f"--tracker {args.tracker}: needs {args.tracker}: pip install {args.tracker}"
     yield from output_folder.problems(args, written)
 
 

@@ -1,8 +1,4 @@
-"""The folder of a run's results: it is outside the images, and is used by one run at a time.
-
-A run moves an earlier run's files to a new folder beside its own (`begin_folder`). A folder is refused if it is among
-the images, if the run would overwrite a checkpoint that it reads, or if another run is going on in it.
-"""
+"""The folder of a run's results: it is outside the images, and is used by one run at a time."""
 
 import contextlib
 import functools

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
 from toolkit import InputError, distributed
 from toolkit.config import flat
 from toolkit.devices import restore_rng_state, rng_state, seed_everything
-from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
+from toolkit.files import read_checkpoint, save_atomically, write_csv
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
 from toolkit.run import loggers
@@ -112,11 +111,6 @@ class RunState:
         state = self.state()  # every process contributes
         if distributed.is_main():
             save_atomically(state, self.path("last.pth"))
-
-    def save_config(self) -> None:
-        """Write the configuration that repeats the run."""
-        if distributed.is_main():
-            write_text(yaml.safe_dump(self.identity["config"], sort_keys=False), self.path("config.yaml"))
 
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""

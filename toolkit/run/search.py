@@ -16,7 +16,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_csv
 from toolkit.images import sources
 from toolkit.run import run_state
 from toolkit.run.guard import Collapsed
-from toolkit.run.options import FREE_TO_CHANGE, RunOptions
+from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
@@ -72,8 +72,7 @@ def choose_learning_rate(
     train: Callable[[float], dict[str, float]],
     rates: Sequence[float],
     task: Task,
-    args: RunOptions,
-    epochs: int,
+    args: FineTuneOptions,
     images: int,
     begin: Callable[[], None],
     settings: dict[str, Any],
@@ -86,7 +85,7 @@ def choose_learning_rate(
         train: trains at a rate, and returns the row of the last epoch, with the task's score, as `val_accuracy`, and
             `val_loss`. Raises Collapsed if the training collapses.
         rates: to try: see `rates_that_differ`.
-        epochs: of a trial.
+        args: those of a trial.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
         settings: `config`, `images` and `base` of the run, which an interrupted search must share (`check_same_run`).
@@ -100,7 +99,8 @@ def choose_learning_rate(
             return state["config"]["finetune"]["learning_rate"], args.resume
         run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
         trials = [Trial(*trial) for trial in state["trials"]]
-    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs over at most {SEARCH_IMAGES:,} images")
+    most = f"over at most {SEARCH_IMAGES:,} images"
+    print(f"searching for a learning rate: {len(rates)} runs of {args.epochs} epochs {most}")
     columns = ("learning_rate", f"val_{task.score}", "val_loss")
     for rate in rates[len(trials) :]:
         try:
