@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from toolkit import VERSION
 from toolkit.answers import answer_reports, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.measures import mcnemar, share_interval
+from toolkit.answers.measures import TITLES, mcnemar, share_interval
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
@@ -169,9 +169,19 @@ def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
     run.guard = argparse.Namespace(retreats=[])
     assert reports.describe_rates(run) == f"learning rate: {shown}"
     plan.learning_rate = 20 * run.rate
-    assert "; 1/20 of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
+    assert "; 5% of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
     run.guard.retreats.append({"epoch": 1, "learning_rate": 2e-3})
-    assert "; 1/20 of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
+    assert "; 5% of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 10])
+def test_curves_have_ticks_at_whole_epochs(epochs, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(reports, "save_figure", lambda figure, path: drawn.append(figure))
+    history = [{"epoch": epoch, "loss": 0.5, **dict.fromkeys(TITLES)} for epoch in range(1, epochs + 1)]
+    reports.plot_pretraining(history, "unused")
+    (axes,) = drawn[0].axes
+    assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
 
 
 # ------------------------------------------------------------------------------------------- several labels, numbers

@@ -91,7 +91,7 @@ def describe_rates(run: FineTuned) -> str:
     elif run.plan.norms == "train":
         reported.append(f"norms {short_rate(run.rate)}")
     if run.rate < run.plan.learning_rate:
-        asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of {short_rate(run.plan.learning_rate)}"
+        asked = f"; {100 * run.rate / run.plan.learning_rate:.3g}% of {short_rate(run.plan.learning_rate)}"
         remedy = "--head-init random" if run.adapter_rate is None else "--lora-init random"
         why = f"so few steps cannot correct what a high rate does ({remedy}: as typed)"
         if run.guard.retreats:
@@ -287,7 +287,7 @@ def plot_finetuning(
 
 def _by_epoch(axes: Any) -> None:
     axes.set(xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # one epoch: one tick
     axes.grid(alpha=0.3)
 
 
