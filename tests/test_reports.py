@@ -444,7 +444,9 @@ def test_a_run_of_few_steps_below_its_probe_is_told_to_be_longer(per_class, retr
     assert (told.next_step == "the same command with --epochs 2") == is_short
 
 
-@pytest.mark.parametrize(("probe", "gained"), [(0.7, "+12 points"), (0.8, "may be chance"), (0.9, "worse, by more than chance")])
+@pytest.mark.parametrize(
+    ("probe", "gained"), [(0.7, "+12 points"), (0.8, "may be chance"), (0.9, "worse, by more than chance")]
+)
 def test_an_epoch_chosen_by_the_evaluation_images_flatters(probe, gained):
     """--keep-best: the best of several epochs is above the others by chance, too."""
     told = judged(probe, chosen_by={"epoch": "the evaluation images"}).gained
