@@ -75,7 +75,7 @@ def judge(
             next_step = more
         elif "learning rate" in chosen_by:
             next_step = "the same command with --lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"
-        return Verdict(f"{gain}: worse, by more than chance explains", limits, next_step)
+        return Verdict(f"{gain}: worse, beyond chance", limits, next_step)
     if probe < low:
         is_flattered = "epoch" in chosen_by
         why = "flattered: the evaluation images chose the epoch" if is_flattered else "more than chance explains"
