@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from toolkit import VERSION
 from toolkit.answers import answer_reports, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.measures import TITLES, mcnemar, share_interval
+from toolkit.answers.measures import mcnemar, share_interval
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
@@ -178,10 +178,13 @@ def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
 def test_curves_have_ticks_at_whole_epochs(epochs, monkeypatch):
     drawn = []
     monkeypatch.setattr(reports, "save_figure", lambda figure, path: drawn.append(figure))
-    history = [{"epoch": epoch, "loss": 0.5, **dict.fromkeys(TITLES)} for epoch in range(1, epochs + 1)]
-    reports.plot_pretraining(history, "unused")
-    (axes,) = drawn[0].axes
-    assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
+    measured = {"loss": 6.5, "knn_accuracy": 0.425, "effective_rank": None}
+    reports.plot_pretraining([{"epoch": epoch, **measured} for epoch in range(1, epochs + 1)], "unused")
+    loss, knn = drawn[0].axes  # the rank was not measured
+    for axes in (loss, knn):
+        assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
+        assert axes.lines[0].get_marker() != "None"  # a line of one epoch would not be seen
+    assert knn.yaxis.get_major_formatter()(0.425) == "42.5%"
 
 
 # ------------------------------------------------------------------------------------------- several labels, numbers
