@@ -296,7 +296,7 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         raise broken[0]
     for error in broken:
         print(f"left out: {error}")
-    print(f"wrote {args.output}: {len(written)} maps of {listed(task.names)}")
+    print(f"wrote {args.output}: {len(written)} map{'s' * (len(written) != 1)} of {listed(task.names)}")
     return written
 
 

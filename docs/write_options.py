@@ -39,7 +39,10 @@ def rows(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
 
 def row(action: argparse.Action) -> str:
     flags = " / ".join(f"`{flag}`" for flag in action.option_strings)
-    meaning = action.help or ", ".join(action.choices or [])
+    choices = list(map(str, action.choices or []))
+    meaning = action.help or ", ".join(choices)
+    if any(choice not in meaning for choice in choices if choice != action.default):
+        meaning += f" ({', '.join(choices)})"
     return f"| {flags} | {shown_default(action.default)} | {meaning} |"
 
 

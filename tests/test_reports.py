@@ -169,9 +169,22 @@ def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
     run.guard = argparse.Namespace(retreats=[])
     assert reports.describe_rates(run) == f"learning rate: {shown}"
     plan.learning_rate = 20 * run.rate
-    assert "; 1/20 of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
+    assert "; 5% of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
     run.guard.retreats.append({"epoch": 1, "learning_rate": 2e-3})
-    assert "; 1/20 of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
+    assert "; 5% of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 10])
+def test_curves_have_ticks_at_whole_epochs(epochs, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(reports, "save_figure", lambda figure, path: drawn.append(figure))
+    measured = {"loss": 6.5, "knn_accuracy": 0.425, "effective_rank": None}
+    reports.plot_pretraining([{"epoch": epoch, **measured} for epoch in range(1, epochs + 1)], "unused")
+    loss, knn = drawn[0].axes  # the rank was not measured
+    for axes in (loss, knn):
+        assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
+        assert axes.lines[0].get_marker() != "None"  # a line of one epoch would not be seen
+    assert knn.yaxis.get_major_formatter()(0.425) == "42.5%"
 
 
 # ------------------------------------------------------------------------------------------- several labels, numbers
@@ -393,7 +406,7 @@ def judged(probe=0.7, scores=GOOD, losses=(0.5, 0.6), lowered=1.0, per_class=100
     [
         (0.70, "+12 points against the linear probe, more than chance explains"),
         (0.80, "+2 points against the linear probe, which may be chance with 300 evaluation images"),
-        (0.90, "-8 points against the linear probe: it is below it, beyond chance"),
+        (0.90, "-8 points against the linear probe: worse, beyond chance"),
         (None, "there is no linear probe to compare it with"),
     ],
 )
@@ -412,7 +425,7 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
 def test_a_gain_without_an_interval_is_a_gain_over_the_probe_all_the_same():
     """As where each evaluation image with a label comes before all others: `jackknife` finds no interval."""
     assert judged(0.7, val_accuracy_interval=None).gained == (
-        "+12 points against the linear probe; the answers do not say how far chance reaches"
+        "+12 points against the linear probe; there is no interval to judge it by"
     )
 
 

@@ -134,7 +134,7 @@ class Report:
     def reliability_section(self) -> list[str]:
         """A picture for the page: how often answers of each probability are right."""
         explained = (
-            "<p>On the line probabilities mean what they say. Below it they are too high, above it too low. "
+            "<p>On the line, probabilities mean what they say; below it they are too high, above it too low. "
             "The larger a point, the more answers it stands for.</p>"
         )
         picture = html_picture(self.plot_reliability(), "the share that is right by probability")

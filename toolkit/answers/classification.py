@@ -162,7 +162,7 @@ class ClassReport(Report):
             text = self.names[answers.labels[i]]
             if wrong[i]:
                 text += f", taken for {self.names[answers.predictions[i]]}"
-            return i, f"{text} {answers.confidences[i]:.0%}"
+            return i, f"{text} ({answers.confidences[i]:.0%})"
 
         most_wrong = ranked[wrong[ranked]][:WRONG_SHOWN]
         least_right = ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN]

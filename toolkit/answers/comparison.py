@@ -252,7 +252,7 @@ def write_table_of_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(row["probe"], place, "|", color=ORANGE, markersize=14)
     names = [drawn(printable(row["differs by"] or row["results"], 60)) for row in known]
     axes.set_yticks(range(len(known)), names)
-    axes.set_title("points: after the run, with the deviation over seeds; orange: its linear probe", fontsize=9)
+    axes.set_xlabel("score after the run, with its deviation over seeds; orange: the linear probe", fontsize=9)
     axes.invert_yaxis()  # the best on top
     save_figure(figure, path.with_suffix(".png"))
 

@@ -16,7 +16,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } .titled :not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
-tr + tr { border-top: 1px solid #eee; }
+tr + tr { border-top: 1px solid #eee; } table:not(.titled) td:first-child { min-width: 10.5rem; }
 img { max-width: 100%; } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
 """
 BLUE = "#0072B2"  # with orange, distinct for every kind of colour vision (Okabe and Ito)

@@ -16,10 +16,10 @@ COMMANDS = {  # and the help of each
     "info": "what is in an adapter file",
     "evaluate": "accuracy on labelled images",
     "compare": "two results over the same images: is one better by more than chance? or a table of many",
-    "threshold": "choose anew, on labelled images, from which probability on a label is an answer",
+    "threshold": "choose again, on labelled images, the probability above which a label counts",
     "predict": "the most probable classes of images, as a table; masks and maps",
     "embed": "the features of images, as an array",
-    "explain": "what of an image decided the answer, as a picture of each",
+    "explain": "which parts of each image decided the answer, as pictures",
     "merge": "base and adapter as one state_dict that plain torchvision loads",
     "export": "the merged model as a graph for onnxruntime or torch.export",
     "convert": "to the adapter format of PEFT",
@@ -61,9 +61,9 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(of_adapters, "adapter", "adapter file, .pth or .safetensors", type=Path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
     add(["evaluate"], "images", "folder of class folders, or of images/ and masks/; or a list", type=Path, nargs="?")
-    add(["threshold"], "images", "list of labelled images that neither trained the adapter nor judge it", type=Path)
+    add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
-    add(["push"], "repository", "owner/name; is made unless it exists")
+    add(["push"], "repository", "owner/name; made if it does not exist")
     add(["push"], "--private", "make one that others cannot see", **switch)
     parsers["push"].set_defaults(output=None)
     add(["compare"], "--output", "a table of all, runs.csv, and a picture beside it", type=Path)
@@ -77,11 +77,11 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(ON_IMAGES, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
     add(ON_IMAGES, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
     add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
-    add(["predict", "embed"], "--resume", "go on with what is in the folder --output", **switch)
+    add(["predict", "embed"], "--resume", "continue what is in the folder --output", **switch)
     add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
-    add(["predict"], "--abstain", "in maps: no answer where all classes are less probable, as 0.6", type=positive_share)
-    add(["predict"], "--window", "in maps of an answer for windows: pixels; its own", type=positive_int)
-    add(["export"], "--normalise", "the graph takes images from 0 to 1, or files' numbers", **switch)
+    add(["predict"], "--abstain", "in maps: no answer where no class is as probable as this", type=positive_share)
+    add(["predict"], "--window", "in maps of answers for windows: their side in pixels", type=positive_int)
+    add(["export"], "--normalise", "the graph takes images from 0 to 1, or the files' numbers", **switch)
     add(["convert"], "--to", "the format; --output is a folder", choices=["peft"], default="peft")
     return parser, parsers
 

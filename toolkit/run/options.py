@@ -69,7 +69,7 @@ class RunOptions:
         None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    tracker: str | None = option(None, "send the metrics there too", choices=tuple(loggers.LOGGERS), flags=("--log",))
+    tracker: str | None = option(None, "also log the metrics there", choices=tuple(loggers.LOGGERS), flags=("--log",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +103,19 @@ class ImageOptions:
     dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
-    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; two: for evaluation", type=Path)
+    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; 2nd: for evaluation", type=Path)
     eval_split: str = option(
         "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
     )
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
-    bands: tuple[str, ...] | None = several(None, "bands to read from a file, as 4,3,2; 0: zeros (default: all)")
-    scale: float | None = option(None, "divisor of the files' values, as 10000", type=positive_float)
+    bands: tuple[str, ...] | None = several(None, "bands to read from a file, like 4,3,2; 0: zeros (default: all)")
+    scale: float | None = option(None, "divisor of the files' values, like 10000", type=positive_float)
     mean: tuple[float, ...] | None = several(
         None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
     )
     std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
-    normalise: str | None = option(None, "data: mean, std of training images; a family", choices=("data", *FAMILIES))
+    normalise: str | None = option(None, "data: mean, std of training images; a family's", choices=("data", *FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,19 +124,19 @@ class DataOptions(ImageOptions):
 
     task: str = option(
         "classification",
-        "one class an image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
+        "a class per image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
         choices=tuple(KEEP_BEST),
     )
     label_columns: tuple[str, ...] | None = several(
-        None, "columns of a list that are labels or numbers, as A,B,C or A..B; default: all but paths and groups"
+        None, "columns of a list that are labels or numbers, like A,B,C or A..B; default: all but paths and groups"
     )
-    group_by: str | None = option(None, "column or folder level that names the patient or field: none is on two sides")
-    folds: str | None = option(None, "cross-validate over so many parts; 2/5: the second of five", type=config.folds)
+    group_by: str | None = option(None, "column or folder level that names patients or fields; each stays on one side")
+    folds: str | None = option(None, "cross-validate over this many parts; 2/5: the second of five", type=config.folds)
     classes: tuple[str, ...] | None = several(None, "classes in masks: names, or a file with values or colours")
     unknown_value: tuple[float, ...] | None = several(None, "unknown pixels in masks; 255 if no class", type=any_float)
-    labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
+    labels_per_class: int | None = option(None, "train on only this many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
-    cache_features: str = option("none", "run blocks below --adapt-last once per view", choices=("none", "disk"))
+    cache_features: str = option("none", "disk: run blocks below --adapt-last once per view", choices=("none", "disk"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class AdapterOptions:
     lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=config.fraction)
     use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
     target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
-    adapt_last: int | None = option(None, "only so many of the last blocks or stages; default: all", type=positive_int)
+    adapt_last: int | None = option(None, "only this many last blocks or stages; default: all", type=positive_int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class TuneOptions(AdapterOptions):
 
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option(
-        "auto", "a ResNet's. follow: they follow adapters; train: slow; auto: follow; on a GPU frozen", choices=NORMS
+        "auto", "of a ResNet. auto: they follow the adapters, and are frozen on a GPU; train: slow", choices=NORMS
     )
     adapt_last: int | str | None = option(
         None, "adapt the last blocks or stages alone; auto: by the gradient; default: all", type=config.block_count
@@ -170,14 +170,14 @@ class TuneOptions(AdapterOptions):
         type=or_word("auto", positive_float),
         flags=("--lr",),
     )
-    head_init: str = option("probe", "how the classifier head starts", choices=("probe", "random"))
+    head_init: str = option("probe", "start of the classifier head", choices=("probe", "random"))
     lora_init: str | None = option(
-        None, "how A starts; default: at the gradient, unless the head is random", choices=("gradient", "random")
+        None, "start of A; default: at the gradient, unless the head is random", choices=("gradient", "random")
     )
     class_weights: str = option(
-        "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
+        "none", "balanced: rare classes count more; default for masks", choices=("none", "balanced")
     )
-    threshold: str = option("f1", "of labels: f1, sensitivity=0.95, specificity=0.9", type=config.threshold_goal)
+    threshold: str = option("f1", "of labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal)
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
@@ -185,14 +185,14 @@ class TuneOptions(AdapterOptions):
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     wise_ft: float | str = option(
-        "auto", "saved share of the trained change; auto: by images per class", type=or_word("auto", positive_share)
+        "auto", "share of the trained change to save; auto: by images per class", type=or_word("auto", positive_share)
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
-    precision: str = option("auto", "of products; auto: 16 bits on CUDA, on a CPU if faster", choices=PRECISIONS)
+    precision: str = option("auto", "of products; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS)
     arithmetic: str = option("float", "int8: frozen layers in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS)
     gradient_checkpointing: str = option(
-        "none", "what backward computes again. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
+        "none", "what backward recomputes. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
     activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")

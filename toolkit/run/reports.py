@@ -90,13 +90,13 @@ def describe_rates(run: FineTuned) -> str:
         reported.append(f"backbone {short_rate(run.rate)}")
     elif run.plan.norms == "train":
         reported.append(f"norms {short_rate(run.rate)}")
-    if run.rate < run.plan.learning_rate:
-        asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of {short_rate(run.plan.learning_rate)}"
+    asked = run.plan.learning_rate
+    if run.rate < asked:
         remedy = "--head-init random" if run.adapter_rate is None else "--lora-init random"
         why = f"so few steps cannot correct what a high rate does ({remedy}: as typed)"
         if run.guard.retreats:
             why = "lowered where training collapsed or gained nothing"
-        reported[-1] += f"{asked}: {why}"
+        reported[-1] += f"; {100 * run.rate / asked:.3g}% of {short_rate(asked)}: {why}"
     return f"learning rate: {', '.join(reported)}"
 
 
@@ -273,8 +273,7 @@ def plot_finetuning(
     losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="evaluation")
     losses.set(ylabel=task.loss_title, title="Loss")
     factor, unit = task.axis
-    values = [factor * row[f"val_{task.score}"] for row in history]
-    scores.plot(epochs, values, "s--", color=ORANGE, label="evaluation")
+    scores.plot(epochs, [factor * row[f"val_{task.score}"] for row in history], "s--", color=ORANGE, label="evaluation")
     for name, label, style in zip(baseline_keys(task), BASELINES, (":", "-."), strict=True):
         if baseline[name] is not None:
             scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=f"{label} before training")
@@ -287,7 +286,7 @@ def plot_finetuning(
 
 def _by_epoch(axes: Any) -> None:
     axes.set(xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # one epoch: one tick
     axes.grid(alpha=0.3)
 
 
@@ -298,9 +297,10 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     panels = [(name, rows) for name, rows in measured.items() if rows]
     figure = new_figure(3.6 * len(panels), 3.2)
     for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        style = {"color": BLUE} if name == "loss" else {"color": ORANGE, "marker": "o"}
+        style = {"color": BLUE, "marker": "."} if name == "loss" else {"color": ORANGE, "marker": "o"}
         axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], **style)
         axes.set(title=titles[name])
+        axes.yaxis.set_major_formatter({"knn_accuracy": "{x:.1%}"}.get(name, axes.yaxis.get_major_formatter()))
         _by_epoch(axes)
     save_figure(figure, path)
 

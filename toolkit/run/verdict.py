@@ -65,7 +65,7 @@ def judge(
     gained = results[f"val_{score}"] - probe
     gain = f"{factor * gained:+.2g}{' points' if factor == 100 else ''} against the linear probe"
     if interval is None:
-        return Verdict(f"{gain}; the answers do not say how far chance reaches", limits, next_step)
+        return Verdict(f"{gain}; there is no interval to judge it by", limits, next_step)
     low, high = interval
     if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
         low, high = 0.0, 1.0
@@ -75,7 +75,7 @@ def judge(
             next_step = more
         elif "learning rate" in chosen_by:
             next_step = "the same command with --lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"
-        return Verdict(f"{gain}: it is below it, beyond chance", limits, next_step)
+        return Verdict(f"{gain}: worse, beyond chance", limits, next_step)
     if probe < low:
         is_flattered = "epoch" in chosen_by
         why = "flattered: the evaluation images chose the epoch" if is_flattered else "more than chance explains"
