@@ -16,6 +16,7 @@ from toolkit.devices import autocast, to_device
 from toolkit.models.backbones import forward_features
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
+NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
 
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -37,9 +38,6 @@ def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.de
     """A function of images (N, C, H, W), on a device and in a precision."""
     with autocast(device, dtype):
         return function(to_device(images, device))
-
-
-NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
 
 
 def no_labels(like: Tensor) -> Tensor:

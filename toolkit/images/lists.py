@@ -183,8 +183,8 @@ def _label_columns(
         places = [0]
         for entry in label_columns:
             first, _, last = entry.partition("..")
-            start = _place_of(first, titles, path, "--label-columns")
-            places += range(start, _place_of(last or first, titles, path, "--label-columns") + 1)
+            ends = [_place_of(column, titles, path, "--label-columns") for column in (first, last or first)]
+            places += range(min(ends), max(ends) + 1)
     if grouped:
         group = _place_of(group_by, titles, path)
         places = [place for place in places if place != group]
@@ -246,6 +246,9 @@ def read_targets(
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
         targets = _named_labels(path, titles, rows)
+    ending = ANSWER if task == "regression" else PROBABILITY
+    if taken := {name + ending for name in targets.names} & set(targets.names):
+        raise _error(path, f"answers for other columns are called {listed(sorted(taken))}: give it another name")
     labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 
