@@ -229,10 +229,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What runs of one kind share: all settings but the seed. Results of `evaluate` stand alone."""
     sections = results.get("config", {"": {"file": str(path)}})
-    settings = {name: value for section in sections.values() for name, value in section.items() if name != "seed"}
-    if "learning rate" in results.get("chosen_by", {}):
-        settings["learning_rate"] = "auto"
-    return settings
+    found = {"learning_rate": "auto"} if "learning rate" in results.get("chosen_by", {}) else {}
+    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"} | found
 
 
 def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | str:

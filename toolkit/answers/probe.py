@@ -134,8 +134,6 @@ def fit_linear_probe(
     out together; larger ones than the first that is worse are not tried. A class with a single image leaves nothing to
     validate on: C is then 1. So does a single cluster; a class in one cluster alone is left out of the loss. A class
     without any images gets zeros.
-
-    The time grows with N * D * K: 24 s on a core, and 0.4 GB, for 20,000 rows of 2,048 features and 100 classes.
     """
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold

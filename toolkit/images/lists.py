@@ -246,9 +246,6 @@ def read_targets(
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
         targets = _named_labels(path, titles, rows)
-    ending = ANSWER if task == "regression" else PROBABILITY
-    if taken := {name + ending for name in targets.names} & set(targets.names):
-        raise _error(path, f"answers for other columns are called {listed(sorted(taken))}: give it another name")
     labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 
@@ -269,8 +266,11 @@ def _columns(
 ) -> Targets:
     """What stands in the columns behind the paths. Raises InputError where a cell cannot be read."""
     names = list(map(one_spelling, titles[1:]))
-    if not names or not all(names) or len(set(names)) < len(names):
-        raise _error(path, "expected a column with a name of its own for each label or number")
+    ending = ANSWER if read is _number else PROBABILITY
+    taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`
+    if not names or not all(names) or len(taken) < 2 * len(names):
+        problem = f"expected a column with a name of its own, and not with{ending} behind it, for each label or number"
+        raise _error(path, problem)
     _check_widths(path, titles, rows)
     values = []
     for row in rows:

@@ -70,7 +70,6 @@ def load_splits(
         seed: draws the images of `labels_per_class`; the splits themselves never depend on it.
         for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: what is read of files that are no RGB photographs.
-        folds: '2/5': evaluate on the second of five parts of the training images.
         masks: 'segmentation': how masks are read. All of them are, once.
 
     Raises InputError for what is missing, empty, unreadable or too little, for a group that is among the training and
