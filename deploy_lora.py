@@ -517,7 +517,10 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
         places = list(map(splits.class_names.index, about["class_names"]))
         splits.val.targets = splits.val.targets[:, places]
     shown = listed(place) if isinstance(place, list) else printable(place)
-    return splits.val, f"of {shown}, evaluated on in training"
+    where = f"of {shown}, evaluated on in training"
+    if about.get("evaluated_on", splits.val.digest) != splits.val.digest:
+        where += ", but files or labels have changed, and some of these may have trained"
+    return splits.val, where
 
 
 # What `load_splits` takes of a run's settings: texts, and lists of them.

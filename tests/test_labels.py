@@ -139,6 +139,13 @@ def test_a_label_that_no_image_shows_keeps_its_threshold(trained, lists, tmp_pat
     assert f"{'kept as it was':<22}up\n" in told and f"{'kept as it was':<22}left" not in told
 
 
+def test_labels_of_which_none_is_no_are_no_measure(trained, lists):
+    """As in CelebA's lists, where -1 is no: every figure would be perfect."""
+    (lists / "celeba.csv").write_text((lists / "multilabel_val.csv").read_text().replace(",0", ",-1"))
+    with pytest.raises(InputError, match=r"celeba\.csv: no answer is 0 for no; -1 and nothing are unknown"):
+        deploy_lora.main(["evaluate", str(trained["multilabel"]["folder"] / "lora.pth"), str(lists / "celeba.csv")])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_of_the_runs_lists_may_have_another_order_by_now(trained, lists, kind):
     """As when another program has written them anew: each truth is still compared with its own answers."""

@@ -111,6 +111,7 @@ b.png,Male,87,Lateral,,,-1.0,1.0
     [
         (["No Finding..Fracture"], ["No Finding", "Edema", "Fracture"], [[1, NAN, NAN], [NAN, NAN, 1]]),
         (["Fracture", "No Finding"], ["Fracture", "No Finding"], [[NAN, 1], [1, NAN]]),
+        (["No Finding", "Fracture..Edema"], ["No Finding", "Edema", "Fracture"], [[1, NAN, NAN], [NAN, NAN, 1]]),
         (["Fracture"], ["Fracture"], [[NAN], [1]]),
     ],
 )
@@ -172,6 +173,8 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path, problem):
         ("regression", "a.png,inf\n", "'inf' in the column number is not a number"),
         ("regression", "a.png\n", "expected a column with a name"),
         ("regression", "a.png,1\n./a.png,2\n", "two labels for"),
+        ("multilabel", "path,x,x probability\na.png,1,0\n", "and not with probability behind it, for each"),
+        ("regression", "path,age answer,age\na.png,1,2\n", "name of its own, and not with answer behind it"),
     ],
 )
 def test_lists_of_other_answers_that_cannot_be_used(tmp_path, task, content, problem):

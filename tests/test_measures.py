@@ -258,6 +258,13 @@ def test_intervals_of_each_label_cover_and_few_positives_have_none():
     assert np.mean(hits) >= 0.9
 
 
+def test_positives_of_a_few_patients_have_no_interval_however_many_images_they_have():
+    positive = torch.arange(60)[:, None] < 16  # of four patients of twelve
+    answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive.double())
+    for clusters, has_none in ((torch.arange(60) // 5, True), (torch.arange(60) // 3, False), (None, False)):
+        assert np.isnan(tasks.MultiLabel(["rare"]).report(answers, clusters).label_intervals(0)).all() == has_none
+
+
 def test_intervals_of_the_macro_f1_cover_where_labels_have_one_positive():
     """A label whose positive is left out has no F1, and is not in the mean."""
     random, share, found, wrong = np.random.RandomState(0), 0.005, 0.75, 0.01

@@ -153,6 +153,10 @@ def test_trials_over_another_base_say_nothing(finetune, base, monkeypatch, tmp_p
         finetune(f"--learning-rate auto --epochs 1 --resume --checkpoint {tmp_path / 'moved.pth'}")
 
 
+def test_a_rate_that_was_typed_was_not_searched_however_the_run_goes_on(finetune, once):
+    assert finetune("--epochs 1 --learning-rate auto --resume")["chosen_by"] == {}
+
+
 def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):
     torch.save({"trials": []}, tmp_path / "other.pth")
     for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this

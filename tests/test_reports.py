@@ -47,6 +47,23 @@ def test_macro_f1_and_balanced_accuracy_are_scikit_learns():
     assert sum(present) / 3 == pytest.approx(balanced)
 
 
+def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
+    """Of a class of five images all are often right that a classifier gets right in nine of ten: leaving out some of
+    them changes nothing, and the jackknife alone covers the balanced accuracy in half of the draws."""
+    random, labels = np.random.RandomState(0), torch.tensor([0] * 95 + [1] * 5)
+    hits = 0
+    for _ in range(100):
+        is_wrong = torch.from_numpy(random.rand(100)) > torch.tensor([0.95] * 95 + [0.9] * 5)
+        result = Evaluation(0.1, 0.5, labels ^ is_wrong, labels, torch.full((100,), 0.5))
+        low, high = TASK.report(result).intervals[1]
+        hits += low <= 0.925 <= high
+    assert hits >= 90
+    report = TASK.report(Evaluation(0.1, 1.0, labels, labels, torch.full((100,), 0.5)))
+    assert 0.7 < report.intervals[1][0] < share_interval(labels == labels)[0] and report.intervals[1][1] == 1
+    patients = TASK.report(Evaluation(0.1, 1.0, labels, labels, torch.full((100,), 0.5)), torch.arange(100) // 5)
+    assert patients.intervals[1][0] < report.intervals[1][0] - 0.1
+
+
 def size(path) -> tuple[int, int]:
     with Image.open(path) as picture:
         picture.load()
@@ -407,7 +424,7 @@ def judged(probe=0.7, scores=GOOD, losses=(0.5, 0.6), lowered=1.0, per_class=100
         (0.70, "+12 points against the linear probe, more than chance explains"),
         (0.80, "+2 points against the linear probe, which may be chance with 300 evaluation images"),
         (0.90, "-8 points against the linear probe: worse, beyond chance"),
-        (None, "there is no linear probe to compare it with"),
+        (None, "there is no score of a linear probe to compare it with"),
     ],
 )
 def test_the_gain_is_over_the_linear_probe(probe, gained):
@@ -479,6 +496,26 @@ def test_what_limits_a_run_comes_with_one_next_step(run, limit, next_step):
     found = judged(**run)
     assert len(found.limits) == 1 and found.limits[0].startswith(limit)
     assert next_step in found.next_step
+
+
+@pytest.mark.parametrize(("task", "noun"), [(MultiLabel, "label"), (Regression, "number"), (Segmentation, "class")])
+def test_few_images_are_of_what_the_task_has(task, noun):
+    assert judged(task=task, per_class=5).limits == [f"few images, 5 of each {noun}"]
+
+
+@pytest.mark.parametrize("run", [{"losses": (0.1, 0.6), "probe": 0.8}, {"probe": 1.0, "val_images": 20}])
+def test_a_longer_run_is_not_the_next_step_where_it_overfits_or_nothing_is_left_to_gain(run):
+    found = judged(**run)
+    assert "may be chance" in found.gained and "--epochs" not in found.next_step
+
+
+@pytest.mark.parametrize("task", [MultiLabel, Regression])
+@pytest.mark.parametrize(
+    ("probe", "gained"), [(0.82, "may be chance"), (0.84, "may be chance"), (0.89, "below it"), (0.76, "more than")]
+)
+def test_an_interval_that_was_moved_by_the_bias_of_its_figure_is_no_verdict_on_the_probe(task, probe, gained):
+    """The AP of few positives is too high, that of the probe as well: the whole interval may be below both."""
+    assert gained in judged(probe, task=task, **{f"val_{task.score}_interval": (0.70, 0.80)}).gained
 
 
 def test_below_the_probe_the_rate_is_searched():

@@ -1,5 +1,6 @@
 """Who stands on which side: toolkit/images/splitting.py, --group-by, and cross-validation with --folds."""
 
+import argparse
 import json
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import torch
 
 import deploy_lora
 import finetune_lora
+from lora_utils import read_adapter_file
 from tests.run_folders import rows_of
 from toolkit import InputError, distributed
 from toolkit.answers import probe
@@ -74,6 +76,15 @@ def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
     assert 0.15 < len(part) / 600 < 0.25 and set(labels[rest]) == set(labels[part]) == {5, 6}
 
 
+def test_an_image_that_is_listed_several_times_stays_on_one_side():
+    """As rare images are, so that they count more often in training."""
+    for turn in range(20):
+        keys = [name for name in "abc" for _ in range(9)]
+        in_part = splitting.by_hash(keys, [0] * 27, 0.2, turn).reshape(3, 9)
+        assert (in_part == in_part[:, :1]).all() and 0 < in_part[:, 0].sum() < 3
+    assert not splitting.by_hash(["a"] * 9, [0] * 9, 0.2, 0).any()  # a single image
+
+
 def test_parts_are_disjoint_and_alike():
     labels = [0] * 50 + [1] * 13 + [2] * 2
     number = splitting.folds(labels, map(str, range(65)), 5)
@@ -102,6 +113,26 @@ def test_folds_evaluate_each_image_once_and_spread_numbers(hospital):
         assert abs(train.targets.mean() - val.targets.mean()) < 2.5  # of ages from 0 to 19
 
 
+def test_a_class_of_which_no_image_is_left_to_train_on_is_told(hospital, tmp_path, capsys):
+    scans = shutil.copytree(hospital / "scans", tmp_path / "scans")
+    (scans / "rare").mkdir()
+    next(scans.glob("well/*/*.png")).rename(scans / "rare/1.png")
+    for number in (1, 2):
+        load_splits("imagefolder", data_dir=scans, folds=f"{number}/2")
+    assert capsys.readouterr().out.count("no training image of rare is left: all are evaluated on") == 1
+
+
+def test_an_evaluation_tells_that_files_were_added_since_the_run(hospital, tmp_path):
+    """Parts are dealt anew then: images that trained may be among those to evaluate on."""
+    scans = shutil.copytree(hospital / "scans", tmp_path / "scans")
+    data = {"dataset": "imagefolder", "data_dir": str(scans), "folds": "1/3"}
+    about = {"config": {"data": data}, "class_names": ["sick", "well"], "transform": argparse.Namespace(bands=None)}
+    about["evaluated_on"] = load_splits(**data).val.digest
+    assert deploy_lora._images_of_run(about)[1] == f"of {scans}, evaluated on in training"
+    shutil.copy(next(scans.glob("well/*/*.png")), scans / "well/0.png")
+    assert deploy_lora._images_of_run(about)[1].endswith("have changed, and some of these may have trained")
+
+
 def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
     """With --eval-split validation nothing is evaluated on the second list, so it may."""
     title, *lines = (hospital / "all.csv").read_text().splitlines()
@@ -118,7 +149,10 @@ def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
 def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp_path, capsys):
     run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0")
     assert "evaluation images, 2 classes, in 16 + 4 groups (2)" in capsys.readouterr().out
-    again = deploy_lora.main(["evaluate", str(run["folder"] / "lora.pth"), "--device", "cpu"])
+    adapter = run["folder"] / "lora.pth"
+    again = deploy_lora.main(["evaluate", str(adapter), "--device", "cpu"])
+    val = load_splits("imagefolder", data_dir=hospital / "scans", group_by="2").val
+    assert read_adapter_file(adapter)["metadata"]["evaluated_on"] == val.digest
     assert again["images"] == run["val_images"] and again["loss"] == pytest.approx(run["val_loss"], abs=1e-5)
     assert again["accuracy_interval"] == pytest.approx(run["val_accuracy_interval"])
     of_images = share_interval(torch.arange(run["val_images"]) < round(run["val_accuracy"] * run["val_images"]))

@@ -58,8 +58,9 @@ class Report:
         self.head = head
         self.answers = answers
         self.names = head.names
+        self.clusters = torch.arange(len(answers.targets)) if clusters is None else clusters
         bounds = [headline.bounds for headline in self.HEADLINES.values()]
-        found = measures.jackknife(self.measure, len(answers.targets), clusters, bounds)
+        found = measures.jackknife(self.measure, len(answers.targets), self.clusters, bounds)
         self.values = found.values.tolist()
         self.intervals = found.intervals
 

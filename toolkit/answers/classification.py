@@ -86,6 +86,11 @@ class ClassReport(Report):
         super().__init__(head, answers, clusters)
         self.values[0] = answers.accuracy
         self.intervals[0] = measures.share_interval(answers.labels == answers.predictions, clusters)
+        right, images, _ = answers.class_counts()
+        independent = images * (int(self.clusters.max()) + 1) / len(self.clusters)
+        low, high = measures.mean_interval((right / images)[images > 0], independent[images > 0])
+        # Where a class has all right, leaving out images of it changes nothing, and yet its share is not sure.
+        self.intervals[1] = min(low, self.intervals[1][0]), max(high, self.intervals[1][1])
 
     def measure(self, weights: Tensor) -> Tensor:
         means = measures.by_rows(self.answers.class_means, weights, len(self.answers.labels))

@@ -178,7 +178,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     """Rows of (name, value) for people."""
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
-        form = ".4f" if measure in SHOWN[ANSWER] else ".2%"  # a share in per cent
+        form = ".4g" if measure in SHOWN[ANSWER] else ".2%"  # a share in per cent
         interval = interval_text(low, high, f"+{form}")
         rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows
@@ -227,10 +227,10 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What runs of one kind share: all settings but seed and searched rate. Results of `evaluate` stand alone."""
+    """What runs of one kind share: all settings but the seed. Results of `evaluate` stand alone."""
     sections = results.get("config", {"": {"file": str(path)}})
-    left_out = {"seed", "learning_rate"} if "learning rate" in results.get("chosen_by", {}) else {"seed"}
-    return {name: value for section in sections.values() for name, value in section.items() if name not in left_out}
+    found = {"learning_rate": "auto"} if "learning rate" in results.get("chosen_by", {}) else {}
+    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"} | found
 
 
 def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | str:

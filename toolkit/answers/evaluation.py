@@ -16,6 +16,10 @@ from toolkit.devices import autocast, to_device
 from toolkit.models.backbones import forward_features
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
+NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
+NEIGHBOURS = 20
+NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
+QUERIES_AT_ONCE = 1_024
 
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -37,9 +41,6 @@ def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.de
     """A function of images (N, C, H, W), on a device and in a precision."""
     with autocast(device, dtype):
         return function(to_device(images, device))
-
-
-NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
 
 
 def no_labels(like: Tensor) -> Tensor:
@@ -130,11 +131,6 @@ def all_outputs(
     """The outputs of a model, float32 (N, K), and the targets, both on the CPU."""
     outputs, targets = over_loader(model, loader, device, dtype)
     return outputs.cpu(), targets.cpu()
-
-
-NEIGHBOURS = 20
-NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
-QUERIES_AT_ONCE = 1_024
 
 
 def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> float:

@@ -20,8 +20,6 @@ NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% in
 def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     """The 95% interval of the true accuracy (0 to 1), from answers (N,) that are right or wrong.
 
-    It is Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
-
     Images of one cluster may be alike: `clusters` (N,) has the number of each image's cluster, such as a patient; None:
     each image is for itself. It is then that of as many independent images as would have the same variance, at most N,
     and wider where there are few clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and
@@ -40,13 +38,22 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
         variance = number / (number - 1) * sums.square().sum().item() / images**2
         effective = share * (1 - share) / variance if variance > 0 else number
         effective = min(images, effective) * (NORMAL / t.ppf(0.975, number - 1)) ** 2
-    unsure = NORMAL**2 / effective
-    middle = (share + unsure / 2) / (1 + unsure)
-    half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
-    # The ends are exact, whatever is rounded.
-    low = middle - half if share > 0 else 0.0
-    high = middle + half if share < 1 else 1.0
-    return low, high
+    return mean_interval(torch.tensor([share], dtype=torch.float64), effective)
+
+
+def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
+    """The 95% interval of the mean of independent shares (K,), of so many images each: good for few, and all right too.
+
+    Each share has Wilson's score interval (JASA 22, 1927), and the mean what Zou and Donner make of these (Statistics
+    in Medicine 27, 2008).
+    """
+    unsure = NORMAL**2 / images
+    middle = (shares + unsure / 2) / (1 + unsure)
+    half = (unsure * (shares * (1 - shares) + unsure / 4)).sqrt() / (1 + unsure)
+    # Exact at the ends, whatever is rounded
+    below = (shares - middle + half).where(shares > 0, 0.0).norm().item() / len(shares)
+    above = (middle + half - shares).where(shares < 1, 0.0).norm().item() / len(shares)
+    return shares.mean().item() - below, shares.mean().item() + above
 
 
 def effective_rank(features: Tensor) -> float:

@@ -23,7 +23,7 @@ from toolkit.images.lists import PROBABILITY
 NO_POSITIVE = "no evaluation image has a label"
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
 CURVES = 10  # labels in the pictures of precision by recall and of ROC
-FEWEST_POSITIVES = 5  # and negatives, of a label whose figures have intervals: with these they were found to cover
+FEWEST_POSITIVES = 5  # images or clusters, and negatives, of a label whose figures have intervals: these cover
 
 
 @dataclass
@@ -237,8 +237,8 @@ class LabelReport(ColumnReport):
         return torch.cat([means, macro_f1, by_label], 1)
 
     def label_intervals(self, i: int) -> list[measures.Interval]:
-        """Those of a label's AP and AUROC; NaN where few images are positives, or few are negatives."""
-        if min((self.answers.targets[:, i] == value).sum() for value in (0, 1)) < FEWEST_POSITIVES:
+        """Those of a label's AP and AUROC; NaN where few images, or clusters, have positives, or few negatives."""
+        if min(len(self.clusters[self.answers.targets[:, i] == value].unique()) for value in (0, 1)) < FEWEST_POSITIVES:
             return [(math.nan, math.nan)] * 2
         return self.intervals[len(self.HEADLINES) + i :: len(self.names)]
 

@@ -57,8 +57,7 @@ def write_page(
     if curves is not None:
         parts += ["<h2>By epoch</h2>", html_picture(curves.read_bytes(), "losses and accuracy by epoch")]
     parts += sections
-    described = "the most confident wrong answers, and the least certain right ones"
-    parts += ["<h2>Mistakes</h2>", html_picture(mistakes.read_bytes(), described)]
+    parts += ["<h2>Mistakes</h2>", html_picture(mistakes.read_bytes(), "the images that were answered worst")]
     if named:
         parts.append(f"<details><summary>The files</summary>{html_table(named)}</details>")
     parts += ["<h2>To go on</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]

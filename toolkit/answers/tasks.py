@@ -22,6 +22,7 @@ from toolkit.images.sources import Splits
 __all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
+RECORDED = {"multilabel": ("thresholds",), "regression": ("mean", "std")}  # numbers for each output, by name
 SURE_IMAGES = 500  # from so many on a temperature fitted in cross-validation says more than that it should be 1
 
 
@@ -86,9 +87,8 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
     names = splits.class_names
     train = splits.train
     balanced = args.class_weights == "balanced"
-    task: Task
     if args.task == "multilabel":
-        task = MultiLabel(names, train.targets, balanced, goal=args.threshold)
+        task: Task = MultiLabel(names, train.targets, balanced, goal=args.threshold)
     elif args.task == "regression":
         task = Regression(names, train.targets)
     elif args.task == "segmentation":
@@ -99,9 +99,6 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
         task = Classification(names, weights, args.label_smoothing)
     task.objective.to(device)
     return task
-
-
-RECORDED = {"multilabel": ("thresholds",), "regression": ("mean", "std")}  # numbers for each output, by name
 
 
 def from_record(record: Any, names: Sequence[str], path: Any) -> Task:

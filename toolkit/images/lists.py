@@ -180,8 +180,8 @@ def _label_columns(
         places = [0]
         for entry in label_columns:
             first, _, last = entry.partition("..")
-            start = _place_of(first, titles, path, "--label-columns")
-            places += range(start, _place_of(last or first, titles, path, "--label-columns") + 1)
+            ends = [_place_of(column, titles, path, "--label-columns") for column in (first, last or first)]
+            places += range(min(ends), max(ends) + 1)
     if grouped:
         group = _place_of(group_by, titles, path)
         places = [place for place in places if place != group]
@@ -263,8 +263,11 @@ def _columns(
 ) -> Targets:
     """What stands in the columns behind the paths. Raises InputError where a cell cannot be read."""
     names = list(map(one_spelling, titles[1:]))
-    if not names or not all(names) or len(set(names)) < len(names):
-        raise _error(path, "expected a column with a name of its own for each label or number")
+    ending = ANSWER if read is _number else PROBABILITY
+    taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`
+    if not names or not all(names) or len(taken) < 2 * len(names):
+        problem = f"expected a column with a name of its own, and not with{ending} behind it, for each label or number"
+        raise _error(path, problem)
     _check_widths(path, titles, rows)
     values = []
     for row in rows:

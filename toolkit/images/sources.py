@@ -21,6 +21,7 @@ from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
+NUMBER_STRATA = 5
 
 
 class Splits(NamedTuple):
@@ -61,30 +62,18 @@ def load_splits(
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
+    What is not said here is as the option of the same name (docs/options.md; with examples: docs/data.md).
+
     Args:
-        dataset: one of DATASETS.
-        data_dir: `imagefolder`: has train/ and val/ (or valid/, validation/, else test/), or class folders to be split.
-        eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
-            choosing hyperparameters without a look at the held-out images.
-        labels_per_class: keep only so many random training images of each class.
-        seed: draws those; the splits themselves never depend on it.
-        val_dir: `imagefolder`: the evaluation images, a folder per class.
-        data_list: `imagefolder`: lists of `path,label` lines instead of class folders, one to be split, or two of
-            which the second is for evaluation. Relative paths are relative to `data_dir`, else to the list's folder.
-        skip_unreadable: read all images once and leave out those that cannot be read.
+        data_dir: also what relative paths in lists are relative to; without it that is the list's folder.
+        eval_split: what `val` is. 'validation': the `validation_part` of the training split.
+        seed: draws the images of `labels_per_class`; the splits themselves never depend on it.
         for_training_only: the evaluation images are not needed, and `val` may be empty.
-        bands: `imagefolder`: what is read of files that are no RGB photographs.
-        task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image. 'segmentation': each
-            has a mask; a folder then has images/ and masks/, and so on (`masks.load_pairs`), a list `image,mask` lines.
-        group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
-            patient, field or video: no such group is on two sides of a split.
-        folds: '2/5': evaluate on the second of five parts of the training images.
-        label_columns: the columns of lists that are labels or numbers, `A..B` for all from A to B; None: all.
+        bands: what is read of files that are no RGB photographs.
         masks: 'segmentation': how masks are read. All of them are, once.
 
-    Raises:
-        InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images; a group that is
-            among the training and the evaluation images; a mask that is none of its image.
+    Raises InputError for what is missing, empty, unreadable or too little, for a group that is among the training and
+    the evaluation images, and for a mask that is none of its image.
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
     listed_in = _places_of_lists(data_list or (), data_dir)
@@ -119,8 +108,8 @@ def load_splits(
             raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
     elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
     train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
-    if group_by is not None and task == "classification" and (gone := set(val.labels) - set(train.labels)):
-        print(f"no training image of {_names(gone, class_names)} is left: all are in groups that are evaluated on")
+    if task == "classification" and (gone := set(val.labels) - set(train.labels)):
+        print(f"no training image of {_names(gone, class_names)} is left: all are evaluated on")
     if task == "segmentation" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
         print(f"no training mask has pixels of {_names(gone, class_names)}")
     if not for_training_only:
@@ -298,7 +287,7 @@ def listed_images(
     targets = lists.read_targets(path, folder, task, **columns)
     if known:
         targets = lists.like(targets, known, path, other)
-    elif task == "multilabel" and not (targets.values == 0).any():  # every answer yes would be right
+    if task == "multilabel" and not (targets.values == 0).any():  # every answer yes would be right
         raise InputError(f"--data-list {path}: no answer is 0 for no; -1 and nothing are unknown")
     labels = [0] * len(targets.paths)
     if task == "multilabel":
@@ -358,9 +347,6 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
     if not in_part.any():
         raise InputError("too few images to hold some out: every class has only one")
     return images.split(in_part)
-
-
-NUMBER_STRATA = 5
 
 
 def _alike(images: LabelledImages) -> Sequence[int]:

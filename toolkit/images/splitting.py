@@ -22,15 +22,16 @@ def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int)
 
     What an earlier turn left has no small numbers any more, so each turn draws anew.
     """
-    labels = np.asarray(labels)
-    drawn = _drawn(keys, turn)
+    # An image that is listed twice has one number, and stays on one side.
+    drawn, place, same = np.unique(_drawn(keys, turn), return_index=True, return_inverse=True)
+    labels = np.asarray(labels)[place]
     in_part = drawn < share
     order = np.lexsort((drawn, labels))  # by class, and in each by the number drawn
     last = np.append(np.flatnonzero(np.diff(labels[order])), len(order) - 1)
     first = np.append(0, last[:-1] + 1)
     in_part[order[first]] = True  # at least one of each class,
     in_part[order[last]] = False  # never all of it, and not the only one
-    return in_part
+    return in_part[same]
 
 
 def _drawn(keys: Iterable[str], turn: int) -> np.ndarray:

@@ -133,6 +133,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
+        "evaluated_on": run.splits.val.digest,
         "version": VERSION,
         **recorded(run.plan.normalization, run.report),
         "checkpoint": stored_checkpoint(run.args.checkpoint),
@@ -249,7 +250,8 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
 def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
     chosen = {}
-    if run.args.learning_rate == "auto" or run.path("learning_rates.csv").exists():
+    begun = run.args.resume or run.path("last.pth")  # maybe in another folder
+    if any(path.with_name("learning_rates.csv").exists() for path in (begun, run.path("last.pth"))):
         chosen["learning rate"] = "trials on a part of the training images"
     column = run.task.best_by.get(run.args.keep_best)
     if any(not math.isnan(row[column]) for row in run.history if column is not None):

@@ -43,7 +43,7 @@ def judge(
 
     limits = []
     if images_per_class < FEW_IMAGES:
-        limits.append(f"few images, {images_per_class:.0f} of each class")
+        limits.append(f"few images, {images_per_class:.0f} of each {task.outputs_are[0]}")
     if lowered > LOWERED:
         limits.append(f"a learning rate that was lowered {lowered:.0f}-fold")
     if is_rising:
@@ -60,14 +60,17 @@ def judge(
     elif is_overfitted and can_vary and augmentation not in ("trivial", "affine"):
         next_step = "the same command with --augmentation trivial"
     if probe is None:
-        return Verdict("there is no linear probe to compare it with", limits, next_step)
+        return Verdict("there is no score of a linear probe to compare it with", limits, next_step)
 
     gained = results[f"val_{score}"] - probe
     gain = f"{factor * gained:+.2g}{' points' if factor == 100 else ''} against the linear probe"
     if interval is None:
         return Verdict(f"{gain}; there is no interval to judge it by", limits, next_step)
     low, high = interval
-    if task.kind == "classification" and round(abs(gained) * results["val_images"]) < FEWEST_APART:
+    if task.kind != "classification":  # it was moved by the bias of the score, which that of the probe has as well
+        moved = results[f"val_{score}"] - (low + high) / 2
+        low, high = low + moved, high + moved
+    elif round(abs(gained) * results["val_images"]) < FEWEST_APART:
         low, high = 0.0, 1.0
     if probe > high:
         next_step = "the same command with --learning-rate auto"
@@ -82,6 +85,8 @@ def judge(
         return Verdict(f"{gain}, {why}", limits, next_step)
     if images_per_class < FEW_IMAGES:
         more = "more labelled images; until then the probe, --lora-rank 0, is as good"
+    elif is_overfitted or probe == 1:  # a longer run would be no better
+        more = next_step
     return Verdict(f"{gain}, which may be chance with {results['val_images']:,} evaluation images", limits, more)
 
 
