@@ -192,7 +192,8 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
     images = run.task.objective.counts(run.splits.train)
-    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images))
+    adapter = shlex.quote(str(run.path("lora.pth")))
+    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
     results["verdict"] = found._asdict()
     meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
     meaning.append(("next", found.next_step))

@@ -25,11 +25,15 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    results: Mapping[str, Any], history: Sequence[Mapping[str, float]], task: Task | type[Task], images_per_class: float
+    results: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    task: Task | type[Task],
+    images_per_class: float,
+    adapter: str = "lora.pth",
 ) -> Verdict:
     """Judge a finished run, by the content of `results.json` and the rows of `metrics.csv`, one for each epoch.
 
-    `images_per_class` is that of the training images.
+    `images_per_class` is that of the training images; `adapter`, the path of the file for commands that use it.
     """
     score = task.score
     factor, _ = task.axis  # 100: differences are points
@@ -54,7 +58,7 @@ def judge(
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
     can_vary = task.kind == "classification" and value_at(results, "normalization/scale") is None  # photographs
-    next_step = f"python deploy_lora.py predict lora.pth new_images --output {task.predicted_into}"
+    next_step = f"python deploy_lora.py predict {adapter} new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
     elif is_overfitted and can_vary and augmentation not in ("trivial", "affine"):
