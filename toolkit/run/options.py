@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib.util
 import inspect
+import json
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -510,7 +511,7 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     Returns these values, and the bands that are read of a user's images, as many as the first layer takes; None: they
     are RGB photographs. `args` are `ImageOptions` and `ShapeOptions`.
     """
-    from toolkit.files import read_checkpoint  # here: they load PyTorch
+    from toolkit.files import is_safetensors, read_checkpoint, read_safetensors  # here: they load PyTorch
     from toolkit.images.bands import bands_of
     from toolkit.models import checkpoints
 
@@ -519,9 +520,12 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     file = checkpoint
     if checkpoint is not None:
         channels, metadata = checkpoints.find_images(checkpoint, args.arch)
-    with contextlib.suppress(InputError):  # reported when it is put on the backbone
+    with contextlib.suppress(ValueError, KeyError, RecursionError):  # reported when it is put on the backbone
         if adapter := getattr(args, "stage1_adapter", None):
-            content = read_checkpoint(adapter)
+            if is_safetensors(adapter):
+                content = json.loads(read_safetensors(adapter)[1]["adapter"])
+            else:
+                content = read_checkpoint(adapter)
             if checkpoints.value_at(content, "metadata/mean") is not None:
                 metadata = content["metadata"]
                 file = adapter
