@@ -112,7 +112,7 @@ class LoRALayer:
         vars(self).update(NO_ADAPTER)
         if settings is not None:
             vars(self).update(vars(settings), scaling=settings.scaling)
-        self.lora_enabled = True
+        self.lora_enabled = True  # False: compute as without an adapter, merged or not
         self.followed = None
         self._base_data = None
         self._create_adapters()

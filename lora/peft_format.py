@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapted import AdaptedLayer, is_adapted, outermost_layers
+from lora.adapted import is_adapted, outermost_layers
 from toolkit import listed, optional_package
 from toolkit.models.backbones import head_names, in_head
 
@@ -68,7 +68,7 @@ def _obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return dict(outermost_layers(model, lambda module: is_adapted(module) and module.r > 0))
 
 
@@ -106,7 +106,7 @@ def write_peft(model: nn.Module, folder: Path) -> None:
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
+def _packed_factors(layer: nn.Module, times_projected: int) -> dict[str, Tensor]:
     """A layer's factors in PEFT's shapes, by their names within the layer."""
     if isinstance(layer, nn.Conv2d):
         A = layer.lora_A.unflatten(1, (layer.in_channels, *layer.kernel_size))  # (r, in, kh, kw)
