@@ -152,9 +152,6 @@ def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
     return torch.cat(taken, 1)[0, :, :, 0].T
 
 
-# --------------------------------------------------------------------------------------- images of any size, in windows
-
-
 def window_starts(length: int, size: int) -> list[int]:
     """Where windows of a size begin that cover a side, evenly spaced; the last one ends where the side does."""
     if length <= size:
