@@ -6,8 +6,7 @@
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
     torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
-From top to bottom: the adapted layers, how they get into a model, what trains and what does not, the training loop and
-its command line. The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
+The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
 """
 
 import contextlib
@@ -76,8 +75,7 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
-    weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
+    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments.
     """
 
     weight_name = "weight"
@@ -981,9 +979,6 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
-
-    A study changes the loss in `toolkit.answers.parts`, the optimizer and the schedule in `toolkit.run.optim`, and the
-    augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
 
     Args:
         plan: what is settled beside the options, `args`.

@@ -408,11 +408,9 @@ WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck)
 def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
-    Args:
-        mode: 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of
-            the sixteen activations of the block's width per token, in the time that it would take to write and read
-            them.
-            'full': only the input of each block is saved.
+    - 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of the
+      sixteen activations of the block's width per token, in the time that it would take to write and read them.
+    - 'full': only the input of each block is saved.
 
     Raises InputError for a mode that does not exist, or for 'full' in a model without anything to recompute.
     """

@@ -38,10 +38,7 @@ def import_peft():
 
 
 def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yield what PEFT's format cannot hold, each with the reason.
-
-    `tensors` are those of the adapter file from which the model was loaded.
-    """
+    """Yield what PEFT's format cannot hold of a model and the tensors of its adapter file, each with the reason."""
     layers = _adapted_layers(model)
     if not layers:
         yield "it has no adapters"
@@ -73,10 +70,7 @@ def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def write_peft(model: nn.Module, folder: Path) -> None:
-    """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
-
-    `obstacles` must have found none.
-    """
+    """Write the adapters of a model without `obstacles`, and its head, as `PeftModel.save_pretrained` would."""
     layers = _adapted_layers(model)
     times_projected = _times_projected()
     ranks = {}

@@ -84,7 +84,6 @@ def choose_learning_rate(
     Args:
         train: trains at a rate, and returns the row of the last epoch, with the task's score, as `val_accuracy`, and
             `val_loss`. Raises Collapsed if the training collapses.
-        rates: to try: see `rates_that_differ`.
         args: those of a trial.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
