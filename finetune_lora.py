@@ -593,8 +593,8 @@ def check_8_bits(model: nn.Module) -> None:
     layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)]
     if not layers:
         raise InputError("8 bits are for linear layers and attention, and the model has none: use --arithmetic float")
-    widest = max((layer.weight.shape for layer in layers), key=math.prod)
-    if not int8.multiplies_exactly("cpu", *widest):
+    widest = max(layers, key=lambda layer: layer.weight.numel())
+    if not int8.multiplies_exactly("cpu", *widest.weight.shape):
         raise InputError("8 bits overflow on this CPU, which has neither VNNI nor AMX: use --arithmetic float")
 
 

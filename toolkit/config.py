@@ -403,7 +403,7 @@ def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[s
 def stored(value: Any) -> Any:
     """An option's value as a file can hold it."""
     if isinstance(value, list | tuple):
-        return [stored(item) for item in value]
+        return list(map(stored, value))
     return str(stored_path(value)) if isinstance(value, Path) else value
 
 

@@ -38,7 +38,7 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     """Undo everything drawn since `rng_state()` returned this. CUDA states are left where the device count differs."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        torch.cuda.set_rng_state_all(list(map(Tensor.cpu, state["cuda"])))
 
 
 def select_device(name: str) -> torch.device:

@@ -151,8 +151,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 def head_name(model: nn.Module) -> str | None:
     """The name of the classifier head, the last if there are several; None if it is not clear which module it is."""
-    heads = head_names(model)
-    return heads[-1] if heads else None
+    return next(reversed(head_names(model)), None)
 
 
 def _found_head(model: nn.Module) -> str | None:

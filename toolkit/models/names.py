@@ -48,8 +48,9 @@ def check_heads(arch: str, heads: int | None) -> None:
         return
     if arch not in VITS:
         raise InputError(f"{heads} heads are not for {arch}: only torchvision's ViTs take a number; drop --heads")
-    width, own = VITS[arch]["hidden_dim"], default_heads(arch)
+    width = VITS[arch]["hidden_dim"]
     if type(heads) is not int or heads < 1 or width % heads:
+        own = default_heads(arch)
         raise InputError(f"{printable(heads)} heads do not divide the {width} features of {arch}; {own} do")
 
 

@@ -286,7 +286,7 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
     for name in PATHS:
         value = getattr(args, name, None)
         if value and origins.get(name) == "config":
-            found = [found_path(path) for path in value] if isinstance(value, list) else found_path(value)
+            found = list(map(found_path, value)) if isinstance(value, list) else found_path(value)
             setattr(args, name, found)
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
@@ -329,7 +329,12 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
     problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
-    return problems + fine_tuning_problems(args, typed)
+    problems += model_problems(args.checkpoint, args.arch, args.heads)
+    for other, clashing in CLASHES.items():
+        for words, reason in clashing.items():
+            if _is_given(args, other) and _is_given(args, words):
+                problems.append(f"{words} with {other}: {reason}; drop one of the two")
+    return [*problems, *shared_problems(args, typed), *_task_problems(args, typed), *_run_problems(args)]
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -396,19 +401,6 @@ def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
         yield f"{warmup}: no step would have the peak rate; lower it"
     if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
         yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"
-
-
-def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
-    problems = model_problems(args.checkpoint, args.arch, args.heads)
-    for other, clashing in CLASHES.items():
-        for words, reason in clashing.items():
-            if _is_given(args, other) and _is_given(args, words):
-                problems.append(f"{words} with {other}: {reason}; drop one of the two")
-    problems += shared_problems(args, typed)
-    problems += _task_problems(args, typed)
-    problems += _run_problems(args)
-    return problems
 
 
 def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:

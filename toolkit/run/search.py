@@ -97,7 +97,7 @@ def choose_learning_rate(
         if "trials" not in state:
             return state["config"]["finetune"]["learning_rate"], args.resume
         run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
-        trials = [Trial(*trial) for trial in state["trials"]]
+        trials = list(map(Trial._make, state["trials"]))
     most = f"over at most {SEARCH_IMAGES:,} images"
     print(f"searching for a learning rate: {len(rates)} runs of {args.epochs} epochs {most}")
     columns = ("learning_rate", f"val_{task.score}", "val_loss")
@@ -111,7 +111,7 @@ def choose_learning_rate(
         print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trials[-1].val_loss:.4f}")
         begin()
         if distributed.is_main():
-            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
+            save_atomically({"trials": list(map(tuple, trials)), **settings}, args.output_dir / "last.pth")
     rate = choose(trials, lambda score: task.head.variance(score, images))
     begin()
     if distributed.is_main():
