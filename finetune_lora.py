@@ -47,7 +47,7 @@ from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
-from toolkit.files import read_checkpoint, save_atomically, write_text
+from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
@@ -854,40 +854,52 @@ def search_learning_rate(
     args: FineTuneOptions, plan: Plan, splits: Splits, base: dict[str, str], opened: list[DataLoader], begin: Callable
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
+    settings = {"config": plan.settings(args), "images": splits.digest(), "base": base}
+    rate, trials = search.resumed(args, settings)
+    if rate is not None:
+        return rate, args.resume
     parts = search.parts_of(splits)
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
     own = replace(args, epochs=min(args.epochs, search.MOST_TRIAL_EPOCHS), wise_ft=wise_ft)
+    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
+    rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
+    most = f"over at most {search.SEARCH_IMAGES:,} images"
+    print(f"searching for a learning rate: {len(rates)} runs of {own.epochs} epochs {most}")
+    columns = ("learning_rate", f"val_{task.score}", "val_loss")
     features = None  # of the first trial, for all of them
     cached = None
-
-    def train_at(rate: float) -> dict[str, float]:
-        nonlocal features, cached
+    for rate in rates[len(trials) :]:
         end_workers(opened)  # the last trial's
         devices.seed_everything(args.seed)
         model, report = build_model(own, plan.dtype, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
         devices.place(model, plan.device)
-        trial = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
-        cached = trial.loaders.images
-        features = trial.start(features)
-        train(trial)
-        return trial.history[-1]
-
-    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
-    found = search.choose_learning_rate(
-        train_at,
-        search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps)),
-        task,
-        own,
-        images=len(parts.val),
-        begin=begin,
-        settings={"config": plan.settings(args), "images": splits.digest(), "base": base},
-    )
+        run = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
+        cached = run.loaders.images
+        features = run.start(features)
+        try:
+            train(run)
+            last = run.history[-1]
+            trial = search.Trial(rate, last[columns[1]], last["val_loss"])
+        except Collapsed:
+            trial = search.Trial(rate, 0.0, math.inf)
+        del run, model  # beside the next ones they would be the peak of memory
+        trials.append(trial)
+        score = task.reported(trial.val_score)
+        print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
+        begin()
+        if distributed.is_main():
+            save_atomically({"trials": list(map(tuple, trials)), **settings}, args.output_dir / "last.pth")
+    rate = search.choose(trials, lambda score: task.head.variance(score, len(parts.val)))
+    begin()
+    if distributed.is_main():
+        write_cells(trials, columns, args.output_dir / "learning_rates.csv")
+    print(f"learning rate {rate:.0e}")
     end_workers(opened)
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
-    return found
+    return rate, None
 
 
 # ----------------------------------------------------------------------------------------------------------- training
