@@ -46,8 +46,7 @@ class DenseModel(nn.Module):
             classifier head becomes an identity.
         classes, image_size, channels: K, S (in pixels) and C.
 
-    Raises:
-        InputError: the backbone has no maps that can be read.
+    Raises InputError if the backbone has no maps that can be read.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, image_size: int, channels: int = 3):
