@@ -65,9 +65,6 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     return LoRASettings(record["r"], record["lora_alpha"], record["lora_dropout"], record["use_rslora"])
 
 
-# ---------------------------------------------------------------------------------------------------------- the layers
-
-
 def is_adapted(module: nn.Module) -> bool:
     """Is this a layer of `finetune_lora.py`: with an adapter, or of rank 0, whose weight is stored in fewer bits?"""
     return hasattr(type(module), "adapted_state")
@@ -100,9 +97,6 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The stock class that a class of adapted layers adapts; any other class itself."""
     return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)
-
-
-# ------------------------------------------------------------------------------------------- which layers are adapted
 
 
 def matches_layer(name: str, target: str) -> bool:

@@ -190,7 +190,7 @@ CUDA_CONTEXT_BYTES = 450_000_000
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The peak so far in bytes, of a CUDA device's tensors and CUDA_CONTEXT_BYTES or of the process; None on Windows."""
+    """The peak so far in bytes: a CUDA device's tensors and CUDA_CONTEXT_BYTES, or the process. None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT_BYTES
     status = Path("/proc/self/status")

@@ -243,9 +243,6 @@ def normalization(arch: str) -> dict[str, tuple[float, ...]]:
     return {"mean": tuple(config.mean), "std": tuple(config.std)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- timm
-
-
 def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Module:
     import timm
 

@@ -84,8 +84,6 @@ def timm_config(arch: str):
     return config
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
 NO_CHECKPOINT = "none"
 NO_ARCH = "random weights have no architecture of their own"
 
