@@ -287,7 +287,7 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         try:
             with open_scene(images.name(i), about["transform"].bands) as scene:
                 path = maps.write(scene, places[i], parts_bar)
-                written += [path] if maps.writes else []
+                written += [path] * maps.writes
         except UnreadableImage as error:
             broken.append(error)
     written = sorted(itertools.chain(*distributed.gather(written)))

@@ -1210,7 +1210,7 @@ class FineTuning(RunState):
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
-        adapter_rate = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+        adapter_rate = self.adapter_rate and now.learning_rate * self.adapter_lr_factor  # None without adapters
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
         row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}

@@ -44,25 +44,18 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
-        reason = "an adapter on the head, which PEFT saves whole" if in_head(model, name) else _obstacle(layer)
-        if reason:
-            yield f"{name} ({reason})"
+        if in_head(model, name):
+            yield f"{name} (an adapter on the head, which PEFT saves whole)"
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            yield f"{name} (a convolution in groups)"
+        elif isinstance(layer, nn.Conv2d) and (layer.dilation != (1, 1) or layer.padding_mode != "zeros"):
+            yield f"{name} (a convolution with dilation or padding other than zeros, which PEFT's adapter lacks)"
     of_base = [name for name in tensors if ".lora_" not in name and not in_head(model, name)]
     trained = [name for name in of_base if ".running_" not in name]
     if trained:
         yield f"weights of the base that have trained ({listed(trained)})"
     elif of_base:
         yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
-
-
-def _obstacle(layer: nn.Module) -> str | None:
-    """Why PEFT computes something else with this layer's adapter, or cannot adapt the layer; None if it can."""
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups > 1:
-            return "a convolution in groups"
-        if layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-            return "a convolution with dilation or padding other than zeros, which PEFT's adapter lacks"
-    return None
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
