@@ -1035,13 +1035,8 @@ class FineTuning(RunState):
             self.adapter_lr_factor = initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
-        self.guard = Guard(
-            self.task,
-            splits.train,
-            self.loaders.watched_images,
-            may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
-            epochs=args.epochs,
-        )
+        may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
+        self.guard = Guard(self.task, splits.train, self.loaders.watched_images, may_shrink, args.epochs)
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
 

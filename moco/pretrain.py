@@ -217,10 +217,9 @@ class Pretraining(RunState):
         for images, (loss,) in training.read_figures(unread, self.stop):
             loss /= distributed.world_size()
             if not math.isfinite(loss):  # what was saved before is sound
-                raise InputError(
-                    f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
-                    f"{rate:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
-                )
+                where = f"epoch {self.epoch + 1}, step {self.global_steps}, learning rate {rate:.2e}"
+                remedy = "lower --learning-rate, warm up longer or use --precision fp32"
+                raise InputError(f"the loss is {loss} at {where}: {remedy}")
             self.progress.add(images, 0, loss)
             speed = self.meter.results()["images_per_second"]
             bar.set_postfix({"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"} | self.meter.shown(), refresh=False)
