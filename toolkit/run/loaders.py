@@ -182,8 +182,10 @@ class Loaders:
             loaders["evaluation images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
-        bars = (runs.progress_bar(loader, f"for the linear probe: {what}") for what, loader in loaders.items())
-        found = [task.head.features(network, bar, self.device, dtype, len(train)) for bar in bars]
+        found = []
+        for what, loader in loaders.items():
+            bar = runs.progress_bar(loader, f"for the linear probe: {what}")
+            found.append(task.head.features(network, bar, self.device, dtype, len(train)))
         if self.has_masks:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
         return found
