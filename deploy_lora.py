@@ -177,7 +177,10 @@ def explain(args: argparse.Namespace) -> list[Path]:
             written.append(places[i].with_name(f"{places[i].name}.png"))
             save_figure(figure, written[-1])
         written = sorted(itertools.chain(*distributed.gather(written)))
-        for error in itertools.chain(*distributed.gather(broken)):
+        broken = list(itertools.chain(*distributed.gather(broken)))
+        if not written:
+            raise broken[0]
+        for error in broken:
             print(f"left out: {error}")
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
