@@ -1,6 +1,7 @@
 """Models by their names: what `--arch` and `--checkpoint` may say. PyTorch is loaded only where a name needs it.
 
 A model of timm is named as `timm:vit_small_patch14_dinov2`, by its name in `timm.list_models()` and, if any, its tag.
+What MoCo's authors and users have published is downloaded once, into the folder of `torch.hub`, if its name was typed.
 """
 
 import argparse
@@ -86,7 +87,6 @@ def timm_config(arch: str):
 
 NO_CHECKPOINT = "none"
 NO_ARCH = "random weights have no architecture of their own"
-
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
 _MOCO_V3 = "https://dl.fbaipublicfiles.com/moco-v3"
