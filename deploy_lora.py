@@ -177,7 +177,10 @@ def explain(args: argparse.Namespace) -> list[Path]:
             written.append(places[i].with_name(f"{places[i].name}.png"))
             save_figure(figure, written[-1])
         written = sorted(itertools.chain(*distributed.gather(written)))
-        for error in itertools.chain(*distributed.gather(broken)):
+        broken = list(itertools.chain(*distributed.gather(broken)))
+        if not written:
+            raise broken[0]
+        for error in broken:
             print(f"left out: {error}")
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
@@ -287,7 +290,7 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         try:
             with open_scene(images.name(i), about["transform"].bands) as scene:
                 path = maps.write(scene, places[i], parts_bar)
-                written += [path] if maps.writes else []
+                written += [path] * maps.writes
         except UnreadableImage as error:
             broken.append(error)
     written = sorted(itertools.chain(*distributed.gather(written)))
@@ -677,22 +680,6 @@ def _place_of_usage(about: dict[str, Any], output: Path) -> Path:
     return path
 
 
-class Normalised(nn.Module):
-    """A model that normalises its images itself: (N, C, S, S) -> (N, classes).
-
-    The images have values from 0 to 1 or, with a `scale`, those of their files.
-    """
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], scale: float = 1.0):
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", scale * torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", scale * torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std)
-
-
 def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
@@ -707,6 +694,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
     channels = input_channels(model)
+    any_size = is_per_pixel(metadata) and isinstance(model.backbone, ResNet)
     task = _task_of(metadata)
     values = from_metadata(metadata)
     about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
@@ -721,13 +709,15 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         if values["bands"] is not None:
             scale = left["scale"]
             left["scale"] = 1.0
-        model = Normalised(model, values["mean"], values["std"], scale).eval()
+        normalise = nn.BatchNorm2d(channels, eps=0.0, affine=False)
+        normalise.running_mean = scale * torch.tensor(values["mean"])
+        normalise.running_var = (scale * torch.tensor(values["std"])).square()
+        model = nn.Sequential(normalise, model)
     if task.kind != "classification":  # the graph ends with `output_layer`
         left["activation"] = "none"
         left.pop("output_mean", None)
         left.pop("output_std", None)
     description = _place_of_usage(left, args.output)
-    any_size = is_per_pixel(metadata) and isinstance(getattr(model, "model", model).backbone, ResNet)
     program = _graph(nn.Sequential(model, task.head.output_layer()).eval(), metadata["image_size"], channels, any_size)
     with files.open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":

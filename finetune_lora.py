@@ -6,8 +6,7 @@
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
     torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
-From top to bottom: the adapted layers, how they get into a model, what trains and what does not, the training loop and
-its command line. The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
+The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
 """
 
 import contextlib
@@ -40,16 +39,15 @@ from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
-from lora.fusion import fuse, set_gradient_checkpointing
+from lora.fusion import fuse, set_gradient_checkpointing, split_model
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
-from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
-from toolkit.files import read_checkpoint, save_atomically, write_text
+from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images import bands
 from toolkit.images.data import end_workers
 from toolkit.images.sources import Splits
@@ -76,8 +74,7 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
-    weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
+    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments.
     """
 
     weight_name = "weight"
@@ -112,7 +109,7 @@ class LoRALayer:
         vars(self).update(NO_ADAPTER)
         if settings is not None:
             vars(self).update(vars(settings), scaling=settings.scaling)
-        self.lora_enabled = True
+        self.lora_enabled = True  # False: compute as without an adapter, merged or not
         self.followed = None
         self._base_data = None
         self._create_adapters()
@@ -595,8 +592,8 @@ def check_8_bits(model: nn.Module) -> None:
     layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)]
     if not layers:
         raise InputError("8 bits are for linear layers and attention, and the model has none: use --arithmetic float")
-    widest = max((layer.weight.shape for layer in layers), key=math.prod)
-    if not int8.multiplies_exactly("cpu", *widest):
+    widest = max(layers, key=lambda layer: layer.weight.numel())
+    if not int8.multiplies_exactly("cpu", *widest.weight.shape):
         raise InputError("8 bits overflow on this CPU, which has neither VNNI nor AMX: use --arithmetic float")
 
 
@@ -857,40 +854,52 @@ def search_learning_rate(
     args: FineTuneOptions, plan: Plan, splits: Splits, base: dict[str, str], opened: list[DataLoader], begin: Callable
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
+    settings = {"config": plan.settings(args), "images": splits.digest(), "base": base}
+    rate, trials = search.resumed(args, settings)
+    if rate is not None:
+        return rate, args.resume
     parts = search.parts_of(splits)
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
     own = replace(args, epochs=min(args.epochs, search.MOST_TRIAL_EPOCHS), wise_ft=wise_ft)
+    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
+    rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
+    most = f"over at most {search.SEARCH_IMAGES:,} images"
+    print(f"searching for a learning rate: {len(rates)} runs of {own.epochs} epochs {most}")
+    columns = ("learning_rate", f"val_{task.score}", "val_loss")
     features = None  # of the first trial, for all of them
     cached = None
-
-    def train_at(rate: float) -> dict[str, float]:
-        nonlocal features, cached
+    for rate in rates[len(trials) :]:
         end_workers(opened)  # the last trial's
         devices.seed_everything(args.seed)
         model, report = build_model(own, plan.dtype, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
         devices.place(model, plan.device)
-        trial = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
-        cached = trial.loaders.images
-        features = trial.start(features)
-        train(trial)
-        return trial.history[-1]
-
-    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
-    found = search.choose_learning_rate(
-        train_at,
-        search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps)),
-        task,
-        own,
-        images=len(parts.val),
-        begin=begin,
-        settings={"config": plan.settings(args), "images": splits.digest(), "base": base},
-    )
+        run = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
+        cached = run.loaders.images
+        features = run.start(features)
+        try:
+            train(run)
+            last = run.history[-1]
+            trial = search.Trial(rate, last[columns[1]], last["val_loss"])
+        except Collapsed:
+            trial = search.Trial(rate, 0.0, math.inf)
+        del run, model  # beside the next ones they would be the peak of memory
+        trials.append(trial)
+        score = task.reported(trial.val_score)
+        print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
+        begin()
+        if distributed.is_main():
+            save_atomically({"trials": list(map(tuple, trials)), **settings}, args.output_dir / "last.pth")
+    rate = search.choose(trials, lambda score: task.head.variance(score, len(parts.val)))
+    begin()
+    if distributed.is_main():
+        write_cells(trials, columns, args.output_dir / "learning_rates.csv")
+    print(f"learning rate {rate:.0e}")
     end_workers(opened)
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
-    return found
+    return rate, None
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -982,9 +991,6 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
 
-    A study changes the loss in `toolkit.answers.parts`, the optimizer and the schedule in `toolkit.run.optim`, and the
-    augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
-
     Args:
         plan: what is settled beside the options, `args`.
         model, report: what `build_model` returns; the model is on its device.
@@ -1029,13 +1035,8 @@ class FineTuning(RunState):
             self.adapter_lr_factor = initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
-        self.guard = Guard(
-            self.task,
-            splits.train,
-            self.loaders.watched_images,
-            may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
-            epochs=args.epochs,
-        )
+        may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
+        self.guard = Guard(self.task, splits.train, self.loaders.watched_images, may_shrink, args.epochs)
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
 
@@ -1204,7 +1205,7 @@ class FineTuning(RunState):
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
-        adapter_rate = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+        adapter_rate = self.adapter_rate and now.learning_rate * self.adapter_lr_factor  # None without adapters
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
         row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}

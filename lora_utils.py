@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import AdaptedLayer, adapted_layers, adapter_parameters, is_adapted
+from lora.adapted import adapted_layers, adapter_parameters, is_adapted
 from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter_file, write_adapter_file  # noqa: F401
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
@@ -134,14 +134,14 @@ class LoRAManager:
         self.record = record_of(self.model)
         name_head(self.model, head)
 
-    def _layers_in_file(self) -> dict[str, AdaptedLayer]:
+    def _layers_in_file(self) -> dict[str, nn.Module]:
         """The layers that an adapter file names: those with an adapter, and those in 4 bits without one.
 
         Files do not record 16-bit storage: autocast would round the same way.
         """
         return {n: layer for n, layer in adapted_layers(self.model).items() if layer.r or layer.base_bits == 4}
 
-    def _layers_to_merge(self) -> dict[str, AdaptedLayer]:
+    def _layers_to_merge(self) -> dict[str, nn.Module]:
         """The layers that merging turns into dense floats: those with adapters, and rounded ones of rank 0."""
         layers = adapted_layers(self.model)
         if layers:

@@ -1,6 +1,6 @@
 """Adapted layers as the rest of the toolkit sees them, and which layers of a model are adapted.
 
-`finetune_lora.py` defines the layers. All other files use them through the Protocol `AdaptedLayer` and the table
+`finetune_lora.py` defines the layers. All other files use them by what its `LoRALayer` offers, and by the table
 `ADAPTED`, so that no import runs upwards.
 """
 
@@ -10,16 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from lora.backends import LOW_PRECISION
-from lora.int8 import Int8Weight
-from lora.nf4 import NF4Weight, bitsandbytes_functional
+from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError, listed
 from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
@@ -66,44 +65,12 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     return LoRASettings(record["r"], record["lora_alpha"], record["lora_dropout"], record["use_rslora"])
 
 
-# ---------------------------------------------------------------------------------------------------------- the layers
-
-
-class AdaptedLayer(Protocol):
-    """A layer with an adapter, or a rank-0 layer: no adapter, but its weight is stored in fewer bits.
-
-    The `forward` of linear layers and attention also takes `prologue`, an operation to apply first to each row of the
-    input. That of convolutions takes `batch_norm`, a constant BatchNorm to apply, `residual` to add then, and `relu`.
-    """
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-    scaling: float
-    lora_enabled: bool  # False: compute as without an adapter, merged or not
-    weight_name: str  # of the parameter that the adapter updates
-    float_digests: Mapping[str, str]  # if that is stored in fewer bits: its SHA-256, by name, before it was rounded
-
-    @property
-    def merged(self) -> bool: ...
-    @property
-    def base_bits(self) -> int: ...  # see the function
-    def base(self) -> Tensor | NF4Weight | Int8Weight: ...
-    def merge(self) -> None: ...
-    def unmerge(self) -> None: ...
-    def effective_weight(self) -> Tensor: ...
-    def adapted_state(self) -> dict[str, Any]: ...
-    def remove_lora(self, merge: bool = False) -> None: ...
-
-
-def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
-    """Does the module follow the Protocol `AdaptedLayer`?"""
-    # This takes a tenth of the time of isinstance with a runtime Protocol, and forward asks for every layer.
+def is_adapted(module: nn.Module) -> bool:
+    """Is this a layer of `finetune_lora.py`: with an adapter, or of rank 0, whose weight is stored in fewer bits?"""
     return hasattr(type(module), "adapted_state")
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have the parameters of an adapter now, by name; those of a rank-0 layer are empty."""
     return {name: module for name, module in model.named_modules() if adapter_parameters(module)}
 
@@ -130,9 +97,6 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The stock class that a class of adapted layers adapts; any other class itself."""
     return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)
-
-
-# ------------------------------------------------------------------------------------------- which layers are adapted
 
 
 def matches_layer(name: str, target: str) -> bool:

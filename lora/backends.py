@@ -45,9 +45,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
-# -------------------------------------------------------------------------------------------- tracing, derivatives
-
-
 def is_traced() -> bool:
     """Are operations being recorded, as by `torch.compile`? Then only PyTorch's own operators may run."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -153,9 +150,6 @@ def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         gy, y, ones, None, None, torch.zeros_like(ones), ones, True, 0.0, [False, True, True]
     )
     return of_weight, of_bias
-
-
-# ------------------------------------------------------------------------------------ what else PyTorch keeps private
 
 
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lora.backends import compute_dtype
 from lora.functional import pad_for_conv2d
 from lora.fusion import STOCK, folds
 from lora.nf4 import dense_weight
@@ -59,17 +58,6 @@ class AdapterStatistics:
     def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
         """Mean and variance (out,) of the convolution's output with its adapter."""
         return self.mean, self.variance
-
-    def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, ``beta + (bias - mean') g``: (out,) each.
-
-        g is a number: its logarithm takes the gradient of the statistics, if they have one.
-        """
-        mean, variance = self.statistics(conv)
-        scale, shift = constant_scale_and_shift(self.norm, mean, variance, conv.bias)
-        if not variance.requires_grad:
-            return scale, None, shift.to(compute_dtype(mean))
-        return scale.detach(), -0.5 * (variance + self.norm.eps).log(), shift
 
     def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
         """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
@@ -218,13 +206,20 @@ def settle(conv: nn.Conv2d) -> None:
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What makes a convolution with its adapter compute its BatchNorm too: see `AdapterStatistics.folded`."""
+    """``g = gamma / sqrt(var + eps)``, ``log |g|`` but for a constant, ``beta + (bias - mean) g``: (out,) each.
+
+    g is a number: its logarithm takes the gradient of the adapter's statistics, if they have one.
+    """
     if norm is None:
         return None, None, conv.bias
+    mean = norm.running_mean
+    variance = norm.running_var
     if conv.followed is not None and conv.followed.norm is norm:
-        return conv.followed.folded(conv)
-    scale, shift = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, conv.bias)
-    return scale, None, shift
+        mean, variance = conv.followed.statistics(conv)
+    scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
+    if not variance.requires_grad:
+        return scale, None, shift
+    return scale.detach(), -0.5 * (variance + norm.eps).log(), shift
 
 
 def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:

@@ -17,7 +17,6 @@ There are two ways to y and gx:
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
 layers. A convolution's kernel is small beside its input, so it is merged in low precision too: see `_kernel_merges`.
-Second derivatives are not defined, and are refused (`backends.first_derivative`).
 """
 
 import math

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapted import AdaptedLayer, is_adapted, outermost_layers
+from lora.adapted import is_adapted, outermost_layers
 from toolkit import listed, optional_package
 from toolkit.models.backbones import head_names, in_head
 
@@ -38,18 +38,18 @@ def import_peft():
 
 
 def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yield what PEFT's format cannot hold, each with the reason.
-
-    `tensors` are those of the adapter file from which the model was loaded.
-    """
+    """Yield what PEFT's format cannot hold of a model and the tensors of its adapter file, each with the reason."""
     layers = _adapted_layers(model)
     if not layers:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
-        reason = "an adapter on the head, which PEFT saves whole" if in_head(model, name) else _obstacle(layer)
-        if reason:
-            yield f"{name} ({reason})"
+        if in_head(model, name):
+            yield f"{name} (an adapter on the head, which PEFT saves whole)"
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            yield f"{name} (a convolution in groups)"
+        elif isinstance(layer, nn.Conv2d) and (layer.dilation != (1, 1) or layer.padding_mode != "zeros"):
+            yield f"{name} (a convolution with dilation or padding other than zeros, which PEFT's adapter lacks)"
     of_base = [name for name in tensors if ".lora_" not in name and not in_head(model, name)]
     trained = [name for name in of_base if ".running_" not in name]
     if trained:
@@ -58,25 +58,12 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
 
 
-def _obstacle(layer: nn.Module) -> str | None:
-    """Why PEFT computes something else with this layer's adapter, or cannot adapt the layer; None if it can."""
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups > 1:
-            return "a convolution in groups"
-        if layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-            return "a convolution with dilation or padding other than zeros, which PEFT's adapter lacks"
-    return None
-
-
-def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return dict(outermost_layers(model, lambda module: is_adapted(module) and module.r > 0))
 
 
 def write_peft(model: nn.Module, folder: Path) -> None:
-    """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
-
-    `obstacles` must have found none.
-    """
+    """Write the adapters of a model without `obstacles`, and its head, as `PeftModel.save_pretrained` would."""
     layers = _adapted_layers(model)
     times_projected = _times_projected()
     ranks = {}
@@ -106,7 +93,7 @@ def write_peft(model: nn.Module, folder: Path) -> None:
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
+def _packed_factors(layer: nn.Module, times_projected: int) -> dict[str, Tensor]:
     """A layer's factors in PEFT's shapes, by their names within the layer."""
     if isinstance(layer, nn.Conv2d):
         A = layer.lora_A.unflatten(1, (layer.in_channels, *layer.kernel_size))  # (r, in, kh, kw)

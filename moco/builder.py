@@ -35,7 +35,11 @@ class MomentumContrast(nn.Module):
         super().__init__()
         setattr(backbone, head_name(backbone), projector)
         self.encoder_q = backbone
-        self.encoder_k = momentum_copy(backbone)
+        shared = [parameter for parameter in backbone.parameters() if not parameter.requires_grad]
+        for module in backbone.modules():
+            if getattr(module, "frozen", False):  # a BatchNorm, whose statistics stay equal
+                shared += module.buffers(recurse=False)
+        self.encoder_k = copy.deepcopy(backbone, {id(tensor): tensor for tensor in shared}).requires_grad_(False)
         self.m = m
         self.T = T
 
@@ -154,15 +158,6 @@ def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     distributed.broadcast([order])
     mine = order[distributed.rank() :: distributed.world_size()]
     return distributed.interleave(encoder(everyones[mine]))[order.argsort()]
-
-
-def momentum_copy(encoder: nn.Module) -> nn.Module:
-    """A copy without gradients that shares frozen parameters and statistics of frozen BatchNorms, which stay equal."""
-    shared = [p for p in encoder.parameters() if not p.requires_grad]
-    for module in encoder.modules():
-        if getattr(module, "frozen", False):
-            shared += module.buffers(recurse=False)
-    return copy.deepcopy(encoder, {id(tensor): tensor for tensor in shared}).requires_grad_(False)
 
 
 def feature_dim(backbone: nn.Module) -> int:

@@ -27,7 +27,6 @@ if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: hel
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
             print(run.report["origin"])
-        unlabelled = "" if len(run.measuring_loaders) > 1 else " without labels"
+        unlabelled = " without labels" * (len(run.measuring_loaders) == 1)
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(f"device: {device}, precision: {dtype}")
@@ -146,7 +145,7 @@ class Pretraining(RunState):
         args = replace(args, **vars(known))
         super().__init__(args, device, dtype)
         self.model = model
-        normalization, self.loader, self.measuring_loaders = load_data(args, known, read, device)
+        normalization = self.open_loaders(read)
         self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
@@ -160,6 +159,30 @@ class Pretraining(RunState):
         self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base, "arch": args.arch}
         self.identity["normalization"] = bands.recorded(normalization, {})  # for whoever uses the backbone
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
+
+    def open_loaders(self, read: bands.Bands | None) -> dict[str, Any]:
+        """Make the loader of two views of each image, and those for measuring; return the normalisation.
+
+        Measured are bank and queries of the k-NN accuracy or, without labels, some training images.
+        """
+        args = self.args
+        images, labelled = load_images(args, read)
+        check_batch_size(args, len(images))
+        values = bands.settle(options.scaling_of(args), args.arch, args.channels or 3, images)
+        views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
+        loading = {"batch_size": args.batch_size, "workers": args.workers, "device": self.device}
+        # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
+        both = data.Transformed(images, views)
+        self.loader = data.build_loader(both, shuffle=True, seed=args.seed, drop_last=True, **loading)
+        transform = transforms.eval_transform(args.image_size, **values)
+        measured = [images.at_most(MEASURED_IMAGES)]
+        if labelled:
+            measured = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=True)]
+        if distributed.world_size() > min(map(len, measured)):
+            raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
+        loading["keep_workers"] = False  # they would idle for many epochs
+        self.measuring_loaders = [data.build_loader(data.Transformed(some, transform), **loading) for some in measured]
+        return values
 
     @property
     def epoch(self) -> int:
@@ -194,10 +217,9 @@ class Pretraining(RunState):
         for images, (loss,) in training.read_figures(unread, self.stop):
             loss /= distributed.world_size()
             if not math.isfinite(loss):  # what was saved before is sound
-                raise InputError(
-                    f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
-                    f"{rate:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
-                )
+                where = f"epoch {self.epoch + 1}, step {self.global_steps}, learning rate {rate:.2e}"
+                remedy = "lower --learning-rate, warm up longer or use --precision fp32"
+                raise InputError(f"the loss is {loss} at {where}: {remedy}")
             self.progress.add(images, 0, loss)
             speed = self.meter.results()["images_per_second"]
             bar.set_postfix({"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"} | self.meter.shown(), refresh=False)
@@ -298,31 +320,6 @@ def describe_measures(row: dict[str, float | None]) -> str:
             form = ".1%" if name == "knn_accuracy" else ".2f"
             shown.append(f"{title} {row[name]:{form}}")
     return ", ".join(shown)
-
-
-def load_data(
-    args: PretrainOptions, known: bands.Scaling, read: bands.Bands | None, device: torch.device
-) -> tuple[dict[str, Any], DataLoader, list[DataLoader]]:
-    """The normalisation (`bands.settle`), the loader of two views of each image, and the loaders for measuring.
-
-    `known` and `read` are of `options.known_image_values`. The measures are taken on bank and queries of the k-NN
-    accuracy or, without labels, on some training images.
-    """
-    images, labelled = load_images(args, read)
-    check_batch_size(args, len(images))
-    values = bands.settle(known, args.arch, args.channels or 3, images)
-    views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
-    common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-    # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
-    loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
-    transform = transforms.eval_transform(args.image_size, **values)
-    measured = [images.at_most(MEASURED_IMAGES)]
-    if labelled:
-        measured = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=True)]
-    if distributed.world_size() > min(map(len, measured)):
-        raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
-    at_times = {"keep_workers": False, **common}  # they would idle for many epochs
-    return values, loader, [data.build_loader(data.Transformed(some, transform), **at_times) for some in measured]
 
 
 def check_batch_size(args: PretrainOptions, images: int) -> None:

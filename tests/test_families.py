@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from lora.adapter_file import write_adapter_file
 from toolkit import InputError
-from toolkit.images.bands import Scaling
+from toolkit.images.bands import Bands, Scaling
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD, build_backbone
 from toolkit.models.checkpoints import find_images
+from toolkit.run.options import FineTuneOptions, known_image_values
 
 
 def values(scaling: Scaling) -> tuple:
@@ -98,6 +100,17 @@ def test_seco_s_values_are_its_quantiles_and_imagenets():
     between = (levels / 10000 * 255 - low) / (high - low)
     expected = (between - IMAGENET_MEAN) / IMAGENET_STD
     assert (levels / seco.scale - seco.mean) / seco.std == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_stage1_adapter_says_how_its_images_were_scaled(suffix, tmp_path):
+    metadata = {"arch": "vit_mini", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "channels": 3}
+    metadata |= {"bands": [], "scale": 10000.0}
+    content = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": metadata}
+    write_adapter_file(content, tmp_path / f"moco_lora{suffix}")
+    args = FineTuneOptions(stage1_adapter=tmp_path / f"moco_lora{suffix}")
+    known, read = known_image_values(args, None)
+    assert (known.mean, read) == ([0.1, 0.2, 0.3], Bands(3, (), 10000.0))
 
 
 def test_a_scale_of_other_files_leaves_the_mean_and_std_that_the_pretraining_recorded(capsys):

@@ -92,6 +92,9 @@ def test_explain_draws_each_image_and_leaves_out_what_is_none(once, tmp_path, ca
     assert written == [tmp_path / "out" / "inner" / "black.png"]
     assert Image.open(written[0]).size == (720, 408)
     assert f"left out: {folder}/broken.jpg: not a readable image" in capsys.readouterr().out
+    (folder / "inner" / "black.png").unlink()
+    with pytest.raises(InputError, match=r"broken\.jpg: not a readable image"):
+        deploy_lora.main(["explain", str(once / "lora.pth"), str(folder), "--output", str(tmp_path / "none")])
 
 
 def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_path):

@@ -14,7 +14,7 @@ from toolkit.answers.tasks import Classification, Regression
 from toolkit.files import read_checkpoint
 from toolkit.run import optim, reports, training
 from toolkit.run.options import FineTuneOptions
-from toolkit.run.search import RATES, Trial, choose
+from toolkit.run.search import RATES, Trial, choose, rates_that_differ
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
@@ -82,15 +82,15 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert len(rows) == 3
     assert whole["learning_rate"] in {float(row["learning_rate"]) for row in rows}
     assert whole["config"]["finetune"]["learning_rate"] == whole["learning_rate"]
-    real, left = finetune_lora.search.save_atomically, iter(range(1))
+    real, left = finetune_lora.save_atomically, iter(range(1))
     monkeypatch.setattr(
-        finetune_lora.search,
+        finetune_lora,
         "save_atomically",
         lambda *args: real(*args) if next(left, None) is not None else (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
         finetune("--learning-rate auto", output="stopped")
-    monkeypatch.setattr(finetune_lora.search, "save_atomically", real)
+    monkeypatch.setattr(finetune_lora, "save_atomically", real)
     made = []
     monkeypatch.setattr(FineTuning, "start", note_calls(FineTuning.start, made))
     resumed = finetune("--learning-rate auto --resume", output="stopped")
@@ -236,11 +236,11 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images,
     class Asked(Exception):
         pass
 
-    def asked(train, rates, task, args, **settings):
-        assert rates == [1e-5, 3e-5, 1e-4] and args.epochs == 2
+    def asked(peak):
+        assert rates_that_differ(peak) == [1e-5, 3e-5, 1e-4]
         raise Asked
 
-    monkeypatch.setattr(finetune_lora.search, "choose_learning_rate", asked)
+    monkeypatch.setattr(finetune_lora.search, "rates_that_differ", asked)
     command = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --epochs 2 --learning-rate auto"
     with pytest.raises(Asked):
         finetune_lora.main([*command.split(), "--device", "cpu"])

@@ -186,7 +186,6 @@ def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any],
 def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
     """The typed values, unconverted, and problems with their names. argparse alone would stop at the first problem."""
     lenient = copy.deepcopy(parser)
-    lenient.allow_abbrev = False
     lenient.print_help = parser.print_help
     lenient.error = _raise_input_error
     lenient._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for an option
@@ -326,10 +325,7 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
 
 
 def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
-    """Add `--help`, which shows the options in `needed` (by `dest`) with their defaults, and `--help-all`.
-
-    The parser has its other options already, and was made with `add_help=False`.
-    """
+    """Add `--help`, which shows the options in `needed` (by `dest`) with their defaults, and `--help-all`."""
     actions = {action.dest: action for action in parser._actions}
     width = shutil.get_terminal_size().columns - 2
     lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
@@ -403,7 +399,7 @@ def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[s
 def stored(value: Any) -> Any:
     """An option's value as a file can hold it."""
     if isinstance(value, list | tuple):
-        return [stored(item) for item in value]
+        return list(map(stored, value))
     return str(stored_path(value)) if isinstance(value, Path) else value
 
 

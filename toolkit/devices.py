@@ -38,7 +38,7 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     """Undo everything drawn since `rng_state()` returned this. CUDA states are left where the device count differs."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        torch.cuda.set_rng_state_all(list(map(Tensor.cpu, state["cuda"])))
 
 
 def select_device(name: str) -> torch.device:
@@ -190,10 +190,7 @@ CUDA_CONTEXT_BYTES = 450_000_000
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The peak so far in bytes: of a CUDA device's tensors and CUDA_CONTEXT_BYTES, or of the process's resident memory.
-
-    None on Windows, which does not report it.
-    """
+    """The peak so far in bytes: a CUDA device's tensors and CUDA_CONTEXT_BYTES, or the process. None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT_BYTES
     status = Path("/proc/self/status")

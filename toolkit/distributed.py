@@ -29,10 +29,7 @@ def launched() -> bool:
 
 
 def join(device: torch.device) -> None:
-    """Connect to the other processes, if torchrun started any; from here on only rank 0 prints.
-
-    Raises InputError if they cannot be reached.
-    """
+    """Connect to the other processes, if torchrun started any; from here on only rank 0 prints. Raises InputError."""
     global _store
     if not launched() or dist.is_initialized():
         return

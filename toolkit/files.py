@@ -104,8 +104,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
             while one of them lives.
         objects: if the file is a dictionary with objects of other classes, read these as empty `ForeignObject`s.
 
-    Raises:
-        InputError: the file cannot be read, is damaged, or holds something else.
+    Raises InputError if the file cannot be read, is damaged, or holds something else.
     """
     path = Path(path)
     check_file(path)

@@ -421,10 +421,8 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     if bands is not None:
         chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
         source = f", measured on {len(images)} training images" if scaling.normalise else ""
-        print(
-            f"images: {channels} channels{chosen}, divided by {bands.scale:g}; "
-            f"then mean {_distinct(mean)}, std {_distinct(std)}{source}"
-        )
+        then = f"then mean {_distinct(mean)}, std {_distinct(std)}{source}"
+        print(f"images: {channels} channels{chosen}, divided by {bands.scale:g}; {then}")
         _check_values(found, bands, std)
     return {"mean": mean, "std": std, "bands": bands}
 
@@ -456,10 +454,9 @@ def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float
             f"--scale {likely} is likely, or measure mean and std with --normalise data"
         )
     for i in weak:
-        print(
-            f"channel {i + 1} hardly varies: its standard deviation is {seen[i]:.2g} after normalisation (in the files "
-            f"{deviation[i]:.3g}); if it should count, use --normalise data"
-        )
+        spread = f"{seen[i]:.2g} after normalisation (in the files {deviation[i]:.3g})"
+        remedy = "if it should count, use --normalise data"
+        print(f"channel {i + 1} hardly varies: its standard deviation is {spread}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------- what files say

@@ -29,9 +29,6 @@ class CachedFeatures(LabelledImages):
     An image's features are (views, ...): first the plain image's, then those of its augmented views, if there are any.
     """
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.undecoded(i)
-
 
 def plain_view(features: Tensor) -> Tensor:
     """From the features (views, ...) of `CachedFeatures`: those of the plain image."""

@@ -50,10 +50,7 @@ def levels(content: bytes) -> np.ndarray:
 
 
 def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers, and the same through the file's window, both with high numbers bright.
-
-    Raises InputError without pydicom, or pydicom's own errors for a damaged file.
-    """
+    """The numbers, and the same through the file's window, both with high numbers bright. Raises pydicom's errors."""
     pydicom = optional_package("pydicom", "a DICOM file", _INSTALL)
     pixels = optional_package("pydicom.pixels", "a DICOM file", _INSTALL)  # from its release 3 on
     dataset = pydicom.dcmread(io.BytesIO(content))

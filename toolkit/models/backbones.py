@@ -151,8 +151,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 def head_name(model: nn.Module) -> str | None:
     """The name of the classifier head, the last if there are several; None if it is not clear which module it is."""
-    heads = head_names(model)
-    return heads[-1] if heads else None
+    return next(reversed(head_names(model)), None)
 
 
 def _found_head(model: nn.Module) -> str | None:
@@ -242,9 +241,6 @@ def normalization(arch: str) -> dict[str, tuple[float, ...]]:
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     config = names.timm_config(arch)
     return {"mean": tuple(config.mean), "std": tuple(config.std)}
-
-
-# ---------------------------------------------------------------------------------------------------------------- timm
 
 
 def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Module:

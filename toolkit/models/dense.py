@@ -46,8 +46,7 @@ class DenseModel(nn.Module):
             classifier head becomes an identity.
         classes, image_size, channels: K, S (in pixels) and C.
 
-    Raises:
-        InputError: the backbone has no maps that can be read.
+    Raises InputError if the backbone has no maps that can be read.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, image_size: int, channels: int = 3):
@@ -150,9 +149,6 @@ def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
         # The interpolation of `enlarged`: at the border the outermost cells count alone.
         taken.append(F.grid_sample(whole, grid, mode="bilinear", padding_mode="border", align_corners=False))
     return torch.cat(taken, 1)[0, :, :, 0].T
-
-
-# --------------------------------------------------------------------------------------- images of any size, in windows
 
 
 def window_starts(length: int, size: int) -> list[int]:

@@ -43,9 +43,6 @@ def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
     return kind
 
 
-# -------------------------------------------------------------------------------------------------------------- frozen
-
-
 class _ConstantNorm(torch.autograd.Function):
     """``batch_norm(x)`` by the running statistics, clamped to [0, highest] if that is given. Differentiable twice."""
 
@@ -124,9 +121,6 @@ def constant_scale_and_shift(
     if norm.bias is None:
         return scale, shift * scale
     return scale, torch.addcmul(norm.bias, shift, scale)
-
-
-# -------------------------------------------------------------------------------------------------------------- shared
 
 
 def share_statistics(model: nn.Module) -> None:

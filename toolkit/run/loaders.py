@@ -1,5 +1,6 @@
 """The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,8 +139,20 @@ class Loaders:
         return Remembered(self.add_loader(images, transform, seed=self.args.seed, keep_workers=False))
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
-        """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
-        return training.micro_batches(self.train, self.meter, epoch, start, self.args.accumulation_steps)
+        """The optimizer steps of an epoch (1 is the first), from `start` on; the last may have fewer batches."""
+        together = self.args.accumulation_steps
+        sampler = self.train.batch_sampler
+        sampler.epoch = epoch - 1
+        sampler.start = start * together
+        shares = (  # an image stands in for a missing share
+            (images, labels if sampler.has_share(number) else evaluation.no_labels(labels))
+            for number, (images, labels) in enumerate(self.meter.watched(self.train), sampler.start)
+        )
+        for first in range(sampler.start, len(sampler), together):
+            number = min(together, len(sampler) - first)
+            images = min(number * sampler.batch_size, sampler.count - first * sampler.batch_size)
+            is_last = first + number == len(sampler)
+            yield training.MicroBatches(itertools.islice(shares, number), number, images, is_last)
 
     def calibration(self) -> DataLoader:
         """Augmented views of training images, by which the probabilities are calibrated."""
@@ -169,8 +182,10 @@ class Loaders:
             loaders["evaluation images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
-        bars = (runs.progress_bar(loader, f"for the linear probe: {what}") for what, loader in loaders.items())
-        found = [task.head.features(network, bar, self.device, dtype, len(train)) for bar in bars]
+        found = []
+        for what, loader in loaders.items():
+            bar = runs.progress_bar(loader, f"for the linear probe: {what}")
+            found.append(task.head.features(network, bar, self.device, dtype, len(train)))
         if self.has_masks:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
         return found

@@ -36,8 +36,6 @@ def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> b
     return scaler.get_scale() >= scale
 
 
-# ------------------------------------------------------------------------------- how much of the trained change is kept
-
 # At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.
 IMAGES_WORTH_THE_START = 5.0
 
@@ -103,8 +101,6 @@ class WiseFT:
         self.share = state["share"]
         self.start = {name: start.clone().to(self.weights[name]) for name, start in state["start"].items()}
 
-
-# ---------------------------------------------------------------------------------------------------- the learning rate
 
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, up to 60 steps at most at
 # SAFE_RATE. Measured, see benchmarks/RESULTS.md.

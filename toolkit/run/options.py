@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib.util
 import inspect
+import json
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRE
 from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, model_problems
-from toolkit.models.published import is_published
+from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, is_published, model_problems
 from toolkit.run import loggers, output_folder
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
     for name in PATHS:
         value = getattr(args, name, None)
         if value and origins.get(name) == "config":
-            found = [found_path(path) for path in value] if isinstance(value, list) else found_path(value)
+            found = list(map(found_path, value)) if isinstance(value, list) else found_path(value)
             setattr(args, name, found)
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
@@ -328,7 +328,12 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
     problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
-    return problems + fine_tuning_problems(args, typed)
+    problems += model_problems(args.checkpoint, args.arch, args.heads)
+    for other, clashing in CLASHES.items():
+        for words, reason in clashing.items():
+            if _is_given(args, other) and _is_given(args, words):
+                problems.append(f"{words} with {other}: {reason}; drop one of the two")
+    return [*problems, *shared_problems(args, typed), *_task_problems(args, typed), *_run_problems(args)]
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -395,19 +400,6 @@ def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
         yield f"{warmup}: no step would have the peak rate; lower it"
     if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
         yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"
-
-
-def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
-    problems = model_problems(args.checkpoint, args.arch, args.heads)
-    for other, clashing in CLASHES.items():
-        for words, reason in clashing.items():
-            if _is_given(args, other) and _is_given(args, words):
-                problems.append(f"{words} with {other}: {reason}; drop one of the two")
-    problems += shared_problems(args, typed)
-    problems += _task_problems(args, typed)
-    problems += _run_problems(args)
-    return problems
 
 
 def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
@@ -510,7 +502,7 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     Returns these values, and the bands that are read of a user's images, as many as the first layer takes; None: they
     are RGB photographs. `args` are `ImageOptions` and `ShapeOptions`.
     """
-    from toolkit.files import read_checkpoint  # here: they load PyTorch
+    from toolkit.files import is_safetensors, read_checkpoint, read_safetensors  # here: they load PyTorch
     from toolkit.images.bands import bands_of
     from toolkit.models import checkpoints
 
@@ -519,9 +511,12 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     file = checkpoint
     if checkpoint is not None:
         channels, metadata = checkpoints.find_images(checkpoint, args.arch)
-    with contextlib.suppress(InputError):  # reported when it is put on the backbone
+    with contextlib.suppress(ValueError, KeyError, RecursionError):  # reported when it is put on the backbone
         if adapter := getattr(args, "stage1_adapter", None):
-            content = read_checkpoint(adapter)
+            if is_safetensors(adapter):
+                content = json.loads(read_safetensors(adapter)[1]["adapter"])
+            else:
+                content = read_checkpoint(adapter)
             if checkpoints.value_at(content, "metadata/mean") is not None:
                 metadata = content["metadata"]
                 file = adapter

@@ -159,6 +159,6 @@ def _move_aside(folder: Path, names: list[str]) -> None:
     aside.mkdir()
     for name in names:
         os.rename(folder / name, aside / name)
-    is_finished = {"results.json", "folds.csv"} & set(names)
-    unfinished = "" if is_finished else ", unfinished (--resume with this --output-dir goes on with it)"
+    is_unfinished = {"results.json", "folds.csv"}.isdisjoint(names)
+    unfinished = ", unfinished (--resume with this --output-dir goes on with it)" * is_unfinished
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

@@ -162,9 +162,6 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
-# --------------------------------------------------------------------------------- whether a run may go on from a state
-
-
 def of_other_version(path: Path) -> InputError:
     """The error for a file that is no state of this version."""
     return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")

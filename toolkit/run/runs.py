@@ -32,9 +32,6 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
     return tqdm(batches, title, **options)
 
 
-# ------------------------------------------------------------------------------------------------------ how a run stops
-
-
 class Stopped(KeyboardInterrupt):
     """A run was asked to stop and did, in an orderly way. `signum` is the signal."""
 
@@ -86,8 +83,6 @@ class StopRequests:
                 self.check()
             yield batch
 
-
-# ------------------------------------------------------------------------------------------------------ how a run fails
 
 # What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
 NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

@@ -7,15 +7,11 @@ last epochs. Each trial is saved when it ends, so a stopped search can be resume
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit import distributed
-from toolkit.answers.tasks import Task
-from toolkit.files import read_checkpoint, save_atomically, write_csv
+from toolkit.files import read_checkpoint
 from toolkit.images import sources
 from toolkit.run import run_state
-from toolkit.run.guard import Collapsed
 from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -68,55 +64,17 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
     return parts
 
 
-def choose_learning_rate(
-    train: Callable[[float], dict[str, float]],
-    rates: Sequence[float],
-    task: Task,
-    args: FineTuneOptions,
-    images: int,
-    begin: Callable[[], None],
-    settings: dict[str, Any],
-) -> tuple[float, Path | None]:
-    """Search for the best rate, or read it from the run to resume; returns that run's `last.pth` too, if there is one.
+def resumed(args: FineTuneOptions, settings: dict[str, Any]) -> tuple[float | None, list[Trial]]:
+    """The learning rate of the run to resume or, if it is still a search, None and its trials so far.
 
-    --output-dir receives `last.pth` after each trial, and `learning_rates.csv` at the end.
-
-    Args:
-        train: trains at a rate, and returns the row of the last epoch, with the task's score, as `val_accuracy`, and
-            `val_loss`. Raises Collapsed if the training collapses.
-        rates: to try: see `rates_that_differ`.
-        args: those of a trial.
-        images: the number of images on which trials are judged.
-        begin: prepares the folder; called when there is something to save.
-        settings: `config`, `images` and `base` of the run, which an interrupted search must share (`check_same_run`).
+    `settings` are `config`, `images` and `base` of the run, which an interrupted search must share (`check_same_run`).
     """
-    trials: list[Trial] = []
-    if args.resume is not None:
-        state = read_checkpoint(args.resume)
-        if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
-            raise run_state.of_other_version(args.resume)
-        if "trials" not in state:
-            return state["config"]["finetune"]["learning_rate"], args.resume
-        run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
-        trials = [Trial(*trial) for trial in state["trials"]]
-    most = f"over at most {SEARCH_IMAGES:,} images"
-    print(f"searching for a learning rate: {len(rates)} runs of {args.epochs} epochs {most}")
-    columns = ("learning_rate", f"val_{task.score}", "val_loss")
-    for rate in rates[len(trials) :]:
-        try:
-            row = train(rate)
-            trials.append(Trial(rate, row[columns[1]], row["val_loss"]))
-        except Collapsed:
-            trials.append(Trial(rate, 0.0, math.inf))
-        score = task.reported(trials[-1].val_score)
-        print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trials[-1].val_loss:.4f}")
-        begin()
-        if distributed.is_main():
-            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
-    rate = choose(trials, lambda score: task.head.variance(score, images))
-    begin()
-    if distributed.is_main():
-        rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
-        write_csv(rows, columns, args.output_dir / "learning_rates.csv")
-    print(f"learning rate {rate:.0e}")
-    return rate, None
+    if args.resume is None:
+        return None, []
+    state = read_checkpoint(args.resume)
+    if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
+        raise run_state.of_other_version(args.resume)
+    if "trials" not in state:
+        return state["config"]["finetune"]["learning_rate"], []
+    run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
+    return None, list(map(Trial._make, state["trials"]))

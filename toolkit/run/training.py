@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from toolkit import InputError, distributed
-from toolkit.answers.evaluation import no_labels, training_norms
-from toolkit.images.data import LoadingMeter
+from toolkit.answers.evaluation import training_norms
 
 # Reading a step's figures makes the processor wait for a GPU: there several steps are read together.
 STEPS_READ_TOGETHER = {"cpu": 1, "cuda": 8, "mps": 8}
@@ -37,24 +35,6 @@ class MicroBatches(NamedTuple):
     number: int
     images: int  # of all processes together
     is_last: bool  # of the epoch
-
-
-def micro_batches(
-    loader: DataLoader, meter: LoadingMeter, epoch: int, start: int = 0, accumulation_steps: int = 1
-) -> Iterator[MicroBatches]:
-    """The optimizer steps of an epoch (1 is the first) from `start` on; the last may have fewer batches than others."""
-    sampler = loader.batch_sampler
-    sampler.epoch = epoch - 1
-    sampler.start = start * accumulation_steps
-    shares = (
-        (images, labels if sampler.has_share(number) else no_labels(labels))  # an image stands in for a missing share
-        for number, (images, labels) in enumerate(meter.watched(loader), sampler.start)
-    )
-    for first in range(sampler.start, len(sampler), accumulation_steps):
-        number = min(accumulation_steps, len(sampler) - first)
-        images = min(number * sampler.batch_size, sampler.count - first * sampler.batch_size)
-        is_last = first + number == len(sampler)
-        yield MicroBatches(itertools.islice(shares, number), number, images, is_last)
 
 
 def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple[int, list[float]]]:
