@@ -62,8 +62,9 @@ from lora import attention, backends, functional, fusion
 from lora.activations import SavedIn16Bits
 from lora.adapted import choose_layers
 from lora.followed_norms import follow_statistics
-from lora.fusion import set_gradient_checkpointing, split_model
+from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
+from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.answers.probe import linear_head

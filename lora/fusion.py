@@ -17,7 +17,6 @@ subclass may do something else in its forward.
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -35,7 +34,6 @@ from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
-from toolkit.models.backbones import block_names, head_name, headless
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
 
@@ -432,52 +430,3 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         if full:
             block.checkpointing = True
     fuse(model)
-
-
-# ------------------------------------------------------------------------------------------------ a model in two halves
-
-
-class UpperHalf(nn.Module):
-    """A model that begins with one of its blocks or, with `first` None, with its head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.get_submodule(head_name(self))(x) if self.first is None else self.from_block(self, x, self.first)
-
-
-def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
-
-    The upper half has the `last` blocks (see `backbones.block_names`) and the head; None: only the head. It is a
-    shallow copy of the model, and shares every layer. InputError if torchvision has no such class with blocks.
-    """
-    upper = copy.copy(model)
-    upper.__class__ = UpperHalf
-    upper.first = None
-    if last is None:
-        return headless(model), upper
-    begin = {ResNet: resnet_from_stage, VisionTransformer: vit_from_block}
-    kind = STOCK.get(type(model), type(model))
-    if kind not in begin:
-        what = f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}"
-        raise InputError(f"{what}: use --cache-features none")
-    blocks = block_names(model)
-    upper.from_block = begin[kind]
-    upper.first = len(blocks) - last
-    return functools.partial(input_of, model, blocks[-last]), upper
-
-
-class _Reached(Exception):
-    """Ends a model's forward early."""
-
-
-def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """The input of the module of this name in ``model(x)``, which is stopped there."""
-    received = []
-
-    def stop(module: nn.Module, inputs: tuple) -> None:
-        received.append(inputs[0])
-        raise _Reached
-
-    with model.get_submodule(name).register_forward_pre_hook(stop), contextlib.suppress(_Reached):
-        model(x)
-    return received[0]

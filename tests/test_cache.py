@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
 import finetune_lora
-from lora.fusion import split_model
+from lora.split import split_model
 from tests.run_folders import assert_same_tensors, stop
 from toolkit import InputError
 from toolkit.answers import evaluation

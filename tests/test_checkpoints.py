@@ -25,7 +25,7 @@ from torch import nn
 import finetune_lora
 from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
-from toolkit.models import names
+from toolkit.models import published
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.checkpoints import load_backbone, tensor_digest
 from toolkit.models.names import checkpoint_path
@@ -374,7 +374,7 @@ def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, finetun
     content = base.read_bytes()
     (tmp_path / "web" / "base.pth").write_bytes(content)
     digest = hashlib.md5(content).hexdigest()[:8]
-    monkeypatch.setitem(names.PUBLISHED, "moco-v9", (f"{server}/base.pth", digest))
+    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", digest))
     finetune("--checkpoint moco-v9 --epochs 1")
     assert (
         f"downloading {server}/base.pth to {tmp_path}/hub/checkpoints/base.pth; see the licence"
@@ -387,7 +387,7 @@ def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, finetun
 
 def test_of_two_that_need_a_file_one_downloads_it(server, tmp_path, monkeypatch):
     (tmp_path / "web" / "base.pth").write_bytes(b"weights")
-    monkeypatch.setitem(names.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
+    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
     real = torch.hub.download_url_to_file
     begun = []
 
@@ -404,7 +404,7 @@ def test_of_two_that_need_a_file_one_downloads_it(server, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("fault", ["another file", "nothing there", "torn"])
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setitem(names.PUBLISHED, "moco-v9", (f"{server}/base.pth", "0123abcd"))
+    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", "0123abcd"))
     message = (
         f"cannot download {server}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and give its path"
     )
@@ -412,7 +412,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, mon
         (tmp_path / "web" / "base.pth").write_bytes(b"other")
         message = f"{server}/base.pth did not arrive as it is published (0123abcd): try again later"
     if fault == "torn":  # of a file whose digest is not known
-        monkeypatch.setitem(names.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
+        monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
         (tmp_path / "web" / "base.pth").write_bytes(b"other")
         real = torch.hub.download_url_to_file
         monkeypatch.setattr(
@@ -445,7 +445,7 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_the_names_of_torchgeos_files_end_in_their_digests():
-    for name, (url, digest) in names.PUBLISHED.items():
+    for name, (url, digest) in published.PUBLISHED.items():
         assert url.startswith("https://") and re.fullmatch("[0-9a-f]{8}|", digest), name
         assert "torchgeo" not in url or url.endswith(f"-{digest}.pth"), name
 

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention
 from lora.activations import SavedIn16Bits
-from lora.fusion import split_model
+from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.models.backbones import head_name

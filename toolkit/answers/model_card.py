@@ -8,7 +8,7 @@ import yaml
 
 from toolkit import VERSION, listed
 from toolkit.models.checkpoints import value_at
-from toolkit.models.names import PUBLISHED
+from toolkit.models.published import PUBLISHED
 
 PIPELINES = {
     "classification": "image-classification",

@@ -20,7 +20,8 @@ from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRE
 from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, is_published, model_problems
+from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, model_problems
+from toolkit.models.published import is_published
 from toolkit.run import loggers, output_folder
 
 if TYPE_CHECKING:
