@@ -11,7 +11,6 @@ import pickle
 import shlex
 import subprocess
 import sys
-import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from tests.image_files import bytes_of, tar_of
 from toolkit.config import check_command_line
 from toolkit.models.backbones import build_backbone
 from toolkit.run.options import read_options
@@ -74,18 +74,14 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), suffix: str = "pn
         image = Image.fromarray(levels[..., 0].astype(np.float32) / 255)
     else:
         image = image.convert(mode)
-    file = io.BytesIO()
-    image.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **options)
-    return file.getvalue()
+    return bytes_of(image.save, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **options)
 
 
 PNG = picture()
 
 
-def torch_file(content, **options) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, **options)
-    return file.getvalue()
+def torch_file(content) -> bytes:
+    return bytes_of(lambda file: torch.save(content, file))
 
 
 def changed(file: str, change):
@@ -408,13 +404,7 @@ IMAGES = [
 
 def tar(*names: str) -> bytes:
     """An archive of images of these names; one that ends in .cls is a label."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name in names:
-            member, content = tarfile.TarInfo(name), b"cat" if name.endswith(".cls") else PNG
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file.getvalue()
+    return tar_of({name: b"cat" if name.endswith(".cls") else PNG for name in names})
 
 
 def huge_png() -> bytes:
@@ -643,23 +633,28 @@ def test_pretraining_reads_images_as_it_goes(workplace, capsys):
 # -------------------------------------------------------------------------------------------- as a user's shell sees it
 
 
+def typed(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """A script, started in this folder, in which Python looks for packages first."""
+    script, *options = command.removeprefix("-m ").split()
+    script = ["-m", script] if command.startswith("-m") else [str(ROOT / script)]
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    command = [sys.executable, *script, *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script, options, names",
+    "command, names",
     [
-        ("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
-        ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
-        ("deploy_lora.py", "info gone.pth", ["gone.pth: file not found"]),
-        ("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
+        ("finetune_lora.py --epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
+        ("-m moco.pretrain --device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
+        ("deploy_lora.py info gone.pth", ["gone.pth: file not found"]),
+        ("finetune_lora.py --config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
     ],
 )
-def test_the_scripts_themselves(script, options, names, tmp_path):
+def test_the_scripts_themselves(command, names, tmp_path):
     (tmp_path / "my.yaml").write_text("finetune: !!python/object/apply:os.mkdir [ran]")
-    script = [str(ROOT / script)] if script.endswith(".py") else script.split()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *script, *options.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = typed(command, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in names)
@@ -694,12 +689,7 @@ def test_help_and_mistakes_do_not_wait_for_pytorch(command, code, names, tmp_pat
     for package in ("torch", "torchvision", "numpy"):
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('loaded')")
     (tmp_path / "my.yaml").write_text("finetune: {epoch: 3}")
-    script, *options = command.removeprefix("-m ").split()
-    script = ["-m", script] if command.startswith("-m") else [str(ROOT / script)]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, *script, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = typed(command, tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and all(name in done.stdout + done.stderr for name in names), done
 

@@ -13,12 +13,7 @@ import torch
 from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapters, resnet, snapshot, vit
 from torch import nn
 
-from finetune_lora import (
-    QLoRALinear,
-    add_lora_to_model,
-    freeze_backbone_params,
-    load_finetuned,
-)
+from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from tests.checkpoint_files import without_head
 from toolkit import InputError

@@ -3,7 +3,6 @@
 import csv
 import io
 import sys
-import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.images import bands, folders, remote, shards
 
@@ -25,9 +25,7 @@ fsspec = pytest.importorskip("fsspec")
 
 
 def as_png(levels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(levels).save(file, "png")
-    return file.getvalue()
+    return bytes_of(Image.fromarray(levels).save, "png")
 
 
 def png(level: int) -> bytes:
@@ -50,15 +48,10 @@ def tree() -> dict[str, bytes]:
     rows = [f"images/{i}.png,{'odd' if i % 2 else 'even'}" for i in range(12)]
     found["list.csv"] = "\n".join(["path,label", *rows]).encode()
     for number in range(2):
-        content = io.BytesIO()
-        with tarfile.open(fileobj=content, mode="w") as archive:
-            for i in range(6 * number, 6 * number + 6):
-                label = b"odd" if i % 2 else b"even"
-                for name, data in ((f"{i}.png", found[f"images/{i}.png"]), (f"{i}.cls", label)):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-        found[f"shards/part-{number}.tar"] = content.getvalue()
+        samples = {}
+        for i in range(6 * number, 6 * number + 6):
+            samples |= {f"{i}.png": found[f"images/{i}.png"], f"{i}.cls": b"odd" if i % 2 else b"even"}
+        found[f"shards/part-{number}.tar"] = tar_of(samples)
     return found
 
 
