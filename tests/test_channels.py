@@ -92,18 +92,12 @@ def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tm
 
 
 @pytest.mark.slow
-def test_the_merged_file_and_the_graph_answer_as_the_model_does(trained, tiffs, tmp_path):
+def test_a_graph_in_onnx_takes_the_numbers_of_the_file(trained, tiffs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, about = load_finetuned(trained)
     image = tiffs / "val" / "1" / "5.tif"
     expected = model(about["transform"](image)[None])
-
-    deploy_lora.main(f"merge {trained} --output {tmp_path / 'merged.pth'}".split())
-    plain = build_backbone("vit_mini", 3, 16, channels=13)
-    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
-    assert torch.allclose(plain.eval()(about["transform"](image)[None]), expected, atol=1e-5)
-
     deploy_lora.main(f"export {trained} --output {tmp_path / 'model.onnx'} --normalise".split())
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     told = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -293,7 +287,7 @@ def tiff_of_many_pages(count: int) -> bytes:
         (bytes_of(tifffile.imwrite, np.zeros((8, 8, 13), np.uint16))[:150], ""),
         (b"II*\0 and nothing more", ""),
         (tiff_that_says_it_is_huge(), "more than its bytes can hold"),
-        (bytes_of(np.savez_compressed, np.zeros((2**13, 2**13))), "more than its bytes can hold"),
+        (lambda: bytes_of(np.savez_compressed, np.zeros((2**14 + 1, 2**14), np.uint8)), "more than its bytes can hold"),
         (tiff_of_many_pages(5000), "it has 5000 pages"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),
         (b"no image at all", "cannot identify"),
@@ -302,7 +296,7 @@ def tiff_of_many_pages(count: int) -> bytes:
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tiffs, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(tiffs, folder)
-    (folder / "train" / "1" / "broken.npy").write_bytes(content)
+    (folder / "train" / "1" / "broken.npy").write_bytes(content() if callable(content) else content)
     train = load_splits("imagefolder", folder, bands=Bands(13)).train
     with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
         list(train)

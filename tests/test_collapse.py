@@ -14,7 +14,7 @@ from torch import nn
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors
+from tests.run_folders import assert_same_tensors, metrics, rows_of, stop, tensors
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
@@ -395,11 +395,7 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
 def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoch(finetune, monkeypatch):
     """The epoch has been judged by then, and is judged again when the run goes on."""
     whole = finetune("--epochs 2", output="whole")
-
-    def stop_request(requests, batches):
-        raise runs.Stopped(2)
-
-    monkeypatch.setattr(runs.StopRequests, "watched", stop_request)
+    monkeypatch.setattr(runs.StopRequests, "watched", stop)
     with pytest.raises(runs.Stopped):
         finetune("--epochs 2", output="stopped")
     state = read_checkpoint(whole["folder"].parent / "stopped/last.pth")

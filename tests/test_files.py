@@ -131,8 +131,6 @@ UNREADABLE = {
     ),
     "an array": (lambda path: torch.save(np.zeros(3), path), "needs numpy.*_reconstruct"),
     "TorchScript": (scripted, "as torch.save writes it"),
-    "a folder": (lambda path: path.mkdir(), "not a file"),
-    "missing": (lambda path: None, "not found"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
 }
 

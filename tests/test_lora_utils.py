@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors
@@ -378,10 +379,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(either, monkeypatch):
     manager = LoRAManager(adapted(base()))
     manager.save_lora_checkpoint(either)
     before = either.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(safetensors.torch, "save", full)
     randomize_adapters(manager.model)

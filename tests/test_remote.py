@@ -8,6 +8,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -260,9 +261,7 @@ def test_results_are_written_on_this_machine(base):
 
 
 def test_a_server_that_fails_is_one_line_without_where_it_has_led(base, tmp_path, monkeypatch):
-    def fail(url):
-        raise RuntimeError("500, message='Internal Server Error', url='https://elsewhere/list.csv?signature=secret'")
-
-    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    error = RuntimeError("500, message='Internal Server Error', url='https://elsewhere/list.csv?signature=secret'")
+    monkeypatch.setattr(fsspec.core, "url_to_fs", mock.Mock(side_effect=error))
     with pytest.raises(InputError, match=r"https://somewhere/list.csv cannot be read: 500, message='[ a-zA-Z]*'$"):
         finetune_lora.main(argv(base, tmp_path / "out", "--data-list https://somewhere/list.csv"))

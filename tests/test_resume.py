@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monk
     options = "--epochs 1 --keep-best accuracy"
     whole = finetune(options, output="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(reports, "write_finetuning", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finetune(options, output="parts")
     resumed = finetune(f"{options} --resume", output="parts")
@@ -356,12 +357,8 @@ def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.undo()
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", mock.Mock(side_effect=error))
     with output_folder.held(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
