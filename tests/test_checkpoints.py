@@ -398,12 +398,10 @@ def test_of_two_that_need_a_file_one_downloads_it(server, tmp_path, monkeypatch)
 @pytest.mark.parametrize("fault", ["another file", "nothing there", "torn"])
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, fault):
     monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", "0123abcd"))
-    message = (
-        f"cannot download {server}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and give its path"
-    )
+    told = f"cannot download {server}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and give its path"
     if fault == "another file":
         (tmp_path / "web" / "base.pth").write_bytes(b"other")
-        message = f"{server}/base.pth did not arrive as it is published (0123abcd): try again later"
+        told = f"{server}/base.pth did not arrive as it is published (0123abcd): try again later"
     if fault == "torn":  # of a file whose digest is not known
         monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
         (tmp_path / "web" / "base.pth").write_bytes(b"other")
@@ -411,10 +409,10 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, mon
         monkeypatch.setattr(
             torch.hub, "download_url_to_file", lambda url, path: (real(url, path), open(path, "w").close())
         )
-        message = f"{server}/base.pth did not arrive as it is published (5): try again later"
-    with pytest.raises(ArgumentTypeError, match=re.escape(message)):
+        told = f"{server}/base.pth did not arrive as it is published (5): try again later"
+    with pytest.raises(ArgumentTypeError, match=re.escape(told)):
         checkpoint_path("moco-v9")
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=re.escape(told)):
         finetune_lora.read_options(["--checkpoint", "moco-v9"])
     assert not list((tmp_path / "hub").rglob("*.p*"))
 

@@ -203,9 +203,7 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
 
 
-@pytest.mark.parametrize(
-    ("start", "score", "collapsed"), [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)]
-)
+@pytest.mark.parametrize("start, score, collapsed", [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)])
 def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start, score, collapsed):
     """Their R2 is about 0, above or below."""
     targets = torch.linspace(-1, 1, 128, dtype=torch.float64)[:, None]
@@ -411,19 +409,17 @@ def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoc
 def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watched, tmp_path, accuracies, good):
     """And with the files of its last good adapter."""
     watched([1.0, *accuracies])
-    with pytest.raises(
-        Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate"
-    ) as stopped:
+    with pytest.raises(Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate") as ended:
         finetune("--epochs 3")
     assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == good
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results == json.loads(json.dumps(stopped.value.results))
+    assert results == json.loads(json.dumps(ended.value.results))
     assert results["epochs"] == good and len(results["retreats"]) == 4
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
     watched([0.0])
     with pytest.raises(Collapsed) as resumed:
         finetune("--epochs 3 --resume")
-    assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
+    assert str(resumed.value) == str(ended.value)  # it has collapsed at the same rate again
 
 
 @pytest.mark.slow

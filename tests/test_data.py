@@ -135,9 +135,8 @@ def test_evaluation_images_elsewhere(tmp_path):
     two_classes(tmp_path, "mine/train", "mine/val", "plain", "theirs")
     for folder, train in (("mine", "mine/train"), ("plain", "plain")):
         splits = sources.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
-        assert {splits.train.name(0), splits.val.name(0)} == {
-            str(tmp_path / part / "cat" / "a.png") for part in (train, "theirs")
-        }
+        first = [str(tmp_path / part / "cat" / "a.png") for part in (train, "theirs")]
+        assert [splits.train.name(0), splits.val.name(0)] == first
 
 
 def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
@@ -286,9 +285,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
     Image.new("L", (90, 90)).save(tmp_path / "train" / "cat" / "good.jpg")
     broken = ["train/cat/a.png", "train/cat/z.jpg", "train/dog/f.png", "val/dog/c.png"]
     for name in broken:
-        content = (
-            (tmp_path / name).read_bytes() if name.endswith("png") else (tmp_path / "train/cat/good.jpg").read_bytes()
-        )
+        content = (tmp_path / (name if name.endswith("png") else "train/cat/good.jpg")).read_bytes()
         (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
     splits = sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
     told = capsys.readouterr().out
@@ -449,9 +446,8 @@ def test_what_workers_receive_and_import_is_little(digits):
 
 def test_workers_stay_for_the_next_pass():
     def processes(keep: bool) -> list[set[int]]:
-        loader = data.build_loader(
-            data.Transformed([(None, 0)] * 8, lambda _: os.getpid()), 2, workers=2, keep_workers=keep
-        )
+        numbers = data.Transformed([(None, 0)] * 8, lambda _: os.getpid())
+        loader = data.build_loader(numbers, 2, workers=2, keep_workers=keep)
         return [{int(pid) for pids, _ in loader for pid in pids} for _ in range(2)]
 
     first, second = processes(keep=True)

@@ -64,10 +64,8 @@ def test_a_picture_is_seen_through_the_window_of_its_file(tags, greys):
 
 
 def test_numbers_are_in_their_own_unit():
-    content = file_of(
-        np.stack([RAMP, RAMP + 7]), RescaleSlope=2, RescaleIntercept=-1000, WindowWidth=10, WindowCenter=5
-    )
-    array, names = bands.decoded(content)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowWidth": 10, "WindowCenter": 5}
+    array, names = bands.decoded(file_of(np.stack([RAMP, RAMP + 7]), **tags))
     np.testing.assert_array_equal(array[..., 0], 2 * RAMP - 1000)  # of the first frame
     assert names is None
     inverted, _ = bands.decoded(file_of(RAMP, PhotometricInterpretation="MONOCHROME1"))

@@ -94,9 +94,7 @@ def row_operations(width: int):
         (torch.bfloat16, True, torch.float32),
     ],
 )
-def test_a_recomputed_operation_equals_the_dense_computation(
-    device, name, prologue, dtype, autocast, x_dtype, monkeypatch
-):
+def test_a_recomputed_operation_equals_the_dense_one(device, name, prologue, dtype, autocast, x_dtype, monkeypatch):
     """Evaluated once in backward, whose gradient passes a LayerNorm a few rows at a time."""
     monkeypatch.setattr(functional, "PART_NUMEL", 1)
     prologue = copy.deepcopy(prologue).to(device, dtype)
@@ -204,9 +202,7 @@ STORAGES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("storage, dtype, autocast, tolerance", STORAGES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_convolution_equals_the_dense_computation(
-    device, geometry, storage, dtype, autocast, tolerance, memory_format
-):
+def test_a_convolution_equals_the_dense_one(device, geometry, storage, dtype, autocast, tolerance, memory_format):
     """Dropout, the scale of a folded BatchNorm, an addition and a ReLU; inside oneDNN where that is there."""
     shape, geometry = GEOMETRIES[geometry]
     precise = torch.promote_types(dtype, torch.float32)

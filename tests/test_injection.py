@@ -280,9 +280,8 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
         for name, own in settings.items():
             layer = model.get_submodule(name)
             assert LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) == own
-            assert (
-                layer.scaling == own.scaling and isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
-            )
+            assert layer.scaling == own.scaling
+            assert isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
             assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in adapters(layer))
     del settings[block + "self_attention.out_proj"]  # then it follows its attention
     adapt_layers(model, settings, four_bits)
@@ -304,6 +303,9 @@ def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
 # ------------------------------------------------------------------------------------------------- again, and removed
 
 
+FUSED = nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer  # with adapted layers
+
+
 def test_layers_that_are_no_longer_targets_are_stock_layers_again():
     for build, x in ((resnet, images()), (vit, images(16))):
         model = build().eval()
@@ -314,9 +316,7 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         target = model.get_submodule(name)
         around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-            if ours not in around and not isinstance(
-                ours, nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer
-            ):
+            if ours not in around and not isinstance(ours, FUSED):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
@@ -479,9 +479,8 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     model = frozen(copy.deepcopy(stock), adapt_last=last, **storage).eval()
     stored = {name: m for name, m in model.named_modules() if getattr(m, "float_digests", {})}
     assert set(wanted) <= set(stored)
-    assert {n for n, layer in stored.items() if layer.r} == {
-        n for n in stored if n.startswith(tuple(block_names(stock)[-last:]))
-    }
+    above = tuple(block_names(stock)[-last:])
+    assert {n for n, layer in stored.items() if layer.r} == {n for n in stored if n.startswith(above)}
     stock = rounded(stock, model)
     twin = dense_twin(stock, model)
     compare_with_dense(stock, model, [x], FP32)

@@ -186,16 +186,15 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
     """By torchrun and by the script that it starts; tests/test_processes.py runs two processes."""
     monkeypatch.chdir(ROOT)
     launch = torch.distributed.run.get_args_parser().parse_args(shlex.split(command)[1:])
+    argv = launch.training_script_args
     assert int(launch.nproc_per_node) > 1
     if launch.training_script == "finetune_lora.py":
-        finetune_lora.read_options(launch.training_script_args)
+        finetune_lora.read_options(argv)
     elif launch.training_script == "deploy_lora.py":
-        assert not deploy_lora.check(deploy_lora.make_parser()[0].parse_args(launch.training_script_args))
+        assert not deploy_lora.check(deploy_lora.make_parser()[0].parse_args(argv))
     else:
         assert launch.module and launch.training_script == "moco.pretrain"
-        pretrain.config.parse_args(
-            pretrain.make_parser(), launch.training_script_args, ignored=pretrain.options.OF_FINE_TUNING
-        )
+        pretrain.config.parse_args(pretrain.make_parser(), argv, ignored=pretrain.options.OF_FINE_TUNING)
 
 
 @pytest.mark.parametrize(

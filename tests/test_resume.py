@@ -82,9 +82,8 @@ def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
     """Measured once: by a resumed run no more, whatever the processor."""
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.bfloat16)
     folder = finetune("--epochs 1", output="automatic")["folder"]
-    assert_same_tensors(
-        folder / "lora.pth", finetune("--epochs 1 --precision bf16", output="typed")["folder"] / "lora.pth"
-    )
+    typed = finetune("--epochs 1 --precision bf16", output="typed")["folder"]
+    assert_same_tensors(folder / "lora.pth", typed / "lora.pth")
     assert read_adapter_file(folder / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "bf16"
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
     assert finetune("--epochs 1 --resume", output="automatic")["precision"] == "bfloat16"

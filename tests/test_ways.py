@@ -129,9 +129,8 @@ def test_a_resnet_goes_the_same_way(norms, finetune, saved, tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
     # A frozen BatchNorm keeps the statistics of the checkpoint, if it does not follow the adapters.
-    assert torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"]) is (
-        norms == "--norms frozen"
-    )
+    is_as_it_was = torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"])
+    assert is_as_it_was is (norms == "--norms frozen")
     assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--norms train")
     kept = results["val_accuracy"], results["val_loss"]
     again = finetune(f"{options} --resume")
