@@ -232,7 +232,7 @@ def test_images_beside_annotations_that_are_no_masks(tmp_path):
     assert len(sources.load_unlabelled(tmp_path)) == 3
 
 
-def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path, capsys):
+def test_copies_of_training_images_are_told_and_so_is_that_none_are_looked_for(tmp_path, monkeypatch, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     sources.load_splits("imagefolder", tmp_path)
@@ -250,6 +250,9 @@ def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path
     (tmp_path / "val" / "cat" / "b.png").rename(tmp_path / "val" / "cat" / "\x1b[31mb.png")
     sources.load_splits("imagefolder", tmp_path)
     assert capsys.readouterr().out.strip().isprintable()
+    monkeypatch.setattr(sources, "MOST_COMPARED", 11)
+    sources.load_splits("imagefolder", tmp_path)
+    assert "may be copies of training images: more than 11 are not compared" in capsys.readouterr().out
 
 
 def test_a_class_or_a_part_of_which_nothing_can_be_read_is_an_error(tmp_path):
@@ -270,14 +273,6 @@ def test_a_drawn_part_has_every_class(tmp_path):
     assert sorted({*images.at_most(10).labels}) == [0, 1] and len(images.at_most(10)) == 10
     drawn = data.LabelledImages(images.source, [0] * 501).at_most(10)  # where nothing is missing, as randperm says
     assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
-
-
-def test_among_too_many_images_copies_are_not_looked_for_which_is_told(tmp_path, monkeypatch, capsys):
-    two_classes(tmp_path, "train")
-    shutil.copytree(tmp_path / "train", tmp_path / "val")
-    monkeypatch.setattr(sources, "MOST_COMPARED", 11)
-    sources.load_splits("imagefolder", tmp_path)
-    assert "may be copies of training images: more than 11 are not compared" in capsys.readouterr().out
 
 
 def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):

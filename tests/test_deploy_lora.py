@@ -201,7 +201,7 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
         write("stopped")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob("part-*")}
     write("stopped", "--resume")
-    assert all(path.stat().st_mtime_ns == written for path, written in before.items())  # nothing twice
+    assert before and all(path.stat().st_mtime_ns == written for path, written in before.items())  # nothing twice
     contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "stopped")]
     assert contents[0] == contents[1]
 

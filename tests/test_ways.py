@@ -104,7 +104,6 @@ def test_every_way_comes_back_from_its_file_and_merges_into_plain_torchvision(wa
     deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
     plain = build_backbone("vit_mini", 3, 16).eval()
     plain.load_state_dict(torch.load(merged, weights_only=True), strict=True)
-    assert not any("lora" in type(module).__module__ for module in plain.modules())
     model, _ = load_finetuned(adapter)
     x = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
