@@ -14,7 +14,7 @@ from torch import nn
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, rows_of, stop, tensors
+from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
@@ -387,21 +387,6 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     assert "lowered where training collapsed" in capsys.readouterr().out.partition("back to epoch")[0]
     assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
-
-
-@pytest.mark.slow
-def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoch(finetune, monkeypatch):
-    """The epoch has been judged by then, and is judged again when the run goes on."""
-    whole = finetune("--epochs 2", output="whole")
-    monkeypatch.setattr(runs.StopRequests, "watched", stop)
-    with pytest.raises(runs.Stopped):
-        finetune("--epochs 2", output="stopped")
-    state = read_checkpoint(whole["folder"].parent / "stopped/last.pth")
-    assert state["history"] == [] and len(state["guard"]["scores"]) == 1
-    monkeypatch.undo()
-    resumed = finetune("--epochs 2 --resume", output="stopped")
-    states = [read_checkpoint(results["folder"] / "last.pth") for results in (whole, resumed)]
-    assert states[0]["guard"]["scores"] == states[1]["guard"]["scores"]
 
 
 @pytest.mark.slow

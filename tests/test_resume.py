@@ -159,24 +159,20 @@ def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypa
     assert_same_tensors(*files)
 
 
-def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch):
-    """Its head is at another temperature then, which nothing else undoes where all of the change is kept."""
+def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
+    """Its head is at another temperature then, which nothing else undoes where all of the change is kept, and the guard
+    has judged the epoch, which it judges again."""
     options = "--epochs 2 --wise-ft 1"
     whole = finetune(options, "whole")
-    evaluated = []
-
-    def watched(requests, batches):
-        evaluated.append(1)
-        if len(evaluated) == 1:
-            raise runs.Stopped(signal.SIGTERM, "")
-        return batches
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequests, "watched", watched)
-        with pytest.raises(runs.Stopped):
-            finetune(options)
-    results = finetune(f"{options} --resume")
-    assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
+        patch.setattr(runs.StopRequests, "watched", stop)
+        finetune(options)
+    state = read_checkpoint(tmp_path / "out/last.pth")
+    assert state["history"] == [] and len(state["guard"]["scores"]) == 1
+    resumed = finetune(f"{options} --resume")
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    scores = [read_checkpoint(of["folder"] / "last.pth")["guard"]["scores"] for of in (whole, resumed)]
+    assert scores[0] == scores[1]
 
 
 def test_a_stop_after_the_last_step_stops_too(finetune):
