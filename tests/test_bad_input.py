@@ -532,6 +532,8 @@ ADAPTERS = [
 OUTPUTS = [
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth is a file; name a folder"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
+    case("an output folder elsewhere", "finetune --output-dir s3://bucket/out",
+         "--output-dir s3:/bucket/out: results are written on this machine"),
     case("an output folder with too long a name", f"finetune --output-dir {'x' * 300}", "File name too long"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
     case("results among those of another folder", "finetune --data-dir mine --val-dir other --output-dir other/out",

@@ -28,9 +28,6 @@ from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 CPU = torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------------------- a run's own files
-
-
 def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, monkeypatch, capsys):
     """The best epoch would be chosen on the very images that measure it: told, but no number to publish."""
     scripted = iter([0.85, 0.9, 0.82])
@@ -48,9 +45,6 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
     assert all(torch.equal(kept[name], adapters[2][name]) for name in adapters[2] if "lora_" in name)
     assert all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3])  # with its head calibrated
     assert not all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
-
-
-# ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
 def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:

@@ -364,9 +364,6 @@ def test_another_model_is_refused(path, other):
     assert_refused(build(), path, message)
 
 
-# ------------------------------------------------------------------------------------------------------ damaged files
-
-
 @pytest.mark.parametrize("value", [torch.zeros(1), {1, 2}, object()], ids=["tensor", "set", "object"])
 def test_metadata_that_could_not_be_read_back_is_refused(either, value):
     with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):

@@ -16,8 +16,6 @@ from toolkit.run import optim, reports, training
 from toolkit.run.options import FineTuneOptions
 from toolkit.run.search import RATES, Trial, choose
 
-# ------------------------------------------------------------------------------------- the start, the rate, no collapse
-
 
 def test_a_short_run_trains_at_a_lower_rate():
     """From 80 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""

@@ -255,11 +255,6 @@ def test_drives_of_windows_are_no_addresses():
     assert not any(map(remote.is_remote, ("C:/images/a.png", "c:\\images", "/home/me", "a:b.png")))
 
 
-def test_results_are_written_on_this_machine(base):
-    with pytest.raises(InputError, match="--output-dir s3:/bucket/out: results are written on this machine"):
-        finetune_lora.main(argv(base, "s3://bucket/out", ""))
-
-
 def test_a_server_that_fails_is_one_line_without_where_it_has_led(base, tmp_path, monkeypatch):
     error = RuntimeError("500, message='Internal Server Error', url='https://elsewhere/list.csv?signature=secret'")
     monkeypatch.setattr(fsspec.core, "url_to_fs", mock.Mock(side_effect=error))

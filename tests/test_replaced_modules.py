@@ -51,6 +51,8 @@ def test_replaced_modules_in_a_resnet(change):
 IN_A_VIT = {
     "no LayerNorm": put(ln_1=nn.Identity(), ln_2=nn.Identity()),
     "a LayerNorm of a sequence": put(ln_1=nn.LayerNorm((5, 16), elementwise_affine=False)),
+    "a LayerNorm of a sequence before the MLP": put(ln_2=nn.LayerNorm((5, 16))),
+    "an MLP that mixes tokens": put(mlp=nn.Sequential(nn.Conv1d(5, 5, 1))),
     "an activation": put(mlp__1=nn.Tanh()),
     "stock layers": put(self_attention=nn.MultiheadAttention(16, 2, batch_first=True), mlp__0=nn.Linear(16, 32)),
     "an MLP": put(mlp=nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))),
@@ -63,6 +65,7 @@ IN_A_VIT = {
 @pytest.mark.parametrize("change", IN_A_VIT.values(), ids=IN_A_VIT)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_replaced_modules_in_a_vit(change, mode):
+    """In its last block, which computes the class token alone unless something mixes it with others."""
     stock, x = vit().double(), images(16, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock))
     set_gradient_checkpointing(model, mode)

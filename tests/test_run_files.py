@@ -137,7 +137,9 @@ def test_resume_looks_into_the_output_folder(tmp_path):
 
 
 def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
-    first = finetune("--epochs 1 --lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules self_attention mlp.0")
+    first = finetune("--epochs 1 --lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules (?!.*_1).*mlp[.][03]")
+    layers = read_adapter_file(first["folder"] / "lora.pth")["layers"]
+    assert len(layers) == 2 and all(".mlp." in name and "_1." not in name for name in layers)
     config = first["folder"] / "config.yaml"
     again = finetune_lora.main(f"--config {config} --output-dir {tmp_path / 'again'} --device cpu".split())
     assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]

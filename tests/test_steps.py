@@ -177,9 +177,6 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(finetune, saved,
     assert baselines[0] == baselines[1]
 
 
-# ------------------------------------------------------------------------------------- the start, the rate, no collapse
-
-
 def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys):
     """Also where it is resumed: the choice stands in its files."""
     monkeypatch.setattr(initialization, "MOST", 0.01)  # which the last block alone has

@@ -8,14 +8,10 @@ import torch
 import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned
-from lora_utils import read_adapter_file
 from tests.run_folders import stop, tensors
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import runs
-
-# --------------------------------------------------------------------------------------------------- ways to fine-tune
-
 
 WAYS = {
     "lora": "--lora-rank 2 --lora-dropout 0.1",
@@ -143,16 +139,6 @@ def test_a_resnet_goes_the_same_way(norms, finetune, saved, tmp_path, capsys):
 def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(norms, device, settled):
     args = argparse.Namespace(norms=norms, freeze_backbone=True)
     assert finetune_lora.settled_norms(args, torch.device(device)) == settled
-
-
-def test_targets_choose_the_layers(finetune):
-    results = finetune("--epochs 1 --labels-per-class 2 --target-modules (?!.*_1).*mlp[.][03]")
-    layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
-    assert len(layers) == 2 and all(".mlp." in name and "_1." not in name for name in layers)
-    load_finetuned(results["folder"] / "lora.pth")
-
-
-# ------------------------------------------------------------------------------------------------- the guide's commands
 
 
 def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):
