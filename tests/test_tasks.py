@@ -40,8 +40,7 @@ class Net(nn.Module):
         return self.fc(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several labels
+# ------------------------------------------------------------------------------------------------------- several labels
 
 
 def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
@@ -130,8 +129,7 @@ def test_the_error_of_a_score_is_that_of_drawing_other_images():
     assert 0.6 < math.sqrt(task.head.variance(np.mean(score), 150)) / np.std(score) < 1.7
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
@@ -212,8 +210,7 @@ def test_numbers_are_standardised_before_a_device_without_float64_has_them(no_fl
     assert task.head.knn_score(features, targets, features, targets) <= 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All tasks
+# ------------------------------------------------------------------------------------------------------------ all tasks
 
 
 def features_for(kind: str) -> tuple[torch.Tensor, torch.Tensor, tasks.Task]:
