@@ -175,7 +175,7 @@ def test_the_address_of_a_file_is_its_path(here, adapter_for_images, tmp_path):
 
 @pytest.mark.parametrize("what", ["shards", "images"])
 def test_pretraining_reads_archives_and_folders(place, tmp_path, what):
-    options = f"--data-dir {place}/{what} --arch vit_mini --image-size 16 --batch-size 4 --queue-size 8 --epochs 1"
+    options = f"--data-dir {place}/{what} --arch vit_mini --image-size 16 --batch-size 4 --dim 8 --mlp-dim 8 --epochs 1"
     pretrain.main([*options.split(), "--device", "cpu", "--workers", "0", "--output-dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "moco_stage1_epoch_1.pth").exists()
 
