@@ -48,26 +48,20 @@ def sequential(tensors):
     return {".".join([places[first], *rest]): v for k, v in tensors.items() for first, *rest in [k.split(".")]}
 
 
+# The weights of a block; each has a bias as well.
 TIMM_BLOCK = {
-    "norm1.weight": (384,),
-    "norm1.bias": (384,),
-    "attn.qkv.weight": (1152, 384),
-    "attn.qkv.bias": (1152,),
-    "attn.proj.weight": (384, 384),
-    "attn.proj.bias": (384,),
-    "norm2.weight": (384,),
-    "norm2.bias": (384,),
-    "mlp.fc1.weight": (1536, 384),
-    "mlp.fc1.bias": (1536,),
-    "mlp.fc2.weight": (384, 1536),
-    "mlp.fc2.bias": (384,),
+    **{"norm1": (384,), "attn.qkv": (1152, 384), "attn.proj": (384, 384)},
+    **{"norm2": (384,), "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)},
 }
 
 
 def timm_vit(depth, stem, positions=None):
     """A ViT-S backbone under timm's names."""
     shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
-    shapes |= {f"blocks.{i}.{key}": shape for i in range(depth) for key, shape in TIMM_BLOCK.items()} | stem
+    for i in range(depth):
+        for layer, shape in TIMM_BLOCK.items():
+            shapes |= {f"blocks.{i}.{layer}.weight": shape, f"blocks.{i}.{layer}.bias": shape[:1]}
+    shapes |= stem
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for key, shape in shapes.items():

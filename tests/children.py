@@ -14,8 +14,6 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from toolkit import InputError
-
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 STORES: list[dist.TCPStore] = []
@@ -89,18 +87,3 @@ def together(module: str, options: str, log: Path, before: Callable | None = Non
         Child(module, options, log.with_suffix(f".{k}.log"), before, shared | {"RANK": str(k), "LOCAL_RANK": str(k)})
         for k in range(2)
     ]
-
-
-def kill_yourself(_) -> None:
-    """What the system does to a process when memory runs out."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stop_yourself(_) -> None:
-    """What a run does on SIGTERM or Ctrl-C."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - of its traceback nobody would learn anything
-    raise KeyboardInterrupt
-
-
-def fail(_) -> None:
-    raise InputError("out of images")

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gc
-import io
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
+from tests.image_files import bytes_of
 from toolkit import devices
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
@@ -229,12 +229,11 @@ def no_pictures():
     """Runs draw nothing, which takes a third of a short one: a test that looks at pictures asks for `pictures`."""
 
     def blank(*given) -> bytes:
-        file = io.BytesIO()
-        Image.new("L", (1, 1)).save(file, "png")
+        content = bytes_of(Image.new("L", (1, 1)).save, "png")
         for path in given:
             if isinstance(path, Path):
-                path.write_bytes(file.getvalue())
-        return file.getvalue()
+                path.write_bytes(content)
+        return content
 
     with plotting(dict.fromkeys(PICTURES, blank)):
         yield

@@ -207,20 +207,19 @@ def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def saved_storages(function: Callable[[], object]) -> dict[int, int]:
+    """What a forward keeps for backward: bytes by storage, so that views and one tensor saved twice count once."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        function()
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+
+
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     """What a forward keeps for backward, parameters left out."""
+    saved = saved_storages(lambda: model(x))
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(size for size, _ in saved.values())
+    return sum(size for pointer, size in saved.items() if pointer not in parameters)
 
 
 def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:

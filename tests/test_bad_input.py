@@ -11,7 +11,6 @@ import pickle
 import shlex
 import subprocess
 import sys
-import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from tests.image_files import bytes_of, tar_of
 from toolkit.config import check_command_line
 from toolkit.models.backbones import build_backbone
 from toolkit.run.options import read_options
@@ -74,18 +74,14 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), suffix: str = "pn
         image = Image.fromarray(levels[..., 0].astype(np.float32) / 255)
     else:
         image = image.convert(mode)
-    file = io.BytesIO()
-    image.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **options)
-    return file.getvalue()
+    return bytes_of(image.save, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **options)
 
 
 PNG = picture()
 
 
-def torch_file(content, **options) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, **options)
-    return file.getvalue()
+def torch_file(content) -> bytes:
+    return bytes_of(lambda file: torch.save(content, file))
 
 
 def changed(file: str, change):
@@ -408,13 +404,7 @@ IMAGES = [
 
 def tar(*names: str) -> bytes:
     """An archive of images of these names; one that ends in .cls is a label."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name in names:
-            member, content = tarfile.TarInfo(name), b"cat" if name.endswith(".cls") else PNG
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file.getvalue()
+    return tar_of({name: b"cat" if name.endswith(".cls") else PNG for name in names})
 
 
 def huge_png() -> bytes:
@@ -542,6 +532,8 @@ ADAPTERS = [
 OUTPUTS = [
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth is a file; name a folder"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
+    case("an output folder elsewhere", "finetune --output-dir s3://bucket/out",
+         "--output-dir s3:/bucket/out: results are written on this machine"),
     case("an output folder with too long a name", f"finetune --output-dir {'x' * 300}", "File name too long"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
     case("results among those of another folder", "finetune --data-dir mine --val-dir other --output-dir other/out",
@@ -561,7 +553,8 @@ OUTPUTS = [
          "--momentum: expected a number", "--temperature: expected", "4' is none of 2, 3", "'gpu'"),
     case("adapters of stage 1 over nothing", "pretrain --lora-rank 4", "--lora-rank 4 without --checkpoint"),
     case("stage 1 goes on from nothing", "pretrain --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
-    case("stage 1 goes on from a misspelt name", "pretrain --checkpoint moco-v2-800", "did you mean moco-v2-800ep?"),
+    case("stage 1 goes on from a misspelt name", "pretrain --checkpoint moco-v2-800",
+         "moco-v2-800: file not found", "did you mean moco-v2-800ep?"),
     case("heads of a ResNet in stage 1", "pretrain --arch resnet18 --heads 6", "--arch resnet18: 6 heads are not for"),
     case("4-bit weights without adapters, pretraining", "pretrain --checkpoint base.pth --use-qlora",
          "--use-qlora with --lora-rank 0"),
@@ -643,23 +636,28 @@ def test_pretraining_reads_images_as_it_goes(workplace, capsys):
 # -------------------------------------------------------------------------------------------- as a user's shell sees it
 
 
+def typed(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """A script, started in this folder, in which Python looks for packages first."""
+    script, *options = command.removeprefix("-m ").split()
+    script = ["-m", script] if command.startswith("-m") else [str(ROOT / script)]
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    command = [sys.executable, *script, *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script, options, names",
+    "command, names",
     [
-        ("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
-        ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
-        ("deploy_lora.py", "info gone.pth", ["gone.pth: file not found"]),
-        ("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
+        ("finetune_lora.py --epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
+        ("-m moco.pretrain --device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
+        ("deploy_lora.py info gone.pth", ["gone.pth: file not found"]),
+        ("finetune_lora.py --config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
     ],
 )
-def test_the_scripts_themselves(script, options, names, tmp_path):
+def test_the_scripts_themselves(command, names, tmp_path):
     (tmp_path / "my.yaml").write_text("finetune: !!python/object/apply:os.mkdir [ran]")
-    script = [str(ROOT / script)] if script.endswith(".py") else script.split()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *script, *options.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = typed(command, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in names)
@@ -694,12 +692,7 @@ def test_help_and_mistakes_do_not_wait_for_pytorch(command, code, names, tmp_pat
     for package in ("torch", "torchvision", "numpy"):
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('loaded')")
     (tmp_path / "my.yaml").write_text("finetune: {epoch: 3}")
-    script, *options = command.removeprefix("-m ").split()
-    script = ["-m", script] if command.startswith("-m") else [str(ROOT / script)]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, *script, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = typed(command, tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and all(name in done.stdout + done.stderr for name in names), done
 

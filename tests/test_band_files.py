@@ -153,9 +153,8 @@ def test_band_files_go_through_every_command(band_files, tmp_path, capsys):
     _, about = load_finetuned(adapter)
     assert (about["bands"], about["scale"]) == (list(NAMES), 10000)
 
-    assert (
-        deploy_lora.main(f"evaluate {adapter} --device cpu --workers 0".split())["accuracy"] == results["val_accuracy"]
-    )
+    evaluated = deploy_lora.main(f"evaluate {adapter} --device cpu --workers 0".split())
+    assert evaluated["accuracy"] == results["val_accuracy"]
     argv = f"predict {adapter} {band_files} --output {tmp_path / 'p.csv'} --device cpu --workers 0"
     assert len(deploy_lora.main(argv.split())) == 16
     tile = band_files / "sea" / "tile0" / "B02.tif"

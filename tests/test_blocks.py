@@ -337,16 +337,6 @@ def test_a_vit_in_low_precision(monkeypatch, device, batched):
     compare_with_dense(stock, model, [x], 5e-2, autocast=True)
 
 
-@pytest.mark.parametrize("name, child", [("mlp", nn.Sequential(nn.Conv1d(5, 5, 1))), ("ln_2", nn.LayerNorm((5, 16)))])
-def test_a_last_block_that_mixes_tokens_gets_all_of_them(name, child):
-    stock, x = vit().double(), images(16, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock))
-    twin = dense_twin(stock, model)
-    for network in (twin, model):
-        setattr(network.encoder.layers[1], name, copy.deepcopy(child).double())
-    assert_close(model(x), twin(x), EXACT)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("base_dtype", [None, torch.float16], ids=["float base", "base in 16 bits"])
 @pytest.mark.parametrize("mode", ["none", "full"])

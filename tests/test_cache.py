@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,11 +53,7 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
 
 def test_no_file_is_left_where_the_features_cannot_be_opened(photos, place, monkeypatch):
     """As after a stop while the other processes open it."""
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "from_file", stop)
+    monkeypatch.setattr(torch, "from_file", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cache.cache_features(photos, [[torch.zeros(3, 5)]], 3)
     assert count_files(place) == 0
@@ -70,11 +67,8 @@ def count_files(folder: Path) -> int:
 def test_room_for_features_is_reserved(tmp_path, monkeypatch):
     """Where another process takes it meanwhile, writing to the tensor would end this one without a word."""
     assert os.stat(cache._empty_file(tmp_path, 100_000)).st_blocks * 512 >= 100_000
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", mock.Mock(side_effect=full))
     with pytest.raises(InputError, match=r"a file of 0\.10 GB in .*No space left.* use --cache-features none"):
         cache._empty_file(tmp_path, 100_000_000)
     assert len(list(tmp_path.glob("features-*"))) == 1  # the first one

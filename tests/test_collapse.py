@@ -28,9 +28,6 @@ from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 CPU = torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------------------- a run's own files
-
-
 def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, monkeypatch, capsys):
     """The best epoch would be chosen on the very images that measure it: told, but no number to publish."""
     scripted = iter([0.85, 0.9, 0.82])
@@ -48,9 +45,6 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
     assert all(torch.equal(kept[name], adapters[2][name]) for name in adapters[2] if "lora_" in name)
     assert all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3])  # with its head calibrated
     assert not all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
-
-
-# ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
 def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
@@ -203,9 +197,7 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
 
 
-@pytest.mark.parametrize(
-    ("start", "score", "collapsed"), [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)]
-)
+@pytest.mark.parametrize("start, score, collapsed", [(0.005, -0.004, False), (-0.01, -0.02, False), (0.1, -0.2, True)])
 def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start, score, collapsed):
     """Their R2 is about 0, above or below."""
     targets = torch.linspace(-1, 1, 128, dtype=torch.float64)[:, None]
@@ -392,42 +384,21 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
 
 
 @pytest.mark.slow
-def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoch(finetune, monkeypatch):
-    """The epoch has been judged by then, and is judged again when the run goes on."""
-    whole = finetune("--epochs 2", output="whole")
-
-    def stop_request(requests, batches):
-        raise runs.Stopped(2)
-
-    monkeypatch.setattr(runs.StopRequests, "watched", stop_request)
-    with pytest.raises(runs.Stopped):
-        finetune("--epochs 2", output="stopped")
-    state = read_checkpoint(whole["folder"].parent / "stopped/last.pth")
-    assert state["history"] == [] and len(state["guard"]["scores"]) == 1
-    monkeypatch.undo()
-    resumed = finetune("--epochs 2 --resume", output="stopped")
-    states = [read_checkpoint(results["folder"] / "last.pth") for results in (whole, resumed)]
-    assert states[0]["guard"]["scores"] == states[1]["guard"]["scores"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.0, 1.0] * 4, 0)])
 def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watched, tmp_path, accuracies, good):
     """And with the files of its last good adapter."""
     watched([1.0, *accuracies])
-    with pytest.raises(
-        Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate"
-    ) as stopped:
+    with pytest.raises(Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate") as ended:
         finetune("--epochs 3")
     assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == good
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results == json.loads(json.dumps(stopped.value.results))
+    assert results == json.loads(json.dumps(ended.value.results))
     assert results["epochs"] == good and len(results["retreats"]) == 4
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
     watched([0.0])
     with pytest.raises(Collapsed) as resumed:
         finetune("--epochs 3 --resume")
-    assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
+    assert str(resumed.value) == str(ended.value)  # it has collapsed at the same rate again
 
 
 @pytest.mark.slow

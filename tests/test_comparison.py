@@ -98,9 +98,8 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind):
     for name, strength, of in zip("ab", (2.0, 0.7), noise, strict=True):
         answers = truth.nan_to_num() + strength * of
         if kind == "multilabel":
-            report = tasks.MultiLabel(["cat", "dog"], truth).report(
-                multilabel.LabelAnswers(0.1, answers.sigmoid(), truth)
-            )
+            found = multilabel.LabelAnswers(0.1, answers.sigmoid(), truth)
+            report = tasks.MultiLabel(["cat", "dog"], truth).report(found)
         else:
             task = tasks.Regression(["cat", "dog"], truth)
             report = task.report(regression.NumberAnswers(0.1, answers, truth))

@@ -1,9 +1,7 @@
 """DICOM files: their windows, units and inverted greys, in folders, archives and with --channels 1."""
 
-import io
 import os
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from PIL import Image
 
 import finetune_lora
+from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.images import bands, dicom
 from toolkit.images.folders import ImageFiles, image_names
@@ -39,9 +38,7 @@ def file_of(pixels: np.ndarray, **tags) -> bytes:
     for name, value in tags.items():
         setattr(dataset, name, value)
     dataset.PixelData = pixels.astype(np.uint16).tobytes()
-    file = io.BytesIO()
-    dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
+    return bytes_of(dataset.save_as, enforce_file_format=True)
 
 
 RAMP = np.arange(0, 4000, 40).reshape(10, 10)
@@ -67,10 +64,8 @@ def test_a_picture_is_seen_through_the_window_of_its_file(tags, greys):
 
 
 def test_numbers_are_in_their_own_unit():
-    content = file_of(
-        np.stack([RAMP, RAMP + 7]), RescaleSlope=2, RescaleIntercept=-1000, WindowWidth=10, WindowCenter=5
-    )
-    array, names = bands.decoded(content)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowWidth": 10, "WindowCenter": 5}
+    array, names = bands.decoded(file_of(np.stack([RAMP, RAMP + 7]), **tags))
     np.testing.assert_array_equal(array[..., 0], 2 * RAMP - 1000)  # of the first frame
     assert names is None
     inverted, _ = bands.decoded(file_of(RAMP, PhotometricInterpretation="MONOCHROME1"))
@@ -133,11 +128,7 @@ def test_in_folders_files_without_suffix_are_known_by_their_mark(tmp_path, capsy
 
 
 def test_archives_may_have_them(tmp_path):
-    content = file_of(RAMP)
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        member = tarfile.TarInfo("1.dcm")
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "a.tar").write_bytes(tar_of({"1.dcm": file_of(RAMP)}))
     images, _ = read_shards(tmp_path)
     assert isinstance(images[0][0], Image.Image)
     assert images[0][0].size == (10, 10)

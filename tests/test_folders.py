@@ -1,6 +1,5 @@
 """Images in folders and in tar archives: found, read, split, shuffled and resumed."""
 
-import io
 import os
 import sys
 import tarfile
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from moco import pretrain
+from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.images import data, folders, shards, sources, transforms
 from toolkit.images.shards import read_shards
@@ -18,17 +18,11 @@ from toolkit.images.shards import read_shards
 
 def write_shard(path, samples: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in samples.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+    path.write_bytes(tar_of(samples))
 
 
 def jpeg(level: int, suffix: str = "jpeg") -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (12, 9), level).save(file, suffix)
-    return file.getvalue()
+    return bytes_of(Image.new("L", (12, 9), level).save, suffix)
 
 
 def write_set(folder, number: int, per_shard: int = 6, labels: bool = True) -> None:

@@ -56,15 +56,18 @@ def pair(request):
     return conv, norm
 
 
-def dense(conv, norm, x, residual=None):
-    """The formulas of the module as they stand, of what `FollowedNorm` has sampled."""
-    followed = conv.followed
+def by_formulas(conv, norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel, mean and variance by the formulas of the module, of what `FollowedNorm` has sampled."""
+    followed, W = conv.followed, conv.base().flatten(1)
     C = followed.inputs.T @ followed.inputs
-    W = conv.base().flatten(1)
     K = W + conv.scaling * conv.lora_B @ conv.lora_A
-    v = torch.stack([(k @ C @ k.T).diagonal() for k in (W, K)]) + 0.01 * norm.running_var
-    mean = norm.running_mean + (K - W) @ followed.centre
-    variance = norm.running_var * v[1] / v[0]
+    v = [(kernel @ C @ kernel.T).diagonal() + 0.01 * norm.running_var for kernel in (W, K)]
+    return K, norm.running_mean + (K - W) @ followed.centre, norm.running_var * v[1] / v[0]
+
+
+def dense(conv, norm, x, residual=None):
+    """What convolution, BatchNorm and ReLU are to compute, one after the other."""
+    K, mean, variance = by_formulas(conv, norm)
     shape = 1, -1, 1, 1
     x, padding = (x, conv.padding) if conv.padding_mode == "zeros" else (F.pad(x, [1] * 4, "reflect"), 0)
     z = F.conv2d(x, K.view_as(conv.weight), conv.bias, conv.stride, padding, conv.dilation)
@@ -295,7 +298,8 @@ def test_a_batch_norm_behind_a_layer_that_is_only_stored_in_fewer_bits_has_nothi
     names = {name for name, module in model.named_modules() if module in followers(model)}
     assert names and all(name.startswith("layer4") for name in names)
     LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth")
-    assert all(name.startswith("layer4") for name in statistics(read_adapter_file(tmp_path / "lora.pth")["tensors"]))
+    names = statistics(read_adapter_file(tmp_path / "lora.pth")["tensors"])
+    assert names and all(name.startswith("layer4") for name in names)
 
 
 def test_a_network_without_such_batch_norms_is_refused():
@@ -442,11 +446,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
         norm = oracle.get_submodule(names[conv.followed.norm])
         mean, variance = conv.followed.mean, conv.followed.variance
         if isinstance(conv.followed, FollowedNorm):
-            h, W = conv.followed.inputs, conv.base().flatten(1)
-            K = W + conv.scaling * conv.lora_B @ conv.lora_A
-            v = [(h @ kernel.T).square().sum(0) + 0.01 * norm.running_var for kernel in (W, K)]
-            mean = norm.running_mean + (K - W) @ conv.followed.centre
-            variance = norm.running_var * v[1] / v[0]
+            _, mean, variance = by_formulas(conv, norm)
         norm.running_mean, norm.running_var = mean.detach(), variance.detach()
     oracle.fc.load_state_dict({key: model.fc.state_dict()[key] for key in ("weight", "bias")})
     return oracle.requires_grad_(False)

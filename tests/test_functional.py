@@ -6,21 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import BF16, DEVICES, EXACT, FP32, Operations, assert_close
+from dense import BF16, DEVICES, EXACT, FP32, Operations, assert_close, saved_storages
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora import attention, backends, functional
 from lora.attention import attend
-from lora.functional import (
-    Geometry,
-    effective_kernel,
-    lora_conv2d,
-    lora_linear,
-    max_pool2d_relu,
-    merged_weight,
-)
+from lora.functional import Geometry, effective_kernel, lora_conv2d, lora_linear, max_pool2d_relu, merged_weight
 from lora.nf4 import NF4Weight, bitsandbytes_functional
 
 SCALING = 1.7
@@ -101,9 +94,7 @@ def row_operations(width: int):
         (torch.bfloat16, True, torch.float32),
     ],
 )
-def test_a_recomputed_operation_equals_the_dense_computation(
-    device, name, prologue, dtype, autocast, x_dtype, monkeypatch
-):
+def test_a_recomputed_operation_equals_the_dense_one(device, name, prologue, dtype, autocast, x_dtype, monkeypatch):
     """Evaluated once in backward, whose gradient passes a LayerNorm a few rows at a time."""
     monkeypatch.setattr(functional, "PART_NUMEL", 1)
     prologue = copy.deepcopy(prologue).to(device, dtype)
@@ -134,29 +125,16 @@ def test_a_small_update_survives_low_precision():
     assert_close(y, torch.full((500, 3), 1e-3), BF16)
 
 
-def saved_bytes(function) -> dict[tuple, int]:
-    """What a forward keeps for backward: bytes by storage, so that views and one tensor saved twice count once."""
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return saved
-
-
 @pytest.mark.parametrize("rows", [10, 50], ids=["side path", "merged"])
 def test_only_the_input_and_what_is_thin_is_saved(rows):
     x, W, A, B = random(rows, 24, requires_grad=True), random(36, 24), random(4, 24), random(36, 4)
     A.requires_grad_(), B.requires_grad_()
-    saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
+    saved = saved_storages(lambda: lora_linear(x, W, A, B, None, SCALING))
     assert set(saved) >= {t.untyped_storage().data_ptr() for t in (x, A, B)}
     thin = rows * 4  # h = x A^T, which the side path keeps
     assert sum(saved.values()) - (x.numel() + A.numel() + B.numel()) * 4 in (0, thin * 4)
     with torch.autocast("cpu", torch.bfloat16):  # at half the size under autocast
-        saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
+        saved = saved_storages(lambda: lora_linear(x, W, A, B, None, SCALING))
     assert sum(saved.values()) - (x.numel() + A.numel() + B.numel()) * 2 in (0, thin * 2)
 
 
@@ -165,7 +143,7 @@ def test_a_recomputed_operation_saves_its_input_not_its_output():
     A.requires_grad_(), B.requires_grad_()
     for autocast in (False, True):  # x as it is, on which the operation is exact, in either case
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, prologue=nn.GELU()))
+            saved = saved_storages(lambda: lora_linear(x, W, A, B, None, SCALING, prologue=nn.GELU()))
         assert x.untyped_storage().data_ptr() in saved
         assert sum(saved.values()) < 1.5 * x.numel() * 4
 
@@ -224,9 +202,7 @@ STORAGES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("storage, dtype, autocast, tolerance", STORAGES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_convolution_equals_the_dense_computation(
-    device, geometry, storage, dtype, autocast, tolerance, memory_format
-):
+def test_a_convolution_equals_the_dense_one(device, geometry, storage, dtype, autocast, tolerance, memory_format):
     """Dropout, the scale of a folded BatchNorm, an addition and a ReLU; inside oneDNN where that is there."""
     shape, geometry = GEOMETRIES[geometry]
     precise = torch.promote_types(dtype, torch.float32)

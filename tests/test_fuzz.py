@@ -27,6 +27,7 @@ from torch import nn
 from finetune_lora import add_lora_to_model, load_finetuned, make_parser, read_options
 from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
+from tests.image_files import bytes_of
 from toolkit import InputError
 from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
@@ -91,9 +92,7 @@ def in_zip(data: bytes, change) -> bytes:
 
 
 def torch_file(content, zipped: bool = True) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    return file.getvalue()
+    return bytes_of(lambda file: torch.save(content, file, _use_new_zipfile_serialization=zipped))
 
 
 # What stands where something else was expected.
@@ -203,20 +202,15 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
 def band_files() -> dict[str, bytes]:
     """Images of three bands in each form that is read, with geotags where there is a place for them."""
     tifffile = pytest.importorskip("tifffile")
-    levels, files = np.arange(3 * 64, dtype=np.uint16).reshape(8, 8, 3), {}
+    levels = np.arange(3 * 64, dtype=np.uint16).reshape(8, 8, 3)
     keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True)]
     keys += [(33550, "d", 3, [10.0, 10.0, 0.0], True), (33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5e6, 0.0], True)]
     how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
-    write = {
-        "tif": lambda file: tifffile.imwrite(file, levels, **how),
-        "npy": lambda file: np.save(file, levels),
-        "npz": lambda file: np.savez(file, a=levels[..., 0], b=levels[..., 1], c=levels[..., 2]),
+    return {
+        "tif": bytes_of(tifffile.imwrite, levels, **how),
+        "npy": bytes_of(np.save, levels),
+        "npz": bytes_of(np.savez, a=levels[..., 0], b=levels[..., 1], c=levels[..., 2]),
     }
-    for kind, save in write.items():
-        file = io.BytesIO()
-        save(file)
-        files[kind] = file.getvalue()
-    return files
 
 
 @pytest.mark.parametrize("kind", ["tif", "npy", "npz"])

@@ -166,7 +166,6 @@ def test_a_name_is_not_matched_by_its_beginning():
         ({"settings": "mlp"}, "no layer to adapt is named mlp;"),  # names, not patterns
         ({"settings": "encoder.layers.encoder_layer_0.ln_1"}, r"no layer to adapt is named encoder\S+ln_1;"),
         ({"settings": f"{BLOCK}.out_proj"}, "no layer to adapt is named .*out_proj;"),
-        ({"r": 10**9}, r"rank 1000000000 of encoder\.\S+ is above 16"),
     ],
     ids=str,
 )
@@ -212,7 +211,8 @@ def test_layers_that_a_block_reads_without_calling_them_are_left_alone():
     """Swin's attention gives the weights of qkv and proj to a function; an adapter there would never learn."""
     model = frozen(SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5))
     model(images()).sum().backward()
-    assert not any("attn" in name for name in adapted_names(model))
+    names = adapted_names(model)
+    assert names and not any("attn" in name for name in names)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -254,6 +254,7 @@ def test_merged_weights_do_not_train():
         freeze_backbone_params(model, freeze=False)
     manager.unmerge_lora_weights()
     freeze_backbone_params(model, freeze=False)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_layer_used_twice_is_adapted_once():
@@ -279,9 +280,8 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
         for name, own in settings.items():
             layer = model.get_submodule(name)
             assert LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) == own
-            assert (
-                layer.scaling == own.scaling and isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
-            )
+            assert layer.scaling == own.scaling
+            assert isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
             assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in adapters(layer))
     del settings[block + "self_attention.out_proj"]  # then it follows its attention
     adapt_layers(model, settings, four_bits)
@@ -303,6 +303,9 @@ def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
 # ------------------------------------------------------------------------------------------------- again, and removed
 
 
+FUSED = nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer  # with adapted layers
+
+
 def test_layers_that_are_no_longer_targets_are_stock_layers_again():
     for build, x in ((resnet, images()), (vit, images(16))):
         model = build().eval()
@@ -313,9 +316,7 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         target = model.get_submodule(name)
         around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-            if ours not in around and not isinstance(
-                ours, nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer
-            ):
+            if ours not in around and not isinstance(ours, FUSED):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
@@ -390,14 +391,6 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
 # --------------------------------------------------------------------------------------------------- what trains
 
 
-def test_freezing_leaves_adapters_and_head_to_train():
-    for model in (resnet(), vit()):
-        trains = trained_names(add_lora_to_model(model))
-        assert trains == {n for n, _ in model.named_parameters() if "lora_" in n or n.startswith(("fc.", "heads."))}
-        freeze_backbone_params(model, freeze=False)
-        assert all(p.requires_grad for p in model.parameters())
-
-
 def test_counts_are_of_elements():
     """However few bits hold each."""
     model = vit()
@@ -422,6 +415,7 @@ def test_counts_are_of_elements():
 def test_training_moves_every_adapter_and_nothing_frozen(build, side, four_bits, optimizer):
     model = add_lora_to_model(build(), r=2, use_qlora=four_bits, lora_dropout=0.1)
     before, trains = snapshot(model), trained_names(model)
+    assert trains == {n for n, _ in model.named_parameters() if "lora_" in n or n.startswith(("fc.", "heads."))}
     step = optimizer([p for p in model.parameters() if p.requires_grad])
     model.train()
     for _ in range(3):
@@ -464,7 +458,8 @@ def test_the_last_blocks_alone_are_adapted(build, side, last):
     stock, x = build().double().eval(), images(side, dtype=torch.float64)
     model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, adapt_last=last), std=0.05).eval()
     freeze_backbone_params(model)
-    assert all(name.startswith(tuple(block_names(stock)[-last:])) for name in adapted_names(model))
+    names = adapted_names(model)
+    assert names and all(name.startswith(tuple(block_names(stock)[-last:])) for name in names)
     compare_with_dense(stock, model, [x], 1e-9)
     first = model.get_submodule(block_names(model)[-last])
     seen = []
@@ -485,9 +480,8 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     model = frozen(copy.deepcopy(stock), adapt_last=last, **storage).eval()
     stored = {name: m for name, m in model.named_modules() if getattr(m, "float_digests", {})}
     assert set(wanted) <= set(stored)
-    assert {n for n, layer in stored.items() if layer.r} == {
-        n for n in stored if n.startswith(tuple(block_names(stock)[-last:]))
-    }
+    above = tuple(block_names(stock)[-last:])
+    assert {n for n, layer in stored.items() if layer.r} == {n for n in stored if n.startswith(above)}
     stock = rounded(stock, model)
     twin = dense_twin(stock, model)
     compare_with_dense(stock, model, [x], FP32)

@@ -243,13 +243,6 @@ def test_it_is_exported_for_batches_of_any_size():
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), 1e-3)
 
 
-@pytest.fixture
-def exact_processor():
-    """A processor that multiplies exactly in 8 bits."""
-    if not int8.multiplies_exactly("cpu", 64, 64):
-        pytest.skip("products in 8 bits overflow on this CPU")
-
-
 INEXACT = """
 import torch
 from torch import nn
@@ -313,9 +306,10 @@ def models():
     yield "everything", stock
 
 
+@exact_products
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("model", [pytest.param(model, id=kind) for kind, model in models()])
-def test_a_trained_model_answers_in_8_bits(model, autocast, exact_processor):
+def test_a_trained_model_answers_in_8_bits(model, autocast):
     """All layers but the head and the patch embedding, near the dense model in float64."""
     model, x = copy.deepcopy(model).eval(), images(32, 8)
     dense = LoRAManager(copy.deepcopy(model)).unload(merge=True).double()
@@ -326,7 +320,8 @@ def test_a_trained_model_answers_in_8_bits(model, autocast, exact_processor):
         assert 1e-4 < relative_error(model(x), dense(x.double())) < 5e-2
 
 
-def test_a_layer_without_adapter_adds_no_product_of_width_0(exact_processor):
+@exact_products
+def test_a_layer_without_adapter_adds_no_product_of_width_0():
     """Which would read and write all of the output."""
     layer = multiply_in_8_bits(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 2)))[0]
     with Operations() as seen, torch.no_grad():
@@ -341,7 +336,8 @@ def test_a_model_of_convolutions_is_refused_before_its_adapters_are_merged():
     assert model.layer1[0].conv1.r == 2
 
 
-def test_a_probe_reads_features_in_8_bits(finetune, images, exact_processor):
+@exact_products
+def test_a_probe_reads_features_in_8_bits(finetune, images):
     """`--lora-rank 0`: so does what evaluates its file, which is that of a float base."""
     results = finetune("--epochs 1 --batch-size 32 --lora-rank 0 --arithmetic int8")
     words = f"evaluate {results['folder']}/lora.pth {images}/val --device cpu".split()

@@ -189,7 +189,6 @@ def test_code_in_another_folder_imports_everything(tmp_path):
     subprocess.run([*install, "--target", packages, "-e", checkout], check=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, packages], cwd=elsewhere, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", ELSEWHERE, packages]
+    done = subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [str(checkout / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"), "vit_mini"]

@@ -67,8 +67,6 @@ def test_lists_that_cannot_be_used(tmp_path, content, problem):
 
 
 NAN = math.nan
-
-
 LABELS, NUMBERS = "multilabel", "regression"
 
 
@@ -145,12 +143,10 @@ def test_pretraining_takes_the_paths_of_any_list(tmp_path, text):
     assert lists.list_has_labels(tmp_path / "list.csv") == text.startswith("path")  # ages that repeat may be classes
 
 
-@pytest.mark.parametrize(
-    ("path", "problem"), [("/dev/zero", "not a file"), ("pipe", "not a file"), ("gone.csv", "No such file")]
-)
-def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path, problem):
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=f"--data-list .*{path}: cannot read it: {problem}"):
+    with pytest.raises(InputError, match=f"--data-list .*{path}: cannot read it: not a file"):
         lists.read_list(tmp_path / path, tmp_path)
 
 

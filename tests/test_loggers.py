@@ -1,20 +1,17 @@
 """--log: each row of metrics.csv goes to a tracker, in its mode without a network."""
 
-import csv
 import json
 import sys
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 
 import finetune_lora
 from moco import pretrain
+from tests.run_folders import metrics
 from toolkit import InputError
 from toolkit.run import loggers
-
-
-def rows(folder) -> list[dict[str, float]]:
-    with open(folder / "metrics.csv") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def test_tensorboard(finetune):
@@ -23,7 +20,7 @@ def test_tensorboard(finetune):
     found = events.EventAccumulator(str(folder / "tensorboard")).Reload()
     for name in ("train_loss", "val_accuracy"):
         logged = [(event.step, event.value) for event in found.Scalars(name)]
-        assert logged == [(row["epoch"], pytest.approx(row[name])) for row in rows(folder)]
+        assert logged == [(row["epoch"], pytest.approx(row[name])) for row in metrics(folder)]
 
 
 def test_wandb(finetune, monkeypatch):
@@ -41,7 +38,7 @@ def test_wandb(finetune, monkeypatch):
     monkeypatch.setattr(wandb.Run, "log", log)
     folder = finetune("--log wandb")["folder"]
     of_run = (loggers.PROJECT, "out", 8)
-    assert sent == [(*of_run, row["epoch"], pytest.approx(row["val_accuracy"])) for row in rows(folder)]
+    assert sent == [(*of_run, row["epoch"], pytest.approx(row["val_accuracy"])) for row in metrics(folder)]
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -55,31 +52,36 @@ def test_mlflow(finetune, tmp_path, monkeypatch):
     [run] = client.search_runs([experiment.experiment_id])
     assert run.data.params["finetune.lora_rank"] == "8"
     logged = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "val_accuracy")]
-    assert logged == [(row["epoch"], pytest.approx(row["val_accuracy"])) for row in rows(folder)]
+    assert logged == [(row["epoch"], pytest.approx(row["val_accuracy"])) for row in metrics(folder)]
 
 
-def test_trackio(finetune, monkeypatch):
-    """What it is asked for: its own files belong to a process that it starts."""
-    asked = []
-
-    class Run:
-        def log(self, numbers):
-            asked.append((numbers["epoch"], numbers["val_accuracy"]))
-
-        def finish(self):
-            asked.append("finished")
+@pytest.fixture
+def trackio(monkeypatch):
+    """Stands in for Trackio, whose own files belong to a process that it starts: `asked` has what it is asked for."""
 
     class Trackio:
-        @staticmethod
-        def init(project, name, config):
-            asked.append((project, name, config["finetune"]["lora_rank"]))
-            return Run()
+        asked: ClassVar[list] = []
+
+        @classmethod
+        def init(cls, project, name, config):
+            cls.asked.append((project, name, config["finetune"]["lora_rank"]))
+            return cls()
+
+        def log(self, numbers):
+            self.asked.append((numbers["epoch"], numbers["val_accuracy"]))
+
+        def finish(self):
+            self.asked.append("finished")
 
     monkeypatch.setitem(sys.modules, "trackio", Trackio)
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True)
+    return Trackio
+
+
+def test_trackio(finetune, trackio):
     folder = finetune("--log trackio")["folder"]
-    epochs = [(row["epoch"], pytest.approx(row["val_accuracy"])) for row in rows(folder)]
-    assert asked == [(loggers.PROJECT, "out", 8), *epochs, "finished"]
+    epochs = [(row["epoch"], pytest.approx(row["val_accuracy"])) for row in metrics(folder)]
+    assert trackio.asked == [(loggers.PROJECT, "out", 8), *epochs, "finished"]
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(tmp_path, monkeypatch):
@@ -97,25 +99,11 @@ def test_a_run_that_was_not_logged_may_go_on_logged(once, finetune):
     assert results["config"] == config
 
 
-def test_a_stopped_run_ends_its_tracker_and_one_that_cannot_begin_is_a_line(finetune, monkeypatch):
-    class Trackio:
-        ended = 0
-
-        @classmethod
-        def init(cls, **_):
-            return cls()
-
-        def log(self, numbers):
-            raise KeyboardInterrupt
-
-        def finish(self):
-            Trackio.ended += 1
-
-    monkeypatch.setitem(sys.modules, "trackio", Trackio)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True)
+def test_a_stopped_run_ends_its_tracker_and_one_that_cannot_begin_is_a_line(finetune, trackio, monkeypatch):
+    monkeypatch.setattr(trackio, "log", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         finetune("--tracker trackio")
-    assert Trackio.ended == 1
-    monkeypatch.setattr(Trackio, "init", lambda **_: 1 / 0)
+    assert trackio.asked == [(loggers.PROJECT, "out", 8), "finished"]
+    monkeypatch.setattr(trackio, "init", lambda **_: 1 / 0)
     with pytest.raises(InputError, match=r"^--tracker trackio cannot begin: division by zero$"):
         finetune("--tracker trackio", "other")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors
@@ -13,12 +14,7 @@ import torch
 from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapters, resnet, snapshot, vit
 from torch import nn
 
-from finetune_lora import (
-    QLoRALinear,
-    add_lora_to_model,
-    freeze_backbone_params,
-    load_finetuned,
-)
+from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from tests.checkpoint_files import without_head
 from toolkit import InputError
@@ -368,9 +364,6 @@ def test_another_model_is_refused(path, other):
     assert_refused(build(), path, message)
 
 
-# ------------------------------------------------------------------------------------------------------ damaged files
-
-
 @pytest.mark.parametrize("value", [torch.zeros(1), {1, 2}, object()], ids=["tensor", "set", "object"])
 def test_metadata_that_could_not_be_read_back_is_refused(either, value):
     with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):
@@ -383,10 +376,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(either, monkeypatch):
     manager = LoRAManager(adapted(base()))
     manager.save_lora_checkpoint(either)
     before = either.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(safetensors.torch, "save", full)
     randomize_adapters(manager.model)

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_a_list_of_images(run, folder, tmp_path, capsys, labels):
 
 
 def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
-    results, *_ = done
+    results = done[0]
     checkpoint = read_checkpoint(results["checkpoint"])
     assert {"model", "optimizer", "epoch", "global_steps", "arch", "config"} <= checkpoint.keys()
     assert (checkpoint["epoch"], checkpoint["global_steps"], checkpoint["arch"]) == (2, 4, "vit_mini")
@@ -169,10 +170,7 @@ def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
     for name, tensor in model.state_dict().items():
         if not name.startswith("heads."):
             assert torch.equal(tensor, checkpoint["model"][f"encoder_q.{name}"]), name
-
-
-def test_a_state_that_is_not_the_last_is_a_checkpoint_too(done):
-    _, report = load_backbone(after_an_epoch(done[1]), num_classes=3)
+    _, report = load_backbone(after_an_epoch(done[1]), num_classes=3)  # so is a state before the last
     assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
 
 
@@ -194,11 +192,7 @@ def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch, o
 
 def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkeypatch):
     """Of ImageNet the features may take more memory than there is; hours of training are not to go with them."""
-
-    def too_large(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(pretrain.evaluation, "extract_features", too_large)
+    monkeypatch.setattr(pretrain.evaluation, "extract_features", mock.Mock(side_effect=MemoryError))
     with pytest.raises(InputError, match="out of memory"):
         run()
     assert read_checkpoint(tmp_path / "out/moco_stage1_epoch_2.pth")["epoch"] == 2
@@ -501,17 +495,11 @@ def test_adapters_in_bfloat16(adapt):
     assert low == pytest.approx(single, rel=0.03) and low != single
 
 
-def test_a_run_that_was_killed_while_it_measured_measures_on_its_return(images, tmp_path, monkeypatch):
-    argv = f"--data-dir {images} --arch vit_mini --image-size 16 --batch-size 8 --epochs 2 --knn-every 1 --device cpu"
-    argv += " --workers 0 --dim 16 --mlp-dim 32 --output-dir"
-    pretrain.main([*argv.split(), str(tmp_path / "whole")])
+def test_a_run_that_was_killed_while_it_measured_measures_on_its_return(run, tmp_path, monkeypatch):
+    run("--knn-every 1", "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain.Pretraining, "measure", stopped)
-        pretrain.main([*argv.split(), str(tmp_path / "killed")])
-    pretrain.main([*argv.split(), str(tmp_path / "killed"), "--resume"])
+        patch.setattr(pretrain.Pretraining, "measure", mock.Mock(side_effect=KeyboardInterrupt))
+        run("--knn-every 1", "killed")
+    run("--knn-every 1 --resume", "killed")
     whole, killed = (metrics(tmp_path / name) for name in ("whole", "killed"))
     assert [row["knn_accuracy"] for row in killed] == [row["knn_accuracy"] for row in whole]
-
-
-def stopped(run):
-    raise KeyboardInterrupt

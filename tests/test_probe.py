@@ -153,9 +153,8 @@ def test_labels_of_one_kind_are_fitted_as_far_as_they_go():
 def test_the_ridge_is_scikit_learns_on_standardised_features(images):
     features, _ = several_labels()
     features = features[:images]
-    numbers = (
-        torch.randn(images, 2, generator=torch.Generator().manual_seed(1)) + features[:, 3:4] / features[:, 3].std()
-    )
+    noise = torch.randn(images, 2, generator=torch.Generator().manual_seed(1))
+    numbers = noise + features[:, 3:4] / features[:, 3].std()
     numbers[::4, 1] = torch.nan
     weight, bias, penalty, _ = probe.fit_ridge(features, numbers)
     X = StandardScaler().fit_transform(features.numpy())

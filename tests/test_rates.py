@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,6 @@ from toolkit.files import read_checkpoint
 from toolkit.run import optim, reports, training
 from toolkit.run.options import FineTuneOptions
 from toolkit.run.search import RATES, Trial, choose, rates_that_differ
-
-# ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
 def test_a_short_run_trains_at_a_lower_rate():
@@ -82,19 +81,13 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert len(rows) == 3
     assert whole["learning_rate"] in {float(row["learning_rate"]) for row in rows}
     assert whole["config"]["finetune"]["learning_rate"] == whole["learning_rate"]
-    real, left = finetune_lora.save_atomically, iter(range(1))
-    monkeypatch.setattr(
-        finetune_lora,
-        "save_atomically",
-        lambda *args: real(*args) if next(left, None) is not None else (_ for _ in ()).throw(KeyboardInterrupt),
-    )
-    with pytest.raises(KeyboardInterrupt):
+    save = finetune_lora.save_atomically
+    save_once = mock.Mock(wraps=save, side_effect=[mock.DEFAULT, KeyboardInterrupt])
+    with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
         finetune("--learning-rate auto", output="stopped")
-    monkeypatch.setattr(finetune_lora, "save_atomically", real)
-    made = []
-    monkeypatch.setattr(FineTuning, "start", note_calls(FineTuning.start, made))
-    resumed = finetune("--learning-rate auto --resume", output="stopped")
-    assert len(made) == 3 - 1 + 1  # what is left of the search, and the run
+    with mock.patch.object(FineTuning, "start", autospec=True, side_effect=FineTuning.start) as start:
+        resumed = finetune("--learning-rate auto --resume", output="stopped")
+    assert start.call_count == 3 - 1 + 1  # what is left of the search, and the run
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
     elsewhere = finetune(f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}", output="elsewhere")
@@ -162,10 +155,6 @@ def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):
     for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
         with pytest.raises(InputError, match=r"other\.pth is not a last\.pth of this version"):
             finetune(f"--learning-rate {rate} --resume {tmp_path / 'other.pth'}")
-
-
-def note_calls(function, calls: list):
-    return lambda *args: calls.append(None) or function(*args)
 
 
 def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):

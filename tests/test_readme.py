@@ -165,11 +165,13 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
 def test_every_adapter_command_runs(newcomer, first_run, monkeypatch, capsys):
     """For the others see below, and tests/test_comparison.py."""
     monkeypatch.chdir(newcomer)
-    for command in {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING)}:
-        if "compare" not in command:
-            deploy_lora.main(shlex.split(command)[2:])
-            assert "wrote merged.pth" in capsys.readouterr().out
-            build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
+    others = {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING)}
+    merges = [command for command in others if "compare" not in command]
+    assert merges
+    for command in merges:
+        deploy_lora.main(shlex.split(command)[2:])
+        assert "wrote merged.pth" in capsys.readouterr().out
+        build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 
 
 @pytest.mark.usefixtures("newcomer")  # in whose folder the published file lies
@@ -186,16 +188,15 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
     """By torchrun and by the script that it starts; tests/test_processes.py runs two processes."""
     monkeypatch.chdir(ROOT)
     launch = torch.distributed.run.get_args_parser().parse_args(shlex.split(command)[1:])
+    argv = launch.training_script_args
     assert int(launch.nproc_per_node) > 1
     if launch.training_script == "finetune_lora.py":
-        finetune_lora.read_options(launch.training_script_args)
+        finetune_lora.read_options(argv)
     elif launch.training_script == "deploy_lora.py":
-        assert not deploy_lora.check(deploy_lora.make_parser()[0].parse_args(launch.training_script_args))
+        assert not deploy_lora.check(deploy_lora.make_parser()[0].parse_args(argv))
     else:
         assert launch.module and launch.training_script == "moco.pretrain"
-        pretrain.config.parse_args(
-            pretrain.make_parser(), launch.training_script_args, ignored=pretrain.options.OF_FINE_TUNING
-        )
+        pretrain.config.parse_args(pretrain.make_parser(), argv, ignored=pretrain.options.OF_FINE_TUNING)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Fused blocks whose children are replaced, hooked, copied, saved or compiled, and networks drawn at random."""
+"""Fused blocks whose children are replaced, hooked, copied or saved, and networks in inference mode."""
 
 import copy
 import gc
 import io
-import random
 import weakref
 
 import pytest
@@ -51,6 +50,8 @@ def test_replaced_modules_in_a_resnet(change):
 IN_A_VIT = {
     "no LayerNorm": put(ln_1=nn.Identity(), ln_2=nn.Identity()),
     "a LayerNorm of a sequence": put(ln_1=nn.LayerNorm((5, 16), elementwise_affine=False)),
+    "a LayerNorm of a sequence before the MLP": put(ln_2=nn.LayerNorm((5, 16))),
+    "an MLP that mixes tokens": put(mlp=nn.Sequential(nn.Conv1d(5, 5, 1))),
     "an activation": put(mlp__1=nn.Tanh()),
     "stock layers": put(self_attention=nn.MultiheadAttention(16, 2, batch_first=True), mlp__0=nn.Linear(16, 32)),
     "an MLP": put(mlp=nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))),
@@ -63,6 +64,7 @@ IN_A_VIT = {
 @pytest.mark.parametrize("change", IN_A_VIT.values(), ids=IN_A_VIT)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_replaced_modules_in_a_vit(change, mode):
+    """In its last block, which computes the class token alone unless something mixes it with others."""
     stock, x = vit().double(), images(16, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock))
     set_gradient_checkpointing(model, mode)
@@ -163,16 +165,13 @@ def test_a_deleted_model_is_gone(build, side, mode):
         gc.enable()
 
 
-# -------------------------------------------------------------------- drawn at random, in inference mode and with hooks
-
-
-EXAMPLES = 12  # of each kind of network
+# ----------------------------------------------------------------------------------------------------- inference mode
 
 
 class Attention(nn.Module):
     """Attention to the input or, if it `crosses`, to another one."""
 
-    def __init__(self, crosses: bool, need_weights: bool, **options):
+    def __init__(self, crosses: bool = False, need_weights: bool = False, **options):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, **options)
         self.crosses = crosses
@@ -183,90 +182,68 @@ class Attention(nn.Module):
         return self.attention(x, key, key, need_weights=self.need_weights)[0]
 
 
-def attention(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    options = {"batch_first": draw.random() < 0.3, "bias": draw.random() < 0.7}
-    model = Attention(draw.random() < 0.3, draw.random() < 0.3, **options)
-    return model, draw.choice([(3, 8), (3, 2, 8)])
+def bottleneck() -> Bottleneck:
+    return Bottleneck(16, 4, 2, nn.Sequential(nn.Conv2d(16, 16, 1, 2, bias=False), nn.BatchNorm2d(16)))
 
 
-def resnet_block(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    kind = draw.choice([BasicBlock, Bottleneck])
-    width = 4 * kind.expansion
-    stride = draw.choice([1, 2])
-    downsample = None
-    if stride == 2 or draw.random() < 0.5:
-        downsample = nn.Sequential(nn.Conv2d(width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-    return kind(width, 4, stride, downsample), (2, width, 7, 6)
+def vit_block() -> EncoderBlock:
+    return EncoderBlock(2, 8, 12, 0.0, 0.0)
 
 
-def vit_block(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    return EncoderBlock(2, 8, 12, 0.0, 0.0), (2, 5, 8)
+NETWORKS = {
+    "attention": (Attention, (3, 2, 8), "none"),
+    "attention to another input": (lambda: Attention(True, True, batch_first=True), (3, 2, 8), "none"),
+    "attention on one sequence": (lambda: Attention(bias=False), (3, 8), "none"),
+    "a basic block": (lambda: BasicBlock(4, 4), (2, 4, 7, 6), "none"),
+    "a bottleneck with a shortcut": (bottleneck, (2, 16, 7, 6), "none"),
+    "a ViT's block": (vit_block, (2, 5, 8), "none"),
+    "a ViT's block that is computed again": (vit_block, (2, 5, 8), "full"),
+}
+HOOKED = {"no hooks": slice(0), "every other module hooked": slice(None, None, 2), "all modules hooked": slice(None)}
 
 
-NETWORKS = [attention, resnet_block, vit_block]
-
-
-def draw_model(network, draw: random.Random) -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """A stock network in float64, the same network with adapters, and an input."""
-    block, shape = network(draw)
-    stock = nn.Sequential(block).double()
-    for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    model = frozen(copy.deepcopy(stock), target_modules=".*")
-    if network is vit_block:
-        set_gradient_checkpointing(model, draw.choice(["none", "full"]))
-    return stock, model.train(draw.random() < 0.5), torch.randn(shape, dtype=torch.float64)
-
-
-def hook_some(models: list[nn.Module], draw: random.Random) -> list[list]:
-    """Watch the same modules of each model, any that the stock network calls. Returns what each model's hooks see."""
-    names = [name for name, module in models[0].named_modules() if not name.endswith("out_proj")]
-    chosen = [name for name in names if draw.random() < 0.3]
-    seen = [[] for _ in models]
-    for model, records in zip(models, seen, strict=True):
-        for name in chosen:
-            watch(model.get_submodule(name), records)
-    return seen
-
-
-def assert_same(model: nn.Module, twin: nn.Module, x: torch.Tensor, seen: list[list]) -> None:
-    assert_close(model(x.clone()), twin(x.clone()), EXACT)
-    ours, theirs = seen
-    assert len(ours) == len(theirs)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        for name, y, z in zip(("input", "output"), mine, wanted, strict=True):
-            assert_close(y, z, EXACT, name)
-    ours.clear()
-    theirs.clear()
-
-
-@pytest.mark.parametrize("example", range(EXAMPLES))
-@pytest.mark.parametrize("network", NETWORKS)
-def test_networks_in_inference_mode(network, example):
-    """Made inside or outside of it, with hooks on some modules; outside it then trains, and merges inside."""
-    torch.manual_seed(example)
-    draw = random.Random(example)
-    made_inside = example % 2 == 0
+@pytest.mark.parametrize("hooked", HOOKED.values(), ids=HOOKED)
+@pytest.mark.parametrize("made_inside", [True, False], ids=["made inside", "made outside"])
+@pytest.mark.parametrize("build, shape, mode", NETWORKS.values(), ids=NETWORKS)
+def test_networks_in_inference_mode(build, shape, mode, made_inside, hooked):
+    """One that was made outside of it then trains there; both merge inside."""
+    seen = [], []
     with torch.inference_mode(made_inside):
-        stock, model, x = draw_model(network, draw)
+        stock, x = nn.Sequential(build()).double(), torch.randn(shape, dtype=torch.float64)
+        for module in stock.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+        model = frozen(copy.deepcopy(stock), target_modules=".*").train(not made_inside)
+        if mode == "full":
+            set_gradient_checkpointing(model, mode)
         twin = dense_twin(stock, model).eval()
-        seen = hook_some([model, twin], draw)
+        names = [name for name, _ in stock.named_modules() if not name.endswith("out_proj")]
+        for network, records in zip((model, twin), seen, strict=True):
+            for name in names[hooked]:
+                watch(network.get_submodule(name), records)
+
+    def assert_same() -> None:
+        assert_close(model(x.clone()), twin(x.clone()), EXACT)
+        for ours, theirs in zip(*seen, strict=True):
+            for what, actual, expected in zip(("input", "output"), ours, theirs, strict=True):
+                assert_close(actual, expected, EXACT, what)
+        for records in seen:
+            records.clear()
+
     with torch.inference_mode():
-        assert_same(model, twin, x, seen)
+        assert_same()
     if not made_inside:
-        assert_same(model, twin, x, seen)
+        assert_same()
         upstream = torch.randn_like(twin(x))
-        for each in (model, twin):
-            each.zero_grad()
-            each(x.clone()).backward(upstream)
+        for network in (model, twin):
+            network.zero_grad()
+            network(x.clone()).backward(upstream)
         for name, gradient, wanted in expected_gradients(twin, model):
             assert_close(gradient, wanted, EXACT, name)
     for records in seen:
         records.clear()
     with torch.inference_mode():
         LoRAManager(model).merge_lora_weights()
-        assert_same(model, twin, x, seen)
+        assert_same()
         LoRAManager(model).unmerge_lora_weights()
-        assert_same(model, twin, x, seen)
+        assert_same()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -81,9 +82,8 @@ def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
     """Measured once: by a resumed run no more, whatever the processor."""
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.bfloat16)
     folder = finetune("--epochs 1", output="automatic")["folder"]
-    assert_same_tensors(
-        folder / "lora.pth", finetune("--epochs 1 --precision bf16", output="typed")["folder"] / "lora.pth"
-    )
+    typed = finetune("--epochs 1 --precision bf16", output="typed")["folder"]
+    assert_same_tensors(folder / "lora.pth", typed / "lora.pth")
     assert read_adapter_file(folder / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "bf16"
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
     assert finetune("--epochs 1 --resume", output="automatic")["precision"] == "bfloat16"
@@ -159,24 +159,20 @@ def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypa
     assert_same_tensors(*files)
 
 
-def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch):
-    """Its head is at another temperature then, which nothing else undoes where all of the change is kept."""
+def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
+    """Its head is at another temperature then, which nothing else undoes where all of the change is kept, and the guard
+    has judged the epoch, which it judges again."""
     options = "--epochs 2 --wise-ft 1"
     whole = finetune(options, "whole")
-    evaluated = []
-
-    def watched(requests, batches):
-        evaluated.append(1)
-        if len(evaluated) == 1:
-            raise runs.Stopped(signal.SIGTERM, "")
-        return batches
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequests, "watched", watched)
-        with pytest.raises(runs.Stopped):
-            finetune(options)
-    results = finetune(f"{options} --resume")
-    assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
+        patch.setattr(runs.StopRequests, "watched", stop)
+        finetune(options)
+    state = read_checkpoint(tmp_path / "out/last.pth")
+    assert state["history"] == [] and len(state["guard"]["scores"]) == 1
+    resumed = finetune(f"{options} --resume")
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    scores = [read_checkpoint(of["folder"] / "last.pth")["guard"]["scores"] for of in (whole, resumed)]
+    assert scores[0] == scores[1]
 
 
 def test_a_stop_after_the_last_step_stops_too(finetune):
@@ -195,7 +191,7 @@ def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monk
     options = "--epochs 1 --keep-best accuracy"
     whole = finetune(options, output="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(reports, "write_finetuning", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finetune(options, output="parts")
     resumed = finetune(f"{options} --resume", output="parts")
@@ -356,12 +352,8 @@ def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.undo()
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", mock.Mock(side_effect=error))
     with output_folder.held(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -83,10 +83,8 @@ def test_alpha_is_twice_the_rank_and_short_names_are_those_of_the_options(base, 
     assert alpha("--lora-rank 16") == alpha("--rank 16") == 32
     assert alpha("--rank 16 --alpha 4") == 4 and alpha(f"--rank 16 --config {tmp_path / 'my.yaml'}") == 5
     assert read_options(["--rank", "4"])[0].lora_alpha == 8  # the shipped file leaves it open too
-    short, long = (
-        "--lr 1e-3 --rank 4 --alpha 3 --qlora",
-        "--learning-rate 1e-3 --lora-rank 4 --lora-alpha 3 --use-qlora",
-    )
+    short = "--lr 1e-3 --rank 4 --alpha 3 --qlora"
+    long = "--learning-rate 1e-3 --lora-rank 4 --lora-alpha 3 --use-qlora"
     read = [read_options(["--checkpoint", str(base), *options.split()]) for options in (short, long)]
     assert read[0] == read[1]
 
@@ -139,7 +137,9 @@ def test_resume_looks_into_the_output_folder(tmp_path):
 
 
 def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
-    first = finetune("--epochs 1 --lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules self_attention mlp.0")
+    first = finetune("--epochs 1 --lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules (?!.*_1).*mlp[.][03]")
+    layers = read_adapter_file(first["folder"] / "lora.pth")["layers"]
+    assert len(layers) == 2 and all(".mlp." in name and "_1." not in name for name in layers)
     config = first["folder"] / "config.yaml"
     again = finetune_lora.main(f"--config {config} --output-dir {tmp_path / 'again'} --device cpu".split())
     assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]
@@ -206,9 +206,8 @@ def test_results_say_what_came_out(finished):
     assert results["best_epoch"] == best["epoch"] and results["best_val_accuracy"] == best["val_accuracy"]
     assert results["val_accuracy"] == metrics(folder)[-1]["val_accuracy"]
     assert (results["val_images"], results["eval_split"]) == (15, "held-out")
-    assert results["val_accuracy_interval"] == pytest.approx(
-        share_interval(torch.arange(15) < round(15 * results["val_accuracy"]))
-    )
+    right = torch.arange(15) < round(15 * results["val_accuracy"])
+    assert results["val_accuracy_interval"] == pytest.approx(share_interval(right))
     assert results["epochs"] == 4 and 0 <= results["knn_accuracy_before"] <= 1
     assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
     assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())

@@ -177,9 +177,6 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(finetune, saved,
     assert baselines[0] == baselines[1]
 
 
-# ------------------------------------------------------------------------------------- the start, the rate, no collapse
-
-
 def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys):
     """Also where it is resumed: the choice stands in its files."""
     monkeypatch.setattr(initialization, "MOST", 0.01)  # which the last block alone has
@@ -200,10 +197,8 @@ def test_with_cached_features_the_chosen_blocks_start_by_themselves(finetune, mo
     """Their views are other ones than those for which everything was adapted."""
     monkeypatch.setattr(initialization, "MOST", 0.01)
     options = "--epochs 1 --labels-per-class 2 --cache-features disk"
-    chosen = finetune(f"--adapt-last auto {options}", "auto")
-    assert_same_tensors(
-        chosen["folder"] / "lora.pth", finetune(f"--adapt-last 1 {options}", "typed")["folder"] / "lora.pth"
-    )
+    chosen, typed = (finetune(f"--adapt-last {last} {options}", last)["folder"] for last in ("auto", "1"))
+    assert_same_tensors(chosen / "lora.pth", typed / "lora.pth")
 
 
 def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
@@ -241,9 +236,7 @@ def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
         results = finetune(f"--adapt-last 1 --epochs 1 --labels-per-class 2 {flags}")
     assert seen[:2] == [False, True]
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
-    blocks = {
-        int(re.match(r"encoder\.layers\.encoder_layer_(\d)\.", name)[1]): r["r"] > 0 for name, r in layers.items()
-    }
+    blocks = {int(re.match(r"encoder\.layers\.encoder_layer_(\d)\.", n)[1]): r["r"] > 0 for n, r in layers.items()}
     assert blocks == ({0: False, 1: True} if flags == "--use-qlora" else {1: True})
     model, _ = load_finetuned(results["folder"] / "lora.pth")
     assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
@@ -273,9 +266,8 @@ def test_adapters_start_at_the_gradient_that_the_first_images_have(start, option
     """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
     run, reference = start(options), start(options)
     run.start()
-    reference.model.load_state_dict(
-        {name: p for name, p in run.model.state_dict().items() if "lora_" not in name}, strict=False
-    )
+    head = {name: p for name, p in run.model.state_dict().items() if "lora_" not in name}
+    reference.model.load_state_dict(head, strict=False)
 
     def backward():
         for images, labels in build_loader(run.loaders.train.dataset, batch_size=32):  # all 21, in another order

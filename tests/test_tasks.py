@@ -40,8 +40,7 @@ class Net(nn.Module):
         return self.fc(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several labels
+# ------------------------------------------------------------------------------------------------------- several labels
 
 
 def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
@@ -130,8 +129,7 @@ def test_the_error_of_a_score_is_that_of_drawing_other_images():
     assert 0.6 < math.sqrt(task.head.variance(np.mean(score), 150)) / np.std(score) < 1.7
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
@@ -151,9 +149,8 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     assert gradients[0][~known].eq(0).all()
     assert task.objective.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
     assert task.head.constant_score(images_of(targets)) == 0
-    torch.testing.assert_close(
-        task.head.in_units(task.objective.standardised(targets)).float(), targets, equal_nan=True
-    )
+    in_units = task.head.in_units(task.objective.standardised(targets))
+    torch.testing.assert_close(in_units.float(), targets, equal_nan=True)
 
 
 @pytest.mark.parametrize("column", [[3.0, 3.0, 3.0], [1.0, math.nan, math.nan], [math.nan] * 3])
@@ -213,8 +210,7 @@ def test_numbers_are_standardised_before_a_device_without_float64_has_them(no_fl
     assert task.head.knn_score(features, targets, features, targets) <= 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All tasks
+# ------------------------------------------------------------------------------------------------------------ all tasks
 
 
 def features_for(kind: str) -> tuple[torch.Tensor, torch.Tensor, tasks.Task]:
@@ -338,9 +334,8 @@ def test_classification_computes_what_a_run_always_computed():
     assert torch.allclose(task.loss(logits, labels), stock)
     assert torch.allclose(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
     assert task.head.first_temperature(Net(), features, labels, False).at(1.0) >= 1
-    assert probe.HeadTemperature() == tasks.Regression(["a"], torch.tensor([[1.0], [2.0]])).head.first_temperature(
-        *[None] * 4
-    )
+    numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
+    assert numbers.head.first_temperature(*[None] * 4) == probe.HeadTemperature()
 
 
 def test_smoothing_never_makes_a_rare_class_the_best_answer():

@@ -1,0 +1,22 @@
+"""Files that tests make in memory: whatever writes into a file, and archives."""
+
+import io
+import tarfile
+
+
+def bytes_of(write, *args, **options) -> bytes:
+    """What `write(file, *args, **options)` writes."""
+    file = io.BytesIO()
+    write(file, *args, **options)
+    return file.getvalue()
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    """A tar archive of these files."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return content.getvalue()
