@@ -411,8 +411,10 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
 
         def make_loader(images: Transformed) -> DataLoader:
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-            if is_per_pixel(about):  # whole images, of any size
-                loading |= {"batch_size": 1, "collate": collate_pairs}
+            if is_per_pixel(about):
+                loading["collate"] = collate_pairs
+                if images.dataset.source.largest > model.window**2:  # whole images, as in a run
+                    loading["batch_size"] = 1
             loaders.append(build_loader(images, **loading))
             return loaders[-1]
 

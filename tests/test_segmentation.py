@@ -359,6 +359,15 @@ def test_probabilities_are_made_believable_by_training_pixels(segment):
     assert read_adapter_file(results["folder"] / "lora.pth")["metadata"]["temperature"] == results["temperature"]
 
 
+@pytest.mark.parametrize("only", [0, NO_LABEL])
+def test_a_probe_of_fewer_than_two_classes_is_refused(only):
+    """As where the crops of a few large images show nothing of a rare class."""
+    model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16)
+    features, targets = torch.randn(12, model.head.linear.in_features), torch.full((12,), only)
+    with pytest.raises(InputError, match="fewer than two classes; use --head-init random, or a larger --image-size"):
+        Segmentation(["ground", "ink"]).head.start(model, features, targets, views=2, clusters=torch.arange(3))
+
+
 def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
     """A third of the pixels is ink; with balanced weights half of those that the probe sees are."""
     images = load_splits("imagefolder", pairs, task="segmentation").train

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit import distributed
+from toolkit import InputError, distributed
 from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
 from toolkit.answers.evaluation import NO_LABEL
@@ -191,6 +191,9 @@ class PixelHead(Head):
         of_rows = clusters.cpu().repeat_interleave(per_image)
         known = (targets.view(views, -1) != NO_LABEL).all(0).cpu()
         kept = known.repeat(views)
+        if len(targets[kept].unique()) < 2:
+            few = "--head-init probe: the crops of training images show fewer than two classes"
+            raise InputError(f"{few}; use --head-init random, or a larger --image-size")
         classes = len(self.names)
         found = probe.fit_linear_probe(features[kept], targets[kept], classes, views, clusters=of_rows[known])
         return probe.set_head(model, found._replace(held_out=None))

@@ -74,19 +74,20 @@ def read_list(
     Raises InputError for a file that is none of this, files that are not there, or two labels for one file.
     """
     _, rows = _label_columns(path, group_by, label_columns)
+    kind = line.partition(",")[2]
     if max(map(len, rows)) == 1:
-        raise _error(path, f"its images have no {line.partition(',')[2]}s; write `{line}` lines")
+        raise _error(path, f"its images have no {kind}s; write `{line}` lines")
     for row in rows:
         if len(row) != 2 or not all(row):
-            problem = f"the line '{printable(','.join(row))}' is not a path and a label, one for each image"
-            if len(row) > 2:
+            problem = f"the line '{printable(','.join(row))}' is not a path and a {kind}, one for each image"
+            if len(row) > 2 and kind == "label":
                 problem += " (for several labels or numbers: --task multilabel or regression)"
             raise _error(path, problem)
-        if "," in row[1]:
+        if kind == "label" and "," in row[1]:
             label = f"the label '{printable(row[1])}' of {printable(row[0])}"
             raise _error(path, f"{label} has a comma: write the name of its class without, or use --task multilabel")
     labels = list(map(itemgetter(1), rows))
-    if line == "path,label":  # the path of a mask stays as it is, like that of an image
+    if kind == "label":  # the path of a mask stays as it is, like that of an image
         labels = list(map(one_spelling, labels))
     return _checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 

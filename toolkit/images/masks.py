@@ -3,11 +3,8 @@
 The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that do not count.
 """
 
-import functools
-import hashlib
 import itertools
 import json
-import os
 import posixpath
 import re
 from collections import Counter
@@ -178,7 +175,7 @@ class MaskReader:
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
         with folders.named_faults(path):
-            levels, colours = _decoded(path)
+            levels, colours = _decoded(path, self.colours is None)
         if levels.ndim == 2 and (colours is None or self.colours is None):
             found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
             if self.colours is not None:  # programs save RGB that has only greys as one band, or as one bit
@@ -211,14 +208,17 @@ def _codes(colours: np.ndarray) -> np.ndarray:
     return colours.astype(np.int64) @ np.array([2**16, 2**8, 1])
 
 
-def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers."""
+def _decoded(path: str, are_numbers: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers.
+
+    Greys of 2 and 4 bits are colours from 0 to 255, unless they `are_numbers`.
+    """
     colours = None
     try:
         if path.lower().endswith(".npy"):
             levels = array_of(read_file(path))
         else:
-            levels, colours = _decoded_by_pillow(path)
+            levels, colours = _decoded_by_pillow(path, are_numbers)
     except UnidentifiedImageError:
         if not path.lower().endswith((".tif", ".tiff")):
             raise
@@ -236,7 +236,7 @@ def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     return levels, colours
 
 
-def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _decoded_by_pillow(path: str, are_numbers: bool) -> tuple[np.ndarray, np.ndarray | None]:
     with open_image(path) as image:
         if image.format not in _FORMATS:
             changes = f"the format {image.format} may change the values of a mask"
@@ -248,9 +248,13 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
             colours = np.pad(given, ((0, 256 - len(given)), (0, 0)))
+        of_few_bits = re.search("L;([24])", str(image.tile))  # which Pillow spreads over 0 to 255
         if image.mode == "LA":
             image = image.getchannel("L")
-        return np.asarray(image), colours
+        levels = np.asarray(image)
+        if of_few_bits and are_numbers:
+            levels = levels // (255 // (2 ** int(of_few_bits[1]) - 1))
+        return levels, colours
 
 
 # ---------------------------------------------------------------------------------------------------- images with masks
@@ -266,6 +270,7 @@ class PairFiles(folders.ImageFiles):
         super().__init__(folder, names, [0] * len(names), bands)
         self.mask_folder = str(mask_folder)
         self.read = read
+        self.largest = 0  # pixels of any image, as far as they were counted
 
     def mask_path(self, i: int) -> str:
         return remote.located(self.mask_folder, self.masks[i])
@@ -321,14 +326,6 @@ class MaskedImages(LabelledImages):
     def palette(self) -> np.ndarray:
         """The colours of the classes, (K, 3) from 0 to 1."""
         return palette(self.targets.shape[1], self.source.read.colours)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Equal for sets of the same files with the same masks, by name and by numbers of pixels, in the same order."""
-        hashed = hashlib.sha256(super().digest.encode())
-        for i in self.indices:
-            hashed.update(os.fsencode(f"{self.source.masks[i]}\n"))
-        return hashed.hexdigest()
 
 
 def load_pairs(
@@ -394,6 +391,7 @@ def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[Mas
         for i, pixels in enumerate(looked_at):
             if not isinstance(pixels, str):
                 targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
+                files.largest = max(files.largest, int(pixels.sum()))
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
     _tell(problems, skip_unreadable)
@@ -544,8 +542,11 @@ class PairCrop:
             zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1)
             flipped = torch.rand(()).item() < 0.5
         side = max(1, round(self.size / zoom))
-        top, bottom = _drawn(mask.shape[0], side)
-        left, right = _drawn(mask.shape[1], side)
+        top, left = (_drawn(length, side) for length in mask.shape)
+        if (mask[max(0, top) : top + side, max(0, left) : left + side] == UNKNOWN).all():  # few pixels are known
+            known = (mask != UNKNOWN).nonzero()
+            top, left = map(_drawn, mask.shape, (side, side), known[torch.randint(len(known), ())].tolist())
+        bottom, right = top + side, left + side
         box = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
         inside = slice(box[1], box[3]), slice(box[0], box[2])
         image = self.whole(image[inside] if isinstance(image, np.ndarray) else image.crop(box))
@@ -562,10 +563,12 @@ class PairCrop:
         return image[0], mask
 
 
-def _drawn(length: int, side: int) -> tuple[int, int]:
-    """Where a random window begins and ends along a side of an image: within it, or around it if it is larger."""
-    start = torch.randint(min(0, length - side), max(0, length - side) + 1, ()).item()
-    return start, start + side
+def _drawn(length: int, side: int, pixel: int | None = None) -> int:
+    """Where a random window begins along a side of an image: within it, or around it if it is larger; over a pixel."""
+    low, high = sorted((0, length - side))
+    if pixel is not None:
+        low, high = max(low, pixel - side + 1), min(high, pixel)
+    return torch.randint(low, high + 1, ()).item()
 
 
 def pair_transforms(
@@ -575,8 +578,6 @@ def pair_transforms(
 
     `augmentation` is 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
     """
-    if augmentation not in ("crop", "none"):
-        raise InputError(f"--augmentation {augmentation} is for classes of whole images; use crop or none")
     whole = eval_transform(None, mean, std, bands)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 

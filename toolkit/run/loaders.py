@@ -126,7 +126,7 @@ class Loaders:
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
-            if transform is self.eval_transform and images.targets.sum(1).max() > self.image_size**2:
+            if transform is self.eval_transform and images.source.largest > self.image_size**2:
                 loading["batch_size"] = 1  # a whole image may have thousands of pixels along each side
         self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
