@@ -77,18 +77,6 @@ def test_a_class_with_one_image_or_none():
     assert not weight[1::2].any() and not bias[1::2].any() and weight[::2].any(1).all()
 
 
-def test_a_class_that_one_view_of_an_image_shows_alone_is_left_out_of_its_part():
-    """Views may be of other pixels: then those of one image may have a class that no other image has."""
-    features, labels = clusters(2, images=20)
-    labels = labels.repeat(2)
-    labels[75:] = 2  # of the last image, in the second view
-    fitted = probe.fit_linear_probe(features.repeat(2, 1), labels, 3, 2, clusters=torch.arange(40) // 10)
-    rows = probe._parts(np.arange(40) // 10, 2, labels.numpy())
-    assert [len(part) for _, part in rows] == [20, 20, 20, 15]
-    assert all(set((part % 40) // 10).isdisjoint((rest % 40) // 10) for rest, part in rows)
-    assert fitted.weight.shape == (3, 8) and fitted.held_out.shape == (80, 3)
-
-
 def test_balanced_weights_find_the_rare_class():
     features, labels = clusters(2, images=200, spread=3.0)
     keep = (labels == 0) | (torch.arange(len(labels)) < 24)  # 12 of the second class

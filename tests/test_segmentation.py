@@ -359,12 +359,25 @@ def test_probabilities_are_made_believable_by_training_pixels(segment):
     assert read_adapter_file(results["folder"] / "lora.pth")["metadata"]["temperature"] == results["temperature"]
 
 
+def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
+    """Views are of other pixels. A class of one image is in no part that is held out."""
+    model = DenseModel(build_backbone("vit_mini", 2, 16), 3, 16)
+    features = torch.randn(80, model.head.linear.in_features)
+    targets = torch.arange(80) % 2
+    targets[75:] = 2  # of the last of four images, in the second view
+    targets[30:35] = NO_LABEL  # and in the first one these are not known
+    features[torch.arange(80), targets.clamp_min(0)] += 6
+    Segmentation(NAMES).head.start(model, features, targets, views=2, clusters=torch.arange(4))
+    known = targets != NO_LABEL
+    assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9
+
+
 @pytest.mark.parametrize("only", [0, NO_LABEL])
 def test_a_probe_of_fewer_than_two_classes_is_refused(only):
     """As where the crops of a few large images show nothing of a rare class."""
     model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16)
     features, targets = torch.randn(12, model.head.linear.in_features), torch.full((12,), only)
-    with pytest.raises(InputError, match="fewer than two classes; use --head-init random, or a larger --image-size"):
+    with pytest.raises(InputError, match="fewer than two classes: use --head-init random or a larger --image-size"):
         Segmentation(["ground", "ink"]).head.start(model, features, targets, views=2, clusters=torch.arange(3))
 
 

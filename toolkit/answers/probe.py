@@ -150,7 +150,7 @@ def fit_linear_probe(
     elif number > 1:
         for i, (_, part) in enumerate(StratifiedKFold(number, shuffle=True, random_state=0).split(classes, classes)):
             fold[part] = i
-    splits = _parts(fold, views, y)
+    splits = _parts(fold, views, classes)
 
     def tried(strength: float) -> tuple[float, Tensor]:
         losses = []
@@ -189,18 +189,17 @@ def _strongest(tried: Callable[[float], tuple[float, Tensor]], parts: Sequence) 
 def _parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
     """The rows (rest, part) of each part of a cross-validation, from the number of the part of each image, (N,).
 
-    All views of an image are in one part. No part has a row of one of the classes (views * N,) that the rest lacks,
-    which knows two. The views of an image may differ in it: they may be of other pixels.
+    All views of an image are in one part. No part has one of the classes (N,) that the rest lacks, which knows two.
     """
-    of_rows = np.tile(fold, views)
+    offsets = len(fold) * np.arange(views)[:, None]
     found = []
     for number in range(fold.max() + 1):
-        rest = np.flatnonzero(of_rows != number)
-        part = np.flatnonzero(of_rows == number)
+        rest = np.flatnonzero(fold != number)
+        part = np.flatnonzero(fold == number)
         if classes is not None:
             part = part[np.isin(classes[part], classes[rest])]
         if len(part) and len(rest) and (classes is None or len(np.unique(classes[rest])) > 1):
-            found.append((rest, part))
+            found.append(((rest + offsets).ravel(), (part + offsets).ravel()))
     return found
 
 

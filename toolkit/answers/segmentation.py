@@ -25,7 +25,7 @@ from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
-from toolkit.images.masks import coloured
+from toolkit.images.masks import MaskReader, coloured
 from toolkit.models.dense import answers_by_rows, feature_maps, features_at
 
 PROBE_ROWS = 8_000  # pixels, at the most, that the head's start is fitted to, over all images and views
@@ -93,15 +93,15 @@ class PixelHead(Head):
 
     output_name = "probabilities"
 
-    def __init__(self, names: Sequence[str], objective: PixelObjective, masks: Mapping[str, Any]):
+    def __init__(self, names: Sequence[str], objective: PixelObjective, masks: MaskReader):
         super().__init__(names, objective)
-        self.masks = dict(masks)
+        self.masks = masks
 
     def output_layer(self) -> nn.Module:
         return nn.Softmax(1)
 
     def record(self) -> dict[str, Any]:
-        return self.masks
+        return self.masks.record
 
     @torch.no_grad()
     def evaluate(self, model, loader, device, dtype=torch.float32) -> PixelAnswers:
@@ -188,14 +188,12 @@ class PixelHead(Head):
         """The probe without its held-out answers: what a probe of few pixels gets wrong in others says little of a
         head that trains on all of them, and a temperature by it made probabilities worse."""
         per_image = len(targets) // views // len(clusters)
-        of_rows = clusters.cpu().repeat_interleave(per_image)
-        known = (targets.view(views, -1) != NO_LABEL).all(0).cpu()
-        kept = known.repeat(views)
-        if len(targets[kept].unique()) < 2:
-            few = "--head-init probe: the crops of training images show fewer than two classes"
-            raise InputError(f"{few}; use --head-init random, or a larger --image-size")
-        classes = len(self.names)
-        found = probe.fit_linear_probe(features[kept], targets[kept], classes, views, clusters=of_rows[known])
+        of_rows = clusters.cpu().repeat_interleave(per_image).repeat(views)
+        known = (targets != NO_LABEL).cpu()
+        if len(targets[known].unique()) < 2:
+            raise InputError("crops show fewer than two classes: use --head-init random or a larger --image-size")
+        # Views are of other pixels, which belong together as those of one view do: by their image.
+        found = probe.fit_linear_probe(features[known], targets[known], len(self.names), clusters=of_rows[known])
         return probe.set_head(model, found._replace(held_out=None))
 
 
@@ -320,7 +318,7 @@ class Segmentation(Task):
     Args:
         names: of the K classes.
         class_weights: (K,), how much a pixel of each counts, in the loss and for the head's start; None: 1.
-        masks: how masks are read: `MaskReader.record`, which an adapter file has.
+        masks: what reads masks; an adapter file has its `record`.
     """
 
     kind = "segmentation"
@@ -337,10 +335,10 @@ class Segmentation(Task):
         names: Sequence[str],
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
-        masks: Mapping[str, Any] | None = None,
+        masks: MaskReader | None = None,
     ):
         objective = PixelObjective(class_weights, label_smoothing)
-        super().__init__(objective, PixelHead(names, objective, masks or {}))
+        super().__init__(objective, PixelHead(names, objective, masks or MaskReader(None)))
 
 
 def rare_class_weights(pixels: Tensor) -> Tensor:

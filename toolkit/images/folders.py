@@ -158,7 +158,7 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
     for label, class_name in enumerate(class_names):
         before = len(names)
         for inner in folders.get(class_name, ()):
-            names += without_masks(image_names(folder, inner, others, bands), others)
+            names += image_names(folder, inner, others, bands)
         if len(names) == before:
             empty.append(class_name)
         labels += [label] * (len(names) - before)
@@ -176,14 +176,13 @@ def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
     """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
 
-    Links are followed. `others` counts what is no image, by suffix. Raises InputError for a folder it cannot list.
+    Links are followed. `others` counts what is no image, by suffix, and masks, x_mask.png beside x.jpg, which without
+    it are among the images. Raises InputError for a folder it cannot list.
     """
     found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
-    return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
-
-
-def without_masks(names: Sequence[str], others: Counter) -> list[str]:
-    """The names of images but for those of masks, x_mask.png beside x.jpg, which are `others`."""
+    names = [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
+    if others is None:
+        return names
     stems = {posixpath.splitext(name)[0] for name in names}
     masks = {name: re.fullmatch(r"(.+)_mask(_\d+)?\.[^./]*", name, re.DOTALL) for name in names}
     kept = [name for name, mask in masks.items() if mask is None or mask[1] not in stems]

@@ -49,7 +49,7 @@ def look_like_numbers(labels: Sequence[str]) -> bool:
 def read_paths(path: Path, folder: Path) -> list[str]:
     """The paths in a list of images, whatever stands behind them. The arguments are `read_list`'s."""
     _, rows = _rows(path)
-    return _checked_files(path, folder, map(itemgetter(0), rows), ())
+    return checked_files(path, folder, map(itemgetter(0), rows), ())
 
 
 def read_list(
@@ -89,14 +89,14 @@ def read_list(
     labels = list(map(itemgetter(1), rows))
     if kind == "label":  # the path of a mask stays as it is, like that of an image
         labels = list(map(one_spelling, labels))
-    return _checked_files(path, folder, map(itemgetter(0), rows), labels), labels
+    return checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 
 
 def _error(path: Path, problem: str) -> InputError:
     return InputError(f"--data-list {path}: {problem}")
 
 
-def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str]) -> list[str]:
+def checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str], remedy: str = "") -> list[str]:
     """The files' names, without ./ and //. Raises InputError for files that are not there, or have two labels."""
     root = folder if remote.is_remote(folder) else os.path.abspath(folder)
     # What .. leaves depends on links, so it stays.
@@ -104,7 +104,7 @@ def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Seque
     files = [remote.located(root, name) for name in short]
     missing = [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]
     if missing:
-        raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}")
+        raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}{remedy}")
     label_of: dict[str, str] = {}
     torn = {}
     for name, file, label in zip(short, files, labels, strict=False):  # of paths alone there are no labels
@@ -248,7 +248,7 @@ def read_targets(
     else:
         targets = _named_labels(path, titles, rows)
     labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
-    return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
+    return targets._replace(paths=checked_files(path, folder, targets.paths, labels))
 
 
 def _number(text: str) -> float | None:

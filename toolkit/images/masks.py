@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, printable
 from toolkit.images import folders, remote, splitting
 from toolkit.images.bands import RESOLUTIONS, Bands, array_of, levels_of_tiff, open_image, read_file
 from toolkit.images.data import LabelledImages, look_at_each
-from toolkit.images.lists import read_list
+from toolkit.images.lists import checked_files, read_list
 from toolkit.images.scaling import split_names
 from toolkit.images.transforms import View, eval_transform, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
-MOST_CLASSES = 256
+MOST_CLASSES = 255
 
 # -------------------------------------------------------------------------------------------- classes and their colours
 
@@ -175,7 +175,7 @@ class MaskReader:
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
         with folders.named_faults(path):
-            levels, colours = _decoded(path, self.colours is None)
+            levels, colours = _decoded(path)
         if levels.ndim == 2 and (colours is None or self.colours is None):
             found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
             if self.colours is not None:  # programs save RGB that has only greys as one band, or as one bit
@@ -208,17 +208,14 @@ def _codes(colours: np.ndarray) -> np.ndarray:
     return colours.astype(np.int64) @ np.array([2**16, 2**8, 1])
 
 
-def _decoded(path: str, are_numbers: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers.
-
-    Greys of 2 and 4 bits are colours from 0 to 255, unless they `are_numbers`.
-    """
+def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers."""
     colours = None
     try:
         if path.lower().endswith(".npy"):
             levels = array_of(read_file(path))
         else:
-            levels, colours = _decoded_by_pillow(path, are_numbers)
+            levels, colours = _decoded_by_pillow(path)
     except UnidentifiedImageError:
         if not path.lower().endswith((".tif", ".tiff")):
             raise
@@ -236,7 +233,7 @@ def _decoded(path: str, are_numbers: bool) -> tuple[np.ndarray, np.ndarray | Non
     return levels, colours
 
 
-def _decoded_by_pillow(path: str, are_numbers: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     with open_image(path) as image:
         if image.format not in _FORMATS:
             changes = f"the format {image.format} may change the values of a mask"
@@ -248,12 +245,13 @@ def _decoded_by_pillow(path: str, are_numbers: bool) -> tuple[np.ndarray, np.nda
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
             colours = np.pad(given, ((0, 256 - len(given)), (0, 0)))
-        of_few_bits = re.search("L;([24])", str(image.tile))  # which Pillow spreads over 0 to 255
+        few_bits = re.search("L;([24])", str(image.tile))
         if image.mode == "LA":
             image = image.getchannel("L")
         levels = np.asarray(image)
-        if of_few_bits and are_numbers:
-            levels = levels // (255 // (2 ** int(of_few_bits[1]) - 1))
+        if few_bits:  # numbers that Pillow has spread over 0 to 255, as if each had a grey
+            spread = 255 // (2 ** int(few_bits[1]) - 1)
+            return levels // spread, np.outer(np.arange(256) * spread % 256, [1, 1, 1])
         return levels, colours
 
 
@@ -357,8 +355,6 @@ def load_pairs(
     if len(seen) == 1:
         where = f"{files[0].mask_folder}: all known pixels are of one class"
         raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
-    if seen == [0, 255] and read.names is None:  # as two of 256 classes
-        raise InputError(f"{files[0].mask_folder}: the masks have the values 0 and 255 alone{read.remedy}")
     if divided and not needs_val:
         parts.append(parts[0].subset([]))
     return parts, names
@@ -509,10 +505,7 @@ def pairs_of_list(
 ) -> PairFiles:
     """The pairs of a list of `image,mask` lines, relative to a folder; `group_by` is as for `lists.read_list`."""
     names, masks = read_list(path, folder, group_by, line="image,mask")
-    missing = [mask for mask in masks if not remote.is_file(remote.located(folder, mask))]
-    if missing:
-        problem = f"{len(missing)} masks are not in {folder}: {listed(missing)}"
-        raise InputError(f"--data-list {path}: {problem}; write `image,mask` lines")
+    masks = checked_files(path, folder, masks, (), "; write `image,mask` lines")
     return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 

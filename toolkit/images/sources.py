@@ -177,7 +177,7 @@ def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
     others = Counter()
     if shard_names(folder):  # which refuses a folder that has images as well
         return read_shards(folder, bands)[0]
-    names = folders.without_masks(folders.image_names(folder, "", others, bands), others)
+    names = folders.image_names(folder, "", others, bands)
     if not names:
         raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
     folders.report_others(folder, others)
