@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
@@ -15,8 +16,16 @@ import finetune_lora
 from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare, read_options
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
+from toolkit.answers import segmentation
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.segmentation import Segmentation, _counted, counted, pixel_figures, rare_class_weights
+from toolkit.answers.segmentation import (
+    PixelAnswers,
+    Segmentation,
+    _counted,
+    counted,
+    pixel_figures,
+    rare_class_weights,
+)
 from toolkit.devices import seed_everything
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.masks import collate_pairs, pair_transforms
@@ -24,6 +33,7 @@ from toolkit.images.sources import load_splits
 from toolkit.models import dense
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.dense import DenseHead, DenseModel, answers_for
+from toolkit.run import loaders
 
 CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
@@ -146,6 +156,22 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
     assert "nan" not in str(mistakes)
 
 
+def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
+    """A picture of all of them, beside its mask and the answers for it, six times, would fill the memory."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(5):
+        Image.fromarray(np.arange(2500 * 6, dtype=np.uint8).reshape(6, 2500)).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(np.arange(2500 * 6, dtype=np.uint8).reshape(6, 2500) % 2).save(tmp_path / f"masks/{i}.png")
+    images = load_splits("imagefolder", tmp_path, task="segmentation").train
+    drawn = []
+    monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
+    answers = PixelAnswers(0.0, torch.ones(len(images), 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
+    Segmentation(["even", "odd"]).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
+    sizes = {axes.images[0].get_array().shape for axes in drawn}
+    assert sizes == {(2, 834, 3)}
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -175,7 +201,7 @@ def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(se
     assert adapted.shape == (2, 20, 28)
 
 
-def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
+def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch):
     argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path} --device cpu"
     args, _ = read_options([*argv.split(), "--workers", "0", "--batch-size", "4"])
     seed_everything(0)
@@ -187,6 +213,9 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     sizes = {len(images) for images, _ in run.loaders.val}
     assert sizes == {1} and run.loaders.train.batch_sampler.batch_size == 4
+    # The probe is of so many pixels in all: with some of each of ten thousand images it would take hours.
+    monkeypatch.setattr(loaders, "PROBED_PAIRS", 5)
+    assert len(run.loaders.probe_images) == 5
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from toolkit.images.masks import MaskReader, coloured
 from toolkit.models.dense import answers_by_rows, feature_maps, features_at
 
 PROBE_ROWS = 8_000  # pixels, at the most, that the head's start is fitted to, over all images and views
-LEAST_PIXELS = 8  # of each image among them
 WORST_SHOWN = 6  # images in mistakes.png
 NO_PIXEL = "no pixel of the evaluation images is known"
 COUNTED = (": pixels", ": answered", ": right")  # of each image, by class: how the columns of its answers end
@@ -129,8 +128,7 @@ class PixelHead(Head):
                     worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
         confusion, losses, bins = (distributed.interleave(torch.stack(column)) for column in zip(*counted, strict=True))
         worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
-        maps = {image: answers for _, image, answers in worst}
-        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), maps=maps)
+        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})
 
     def constant_score(self, images: LabelledImages) -> float:
         pixels = images.targets.sum(0)
@@ -153,7 +151,7 @@ class PixelHead(Head):
         With `balanced` rare classes are drawn more often, as the objective weighs them. With several processes, each
         computes its share and all of them return the whole.
         """
-        pixels = max(LEAST_PIXELS, PROBE_ROWS // (2 * images))
+        pixels = PROBE_ROWS // (2 * images)
         of_backbone = functools.partial(feature_maps, model.backbone)
         rows = []
         classes = []
@@ -295,9 +293,11 @@ class PixelReport(Report):
         figure = new_figure(11, 0.8 + 3.0 * max(1, len(chosen)))
         rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False, subplot_kw=PICTURE_ALONE)
         for (image, text), row in zip(chosen, rows, strict=False):
-            picture = images.picture(image, bands)  # (H, W, 3), from 0 to 1
             truth = images.mask(image)
-            answer = self.answers.maps[image].long().where(truth != NO_LABEL, NO_LABEL)
+            step = 1 + max(truth.shape) // 1_000  # of a scene matplotlib would hold every pixel, in float64
+            truth = truth[::step, ::step]
+            picture = images.picture(image, bands, step)  # (H, W, 3), from 0 to 1
+            answer = self.answers.maps[image][::step, ::step].long().where(truth != NO_LABEL, NO_LABEL)
             layers = {drawn(f"{Path(images.name(image)).name[-40:]}: {text}"): None, "truth": truth, "answer": answer}
             for (title, classes), axes in zip(layers.items(), row, strict=True):
                 axes.imshow(picture if classes is None else 0.4 * picture + 0.6 * coloured(classes, images.palette))

@@ -313,11 +313,11 @@ class MaskedImages(LabelledImages):
         path = self.source.mask_path(self.indices[i])
         return torch.from_numpy(self.source.read(path).astype(np.int64))
 
-    def picture(self, i: int, bands: Bands | None) -> np.ndarray:
-        """The image as a picture (H, W, 3) from 0 to 1."""
-        image, _ = self[i]
+    def picture(self, i: int, bands: Bands | None, step: int = 1) -> np.ndarray:
+        """The image as a picture (H, W, 3) from 0 to 1, of every `step`-th pixel."""
+        image = np.asarray(self[i][0])[::step, ::step]
         if bands is None:
-            return np.asarray(image) / 255
+            return image / 255
         return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
     @property

@@ -112,8 +112,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
     with suppress(Exception), remote.opened(path) as source, import_tifffile().TiffFile(source, is_ome=False) as file:
         page = file.pages[0]
         series = file.series[0]
-        # A photograph has to be what Pillow would make of it: upright RGB of 8 bits, not compressed as a JPEG, and not
-        # multiplied by its transparency (1).
+        # A photograph is to be as Pillow would read it: upright RGB of 8 bits, no JPEG, not multiplied by alpha (1).
         is_upright = _ORIENTATION not in page.tags or page.tags[_ORIENTATION].value == 1
         is_rgb = page.photometric == _RGB and 1 not in page.extrasamples and page.dtype == np.uint8
         found = {series.axes.find("Y"), series.axes.find("X")}

@@ -25,6 +25,7 @@ STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's stati
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
+PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
 def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
@@ -166,7 +167,7 @@ class Loaders:
     @property
     def probe_images(self) -> LabelledImages:
         """The training images for k-NN and the linear probe."""
-        return self.images.train.at_most(KNN_IMAGES)
+        return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of views.
