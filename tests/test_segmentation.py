@@ -213,6 +213,10 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch)
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     sizes = {len(images) for images, _ in run.loaders.val}
     assert sizes == {1} and run.loaders.train.batch_sampler.batch_size == 4
+    # BatchNorms follow adapters by crops that are the same in each process and each resumed run, whatever was drawn.
+    first = torch.cat(list(run.loaders.followed_batches()))
+    torch.rand(7)
+    assert torch.equal(torch.cat(list(run.loaders.followed_batches())), first)
     # The probe is of so many pixels in all: with some of each of ten thousand images it would take hours.
     monkeypatch.setattr(loaders, "PROBED_PAIRS", 5)
     assert len(run.loaders.probe_images) == 5

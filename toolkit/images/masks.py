@@ -539,12 +539,11 @@ class PairCrop:
         if (mask[max(0, top) : top + side, max(0, left) : left + side] == UNKNOWN).all():  # few pixels are known
             known = (mask != UNKNOWN).nonzero()
             top, left = map(_drawn, mask.shape, (side, side), known[torch.randint(len(known), ())].tolist())
-        bottom, right = top + side, left + side
-        box = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
+        box = max(left, 0), max(top, 0), min(left + side, mask.shape[1]), min(top + side, mask.shape[0])
         inside = slice(box[1], box[3]), slice(box[0], box[2])
         image = self.whole(image[inside] if isinstance(image, np.ndarray) else image.crop(box))
         mask = mask[inside]
-        outside = (box[0] - left, right - box[2], box[1] - top, bottom - box[3])
+        outside = (box[0] - left, left + side - box[2], box[1] - top, top + side - box[3])
         image = F.pad(image[None], outside, mode="replicate")
         mask = F.pad(mask, outside, value=UNKNOWN)
         if side != self.size:

@@ -161,7 +161,9 @@ class Loaders:
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
         some = self.images.train.at_most(FOLLOWED_IMAGES)
-        loader = DataLoader(Transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
+        seeded = list(enumerate(range(len(some))))  # views for `Transformed`: a resumed run's are to be the same
+        views = Transformed(some, self.plain_view)
+        loader = DataLoader(views, self.args.batch_size, sampler=seeded, generator=torch.Generator())
         return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
