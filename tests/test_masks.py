@@ -156,6 +156,8 @@ def test_values_that_are_no_numbers_of_classes(tmp_path):
     classes = Classes(("a", "b"), values=(7, 30000))
     found = MaskReader(classes, [-1, -9999])(str(tmp_path / "m.tif"))
     assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]
+    found = MaskReader(classes, [-1, -9999, 7.5])(str(tmp_path / "m.tif"))
+    assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]  # 7.5 is not 7
     tifffile.imwrite(tmp_path / "f.tif", np.array([[7, -3.4e38]], np.float32))
     assert MaskReader(classes, [-(10**38)])(str(tmp_path / "f.tif")).tolist() == [[0, UNKNOWN]]
 

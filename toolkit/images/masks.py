@@ -151,7 +151,7 @@ class MaskReader:
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
                 raise InputError(f"{printable(name)} has the value {value}, which counts as unknown")
-        not_counted = list(unknown)
+        not_counted = [value for value in unknown if value % 1 == 0]  # masks have no others
         self.of_values = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
         self.of_values[np.array(values) - _BEYOND[0]] = range(len(values))
         if self.colours is None:
