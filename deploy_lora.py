@@ -415,8 +415,10 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
 
         def make_loader(images: Transformed) -> DataLoader:
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-            if is_per_pixel(about):  # whole images, of any size
-                loading |= {"batch_size": 1, "collate": collate_pairs}
+            if is_per_pixel(about):
+                loading["collate"] = collate_pairs
+                if images.dataset.source.largest > model.window**2:  # whole images, as in a run
+                    loading["batch_size"] = 1
             loaders.append(build_loader(images, **loading))
             return loaders[-1]
 
@@ -470,7 +472,7 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     data = _data_of_run(about)
     column = None if remote.is_folder(place) else _group_column(place, data)
     if is_per_pixel(about):
-        images = masks.pairs_in(place, read, _mask_reader(about), column)
+        images = masks.pairs_in(place, read, _task_of(about).head.masks, column)
     elif not remote.is_folder(place) or _task_of(about).kind != "classification":
         columns = {"group_by": column, "label_columns": data.get("label_columns")}
         kind = _task_of(about).kind
@@ -494,11 +496,6 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     return images, where
 
 
-def _mask_reader(about: dict[str, Any]) -> masks.MaskReader:
-    """What read the masks of the run."""
-    return masks.MaskReader.from_record(_task_of(about).head.masks, about["class_names"])
-
-
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
     if data.get("dataset") not in sources.DATASETS:
@@ -513,7 +510,7 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
     data["bands"] = about["transform"].bands
     if is_per_pixel(about):
-        data["masks"] = _mask_reader(about)
+        data["masks"] = _task_of(about).head.masks
     splits = sources.load_splits(**data, task=_task_of(about).kind)
     sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
     if splits.val.targets is not None:  # the columns of a list may have another order now

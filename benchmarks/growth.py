@@ -271,7 +271,7 @@ def small_adapter(folder: Path, per_pixel: bool) -> Path:
     model, _ = load_base(folder / "base.pth", None, len(NAMES), arch, size, per_pixel=per_pixel)
     about = {"arch": arch, "class_names": list(NAMES), "image_size": size, "checkpoint": str(folder / "base.pth")}
     if per_pixel:
-        about["task"] = TASKS["segmentation"](NAMES, masks=MaskReader(Classes(NAMES)).record).record()
+        about["task"] = TASKS["segmentation"](NAMES, masks=MaskReader(Classes(NAMES))).record()
     LoRAManager(add_lora_to_model(model, r=2)).save_lora_checkpoint(folder / "lora.pth", about)
     return folder / "lora.pth"
 

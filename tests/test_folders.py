@@ -39,6 +39,25 @@ def level(image) -> int:
     return round(sum(image.resize((1, 1)).getpixel((0, 0))) / 3)
 
 
+def test_masks_beside_images_are_no_images(tmp_path, capsys):
+    """As in BUSI's class folders: to a classifier, or to pretraining, they would be images of the class."""
+    for name in (
+        "sick/a.png",
+        "sick/a_mask.png",
+        "sick/a_mask_1.png",
+        "well/b.jpg",
+        "well/b_mask.png",
+        "well/c_mask.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(len(name)))
+    kept = ["sick/a.png", "well/b.jpg", "well/c_mask.png"]  # the last one is beside no image
+    assert folders.labelled_files(tmp_path, ["sick", "well"]).names == kept
+    assert "files that are not read as images: 3 masks" in capsys.readouterr().out
+    assert sources.load_unlabelled(tmp_path).source.names == kept
+    assert len(folders.image_names(tmp_path)) == 6  # for pairs of images and masks in one folder
+
+
 def test_images_and_their_labels_are_read_from_where_they_lie(tmp_path):
     write_set(tmp_path, 20)
     splits = sources.load_splits("imagefolder", tmp_path)

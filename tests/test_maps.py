@@ -242,6 +242,23 @@ def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path, place):
     assert "mean IoU" in page and "data:image/png" in page
 
 
+@pytest.mark.parametrize("side, sizes", [(16, [4, 2]), (20, [1] * 6)])
+def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path, monkeypatch, side, sizes):
+    """Larger ones one by one, however few of their pixels are known: a batch of scenes would fill the memory."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(6):
+        Image.fromarray(levels(side, side, 3, np.uint8, seed=i)).save(tmp_path / f"images/{i}.png")
+        mask = np.full((side, side), 255, np.uint8)
+        mask[:2, : i + 2] = [[0], [1]]
+        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+    found = []
+    collate = deploy_lora.collate_pairs
+    monkeypatch.setattr(deploy_lora, "collate_pairs", lambda batch: [found.append(len(batch)), *collate(batch)][1:])
+    results = deploy("evaluate", of_pairs, tmp_path, "--batch-size", "4", "--output", tmp_path / "results.json")
+    assert found == sizes and results["images"] == 6
+
+
 def test_an_evaluation_is_over_the_groups_of_its_list(of_pairs, pairs, tmp_path):
     """In the column by which the run's images were grouped, which is no mask."""
     content = read_adapter_file(of_pairs)
@@ -435,10 +452,12 @@ def test_rows_of_other_files_are_those_of_the_whole(tmp_path, name):
         ("a.png", {}),
         ("a.tif", {"rowsperstrip": 16, "compression": "deflate"}),
         ("b.tif", {"tile": (32, 32)}),
+        ("of four bands.tif", {"tile": (32, 32), "extrasamples": ["unassalpha"]}),
+        ("of four bands.tif", {"extrasamples": ["assocalpha"]}),
     ],
 )
 def test_rows_of_photographs_are_those_of_the_whole(tmp_path, name, how):
-    array = levels(bands=3, dtype=np.uint8)
+    array = levels(bands=3 + ("four" in name), dtype=np.uint8)
     if name.endswith(".tif"):
         tifffile.imwrite(tmp_path / name, array, photometric="rgb", **how)
     else:
@@ -448,6 +467,24 @@ def test_rows_of_photographs_are_those_of_the_whole(tmp_path, name, how):
         image.save(tmp_path / name, exif=exif)
     expected = np.asarray(to_rgb(open_image(tmp_path / name)))
     assert np.array_equal(in_rows(tmp_path / name, None), expected)
+
+
+def test_an_orthophoto_with_transparency_is_read_in_rows(tmp_path, monkeypatch):
+    """As one of three bands: Pillow would hold all of it, and refuses more than 179 million pixels."""
+    array = levels(bands=4, dtype=np.uint8)
+    how = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
+    tifffile.imwrite(tmp_path / "a.tif", array, tile=(32, 32), **how)
+    tifffile.imwrite(tmp_path / "b.tif", array.transpose(2, 0, 1), planarconfig="separate", **how)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for name in ("a.tif", "b.tif"):
+        assert np.array_equal(in_rows(tmp_path / name, None), array[..., :3])
+
+
+def test_three_bands_of_16_bits_that_are_no_photograph_need_a_scale(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", levels(bands=3), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(InputError, match=r"a\.tif: .*bands of more than 8 bits are read with --scale, as 65535"):
+        in_rows(tmp_path / "a.tif", None)
+    assert np.array_equal(in_rows(tmp_path / "a.tif", Bands(3, scale=65535)), levels(bands=3))
 
 
 def test_a_compression_that_pillow_alone_knows(tmp_path, monkeypatch):

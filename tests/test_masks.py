@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -128,12 +130,34 @@ def test_colours_of_palettes_and_masks_of_one_bit(tmp_path):
     assert np.array_equal(MaskReader(None, [255])(str(tmp_path / "1.png")), LEVELS == 2)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_numbers_of_few_bits_are_what_the_file_has(bits, tmp_path):
+    """GDAL writes such TIFFs (NBITS=4). Pillow spreads greys over 0 to 255: 1 becomes 85 or 17, and the largest 255."""
+    levels = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], np.uint8)
+    packed = np.packbits(np.unpackbits(levels[..., None], axis=2)[..., -bits:].reshape(2, -1), axis=1)
+    Image.fromarray(packed).save(tmp_path / "m.png")
+    content = bytearray((tmp_path / "m.png").read_bytes())
+    content[16:25] = struct.pack(">IIB", 4, 2, bits)  # of the header: width, height, and bits of a pixel
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "m.png").write_bytes(content)
+    tifffile.imwrite(tmp_path / "m.tif", packed)
+    with tifffile.TiffFile(tmp_path / "m.tif", mode="r+b") as file:
+        file.pages[0].tags["ImageWidth"].overwrite(4)
+        file.pages[0].tags["BitsPerSample"].overwrite(bits)
+    for name in ("m.png", "m.tif"):
+        assert np.array_equal(MaskReader(None)(str(tmp_path / name)), levels)
+        greys = Classes(("a", "b", "c", "d"), colours=tuple((255 // (2**bits - 1) * i,) * 3 for i in (3, 2, 1, 0)))
+        assert np.array_equal(MaskReader(greys)(str(tmp_path / name)), 3 - levels)  # as an RGB image of such greys
+
+
 def test_values_that_are_no_numbers_of_classes(tmp_path):
     levels = np.array([[-1, 30000], [7, -9999]], np.int32)
     tifffile.imwrite(tmp_path / "m.tif", levels)
     classes = Classes(("a", "b"), values=(7, 30000))
     found = MaskReader(classes, [-1, -9999])(str(tmp_path / "m.tif"))
     assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]
+    found = MaskReader(classes, [-1, -9999, 7.5])(str(tmp_path / "m.tif"))
+    assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]  # 7.5 is not 7
     tifffile.imwrite(tmp_path / "f.tif", np.array([[7, -3.4e38]], np.float32))
     assert MaskReader(classes, [-(10**38)])(str(tmp_path / "f.tif")).tolist() == [[0, UNKNOWN]]
 
@@ -223,7 +247,7 @@ def test_masks_of_0_and_255(classes, tmp_path):
     with pytest.raises(InputError, match=r"`background 0` and `NAME 255`"):
         load_pairs(tmp_path, classes=classes)
     if classes is None:
-        with pytest.raises(InputError, match=r"0 and 255 alone; .* `NAME 255`"):
+        with pytest.raises(InputError, match="value 255, which is no class's; add a line `NAME 255`"):
             load_pairs(tmp_path, unknown=())
     house = Classes(("ground", "house"), values=(0, 255))
     with pytest.raises(InputError, match="house has the value 255, which counts as unknown"):
@@ -396,6 +420,7 @@ def test_lists_and_groups(tmp_path, capsys):
         rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif,field{i % 4}\n")
     (tmp_path / "all.csv").write_text("image,mask,field\n" + "".join(rows))
     splits = load_pairs(None, [tmp_path / "all.csv"], group_by="field")
+    assert splits.train.source.largest == 48 > splits.train.targets.sum(1).max()  # with unknown pixels
     assert len(splits.train) + len(splits.val) == 20
     assert not set(splits.train.groups) & set(splits.val.groups)
     by_folder = load_pairs(tmp_path, [without_groups(tmp_path, "all", rows)], group_by="2")
@@ -409,10 +434,18 @@ def test_lists_and_groups(tmp_path, capsys):
     splits = load_pairs(None, lists, eval_split="validation")
     assert len(splits.train) + len(splits.val) == 15
     assert "is left alone" in capsys.readouterr().out
-    for text in ("x/f0/0.png,y/missing.png\n", "x/f0/0.png\n"):
+    for text, problem in (
+        ("x/f0/0.png,y/missing.png\n", "write `image,mask` lines"),
+        ("x/f0/0.png\n", "have no masks; write `image,mask` lines"),
+        ("x/f0/0.png,y/0.tif,7\n", "is not a path and a mask, one for each image$"),
+    ):
         (tmp_path / "wrong.csv").write_text(text)
-        with pytest.raises(InputError, match="`image,mask`"):
+        with pytest.raises(InputError, match=problem):
             load_pairs(None, [tmp_path / "wrong.csv"])
+    for i in range(5):
+        os.rename(tmp_path / f"y/{i}.tif", tmp_path / f"y/field 1, {i}.tif")
+    (tmp_path / "comma.csv").write_text("".join(f'x/f{i}/{i}.png,"y/field 1, {i}.tif"\n' for i in range(5)))
+    assert len(pairs_in(tmp_path / "comma.csv", None, MaskReader(None))) == 5
     for i in range(12):
         write_pair(tmp_path, f"images/p{i % 4}/{i}.png", f"masks/p{i % 4}/{i}.png", i)
     splits = load_pairs(tmp_path, group_by="1")
@@ -478,7 +511,7 @@ def test_bands_and_their_masks(tmp_path):
 # --------------------------------------------------------------------------------------------------- sets and digests
 
 
-def test_digests_follow_names_and_pixels(tmp_path):
+def test_digests_follow_names_of_images_and_pixels_of_masks(tmp_path):
     pair_folder(tmp_path / "a")
     pair_folder(tmp_path / "b")
     assert load_pairs(tmp_path / "a").digest() == load_pairs(tmp_path / "b").digest()
@@ -488,6 +521,9 @@ def test_digests_follow_names_and_pixels(tmp_path):
     assert load_pairs(tmp_path / "a").digest() != load_pairs(tmp_path / "b").digest()
     pair_folder(tmp_path / "c")
     os.rename(tmp_path / "c/masks/3.png", tmp_path / "c/masks/3_mask.png")
+    assert load_pairs(tmp_path / "a").digest() == load_pairs(tmp_path / "c").digest()
+    os.rename(tmp_path / "c/images/3.png", tmp_path / "c/images/33.png")
+    os.rename(tmp_path / "c/masks/3_mask.png", tmp_path / "c/masks/33.png")
     assert load_pairs(tmp_path / "a").digest() != load_pairs(tmp_path / "c").digest()
 
 
@@ -558,6 +594,26 @@ def test_image_and_mask_stay_together(channels, height, width, augmentation):
             assert known.sum() == height * width
             assert found.amax() <= height + width  # the border is repeated
     assert flipped == ({True, False} if augmentation == "crop" else {False})
+
+
+@pytest.mark.parametrize("augmentation", ["crop", "none"])
+def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
+    """Of a scene in which a few points were visited on the ground."""
+    mask = torch.full((300, 200), UNKNOWN)
+    places = [(0, 0), (299, 199), (150, 20)]
+    for place in places:
+        mask[place[0] : place[0] + 3, place[1] : place[1] + 3] = 1
+    crop = pair_transforms(32, augmentation, (0,) * 2, (1,) * 2, Bands(2))[0]
+    image = (mask == 1).float().numpy()[..., None].repeat(2, 2)
+    torch.manual_seed(0)
+    columns = []
+    for _ in range(60):
+        found, classes = crop(image, mask)
+        known = classes == 1
+        assert (found[:, known] > 0).all()
+        columns.append(set(known.any(0).nonzero().flatten().tolist()))
+    assert sum(map(bool, columns)) > (50 if augmentation == "crop" else 59)  # a smaller crop may leave out one pixel
+    assert len(set.union(*columns)) > 20  # anywhere in the crop
 
 
 def test_an_image_of_one_pixel():

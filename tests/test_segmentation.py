@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
@@ -15,8 +16,16 @@ import finetune_lora
 from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare, read_options
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
+from toolkit.answers import segmentation
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.segmentation import Segmentation, _counted, counted, pixel_figures, rare_class_weights
+from toolkit.answers.segmentation import (
+    PixelAnswers,
+    Segmentation,
+    _counted,
+    counted,
+    pixel_figures,
+    rare_class_weights,
+)
 from toolkit.devices import seed_everything
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.masks import collate_pairs, pair_transforms
@@ -24,6 +33,7 @@ from toolkit.images.sources import load_splits
 from toolkit.models import dense
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.dense import DenseHead, DenseModel, answers_for
+from toolkit.run import loaders
 
 CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
@@ -146,6 +156,22 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
     assert "nan" not in str(mistakes)
 
 
+def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
+    """A picture of all of them, beside its mask and the answers for it, six times, would fill the memory."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(5):
+        Image.fromarray(np.arange(2500 * 6, dtype=np.uint8).reshape(6, 2500)).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(np.arange(2500 * 6, dtype=np.uint8).reshape(6, 2500) % 2).save(tmp_path / f"masks/{i}.png")
+    images = load_splits("imagefolder", tmp_path, task="segmentation").train
+    drawn = []
+    monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
+    answers = PixelAnswers(0.0, torch.ones(len(images), 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
+    Segmentation(["even", "odd"]).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
+    sizes = {axes.images[0].get_array().shape for axes in drawn}
+    assert sizes == {(2, 834, 3)}
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -175,7 +201,7 @@ def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(se
     assert adapted.shape == (2, 20, 28)
 
 
-def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
+def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch):
     argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path} --device cpu"
     args, _ = read_options([*argv.split(), "--workers", "0", "--batch-size", "4"])
     seed_everything(0)
@@ -187,6 +213,13 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     sizes = {len(images) for images, _ in run.loaders.val}
     assert sizes == {1} and run.loaders.train.batch_sampler.batch_size == 4
+    # BatchNorms follow adapters by crops that are the same in each process and each resumed run, whatever was drawn.
+    first = torch.cat(list(run.loaders.followed_batches()))
+    torch.rand(7)
+    assert torch.equal(torch.cat(list(run.loaders.followed_batches())), first)
+    # The probe is of so many pixels in all: with some of each of ten thousand images it would take hours.
+    monkeypatch.setattr(loaders, "PROBED_PAIRS", 5)
+    assert len(run.loaders.probe_images) == 5
 
 
 @pytest.mark.parametrize(
@@ -357,6 +390,28 @@ def test_probabilities_are_made_believable_by_training_pixels(segment):
     results = segment("--lora-rank 2")
     assert 0 < results["temperature"] != 1
     assert read_adapter_file(results["folder"] / "lora.pth")["metadata"]["temperature"] == results["temperature"]
+
+
+def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
+    """Views are of other pixels. A class of one image is in no part that is held out."""
+    model = DenseModel(build_backbone("vit_mini", 2, 16), 3, 16)
+    features = torch.randn(80, model.head.linear.in_features)
+    targets = torch.arange(80) % 2
+    targets[75:] = 2  # of the last of four images, in the second view
+    targets[30:35] = NO_LABEL  # and in the first one these are not known
+    features[torch.arange(80), targets.clamp_min(0)] += 6
+    Segmentation(NAMES).head.start(model, features, targets, views=2, clusters=torch.arange(4))
+    known = targets != NO_LABEL
+    assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("only", [0, NO_LABEL])
+def test_a_probe_of_fewer_than_two_classes_is_refused(only):
+    """As where the crops of a few large images show nothing of a rare class."""
+    model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16)
+    features, targets = torch.randn(12, model.head.linear.in_features), torch.full((12,), only)
+    with pytest.raises(InputError, match="fewer than two classes: use --head-init random or a larger --image-size"):
+        Segmentation(["ground", "ink"]).head.start(model, features, targets, views=2, clusters=torch.arange(3))
 
 
 def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):

@@ -18,7 +18,7 @@ from toolkit import InputError, distributed, listed
 from toolkit.answers.parts import Task
 from toolkit.files import make_folder, open_atomically, same_file, write_csv, write_text
 from toolkit.images.data import LabelledImages
-from toolkit.images.maps import no_class, write_map, write_mask
+from toolkit.images.maps import NO_CLASS, write_map, write_mask
 from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
@@ -141,6 +141,8 @@ class Maps:
     def __post_init__(self) -> None:
         self.are_classes = self.task.kind in ("segmentation", "classification")
         self.has_classes = self.are_classes and not self.probabilities
+        if self.has_classes and len(self.task.names) > NO_CLASS:
+            raise InputError(f"a map of classes has at most {NO_CLASS} of them: use --probabilities")
         if self.probabilities and self.task.kind == "regression":
             raise InputError("--probabilities: numbers have none; drop it")
         if self.abstain is not None and not self.has_classes:
@@ -198,10 +200,9 @@ class Maps:
     def _values(self, outputs: Tensor) -> np.ndarray:
         """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of float32."""
         if self.has_classes:
-            unknown = no_class(outputs.shape[2])
-            classes = outputs.argmax(2).numpy().astype(unknown.dtype)
+            classes = outputs.argmax(2).numpy().astype(np.uint8)
             if self.abstain is not None:
-                classes[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = unknown
+                classes[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = NO_CLASS
             return classes
         if self.are_classes:
             return outputs.softmax(2).numpy()

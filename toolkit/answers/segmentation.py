@@ -18,18 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit import distributed
+from toolkit import InputError, distributed
 from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
-from toolkit.images.masks import coloured
+from toolkit.images.masks import MaskReader, coloured
 from toolkit.models.dense import answers_by_rows, feature_maps, features_at
 
 PROBE_ROWS = 8_000  # pixels, at the most, that the head's start is fitted to, over all images and views
-LEAST_PIXELS = 8  # of each image among them
 WORST_SHOWN = 6  # images in mistakes.png
 NO_PIXEL = "no pixel of the evaluation images is known"
 COUNTED = (": pixels", ": answered", ": right")  # of each image, by class: how the columns of its answers end
@@ -93,15 +92,15 @@ class PixelHead(Head):
 
     output_name = "probabilities"
 
-    def __init__(self, names: Sequence[str], objective: PixelObjective, masks: Mapping[str, Any]):
+    def __init__(self, names: Sequence[str], objective: PixelObjective, masks: MaskReader):
         super().__init__(names, objective)
-        self.masks = dict(masks)
+        self.masks = masks
 
     def output_layer(self) -> nn.Module:
         return nn.Softmax(1)
 
     def record(self) -> dict[str, Any]:
-        return self.masks
+        return self.masks.record
 
     @torch.no_grad()
     def evaluate(self, model, loader, device, dtype=torch.float32) -> PixelAnswers:
@@ -129,8 +128,7 @@ class PixelHead(Head):
                     worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
         confusion, losses, bins = (distributed.interleave(torch.stack(column)) for column in zip(*counted, strict=True))
         worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
-        maps = {image: answers for _, image, answers in worst}
-        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), maps=maps)
+        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})
 
     def constant_score(self, images: LabelledImages) -> float:
         pixels = images.targets.sum(0)
@@ -153,7 +151,7 @@ class PixelHead(Head):
         With `balanced` rare classes are drawn more often, as the objective weighs them. With several processes, each
         computes its share and all of them return the whole.
         """
-        pixels = max(LEAST_PIXELS, PROBE_ROWS // (2 * images))
+        pixels = PROBE_ROWS // (2 * images)
         of_backbone = functools.partial(feature_maps, model.backbone)
         rows = []
         classes = []
@@ -188,11 +186,12 @@ class PixelHead(Head):
         """The probe without its held-out answers: what a probe of few pixels gets wrong in others says little of a
         head that trains on all of them, and a temperature by it made probabilities worse."""
         per_image = len(targets) // views // len(clusters)
-        of_rows = clusters.cpu().repeat_interleave(per_image)
-        known = (targets.view(views, -1) != NO_LABEL).all(0).cpu()
-        kept = known.repeat(views)
-        classes = len(self.names)
-        found = probe.fit_linear_probe(features[kept], targets[kept], classes, views, clusters=of_rows[known])
+        of_rows = clusters.cpu().repeat_interleave(per_image).repeat(views)
+        known = (targets != NO_LABEL).cpu()
+        if len(targets[known].unique()) < 2:
+            raise InputError("crops show fewer than two classes: use --head-init random or a larger --image-size")
+        # Views are of other pixels, which belong together as those of one view do: by their image.
+        found = probe.fit_linear_probe(features[known], targets[known], len(self.names), clusters=of_rows[known])
         return probe.set_head(model, found._replace(held_out=None))
 
 
@@ -294,9 +293,11 @@ class PixelReport(Report):
         figure = new_figure(11, 0.8 + 3.0 * max(1, len(chosen)))
         rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False, subplot_kw=PICTURE_ALONE)
         for (image, text), row in zip(chosen, rows, strict=False):
-            picture = images.picture(image, bands)  # (H, W, 3), from 0 to 1
             truth = images.mask(image)
-            answer = self.answers.maps[image].long().where(truth != NO_LABEL, NO_LABEL)
+            step = 1 + max(truth.shape) // 1_000  # of a scene matplotlib would hold every pixel, in float64
+            truth = truth[::step, ::step]
+            picture = images.picture(image, bands, step)  # (H, W, 3), from 0 to 1
+            answer = self.answers.maps[image][::step, ::step].long().where(truth != NO_LABEL, NO_LABEL)
             layers = {drawn(f"{Path(images.name(image)).name[-40:]}: {text}"): None, "truth": truth, "answer": answer}
             for (title, classes), axes in zip(layers.items(), row, strict=True):
                 axes.imshow(picture if classes is None else 0.4 * picture + 0.6 * coloured(classes, images.palette))
@@ -317,7 +318,7 @@ class Segmentation(Task):
     Args:
         names: of the K classes.
         class_weights: (K,), how much a pixel of each counts, in the loss and for the head's start; None: 1.
-        masks: how masks are read: `MaskReader.record`, which an adapter file has.
+        masks: what reads masks; an adapter file has its `record`.
     """
 
     kind = "segmentation"
@@ -334,10 +335,10 @@ class Segmentation(Task):
         names: Sequence[str],
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
-        masks: Mapping[str, Any] | None = None,
+        masks: MaskReader | None = None,
     ):
         objective = PixelObjective(class_weights, label_smoothing)
-        super().__init__(objective, PixelHead(names, objective, masks or {}))
+        super().__init__(objective, PixelHead(names, objective, masks or MaskReader(None)))
 
 
 def rare_class_weights(pixels: Tensor) -> Tensor:

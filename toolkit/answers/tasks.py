@@ -93,7 +93,7 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
         task = Regression(names, train.targets)
     elif args.task == "segmentation":
         weights = rare_class_weights(train.targets) if balanced else None
-        task = Segmentation(names, weights, args.label_smoothing, train.source.read.record)
+        task = Segmentation(names, weights, args.label_smoothing, train.source.read)
     else:
         weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
         task = Classification(names, weights, args.label_smoothing)
@@ -107,9 +107,8 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
         return Classification(names)
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind == "segmentation":
-        masks = {name: value for name, value in record.items() if name != "kind"}
         try:
-            MaskReader.from_record(masks, names)
+            masks = MaskReader.from_record(record, names)
         except (InputError, TypeError, ValueError, IndexError, OverflowError):
             raise InputError(f"{path} is damaged: what its task says of masks fits no classes") from None
         return Segmentation(names, masks=masks)

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import posixpath
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
@@ -79,6 +80,8 @@ def named_faults(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         problem = printable(error)
+        if isinstance(error, UnidentifiedImageError) and path.lower().endswith((".tif", ".tiff")):
+            problem += "; bands of more than 8 bits are read with --scale, as 65535"
         if not isinstance(error, WrongBands):
             problem = f"not a readable image ({problem}); repair or remove it, or use --skip-unreadable"
         raise UnreadableImage(f"{path}: {problem}") from None
@@ -173,10 +176,18 @@ def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
     """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
 
-    Links are followed. `others` counts what is no image, by suffix. Raises InputError for a folder it cannot list.
+    Links are followed. `others` counts what is no image, by suffix, and masks, x_mask.png beside x.jpg, which without
+    it are among the images. Raises InputError for a folder it cannot list.
     """
     found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
-    return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
+    names = [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
+    if others is None:
+        return names
+    stems = {posixpath.splitext(name)[0] for name in names}
+    masks = {name: re.fullmatch(r"(.+)_mask(_\d+)?\.[^./]*", name, re.DOTALL) for name in names}
+    kept = [name for name, mask in masks.items() if mask is None or mask[1] not in stems]
+    others += Counter({"masks": len(names) - len(kept)})
+    return kept
 
 
 def _image_folders(

@@ -49,7 +49,7 @@ def look_like_numbers(labels: Sequence[str]) -> bool:
 def read_paths(path: Path, folder: Path) -> list[str]:
     """The paths in a list of images, whatever stands behind them. The arguments are `read_list`'s."""
     _, rows = _rows(path)
-    return _checked_files(path, folder, map(itemgetter(0), rows), ())
+    return checked_files(path, folder, map(itemgetter(0), rows), ())
 
 
 def read_list(
@@ -71,28 +71,29 @@ def read_list(
     Raises InputError for a file that is none of this, files that are not there, or two labels for one file.
     """
     _, rows = _label_columns(path, group_by, label_columns)
+    kind = line.partition(",")[2]
     if max(map(len, rows)) == 1:
-        raise _error(path, f"its images have no {line.partition(',')[2]}s; write `{line}` lines")
+        raise _error(path, f"its images have no {kind}s; write `{line}` lines")
     for row in rows:
         if len(row) != 2 or not all(row):
-            problem = f"the line '{printable(','.join(row))}' is not a path and a label, one for each image"
-            if len(row) > 2:
+            problem = f"the line '{printable(','.join(row))}' is not a path and a {kind}, one for each image"
+            if len(row) > 2 and kind == "label":
                 problem += " (for several labels or numbers: --task multilabel or regression)"
             raise _error(path, problem)
-        if "," in row[1]:
+        if kind == "label" and "," in row[1]:
             label = f"the label '{printable(row[1])}' of {printable(row[0])}"
             raise _error(path, f"{label} has a comma: write the name of its class without, or use --task multilabel")
     labels = list(map(itemgetter(1), rows))
-    if line == "path,label":  # the path of a mask stays as it is, like that of an image
+    if kind == "label":  # the path of a mask stays as it is, like that of an image
         labels = list(map(one_spelling, labels))
-    return _checked_files(path, folder, map(itemgetter(0), rows), labels), labels
+    return checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 
 
 def _error(path: Path, problem: str) -> InputError:
     return InputError(f"--data-list {path}: {problem}")
 
 
-def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str]) -> list[str]:
+def checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str], remedy: str = "") -> list[str]:
     """The files' names, without ./ and //. Raises InputError for files that are not there, or have two labels."""
     root = folder if remote.is_remote(folder) else os.path.abspath(folder)
     # What .. leaves depends on links, so it stays.
@@ -100,7 +101,7 @@ def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Seque
     files = [remote.located(root, name) for name in short]
     missing = [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]
     if missing:
-        raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}")
+        raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}{remedy}")
     label_of: dict[str, str] = {}
     torn = {}
     for name, file, label in zip(short, files, labels, strict=False):  # of paths alone there are no labels
@@ -244,7 +245,7 @@ def read_targets(
     else:
         targets = _named_labels(path, titles, rows)
     labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
-    return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
+    return targets._replace(paths=checked_files(path, folder, targets.paths, labels))
 
 
 def _number(text: str) -> float | None:

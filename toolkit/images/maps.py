@@ -25,6 +25,7 @@ _POINT = 2  # a raster type: positions are those of pixels' centres, not of thei
 _GDAL_METADATA = 42112  # tags of GDAL
 _GDAL_NODATA = 42113
 _TILE = 256
+NO_CLASS = 255  # stands in a map for a pixel without an answer
 
 
 def georeference(path: str | None, step: int = 1) -> list[tuple]:
@@ -55,11 +56,6 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
     return extra
 
 
-def no_class(classes: int) -> np.integer:
-    """What stands in a map of so many classes for a pixel without an answer: the largest number of its type."""
-    return np.uint8(255) if classes <= 255 else np.uint16(65535)
-
-
 def write_map(
     path: str | os.PathLike,
     parts: Iterable[np.ndarray],
@@ -73,9 +69,9 @@ def write_map(
     """Write a GeoTIFF in compressed tiles, whole or not at all, in memory for some rows of it.
 
     Args:
-        parts: its rows from the top downwards, some at a time: (rows, W) classes, or (rows, W, K) of float32.
+        parts: its rows from the top downwards, some at a time: (rows, W) of uint8, or (rows, W, K) of float32.
         like: the TIFF whose georeference the map takes; None: it has none.
-        palette: (K, 3) from 0 to 1, the colours of classes. `no_class` is the number without data.
+        palette: (K, 3) from 0 to 1, the colours of classes. NO_CLASS is the number without data.
         names: of the classes.
         step: how many of that TIFF's pixels one of the map is wide and high.
     """
@@ -90,9 +86,9 @@ def write_map(
     colours = None
     kind = "minisblack"
     if palette is not None:
-        extra.append((_GDAL_NODATA, "s", 0, str(no_class(len(palette))), True))
+        extra.append((_GDAL_NODATA, "s", 0, str(NO_CLASS), True))
         kind = "palette"
-        colours = np.zeros((3, 1 + np.iinfo(first.dtype).max), np.uint16)
+        colours = np.zeros((3, 256), np.uint16)
         colours[:, : len(palette)] = np.round(palette.T * 65535)
     with open_atomically(path) as file:
         is_large = np.prod(shape, dtype=float) * first.dtype.itemsize > 2**31
@@ -126,11 +122,10 @@ def _tiles(rows: np.ndarray, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray
 
 
 def write_mask(path: str | os.PathLike, classes: np.ndarray, palette: np.ndarray) -> None:
-    """Write classes (H, W) as a PNG in the colours (K, 3), from 0 to 1. Of 16 bits it has none."""
+    """Write classes (H, W), uint8, as a PNG in the colours (K, 3), from 0 to 1."""
     image = Image.fromarray(classes)
-    if classes.dtype == np.uint8:
-        colours = np.full((256, 3), 0.6)
-        colours[: len(palette)] = palette
-        image.putpalette(np.round(255 * colours).astype(np.uint8).tobytes())
+    colours = np.full((256, 3), 0.6)
+    colours[: len(palette)] = palette
+    image.putpalette(np.round(255 * colours).astype(np.uint8).tobytes())
     with open_atomically(path) as file:
         image.save(file, "PNG")

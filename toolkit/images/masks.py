@@ -3,11 +3,8 @@
 The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that do not count.
 """
 
-import functools
-import hashlib
 import itertools
 import json
-import os
 import posixpath
 import re
 from collections import Counter
@@ -22,16 +19,16 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, printable
 from toolkit.images import folders, remote, splitting
 from toolkit.images.bands import RESOLUTIONS, Bands, array_of, levels_of_tiff, open_image, read_file
 from toolkit.images.data import LabelledImages, look_at_each
-from toolkit.images.lists import read_list
+from toolkit.images.lists import checked_files, read_list
 from toolkit.images.scaling import split_names
 from toolkit.images.transforms import View, eval_transform, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
-MOST_CLASSES = 256
+MOST_CLASSES = 255
 
 # -------------------------------------------------------------------------------------------- classes and their colours
 
@@ -154,7 +151,7 @@ class MaskReader:
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
                 raise InputError(f"{printable(name)} has the value {value}, which counts as unknown")
-        not_counted = list(unknown)
+        not_counted = [value for value in unknown if value % 1 == 0]  # masks have no others
         self.of_values = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
         self.of_values[np.array(values) - _BEYOND[0]] = range(len(values))
         if self.colours is None:
@@ -248,9 +245,14 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
             colours = np.pad(given, ((0, 256 - len(given)), (0, 0)))
+        few_bits = re.search("L;([24])", str(image.tile))
         if image.mode == "LA":
             image = image.getchannel("L")
-        return np.asarray(image), colours
+        levels = np.asarray(image)
+        if few_bits:  # numbers that Pillow has spread over 0 to 255, as if each had a grey
+            spread = 255 // (2 ** int(few_bits[1]) - 1)
+            return levels // spread, np.outer(np.arange(256) * spread % 256, [1, 1, 1])
+        return levels, colours
 
 
 # ---------------------------------------------------------------------------------------------------- images with masks
@@ -266,6 +268,7 @@ class PairFiles(folders.ImageFiles):
         super().__init__(folder, names, [0] * len(names), bands)
         self.mask_folder = str(mask_folder)
         self.read = read
+        self.largest = 0  # pixels of any image, as far as they were counted
 
     def mask_path(self, i: int) -> str:
         return remote.located(self.mask_folder, self.masks[i])
@@ -310,25 +313,17 @@ class MaskedImages(LabelledImages):
         path = self.source.mask_path(self.indices[i])
         return torch.from_numpy(self.source.read(path).astype(np.int64))
 
-    def picture(self, i: int, bands: Bands | None) -> np.ndarray:
-        """The image as a picture (H, W, 3) from 0 to 1."""
-        image, _ = self[i]
+    def picture(self, i: int, bands: Bands | None, step: int = 1) -> np.ndarray:
+        """The image as a picture (H, W, 3) from 0 to 1, of every `step`-th pixel."""
+        image = np.asarray(self[i][0])[::step, ::step]
         if bands is None:
-            return np.asarray(image) / 255
+            return image / 255
         return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
     @property
     def palette(self) -> np.ndarray:
         """The colours of the classes, (K, 3) from 0 to 1."""
         return palette(self.targets.shape[1], self.source.read.colours)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Equal for sets of the same files with the same masks, by name and by numbers of pixels, in the same order."""
-        hashed = hashlib.sha256(super().digest.encode())
-        for i in self.indices:
-            hashed.update(os.fsencode(f"{self.source.masks[i]}\n"))
-        return hashed.hexdigest()
 
 
 def load_pairs(
@@ -360,8 +355,6 @@ def load_pairs(
     if len(seen) == 1:
         where = f"{files[0].mask_folder}: all known pixels are of one class"
         raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
-    if seen == [0, 255] and read.names is None:  # as two of 256 classes
-        raise InputError(f"{files[0].mask_folder}: the masks have the values 0 and 255 alone{read.remedy}")
     if divided and not needs_val:
         parts.append(parts[0].subset([]))
     return parts, names
@@ -394,6 +387,7 @@ def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[Mas
         for i, pixels in enumerate(looked_at):
             if not isinstance(pixels, str):
                 targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
+                files.largest = max(files.largest, int(pixels.sum()))
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
     _tell(problems, skip_unreadable)
@@ -511,10 +505,7 @@ def pairs_of_list(
 ) -> PairFiles:
     """The pairs of a list of `image,mask` lines, relative to a folder; `group_by` is as for `lists.read_list`."""
     names, masks = read_list(path, folder, group_by, line="image,mask")
-    missing = [mask for mask in masks if not remote.is_file(remote.located(folder, mask))]
-    if missing:
-        problem = f"{len(missing)} masks are not in {folder}: {listed(missing)}"
-        raise InputError(f"--data-list {path}: {problem}; write `image,mask` lines")
+    masks = checked_files(path, folder, masks, (), "; write `image,mask` lines")
     return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 
@@ -544,13 +535,15 @@ class PairCrop:
             zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1)
             flipped = torch.rand(()).item() < 0.5
         side = max(1, round(self.size / zoom))
-        top, bottom = _drawn(mask.shape[0], side)
-        left, right = _drawn(mask.shape[1], side)
-        box = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
+        top, left = (_drawn(length, side) for length in mask.shape)
+        if (mask[max(0, top) : top + side, max(0, left) : left + side] == UNKNOWN).all():  # few pixels are known
+            known = (mask != UNKNOWN).nonzero()
+            top, left = map(_drawn, mask.shape, (side, side), known[torch.randint(len(known), ())].tolist())
+        box = max(left, 0), max(top, 0), min(left + side, mask.shape[1]), min(top + side, mask.shape[0])
         inside = slice(box[1], box[3]), slice(box[0], box[2])
         image = self.whole(image[inside] if isinstance(image, np.ndarray) else image.crop(box))
         mask = mask[inside]
-        outside = (box[0] - left, right - box[2], box[1] - top, bottom - box[3])
+        outside = (box[0] - left, left + side - box[2], box[1] - top, top + side - box[3])
         image = F.pad(image[None], outside, mode="replicate")
         mask = F.pad(mask, outside, value=UNKNOWN)
         if side != self.size:
@@ -562,10 +555,12 @@ class PairCrop:
         return image[0], mask
 
 
-def _drawn(length: int, side: int) -> tuple[int, int]:
-    """Where a random window begins and ends along a side of an image: within it, or around it if it is larger."""
-    start = torch.randint(min(0, length - side), max(0, length - side) + 1, ()).item()
-    return start, start + side
+def _drawn(length: int, side: int, pixel: int | None = None) -> int:
+    """Where a random window begins along a side of an image: within it, or around it if it is larger; over a pixel."""
+    low, high = sorted((0, length - side))
+    if pixel is not None:
+        low, high = max(low, pixel - side + 1), min(high, pixel)
+    return torch.randint(low, high + 1, ()).item()
 
 
 def pair_transforms(
@@ -575,8 +570,6 @@ def pair_transforms(
 
     `augmentation` is 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
     """
-    if augmentation not in ("crop", "none"):
-        raise InputError(f"--augmentation {augmentation} is for classes of whole images; use crop or none")
     whole = eval_transform(None, mean, std, bands)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 

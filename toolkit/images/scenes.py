@@ -65,7 +65,7 @@ class Scene:
                 return self.bands.stacked(found, (last - first, self.width))
             source = self.sources[""]
             if self.bands is None:
-                return source.rows(first, last)
+                return source.rows(first, last)[..., :3]
             return self.bands.picked(source.floats(first, last), source.names)
 
     def _band(self, name: str, first: int, last: int) -> np.ndarray:
@@ -112,9 +112,9 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
     with suppress(Exception), remote.opened(path) as source, import_tifffile().TiffFile(source, is_ome=False) as file:
         page = file.pages[0]
         series = file.series[0]
-        # A photograph has to be what Pillow would make of it: upright RGB of 8 bits, not compressed as a JPEG.
+        # A photograph is to be as Pillow would read it: upright RGB of 8 bits, no JPEG, not multiplied by alpha (1).
         is_upright = _ORIENTATION not in page.tags or page.tags[_ORIENTATION].value == 1
-        is_rgb = page.photometric == _RGB and page.samplesperpixel == 3 and page.dtype == np.uint8
+        is_rgb = page.photometric == _RGB and 1 not in page.extrasamples and page.dtype == np.uint8
         found = {series.axes.find("Y"), series.axes.find("X")}
         is_read_alike = bands is not None or (is_upright and is_rgb and page.compression not in _JPEG)
         if series.ndim not in (2, 3) or -1 in found or not is_read_alike:

@@ -63,8 +63,7 @@ class DenseModel(nn.Module):
         self.head = DenseHead([features.shape[1] for features in maps], classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.head(feature_maps(self.backbone, images))
-        return enlarged(logits.float(), images.shape[2:])
+        return enlarged(self.head(feature_maps(self.backbone, images)).float(), images.shape[2:])
 
 
 def finest(maps: Sequence[Tensor]) -> tuple[int, int]:

@@ -25,6 +25,7 @@ STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's stati
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
+PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
 def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
@@ -129,7 +130,7 @@ class Loaders:
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
-            if transform is self.eval_transform and images.targets.sum(1).max() > self.image_size**2:
+            if transform is self.eval_transform and images.source.largest > self.image_size**2:
                 loading["batch_size"] = 1  # a whole image may have thousands of pixels along each side
         self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
@@ -162,13 +163,15 @@ class Loaders:
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
         some = self.images.train.at_most(FOLLOWED_IMAGES)
-        loader = DataLoader(Transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
+        seeded = list(enumerate(range(len(some))))  # views for `Transformed`: a resumed run's are to be the same
+        views = Transformed(some, self.plain_view)
+        loader = DataLoader(views, self.args.batch_size, sampler=seeded, generator=torch.Generator())
         return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
     def probe_images(self) -> LabelledImages:
         """The training images for k-NN and the linear probe."""
-        return self.images.train.at_most(KNN_IMAGES)
+        return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of views.
