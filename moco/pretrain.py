@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
             print(run.report["origin"])
-        unlabelled = " without labels" * (len(run.measuring_loaders) == 1)
+        unlabelled = " without labels" if len(run.measuring_loaders) == 1 else ""
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(f"device: {device}, precision: {dtype}")

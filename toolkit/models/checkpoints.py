@@ -375,7 +375,7 @@ def _recognise(
     path: str | os.PathLike, tensors: Collection[str], info: Mapping
 ) -> tuple[_Layout, dict[str, str], list[str]]:
     """The file's layout, the backbone's tensors (name without the prefix -> name in the file), and all other names."""
-    wrapper = "module." * all(key.startswith("module.") for key in tensors)  # of DistributedDataParallel
+    wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
     encoder = {}

@@ -160,5 +160,5 @@ def _move_aside(folder: Path, names: list[str]) -> None:
     for name in names:
         os.rename(folder / name, aside / name)
     is_unfinished = {"results.json", "folds.csv"}.isdisjoint(names)
-    unfinished = ", unfinished (--resume with this --output-dir goes on with it)" * is_unfinished
+    unfinished = ", unfinished (--resume with this --output-dir goes on with it)" if is_unfinished else ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")
