@@ -71,7 +71,7 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
 
     __import__(module)
     shorten_vit_mini()
-    backbones._RESNETS["resnet18"] = narrow_resnet
+    backbones.models.resnet18 = narrow_resnet
     if before:
         before()
     run_script(lambda: sys.modules[module].main(argv))

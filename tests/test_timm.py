@@ -16,7 +16,6 @@ from toolkit import InputError
 from toolkit.answers.probe import fit_linear_probe, set_head
 from toolkit.models.backbones import (
     build_backbone,
-    default_image_size,
     first_convolution,
     forward_features,
     head_name,
@@ -25,6 +24,7 @@ from toolkit.models.backbones import (
     record_of,
 )
 from toolkit.models.checkpoints import load_backbone
+from toolkit.models.names import default_image_size
 from toolkit.models.norms import freeze_statistics
 
 timm = pytest.importorskip("timm")

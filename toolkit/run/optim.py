@@ -24,8 +24,12 @@ def build_optimizer(
     for (is_adapter, decay), group in groups.items():
         own = rate * adapter_lr_factor if is_adapter else rate
         options.append({"params": group, "lr": own, "weight_decay": decay})
-    fused = next(model.parameters()).is_cuda or None  # on a GPU one launch for many tensors; else PyTorch's choice
-    return torch.optim.AdamW(options, fused=fused)
+    return torch.optim.AdamW(options, fused=fused(model))
+
+
+def fused(model: nn.Module) -> bool | None:
+    """Options of `torch.optim.AdamW`: on a GPU one launch for many tensors; elsewhere PyTorch's choice."""
+    return True if next(model.parameters()).device.type == "cuda" else None
 
 
 def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
