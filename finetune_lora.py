@@ -1031,13 +1031,17 @@ class FineTuning(RunState):
         self.task = tasks.task_of_run(args, splits, plan.device)
 
         self.adapter_lr_factor = 1.0
+        self.steadied_by = 1.0  # norms that follow: a step of so many times the size does as much to the answers
         if args.lora_init == "gradient" and args.lora_rank > 0:
             most = optim.MOST_WITH_MASKS / plan.learning_rate if self.loaders.has_masks else math.inf
-            self.adapter_lr_factor = initialization.adapter_lr_factor(args.lora_rank, most)
+            if followers(model) and not self.loaders.has_masks:
+                self.steadied_by = initialization.FOLLOWED_LR_FACTOR
+            self.adapter_lr_factor = self.steadied_by * initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
-        self.guard = Guard(self.task, splits.train, self.loaders.watched_images, may_shrink, args.epochs)
+        watched = self.loaders.watched_images
+        self.guard = Guard(self.task, splits.train, watched, may_shrink=may_shrink, epochs=args.epochs)
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
 
@@ -1155,7 +1159,7 @@ class FineTuning(RunState):
     @property
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        return self.head_temperature.at(self.rate * self.adapter_lr_factor)
+        return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.steadied_by)
 
     # What `train` calls
 

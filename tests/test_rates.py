@@ -11,6 +11,7 @@ import finetune_lora
 from finetune_lora import FineTuning
 from tests.run_folders import assert_same_tensors, metrics, rows_of
 from toolkit import InputError
+from toolkit.answers.probe import HeadTemperature
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.files import read_checkpoint
 from toolkit.run import optim, reports, training
@@ -233,3 +234,13 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images,
     command = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --epochs 2 --learning-rate auto"
     with pytest.raises(Asked):
         finetune_lora.main([*command.split(), "--device", "cpu"])
+
+
+def test_adapters_that_norms_follow_learn_twice_as_fast_from_a_head_as_soft(start, saved, narrow):
+    """Such norms undo a part of what a step does to the answers."""
+    options = f"--checkpoint {saved(narrow, 'resnet.pth')} --norms"
+    follows, frozen = start(f"{options} follow"), start(f"{options} frozen")
+    assert (follows.adapter_lr_factor, frozen.adapter_lr_factor) == (48, 24)
+    for run in (follows, frozen):
+        run.head_temperature = HeadTemperature(per_rate=100.0)
+    assert follows.temperature == frozen.temperature == pytest.approx(100 * frozen.rate * 24)
