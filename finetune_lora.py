@@ -56,6 +56,7 @@ from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import block_names, headless, in_head, name_head, record_of
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
+from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.folds import cross_validate
@@ -1031,12 +1032,12 @@ class FineTuning(RunState):
         self.task = tasks.task_of_run(args, splits, plan.device)
 
         self.adapter_lr_factor = 1.0
-        self.steadied_by = 1.0  # norms that follow: a step of so many times the size does as much to the answers
+        self.faster = 1.0  # times the adapters of other networks, from a head as soft
         if args.lora_init == "gradient" and args.lora_rank > 0:
             most = optim.MOST_WITH_MASKS / plan.learning_rate if self.loaders.has_masks else math.inf
-            if followers(model) and not self.loaders.has_masks:
-                self.steadied_by = initialization.FOLLOWED_LR_FACTOR
-            self.adapter_lr_factor = self.steadied_by * initialization.adapter_lr_factor(args.lora_rank, most)
+            if report["arch"] in RESNETS and not self.loaders.has_masks:
+                self.faster = initialization.RESNET_LR_FACTOR
+            self.adapter_lr_factor = self.faster * initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
@@ -1159,7 +1160,7 @@ class FineTuning(RunState):
     @property
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.steadied_by)
+        return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.faster)
 
     # What `train` calls
 

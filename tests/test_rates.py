@@ -236,11 +236,10 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at(base, images,
         finetune_lora.main([*command.split(), "--device", "cpu"])
 
 
-def test_adapters_that_norms_follow_learn_twice_as_fast_from_a_head_as_soft(start, saved, narrow):
-    """Such norms undo a part of what a step does to the answers."""
-    options = f"--checkpoint {saved(narrow, 'resnet.pth')} --norms"
-    follows, frozen = start(f"{options} follow"), start(f"{options} frozen")
-    assert (follows.adapter_lr_factor, frozen.adapter_lr_factor) == (48, 24)
-    for run in (follows, frozen):
+@pytest.mark.parametrize("norms", ["follow", "frozen", "train"])
+def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, start, saved, narrow):
+    resnet, vit = start(f"--checkpoint {saved(narrow, 'resnet.pth')} --norms {norms}"), start()
+    assert (resnet.adapter_lr_factor, vit.adapter_lr_factor) == (48, 24)
+    for run in (resnet, vit):
         run.head_temperature = HeadTemperature(per_rate=100.0)
-    assert follows.temperature == frozen.temperature == pytest.approx(100 * frozen.rate * 24)
+    assert resnet.temperature == vit.temperature == pytest.approx(100 * vit.rate * 24)

@@ -167,7 +167,7 @@ class TuneOptions(AdapterOptions):
     )
     learning_rate: float | str = option(
         1e-4,
-        "AdamW's peak rate; adapters that start at the gradient use 24 times it, 48 if norms follow; auto: search",
+        "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
         type=or_word("auto", positive_float),
         flags=("--lr",),
     )
