@@ -6,7 +6,8 @@
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
     torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
-The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
+From top to bottom: the adapted layers, how they get into a model, what trains and what does not, the training loop and
+its command line. The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
 """
 
 import contextlib
@@ -76,7 +77,8 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments.
+    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
+    weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
     """
 
     weight_name = "weight"
@@ -993,6 +995,9 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
 
+    A study changes the loss in `toolkit.answers.parts`, the optimizer and the schedule in `toolkit.run.optim`, and the
+    augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
+
     Args:
         plan: what is settled beside the options, `args`.
         model, report: what `build_model` returns; the model is on its device.
@@ -1032,7 +1037,7 @@ class FineTuning(RunState):
         self.task = tasks.task_of_run(args, splits, plan.device)
 
         self.adapter_lr_factor = 1.0
-        self.faster = 1.0  # times the adapters of other networks, from a head as soft
+        self.faster = 1.0  # by which adapters of a ResNet learn faster; its head is no softer for that
         if args.lora_init == "gradient" and args.lora_rank > 0:
             most = optim.MOST_WITH_MASKS / plan.learning_rate if self.loaders.has_masks else math.inf
             if report["arch"] in RESNETS and not self.loaders.has_masks:
@@ -1211,7 +1216,7 @@ class FineTuning(RunState):
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
-        adapter_rate = self.adapter_rate and now.learning_rate * self.adapter_lr_factor  # None without adapters
+        adapter_rate = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
         row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}

@@ -22,7 +22,7 @@ from toolkit.models.backbones import block_names
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
 # then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
 ADAPTER_LR_FACTOR = 24.0  # up to rank 8
-RESNET_LR_FACTOR = 2.0  # times that in a ResNet
+RESNET_LR_FACTOR = 2.0  # further, in a ResNet: measured in benchmarks/RESULTS.md, why is not known
 GRADIENT_IMAGES = 256  # enough for a good gradient
 MOST = 0.9  # of the gradient's energy: what the blocks that are worth adapting have together
 

@@ -417,7 +417,7 @@ def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Opti
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda or None)
+        return torch.optim.AdamW(parameters, **options, fused=optim.fused(model))
     return torch.optim.SGD(parameters, momentum=0.9, **options)
 
 

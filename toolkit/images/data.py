@@ -356,7 +356,7 @@ def _end_when_told_by(process: int) -> None:
     os._exit(0)
 
 
-REMEMBERED_BYTES = 2**27
+REMEMBERED_BYTES = 2**27  # at the most, of the batches of a loader that stay in memory
 
 
 class Remembered:
