@@ -750,15 +750,9 @@ def main(
             args = replace(args, adapt_last=run_state.recorded_setting(args.resume, "adapt_last"))
         splits, model, report, plan = prepare(args, device)
         print(f"device: {device}, precision: {plan.dtype}")
-        whole = None
         if args.adapt_last == "auto":
-            everything = replace(args, cache_features="none")
-            known = replace(plan, learning_rate=search.DEFAULT_RATE) if args.learning_rate == "auto" else plan
-            whole = FineTuning(everything, known, devices.place(model, device), report, splits, opened, is_trial=True)
-            args = settle_adapt_last(args, whole)
-            end_workers(opened)
-            if args.learning_rate == "auto" or args.cache_features != "none":  # the run starts by itself
-                whole = None
+            args = settle_adapt_last(args, plan, devices.place(model, device), report, splits, opened)
+            devices.seed_everything(args.seed)  # the run is that of the number typed, bit for bit
             model, report = build_model(args, plan.dtype, len(splits.class_names))
         resumed = args.resume
         if args.learning_rate == "auto":
@@ -771,8 +765,7 @@ def main(
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
         if not resumed:
-            run.start() if whole is None else run.start_as(whole)
-            whole = None  # so that its model leaves the memory
+            run.start()
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read
         train(run, after_epoch)
@@ -843,9 +836,21 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     return model
 
 
-def settle_adapt_last(args: FineTuneOptions, whole: "FineTuning") -> FineTuneOptions:
+def settle_adapt_last(
+    args: FineTuneOptions,
+    plan: Plan,
+    model: nn.Module,
+    report: dict[str, Any],
+    splits: Splits,
+    opened: list[DataLoader],
+) -> FineTuneOptions:
     """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
+    everything = replace(args, cache_features="none")
+    if args.learning_rate == "auto":
+        plan = replace(plan, learning_rate=search.DEFAULT_RATE)
+    whole = FineTuning(everything, plan, model, report, splits, opened, is_trial=True)
     whole.start()
+    end_workers(opened)
     number = initialization.blocks_with_most(whole.model, whole.gradient_energies)
     if number is None and args.cache_features != "none":
         raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
@@ -1104,16 +1109,6 @@ class FineTuning(RunState):
         self.task.head.soften(self.model, self.temperature)
         self.start_adapters()
         return features
-
-    def start_as(self, whole: "FineTuning") -> None:
-        """Start as a run has that adapts more layers: what it adapts beside this one's has not changed its answers."""
-        own = trained_state(self.model).keys()
-        state = {name: tensor for name, tensor in trained_state(whole.model).items() if name in own}
-        self.model.load_state_dict(state, strict=False)
-        self.baseline = whole.baseline
-        self.head_temperature = whole.head_temperature
-        self.wise_ft.begin()
-        self.guard.load_state_dict(whole.guard.state_dict())
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""

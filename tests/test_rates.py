@@ -9,6 +9,7 @@ import torch
 
 import finetune_lora
 from finetune_lora import FineTuning
+from lora import initialization
 from tests.run_folders import assert_same_tensors, metrics, rows_of
 from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
@@ -93,6 +94,27 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
     elsewhere = finetune(f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}", output="elsewhere")
     assert list(elsewhere["chosen_by"]) == ["learning rate"]  # though its table of trials is not there
+
+
+def test_a_run_draws_the_same_random_numbers_whether_its_rate_was_searched_or_typed(finetune, monkeypatch):
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-3,))
+    searched, typed = (
+        finetune(f"--lr {rate} --epochs 1 --lora-dropout 0.2", rate)["folder"] for rate in ("auto", "1e-3")
+    )
+    assert_same_tensors(searched / "lora.pth", typed / "lora.pth")
+
+
+def test_a_search_over_blocks_that_the_gradient_chose_goes_on_bit_for_bit(finetune, monkeypatch):
+    """The resumed run builds one model less, which drew random numbers."""
+    monkeypatch.setattr(initialization, "MOST", 0.01)  # which the last block alone has
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    options = "--adapt-last auto --learning-rate auto --epochs 1 --lora-dropout 0.2"
+    whole = finetune(options, output="whole")
+    save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
+    with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
+        finetune(options, output="killed")
+    resumed = finetune(f"{options} --resume", output="killed")
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
 
 
 @pytest.mark.slow

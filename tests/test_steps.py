@@ -184,10 +184,7 @@ def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(fin
     assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
     assert chosen["config"]["finetune"]["adapt_last"] == 1
     typed = finetune("--adapt-last 1 --epochs 1 --labels-per-class 2", "typed")
-    first, second = (tensors(results["folder"] / "lora.pth") for results in (chosen, typed))
-    assert first.keys() == second.keys()
-    assert chosen["probe_accuracy_before"] == typed["probe_accuracy_before"]
-    torch.testing.assert_close(first["heads.head.weight"], second["heads.head.weight"], rtol=0.1, atol=0.01)
+    assert_same_tensors(chosen["folder"] / "lora.pth", typed["folder"] / "lora.pth")
     monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again
     resumed = finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --resume", "auto")
     assert resumed["config"]["finetune"]["adapt_last"] == 1
@@ -208,17 +205,6 @@ def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monke
     with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
         finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
     assert not (tmp_path / "cached").exists()
-
-
-def test_a_run_starts_as_one_that_adapts_more(start):
-    whole = start()
-    whole.start()
-    run = start("--adapt-last 1")
-    run.start_as(whole)
-    images = torch.stack([run.loaders.train.dataset[i][0] for i in range(6)])
-    assert torch.equal(run.model(images), whole.model(images))
-    assert run.guard.scores == whole.guard.scores and run.temperature == whole.temperature
-    assert run.wise_ft.alpha == whole.wise_ft.alpha
 
 
 @pytest.mark.parametrize("flags", ["", "--use-qlora", pytest.param("--precision bf16", marks=pytest.mark.slow)])
