@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.images import bands, dicom
 from toolkit.images.folders import ImageFiles, image_names
+from toolkit.images.masks import MaskReader, pairs_in
 from toolkit.images.shards import read_shards
 from toolkit.images.transforms import to_rgb
 
@@ -125,6 +127,18 @@ def test_in_folders_files_without_suffix_are_known_by_their_mark(tmp_path, capsy
     system.put(f"{tmp_path}/IM0001", "/disc/IM0001")
     [name] = image_names(Path("memory://disc"))
     assert ImageFiles("memory://disc", [name], [0])[0][0].size == (10, 10)
+
+
+def test_files_called_by_their_uid_have_masks_of_their_own(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for uid in ("1.2.840.100", "1.2.840.101"):
+        (tmp_path / "images" / uid).write_bytes(file_of(RAMP))
+        Image.fromarray(np.eye(10, dtype=np.uint8)).save(tmp_path / "masks" / f"{uid}.png")
+    found = pairs_in(tmp_path, None, MaskReader(None)).source
+    assert found.masks == ("1.2.840.100.png", "1.2.840.101.png")
+    os.rename(tmp_path / "masks/1.2.840.101.png", tmp_path / "images/1.2.840.101_mask.png")
+    assert image_names(tmp_path / "images", others=Counter()) == ["1.2.840.100", "1.2.840.101"]
 
 
 def test_archives_may_have_them(tmp_path):

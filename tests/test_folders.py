@@ -3,7 +3,7 @@
 import os
 import sys
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 import torch
@@ -241,6 +241,39 @@ def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
     found = ["a.JPG", "b.png", "h.png", "z.jpeg", "deep/d.TIFF", "deep/er/c.webp", "more/e.png", "more/linked/f.bmp"]
     assert folders.image_names(tmp_path, "cat") == [f"cat/{name}" for name in found]
     assert folders.image_names(tmp_path / "cat")[:2] == ["a.JPG", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("a/b.jpg", "a/b"),
+        ("../pics/b.JPG", "pics/b"),  # of a list
+        ("0.tar/../../victim/notes.png", "0.tar/victim/notes"),  # of an archive
+        ("/etc/b.npy", "etc/b"),
+        ("1.2.840.100", "1.2.840.100"),  # DICOM files are called so
+        ("1.2.840.100.dcm", "1.2.840.100"),
+        ("b.2024.tif", "b.2024"),
+    ],
+)
+def test_what_is_made_of_an_image_stays_below_its_folder(tmp_path, name, place):
+    assert folders.places_below(tmp_path, [PurePath(name)]) == [tmp_path / place]
+
+
+def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
+    def refused(*names: str) -> str:
+        with pytest.raises(InputError) as found:
+            folders.places_below(tmp_path / "out", list(map(PurePath, names)))
+        return str(found.value)
+
+    assert "several images would be written to" in refused("a/b.png", "../a/b.jpg", "c.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/link").symlink_to(tmp_path)
+    (tmp_path / "out/loop").symlink_to(tmp_path / "out/loop")
+    (tmp_path / "out/inner").symlink_to(tmp_path / "out")
+    assert f"{tmp_path}/out/link/deep is a link to a place outside" in refused("link/deep/b.png")
+    assert "cannot write to" in refused("loop/b.png")
+    assert "cannot write to" in refused("a\0b/b.png")
+    assert len(folders.places_below(tmp_path / "out", [PurePath("inner/b.png")])) == 1
 
 
 def test_a_folder_without_rights_is_named(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from PIL import Image
 import deploy_lora
 from finetune_lora import add_lora_to_model
 from lora_utils import LoRAManager
+from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.answers.heat_maps import Explainer, grad_cam
 from toolkit.models.backbones import build_backbone
@@ -109,6 +110,17 @@ def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_pat
         deploy_lora.main([*explain, str(tmp_path / "mine")])
     with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
         deploy_lora.main([*explain, str(tmp_path / "out"), "--batch-size", "8", "--workers", "2"])  # one by one
+
+
+def test_explain_writes_nothing_outside_its_folder_whatever_an_archive_names(once, tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/notes.png").write_text("mine")
+    (tmp_path / "archives").mkdir()
+    picture = bytes_of(Image.new("RGB", (20, 20)).save, "png")
+    (tmp_path / "archives/0.tar").write_bytes(tar_of({"../../victim/notes.png": picture}))
+    argv = ["explain", str(once / "lora.pth"), str(tmp_path / "archives"), "--output", str(tmp_path / "out")]
+    assert deploy_lora.main(argv) == [tmp_path / "out/0.tar/victim/notes.png"]
+    assert (tmp_path / "victim/notes.png").read_text() == "mine"
 
 
 def test_a_run_of_a_model_without_blocks_has_a_page_without_maps(finetune, pictures):

@@ -118,6 +118,16 @@ def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_
         np.testing.assert_allclose(np.load(path), logits_of(of_pairs, opened).softmax(0).movedim(0, 2), atol=1e-6)
 
 
+def test_masks_of_a_list_that_leads_upwards_are_in_the_folder(of_pairs, pairs, tmp_path):
+    shutil.copytree(pairs / "val/images", tmp_path / "pics")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/all.csv").write_text("../pics/0.png\n../pics/1.png\n")
+    written = deploy("predict", of_pairs, tmp_path / "lists/all.csv", "--output", tmp_path / "maps")
+    assert written == [tmp_path / f"maps/pics/{i}.png" for i in range(2)]
+    for path in (pairs / "val/images").iterdir():
+        assert (tmp_path / "pics" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
     write_tiff(tmp_path / "scene.tif", 150, 100)
     deploy("predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "map.tif")

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from toolkit import InputError, distributed, listed
 from toolkit.answers.parts import Task
 from toolkit.files import make_folder, open_atomically, same_file, write_csv, write_text
 from toolkit.images.data import LabelledImages
+from toolkit.images.folders import places_below
 from toolkit.images.maps import NO_CLASS, write_map, write_mask
 from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
@@ -98,21 +99,22 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path,
     The folders are made. `given` are the images and folders of images that a user named. Raises InputError if two
     images would have one mask, or if it would replace an image or, unless it `replaces` what is there, any other file.
     """
-    places = []
-    for name in map(Path, map(images.name, range(len(images)))):
+    names = [Path(images.name(i)) for i in range(len(images))]
+    within = []
+    for name in names:
         inside = Path(name.name)
         for path in given:
             folder = path.parent if path.suffix.lower() in LIST_SUFFIXES else path
             if name != path and name.is_relative_to(folder):
                 inside = name.relative_to(folder)
-        places.append(output / inside.with_suffix(""))
-        for path in _possible(places[-1]):
+        within.append(inside)
+    places = places_below(output, within)
+    for name, place in zip(names, places, strict=True):
+        for path in _possible(place):
             if same_file(path, name) or (path.exists() and not replaces):
                 raise InputError(f"--output {output}: what is written would replace {path}; name another folder")
-        make_folder(places[-1].parent)
-    twice = [str(place) for place, count in Counter(places).items() if count > 1]
-    if twice:
-        raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
+    for folder in {place.parent for place in places}:
+        make_folder(folder)
     return places
 
 

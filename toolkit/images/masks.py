@@ -5,7 +5,6 @@ The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that 
 
 import itertools
 import json
-import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -459,7 +458,7 @@ def _in_folders(
     names = folders.image_names(folder, others=others, bands=bands)
     masks = folders.image_names(mask_folder, bands=_WITH_ARRAYS)
     if folder == mask_folder:
-        masks = [name for name in masks if posixpath.splitext(name)[0].endswith(_MASK_ENDS)]
+        masks = [name for name in masks if folders.without_suffix(name).endswith(_MASK_ENDS)]
         names = sorted(set(names) - set(masks))
     else:
         folders.report_others(folder, others)
@@ -481,10 +480,10 @@ def _in_folders(
 
 
 def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """The names by what they are without their suffix. Raises InputError for two that differ in it alone."""
+    """The names by what they are without the suffix of an image. Raises InputError for two that differ in it alone."""
     found: dict[str, str] = {}
     for name in names:
-        other = found.setdefault(posixpath.splitext(name)[0], name)
+        other = found.setdefault(folders.without_suffix(name), name)
         if other != name:
             raise InputError(f"{folder / name}: {printable(other)} has the same name; remove one of them")
     return found
