@@ -110,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         images, where, result = _evaluated(args, task, model, about, make_loader)
-        explainer = _explainer(args, model, about) if task.kind == "classification" and block_names(model) else None
+        explainer = _explainer(args, model, about) if task.explains_mistakes and block_names(model) else None
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
@@ -190,7 +190,7 @@ def threshold(args: argparse.Namespace) -> Task:
     """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
-        if task.kind != "multilabel":
+        if task.head.thresholds is None:
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
         images, where, result = _evaluated(args, task, model, about, make_loader)
     chosen = result.thresholds_for(args.goal)
@@ -235,10 +235,9 @@ def predict(args: argparse.Namespace) -> list[Any]:
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
-        per_pixel = task.kind == "segmentation"
-        is_map = per_pixel or args.output.suffix in MAP_SUFFIXES
+        is_map = task.per_pixel or args.output.suffix in MAP_SUFFIXES
         answers = f"--output {args.output}: the adapter answers for"
-        if per_pixel and (args.output.suffix in (".csv", ".parquet") or args.window is not None):
+        if task.per_pixel and (args.output.suffix in (".csv", ".parquet") or args.window is not None):
             raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
         of_maps = args.probabilities or args.window is not None or args.abstain is not None
         if not is_map and of_maps:
@@ -260,7 +259,7 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
     if is_file and any(files.same_file(args.output, path) for path in images.source.parts(0)):
         raise InputError(f"--output {args.output} is read by this very command; name another file")
     window = args.window or about["image_size"]
-    if task.kind == "segmentation":
+    if task.per_pixel:
         window = model.window
 
     def answer(windows: Tensor) -> Tensor:
@@ -471,19 +470,20 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     read = about["transform"].bands
     data = _data_of_run(about)
     column = None if remote.is_folder(place) else _group_column(place, data)
-    if is_per_pixel(about):
-        images = masks.pairs_in(place, read, _task_of(about).head.masks, column)
-    elif not remote.is_folder(place) or _task_of(about).kind != "classification":
+    task = _task_of(about)
+    names = task.names
+    if task.per_pixel:
+        images = masks.pairs_in(place, read, task.head.masks, column)
+    elif not remote.is_folder(place) or task.truth != "class":
         columns = {"group_by": column, "label_columns": data.get("label_columns")}
-        kind = _task_of(about).kind
-        images, _ = sources.listed_images(place, place.parent, read, kind, columns, about["class_names"], "the adapter")
+        images, _ = sources.listed_images(place, place.parent, read, task.truth, columns, names, "the adapter")
     else:
         inside = folders.folders_by_class(place).keys()
         has_parts = inside & {*folders.EVALUATION_NAMES, "test"}
-        if has_parts and not inside & set(about["class_names"]):  # a class may be called test
+        if has_parts and not inside & set(names):  # a class may be called test
             place = folders.evaluation_folder(place)
-        sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", about["class_names"])
-        found = folders.labelled_files(place, about["class_names"], every=False, bands=read)
+        sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", names)
+        found = folders.labelled_files(place, names, every=False, bands=read)
         images = LabelledImages(found, found.labels)
     if column is not None:
         images.groups = lists.read_groups(place, column)
@@ -509,9 +509,10 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
                 files.check_file(path)
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
     data["bands"] = about["transform"].bands
-    if is_per_pixel(about):
-        data["masks"] = _task_of(about).head.masks
-    splits = sources.load_splits(**data, task=_task_of(about).kind)
+    task = _task_of(about)
+    if task.per_pixel:
+        data["masks"] = task.head.masks
+    splits = sources.load_splits(**data, task=task.kind)
     sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
     if splits.val.targets is not None:  # the columns of a list may have another order now
         places = list(map(splits.class_names.index, about["class_names"]))
@@ -629,9 +630,6 @@ def push(args: argparse.Namespace) -> str:
     return f"{hub.endpoint}/{args.repository}"
 
 
-ACTIVATIONS = {"classification": "softmax", "segmentation": "softmax", "multilabel": "sigmoid", "regression": "none"}
-
-
 def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     """What a server needs to know to compute the answers of `predict` with a merged model, as plain values.
 
@@ -652,18 +650,17 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         "scale": 255.0,
         "mean": list(values["mean"]),
         "std": list(values["std"]),
-        "activation": ACTIVATIONS[task.kind],
+        **task.head.usage(),
     }
     if bands is not None:
         about |= {"bands": list(bands.chosen), "scale": bands.scale}
-    if is_per_pixel(metadata):
+    if task.per_pixel:
         about["per_pixel"] = True
     elif size <= transforms.SEEN_WHOLE:
         about["resize"] = [size, size]
     else:
         about["resize"] = transforms.shorter_side(size)
-    names = {"thresholds": "thresholds", "mean": "output_mean", "std": "output_std"}
-    return about | {names[key]: value for key, value in task.head.record().items() if key in names}
+    return about
 
 
 def _place_of_usage(about: dict[str, Any], output: Path) -> Path:
@@ -691,8 +688,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
     channels = input_channels(model)
-    any_size = is_per_pixel(metadata) and isinstance(model.backbone, ResNet)
     task = _task_of(metadata)
+    any_size = task.per_pixel and isinstance(model.backbone, ResNet)
     values = from_metadata(metadata)
     about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
     about |= recorded(values, metadata) | {"normalised_inside": args.normalise}
@@ -710,12 +707,13 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         normalise.running_mean = scale * torch.tensor(values["mean"])
         normalise.running_var = (scale * torch.tensor(values["std"])).square()
         model = nn.Sequential(normalise, model)
-    if task.kind != "classification":  # the graph ends with `output_layer`
+    output_layer = task.head.output_layer()
+    if not isinstance(output_layer, nn.Identity):
         left["activation"] = "none"
         left.pop("output_mean", None)
         left.pop("output_std", None)
     description = _place_of_usage(left, args.output)
-    program = _graph(nn.Sequential(model, task.head.output_layer()).eval(), metadata["image_size"], channels, any_size)
+    program = _graph(nn.Sequential(model, output_layer).eval(), metadata["image_size"], channels, any_size)
     with files.open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":
             file.write(_as_onnx(program, about, task.head.output_name))

@@ -49,6 +49,7 @@ from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
+from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images import bands
 from toolkit.images.data import end_workers
@@ -809,7 +810,7 @@ def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: i
     `dtype` is that of products, by autocast; frozen weights are stored in it, unless in 8 bits. None: bf16 where a CPU
     is faster in it. The report has it. Raises InputError as `load_base`, `check_8_bits` and `add_lora_to_model` do.
     """
-    per_pixel = args.task == "segmentation"
+    per_pixel = TRUTHS[args.task] == "mask"
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
     if dtype is None:
@@ -1313,7 +1314,7 @@ class FineTuning(RunState):
         to do: for numbers, and for classes if the head did not start as a probe.
         """
         optimism = self.head_temperature.optimism
-        if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
+        if optimism is None and not self.task.head.always_calibrates:
             return False
         if self.loaders.has_masks:
             outputs, targets = self.task.head.pixel_outputs(

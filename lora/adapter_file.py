@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
+from toolkit.choices import TRUTHS
 from toolkit.models.backbones import build_backbone, head_name
 from toolkit.models.checkpoints import value_at
 from toolkit.models.dense import DenseModel
@@ -117,7 +118,7 @@ def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, in
 
 def is_per_pixel(metadata: dict[str, Any]) -> bool:
     """Is an adapter file's model one that answers for every pixel?"""
-    return value_at(metadata, "task/kind") == "segmentation"
+    return TRUTHS.get(str(value_at(metadata, "task/kind"))) == "mask"
 
 
 def heads_of(metadata: dict[str, Any]) -> int | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.choices import TRUTHS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("toolkit", "lora", "moco")
 # From the ground up. The longest prefix of a module's name counts; what is not named stands on the top floor.
@@ -100,6 +102,17 @@ def test_few_imports_run_between_the_files_of_lora():
     files = [name for name in SOURCES if name.startswith("lora.")]
     arrows = [(name, other) for name in files for other in imported(SOURCES[name]) if other in files]
     assert len(arrows) <= 25, arrows
+
+
+def test_only_a_task_knows_its_name():
+    """All else asks a task what it is like: so a new one needs no change elsewhere."""
+    own = {SOURCES["toolkit.choices"], *(SOURCES[f"toolkit.answers.{kind}"] for kind in TRUTHS)}
+    asked = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, node in nodes_of_the_sources()
+        if isinstance(node, ast.Constant) and node.value in (*TRUTHS,) and path not in own
+    ]
+    assert asked == []
 
 
 def place(module: str) -> str:

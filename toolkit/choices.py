@@ -8,7 +8,10 @@ TWO_CROPS = ("moco_v2", "moco_v3", "digits")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ARITHMETICS = ("float", "int8")
 
-# The tasks, and the values of --keep-best that each has, with the column of metrics.csv that each value means.
+# What each task reads as the truth about an image: a class, labels, numbers or a mask.
+TRUTHS = {"classification": "class", "multilabel": "labels", "regression": "numbers", "segmentation": "mask"}
+DEFAULT_TASK = "classification"  # and the task of an adapter file that names none
+# The values of --keep-best that each task has, with the column of metrics.csv that each value means.
 KEEP_BEST = {
     "classification": {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"},
     "multilabel": {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"},

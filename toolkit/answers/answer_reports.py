@@ -51,6 +51,7 @@ class Report:
     sections: Callable[[Path], list[str]]  # for the page, in HTML, with the picture that `draw` has drawn
     draw: Callable[[Path], None]
     picture: str  # the file that it writes
+    in_summary = False  # a run's summary has what is `printed`
     mistakes: Callable[[], Mapping[str, Sequence[tuple[int, str]]]]  # under a title each: (image, what is said of it)
     answer_columns: Callable[[], dict[str, Sequence[Any]]]  # of `results_answers.csv`: what is true, and was answered
 

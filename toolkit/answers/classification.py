@@ -45,6 +45,7 @@ class ClassHead(Head):
     score = staticmethod(probe.head_accuracy)
     knn_score = staticmethod(evaluation.knn_accuracy)
     evaluate = staticmethod(evaluation.evaluate)
+    text_columns = ("class", *(f"class_{place}" for place in range(2, TOP + 1)))
 
     def answers(self, logits: Tensor, labels: Tensor) -> Evaluation:
         confidences, predictions = logits.softmax(1).max(1)
@@ -199,11 +200,21 @@ class Classification(Task):
     loss_title = "cross-entropy"
     outputs_are = ("class", "classes")
     measured = ("accuracy", "balanced_accuracy", "macro_f1")
+    pipeline = "image-classification"
+    counts_images = True
+    explains_mistakes = True
     Report = ClassReport
 
     def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):
         objective = ClassObjective(class_weights, label_smoothing)
         super().__init__(objective, ClassHead(names, objective))
+
+    @classmethod
+    def of_run(cls, names, train, args):
+        weights = None
+        if args.class_weights == "balanced":
+            weights = evaluation.balanced_weights(Counter(train.labels), len(names))
+        return cls(names, weights, args.label_smoothing)
 
     def record(self) -> None:
         return None  # a file without a task is of this one

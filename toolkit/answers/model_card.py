@@ -7,14 +7,10 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, listed
+from toolkit.answers.tasks import from_record
 from toolkit.models.checkpoints import value_at
 from toolkit.models.published import PUBLISHED
 
-PIPELINES = {
-    "classification": "image-classification",
-    "multilabel": "image-classification",
-    "segmentation": "image-segmentation",
-}
 MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors
 
 
@@ -28,24 +24,23 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
     base = Path(str(metadata["checkpoint"])).name
     published = {Path(url).name: known for known, (url, _) in PUBLISHED.items()}
     base = published.get(base, base)
-    kind = value_at(metadata, "task/kind") or "classification"
+    task = from_record(metadata.get("task"), metadata["class_names"], file)
     figures = _figures(results)
     about: dict[str, Any] = {"license": MOCO_LICENCE if base in PUBLISHED and base.startswith("moco") else "unknown"}
     about["tags"] = ["lora", "moco", str(metadata["arch"])]
-    if kind in PIPELINES:
-        about["pipeline_tag"] = PIPELINES[kind]
+    if task.pipeline is not None:
+        about["pipeline_tag"] = task.pipeline
         metrics = [{"type": figure, "value": value} for figure, value, _ in figures]
-        measured = {"task": {"type": PIPELINES[kind]}, "metrics": metrics}
+        measured = {"task": {"type": task.pipeline}, "metrics": metrics}
         measured["dataset"] = {"name": _data(metadata), "type": "private"}
         about["model-index"] = [{"name": name, "results": [measured]}] if metrics else []
     what = "Adapters (LoRA)" if metadata.get("lora") else "Weights"
-    output = "maps" if kind == "segmentation" else "answers.csv"
     return f"""---
 {_yaml(about)}---
 
 # {name}
 
-{what} for {metadata["arch"]}, trained over `{base}` on {_data(metadata)}: {kind} of images of \
+{what} for {metadata["arch"]}, trained over `{base}` on {_data(metadata)}: {task.kind} of images of \
 {metadata["image_size"]} pixels into {listed(metadata["class_names"], 30)}.
 
 The licence of the base holds for what is made of it. Look it up on its publisher's page.
@@ -57,7 +52,7 @@ The licence of the base holds for what is made of it. Look it up on its publishe
 ## To use it
 
 ```bash
-python deploy_lora.py predict {file} my_images --output {output} --checkpoint BASE
+python deploy_lora.py predict {file} my_images --output {task.predicted_into} --checkpoint BASE
 ```
 
 `BASE` is the file of `{base}`{beside}. In Python: `model, info = load_finetuned('{file}', 'BASE')`.

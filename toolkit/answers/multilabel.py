@@ -131,6 +131,9 @@ class LabelHead(Head):
     """Logits of K labels; those whose probability is above their threshold, of (K,), are answers."""
 
     output_name = "probabilities"
+    activation = "sigmoid"
+    text_columns = ("labels",)
+    always_calibrates = True
 
     def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None, goal: str):
         super().__init__(names, objective)
@@ -200,12 +203,16 @@ class LabelHead(Head):
             columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
         return columns
 
+    def usage(self) -> dict[str, Any]:
+        return super().usage() | self.record()
+
     def output_layer(self) -> nn.Module:
         return nn.Sigmoid()
 
 
 class LabelReport(ColumnReport):
     picture = "precision_recall.png"
+    in_summary = True
     plural = "labels"
     suffix = PROBABILITY
     AT_THRESHOLD = ("F1", "sensitivity", "specificity", "PPV", "NPV")
@@ -335,6 +342,8 @@ class MultiLabel(Task):
     loss_title = "binary cross-entropy"
     outputs_are = ("label", "labels")
     measured = LabelAnswers.MEASURED
+    pipeline = "image-classification"
+    recorded = ("thresholds",)
     Report = LabelReport
 
     def __init__(
@@ -347,3 +356,7 @@ class MultiLabel(Task):
     ):
         objective = LabelObjective(len(names), targets, balanced)
         super().__init__(objective, LabelHead(names, objective, thresholds, goal))
+
+    @classmethod
+    def of_run(cls, names, train, args):
+        return cls(names, train.targets, args.class_weights == "balanced", goal=args.threshold)

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit import InputError
 from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
-from toolkit.choices import KEEP_BEST
+from toolkit.choices import KEEP_BEST, TRUTHS
+from toolkit.images.bands import are_numbers
 from toolkit.images.data import LabelledImages
 
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
@@ -119,6 +121,10 @@ class Head:
     """
 
     temperature = 1.0  # what the outputs were divided by at the end of the run
+    activation = "softmax"  # of the outputs, or sigmoid, or none
+    text_columns: Sequence[str] = ()  # of `columns`; the others are numbers
+    thresholds: Tensor | None = None  # (K,), above which probabilities are answers
+    always_calibrates = False  # also where the head's optimism is not known
     output_name = "logits"  # of what `output_layer` makes of the outputs
     answers: Callable[[Tensor, Tensor], Answers]  # of outputs and targets
     constant_score: Callable[[LabelledImages], float]  # of the best answer that is the same for all images
@@ -185,6 +191,10 @@ class Head:
     def restore(self, record: Mapping[str, list[float]]) -> None:
         """Take what `record` once said of choices."""
 
+    def usage(self) -> dict[str, Any]:
+        """What a server needs to know of the outputs: see `usage` of deploy_lora.py."""
+        return {"activation": self.activation}
+
     def output_layer(self) -> nn.Module:
         """What an exported graph ends with, so that its outputs mean something by themselves."""
         return nn.Identity()
@@ -193,7 +203,7 @@ class Head:
 class Task:
     """An objective, a head and a report, under one name. The methods that a loop needs are its own, too."""
 
-    kind: str
+    kind: str  # its name in --task, in adapter files and in the tables of toolkit/choices.py
     score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
     score_title: str  # for people
     measured: tuple[str, ...]  # the names in `Answers.measured`; columns of metrics.csv, with val_ before them
@@ -202,17 +212,35 @@ class Task:
     axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
     score_format = ".2%"
     predicted_into = "answers.csv"  # an --output of `deploy_lora.py predict`
+    pipeline: str | None = None  # what the Hugging Face Hub calls it
+    counts_images = False  # the score is the share of the images that are answered right
+    explains_mistakes = False  # a wrong answer is the highest output, of which a heat map can show the reason
+    recorded: tuple[str, ...] = ()  # what `Head.record` has: numbers for each output
     Report: type[Report]
+    # The task that the options of a run ask for: of the names of its outputs, the training images, and these options
+    of_run: Callable[[Sequence[str], LabelledImages, Any], "Task"]
 
     def __init__(self, objective: Objective, head: Head):
         self.objective = objective
         self.head = head
         self.names = head.names
         self.best_by = KEEP_BEST[self.kind]
+        self.truth = TRUTHS[self.kind]
+        self.per_pixel = self.truth == "mask"
         self.loss = objective.loss
         self.plain_loss = objective.plain_loss
         self.progress = objective.progress
         self.evaluate = head.evaluate
+
+    @classmethod
+    def from_record(cls, names: Sequence[str], record: Mapping[str, Any]) -> "Task":
+        """The task that `record` described. Raises InputError, which says what is damaged, for anything else."""
+        recorded = {}
+        for field in cls.recorded:
+            if not are_numbers(record.get(field), len(names)):
+                raise InputError(f"{' or '.join(cls.recorded)} of its task is not a number for each output")
+            recorded[field] = torch.tensor(record[field], dtype=torch.float64)
+        return cls(names, **recorded)
 
     def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The columns of a table of predictions (`Head.columns`), and for each image what stands in them."""

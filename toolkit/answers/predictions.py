@@ -2,9 +2,8 @@
 
 import json
 import math
-import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,23 +68,21 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
     columns.insert(0, "image_path" if "path" in columns else "path")
     rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
     if path.suffix == ".parquet":
-        text_columns = {"classification": r"class(_\d)?", "multilabel": "labels", "regression": "image_path"}[task.kind]
-        are_texts = {name: re.fullmatch(f"path|{text_columns}", name) is not None for name in columns}
-        _write_parquet(rows, are_texts, path)
+        _write_parquet(rows, columns, {columns[0], *task.head.text_columns}, path)
     else:
         write_csv(rows, columns, path)
     return rows
 
 
-def _write_parquet(rows: Sequence[dict[str, Any]], are_texts: Mapping[str, bool], path: Path) -> None:
+def _write_parquet(rows: Sequence[dict[str, Any]], names: Sequence[str], texts: Container[str], path: Path) -> None:
     """Write a table whose columns are texts or, whatever the names of classes look like, numbers."""
     import pyarrow
     from pyarrow import parquet
 
     columns = {}
-    for name, is_text in are_texts.items():
+    for name in names:
         cells = [row[name] for row in rows]
-        if is_text:  # names of files need not be UTF-8
+        if name in texts:  # names of files need not be UTF-8
             columns[name] = pyarrow.array([cell.encode(errors="replace").decode() for cell in cells], pyarrow.string())
         else:
             columns[name] = pyarrow.array([float(cell) for cell in cells], pyarrow.float64())
@@ -141,11 +138,11 @@ class Maps:
     writes: bool = True  # False: in a process whose answers another one writes
 
     def __post_init__(self) -> None:
-        self.are_classes = self.task.kind in ("segmentation", "classification")
+        self.are_classes = self.task.head.activation == "softmax"
         self.has_classes = self.are_classes and not self.probabilities
         if self.has_classes and len(self.task.names) > NO_CLASS:
             raise InputError(f"a map of classes has at most {NO_CLASS} of them: use --probabilities")
-        if self.probabilities and self.task.kind == "regression":
+        if self.probabilities and self.task.head.activation == "none":
             raise InputError("--probabilities: numbers have none; drop it")
         if self.abstain is not None and not self.has_classes:
             raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
@@ -157,7 +154,7 @@ class Maps:
         .npy for numbers. Only a TIFF is written without being whole in memory. `bar` shows the progress over the parts
         of the map, of which there are `total`.
         """
-        if self.task.kind == "segmentation":
+        if self.task.per_pixel:
             step = 1
             parts = bar(self._pixels(scene), total=len(window_starts(scene.height, self.window)))
         else:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class NumberHead(Head):
     """Standardised numbers."""
 
     output_name = "numbers"
+    activation = "none"
 
     def in_units(self, outputs: Tensor) -> Tensor:
         """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
@@ -118,6 +120,9 @@ class NumberHead(Head):
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         columns = zip(self.names, self.in_units(outputs).T.tolist(), self.objective.std.tolist(), strict=True)
         return {name: [number_text(number, spread) for number in numbers] for name, numbers, spread in columns}
+
+    def usage(self) -> dict[str, Any]:
+        return super().usage() | {f"output_{name}": values for name, values in self.record().items()}
 
     def output_layer(self) -> nn.Module:
         return InUnits(self.objective.mean, self.objective.std)
@@ -233,6 +238,7 @@ class Regression(Task):
     score_format = ".3f"
     outputs_are = ("number", "numbers")
     measured = tuple(MEASURES)
+    recorded = ("mean", "std")
     Report = NumberReport
 
     def __init__(
@@ -246,3 +252,7 @@ class Regression(Task):
             mean, std = torch.tensor([[of.mean(), of.std(correction=0)] for of in columns], dtype=torch.float64).T
         objective = NumberObjective(mean, std)
         super().__init__(objective, NumberHead(names, objective))
+
+    @classmethod
+    def of_run(cls, names, train, args):
+        return cls(names, train.targets)

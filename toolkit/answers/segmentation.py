@@ -91,6 +91,7 @@ class PixelHead(Head):
     """Logits of K classes for every pixel, linear in the features of the pixel."""
 
     output_name = "probabilities"
+    always_calibrates = True
 
     def __init__(self, names: Sequence[str], objective: PixelObjective, masks: MaskReader):
         super().__init__(names, objective)
@@ -328,6 +329,7 @@ class Segmentation(Task):
     outputs_are = ("class", "classes")
     measured = tuple(PixelReport.HEADLINES)
     predicted_into = "maps"
+    pipeline = "image-segmentation"
     Report = PixelReport
 
     def __init__(
@@ -339,6 +341,18 @@ class Segmentation(Task):
     ):
         objective = PixelObjective(class_weights, label_smoothing)
         super().__init__(objective, PixelHead(names, objective, masks or MaskReader(None)))
+
+    @classmethod
+    def of_run(cls, names, train, args):
+        weights = rare_class_weights(train.targets) if args.class_weights == "balanced" else None
+        return cls(names, weights, args.label_smoothing, train.source.read)
+
+    @classmethod
+    def from_record(cls, names, record):
+        try:
+            return cls(names, masks=MaskReader.from_record(record, names))
+        except (InputError, TypeError, ValueError, IndexError, OverflowError):
+            raise InputError("what its task says of masks fits no classes") from None
 
 
 def rare_class_weights(pixels: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The tasks that there are, which of them a run has, and how its head starts."""
 
 import argparse
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,20 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import InputError
-from toolkit.answers import evaluation, probe
+from toolkit.answers import probe
 from toolkit.answers.classification import Classification
 from toolkit.answers.multilabel import MultiLabel
 from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
 from toolkit.answers.regression import Regression
-from toolkit.answers.segmentation import Segmentation, rare_class_weights
-from toolkit.images.bands import are_numbers
-from toolkit.images.masks import MaskReader
+from toolkit.answers.segmentation import Segmentation
+from toolkit.choices import DEFAULT_TASK
 from toolkit.images.sources import Splits
 
 __all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
-RECORDED = {"multilabel": ("thresholds",), "regression": ("mean", "std")}  # numbers for each output, by name
 SURE_IMAGES = 500  # from so many on a temperature fitted in cross-validation says more than that it should be 1
 
 
@@ -84,19 +81,7 @@ def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
 
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:
     """The task that the options ask for, with what the training images say of it."""
-    names = splits.class_names
-    train = splits.train
-    balanced = args.class_weights == "balanced"
-    if args.task == "multilabel":
-        task: Task = MultiLabel(names, train.targets, balanced, goal=args.threshold)
-    elif args.task == "regression":
-        task = Regression(names, train.targets)
-    elif args.task == "segmentation":
-        weights = rare_class_weights(train.targets) if balanced else None
-        task = Segmentation(names, weights, args.label_smoothing, train.source.read)
-    else:
-        weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
-        task = Classification(names, weights, args.label_smoothing)
+    task = TASKS[args.task].of_run(splits.class_names, splits.train, args)
     task.objective.to(device)
     return task
 
@@ -104,20 +89,12 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
 def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
     """The task that `Task.record` described, of outputs with these names. Raises InputError for anything else."""
     if record is None:
-        return Classification(names)
+        record = {"kind": DEFAULT_TASK}
     kind = record.get("kind") if isinstance(record, dict) else None
-    if kind == "segmentation":
-        try:
-            masks = MaskReader.from_record(record, names)
-        except (InputError, TypeError, ValueError, IndexError, OverflowError):
-            raise InputError(f"{path} is damaged: what its task says of masks fits no classes") from None
-        return Segmentation(names, masks=masks)
-    fields = RECORDED.get(str(kind))
-    if fields is None:
+    task = TASKS.get(str(kind))
+    if task is None:
         raise InputError(f"{path} is of another version of the toolkit, or damaged: its task is none of this one's")
-    recorded = {}
-    for field in fields:
-        if not are_numbers(record.get(field), len(names)):
-            raise InputError(f"{path} is damaged: {' or '.join(fields)} of its task is not a number for each output")
-        recorded[field] = torch.tensor(record[field], dtype=torch.float64)
-    return TASKS[kind](names, **recorded)
+    try:
+        return task.from_record(names, record)
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}") from None

@@ -217,7 +217,7 @@ _YES_OR_NO = {"yes", "no", "y", "n", "true", "false", "t", "f"}
 
 
 def read_targets(
-    path: Path, folder: Path, task: str, group_by: str | None = None, label_columns: Sequence[str] | None = None
+    path: Path, folder: Path, truth: str, group_by: str | None = None, label_columns: Sequence[str] | None = None
 ) -> Targets:
     """A list of images with several labels, or with one or several numbers.
 
@@ -226,7 +226,7 @@ def read_targets(
 
     Args:
         path, folder, group_by: as for `read_list`.
-        task: 'multilabel' or 'regression'.
+        truth: 'labels' or 'numbers'.
         label_columns: the columns that are labels or numbers, where others are none: see `_label_columns`.
 
     Raises InputError for a file that is none of this, files that are not there, or two lines for one file.
@@ -235,7 +235,7 @@ def read_targets(
     # Two columns are a path and a label's answers, or the names of labels.
     is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
     is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
-    if task == "regression":
+    if truth == "numbers":
         numbers = [f"number {i}" for i in range(1, len(rows[0]))]
         if len(numbers) == 1:
             numbers = ["number"]

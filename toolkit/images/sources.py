@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
-from toolkit.choices import DATASETS, UNLABELLED_SET  # noqa: F401
+from toolkit.choices import DATASETS, DEFAULT_TASK, TRUTHS, UNLABELLED_SET  # noqa: F401
 from toolkit.images import folders, lists, remote, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
@@ -54,7 +54,7 @@ def load_splits(
     skip_unreadable: bool = False,
     for_training_only: bool = False,
     bands: Bands | None = None,
-    task: str = "classification",
+    task: str = DEFAULT_TASK,
     group_by: str | None = None,
     folds: str | None = None,
     label_columns: Sequence[str] | None = None,
@@ -70,14 +70,15 @@ def load_splits(
         seed: draws the images of `labels_per_class`; the splits themselves never depend on it.
         for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: what is read of files that are no RGB photographs.
-        masks: 'segmentation': how masks are read. All of them are, once.
+        masks: how masks are read, where they are the truth. All of them are, once.
 
     Raises InputError for what is missing, empty, unreadable or too little, for a group that is among the training and
     the evaluation images, and for a mask that is none of its image.
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
+    truth = TRUTHS[task]
     listed_in = _places_of_lists(data_list or (), data_dir)
-    if task == "segmentation":
+    if truth == "mask":
         of_lists = [(*place, group_by) for place in listed_in]
         masks = masks or MaskReader(None)
         parts, class_names = load_pairs(data_dir, val_dir, of_lists, needs_val, bands, masks, skip_unreadable)
@@ -86,9 +87,9 @@ def load_splits(
         parts = []
         class_names = []
         for path, folder in listed_in:
-            images, class_names = listed_images(path, folder, bands, task, columns, class_names, listed_in[0][0])
+            images, class_names = listed_images(path, folder, bands, truth, columns, class_names, listed_in[0][0])
             parts.append(images)
-    elif task != "classification":
+    elif truth != "class":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
     elif dataset == "digits":
         parts, class_names = _digits(data_dir)
@@ -98,19 +99,19 @@ def load_splits(
         raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
     if group_by is not None:
         _group(parts, data_list, group_by)
-        if not data_list and group_by == "1" and task == "classification":
+        if not data_list and group_by == "1" and truth == "class":
             raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
     if skip_unreadable:
         labels = set(parts[0].labels)
         parts = list(map(readable, parts))
         gone = labels - set(parts[0].labels)
-        if gone and task == "classification":
+        if gone and truth == "class":
             raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
     elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
     train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
-    if task == "classification" and (gone := set(val.labels) - set(train.labels)):
+    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
         print(f"no training image of {_names(gone, class_names)} is left: all are evaluated on")
-    if task == "segmentation" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
+    if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
         print(f"no training mask has pixels of {_names(gone, class_names)}")
     if not for_training_only:
         _report_copies(train, val)
@@ -272,25 +273,26 @@ def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | Non
 
 
 def listed_images(
-    path: Path, folder: Path, bands: Bands | None, task: str, columns: dict, known: Sequence[str] = (), other: Any = ""
+    path: Path, folder: Path, bands: Bands | None, truth: str, columns: dict, known: Sequence[str] = (), other: Any = ""
 ) -> tuple[LabelledImages, list[str]]:
     """The images of a list, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
 
-    `columns` has `group_by` and `label_columns`, as the readers take them. Raises InputError for other names.
+    `truth` is one of `choices.TRUTHS`; `columns` has `group_by` and `label_columns`, as the readers take them. Raises
+    InputError for other names.
     """
-    if task == "classification":
+    if truth == "class":
         names, labels = lists.read_list(path, folder, **columns)
         if not known and lists.look_like_numbers(labels):
             number = printable(labels[0])
             raise InputError(f"--data-list {path}: the labels are numbers, as {number}; use --task regression")
         return _by_class(ImageFiles(folder, names, (), bands), labels, path, known, other)
-    targets = lists.read_targets(path, folder, task, **columns)
+    targets = lists.read_targets(path, folder, truth, **columns)
     if known:
         targets = lists.like(targets, known, path, other)
-    if task == "multilabel" and not (targets.values == 0).any():  # every answer yes would be right
+    if truth == "labels" and not (targets.values == 0).any():  # every answer yes would be right
         raise InputError(f"--data-list {path}: no answer is 0 for no; -1 and nothing are unknown")
     labels = [0] * len(targets.paths)
-    if task == "multilabel":
+    if truth == "labels":
         labels = splitting.strata(targets.values).tolist()
     files = ImageFiles(folder, targets.paths, labels, bands)
     return LabelledImages(files, labels, targets.values), targets.names

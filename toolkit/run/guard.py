@@ -77,7 +77,7 @@ class Guard:
     ):
         self.variance = task.head.variance
         self.epochs = epochs
-        self.has_masks = task.kind == "segmentation"
+        self.has_masks = task.per_pixel
         self.images = len(watched)
         self.may_shrink = may_shrink
         self.constant_score = task.head.constant_score(watched)

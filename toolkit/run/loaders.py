@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
 from toolkit.answers.parts import Task
+from toolkit.choices import TRUTHS
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
@@ -31,7 +32,7 @@ PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels 
 def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
     reader = None
-    if args.task == "segmentation":
+    if TRUTHS[args.task] == "mask":
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = image_sources(args, read)
     return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.choices import TRUTHS
 from toolkit.run.options import FineTuneOptions, TuneOptions
 
 
@@ -130,7 +131,7 @@ def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> flo
 
     So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
     """
-    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or args.task == "segmentation":
+    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or TRUTHS[args.task] == "mask":
         return 1.0
     counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
     return rate_divisor(rate, counted)

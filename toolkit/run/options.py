@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import SHIPPED, TOOLKIT, InputError, config, found_path, same_file
+from toolkit import SHIPPED, TOOLKIT, InputError, choices, config, found_path, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
@@ -124,7 +124,7 @@ class DataOptions(ImageOptions):
     """Section `data`."""
 
     task: str = option(
-        "classification",
+        choices.DEFAULT_TASK,
         "a class per image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
         choices=tuple(KEEP_BEST),
     )
@@ -320,9 +320,10 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         seen = "the backbone that comes with the toolkit has seen handwritten digits alone"
         remedy = "for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
         problems.append(f"{images} without --checkpoint: {seen}; {remedy}")
-    if args.task == "segmentation" and origins["class_weights"] == "default":
+    has_masks = choices.TRUTHS[args.task] == "mask"
+    if has_masks and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
-    if args.task == "segmentation" and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
+    if has_masks and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
         args.augmentation = "crop"  # the shipped backbone's file has that of digits
     if is_none(args.checkpoint) and origins["head_init"] != "command line":
         args.head_init = "random"  # there is nothing yet that a probe could find
@@ -330,7 +331,8 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
     problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
     problems += model_problems(args.checkpoint, args.arch, args.heads)
-    for other, clashing in CLASHES.items():
+    of_task = {f"--task {args.task}": TASK_CLASHES[choices.TRUTHS[args.task]]}
+    for other, clashing in (CLASHES | of_task).items():
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
                 problems.append(f"{words} with {other}: {reason}; drop one of the two")
@@ -363,13 +365,16 @@ CLASHES = {
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
-    "--task multilabel": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS},
-    "--task regression": {
+}
+TASK_CLASHES = {  # the same of --task, by what the task reads
+    "class": {},
+    "labels": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS},
+    "numbers": {
         "--labels-per-class": _ONE_CLASS,
         "--label-smoothing": _ONE_CLASS,
         "--class-weights balanced": _ONE_CLASS,
     },
-    "--task segmentation": {
+    "mask": {
         "--augmentation trivial": _NO_MASKS,
         "--augmentation affine": _NO_MASKS,
         "--cache-features": _NO_MASKS,
@@ -406,21 +411,22 @@ def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
 def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     """What --task lacks, one line each."""
     best_by = KEEP_BEST[args.task]
+    truth = choices.TRUTHS[args.task]
     if args.keep_best is not None and args.keep_best not in best_by:
         yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
-    if args.label_columns and (not args.data_list or args.task == "segmentation"):
+    if args.label_columns and (not args.data_list or truth == "mask"):
         yield "--label-columns: only a --data-list of classes, labels or numbers has such columns; drop it"
     for name in ("classes", "unknown_value"):
-        if name in typed and args.task != "segmentation":
+        if name in typed and truth != "mask":
             yield f"{flag(name)} with --task {args.task}: only masks have it; use --task segmentation"
-    if "threshold" in typed and args.task != "multilabel":
+    if "threshold" in typed and truth != "labels":
         yield f"--threshold with --task {args.task}: only labels have it; use --task multilabel"
-    if args.task == "segmentation" and args.dataset != "imagefolder":
+    if truth == "mask" and args.dataset != "imagefolder":
         remedy = "give --data-dir with the folders images/ and masks/, or --data-list with `image,mask` lines"
-        yield f"--task segmentation: --dataset {args.dataset} has no masks; {remedy}"
-    form = {"regression": "`path,3.5` lines", "multilabel": '`path,"a,b"` lines, or a column for each label'}
-    if args.task in form and not args.data_list:
-        yield f"--task {args.task} needs --data-list with {form[args.task]}: folders say one class for each image"
+        yield f"--task {args.task}: --dataset {args.dataset} has no masks; {remedy}"
+    form = {"numbers": "`path,3.5` lines", "labels": '`path,"a,b"` lines, or a column for each label'}
+    if truth in form and not args.data_list:
+        yield f"--task {args.task} needs --data-list with {form[truth]}: folders say one class for each image"
 
 
 def _run_problems(args: Any) -> Iterator[str]:

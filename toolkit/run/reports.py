@@ -73,7 +73,7 @@ def describe_baseline(task: Task, baseline: dict[str, float | None], images: int
     scores = [(title, baseline[name]) for title, name in zip(BASELINES, baseline_keys(task), strict=True)]
     measured = [f"{title} {task.reported(score)}" for title, score in scores if score is not None]
     line = f"before training: {', '.join(measured) or 'nothing to compare with'}"
-    if task.kind != "classification":
+    if not task.counts_images:
         line += f" ({task.score_title})"
     elif baseline[of_probe] == 1:
         line += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
@@ -187,7 +187,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
     explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
-    if run.task.kind == "classification" and block_names(run.model):
+    if run.task.explains_mistakes and block_names(run.model):
         view = eval_transform(run.report["image_size"], **normalization)
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
@@ -205,7 +205,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
     write_page(page, report.title(), shown, sections, run.path("lora.pth"), **about, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
-    by_label = report.printed() if run.task.kind == "multilabel" else []
+    by_label = report.printed() if report.in_summary else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
     return results
 

@@ -57,7 +57,7 @@ def judge(
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
-    can_vary = task.kind == "classification" and value_at(results, "normalization/scale") is None  # photographs
+    can_vary = task.truth == "class" and value_at(results, "normalization/scale") is None  # photographs
     next_step = f"python deploy_lora.py predict {adapter} new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
@@ -71,7 +71,7 @@ def judge(
     if interval is None:
         return Verdict(f"{gain}; there is no interval to judge it by", limits, next_step)
     low, high = interval
-    if task.kind != "classification":  # it was moved by the bias of the score, which that of the probe has as well
+    if not task.counts_images:  # it was moved by the bias of the score, which that of the probe has as well
         moved = results[f"val_{score}"] - (low + high) / 2
         low, high = low + moved, high + moved
     elif round(abs(gained) * results["val_images"]) < FEWEST_APART:
