@@ -170,6 +170,14 @@ def test_a_removed_adapter_is_freed(manager, alone):
     assert_same(manager.model, alone["pets"])
 
 
+def test_an_adapter_that_is_removed_while_in_use_leaves_the_base_in_use(manager, alone):
+    manager.use("cars")
+    manager.remove("cars")
+    assert manager.in_use is None and "cars" not in manager.names
+    manager.use("pets")
+    assert_same(manager.model, alone["pets"])
+
+
 def test_adapters_over_a_4_bit_base(arch, tmp_path):
     """The first is loaded alone, as ever; others, of other ranks and classes, come beside it and share its bytes."""
     alone = {}

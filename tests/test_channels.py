@@ -177,6 +177,11 @@ def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
         assert names is None
 
 
+def test_an_array_with_as_many_rows_as_bands_has_its_bands_last():
+    array = np.random.RandomState(0).rand(4, 9, 4).astype(np.float32)
+    assert np.array_equal(decoded(bytes_of(np.save, array))[0], array)
+
+
 def test_levels_of_16_bits_and_floats_are_not_cut_to_8_bits():
     levels = np.random.RandomState(0).randint(0, 2**16, (8, 8)).astype(np.uint16)
     assert np.array_equal(decoded(bytes_of(Image.fromarray(levels).save, "PNG"))[0][..., 0], levels)

@@ -15,6 +15,7 @@ import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
 from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors
+from toolkit.answers import probe
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
@@ -22,7 +23,7 @@ from toolkit.answers.tasks import Classification, Regression
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
-from toolkit.run import guard, optim, runs
+from toolkit.run import guard, optim, runs, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 
 CPU = torch.device("cpu")
@@ -168,15 +169,65 @@ def test_with_masks_adapters_learn_at_a_bounded_rate(finetune, pairs, monkeypatc
 
 
 def test_what_a_guard_has_noted_comes_back_with_its_state():
+    """Nothing of it is as in a new guard: a retreat, a loss that rose since, an epoch that left nothing to keep."""
     judge = guard_that_may_shrink()
+    judge.note_retreat(2, 1e-3, good_epochs=0, seconds=5.0)
+    judge.note_step(3.0)
     judge.note_epoch(answers(0.7, 1.2), math.inf)
-    judge.note_retreat(2, 1e-3, good_epochs=1, seconds=5.0)
     other = guard_of(100, [], may_shrink=True)
     other.load_state_dict(copy.deepcopy(judge.state_dict()))
-    assert vars(other).keys() == vars(judge).keys()
+    assert other.recent_loss == pytest.approx(0.8 * 1.0 + 0.2 * 3.0)
+    assert (other.first_loss, other.start_loss, other.scores) == (1.0, 1.0, [0.8, 0.7])
+    assert (other.barren_epochs, other.lost_seconds) == (1, 5.0)
+    assert other.retreats == [{"epoch": 2, "learning_rate": 1e-3}]
     assert all(vars(other)[name] == value for name, value in vars(judge).items() if name != "variance")
-    assert other.lost_seconds == 5.0 and other.scores == [0.8, 0.7]
-    assert other.recent_loss == other.first_loss == 1.0  # of the epoch that was undone nothing is left
+
+
+@pytest.mark.parametrize("loss", [50.0, math.nan])
+def test_a_retreat_forgets_the_losses_that_it_undoes(loss):
+    """Else one bad step would be seen in the epochs after it, and use up all retreats."""
+    judge = guard_that_may_shrink()
+    judge.note_step(loss)
+    assert judge.after_step() == GoBack("training collapsed")
+    judge.note_retreat(1, 1e-3, good_epochs=0, seconds=5.0)
+    assert judge.after_step() == Keep() and judge.recent_loss == judge.first_loss == 1.0
+    judge.note_step(1.0)
+    assert judge.after_step() == Keep()
+
+
+def test_an_epoch_that_left_nothing_to_keep_is_no_state_to_go_back_to():
+    """However good its score is. A good epoch after it is one again."""
+    judge = guard_that_may_shrink()
+    judge.note_epoch(answers(0.8, 1.2), math.inf)
+    assert not judge.is_recoverable
+    judge.note_epoch(answers(0.8, 0.9), 1)
+    assert judge.is_recoverable
+
+
+@pytest.mark.parametrize("share", ["1", "0.5"])
+def test_a_believable_head_is_put_back_bit_for_bit(start, share):
+    """Within the block its outputs are divided by a temperature, which training must not see."""
+    run = start(f"--wise-ft {share}")
+    run.start()
+    run.head_temperature = run.head_temperature._replace(optimism=3.0)
+    run.evaluate_watched()
+    head = probe.linear_head(run.model)
+    before = head.weight.detach().clone()
+    with run.kept_weights(), run.believable():
+        assert not torch.equal(head.weight, before)
+    assert torch.equal(head.weight, before)
+
+
+def test_the_seconds_of_undone_epochs_are_counted(start):
+    """Of finished epochs behind the last good one, and of the one that collapsed."""
+    run = start()
+    run.start()
+    run.begin_epoch()
+    row = dict.fromkeys(training.metrics_columns(run.task.measured), 0.5)
+    run.history = [row | {"epoch": 1, "seconds": 3.0}, row | {"epoch": 2, "seconds": 4.0}]
+    run.progress.seconds = 2.0
+    run.go_back("training collapsed")
+    assert run.guard.lost_seconds == 9.0 and not run.history
 
 
 @pytest.mark.parametrize(("epochs", "share"), [(3, 1 / 4), (4, 0.9)])

@@ -1,5 +1,6 @@
 """toolkit/images/sources.py and data.py: data sets, splits, loaders."""
 
+import itertools
 import math
 import os
 import pickle
@@ -356,6 +357,15 @@ def test_what_is_drawn_for_an_image_depends_on_seed_and_epoch_alone():
     whole = draws(epochs=2, shuffle=True)
     assert draws(epochs=2, start=2, shuffle=True) == whole[2:]
     assert [len(batch) for batch in draws(shuffle=True, drop_last=True)] == [4, 4]
+
+
+def test_another_seed_draws_another_order_and_other_views():
+    """Each for itself: one of them alone would make two runs less independent than their seeds say."""
+    one, other = (sorted(itertools.chain(*draws(shuffle=True, seed=seed))) for seed in (0, 1))
+    assert [item[0] for item in one] == [item[0] for item in other] == list(range(10))
+    assert not any(first[1] == second[1] for first, second in zip(one, other, strict=True))
+    orders = [[item[0] for batch in draws(shuffle=True, seed=seed) for item in batch] for seed in (0, 1)]
+    assert orders[0] != orders[1]
 
 
 class Clock:

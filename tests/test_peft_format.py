@@ -16,7 +16,7 @@ import deploy_lora
 from deploy_lora import to_peft
 from finetune_lora import adapt_layers, add_lora_to_model, load_finetuned
 from lora.adapted import adapted_layers, recorded_settings
-from lora.peft_format import CONFIG, WEIGHTS, obstacles
+from lora.peft_format import CONFIG, WEIGHTS, _packed_factors, obstacles
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 from toolkit.models.backbones import forward_features
@@ -68,6 +68,20 @@ def stock(base: Path, size: int) -> nn.Module:
 def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
     images = torch.randn(4, 3, size, size)
     assert_close(one(images), other(images), FP32)
+
+
+def test_an_output_projection_may_have_a_scaling_of_its_own():
+    """PEFT has one for the whole attention: the difference goes into B."""
+    attention = add_lora_to_model(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2, lora_alpha=4, target_modules=[".*"])[
+        0
+    ]
+    randomize_adapters(attention)
+    attention.out_proj.scaling = 5.0
+    factors = _packed_factors(attention, times_projected=2)
+    B = factors["base_layer.out_proj.lora_B.weight"]
+    A = factors["base_layer.out_proj.lora_A.weight"]
+    expected = 5.0 * attention.out_proj.lora_B @ attention.out_proj.lora_A
+    assert_close(2 * attention.scaling * B @ A, expected, FP32)
 
 
 @pytest.mark.slow

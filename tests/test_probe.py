@@ -253,3 +253,48 @@ def test_one_patient_leaves_nothing_to_validate_on():
     features, labels = clusters(2)
     of_each_class = probe.fit_linear_probe(features, labels, 2, clusters=labels)
     assert of_each_class.strength == 1 and of_each_class.held_out is None
+
+
+def test_a_head_at_an_infinite_temperature_gives_the_constant_answer():
+    """Logits go towards those of the constant answer, and not towards 0."""
+    model = Net(4, 2)
+    towards = torch.tensor([1.5, -2.0])
+    features = torch.randn(5, 4)
+    before = probe.head_outputs(model, features)
+    probe.soften_head(model, 4.0, towards)
+    torch.testing.assert_close(probe.head_outputs(model, features), (before - towards) / 4 + towards)
+    probe.soften_head(model, 1e9, towards)
+    torch.testing.assert_close(probe.head_outputs(model, features), towards.expand(5, 2))
+
+
+def test_the_first_temperature_of_labels_goes_towards_the_constant_answer():
+    """Its loss is asked of logits that keep the constant answer at every temperature."""
+    model = Net(4, 2)
+    towards = torch.tensor([1.5, -2.0])
+    features = torch.randn(5, 4)
+    asked = []
+    probe.choose_temperature(model, features, lambda logits: asked.append(logits) or logits.sum(), True, towards)
+    logits = probe.head_outputs(model, features)
+    torch.testing.assert_close(asked[0], logits)
+    torch.testing.assert_close(asked[-1], (logits - towards) / 16 + towards)
+
+
+def test_a_feature_that_is_constant_but_for_rounding_is_no_feature():
+    """Divided by its spread it would be as large as any, and tell noise apart."""
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.arange(40) % 2).float()[:, None]
+    useful = targets + 0.3 * torch.randn(40, 1, generator=generator)
+    nearly = torch.where(targets > 0, torch.tensor(1000.0).nextafter(torch.tensor(2000.0)), torch.tensor(1000.0))
+    for fit in (probe.fit_one_vs_rest, probe.fit_ridge):
+        assert fit(torch.cat([useful, nearly], 1), targets).weight[0, 1].abs() < 0.1
+
+
+def test_the_probe_of_numbers_is_chosen_over_groups():
+    """Images of a patient are copies: left in both parts they make the weakest penalty look best."""
+    generator = torch.Generator().manual_seed(0)
+    patients = torch.arange(15).repeat_interleave(4)
+    features = torch.randn(15, 40, generator=generator)[patients] + 0.01 * torch.randn(60, 40, generator=generator)
+    numbers = torch.randn(15, 1, generator=generator)[patients].double()
+    head = tasks.Regression(["age"], numbers).head
+    by_group = head.start(Net(40, 1), features, numbers, 1, patients).strength
+    assert by_group > 10 * head.start(Net(40, 1), features, numbers, 1).strength

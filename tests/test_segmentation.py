@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from toolkit.answers.segmentation import (
     rare_class_weights,
 )
 from toolkit.devices import seed_everything
-from toolkit.images.data import Transformed, build_loader
+from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.masks import collate_pairs, pair_transforms
 from toolkit.images.sources import load_splits
 from toolkit.models import dense
@@ -427,3 +428,47 @@ def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
     assert outputs.shape == (len(plain), 2)
     shares = [(classes == 1).sum() / (classes >= 0).sum() for classes in (plain, weighted)]
     assert shares[0] + 0.2 < shares[1]
+
+
+class PassesThrough(torch.nn.Module):
+    """A backbone whose map is the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Identity()
+
+
+def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
+    """The map has each pixel's column and row, and its class is told by the column. Images draw other pixels."""
+    monkeypatch.setattr(segmentation, "feature_maps", lambda backbone, images: [backbone(images)])
+    height, width = 12, 20
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([columns, rows]).float()
+    mask = (columns >= 13).long()
+    head = Segmentation(["left", "right"]).head
+    features, classes = head.features(PassesThrough(), [(image.expand(3, -1, -1, -1), [mask] * 3)], CPU, None, 3)
+    pixels = segmentation.PROBE_ROWS // 6
+    assert features.shape == (3 * pixels, 2)
+    torch.testing.assert_close(features, features.round(), atol=1e-3, rtol=0)
+    column, row = features.round().long().T
+    assert column.max() == width - 1 and row.max() == height - 1
+    assert torch.equal(classes, (column >= 13).long())
+    first, second, third = features.split(pixels)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+def test_the_loss_of_a_constant_answer_is_over_images_not_over_pixels():
+    """An image of ten known pixels says as much as one of a hundred."""
+    known = torch.tensor([[9.0, 1.0], [10.0, 90.0]])
+    images = LabelledImages([None] * 2, [0, 1], targets=known)
+    assert Segmentation(["left", "right"]).objective.constant_loss(images) == pytest.approx(math.log(2))
+
+
+def test_the_temperature_is_fitted_to_training_crops_and_not_to_whole_images(start):
+    """Views for the calibration are those that trained: of images as they are evaluated a head is too sure."""
+    run = start("--augmentation crop")
+    run.loaders.open(norms_train=False)
+    views = torch.cat([images for images, _ in run.loaders.calibration()])
+    plain = torch.stack([Transformed(run.splits.train, run.loaders.eval_transform)[i][0] for i in range(len(views))])
+    changed = (views - plain).flatten(1).abs().amax(1) > 0.1
+    assert changed.float().mean() > 0.8

@@ -100,6 +100,54 @@ def test_clipping_bounds_the_norm_of_the_whole_step(start):
         torch.testing.assert_close(clipped[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9)
 
 
+def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
+    """Else float16's scale, here 1,024, would make each step as much smaller."""
+    run = start("--clip-grad-norm 0.01")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    norms = []
+
+    def note(*_):
+        gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+
+    run.optimizer.register_step_pre_hook(note)
+    train_on(run, next(run.loaders.steps(1)))
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_float16s_scale_comes_back_with_the_state(start):
+    run = start()
+    run.dtype = torch.float16
+    run.begin_training(run.network, run.optimizer, 3, 0)
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
+    state = run.trained()
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 1})
+    run.restore(state)
+    assert (run.scaler.state_dict()["scale"], run.scaler.state_dict()["_growth_tracker"]) == (32.0, 7)
+
+
+def test_an_epoch_trains_in_training_mode(start, monkeypatch):
+    run = start("--epochs 1")
+    run.start()
+    run.model.eval()
+    modes = []
+    real = run.task.loss
+    monkeypatch.setattr(run.task, "loss", lambda *batch: modes.append(run.model.training) or real(*batch))
+    train_on(run)
+    assert modes and all(modes)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_first_gradient_is_of_the_same_images_however_they_are_batched(start, monkeypatch, accumulated):
+    monkeypatch.setattr(initialization, "GRADIENT_IMAGES", 8)
+    run = start(f"--batch-size 4 --accumulation-steps {accumulated}")
+    images = []
+    real = run.task.loss
+    monkeypatch.setattr(run.task, "loss", lambda outputs, labels: images.append(len(labels)) or real(outputs, labels))
+    run._first_backward()
+    assert sum(images) == 8
+
+
 @pytest.mark.slow
 def test_bf16_computes_in_it_and_keeps_the_adapters_in_float32(start, finetune):
     runs = [start(), start("--precision bf16")]

@@ -120,6 +120,61 @@ def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_s
     assert task.objective.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
 
 
+def test_the_variance_of_a_score_in_closed_form():
+    """Labels of 5 and 2 positives in 10 images; and Olkin and Finn's variance of R2, 4 R2 (1 - R2)^2 / n."""
+    targets = torch.zeros(10, 3)
+    targets[:5, 0] = 1
+    targets[:2, 1] = 1  # the third has no positive, and no part
+    labels = tasks.MultiLabel(NAMES, targets)
+    assert labels.head.variance(0.8, 50) == pytest.approx(0.8 * 0.2 * (1 / 25 + 1 / 10) / 2 / 2)
+    numbers = tasks.Regression(["age"], torch.tensor([[0.0], [1.0]]))
+    assert numbers.head.variance(0.9, 100) == pytest.approx(4 * 0.9 * 0.1**2 / 100)
+    assert numbers.head.variance(-3.0, 100) == numbers.head.variance(0.01, 100)  # of one near 0 that of 1 / images
+    assert numbers.head.variance(0.01, 100) == pytest.approx(4 * 0.01 * 0.99**2 / 100)
+
+
+def test_a_head_of_labels_that_gives_the_constant_answer_is_as_soft_as_it_can_be():
+    """What counts for its temperature is how far its logits are from that answer, which of rare labels is not 0."""
+    targets = torch.zeros(20, 2)
+    targets[:2, 0] = 1
+    targets[:8, 1] = 1
+    head = tasks.MultiLabel(["cat", "dog"], targets).head
+    model = Net(outputs=2)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.fc.bias.copy_(head.objective.constant_logits)
+    assert model.fc.bias[0] < -1.5 and -1 < model.fc.bias[1] < 0
+    assert head.first_temperature(model, torch.randn(20, 6), targets, True) == (1.0, pytest.approx(0, abs=1e-3), None)
+    head.soften(model, 5.0)
+    torch.testing.assert_close(model.fc.bias, head.objective.constant_logits)
+
+
+@pytest.mark.parametrize("kind", ["labels", "classes"])
+def test_a_believable_temperature_is_that_of_the_views_times_the_optimism(kind):
+    outputs, targets = drawn(200, unknown=0.0)
+    task = tasks.MultiLabel(NAMES, targets)
+    if kind == "classes":
+        task, targets = tasks.Classification(NAMES), (outputs.argmax(1) + (torch.arange(200) % 5 == 0)) % 3
+    views = task.head.believable_temperature(outputs.detach(), targets, 1.0)
+    assert views != pytest.approx(1.0, abs=0.05)
+    assert task.head.believable_temperature(outputs.detach(), targets, 2.0) == pytest.approx(2 * views)
+    assert task.head.believable_temperature(outputs.detach(), targets, None) == 1.0
+
+
+def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
+    """Its logits were divided by the temperature: thresholds of other probabilities reach less or more."""
+    outputs, targets = drawn(400, unknown=0.0)
+    outputs = 8 * outputs.detach()
+    task = tasks.MultiLabel(NAMES, targets, goal="sensitivity=0.95")
+    task.head.calibrate(outputs, targets, 1.5)
+    assert task.head.temperature > 4
+    constant = task.objective.constant_logits
+    kept = ((outputs - constant) / task.head.temperature + constant).sigmoid()
+    reached = task.head.answers(kept.logit(), targets).rates(task.head.thresholds)["sensitivity"]
+    positives = targets.sum(0)
+    assert (reached >= 0.95).all() and (reached < 0.95 + 1.01 / positives).all()
+
+
 def test_the_error_of_a_score_is_that_of_drawing_other_images():
     """By the order of magnitude: AP has no simple formula."""
     outputs, targets = drawn(images=3000)

@@ -59,6 +59,16 @@ def test_statistics_are_those_of_the_loaders_images():
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model[2].state_dict().items())
 
 
+def test_statistics_of_earlier_weights_have_no_part_in_estimated_ones():
+    """A norm that has trained knows what it saw: of that nothing is left."""
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    for _ in range(5):
+        model(torch.randn(8, 3) * 4 - 7)
+    batches = [torch.randn(8, 3) + 2 for _ in range(3)]
+    evaluation.estimate_statistics(model, [(x, None) for x in batches], torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean(0))
+
+
 def test_a_share_of_the_change_is_kept():
     """Weights lie on the line from where training began to where it is. Statistics are not interpolated."""
     model = nn.BatchNorm1d(2)
@@ -161,6 +171,21 @@ def test_knn_accuracy_agrees_with_a_vote_counted_by_hand(monkeypatch):
     assert evaluation.knn_accuracy(bank, labels, bank * 3, labels) == 1.0
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 1000)
     assert 0 <= evaluation.knn_accuracy(bank, labels, queries, targets) <= 1
+
+
+def test_neighbours_of_which_nothing_is_known_answer_with_the_mean_of_all():
+    """25 images around one point are unknown, so are the 20 nearest to a query there; far away 2 and 4 are known."""
+    bank = torch.cat([torch.tensor([[1.0, 0.0]]).expand(25, 2), torch.tensor([[0.0, 1.0], [0.1, 1.0]])])
+    targets = torch.full((27, 1), torch.nan)
+    targets[25:, 0] = torch.tensor([2.0, 4.0])
+    assert evaluation.knn_means(bank, targets, torch.tensor([[1.0, 0.01]])).tolist() == [[3.0]]
+
+
+def test_the_best_epoch_is_the_first_of_the_lowest_loss_among_equal_scores():
+    rows = [(0.5, 1.0), (0.9, 0.7), (0.9, 0.4), (0.9, 0.6), (math.nan, 0.1)]
+    history = [{"val_accuracy": score, "val_loss": loss} for score, loss in rows]
+    assert training.best_epoch(history, "val_accuracy") is history[2]
+    assert training.last_is_best(history[:3], "val_accuracy") and not training.last_is_best(history[:4], "val_accuracy")
 
 
 def test_balanced_weights_are_scikit_learns():

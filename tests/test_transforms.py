@@ -214,6 +214,14 @@ def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, monkeypat
     assert any(max(size) <= 605 for size in decoded)
 
 
+def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, monkeypatch):
+    photograph(tmp_path / "large.jpg", size=(256, 256))
+    decoded, load = [], transforms.to_rgb
+    monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
+    transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
+    assert decoded == [(128, 128)]
+
+
 @pytest.mark.parametrize("orientation", [9, 65535, "6", b"\x06"])
 def test_an_orientation_that_makes_no_sense_is_upright(tmp_path, monkeypatch, orientation):
     Image.new("RGB", (400, 200), "white").save(tmp_path / "odd.jpg")
