@@ -10,7 +10,7 @@ from toolkit import config
 from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.images import remote
-from toolkit.models.names import ARCHS, NO_CHECKPOINT, checkpoint_path, model_problems
+from toolkit.models.names import ARCHS, NO_CHECKPOINT, checkpoint_path, fetched, model_problems
 from toolkit.run import options
 
 
@@ -65,6 +65,7 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
 def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[PretrainOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
     args, sources = config.parse_args(make_parser(description), argv, check=complete, ignored=options.OF_FINE_TUNING)
+    args.checkpoint = fetched(args.checkpoint)
     return config.frozen(PretrainOptions, args), sources
 
 

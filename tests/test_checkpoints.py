@@ -3,19 +3,9 @@
 The files are built here in the layout that the official code writes, with random weights.
 """
 
-import hashlib
 import math
 import re
-import sys
-import threading
-import time
-import types
-from argparse import ArgumentTypeError
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,13 +13,10 @@ import torch
 import torchvision
 from torch import nn
 
-import finetune_lora
 from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
-from toolkit.models import published
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.checkpoints import load_backbone, tensor_digest
-from toolkit.models.names import checkpoint_path
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
 
@@ -347,92 +334,3 @@ def test_wrong_arch_names_the_right_one(narrow, saved):
         load_backbone(saved(narrow), num_classes=2, arch="vit_mini")
     with pytest.raises(InputError, match=r"does not hold a resnet34.*looks like resnet18"):
         load_backbone(saved(moco_v2(narrow, arch="resnet34")), num_classes=2)
-
-
-# ----------------------------- by the names of published ones: downloaded once, from a server of this test, and checked
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The address of a server of the files in tmp_path/web; torch.hub's folder is tmp_path/hub."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    (tmp_path / "web").mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "web")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_a_named_checkpoint_is_downloaded_once_and_trained(server, base, finetune, tmp_path, monkeypatch, capsys):
-    content = base.read_bytes()
-    (tmp_path / "web" / "base.pth").write_bytes(content)
-    digest = hashlib.md5(content).hexdigest()[:8]
-    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", digest))
-    finetune("--checkpoint moco-v9 --epochs 1")
-    assert (
-        f"downloading {server}/base.pth to {tmp_path}/hub/checkpoints/base.pth; see the licence"
-        in capsys.readouterr().out
-    )
-    (tmp_path / "web" / "base.pth").unlink()
-    assert checkpoint_path("moco-v9").read_bytes() == content
-    assert "downloading" not in capsys.readouterr().out
-
-
-def test_of_two_that_need_a_file_one_downloads_it(server, tmp_path, monkeypatch):
-    (tmp_path / "web" / "base.pth").write_bytes(b"weights")
-    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
-    real = torch.hub.download_url_to_file
-    begun = []
-
-    def download(url, path):
-        begun.append(path)
-        time.sleep(0.2)
-        real(url, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with ThreadPoolExecutor(2) as pool:
-        paths = list(pool.map(checkpoint_path, ["moco-v9"] * 2))
-    assert len(begun) == 1 and [path.read_bytes() for path in paths] == [b"weights"] * 2
-
-
-@pytest.mark.parametrize("fault", ["another file", "nothing there", "torn"])
-def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", "0123abcd"))
-    told = f"cannot download {server}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and give its path"
-    if fault == "another file":
-        (tmp_path / "web" / "base.pth").write_bytes(b"other")
-        told = f"{server}/base.pth did not arrive as it is published (0123abcd): try again later"
-    if fault == "torn":  # of a file whose digest is not known
-        monkeypatch.setitem(published.PUBLISHED, "moco-v9", (f"{server}/base.pth", ""))
-        (tmp_path / "web" / "base.pth").write_bytes(b"other")
-        real = torch.hub.download_url_to_file
-        monkeypatch.setattr(
-            torch.hub, "download_url_to_file", lambda url, path: (real(url, path), open(path, "w").close())
-        )
-        told = f"{server}/base.pth did not arrive as it is published (5): try again later"
-    with pytest.raises(ArgumentTypeError, match=re.escape(told)):
-        checkpoint_path("moco-v9")
-    with pytest.raises(InputError, match=re.escape(told)):
-        finetune_lora.read_options(["--checkpoint", "moco-v9"])
-    assert not list((tmp_path / "hub").rglob("*.p*"))
-
-
-def test_files_of_the_hub(tmp_path, monkeypatch):
-    hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert checkpoint_path("hf:owner/name/folder/a.pth") == tmp_path / "owner/name/folder/a.pth"
-    with pytest.raises(ArgumentTypeError, match="hf: is to be followed by owner/name/file"):
-        checkpoint_path("hf:owner/name")
-    hub.hf_hub_download = mock.Mock(side_effect=OSError("404: no such repository\nand much more"))
-    with pytest.raises(ArgumentTypeError, match=r"hf:owner/name/a\.pth cannot be downloaded: 404: no such repository$"):
-        checkpoint_path("hf:owner/name/a.pth")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ArgumentTypeError, match=r"hf:owner/name needs huggingface_hub .*: pip install huggingface_hub"):
-        checkpoint_path("hf:owner/name/a.pth")
-
-
-def test_the_names_of_torchgeos_files_end_in_their_digests():
-    for name, (url, digest) in published.PUBLISHED.items():
-        assert url.startswith("https://") and re.fullmatch("[0-9a-f]{8}|", digest), name
-        assert "torchgeo" not in url or url.endswith(f"-{digest}.pth"), name

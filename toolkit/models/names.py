@@ -3,7 +3,6 @@
 A model of timm is named as `timm:vit_small_patch14_dinov2`, by its name in `timm.list_models()` and, if any, its tag.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -85,16 +84,15 @@ NO_ARCH = "random weights have no architecture of their own"
 
 
 def checkpoint_path(text: str) -> Path:
-    """The file that `--checkpoint` names: 'shipped', a published one, which is fetched, or a path.
-
-    Raises ArgumentTypeError, as a converter of argparse, for a file that cannot be fetched.
-    """
-    if is_published(text):
-        try:
-            return fetch(text)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+    """What `--checkpoint` names: 'shipped', a path, or a published file, whose name stays until it is `fetched`."""
     return SHIPPED if text == "shipped" else Path(text)
+
+
+def fetched(checkpoint: Path | None) -> Path | None:
+    """The path of a checkpoint, which is downloaded if it is the name of a published one. Raises InputError."""
+    if checkpoint is not None and is_published(checkpoint.as_posix()):
+        return fetch(checkpoint.as_posix())
+    return checkpoint
 
 
 def is_none(path: str | os.PathLike) -> bool:
@@ -107,7 +105,7 @@ def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None)
     problems = []
     if is_none(path) and arch is None:
         problems.append(f"--checkpoint none: {NO_ARCH}; say which with --arch")
-    if not is_none(path) and not os.path.exists(path):
+    if not is_none(path) and not is_published(Path(path).as_posix()) and not os.path.exists(path):
         problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
         problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
     if arch is not None:

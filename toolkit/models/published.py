@@ -9,8 +9,12 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from toolkit import InputError, optional_package
+
+TIME_OUT = 60.0  # seconds in which nothing arrives
+LARGEST = 2**32  # bytes; a server may never end
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
 _MOCO_V3 = "https://dl.fbaipublicfiles.com/moco-v3"
@@ -60,7 +64,7 @@ def fetch(name: str) -> Path:
     """
     if name.startswith("hf:"):
         return _from_hub(*name.removeprefix("hf:").split("/", 2))
-    import torch
+    import torch  # here: it takes seconds, and the names above are looked up in every command line
 
     url, digest = PUBLISHED[name]
     path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
@@ -76,16 +80,19 @@ def fetch(name: str) -> Path:
 
 
 def _download(url: str, digest: str, path: Path) -> None:
-    import torch  # here: it takes seconds, and the names above are looked up in every command line
-
     part = path.with_name(f"{path.name}.part")
-    print(f"downloading {url} to {path}; see the licence on the publisher's page (MoCo's own: CC-BY-NC 4.0)")
-    torch.hub.download_url_to_file(url, str(part))
-    with urlopen(Request(url, method="HEAD")) as answer:
-        length = answer.headers["Content-Length"]  # None where the server does not say
+    licence = " (CC-BY-NC 4.0)" if url.startswith((_MOCO, _MOCO_V3)) else ""
+    print(f"downloading {url} to {path}; see the licence on the publisher's page{licence}")
+    request = Request(url, headers={"User-Agent": "torch.hub"})
+    with urlopen(request, timeout=TIME_OUT) as answer, open(part, "wb") as file:
+        length = int(answer.headers["Content-Length"] or 0)  # 0 where the server does not say
+        with tqdm(total=length or None, unit="B", unit_scale=True) as bar:
+            while file.tell() < LARGEST and (block := answer.read1(2**17)):
+                file.write(block)
+                bar.update(len(block))
     content = part.read_bytes()
     begins = any(hashlib.new(kind, content).hexdigest().startswith(digest) for kind in ("md5", "sha256"))
-    if not begins or length not in (None, str(len(content))):
+    if not begins or length not in (0, len(content)):
         part.unlink()
         raise InputError(f"{url} did not arrive as it is published ({digest or length}): try again later")
     part.replace(path)
@@ -97,5 +104,6 @@ def _from_hub(owner: str = "", repository: str = "", file: str = "") -> Path:
     hub = optional_package("huggingface_hub", f"hf:{owner}/{repository}")
     try:
         return Path(hub.hf_hub_download(f"{owner}/{repository}", file))
-    except (OSError, ValueError) as error:
-        raise InputError(f"hf:{owner}/{repository}/{file} cannot be downloaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of a library for HTTP, which is another in each of its releases
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"hf:{owner}/{repository}/{file} cannot be downloaded: {why}") from None

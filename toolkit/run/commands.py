@@ -10,7 +10,7 @@ from typing import Any
 from toolkit import VERSION, InputError, same_file
 from toolkit.choices import ARITHMETICS, PRECISIONS
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
-from toolkit.models.names import checkpoint_path
+from toolkit.models.names import checkpoint_path, fetched
 
 COMMANDS = {  # and the help of each
     "info": "what is in an adapter file",
@@ -93,6 +93,8 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
     problems = check(args) + unknown_words(parsers[args.command], rest)
     if problems:
         raise InputError("\n".join(problems))
+    if "checkpoint" in args:
+        args.checkpoint = fetched(args.checkpoint)
     return args
 
 

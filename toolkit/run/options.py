@@ -20,8 +20,7 @@ from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRE
 from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.models.names import ARCHS, TIMM, checkpoint_path, is_none, model_problems
-from toolkit.models.published import is_published
+from toolkit.models.names import ARCHS, TIMM, checkpoint_path, fetched, is_none, model_problems
 from toolkit.run import loggers, output_folder
 
 if TYPE_CHECKING:
@@ -259,14 +258,14 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
 def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[FineTuneOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
     args, sources = config.parse_args(make_parser(description), argv, _default_config, complete_fine_tuning)
+    args.checkpoint = fetched(args.checkpoint)
     return config.frozen(FineTuneOptions, args), sources
 
 
 def _default_config(typed: dict[str, Any]) -> Path | None:
     """The configuration of a run that names none: its values suit the shipped backbone alone."""
     text = typed.get("checkpoint", "shipped")
-    is_shipped = not is_published(text) and checkpoint_path(text).resolve() == SHIPPED.resolve()
-    return DEFAULT_CONFIG if is_shipped else None
+    return DEFAULT_CONFIG if checkpoint_path(text).resolve() == SHIPPED.resolve() else None
 
 
 # -------------------------------------------------------------------- what follows from options, before they are frozen

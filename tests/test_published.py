@@ -1,0 +1,219 @@
+"""Checkpoints by the names of published ones: downloaded once and last, from a server of this test, and checked."""
+
+import hashlib
+import re
+import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import deploy_lora
+import finetune_lora
+from moco import pretrain
+from toolkit import InputError
+from toolkit.models import published
+from toolkit.models.names import fetched
+
+CONTENT = bytes(range(256)) * 4
+DIGEST = hashlib.md5(CONTENT).hexdigest()[:8]
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves `web`, refuses HEAD, stalls in stalls.pth, breaks off in breaks.pth, says no size of endless.pth."""
+
+    ended = threading.Event()
+    wanted: list[str] = []  # noqa: RUF012 - the paths that were asked for, emptied for each test
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.send_error(403)
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        self.wanted.append(self.path)
+        if not path.exists():
+            return self.send_error(404)
+        content = path.read_bytes()
+        self.send_response(200)
+        if path.name != "endless.pth":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if path.name in ("stalls.pth", "breaks.pth"):
+            content = content[:300]
+        self.wfile.write(content)
+        self.wfile.flush()
+        if path.name == "stalls.pth":
+            self.ended.wait(10)
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """The folder of a server's files, to which `publish` gives names. torch.hub's folder is tmp_path/hub."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(Server, "ended", threading.Event())
+    monkeypatch.setattr(Server, "wanted", [])
+    (tmp_path / "web").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=tmp_path / "web")) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        published.PUBLISHED["moco-v9"] = ("", "")
+        yield types.SimpleNamespace(folder=tmp_path / "web", url=f"http://127.0.0.1:{running.server_port}")
+        del published.PUBLISHED["moco-v9"]
+        Server.ended.set()
+        running.shutdown()
+
+
+def publish(web, name: str, content: bytes = CONTENT, digest: str = DIGEST) -> Path:
+    """Put a file on the server as moco-v9; returns where it will lie."""
+    (web.folder / name).write_bytes(content)
+    published.PUBLISHED["moco-v9"] = (f"{web.url}/{name}", digest)
+    return web.folder.parent / "hub" / "checkpoints" / name
+
+
+def fetch() -> bytes:
+    return fetched(Path("moco-v9")).read_bytes()
+
+
+def test_a_named_checkpoint_is_downloaded_once_and_trained(web, base, finetune, small_backbones, capsys):
+    content = base.read_bytes()
+    place = publish(web, "base.pth", content, hashlib.sha256(content).hexdigest()[:8])
+    finetune("--checkpoint moco-v9 --epochs 1")
+    assert (
+        f"downloading {web.url}/base.pth to {place}; see the licence on the publisher's page\n"
+        in capsys.readouterr().out
+    )
+    (web.folder / "base.pth").unlink()
+    assert fetch() == content
+    assert "downloading" not in capsys.readouterr().out
+
+
+def test_the_licence_of_moco_is_said_of_its_own_files_alone(web, monkeypatch, capsys):
+    publish(web, "base.pth")
+    monkeypatch.setattr(published, "_MOCO", web.url)
+    fetch()
+    assert "on the publisher's page (CC-BY-NC 4.0)\n" in capsys.readouterr().out
+
+
+def test_of_two_that_need_a_file_one_downloads_it(web, monkeypatch):
+    publish(web, "base.pth")
+    real = published._download
+    begun = []
+
+    def download(*args):
+        begun.append(args)
+        time.sleep(0.2)
+        real(*args)
+
+    monkeypatch.setattr(published, "_download", download)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: fetch(), range(2))) == [CONTENT] * 2
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize("fault", ["another file", "nothing there"])
+def test_what_cannot_be_had_is_one_line_and_leaves_nothing(web, tmp_path, fault):
+    publish(web, "base.pth", b"other")
+    told = f"{web.url}/base.pth did not arrive as it is published ({DIGEST}): try again later"
+    if fault == "nothing there":
+        (web.folder / "base.pth").unlink()
+        told = f"cannot download {web.url}/base.pth (HTTP Error 404: Not Found): fetch it elsewhere and"
+    with pytest.raises(InputError, match=re.escape(told)):
+        finetune_lora.read_options(["--checkpoint", "moco-v9"])
+    assert not list((tmp_path / "hub").rglob("*.p*"))
+
+
+def test_a_server_that_stalls_is_not_waited_for_and_leaves_one_file(web, monkeypatch):
+    monkeypatch.setattr(published, "TIME_OUT", 0.2)
+    place = publish(web, "stalls.pth")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"cannot download .*/stalls\.pth \(timed out\): fetch it elsewhere"):
+            fetch()
+        assert [path.name for path in place.parent.iterdir() if path.suffix != ".lock"] == ["stalls.pth.part"]
+        assert place.with_name("stalls.pth.part").read_bytes() == CONTENT[:300]
+
+
+@pytest.mark.parametrize("digest", [DIGEST, ""])
+def test_what_is_torn_is_noticed_and_a_part_of_a_killed_call_is_begun_anew(web, digest):
+    place = publish(web, "breaks.pth", digest=digest)
+    with pytest.raises(InputError, match=rf"breaks\.pth did not arrive as it is published \({digest or 1024}\)"):
+        fetch()
+    assert not list(place.parent.glob("*.p*"))
+    place.with_name("base.pth.part").write_bytes(b"of an older version" * 100)
+    publish(web, "base.pth", digest=digest)
+    assert fetch() == CONTENT
+
+
+def test_a_server_that_says_no_size_may_not_send_without_end(web, monkeypatch):
+    content = CONTENT * 1000
+    publish(web, "endless.pth", content, hashlib.md5(content).hexdigest()[:8])
+    monkeypatch.setattr(published, "LARGEST", len(content) // 2)
+    with pytest.raises(InputError, match="did not arrive as it is published"):
+        fetch()
+    monkeypatch.setattr(published, "LARGEST", 2 * len(content))
+    assert fetch() == content
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: finetune_lora.read_options(["--checkpoint", "moco-v9", "--data-dir", "nowhere"]),
+        lambda: pretrain.read_options(["--checkpoint", "moco-v9", "--data-dir", "nowhere"]),
+        lambda: deploy_lora.read_options(["merge", "lora.pth", "--checkpoint", "moco-v9", "--output", "nowhere/a.pth"]),
+    ],
+    ids=["finetune", "pretrain", "deploy"],
+)
+def test_nothing_is_downloaded_before_all_else_is_right(web, read):
+    publish(web, "base.pth")
+    with pytest.raises(InputError, match="nowhere") as error:
+        read()
+    assert "\n" not in str(error.value) and not Server.wanted
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: finetune_lora.read_options(["--checkpoint", "moco-v9"])[0],
+        lambda: pretrain.read_options(["--checkpoint", "moco-v9"])[0],
+        lambda: deploy_lora.read_options(["merge", "lora.pth", "--checkpoint", "moco-v9", "--output", "a.pth"]),
+    ],
+    ids=["finetune", "pretrain", "deploy"],
+)
+def test_each_script_gets_the_file(web, read):
+    place = publish(web, "base.pth")
+    assert read().checkpoint == place
+
+
+def test_a_checkpoint_that_was_typed_is_not_said_to_be_missing(tmp_path):
+    with pytest.raises(InputError) as error:
+        finetune_lora.read_options(["--data-dir", str(tmp_path), "--checkpoint", ""])
+    assert str(error.value) == "--checkpoint: expected a value, got none"
+
+
+def test_files_of_the_hub(tmp_path, monkeypatch):
+    hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert fetched(Path("hf:owner/name/folder/a.pth")) == tmp_path / "owner/name/folder/a.pth"
+    with pytest.raises(InputError, match="hf: is to be followed by owner/name/file"):
+        fetched(Path("hf:owner/name"))
+    for error in (OSError, RuntimeError):  # the latter stands for those of libraries for HTTP
+        hub.hf_hub_download = mock.Mock(side_effect=error("404: no such repository\nand much more"))
+        with pytest.raises(InputError, match=r"hf:owner/name/a\.pth cannot be downloaded: 404: no such repository$"):
+            fetched(Path("hf:owner/name/a.pth"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"hf:owner/name needs huggingface_hub .*: pip install huggingface_hub"):
+        fetched(Path("hf:owner/name/a.pth"))
+
+
+def test_the_names_of_torchgeos_files_end_in_their_digests():
+    for name, (url, digest) in published.PUBLISHED.items():
+        assert url.startswith("https://") and re.fullmatch("[0-9a-f]{8}|", digest), name
+        assert "torchgeo" not in url or url.endswith(f"-{digest}.pth"), name
