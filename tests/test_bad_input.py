@@ -659,7 +659,7 @@ def test_the_scripts_themselves(command, names, tmp_path):
     (tmp_path / "my.yaml").write_text("finetune: !!python/object/apply:os.mkdir [ran]")
     done = typed(command, tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.stderr.strip().startswith("error: ") and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 

@@ -270,6 +270,59 @@ def test_what_libraries_say_becomes_a_line_with_a_remedy():
         raise RuntimeError("CUDA error: out of memory")
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (RuntimeError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files"), "ulimit -n"),
+        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), "/dev/shm"),
+        (OSError(28, "No space left on device"), "/dev/shm"),  # of a lock, which a loading process needs
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. ... shared memory ..."), "/dev/shm"),
+    ],
+)
+def test_what_the_system_lacks_is_not_called_memory(error, remedy):
+    with pytest.raises(InputError, match=f"{remedy}.* use fewer --workers"), runs.faults_explained(None, ""):
+        raise error
+
+
+def test_another_error_of_the_system_stays_what_it_is():
+    with pytest.raises(OSError, match="Input/output error"), runs.faults_explained(None, ""):
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("end", ["raise InputError('it is wrong')", "raise KeyboardInterrupt('Stopped')"])
+def test_the_last_line_of_a_log_is_not_behind_a_bar(end):
+    begin = "from toolkit import InputError\nfrom toolkit.run import runs\ndef main():\n"
+    bar = "    for _ in runs.progress_bar(range(3), 'epoch', mininterval=0):\n    "
+    for body in (bar, ""):
+        code = f"{begin}{body}    {end}\nruns.run_script(main)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode in (2, 130) and ("epoch" in done.stderr) == bool(body)
+        assert done.stderr.split("\n")[-2] in ("error: it is wrong", "Stopped")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_is_one_word_while_packages_load(ignored):
+    """Unless it is ignored, as of a command that nohup has started."""
+    code = "import os, signal\nfrom toolkit import config\n"
+    code += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+    code += "config.check_command_line(lambda *_: None, '')\nos.kill(os.getpid(), signal.SIGINT)\nprint('went on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if ignored:
+        assert (done.returncode, done.stdout) == (0, "went on\n")
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_is_an_exception_again_when_the_script_runs():
+    code = "import os, signal\nfrom toolkit import config\nfrom toolkit.run import runs\ndef main():\n"
+    code += "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    finally:\n        print('saved')\n"
+    code += "config.check_command_line(lambda *_: None, '')\nruns.run_script(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "saved\n", "\ninterrupted\n")
+
+
 # --------------------- toolkit/run/output_folder.py: what a run may write where, and how nothing of another run is lost
 
 

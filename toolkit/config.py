@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections import Counter
@@ -146,12 +147,11 @@ def parse_args(
     sources = dict.fromkeys(actions, "default")
 
     def take(dest: str, value: Any, source: str, name: str) -> None:
+        sources[dest] = source
         try:
             values[dest] = _convert(actions[dest], value)
         except (argparse.ArgumentTypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
-        else:
-            sources[dest] = source
 
     if "config" in typed:
         take("config", typed.pop("config"), "command line", "--config")
@@ -172,6 +172,8 @@ def parse_args(
 
 def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any], description: str) -> None:
     """Read the options of a script that is about to load PyTorch: for help, and for mistakes, it ends here."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+        signal.signal(signal.SIGINT, end_quietly)
     try:
         read_options(None, description)
     except InputError as error:
@@ -179,8 +181,12 @@ def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any],
             return  # `main` finds it again: of several processes one reports it
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # of a download
-        sys.exit(130)
+
+
+def end_quietly(signum: int, _: Any) -> None:
+    """What Ctrl-C does until `run_script` begins: while packages load, an exception would be theirs, in any place."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signum)
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from toolkit import InputError, distributed, printable
+from toolkit import InputError, config, distributed, printable
 from toolkit.images.data import end_workers
 from toolkit.images.folders import UnreadableImage
 
@@ -86,6 +87,11 @@ class StopRequests:
 
 # What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
 NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What an OSError says, or PyTorch in the place of one, where the system lacks something; "ancdata" are open files.
+LACKS = {
+    "Too many open files|ancdata": "too many files are open: raise their limit (ulimit -n 4096)",
+    "</torch_|shared memory|No space left": "/dev/shm, which hands over loaded images, or the disk is full: make room",
+}
 
 
 @contextlib.contextmanager
@@ -101,7 +107,10 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
     except UnreadableImage as error:
         # A DataLoader worker's error arrives with the worker's traceback as text before the message.
         raise InputError(str(error).rpartition("UnreadableImage: ")[2].strip()) from None
-    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+    except (MemoryError, RuntimeError, OSError, EOFError) as error:
+        for said, remedy in LACKS.items():
+            if re.search(said, str(error)):
+                raise InputError(f"{remedy}, or use fewer --workers") from None
         on_device = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY_ON_GPU)
         if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise InputError(f"out of memory on {device if on_device else 'cpu'}: {saves_memory}") from None
@@ -143,6 +152,9 @@ def run_script(main: Callable[[], Any]) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
+    begin = "" if sys.stderr.isatty() else "\n"  # a bar may be at the end of a log's last line
+    if signal.getsignal(signal.SIGINT) is config.end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         distributed.leave()
@@ -150,14 +162,15 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         if distributed.claim_report():
             # A DataLoader worker's error arrives with the worker's traceback as text before the message.
-            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+            print(f"{begin}error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # a loader that could not start cannot be taken down either
         if hasattr(signal, "SIGCHLD"):  # if a loading process was killed, PyTorch's handler would raise on the way out
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         sys.stdout.flush()
         if distributed.is_main():
-            print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
+            print(begin + (f"{stop}" or "interrupted"), file=sys.stderr, flush=True)
         # An ordinary exit would wait for loading processes, however long they read.
         os._exit(128 + getattr(stop, "signum", signal.SIGINT))
     except BrokenPipeError:
