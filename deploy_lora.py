@@ -500,6 +500,10 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
     if data.get("dataset") not in sources.DATASETS:
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
+    named = [data.get("data_dir"), data.get("val_dir"), *data.get("data_list", ())]
+    if elsewhere := [place for place in named if place and remote.is_elsewhere(place)]:
+        problem = "an address that only a file names is not asked for images"
+        raise InputError(f"{remote.address(elsewhere[-1])}: {problem}; if you trust it, give it behind the adapter")
     for key in {"data_dir", "val_dir"} & data.keys():
         data[key] = files.found_path(data[key])
     if "data_list" in data:

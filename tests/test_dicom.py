@@ -1,5 +1,6 @@
 """DICOM files: their windows, units and inverted greys, in folders, archives and with --channels 1."""
 
+import io
 import os
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from PIL import Image
 import finetune_lora
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
-from toolkit.images import bands, dicom
+from toolkit.images import bands, dicom, remote
 from toolkit.images.folders import ImageFiles, image_names
 from toolkit.images.masks import MaskReader, pairs_in
 from toolkit.images.shards import read_shards
@@ -49,20 +50,64 @@ RAMP = np.arange(0, 4000, 40).reshape(10, 10)
 @pytest.mark.parametrize(
     ("tags", "greys"),
     [
-        ({}, 255 * RAMP / 3960),
+        ({"BitsStored": 12, "HighBit": 11}, 255 * RAMP / 4095),
         # From 1000 to 2000 of the numbers 2 x - 1000.
         (
             {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 1500, "WindowWidth": 1001},
             255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1),
         ),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, 255 - 255 * RAMP / 3960),
+        ({"BitsStored": 12, "PhotometricInterpretation": "MONOCHROME1"}, 255 - 255 * RAMP / 4095),
+        # The range of 13 bits with a sign is -4096 to 4095, and -4095 to 4096 with the sign exchanged.
+        ({"BitsStored": 13, "PixelRepresentation": 1}, 255 * (RAMP + 4096) / 8191),
+        (
+            {"BitsStored": 13, "PixelRepresentation": 1, "RescaleSlope": -1, "RescaleIntercept": 0},
+            255 * (4095 - RAMP) / 8191,
+        ),
+        # From 1000 to 2000 of the numbers 4000 - x.
+        (
+            {"RescaleSlope": -1, "RescaleIntercept": 4000, "WindowCenter": 1500, "WindowWidth": 1001},
+            255 * np.clip((3000.0 - RAMP) / 1000, 0, 1),
+        ),
+        # A window whose dark end no pixel reaches; and the same of an inverted image.
+        ({"WindowCenter": 0, "WindowWidth": 10001}, 255 * (RAMP + 5000) / 10000),
+        (
+            {"WindowCenter": 0, "WindowWidth": 10001, "PhotometricInterpretation": "MONOCHROME1"},
+            255 - 255 * (RAMP + 5000) / 10000,
+        ),
     ],
-    ids=["as it is", "window", "inverted"],
+    ids=["bits", "window", "inverted", "sign", "negative slope", "window of that", "wide window", "inverted window"],
 )
-def test_a_picture_is_seen_through_the_window_of_its_file(tags, greys):
+def test_a_picture_is_seen_through_the_window_of_its_file_or_by_its_bits(tags, greys):
     image = dicom.picture(file_of(RAMP, **tags), "chest.dcm")
     np.testing.assert_allclose(np.asarray(image), greys, atol=1)
     assert np.asarray(to_rgb(image)).shape == (10, 10, 3)
+
+
+def table_of(entries: list[int], bits: int) -> pydicom.Dataset:
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData = [len(entries), 0, bits], np.array(entries, np.uint16).tobytes()
+    return table
+
+
+def test_tables_have_the_range_of_their_bits():
+    """A table in the place of a rescale, or of a window."""
+    squares = [x * x // 4000 for x in range(4000)]
+    for name in ("ModalityLUTSequence", "VOILUTSequence"):
+        image = dicom.picture(file_of(RAMP, **{name: [table_of(squares, 16)]}), "old.dcm")
+        np.testing.assert_allclose(np.asarray(image), 255 * (RAMP * RAMP // 4000) / 65535, atol=1)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_one_tissue_has_one_grey_whatever_else_is_in_the_image(photometric):
+    """A marker in a corner, or a metal plate, is brighter than all tissue."""
+    plain = np.full((20, 20), 1000)
+    marked = plain.copy()
+    marked[:3, :3] = 4000
+    tags = {"BitsStored": 12, "PhotometricInterpretation": photometric}
+    pictures = [np.asarray(dicom.picture(file_of(pixels, **tags), "a.dcm")) for pixels in (plain, marked)]
+    assert (pictures[0][10:] == pictures[1][10:]).all()
+    numbers = [dicom.levels(file_of(pixels, **tags)) for pixels in (plain, marked)]
+    assert (numbers[0][10:] == numbers[1][10:]).all()
 
 
 def test_numbers_are_in_their_own_unit():
@@ -70,8 +115,8 @@ def test_numbers_are_in_their_own_unit():
     array, names = bands.decoded(file_of(np.stack([RAMP, RAMP + 7]), **tags))
     np.testing.assert_array_equal(array[..., 0], 2 * RAMP - 1000)  # of the first frame
     assert names is None
-    inverted, _ = bands.decoded(file_of(RAMP, PhotometricInterpretation="MONOCHROME1"))
-    np.testing.assert_array_equal(inverted[..., 0], RAMP.max() - RAMP)
+    inverted, _ = bands.decoded(file_of(RAMP, BitsStored=12, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(inverted[..., 0], 4095 - RAMP)
 
 
 def test_frames_share_their_unit_and_window():
@@ -96,7 +141,28 @@ def test_a_palette_gives_colours_and_a_window_without_width_is_none():
     image = np.asarray(dicom.picture(file_of(RAMP, **tags), "us.dcm"))
     assert (image == (0, 255, 0)).all()
     image = dicom.picture(file_of(RAMP, WindowCenter=5, WindowWidth=0), "screen.dcm")
-    np.testing.assert_allclose(np.asarray(image), 255 * RAMP / 3960, atol=1)
+    np.testing.assert_allclose(np.asarray(image), 255 * RAMP / 65535, atol=1)
+
+
+def deflated(pixels: np.ndarray, filling: bytes = b"", **tags) -> bytes:
+    """The same, compressed as a whole, with a private value."""
+    dataset = pydicom.dcmread(io.BytesIO(file_of(pixels, **tags)))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.private_block(0x11, "filling", create=True).add_new(1, "OB", filling)
+    return bytes_of(dataset.save_as, enforce_file_format=True)
+
+
+def test_a_deflated_file_is_read_unless_it_grows_without_measure(monkeypatch):
+    np.testing.assert_array_equal(dicom.levels(deflated(RAMP)), RAMP)
+    monkeypatch.setattr(remote, "LARGE_IMAGE", 10**5)
+    np.testing.assert_array_equal(dicom.levels(deflated(RAMP, bytes(10**4))), RAMP)
+    with pytest.raises(ValueError, match="compressed by more than an image can be"):
+        dicom.levels(deflated(RAMP, bytes(10**6)))
+
+
+def test_a_size_is_checked_before_it_is_decoded():
+    with pytest.raises(ValueError, match="an image of 7,200,000,000 bytes, which is more than its bytes can hold"):
+        dicom.levels(file_of(RAMP, Rows=60_000, Columns=60_000))
 
 
 def test_a_folder_of_them_trains(base, tmp_path, capsys):

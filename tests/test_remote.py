@@ -107,12 +107,28 @@ def argv(base: Path, folder: Path, options: str) -> list[str]:
     return f"--checkpoint {base} --epochs 1 --device cpu --workers 0 --output-dir {folder} {options}".split()
 
 
-def test_a_run_reads_a_list_or_archives_and_its_adapter_finds_them_again(place, base, tmp_path, capsys):
+def test_a_run_reads_a_list_or_archives(place, base, tmp_path, capsys):
     of_list = finetune_lora.main(argv(base, tmp_path / "list", f"--data-list {place}/list.csv"))
     of_shards = finetune_lora.main(argv(base, tmp_path / "shards", f"--data-dir {place}/shards"))
     assert 2 <= of_list["val_images"] <= 4 and 2 <= of_shards["val_images"] <= 4
-    again = deploy_lora.main(["evaluate", str(tmp_path / "list" / "lora.pth")])
-    assert again["accuracy"] == pytest.approx(of_list["val_accuracy"])
+    again = deploy_lora.main(["evaluate", str(tmp_path / "list" / "lora.pth"), f"{place}/list.csv"])
+    assert again["images"] == 12
+
+
+@pytest.mark.parametrize("options", ["--data-list {}/list.csv", "--data-dir {}/photos"])
+def test_what_only_a_file_names_is_not_asked_for(place, base, tmp_path, monkeypatch, options):
+    """A stranger's adapter would have this machine ask any other."""
+    finetune_lora.main(argv(base, tmp_path / "out", options.format(place)))
+    told = rf"^{place}/(list.csv|photos): an address that only a file names .* give it behind the adapter$"
+    with monkeypatch.context() as patched:
+        patched.setattr(fsspec.core, "url_to_fs", mock.Mock(side_effect=AssertionError("asked")))
+        with pytest.raises(InputError, match=told):
+            deploy_lora.main(["evaluate", str(tmp_path / "out" / "lora.pth")])
+
+
+def test_what_a_file_names_by_an_address_of_this_machine_is_read(here, base, tmp_path):
+    finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir file://{here}/photos"))
+    assert deploy_lora.main(["evaluate", str(tmp_path / "out" / "lora.pth")])["images"] == 4
 
 
 def test_local_lists_may_have_addresses(place, base, tmp_path):
@@ -127,7 +143,7 @@ def test_a_run_reads_folders_as_it_reads_those_of_this_machine(place, here, base
     alone = finetune_lora.main(argv(base, tmp_path / "alone", f"--data-dir {here}/photos"))
     assert at_place["val_loss"] == alone["val_loss"] and set(at_place["accuracy_per_class"]) == {"even", "hot dog"}
     adapter = str(tmp_path / "out" / "lora.pth")
-    for images in ([], [f"{place}/photos"], [f"{place}/photos/val"]):
+    for images in ([f"{place}/photos"], [f"{place}/photos/val"]):
         assert deploy_lora.main(["evaluate", adapter, *images])["loss"] == pytest.approx(alone["val_loss"])
 
 
@@ -198,7 +214,7 @@ def test_an_archive_is_indexed_in_few_reads(monkeypatch):
             return super().readinto(buffer)
 
     system = SimpleNamespace(open=lambda place, mode, block_size: Bare(tree()["shards/part-0.tar"]))
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (system, url))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (system, url))
     monkeypatch.setattr(shards, "shard_names", lambda folder: ["part-0.tar"])
     images, labels = shards.read_shards(Path("gs://place/shards"))
     assert len(images) == len(labels) == 6 and len(reads) <= 2
@@ -209,18 +225,18 @@ def test_bytes_of_a_server_without_ranges_are_cut_out_here(monkeypatch):
         def cat_file(self, place, start=None, end=None):
             return b"0123456789"
 
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Whole(), url))
-    assert remote.read("https:/somewhere/a.tar", 2, 5) == b"234"
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (Whole(), url))
+    assert remote.read("s3:/somewhere/a.tar", 2, 5) == b"234"
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("memory://place/none.csv", "none.csv: cannot read it: "),
-        ("https://me:secret@somewhere/list.csv", "somewhere/list.csv: a password or signature in its address would be"),
+        ("https://me:secret@somewhere/list.csv", "https://somewhere/list.csv: a password, signature or further"),
         (
             "https://somewhere/list.csv?key=secret",
-            "somewhere/list.csv: a password or signature in its address would be",
+            "https://somewhere/list.csv: a password, signature or further",
         ),
         ("nosuch://place/list.csv", "nosuch://place/list.csv cannot be read: Protocol not known"),
     ],

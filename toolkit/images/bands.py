@@ -4,17 +4,20 @@ Such an image is an array (H, W, bands) of float32 with the unchanged numbers of
 ``(numbers / scale - mean) / std``. This module measures, checks and records scale, mean and std.
 """
 
+import functools
+import importlib
 import io
 import logging
+import lzma
 import math
 import os
 import re
-import stat
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +64,7 @@ class Bands:
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
         """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
         if self._name_in_parts(os.path.basename(path)) is None:
-            return self.read(read_file(path))
+            return self.read(remote.read(path))
         found = {name: _single(file) for name, file in self.files(path).items()}
         size = max((band.shape for band in found.values()), key=math.prod)
         for name, band in found.items():  # Sentinel-2 has bands of 10, 20 and 60 m
@@ -164,7 +167,7 @@ def _single(path: str) -> np.ndarray:
     """The file of one band: (H, W)."""
     name = os.path.basename(path)
     try:
-        array, _ = decoded(read_file(path))
+        array, _ = decoded(remote.read(path))
     except InputError:
         raise
     except Exception as error:
@@ -196,10 +199,7 @@ def enlarged(band: np.ndarray, times: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
-# Deflate never compresses by this factor: a larger image is a damaged header, and allocating it could take minutes.
-MOST_COMPRESSED = 1100
-LARGE_IMAGE = 2**28  # bytes. A file of zeros is as small; so from here on an image is compressed by less.
-MOST_COMPRESSED_IF_LARGE = 100
+_SAMPLES_OF_PNG = {0: 1, 2: 3, 4: 2}  # of a pixel, by the kind of colours; else 4
 MOST_PAGES = 1024
 TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -207,8 +207,8 @@ TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image with Pillow, without decoding it unless it is DICOM. Raises OSError, or InputError if remote."""
     if remote.is_remote(path) or dicom.is_dicom(path) or dicom.is_bare_dicom(path):
-        return picture_of(read_file(path), path)
-    check_is_file(path)
+        return picture_of(remote.read(path), path)
+    remote.check_is_file(path)
     return Image.open(path, formats=FORMATS)
 
 
@@ -221,24 +221,20 @@ def picture_of(content: bytes, path: str | os.PathLike) -> Image.Image:
     return image
 
 
-def read_file(path: str | os.PathLike) -> bytes:
-    """The content of a file. Raises OSError, or InputError if remote."""
-    if remote.is_remote(path):
-        return remote.read(path)
-    check_is_file(path)
-    return Path(path).read_bytes()
-
-
-def check_is_file(path: str | os.PathLike) -> None:
-    """Raise OSError for what is no file: reading a pipe waits for ever, and a device may never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a file")
-
-
 def import_tifffile() -> ModuleType:
-    """The package tifffile, silenced: it would write a line for each damaged tag."""
+    """The package tifffile, which writes no line for a damaged tag, and inflates no strip beyond its size."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
-    return optional_package("tifffile", "a TIFF file", "tifffile imagecodecs")
+    tifffile = optional_package("tifffile", "a TIFF file", "tifffile imagecodecs")
+    # What takes the place of imagecodecs, where that is missing, knows no end.
+    codecs = importlib.import_module("tifffile._imagecodecs")
+    codecs.zlib_decode = functools.partial(_expanded, zlib.decompressobj)
+    codecs.lzma_decode = functools.partial(_expanded, lzma.LZMADecompressor)
+    return tifffile
+
+
+def _expanded(codec: Callable[[], Any], strip: bytes, *, out: int | None = None) -> bytes:
+    """What a strip of a TIFF holds, in the `out` bytes that it is to have."""
+    return codec().decompress(strip, out or remote.LARGE_IMAGE)
 
 
 def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
@@ -257,10 +253,13 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
     elif content[128:132] == b"DICM":
         array = dicom.levels(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
+        width, height, _, colours = struct.unpack(">IIBB", content[16:26])
+        remote.check_size(2 * width * height * _SAMPLES_OF_PNG.get(colours, 4), len(content))
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            remote.check_size(math.prod(image.size) * len(image.getbands()), len(content))
             array = _pixels(image)
             if image.format == "JPEG2000":
                 array = _of_own_bits(array, content)
@@ -284,20 +283,13 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
 
 
-def _check_size(size: int, content: bytes) -> None:
-    """Raise ValueError for an image of more bytes than the content of its file can mean."""
-    most = MOST_COMPRESSED_IF_LARGE if size > LARGE_IMAGE else MOST_COMPRESSED
-    if size > most * len(content):
-        raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
-
-
 def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
     """The numbers of a TIFF as they are, bands last; and GDAL's number for no data, 0 without. Raises as `decoded`."""
     with import_tifffile().TiffFile(io.BytesIO(content), is_ome=False) as file:  # OME's bands may be in other files
         if len(file.pages) > MOST_PAGES:
             raise ValueError(f"it has {len(file.pages)} pages, and at most {MOST_PAGES} are read")
         series = file.series[0]
-        _check_size(series.nbytes, content)
+        remote.check_size(series.nbytes, len(content))
         array = series.asarray()
         axes = series.axes
         nodata = file.pages.first.nodata
@@ -309,8 +301,6 @@ def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
 
 def _from_npz(content: bytes) -> tuple[np.ndarray, list[str] | None]:
     """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        _check_size(sum(member.file_size for member in archive.infolist()), content)
     arrays = array_of(content)
     if len(arrays) == 1:
         return _bands_last(*arrays.values()), None
@@ -322,9 +312,14 @@ def _from_npz(content: bytes) -> tuple[np.ndarray, list[str] | None]:
 
 def array_of(content: bytes) -> Any:
     """The array of an .npy file, or a dictionary with those of an .npz."""
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            remote.check_size(sum(member.file_size for member in archive.infolist()), len(content))
     try:
         loaded = np.load(io.BytesIO(content), allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        return {name: np.asarray(array) for name, array in loaded.items()}  # of what is no array these are bytes
     except MemoryError:
         raise ValueError("its header says that it is larger than it can be") from None
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from toolkit import InputError, listed, printable
 from toolkit.choices import EVALUATION_NAMES
 from toolkit.images import dicom, remote
-from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image, read_file
+from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image
 
 # The first frame of an animated file is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
@@ -64,7 +64,7 @@ class ImageFiles(Dataset):
         return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
 
     def content(self, i: int) -> bytes:
-        return b"".join(map(read_file, self.parts(i)))
+        return b"".join(map(remote.read, self.parts(i)))
 
 
 class UnreadableImage(InputError):

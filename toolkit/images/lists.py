@@ -15,7 +15,7 @@ from torch import Tensor
 
 from toolkit import InputError, listed, printable
 from toolkit.images import remote
-from toolkit.images.bands import ARRAY_SUFFIXES, read_file
+from toolkit.images.bands import ARRAY_SUFFIXES
 from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
@@ -117,7 +117,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     rows = []
     number = 0
     try:
-        with io.StringIO(read_file(path).decode("utf-8-sig"), newline=None) as file:
+        with io.StringIO(remote.read(path).decode("utf-8-sig"), newline=None) as file:
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
             for line in file:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from toolkit import InputError, printable
 from toolkit.images import folders, remote, splitting
-from toolkit.images.bands import RESOLUTIONS, Bands, array_of, levels_of_tiff, open_image, read_file
+from toolkit.images.bands import RESOLUTIONS, Bands, array_of, levels_of_tiff, open_image
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import checked_files, read_list
 from toolkit.images.scaling import split_names
@@ -83,7 +83,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
 def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
     """The name in each line of a file, and behind it the value (v,), the colour (r, g, b), or nothing, ()."""
     try:
-        text = read_file(path).decode("utf-8-sig")
+        text = remote.read(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: cannot read it as text: {printable(error)}") from None
     lines = []
@@ -212,13 +212,13 @@ def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     colours = None
     try:
         if path.lower().endswith(".npy"):
-            levels = array_of(read_file(path))
+            levels = array_of(remote.read(path))
         else:
             levels, colours = _decoded_by_pillow(path)
     except UnidentifiedImageError:
         if not path.lower().endswith((".tif", ".tiff")):
             raise
-        levels, _ = levels_of_tiff(read_file(path))  # of 64 bits, for example
+        levels, _ = levels_of_tiff(remote.read(path))  # of 64 bits, for example
     if levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
         return levels[..., :3], None
     if levels.ndim == 3 and 1 in (levels.shape[0], levels.shape[2]):
@@ -239,7 +239,7 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
         has_pages = image.format == "TIFF" and image.mode != "P" and image.n_frames > 1
         if has_pages or (image.mode == "L" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO):
-            return levels_of_tiff(read_file(path))[0], None  # Pillow inverts these, and reads the first page alone
+            return levels_of_tiff(remote.read(path))[0], None  # Pillow inverts these, and reads the first page alone
         colours = None
         if image.mode == "P":
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)

@@ -99,8 +99,6 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
 
 
 def _is_tiff(path: str) -> bool:
-    if not remote.is_remote(path):
-        reading.check_is_file(path)
     with remote.opened(path) as file:
         return file.read(4) in reading.TIFF_BEGINS
 
@@ -123,6 +121,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
         if series.dataoffset is not None and not remote.is_remote(path):
             dtype = np.dtype(file.byteorder + series.dtype.char)
             return Levels(path, series.shape, dtype, series.dataoffset, axis, nodata=page.nodata)
+        remote.check_size(series.nbytes, source.seek(0, os.SEEK_END))
         if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the map would be a bus error
             os.posix_fallocate(scratch.fileno(), 0, series.nbytes)
         levels = np.memmap(scratch, series.dtype, "w+", shape=series.shape)
@@ -137,7 +136,7 @@ def _decoded(path: str, bands: Bands | None, scratch: Any) -> Levels:
         with reading.open_image(path) as image:
             levels = np.asarray(to_rgb(image))
     else:
-        levels, names = reading.decoded(reading.read_file(path))
+        levels, names = reading.decoded(remote.read(path))
     scratch.seek(0)  # `_in_tiff` may have begun to write
     scratch.write(np.ascontiguousarray(levels))
     scratch.flush()

@@ -49,12 +49,7 @@ class ShardedImages(ImageFiles):
 
     def content(self, i: int) -> bytes:
         shard, offset, size = self.places[i].tolist()
-        path = os.path.join(self.folder, self.shards[shard])
-        if remote.is_remote(path):
-            return remote.read(path, offset, offset + size)
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return remote.read(os.path.join(self.folder, self.shards[shard]), offset, offset + size)
 
 
 def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
@@ -87,6 +82,7 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
     """The members of one archive: image -> (offset, size) in bytes, and a label's name without .cls -> label."""
     images = {}
     labels = {}
+    twice = []
     try:
         # Small parts are read, one for each image: a large buffer would fetch all.
         with remote.opened(path, at_once=2**16) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -94,6 +90,8 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
                 if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
                     continue
                 if member.name.lower().endswith(endings) and member.isfile():
+                    if member.name in images:
+                        twice.append(member.name)
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
                     text = archive.extractfile(member).read(1000).decode()
@@ -104,4 +102,6 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
     except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError, KeyError, RecursionError) as error:
         problem = f"{path}: not a tar archive that can be read ({printable(error)})"
         raise InputError(f"{problem}; compressed ones must be unpacked to .tar") from None
+    if twice:
+        print(f"{path}: the last member of a name is read, as when it is unpacked: {listed(dict.fromkeys(twice))}")
     return images, labels

@@ -1,0 +1,273 @@
+"""What comes in through the door is a file, has an end, comes soon, and stays small: hostile files and servers."""
+
+import io
+import itertools
+import os
+import struct
+import tarfile
+import threading
+import tracemalloc
+import zipfile
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.image_files import bytes_of
+from toolkit import InputError
+from toolkit.images import bands, folders, lists, masks, remote, shards
+from toolkit.images.scenes import open_scene
+
+fsspec = pytest.importorskip("fsspec")
+
+
+# --------------------------------------------------------------------------------------------------- what has an end
+
+
+def test_an_address_may_lead_to_no_device_and_to_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
+    for place in ("file:///dev/zero", f"file://{tmp_path}/pipe"):
+        for read in (remote.read, lambda place: lists.read_paths(place, tmp_path)):
+            with pytest.raises(InputError, match=f"{place} cannot be read: not a file"):
+                read(place)
+        with pytest.raises(InputError, match="not a file"), remote.opened(place):
+            pass
+    images = folders.ImageFiles(tmp_path, lists.read_paths(tmp_path / "list.csv", tmp_path), [0])
+    with pytest.raises(InputError, match="file:///dev/zero cannot be read: not a file"):
+        images[0]
+
+
+def test_a_pipe_is_no_archive_and_no_scene(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read \(not a file\)"):
+        shards.read_shards(tmp_path)
+    refused = pytest.raises(InputError, match=r"a\.tar: not a readable image \(not a file\)")
+    with refused, open_scene(tmp_path / "a.tar", None):
+        pass
+
+
+def test_a_file_is_read_up_to_a_limit_and_in_parts(tmp_path, monkeypatch):
+    (tmp_path / "a.npy").write_bytes(bytes(range(100)))
+    monkeypatch.setattr(remote, "LARGEST_FILE", 100)
+    assert remote.read(tmp_path / "a.npy") == bytes(range(100))
+    monkeypatch.setattr(remote, "LARGEST_FILE", 99)
+    assert remote.read(tmp_path / "a.npy", 10, 20) == bytes(range(10, 20))
+    with pytest.raises(InputError, match=r"a\.npy: not a readable image \(more than 99 bytes are not read at once\)"):
+        folders.ImageFiles(tmp_path, ["a.npy"], [0], bands.Bands(1))[0]
+
+
+@pytest.mark.parametrize("system", ["memory", "file"])
+def test_an_address_is_read_up_to_a_limit(tmp_path, monkeypatch, system):
+    place = f"file://{tmp_path}/a.npy" if system == "file" else "memory://doors/a.npy"
+    with fsspec.open(place, "wb") as file:
+        file.write(bytes(range(100)))
+    monkeypatch.setattr(remote, "LARGEST_AT_ADDRESS", 100)
+    assert remote.read(place) == bytes(range(100))
+    monkeypatch.setattr(remote, "LARGEST_AT_ADDRESS", 99)
+    assert remote.read(place, 10, 20) == bytes(range(10, 20))
+    for end in (None, 2**60):  # as an archive may say of a member
+        with pytest.raises(InputError, match=r"a\.npy cannot be read: more than 99 bytes are not read"):
+            remote.read(place, 0, end)
+
+
+# ------------------------------------------------------------------------------------------------------ what comes soon
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `/endless`, `/stalls`, whose rest never comes, `/mute`, which says nothing at all, and `/whole`."""
+
+    over = threading.Event()
+    sent = 0
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if self.path == "/mute":
+            self.over.wait(10)
+        self.send_response(200)
+        if self.path == "/stalls":
+            self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(bytes(range(50)))
+        self.wfile.flush()
+        if self.path == "/stalls":
+            self.over.wait(10)
+        try:
+            while self.path == "/endless":
+                self.wfile.write(bytes(1000))
+                Server.sent += 1000
+        except ConnectionError:
+            pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(Server, "over", threading.Event())
+    monkeypatch.setattr(Server, "sent", 0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        Server.over.set()
+        running.shutdown()
+
+
+@pytest.mark.parametrize("ends", [None, 2**40])
+def test_a_body_without_end_is_refused_where_it_is_too_long(server, monkeypatch, ends):
+    monkeypatch.setattr(remote, "LARGEST_AT_ADDRESS", 10**5)
+    with pytest.raises(InputError, match=r"/endless cannot be read: more than 100,000 bytes are not read"):
+        remote.read(f"{server}/endless", 0, ends)
+    assert Server.sent < 2 * 10**7  # what lies in buffers has been sent too
+
+
+def test_of_a_server_without_ranges_no_more_is_read_than_is_asked(server):
+    assert remote.read(f"{server}/endless", 10, 20) == bytes(range(10, 20))
+    assert remote.read(f"{server}/whole") == bytes(range(50))
+
+
+@pytest.mark.parametrize("name", ["stalls", "mute"])
+def test_a_server_that_stalls_is_not_waited_for(server, monkeypatch, name):
+    monkeypatch.setattr(remote, "TIME_OUT", 0.2)
+    with pytest.raises(InputError, match=rf"/{name} cannot be read: nothing has arrived for 0\.2 seconds"):
+        remote.read(f"{server}/{name}")
+
+
+@pytest.mark.parametrize(
+    "place", ["simplecache::https://me:secret@host/a.csv", "zip://a.csv::https://me:secret@host/b"]
+)
+def test_an_address_within_another_is_refused_without_its_password(place, tmp_path):
+    for read in (remote.read, remote.exists, lambda place: lists.read_paths(place, tmp_path)):
+        with pytest.raises(
+            InputError, match=r"https://host/.*: a password, signature or further address in it"
+        ) as error:
+            read(place)
+        assert "secret" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------- what stays small
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_of(side: int, depth: int = 16, colours: int = 0) -> bytes:
+    """A PNG that says to be of this size, and has one row."""
+    header = struct.pack(">IIBBBBB", side, side, depth, colours, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 + side * depth // 8))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(chunk, parts))
+
+
+def tiff_of(side: int, strip: bytes, compression: int = 8) -> bytes:
+    """A TIFF of 8-bit greys (side, side), with one strip."""
+    where = 8 + 2 + 12 * 8 + 4
+    sizes = {256: side, 257: side, 258: 8, 278: side, 279: len(strip)}
+    tags = sizes | {259: compression, 262: 1, 273: where if strip else 0}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
+
+
+def npz_of(**members: bytes) -> bytes:
+    def write(file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(f"{name}.npy", content)
+
+    return bytes_of(write)
+
+
+LARGE = "more than its bytes can hold"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png_of(30_000), LARGE),
+        (png_of(10_000, colours=6), LARGE),
+        (png_of(9_000, 8), LARGE),
+        (tiff_of(30_000, b""), LARGE),
+        (npz_of(a=bytes_of(np.save, np.zeros((4, 4))), b=b""), "neither one image nor bands"),
+    ],
+    ids=["16 bits", "16 bits with colours", "8 bits", "sparse tiff", "empty member"],
+)
+def test_what_a_file_says_to_be_is_checked_before_it_is_decoded(content, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=reason):
+            folders.ImageFiles(tmp_path, ["a.png"], [0], bands.Bands(1))[0]
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+def test_sizes_are_checked_with_the_number_of_samples():
+    """Of 16 bits each: grey, with alpha, RGB, RGBA."""
+    for colours, samples in ((0, 1), (4, 2), (2, 3), (6, 4)):
+        with pytest.raises(ValueError, match=f"of {2 * samples * 10**6:,} bytes, which is {LARGE}"):
+            bands.decoded(png_of(1_000, 16, colours))
+
+
+@pytest.mark.parametrize("compression", ["zlib", "lzma"])
+def test_a_strip_holds_what_its_image_has_and_no_more(compression, tmp_path):
+    if bands.import_tifffile().tifffile.imagecodecs.__name__ != "tifffile._imagecodecs":
+        pytest.skip("imagecodecs has limits of its own")
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    pack, kind = (zlib.compress, 8) if compression == "zlib" else (__import__("lzma").compress, 34925)
+    (tmp_path / "a.tif").write_bytes(tiff_of(8, pack(levels.tobytes() + bytes(10**8)), kind))
+    tracemalloc.start()
+    try:
+        image, _ = folders.ImageFiles(tmp_path, ["a.tif"], [0], bands.Bands(1))[0]
+        with open_scene(tmp_path / "a.tif", bands.Bands(1)) as scene:
+            rows = scene.rows(0, 8)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 10**7
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(image[..., 0], levels)
+    np.testing.assert_array_equal(rows[..., 0], levels)
+
+
+def test_a_scene_without_strips_takes_no_disk(tmp_path, monkeypatch):
+    (tmp_path / "a.tif").write_bytes(tiff_of(12_000, b""))
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("it takes disk"), raising=False)
+    refused = pytest.raises(InputError, match=rf"a\.tif: not a readable image \(.*{LARGE}")
+    with refused, open_scene(tmp_path / "a.tif", bands.Bands(1)):
+        pass
+
+
+def test_a_mask_is_no_archive_that_inflates(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "LARGE_IMAGE", 10**5)
+    (tmp_path / "a.npy").write_bytes(npz_of(a=bytes(10**7)))
+    read = masks.MaskReader(masks.Classes(("a", "b")), ())
+    with pytest.raises(InputError, match=LARGE):
+        read(str(tmp_path / "a.npy"))
+
+
+# ----------------------------------------------------------------------------------------------- what folders may have
+
+
+def test_a_link_to_itself_blocks_no_folder_and_is_named(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("b.png")
+    (tmp_path / "folder").symlink_to("folder")
+    names = folders.image_names(tmp_path)
+    assert names == ["a.png", "b.png"]
+    with pytest.raises(InputError, match=r"b\.png: not a readable image \(.*symbolic links"):
+        folders.ImageFiles(tmp_path, names, [0, 0])[1]
+
+
+def test_a_member_that_is_there_several_times_is_named(tmp_path, capsys):
+    pictures = [bytes_of(Image.new("RGB", (8, 8), colour).save, "png") for colour in ("red", "blue")]
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        for content in pictures:
+            member = tarfile.TarInfo("a.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    images, _ = shards.read_shards(tmp_path)
+    assert len(images) == 1 and images[0][0].getpixel((0, 0)) == (0, 0, 255)
+    told = f"{tmp_path}/one.tar: the last member of a name is read, as when it is unpacked: a.png\n"
+    assert capsys.readouterr().out == told
