@@ -173,7 +173,8 @@ def parse_args(
 def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any], description: str) -> None:
     """Read the options of a script that is about to load PyTorch: for help, and for mistakes, it ends here."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
-        signal.signal(signal.SIGINT, end_quietly)
+        # While packages load, an exception would be theirs, in any place. `run_script` has it raised again.
+        signal.signal(signal.SIGINT, lambda signum, _: os._exit(128 + signum))
     try:
         read_options(None, description)
     except InputError as error:
@@ -181,12 +182,6 @@ def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any],
             return  # `main` finds it again: of several processes one reports it
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def end_quietly(signum: int, _: Any) -> None:
-    """What Ctrl-C does until `run_script` begins: while packages load, an exception would be theirs, in any place."""
-    os.write(2, b"interrupted\n")
-    os._exit(128 + signum)
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:

@@ -4,7 +4,6 @@ Such an image is an array (H, W, bands) of float32 with the unchanged numbers of
 ``(numbers / scale - mean) / std``. This module measures, checks and records scale, mean and std.
 """
 
-import functools
 import importlib
 import io
 import logging
@@ -15,7 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -227,14 +226,9 @@ def import_tifffile() -> ModuleType:
     tifffile = optional_package("tifffile", "a TIFF file", "tifffile imagecodecs")
     # What takes the place of imagecodecs, where that is missing, knows no end.
     codecs = importlib.import_module("tifffile._imagecodecs")
-    codecs.zlib_decode = functools.partial(_expanded, zlib.decompressobj)
-    codecs.lzma_decode = functools.partial(_expanded, lzma.LZMADecompressor)
+    codecs.zlib_decode = lambda strip, out: zlib.decompressobj().decompress(strip, out)
+    codecs.lzma_decode = lambda strip, out: lzma.LZMADecompressor().decompress(strip, out)
     return tifffile
-
-
-def _expanded(codec: Callable[[], Any], strip: bytes, *, out: int | None = None) -> bytes:
-    """What a strip of a TIFF holds, in the `out` bytes that it is to have."""
-    return codec().decompress(strip, out or remote.LARGE_IMAGE)
 
 
 def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:

@@ -105,8 +105,6 @@ def _is_tiff(path: str) -> bool:
 
 def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Levels | None:
     """The levels of a TIFF, in memory for a few strips or tiles; None if it has to be decoded by other means."""
-    if not _is_tiff(path):
-        return None
     with suppress(Exception), remote.opened(path) as source, import_tifffile().TiffFile(source, is_ome=False) as file:
         page = file.pages[0]
         series = file.series[0]

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from toolkit import InputError, config, distributed, printable
+from toolkit import InputError, distributed, printable
 from toolkit.images.data import end_workers
 from toolkit.images.folders import UnreadableImage
 
@@ -153,7 +153,7 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
     begin = "" if sys.stderr.isatty() else "\n"  # a bar may be at the end of a log's last line
-    if signal.getsignal(signal.SIGINT) is config.end_quietly:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
