@@ -117,11 +117,12 @@ def test_a_run_reads_a_list_or_archives(place, base, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    ["--data-list {}/list.csv", "--data-dir {}/photos", "--data-dir {here}/photos/train --val-dir {}/photos/val"],
+    ["--data-list {}/list.csv", "--data-dir {}/photos", @pytest.mark.parametrize(
+    "options", ["data-list {}/list.csv", "data-dir {}/photos", "data-dir {here}/photos/train --val-dir {}/photos/val"]
 )
 def test_what_only_a_file_names_is_not_asked_for(place, here, base, tmp_path, monkeypatch, options):
     """A stranger's adapter would have this machine ask any other."""
-    finetune_lora.main(argv(base, tmp_path / "out", options.format(place, here=here)))
+    finetune_lora.main(argv(base, tmp_path / "out", f"--{options}".format(place, here=here)))
     told = rf"^{place}/(list.csv|photos|photos/val): an address that only a file names .* give it behind the adapter$"
     with monkeypatch.context() as patched:
         patched.setattr(fsspec.core, "url_to_fs", mock.Mock(side_effect=AssertionError("asked")))
