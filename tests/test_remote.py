@@ -116,8 +116,6 @@ def test_a_run_reads_a_list_or_archives(place, base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options",
-    ["--data-list {}/list.csv", "--data-dir {}/photos", @pytest.mark.parametrize(
     "options", ["data-list {}/list.csv", "data-dir {}/photos", "data-dir {here}/photos/train --val-dir {}/photos/val"]
 )
 def test_what_only_a_file_names_is_not_asked_for(place, here, base, tmp_path, monkeypatch, options):
