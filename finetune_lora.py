@@ -52,7 +52,7 @@ from toolkit.answers.probe import HeadTemperature
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images import bands
-from toolkit.images.data import end_workers
+from toolkit.images.data import Remembered, end_workers
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import block_names, headless, in_head, name_head, record_of
@@ -60,11 +60,12 @@ from toolkit.models.checkpoints import describe_base, is_none, load_backbone, te
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
-from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
+from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
+from toolkit.run.teacher import Teacher
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
@@ -759,15 +760,23 @@ def main(
         if args.learning_rate == "auto":
             rate, resumed = search_learning_rate(args, plan, splits, record_of(model).base_digests or {}, opened, begin)
             plan = replace(plan, learning_rate=rate)
-        run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
+        of_run = (args, plan, devices.place(model, device), report, splits, opened)
+        run = FineTuning(*of_run, teaches=resumed is None or run_state.has_entry(resumed, "teacher"))
         if resumed:
             run.go_on_from(resumed)
         print(reports.describe_rates(run))
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
         if not resumed:
-            run.start()
+            features = run.start()
+            if run.teacher is not None and not run.teacher.knows_enough():
+                end_workers(opened)
+                run = FineTuning(*of_run, teaches=False)
+                run.start(features)
+                print(reports.describe_rates(run))
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
+            if run.by_unlabelled is not None:
+                print(reports.describe_unlabelled(run))
         begin()  # once everything has been read
         train(run, after_epoch)
         return finish(run)
@@ -932,26 +941,32 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
             title = f"epoch {epoch}/{args.epochs}"
-            bar = runs.progress_bar(title=title, total=len(run.splits.train), initial=progress.images, unit="img")
+            bar = runs.progress_bar(
+                title=title, total=run.loaders.train.batch_sampler.drawn, initial=progress.images, unit="img"
+            )
             with progress.timed(), bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
                     sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch
-                    for number, (images, labels) in enumerate(step.batches, 1):
+                    for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
                         images = devices.to_device(images, run.device)
-                        labels = devices.to_device(labels, run.device)
+                        known = devices.to_device(labels, run.device)
+                        labels = known if run.teacher is None else run.teacher.extend(known, *unlabelled)
                         with distributed.exchanging(run.parallel, is_last=number == step.number):
                             with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
                                 logits = run.parallel(images)  # (N, outputs)
                             loss = run.task.loss(logits.float(), labels)
                             # Gradients are averaged over processes; it is their sum that belongs to all the images.
                             run.scaler.scale(loss * (distributed.world_size() / step.images)).backward()
-                        sums.append(torch.stack([loss.detach(), *run.task.progress(logits.detach().float(), labels)]))
+                        figures = run.task.progress(logits[: len(known)].detach().float(), known)
+                        sums.append(torch.stack([loss.detach(), *figures]))
                     if args.clip_grad_norm is not None:
                         run.scaler.unscale_(run.optimizer)
                         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad_norm)
                     if optim.stepped(run.scaler, run.optimizer):
                         run.schedule.step()
+                    if run.teacher is not None:
+                        run.teacher.after_step()
 
                     unread.append((step.images, sums))
                     if len(unread) == run.steps_read_together or step.is_last:
@@ -962,10 +977,10 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                 if isinstance(verdict, Keep):
                     run.stop.check()
                     trained = run.evaluate_watched()
-                    verdict = run.guard.after_epoch(trained, trained, divisor=1)
+                    verdict = run.guard.after_epoch(trained, trained, 1, run.still_sure)
                 while isinstance(verdict, ShrinkTo):
                     kept = run.evaluate_watched(verdict.divisor)
-                    verdict = run.guard.after_epoch(trained, kept, verdict.divisor)
+                    verdict = run.guard.after_epoch(trained, kept, verdict.divisor, run.still_sure)
                 if isinstance(verdict, Keep):
                     with run.kept_weights(), run.believable():
                         result = run.evaluate(run.stop.watched(run.loaders.val))
@@ -1010,6 +1025,7 @@ class FineTuning(RunState):
         opened: a list to which all loaders are added, so that their processes can be ended.
         cached: `loaders.images` of another run on the same splits, with what is cached of them.
         is_trial: a search for a learning rate asks only how good it becomes: it writes nothing and never goes back.
+        teaches: whether images without labels may train, where there are enough with.
     """
 
     def __init__(
@@ -1022,6 +1038,7 @@ class FineTuning(RunState):
         opened: list[DataLoader],
         cached: Splits | None = None,
         is_trial: bool = False,
+        teaches: bool = True,
     ):
         super().__init__(args, plan.device, plan.dtype)
         self.model = model
@@ -1034,7 +1051,7 @@ class FineTuning(RunState):
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
-        self.loaders.open(bool(evaluation.training_norms(model)))
+        self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
             if followers(model):  # files are to say so, since `auto` is another thing on a GPU
@@ -1050,7 +1067,16 @@ class FineTuning(RunState):
                 self.faster = initialization.RESNET_LR_FACTOR
             self.adapter_lr_factor = self.faster * initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
-        self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
+        self.by_unlabelled: dict[str, Any] | None = None  # what images without labels say of the start
+        self.teacher: Teacher | None = None
+        self.sure_images: Remembered | None = None  # without labels, that the start answers most surely
+        self.still_sure = True  # were they when the guard's images were last evaluated?
+        counts = self.task.objective.counts(splits.train)
+        if self.loaders.unlabelled is not None:
+            shape = (len(splits.unlabelled), len(splits.class_names))
+            self.teacher = Teacher(model, self.network, *shape, plan.device, plan.dtype)
+            counts = {name: count + shape[0] / shape[1] for name, count in counts.items()}
+        self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, counts))
         may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
         watched = self.loaders.watched_images
         self.guard = Guard(self.task, splits.train, watched, may_shrink=may_shrink, epochs=args.epochs)
@@ -1074,6 +1100,8 @@ class FineTuning(RunState):
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
             "wise_ft": StateEntry.of(self.wise_ft),
         }
+        if self.teacher is not None:
+            self.trained_entries["teacher"] = StateEntry.of(self.teacher)
         self.other_entries |= {
             "guard": StateEntry.of(self.guard),
             "good": StateEntry.attribute(self, "last_good"),
@@ -1081,6 +1109,7 @@ class FineTuning(RunState):
                 save=lambda: tuple(self.head_temperature),
                 load=lambda state: setattr(self, "head_temperature", HeadTemperature(*state)),
             ),
+            "by_unlabelled": StateEntry.attribute(self, "by_unlabelled"),
             "rate": StateEntry.attribute(self, "rate"),
             "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
         }
@@ -1100,10 +1129,23 @@ class FineTuning(RunState):
         clusters = self.loaders.probe_images.clusters()
         if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
             clusters = torch.arange(len(self.loaders.probe_images))
-        self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args, clusters)
+        of_labelled = features
+        unlabelled = None
+        if self.splits.unlabelled is not None:
+            *of_labelled, (unlabelled, _) = features
+        self.baseline, self.head_temperature, found = tasks.start_head(
+            self.task, self.model, of_labelled, self.args, clusters, unlabelled
+        )
+        if found is not None:
+            answers = distributed.gather(found.answers)[0]  # elsewhere the last bits may differ
+            about = found._asdict()
+            del about["probe"], about["answers"]
+            self.by_unlabelled = about | {"certainty": answers.amax(1).mean().item()}
+            if self.teacher is not None:
+                self.teacher.first_answers = answers
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
             trained_on = self.loaders.features(self.network, self.task, self.dtype)
-            _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
+            _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         _, of_probe = tasks.baseline_keys(self.task)
         if self.baseline[of_probe] is None and self.args.head_init == "probe":
             self.baseline[of_probe] = self.evaluate(self.loaders.val).score
@@ -1113,11 +1155,12 @@ class FineTuning(RunState):
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""
+        self.begin_averages()  # by which the first images without labels are answered
         if self.args.lora_init == "gradient":
             with evaluation.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
                 seed = self.args.seed
                 self.gradient_energies = initialization.start_at_gradient(self.model, self._first_backward, seed)
-        self.wise_ft.begin()
+        self.begin_averages()
         worst_loss = None  # of the guard's batches, where BatchNorm makes losses depend on the batch
         if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's
             images = self.loaders.watched
@@ -1125,15 +1168,22 @@ class FineTuning(RunState):
             worst_loss = evaluation.worst_batch_loss(self.network, images, self.device, self.dtype, loss)
         self.guard.note_start(worst_loss, self.evaluate_watched())
 
+    def begin_averages(self) -> None:
+        """Begin all averages of weights with the present ones."""
+        self.wise_ft.begin()
+        if self.teacher is not None:
+            self.teacher.begin(self.temperature)
+
     def _first_backward(self) -> None:
         """Add up the gradients of the loss, summed over the images of the first steps."""
         images_at_once = initialization.GRADIENT_IMAGES
         factor = 1 / images_at_once if self.scaler.is_enabled() else 1.0  # lest float16 overflow
         steps = math.ceil(images_at_once / (self.args.batch_size * self.args.accumulation_steps))
         for step in itertools.islice(self.loaders.steps(epoch=1), steps):
-            for number, (images, labels) in enumerate(step.batches, 1):
+            for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
                 images = devices.to_device(images, self.device)
                 labels = devices.to_device(labels, self.device)
+                labels = labels if self.teacher is None else self.teacher.extend(labels, *unlabelled)
                 with distributed.exchanging(self.parallel, is_last=number == step.number):
                     with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                         logits = self.parallel(images)
@@ -1281,9 +1331,17 @@ class FineTuning(RunState):
         return self.task.evaluate(self.network, batches, self.device, self.dtype)
 
     def evaluate_watched(self, divisor: float = 1) -> tasks.Answers:
-        """Evaluate the guard's images, in the same views each time, with ``wise_ft.alpha / divisor`` of the change."""
+        """Evaluate the guard's images, in the same views each time, with ``wise_ft.alpha / divisor`` of the change.
+
+        Notes whether images without labels are `still_sure`.
+        """
         self.wise_ft.share = self.wise_ft.alpha / divisor
         with self.kept_weights():
+            if self.teacher is not None:
+                if self.sure_images is None:
+                    self.sure_images = self.loaders.unlabelled_views(self.teacher.watched())
+                logits, _ = evaluation.all_outputs(self.network, self.sure_images, self.device, self.dtype)
+                self.still_sure = self.teacher.still_sure(logits)
             if self.loaders.has_masks:
                 return self.evaluate(self.loaders.watched)
             self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)

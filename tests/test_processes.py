@@ -38,6 +38,7 @@ WAYS = {
     "lora": "--label-smoothing 0.1",
     "qlora": "--use-qlora --target-modules mlp.0 --gradient-checkpointing full",
     # At random: the last directions of the gradient of so small a model are rounding, which processes add up otherwise.
+    "unlabelled": "--labels-per-class 5 --unlabelled {images}",
     "features": "--adapt-last 1 --cache-features disk --use-qlora --lora-init random",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
@@ -50,7 +51,9 @@ def options(base, images, tmp_path):
 
     def options(way: str, output: str = "out") -> str:
         common = f"--data-dir {images} --output-dir {tmp_path / output} --device cpu"
-        return f"{common} {PRETRAINING}" if way == "pretrain" else f"{common} --checkpoint {base} {TUNING} {WAYS[way]}"
+        if way == "pretrain":
+            return f"{common} {PRETRAINING}"
+        return f"{common} --checkpoint {base} {TUNING} {WAYS[way].format(images=images)}"
 
     return options
 
@@ -111,7 +114,9 @@ def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
     return json.loads((folder / "out/results.json").read_text()), alone
 
 
-@pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])
+@pytest.mark.parametrize(
+    "way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "unlabelled", "features"))]
+)
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     results, alone = run_both(options(way), tmp_path)

@@ -54,6 +54,7 @@ WAYS = {
     "features of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1"
     " --cache-features disk",
     "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
+    "images without labels": "--labels-per-class 5 --unlabelled {images} --accumulation-steps 2 --augmentation crop",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
     " --adapt-last 1 --cache-features disk",
@@ -63,10 +64,12 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_bit_for_bit(finetune, saved, narrow, hospital, pairs, monkeypatch, tmp_path, way):
+def test_a_stopped_run_goes_on_bit_for_bit(
+    finetune, saved, narrow, images, hospital, pairs, monkeypatch, tmp_path, way
+):
     """It stopped at the first step of its second epoch, and has other workers from then on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    options = WAYS[way].format(resnet=saved(narrow), hospital=hospital, pairs=pairs)
+    options = WAYS[way].format(resnet=saved(narrow), images=images, hospital=hospital, pairs=pairs)
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))

@@ -16,6 +16,7 @@ from toolkit.answers.answer_reports import Headline, Report, finite, worst_first
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import html_picture, html_table
+from toolkit.answers.unlabelled import Start, start
 from toolkit.images.data import LabelledImages
 
 TOP = 5  # classes of each image in a table of predictions
@@ -56,9 +57,22 @@ class ClassHead(Head):
         return max(Counter(images.labels).values()) / len(images)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        weights = None if self.objective.class_weights is None else "balanced"
-        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, weights, clusters)
+        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.class_weights(), clusters)
         return probe.set_head(model, fitted)
+
+    def start_by_unlabelled(
+        self, model, features, targets, unlabelled, fitted: probe.Probe, views=1, clusters=None
+    ) -> Start:
+        """Set the head of `model` to the probe that was fitted, or to what `toolkit.answers.unlabelled.start` finds."""
+        found = start(
+            features, targets, unlabelled, len(self.names), fitted, views, self.class_weights(), clusters=clusters
+        )
+        probe.set_head(model, found.probe)
+        return found
+
+    def class_weights(self) -> str | None:
+        """As `fit_linear_probe` takes them."""
+        return None if self.objective.class_weights is None else "balanced"
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)

@@ -14,6 +14,7 @@ from toolkit.answers.multilabel import MultiLabel
 from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
 from toolkit.answers.regression import Regression
 from toolkit.answers.segmentation import Segmentation
+from toolkit.answers.unlabelled import Start
 from toolkit.choices import DEFAULT_TASK
 from toolkit.images.sources import Splits
 
@@ -29,31 +30,38 @@ def start_head(
     features: list[tuple[Tensor, Tensor]],
     args: argparse.Namespace,
     clusters: Tensor | None = None,
-) -> tuple[dict[str, float | None], probe.HeadTemperature]:
+    unlabelled: Tensor | None = None,
+) -> tuple[dict[str, float | None], probe.HeadTemperature, Start | None]:
     """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
 
     Args:
         features: of training images, of evaluation images and, for a probe, of augmented training images, (N, D) each,
             with their targets.
         clusters: of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
+        unlabelled: features (M, D) of images without labels, which may know a better head than the probe.
 
     Returns:
-        The scores of k-NN and of the probe (None without one), by `baseline_keys`, and the head's temperature.
+        The scores of k-NN and of the probe (None without one), by `baseline_keys`, the head's temperature, and what the
+        images without labels say, if there are any.
     """
     train, queries, *augmented = features
     of_knn, of_probe = baseline_keys(task)
     baseline: dict[str, float | None] = {of_knn: task.head.knn_score(*train, *queries), of_probe: None}
     if args.head_init != "probe":
-        return baseline, probe.HeadTemperature()
+        return baseline, probe.HeadTemperature(), None
     both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
     started = task.head.start(model, *both, views=2, clusters=clusters)
     baseline[of_probe] = task.head.score(model, *queries)
+    found = None
+    if unlabelled is not None:
+        found = task.head.start_by_unlabelled(model, *both, unlabelled, started, views=2, clusters=clusters)
+        started = found.probe
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
     temperature = task.head.first_temperature(model, *augmented[0], features_train)
     if started.held_out is not None:
         temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented[0]))
-    return baseline, temperature
+    return baseline, temperature, found
 
 
 def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, targets: Tensor) -> float:

@@ -191,9 +191,14 @@ class Batches(Sampler):
     def __len__(self) -> int:
         return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
 
+    @property
+    def drawn(self) -> int:
+        """The number of images in an epoch."""
+        return self.count
+
     def has_share(self, number: int) -> bool:
         """Does this process get a share of this batch (0 is the first)?"""
-        return min(self.batch_size, self.count - number * self.batch_size) > distributed.rank()
+        return min(self.batch_size, self.drawn - number * self.batch_size) > distributed.rank()
 
     def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
         epoch = self.epoch
@@ -217,6 +222,35 @@ class Batches(Sampler):
             return order
         turns = torch.randperm(int(self.archives.max()) + 1, generator=generator) // self.ARCHIVES_AT_A_TIME
         return order[turns[self.archives[order]].argsort(stable=True)]
+
+
+@dataclass(eq=False)
+class EndlessBatches(Batches):
+    """Batches of one shuffled pass over the images after the other: an epoch takes so many, wherever a pass ends."""
+
+    batches: int = 0  # in an epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    @property
+    def drawn(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.epoch * self.batches
+        numbers = range(first + self.start, first + self.batches)
+        self.epoch += 1
+        self.start = 0
+        passes = functools.lru_cache(2)(self.shuffled)
+        for number in numbers:
+            draws = range(number * self.batch_size, (number + 1) * self.batch_size)
+            share = draws[distributed.rank() :: distributed.world_size()] or draws[:1]
+            batch = []
+            for turn, place in (divmod(draw, self.count) for draw in share):
+                i = int(passes(turn)[place])
+                batch.append((i, _derive_seed(self.seed, turn, i)))
+            yield batch
 
 
 def _derive_seed(*numbers: int) -> int:
@@ -296,6 +330,7 @@ def build_loader(
     seed: int = 0,
     workers: int | str = 0,
     drop_last: bool = False,
+    batches: int | None = None,
     device: torch.device | None = None,
     keep_workers: bool = True,
     collate: Callable[[list], Any] | None = None,
@@ -307,6 +342,7 @@ def build_loader(
             number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
         shuffle: a new order each epoch, and augmentations that can be repeated.
         workers: processes that load images; 'auto' for as many as are likely to help.
+        batches: with `shuffle`, of an epoch, which may be less or more than a pass: see `EndlessBatches`.
         device: what the batches are for: on the way to a GPU they wait in pinned memory.
         keep_workers: they wait for the next pass. Without fork (macOS, Windows) each start would take seconds.
         collate: makes a batch of its items; None: PyTorch's own way.
@@ -319,9 +355,12 @@ def build_loader(
     archives = None
     if shuffle and isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
         archives = images.source.places[images.indices, 0]
+    sampler = Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives)
+    if batches is not None:
+        sampler = EndlessBatches(len(dataset), batch_size, True, seed, archives=archives, batches=batches)
     return DataLoader(
         dataset,
-        batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives),
+        batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
         pin_memory=device is not None and device.type == "cuda",

@@ -22,12 +22,14 @@ from toolkit.images.transforms import to_rgb
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 NUMBER_STRATA = 5
+MOST_UNLABELLED = 10_000  # images that are read beside those with labels
 
 
 class Splits(NamedTuple):
     train: LabelledImages
     val: LabelledImages
     class_names: list[str]  # or those of the labels, or numbers, of which an image has several
+    unlabelled: LabelledImages | None = None  # other images, whose labels are their positions
 
     def group_counts(self) -> str:
         """How many groups each side has, as '40 + 10'."""
@@ -35,7 +37,8 @@ class Splits(NamedTuple):
 
     def digest(self) -> str:
         """Equal for splits of the same files with the same labels into the same parts."""
-        return hashlib.sha256(f"{self.train.digest} {self.val.digest}".encode()).hexdigest()
+        parts = (self.train, self.val) if self.unlabelled is None else (self.train, self.val, self.unlabelled)
+        return hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
 
 
 # The images in one part that is yet to be split, or in two, for training and for evaluation; and the classes' names.
@@ -58,6 +61,7 @@ def load_splits(
     group_by: str | None = None,
     folds: str | None = None,
     label_columns: Sequence[str] | None = None,
+    unlabelled: str | Path | None = None,
     masks: MaskReader | None = None,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
@@ -117,7 +121,10 @@ def load_splits(
         _report_copies(train, val)
     if labels_per_class is not None:
         train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
-    return Splits(train, val, class_names)
+    beside = None
+    if unlabelled is not None:
+        beside = _unlabelled_beside(Path(unlabelled), train, val, bands, skip_unreadable)
+    return Splits(train, val, class_names, beside)
 
 
 def _divide(
@@ -160,6 +167,42 @@ def load_unlabelled(
         source = all_images(_train_folder(_folder_of_images(data_dir, UNLABELLED_SET)), bands)
     images = LabelledImages(source, source.labels)
     return readable(images) if skip_unreadable else images
+
+
+def _unlabelled_beside(
+    place: Path, train: LabelledImages, val: LabelledImages, bands: Bands | None, skip_unreadable: bool
+) -> LabelledImages:
+    """The images of a folder or a list, at most MOST_UNLABELLED, but those that are evaluated on or train with a label.
+
+    Prints how many there are. Raises InputError if none is left.
+    """
+    if remote.is_folder(place):
+        found = load_unlabelled(place, None, skip_unreadable, bands)
+    elif remote.exists(place):
+        found = load_unlabelled(None, [place], skip_unreadable, bands)
+    else:
+        raise InputError(f"--unlabelled {remote.address(place)}: no such folder or list of images")
+    some = found.at_most(MOST_UNLABELLED)
+    evaluated = _also_in(val, some)
+    labelled = _also_in(train, some) & ~evaluated
+    images = some.subset(np.flatnonzero(~evaluated & ~labelled))
+    images.labels = list(range(len(images)))
+    of_all = "" if len(some) == len(found) else f", of a random {len(some):,} of {len(found):,}"
+    without = f"without {evaluated.sum():,} evaluation images and {labelled.sum():,} that have a label"
+    if not len(images):
+        raise InputError(f"--unlabelled {remote.address(place)}: nothing is left{of_all} {without}; name other images")
+    print(f"unlabelled: {len(images):,} images{of_all}, {without}")
+    return images
+
+
+def _also_in(images: LabelledImages, others: LabelledImages) -> np.ndarray:
+    """Which of the `others`, (N,), are among some images, by their paths or their content."""
+    if not isinstance(images.source, ImageFiles):
+        return np.zeros(len(others), bool)
+    known = {images.name(i) for i in range(len(images))}
+    pairs = folders.copies(others.source, others.indices.tolist(), images.source, images.indices.tolist())
+    known.update(copy for copy, _ in pairs)
+    return np.array([others.name(i) in known for i in range(len(others))])
 
 
 def all_images(folder: Path, bands: Bands | None) -> ImageFiles:

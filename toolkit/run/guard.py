@@ -114,7 +114,9 @@ class Guard:
             return Keep()
         return GoBack("training collapsed")
 
-    def after_epoch(self, trained: Answers, kept: Answers, divisor: float) -> Keep | ShrinkTo | GoBack:
+    def after_epoch(
+        self, trained: Answers, kept: Answers, divisor: float, still_sure: bool = True
+    ) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch.
 
         Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
@@ -125,12 +127,14 @@ class Guard:
             trained: the answers for the watched images with all of the trained change.
             kept: those with the part of it that is kept.
             divisor: by which this part is smaller, one of SHARE_DIVISORS.
+            still_sure: whether, with it, images without labels are answered as surely as the start did.
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
         if not self.may_shrink:
             return Keep()
-        if divisor < math.inf and kept.score < self.scores[0] - HARMLESS_LOSS:
+        does_harm = kept.score < self.scores[0] - HARMLESS_LOSS or not still_sure
+        if divisor < math.inf and does_harm:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         may_go_back = len(self.retreats) < RETREATS
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS

@@ -18,8 +18,8 @@ from toolkit.images.bands import Bands
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
-from toolkit.images.transforms import eval_transform, train_transform
-from toolkit.run import guard, runs, training
+from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
+from toolkit.run import guard, runs, teacher, training
 from toolkit.run.options import FineTuneOptions, Plan, image_sources
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
@@ -71,6 +71,9 @@ class Loaders:
         else:
             self.augmentation = train_transform(image_size, args.augmentation, **normalization)
             self.eval_transform = eval_transform(image_size, **normalization)
+            self.strong_view = self.augmentation
+            if args.augmentation == "crop" and normalization["bands"] is None:
+                self.strong_view = train_transform(image_size, "trivial", **normalization)
         self.plain_view: Callable = self.augmentation if self.has_masks else self.eval_transform
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
@@ -96,16 +99,16 @@ class Loaders:
         self.plain_view = plain_view
         self.augmentation = drawn_view
 
-    def open(self, norms_train: bool) -> None:
+    def open(self, norms_train: bool, teaches: bool = False) -> None:
         """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
 
         With `norms_train` a BatchNorm takes the statistics of its batch: each process then needs some of its images.
+        With `teaches` images without labels train: see `toolkit.run.teacher`.
         """
         self.val = self.add_loader(self.images.val, self.eval_transform)
         if not self.has_masks:  # which come with images of any size
             self.val = Remembered(self.val)
-        loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}
-        self.train = self.add_loader(self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, **loading)
+        self.open_for_training(norms_train, teaches)
         some = self.images.train.at_most(guard.WATCHED_VIEWS)
         self.watched_images = some.subset([*range(len(some))] * (guard.WATCHED_VIEWS // len(some)))
         self.statistics: Remembered | None = None
@@ -114,6 +117,25 @@ class Loaders:
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
             self.statistics = self.add_same_views(some, self.plain_view)
         self.watched = self.add_same_views(self.watched_images, self.augmentation)
+
+    def open_for_training(self, norms_train: bool, teaches: bool) -> None:
+        """The loaders of what trains: of images without labels, if they do, each batch has as many as of others."""
+        loading = {"shuffle": True, "seed": self.args.seed}
+        self.unlabelled: DataLoader | None = None
+        if teaches:
+            of_step = self.args.batch_size * self.args.accumulation_steps
+            steps = max(teacher.LEAST_STEPS, -(-len(self.images.train) // of_step))
+            loading["batch_size"] = max(1, self.args.batch_size // 2)
+            loading["batches"] = steps * self.args.accumulation_steps
+            views = TwoCrops(self.strong_view, self.augmentation)
+            self.unlabelled = self.add_loader(self.images.unlabelled, views, **loading)
+        elif norms_train:
+            loading["drop_last"] = self.has_small_rest(self.images.train, self.args.batch_size)
+        self.train = self.add_loader(self.images.train, self.augmentation, **loading)
+
+    def unlabelled_views(self, places: Tensor) -> Remembered:
+        """A loader of the images without labels at these places, as they are."""
+        return self.add_same_views(self.images.unlabelled.subset(places.numpy()), self.plain_view)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""
@@ -128,7 +150,7 @@ class Loaders:
         # Worker processes are worth it for cached features only beside a GPU, and only forked ones share the cache.
         workers_help = self.device.type == "cuda" and sys.platform == "linux"
         workers = self.args.workers if workers_help or not isinstance(images, CachedFeatures) else 0
-        loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
+        loading = {"batch_size": self.args.batch_size, "workers": workers, "device": self.device} | loading
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
             if transform is self.eval_transform and images.source.largest > self.image_size**2:
@@ -144,17 +166,29 @@ class Loaders:
         """The optimizer steps of an epoch (1 is the first), from `start` on; the last may have fewer batches."""
         together = self.args.accumulation_steps
         sampler = self.train.batch_sampler
-        sampler.epoch = epoch - 1
-        sampler.start = start * together
+        first_batch = start * together
+        loaders = [self.train] if self.unlabelled is None else [self.train, self.unlabelled]
+        for loader in loaders:
+            loader.batch_sampler.epoch = epoch - 1
+            loader.batch_sampler.start = first_batch
+        batches = self.train if self.unlabelled is None else self.with_unlabelled()
         shares = (  # an image stands in for a missing share
-            (images, labels if sampler.has_share(number) else evaluation.no_labels(labels))
-            for number, (images, labels) in enumerate(self.meter.watched(self.train), sampler.start)
+            (images, labels if sampler.has_share(number) else evaluation.no_labels(labels), *unlabelled)
+            for number, (images, labels, *unlabelled) in enumerate(self.meter.watched(batches), first_batch)
         )
-        for first in range(sampler.start, len(sampler), together):
+        for first in range(first_batch, len(sampler), together):
             number = min(together, len(sampler) - first)
-            images = min(number * sampler.batch_size, sampler.count - first * sampler.batch_size)
+            images = min(number * sampler.batch_size, sampler.drawn - first * sampler.batch_size)
             is_last = first + number == len(sampler)
             yield training.MicroBatches(itertools.islice(shares, number), number, images, is_last)
+
+    def with_unlabelled(self) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of images and labels, with strong views of images without labels behind the images.
+
+        Then come weak views of these, and their places among all.
+        """
+        for (images, labels), ((strong, weak), places) in zip(self.train, self.unlabelled, strict=True):
+            yield torch.cat([images, strong]), labels, weak, places
 
     def calibration(self) -> DataLoader:
         """Augmented views of training images, by which the probabilities are calibrated."""
@@ -177,8 +211,8 @@ class Loaders:
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of views.
 
-        The views are augmented ones of the `probe_images`. Of masks the evaluation images are left out: their scores
-        are of whole masks.
+        The views are augmented ones of the `probe_images`. Those of images without labels, if there are any, come last.
+        Of masks the evaluation images are left out: their scores are of whole masks.
         """
         train = self.probe_images
         loaders = {"training images": self.add_loader(train, self.plain_view, keep_workers=False)}
@@ -186,6 +220,8 @@ class Loaders:
             loaders["evaluation images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
+        if (without := self.images.unlabelled) is not None:
+            loaders["images without labels"] = self.add_loader(without, self.plain_view, keep_workers=False)
         found = []
         for what, loader in loaders.items():
             bar = runs.progress_bar(loader, f"for the linear probe: {what}")

@@ -135,6 +135,7 @@ class DataOptions(ImageOptions):
     classes: tuple[str, ...] | None = several(None, "classes in masks: names, or a file with values or colours")
     unknown_value: tuple[float, ...] | None = several(None, "unknown pixels in masks; 255 if no class", type=any_float)
     labels_per_class: int | None = option(None, "train on only this many images of each class", type=positive_int)
+    unlabelled: Path | None = option(None, "folder or list of images without labels, which help few labels", type=Path)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
     cache_features: str = option("none", "disk: run blocks below --adapt-last once per view", choices=("none", "disk"))
 
@@ -235,10 +236,18 @@ OF_FINE_TUNING = {
     "data": inspect.get_annotations(DataOptions).keys(),
 }
 
-PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # of what a run reads
+PATHS = (
+    "data_dir",
+    "val_dir",
+    "data_list",
+    "unlabelled",
+    "knn_dir",
+    "checkpoint",
+    "stage1_adapter",
+)  # of what a run reads
 
 # These may differ when a run is resumed: the digest of the images catches a changed data set.
-PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
+PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "unlabelled", "skip_unreadable")
 # These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
 FREE_TO_CHANGE = (
     "model.checkpoint",
@@ -344,6 +353,7 @@ _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
 _CHANGES = "cached features must be the same in every epoch"
 _COMPILED = "the compiler decides what is saved for backward"
+_FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
 CLASHES = {
@@ -364,13 +374,21 @@ CLASHES = {
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
+    "--unlabelled": {
+        "--head-init random": _FROM_A_PROBE,
+        "--no-freeze-backbone": _FROM_A_PROBE,
+        "--norms train": _FROM_A_PROBE,
+        "--learning-rate auto": "few labels cannot tell rates apart",
+        "--cache-features": "images without labels come in new views each time",
+    },
 }
 TASK_CLASHES = {  # the same of --task, by what the task reads
     "class": {},
-    "labels": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS},
+    "labels": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS, "--unlabelled": _ONE_CLASS},
     "numbers": {
         "--labels-per-class": _ONE_CLASS,
         "--label-smoothing": _ONE_CLASS,
+        "--unlabelled": _ONE_CLASS,
         "--class-weights balanced": _ONE_CLASS,
     },
     "mask": {
@@ -378,6 +396,7 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
         "--augmentation affine": _NO_MASKS,
         "--cache-features": _NO_MASKS,
         "--labels-per-class": _NO_MASKS,
+        "--unlabelled": _NO_MASKS,
     },
 }
 
@@ -493,7 +512,7 @@ def image_sources(args: ImageOptions, read: "Bands | None" = None) -> dict[str, 
     """The keyword arguments of `load_splits`: where a user's images are, and what is read of them."""
     names = ["dataset", "data_dir", "eval_split", "val_dir", "data_list", "skip_unreadable"]
     if isinstance(args, DataOptions):
-        names += ["task", "label_columns", "group_by", "folds"]
+        names += ["task", "label_columns", "group_by", "folds", "unlabelled"]
     return {name: getattr(args, name) for name in names} | {"bands": read}
 
 

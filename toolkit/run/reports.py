@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, printable
+from toolkit import VERSION, listed, printable
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import Report, finite
 from toolkit.answers.heat_maps import Explainer
@@ -27,9 +27,11 @@ from toolkit.models.backbones import block_names
 from toolkit.models.checkpoints import state_digest, stored_checkpoint
 from toolkit.run import verdict
 from toolkit.run.options import DataOptions, lora_options
+from toolkit.run.teacher import LEAST_LABELS
 from toolkit.run.training import best_epoch
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
+MANY_FOREIGN = 0.12  # of images without labels; without foreign ones it is 4 to 8%: benchmarks/RESULTS.md
 BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
 # --------------------------------------------------------------------------------------- words that several lines share
@@ -78,6 +80,25 @@ def describe_baseline(task: Task, baseline: dict[str, float | None], images: int
     elif baseline[of_probe] == 1:
         line += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
     return line
+
+
+def describe_unlabelled(run: FineTuned) -> str:
+    """Two lines: where the head starts by the images without labels, and what they are taken for."""
+    found = run.by_unlabelled
+    line = "unlabelled: the head starts at the probe: no other is better for labelled images held out"
+    if found["name"] != "probe":
+        gained = f"log loss {-found['gain_loss']:+.3f}, accuracy {100 * found['gain_accuracy']:+.1f} points"
+        line = f"unlabelled: the head starts at {found['name']}, for labelled images held out better: {gained}"
+    if run.teacher is None:
+        few = len(run.splits.train) < LEAST_LABELS * len(run.splits.class_names)
+        why = f"below {LEAST_LABELS} labels a class" if few else "of which the start knows too little"
+        line += f"; images without labels, {why}, do not train"
+    shares = zip(run.splits.class_names, found["shares"].tolist(), strict=True)
+    answers = listed([f"{printable(name)} {share:.0%}" for name, share in shares], 12)
+    foreign = f"{found['foreign']:.0%} resemble no class"
+    if found["foreign"] > MANY_FOREIGN:
+        foreign += ", which is much: leave out what is of none"
+    return f"{line}\n  they are taken for {answers}; {foreign}"
 
 
 def describe_rates(run: FineTuned) -> str:
@@ -163,6 +184,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         "head_learning_rate": run.rate,
         "adapter_learning_rate": run.adapter_rate,
         "chosen_by": _chosen_by(run),
+        "unlabelled": _by_unlabelled(run),
         "kept_share": kept["kept_share"],
         "retreats": run.guard.retreats,
         "epochs": len(run.history),
@@ -246,6 +268,15 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         f"{of_probe}_before": finite(run.baseline[of_probe]),
         **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
     }
+
+
+def _by_unlabelled(run: FineTuned) -> dict[str, Any] | None:
+    """What images without labels did: see `toolkit.answers.unlabelled.Start`; None where there were none."""
+    if run.by_unlabelled is None:
+        return None
+    shares = dict(zip(run.splits.class_names, run.by_unlabelled["shares"].tolist(), strict=True))
+    about = {"images": len(run.splits.unlabelled), "trained": run.teacher is not None}
+    return about | run.by_unlabelled | {"shares": shares}
 
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:

@@ -190,6 +190,11 @@ def recorded_setting(path: Path | None, name: str) -> Any:
     return value_at(read_checkpoint(path), f"config/finetune/{name}")
 
 
+def has_entry(path: Path, key: str) -> bool:
+    """Is there something under a key of this `last.pth`?"""
+    return value_at(read_checkpoint(path), key) is not None
+
+
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
     """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
     then = flat(then)

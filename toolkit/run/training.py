@@ -31,9 +31,11 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
 class MicroBatches(NamedTuple):
     """The batches of one optimizer step, read one at a time."""
 
-    batches: Iterator[tuple[Tensor, Tensor]]  # images (N, 3, S, S) and labels (N,): this process's share
+    # Images (N, 3, S, S) and labels (N,): this process's share. Or with as many images behind those with a label, and
+    # what `teacher.Teacher.extend` takes to label them.
+    batches: Iterator[tuple[Tensor, ...]]
     number: int
-    images: int  # of all processes together
+    images: int  # with a label, of all processes together
     is_last: bool  # of the epoch
 
 

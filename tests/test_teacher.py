@@ -1,0 +1,372 @@
+"""Images without labels: which are read, what a run says of them, and how they train."""
+
+import copy
+import itertools
+import json
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from tests.conftest import CLASSES
+from tests.image_files import tar_of
+from tests.run_folders import assert_same_tensors, train_on
+from toolkit import InputError, distributed
+from toolkit.answers.evaluation import NO_LABEL
+from toolkit.images.data import LabelledImages, Transformed, build_loader
+from toolkit.images.sources import load_splits
+from toolkit.run import runs, teacher
+from toolkit.run.guard import Keep, ShrinkTo
+from toolkit.run.teacher import Teacher
+from toolkit.run.training import MicroBatches
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------------ which are read
+
+
+@pytest.fixture
+def others(tmp_path, images):
+    """A folder of images: three of nobody's, one with a label, and two that are evaluated on, under other names."""
+    folder = tmp_path / "others"
+    folder.mkdir()
+    rng = np.random.RandomState(1)
+    for number in range(3):
+        Image.fromarray(rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    shutil.copy(images / "train" / "dark" / "0.png", folder / "labelled.png")
+    shutil.copy(images / "val" / "dark" / "0.png", folder / "evaluated.png")
+    shutil.copy(images / "val" / "bright" / "1.png", folder / "evaluated too.png")
+    return folder
+
+
+def read(images, unlabelled, **options):
+    """The names of the images without labels, as they lie in their folder."""
+    found = load_splits("imagefolder", images, unlabelled=unlabelled, **options).unlabelled
+    assert found.labels == list(range(len(found)))
+    return [name.rpartition("/")[2] for name in found.relative_names()]
+
+
+def test_images_that_are_evaluated_on_or_have_a_label_are_left_out_and_counted(images, others, capsys):
+    assert read(images, others) == ["0.png", "1.png", "2.png"]
+    assert "unlabelled: 3 images, without 2 evaluation images and 1 that have a label" in capsys.readouterr().out
+
+
+def test_a_list_names_images_as_a_folder_holds_them(images, others):
+    (others / "list.csv").write_text("0.png\n2.png\nevaluated.png\n")
+    assert read(images, others / "list.csv") == ["0.png", "2.png"]
+
+
+def test_archives_are_read_and_their_evaluation_images_found(images, others, tmp_path):
+    files = {path.name: path.read_bytes() for path in sorted(others.iterdir())}
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / "a.tar").write_bytes(tar_of(files))
+    assert read(images, tmp_path / "archives") == ["0.png", "1.png", "2.png"]
+
+
+def test_the_folder_of_the_labelled_images_has_the_others_of_it(images, capsys):
+    assert len(read(images, images, labels_per_class=5)) == 2 * len(CLASSES)
+    assert "without 0 evaluation images and 15 that have a label" in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_read_are_left_out_if_asked(images, others):
+    (others / "broken.png").write_bytes(b"no image")
+    assert read(images, others, skip_unreadable=True) == ["0.png", "1.png", "2.png"]
+
+
+def test_of_many_a_random_choice_is_read_which_is_said(images, others, monkeypatch, capsys):
+    monkeypatch.setattr("toolkit.images.sources.MOST_UNLABELLED", 4)
+    chosen = read(images, others)
+    assert "of a random 4 of 6" in capsys.readouterr().out
+    assert read(images, others) == chosen
+
+
+def test_each_part_of_a_cross_validation_leaves_its_evaluation_images_out(images):
+    for part in ("1/3", "2/3"):
+        splits = load_splits("imagefolder", images / "train", folds=part, labels_per_class=2, unlabelled=images)
+        used = {splits.unlabelled.name(i) for i in range(len(splits.unlabelled))}
+        assert used.isdisjoint(map(splits.val.name, range(len(splits.val))))
+        assert len(used) == 21 - len(splits.val) - len(splits.train)
+
+
+# ----------------------------------------------------------------------------------------------------- in which batches
+
+
+def endless(count=5, batch_size=3, batches=4):
+    images = LabelledImages([(None, 0)] * count, range(count))
+    loader = build_loader(Transformed(images, None), batch_size, shuffle=True, batches=batches)
+    return loader.batch_sampler
+
+
+def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():
+    sampler = endless()
+    draws = [draw for _ in range(5) for batch in sampler for draw in batch]  # 5 epochs x 4 batches x 3
+    assert len(draws) == 60 and len(sampler) == 4 and sampler.drawn == 12
+    for start in range(0, 60, 5):  # each pass has every image once,
+        assert sorted(i for i, _ in draws[start : start + 5]) == list(range(5))
+    assert len({seed for _, seed in draws}) == 60  # in a view of its own
+
+
+def test_an_epoch_can_begin_anywhere():
+    whole = list(endless())
+    sampler = endless()
+    second = list(sampler) and list(sampler)
+    sampler.epoch, sampler.start = 1, 2
+    assert list(sampler) == second[2:] != whole[2:]
+
+
+def test_two_processes_share_a_batch(monkeypatch):
+    whole = list(endless())
+    shares = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(list(endless()))
+    assert [first[:1] + second + first[1:] for first, second in zip(*shares, strict=True)] == whole
+
+
+# -------------------------------------------------------------------------------------------------------- what is said
+
+
+def test_a_run_says_what_images_without_labels_did(finetune, images, capsys):
+    results = finetune(f"--labels-per-class 5 --epochs 1 --unlabelled {images}")
+    printed = capsys.readouterr().out
+    assert "unlabelled: the head starts at the probe: no other is better for labelled images held out" in printed
+    shares = results["unlabelled"]["shares"]
+    assert set(shares) == set(CLASSES) and sum(shares.values()) == pytest.approx(1)
+    assert f"they are taken for bright {shares['bright']:.0%}" in printed
+    assert (results["unlabelled"]["images"], results["unlabelled"]["trained"]) == (6, True)
+    assert json.loads((results["folder"] / "results.json").read_text())["unlabelled"] == results["unlabelled"]
+
+
+def test_below_five_labels_a_class_they_do_not_train(finetune, images, capsys):
+    results = finetune(f"--labels-per-class 4 --epochs 1 --unlabelled {images}")
+    assert "images without labels, below 5 labels a class, do not train" in capsys.readouterr().out
+    assert not results["unlabelled"]["trained"]
+
+
+def test_a_run_whose_start_knows_too_little_trains_on_its_labels_alone(finetune, images, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(Teacher, "knows_enough", lambda _: False)
+    options = "--labels-per-class 5 --epochs 1"
+    with_others = finetune(f"{options} --unlabelled {images}", output="with")
+    assert "images without labels, of which the start knows too little, do not train" in capsys.readouterr().out
+    assert not with_others["unlabelled"]["trained"]
+    alone = finetune(options, output="alone")
+    assert_same_tensors(with_others["folder"] / "lora.pth", alone["folder"] / "lora.pth")
+    assert finetune(f"{options} --unlabelled {images} --resume", output="with")["val_loss"] == with_others["val_loss"]
+
+
+def test_a_run_without_them_is_as_it_was(finished_once):
+    assert finished_once["unlabelled"] is None
+
+
+# -------------------------------------------------------------------------------------------------------- the teacher
+
+
+def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
+    """A teacher of a linear network of two inputs and three classes, for four images."""
+    network = nn.Linear(2, 3)
+    found = Teacher(network, network, 4, 3, CPU, torch.float32)
+    found.first_answers = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.4, 0.3, 0.3]])
+    found.begin(2.0)
+    found.certainty = torch.tensor(certainty)
+    found.shares = torch.tensor(shares)
+    return found
+
+
+def test_it_begins_with_the_weights_and_the_answers_of_the_start():
+    found = teacher_of()
+    found.begin(1.0)
+    assert all(torch.equal(found.average[name], weight) for name, weight in found.network.state_dict().items())
+    assert found.certainty.item() == pytest.approx((0.6 + 0.8 + 0.6 + 0.4) / 4)
+    assert found.shares.tolist() == pytest.approx([1.3 / 4, 1.6 / 4, 1.1 / 4])
+
+
+def test_its_weights_are_a_moving_average_of_those_that_train():
+    found = teacher_of()
+    first = found.network.weight.detach().clone()
+    with torch.no_grad():
+        found.network.weight += 1
+    found.seen += 1
+    for _ in range(7):
+        found.after_step()
+        found.seen += 1
+    torch.testing.assert_close(found.average["weight"], first + 1 - 0.95**7)
+    with found.in_place():
+        assert torch.equal(found.network.weight, found.average["weight"])
+    torch.testing.assert_close(found.network.weight, first + 1)
+
+
+def test_a_class_that_is_rare_in_the_answers_needs_less_certainty():
+    assert teacher_of().thresholds().tolist() == pytest.approx([0.8, 0.4, 0.4])
+
+
+def test_how_sure_answers_are_moves_with_those_of_each_step():
+    found = teacher_of()
+    with torch.no_grad():
+        for row in ([3.0, 0.0, 0.0], [0.0, 2.0, 0.0]):  # in two batches of one step
+            found.sure_labels(torch.tensor([row]), torch.full((1, 3), 1 / 3))
+    # Half of the logits of the network and half of what knows nothing:
+    answers = torch.tensor([[1.5, 0.0, 0.0], [0.0, 1.0, 0.0]]).softmax(1)
+    found.after_step()
+    torch.testing.assert_close(found.certainty, 0.95 * torch.tensor(0.8) + 0.05 * answers.amax(1).mean())
+    torch.testing.assert_close(found.shares, 0.95 * torch.tensor([0.5, 0.25, 0.25]) + 0.05 * answers.mean(0))
+    assert not found.seen.any()
+
+
+def test_it_labels_what_both_answers_together_are_sure_of():
+    found = teacher_of(certainty=0.7, shares=(0.4, 0.4, 0.2))  # class 2 from 0.35 on
+    first = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.25, 0.25, 0.5]])
+    odds = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]])
+    # sqrt of the products: 0.9 for the first; no more than 0.45 for the second, of two minds; 0.45 for the third
+    assert found.sure_labels(odds.log(), first).tolist() == [0, NO_LABEL, 2]
+    found.certainty = torch.tensor(0.91)
+    assert found.sure_labels(odds.log(), first).tolist() == [NO_LABEL] * 3  # class 2 from 0.455 on
+
+
+def test_it_answers_by_its_own_weights_as_sure_as_before_the_head_was_softened():
+    found = teacher_of(certainty=0.0)
+    with torch.no_grad():
+        found.average["weight"].copy_(torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]))
+        found.network.weight.zero_()
+    places = torch.tensor([3, 0])
+    asked = mock.Mock(return_value=torch.tensor([0, NO_LABEL]))
+    found.sure_labels = asked
+    labels = found.extend(torch.tensor([1]), torch.eye(2), places)
+    assert labels.tolist() == [1, 0, NO_LABEL]
+    [logits, first] = asked.call_args.args
+    torch.testing.assert_close(logits, 2 * (9 * torch.eye(2, 3) + found.network.bias.detach()))
+    assert torch.equal(first, found.first_answers[places])
+
+
+def test_it_watches_the_surest_answers_of_each_class(monkeypatch):
+    found = teacher_of()
+    assert found.watched().tolist() == [0, 3, 1, 2]  # by class, and in each the surest first
+    monkeypatch.setattr(teacher, "WATCHED", 3)
+    assert found.watched().tolist() == [0, 1, 2]
+
+
+def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
+    found = teacher_of()
+    # 0.4 is a tenth of the way from 1/3 to 1
+    found.first_answers = torch.tensor([[0.39, 0.31, 0.3], [0.3, 0.39, 0.31]])
+    assert not found.knows_enough()
+    found.first_answers[0] = torch.tensor([0.42, 0.29, 0.29])
+    assert found.knows_enough()
+
+
+@pytest.mark.parametrize(("certainty", "changed", "still_sure"), [(0.99, 0, True), (0.99, 1, False), (0.7, 1, True)])
+def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong(certainty, changed, still_sure):
+    """Of four answers as sure as 0.99, 3.6 are expected to be right less two standard errors; of 0.7 it is 1."""
+    found = teacher_of()
+    rest = (1 - certainty) / 2
+    found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)
+    found.first_answers[3] = torch.tensor([certainty, rest, rest])
+    logits = found.first_answers[found.watched()].log()
+    logits[:changed] = torch.tensor([0.0, 9.0, 0.0])
+    assert found.still_sure(logits) is still_sure
+
+
+# ------------------------------------------------------------------------------------------------------- how they train
+
+
+@pytest.fixture
+def taught(start, images):
+    """A run that has begun, of 15 images with labels and 6 without, in batches of 4 and 4."""
+    run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 8")
+    run.start()
+    return run
+
+
+def test_an_epoch_has_at_least_twelve_steps_half_of_which_have_labels(taught):
+    steps = list(taught.loaders.steps(1))
+    assert len(steps) == 12 and taught.steps_per_epoch == 12 and steps[-1].is_last
+    for step in taught.loaders.steps(2):
+        [(images, labels, weak, places)] = step.batches
+        assert (len(images), len(labels), len(weak), len(places), step.images) == (8, 4, 4, 4, 4)
+        assert labels.tolist() != [NO_LABEL] * 4 and max(places.tolist()) < 6
+        torch.testing.assert_close(images[4:], weak)  # without an augmentation both views are plain
+
+
+def test_more_labels_make_an_epoch_longer_as_ever(start, images, monkeypatch):
+    monkeypatch.setattr(teacher, "LEAST_STEPS", 2)
+    run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 4 --accumulation-steps 1")
+    assert run.steps_per_epoch == 4  # 15 images in batches of 4
+    assert len(list(run.loaders.steps(1))) == 4
+
+
+def test_strong_views_of_photographs_have_one_more_change(start, images):
+    run = start(f"--labels-per-class 5 --unlabelled {images} --augmentation crop")
+    strong, weak = run.loaders.unlabelled.dataset.transform.views
+    assert "TrivialAugmentWide" in str(strong.steps) and "TrivialAugmentWide" not in str(weak.steps)
+
+
+def test_a_step_is_the_dense_gradient_of_both_losses(taught):
+    """Of FixMatch: the mean over images with a label, and the sum over sure ones divided by all without."""
+    [(views, labels, weak, places)] = next(iter(taught.loaders.steps(1))).batches
+    taught.teacher.certainty = torch.tensor(0.0)  # sure of all but the first
+    sure = taught.teacher.extend(labels, weak, places)
+    sure[4] = NO_LABEL
+    model = copy.deepcopy(taught.model)
+    model.zero_grad()
+    logits = model(views)
+    chosen = logits[5:]
+    expected = F.cross_entropy(logits[:4], labels) + F.cross_entropy(chosen, sure[5:], reduction="sum") / 4
+    expected.backward()
+    step = MicroBatches(iter([(views, labels, weak, places)]), 1, 4, True)
+    with mock.patch.object(taught.teacher, "extend", lambda *_: sure):
+        loss, _ = train_on(taught, step)
+    assert loss == pytest.approx(F.cross_entropy(logits[:4], labels, reduction="sum").item(), rel=1e-4)
+    gradients = {name: weight.grad for name, weight in taught.model.named_parameters() if weight.requires_grad}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_two_batches_of_a_step_are_one_large_batch(start, images):
+    options = f"--labels-per-class 5 --unlabelled {images} --clip-grad-norm 1 --batch-size"
+    runs = [start(f"{options} 8"), start(f"{options} 4 --accumulation-steps 2")]
+    for run in runs:
+        run.start()
+        train_on(run, *itertools.islice(run.loaders.steps(1), 3))
+    whole, parts = (run.teacher for run in runs)
+    torch.testing.assert_close(whole.thresholds(), parts.thresholds(), rtol=1e-4, atol=1e-5)
+    for name, weight in whole.average.items():
+        torch.testing.assert_close(parts.average[name], weight, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_the_share_of_the_change_that_is_kept_counts_all_images(taught):
+    assert taught.wise_ft.alpha == pytest.approx(7 / 12)  # (15 + 6) / 3 images a class, of these and five more
+
+
+def test_the_change_shrinks_where_sure_answers_were_lost(taught):
+    answers = taught.evaluate_watched()
+    assert taught.guard.after_epoch(answers, answers, 1, taught.still_sure) == Keep()
+    assert taught.guard.after_epoch(answers, answers, 1, still_sure=False) == ShrinkTo(2)
+
+
+def test_a_run_that_loses_sure_answers_keeps_its_start(finetune, images, monkeypatch):
+    monkeypatch.setattr(Teacher, "still_sure", lambda *_: False)
+    results = finetune(f"--labels-per-class 5 --epochs 1 --unlabelled {images}")
+    assert results["kept_share"] == 0 and results["val_accuracy"] == results["probe_accuracy_before"]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(finetune, images):
+    options = f"--labels-per-class 5 --unlabelled {images} --augmentation crop"
+    whole = finetune(options, output="whole")
+    with pytest.raises(runs.Stopped):
+        finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
+    resumed = finetune(f"{options} --resume", output="stopped")
+    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    assert resumed["unlabelled"] == whole["unlabelled"]
+
+
+def test_a_run_is_not_resumed_beside_other_images(finetune, images, others):
+    options = f"--labels-per-class 5 --epochs 1 --unlabelled {images}"
+    finetune(options)
+    with pytest.raises(InputError, match="trained on other images"):
+        finetune(f"{options} --resume --unlabelled {others}")

@@ -1,0 +1,144 @@
+"""A teacher labels images that have none: a moving average of the weights that train.
+
+The network learns its answers on changed views where it is sure of plain ones (FixMatch, arXiv 2001.07685). The average
+is that of Mean Teacher (1703.01780), and how sure is sure enough follows FreeMatch (2205.07246, section 4.1).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from toolkit import distributed
+from toolkit.answers import evaluation
+from toolkit.images.sources import Splits
+
+LEAST_LABELS = 5  # a class: with fewer, training on other images may harm
+LEAST_KNOWN = 0.1  # of the way from chance to certainty: how far the answers at the start have to be
+LEAST_STEPS = 12  # of an epoch, however few images have labels
+WATCHED = 120  # images that were answered most surely at the start
+KEPT = 0.95  # of the averages, in each step
+LEAST_PROBABILITY = 1e-4  # of a class in the answers at the start, which are a prior and no proof
+
+
+def trains(splits: Splits) -> bool:
+    """Do the images without labels train? They do where enough others have one."""
+    return splits.unlabelled is not None and len(splits.train) >= LEAST_LABELS * len(splits.class_names)
+
+
+class Teacher:
+    """Labels for images without any.
+
+    Args:
+        model: whose trained weights it averages.
+        network: computes the logits (N, K) of a batch by them.
+        images: how many have no label, M.
+        classes: how many there are, K.
+    """
+
+    def __init__(self, model: nn.Module, network: nn.Module, images: int, classes: int, device: torch.device, dtype):
+        self.network = network
+        self.device = device
+        self.dtype = dtype
+        self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        self.average: dict[str, Tensor] = {}
+        self.first_answers = torch.full((images, classes), 1 / classes)  # (M, K): the probabilities at the start
+        self.temperature = 1.0  # by which the head was softened for training
+        self.certainty = torch.tensor(1 / classes, device=device)  # of the mean answer, lately
+        self.shares = torch.full((classes,), 1 / classes, device=device)  # of the classes in the answers, lately
+        self.seen = torch.zeros(classes + 2, device=device)  # sums over the answers of a step: see `after_step`
+
+    def begin(self, temperature: float) -> None:
+        """Begin with the present weights, by which the images have the `first_answers`."""
+        self.temperature = temperature
+        self.average = {name: weight.clone() for name, weight in self.weights.items()}
+        self.certainty = self.first_answers.amax(1).mean().to(self.device)
+        self.shares = self.first_answers.mean(0).to(self.device)
+        self.seen.zero_()
+
+    def knows_enough(self) -> bool:
+        """Are the answers at the start, which are as sure as held-out labels allow, better than chance?"""
+        chance = 1 / self.first_answers.shape[1]
+        certainty = self.first_answers.amax(1).mean().item()
+        return certainty - chance >= LEAST_KNOWN * (1 - chance)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Within this block the model has the averages in place of the weights that train."""
+        trained = {name: weight.clone() for name, weight in self.weights.items()}
+        try:
+            for name, weight in self.weights.items():
+                weight.copy_(self.average[name])
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.copy_(trained[name])
+
+    @torch.no_grad()
+    def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> Tensor:
+        """Labels with, behind them, those of images (N, C, H, W) at these places among all: `sure_labels`."""
+        with self.in_place(), evaluation.eval_mode(self.network):
+            logits = evaluation.computed(self.network, views, self.device, self.dtype).float()
+        return torch.cat([labels, self.sure_labels(logits * self.temperature, self.first_answers[places])])
+
+    def sure_labels(self, logits: Tensor, first_answers: Tensor) -> Tensor:
+        """The classes by logits and answers at the start, (N, K) each, (N,); NO_LABEL where their mean is not sure.
+
+        It is the geometric mean. Notes how sure it is, for `after_step`.
+        """
+        first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
+        answers = ((logits.log_softmax(1) + first) / 2).softmax(1)
+        certainty, classes = answers.max(1)
+        self.seen += torch.cat([answers.sum(0), certainty.sum()[None], certainty.new_tensor([len(answers)])])
+        return classes.where(certainty >= self.thresholds()[classes], evaluation.NO_LABEL)
+
+    def thresholds(self) -> Tensor:
+        """How sure an answer has to be, (K,): as the mean one, and for a class that is rare in the answers less."""
+        return self.certainty * self.shares / self.shares.max()
+
+    def watched(self) -> Tensor:
+        """The places of the images that were answered most surely at the start, (n,): as many of each class."""
+        certainty, classes = self.first_answers.max(1)
+        found = []
+        for label in range(self.first_answers.shape[1]):
+            places = (classes == label).nonzero().flatten()
+            order = certainty[places].argsort(descending=True, stable=True)
+            found.append(places[order[: max(1, WATCHED // self.first_answers.shape[1])]])
+        return torch.cat(found)
+
+    def still_sure(self, logits: Tensor) -> bool:
+        """Are the watched images, with these logits (n, K), answered as at the start?
+
+        As many may not be as must be expected to have been wrong, and two standard errors more.
+        """
+        certainty, classes = self.first_answers[self.watched()].max(1)
+        error = (certainty * (1 - certainty)).sum().sqrt() / len(certainty)
+        return bool((logits.argmax(1) == classes).float().mean() >= certainty.mean() - 2 * error)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Go on with the averages after an optimizer step: of the weights, and of the answers of all processes."""
+        for name, weight in self.weights.items():
+            self.average[name].lerp_(weight, 1 - KEPT)
+        if distributed.world_size() > 1:
+            dist.all_reduce(self.seen)
+        *shares, certainty, images = self.seen
+        self.shares.lerp_(torch.stack(shares) / images, 1 - KEPT)
+        self.certainty.lerp_(certainty / images, 1 - KEPT)
+        self.seen.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("average", "first_answers", "temperature", "certainty", "shares")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo everything since `state_dict()` returned this."""
+        self.first_answers = state["first_answers"]
+        self.temperature = state["temperature"]
+        self.average = {name: value.clone().to(self.weights[name]) for name, value in state["average"].items()}
+        self.certainty = state["certainty"].clone().to(self.device)
+        self.shares = state["shares"].clone().to(self.device)
