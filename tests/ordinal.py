@@ -1,0 +1,51 @@
+"""A task of its own, which tests/test_new_task.py adds to a copy of the toolkit: one class an image, of ordered ones.
+
+Its answers are the likeliest class and the expected rank; an adapter file has the rank of each class.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.answers.classification import ClassHead, Classification, ClassObjective
+from toolkit.answers.parts import Task
+
+
+class OrderedHead(ClassHead):
+    output_name = "probabilities"
+    text_columns = ("class",)
+
+    def __init__(self, names: Sequence[str], objective: ClassObjective, ranks: Tensor):
+        super().__init__(names, objective)
+        self.ranks = ranks
+
+    def record(self) -> dict[str, list[float]]:
+        return {"ranks": self.ranks.tolist()}
+
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        expected = outputs.double().softmax(1) @ self.ranks
+        names = [self.names[number] for number in outputs.argmax(1).tolist()]
+        return {"class": names, "rank": [f"{rank:.4f}" for rank in expected.tolist()]}
+
+    def output_layer(self) -> nn.Module:
+        return nn.Softmax(1)
+
+
+class Ordinal(Classification):
+    kind = "ordinal"
+    outputs_are = ("step", "steps")
+    pipeline = "tabular-classification"  # another than the other tasks have
+    recorded = ("ranks",)
+    counts_images = False
+
+    def __init__(self, names: Sequence[str], ranks: Tensor):
+        objective = ClassObjective()
+        Task.__init__(self, objective, OrderedHead(names, objective, ranks))
+
+    @classmethod
+    def of_run(cls, names, train, args):
+        return cls(names, 2.0 * torch.arange(len(names), dtype=torch.float64))
+
+    def record(self):
+        return Task.record(self)

@@ -1,0 +1,99 @@
+"""A new task by the places that CONTRIBUTING names, and by no others, goes through every command."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deploy_lora
+from lora_utils import read_adapter_file
+from tests.run_folders import rows_of
+from tests.test_layout import PACKAGES, ROOT
+from toolkit import InputError
+
+RUN = """
+import sys
+import deploy_lora, finetune_lora
+from toolkit.models import names
+names.VITS["vit_mini"]["num_layers"] = 2  # as the other tests' backbone has
+base, images, out = sys.argv[1:]
+options = f"--task ordinal --checkpoint {base} --data-dir {images} --output-dir {out} --device cpu --epochs 1"
+finetune_lora.main([*options.split(), "--batch-size=8", "--augmentation=none", "--workers=0", "--keep-best=right"])
+adapter = f"{out}/lora.pth"
+deploy_lora.main(["evaluate", adapter, "--output", f"{out}/again.json"])
+deploy_lora.main(["predict", adapter, images, "--output", f"{out}/answers.csv"])
+deploy_lora.main(["predict", adapter, images, "--output", f"{out}/answers.parquet"])
+for command, file in {"merge": "merged.pth", "export": "model.pt2", "card": "card.md"}.items():
+    deploy_lora.main([command, adapter, "--output", f"{out}/{file}"])
+"""
+
+
+@pytest.fixture(scope="module")
+def ordinal(base, images, tmp_path_factory):
+    """The folder of a run and of what every command made of it, by a copy of the toolkit that has a fifth task."""
+    copy = tmp_path_factory.mktemp("copy")
+    for folder in (*PACKAGES, "configs"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    shutil.copy(ROOT / "tests/ordinal.py", copy / "toolkit/answers")
+    tasks = copy / "toolkit/answers/tasks.py"
+    known = "(Classification, MultiLabel, Regression, Segmentation)"
+    imported = "from toolkit.answers.ordinal import Ordinal\nTASKS"
+    text = tasks.read_text().replace(known, known.replace(")", ", Ordinal)"))
+    tasks.write_text(text.replace("\nTASKS", f"\n{imported}"))
+    with open(copy / "toolkit/choices.py", "a") as file:
+        file.write('TRUTHS["ordinal"] = "class"\nKEEP_BEST["ordinal"] = {"right": "val_accuracy"}\n')
+    out = tmp_path_factory.mktemp("ordinal") / "out"
+    subprocess.run([sys.executable, "-c", RUN, base, images, out], cwd=copy, check=True)
+    return out
+
+
+def test_training_and_evaluating_are_of_the_new_task(ordinal):
+    results = json.loads((ordinal / "results.json").read_text())
+    again = json.loads((ordinal / "again.json").read_text())
+    assert results["task"] == again["task"] == "ordinal"
+    assert results["val_accuracy"] == again["accuracy"]
+    assert results["chosen_by"] == {"epoch": "the evaluation images"}
+    metadata = read_adapter_file(ordinal / "lora.pth")["metadata"]
+    assert metadata["task"] == {"kind": "ordinal", "ranks": [0.0, 2.0, 4.0]}
+
+
+def test_predicted_are_what_the_exported_graph_answers_with_the_recorded_ranks(ordinal):
+    usage = json.loads((ordinal / "model.json").read_text())
+    graph = torch.export.load(ordinal / "model.pt2").module()
+    assert usage["activation"] == "none"  # the graph ends with the head's own
+    for row in rows_of(ordinal / "answers.csv"):
+        pixels = torch.from_numpy(np.array(Image.open(row["path"]), np.float32)).movedim(2, 0)
+        levels = (pixels / 255 - torch.tensor(usage["mean"])[:, None, None]) / torch.tensor(usage["std"])[:, None, None]
+        [shares] = graph(levels[None])
+        assert row["class"] == usage["class_names"][shares.argmax()]
+        assert float(row["rank"]) == pytest.approx((shares @ torch.tensor([0.0, 2.0, 4.0])).item(), abs=1e-3)
+
+
+def test_a_parquet_table_has_the_texts_that_the_head_names(ordinal):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    schema = parquet.read_schema(ordinal / "answers.parquet/part-00000.parquet")
+    assert list(map(str, schema.types)) == ["string", "string", "double"]
+
+
+def test_merge_and_card_say_what_the_new_task_is(ordinal):
+    assert json.loads((ordinal / "merged.json").read_text())["activation"] == "softmax"
+    assert len(torch.load(ordinal / "merged.pth")["heads.head.bias"]) == 3
+    card = (ordinal / "card.md").read_text()
+    assert "pipeline_tag: tabular-classification" in card and "ordinal of images" in card
+
+
+@pytest.mark.parametrize("command", ["evaluate", "merge --output {}/merged.pth", "card --output {}/card.md"])
+def test_a_toolkit_without_the_task_refuses_its_files(ordinal, tmp_path, command):
+    """And never takes them for the files of plain classification."""
+    adapter = shutil.copy(ordinal / "lora.pth", tmp_path)
+    name, *options = command.format(tmp_path).split()
+    with pytest.raises(InputError, match="of another version"):
+        deploy_lora.main([name, adapter, *options])
+    assert len(list(tmp_path.iterdir())) == 1
