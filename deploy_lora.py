@@ -55,8 +55,8 @@ from toolkit import InputError, devices, distributed, files, listed, optional_pa
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.images import folders, lists, masks, remote, sources, splitting, transforms
-from toolkit.images.bands import Bands, from_metadata, recorded
+from toolkit.images import lists, masks, remote, sources, splitting, transforms
+from toolkit.images.bands import from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
@@ -110,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         images, where, result = _evaluated(args, task, model, about, make_loader)
-        explainer = _explainer(args, model, about) if task.explains_mistakes and block_names(model) else None
+        explainer = _explainer(args, model, about) if task.counts_images and block_names(model) else None
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
@@ -159,7 +159,7 @@ def explain(args: argparse.Namespace) -> list[Path]:
         _refuse_pixels(about, "explain")
         explainer = _explainer(args, model, about)
         task = _task_of(about)
-        images = _images(args.images, explainer.bands)
+        images = _images(args.images, about)
         written = []
         broken = []
         places = predictions.places_of_masks(images, args.images, args.output, replaces=True)
@@ -179,9 +179,9 @@ def explain(args: argparse.Namespace) -> list[Path]:
         written = sorted(itertools.chain(*distributed.gather(written)))
         broken = list(itertools.chain(*distributed.gather(broken)))
         if not written:
-            raise broken[0]
+            raise InputError(broken[0].problem)
         for error in broken:
-            print(f"left out: {error}")
+            print(f"left out: {error.problem}")
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
 
@@ -250,7 +250,7 @@ def predict(args: argparse.Namespace) -> list[Any]:
 
 def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, Any], task: Task) -> list[Path]:
     """Write a map of each image, or of one. Several processes share the images, or the windows of the one."""
-    images = _images(args.images, about["transform"].bands)
+    images = _images(args.images, about)
     is_file = args.output.suffix in MAP_SUFFIXES
     if isinstance(images.source, ShardedImages):
         raise InputError(f"{args.images[0]}: maps are not made of images in archives; unpack them")
@@ -295,9 +295,9 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
     written = sorted(itertools.chain(*distributed.gather(written)))
     broken = list(itertools.chain(*distributed.gather(broken)))
     if not written:
-        raise broken[0]
+        raise InputError(broken[0].problem)
     for error in broken:
-        print(f"left out: {error}")
+        print(f"left out: {error.problem}")
     print(f"wrote {args.output}: {len(written)} map{'s' * (len(written) != 1)} of {listed(task.names)}")
     return written
 
@@ -343,7 +343,7 @@ def _write_answers(
     They go into the file --output, and are returned as `write` returns them; or into parts in the folder --output, of
     which the paths are returned. `write` takes outputs (n, ...), their images, and a path.
     """
-    images = _images(args.images, about["transform"].bands)
+    images = _images(args.images, about)
     batch_size = fixed_order_batch(args.batch_size)
     in_parts = args.output.suffix in FOLDERS
     size = len(images)
@@ -435,8 +435,9 @@ def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tens
     return evaluation.computed(model, images, *_device_and_precision(args)).float()
 
 
-def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
+def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
     """The images that are named, and all in named folders and below, and in lists; or those in a folder's archives."""
+    bands = about["transform"].bands
     names = []
     for path in paths:
         if not remote.exists(path):
@@ -450,7 +451,8 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
                 raise InputError(f"{path}: its images are in archives; name this folder alone")
             found = map(source.path, range(len(source)))
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
-            found = [remote.located(path.parent, name) for name in lists.read_paths(path, path.parent)]
+            folder = lists.folder_of(path, _data_of_run(about).get("data_dir"))
+            found = [remote.located(folder, name) for name in lists.read_paths(path, folder)]
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
@@ -467,26 +469,23 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         return _images_of_run(about)
     if not remote.exists(place):
         raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
-    read = about["transform"].bands
     data = _data_of_run(about)
-    column = None if remote.is_folder(place) else _group_column(place, data)
+    column = None
+    folder = place
+    if not remote.is_folder(place):
+        column = _group_column(place, data)
+        folder = lists.folder_of(place, data.get("data_dir"))
     task = _task_of(about)
-    names = task.names
+    read = about["transform"].bands
     if task.per_pixel:
-        images = masks.pairs_in(place, read, task.head.masks, column)
-    elif not remote.is_folder(place) or task.truth != "class":
-        columns = {"group_by": column, "label_columns": data.get("label_columns")}
-        images, _ = sources.listed_images(place, place.parent, read, task.truth, columns, names, "the adapter")
+        images = masks.pairs_in(place, read, task.head.masks, column, folder)
     else:
-        inside = folders.folders_by_class(place).keys()
-        has_parts = inside & {*folders.EVALUATION_NAMES, "test"}
-        if has_parts and not inside & set(names):  # a class may be called test
-            place = folders.evaluation_folder(place)
-        sources.check_classes(place, folders.class_folders(place, at_least=1), "the adapter", names)
-        found = folders.labelled_files(place, names, every=False, bands=read)
-        images = LabelledImages(found, found.labels)
+        if folder == place:
+            place = sources.part_to_evaluate(place, task.names)
+        columns = {"group_by": column, "label_columns": data.get("label_columns")}
+        images, _ = sources.labelled_images(place, folder, read, task.truth, columns, task.names, "the adapter")
     if column is not None:
-        images.groups = lists.read_groups(place, column)
+        images.groups = lists.read_groups(place, column)[images.indices]
     else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
             images.groups = splitting.folder_level(images.relative_names(), str(data.get("group_by")))
@@ -514,9 +513,7 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
     data["bands"] = about["transform"].bands
     task = _task_of(about)
-    if task.per_pixel:
-        data["masks"] = task.head.masks
-    splits = sources.load_splits(**data, task=task.kind)
+    splits = sources.load_splits(**data, task=task.kind, masks=task.head.masks)
     sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
     if splits.val.targets is not None:  # the columns of a list may have another order now
         places = list(map(splits.class_names.index, about["class_names"]))
@@ -654,7 +651,7 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         "scale": 255.0,
         "mean": list(values["mean"]),
         "std": list(values["std"]),
-        **task.head.usage(),
+        "activation": task.head.activation,
     }
     if bands is not None:
         about |= {"bands": list(bands.chosen), "scale": bands.scale}
@@ -664,7 +661,8 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         about["resize"] = [size, size]
     else:
         about["resize"] = transforms.shorter_side(size)
-    return about
+    recorded = task.head.record()
+    return about | {name: recorded[key] for key, name in task.head.served.items()}
 
 
 def _place_of_usage(about: dict[str, Any], output: Path) -> Path:
@@ -828,7 +826,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if args.command not in ON_IMAGES and not distributed.is_main():
         return None  # several processes share images alone
     run = next(run for run in COMMANDS if run.__name__ == args.command)
-    return run(args)
+    try:
+        return run(args)
+    except InputError as error:
+        raise InputError(error.problem) from None  # the advice is for training
 
 
 if __name__ == "__main__":

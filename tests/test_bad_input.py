@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from moco import pretrain
 from tests.image_files import bytes_of, tar_of
 from toolkit.config import check_command_line
 from toolkit.models.backbones import build_backbone
+from toolkit.run.commands import make_parser
 from toolkit.run.options import read_options
 from toolkit.run.runs import run_script
 
@@ -350,7 +352,7 @@ IMAGES = [
          "--dataset digits has its own images"),
     case("three lists", "finetune --data-list a b c", "--data-list: expected a list for training and one", "got 3"),
     case("no list", "finetune --data-list", "--data-list: expected at least one value"),
-    case("a missing list", "finetune --data-list gone.csv", "--data-list gone.csv: cannot read it: No such file"),
+    case("a missing list", "finetune --data-list gone.csv", "gone.csv: cannot read it: No such file"),
     case("a list without labels", "plain-finetune --data-list l.csv", "l.csv: its images have no labels", "path,label",
          files=classes("cat") | {"l.csv": "mine/cat/0.png\n"}),
     case("a list of one class", "plain-finetune --data-list l.csv", "at least two classes, found only cat",
@@ -401,8 +403,6 @@ IMAGES = [
     images("an archive per class", {f"mine/train/{name}.tar": lambda: tar("0.jpg") for name in ("cat", "dog")}
            | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
            "if each archive is a class", "unpack each"),
-    images("archives for training alone", {"mine/train/all.tar": lambda: tar("0.jpg", "0.cls", "1.jpg", "1.cls")}
-           | classes("cat", "dog", folder="mine/val"), "mine/val: no .tar archives; the training images are in some"),
     case("an archive that is none", "finetune --data-dir tars", "0.tar: not a tar archive", "unpacked",
          files={"tars/0.tar": b"x"}),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
@@ -623,6 +623,13 @@ def everything_in(folder: Path) -> dict[Path, int | None]:
     return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def options_of(command: str) -> set[str]:
+    """The options that a command of deploy_lora.py has, or was given."""
+    _, parsers = make_parser()
+    _, *words = shlex.split(command)
+    return set(words).union(*(parsers[word]._option_string_actions for word in words if word in parsers))
+
+
 def printed_by(command: str, capsys) -> str:
     """What a command prints that ends with exit code 2 and an error."""
     name, *words = shlex.split(command)
@@ -642,6 +649,8 @@ def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys
     message = printed.rpartition("error: ")[2]
     assert [part for part in case.names if part not in printed] == [], message
     assert all(line.isprintable() and len(line) < 1000 for line in message.splitlines())
+    if case.command.startswith("deploy_lora"):  # which have few of training's options to advise
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", message)) <= options_of(case.command)
     assert everything_in(workplace) == before
 
 

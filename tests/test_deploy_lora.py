@@ -27,6 +27,7 @@ import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora import int8
 from lora_utils import LoRAManager
+from tests.image_files import tar_of
 from tests.run_folders import rows_of
 from toolkit import InputError
 from toolkit.answers import predictions
@@ -350,6 +351,50 @@ def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_pa
     ):
         with pytest.raises(InputError, match=problem):
             run("evaluate --device cpu", adapter, path)
+
+
+def archived(folder: Path, path: Path) -> None:
+    """The images in class folders as an archive that has the class of each beside it."""
+    files = {}
+    for number, image in enumerate(sorted(folder.glob("*/*.png"))):
+        files |= {f"{number}.png": image.read_bytes(), f"{number}.cls": image.parent.name.encode()}
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tar_of(files))
+
+
+def test_archives_are_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path):
+    """Themselves, and in the val/ beside a train/; of classes that the adapter lacks they are refused."""
+    expected = run("evaluate --device cpu", adapter_for_images, images / "val")
+    archived(images / "val", tmp_path / "mine/val/0.tar")
+    archived(images / "train", tmp_path / "mine/train/0.tar")
+    for place in (tmp_path / "mine/val", tmp_path / "mine"):
+        found = run("evaluate --device cpu", adapter_for_images, place)
+        assert (found["accuracy"], found["images"]) == (expected["accuracy"], 15)
+    (tmp_path / "mine/val/1.tar").write_bytes(tar_of({"a.png": b"", "a.cls": b"eel"}))
+    with pytest.raises(InputError, match=r"mine/val has classes that the adapter lacks: eel"):
+        run("evaluate --device cpu", adapter_for_images, tmp_path / "mine/val")
+
+
+def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter_for_images, images, tmp_path):
+    """Where the list's own folder has an image of that name, it is that one."""
+    expected = run("evaluate --device cpu", adapter_for_images, images / "val")
+    table = tmp_path / "list.csv"
+    names = sorted(path.relative_to(images) for path in (images / "val").glob("*/*.png"))
+    table.write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+    trained = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_dir": str(images)})
+    found = run("evaluate --device cpu", trained, table)
+    assert (found["accuracy"], found["images"]) == (expected["accuracy"], 15)
+    rows = run("predict --device cpu", trained, table, "--output", tmp_path / "answers.csv")
+    assert [row["path"] for row in rows] == [str(images / name) for name in names]
+    own = tmp_path / names[0]
+    own.parent.mkdir(parents=True)
+    shutil.copy(images / names[0], own)
+    with pytest.raises(InputError, match="14 of its files are not in"):
+        run("predict --device cpu", trained, table, "--output", tmp_path / "answers.csv")
+    elsewhere = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_dir": "https://127.0.0.1:1/x"})
+    own.unlink()
+    with pytest.raises(InputError, match=f"15 of its files are not in {tmp_path}"):  # a stranger may have named that
+        run("evaluate --device cpu", elsewhere, table)
 
 
 def with_settings(adapter: Path, data: object) -> Path:

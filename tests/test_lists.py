@@ -62,12 +62,12 @@ def test_lists_that_cannot_be_used(tmp_path, content, problem):
     if isinstance(content, str):
         content = content.replace("{folder}", tmp_path.name).encode()
     (tmp_path / "list.csv").write_bytes(content)
-    with pytest.raises(InputError, match=rf"--data-list .*list\.csv: {problem}"):
+    with pytest.raises(InputError, match=rf"list\.csv: {problem}"):
         lists.read_list(tmp_path / "list.csv", tmp_path)
 
 
 NAN = math.nan
-LABELS, NUMBERS = "multilabel", "regression"
+LABELS, NUMBERS = "labels", "numbers"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_lists_of_several_labels_and_of_numbers(tmp_path, task, text, names, val
 def test_numbers_are_read_in_double_precision(tmp_path):
     """In single precision these are one number, and infinity."""
     (tmp_path / "list.csv").write_text("path,seconds,size\na.png,1700000003,1e39\nb.png,1700000006,2e39\n")
-    values = lists.read_targets(tmp_path / "list.csv", tmp_path, "regression").values
+    values = lists.read_targets(tmp_path / "list.csv", tmp_path, "numbers").values
     assert values.tolist() == [[1700000003, 1e39], [1700000006, 2e39]]
 
 
@@ -115,20 +115,20 @@ b.png,Male,87,Lateral,,,-1.0,1.0
 )
 def test_a_list_with_other_columns_says_which_are_labels(tmp_path, columns, names, values):
     (tmp_path / "list.csv").write_text(CHEXPERT)
-    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel", group_by="Sex", label_columns=columns)
+    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, "labels", group_by="Sex", label_columns=columns)
     assert targets.names == names
     torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
     assert lists.read_list(tmp_path / "list.csv", tmp_path, label_columns=["Sex"])[1] == ["Female", "Male"]
-    ages = lists.read_targets(tmp_path / "list.csv", tmp_path, "regression", label_columns=["Age"]).values
+    ages = lists.read_targets(tmp_path / "list.csv", tmp_path, "numbers", label_columns=["Age"]).values
     assert ages.tolist() == [[68], [87]]
     with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*, which has Sex, Age"):
-        lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel", label_columns=["Edma"])
+        lists.read_targets(tmp_path / "list.csv", tmp_path, "labels", label_columns=["Edma"])
 
 
 @pytest.mark.parametrize("title", ["image_name", "id", "ID"])
 def test_a_first_line_without_an_image_names_the_columns(tmp_path, title):
     (tmp_path / "list.csv").write_text(f"{title},cat\na.png,1\nb.png,0\n")
-    assert lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel").names == ["cat"]
+    assert lists.read_targets(tmp_path / "list.csv", tmp_path, "labels").names == ["cat"]
     (tmp_path / "list.csv").write_text("a.dcm,cat\nb.png,dog\n")
     assert lists.read_list(tmp_path / "list.csv", tmp_path)[0] == ["a.dcm", "b.png"]
 
@@ -146,31 +146,31 @@ def test_pretraining_takes_the_paths_of_any_list(tmp_path, text):
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
 def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=f"--data-list .*{path}: cannot read it: not a file"):
+    with pytest.raises(InputError, match=f"{path}: cannot read it: not a file"):
         lists.read_list(tmp_path / path, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("task", "content", "problem"),
     [
-        ("multilabel", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put labels"),
-        ("multilabel", "a.png\n", "the line 'a.png' is not"),
-        ("multilabel", "path,x\na.png,Mass|Edema\nb.png,Edema\n", "'a.png,Mass|Edema' is not `path,\"a,b\"`; put"),
-        ("multilabel", "a.png,Mass; Edema\n", "the line 'a.png,Mass; Edema' is not"),
-        ("multilabel", "path,cat\na.png,yes\n", "the column cat says yes: write 1 for yes and 0 for no"),
-        ("multilabel", "a.png,\n", "no image has a label"),
-        ("multilabel", "Path,Sex,Edema\na.png,Male,1\n", "'Male' in the column Sex is not 1, 0, or -1"),
-        ("multilabel", "path,cat,dog\na.png,1\n", "the line 'a.png,1' has 2 columns and not 3"),
-        ("multilabel", "path,cat,cat\na.png,1,1\n", "expected a column with a name of its own"),
-        ("multilabel", "path,cat,dog\na.png,1,0\na.png,1,\n", "two labels for a.png"),
-        ("multilabel", "path,cat,dog\ngone.png,1,0\n", "1 of its files are not in"),
-        ("regression", "a.png,three\n", "'three' in the column number is not a number, or nothing"),
-        ("regression", "a.png,nan\n", "'nan' in the column number is not a number"),
-        ("regression", "a.png,inf\n", "'inf' in the column number is not a number"),
-        ("regression", "a.png\n", "expected a column with a name"),
-        ("regression", "a.png,1\n./a.png,2\n", "two labels for"),
-        ("multilabel", "path,x,x probability\na.png,1,0\n", "and not with probability behind it, for each"),
-        ("regression", "path,age answer,age\na.png,1,2\n", "name of its own, and not with answer behind it"),
+        ("labels", "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put labels"),
+        ("labels", "a.png\n", "the line 'a.png' is not"),
+        ("labels", "path,x\na.png,Mass|Edema\nb.png,Edema\n", "'a.png,Mass|Edema' is not `path,\"a,b\"`; put"),
+        ("labels", "a.png,Mass; Edema\n", "the line 'a.png,Mass; Edema' is not"),
+        ("labels", "path,cat\na.png,yes\n", "the column cat says yes: write 1 for yes and 0 for no"),
+        ("labels", "a.png,\n", "no image has a label"),
+        ("labels", "Path,Sex,Edema\na.png,Male,1\n", "'Male' in the column Sex is not 1, 0, or -1"),
+        ("labels", "path,cat,dog\na.png,1\n", "the line 'a.png,1' has 2 columns and not 3"),
+        ("labels", "path,cat,cat\na.png,1,1\n", "expected a column with a name of its own"),
+        ("labels", "path,cat,dog\na.png,1,0\na.png,1,\n", "two labels for a.png"),
+        ("labels", "path,cat,dog\ngone.png,1,0\n", "1 of its files are not in"),
+        ("numbers", "a.png,three\n", "'three' in the column number is not a number, or nothing"),
+        ("numbers", "a.png,nan\n", "'nan' in the column number is not a number"),
+        ("numbers", "a.png,inf\n", "'inf' in the column number is not a number"),
+        ("numbers", "a.png\n", "expected a column with a name"),
+        ("numbers", "a.png,1\n./a.png,2\n", "two labels for"),
+        ("labels", "path,x,x probability\na.png,1,0\n", "and not with probability behind it, for each"),
+        ("numbers", "path,age answer,age\na.png,1,2\n", "name of its own, and not with answer behind it"),
     ],
 )
 def test_lists_of_other_answers_that_cannot_be_used(tmp_path, task, content, problem):

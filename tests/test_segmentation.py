@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.metrics import f1_score, jaccard_score
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
+import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare, read_options
 from lora_utils import LoRAManager, base_digests, read_adapter_file
@@ -200,6 +202,43 @@ def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(se
         merged = answers_for(image, model.window, model)
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
     assert adapted.shape == (2, 20, 28)
+
+
+def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segment, pairs, tmp_path, capsys):
+    """An image that is none, a mask of which nothing is known, one of a class that is none, and one without an image.
+
+    What is said is nothing of training's options, and the groups are those of the pairs that are left.
+    """
+    adapter = segment("--lora-rank 0")["folder"] / "lora.pth"
+    mine = shutil.copytree(pairs / "val", tmp_path / "mine")
+    for number in (1, 2, 3):
+        (mine / f"images/{number}.png").unlink()
+        (mine / f"masks/{number}.png").unlink()
+    expected = deploy_lora.main(["evaluate", str(adapter), str(mine)])
+    shutil.copytree(pairs / "val", mine, dirs_exist_ok=True)
+    (mine / "images/1.png").write_text("nothing")
+    Image.fromarray(np.full((20, 28), 255, np.uint8)).save(mine / "masks/2.png")
+    Image.fromarray(np.full((20, 28), 7, np.uint8)).save(mine / "masks/3.png")
+    shutil.copy(mine / "masks/0.png", mine / "masks/lone.png")
+    capsys.readouterr()
+    assert deploy_lora.main(["evaluate", str(adapter), str(mine)]) == expected
+    told = capsys.readouterr().out
+    assert all(f"masks/{number}.png: " in told for number in (2, 3)) and "images/1.png: not a readable" in told
+    assert "lone.png: there is no image" in told and "3 pairs of image and mask cannot be used" in told
+    assert "--" not in told
+    lines = [f"images/{i}.png,masks/{i}.png,{'abc'[i // 2]}" for i in range(6)]
+    (mine / "list.csv").write_text("\n".join(["image,mask,who", *lines]))
+    _, about = load_finetuned(adapter)
+    about["config"]["data"]["group_by"] = "who"
+    images, _ = deploy_lora._labelled_images(mine / "list.csv", about)
+    assert images.groups.tolist() == ["a", "c", "c"]
+    shutil.rmtree(mine / "masks")
+    shutil.copytree(pairs / "val/masks", mine / "masks")
+    for path in (mine / "images").iterdir():
+        path.write_text("nothing")
+    with pytest.raises(InputError, match=r"no mask can be used: .*not a readable image") as raised:
+        deploy_lora.main(["evaluate", str(adapter), str(mine)])
+    assert "--" not in str(raised.value)
 
 
 def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch):

@@ -15,7 +15,17 @@ SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the b
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
+    """The user's input is wrong. The message names the thing and the remedy; scripts print it and exit with 2.
+
+    A second argument is advice by options of training: commands that do not train say the first alone, the `problem`.
+    """
+
+    def __str__(self) -> str:
+        return "".join(self.args)
+
+    @property
+    def problem(self) -> str:
+        return self.args[0]
 
 
 def printable(text: Any, longest: int = 120) -> str:

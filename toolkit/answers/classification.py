@@ -216,7 +216,6 @@ class Classification(Task):
     measured = ("accuracy", "balanced_accuracy", "macro_f1")
     pipeline = "image-classification"
     counts_images = True
-    explains_mistakes = True
     Report = ClassReport
 
     def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):

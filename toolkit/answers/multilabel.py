@@ -132,6 +132,7 @@ class LabelHead(Head):
 
     output_name = "probabilities"
     activation = "sigmoid"
+    served: Mapping[str, str] = {"thresholds": "thresholds"}
     text_columns = ("labels",)
     always_calibrates = True
 
@@ -202,9 +203,6 @@ class LabelHead(Head):
         for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
             columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
         return columns
-
-    def usage(self) -> dict[str, Any]:
-        return super().usage() | self.record()
 
     def output_layer(self) -> nn.Module:
         return nn.Sigmoid()

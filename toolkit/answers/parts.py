@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit import InputError
 from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
 from toolkit.choices import KEEP_BEST, TRUTHS
 from toolkit.images.bands import are_numbers
 from toolkit.images.data import LabelledImages
+from toolkit.images.masks import MaskReader
 
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
 
@@ -123,7 +123,9 @@ class Head:
     temperature = 1.0  # what the outputs were divided by at the end of the run
     activation = "softmax"  # of the outputs, or sigmoid, or none
     text_columns: Sequence[str] = ()  # of `columns`; the others are numbers
+    served: Mapping[str, str] = {}  # what a server has to know of the `record`, and how `usage` calls it
     thresholds: Tensor | None = None  # (K,), above which probabilities are answers
+    masks: MaskReader | None = None  # reads the truth, where that is masks
     always_calibrates = False  # also where the head's optimism is not known
     output_name = "logits"  # of what `output_layer` makes of the outputs
     answers: Callable[[Tensor, Tensor], Answers]  # of outputs and targets
@@ -191,10 +193,6 @@ class Head:
     def restore(self, record: Mapping[str, list[float]]) -> None:
         """Take what `record` once said of choices."""
 
-    def usage(self) -> dict[str, Any]:
-        """What a server needs to know of the outputs: see `usage` of deploy_lora.py."""
-        return {"activation": self.activation}
-
     def output_layer(self) -> nn.Module:
         """What an exported graph ends with, so that its outputs mean something by themselves."""
         return nn.Identity()
@@ -213,8 +211,7 @@ class Task:
     score_format = ".2%"
     predicted_into = "answers.csv"  # an --output of `deploy_lora.py predict`
     pipeline: str | None = None  # what the Hugging Face Hub calls it
-    counts_images = False  # the score is the share of the images that are answered right
-    explains_mistakes = False  # a wrong answer is the highest output, of which a heat map can show the reason
+    counts_images = False  # an answer, the highest output, is right or wrong: the score is the share of right ones
     recorded: tuple[str, ...] = ()  # what `Head.record` has: numbers for each output
     Report: type[Report]
     # The task that the options of a run ask for: of the names of its outputs, the training images, and these options
@@ -234,11 +231,11 @@ class Task:
 
     @classmethod
     def from_record(cls, names: Sequence[str], record: Mapping[str, Any]) -> "Task":
-        """The task that `record` described. Raises InputError, which says what is damaged, for anything else."""
+        """The task that `record` described. Raises ValueError for anything else."""
         recorded = {}
         for field in cls.recorded:
             if not are_numbers(record.get(field), len(names)):
-                raise InputError(f"{' or '.join(cls.recorded)} of its task is not a number for each output")
+                raise ValueError("not a number for each output")
             recorded[field] = torch.tensor(record[field], dtype=torch.float64)
         return cls(names, **recorded)
 

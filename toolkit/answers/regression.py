@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +82,7 @@ class NumberHead(Head):
 
     output_name = "numbers"
     activation = "none"
+    served: Mapping[str, str] = {"mean": "output_mean", "std": "output_std"}
 
     def in_units(self, outputs: Tensor) -> Tensor:
         """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
@@ -120,9 +120,6 @@ class NumberHead(Head):
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         columns = zip(self.names, self.in_units(outputs).T.tolist(), self.objective.std.tolist(), strict=True)
         return {name: [number_text(number, spread) for number in numbers] for name, numbers, spread in columns}
-
-    def usage(self) -> dict[str, Any]:
-        return super().usage() | {f"output_{name}": values for name, values in self.record().items()}
 
     def output_layer(self) -> nn.Module:
         return InUnits(self.objective.mean, self.objective.std)

@@ -104,5 +104,5 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
         raise InputError(f"{path} is of another version of the toolkit, or damaged: its task is none of this one's")
     try:
         return task.from_record(names, record)
-    except InputError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    except (TypeError, ValueError, IndexError, OverflowError):  # an InputError is a ValueError
+        raise InputError(f"{path} is damaged: its record of {kind} does not fit its {len(names)} outputs") from None

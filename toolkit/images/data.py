@@ -163,7 +163,7 @@ class TolerantImages(Transformed):
         try:
             return super().__getitem__(index)[0], ""
         except UnreadableImage as error:
-            return self.stand_in, str(error).partition("; repair")[0]
+            return self.stand_in, error.problem
 
 
 @dataclass(eq=False)

@@ -80,11 +80,12 @@ def named_faults(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         problem = printable(error)
+        if isinstance(error, WrongBands):
+            raise UnreadableImage(f"{path}: {problem}") from None
         if isinstance(error, UnidentifiedImageError) and path.lower().endswith((".tif", ".tiff")):
-            problem += "; bands of more than 8 bits are read with --scale, as 65535"
-        if not isinstance(error, WrongBands):
-            problem = f"not a readable image ({problem}); repair or remove it, or use --skip-unreadable"
-        raise UnreadableImage(f"{path}: {problem}") from None
+            problem += "; training reads bands of more than 8 bits with --scale, as 65535"
+        advice = "; repair or remove it, or use --skip-unreadable"
+        raise UnreadableImage(f"{path}: not a readable image ({problem})", advice) from None
 
 
 def evaluation_folder(root: Path) -> Path:
@@ -94,14 +95,15 @@ def evaluation_folder(root: Path) -> Path:
     """
     found = [root / name for name in EVALUATION_NAMES if remote.is_folder(root / name)]
     if len(found) > 1:
-        raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
+        both = " and ".join(path.name for path in found)
+        raise InputError(f"{root} has {both}: name one of them", " with --val-dir")
     test = root / "test"
     if remote.is_folder(test):
         found.append(test)
         print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
     if not found:
         names = "/, ".join(EVALUATION_NAMES)
-        raise InputError(f"{root} has train/ but no {names}/ or test/: add one, or name it with --val-dir")
+        raise InputError(f"{root} has train/ but no {names}/ or test/: add one", ", or name it with --val-dir")
     return found[0]
 
 
@@ -113,8 +115,8 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
     for part in parts:
         known.update(folders_by_class(folder / part).keys())
     if parts and (parts == names or max(known.values()) > 1):  # else a class may be called so
-        problem = f"{folder}: {', '.join(parts)} are parts, not classes"
-        raise InputError(f"{problem}; put the classes into train and val, in lower case, or --data-dir and --val-dir")
+        problem = f"{folder}: {', '.join(parts)} are parts, not classes; put the classes into train and val"
+        raise InputError(problem, ", in lower case, or --data-dir and --val-dir")
     if len(names) < at_least:
         found = f"only {names[0]}" if names else "none"
         raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")

@@ -31,6 +31,16 @@ class Targets(NamedTuple):
     in_columns: bool = True  # else an image's labels are named in one column, and it has no others
 
 
+def folder_of(path: Path, other: str | Path | None) -> Path:
+    """What a list's paths are relative to: its own folder or, where only that has the first one, the other folder."""
+    if other is None or remote.is_remote(other):  # an adapter's file may have named it
+        return path.parent
+    _, [(first, *_), *_] = _rows(path)
+    if remote.is_file(remote.located(path.parent, first)) or not remote.is_file(remote.located(other, first)):
+        return path.parent
+    return Path(other)
+
+
 def list_has_labels(path: Path) -> bool:
     """Does a list have a class for each image in its second column, and no more?"""
     _, rows = _rows(path)
@@ -78,19 +88,20 @@ def read_list(
         if len(row) != 2 or not all(row):
             problem = f"the line '{printable(','.join(row))}' is not a path and a {kind}, one for each image"
             if len(row) > 2 and kind == "label":
-                problem += " (for several labels or numbers: --task multilabel or regression)"
+                raise _error(path, problem, " (for several labels or numbers: --task multilabel or regression)")
             raise _error(path, problem)
         if kind == "label" and "," in row[1]:
             label = f"the label '{printable(row[1])}' of {printable(row[0])}"
-            raise _error(path, f"{label} has a comma: write the name of its class without, or use --task multilabel")
+            problem = f"{label} has a comma: write the name of its class without"
+            raise _error(path, problem, ", or use --task multilabel")
     labels = list(map(itemgetter(1), rows))
     if kind == "label":  # the path of a mask stays as it is, like that of an image
         labels = list(map(one_spelling, labels))
     return checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 
 
-def _error(path: Path, problem: str) -> InputError:
-    return InputError(f"--data-list {path}: {problem}")
+def _error(path: Path, problem: str, advice: str = "") -> InputError:
+    return InputError(f"{path}: {problem}", advice)
 
 
 def checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str], remedy: str = "") -> list[str]:
@@ -276,7 +287,7 @@ def _columns(
         if None in numbers:
             place = numbers.index(None)
             cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
-            raise _error(path, f"{cell} is not {expected}; name the columns that are answers with --label-columns")
+            raise _error(path, f"{cell} is not {expected}", "; name the columns that are answers with --label-columns")
         values.append(numbers)
     dtype = torch.float64 if read is _number else torch.float32
     return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))

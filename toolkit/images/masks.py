@@ -183,7 +183,8 @@ class MaskReader:
                 if (by_grey != _MISSING).all() and (by_grey != found).any():
                     raise InputError(f"{path}: a grey mask, of numbers of classes or of their colours; save it as RGB")
         elif self.colours is None:
-            raise InputError(f"{path}: an RGB mask; give --classes a file with a line `name r g b` for each class")
+            advice = "; give --classes a file with a line `name r g b` for each class"
+            raise InputError(f"{path}: an RGB mask", advice)
         elif levels.ndim == 3:
             found = self.of_colours[_codes(levels)]
         else:  # numbers of colours, of which those that are no class's may be unknown by their number
@@ -197,8 +198,8 @@ class MaskReader:
             mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
             what = ("value", "colour")[level.ndim]
             remedy = (f"--unknown-value {mark}", f"a line `unknown {mark}` there")[level.ndim]
-            remedy = f"add a line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
-            raise InputError(f"{path}: a pixel has the {what} {mark}, which is no class's; {remedy}")
+            advice = f"; add a line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
+            raise InputError(f"{path}: a pixel has the {what} {mark}, which is no class's", advice)
         return found
 
 
@@ -272,7 +273,7 @@ class PairFiles(folders.ImageFiles):
     def mask_path(self, i: int) -> str:
         return remote.located(self.mask_folder, self.masks[i])
 
-    def pixels(self, i: int) -> np.ndarray | str:
+    def pixels(self, i: int) -> np.ndarray | InputError:
         """How many pixels of a mask are unknown, and of each class; or what is wrong with the pair."""
         path = self.mask_path(i)
         try:
@@ -280,13 +281,14 @@ class PairFiles(folders.ImageFiles):
             with folders.named_faults(self.path(i)):
                 height, width = self._upright_size(i)
         except InputError as error:
-            return str(error)
+            return error
         if mask.shape != (height, width):
             sizes = f"the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}"
-            return f"{path}: {sizes}; save the mask at that size, each pixel with the class of the nearest one"
+            remedy = "save the mask at that size, each pixel with the class of the nearest one"
+            return InputError(f"{path}: {sizes}; {remedy}")
         pixels = np.bincount(mask.ravel().clip(-1) + 1)
         if len(pixels) == 1:
-            return f"{path}: all pixels are unknown; remove it{self.read.remedy}"
+            return InputError(f"{path}: all pixels are unknown", f"; remove it{self.read.remedy}")
         return pixels
 
     def _upright_size(self, i: int) -> tuple[int, int]:
@@ -359,48 +361,56 @@ def load_pairs(
     return parts, names
 
 
-def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader, group_by: str | None = None) -> MaskedImages:
-    """All images with masks in a folder, of one in two parts those to evaluate on (see `load_pairs`); or in a list."""
+def pairs_in(
+    path: str | Path, bands: Bands | None, read: MaskReader, group_by: str | None = None, folder: Path | None = None
+) -> MaskedImages:
+    """The pairs in a folder, of one in two parts those to evaluate on (see `load_pairs`); or in a list.
+
+    `folder` is what a list's paths are relative to, if it is not its own. Says which pairs it leaves out.
+    """
     path = Path(path)
     if remote.is_folder(path):
         places, _ = _places(path, None, needs_val=True)
-        files = _in_folders(*places[-1], bands, read)
+        files = _in_folders(*places[-1], bands, read, skip_unreadable=True)
     else:
-        files = pairs_of_list(path, path.parent, bands, read, group_by)
-    [images], _ = _masked([files], skip_unreadable=False)
+        files = pairs_of_list(path, folder or path.parent, bands, read, group_by)
+    [images], _ = _masked([files], skip_unreadable=True, advise=False)
     return images
 
 
-def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[MaskedImages], list[str]]:
+def _masked(
+    parts: Sequence[PairFiles], skip_unreadable: bool, advise: bool = True
+) -> tuple[list[MaskedImages], list[str]]:
     """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
     found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
-    counts = [pixels for pixels in itertools.chain(*found) if not isinstance(pixels, str)]
+    counts = [pixels for pixels in itertools.chain(*found) if not isinstance(pixels, InputError)]
     largest = max(map(len, counts), default=1) - 1
     names = list(parts[0].read.names or map("class {}".format, range(largest)))
     images = []
-    problems = [pixels for pixels in itertools.chain(*found) if isinstance(pixels, str)]
+    problems = [pixels for pixels in itertools.chain(*found) if isinstance(pixels, InputError)]
     if problems and not counts:
-        raise InputError(f"no mask can be used: {problems[0]}")
+        raise InputError(f"no mask can be used: {problems[0].problem}", *problems[0].args[1:])
     for files, looked_at in zip(parts, found, strict=True):
         targets = torch.zeros(len(files), len(names))
         for i, pixels in enumerate(looked_at):
-            if not isinstance(pixels, str):
+            if not isinstance(pixels, InputError):
                 targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
                 files.largest = max(files.largest, int(pixels.sum()))
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
-    _tell(problems, skip_unreadable)
+    _tell(problems, skip_unreadable, advise)
     if not all(map(len, images)):
-        raise InputError(f"none of the pairs can be used, such as {problems[0]}")
+        raise InputError(f"none of the pairs can be used, such as {problems[0].problem}", *problems[0].args[1:])
     return images, names
 
 
-def _tell(problems: Sequence[str], skip_unreadable: bool) -> None:
-    """Say what is left out. Raises InputError if nothing is to be left out."""
+def _tell(problems: Sequence[InputError], skip_unreadable: bool, advise: bool = True) -> None:
+    """Say what is left out, and with `advise` how it need not be. Raises InputError if nothing is to be left out."""
     if problems and not skip_unreadable:
         raise InputError(f"{problems[0]} (--skip-unreadable leaves out such pairs, {len(problems)} here)")
     if problems:
-        print("\n  ".join([f"{len(problems)} pairs of image and mask cannot be used and are left out:", *problems]))
+        shown = [str(problem) if advise else problem.problem for problem in problems]
+        print("\n  ".join([f"{len(problems)} pairs of image and mask cannot be used and are left out:", *shown]))
 
 
 # -------------------------------------------------------------------------------------------------------- finding pairs
@@ -413,7 +423,7 @@ _MASK_ENDS = ("_mask", "_label", "_labels", "_seg", "_gt")
 _WITH_ARRAYS = Bands(1)  # masks may be .npy where images are photographs
 _LAYOUTS = (
     "expected images/ and masks/ (or in train/ and val/ each; or images/train and masks/train), or files as x.jpg and "
-    "x_mask.png; else name them in --data-list, a line `image,mask` each"
+    "x_mask.png; else name them in a list, a line `image,mask` each"
 )
 
 
@@ -470,11 +480,12 @@ def _in_folders(
         if known:
             pairs.append((name, mask_of.pop(known[0])))
         else:
-            problems.append(f"{folder / name}: there is no mask {stem}.png or {stem}_mask.png in {mask_folder}; add it")
+            missing = f"{folder / name}: there is no mask {stem}.png or {stem}_mask.png in {mask_folder}; add it"
+            problems.append(InputError(missing))
     if not pairs:
         raise InputError(f"{folder}: no pairs of images and masks; {_LAYOUTS}")
     for name in mask_of.values():
-        problems.append(f"{mask_folder / name}: there is no image of its name in {folder}; remove it")
+        problems.append(InputError(f"{mask_folder / name}: there is no image of its name in {folder}; remove it"))
     _tell(problems, skip_unreadable)
     return PairFiles(folder, mask_folder, pairs, bands, read)
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import MaskReader, load_pairs, pair_folders
-from toolkit.images.shards import ShardedImages, read_shards, shard_names
+from toolkit.images.shards import read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
@@ -90,8 +90,8 @@ def load_splits(
         columns = {"group_by": group_by, "label_columns": label_columns}
         parts = []
         class_names = []
-        for path, folder in listed_in:
-            images, class_names = listed_images(path, folder, bands, truth, columns, class_names, listed_in[0][0])
+        for place in listed_in:
+            images, class_names = labelled_images(*place, bands, truth, columns, class_names, listed_in[0][0])
             parts.append(images)
     elif truth != "class":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
@@ -255,18 +255,9 @@ def _image_folder(
             print("  to leave that for the last number, add a val/, or --eval-split validation")
     parts = []
     class_names: list[str] = []
-    if shard_names(train):
-        contents = [_labelled_shards(place, bands) for place in places]
-        for place, (files, labels) in zip(places, contents, strict=True):
-            images, class_names = _by_class(files, labels, place, class_names, train)
-            parts.append(images)
-    else:
-        class_names = folders.class_folders(train)
-        for folder in places:
-            if folder != train:
-                check_classes(folder, folders.class_folders(folder, at_least=1), train, class_names)
-            files = folders.labelled_files(folder, class_names, every=folder == train, bands=bands)
-            parts.append(LabelledImages(files, files.labels))
+    for place in places:
+        images, class_names = _in_folder(place, bands, class_names, train)
+        parts.append(images)
     if len(parts) == 1 and train != root:
         parts.append(parts[0].subset([]))
     return parts, class_names
@@ -298,14 +289,27 @@ def _existing(option: str, folder: str | Path) -> Path:
     raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
-def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:
-    if not shard_names(folder):
-        raise InputError(f"{folder}: no .tar archives; the training images are in some, so these have to be as well")
-    images, labels = read_shards(folder, bands)
-    if not labels:
-        unlabelled = f"{folder}: the images in its archives have no labels, a .cls beside each .jpg"
-        raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
-    return images, labels
+def _in_folder(folder: Path, bands: Bands | None, known: Sequence[str], other: Any) -> tuple[LabelledImages, list[str]]:
+    """The images in class folders or archives, and the names of their classes: see `labelled_images`."""
+    if shard_names(folder):
+        files, labels = read_shards(folder, bands)
+        if not labels:
+            unlabelled = f"{folder}: the images in its archives have no labels, a .cls beside each .jpg"
+            raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
+        return _by_class(files, labels, folder, known, other)
+    names = folders.class_folders(folder, at_least=1 if known else 2)
+    class_names = list(known) or names
+    check_classes(folder, names, other, class_names)
+    files = folders.labelled_files(folder, class_names, every=not known, bands=bands)
+    return LabelledImages(files, files.labels), class_names
+
+
+def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
+    """The val/ or test/ in a folder that has such parts; else the folder itself, where a class may be called so."""
+    inside = folders.folders_by_class(folder).keys()
+    if inside & {*folders.EVALUATION_NAMES, "test"} and not inside & set(class_names):
+        return folders.evaluation_folder(folder)
+    return folder
 
 
 def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
@@ -315,25 +319,34 @@ def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | Non
     return [(path, _existing("--data-dir", data_dir) if data_dir else path.parent) for path in map(Path, data_list)]
 
 
-def listed_images(
-    path: Path, folder: Path, bands: Bands | None, truth: str, columns: dict, known: Sequence[str] = (), other: Any = ""
+def labelled_images(
+    place: Path,
+    folder: Path,
+    bands: Bands | None,
+    truth: str,
+    columns: Mapping[str, Any],
+    known: Sequence[str] = (),
+    other: Any = "",
 ) -> tuple[LabelledImages, list[str]]:
-    """The images of a list, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
+    """The images of a list, or in a folder of classes or archives, and the names of their classes, labels or numbers.
 
-    `truth` is one of `choices.TRUTHS`; `columns` has `group_by` and `label_columns`, as the readers take them. Raises
-    InputError for other names.
+    The names are those `known` of `other`, or their own. Paths in a list are relative to `folder`; `truth` is one of
+    `choices.TRUTHS`; `columns` has `group_by` and `label_columns`, as the readers take them. Raises InputError for
+    other names.
     """
+    if truth == "class" and remote.is_folder(place):
+        return _in_folder(place, bands, known, other)
     if truth == "class":
-        names, labels = lists.read_list(path, folder, **columns)
+        names, labels = lists.read_list(place, folder, **columns)
         if not known and lists.look_like_numbers(labels):
             number = printable(labels[0])
-            raise InputError(f"--data-list {path}: the labels are numbers, as {number}; use --task regression")
-        return _by_class(ImageFiles(folder, names, (), bands), labels, path, known, other)
-    targets = lists.read_targets(path, folder, truth, **columns)
+            raise InputError(f"{place}: the labels are numbers, as {number}", "; use --task regression")
+        return _by_class(ImageFiles(folder, names, (), bands), labels, place, known, other)
+    targets = lists.read_targets(place, folder, truth, **columns)
     if known:
-        targets = lists.like(targets, known, path, other)
+        targets = lists.like(targets, known, place, other)
     if truth == "labels" and not (targets.values == 0).any():  # every answer yes would be right
-        raise InputError(f"--data-list {path}: no answer is 0 for no; -1 and nothing are unknown")
+        raise InputError(f"{place}: no answer is 0 for no; -1 and nothing are unknown")
     labels = [0] * len(targets.paths)
     if truth == "labels":
         labels = splitting.strata(targets.values).tolist()
@@ -344,7 +357,7 @@ def listed_images(
 def _by_class(
     files: ImageFiles, labels: Sequence[str], place: Path, known: Sequence[str], other: Any
 ) -> tuple[LabelledImages, list[str]]:
-    """Images whose labels are text, and the names of their classes, as for `listed_images`."""
+    """Images whose labels are text, and the names of their classes, as for `labelled_images`."""
     class_names = list(known) or lists.in_order(set(labels))
     if len(class_names) < 2:
         raise InputError(f"{place}: expected at least two classes, found only {printable(*class_names)}")
@@ -433,7 +446,7 @@ def readable(images: LabelledImages) -> LabelledImages:
                 image.draft(None, (1, 1))
                 to_rgb(image)
         except UnreadableImage as error:
-            return str(error).partition("; repair")[0]  # the remedy is to skip such images
+            return error.problem  # the remedy is to skip such images
         return ""
 
     return images.subset(without_problem(look_at_each(problem, len(images), "image")))

@@ -29,7 +29,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are bits, 259 is compression, 284 whether bands lie apart
         if image.mode == "RGB" and 16 in tags.get(258, ()) and (tags.get(259), tags.get(284)) == (1, 2):
-            raise ValueError("Pillow misreads 16 bits whose bands lie apart: use --scale 65535, or save it anew")
+            raise ValueError("Pillow misreads 16 bits whose bands lie apart: save it anew, or train with --scale 65535")
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -41,7 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white = 65535
         if levels.min() < 0 or levels.max() > white:
             found = f"its numbers go from {levels.min():.4g} to {levels.max():.4g}"
-            raise UnreadableImage(f"{name}: {found}: say what is white with --scale and --bands 1,1,1")
+            raise UnreadableImage(f"{name}: {found}: training is to say what is white, by --scale and --bands 1,1,1")
         image = Image.fromarray((levels * 255 / white).round().astype(np.uint8))
     if not has_bands and (image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info):
         image = image.convert("RGBA")

@@ -209,7 +209,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
     explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
-    if run.task.explains_mistakes and block_names(run.model):
+    if run.task.counts_images and block_names(run.model):
         view = eval_transform(run.report["image_size"], **normalization)
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
