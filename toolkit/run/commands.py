@@ -60,13 +60,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     switch = {"action": "store_true"}
     add(of_adapters, "adapter", "adapter file, .pth or .safetensors", type=Path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
-    add(
-        ["evaluate"],
-        "images",
-        "folder of class folders, of archives, or of images/ and masks/; or a list",
-        type=Path,
-        nargs="?",
-    )
+    add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=Path, nargs="?")
     add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
     add(["push"], "repository", "owner/name; made if it does not exist")
