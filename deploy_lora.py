@@ -49,7 +49,7 @@ from torchvision.models.resnet import ResNet
 from finetune_lora import load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
-from lora.adapter_file import check_metadata, is_per_pixel, write_adapter_file
+from lora.adapter_file import check_metadata, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, distributed, files, listed, optional_package, printable
 from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
@@ -308,7 +308,7 @@ def _task_of(about: dict[str, Any]) -> Task:
 
 
 def _refuse_pixels(about: dict[str, Any], command: str) -> None:
-    if is_per_pixel(about):
+    if _task_of(about).per_pixel:
         raise InputError(f"{command} is not for an adapter with a class for every pixel: use predict, merge or export")
 
 
@@ -414,7 +414,7 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
 
         def make_loader(images: Transformed) -> DataLoader:
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-            if is_per_pixel(about):
+            if _task_of(about).per_pixel:
                 loading["collate"] = collate_pairs
                 if images.dataset.source.largest > model.window**2:  # whole images, as in a run
                     loading["batch_size"] = 1
@@ -513,6 +513,8 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
     data["bands"] = about["transform"].bands
     task = _task_of(about)
+    if task.per_pixel:  # other images that cannot be read are left out later
+        data["skip_unreadable"] = True
     splits = sources.load_splits(**data, task=task.kind, masks=task.head.masks)
     sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
     if splits.val.targets is not None:  # the columns of a list may have another order now
@@ -581,7 +583,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     shape = [f"{heads} heads" for heads in other_heads(model).values()]
     shape.append(f"{len(metadata['class_names'])} classes")
-    if is_per_pixel(metadata):
+    if _task_of(metadata).per_pixel:
         shape[-1] += " of every pixel"
     if input_channels(model) != 3:
         shape.append(f"images of {input_channels(model)} channels")

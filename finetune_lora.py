@@ -667,11 +667,10 @@ def load_finetuned(
     metadata = content["metadata"]
     adapter_file.check_metadata(adapter_path, metadata, content["tensors"])
     base, stage1 = adapter_file.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
-    per_pixel = adapter_file.is_per_pixel(metadata)
+    per_pixel = tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path).per_pixel
     model, _ = load_base(base, stage1, *adapter_file.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
     transform = eval_transform(None if per_pixel else metadata["image_size"], **bands.from_metadata(metadata))
-    tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
     return model.eval(), {**metadata, "transform": transform}
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
-from toolkit.choices import TRUTHS
+from toolkit.answers import tasks
 from toolkit.models.backbones import build_backbone, head_name
-from toolkit.models.checkpoints import value_at
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import default_heads, is_none
 
@@ -116,11 +115,6 @@ def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, in
     )
 
 
-def is_per_pixel(metadata: dict[str, Any]) -> bool:
-    """Is an adapter file's model one that answers for every pixel?"""
-    return TRUTHS.get(str(value_at(metadata, "task/kind"))) == "mask"
-
-
 def heads_of(metadata: dict[str, Any]) -> int | None:
     """The attention heads of the ViT under an adapter; None: it is no torchvision ViT."""
     heads = metadata.get("heads")
@@ -141,10 +135,11 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
         wrong.append("channel_fit")
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
+    task = tasks.from_record(metadata.get("task"), metadata["class_names"], path)
     classes, arch, *shape, _ = model_shape(metadata)
     with torch.device("meta"):  # takes no memory, whatever a file asks for
         model = build_backbone(arch, classes, *shape)
-        if is_per_pixel(metadata):
+        if task.per_pixel:
             model = DenseModel(model, classes, metadata["image_size"], metadata.get("channels") or 3)
     head = head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():

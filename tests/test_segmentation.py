@@ -209,8 +209,9 @@ def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmen
 
     What is said is nothing of training's options, and the groups are those of the pairs that are left.
     """
-    adapter = segment("--lora-rank 0")["folder"] / "lora.pth"
-    mine = shutil.copytree(pairs / "val", tmp_path / "mine")
+    own = shutil.copytree(pairs, tmp_path / "own")
+    adapter = segment(f"--lora-rank 0 --data-dir {own}")["folder"] / "lora.pth"
+    mine = own / "val"
     for number in (1, 2, 3):
         (mine / f"images/{number}.png").unlink()
         (mine / f"masks/{number}.png").unlink()
@@ -226,6 +227,8 @@ def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmen
     assert all(f"masks/{number}.png: " in told for number in (2, 3)) and "images/1.png: not a readable" in told
     assert "lone.png: there is no image" in told and "3 pairs of image and mask cannot be used" in told
     assert "--" not in told
+    assert deploy_lora.main(["evaluate", str(adapter)]) == expected
+    assert "--" not in capsys.readouterr().out
     lines = [f"images/{i}.png,masks/{i}.png,{'abc'[i // 2]}" for i in range(6)]
     (mine / "list.csv").write_text("\n".join(["image,mask,who", *lines]))
     _, about = load_finetuned(adapter)

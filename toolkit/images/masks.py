@@ -137,6 +137,8 @@ class MaskReader:
     Without classes a pixel's class is its value. What is `unknown` does not count; None: 255, unless it is a class's.
     """
 
+    of_training = True  # whose options can say more of masks
+
     def __init__(self, classes: Classes | None, unknown: Sequence[float] | None = None):
         self.names = classes and classes.names
         classes = classes or Classes(tuple(map(str, range(MOST_CLASSES))))
@@ -169,7 +171,9 @@ class MaskReader:
         """What read the masks that an adapter was trained on, from its file."""
         marks = record.get("unknown_marks") or ()
         classes = Classes(names, record.get("values"), record.get("colours"), marks)
-        return MaskReader(classes, list(record.get("unknown", [255])))
+        reader = MaskReader(classes, list(record.get("unknown", [255])))
+        reader.of_training = False
+        return reader
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
@@ -374,13 +378,11 @@ def pairs_in(
         files = _in_folders(*places[-1], bands, read, skip_unreadable=True)
     else:
         files = pairs_of_list(path, folder or path.parent, bands, read, group_by)
-    [images], _ = _masked([files], skip_unreadable=True, advise=False)
+    [images], _ = _masked([files], skip_unreadable=True)
     return images
 
 
-def _masked(
-    parts: Sequence[PairFiles], skip_unreadable: bool, advise: bool = True
-) -> tuple[list[MaskedImages], list[str]]:
+def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[MaskedImages], list[str]]:
     """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
     found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
     counts = [pixels for pixels in itertools.chain(*found) if not isinstance(pixels, InputError)]
@@ -398,7 +400,7 @@ def _masked(
                 files.largest = max(files.largest, int(pixels.sum()))
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
-    _tell(problems, skip_unreadable, advise)
+    _tell(problems, skip_unreadable, parts[0].read.of_training)
     if not all(map(len, images)):
         raise InputError(f"none of the pairs can be used, such as {problems[0].problem}", *problems[0].args[1:])
     return images, names
@@ -407,7 +409,9 @@ def _masked(
 def _tell(problems: Sequence[InputError], skip_unreadable: bool, advise: bool = True) -> None:
     """Say what is left out, and with `advise` how it need not be. Raises InputError if nothing is to be left out."""
     if problems and not skip_unreadable:
-        raise InputError(f"{problems[0]} (--skip-unreadable leaves out such pairs, {len(problems)} here)")
+        advice = "".join(problems[0].args[1:])
+        advice += f" (--skip-unreadable leaves out such pairs, {len(problems)} here)"
+        raise InputError(problems[0].problem, advice)
     if problems:
         shown = [str(problem) if advise else problem.problem for problem in problems]
         print("\n  ".join([f"{len(problems)} pairs of image and mask cannot be used and are left out:", *shown]))

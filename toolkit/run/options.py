@@ -382,15 +382,11 @@ CLASHES = {
         "--cache-features": "images without labels come in new views each time",
     },
 }
+_NOT_OF_ONE = {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS, "--unlabelled": _ONE_CLASS}
 TASK_CLASHES = {  # the same of --task, by what the task reads
     "class": {},
-    "labels": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS, "--unlabelled": _ONE_CLASS},
-    "numbers": {
-        "--labels-per-class": _ONE_CLASS,
-        "--label-smoothing": _ONE_CLASS,
-        "--unlabelled": _ONE_CLASS,
-        "--class-weights balanced": _ONE_CLASS,
-    },
+    "labels": _NOT_OF_ONE,
+    "numbers": _NOT_OF_ONE | {"--class-weights balanced": _ONE_CLASS},
     "mask": {
         "--augmentation trivial": _NO_MASKS,
         "--augmentation affine": _NO_MASKS,
