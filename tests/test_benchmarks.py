@@ -15,6 +15,7 @@ from benchmarks import (
     compare_peers,
     digit_scenes,
     domain,
+    few_labels,
     growth,
     loading,
     model_zoo,
@@ -23,6 +24,7 @@ from benchmarks import (
     time_to_accuracy,
 )
 from lora_utils import read_adapter_file
+from toolkit import InputError
 from toolkit.run import optim
 
 
@@ -39,6 +41,24 @@ def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
     assert lora["trainable_share"] < 0.1 < full["trainable_share"]
     assert "| LoRA here |" in capsys.readouterr().out
     assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
+
+
+def test_heads_with_few_labels(tmp_path, capsys):
+    """Every row of a draw has the same labels, and what is measured once is not measured again."""
+    command = f"--labels 2 4 --draws 2 --pool 120 --held-out 60 --output-dir {tmp_path}".split()
+    runs = few_labels.main(command)
+    assert [(run["labels"], run["draw"], run["row"]) for run in runs[:3]] == [
+        (2, 0, "before"),
+        (2, 0, "probe"),
+        (2, 0, "unlabelled"),
+    ]
+    kept = (tmp_path / "runs.jsonl").read_text()
+    assert few_labels.main(command) == runs == [json.loads(line) for line in kept.splitlines()]
+    assert (tmp_path / "runs.jsonl").read_text() == kept and len(kept.splitlines()) == 12
+    assert capsys.readouterr().out.count("| 4 | ") == 2
+    assert few_labels.gain([0.5, 0.7], [0.4, 0.4]) == "+20.0 ± 10.0"
+    with pytest.raises(InputError, match="--pool with the row"):
+        few_labels.parse(["--pool", "100", "--rows", "trained"])
 
 
 def test_how_cost_grows(tmp_path, monkeypatch, capsys):

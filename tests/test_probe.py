@@ -31,6 +31,17 @@ def loss_of(labels: torch.Tensor, smoothing: float = 0.0):
     return functools.partial(F.cross_entropy, target=labels, label_smoothing=smoothing)
 
 
+@pytest.fixture
+def by_deviation(monkeypatch):
+    """Features are divided by their deviations, whatever is better."""
+    monkeypatch.setattr(probe, "SCALINGS", {"deviation": probe.SCALINGS["deviation"]})
+
+
+def of_scikit_learn(strength: float, classes: int) -> float:
+    """Its C. Of two classes it fits the difference of the weights, whose square is twice the sum of theirs."""
+    return 2 * strength if classes == 2 else strength
+
+
 class Net(nn.Module):
     def __init__(self, features: int, classes: int):
         super().__init__()
@@ -40,14 +51,14 @@ class Net(nn.Module):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_probe_is_scikit_learns_regression_on_standardised_features(classes):
     features, labels = clusters(classes)
-    weight, bias, strength, _ = probe.fit_linear_probe(features, labels, classes)
+    weight, bias, strength, *_ = probe.fit_linear_probe(features, labels, classes)
     X = StandardScaler().fit_transform(features.numpy())
-    reference = LogisticRegression(C=strength, max_iter=200).fit(X, labels.numpy())
+    reference = LogisticRegression(C=of_scikit_learn(strength, classes), max_iter=200).fit(X, labels.numpy())
     logits = features.double() @ weight.double().T + bias.double()
     np.testing.assert_allclose(logits.softmax(1).numpy(), reference.predict_proba(X), atol=1e-3)
 
 
-def test_noise_is_fitted_with_a_stronger_penalty():
+def test_noise_is_fitted_with_a_stronger_penalty(by_deviation):
     easy, hard = (probe.fit_linear_probe(*clusters(3, spread=spread), 3)[2] for spread in (0.1, 4.0))
     assert hard < easy and {easy, hard} <= set(probe.STRENGTHS.tolist())
     features, _ = several_labels()
@@ -56,9 +67,9 @@ def test_noise_is_fitted_with_a_stronger_penalty():
     assert probe.fit_ridge(features, exact)[2] < probe.fit_ridge(features, noise)[2]
 
 
-def test_the_views_of_an_image_are_held_out_together():
+def test_the_views_of_an_image_are_held_out_together(by_deviation):
     """Noise that an image has in both its views is no help with others: the regularisation must be as strong."""
-    features, labels = clusters(3, spread=4.0)
+    features, labels = clusters(3, images=8, spread=4.0)
     strength = probe.fit_linear_probe(features, labels, 3)[2]
     twice = features.repeat(2, 1), labels.repeat(2), 3
     assert probe.fit_linear_probe(*twice, views=2)[2] <= strength < probe.fit_linear_probe(*twice)[2]
@@ -68,13 +79,63 @@ def test_the_views_of_an_image_are_held_out_together():
     assert probe.fit_one_vs_rest(*twice, views=2)[2] <= strength < probe.fit_one_vs_rest(*twice)[2]
 
 
+def positive(images: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, 120), none negative, of which twenty say the class and the others hardly vary."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3 * images) % 3
+    telling = torch.rand(3, 20, generator=generator)[labels] + torch.rand(3 * images, 20, generator=generator)
+    return torch.cat([telling, 0.02 * torch.rand(3 * images, 100, generator=generator)], 1), labels
+
+
+def test_features_of_one_length_are_scikit_learns_regression_without_intercept(monkeypatch):
+    """The answers of the linear head for each image are the same, with the norms' mean in place of its own norm."""
+    monkeypatch.setattr(probe, "SCALINGS", {"length": probe.SCALINGS["length"]})
+    monkeypatch.setattr(probe, "ROUGH_STEPS", 500)
+    features, labels = positive()
+    found = probe.fit_linear_probe(features, labels, 3)
+    centred = features - features.mean(0)
+    norms = centred.norm(dim=1, keepdim=True)
+    X = (centred / norms * 120**0.5).numpy()
+    reference = LogisticRegression(C=found.strength, fit_intercept=False, max_iter=500, tol=1e-6).fit(X, labels)
+    logits = (features @ found.weight.T + found.bias) * norms.mean() / norms
+    np.testing.assert_allclose(logits.numpy(), reference.decision_function(X), atol=0.1)
+    for rest, part in StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels):
+        reference = LogisticRegression(C=found.strength, fit_intercept=False, max_iter=500).fit(X[rest], labels[rest])
+        expected = reference.decision_function(X[part]) * (norms / norms.mean())[part].numpy()
+        np.testing.assert_allclose(found.held_out[part].numpy(), expected, atol=0.3)
+
+
+def test_the_scaling_has_the_smaller_loss_of_what_is_held_out(monkeypatch):
+    for best, (features, labels) in {"deviation": clusters(3), "length": positive()}.items():
+        losses = {}
+        for name, scale in probe.SCALINGS.items():
+            with monkeypatch.context() as only:
+                only.setattr(probe, "SCALINGS", {name: scale})
+                losses[name] = F.cross_entropy(probe.fit_linear_probe(features, labels, 3).held_out, labels).item()
+        found = probe.fit_linear_probe(features, labels, 3)
+        assert found.scaling == best == min(losses, key=losses.get)
+        assert F.cross_entropy(found.held_out, labels).item() == pytest.approx(losses[best])
+
+
+def test_where_nothing_is_held_out_relus_features_are_of_one_length():
+    features, labels = positive(1)
+    assert probe.fit_linear_probe(features, labels, 3).scaling == "length"
+    assert probe.fit_linear_probe(features - 0.1, labels, 3).scaling == "deviation"
+
+
+def test_images_that_are_all_alike_give_a_finite_head():
+    found = probe.fit_linear_probe(torch.ones(6, 4), torch.arange(6) % 3, 3)
+    assert torch.isfinite(found.weight).all() and torch.isfinite(found.bias).all()
+
+
 def test_a_class_with_one_image_or_none():
     features, labels = clusters(3, images=1)
-    weight, bias, strength, _ = probe.fit_linear_probe(features, labels, 3)
+    weight, bias, strength, *_ = probe.fit_linear_probe(features, labels, 3)
     assert strength == 1 and torch.equal((features @ weight.T + bias).argmax(1), labels)
     features, labels = clusters(3)
     weight, bias, *_ = probe.fit_linear_probe(features, 2 * labels, 6)
-    assert not weight[1::2].any() and not bias[1::2].any() and weight[::2].any(1).all()
+    shares = (features @ weight.T + bias).softmax(1)
+    assert shares[:, 1::2].max() < 1e-3
 
 
 def test_balanced_weights_find_the_rare_class():
@@ -129,7 +190,7 @@ def test_each_label_is_scikit_learns_regression_on_the_images_of_which_it_is_kno
     if weights:
         positives, known = targets.nansum(0), (~targets.isnan()).sum(0)
         counts = torch.stack([known / (2 * (known - positives)), known / (2 * positives)])
-    weight, bias, strength, _ = probe.fit_one_vs_rest(features, targets, weights=counts)
+    weight, bias, strength, *_ = probe.fit_one_vs_rest(features, targets, weights=counts)
     X = StandardScaler().fit_transform(features.numpy())
     for k in range(3):
         known = ~targets[:, k].isnan().numpy()
@@ -156,7 +217,7 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
     noise = torch.randn(images, 2, generator=torch.Generator().manual_seed(1))
     numbers = noise + features[:, 3:4] / features[:, 3].std()
     numbers[::4, 1] = torch.nan
-    weight, bias, penalty, _ = probe.fit_ridge(features, numbers)
+    weight, bias, penalty, *_ = probe.fit_ridge(features, numbers)
     X = StandardScaler().fit_transform(features.numpy())
     for k in range(2):
         known = ~numbers[:, k].isnan().numpy()
@@ -178,14 +239,17 @@ def test_a_head_is_softened_towards_a_constant_answer():
 
 
 PROBES = {
-    "classes": (lambda: clusters(3, spread=4.0), lambda *data, **how: probe.fit_linear_probe(*data, 3, **how)),
+    "classes": (
+        lambda: clusters(3, images=8, spread=4.0),
+        lambda *data, **how: probe.fit_linear_probe(*data, 3, **how),
+    ),
     "labels": (lambda: several_labels(spread=4.0), probe.fit_one_vs_rest),
     "numbers": (lambda: several_labels(spread=4.0), probe.fit_ridge),
 }
 
 
 @pytest.mark.parametrize("kind", PROBES)
-def test_the_images_of_a_patient_are_held_out_together(kind):
+def test_the_images_of_a_patient_are_held_out_together(by_deviation, kind):
     """What images of one patient have in common is no help with other patients: regularisation must be stronger."""
     drawn, fit = PROBES[kind]
     twice = [of.repeat(2, *[1] * (of.dim() - 1)) for of in drawn()]
@@ -197,25 +261,27 @@ def test_the_images_of_a_patient_are_held_out_together(kind):
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(classes, grouped):
+def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(monkeypatch, by_deviation, classes, grouped):
     """Patients are held out whole."""
+    monkeypatch.setattr(probe, "ROUGH_STEPS", 500)
     features, labels = clusters(classes, spread=4.0)
     patients = torch.arange(len(labels)) // 6 if grouped else None
-    *_, strength, held_out = probe.fit_linear_probe(features, labels, classes, clusters=patients)
+    found = probe.fit_linear_probe(features, labels, classes, clusters=patients)
+    strength, held_out = found.strength, found.held_out
     parts = StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels)
     if grouped:
         fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
         parts = [(fold != number, fold == number) for number in range(3)]
         assert not any(np.intersect1d(patients[rest], patients[part]).size for rest, part in parts)
+    X = StandardScaler().fit_transform(features.numpy())
     for rest, part in parts:
-        scaler = StandardScaler().fit(features[rest].numpy())
-        reference = LogisticRegression(C=strength, max_iter=200).fit(scaler.transform(features[rest]), labels[rest])
-        expected = reference.predict_proba(scaler.transform(features[part]))
+        reference = LogisticRegression(C=of_scikit_learn(strength, classes), max_iter=200).fit(X[rest], labels[rest])
+        expected = reference.predict_proba(X[part])
         np.testing.assert_allclose(held_out[part].softmax(1).numpy(), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch, grouped):
+def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch, by_deviation, grouped):
     """Other answers of the images, or patients, held out do not change what is said of them."""
     monkeypatch.setattr(probe, "STRENGTHS", [1.0])
     features, targets = several_labels(spread=4.0)
@@ -234,7 +300,8 @@ def test_a_class_of_one_patient_is_left_out_of_the_validation():
     """When that patient is held out nothing is known of it: its images have no answer, and all others have."""
     features, labels = clusters(3, spread=2.0)
     patients = torch.where(labels == 2, 30, torch.arange(90) // 3)
-    *_, strength, held_out = probe.fit_linear_probe(features, labels, 3, clusters=patients)
+    found = probe.fit_linear_probe(features, labels, 3, clusters=patients)
+    strength, held_out = found.strength, found.held_out
     unknown = held_out.isnan().any(1)
     assert torch.equal(unknown, labels == 2) and strength in probe.STRENGTHS
     of_others = held_out[~unknown]

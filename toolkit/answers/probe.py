@@ -4,7 +4,6 @@ Probing first and fine-tuning then keeps what the backbone knows; a random head'
 has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,9 +16,11 @@ from toolkit import distributed
 from toolkit.images.splitting import folds, strata
 from toolkit.models.backbones import head_name
 
-STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
+STRENGTHS = 10.0 ** np.arange(-4, 1.5, 0.5)  # of scikit-learn's C: from strong regularisation to weak
 RIDGES = 10.0 ** np.arange(-2, 7)  # penalties
 FOLDS = 3
+STEPS = 200  # of a fit, at the most
+ROUGH_STEPS = 12  # of one that compares strengths, each of which goes on from the last one
 TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
 # Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of so many steps may
 # change logits of standard deviation 1. A shorter run needs the same: where the probe is sure of its training images
@@ -36,6 +37,7 @@ class Probe(NamedTuple):
     strength: float  # of the regularisation, chosen by cross-validation
     # (views * N, K): what probes fitted to the other parts answer for each part; NaN where these lack the image's class
     held_out: Tensor | None = None
+    scaling: str = "deviation"  # of SCALINGS
 
 
 class HeadTemperature(NamedTuple):
@@ -114,6 +116,52 @@ def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
     return (head_outputs(model, features).argmax(1) == labels).float().mean().item()
 
 
+class Scaled(NamedTuple):
+    """Features as they are fitted, and the scaling of a linear head: (x - mean) / scale."""
+
+    rows: Tensor  # (N, D)
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,), or one number
+    intercept: bool  # is fitted, too
+
+
+def _standardised(X: Tensor) -> Scaled:
+    mean = X.mean(0)
+    scale = X.std(0, correction=0)
+    scale[scale <= 1e-6 * mean.abs()] = 1.0  # constant but for rounding, or 0
+    return Scaled((X - mean) / scale, mean, scale, True)
+
+
+def _of_one_length(X: Tensor) -> Scaled:
+    """Centred features, each divided by its own norm, as long as standardised ones are.
+
+    A few images say little of the deviation of a thousand features. A linear head knows no norms. It divides by their
+    mean: without an intercept that changes how sure it is of an image, and never the answer.
+    """
+    mean = X.mean(0)
+    length = X.shape[1] ** 0.5
+    norms = (X - mean).norm(dim=1, keepdim=True).clamp_min(1e-6 * mean.norm() + 1e-30)  # not of rounding
+    return Scaled((X - mean) * (length / norms), mean, norms.mean() / length, False)
+
+
+SCALINGS = {"deviation": _standardised, "length": _of_one_length}
+
+
+class Link(NamedTuple):
+    """What makes shares of logits (N, K), and the function whose gradient the shares are."""
+
+    shares: Callable[[Tensor], Tensor]
+    potential: Callable[[Tensor], Tensor]
+
+    def loss(self, logits: Tensor, Y: Tensor, counts: Tensor) -> Tensor:
+        """The cross-entropy with targets (N, K), summed; `counts` (N, 1 or K) say how much each counts."""
+        return (counts * self.potential(logits)).sum() - (counts * Y * logits).sum()
+
+
+ONE_CLASS = Link(lambda logits: logits.softmax(1), lambda logits: logits.logsumexp(1, keepdim=True))
+EACH_LABEL = Link(torch.sigmoid, F.softplus)
+
+
 def fit_linear_probe(
     features: Tensor,
     labels: Tensor,
@@ -122,7 +170,7 @@ def fit_linear_probe(
     class_weights: str | None = None,
     clusters: Tensor | None = None,
 ) -> Probe:
-    """A multinomial logistic regression on standardised features; its strength is scikit-learn's C.
+    """A multinomial logistic regression on scaled features; its strength is scikit-learn's C.
 
     Args:
         features: (views * N, D): the same N images once for each view, such as once as they are and once augmented.
@@ -130,62 +178,142 @@ def fit_linear_probe(
         class_weights: 'balanced': every class counts alike, however many images it has; None: every image.
         clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
 
-    C has the smallest cross-validated log loss, for which all views of an image, and all images of a cluster, are held
-    out together; larger ones than the first that is worse are not tried. A class with a single image leaves nothing to
-    validate on: C is then 1. So does a single cluster; a class in one cluster alone is left out of the loss. A class
-    without any images gets zeros.
+    The scaling, of SCALINGS, and C have the smallest cross-validated log loss, for which all views of an image, and all
+    images of a cluster, are held out together; C above two that are worse are not tried. A class with a
+    single image leaves nothing to validate on: C is then 1, and features without negative numbers, as ReLU gives them,
+    are of one length. So it is with a single cluster; a class in one cluster alone is left out of the loss.
     """
-    from sklearn.metrics import log_loss
+    y = labels.cpu()
+    classes = y[: len(y) // views].numpy()
+    held_out = parts(class_folds(classes, clusters), views, classes)
+    return _fitted(features, *one_hot(y, num_classes, class_weights), held_out, ONE_CLASS)
+
+
+def one_hot(labels: Tensor, num_classes: int, class_weights: str | None) -> tuple[Tensor, Tensor]:
+    """Targets (N, K) of labels (N,), and how much each image counts, (N, 1)."""
+    counts = torch.ones(len(labels), 1, dtype=torch.float64)
+    if class_weights is not None:
+        images = labels.bincount(minlength=num_classes)
+        counts[:, 0] = len(labels) / (images > 0).sum() / images[labels]
+    return F.one_hot(labels, num_classes).double(), counts
+
+
+def class_folds(classes: np.ndarray, clusters: Tensor | None, turn: int = 0) -> np.ndarray:
+    """The number of the part that each image belongs to, (N,): FOLDS parts, or fewer if a class has fewer images.
+
+    Every class (N,) is in every part, as well as clusters allow. Each turn deals anew.
+    """
     from sklearn.model_selection import StratifiedKFold
-    from threadpoolctl import threadpool_limits  # scikit-learn's own
 
-    X = features.detach().cpu().float().numpy()
-    y = labels.cpu().numpy()
-    classes = y[: len(y) // views]
-    number = min(FOLDS, np.bincount(classes)[np.unique(classes)].min())  # of parts that have all classes
-    fold = np.zeros(len(classes), int)
     if clusters is not None:
-        fold = _folds(classes, clusters)
-    elif number > 1:
-        for i, (_, part) in enumerate(StratifiedKFold(number, shuffle=True, random_state=0).split(classes, classes)):
+        return _folds(classes, clusters, turn)
+    fold = np.zeros(len(classes), int)
+    number = min(FOLDS, np.bincount(classes)[np.unique(classes)].min())
+    if number > 1:
+        dealt = StratifiedKFold(number, shuffle=True, random_state=turn).split(classes, classes)
+        for i, (_, part) in enumerate(dealt):
             fold[part] = i
-    splits = _parts(fold, views, classes)
-
-    def tried(strength: float) -> tuple[float, Tensor]:
-        losses = []
-        held_out = torch.full((len(y), num_classes), torch.nan)
-        for rest, part in splits:
-            fitted = _regression(strength, class_weights).fit(X[rest], y[rest])
-            losses.append(log_loss(y[part], fitted.predict_proba(X[part]), labels=fitted.classes_))
-            weight, bias = _as_linear(fitted, num_classes)
-            answers = torch.from_numpy(X[part]) @ weight.T + bias
-            lacking = np.setdiff1d(y, fitted.classes_)  # a class that the whole set has is the last to be answered
-            answers[:, lacking] = answers[:, fitted.classes_].amin(1, keepdim=True)
-            held_out[part] = answers
-        return np.mean(losses), held_out
-
-    # With few classes several threads wait for each other, up to 16 times as long: one computes the products.
-    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
-        warnings.simplefilter("ignore")  # a fit that has not converged is still a fair start
-        strength, held_out = _strongest(tried, splits)
-        weight, bias = _as_linear(_regression(strength, class_weights).fit(X, y), num_classes)
-    return Probe(weight, bias, strength, held_out)
+    return fold
 
 
-def _strongest(tried: Callable[[float], tuple[float, Tensor]], parts: Sequence) -> tuple[float, Tensor | None]:
-    """The last of STRENGTHS before the loss of the parts held out rises, and the answers for them; without parts 1."""
-    smallest = np.inf
-    best = (1.0, None)
-    for strength in STRENGTHS if len(parts) else ():
-        loss, held_out = tried(strength)
-        if loss >= smallest:
+class _Search(NamedTuple):
+    """What cross-validation found: its smallest loss, with which strength, and the answers for what was held out."""
+
+    loss: float = np.inf
+    strength: float = 1.0
+    held_out: Tensor | None = None
+
+
+def _fitted(features: Tensor, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> Probe:
+    """The probe for targets (N, K) whose scaling and strength have the smallest loss of the `parts` held out."""
+    X = features.detach().cpu().float()
+    searches = {name: _search(X, scale(X), Y, counts, parts, link) for name, scale in SCALINGS.items()}
+    name = min(searches, key=lambda name: searches[name].loss)
+    if not parts and X.min() >= 0:
+        name = "length"
+    found = searches[name]
+    weight, bias = fitted_at(X, Y, counts, name, found.strength, link)
+    return Probe(weight, bias, found.strength, found.held_out, name)
+
+
+def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> _Search:
+    """Try STRENGTHS until two in a row are worse than one before. Each starts from the last one's weights."""
+    seen = (X - scaled.mean) / scaled.scale  # by a linear head
+    starts = [None] * len(parts)
+    best = _Search()
+    worse = 0
+    for strength in STRENGTHS if parts else ():
+        loss = 0.0
+        held_out = torch.full(Y.shape, torch.nan)
+        how = (strength, link, scaled.intercept)
+        for i, (rest, part) in enumerate(parts):
+            starts[i] = logistic(scaled.rows[rest], Y[rest], counts[rest], *how, starts[i], ROUGH_STEPS)
+            logits = _logits(seen[part], starts[i])
+            loss += link.loss(logits, Y[part], counts[part]).item()
+            held_out[part] = logits.float()
+        if loss < best.loss:
+            best = _Search(loss, float(strength), held_out)
+            worse = 0
+        else:
+            worse += 1
+        if worse == 2:
             break
-        smallest = loss
-        best = (float(strength), held_out)
     return best
 
 
-def _parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+def fitted_at(X: Tensor, Y: Tensor, counts: Tensor, scaling: str, strength: float, link: Link) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K,) of a linear head on features (N, D) as they are, for targets (N, K)."""
+    scaled = SCALINGS[scaling](X)
+    weights = logistic(scaled.rows, Y, counts, strength, link, scaled.intercept)
+    return _unscaled(weights[:, :-1], weights[:, -1], scaled)
+
+
+def _unscaled(weight: Tensor, bias: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor]:
+    """Weight and bias on features as they are: w (x - mean) / scale + b = (w / scale) x + (b - (w / scale) mean)."""
+    weight = weight.double() / scaled.scale
+    return weight.float(), (bias - weight @ scaled.mean.double()).float()
+
+
+def logistic(
+    X: Tensor,
+    Y: Tensor,
+    counts: Tensor,
+    strength: float,
+    link: Link,
+    intercept: bool,
+    start: Tensor | None = None,
+    steps: int = STEPS,
+) -> Tensor:
+    """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss.
+
+    Without an intercept biases are 0.
+    """
+    from scipy.optimize import minimize
+
+    shape = (Y.shape[1], X.shape[1] + 1)
+    penalty = 1 / (strength * len(X))
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat).view(shape)
+        logits = _logits(X, weights)
+        errors = counts * (link.shares(logits) - Y) / len(X)
+        gradient = torch.zeros(shape, dtype=torch.float64)
+        gradient[:, :-1] = (errors.float().T @ X).double() + penalty * weights[:, :-1]
+        if intercept:
+            gradient[:, -1] = errors.sum(0)
+        value = link.loss(logits, Y, counts) / len(X) + penalty / 2 * weights[:, :-1].square().sum()
+        return value.item(), gradient.numpy().ravel()
+
+    begin = np.zeros(shape) if start is None else start.numpy()
+    found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "gtol": 1e-4})
+    return torch.from_numpy(found.x).view(shape)
+
+
+def _logits(X: Tensor, weights: Tensor) -> Tensor:
+    return (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+
+
+def parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
     """The rows (rest, part) of each part of a cross-validation, from the number of the part of each image, (N,).
 
     All views of an image are in one part. No part has one of the classes (N,) that the rest lacks, which knows two.
@@ -202,40 +330,16 @@ def _parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> l
     return found
 
 
-def _folds(alike: Sequence[int], clusters: Tensor | None) -> np.ndarray:
-    """The number of the part that each image belongs to, (N,).
+def _folds(alike: Sequence[int], clusters: Tensor | None, turn: int = 0) -> np.ndarray:
+    """The number of the part that each image belongs to, (N,). Each turn deals anew.
 
     Clusters are dealt so that each part has its share of the images that are `alike`; images without any, at random.
     """
     if clusters is None:
-        draws = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
+        draws = torch.randperm(len(alike), generator=torch.Generator().manual_seed(turn))
         return (draws % min(FOLDS, len(alike))).numpy()
     names = clusters.tolist()
-    return folds(alike, names, min(FOLDS, len(set(names))))
-
-
-def _as_linear(fitted, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Weight (K, D) and bias (K,) on features that are not standardised."""
-    (_, scaler), (_, regression) = fitted.steps
-    # w (x - mean) / std + b  =  (w / std) x + (b - (w / std) mean)
-    rows = regression.coef_ / scaler.scale_
-    shifts = regression.intercept_ - rows @ scaler.mean_
-    if len(rows) == 1:  # for two classes scikit-learn gives the difference
-        rows = np.concatenate([-rows, rows]) / 2
-        shifts = np.concatenate([-shifts, shifts]) / 2
-    weight = torch.zeros(num_classes, rows.shape[1])
-    bias = torch.zeros(num_classes)
-    weight[regression.classes_] = torch.tensor(rows).float()
-    bias[regression.classes_] = torch.tensor(shifts).float()
-    return weight, bias
-
-
-def _regression(strength: float, class_weight: str | None):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=class_weight, max_iter=200))
+    return folds(alike, names, min(FOLDS, len(set(names))), turn)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,10 +349,11 @@ def _regression(strength: float, class_weight: str | None):
 def fit_one_vs_rest(
     features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None, clusters: Tensor | None = None
 ) -> Probe:
-    """A logistic regression for each of K labels on standardised features; their strength is scikit-learn's C.
+    """A logistic regression for each of K labels on scaled features; their strength is scikit-learn's C.
 
-    All are fitted together, in the time that one softmax takes, and share the C with the smallest loss in
-    cross-validation, as `fit_linear_probe` chooses its own. An unknown label leaves its image out of that label's fit.
+    All are fitted together, in the time that one softmax takes, and share the scaling and the C with the smallest loss
+    in cross-validation, as `fit_linear_probe` chooses its own. An unknown label leaves its image out of that label's
+    fit.
 
     Args:
         features: (views * N, D), as for `fit_linear_probe`.
@@ -256,29 +361,13 @@ def fit_one_vs_rest(
         weights: (2, K): how much a negative and a positive of each label count; None: 1.
         clusters: as for `fit_linear_probe`.
     """
-    X, mean, scale = _standardised(features)
     Y = targets.detach().cpu().double()
     counts = torch.ones_like(Y)
     if weights is not None:
         counts = torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu()).double()
     counts.masked_fill_(Y.isnan(), 0)
-    parts = _parts(_folds(strata(Y[: len(Y) // views]).tolist(), clusters), views)
-    Y = Y.nan_to_num()
-    starts = [None] * len(parts)
-
-    def tried(strength: float) -> tuple[float, Tensor]:
-        loss = 0.0
-        held_out = torch.zeros(Y.shape)
-        for i, (rest, part) in enumerate(parts):
-            starts[i] = _logistic(X[rest], Y[rest], counts[rest], strength, starts[i])
-            logits = _logits(X[part], starts[i])
-            loss += (counts[part] * (F.softplus(logits) - Y[part] * logits)).sum().item()
-            held_out[part] = logits.float()
-        return loss, held_out
-
-    strength, held_out = _strongest(tried, parts)
-    fitted = _logistic(X, Y, counts, strength)
-    return Probe(*_unstandardised(fitted[:, :-1], fitted[:, -1], mean, scale), strength, held_out)
+    held_out = parts(_folds(strata(Y[: len(Y) // views]).tolist(), clusters), views)
+    return _fitted(features, Y.nan_to_num(), counts, held_out, EACH_LABEL)
 
 
 def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None) -> Probe:
@@ -288,54 +377,16 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     the same spread. An unknown number leaves its image out of that number's fit. `clusters` are as for
     `fit_linear_probe`.
     """
-    X, mean, scale = _standardised(features)
-    X = X.double()
+    scaled = _standardised(features.detach().cpu().float())
+    X = scaled.rows.double()
     Y = targets.detach().cpu().double()
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-    for rest, part in _parts(_folds([0] * (len(Y) // views), clusters), views):
+    for rest, part in parts(_folds([0] * (len(Y) // views), clusters), views):
         for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
             errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
     best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0
     [found] = _ridges(X, Y, [best])
-    return Probe(*_unstandardised(*found, mean, scale), best)
-
-
-def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    X = features.detach().cpu().float()
-    mean = X.mean(0)
-    scale = X.std(0, correction=0)
-    scale[scale <= 1e-6 * mean.abs()] = 1.0  # constant but for rounding, or 0
-    return (X - mean) / scale, mean, scale
-
-
-def _unstandardised(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    weight = weight.double() / scale
-    return weight.float(), (bias - weight @ mean.double()).float()
-
-
-def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tensor | None = None) -> Tensor:
-    """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss."""
-    from scipy.optimize import minimize
-
-    shape = (Y.shape[1], X.shape[1] + 1)
-    penalty = 1 / (strength * len(X))
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = torch.from_numpy(flat).view(shape)
-        logits = _logits(X, weights)
-        errors = counts * (logits.sigmoid() - Y) / len(X)
-        gradient = torch.cat([(errors.float().T @ X).double() + penalty * weights[:, :-1], errors.sum(0)[:, None]], 1)
-        value = (counts * (F.softplus(logits) - Y * logits)).sum() / len(X)
-        value += penalty / 2 * weights[:, :-1].square().sum()
-        return value.item(), gradient.numpy().ravel()
-
-    begin = np.zeros(shape) if start is None else start.numpy()
-    found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200, "gtol": 1e-4})
-    return torch.from_numpy(found.x).view(shape)
-
-
-def _logits(X: Tensor, weights: Tensor) -> Tensor:
-    return (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+    return Probe(*_unscaled(*found, scaled), best)
 
 
 def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:

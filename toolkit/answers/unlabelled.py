@@ -1,15 +1,33 @@
-"""Say by images without labels where the classifier head starts: at the linear probe, or at a head that is better."""
+"""Say by images without labels where the classifier head starts: at the linear probe, or at a head that is better.
 
+Candidates answer for all images at once: `most_information` and `k_means` see where images lie close together, which a
+probe of a few labelled ones cannot. Where classes are no clusters they harm. So each has to be better than the probe
+in cross-validation over the labelled images.
+"""
+
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.answers import measures
+from toolkit.answers import measures, probe
 from toolkit.answers.probe import Probe
 
 MOST_IMAGES = 10_000  # without labels that are read: more add seconds and no accuracy
+NAMES = ("tim", "k-means", "mix")  # of the candidates
+TURNS = 2  # of the cross-validation, each over other parts
+# What candidates consist of, measured: see benchmarks/RESULTS.md
+DIRECTIONS = 128  # of the features, of the largest variance, in which k-means works
+LENGTH = 10.0  # of the features for `most_information`
+STEPS = 100
+INFORMATION = 0.3  # how much the information counts beside the labels
+SHARPNESS = 15.0  # of k-means' answers
+ROUNDS = 10
+DISTILLED = 0.1  # C of the distilled head
+OTHERS = 3.0  # how much all images without labels count in it, in labelled ones
+MARGIN = 2.0  # standard errors by which the log loss of what is held out has to fall
 
 
 class Start(NamedTuple):
@@ -24,10 +42,47 @@ class Start(NamedTuple):
     foreign: float  # the share of the images without labels that resemble no class
 
 
+class Images(NamedTuple):
+    """Features of all images: rows (R, D) as they are, and as points in two spaces, whatever their labels."""
+
+    rows: Tensor
+    points: Tensor  # (R, D): centred, of one length
+    whitened: Tensor  # (R, DIRECTIONS): of one length, and about the same spread in each direction
+
+
 def sample(images: int) -> Tensor:
     """The positions of the images without labels that are read, in ascending order: all, or MOST_IMAGES at random."""
     draws = torch.randperm(images, generator=torch.Generator().manual_seed(0))
     return draws[:MOST_IMAGES].sort().values
+
+
+def placed(rows: Tensor) -> Images:
+    """The points of features (R, D)."""
+    centred = rows - rows.mean(0)
+    standard = probe.SCALINGS["deviation"](rows).rows
+    variances, directions = torch.linalg.eigh((standard.T @ standard / len(rows)).double())
+    spread = variances[-DIRECTIONS:].clamp_min(1e-12).sqrt()
+    whitening = directions[:, -DIRECTIONS:] / (spread + 0.3 * spread.mean())  # directions of noise stay small
+    return Images(rows, F.normalize(centred, dim=1), F.normalize(standard @ whitening.float(), dim=1))
+
+
+class Labelled(NamedTuple):
+    """What is known of some images."""
+
+    places: Tensor  # (n,), their rows
+    targets: Tensor  # (n, K), one of them 1
+    counts: Tensor  # (n, 1), how much each counts
+
+    def some(self, rows: Tensor) -> "Labelled":
+        return Labelled(self.places[rows], self.targets[rows], self.counts[rows])
+
+
+class Judged(NamedTuple):
+    """Answers for labelled images that were held out, at the temperature that fits them, by image: (N,) each."""
+
+    temperature: float
+    losses: Tensor
+    hits: Tensor
 
 
 def start(
@@ -35,27 +90,164 @@ def start(
     labels: Tensor,
     unlabelled: Tensor,
     num_classes: int,
-    probe: Probe,
+    plain: Probe,
     views: int = 1,
     class_weights: str | None = None,
     clusters: Tensor | None = None,
 ) -> Start:
-    """The head to start from.
+    """The head to start from: the best candidate if it gains over the probe in cross-validation, else the probe.
 
     Args:
         features, labels, num_classes, views, class_weights, clusters: as for `fit_linear_probe`.
-        unlabelled: features (M, D) of images without labels, as they are.
-        probe: what `fit_linear_probe` returned for these.
+        unlabelled: features (M, D) of images without labels, as they are. At most MOST_IMAGES of them are read.
+        plain: what `fit_linear_probe` returned for these.
+
+    The best candidate has the smallest log loss of what is held out, each at the temperature that fits it. It is taken
+    if that is below the probe's by more than MARGIN standard errors, over images or clusters, and the accuracy is no
+    worse. With one label a class nothing is held out, and the probe is kept.
     """
-    outputs = unlabelled.detach().cpu().float() @ probe.weight.T + probe.bias
-    answers = (outputs / held_out_temperature(probe, labels)).softmax(1)
-    return Start(probe, "probe", answers, 0.0, 0.0, answers.mean(0), 0.0)
+    X = features.detach().cpu().float()
+    others = unlabelled.detach().cpu().float()
+    images = placed(torch.cat([X, others[sample(len(others))]]))
+    known = Labelled(torch.arange(len(X)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
+    answers = held_out_answers(images, known, plain, views, clusters)
+    judged = {name: judge(logits, labels.cpu(), views) for name, logits in answers.items()}
+    name = min(judged, key=lambda name: judged[name].losses.nanmean())
+    gains = judged["probe"].losses - judged[name].losses
+    gain_accuracy = (judged[name].hits - judged["probe"].hits).nanmean().item()
+    if gains.nanmean() <= MARGIN * standard_error(gains, clusters) or gain_accuracy < 0:
+        name = "probe"
+    temperature = judged[name].temperature
+    if name == "probe":
+        head = plain
+        outputs = (others @ plain.weight.T + plain.bias) / temperature
+    else:
+        weight, bias = distilled(images, known, (candidates(images, known)[name] / temperature).softmax(1))
+        head = Probe(weight, bias, DISTILLED, answers[name][0] / temperature)
+        outputs = others @ weight.T + bias
+    shares = outputs.softmax(1)
+    gains = (0.0, 0.0) if name == "probe" else (gains.nanmean().item(), gain_accuracy)
+    return Start(head, name, shares, *gains, shares.mean(0), foreign_share(images, known, answers["k-means"][0]))
 
 
-def held_out_temperature(probe: Probe, labels: Tensor) -> float:
-    """The temperature that fits the held-out answers of a probe; 1 where nothing was held out."""
-    if probe.held_out is None:
-        return 1.0
-    known = probe.held_out.isfinite().all(1)
-    targets = labels.cpu()[known]
-    return measures.fit_temperature(probe.held_out[known], lambda logits: F.cross_entropy(logits, targets))
+def held_out_answers(
+    images: Images, known: Labelled, plain: Probe, views: int, clusters: Tensor | None
+) -> dict[str, Tensor]:
+    """What the probe and each candidate answer for labelled images whose labels they do not know: (TURNS, n, K) each.
+
+    The images themselves are among those without labels. NaN: of a class that the others lack.
+    """
+    classes = known.targets[: len(known.places) // views].argmax(1).numpy()
+    how = (plain.scaling, plain.strength, probe.ONE_CLASS)
+    found = {name: torch.full((TURNS, *known.targets.shape), torch.nan) for name in ("probe", *NAMES)}
+    for turn in range(TURNS):
+        fold = probe.class_folds(classes, clusters, turn)
+        for rest, part in probe.parts(fold, views, classes):
+            some = known.some(torch.from_numpy(rest))
+            weight, bias = probe.fitted_at(images.rows[rest], some.targets, some.counts, *how)
+            found["probe"][turn, part] = images.rows[part] @ weight.T + bias
+            for name, logits in candidates(images, some).items():
+                found[name][turn, part] = logits[part]
+    return found
+
+
+def judge(logits: Tensor, labels: Tensor, views: int) -> Judged:
+    """Answers (TURNS, views * N, K) for labels (views * N,): means over turns and views of what is answered."""
+    is_known = logits.isfinite().all(2)
+    labels = labels.expand(len(logits), -1)
+    temperature = 1.0
+    if is_known.any():
+        targets = labels[is_known]
+        temperature = measures.fit_temperature(logits[is_known], lambda logits: F.cross_entropy(logits, targets))
+    losses = F.cross_entropy((logits / temperature).transpose(1, 2), labels, reduction="none")
+    hits = torch.where(is_known, (logits.argmax(2) == labels).float(), torch.nan)
+    by_image = [of.unflatten(1, (views, -1)).flatten(0, 1).nanmean(0) for of in (losses, hits)]
+    return Judged(temperature, *by_image)
+
+
+def standard_error(gains: Tensor, clusters: Tensor | None) -> float:
+    """Of the mean of gains (N,), some NaN, whose images are independent, or their clusters."""
+    deviations = (gains - gains.nanmean()).nan_to_num()
+    if clusters is not None:
+        deviations = torch.zeros(int(clusters.max()) + 1).index_add(0, clusters.cpu(), deviations)
+    count = gains.isfinite().sum()
+    return (deviations.square().sum().sqrt() / count).item()
+
+
+def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a linear head that learns the labels, and answers (R, K) for the other images.
+
+    Each of those counts by how sure its answer is, all together OTHERS times as much as the labelled ones.
+    """
+    soft = answers[len(known.places) :].double()
+    doubt = -(soft * soft.clamp_min(1e-9).log()).sum(1, keepdim=True)
+    sure = (1 - doubt / math.log(soft.shape[1])).clamp_min(1e-9)
+    counts = torch.cat([known.counts, sure * (OTHERS * known.counts.sum() / sure.sum())])
+    targets = torch.cat([known.targets, soft])
+    return probe.fitted_at(images.rows, targets, counts, "deviation", DISTILLED, probe.ONE_CLASS)
+
+
+def foreign_share(images: Images, known: Labelled, held_out: Tensor) -> float:
+    """The share of the images without labels of which k-means is less sure than of nine in ten labelled ones.
+
+    Those are answered (n, K) when their labels are not known; of others as alike, one in ten is below.
+    """
+    sure = held_out[held_out.isfinite().all(1)].softmax(1).amax(1)
+    if not len(sure):
+        return 0.0
+    of_others = k_means(images, known)[len(known.places) :].softmax(1).amax(1)
+    return (of_others < sure.quantile(0.1)).float().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------------- candidates
+# Each takes the images and what is known of some of them, and returns logits (R, K).
+
+
+def candidates(images: Images, known: Labelled) -> dict[str, Tensor]:
+    """The logits of each candidate; the mix has the product of the probabilities, but for its sharpness."""
+    by_information = most_information(images, known)
+    by_clusters = k_means(images, known)
+    return {"tim": by_information, "k-means": by_clusters, "mix": (by_information + by_clusters) / 2}
+
+
+@torch.enable_grad()
+def most_information(images: Images, known: Labelled) -> Tensor:
+    """A logistic regression whose answers for all images tell most of them (TIM, arXiv 2008.11297).
+
+    The information is the entropy of the mean answer less the mean entropy of the answers: each answer becomes sure,
+    and all classes are among them. It counts up to 95% of the most, so that classes need not be of one size.
+    """
+    X = LENGTH * images.points
+    fitted = probe.logistic(X[known.places], known.targets, known.counts, 1.0, probe.ONE_CLASS, True).float()
+    weights = fitted.requires_grad_()
+    targets = known.targets.float()
+    counts = known.counts[:, 0].float()
+    enough = 0.95 * math.log(known.targets.shape[1])
+    optimizer = torch.optim.Adam([weights], lr=0.02 * fitted[:, :-1].std().item())
+    for _ in range(STEPS):
+        logits = X @ weights[:, :-1].T + weights[:, -1]
+        answers = logits.softmax(1)
+        doubt = -(answers * logits.log_softmax(1)).sum(1).mean()
+        mean = answers.mean(0)
+        variety = -(mean * (mean + 1e-9).log()).sum()
+        loss = (counts * F.cross_entropy(logits[known.places], targets, reduction="none")).mean()
+        loss = loss + INFORMATION * (doubt - variety.clamp_max(enough))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return logits.detach()
+
+
+def k_means(images: Images, known: Labelled) -> Tensor:
+    """Soft spherical k-means from the means of the labelled images of each class."""
+    X = images.whitened
+    of_classes = (known.targets * known.counts).float()  # (n, K)
+    means = of_classes.T @ X[known.places]  # (K, DIRECTIONS), but for a factor
+    centres = F.normalize(means, dim=1)
+    shares = torch.full((len(means),), 1 / len(means))
+    for _ in range(ROUNDS):
+        logits = SHARPNESS * X @ centres.T + 0.5 * shares.log()
+        answers = logits.softmax(1)
+        shares = (answers.sum(0) + of_classes.sum(0)) / (len(answers) + of_classes.sum())
+        centres = F.normalize(means + answers.T @ X, dim=1)
+    return logits

@@ -1,0 +1,206 @@
+"""Where the head starts by images without labels: hand-made clusters, and numbers in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from toolkit.answers import probe, unlabelled
+
+CLASSES = 3
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(images: int, seed: int, apart: float = 0.6) -> tuple[Tensor, Tensor]:
+    """Images (N, 30) around a centre for each class, with noise that hides the centres from a few images."""
+    labels = torch.arange(images) % CLASSES
+    return apart * normal(CLASSES, 30, seed=0)[labels] + normal(images, 30, seed=seed), labels
+
+
+def contradicting(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 30) in three clusters, in each of which are all three classes."""
+    labels = torch.arange(images) % CLASSES
+    clusters = torch.randint(3, (images,), generator=torch.Generator().manual_seed(seed))
+    return 2 * normal(3, 30, seed=0)[clusters] + normal(images, 30, seed=seed), labels
+
+
+def started(draw, per_class: int = 5, clusters: Tensor | None = None) -> tuple[unlabelled.Start, probe.Probe]:
+    """The start by labelled images of a drawn kind, in two views, and 300 without labels; and the plain probe."""
+    features, labels = draw(CLASSES * per_class, seed=1)
+    features = torch.cat([features, features + 0.1 * normal(*features.shape, seed=2)])
+    labels = labels.repeat(2)
+    others, _ = draw(300, seed=3)
+    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2, clusters=clusters)
+    return unlabelled.start(features, labels, others, CLASSES, plain, views=2, clusters=clusters), plain
+
+
+def accuracy(head: probe.Probe, draw) -> float:
+    features, labels = draw(600, seed=4)
+    return ((features @ head.weight.T + head.bias).argmax(1) == labels).float().mean().item()
+
+
+def known_of(labels: Tensor) -> unlabelled.Labelled:
+    return unlabelled.Labelled(torch.arange(len(labels)), *probe.one_hot(labels, CLASSES, None))
+
+
+def test_clusters_of_images_without_labels_move_the_head():
+    found, plain = started(clustered)
+    assert found.name in unlabelled.NAMES and found.gain_loss > 0 and found.gain_accuracy >= 0
+    assert accuracy(found.probe, clustered) > accuracy(plain, clustered) + 0.02
+    _, labels = clustered(300, seed=3)
+    assert (found.answers.argmax(1) == labels).float().mean() > 0.9
+    torch.testing.assert_close(found.answers.sum(1), torch.ones(300))
+    torch.testing.assert_close(found.shares, found.answers.mean(0))
+    known = found.probe.held_out.isfinite().all(1)
+    assert known.all() and len(known) == 2 * 5 * CLASSES
+
+
+def test_clusters_that_are_no_classes_leave_the_probe_as_it_is():
+    found, plain = started(contradicting, per_class=10)
+    assert found.probe is plain and found.name == "probe"
+    assert (found.gain_loss, found.gain_accuracy) == (0, 0)
+    others, _ = contradicting(300, seed=3)
+    logits = others @ plain.weight.T + plain.bias
+    assert torch.equal(found.answers.argmax(1), logits.argmax(1))
+
+
+def test_it_is_the_same_each_time_and_leaves_the_seed_alone():
+    torch.manual_seed(5)
+    first, _ = started(clustered)
+    drawn = torch.rand(1)
+    torch.manual_seed(6)
+    again, _ = started(clustered)
+    assert torch.equal(first.probe.weight, again.probe.weight) and torch.equal(first.answers, again.answers)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_one_image_a_class_leaves_nothing_to_check():
+    found, plain = started(clustered, per_class=1)
+    assert found.probe is plain and (found.name, found.gain_loss, found.foreign) == ("probe", 0, 0)
+
+
+def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
+    """Candidates know the labels of whole patients, in both views, and answer for the others."""
+    patients = torch.arange(30) // 2
+    shown = []
+
+    def candidates(images: unlabelled.Images, known: unlabelled.Labelled) -> dict[str, Tensor]:
+        shown.append(known.places)
+        return {"k-means": torch.zeros(len(images.rows), CLASSES)}
+
+    monkeypatch.setattr(unlabelled, "candidates", candidates)
+    found, _ = started(clustered, per_class=10, clusters=patients)
+    assert found.name in ("probe", "k-means") and len(shown) == 2 * probe.FOLDS
+    for places in shown:
+        of = torch.cat([patients, patients])
+        left = np.setdiff1d(np.arange(60), places.numpy())
+        assert not np.intersect1d(of[places], of[left]).size
+    assert not torch.equal(shown[0], shown[probe.FOLDS])  # another turn deals anew
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_images_that_resemble_no_class_are_counted(share):
+    """One in ten of the others is less sure than nine in ten of the labelled ones; all foreign ones are."""
+    features, labels = clustered(60, 1, apart=2.0)
+    own, _ = clustered(300, 3, apart=2.0)
+    foreign = 3 * normal(int(300 * share / (1 - share)), 30, seed=7)
+    images = unlabelled.placed(torch.cat([features, own, foreign]))
+    known = known_of(labels)
+    plain = probe.fit_linear_probe(features, labels, CLASSES)
+    held_out = unlabelled.held_out_answers(images, known, plain, 1, None)["k-means"][0]
+    counted = unlabelled.foreign_share(images, known, held_out)
+    assert counted == pytest.approx(0.1 * (1 - share) + share, abs=0.1)
+
+
+def test_held_out_answers_are_judged_at_the_temperature_that_fits():
+    """Three of four right by a logit of 6 are as sure as they should be at a temperature of 6 / log 3."""
+    labels = torch.tensor([0, 0, 0, 1] * 2)
+    logits = torch.tensor([6.0, 0.0]).repeat(2, 8, 1)
+    judged = unlabelled.judge(logits, labels, views=2)
+    assert judged.temperature == pytest.approx(6 / math.log(3), rel=1e-3)
+    torch.testing.assert_close(judged.losses, -torch.tensor([0.75, 0.75, 0.75, 0.25]).log(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(judged.hits, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    logits[0, 1] = logits[0, 5] = logits[:, 3] = logits[:, 7] = torch.nan  # once, and never answered
+    judged = unlabelled.judge(logits, labels, views=2)
+    assert judged.hits[:3].tolist() == [1, 1, 1] and judged.hits[3].isnan() and judged.losses[3].isnan()
+
+
+def test_gains_of_one_patient_are_one_gain():
+    gains = torch.tensor([1.0, 3.0, 1.0, 3.0, math.nan])
+    assert unlabelled.standard_error(gains, None) == pytest.approx(0.5)  # a deviation of 1 by the root of 4
+    alike = torch.tensor([0, 1, 0, 1, 1])
+    assert unlabelled.standard_error(gains, alike) == pytest.approx(math.sqrt(2) / 2)
+    assert unlabelled.standard_error(gains, torch.tensor([0, 0, 1, 1, 1])) == 0
+
+
+def test_at_most_so_many_images_are_read(monkeypatch):
+    assert torch.equal(unlabelled.sample(7), torch.arange(7))
+    monkeypatch.setattr(unlabelled, "MOST_IMAGES", 4)
+    some = unlabelled.sample(1_000)
+    assert len(some) == 4 and torch.equal(some, some.unique()) and some.max() > 100
+    features, labels = clustered(30, seed=1)
+    plain = probe.fit_linear_probe(features, labels, CLASSES)
+    assert unlabelled.start(features, labels, features[:20], CLASSES, plain).answers.shape == (20, CLASSES)
+
+
+def test_answers_that_are_not_sure_teach_the_head_nothing():
+    features, labels = clustered(30, seed=1)
+    others, truth = clustered(90, seed=3)
+    images = unlabelled.placed(torch.cat([features, others]))
+    answers = torch.full((120, CLASSES), 1 / CLASSES)
+    known = known_of(labels)
+    answers[30:60] = torch.eye(CLASSES)[truth[:30]]
+    weight, bias = unlabelled.distilled(images, known, answers)
+    unsure = images.rows.clone()
+    targets = torch.cat([known.targets, answers[30:60].double()])
+    scaled = probe.SCALINGS["deviation"](unsure)
+    counts = torch.cat([torch.ones(30, 1), torch.full((30, 1), unlabelled.OTHERS)]).double()
+    fitted = probe.logistic(
+        scaled.rows[:60], targets, counts, unlabelled.DISTILLED, probe.ONE_CLASS, intercept=True
+    ).float()
+    expected = scaled.rows @ fitted[:, :-1].T + fitted[:, -1]
+    torch.testing.assert_close(images.rows @ weight.T + bias, expected, atol=0.02, rtol=0)
+
+
+def test_k_means_begins_at_the_means_of_the_classes_and_ends_at_the_clusters(monkeypatch):
+    features, labels = clustered(6, seed=1)
+    others, truth = clustered(300, seed=3)
+    images = unlabelled.placed(torch.cat([features, others]))
+    right = []
+    for rounds in (1, 10):
+        monkeypatch.setattr(unlabelled, "ROUNDS", rounds)
+        answers = unlabelled.k_means(images, known_of(labels))
+        right.append((answers[6:].argmax(1) == truth).float().mean())
+    centres = torch.nn.functional.normalize(images.whitened[:3] + images.whitened[3:6], dim=1)
+    monkeypatch.setattr(unlabelled, "ROUNDS", 1)
+    logits = unlabelled.SHARPNESS * images.whitened @ centres.T + 0.5 * math.log(1 / CLASSES)
+    torch.testing.assert_close(unlabelled.k_means(images, known_of(labels)), logits)
+    assert right[1] > right[0] + 0.05 and right[1] > 0.9
+
+
+def test_answers_that_tell_most_are_sure_and_of_all_classes(monkeypatch):
+    features, labels = clustered(6, seed=1)
+    others, _ = clustered(300, seed=3)
+    images = unlabelled.placed(torch.cat([features, others]))
+    told = []
+    for weight in (0.0, unlabelled.INFORMATION):
+        monkeypatch.setattr(unlabelled, "INFORMATION", weight)
+        answers = unlabelled.most_information(images, known_of(labels)).softmax(1)
+        told.append((answers.amax(1).mean(), answers.mean(0).amin()))
+    assert told[1][0] > told[0][0] + 0.05 and told[1][1] > 0.2
+
+
+def test_points_have_one_length_whatever_a_feature_is_measured_in():
+    features, _ = clustered(200, seed=1)
+    images = unlabelled.placed(features)
+    for points in (images.points, images.whitened):
+        torch.testing.assert_close(points.norm(dim=1), torch.ones(200))
+    scaled = unlabelled.placed(features * 10.0 ** torch.linspace(-2, 2, 30) + 5)
+    similar = images.whitened @ images.whitened.T
+    torch.testing.assert_close(scaled.whitened @ scaled.whitened.T, similar, atol=1e-2, rtol=0)
