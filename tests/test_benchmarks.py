@@ -43,9 +43,9 @@ def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
 
 
-def test_heads_with_few_labels(tmp_path, capsys):
+def test_heads_with_few_labels(tmp_path, capsys, base):
     """Every row of a draw has the same labels, and what is measured once is not measured again."""
-    command = f"--labels 2 4 --draws 2 --pool 120 --held-out 60 --output-dir {tmp_path}".split()
+    command = f"--checkpoint {base} --labels 2 4 --draws 2 --pool 120 --held-out 60 --output-dir {tmp_path}".split()
     runs = few_labels.main(command)
     assert [(run["labels"], run["draw"], run["row"]) for run in runs[:3]] == [
         (2, 0, "before"),
