@@ -8,6 +8,7 @@
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
+    python deploy_lora.py choose moco_v2_800ep_pretrain.pth.tar my_images --count 50 --output to_label  # what to label
     python deploy_lora.py explain checkpoints/lora/lora.pth my_images --output explained
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
@@ -49,14 +50,14 @@ from torchvision.models.resnet import ResNet
 from finetune_lora import load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
-from lora.adapter_file import check_metadata, write_adapter_file
+from lora.adapter_file import check_metadata, holds_adapter, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, distributed, files, listed, optional_package, printable
-from toolkit.answers import comparison, evaluation, heat_maps, model_card, predictions
+from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.images import lists, masks, remote, sources, splitting, transforms
-from toolkit.images.bands import from_metadata, recorded
+from toolkit.images.bands import from_metadata, recorded, settle
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
@@ -66,7 +67,7 @@ from toolkit.models.backbones import block_names, headless, input_channels, othe
 from toolkit.models.checkpoints import state_digest, value_at
 from toolkit.models.names import NO_CHECKPOINT, TIMM
 from toolkit.run import reports
-from toolkit.run.options import FREE_TO_CHANGE
+from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, backbone_shape, known_image_values
 from toolkit.run.run_state import changed_settings
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
@@ -331,6 +332,62 @@ def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Ten
     return features
 
 
+def choose(args: argparse.Namespace) -> list[str]:
+    """Write which images to label next into the folder --output, and return their names, the most worth first.
+
+    They are the most typical images by a backbone alone, or while labels are few; then those of which the adapter is
+    least sure.
+    """
+    with _model_on_device(args) as (model, about, make_loader):
+        _refuse_pixels(about, "choose")
+        images, labelled = _to_choose_from(args, about)
+        answers_for = functools.partial(_readable_answers, args, headless(model), about, make_loader)
+        features, images = answers_for(images)
+        count = min(args.count, len(images))
+        classes = about["class_names"]
+        if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
+            sureness = None
+        else:
+            outputs = probe.head_outputs(model, features.to(_device_and_precision(args)[0])).cpu()
+            sureness = choosing.sureness(_task_of(about).head, outputs)
+        if sureness is None:
+            how = "the most typical first"
+            chosen = choosing.most_typical(features, count, answers_for(labelled)[0])
+        else:
+            how = "the adapter is least sure of them"
+            chosen = choosing.least_sure(features, count, sureness)
+    images = images.subset(chosen)
+    if distributed.is_main():
+        choosing.write_chosen(images, about["transform"].bands, args.output)
+    print(f"wrote {args.output}: {count} images to label, {how}")
+    return list(map(images.name, range(count)))
+
+
+def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:
+    """The images of the options without those that are labelled already, and the latter; of many images, some."""
+    images = _images(args.images, about)
+    labelled = images.subset([])
+    if args.labelled:
+        labelled = _images(args.labelled, about)
+        images = choosing.without(images, labelled)
+    if len(images) < args.count:
+        raise InputError(f"--count {args.count}: {len(images)} images are not labelled yet; ask for fewer or name more")
+    if len(images) > choosing.MOST:
+        print(f"{len(images):,} images: {choosing.MOST:,} of them, drawn at random, are looked at")
+    return images.at_most(max(choosing.MOST, args.count)), labelled.at_most(choosing.MOST)
+
+
+def _readable_answers(
+    args: argparse.Namespace, model: nn.Module, about: dict[str, Any], make_loader: Callable, images: LabelledImages
+) -> tuple[Tensor, LabelledImages]:
+    """The outputs of a model for the images that can be read, and these images; says which others are left out."""
+    zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
+    loader = make_loader(TolerantImages(images, about["transform"], zeros))
+    outputs, problems = _answers(args, model, progress_bar(loader, args.command), zeros)
+    kept = sources.without_problem(problems)
+    return outputs[kept], images.subset(kept)
+
+
 def _write_answers(
     args: argparse.Namespace,
     model: nn.Module,
@@ -408,7 +465,7 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
     devices.check_arithmetic(args.arithmetic, device)
     distributed.join(device)
     with faults_explained(device, "lower --batch-size") as loaders:
-        model, about = load_finetuned(args.adapter, args.checkpoint)
+        model, about = _loaded(args)
         if args.arithmetic == "int8":
             multiply_in_8_bits(model)
 
@@ -422,6 +479,21 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
             return loaders[-1]
 
         yield devices.place(model, device), about, make_loader
+
+
+def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of an adapter file, or of a checkpoint to choose by, which has no classes; and what is known of it."""
+    if args.command != "choose" or holds_adapter(args.adapter):
+        if getattr(args, "arch", None) or getattr(args, "image_size", None):
+            raise InputError(f"--arch and --image-size are for checkpoints; {args.adapter} has its own")
+        return load_finetuned(args.adapter, args.checkpoint)
+    settings = FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
+    known, read = known_image_values(settings, args.adapter)
+    model, report = load_base(args.adapter, None, 2, **backbone_shape(settings))
+    size = report["image_size"]
+    about = {"class_names": [], "image_size": size, "transform": transforms.eval_transform(size, bands=read)}
+    values = settle(known, report["arch"], report["channels"], _images(args.images, about))
+    return model.eval(), about | {"transform": transforms.eval_transform(size, **values)}
 
 
 def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -819,7 +891,7 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 # ------------------------------------------------------------------------------------------------------- command line
 
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
-COMMANDS = (info, evaluate, compare, threshold, predict, embed, explain, merge, export, convert, card, push)
+COMMANDS = (info, evaluate, compare, threshold, predict, embed, choose, explain, merge, export, convert, card, push)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

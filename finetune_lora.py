@@ -1109,6 +1109,7 @@ class FineTuning(RunState):
                 load=lambda state: setattr(self, "head_temperature", HeadTemperature(*state)),
             ),
             "by_unlabelled": StateEntry.attribute(self, "by_unlabelled"),
+            "contradicted": StateEntry.attribute(self.task.head, "contradicted"),
             "rate": StateEntry.attribute(self, "rate"),
             "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
         }

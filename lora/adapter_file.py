@@ -60,6 +60,14 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def holds_adapter(path: str | Path) -> bool:
+    """Is this an adapter file, and no checkpoint?"""
+    if files.is_safetensors(path):
+        return "adapter" in files.read_safetensors(path)[1]
+    content = files.read_checkpoint(path)
+    return isinstance(content, dict) and {"layers", "tensors"} <= content.keys()
+
+
 def _of_another_type(values: dict[str, Any], kinds: dict[str, type]) -> list[str]:
     return [key for key, kind in kinds.items() if type(values.get(key)) is not kind]
 

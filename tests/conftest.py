@@ -1,6 +1,7 @@
 """What the tests of the training scripts share: a tiny backbone, tiny images, and the script run on them."""
 
 import contextlib
+import csv
 import functools
 import gc
 import os
@@ -77,6 +78,15 @@ def images(tmp_path_factory) -> Path:
                 pixels[:: 1 if name == "bright" else 2] += 0 if name == "dark" else 180
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{i}.png")
     return folder
+
+
+def fill_in(table: Path) -> None:
+    """Write what a person adds to a list of `deploy_lora.py choose`: of each image the name of its folder."""
+    with open(table, newline="") as file:
+        titles, *rows = csv.reader(file)
+    assert titles == ["path", "label"] and {label for _, label in rows} == {""}
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows([titles, *((path, Path(path).parent.name) for path, _ in rows)])
 
 
 @pytest.fixture(scope="session")

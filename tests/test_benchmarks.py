@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import (
     answering,
+    choose,
     compare_peers,
     digit_scenes,
     domain,
@@ -101,6 +102,31 @@ def test_answering_is_measured_beside_its_parts(images, capsys):
     ways = {"decoding alone", "network alone", "predict", "of archives", "torchvision", "timm"}
     assert ways - set(rates["resnet18"]) <= {"timm"}  # which need not be installed
     assert "| resnet18 |" in capsys.readouterr().out
+
+
+def test_what_choosing_is_worth(base, images, tmp_path, capsys):
+    """Of 18 images 3 to 12 get labels, in rounds: what is chosen stays, and each number of labels has its accuracy."""
+    argv = (
+        f"--data-dir {images} --checkpoint {base} --pool 18 --labels 3 6 12 --draws 2 --output {tmp_path / 'out.json'}"
+    )
+    result = choose.main(argv.split())
+    assert json.loads((tmp_path / "out.json").read_text())["pool"] == 18
+    for by_number in result["accuracies"].values():
+        assert {number: len(found) for number, found in by_number.items()} == {3: 2, 6: 2, 12: 2}
+    assert len(result["wrong_labels"]["auroc"]) == 2
+    assert "| balanced |" in capsys.readouterr().out
+    features = torch.randn(18, 4)
+    rounds = choose.in_rounds(choose.Pool(features, features, torch.arange(18) % 3), [3, 6, 16, 18], 3)
+    assert [len({*chosen}) for chosen in rounds] == [3, 6, 16, 18]
+    assert [rounds[0], rounds[1]] == [rounds[1][:3], rounds[2][:6]]
+
+
+def test_how_many_labels_a_way_needs():
+    random = {10: [0.3, 0.5], 30: [0.6, 0.6], 100: [0.7, 0.9]}
+    assert choose.labels_needed(random, random) == 100
+    assert choose.labels_needed({10: [0.4], 30: [0.7], 100: [0.9]}, random) == pytest.approx(65)  # 0.8 is half way
+    assert choose.labels_needed({10: [0.8], 30: [0.9], 100: [0.9]}, random) == 10
+    assert choose.labels_needed({10: [0.4], 30: [0.5], 100: [0.6]}, random) is None
 
 
 def test_scenes_of_digits_are_pairs(tmp_path, monkeypatch):

@@ -90,6 +90,10 @@ def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tm
     argv = f"embed {trained} {image.parent} --output {tmp_path / 'f.npy'} --device cpu --workers 0"
     assert deploy_lora.main(argv.split()).shape == (3, 192)
 
+    argv = f"choose {trained} {image.parent} --count 2 --output {tmp_path / 'chosen'} --device cpu --workers 0"
+    assert len(deploy_lora.main(argv.split())) == 2
+    assert (tmp_path / "chosen/to_label.html").read_text().count("data:image/jpeg") == 2
+
 
 @pytest.mark.slow
 def test_a_graph_in_onnx_takes_the_numbers_of_the_file(trained, tiffs, tmp_path):

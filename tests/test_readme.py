@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
-from conftest import of_few_images
+from conftest import fill_in, of_few_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -68,6 +68,7 @@ TO_A_SERVER = section("docs/deploy.md", "A server with torchvision alone")
 AFTER_TRAINING = "\n".join(
     section("docs/deploy.md", title) for title in ("Every command", "ONNX and torch.export", "PEFT")
 )
+FEW_LABELS = PAGES["docs/few-labels.md"]  # from top to bottom, below
 OF_PIXELS = section("docs/deploy.md", "A class for every pixel")  # run by tests/test_maps.py
 PYTHON_BLOCKS = [block for text in PAGES.values() for block in blocks("python", text)]
 
@@ -144,7 +145,7 @@ def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands_of("python finetune_lora.py"))
+@pytest.mark.parametrize("command", [c for c in commands_of("python finetune_lora.py") if c not in FEW_LABELS])
 def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
     monkeypatch.chdir(newcomer)
     argv = shlex.split(command)[2:]
@@ -165,7 +166,7 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
 def test_every_adapter_command_runs(newcomer, first_run, monkeypatch, capsys):
     """For the others see below, and tests/test_comparison.py."""
     monkeypatch.chdir(newcomer)
-    others = {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING)}
+    others = {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING)} - {*commands(FEW_LABELS)}
     merges = [command for command in others if "compare" not in command]
     assert merges
     for command in merges:
@@ -241,6 +242,21 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
             importlib.util.find_spec(package) for package in (*extras_of(block), *(["onnx"] if "onnx" in block else []))
         ):
             exec(compile(block, "a page", "exec"), {})
+
+
+@pytest.mark.slow
+def test_from_images_without_labels_to_an_answer(newcomer, images, tmp_path, monkeypatch):
+    """docs/few-labels.md from top to bottom; the lists are filled in by the folders of the images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_images").symlink_to(images)
+    for command in commands(FEW_LABELS):
+        argv = shlex.split(command)[2:]
+        if "choose" in argv:
+            assert len(deploy_lora.main([*argv, "--count", "12"])) == 12
+            fill_in(tmp_path / argv[-1] / "to_label.csv")
+        else:
+            assert finetune_lora.main([*argv, *SMALL[2:]])["val_images"] > 0
+    assert (tmp_path / "checkpoints/first/labels_to_check.csv").exists()
 
 
 def write_preparation(folder: Path, monkeypatch) -> None:

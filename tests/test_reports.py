@@ -489,13 +489,37 @@ def test_a_good_run_has_no_limits_and_goes_on_to_predict():
         ({"scores": RISING}, "few epochs: the score still rose at the end", "the same command with --epochs 8"),
         ({"losses": (0.1, 0.6)}, "overfitting: the evaluation's loss is far above", "--augmentation trivial"),
         ({"lowered": 30, "probe": 0.8}, "a learning rate that was lowered 30-fold", "--epochs 8"),
-        ({"per_class": 5, "probe": 0.8}, "few images, 5 of each class", "more labelled images"),
+        ({"per_class": 25, "probe": 0.8}, "few images, 25 of each class", "more labels"),
     ],
 )
 def test_what_limits_a_run_comes_with_one_next_step(run, limit, next_step):
     found = judged(**run)
     assert len(found.limits) == 1 and found.limits[0].startswith(limit)
     assert next_step in found.next_step
+
+
+@pytest.mark.parametrize(
+    ("data", "next_step"),
+    [
+        ({}, "python deploy_lora.py choose lora.pth new_images --output to_label"),
+        (
+            {"data_list": ["a.csv", "b c.csv"]},
+            "choose lora.pth new_images --labelled a.csv 'b c.csv' --output to_label",
+        ),
+        ({"data_dir": "mine", "unlabelled": None}, "the same command with --unlabelled mine/unlabelled"),
+        ({"data_dir": "mine/classes", "unlabelled": None}, "the same command with --unlabelled mine/unlabelled"),
+        ({"data_dir": "other/classes", "unlabelled": None}, "choose lora.pth new_images --output to_label"),
+        ({"data_dir": "mine", "unlabelled": "mine/unlabelled"}, "choose lora.pth mine/unlabelled --output to_label"),
+    ],
+)
+def test_with_few_labels_the_next_step_is_what_helps_there(data, next_step, tmp_path, monkeypatch):
+    (tmp_path / "mine/unlabelled").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert judged(0.8, per_class=5, config={"data": data}).next_step.endswith(next_step)
+    assert "choose" not in judged(0.8, per_class=26, config={"data": data}).next_step
+    assert judged(0.8, per_class=5, task=Segmentation, config={"data": data}).next_step == "more labelled images"
+    of_labels = judged(0.8, per_class=5, task=MultiLabel, config={"data": data}).next_step
+    assert "deploy_lora.py choose lora.pth" in of_labels  # other tasks take no images without labels
 
 
 @pytest.mark.parametrize(("task", "noun"), [(MultiLabel, "label"), (Regression, "number"), (Segmentation, "class")])

@@ -160,7 +160,7 @@ def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
 def test_a_run_leaves_these_files_and_says_what_was_recognised(finished):
     _, folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("config.yaml", "confusion_matrix.png", "last.pth", "lora.pth"),
+        *("config.yaml", "confusion_matrix.png", "labels_to_check.csv", "last.pth", "lora.pth"),
         *("metrics.csv", "mistakes.png", "report.html", "results.json", "results_answers.csv", "training_curves.png"),
     ]
     for name in ("confusion_matrix.png", "mistakes.png", "training_curves.png"):

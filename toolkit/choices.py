@@ -18,3 +18,4 @@ KEEP_BEST = {
     "regression": {"r2": "val_r2", "spearman": "val_spearman"},
     "segmentation": {"miou": "val_miou", "dice": "val_macro_dice", "pixels": "val_pixel_accuracy"},
 }
+TO_LABEL = "to_label.csv"  # the list that `deploy_lora.py choose` writes

@@ -4,7 +4,6 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +13,9 @@ from torch import Tensor
 from toolkit import printable
 from toolkit.answers import measures
 from toolkit.answers.heat_maps import Explainer
-from toolkit.answers.report_page import BLUE, PICTURE_ALONE, drawn, html_picture, new_figure, save_figure
+from toolkit.answers.report_page import BLUE, PICTURE_ALONE, drawn, html_picture, new_figure, save_figure, small_picture
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
-from toolkit.images.transforms import View, whole_along
 
 TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
 SHOWN = 15  # labels, in the table that is printed
@@ -96,8 +94,6 @@ class Report:
         With an explainer there is a picture beside each of what decided.
         """
         groups = self.mistakes()
-        # matplotlib would draw a large photograph from its every pixel.
-        shrink = View(partial(whole_along, 256, enlarges=False))
         wide = 1 if explainer is None else 2  # columns for an image
         rows = [max(1, math.ceil(wide * len(chosen) / COLUMNS)) for chosen in groups.values()]
         figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
@@ -106,8 +102,7 @@ class Report:
             part.suptitle(title if chosen else f"{title}: none")
             places = part.subplots(height, COLUMNS, squeeze=False, subplot_kw=PICTURE_ALONE).reshape(-1, wide)
             for (i, text), (place, *beside) in zip(chosen, places, strict=False):
-                shrunk = shrink(images.undecoded(i)[0])
-                place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
+                place.imshow(small_picture(images, i, 256, bands))
                 place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
                 file = drawn(Path(images.name(i)).name[-26:])
                 place.text(0.5, -0.03, file, fontsize=6, ha="center", va="top", transform=place.transAxes)

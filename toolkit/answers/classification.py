@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.answers import answer_reports, evaluation, measures, probe
+from toolkit.answers import answer_reports, choosing, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, worst_first
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
@@ -58,6 +58,9 @@ class ClassHead(Head):
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.class_weights(), clusters)
+        if fitted.held_out is not None:
+            labels = targets.cpu()[: len(targets) // views]
+            self.contradicted = choosing.contradicted(fitted.held_out, labels)
         return probe.set_head(model, fitted)
 
     def start_by_unlabelled(

@@ -127,6 +127,8 @@ class Head:
     thresholds: Tensor | None = None  # (K,), above which probabilities are answers
     masks: MaskReader | None = None  # reads the truth, where that is masks
     always_calibrates = False  # also where the head's optimism is not known
+    # Training images whose label the probe contradicts, as `choosing.contradicted` has them; None: it cannot tell
+    contradicted: list[tuple[int, int, float]] | None = None
     output_name = "logits"  # of what `output_layer` makes of the outputs
     answers: Callable[[Tensor, Tensor], Answers]  # of outputs and targets
     constant_score: Callable[[LabelledImages], float]  # of the best answer that is the same for all images

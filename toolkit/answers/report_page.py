@@ -2,14 +2,22 @@
 
 import base64
 import html
+import io
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from PIL import Image
 
 from toolkit.files import open_atomically, write_text
+from toolkit.images.bands import Bands
+from toolkit.images.data import LabelledImages
+from toolkit.images.transforms import View, whole_along
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -17,10 +25,13 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } .titled :not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
 tr + tr { border-top: 1px solid #eee; } table:not(.titled) td:first-child { min-width: 10.5rem; }
+figure { display: inline-block; width: 128px; margin: .4rem; font-size: .8rem; vertical-align: top; }
+figure img { width: 100%; } figcaption { overflow-wrap: anywhere; }
 img { max-width: 100%; } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
 """
 BLUE = "#0072B2"  # with orange, distinct for every kind of colour vision (Okabe and Ito)
 ORANGE = "#D55E00"
+SIDE = 128  # pixels at the most of small pictures, of which fifty are less than a megabyte, whatever is on them
 # For axes that hold a picture. Ticks that are hidden, as `axis("off")` does, are laid out and take half of the time.
 PICTURE_ALONE = {"xticks": [], "yticks": [], "frame_on": False}
 
@@ -53,7 +64,7 @@ def write_page(
         f"python deploy_lora.py merge {adapter} --output merged.pth",
         f"python deploy_lora.py export {adapter} --output model.onnx",
     ]
-    parts = [f"<h1>{html.escape(title)}</h1>", html_table(rows)]
+    parts = [html_table(rows)]
     if curves is not None:
         parts += ["<h2>By epoch</h2>", html_picture(curves.read_bytes(), "losses and accuracy by epoch")]
     parts += sections
@@ -64,8 +75,13 @@ def write_page(
     if config is not None:
         settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         parts.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>")
+    write_html(path, title, parts)
+
+
+def write_html(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write a page with this heading and these parts, in HTML."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    body = "\n".join(parts)
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
     # A folder's name may have bytes that are no character.
     write_text(page.encode("utf-8", "replace").decode(), path)
@@ -99,6 +115,28 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(file)
 
 
-def html_picture(png: bytes, described: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{described}" src="data:image/png;base64,{data}">'
+def html_picture(content: bytes, described: str, kind: str = "png") -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{described}" src="data:image/{kind};base64,{data}">'
+
+
+def small_picture(images: LabelledImages, i: int, side: int, bands: Bands | None = None) -> Image.Image | np.ndarray:
+    """A picture of an image, so many pixels along its shorter side, as matplotlib takes it; `bands` as for reading."""
+    # To show a large photograph from its every pixel takes long.
+    shrunk = View(partial(whole_along, side, enlarges=False))(images.undecoded(i)[0])
+    return bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk
+
+
+def html_pictures(images: LabelledImages, shown: Sequence[tuple[int, str]], bands: Bands | None = None) -> str:
+    """Small pictures of images, and under each what is said of it: (image, text)."""
+    figures = []
+    for i, text in shown:
+        picture = small_picture(images, i, SIDE, bands)
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray((255 * picture).astype(np.uint8))
+        picture.thumbnail((SIDE, SIDE))
+        file = io.BytesIO()
+        picture.save(file, "JPEG")
+        said = html.escape(text)
+        figures.append(f"<figure>{html_picture(file.getvalue(), said, 'jpeg')}<figcaption>{said}</figcaption></figure>")
+    return "\n".join(figures)

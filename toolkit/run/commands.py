@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import VERSION, InputError, same_file
-from toolkit.choices import ARITHMETICS, PRECISIONS
+from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
 
@@ -19,6 +19,7 @@ COMMANDS = {  # and the help of each
     "threshold": "choose again, on labelled images, the probability above which a label counts",
     "predict": "the most probable classes of images, as a table; masks and maps",
     "embed": "the features of images, as an array",
+    "choose": "which images to label next, as a list and a page of their pictures",
     "explain": "which parts of each image decided the answer, as pictures",
     "merge": "base and adapter as one state_dict that plain torchvision loads",
     "export": "the merged model as a graph for onnxruntime or torch.export",
@@ -26,7 +27,7 @@ COMMANDS = {  # and the help of each
     "card": "a model card: what it is, its figures, and how to load it",
     "push": "adapter, card and page to the Hugging Face Hub",
 }
-ANSWERING = ("predict", "embed", "explain")
+ANSWERING = ("predict", "embed", "explain", "choose")
 ON_IMAGES = ("evaluate", "threshold", *ANSWERING)  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
 FOLDERS = ("", ".parquet")  # of parts
@@ -36,6 +37,7 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "predict": (".csv", ".parquet", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
     "explain": ("",),
+    "choose": ("",),
     "threshold": (".pth", ".safetensors"),
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
     "export": (".onnx", ".pt2"),
@@ -58,7 +60,8 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     of_adapters = COMMANDS.keys() - {"compare"}
     some = {"type": Path, "nargs": "+"}
     switch = {"action": "store_true"}
-    add(of_adapters, "adapter", "adapter file, .pth or .safetensors", type=Path)
+    add(of_adapters - {"choose"}, "adapter", "adapter file, .pth or .safetensors", type=Path)
+    add(["choose"], "adapter", "adapter file, or a checkpoint: a file, or moco-v2-800ep", type=checkpoint_path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
     add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=Path, nargs="?")
     add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
@@ -77,6 +80,10 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(ON_IMAGES, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
     add(ON_IMAGES, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
     add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
+    add(["choose"], "--count", "how many", type=positive_int, default=50)
+    add(["choose"], "--labelled", "what has labels: lists, or folders of images", default=(), **some)
+    add(["choose"], "--arch", "of a checkpoint that does not say")
+    add(["choose"], "--image-size", "of a checkpoint, in pixels", type=positive_int)
     add(["predict", "embed"], "--resume", "continue what is in the folder --output", **switch)
     add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
     add(["predict"], "--abstain", "in maps: no answer where no class is as probable as this", type=positive_share)
@@ -127,6 +134,8 @@ def check(args: argparse.Namespace) -> list[str]:
     if args.command in ("info", "push"):
         return []
     problems = check_output(args)
+    if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):
+        problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")
     is_file = args.output is not None and args.output.suffix not in FOLDERS
     if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")

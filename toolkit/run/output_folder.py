@@ -19,7 +19,8 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".running"  # a file in the folder while a run writes there
-_TABLES = ("metrics.csv", "results.json", "results_answers.csv", "learning_rates.csv", "folds.csv")
+_ANSWERS = ("results_answers.csv", "labels_to_check.csv")
+_TABLES = ("metrics.csv", "results.json", "learning_rates.csv", "folds.csv", *_ANSWERS)
 _CURVES = ("learning_rates.png", "training_curves.png", "precision_recall.png")
 _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "report.html")
 FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", "tensorboard", "wandb", *_TABLES, *_PICTURES)

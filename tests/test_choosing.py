@@ -1,0 +1,230 @@
+"""Which images to label next, and which labels to look at: `deploy_lora.py choose`, and `labels_to_check.csv`."""
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, fill_in
+from PIL import Image
+
+import deploy_lora
+from finetune_lora import load_finetuned
+from tests.image_files import tar_of
+from tests.run_folders import rows_of
+from toolkit.answers import choosing
+from toolkit.answers.answer_reports import PICTURES
+from toolkit.answers.classification import Classification
+from toolkit.answers.report_page import html_pictures
+from toolkit.answers.tasks import from_record
+from toolkit.images.data import LabelledImages
+from toolkit.images.sources import load_splits
+from toolkit.run import reports
+
+NONE = torch.zeros(0, 8)
+
+
+def blob(axis: int, *spread: float) -> torch.Tensor:
+    """Features of an image for each number, which says how far it is from the middle of its kind."""
+    features = torch.zeros(len(spread), 8)
+    features[:, axis] = 10
+    features[:, axis + 4] = torch.tensor(spread)
+    return features
+
+
+# Three kinds of images, at 0 to 4, 5 to 7, and 8. The middle ones are 2, 6 and 8.
+KINDS = torch.cat([blob(0, -2, -1, 0, 1, 2), blob(1, -1, 0, 1), blob(2, 0)])
+
+
+def test_the_most_typical_image_of_each_kind_comes_first_and_the_largest_kind_before_others():
+    assert choosing.most_typical(KINDS, 3, NONE) == [2, 6, 8]
+
+
+def test_a_kind_of_which_an_image_is_labelled_has_its_turn_later():
+    assert choosing.most_typical(KINDS, 2, KINDS[:1]) == [6, 8]
+    alike = torch.cat([blob(0, *[0.0] * 5), blob(1, 0, 0, 0), blob(2, 0, 0)])
+    assert choosing.most_typical(alike, 3, alike[:1]) == [5, 8, 0]  # then the largest one's again
+
+
+def test_of_the_least_sure_images_one_of_each_kind_is_chosen(monkeypatch):
+    monkeypatch.setattr(choosing, "CANDIDATES", 4)
+    sureness = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
+    # The candidates are 8, 6, 2, 7, 3, 1, 0, 5.
+    assert choosing.least_sure(KINDS, 2, sureness)[0] == 6
+    monkeypatch.setattr(choosing, "CANDIDATES", 1)
+    assert choosing.least_sure(KINDS, 2, sureness) == [8, 6]
+
+
+def test_images_that_are_alike_can_be_chosen_too():
+    assert sorted(choosing.most_typical(torch.ones(4, 8), 4, NONE)) == [0, 1, 2, 3]
+
+
+def test_how_sure_a_model_is():
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    assert choosing.sureness(Classification("abc").head, logits).tolist() == pytest.approx([0.2, 0.7])
+    task = from_record({"kind": "multilabel", "thresholds": [0.5, 0.9]}, "ab", "")
+    logits = torch.tensor([[0.2, 0.8], [0.9, 0.1]]).logit()
+    assert choosing.sureness(task.head, logits).tolist() == pytest.approx([0.1, 0.4])
+    task = from_record({"kind": "regression", "mean": [0.0], "std": [1.0]}, "a", "")
+    assert choosing.sureness(task.head, torch.ones(2, 1)) is None
+
+
+def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
+    noise = np.random.RandomState(0).randint(0, 256, (300, 500, 3), np.uint8)
+    images = LabelledImages([(Image.fromarray(noise), 0)] * 50, [0] * 50)
+    page = html_pictures(images, [(i, f"<{i}>") for i in range(50)])
+    assert page.count("<img ") == 50 and "&lt;49&gt;</figcaption>" in page
+    assert len(page) < 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def pool(images, tmp_path) -> Path:
+    """21 images; the folders below have the names of their classes, which are not looked at."""
+    return shutil.copytree(images / "train", tmp_path / "pool")
+
+
+def class_of(path: str) -> str:
+    return Path(path).parent.name
+
+
+def choose(model: Path, *words: str | Path) -> list[str]:
+    return deploy_lora.main(["choose", str(model), *map(str, words)])
+
+
+def test_a_backbone_alone_chooses_an_image_of_each_class_and_the_list_trains(base, pool, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # relative paths are of another folder than the list's
+    output = Path("to_label")
+    chosen = choose(base, "pool", "--count", "3", "--output", output)
+    assert sorted(map(class_of, chosen)) == sorted(CLASSES)
+    assert capsys.readouterr().out == f"wrote {output}: 3 images to label, the most typical first\n"
+    page = (output / "to_label.html").read_text()
+    assert page.count("<img ") == 3 and re.findall(r"<figcaption>\d\. (\S+)</figcaption>", page) == [
+        Path(name).name for name in chosen
+    ]
+    fill_in(output / "to_label.csv")
+    again = Path("again")
+    more = choose(base, "pool", "--labelled", output / "to_label.csv", "--count", "6", "--output", again)
+    assert len({*chosen, *more}) == 9
+    fill_in(again / "to_label.csv")
+    splits = load_splits("imagefolder", data_list=[output / "to_label.csv", again / "to_label.csv"])
+    assert splits.class_names == sorted(CLASSES)
+    assert [splits.train.name(i) for i in range(3)] == [str(tmp_path / name) for name in chosen]
+
+
+def test_the_same_is_chosen_again(base, pool, tmp_path):
+    first, second = (choose(base, pool, "--count", "5", "--output", tmp_path / name) for name in "ab")
+    assert first == second
+
+
+def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choosing, "CANDIDATES", 1)
+    chosen = choose(adapter_for_images, pool, "--count", "4", "--output", tmp_path / "out")
+    assert "4 images to label, the adapter is least sure of them" in capsys.readouterr().out
+    model, about = load_finetuned(adapter_for_images)
+    leads = {}
+    for path in sorted(pool.rglob("*.png")):
+        with torch.no_grad(), Image.open(path) as image:
+            first, second = model(about["transform"](image)[None]).softmax(1).topk(2).values[0].tolist()
+        leads[str(path)] = first - second
+    assert chosen == sorted(leads, key=leads.get)[:4]
+
+
+@pytest.mark.parametrize(("labelled", "how"), [(4, "the most typical"), (5, "the adapter is least sure")])
+def test_an_adapter_with_few_labels_does_not_know_what_it_is_unsure_of(
+    labelled, how, adapter_for_images, pool, images, tmp_path, capsys
+):
+    for name, i in itertools.product(CLASSES, range(labelled)):
+        (tmp_path / "known" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "train" / name / f"{i}.png", tmp_path / "known" / name / f"other{i}.png")
+    rest = choose(
+        adapter_for_images, pool, "--labelled", tmp_path / "known", "--count", "6", "--output", tmp_path / "o"
+    )
+    assert how in capsys.readouterr().out
+    assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
+
+
+def test_images_in_archives_are_copied_out(base, pool, tmp_path):
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives/a.tar").write_bytes(
+        tar_of({path.name: path.read_bytes() for path in (pool / "dark").iterdir()})
+    )
+    choose(base, tmp_path / "archives", "--count", "3", "--output", tmp_path / "out")
+    for row in rows_of(tmp_path / "out/to_label.csv"):
+        copied = Path(row["path"])
+        assert copied.parent == tmp_path / "out"
+        assert copied.read_bytes() == (pool / "dark" / copied.name.partition("-")[2]).read_bytes()
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_of_many_some_are_looked_at(
+    base, pool, tmp_path, monkeypatch, capsys
+):
+    (pool / "broken.png").write_bytes(b"no image")
+    choose(base, pool, "--count", "22", "--output", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "1 of 22 images cannot be read and are left out:\n  " in printed and "broken.png: not a readable" in printed
+    assert len(rows_of(tmp_path / "out/to_label.csv")) == 21
+    (pool / "broken.png").unlink()
+    monkeypatch.setattr(choosing, "MOST", 7)
+    assert len(choose(base, pool, "--count", "2", "--output", tmp_path / "some")) == 2
+    assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out
+    assert len(choose(base, pool, "--count", "9", "--output", tmp_path / "more")) == 9
+
+
+# ------------------------------------------------------------------------------------------------------ labels to check
+
+
+def test_labels_that_held_out_answers_contradict_come_worst_first():
+    """Two views of four images: one is right, one a little wrong, one very, and the last was not held out."""
+    view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3])
+    other = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 7], [torch.nan] * 3])
+    found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0]))
+    assert [(i, answer) for i, answer, _ in found] == [(2, 2), (1, 0)]
+    assert [times for *_, times in found] == pytest.approx([np.exp(5), np.exp(1)])
+
+
+def test_a_run_lists_the_training_images_whose_label_seems_wrong(finetune_into, images, tmp_path):
+    """One of the dark images lies among the bright ones; a resumed run knows of it as well."""
+    mixed = shutil.copytree(images, tmp_path / "mixed")
+    shutil.copy(images / "val/dark/0.png", mixed / "train/bright/wrong.png")
+    folder = tmp_path / "out"
+    options = f"--data-dir {mixed} --augmentation none --epochs 1"
+    finetune_into(folder, options)
+    rows = rows_of(folder / "labels_to_check.csv")
+    assert rows[0] | {"times": ""} == {
+        "path": str(mixed / "train/bright/wrong.png"), "label": "bright", "answer": "dark", "times": "",
+    }  # fmt: skip
+    times = [float(row["times"]) for row in rows]
+    assert times == sorted(times, reverse=True) and times[-1] > 1
+    page = (folder / "report.html").read_text()
+    assert "Labels to look at" in page and "bright, and not dark?" in page
+    (folder / "labels_to_check.csv").unlink()
+    finetune_into(folder, f"{options} --resume")
+    assert rows_of(folder / "labels_to_check.csv") == rows
+
+
+def test_where_nothing_is_held_out_no_label_is_doubted(finetune_into, tmp_path):
+    """One image of each class: an empty list would say that all labels are right."""
+    finetune_into(tmp_path / "out", "--labels-per-class 1 --epochs 1")
+    assert not (tmp_path / "out/labels_to_check.csv").exists()
+    assert "Labels to look at" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_listed_images_are_those_that_the_probe_is_of(images, tmp_path, monkeypatch):
+    """Of many training images it is of some."""
+    monkeypatch.setattr(reports, "KNN_IMAGES", 5)
+    train = load_splits("imagefolder", images).train
+    run = SimpleNamespace(splits=SimpleNamespace(train=train), path=tmp_path.joinpath)
+    run.plan = SimpleNamespace(normalization={"bands": None})
+    run.task = SimpleNamespace(names=CLASSES, head=SimpleNamespace(contradicted=[(4, 2, 7.25)] * 30))
+    _, explained, pictures = reports.labels_to_check(run)
+    some = train.at_most(5)
+    row = {"path": some.name(4), "label": CLASSES[some.labels[4]], "answer": "striped", "times": "7.25"}
+    assert rows_of(tmp_path / "labels_to_check.csv") == [row] * 30
+    assert "takes 30 of 5 training images" in explained and pictures.count("<figure>") == PICTURES

@@ -1,0 +1,121 @@
+"""Which images a person should look at next: those whose label teaches most, and those whose label seems wrong."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.answers.parts import Head
+from toolkit.answers.report_page import html_pictures, write_html
+from toolkit.choices import TO_LABEL
+from toolkit.files import make_folder, open_atomically, write_cells
+from toolkit.images import folders, remote
+from toolkit.images.bands import Bands
+from toolkit.images.data import LabelledImages
+from toolkit.images.shards import ShardedImages
+
+# Measured, see benchmarks/RESULTS.md.
+FEW = 5  # labels a class: a model that has fewer does not know what it is unsure of
+MOST = 10_000  # images that are looked at
+CANDIDATES = 10  # the least sure images, for each that is chosen
+
+
+def without(images: LabelledImages, labelled: LabelledImages) -> LabelledImages:
+    """The images that are not among the labelled ones, by their names or their content."""
+    known = set(map(labelled.name, range(len(labelled))))
+    found = folders.copies(images.source, images.indices.tolist(), labelled.source, labelled.indices.tolist())
+    known.update(path for path, _ in found)
+    return images.subset([i for i in range(len(images)) if images.name(i) not in known])
+
+
+def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
+    """The positions of the `count` images, with features (N, D), that are nearest to the centres of k-means.
+
+    There is a part for each image that is chosen or labelled already, with features (M, D). The largest part comes
+    first. A labelled image stands for its part, which has its turn again when all others have had theirs.
+    """
+    from sklearn.cluster import KMeans
+
+    everything = torch.cat([features, labelled]).float()
+    directions = F.normalize(everything - everything.mean(0), dim=1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer images that differ than parts
+        fitted = KMeans(count + len(labelled), n_init=1, random_state=0).fit(directions)
+    parts = fitted.labels_
+    distances = np.linalg.norm(directions - fitted.cluster_centers_[parts], axis=1)
+    distances[len(features) :] = -1.0
+    order = np.lexsort((distances, parts))  # part by part: what is labelled, then the nearest first
+    turns = np.empty(len(order), int)
+    turns[order] = np.arange(len(order)) - np.searchsorted(parts[order], parts[order])
+    by_turn = np.lexsort((-np.bincount(parts)[parts], turns))
+    return by_turn[by_turn < len(features)][:count].tolist()
+
+
+def least_sure(features: Tensor, count: int, sureness: Tensor) -> list[int]:
+    """The positions of `count` images, with features (N, D) and a sureness (N,), that are not alike; the least first.
+
+    They are nearest to the centres of k-means, among the least sure images (Zhdanov, arXiv 1901.05954).
+    """
+    candidates = sureness.argsort(stable=True)[: CANDIDATES * count]
+    chosen = most_typical(features[candidates], count, features[:0])
+    return candidates[sorted(chosen)].tolist()
+
+
+def sureness(head: Head, outputs: Tensor) -> Tensor | None:
+    """How sure a model is of each image, (N,), by its outputs (N, K); None for numbers, which do not say.
+
+    By how much the most probable class leads, or how far the least sure label is from its threshold.
+    """
+    if head.activation == "softmax":
+        first, second = outputs.softmax(1).topk(2, 1).values.T
+        return first - second
+    if head.thresholds is not None:
+        return (outputs.sigmoid() - head.thresholds).abs().amin(1)
+    return None
+
+
+def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> None:
+    """Write a list to which a person adds labels, and a page with the pictures.
+
+    The page does not say what a model takes them for, which people would follow. Images in archives are copied into the
+    folder: a list cannot name them.
+    """
+    make_folder(folder)
+    rows = []
+    shown = []
+    for i in range(len(images)):
+        path = images.name(i)
+        if isinstance(images.source, ShardedImages):
+            path = folder / f"{i + 1}-{Path(path).name}"
+            with open_atomically(path) as file:
+                file.write(images.source.content(images.indices[i]))
+        rows.append((path if remote.is_remote(path) else os.path.abspath(path), ""))
+        shown.append((i, f"{i + 1}. {Path(path).name}"))
+    page = (folder / TO_LABEL).with_suffix(".html")
+    todo = f"<p>Write the label of each into {TO_LABEL}, and delete the lines without one.</p>"
+    write_html(page, f"{len(images)} images to label", [todo, html_pictures(images, shown, bands)])
+    write_cells(rows, ["path", "label"], folder / TO_LABEL)
+
+
+def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
+    """The images for which a probe that has not seen them answers otherwise: (image, answer, times), the worst first.
+
+    `times` is how many times as probable as its label the answer is, by the mean logits of an image's views.
+
+    Args:
+        held_out: (views * N, K): logits as of `toolkit.answers.probe.Probe`; images without any are left out.
+        labels: (N,).
+    """
+    logits = held_out.double().unflatten(0, (-1, len(labels))).mean(0)  # (N, K)
+    own = labels[:, None]
+    others, answers = logits.scatter(1, own, -torch.inf).max(1)
+    leads = others - logits.gather(1, own)[:, 0]
+    found = []
+    for i in leads.argsort(descending=True, stable=True).tolist():
+        if leads[i] > 0:  # NaN is not
+            found.append((i, int(answers[i]), float(leads[i].exp())))
+    return found
