@@ -66,7 +66,7 @@ from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
 from toolkit.models.names import NO_CHECKPOINT, TIMM
-from toolkit.run import reports
+from toolkit.run import commands, output_folder, reports
 from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, backbone_shape, known_image_values
 from toolkit.run.run_state import changed_settings
 from toolkit.run.runs import faults_explained, progress_bar, run_script
@@ -116,11 +116,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
-    page = args.adapter.with_name(f"{args.adapter.stem}_evaluation.html")
+    *_, page = commands.files_written(args)
     if args.output is not None:
         files.write_text(json.dumps(results, indent=2), args.output)
         comparison.write_answers(report.answer_columns(), images, args.output)
-        page = args.output.with_suffix(".html")
     rows = [("adapter", str(args.adapter)), ("images", where), *report.rows(), ("loss", f"{result.loss:.4f}")]
     print(reports.table([*rows, *report.printed()]))
     with tempfile.TemporaryDirectory() as folder:
@@ -161,28 +160,20 @@ def explain(args: argparse.Namespace) -> list[Path]:
         explainer = _explainer(args, model, about)
         task = _task_of(about)
         images = _images(args.images, about)
-        written = []
-        broken = []
-        places = predictions.places_of_masks(images, args.images, args.output, replaces=True)
-        for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), "explain"):
-            try:
-                *pictures, outputs = explainer.explain(images.undecoded(i)[0])
-            except UnreadableImage as error:
-                broken.append(error)
-                continue
+
+        def draw(i: int, place: Path) -> Path:
+            *pictures, outputs = explainer.explain(images.undecoded(i)[0])
             columns, [cells] = task.table(outputs)
             figure = new_figure(6, 3.4)
-            figure.suptitle(drawn(", ".join(map(" ".join, zip(columns, cells, strict=True)))[:70]))
+            title = ", ".join(map(" ".join, zip(columns, cells, strict=True)))
+            figure.suptitle(drawn(textwrap.fill(title, 70, max_lines=2, placeholder=" ...", break_on_hyphens=False)))
             for axes, picture in zip(figure.subplots(1, 2, subplot_kw=PICTURE_ALONE), pictures, strict=True):
                 axes.imshow(picture)
-            written.append(places[i].with_name(f"{places[i].name}.png"))
-            save_figure(figure, written[-1])
-        written = sorted(itertools.chain(*distributed.gather(written)))
-        broken = list(itertools.chain(*distributed.gather(broken)))
-        if not written:
-            raise InputError(broken[0].problem)
-        for error in broken:
-            print(f"left out: {error.problem}")
+            path = place.with_name(f"{place.name}.png")
+            save_figure(figure, path)
+            return path
+
+        written = _write_for_each(args, images, [".png"], {}, draw)
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
 
@@ -257,8 +248,6 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         raise InputError(f"{args.images[0]}: maps are not made of images in archives; unpack them")
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
-    if is_file and any(files.same_file(args.output, path) for path in images.source.parts(0)):
-        raise InputError(f"--output {args.output} is read by this very command; name another file")
     window = args.window or about["image_size"]
     if task.per_pixel:
         window = model.window
@@ -270,37 +259,78 @@ def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, A
         return _answers(args, model, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
 
     maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
+    parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
+
+    def draw(i: int, place: Path) -> Path:
+        with open_scene(images.name(i), about["transform"].bands) as scene:
+            return maps.write(scene, place, parts_bar)
+
+    if is_file:
+        maps.writes = distributed.is_main()
+        written = [draw(0, args.output)]
+    else:
+        settings = {"--probabilities": args.probabilities, "--abstain": args.abstain}
+        written = _write_for_each(args, images, predictions.MAP_ENDINGS, settings, draw)
+    print(f"wrote {args.output}: {len(written)} map{'s' * (len(written) != 1)} of {listed(task.names)}")
+    return written
+
+
+def _write_for_each(
+    args: argparse.Namespace, images: LabelledImages, endings: Sequence[str], settings: dict, write: Callable
+) -> list[Path]:
+    """Write a file for each image into the folder --output, unless it is there, and return the paths of all.
+
+    Several processes share the images. `write` takes an image's number and place, and returns its file, which is the
+    place with one of the endings. The files depend on `settings` too.
+    """
+    places = predictions.places_of_images(images, args.images, args.output, endings)
     share = range(distributed.rank(), len(images), distributed.world_size())
     written = []
     broken = []
-    if is_file:
-        maps.writes = distributed.is_main()
-        share = range(1)
-        places = [args.output]
-    else:
-        made_of = _made_of(args, images) | {"--probabilities": args.probabilities, "--abstain": args.abstain}
-        begun = (args.output / predictions.MANIFEST).exists()
-        places = predictions.places_of_masks(images, args.images, args.output, replaces=begun)
-        predictions.begin_folder(args.output, made_of, args.resume, replaces=True)
-    parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
-    for i in progress_bar(share, "predict", disable=is_file):
-        if args.resume and (made := predictions.made_map(places[i], args.output)):
-            written.append(made)
-            continue
-        try:
-            with open_scene(images.name(i), about["transform"].bands) as scene:
-                path = maps.write(scene, places[i], parts_bar)
-                written += [path] * maps.writes
-        except UnreadableImage as error:
-            broken.append(error)
+    with _folder_of_answers(args, images, places, endings, settings, replaces=True) as manifest:
+        for i in progress_bar(share, args.command):
+            files_of_image = manifest.finished(places[i])
+            if not files_of_image:
+                manifest.note(places[i])
+                try:
+                    files_of_image = [write(i, places[i])]
+                except UnreadableImage as error:
+                    broken.append(error)
+                    continue
+                manifest.note(places[i], *files_of_image)
+            written += files_of_image
     written = sorted(itertools.chain(*distributed.gather(written)))
     broken = list(itertools.chain(*distributed.gather(broken)))
     if not written:
         raise InputError(broken[0].problem)
     for error in broken:
         print(f"left out: {error.problem}")
-    print(f"wrote {args.output}: {len(written)} map{'s' * (len(written) != 1)} of {listed(task.names)}")
     return written
+
+
+@contextlib.contextmanager
+def _folder_of_answers(
+    args: argparse.Namespace,
+    images: LabelledImages,
+    places: Sequence[Path],
+    endings: Sequence[str],
+    settings: dict[str, Any],
+    replaces: bool,
+) -> Iterator[predictions.Manifest]:
+    """Hold the folder --output, and yield its manifest: see `predictions.begin_folder`."""
+    made_of = {
+        "command": args.command,
+        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
+        "images": [str(images.source.folder), images.digest],
+        "--arithmetic": args.arithmetic,
+        "--precision": str(_device_and_precision(args)[1]),
+    }
+    with output_folder.held(args.output, option="--output", halves=f".{predictions.MANIFEST}.*.tmp"):
+        manifest = predictions.Manifest(args.output, made_of | settings)
+        begin = functools.partial(predictions.begin_folder, manifest, places, endings, args.resume, replaces)
+        manifest.found = distributed.first_does(begin)  # alone, before any of them can have written
+        yield manifest
+        manifest.close()
 
 
 def _task_of(about: dict[str, Any]) -> Task:
@@ -327,7 +357,7 @@ def embed(args: argparse.Namespace) -> Any:
 def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Tensor:
     with files.open_atomically(path) as file:
         np.save(file, features.numpy())
-    paths = path.with_name(f"{path.stem}_paths.csv")
+    paths = path.with_name(f"{path.stem}{commands.PATHS}")
     files.write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
     return features
 
@@ -401,44 +431,45 @@ def _write_answers(
     which the paths are returned. `write` takes outputs (n, ...), their images, and a path.
     """
     images = _images(args.images, about)
-    batch_size = fixed_order_batch(args.batch_size)
     in_parts = args.output.suffix in FOLDERS
+    batch_size = fixed_order_batch(args.batch_size)
     size = len(images)
-    done = 0
     if in_parts:
         size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
-        made_of = _made_of(args, images) | {"--batch-size or number of processes": size}
-        done = predictions.begin_folder(args.output, made_of, args.resume, replaces=False)
-    suffix = args.output.suffix or SUFFIXES[args.command][0]
-    paths = [args.output / f"part-{number:05d}{suffix}" for number in range(math.ceil(len(images) / size))]
+    parts = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
-    rest = TolerantImages(images.subset(range(done * size, len(images))), about["transform"], zeros)
-    batches = iter(progress_bar(make_loader(rest), args.command))
-    written = None
-    answered = 0
-    for number in range(done, len(paths)):
-        part = images.subset(range(number * size, min((number + 1) * size, len(images))))
-        of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
-        outputs, problems = _answers(args, model, of_part, zeros)
-        kept = sources.without_problem(problems, may_be_none=in_parts)
-        answered += len(kept)
-        if distributed.is_main():
-            written = write(outputs[kept], part.subset(kept), paths[number] if in_parts else args.output)
-        if in_parts:
-            predictions.note_done(args.output, made_of, number + 1)
-    print(f"wrote {args.output}: {answered} images" + f"; {done} parts were there" * (done > 0))
-    return paths if in_parts else written
 
+    def answered(parts: Sequence[range]) -> Iterator[tuple[Tensor, LabelledImages]]:
+        """For each part the outputs (n, ...) and their images; those that cannot be read are listed and left out."""
+        chosen = images.subset(list(itertools.chain(*parts)))
+        batches = iter(progress_bar(make_loader(TolerantImages(chosen, about["transform"], zeros)), args.command))
+        for part in parts:
+            of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
+            outputs, problems = _answers(args, model, of_part, zeros)
+            kept = sources.without_problem(problems, may_be_none=in_parts)
+            yield outputs[kept], images.subset(part).subset(kept)
 
-def _made_of(args: argparse.Namespace, images: LabelledImages) -> dict[str, Any]:
-    """What the answers in a folder depend on, for its manifest."""
-    return {
-        "command": args.command,
-        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
-        "images": [str(images.source.folder), images.digest],
-        "--arithmetic": args.arithmetic,
-        "--precision": str(_device_and_precision(args)[1]),
-    }
+    if not in_parts:
+        [(outputs, kept)] = answered(parts)
+        answers = write(outputs, kept, args.output) if distributed.is_main() else None
+        print(f"wrote {args.output}: {len(kept)} images")
+        return answers
+    endings = [args.output.suffix or SUFFIXES[args.command][0], *commands.BESIDE.get(args.command, ())]
+    places = [args.output / f"part-{number:05d}" for number in range(len(parts))]
+    files_of = [[place.with_name(place.name + ending) for ending in endings] for place in places]
+    settings = {"--batch-size or number of processes": size}
+    count = 0
+    with _folder_of_answers(args, images, places, endings, settings, replaces=False) as manifest:
+        missing = [number for number, place in enumerate(places) if not manifest.finished(place)]
+        for number, (outputs, kept) in zip(missing, answered([parts[number] for number in missing]), strict=True):
+            count += len(kept)
+            if distributed.is_main():
+                manifest.note(places[number])
+                write(outputs, kept, files_of[number][0])
+                manifest.note(places[number], *files_of[number])
+    there = len(parts) - len(missing)
+    print(f"wrote {args.output}: {count} images" + f"; {there} parts were there" * (there > 0))
+    return [path for path, *_ in files_of]
 
 
 @torch.no_grad()

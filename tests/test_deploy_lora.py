@@ -35,6 +35,7 @@ from toolkit.answers.measures import share_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
 from toolkit.models.checkpoints import load_backbone
+from toolkit.run.commands import files_written, read_options
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
 
@@ -190,21 +191,24 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     else:
         assert_close(torch.from_numpy(np.concatenate(list(map(np.load, paths)))), single, FP32)
 
-    real_note = predictions.note_done
+    real_note = predictions.Manifest.note
 
-    def note_and_stop(folder: Path, about: dict, done: int) -> None:
-        real_note(folder, about, done)
-        if done == 2:
+    def note_and_stop(manifest: predictions.Manifest, place: Path, *written: Path) -> None:
+        real_note(manifest, place, *written)
+        if written and place.name == "part-00001":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(predictions, "note_done", note_and_stop)
+        patch.setattr(predictions.Manifest, "note", note_and_stop)
         write("stopped")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob("part-*")}
     write("stopped", "--resume")
     assert before and all(path.stat().st_mtime_ns == written for path, written in before.items())  # nothing twice
     contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "stopped")]
     assert contents[0] == contents[1]
+    (tmp_path / "stopped" / paths[1].name).unlink()
+    write("stopped", "--resume")
+    assert (tmp_path / "stopped" / paths[1].name).read_bytes() == contents[0][paths[1].name]
 
     with pytest.raises(InputError, match="whole has parts already: go on with --resume, or name another folder"):
         write("whole")
@@ -590,7 +594,8 @@ def test_what_is_said_of_one_file_is_not_said_of_another_that_is_used_otherwise(
     run("export", adapter_for_images, "--output", tmp_path / "model.pt2")  # in the place of the former one
     assert json.loads((tmp_path / "model.json").read_text())["mean"] != json.loads(said)["mean"]
     (tmp_path / "model.json").write_text("no JSON")
-    run("export", adapter_for_images, "--output", tmp_path / "model.pt2")
+    with pytest.raises(InputError, match=r"model\.json is there, and no earlier export wrote it: move it away"):
+        run("export", adapter_for_images, "--output", tmp_path / "model.pt2")
 
 
 def test_what_onnx_needs_is_named(adapter_for_images, tmp_path, monkeypatch):
@@ -598,3 +603,129 @@ def test_what_onnx_needs_is_named(adapter_for_images, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pip install onnx onnxscript"):
         run("export", adapter_for_images, "--output", tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+# ---------------------------------------- toolkit/run/commands.py: a command replaces what it wrote, and nothing else
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate {adapter} {images} --output r.json",
+        "evaluate lora.pth {images}",
+        "predict {adapter} {images}/val --output p.csv",
+        "embed {adapter} {images}/val --output f.npy",
+        "merge {adapter} --output m.pth",
+        "export {adapter} --output g.pt2",
+        "card {adapter} --output c.md",
+    ],
+)
+def test_a_command_writes_the_files_that_it_says_and_again_the_next_day(
+    adapter_for_images, images, tmp_path, monkeypatch, words
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if "lora.pth" in words:
+        shutil.copy(adapter_for_images, "lora.pth")
+    words = words.format(adapter=adapter_for_images, images=images)
+    said = sorted(map(str, files_written(read_options(words.split()))))
+    for _ in range(2):
+        run(words)
+        assert sorted(set(os.listdir()) - {"lora.pth"}) == said
+
+
+def test_a_table_of_runs_may_be_written_again(adapter_for_images, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json"):
+        run("evaluate", adapter_for_images, images, "--output", name)
+    before = set(os.listdir())
+    for _ in range(2):
+        run("compare a.json b.json --output runs.csv")
+        assert set(os.listdir()) - before == {"runs.csv", "runs.png"}
+
+
+OTHERS = {
+    "r.json": '{\n  "task": "classification",\n  "val_accuracy": 0.9',  # of a run
+    "r_answers.csv": "image,class,answer\r\n",
+    "r.html": "mine",
+    "lora_evaluation.html": "mine",
+    "runs.csv": "image,class,answer\r\n",
+    "runs.png": "mine",
+    "new.pth": "weights",
+    "p.csv": "path,label\n",
+    "map.tif": "II*",
+    "f.npy": "numbers",
+    "f_paths.csv": "path\r\n",
+    "areas.json": '{"field": 3}',
+    "g.pt2": "a graph",
+    "README.md": "# My project",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("evaluate lora.pth --output r.json", "r.json"),
+        ("evaluate lora.pth --output r.json", "r_answers.csv"),
+        ("evaluate lora.pth --output r.json", "r.html"),
+        ("evaluate lora.pth", "lora_evaluation.html"),
+        ("compare a.json b.json --output runs.csv", "runs.csv"),
+        ("compare a.json b.json --output runs.csv", "runs.png"),
+        ("threshold lora.pth list.csv --output new.pth", "new.pth"),
+        ("predict lora.pth images --output p.csv", "p.csv"),
+        ("predict lora.pth images --output map.tif", "map.tif"),
+        ("embed lora.pth images --output f.npy", "f.npy"),
+        ("embed lora.pth images --output f.npy", "f_paths.csv"),
+        ("merge lora.pth --output areas.pth", "areas.json"),
+        ("merge lora.pth --output new.pth", "new.pth"),
+        ("export lora.pth --output g.pt2", "g.pt2"),
+        ("card lora.pth --output README.md", "README.md"),
+    ],
+)
+def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words, name):
+    monkeypatch.chdir(tmp_path)
+    read_options(words.split())
+    Path(name).write_text(OTHERS[name], newline="")
+    with pytest.raises(InputError, match=f"^{name} is there, and no earlier {words.split()[0]} wrote it: move it"):
+        read_options(words.split())
+    Path(name).unlink()
+    Path(name).symlink_to("nothing")
+    with pytest.raises(InputError, match="is there, and no earlier"):
+        read_options(words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("embed lora.pth f_paths.csv --output f.npy", "f_paths.csv"),
+        ("evaluate lora.pth r_answers.csv --output r.json", "r_answers.csv"),
+        ("compare a.json runs.png --output runs.csv", "runs.png"),
+        ("convert peft/adapter_model.safetensors --output peft", "peft/adapter_model.safetensors"),
+    ],
+)
+def test_what_is_read_is_not_replaced(tmp_path, monkeypatch, words, name):
+    monkeypatch.chdir(tmp_path)
+    Path("peft").mkdir()
+    Path(name).write_text("path\n")
+    with pytest.raises(InputError, match=f"{name} is read by this very command; name another file"):
+        read_options(words.split())
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("p.csv")
+    with pytest.raises(InputError, match=r"^p\.csv is there"):
+        read_options(["predict", "lora.pth", "images", "--output", "p.csv"])
+
+
+def test_a_folder_in_which_another_command_writes_is_left_alone(adapter_for_images, images, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def held_by_another(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", held_by_another)
+    for command in ("predict", "embed", "explain"):
+        with pytest.raises(InputError, match=f"--output {tmp_path}/out: another run .* is going on in it; let it end"):
+            run(command, adapter_for_images, images / "val", "--device", "cpu", "--output", tmp_path / "out")
+    assert not (tmp_path / "out" / "_parts.json").exists()

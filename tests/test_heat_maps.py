@@ -1,5 +1,7 @@
 """Heat maps of what decided: equal to Grad-CAM written out over stock PyTorch, for each kind of backbone."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lora_utils import LoRAManager
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.answers.heat_maps import Explainer, grad_cam
+from toolkit.answers.report_page import drawn
 from toolkit.models.backbones import build_backbone
 
 
@@ -108,8 +111,30 @@ def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_pat
     assert written == [tmp_path / "out" / patient / "1.png" for patient in ("p1", "p2")]
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         deploy_lora.main([*explain, str(tmp_path / "mine")])
+    assert deploy_lora.main([*explain, str(tmp_path / "out")]) == written  # as every day
+    (tmp_path / "drawn/p2").mkdir(parents=True)
+    (tmp_path / "drawn/p2/1.png").write_text("by hand")
+    with pytest.raises(InputError, match=r"what is written would replace .*drawn/p2/1\.png"):
+        deploy_lora.main([*explain, str(tmp_path / "drawn")])
     with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
         deploy_lora.main([*explain, str(tmp_path / "out"), "--batch-size", "8", "--workers", "2"])  # one by one
+
+
+def test_the_answer_over_a_picture_is_cut_between_words_alone(once, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        deploy_lora, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()) or path.touch()
+    )
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    deploy_lora.main(["explain", str(once / "lora.pth"), str(tmp_path / "a.png"), "--output", str(tmp_path / "out")])
+    for word in titles[0].split():
+        assert re.fullmatch(r"class(_\d)?|probability(_\d)?|[a-z]+,|[01]\.\d{4},?|\.\.\.", word), titles
+    assert "probability_2" in titles[0]
+
+
+def test_a_long_name_under_a_picture_has_a_mark_where_it_is_cut():
+    assert drawn("mri-left-0004.png", 17) == "mri-left-0004.png"
+    assert drawn("mri-left-0004.png", 12) == "...-0004.png"
 
 
 def test_explain_writes_nothing_outside_its_folder_whatever_an_archive_names(once, tmp_path):

@@ -182,7 +182,8 @@ def test_two_processes_explain_all_images_and_count_them(adapter, images, tmp_pa
     output = "".join(child.output for child in children)
     assert output.count("left out: ") == 1 and "3.png" in output
     assert output.count("4 pictures of what decided") == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png", "4.png"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["0.png", "1.png", "2.png", "4.png", "_parts.json"]
 
 
 @pytest.mark.parametrize(("part", "files"), [(3, 4), pytest.param(16, 1, marks=pytest.mark.slow)])

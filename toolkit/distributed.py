@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,6 +96,20 @@ def gather(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def first_does(what: Callable[[], Any]) -> Any:
+    """Do this in the first process alone; all return its plain result, or raise the InputError that it raises."""
+    result = problem = None
+    if is_main():
+        try:
+            result = what()
+        except InputError as error:
+            problem = str(error)
+    result, problem = gather((result, problem))[0]
+    if problem is not None:
+        raise InputError(problem)
+    return result
 
 
 @torch.no_grad()

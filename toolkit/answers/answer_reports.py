@@ -104,7 +104,7 @@ class Report:
             for (i, text), (place, *beside) in zip(chosen, places, strict=False):
                 place.imshow(small_picture(images, i, 256, bands))
                 place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
-                file = drawn(Path(images.name(i)).name[-26:])
+                file = drawn(Path(images.name(i)).name, 26)
                 place.text(0.5, -0.03, file, fontsize=6, ha="center", va="top", transform=place.transAxes)
                 for other in beside:
                     other.imshow(explainer.explain(images.undecoded(i)[0])[1])

@@ -1,10 +1,12 @@
 """Predictions as files: a table of images, whole or in parts, a mask of each image, or a map of a scene."""
 
+import glob
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +27,126 @@ from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 MANIFEST = "_parts.json"  # readers of a folder of Parquet files pass over what begins with _
+OTHERS = "_parts-[0-9]*.json"  # what processes other than the first note, until they end
+MAP_ENDINGS = (".tif", ".png", ".npy")  # of what `Maps.write` writes
 
 
-def begin_folder(folder: Path, about: dict[str, Any], resume: bool, replaces: bool) -> int:
-    """Make a folder of answers that depend on all this, and return how many of its files are done, by its manifest.
+@dataclass
+class Manifest:
+    """What the answers in a folder depend on, and the sizes of the finished files: `_parts.json`, line by line.
+
+    The first line is what they depend on. Each other one has a place in the folder, and the sizes of the files there by
+    their endings, as {"images/0": {".png": 812}}; none while they are written. Each process adds to a file of its own.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    found: dict[str, dict[str, int]] = field(default_factory=dict)  # when this command began
+    noted: dict[str, dict[str, int]] = field(default_factory=dict)  # since then, by this process
+
+    def key(self, place: Path) -> str:
+        return place.relative_to(self.folder).as_posix()
+
+    def written(self, place: Path) -> dict[Path, int]:
+        """The files that were written at a place earlier, and their sizes."""
+        return {_with(place, ending): size for ending, size in self.found.get(self.key(place), {}).items()}
+
+    def finished(self, place: Path) -> list[Path]:
+        """The same files, if all are there as they were written."""
+        sizes = self.written(place)
+        return list(sizes) if all(path.is_file() and path.stat().st_size == sizes[path] for path in sizes) else []
+
+    def note(self, place: Path, *files: Path) -> None:
+        """Note that what belongs at a place is about to be written or, with its files, that it is."""
+        entry = {self.key(place): {path.name.removeprefix(place.name): path.stat().st_size for path in files}}
+        self.noted |= entry
+        name = MANIFEST if distributed.is_main() else OTHERS.replace("[0-9]*", str(distributed.rank()))
+        try:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder / name}: {error.strerror}; check its free space") from None
+
+    def close(self) -> None:
+        """Join what all processes noted."""
+        for noted in distributed.gather(self.noted):
+            self.found |= noted
+        if distributed.is_main():
+            self.write()
+
+    def write(self) -> None:
+        lines = [self.about, *({key: self.found[key]} for key in sorted(self.found))]
+        write_text("".join(json.dumps(line) + "\n" for line in lines), self.folder / MANIFEST)
+        for path in self.folder.glob(OTHERS):
+            path.unlink()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a folder; an empty one where there is none. Raises InputError if it is damaged."""
+    if not os.path.lexists(folder / MANIFEST):
+        return Manifest(folder, {})
+    found: dict[str, dict[str, int]] = {}
+    lines = []
+    try:
+        for path in (folder / MANIFEST, *folder.glob(OTHERS)):
+            text = path.read_text() if path.is_file() else ""  # a pipe has no end
+            lines += text.splitlines()[: text.count("\n")]  # a killed command may leave the last line torn
+        about, *entries = map(json.loads, lines)
+        for entry in entries:
+            found.update(entry)
+        if isinstance(about, dict) and all(map(_are_sizes, found.values())):
+            return Manifest(folder, about, found)
+    except (OSError, TypeError, ValueError, RecursionError):
+        pass
+    raise InputError(f"{folder / MANIFEST} is damaged: name another folder")
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(size, int) for size in value.values())
+
+
+def begin_folder(
+    manifest: Manifest, places: Sequence[Path], endings: Sequence[str], resume: bool, replaces: bool
+) -> dict[str, dict[str, int]]:
+    """Begin a folder of answers, which `output_folder.held` holds, or go on with it; return what is finished.
 
     Args:
-        resume: go on with what is there; raises InputError if that is of other answers, or the manifest is damaged.
-        replaces: without `resume` what is there is written anew, for which else InputError is raised.
+        manifest: what the answers depend on.
+        places, endings: where its files go, and how the names of those at each place may end.
+        resume: go on with what is there; raises InputError if that is of other answers.
+        replaces: without `resume`, what an earlier call wrote is written anew, for which else InputError is raised.
+
+    Raises InputError if the manifest there is damaged, and for files in these places that no earlier call wrote, or
+    that were changed since.
     """
-    manifest = folder / MANIFEST
-    # The first process looks, before any of them can have written.
-    text, *_ = distributed.gather(manifest.read_text() if manifest.exists() else "")
-    if text and not resume and not replaces:
+    folder = manifest.folder
+    earlier = read_manifest(folder)
+    if earlier.about and not resume and not replaces:
         raise InputError(f"{folder} has parts already: go on with --resume, or name another folder")
-    if text and resume:
-        try:
-            found = json.loads(text)
-            differing = [name for name, value in about.items() if found["about"].get(name) != value]
-            done = int(found["done"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{manifest} is damaged: name another folder") from None
-        if differing:
-            raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
-        return done
-    make_folder(folder)
-    note_done(folder, about, 0)
-    distributed.gather(None)  # until then the others may miss the note, by which maps are new or old
-    return 0
+    differing = [name for name, value in manifest.about.items() if earlier.about.get(name) != value]
+    if earlier.about and differing and (resume or "command" in differing):
+        raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
+    halves = []
+    for place in places:
+        known = earlier.found.get(earlier.key(place))
+        for path in (_with(place, ending) for ending in endings):
+            if known == {}:
+                halves += path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+            elif os.path.lexists(path) and path not in (earlier.written(place) if resume else earlier.finished(place)):
+                raise InputError(f"--output {folder}: what is written would replace {path}; name another folder")
+    for inside in {place.parent for place in places}:
+        make_folder(inside)
+    for path in halves:  # killed commands left them, in `open_atomically`
+        path.unlink()
+    manifest.found = earlier.found
+    if not resume:
+        manifest.found |= {key: {} for key in map(earlier.key, places) if key in earlier.found}
+    manifest.write()
+    return manifest.found
 
 
-def note_done(folder: Path, about: dict[str, Any], done: int) -> None:
-    """Note what a folder's answers depend on and how many of its files are written: the first ones."""
-    if distributed.is_main():
-        write_text(json.dumps({"about": about, "done": done}, indent=2), folder / MANIFEST)
+def _with(place: Path, ending: str) -> Path:
+    return place.with_name(place.name + ending)
 
 
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
@@ -90,11 +178,11 @@ def _write_parquet(rows: Sequence[dict[str, Any]], names: Sequence[str], texts: 
         parquet.write_table(pyarrow.table(columns), file)
 
 
-def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path, replaces: bool) -> list[Path]:
-    """Where the mask of each image goes, without its suffix: within `output` as the image within its folder.
+def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path, endings: Sequence[str]) -> list[Path]:
+    """Where what is made of each image goes, without its ending: within `output` as the image within its folder.
 
-    The folders are made. `given` are the images and folders of images that a user named. Raises InputError if two
-    images would have one mask, or if it would replace an image or, unless it `replaces` what is there, any other file.
+    `given` are the images and folders of images that a user named. Raises InputError as `places_below`, and if what
+    is made of an image would replace it.
     """
     names = [Path(images.name(i)) for i in range(len(images))]
     within = []
@@ -107,22 +195,10 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path,
         within.append(inside)
     places = places_below(output, within)
     for name, place in zip(names, places, strict=True):
-        for path in _possible(place):
-            if same_file(path, name) or (path.exists() and not replaces):
+        for path in (_with(place, ending) for ending in endings):
+            if same_file(path, name):
                 raise InputError(f"--output {output}: what is written would replace {path}; name another folder")
-    for folder in {place.parent for place in places}:
-        make_folder(folder)
     return places
-
-
-def made_map(place: Path, folder: Path) -> Path | None:
-    """The map of `Maps.write` at one of `places_of_masks`, if it was made since the folder was begun."""
-    begun = (folder / MANIFEST).stat().st_mtime
-    return next((path for path in _possible(place) if path.exists() and path.stat().st_mtime >= begun), None)
-
-
-def _possible(place: Path) -> list[Path]:
-    return [place.with_name(f"{place.name}{suffix}") for suffix in (".tif", ".png", ".npy")]
 
 
 @dataclass

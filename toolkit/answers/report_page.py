@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from toolkit import MADE_BY
 from toolkit.files import open_atomically, write_text
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
@@ -80,7 +81,8 @@ def write_page(
 
 def write_html(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write a page with this heading and these parts, in HTML."""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><meta name="generator" content="{MADE_BY}">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
     # A folder's name may have bytes that are no character.
@@ -98,8 +100,13 @@ def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str
     return f'<table class="titled">{line("th", titles)}{body}</table>' if titles else f"<table>{body}</table>"
 
 
-def drawn(text: str) -> str:
-    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character."""
+def drawn(text: str, longest: int | None = None) -> str:
+    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character.
+
+    Of one that is too long ... stands for the beginning: of files that is what their names share.
+    """
+    if longest is not None and len(text) > longest:
+        text = f"...{text[3 - longest :]}"
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 

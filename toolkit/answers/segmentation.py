@@ -299,7 +299,8 @@ class PixelReport(Report):
             truth = truth[::step, ::step]
             picture = images.picture(image, bands, step)  # (H, W, 3), from 0 to 1
             answer = self.answers.maps[image][::step, ::step].long().where(truth != NO_LABEL, NO_LABEL)
-            layers = {drawn(f"{Path(images.name(image)).name[-40:]}: {text}"): None, "truth": truth, "answer": answer}
+            file = drawn(Path(images.name(image)).name, 40)
+            layers = {f"{file}: {drawn(text)}": None, "truth": truth, "answer": answer}
             for (title, classes), axes in zip(layers.items(), row, strict=True):
                 axes.imshow(picture if classes is None else 0.4 * picture + 0.6 * coloured(classes, images.palette))
                 axes.set_title(title, fontsize=9)

@@ -12,6 +12,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from toolkit import MADE_BY
 from toolkit.files import open_atomically
 from toolkit.images import remote
 from toolkit.images.bands import import_tifffile
@@ -102,6 +103,7 @@ def write_map(
                 photometric=kind,
                 planarconfig="contig",
                 colormap=colours,
+                software=MADE_BY,
                 extratags=extra,
                 metadata=None,
             )

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ ANSWERING = ("predict", "embed", "explain", "choose")
 ON_IMAGES = ("evaluate", "threshold", *ANSWERING)  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
 FOLDERS = ("", ".parquet")  # of parts
+PATHS = "_paths.csv"  # what the images' paths end with, beside their features
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
     "compare": (".csv",),
@@ -69,6 +71,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["push"], "repository", "owner/name; made if it does not exist")
     add(["push"], "--private", "make one that others cannot see", **switch)
     parsers["push"].set_defaults(output=None)
+    parsers["explain"].set_defaults(resume=False)
     add(["compare"], "--output", "a table of all, runs.csv, and a picture beside it", type=Path)
     add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
     add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
@@ -105,10 +108,74 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
     return args
 
 
+# What else a command writes, by what follows the name of --output without its own ending.
+BESIDE = {"evaluate": ("_answers.csv", ".html"), "compare": (".png",), "embed": (PATHS,)}
+BESIDE |= dict.fromkeys(("merge", "export"), (".json",))
+# What stands in the first megabyte of a file that a command wrote. Weights, graphs and arrays have nothing of the kind:
+# the file beside them tells.
+TOLD_BESIDE = ("embed", "merge", "export")
+WROTE = {
+    "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |\A<!doctype html>[^\n]*\n[^\n]*content="moco-lora ',
+    "compare": rb"\Aresults,differs by,",
+    "threshold": rb"thresholds chosen",
+    "predict": rb"\A(image_)?path,[^\n]*\r\n|moco-lora \d",
+    "embed": rb"\Apath\r\n",
+    "card": rb"\n## Settings, of version .* of the toolkit\n",
+} | dict.fromkeys(("merge", "export"), rb'\A\{\s+"file": "')
+
+
+def files_written(args: argparse.Namespace) -> list[Path]:
+    """The files that a command writes, --output first, and the page of `evaluate` last.
+
+    Those in a folder of answers are the business of its manifest.
+    """
+    output = args.output
+    if args.command == "evaluate" and output is None:
+        return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
+    if args.command == "convert":
+        return [output / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    if output is None or (args.command in ANSWERING and output.suffix in FOLDERS):
+        return []
+    return [output, *(output.with_name(output.stem + ending) for ending in BESIDE.get(args.command, ()))]
+
+
+def not_its_own(args: argparse.Namespace) -> Path | None:
+    """A file that a command would replace, though no earlier call of it wrote it."""
+    written = files_written(args)
+    there = [path for path in written if os.path.lexists(path)]
+    if not there or args.command not in WROTE:
+        return None
+    telling = written[-1] if args.command in TOLD_BESIDE else written[0]
+    if telling not in there or (args.command == "embed" and len(there) == 1):
+        return there[0]
+    if telling.is_file() and os.access(telling, os.R_OK):  # a pipe has no end
+        with open(telling, "rb") as file:
+            if re.search(WROTE[args.command], file.read(2**20)):
+                return None
+    return telling
+
+
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
-    if args.output is None:
-        return [] if args.command in ("evaluate", "compare") else ["--output: expected a value, the file to write"]
+    if args.output is not None:
+        problems = _problems_of_name(args)
+        if problems:
+            return problems
+    elif args.command not in ("evaluate", "compare"):
+        return ["--output: expected a value, the file to write"]
+    read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
+    for paths in (getattr(args, name, None) for name in ("images", "results")):
+        read += paths if isinstance(paths, list) else [paths]
+    for path in files_written(args):
+        if any(same_file(path, other) for other in read):
+            return [f"--output {args.output}: {path} is read by this very command; name another file"]
+    path = not_its_own(args)
+    if path is not None:
+        return [f"{path} is there, and no earlier {args.command} wrote it: move it away, or name another --output"]
+    return []
+
+
+def _problems_of_name(args: argparse.Namespace) -> list[str]:
     if os.path.isdir(args.output) and args.command not in ("convert", *ANSWERING):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
@@ -121,11 +188,6 @@ def check_output(args: argparse.Namespace) -> list[str]:
         return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
-    read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
-    if args.command in ANSWERING:
-        read += args.images
-    if any(same_file(args.output, path) for path in read):
-        return [f"--output {args.output} is read by this very command; name another file"]
     return []
 
 

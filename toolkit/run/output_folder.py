@@ -60,8 +60,16 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Within this block the folder of --output-dir exists, and no other run writes to it.
+def held(
+    folder: Path,
+    files: Iterable[str] = (),
+    resumed: Path | None = None,
+    option: str = "--output-dir",
+    halves: str = ".*.tmp",
+) -> Iterator[Callable[[], None]]:
+    """Within this block the folder of this option exists, and no other run or command writes to it.
+
+    `halves` are what a killed one left in `open_atomically`: they are removed.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
     Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
@@ -71,28 +79,20 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
     from toolkit import distributed  # here: it loads PyTorch
 
     with contextlib.ExitStack() as stack:
-        problem = None
-        if distributed.is_main():
-            try:
-                stack.enter_context(_locked(folder))
-            except InputError as error:
-                problem = str(error)
-        problem, *_ = distributed.gather(problem)
-        if problem is not None:
-            raise InputError(problem)
+        distributed.first_does(lambda: stack.enter_context(_locked(folder, option, halves)))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, option: str, halves: str) -> Iterator[None]:
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _lock(folder / LOCK)
-        for path in folder.glob(".*.tmp"):  # a killed run left it in `open_atomically`; no other run writes here
+        handle = _lock(folder / LOCK, option)
+        for path in folder.glob(halves):
             path.unlink()
     except OSError as error:
-        raise _unusable(folder, error) from None
+        raise _unusable(folder, error, option) from None
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, option: str) -> int:
     """Create a file that this process alone holds until it ends, however it ends; return the descriptor.
 
     Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
@@ -119,7 +119,7 @@ def _lock(path: Path) -> int:
             owner = printable(os.read(handle, 200).decode(errors="replace"))
             os.close(handle)
             problem = f"another run ({owner}) is going on in it; let it end, or name another"
-            raise InputError(f"--output-dir {path.parent}: {problem}") from None
+            raise InputError(f"{option} {path.parent}: {problem}") from None
         except OSError:  # some network file systems have no locks: then the run goes on without one
             pass
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
@@ -129,9 +129,9 @@ def _lock(path: Path) -> int:
         os.close(handle)  # a run that ended at this moment has removed the file
 
 
-def _unusable(folder: Path, error: OSError) -> InputError:
+def _unusable(folder: Path, error: OSError, option: str = "--output-dir") -> InputError:
     why = error.strerror or error
-    return InputError(f"--output-dir {folder}: cannot make it, or move out what is in it: {why}; name another folder")
+    return InputError(f"{option} {folder}: cannot make it, or move out what is in it: {why}; name another folder")
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:

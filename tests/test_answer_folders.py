@@ -1,0 +1,146 @@
+"""Folders of answers: the manifest of what is finished, and that nothing is replaced but what an earlier call wrote."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from toolkit import InputError, distributed
+from toolkit.answers import predictions
+from toolkit.answers.predictions import MANIFEST, Manifest, read_manifest
+
+
+def begin(folder: Path, adapter: str = "one", command: str = "predict", **how) -> Manifest:
+    manifest = Manifest(folder, {"command": command, "adapter": adapter})
+    how = {"resume": False, "replaces": True, **how}
+    predictions.begin_folder(manifest, [folder / "a/0", folder / "a/1"], [".png", ".npy"], **how)
+    return manifest
+
+
+def write(manifest: Manifest, name: str, content: str) -> Path:
+    place = manifest.folder / name
+    manifest.note(place)
+    path = place.with_name(f"{place.name}.png")
+    path.write_text(content)
+    manifest.note(place, path)
+    return path
+
+
+@pytest.fixture
+def stopped(tmp_path) -> Path:
+    """A folder in which the first of two files is finished."""
+    write(begin(tmp_path / "out"), "a/0", "mask")
+    return tmp_path / "out"
+
+
+def test_what_is_finished_is_there_as_it_was_written_whatever_the_clock_says(stopped):
+    path = stopped / "a/0.png"
+    os.utime(path, (0, 0))
+    manifest = begin(stopped, resume=True)
+    assert manifest.finished(stopped / "a/0") == [path] and manifest.finished(stopped / "a/1") == []
+    path.write_text("cut")
+    assert begin(stopped, resume=True).finished(stopped / "a/0") == []
+    path.unlink()
+    assert begin(stopped, resume=True).finished(stopped / "a/0") == []
+
+
+def test_answers_of_something_else_are_not_gone_on_with(stopped):
+    with pytest.raises(InputError, match=f"{stopped}: its answers were made with other adapter; name another folder"):
+        begin(stopped, adapter="two", resume=True)
+    with pytest.raises(InputError, match="its answers were made with other command"):
+        begin(stopped, command="explain")
+    with pytest.raises(InputError, match="has parts already: go on with --resume, or name another folder"):
+        begin(stopped, replaces=False)
+    assert begin(stopped, adapter="two").finished(stopped / "a/0") == []  # it is replaced
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["a/1.png", "a/1.npy", "a/0.npy"])
+def test_what_was_put_there_by_hand_stays(stopped, resume, name):
+    (stopped / name).write_text("by hand")
+    with pytest.raises(InputError, match=f"what is written would replace {stopped}/{name}; name another folder"):
+        begin(stopped, resume=resume)
+    assert (stopped / name).read_text() == "by hand"
+    (stopped / name).unlink()
+    begin(stopped, resume=resume)
+
+
+def test_what_was_changed_by_hand_is_not_replaced_by_a_new_call(stopped):
+    (stopped / "a/0.png").write_text("corrected")
+    with pytest.raises(InputError, match=r"what is written would replace .*0\.png"):
+        begin(stopped)
+
+
+def test_a_link_to_nothing_is_not_replaced(tmp_path):
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/0.png").symlink_to("later.png")
+    with pytest.raises(InputError, match=r"what is written would replace .*0\.png"):
+        begin(tmp_path / "out")
+
+
+def test_what_a_killed_command_had_just_written_is_made_again(stopped):
+    """It was killed between the file and its note, and left half of another one."""
+    read_manifest(stopped).note(stopped / "a/1")
+    for name in ("1.png", ".1.npy.4711.tmp", ".1.png.4711.tmp", ".notes.png.4711.tmp"):
+        (stopped / "a" / name).write_text("half")
+    manifest = begin(stopped, resume=True)
+    assert manifest.finished(stopped / "a/1") == []
+    assert sorted(os.listdir(stopped / "a")) == [".notes.png.4711.tmp", "0.png", "1.png"]
+
+
+def test_a_torn_last_line_is_none(stopped):
+    with open(stopped / MANIFEST, "a") as file:
+        file.write('{"a/1": {".pn')
+    assert begin(stopped, resume=True).finished(stopped / "a/0") == [stopped / "a/0.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\n",
+        b"{\n",
+        b"[]\n",
+        b'{}\n{"a/0": 812}\n',
+        b'{}\n{"a/0": {".png": null}}\n',
+        b"{}\n7\n",
+        b'{"about": {},\n "done": 2}',
+        b"[" * 100_000 + b"\n",
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_damaged_manifest_is_one_line(tmp_path, content, resume):
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tmp_path}/_parts\.json is damaged: name another folder"):
+        begin(tmp_path, resume=resume)
+
+
+def test_a_manifest_that_is_no_file_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / MANIFEST)
+    with pytest.raises(InputError, match="is damaged: name another folder"):
+        begin(tmp_path)
+
+
+def test_each_process_notes_in_a_file_of_its_own_until_they_are_joined(stopped, monkeypatch):
+    manifest = begin(stopped, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "is_main", lambda: False)
+        patch.setattr(distributed, "rank", lambda: 3)
+        path = write(manifest, "a/1", "other")
+    assert sorted(os.listdir(stopped)) == ["_parts-3.json", MANIFEST, "a"]
+    assert begin(stopped, resume=True).finished(stopped / "a/1") == [path]
+    assert sorted(os.listdir(stopped)) == [MANIFEST, "a"]
+    write(manifest, "a/1", "another")
+    manifest.close()
+    assert (stopped / MANIFEST).read_text().splitlines() == [
+        '{"command": "predict", "adapter": "one"}',
+        '{"a/0": {".png": 4}}',
+        '{"a/1": {".png": 7}}',
+    ]
+
+
+def test_a_full_disk_is_one_line(stopped, monkeypatch):
+    manifest = begin(stopped, resume=True)
+    monkeypatch.setattr(predictions, "MANIFEST", "gone/_parts.json")
+    with pytest.raises(InputError, match=r"cannot write .*: No such file or directory; check its free space"):
+        manifest.note(stopped / "a/1")
