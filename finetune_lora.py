@@ -28,7 +28,6 @@ if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: hel
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -50,7 +49,7 @@ from toolkit import InputError, config, devices, distributed, dotted, listed, pr
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.choices import TRUTHS
-from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
+from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands
 from toolkit.images.data import Remembered, end_workers
 from toolkit.images.sources import Splits
@@ -741,8 +740,9 @@ def main(
     args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     distributed.join(device)
+    asked = config.asked_sections(options.YAML_SECTIONS, args, sources)
     if options.all_folds(args):
-        return cross_validate(main, argv, after_epoch, args)
+        return cross_validate(main, argv, after_epoch, args, asked)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
@@ -777,6 +777,7 @@ def main(
             if run.by_unlabelled is not None:
                 print(reports.describe_unlabelled(run))
         begin()  # once everything has been read
+        run_state.write_config(run.path("config.yaml"), asked, run.identity["config"])
         train(run, after_epoch)
         return finish(run)
 
@@ -846,18 +847,12 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
 
 
 def settle_adapt_last(
-    args: FineTuneOptions,
-    plan: Plan,
-    model: nn.Module,
-    report: dict[str, Any],
-    splits: Splits,
-    opened: list[DataLoader],
+    args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict[str, Any], splits: Splits, opened: list
 ) -> FineTuneOptions:
     """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
-    everything = replace(args, cache_features="none")
     if args.learning_rate == "auto":
         plan = replace(plan, learning_rate=search.DEFAULT_RATE)
-    whole = FineTuning(everything, plan, model, report, splits, opened, is_trial=True)
+    whole = FineTuning(replace(args, cache_features="none"), plan, model, report, splits, opened, is_trial=True)
     whole.start()
     end_workers(opened)
     number = initialization.blocks_with_most(whole.model, whole.gradient_energies)
@@ -1218,8 +1213,6 @@ class FineTuning(RunState):
     def save_start(self) -> None:
         """Write what makes the run resumable, however soon it is killed."""
         if not self.is_trial:
-            if distributed.is_main():
-                write_text(yaml.safe_dump(self.identity["config"], sort_keys=False), self.path("config.yaml"))
             if self.progress is None:
                 self.save()
             else:

@@ -74,7 +74,6 @@ from toolkit.models.backbones import block_names, build_backbone, head_name
 from toolkit.models.names import default_image_size
 from toolkit.models.norms import FreezableBatchNorm2d
 from toolkit.run.optim import fused
-from toolkit.run.output_folder import begin_folder
 from toolkit.run.runs import run_script
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16", "timm:resnet50", "timm:tf_efficientnet_lite0")
@@ -807,7 +806,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(memory))
         return memory
     names = choose_variants(args)
-    begin_folder(args.output_dir)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):  # an image size that does not fit shows now, not after the first measurement
         build_backbone(args.model, NUM_CLASSES, args.image_size)
     result = {

@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.only if name not in MODELS]:
         raise InputError(f"{unknown[0]} is none of the models of this script: see MODELS in it")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     common = {"commit": current_commit(), "machine": platform.machine(), "versions": describe_versions()}
     if args.switching:
         return _write({**common, "switching": switching()}, args.output_dir / "switching.json")
@@ -251,7 +252,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def _write(result: dict, path: Path) -> dict:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -52,7 +52,6 @@ from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError
 from toolkit.config import positive_int
 from toolkit.models.names import default_image_size
-from toolkit.run.output_folder import begin_folder
 from toolkit.run.runs import run_script
 
 
@@ -255,7 +254,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.record:
         return record_here(args.record, args)
     names = choose(args)
-    begin_folder(args.output_dir)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     result = {
         "what": "predicted, not measured",
         "command": shlex.join(["python", "-m", "benchmarks.roofline", *command]),

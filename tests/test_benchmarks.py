@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def test_heads_with_few_labels(tmp_path, capsys, base):
     assert few_labels.gain([0.5, 0.7], [0.4, 0.4]) == "+20.0 ± 10.0"
     with pytest.raises(InputError, match="--pool with the row"):
         few_labels.parse(["--pool", "100", "--rows", "trained"])
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [(compare_peers, "--variants full,lora"), (roofline, "--variants full,lora"), (model_zoo, "")],
+    ids=["compare_peers", "roofline", "model_zoo"],
+)
+def test_the_folder_for_what_is_measured_is_made_before(script, options, tmp_path, monkeypatch):
+    """In a fresh clone it is not there yet, and a measurement takes minutes."""
+    measure = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(script, "current_commit", measure)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*options.split(), "--output-dir", str(tmp_path / "new/measured")])
+    assert (tmp_path / "new/measured").is_dir()
 
 
 def test_how_cost_grows(tmp_path, monkeypatch, capsys):
@@ -225,8 +240,8 @@ def test_adapters_of_other_libraries_models_are_exact(name):
     assert model_zoo.is_exact(result) and result["layers"] > 10
 
 
-def test_the_table_of_models_is_that_of_all_and_exact(capsys):
-    model_zoo.main(["--only", "torchvision:squeezenet1_1"])
+def test_the_table_of_models_is_that_of_all_and_exact(capsys, tmp_path):
+    model_zoo.main(["--only", "torchvision:squeezenet1_1", "--output-dir", str(tmp_path)])
     assert "| torchvision:squeezenet1_1 | 25 of 26 |" in capsys.readouterr().out
     results = json.loads((Path(model_zoo.__file__).parent / "results/model_zoo.json").read_text())["models"]
     assert list(results) == model_zoo.MODELS and all(map(model_zoo.is_exact, results.values()))

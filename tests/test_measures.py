@@ -12,7 +12,7 @@ from scipy.stats import binomtest, norm, spearmanr
 from scipy.stats import t as student
 from sklearn import metrics
 
-from toolkit.answers import measures, multilabel, regression, tasks
+from toolkit.answers import answer_reports, measures, multilabel, regression, tasks
 
 
 @pytest.fixture
@@ -196,6 +196,31 @@ def test_an_interval_ends_before_what_cannot_be(bounds, middle, half, expected):
     assert (low, high) == pytest.approx(expected, abs=1e-4)
     low, high = measures._between(middle, 2.0 * middle + 1.0, 10.0, bounds)  # a correction out of all bounds
     assert bounds[0] <= low < high <= bounds[1]
+
+
+@pytest.mark.parametrize(("bounds", "middle"), [(measures.BELOW_1, 0.8755), (measures.POSITIVE, 3.0)])
+def test_an_interval_that_leaves_all_open_is_none(bounds, middle):
+    """As of two groups: by Student's 12.7 errors on each side, R2 would lie between minus six million and 1."""
+    distance = abs(middle - (1.0 if bounds == measures.BELOW_1 else 0.0))
+    width = distance * math.log(100)
+    low, high = measures._between(middle, middle, 0.99 * width, bounds)
+    assert bounds[0] < low < middle < high < bounds[1]
+    assert measures._between(middle, middle, 1.01 * width, bounds) == bounds
+    assert answer_reports.interval_text(*bounds) == "no interval: too few images or groups to tell"
+    assert answer_reports.finite_interval(bounds) is None and answer_reports.finite_interval((low, high)) == [low, high]
+    low, high = measures._between(0.9, 0.9, 1.0, measures.SHARE)  # a wide one that is bounded says so by itself
+    assert 0 < low < 0.01 and 0.99 < high < 1
+
+
+def test_two_groups_do_not_say_how_far_numbers_are_off():
+    truth = torch.arange(20.0, dtype=torch.float64)
+    groups = torch.arange(20) % 2
+    answers = regression.NumberAnswers(0.0, (truth + 4 * groups)[:, None], truth[:, None])
+    task = regression.Regression(["age"], truth[:, None])
+    told = dict(task.report(answers, groups).rows())
+    assert told["R2"] == "0.7594 (no interval: too few images or groups to tell)"  # 1 - mean of 0 and 16 / variance
+    assert task.report(answers, groups).figures()["r2_interval"] is None
+    assert "95% interval" in dict(task.report(answers).rows())["R2"]
 
 
 def test_answers_that_are_all_right_have_no_interval():

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+import deploy_lora
 import finetune_lora
 from lora_utils import read_adapter_file
 from tests.run_folders import assert_same_tensors, metrics, stop, tensors
@@ -378,6 +379,47 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
     moved = {path.name: set(contents(path)) for path in tmp_path.iterdir() if path != folder}
     assert moved == {"lora-1": {"lora.pth", "last.pth", "results.json"}, "lora-2": {"lora.pth", "last.pth"}}
     assert contents(tmp_path / "lora-1")["last.pth"] == b"last.pth"
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp_path, monkeypatch, capsys, moves):
+    """Between two files, or before the folder gets its name: the next run moves the rest to the same place."""
+    names = ("lora.pth", "last.pth", "results.json")
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        done = [mock.DEFAULT] * moves
+        patch.setattr(os, "rename", mock.Mock(wraps=os.rename, side_effect=[*done, KeyboardInterrupt]))
+        output_folder.begin_folder(folder, names)
+    assert moves == 0 or not (folder / "last.pth").exists()  # no run resumes what is torn
+    output_folder.begin_folder(folder, names)
+    assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
+    assert list(folder.iterdir()) == [] and {path.name for path in tmp_path.iterdir()} == {"lora", "lora-1"}
+    assert contents(tmp_path / "lora-1") == {name: name.encode() for name in names}
+    for place in (folder, folder / output_folder.MOVING):
+        place.mkdir(exist_ok=True)
+        (place / "lora.pth").write_text(str(place))
+    with pytest.raises(InputError, match=r"lora\.pth is there already; name another folder"):
+        output_folder.begin_folder(folder, names)
+
+
+def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once, images):
+    """And a README.md of the user's own stays."""
+    adapter = once / "lora.pth"
+    deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
+    deploy_lora.main(["card", str(adapter), "--output", str(once / "README.md")])
+    card = (once / "README.md").read_text()
+    (once / "notes.txt").write_text("mine")
+    output_folder.begin_folder(once, output_folder.FINE_TUNING_FILES)
+    assert contents(once) == {"notes.txt": b"mine"}
+    aside = contents(once.with_name("out-1"))
+    assert {"lora.pth", "lora_evaluation.html"} < aside.keys() and aside["README.md"] == card.encode()
+    (once / "README.md").write_text("# My experiments\n\n## Settings\n")
+    (once / "lora.pth").touch()
+    output_folder.begin_folder(once, output_folder.FINE_TUNING_FILES)
+    assert contents(once).keys() == {"notes.txt", "README.md"}
 
 
 def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from toolkit.answers.measures import share_interval
 from toolkit.answers.tasks import TASKS
 from toolkit.choices import KEEP_BEST, PRECISIONS
 from toolkit.files import read_checkpoint
-from toolkit.run import commands, optim
+from toolkit.run import commands, optim, run_state
 from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +141,7 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
     layers = read_adapter_file(first["folder"] / "lora.pth")["layers"]
     assert len(layers) == 2 and all(".mlp." in name and "_1." not in name for name in layers)
     config = first["folder"] / "config.yaml"
+    assert yaml.safe_load(config.read_text())["settled"] == first["config"]
     again = finetune_lora.main(f"--config {config} --output-dir {tmp_path / 'again'} --device cpu".split())
     assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]
     assert_same_tensors(first["folder"] / "lora.pth", tmp_path / "again/lora.pth")
@@ -336,8 +337,7 @@ def settled(**changes) -> Plan:
         "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
     ],
 )
-def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, tmp_path, typed):
-    """With what was settled in place of what was left open."""
+def test_the_config_of_an_older_version_is_read_as_if_all_that_its_run_settled_had_been_typed(base, tmp_path, typed):
     args, _ = finetune_lora.read_options(["--checkpoint", str(base), *typed.split()])
     plan = settled(norms=args.norms if args.lora_rank == 0 else "follow")
     settings = plan.settings(args)
@@ -347,5 +347,48 @@ def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, t
     names = ("learning_rate", "precision", "norms")
     found = {name: getattr(plan, name) for name in names} | plan.image_values
     assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
-    in_file = {name for section in settings.values() for name in section}
+    in_file = {name for section in settings.values() for name, value in section.items() if value is not None}
     assert {name for name, source in sources.items() if source == "config"} == in_file
+
+
+def values_to_type(action: argparse.Action) -> list[str]:
+    """Words for the command line that give an option this and that value, of which it may refuse some."""
+    flags = action.option_strings
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [flags[0], flags[-1]]
+    values = action.choices or ("none", "auto", "0", "16", "0.5")
+    return [f"{flags[0]} {value}" for value in values]
+
+
+RUNS = {
+    "adapters": "--data-dir {images}",
+    "of a high rank": "--data-dir {images} --lora-rank 32 --learning-rate auto --precision fp32",
+    "over a random head": "--data-dir {images} --head-init random",
+    "of all weights": "--data-dir {images} --checkpoint none --arch vit_mini --no-freeze-backbone --head-init probe",
+    "masks": "--data-dir {pairs} --task segmentation",
+    "digits": "",
+    "a file": "--data-dir {images} --config {file}",
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_config_of_a_run_with_a_changed_option_is_its_command_with_that_option(run, base, images, pairs, tmp_path):
+    """For every option: no default that followed from others, and nothing that the run has settled, counts as asked."""
+    path = tmp_path / "config.yaml"
+    (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 4, head_init: random, lora_init: null}")
+    places = {"images": images, "pairs": pairs, "file": tmp_path / "my.yaml"}
+    command = [f"--checkpoint={base}", *RUNS[run].format(**places).split()]
+    args, sources = read_options(command)
+    asked = config.asked_sections(YAML_SECTIONS, args, sources)
+    run_state.write_config(path, asked, settled().settings(args))
+    accepted = set()
+    for action in finetune_lora.make_parser()._actions:
+        for words in values_to_type(action):
+            try:
+                typed, _ = read_options([*command, *words.split()])
+            except (InputError, SystemExit):  # a value that it does not take; a YAML file may be refused less
+                continue
+            again, _ = read_options(["--config", str(path), *words.split()])
+            assert dataclasses.replace(again, config=typed.config) == typed
+            accepted.add(action.dest)
+    assert len(accepted) > 30

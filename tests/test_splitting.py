@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import deploy_lora
 import finetune_lora
@@ -17,11 +18,13 @@ from tests.run_folders import rows_of
 from toolkit import InputError, distributed
 from toolkit.answers import probe
 from toolkit.answers.measures import share_interval
+from toolkit.config import asked_sections
 from toolkit.files import SHIPPED, read_checkpoint
 from toolkit.images import splitting
 from toolkit.images.sources import load_splits, validation_part
 from toolkit.run import folds, output_folder, search
 from toolkit.run.guard import Collapsed
+from toolkit.run.options import YAML_SECTIONS
 
 
 def patients(images) -> set[str]:
@@ -264,8 +267,8 @@ def validate(stand_in, tmp_path):
 
     def run(options: str = "") -> dict:
         command = [*shlex.split(options), "--folds", "3", "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
-        args, _ = finetune_lora.read_options(command)
-        return folds.cross_validate(stand_in, command, None, args)
+        args, sources = finetune_lora.read_options(command)
+        return folds.cross_validate(stand_in, command, None, args, asked_sections(YAML_SECTIONS, args, sources))
 
     return run
 
@@ -338,6 +341,9 @@ def test_a_new_cross_validation_moves_what_was_there_aside(validate, tmp_path, c
     validate("--epochs 3")
     assert {path.name for path in (tmp_path / "out-2").iterdir()} == {"folds", "folds.csv", "config.yaml"}
     assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/results.json").exists()
+    written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert written["data"]["folds"] == "3" and "lora_alpha" not in written["finetune"]
+    assert written["settled"]["finetune"]["lora_alpha"] == 16
 
 
 def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(validate, stand_in, tmp_path, monkeypatch):

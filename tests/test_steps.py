@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 import deploy_lora
 import finetune_lora
@@ -231,6 +232,7 @@ def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(fin
     chosen = finetune("--adapt-last auto --epochs 1 --labels-per-class 2", "auto")
     assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
     assert chosen["config"]["finetune"]["adapt_last"] == 1
+    assert yaml.safe_load((chosen["folder"] / "config.yaml").read_text())["finetune"]["adapt_last"] == "auto"
     typed = finetune("--adapt-last 1 --epochs 1 --labels-per-class 2", "typed")
     assert_same_tensors(chosen["folder"] / "lora.pth", typed["folder"] / "lora.pth")
     monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again

@@ -24,6 +24,7 @@ import yaml
 from toolkit import SHIPPED, VERSION, InputError, check_file, did_you_mean, printable, stored_path
 
 SECTIONS = ("model", "data", "moco", "finetune")
+SETTLED = "settled"  # in the config.yaml of a run: what it made of its options, which is not asked of another run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -147,7 +148,8 @@ def parse_args(
     sources = dict.fromkeys(actions, "default")
 
     def take(dest: str, value: Any, source: str, name: str) -> None:
-        sources[dest] = source
+        if value is not None:  # `key: null` asks for nothing
+            sources[dest] = source
         try:
             values[dest] = _convert(actions[dest], value)
         except (argparse.ArgumentTypeError, ValueError) as error:
@@ -263,7 +265,7 @@ def _read_config(
         if group.title in SECTIONS:
             section_of |= {action.dest: group.title for action in group._group_actions}
     for section, entries in (content or {}).items():
-        if section not in SECTIONS:
+        if section not in (*SECTIONS, SETTLED):
             problems.append(f"{printable(section)}: no such section in {path}{_hint(section, SECTIONS, section_of)}")
         elif not isinstance(entries, dict | None):
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
@@ -395,6 +397,14 @@ def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[s
     for title, section in sections.items():
         found[title] = {field.name: stored(getattr(args, field.name)) for field in dataclasses.fields(section)}
     return found
+
+
+def asked_sections(sections: Mapping[str, type], args: Any, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Of `stored_sections` what was typed or is in a YAML file: a default may follow from other options."""
+    asked = stored_sections(sections, args)
+    for title, values in asked.items():
+        asked[title] = {name: value for name, value in values.items() if sources[name] != "default"}
+    return asked
 
 
 def stored(value: Any) -> Any:

@@ -211,6 +211,8 @@ def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
 
 def interval_text(low: float, high: float, form: str = ".1%") -> str:
     """How far chance reaches."""
+    if math.isinf(high - low):
+        return "no interval: too few images or groups to tell"
     return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"
 
 
@@ -220,8 +222,8 @@ def finite(value: float | None) -> float | None:
 
 
 def finite_interval(interval: tuple[float, float]) -> list[float] | None:
-    """The same of an interval."""
-    return None if math.isnan(interval[0]) else list(interval)
+    """The same of an interval, also of one that leaves all open."""
+    return list(interval) if math.isfinite(interval[1] - interval[0]) else None
 
 
 def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, form: str | None = None) -> None:

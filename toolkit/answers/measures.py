@@ -213,6 +213,7 @@ BELOW_1 = (-math.inf, 1.0)
 POSITIVE = (0.0, math.inf)
 CORRELATION = (-1.0, 1.0)
 UNBOUNDED = (-math.inf, math.inf)
+WIDEST = 100  # times the distance to the one end of a scale: an interval that reaches farther leaves all open
 STEADY = 1e-12  # by its size: a figure that changes less where images are left out changes by rounding alone
 
 
@@ -273,6 +274,8 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     below = middle - low
     above = high - middle
     factor = math.exp(min(half / below + half / above, 500.0))  # of the odds below / above
+    if factor > WIDEST and math.isinf(high - low):
+        return bounds
 
     def end(times: float) -> float:
         if math.isinf(above):

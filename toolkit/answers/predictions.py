@@ -273,7 +273,7 @@ class Maps:
             yield self._values(self.answer(torch.stack(images))[None])
 
     def _values(self, outputs: Tensor) -> np.ndarray:
-        """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of float32."""
+        """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of floats."""
         if self.has_classes:
             classes = outputs.argmax(2).numpy().astype(np.uint8)
             if self.abstain is not None:
@@ -281,7 +281,7 @@ class Maps:
             return classes
         if self.are_classes:
             return outputs.softmax(2).numpy()
-        numbers = self.task.head.output_layer()(outputs).float().numpy()
+        numbers = self.task.head.output_layer()(outputs).numpy()  # float64 where float32 could not tell them apart
         return numbers[..., 0] if numbers.shape[2] == 1 else numbers
 
 

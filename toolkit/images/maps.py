@@ -70,7 +70,7 @@ def write_map(
     """Write a GeoTIFF in compressed tiles, whole or not at all, in memory for some rows of it.
 
     Args:
-        parts: its rows from the top downwards, some at a time: (rows, W) of uint8, or (rows, W, K) of float32.
+        parts: its rows from the top downwards, some at a time: (rows, W) of uint8, or (rows, W, K) of floats.
         like: the TIFF whose georeference the map takes; None: it has none.
         palette: (K, 3) from 0 to 1, the colours of classes. NO_CLASS is the number without data.
         names: of the classes.

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from toolkit import InputError, distributed
 from toolkit.answers.comparison import read_results
 from toolkit.answers.tasks import TASKS, baseline_keys
@@ -23,7 +21,7 @@ from toolkit.run import output_folder
 from toolkit.run.guard import Collapsed
 from toolkit.run.loaders import load_images
 from toolkit.run.options import FREE_TO_CHANGE, YAML_SECTIONS, FineTuneOptions, known_image_values
-from toolkit.run.run_state import check_same_run
+from toolkit.run.run_state import check_same_run, write_config
 
 # In --output-dir
 FOLDER = "folds"
@@ -36,11 +34,13 @@ def cross_validate(
     argv: Sequence[str] | None,
     after_epoch: Callable | None,
     args: FineTuneOptions,
+    asked: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Run each part in turn, in a folder of its own; write and print a table of them, with mean and spread.
 
     With `--resume` finished parts are not run again, and an unfinished one goes on. `run` is `finetune_lora.main`; its
-    `argv` has `--folds 5`, and the options `args`. A part is the same command with `--folds 2/5`.
+    `argv` has `--folds 5`, and the options `args`, of which these were `asked` for. A part is the same command with
+    `--folds 2/5`.
 
     Returns `folds`, the results of each part, and the mean of their scores, under its name in `results.json`. Raises
     InputError as `run`, when the finished parts are kept, or if these are of runs with other settings.
@@ -63,7 +63,7 @@ def cross_validate(
         if distributed.is_main():
             (args.output_dir / FOLDER).mkdir(exist_ok=True)
             write_text(json.dumps(identity, indent=2), args.output_dir / IDENTITY)
-            write_text(yaml.safe_dump(identity["config"], sort_keys=False), args.output_dir / "config.yaml")
+        write_config(args.output_dir / "config.yaml", asked, identity["config"])
         distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for finished ones
         found = []
         for number in range(1, count + 1):

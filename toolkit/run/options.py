@@ -222,7 +222,7 @@ class Plan:
     norms: str  # frozen, follow, train; auto where no BatchNorm can follow
 
     def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
-        """The options, with what is settled, in the sections of a YAML file that repeats the run."""
+        """The options, with what is settled, in the sections of a YAML file: a resumed run has to have the same."""
         settings = config.stored_sections(YAML_SECTIONS, args)
         settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
         settled = ("learning_rate", "precision", "norms")
@@ -333,7 +333,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         args.class_weights = "balanced"  # its score is a mean over classes
     if has_masks and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
         args.augmentation = "crop"  # the shipped backbone's file has that of digits
-    if is_none(args.checkpoint) and origins["head_init"] != "command line":
+    if is_none(args.checkpoint) and origins["head_init"] == "default":
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"

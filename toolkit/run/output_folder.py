@@ -19,11 +19,16 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".running"  # a file in the folder while a run writes there
+MOVING = ".moving"  # a folder in it while an earlier run is moved aside
+CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
+CARD_LINE = "## Settings, of version "
 _ANSWERS = ("results_answers.csv", "labels_to_check.csv")
 _TABLES = ("metrics.csv", "results.json", "learning_rates.csv", "folds.csv", *_ANSWERS)
 _CURVES = ("learning_rates.png", "training_curves.png", "precision_recall.png")
-_PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png", "report.html")
-FINE_TUNING_FILES = ("lora.pth", "last.pth", "config.yaml", "folds", "tensorboard", "wandb", *_TABLES, *_PICTURES)
+_PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png")
+_PAGES = ("report.html", "lora_evaluation.html", CARD)
+_RUN = ("lora.pth", "last.pth", "config.yaml", "folds", "tensorboard", "wandb")
+FINE_TUNING_FILES = (*_RUN, *_TABLES, *_PICTURES, *_PAGES)
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
@@ -144,22 +149,38 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     if not distributed.is_main():
         return
     try:
-        names = [name for name in files if os.path.lexists(folder / name)]
-        if names and (resumed is None or resumed.resolve().parent != folder.resolve()):
+        names = [name for name in files if _is_of_a_run(folder / name)]
+        is_due = names or os.path.lexists(folder / MOVING)
+        if is_due and (resumed is None or resumed.resolve().parent != folder.resolve()):
             _move_aside(folder, names)
     except OSError as error:
         raise _unusable(folder, error) from None
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Is there a file or folder with this name of a run's, and no README.md that a user wrote?"""
+    if path.name != CARD:
+        return os.path.lexists(path)
+    return path.is_file() and CARD_LINE in path.read_text(encoding="utf-8", errors="replace")
+
+
 def _move_aside(folder: Path, names: list[str]) -> None:
-    """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so."""
+    """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so.
+
+    They stay together if this is killed: what it has moved is in a folder that gets its name at the end, and the next
+    run adds the rest. The first is `last.pth`, without which no run resumes among the others.
+    """
     named = folder.name not in ("", "..") and not folder.is_symlink()
     place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
     aside = next(path for path in numbered if not os.path.lexists(path))
-    aside.mkdir()
-    for name in names:
-        os.rename(folder / name, aside / name)
-    is_unfinished = {"results.json", "folds.csv"}.isdisjoint(names)
+    moving = folder / MOVING
+    moving.mkdir(exist_ok=True)
+    for name in sorted(names, key=lambda name: name != "last.pth"):
+        if os.path.lexists(moving / name):
+            raise FileExistsError(f"{moving / name} is there already")
+        os.rename(folder / name, moving / name)
+    is_unfinished = {"results.json", "folds.csv"}.isdisjoint(os.listdir(moving))
+    os.rename(moving, aside)
     unfinished = ", unfinished (--resume with this --output-dir goes on with it)" if is_unfinished else ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

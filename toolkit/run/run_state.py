@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import nn
 
 from toolkit import InputError, distributed
-from toolkit.config import flat
+from toolkit.config import SETTLED, flat
 from toolkit.devices import restore_rng_state, rng_state, seed_everything
-from toolkit.files import read_checkpoint, save_atomically, write_csv
+from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
 from toolkit.run import loggers
@@ -181,6 +182,12 @@ def check_same_run(
     if state["base"] != own["base"]:
         base = f"another base than {args.checkpoint}"
         raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
+
+
+def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any]) -> None:
+    """Write what was asked for, which `--config` reads, and to be looked at what the run has settled of it."""
+    if distributed.is_main():
+        write_text(yaml.safe_dump({**asked, SETTLED: settled}, sort_keys=False), path)
 
 
 def recorded_setting(path: Path | None, name: str) -> Any:
