@@ -242,10 +242,8 @@ def predict(args: argparse.Namespace) -> list[Any]:
 
 def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, Any], task: Task) -> list[Path]:
     """Write a map of each image, or of one. Several processes share the images, or the windows of the one."""
-    images = _images(args.images, about)
+    images = _images_in_files(args, about)
     is_file = args.output.suffix in MAP_SUFFIXES
-    if isinstance(images.source, ShardedImages):
-        raise InputError(f"{args.images[0]}: maps are not made of images in archives; unpack them")
     if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
     window = args.window or about["image_size"]
@@ -369,23 +367,20 @@ def choose(args: argparse.Namespace) -> list[str]:
     least sure.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        _refuse_pixels(about, "choose")
+        if not _task_of(about).counts_images:
+            raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
         images, labelled = _to_choose_from(args, about)
         answers_for = functools.partial(_readable_answers, args, headless(model), about, make_loader)
         features, images = answers_for(images)
         count = min(args.count, len(images))
         classes = about["class_names"]
         if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
-            sureness = None
-        else:
-            outputs = probe.head_outputs(model, features.to(_device_and_precision(args)[0])).cpu()
-            sureness = choosing.sureness(_task_of(about).head, outputs)
-        if sureness is None:
             how = "the most typical first"
             chosen = choosing.most_typical(features, count, answers_for(labelled)[0])
         else:
             how = "the adapter is least sure of them"
-            chosen = choosing.least_sure(features, count, sureness)
+            logits = probe.head_outputs(model, features.to(_device_and_precision(args)[0])).cpu()
+            chosen = choosing.least_sure(features, count, logits)
     images = images.subset(chosen)
     if distributed.is_main():
         choosing.write_chosen(images, about["transform"].bands, args.output)
@@ -395,7 +390,7 @@ def choose(args: argparse.Namespace) -> list[str]:
 
 def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:
     """The images of the options without those that are labelled already, and the latter; of many images, some."""
-    images = _images(args.images, about)
+    images = _images_in_files(args, about)
     labelled = images.subset([])
     if args.labelled:
         labelled = _images(args.labelled, about)
@@ -560,6 +555,13 @@ def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
     return LabelledImages(ImageFiles("", names, labels, bands), labels)
+
+
+def _images_in_files(args: argparse.Namespace, about: dict[str, Any]) -> LabelledImages:
+    images = _images(args.images, about)
+    if isinstance(images.source, ShardedImages):
+        raise InputError(f"{args.images[0]}: its images are in archives; unpack them for this command")
+    return images
 
 
 def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:

@@ -14,13 +14,10 @@ from PIL import Image
 
 import deploy_lora
 from finetune_lora import load_finetuned
-from tests.image_files import tar_of
 from tests.run_folders import rows_of
 from toolkit.answers import choosing
 from toolkit.answers.answer_reports import PICTURES
-from toolkit.answers.classification import Classification
 from toolkit.answers.report_page import html_pictures
-from toolkit.answers.tasks import from_record
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
 from toolkit.run import reports
@@ -52,25 +49,16 @@ def test_a_kind_of_which_an_image_is_labelled_has_its_turn_later():
 
 def test_of_the_least_sure_images_one_of_each_kind_is_chosen(monkeypatch):
     monkeypatch.setattr(choosing, "CANDIDATES", 4)
-    sureness = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
+    leads = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
+    logits = torch.stack([torch.full((9,), 0.05), (0.95 + leads) / 2, (0.95 - leads) / 2], 1).log()  # of three classes
     # The candidates are 8, 6, 2, 7, 3, 1, 0, 5.
-    assert choosing.least_sure(KINDS, 2, sureness)[0] == 6
+    assert choosing.least_sure(KINDS, 2, logits)[0] == 6
     monkeypatch.setattr(choosing, "CANDIDATES", 1)
-    assert choosing.least_sure(KINDS, 2, sureness) == [8, 6]
+    assert choosing.least_sure(KINDS, 2, logits) == [8, 6]
 
 
 def test_images_that_are_alike_can_be_chosen_too():
     assert sorted(choosing.most_typical(torch.ones(4, 8), 4, NONE)) == [0, 1, 2, 3]
-
-
-def test_how_sure_a_model_is():
-    logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
-    assert choosing.sureness(Classification("abc").head, logits).tolist() == pytest.approx([0.2, 0.7])
-    task = from_record({"kind": "multilabel", "thresholds": [0.5, 0.9]}, "ab", "")
-    logits = torch.tensor([[0.2, 0.8], [0.9, 0.1]]).logit()
-    assert choosing.sureness(task.head, logits).tolist() == pytest.approx([0.1, 0.4])
-    task = from_record({"kind": "regression", "mean": [0.0], "std": [1.0]}, "a", "")
-    assert choosing.sureness(task.head, torch.ones(2, 1)) is None
 
 
 def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
@@ -148,18 +136,6 @@ def test_an_adapter_with_few_labels_does_not_know_what_it_is_unsure_of(
     )
     assert how in capsys.readouterr().out
     assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
-
-
-def test_images_in_archives_are_copied_out(base, pool, tmp_path):
-    (tmp_path / "archives").mkdir()
-    (tmp_path / "archives/a.tar").write_bytes(
-        tar_of({path.name: path.read_bytes() for path in (pool / "dark").iterdir()})
-    )
-    choose(base, tmp_path / "archives", "--count", "3", "--output", tmp_path / "out")
-    for row in rows_of(tmp_path / "out/to_label.csv"):
-        copied = Path(row["path"])
-        assert copied.parent == tmp_path / "out"
-        assert copied.read_bytes() == (pool / "dark" / copied.name.partition("-")[2]).read_bytes()
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_of_many_some_are_looked_at(

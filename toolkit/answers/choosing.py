@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.answers.parts import Head
 from toolkit.answers.report_page import html_pictures, write_html
 from toolkit.choices import TO_LABEL
-from toolkit.files import make_folder, open_atomically, write_cells
+from toolkit.files import make_folder, write_cells
 from toolkit.images import folders, remote
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
-from toolkit.images.shards import ShardedImages
 
 # Measured, see benchmarks/RESULTS.md.
 FEW = 5  # labels a class: a model that has fewer does not know what it is unsure of
@@ -55,44 +53,28 @@ def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
     return by_turn[by_turn < len(features)][:count].tolist()
 
 
-def least_sure(features: Tensor, count: int, sureness: Tensor) -> list[int]:
-    """The positions of `count` images, with features (N, D) and a sureness (N,), that are not alike; the least first.
+def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
+    """The positions of `count` images, with features (N, D) and logits (N, K), that are not alike: the least sure.
 
-    They are nearest to the centres of k-means, among the least sure images (Zhdanov, arXiv 1901.05954).
+    They are nearest to the centres of k-means among the images whose most probable class leads least (Zhdanov,
+    arXiv 1901.05954).
     """
-    candidates = sureness.argsort(stable=True)[: CANDIDATES * count]
+    first, second = logits.softmax(1).topk(2, 1).values.T
+    candidates = (first - second).argsort(stable=True)[: CANDIDATES * count]
     chosen = most_typical(features[candidates], count, features[:0])
     return candidates[sorted(chosen)].tolist()
-
-
-def sureness(head: Head, outputs: Tensor) -> Tensor | None:
-    """How sure a model is of each image, (N,), by its outputs (N, K); None for numbers, which do not say.
-
-    By how much the most probable class leads, or how far the least sure label is from its threshold.
-    """
-    if head.activation == "softmax":
-        first, second = outputs.softmax(1).topk(2, 1).values.T
-        return first - second
-    if head.thresholds is not None:
-        return (outputs.sigmoid() - head.thresholds).abs().amin(1)
-    return None
 
 
 def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> None:
     """Write a list to which a person adds labels, and a page with the pictures.
 
-    The page does not say what a model takes them for, which people would follow. Images in archives are copied into the
-    folder: a list cannot name them.
+    The page does not say what a model takes them for, which people would follow.
     """
     make_folder(folder)
     rows = []
     shown = []
     for i in range(len(images)):
         path = images.name(i)
-        if isinstance(images.source, ShardedImages):
-            path = folder / f"{i + 1}-{Path(path).name}"
-            with open_atomically(path) as file:
-                file.write(images.source.content(images.indices[i]))
         rows.append((path if remote.is_remote(path) else os.path.abspath(path), ""))
         shown.append((i, f"{i + 1}. {Path(path).name}"))
     page = (folder / TO_LABEL).with_suffix(".html")

@@ -3,18 +3,15 @@
 It looks at the evaluation images: whoever follows it has used them, and a number to publish needs others.
 """
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from toolkit import found_path
 from toolkit.answers.parts import Task
 from toolkit.choices import TRUTHS
 from toolkit.models.checkpoints import value_at
 
 FEW_IMAGES = 25  # of each class: up to so many, training hardly finds more than the probe does
-BESIDE = "unlabelled"  # a folder of images without labels, in --data-dir or beside it
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
 RISING = 0.1  # of the whole gain, in the last quarter of the epochs
 LOWERED = 1.5  # times: a learning rate that is worth a word
@@ -62,8 +59,7 @@ def judge(
 
     more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
-    truth = TRUTHS[task.kind]
-    can_vary = truth == "class" and value_at(results, "normalization/scale") is None  # photographs
+    can_vary = TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None  # photographs
     next_step = f"python deploy_lora.py predict {adapter} new_images --output {task.predicted_into}"
     if is_rising:
         next_step = more
@@ -94,26 +90,24 @@ def judge(
         why = "flattered: the evaluation images chose the epoch" if is_flattered else "more than chance explains"
         return Verdict(f"{gain}, {why}", limits, next_step)
     if images_per_class <= FEW_IMAGES:
-        more = _with_few_labels(value_at(results, "config/data") or {}, truth, adapter)
+        more = "more labelled images"
+        if task.counts_images:
+            more = _with_few_labels(value_at(results, "config/data") or {}, adapter)
     elif is_overfitted or probe == 1:  # a longer run would be no better
         more = next_step
     return Verdict(f"{gain}, which may be chance with {results['val_images']:,} evaluation images", limits, more)
 
 
-def _with_few_labels(data: Mapping[str, Any], truth: str, adapter: str) -> str:
-    """The next step: to use images without labels that lie there, or to label those that teach most."""
-    if truth == "mask":  # of whose pixels `choose` knows nothing
-        return "more labelled images"
+def _with_few_labels(data: Mapping[str, Any], adapter: str) -> str:
+    """The next step: to label those images that teach most, or to use some without labels."""
     used = data.get("unlabelled")
-    root = data.get("data_dir")
-    if truth == "class" and "unlabelled" in data and used is None and root is not None:
-        for folder in (found_path(root), found_path(root).parent):
-            if os.path.isdir(folder / BESIDE):
-                return f"the same command with --unlabelled {shlex.quote(str(folder / BESIDE))}"
     command = f"python deploy_lora.py choose {adapter} {shlex.quote(used or 'new_images')}"
     if data.get("data_list"):
         command += f" --labelled {shlex.join(data['data_list'])}"
-    return f"more labels, of those images that teach most: {command} --output to_label"
+    step = f"more labels, of those images that teach most: {command} --output to_label"
+    if used is None:
+        step += "; or images without labels: the same command with --unlabelled FOLDER"
+    return step
 
 
 def _rises(scores: Sequence[float], probe: float | None) -> bool:
