@@ -297,8 +297,8 @@ def _write_for_each(
                     continue
                 manifest.note(places[i], *files_of_image)
             written += files_of_image
-    written = sorted(itertools.chain(*distributed.gather(written)))
-    broken = list(itertools.chain(*distributed.gather(broken)))
+        written = sorted(itertools.chain(*distributed.gather(written)))  # all have ended, and the folder is released
+        broken = list(itertools.chain(*distributed.gather(broken)))
     if not written:
         raise InputError(broken[0].problem)
     for error in broken:
@@ -323,12 +323,11 @@ def _folder_of_answers(
         "--arithmetic": args.arithmetic,
         "--precision": str(_device_and_precision(args)[1]),
     }
-    with output_folder.held(args.output, option="--output", halves=f".{predictions.MANIFEST}.*.tmp"):
+    with output_folder.held(args.output, option="--output"):
         manifest = predictions.Manifest(args.output, made_of | settings)
         begin = functools.partial(predictions.begin_folder, manifest, places, endings, args.resume, replaces)
         manifest.found = distributed.first_does(begin)  # alone, before any of them can have written
         yield manifest
-        manifest.close()
 
 
 def _task_of(about: dict[str, Any]) -> Task:

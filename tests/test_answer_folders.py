@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import InputError, distributed
+from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.answers.predictions import MANIFEST, Manifest, read_manifest
 
@@ -79,13 +79,12 @@ def test_a_link_to_nothing_is_not_replaced(tmp_path):
 
 
 def test_what_a_killed_command_had_just_written_is_made_again(stopped):
-    """It was killed between the file and its note, and left half of another one."""
+    """It was killed between the file and its note."""
     read_manifest(stopped).note(stopped / "a/1")
-    for name in ("1.png", ".1.npy.4711.tmp", ".1.png.4711.tmp", ".notes.png.4711.tmp"):
-        (stopped / "a" / name).write_text("half")
+    (stopped / "a/1.png").write_text("a whole one")
     manifest = begin(stopped, resume=True)
     assert manifest.finished(stopped / "a/1") == []
-    assert sorted(os.listdir(stopped / "a")) == [".notes.png.4711.tmp", "0.png", "1.png"]
+    assert begin(stopped).finished(stopped / "a/0") == []
 
 
 def test_a_torn_last_line_is_none(stopped):
@@ -102,7 +101,6 @@ def test_a_torn_last_line_is_none(stopped):
         b"{\n",
         b"[]\n",
         b'{}\n{"a/0": 812}\n',
-        b'{}\n{"a/0": {".png": null}}\n',
         b"{}\n7\n",
         b'{"about": {},\n "done": 2}',
         b"[" * 100_000 + b"\n",
@@ -121,17 +119,12 @@ def test_a_manifest_that_is_no_file_is_one_line(tmp_path):
         begin(tmp_path)
 
 
-def test_each_process_notes_in_a_file_of_its_own_until_they_are_joined(stopped, monkeypatch):
-    manifest = begin(stopped, resume=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(distributed, "is_main", lambda: False)
-        patch.setattr(distributed, "rank", lambda: 3)
-        path = write(manifest, "a/1", "other")
-    assert sorted(os.listdir(stopped)) == ["_parts-3.json", MANIFEST, "a"]
-    assert begin(stopped, resume=True).finished(stopped / "a/1") == [path]
-    assert sorted(os.listdir(stopped)) == [MANIFEST, "a"]
-    write(manifest, "a/1", "another")
-    manifest.close()
+def test_processes_append_to_one_manifest_and_the_next_command_has_a_line_for_each_place(stopped):
+    one, other = begin(stopped, resume=True), read_manifest(stopped)
+    one.note(stopped / "a/0")
+    write(other, "a/1", "another")
+    write(one, "a/0", "mask")
+    begin(stopped, resume=True)
     assert (stopped / MANIFEST).read_text().splitlines() == [
         '{"command": "predict", "adapter": "one"}',
         '{"a/0": {".png": 4}}',

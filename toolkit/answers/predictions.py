@@ -1,6 +1,5 @@
 """Predictions as files: a table of images, whole or in parts, a mask of each image, or a map of a scene."""
 
-import glob
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit import InputError, distributed, listed
+from toolkit import InputError, listed
 from toolkit.answers.parts import Task
 from toolkit.files import make_folder, open_atomically, same_file, write_csv, write_text
 from toolkit.images.data import LabelledImages
@@ -27,7 +26,6 @@ from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
 MANIFEST = "_parts.json"  # readers of a folder of Parquet files pass over what begins with _
-OTHERS = "_parts-[0-9]*.json"  # what processes other than the first note, until they end
 MAP_ENDINGS = (".tif", ".png", ".npy")  # of what `Maps.write` writes
 
 
@@ -36,13 +34,12 @@ class Manifest:
     """What the answers in a folder depend on, and the sizes of the finished files: `_parts.json`, line by line.
 
     The first line is what they depend on. Each other one has a place in the folder, and the sizes of the files there by
-    their endings, as {"images/0": {".png": 812}}; none while they are written. Each process adds to a file of its own.
+    their endings, as {"images/0": {".png": 812}}; none while they are written. The last line of a place counts.
     """
 
     folder: Path
     about: dict[str, Any]
     found: dict[str, dict[str, int]] = field(default_factory=dict)  # when this command began
-    noted: dict[str, dict[str, int]] = field(default_factory=dict)  # since then, by this process
 
     def key(self, place: Path) -> str:
         return place.relative_to(self.folder).as_posix()
@@ -58,51 +55,28 @@ class Manifest:
 
     def note(self, place: Path, *files: Path) -> None:
         """Note that what belongs at a place is about to be written or, with its files, that it is."""
-        entry = {self.key(place): {path.name.removeprefix(place.name): path.stat().st_size for path in files}}
-        self.noted |= entry
-        name = MANIFEST if distributed.is_main() else OTHERS.replace("[0-9]*", str(distributed.rank()))
+        sizes = {path.name.removeprefix(place.name): path.stat().st_size for path in files}
         try:
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            with open(self.folder / MANIFEST, "a") as file:  # of several processes each appends a line in one piece
+                file.write(json.dumps({self.key(place): sizes}) + "\n")
         except OSError as error:
-            raise InputError(f"cannot write {self.folder / name}: {error.strerror}; check its free space") from None
-
-    def close(self) -> None:
-        """Join what all processes noted."""
-        for noted in distributed.gather(self.noted):
-            self.found |= noted
-        if distributed.is_main():
-            self.write()
-
-    def write(self) -> None:
-        lines = [self.about, *({key: self.found[key]} for key in sorted(self.found))]
-        write_text("".join(json.dumps(line) + "\n" for line in lines), self.folder / MANIFEST)
-        for path in self.folder.glob(OTHERS):
-            path.unlink()
+            raise InputError(f"cannot write {self.folder / MANIFEST}: {error.strerror}; check its free space") from None
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder; an empty one where there is none. Raises InputError if it is damaged."""
-    if not os.path.lexists(folder / MANIFEST):
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
         return Manifest(folder, {})
     found: dict[str, dict[str, int]] = {}
-    lines = []
     try:
-        for path in (folder / MANIFEST, *folder.glob(OTHERS)):
-            text = path.read_text() if path.is_file() else ""  # a pipe has no end
-            lines += text.splitlines()[: text.count("\n")]  # a killed command may leave the last line torn
-        about, *entries = map(json.loads, lines)
+        text = path.read_text() if path.is_file() else ""  # a pipe has no end
+        about, *entries = map(json.loads, text.splitlines()[: text.count("\n")])  # a last line may be torn
         for entry in entries:
-            found.update(entry)
-        if isinstance(about, dict) and all(map(_are_sizes, found.values())):
-            return Manifest(folder, about, found)
-    except (OSError, TypeError, ValueError, RecursionError):
-        pass
-    raise InputError(f"{folder / MANIFEST} is damaged: name another folder")
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(size, int) for size in value.values())
+            found |= {place: {**sizes} for place, sizes in entry.items()}
+        return Manifest(folder, {**about}, found)
+    except (AttributeError, OSError, TypeError, ValueError, RecursionError):
+        raise InputError(f"{path} is damaged: name another folder") from None
 
 
 def begin_folder(
@@ -126,22 +100,20 @@ def begin_folder(
     differing = [name for name, value in manifest.about.items() if earlier.about.get(name) != value]
     if earlier.about and differing and (resume or "command" in differing):
         raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
-    halves = []
     for place in places:
-        known = earlier.found.get(earlier.key(place))
+        if earlier.found.get(earlier.key(place)) == {}:  # a command was killed while it wrote there
+            continue
+        known = earlier.written(place) if resume else earlier.finished(place)
         for path in (_with(place, ending) for ending in endings):
-            if known == {}:
-                halves += path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
-            elif os.path.lexists(path) and path not in (earlier.written(place) if resume else earlier.finished(place)):
+            if os.path.lexists(path) and path not in known:
                 raise InputError(f"--output {folder}: what is written would replace {path}; name another folder")
     for inside in {place.parent for place in places}:
         make_folder(inside)
-    for path in halves:  # killed commands left them, in `open_atomically`
-        path.unlink()
     manifest.found = earlier.found
     if not resume:
         manifest.found |= {key: {} for key in map(earlier.key, places) if key in earlier.found}
-    manifest.write()
+    lines = [manifest.about, *({key: manifest.found[key]} for key in sorted(manifest.found))]
+    write_text("".join(json.dumps(line) + "\n" for line in lines), folder / MANIFEST)
     return manifest.found
 
 

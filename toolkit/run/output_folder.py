@@ -19,6 +19,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".running"  # a file in the folder while a run writes there
+HALVES = ".*.[0-9]*.tmp"  # what a killed one left in `open_atomically`
 MOVING = ".moving"  # a folder in it while an earlier run is moved aside
 CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
 CARD_LINE = "## Settings, of version "
@@ -66,15 +67,9 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held(
-    folder: Path,
-    files: Iterable[str] = (),
-    resumed: Path | None = None,
-    option: str = "--output-dir",
-    halves: str = ".*.tmp",
+    folder: Path, files: Iterable[str] = (), resumed: Path | None = None, option: str = "--output-dir"
 ) -> Iterator[Callable[[], None]]:
     """Within this block the folder of this option exists, and no other run or command writes to it.
-
-    `halves` are what a killed one left in `open_atomically`: they are removed.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
     Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
@@ -84,17 +79,17 @@ def held(
     from toolkit import distributed  # here: it loads PyTorch
 
     with contextlib.ExitStack() as stack:
-        distributed.first_does(lambda: stack.enter_context(_locked(folder, option, halves)))
+        distributed.first_does(lambda: stack.enter_context(_locked(folder, option)))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, option: str, halves: str) -> Iterator[None]:
+def _locked(folder: Path, option: str) -> Iterator[None]:
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _lock(folder / LOCK, option)
-        for path in folder.glob(halves):
+        for path in folder.glob(HALVES):
             path.unlink()
     except OSError as error:
         raise _unusable(folder, error, option) from None
