@@ -68,10 +68,9 @@ def unused_adapters(model: nn.Module) -> list[str]:
 
 
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Yield (name, tensor, digest before rounding or None) for all tensors but the adapters.
+    """Yield (name, tensor as before merging, digest before rounding or None) of the head's tensors, or of all others.
 
-    With `of_head` these are the classifier head's tensors, else all others. Merged weights, and the statistics merged
-    with them, are yielded as they were before merging.
+    Adapters are left out.
     """
     statistics = base_statistics(model)
     for prefix, module in model.named_modules():
@@ -122,11 +121,8 @@ def full_rank(model: nn.Module) -> int:
 class LoRAManager:
     """Saves, loads, merges, disables, switches and removes the adapters of a model.
 
-    `finetune_lora.add_lora_to_model` gives a model its adapter. The adapters of files that are loaded with a name stay
-    in the model side by side, and `use` selects the one that computes.
-
-    Args:
-        head: the names of the classifier head's modules, if they are not found by name; see `add_lora_to_model`.
+    `finetune_lora.add_lora_to_model` gives a model its adapter, and says what `head` is. The adapters of files that are
+    loaded with a name stay in the model side by side, and `use` selects the one that computes.
     """
 
     def __init__(self, model: nn.Module, head: str | Sequence[str] | None = None):
@@ -154,8 +150,6 @@ class LoRAManager:
         for prefix, layer in self._layers_in_file().items():
             tensors |= {dotted(prefix, name): factor for name, factor in adapter_parameters(layer).items()}
         return tensors | {name: tensor for name, tensor, _ in _stock_tensors(self.model, of_head=True)}
-
-    # ----------------------------------------------------------------------------------------- merge, switch, remove
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
@@ -190,12 +184,9 @@ class LoRAManager:
         `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. Frozen parameters stay
         frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
 
-        Args:
-            merge: leave ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, even if the
-                adapters were merged.
-
-        Raises:
-            InputError: without `merge`, for layers in 4 or 16 bits: their float weights are gone. Nothing is changed.
+        With `merge` the weights are ``W + s B A``. Otherwise the base weights come back, bit for bit, even if the
+        adapters were merged; layers in fewer bits, whose float weights are gone, then raise InputError, before
+        anything is changed.
         """
         layers = adapted_layers(self.model)
         stored = dict(layers)
@@ -253,8 +244,6 @@ class LoRAManager:
             "layers": layers,
         }
 
-    # ------------------------------------------------------------------------------------------- several on one base
-
     @property
     def names(self) -> list[str]:
         """The names that `use` accepts, in the order in which the adapters were added."""
@@ -272,8 +261,7 @@ class LoRAManager:
         classifier head and trainable parameters, and so needs an optimizer of its own. Threads that share a model must
         take turns: one thread at a time calls `use` and computes its answer.
 
-        Raises:
-            InputError: no adapter has this name, or the adapters are merged or switched off.
+        Raises InputError if no adapter has this name, or if the adapters are merged or switched off.
         """
         adapter_set = self._adapter_set()
         if name is not None and name not in adapter_set.named:
@@ -327,19 +315,12 @@ class LoRAManager:
             self.use(before)
         adapter_set.named[name] = adapter
 
-    # ---------------------------------------------------------------------------------------------------- save, load
-
     def save_lora_checkpoint(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-        """Write the adapter file: whole or not at all.
+        """Write the adapter file, `.pth` or `.safetensors`. InputError if that fails; an earlier file stays as it is.
 
-        Args:
-            path: `.pth`, or `.safetensors`.
-            metadata: plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` returns; by default
-                those with which the adapter in use was loaded. `finetune_lora.load_finetuned` needs `arch`,
-                `class_names`, `image_size`, `checkpoint`, and `heads` if they are not the arch's own.
-
-        Raises:
-            InputError: the file or the metadata cannot be written; an earlier file is unchanged.
+        `metadata` are plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` returns; by default
+        those with which the adapter in use was loaded. `finetune_lora.load_finetuned` needs `arch`, `class_names`,
+        `image_size`, `checkpoint`, and `heads` if they are not the arch's own.
         """
         now = base_digests(self.model)
         if metadata is None:
@@ -365,18 +346,11 @@ class LoRAManager:
         write_adapter_file(content, path)
 
     def load_lora_checkpoint(self, path: str | Path, name: str | None = None) -> dict[str, Any]:
-        """Read an adapter file, strictly, and return its metadata.
+        """Read what `save_lora_checkpoint` wrote, strictly, and return its metadata.
 
-        Args:
-            path: what `save_lora_checkpoint` wrote.
-            name: None: read the file into the adapter in use, which must have the same layers and ranks. Otherwise add
-                the file's adapter under this name, with layers, ranks and a classifier head of its own; `use(name)`
-                switches to it.
-
-        Raises:
-            InputError: the file does not fit. The message names tensors that are missing, surplus or of another shape,
-                another rank, kind or set of adapted layers, another base, numbers that are not finite, or a name that
-                is taken. The model is then bitwise unchanged.
+        Without a name the file is read into the adapter in use, which must have the same layers and ranks. Otherwise
+        its adapter is added under this name, with layers, ranks and a classifier head of its own; `use(name)` switches
+        to it. Raises InputError, which says all that does not fit; the model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
         if name is not None:
@@ -387,7 +361,7 @@ class LoRAManager:
         return content["metadata"]
 
     def _in_use_or_unnamed(self) -> Adapter | ModelRecord:
-        """What has the metadata of the adapter in use: one with a name itself, else the model's record."""
+        """What has the metadata of the adapter in use."""
         return self.record if self.in_use is None else self.record.adapters.named[self.in_use]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
@@ -409,8 +383,7 @@ class LoRAManager:
         """The differences between a file and the adapter in use, one line each."""
         if any(layer.merged for layer in adapted_layers(self.model).values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
-        problems = self._different_layers(content["layers"]) or self._different_tensors(content["tensors"])
-        if problems:
+        if problems := self._different_layers(content["layers"]) or self._different_tensors(content["tensors"]):
             return problems
         now = base_digests(self.model)
         older = now | self.record.resized_digests  # of files that hash the interpolated embedding
@@ -437,9 +410,8 @@ class LoRAManager:
         here = {**self.model.state_dict(keep_vars=True), **own}
         problems = [f"tensor {name} is missing in the file" for name in own.keys() - tensors.keys()]
         problems += [f"tensor {name} is unknown here" for name in tensors.keys() - here.keys()]
-        for name, _, known in _stock_tensors(self.model):
-            if known and name in tensors:
-                problems.append(f"{name} has trained in the file, but is in fewer bits here")
+        rounded = {name for name, _, known in _stock_tensors(self.model) if known}
+        problems += [f"{name} has trained in the file, but is in fewer bits here" for name in tensors.keys() & rounded]
         for name in tensors.keys() & here.keys():
             theirs = tensors[name]
             ours = here[name]
@@ -448,9 +420,6 @@ class LoRAManager:
             elif theirs.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
         return problems
-
-
-# -------------------------------------------------------------------------------------------------------------- file
 
 
 def _refuse(path: str | Path, problems: list[str]) -> None:

@@ -22,8 +22,7 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
     This halves the memory of the activations, for gradients with a relative error of some 0.2% (after Gist, ISCA 2018,
     and Mesa, arXiv 2111.11124). The output is exact. Parameters, tensors of one or two dimensions, such as A and B, and
     the statistics of LayerNorm and of attention stay as they are. To tell attention's, the block replaces
-    `F.scaled_dot_product_attention` for whoever calls it. Model blocks that are computed again as a whole
-    (`set_gradient_checkpointing` with 'full') save nothing that could be rounded, and raise InputError.
+    `F.scaled_dot_product_attention` for whoever calls it. With 'full' gradient checkpointing it raises InputError.
     """
 
     def __init__(self):

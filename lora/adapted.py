@@ -1,8 +1,4 @@
-"""Adapted layers as the rest of the toolkit sees them, and which layers of a model are adapted.
-
-`finetune_lora.py` defines the layers. All other files use them by what its `LoRALayer` offers, and by the table
-`ADAPTED`, so that no import runs upwards.
-"""
+"""Adapted layers, defined in `finetune_lora.py`, as the rest of the toolkit sees them, and which ones a model has."""
 
 import math
 import numbers
@@ -22,8 +18,8 @@ from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError, listed
 from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
-# The table of kinds: stock class -> the class that adapts it over a float base, and the one over a 4-bit base. Types
-# are exact: a subclass may compute something else. `finetune_lora.py` fills the table, below its classes.
+# Stock class -> the class that adapts it over a float base, and the one over a 4-bit base. Types are exact: a subclass
+# may compute something else. `finetune_lora.py` fills the table, below its classes.
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
@@ -54,7 +50,7 @@ class LoRASettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-# Settings of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
+# Of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
 NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": False, "scaling": 0.0}
 
 

@@ -93,7 +93,7 @@ def find_base(
 ) -> tuple[Path, Path | None]:
     """Find the checkpoint that an adapter file was trained over, and the stage-1 adapter merged into it, if any.
 
-    `metadata` have the paths of both; the other arguments are where they are now. The second may lie beside the file.
+    The last two arguments are where they are now, if not where the metadata say, or the second beside the file.
     """
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):

@@ -37,8 +37,7 @@ def attention_mask(
 ) -> Tensor | None:
     """Combine the two masks of `nn.MultiheadAttention` into one to add to the scores, broadcastable to (N, H, L, S).
 
-    `attn_mask` is (L, S) or (N * H, L, S), `key_padding_mask` (N, S); True blocks, numbers are added. A mask of another
-    shape raises RuntimeError: it might broadcast and mask something else.
+    True blocks, numbers are added. A mask of another shape raises RuntimeError: it might mask something else.
     """
     N, L, _ = q.shape
     S = k.shape[1]
@@ -107,7 +106,7 @@ class _Attention(torch.autograd.Function):
     """``softmax(q k^T / sqrt(D)) v`` of bfloat16 tensors (N, H, ., D) by products over all heads at once.
 
     As in PyTorch's kernel the scores and their softmax are in float32, the weights are rounded for the product with v,
-    and nothing of the scores' size is saved: backward computes the weights again, unless `keep_weights` saves them.
+    and backward computes the weights again, unless `keep_weights` saves them.
     """
 
     @staticmethod

@@ -29,9 +29,8 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         ONEDNN_DTYPES += (torch.bfloat16,)
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
-# this size is zero beside any number that float32 adds it to. A smaller one would have products with gradients below
-# float32's normal range, for which Intel's processors are slow: with 1e-30 they are a third of a ResNet-18's step. With
-# 1e-15 Adam's squares of the gradients of channels that are rectified everywhere would be there.
+# this size is zero beside any number that float32 adds it to. Numbers below float32's normal range are slow on Intel's
+# processors: with 1e-30 products with gradients, with 1e-15 Adam's squares of those of channels rectified everywhere.
 LEAK = 1e-20
 
 
@@ -81,10 +80,9 @@ def first_derivative(backward):
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
 
-    In float32 on an AMD processor with AVX-512 oneDNN is called, which adds the bias on the way: up to 20% faster than
-    the product of MKL, which PyTorch chooses. Without AVX-512 MKL's is the faster one, by 20 to 60%, and on Intel's
-    processors by 5 to 9%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias into the output first: 2
-    to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
+    In float32 on an AMD processor with AVX-512 oneDNN is called, up to 20% faster than MKL, which PyTorch chooses;
+    elsewhere MKL is the faster one, by 5 to 60%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias
+    into the output first: 2 to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
     """
     on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others
@@ -174,8 +172,5 @@ is_dense = torch.ops.aten.is_non_overlapping_and_dense  # do the numbers fill a 
 
 
 def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Decode NF4, two codes a byte and one float32 scale a block. bitsandbytes has to be imported first.
-
-    Its own function looks at its `QuantState` each time, which takes longer than the operator.
-    """
+    """Decode NF4, two codes a byte and one float32 scale a block, faster than bitsandbytes, which must be imported."""
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, block, "nf4", shape, dtype)

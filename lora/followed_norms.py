@@ -1,8 +1,7 @@
 """BatchNorms whose statistics follow the adapters: training through them at almost no cost.
 
-LoRA over a frozen BatchNorm lacks what a BatchNorm in training has: a gradient through the statistics, which keeps the
-activations in range. Taken from the batch, these cost passes over the convolution's output, and the BatchNorm cannot be
-folded. But for given inputs they are a function of the kernel K alone:
+LoRA over a frozen BatchNorm lacks a gradient through the statistics, which keeps the activations in range. Taken from
+the batch, these cost passes over the convolution's output. But for given inputs they are a function of the kernel K:
 
     mean = K m        var = diag(K C K^T)        (m and C: mean and covariance of the patches that K is applied to)
 
@@ -11,8 +10,7 @@ With the inputs that the base network has on some training images, K = W + s B A
     mean' = mean + s B A m        var' = var v(W + s B A) / v(W),        v(K) = diag(K C K^T)
 
 C is held by its few principal components, so that this costs products of A with k rows. The gradient through it is that
-of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch. Every step
-folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm.
+of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch.
 
 The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm has
 them only while the adapter is merged. An adapter file has them under the BatchNorm's names.
@@ -60,11 +58,8 @@ class AdapterStatistics:
         return self.mean, self.variance
 
     def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
-        """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
-
-        A BatchNorm in training is the adapter's no more: it goes on from these statistics.
-        """
-        if self.norm.training:
+        """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded."""
+        if self.norm.training:  # it goes on from these statistics, and is the adapter's no more
             settle(conv)
             return self.norm(z)
         mean, variance = self.statistics(conv)
@@ -94,7 +89,7 @@ class AdapterStatistics:
 
 
 class FollowedNorm(AdapterStatistics):
-    """These as a function of the adapter, which still does nothing. patches: (P, fan_in), what the kernel reads."""
+    """Mean and variance as a function of the adapter, which still does nothing. patches: (P, fan_in), its input."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
         super().__init__(norm, norm.running_mean.clone(), norm.running_var.clone())  # where the adapter starts
@@ -147,10 +142,9 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """The convolutions and BatchNorms in the blocks of torchvision's ResNets.
+    """The convolutions and BatchNorms in the blocks of torchvision's ResNets: others may change an output in place.
 
-    The first of a ResNet is left out: the largest output would have to be saved. So are those in blocks of other
-    libraries, which may change an output in place.
+    The first of a ResNet is left out: the largest output would have to be saved.
     """
     for block in model.modules():
         if STOCK.get(type(block), type(block)) in (BasicBlock, Bottleneck):
@@ -168,8 +162,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
 
-    The inputs' covariances are estimated from the batches, without which nothing follows. `required` raises InputError
-    if there is no BatchNorm to follow.
+    Without batches nothing follows. `required` raises InputError if there is no BatchNorm to follow.
     """
     norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm) and conv.r > 0}
     if not norm_of and required:
@@ -232,11 +225,11 @@ def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
 @torch.no_grad()
 def named_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The statistics that belong to the adapters, by the names that they have in adapter files."""
-    names = {module: name for name, module in model.named_modules()}
+    followed = {conv.followed.norm: conv for conv in followers(model)}
     tensors = {}
-    for conv in followers(model):
-        if conv.followed.norm in names:  # else the BatchNorm was replaced
-            own = [dotted(names[conv.followed.norm], leaf) for leaf in STATISTICS]
+    for name, module in model.named_modules():
+        if conv := followed.get(module):
+            own = [dotted(name, leaf) for leaf in STATISTICS]
             tensors |= zip(own, conv.followed.statistics(conv), strict=True)
     return tensors
 

@@ -10,9 +10,8 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
                                     gB = s gy^T h       (out x r)
 
 The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. Backward
-needs the layer's input, which full fine-tuning saves as well.
+needs the layer's input, which full fine-tuning saves as well. There are two ways to y and gx:
 
-There are two ways to y and gx:
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
@@ -61,11 +60,9 @@ def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None)
 def effective_weight(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place: bool = False
 ) -> Tensor:
-    """``W + s B A``, differentiable, as a fresh tensor.
+    """``W + s B A``, differentiable, as a fresh tensor, or `in_place` of ``weight``, which then has to be a temporary.
 
-    Args:
-        weight, A, B: (out, in), (groups * r, in), (out, r). The weight's rows are so many layers on one input.
-        in_place: add to ``weight``, which then has to be a temporary.
+    weight, A, B: (out, in), (groups * r, in), (out, r). The weight's rows are so many layers on one input.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
     if not in_place:
@@ -103,12 +100,11 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
     """``y += s h B^T``, in place. y: (N, out), h: (N, groups r), B: (out, r)."""
-    if h.shape[1] == 0:  # a layer of rank 0: adding nothing would read and write y as well
-        return y
     width = y.shape[1] // groups
-    for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
-        # (N, r) -> (N, out / groups), in a slice, since torch.export lets no chunk be changed.
-        y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
+    if h.shape[1] > 0:  # in a layer of rank 0 adding nothing would read and write y as well
+        for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
+            # (N, r) -> (N, out / groups), in a slice, since torch.export lets no chunk be changed.
+            y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
     return y
 
 
@@ -197,10 +193,7 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class RecomputedNorm(NamedTuple):
-    """A LayerNorm as a `prologue` whose input, ``left + right``, is not saved either: backward adds them again.
-
-    Both are saved instead, so it pays where others save them anyway.
-    """
+    """A LayerNorm as a `prologue` whose input, ``left + right``, backward adds again: others save both anyway."""
 
     norm: nn.LayerNorm
     left: Tensor
@@ -443,11 +436,8 @@ def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape
 
 
 def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
-    """The gradients of A, of sB and, if needed, of the adapter's input.
-
-    All of them go through r channels, but for groups > 1: the dense gradient is smaller than groups * r channels.
-    """
-    if geometry.groups > 1:
+    """The gradients of A, of sB and, if needed, of the adapter's input."""
+    if geometry.groups > 1:  # the dense gradient is smaller than groups * r channels, through which the others go
         kernel = (sB @ A).view(shape)
         gh = gy
         dense = backends.conv2d_gradient(gy, adapter_x, kernel, geometry, of_weight=True).flatten(1)  # (out, fan_in)
@@ -463,9 +453,8 @@ def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
             gA = backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=True).flatten(1)
             h = F.conv2d(adapter_x, kernel, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
         gB = _pointwise_gradient(h, gy).T
-    if not need_input:
-        return gA, gB, None
-    return gA, gB, backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=False)
+    gx = backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=False) if need_input else None
+    return gA, gB, gx
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
@@ -503,10 +492,7 @@ def lora_conv2d(
     relu: bool = False,
     log_scale: Tensor | None = None,  # (out,), log |g| but for a constant: takes the gradient of g if it has one
 ) -> Tensor:
-    """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
-
-    And for W if it is not frozen, by automatic differentiation, which is slower.
-    """
+    """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients; of W, if it trains, by autograd."""
     dtype = compute_dtype(x)
     if not _is_trainable(weight):
         backends.refuse_jit()
@@ -555,10 +541,9 @@ class _MaxPool2dReLU(torch.autograd.Function):
 
 
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
-    """``max_pool2d(relu(x))`` without keeping x or relu(x) for backward.
+    """``max_pool2d(relu(x))`` as ``relu(max_pool2d(x))``, which is the same bit for bit: ReLU is monotonic.
 
-    ReLU is monotonic, so ``relu(max_pool2d(x))`` is the same bit for bit. It rectifies a fraction of the elements, and
-    its backward needs only the output and the positions of the maxima.
+    It rectifies a fraction of the elements, and saves only the output and the positions of the maxima for backward.
     """
     if backends.is_traced():  # Inductor gave a ResNet's stem in bfloat16 no gradient in this order (2.13, on a CPU)
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)

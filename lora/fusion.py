@@ -10,10 +10,9 @@ An adapted layer saves time and memory if it does its neighbour's work too:
 - The last block of a ViT computes the class token alone, which is all that the classifier reads. Attention's keys and
   values still come from every token.
 
-The block that holds both decides, at each call: if a child was replaced, trains, or has a hook, the block computes what
-the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize` does: the objects,
-their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
-subclass may do something else in its forward.
+The block that holds both decides, at each call: if a child was replaced, trains, has a hook, or is of a subclass, the
+block computes what the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize`
+does: the objects, their children and their keys stay as they are.
 """
 
 import contextlib
@@ -99,10 +98,7 @@ def conv_bn_relu(
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
-    """Is ``layer(operation(x))`` to be ``layer(x, prologue=operation)``, which does not save the operation's output?
-
-    Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
-    """
+    """Is ``layer(operation(x))`` to be ``layer(x, prologue=operation)``, which does not save the operation's output?"""
     if type(operation) is not nn.GELU and not _normalises_rows(operation):
         return False
     return is_adapted(layer) and not _trains(operation) and not is_hooked(operation, layer)
@@ -121,9 +117,8 @@ def is_frozen_attention(attention: nn.Module) -> bool:
 def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:
     """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E).
 
-    The stock forward transposes x to (L, N, E), which is not contiguous. If the weight needs a gradient, PyTorch still
-    makes one product of it. If not, it makes L products, in bf16 on a CPU with a copy of the weight for each: 20 times
-    as slow in a ViT-B/16.
+    The stock forward transposes x to (L, N, E), of which PyTorch makes L products if the weight needs no gradient, in
+    bf16 on a CPU with a copy of the weight for each: 20 times as slow in a ViT-B/16.
     """
     q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=attention.dropout * attention.training)
@@ -346,8 +341,7 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 def fuse(model: nn.Module) -> None:
     """Give each block its fused class if that computes anything in another way, else its stock class.
 
-    It does if a layer in it is adapted, if its attention or MLP is frozen, or if it is computed again in backward. Call
-    this after layers have got or lost their adapters, or were frozen.
+    Call this after layers have got or lost their adapters, or were frozen.
     """
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
@@ -410,9 +404,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
     - 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of the
       sixteen activations of the block's width per token, in the time that it would take to write and read them.
-    - 'full': only the input of each block is saved.
-
-    Raises InputError for a mode that does not exist, or for 'full' in a model without anything to recompute.
+    - 'full': only the input of each block is saved. Raises InputError in a model without anything to recompute.
     """
     if mode not in ("none", "full"):
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")

@@ -30,7 +30,6 @@ MOST = 0.9  # of the gradient's energy: what the blocks that are worth adapting 
 def adapter_lr_factor(r: int, most: float = math.inf) -> float:
     """How many times faster than everything else adapters of rank r learn; alpha is taken to be twice the rank.
 
-    Up to rank 8 that is 24 times, or `most`.
     A's rows are orthogonal and equally long at every rank, and Adam moves each number of B by the rate. At one rate a
     step would change W by an amount that grows with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
     """
@@ -39,9 +38,7 @@ def adapter_lr_factor(r: int, most: float = math.inf) -> float:
 
 @torch.no_grad()
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> dict[str, float]:
-    """Start the adapters of `model` at its gradient, in place, without changing the model's output.
-
-    B becomes zero. A's rows become orthogonal, and as long as those of a random start, 1 / sqrt(3).
+    """Start the adapters of `model` at its gradient, in place, without changing the model's output: B becomes zero.
 
         def backward():
             for images, labels in first_batches:
@@ -54,13 +51,11 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     raises. The parameters' `.grad` are restored in any case. `backward` adds the gradients of some batches to them: a
     few hundred images are enough. `seed` is that of the random Q.
 
-    Returns the energy of each adapted layer's gradient, ``||G||^2``, as its sketch estimates it where all layers have
-    one scaling; up to a factor that is the same for all.
+    Returns the energy of each adapted layer's gradient, ``||G||^2``, up to one factor if all layers have one scaling.
     """
     named = [(name, A, B) for name, A, B in adapter_pairs(model) if A.requires_grad]
-    energies: dict[str, float] = {}
     if not named:
-        return energies
+        return {}
     before = [(factor, factor.clone()) for _, *pair in named for factor in pair]
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
@@ -78,22 +73,23 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
             parameter.grad = gradient
         for factor, former in before:
             factor.copy_(former)
+    energies: dict[str, float] = {}
     for (name, A, B), sketch in zip(named, sketches, strict=True):
         if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
             precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
             energies[name] = energies.get(name, 0.0) + precise.square().sum().item() * len(B) / len(A)
             rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
-            A[: len(rows)] = rows / math.sqrt(3)
+            A[: len(rows)] = rows / math.sqrt(3)  # as long as those of a random start
             B.zero_()
         distributed.broadcast([A])  # the last bits, or signs, may differ between machines
     return energies
 
 
 def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | None:
-    """How many of the last blocks have MOST of the gradient's energy together; None: less than all layers do not.
+    """How many of the last blocks have MOST of `start_at_gradient`'s energies; None: less than all layers do not.
 
     Adapters below them would change little of what the task wants to change, and cost backward half its time: the lower
-    stages of a convolutional network have the most pixels. `energies` are those of `start_at_gradient`.
+    stages of a convolutional network have the most pixels.
     """
     inner = unwrap_for_editing(model)
     blocks = block_names(inner) if energies else []

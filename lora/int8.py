@@ -9,9 +9,9 @@ and gy, and sums in int32, which 130,000 columns cannot overflow:
     y  = x W^T  = (xq Wq^T) sx d            (N, out)
     gx = gy W   = ((gy d)q Wq) s            (N, in)
 
-gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. Rows are
-rounded some at a time, as many as stay in the cache. What an adapter adds is not rounded. Only CPUs multiply in 8 bits,
-and only those that do it exactly; on other devices the weight is made dense for each product.
+gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. What an
+adapter adds is not rounded. Only CPUs that do it exactly multiply in 8 bits; elsewhere the weight is made dense for
+each product.
 """
 
 import functools

@@ -55,10 +55,9 @@ class NF4Weight:
         return dense[self._rows].to(dtype)
 
     def _scales(self) -> Tensor:
-        """The scale of each block in float32, (blocks,).
+        """The scale of each block in float32, (blocks,): dequantised once and kept, at half a bit a value.
 
-        bitsandbytes stores these scales in 8 bits. They are dequantised once and kept, at half a bit a value: otherwise
-        every product would spend three operators on them.
+        bitsandbytes stores them in 8 bits, and every product would spend three operators on them.
         """
         state = self.state
         scales = vars(state).get("flat_scales")

@@ -9,8 +9,7 @@ Both libraries compute ``W + s B A``, so an adapter's values stay as they are; o
   rank, so its factors are padded with zeros. PEFT up to 0.21 adds the projection's update twice (its pull request
   3774): `_times_projected` tests the installed release, and the factors are made for that one.
 
-An adapter that PEFT would compute differently is refused, with the reason: see `obstacles`. `deploy_lora.py convert`
-loads the models, and compares their answers.
+An adapter that PEFT would compute differently is refused, with the reason: see `obstacles`.
 """
 
 import logging
@@ -116,10 +115,7 @@ def _packed_factors(layer: nn.Module, times_projected: int) -> dict[str, Tensor]
 
 @torch.no_grad()
 def _times_projected() -> int:
-    """How often the installed PEFT adds the update of attention's output projection.
-
-    This is the output of an attention in which all else is zero, and the update of its projection adds 1 each time.
-    """
+    """How often the installed PEFT adds the update of attention's output projection: 1 each time if all else is 0."""
     peft = import_peft()
     with torch.random.fork_rng(devices=[]):
         config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])

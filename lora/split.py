@@ -24,8 +24,8 @@ class UpperHalf(nn.Module):
 def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
 
-    The upper half has the `last` blocks (see `backbones.block_names`) and the head; None: only the head. It is a
-    shallow copy of the model, and shares every layer. InputError if torchvision has no such class with blocks.
+    The upper half, a shallow copy that shares every layer, has the `last` blocks (see `backbones.block_names`) and the
+    head; None: only the head. InputError if torchvision has no such class with blocks.
     """
     upper = copy.copy(model)
     upper.__class__ = UpperHalf
