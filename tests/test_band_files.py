@@ -51,7 +51,7 @@ def band_files(tmp_path_factory) -> Path:
 
 def test_an_image_is_its_band_files_in_the_order_chosen(band_files, capsys):
     bands = Bands(4, ("B04", "0", "B02", "B8A"))
-    train, val, class_names = load_splits("imagefolder", band_files, bands=bands)
+    train, val, class_names, _ = load_splits("imagefolder", band_files, bands=bands)
     assert class_names == ["sea", "wood"]
     assert len(train) + len(val) == 16
     assert "not read as images: 32 of other bands" in capsys.readouterr().out  # B01 and B03

@@ -45,7 +45,7 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
     splits = load_splits("imagefolder", **where, task=task, group_by=by)
     parts = search.parts_of(splits)
     chosen = load_splits("imagefolder", **where, eval_split="validation", task=task, group_by=by)
-    for train, val, _ in (splits, parts, chosen):
+    for train, val, *_ in (splits, parts, chosen):
         assert patients(train) and patients(val) and not patients(train) & patients(val)
     assert len(patients(splits.train) | patients(splits.val)) == 20
     assert not patients(chosen.train) & patients(splits.val)
@@ -56,7 +56,7 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
 
 
 def test_without_groups_patients_are_on_both_sides(hospital):
-    train, val, _ = load_splits("imagefolder", data_list=None, data_dir=hospital / "scans")
+    train, val, *_ = load_splits("imagefolder", data_list=None, data_dir=hospital / "scans")
     assert patients(train) & patients(val)
     images = load_splits("digits").train
     rest, part = validation_part(images)
@@ -105,14 +105,14 @@ def test_parts_are_disjoint_and_alike():
 def test_folds_evaluate_each_image_once_and_spread_numbers(hospital):
     everything, seen = {"data_dir": hospital / "scans", "group_by": "2"}, []
     for number in (1, 2, 3):
-        train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **everything)
+        train, val, *_ = load_splits("imagefolder", folds=f"{number}/3", **everything)
         assert not patients(train) & patients(val)
         seen += list(val.relative_names())
     assert len(seen) == len(set(seen)) == len(train) + len(val)
     assert len(load_splits("digits", folds="1/5").val) == 360  # of all 1,797, none is set aside before
     list_ = {"data_list": [hospital / "numbers.csv"], "task": "regression", "group_by": "Patient"}
     for number in (1, 2, 3):
-        train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **list_)
+        train, val, *_ = load_splits("imagefolder", folds=f"{number}/3", **list_)
         assert abs(train.targets.mean() - val.targets.mean()) < 2.5  # of ages from 0 to 19
 
 
@@ -145,7 +145,7 @@ def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
     with pytest.raises(InputError) as raised:
         load_splits("imagefolder", **lists)
     assert str(raised.value).startswith("--group-by Patient: p11 on both sides, with 4 of 28")
-    train, val, _ = load_splits("imagefolder", eval_split="validation", **lists)
+    train, val, *_ = load_splits("imagefolder", eval_split="validation", **lists)
     assert not patients(train) & patients(val)
 
 

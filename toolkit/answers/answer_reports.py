@@ -35,12 +35,9 @@ class Headline(NamedTuple):
 
 
 class Report:
-    """The report on a task's answers. A derived class adds what is annotated here.
+    """The report on the answers that a task's head gave. A derived class adds what is annotated here.
 
-    Args:
-        head: of the task: `toolkit.answers.parts.Head`.
-        answers: what its `evaluate` returns. Those that are probabilities have `reliability`.
-        clusters: as for `measures.share_interval`: intervals are over these.
+    Answers that are probabilities have `reliability`. Intervals are over `clusters`: see `measures.share_interval`.
     """
 
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score

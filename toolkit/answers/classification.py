@@ -204,12 +204,7 @@ class ClassReport(Report):
 
 
 class Classification(Task):
-    """One class an image.
-
-    Args:
-        names: of the K classes.
-        class_weights, label_smoothing: as for `toolkit.answers.parts.SoftmaxObjective`.
-    """
+    """One class an image. Weights and smoothing are as for `toolkit.answers.parts.SoftmaxObjective`."""
 
     kind = "classification"
     score = "accuracy"

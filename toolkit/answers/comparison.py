@@ -65,10 +65,7 @@ class Difference(NamedTuple):
 
 
 def compare(first: Path, second: Path) -> list[Difference]:
-    """Compare the answers beside two `results.json`, image by image; or by groups, if one of them says these.
-
-    Raises InputError if answers are missing, or are for other images, by another truth or in other groups.
-    """
+    """Compare the answers beside two `results.json`, image by image, or by groups if one has these; or InputError."""
     one = _read(answers_path(first))
     other = _read(answers_path(second))
     if one.columns.keys() != other.columns.keys():
@@ -188,10 +185,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
 
 
 def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row for each of many `results.json`, the best first; those that differ by their seed alone share one.
-
-    `score` and `probe` are means, and `spread` is the standard deviation of the scores.
-    """
+    """A row of means for each of many `results.json`, the best first; those that differ by seed alone share one."""
     runs = [(path, read_results(path)) for path in dict.fromkeys(paths)]
     kinds = {results["task"] for _, results in runs}
     if len(kinds) > 1:

@@ -18,18 +18,11 @@ from toolkit.models.dense import enlarged
 
 
 def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What speaks for the highest output of each image.
+    """What speaks for the highest output of each image, (N, S, S) from 0 to 1, and the outputs (N, K), on the CPU.
 
     A heat map is ``relu(sum_k a_k F_k)``, with F the features of the last block and a_k the mean of the output's
     gradient to F_k over all places (equations 1 and 2). Of a ViT, F are the tokens that the last block receives: of
-    those that it returns, the head may read one alone.
-
-    Args:
-        images: (N, C, S, S), normalised, on the model's device.
-
-    Returns:
-        The maps, (N, S, S), from 0 to 1 each, and the model's outputs, (N, K), both on the CPU.
-
+    those that it returns, the head may read one alone. The images (N, C, S, S) are normalised, on the model's device.
     Raises InputError if the model has no blocks, or its features have no places.
     """
     blocks = block_names(model)
@@ -63,21 +56,15 @@ def _in_places(features: Tensor) -> Tensor:
 
 @dataclass
 class Explainer:
-    """Pictures of what a model sees of images, bright where most speaks for its answer.
-
-    Args:
-        view: from an image as `LabelledImages.undecoded` gives it to (C, S, S), normalised.
-        mean, std: of this normalisation.
-        bands: what is read of images that are no RGB photographs.
-    """
+    """Pictures of what a model sees of images, bright where most speaks for its answer."""
 
     model: nn.Module
-    view: View
+    view: View  # from an image as `LabelledImages.undecoded` gives it to (C, S, S), normalised
     device: torch.device
     dtype: torch.dtype
     mean: Sequence[float]
     std: Sequence[float]
-    bands: Bands | None = None
+    bands: Bands | None = None  # of images that are no RGB photographs
 
     def explain(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """What the model sees, in grey under its heat map too, both (S, S, 3) from 0 to 1; and its outputs (1, K)."""

@@ -20,10 +20,9 @@ NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% in
 def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     """The 95% interval of the true accuracy (0 to 1), from answers (N,) that are right or wrong.
 
-    Images of one cluster may be alike: `clusters` (N,) has the number of each image's cluster, such as a patient; None:
-    each image is for itself. It is then that of as many independent images as would have the same variance, at most N,
-    and wider where there are few clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and
-    Pearson's).
+    Images of one cluster may be alike: `clusters` (N,) has the number of each image's cluster, such as a patient. The
+    interval is then that of as many independent images as would have the same variance, at most N, and wider where
+    there are few clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and Pearson's).
     """
     images = len(right)
     share = right.double().sum().item() / images
@@ -59,8 +58,7 @@ def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
 def effective_rank(features: Tensor) -> float:
     """How many directions the features (N, D) fill: the exponential of the entropy of their shares; 1 to min(N, D).
 
-    The shares are the singular values of the centred features over their sum (Roy and Vetterli, "The effective rank",
-    EUSIPCO 2007). Features that have collapsed to a point or a line have about 1.
+    The shares are the singular values of the centred features over their sum (Roy and Vetterli, EUSIPCO 2007).
     """
     values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     shares = values / values.sum()
@@ -75,19 +73,15 @@ NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB
 
 
 def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:
-    """`measure(weights)`, (n, ...) of weights (n, images), computed for as many rows at a time as memory is meant for.
-
-    `numbers` says how many its largest intermediate result has for each row.
-    """
+    """`measure(weights)` of weights (n, images), for some rows at a time: each needs so many numbers in between."""
     rows = max(1, NUMBERS_AT_ONCE // max(1, numbers))
     return torch.cat([measure(part) for part in weights.split(rows)])
 
 
 class Ranking:
-    """Answers (M,) in the order of their scores, the highest first: sorted once, for measures under any weights.
+    """Answers (M,), the highest score first: sorted once, for measures under any weights. Equal scores share a rank.
 
-    Equal scores share a rank, at which all of them are counted. `images` (M,) has the column of the weights that is
-    each answer's; None: each answer has its own.
+    `images` (M,) has the column of the weights that is each answer's; None: each answer has its own.
     """
 
     def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
@@ -174,10 +168,7 @@ def root_mean_squared_error(answers: Tensor, truth: Tensor, weights: Tensor | No
 
 
 def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The share of the variance that the answers explain: 1 at best, 0 for the mean, below for worse answers.
-
-    NaN where the truth is one number.
-    """
+    """The share of the variance that the answers explain: 1 at best, 0 for the mean; NaN if the truth never varies."""
     truth = truth.double()
     centred = truth - truth.mean()  # first, lest the squares of large numbers leave nothing of the differences
     left = _weighted_mean((answers.double() - truth).square(), weights)
@@ -234,11 +225,8 @@ def jackknife(
     of average precisions flatters over labels with few positives. Their spread is the error (Kott, Journal of Official
     Statistics 17, 2001). Both are carried to a scale without ends, such as the logit of a share.
 
-    Args:
-        measure: takes weights (n, images), each 0 or 1, and returns (n, columns).
-        clusters: as for `share_interval`: the images of one cluster are left out together.
-        bounds: the lowest and the highest value of each column, never reached; of further columns 0 and 1.
-
+    `measure` takes weights (n, images), each 0 or 1, and returns (n, columns). The images of one cluster, see
+    `share_interval`, are left out together. `bounds` are the ends of each column, never reached; of further ones 0, 1.
     No interval is found where nothing changes, as where all answers are right, or a part has all that is measured.
     """
     from scipy.stats import t
@@ -314,10 +302,7 @@ BINS = 15
 
 
 def calibration(confidences: Tensor, right: Tensor) -> Tensor:
-    """The sums of confidences (N,), 0 to 1, and of right answers, and the images, in each of some bins: (BINS, 3).
-
-    (Guo et al., arXiv 1706.04599, section 2.)
-    """
+    """The sums of confidences (N,) and of right answers, and the images, by bins: (BINS, 3) (arXiv 1706.04599)."""
     place = (confidences.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # (0, 1/BINS], ...
     counted = torch.stack([confidences.double(), right.double(), torch.ones(len(right), dtype=torch.float64)], 1)
     return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, place, counted)

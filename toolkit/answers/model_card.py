@@ -15,9 +15,9 @@ MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors
 
 
 def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: str, file: str) -> str:
-    """The card as Markdown, with the Hub's block of metadata before it (huggingface.co/docs/hub/model-cards).
+    """The card of an adapter file as Markdown, after the Hub's block of metadata (huggingface.co/docs/hub/model-cards).
 
-    `metadata` are those of the adapter file, called `file`; `results` of the run's `results.json`, empty without one.
+    `results` is the content of the run's `results.json`, empty without one.
     """
     stage1 = metadata.get("stage1_adapter")
     beside = f", and `{Path(str(stage1)).name}`, which is merged into it, has to lie beside `{file}`" if stage1 else ""

@@ -30,16 +30,13 @@ FEWEST_POSITIVES = 5  # images or clusters, and negatives, of a label whose figu
 class LabelAnswers(ColumnAnswers):
     """Answers of yes and no: the values are probabilities, the targets 1, 0, or NaN where unknown.
 
-    A label of which no image is a positive, or for AUROC all are, has no figure (NaN) and no share in the mean. The
-    loss is the mean binary cross-entropy over images and labels, of which unknown ones have none.
+    A label of which no image is a positive, or for AUROC all are, has no figure (NaN) and no share in the mean.
     """
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
     def figures(self, weights: Tensor | None = None) -> Tensor:
-        """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the AP of each label and the AUROC of
-        each. For the micro AP all labels are in one ranking.
-        """
+        """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the APs and the AUROCs of all."""
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
         micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
@@ -82,12 +79,9 @@ class LabelAnswers(ColumnAnswers):
 
 
 class LabelObjective(Objective):
-    """Binary cross-entropies, none where a label is unknown.
+    """Binary cross-entropies for the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
 
-    Args:
-        labels: K.
-        targets: of the training images, (N, K): 1, 0, or NaN where unknown.
-        balanced: of each label its positives count as much as its negatives, together as much as they all did.
+    `balanced`: of each label its positives count as much as its negatives, together as much as they all did.
     """
 
     def __init__(self, labels: int, targets: Tensor | None, balanced: bool):
@@ -169,9 +163,6 @@ class LabelHead(Head):
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(self.objective.loss, targets=targets)
         return probe.choose_temperature(model, features, loss, features_train, self.objective.constant_logits)
-
-    def soften(self, model: nn.Module, temperature: float) -> None:
-        probe.soften_head(model, temperature, self.objective.constant_logits)
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         constant = self.objective.constant_logits.to(outputs.device)
@@ -327,11 +318,8 @@ class LabelReport(ColumnReport):
 class MultiLabel(Task):
     """Several labels an image.
 
-    Args:
-        names: of the K labels.
-        targets, balanced: as for `LabelObjective`.
-        thresholds: (K,), above which probabilities labels are answers.
-        goal: by which they are chosen anew: see `measures.threshold_for`.
+    `targets` and `balanced` are as for `LabelObjective`. Labels whose probability is above their threshold, of (K,),
+    are answers; by the goal thresholds are chosen anew: see `measures.threshold_for`.
     """
 
     kind = "multilabel"

@@ -68,6 +68,7 @@ class Objective:
 
     loss: evaluation.Loss  # what is minimised
     plain_loss: evaluation.Loss  # without weights and smoothing: reported, and watched by the guard
+    constant_logits: Tensor | float = 0.0  # what outputs have at an infinite temperature
     counts: Callable[[LabelledImages], Mapping[Any, int]]  # how many images say something about each output
     constant_loss: Callable[[LabelledImages], float]  # plain, of the best answer that is the same for all, an image
 
@@ -86,9 +87,7 @@ class Objective:
 class SoftmaxObjective(Objective):
     """Cross-entropy of logits of K classes, of each image the mean over what is known of it: a label, or its pixels.
 
-    Args:
-        class_weights: (K,), how much each class counts; None: 1.
-        label_smoothing: what share of each target is spread over all classes.
+    `class_weights` (K,) say how much each class counts; `label_smoothing` is spread over all of them.
     """
 
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0):
@@ -151,9 +150,7 @@ class Head:
     def knn_score(self, train_features, train_targets, features, targets) -> float | None:
         """Of answers taken from the most similar training images; None: they say nothing."""
 
-    def features(
-        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, images: int
-    ) -> tuple[Tensor, Tensor]:
+    def features(self, model, loader, device, dtype, images: int) -> tuple[Tensor, Tensor]:
         """What the head of `model` receives over a loader of so many images, (N, D), and the targets."""
         return evaluation.extract_features(model, loader, device, dtype)
 
@@ -167,13 +164,12 @@ class Head:
         return probe.choose_temperature(model, features, loss, features_train)
 
     def soften(self, model: nn.Module, temperature: float) -> None:
-        probe.soften_head(model, temperature)
+        probe.soften_head(model, temperature, self.objective.constant_logits)
 
     def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
         """What outputs are to be divided by for the smallest plain loss; None if they are no probabilities.
 
-        The share `smoothing` of each target is spread over all answers, which bounds the confidence in images that
-        are all answered right.
+        The share `smoothing` of each target is spread, which bounds the confidence if all are answered right.
         """
 
     def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
@@ -181,10 +177,7 @@ class Head:
         self.temperature = self.believable_temperature(outputs, targets, optimism)
 
     def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
-        """What makes probabilities believable, by outputs for views of training images.
-
-        It is 1 where `HeadTemperature.optimism` is not known.
-        """
+        """What makes probabilities believable, by outputs for training views; 1 if the head's optimism is unknown."""
         views = None if optimism is None else self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
         return 1.0 if views is None else optimism * views
 

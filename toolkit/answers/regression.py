@@ -47,11 +47,7 @@ class NumberAnswers(ColumnAnswers):
 
 
 class NumberObjective(Objective):
-    """The squared error of standardised numbers, none where a number is unknown.
-
-    Args:
-        mean, std: of the training images, float64 (K,).
-    """
+    """The squared error of numbers standardised by `mean` and `std` of training images; none where one is unknown."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean = mean.double()
@@ -217,14 +213,9 @@ class NumberReport(ColumnReport):
 
 
 class Regression(Task):
-    """Numbers.
+    """Numbers, with the targets of the training images, (N, K), NaN where unknown; or with their mean and std, (K,).
 
-    Args:
-        names: of the K numbers.
-        targets: of the training images, (N, K), NaN where unknown; or give mean and std, (K,).
-
-    Raises:
-        InputError: a number is the same for all training images, or known of fewer than two.
+    Raises InputError if a number is the same for all training images, or known of fewer than two.
     """
 
     kind = "regression"

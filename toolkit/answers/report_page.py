@@ -51,12 +51,8 @@ def write_page(
 ) -> None:
     """Write the page of a run, or of an evaluation, which has no curves and no settings.
 
-    Args:
-        rows: the table that is printed, (name, value) each.
-        sections: what the page shows of the answers, in HTML.
-        adapter: the file that gave them.
-        mistakes, curves: pictures.
-        named: the images on `mistakes` and what is said of each.
+    It has the rows that are printed, sections in HTML on the adapter's answers, two pictures, and what is said of each
+    image on `mistakes` (`named`).
     """
     adapter = shlex.quote(str(adapter))
     commands = [

@@ -315,12 +315,9 @@ class PixelReport(Report):
 
 
 class Segmentation(Task):
-    """A class for every pixel.
+    """A class for every pixel. An adapter file has the `record` of what reads masks.
 
-    Args:
-        names: of the K classes.
-        class_weights: (K,), how much a pixel of each counts, in the loss and for the head's start; None: 1.
-        masks: what reads masks; an adapter file has its `record`.
+    `class_weights` (K,) say how much a pixel of each class counts, in the loss and for the head's start.
     """
 
     kind = "segmentation"

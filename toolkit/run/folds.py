@@ -23,10 +23,8 @@ from toolkit.run.loaders import load_images
 from toolkit.run.options import FREE_TO_CHANGE, YAML_SECTIONS, FineTuneOptions, known_image_values
 from toolkit.run.run_state import check_same_run, write_config
 
-# In --output-dir
-FOLDER = "folds"
-TABLE = "folds.csv"
-IDENTITY = "folds/identity.json"
+TABLE = "folds.csv"  # in --output-dir
+IDENTITY = "folds/identity.json"  # where each part has a folder beside it
 
 
 def cross_validate(
@@ -49,10 +47,10 @@ def cross_validate(
     own_option.add_argument("--resume", nargs="?")  # of the parts each has its own
     _, words = own_option.parse_known_args(argv)
     _, count = read_folds(args.folds)
+    path = args.output_dir / IDENTITY
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
         identity = _identity(args)
         if args.resume:
-            path = args.output_dir / IDENTITY
             if not path.exists():
                 raise InputError(f"--resume: {args.output_dir} has no parts to go on with; start without it")
             try:
@@ -61,13 +59,13 @@ def cross_validate(
                 raise InputError(f"{path} is damaged: start without --resume") from None
         begin()
         if distributed.is_main():
-            (args.output_dir / FOLDER).mkdir(exist_ok=True)
-            write_text(json.dumps(identity, indent=2), args.output_dir / IDENTITY)
+            path.parent.mkdir(exist_ok=True)
+            write_text(json.dumps(identity, indent=2), path)
         write_config(args.output_dir / "config.yaml", asked, identity["config"])
         distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for finished ones
         found = []
         for number in range(1, count + 1):
-            own = args.output_dir / FOLDER / str(number)
+            own = path.with_name(str(number))
             if (own / "results.json").exists():
                 print(f"part {number} of {count}: finished in {own}")
                 found.append(read_results(own / "results.json"))
@@ -102,10 +100,7 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     task = TASKS[args.task]
     score = f"val_{task.score}"
     probe = f"{baseline_keys(task)[1]}_before"
-    columns = ("val_images", probe, score)
-    rows = []
-    for part, results in enumerate(found, 1):
-        rows.append({"part": part} | {name: results[name] for name in columns})
+    rows = [{"part": part} | results for part, results in enumerate(found, 1)]
     mean = {"part": "mean"}
     spread = {"part": "spread"}
     for name in (probe, score):
@@ -113,7 +108,7 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
         mean[name] = statistics.mean(values) if values else None
         spread[name] = statistics.stdev(values) if len(values) > 1 else None
     rows += [mean, spread]
-    write_csv(rows, ("part", *columns), args.output_dir / TABLE)
+    write_csv(rows, ("part", "val_images", probe, score), args.output_dir / TABLE)
     print(f"\n{'part':<8}{'images':>8}{'linear probe':>20}{task.score_title:>20}")
     for row in rows:
         shown = ["" if row[name] is None else task.reported(row[name]) for name in (probe, score)]

@@ -59,21 +59,12 @@ class GoBack:
 class Guard:
     """Judges a run by the losses of its steps, and after each epoch by its answers for some training images.
 
-    `after_step` and `after_epoch` answer and change nothing. The methods that begin with `note` take notes.
-
-    Args:
-        watched: the training images that are evaluated after each epoch.
-        may_shrink: whether less than all of the trained change may be kept.
-        epochs: of the whole run.
+    `after_step` and `after_epoch` answer and change nothing. The methods that begin with `note` take notes. The
+    training images `watched` are evaluated after each epoch. `may_shrink`: may less of the trained change be kept?
     """
 
     def __init__(
-        self,
-        task: Task,
-        train: LabelledImages,
-        watched: LabelledImages,
-        may_shrink: bool = False,
-        epochs: int = 1,
+        self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink: bool = False, epochs: int = 1
     ):
         self.variance = task.head.variance
         self.epochs = epochs
@@ -123,11 +114,8 @@ class Guard:
         So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs. With
         masks, of which few images have labels enough to judge by, so does one that would end with nothing to keep.
 
-        Args:
-            trained: the answers for the watched images with all of the trained change.
-            kept: those with the part of it that is kept.
-            divisor: by which this part is smaller, one of SHARE_DIVISORS.
-            still_sure: whether, with it, images without labels are answered as surely as the start did.
+        The watched images are answered with all of the trained change, and with the part of it that is kept: smaller by
+        `divisor`, one of SHARE_DIVISORS. Are images without labels `still_sure`, answered as surely as at the start?
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
@@ -176,8 +164,9 @@ class Guard:
     @property
     def is_recoverable(self) -> bool:
         """Is the present state good enough to go back to? The start is, and any that has lost next to no score."""
-        at_start = len(self.scores) <= 1
-        return at_start or (self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1))
+        if len(self.scores) <= 1:
+            return True
+        return self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1)
 
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""

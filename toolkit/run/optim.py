@@ -46,11 +46,10 @@ IMAGES_WORTH_THE_START = 5.0
 
 
 def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
-    """The share of the trained change that is evaluated and saved, above 0 and at most 1: `--wise-ft`.
+    """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`.
 
     With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
     where the head did not start as a linear probe, and where the whole backbone trains, of which it would keep a copy.
-    `images` has the number of training images of each class.
     """
     if args.wise_ft != "auto":
         return args.wise_ft
@@ -62,12 +61,8 @@ def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
 class WiseFT:
     """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903).
 
-    Of an adapter this is B, which starts at zero, so that the update shrinks by the share; A stays.
-
-    Args:
-        model: what trains in it is interpolated. BatchNorm's statistics are left out: they are estimated anew for the
-            weights that are evaluated.
-        alpha: the share to begin with, above 0 and at most 1; 1: nothing of the start.
+    Of an adapter this is B, which starts at zero, so that the update shrinks by the share; A stays. BatchNorm's
+    statistics are left out: they are estimated anew for the weights that are evaluated. The share begins with `alpha`.
     """
 
     def __init__(self, model: nn.Module, alpha: float):
@@ -148,7 +143,7 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
 def lr_schedule(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate's course: a linear warm-up of `warmup_steps`, then a cosine that falls to 0."""
+    """The learning rate's course: a linear warm-up, then a cosine that falls to 0."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:

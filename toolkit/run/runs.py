@@ -23,10 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from mallo
 
 
 def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:
-    """A progress bar that the first process draws; in a log, where each drawing stays, at most every ten seconds.
-
-    tqdm's variable TQDM_MININTERVAL in the environment sets another interval in seconds.
-    """
+    """A progress bar that the first process draws; in a log, where each drawing stays, at most every ten seconds."""
     redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
     interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
     options = {"mininterval": interval, "leave": False, "disable": not distributed.is_main(), **options}
@@ -75,12 +72,9 @@ class StopRequests:
             raise Stopped(self.signum or signal.SIGTERM)
 
     def watched(self, batches: Iterable) -> Iterable:
-        """Yield the batches, and check for a stop request before each.
-
-        Several processes never check here: they may have different numbers of batches.
-        """
+        """Yield the batches, and check for a stop request before each."""
         for batch in batches:
-            if distributed.world_size() == 1:
+            if distributed.world_size() == 1:  # several may have different numbers of batches
                 self.check()
             yield batch
 
@@ -98,8 +92,7 @@ LACKS = {
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
 
-    `saves_memory` is advice for when memory runs out. Yields an empty list, to which the block adds its loaders of
-    `Transformed` data sets: their workers end with it.
+    `saves_memory` is advice for when memory runs out. The block adds its loaders to the list: their workers end then.
     """
     loaders: list[DataLoader] = []
     try:
@@ -131,11 +124,10 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep freed memory for its next tensors, if its allocator is glibc's.
+    """Let this process keep freed memory for its next tensors, if its allocator is glibc's and has no settings.
 
     By default glibc returns blocks of more than 32 MB to the system at once, which then hands out new ones page by
     page, each filled with zeros: a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224 pixels).
-    Settings in the environment take precedence.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     is_free = platform.system() == "Linux" and not settings & os.environ.keys()

@@ -16,16 +16,16 @@ from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
-ALIKE = 1.5  # times a rate: below it a higher one is no other trial
+DISTINCT_RATIO = 1.5  # times a rate: below it a higher one is no other trial
 MOST_TRIAL_EPOCHS = 20
 SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
 
 
 def rates_that_differ(peak: Callable[[float], float]) -> list[float]:
-    """Those of RATES that are worth a trial: a short run lowers many of them to nearly the same `peak` of it."""
+    """The RATES that are worth a trial: a short run lowers many of them to nearly the same `peak` of it."""
     chosen: list[float] = []
     for rate in RATES:
-        if not chosen or peak(rate) > ALIKE * peak(chosen[-1]):
+        if not chosen or peak(rate) > DISTINCT_RATIO * peak(chosen[-1]):
             chosen.append(rate)
     return chosen
 
@@ -65,10 +65,7 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
 
 
 def resumed(args: FineTuneOptions, settings: dict[str, Any]) -> tuple[float | None, list[Trial]]:
-    """The learning rate of the run to resume or, if it is still a search, None and its trials so far.
-
-    `settings` are `config`, `images` and `base` of the run, which an interrupted search must share (`check_same_run`).
-    """
+    """The learning rate of the run to resume or, if it is still a search of the same settings, None and its trials."""
     if args.resume is None:
         return None, []
     state = read_checkpoint(args.resume)

@@ -43,7 +43,7 @@ def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple
     """The images of each step, and its figures summed over batches and processes. Empties the list.
 
     A step comes as the number of its images in all processes, and for each batch the sums over its images, (n,), on the
-    device. The processes exchange their sums, and whether one of them was asked to stop: `StopRequests`.
+    device. The processes exchange, too, whether one of them was asked to stop: `StopRequests`.
     """
     images = [number for number, _ in steps]
     sums = [list(map(sum, zip(*map(Tensor.tolist, batches), strict=True))) for _, batches in steps]
