@@ -25,8 +25,6 @@ from toolkit import InputError, did_you_mean, dotted, listed, printable
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
-# ------------------------------------------------------------------------------------------------ what a model holds
-
 
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`.
@@ -68,10 +66,7 @@ def unused_adapters(model: nn.Module) -> list[str]:
 
 
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Yield (name, tensor as before merging, digest before rounding or None) of the head's tensors, or of all others.
-
-    Adapters are left out.
-    """
+    """Yield (name, tensor as before merging, digest before rounding or None) of the head's tensors, or the base's."""
     statistics = base_statistics(model)
     for prefix, module in model.named_modules():
         if of_head != in_head(model, prefix):
@@ -115,9 +110,6 @@ def full_rank(model: nn.Module) -> int:
     return highest
 
 
-# ----------------------------------------------------------------------------------------------------------- manager
-
-
 class LoRAManager:
     """Saves, loads, merges, disables, switches and removes the adapters of a model.
 
@@ -131,10 +123,7 @@ class LoRAManager:
         name_head(self.model, head)
 
     def _layers_in_file(self) -> dict[str, nn.Module]:
-        """The layers that an adapter file names: those with an adapter, and those in 4 bits without one.
-
-        Files do not record 16-bit storage: autocast would round the same way.
-        """
+        """The layers that a file names: with an adapter, or in 4 bits; autocast would round to 16 bits the same way."""
         return {n: layer for n, layer in adapted_layers(self.model).items() if layer.r or layer.base_bits == 4}
 
     def _layers_to_merge(self) -> dict[str, nn.Module]:
@@ -209,11 +198,8 @@ class LoRAManager:
         return self.model
 
     def merge_into_base(self) -> None:
-        """Make ``W + s B A`` the new base and remove the adapters: what is trained next is trained over the sum.
-
-        The digest of a merged weight (`base_digests`) is made from what it was computed from: the sum itself is rounded
-        differently from one machine to the next.
-        """
+        """Make ``W + s B A`` the new base and remove the adapters: what is trained next is trained over the sum."""
+        # The digest of a merged weight is made from what it was computed from: machines round the sum differently.
         digests = base_digests(self.model)
         digests |= {name: tensor_digest(statistic) for name, statistic in named_statistics(self.model).items()}
         sources = {}

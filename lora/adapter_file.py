@@ -91,10 +91,7 @@ def find_base(
     checkpoint: str | Path | None = None,
     stage1_adapter: str | Path | None = None,
 ) -> tuple[Path, Path | None]:
-    """Find the checkpoint that an adapter file was trained over, and the stage-1 adapter merged into it, if any.
-
-    The last two arguments are where they are now, if not where the metadata say, or the second beside the file.
-    """
+    """Find a file's base and the stage-1 adapter merged into it, if any: where they are now, or where metadata say."""
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):
         raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")

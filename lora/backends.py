@@ -97,10 +97,8 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` by the product that `linear` chooses: where that is oneDNN's, thin ones are up to three times as fast.
-
-    Columns of a wider matrix are left to PyTorch: oneDNN would read them number by number.
-    """
+    """``a @ b`` by the product that `linear` chooses: where that is oneDNN's, up to three times as fast if thin."""
+    # Columns of a wider matrix are left to PyTorch: oneDNN would read them number by number.
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
@@ -110,10 +108,8 @@ def pixels(x: Tensor) -> Tensor | None:
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
-    """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own.
-
-    `geometry` is what `F.conv2d` takes after the bias. On a CPU oneDNN adds or rectifies while it writes the output.
-    """
+    """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own."""
+    # On a CPU oneDNN adds or rectifies while it writes the output.
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
     if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not is_traced():
         stride, padding, dilation, groups = geometry

@@ -160,10 +160,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 
 @torch.no_grad()
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
-    """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
-
-    Without batches nothing follows. `required` raises InputError if there is no BatchNorm to follow.
-    """
+    """Let the frozen BatchNorms folded into adapted convolutions follow the adapters, which still do nothing."""
     norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm) and conv.r > 0}
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
@@ -199,10 +196,7 @@ def settle(conv: nn.Conv2d) -> None:
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``g = gamma / sqrt(var + eps)``, ``log |g|`` but for a constant, ``beta + (bias - mean) g``: (out,) each.
-
-    g is a number: its logarithm takes the gradient of the adapter's statistics, if they have one.
-    """
+    """``g = gamma / sqrt(var + eps)``, ``log |g|`` but for a constant, ``beta + (bias - mean) g``: (out,) each."""
     if norm is None:
         return None, None, conv.bias
     mean = norm.running_mean
@@ -212,7 +206,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
     scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
     if not variance.requires_grad:
         return scale, None, shift
-    return scale.detach(), -0.5 * (variance + norm.eps).log(), shift
+    return scale.detach(), -0.5 * (variance + norm.eps).log(), shift  # the logarithm takes the gradient of g
 
 
 def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
@@ -237,14 +231,12 @@ def named_statistics(model: nn.Module) -> dict[str, Tensor]:
 def statistics_in_file(
     model: nn.Module, content: Mapping[str, Any]
 ) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d, str, str]]:
-    """Yield (convolution, BatchNorm, names of mean and variance) if a file has the adapter's statistics for them.
-
-    A BatchNorm that trained has scales, shifts or a count of batches in the file too, and is the base's.
-    """
+    """Yield (convolution, BatchNorm, names of mean and variance) if a file has the adapter's statistics for them."""
     names = {module: name for name, module in model.named_modules()}
     tensors = content["tensors"]
     for conv, norm in _pairs(model):
         is_adapted = content["layers"].get(names[conv], {"r": 0})["r"] > 0
+        # A BatchNorm that trained has one of these in the file too, and is the base's.
         trained = {dotted(names[norm], leaf) for leaf in ("weight", "bias", "num_batches_tracked")}
         mean, variance = (dotted(names[norm], leaf) for leaf in STATISTICS)
         if is_adapted and not {mean, variance}.isdisjoint(tensors) and trained.isdisjoint(tensors):

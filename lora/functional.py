@@ -218,16 +218,14 @@ def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tenso
 def _pull_back(
     prologue: nn.LayerNorm | nn.GELU | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
 ) -> Tensor:
-    """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits.
-
-    A LayerNorm takes some of the rows at a time: all at once would be the peak of a ViT's memory.
-    """
+    """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits."""
     if prologue is None:
         return gradient
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     if isinstance(prologue, nn.GELU):
         return backends.gelu_gradient(gradient.to(x.dtype), x, approximate=prologue.approximate, grad_input=result)
     dtype = x.dtype if prologue.weight is None else prologue.weight.dtype
+    # Some of the rows at a time: all at once would be the peak of a ViT's memory.
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
@@ -458,10 +456,7 @@ def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
-    """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in).
-
-    If the channels lie last, it is a matrix product over the pixels: up to twice as fast on a CPU if it is thin.
-    """
+    """``conv2d(x, matrix)`` of a 1x1 kernel, over pixels up to twice as fast. x: (N, in, H, W), matrix: (out, in)."""
     pixels = backends.pixels(x)
     if pixels is None:
         return F.conv2d(x, matrix[:, :, None, None])

@@ -154,9 +154,6 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
     return known and attention.batch_first and by_rows(last.dropout, last.ln_2, last.mlp, encoder.ln)
 
 
-# ------------------------------------------------------------------------------------------------------ the blocks
-
-
 def recomputable(forward: Callable) -> Callable:
     """Make a block's forward save only its input and run again in backward, if its `checkpointing` is True."""
 

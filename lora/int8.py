@@ -90,15 +90,12 @@ def _product(codes: Tensor, matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (N, in), multiplied by `columns` (in,) if they are given, as codes (N, in) in int8 and scales (N, 1).
-
-    A row with NaN or infinity has a scale that is not finite, and so has what is computed of it.
-    """
+    """x (N, in), multiplied by `columns` (in,) if they are given, as codes (N, in) in int8 and scales (N, 1)."""
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
         rows = (rows if columns is None else rows * columns).to(torch.float32)
-        largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)
+        largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)  # NaN and infinity stay, as in what comes of it
         its_codes.copy_((rows * (LARGEST / largest)).round_())
         torch.mul(largest, 1 / LARGEST, out=its_scale)
     return codes, scale

@@ -181,9 +181,6 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ many runs
-
-
 def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """A row of means for each of many `results.json`, the best first; those that differ by seed alone share one."""
     runs = [(path, read_results(path)) for path in dict.fromkeys(paths)]

@@ -196,8 +196,6 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean() if weights is None else weighted_sum(values, weights) / weights.sum(1)
 
 
-# ----------------------------------------------------------------------------------------------- how far chance reaches
-
 PARTS = 50  # of the images, of which each is left out once
 SHARE = (0.0, 1.0)  # bounds of measures
 BELOW_1 = (-math.inf, 1.0)
@@ -295,8 +293,6 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
     sums = 2 * np.arange(len(chances)) - len(chances) + 1
     return min(1.0, float(chances[np.abs(sums) >= abs(gains.sum().item())].sum()))
 
-
-# ---------------------------------------------------------------------------------------------------------- calibration
 
 BINS = 15
 

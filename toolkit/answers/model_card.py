@@ -15,10 +15,7 @@ MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors
 
 
 def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: str, file: str) -> str:
-    """The card of an adapter file as Markdown, after the Hub's block of metadata (huggingface.co/docs/hub/model-cards).
-
-    `results` is the content of the run's `results.json`, empty without one.
-    """
+    """The card of an adapter file as Markdown, after the Hub's block of metadata (hf.co/docs/hub/model-cards)."""
     stage1 = metadata.get("stage1_adapter")
     beside = f", and `{Path(str(stage1)).name}`, which is merged into it, has to lie beside `{file}`" if stage1 else ""
     base = Path(str(metadata["checkpoint"])).name

@@ -28,10 +28,7 @@ FEWEST_POSITIVES = 5  # images or clusters, and negatives, of a label whose figu
 
 @dataclass
 class LabelAnswers(ColumnAnswers):
-    """Answers of yes and no: the values are probabilities, the targets 1, 0, or NaN where unknown.
-
-    A label of which no image is a positive, or for AUROC all are, has no figure (NaN) and no share in the mean.
-    """
+    """Answers of yes and no: the values are probabilities, the targets 1, 0, or NaN where unknown."""
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 

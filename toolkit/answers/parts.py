@@ -167,10 +167,7 @@ class Head:
         probe.soften_head(model, temperature, self.objective.constant_logits)
 
     def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
-        """What outputs are to be divided by for the smallest plain loss; None if they are no probabilities.
-
-        The share `smoothing` of each target is spread, which bounds the confidence if all are answered right.
-        """
+        """What divides outputs for the smallest plain loss, bounded by smoothing; None if they are no probabilities."""
 
     def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
         """Choose the temperature, and all that depends on it: see `believable_temperature`."""

@@ -122,10 +122,8 @@ def rate_divisor(rate: float, steps: int) -> float:
 
 
 def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> float:
-    """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed.
-
-    So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
-    """
+    """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed."""
+    # So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
     if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or TRUTHS[args.task] == "mask":
         return 1.0
     counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)

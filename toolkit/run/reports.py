@@ -35,8 +35,6 @@ FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that o
 MANY_FOREIGN = 0.12  # of images without labels; without foreign ones it is 4 to 8%: benchmarks/RESULTS.md
 BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
-# --------------------------------------------------------------------------------------- words that several lines share
-
 
 def duration(seconds: float) -> str:
     """A time as people say it."""
@@ -53,9 +51,6 @@ def short_rate(rate: float) -> str:
     """A learning rate as people type it: 1e-4, 2.4e-3."""
     digits, _, power = f"{rate:.2e}".partition("e")
     return f"{float(digits):g}e{int(power)}"
-
-
-# -------------------------------------------------------------------------------------------------------- while it runs
 
 
 def describe_data(args: DataOptions, splits: Splits) -> str:
@@ -143,9 +138,6 @@ def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     return f"{taken}, {duration(left)} left" if left else taken
 
 
-# ------------------------------------------------------------------------------------------------------- what it leaves
-
-
 def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
     stage1 = run.args.stage1_adapter
@@ -172,10 +164,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
 def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
     """Write and print the results of a fine-tuning, and return the content of `results.json`.
 
-    Args:
-        result: the answers for the evaluation images of the model that was saved, as it is now.
-        kept: its `epoch` and `kept_share`.
-        counts: its parameters, as `count_parameters` gives them.
+    They are those of the model that was saved: its answers, `epoch` and `kept_share`, and its `count_parameters`.
     """
     normalization = run.plan.normalization
     report = run.task.report(result, run.splits.val.clusters())

@@ -33,10 +33,7 @@ def judge(
     images_per_class: float,
     adapter: str = "lora.pth",
 ) -> Verdict:
-    """Judge a finished run, by the content of `results.json` and the rows of `metrics.csv`, one for each epoch.
-
-    `images_per_class` is that of the training images; `adapter`, the path of the file for commands that use it.
-    """
+    """Judge a finished run by the content of `results.json`, the rows of `metrics.csv`, and training images a class."""
     score = task.score
     factor, _ = task.axis  # 100: differences are points
     probe = results[f"probe_{score}_before"]
