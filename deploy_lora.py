@@ -57,7 +57,7 @@ from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_c
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.images import lists, masks, remote, sources, splitting, transforms
-from toolkit.images.bands import from_metadata, recorded, settle
+from toolkit.images.bands import from_metadata, settle
 from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
@@ -674,15 +674,14 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(files.same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
-    about = usage(metadata)
-    description = _place_of_usage(about, args.output)
+    about = {"file": args.output.name} | usage(metadata)
     LoRAManager(model).merge_lora_weights()
     state = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
     if files.is_safetensors(args.output):
         files.write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
         files.save_atomically(state, args.output)
-    files.write_text(json.dumps({"file": args.output.name, **about}, indent=2), description)
+    files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
     arch = metadata["arch"]
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     shape = [f"{heads} heads" for heads in other_heads(model).values()]
@@ -771,17 +770,6 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     return about | {name: recorded[key] for key, name in task.head.served.items()}
 
 
-def _place_of_usage(about: dict[str, Any], output: Path) -> Path:
-    """Where `usage` of a file is written: beside it. Raises InputError if what is there is of a file with other use."""
-    path = output.with_suffix(".json")
-    with contextlib.suppress(OSError, UnicodeError, json.JSONDecodeError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        other = str(value_at(found, "file"))
-        if other != output.name and (output.parent / other).exists() and found != {"file": other, **about}:
-            raise InputError(f"--output {output}: {path} is about {printable(other)}, used otherwise; name it apart")
-    return path
-
-
 def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
@@ -790,49 +778,43 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units; or `probabilities`
     for every pixel, (N, classes, H, W), of images (N, C, H, W) that may be larger than S where the model is a ResNet.
 
-    Returns the metadata that are written into the file: `class_names` and other values as JSON. `model.json` beside it
-    says what is left to do around the graph, as `usage` does.
+    `model.json` beside it says what is left to do around the graph, as `usage` does. The same values are written into
+    the file as its metadata, each as JSON, and returned.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
     channels = input_channels(model)
     task = _task_of(metadata)
     any_size = task.per_pixel and isinstance(model.backbone, ResNet)
-    values = from_metadata(metadata)
-    about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
-    about |= recorded(values, metadata) | {"normalised_inside": args.normalise}
-    if record := task.record():
-        about["task"] = record
-    about = {key: json.dumps(value) for key, value in about.items()}
-    left = usage(metadata)
+    about = {"file": args.output.name} | usage(metadata)
     if args.normalise:
-        left |= {"mean": [0.0] * channels, "std": [1.0] * channels}
         scale = 1.0
-        if values["bands"] is not None:
-            scale = left["scale"]
-            left["scale"] = 1.0
+        if about["bands"] is not None:
+            scale = about["scale"]
+            about["scale"] = 1.0
         normalise = nn.BatchNorm2d(channels, eps=0.0, affine=False)
-        normalise.running_mean = scale * torch.tensor(values["mean"])
-        normalise.running_var = (scale * torch.tensor(values["std"])).square()
+        normalise.running_mean = scale * torch.tensor(about["mean"])
+        normalise.running_var = (scale * torch.tensor(about["std"])).square()
         model = nn.Sequential(normalise, model)
+        about |= {"mean": [0.0] * channels, "std": [1.0] * channels}
     output_layer = task.head.output_layer()
     if not isinstance(output_layer, nn.Identity):
-        left["activation"] = "none"
-        left.pop("output_mean", None)
-        left.pop("output_std", None)
-    description = _place_of_usage(left, args.output)
+        about["activation"] = "none"
+        about.pop("output_mean", None)
+        about.pop("output_std", None)
+    notes = {key: json.dumps(value) for key, value in about.items()}
     program = _graph(nn.Sequential(model, output_layer).eval(), metadata["image_size"], channels, any_size)
     with files.open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":
-            file.write(_as_onnx(program, about, task.head.output_name))
+            file.write(_as_onnx(program, notes, task.head.output_name))
         else:
             content = io.BytesIO()
-            torch.export.save(program, content, extra_files=about)
+            torch.export.save(program, content, extra_files=notes)
             file.write(content.getvalue())
-    files.write_text(json.dumps({"file": args.output.name, **left}, indent=2), description)
+    files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
     what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
-    print(f"wrote {args.output}: {what}; its metadata: {', '.join(about)}")
-    return about
+    print(f"wrote {args.output}: {what}; its metadata: {', '.join(notes)}")
+    return notes
 
 
 SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
@@ -866,31 +848,19 @@ ROUNDING = 1e-3  # the largest difference of answers, relative to their size, th
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write the adapter in PEFT's format into the folder --output."""
-    error = to_peft(args.adapter, args.output, args.checkpoint)
-    print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
-
-
-def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> float:
-    """Write an adapter file as a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
+    """Write the adapter as a folder --output that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     `base` is the torchvision model with the base's weights, in float, and a head for the adapter's classes, whose
-    weights come from the folder (`modules_to_save`).
-
-    Returns the largest difference of the two models' logits for random images, relative to the largest logit. Raises
-    InputError if PEFT is missing, the file has no adapters, or something in it has no counterpart in PEFT's format.
-
-    Args:
-        folder: is made if it does not exist; the two files in it are replaced.
-        checkpoint: the base, if it was moved since training.
+    weights come from the folder (`modules_to_save`). Raises InputError if PEFT is missing, the file has no adapters, or
+    something in it has no counterpart in PEFT's format.
     """
     peft = peft_format.import_peft()
-    model, metadata = load_finetuned(adapter, checkpoint)
+    model, metadata = load_finetuned(args.adapter, args.checkpoint)
     _refuse_pixels(metadata, "convert")
-    obstacles = list(peft_format.obstacles(model, read_adapter_file(adapter)["tensors"]))
+    obstacles = list(peft_format.obstacles(model, read_adapter_file(args.adapter)["tensors"]))
     if obstacles:
-        raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
-    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *model_shape(metadata))
+        raise InputError(f"{args.adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
+    base, _ = load_base(*find_base(args.adapter, metadata, args.checkpoint), *model_shape(metadata))
     tolerance = ROUNDING
     if any(is_adapted(module) and module.base_bits == 4 for module in model.modules()):
         tolerance = torch.inf
@@ -900,12 +870,12 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     with tempfile.TemporaryDirectory() as scratch:
         peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        difference = _difference(theirs, model, metadata["image_size"], tolerance)
-        files.make_folder(folder)
+        error = _difference(theirs, model, metadata["image_size"], tolerance)
+        files.make_folder(args.output)
         for name in (peft_format.CONFIG, peft_format.WEIGHTS):
-            with files.open_atomically(folder / name) as file:
+            with files.open_atomically(args.output / name) as file:
                 file.write(Path(scratch, name).read_bytes())
-    return difference
+    print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def test_a_graph_in_onnx_takes_the_numbers_of_the_file(trained, tiffs, tmp_path)
     deploy_lora.main(f"export {trained} --output {tmp_path / 'model.onnx'} --normalise".split())
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     told = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
-    assert (told["channels"], told["scale"], told["bands"]) == (13, 10000, [])
+    assert (told["channels"], told["scale"], told["bands"]) == (13, 1, [])  # it divides by 10000 itself
     numbers = tifffile.imread(image).astype(np.float32).transpose(2, 0, 1)[None]  # as they are in the file
     [logits] = session.run(None, {"images": numbers})
     assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)

@@ -177,7 +177,7 @@ def test_masks_drawn_by_hand_and_scenes_are_not_replaced(of_pairs, pairs, tmp_pa
     assert len(os.listdir(tmp_path / "val/masks")) == len(os.listdir(pairs / "val/masks"))
     (tmp_path / "scenes").mkdir()
     write_tiff(tmp_path / "scenes/scene.tif", 64, 64)
-    with pytest.raises(InputError, match=r"scene\.tif is there, and no earlier predict wrote it: move it away"):
+    with pytest.raises(InputError, match=r"scene\.tif is there, and no earlier predict like this wrote it"):
         deploy("predict", of_tiffs, tmp_path / "scenes", "--output", tmp_path / "scenes/scene.tif")
 
 

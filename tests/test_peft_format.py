@@ -13,7 +13,6 @@ from dense import FP32, assert_close, randomize_adapters
 from torch import nn
 
 import deploy_lora
-from deploy_lora import to_peft
 from finetune_lora import adapt_layers, add_lora_to_model, load_finetuned
 from lora.adapted import adapted_layers, recorded_settings
 from lora.peft_format import CONFIG, WEIGHTS, _packed_factors, obstacles
@@ -29,6 +28,10 @@ BLOCK = "encoder.layers.encoder_layer_1."
 @pytest.fixture
 def peft():
     return pytest.importorskip("peft")
+
+
+def convert(adapter: Path, folder: Path) -> None:
+    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(folder)])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_an_output_projection_may_have_a_scaling_of_its_own():
 )
 def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     adapter = saved(bases[kind], SIZES[kind], tmp_path, **options)
-    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
+    convert(adapter, tmp_path / "peft")
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {CONFIG, WEIGHTS}
     assert "4-bit" not in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(stock(bases[kind], SIZES[kind]), tmp_path / "peft").eval()
@@ -113,7 +116,7 @@ def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
     """PEFT's answers are those of a float model with these adapters; what was in 4 bits below them is no adapter."""
     last = 1
     adapter = saved(base, 16, tmp_path, r=2, use_qlora=True, adapt_last=last)
-    to_peft(adapter, tmp_path / "peft")
+    convert(adapter, tmp_path / "peft")
     assert "trained over 4-bit weights" in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(stock(base, 16), tmp_path / "peft").eval()
     ours = add_lora_to_model(stock(base, 16), r=2, adapt_last=last).eval()
@@ -127,12 +130,12 @@ def test_what_peft_cannot_hold_is_named(peft, base, tmp_path):
     model, _ = load_backbone(base, 3)
     LoRAManager(model).save_lora_checkpoint(tmp_path / "full.pth", about)
     with pytest.raises(InputError, match=r"full\.pth cannot be written for PEFT: it has no adapters; use merge"):
-        to_peft(tmp_path / "full.pth", tmp_path / "peft")
+        convert(tmp_path / "full.pth", tmp_path / "peft")
     add_lora_to_model(model, target_modules=["heads", "mlp"])
     model.class_token.data += 1
     LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
     with pytest.raises(InputError, match=r"heads.head \(an adapter on the head.*base that have trained \(class_token"):
-        to_peft(tmp_path / "lora.pth", tmp_path / "peft")
+        convert(tmp_path / "lora.pth", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 
@@ -156,7 +159,7 @@ def test_layers_that_peft_computes_otherwise(layer, expected):
 def test_the_package_is_named_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="pip install peft"):
-        to_peft(tmp_path / "lora.pth", tmp_path)
+        convert(tmp_path / "lora.pth", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -121,7 +122,7 @@ WROTE = {
     "predict": rb"\A(image_)?path,[^\n]*\r\n|moco-lora \d",
     "embed": rb"\Apath\r\n",
     "card": rb"\n## Settings, of version .* of the toolkit\n",
-} | dict.fromkeys(("merge", "export"), rb'\A\{\s+"file": "')
+} | dict.fromkeys(("merge", "export"), rb'\A\{\s+"file": ')
 
 
 def files_written(args: argparse.Namespace) -> list[Path]:
@@ -148,9 +149,12 @@ def not_its_own(args: argparse.Namespace) -> Path | None:
     telling = written[-1] if args.command in TOLD_BESIDE else written[0]
     if telling not in there or (args.command == "embed" and len(there) == 1):
         return there[0]
+    pattern = WROTE[args.command]
+    if args.command in ("merge", "export"):  # of two files with one description it would say what is true of one
+        pattern += re.escape(json.dumps(args.output.name).encode())
     if telling.is_file() and os.access(telling, os.R_OK):  # a pipe has no end
         with open(telling, "rb") as file:
-            if re.search(WROTE[args.command], file.read(2**20)):
+            if re.search(pattern, file.read(2**20)):
                 return None
     return telling
 
@@ -171,7 +175,7 @@ def check_output(args: argparse.Namespace) -> list[str]:
             return [f"--output {args.output}: {path} is read by this very command; name another file"]
     path = not_its_own(args)
     if path is not None:
-        return [f"{path} is there, and no earlier {args.command} wrote it: move it away, or name another --output"]
+        return [f"{path} is there, and no earlier {args.command} like this wrote it: move it, or name another --output"]
     return []
 
 
