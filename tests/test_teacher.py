@@ -259,9 +259,9 @@ def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
     assert found.knows_enough()
 
 
-@pytest.mark.parametrize(("certainty", "changed", "still_sure"), [(0.99, 0, True), (0.99, 1, False), (0.7, 1, True)])
+@pytest.mark.parametrize(("certainty", "changed", "still_sure"), [(0.99, 1, True), (0.99, 2, False), (0.66, 2, True)])
 def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong(certainty, changed, still_sure):
-    """Of four answers as sure as 0.99, 3.6 are expected to be right less two standard errors; of 0.7 it is 1."""
+    """Of four answers as sure as 0.99 three quarters of 3.96 have to stay, of 0.66 three quarters of 2.64."""
     found = teacher_of()
     rest = (1 - certainty) / 2
     found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)
@@ -328,15 +328,17 @@ def test_a_step_is_the_dense_gradient_of_both_losses(taught):
 
 
 def test_two_batches_of_a_step_are_one_large_batch(start, images):
-    options = f"--labels-per-class 5 --unlabelled {images} --clip-grad-norm 1 --batch-size"
+    # At random: which way a direction of the gradient points is rounding.
+    options = f"--labels-per-class 5 --unlabelled {images} --lora-init random --batch-size"
     runs = [start(f"{options} 8"), start(f"{options} 4 --accumulation-steps 2")]
     for run in runs:
         run.start()
-        train_on(run, *itertools.islice(run.loaders.steps(1), 3))
-    whole, parts = (run.teacher for run in runs)
-    torch.testing.assert_close(whole.thresholds(), parts.thresholds(), rtol=1e-4, atol=1e-5)
-    for name, weight in whole.average.items():
-        torch.testing.assert_close(parts.average[name], weight, rtol=1e-2, atol=1e-4, msg=name)
+        train_on(run, *itertools.islice(run.loaders.steps(1), 1))
+    torch.testing.assert_close(runs[0].teacher.thresholds(), runs[1].teacher.thresholds(), rtol=1e-4, atol=1e-5)
+    gradients = {name: weight.grad for name, weight in runs[1].model.named_parameters()}
+    for name, weight in runs[0].model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_the_share_of_the_change_that_is_kept_counts_all_images(taught):
