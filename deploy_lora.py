@@ -493,6 +493,8 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
         model, about = _loaded(args)
         if args.arithmetic == "int8":
             multiply_in_8_bits(model)
+        else:
+            LoRAManager(model).merge_lora_weights()
 
         def make_loader(images: Transformed) -> DataLoader:
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}

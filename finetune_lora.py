@@ -58,7 +58,7 @@ from toolkit.models.backbones import block_names, headless, in_head, name_head, 
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
-from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
+from toolkit.models.norms import NORMS, constant_scale_and_shift, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
@@ -295,7 +295,14 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         BatchNorm is in kernel and bias: see `folded_norm`.
         """
         if not self._is_active:
-            y = self._conv_forward(x, self._weight_without_adapter(x), self.bias)
+            weight = self._weight_without_adapter(x)
+            if batch_norm is not None and x.dim() == 4 and not torch.is_grad_enabled():
+                own = batch_norm.running_mean, batch_norm.running_var  # merged, these are the adapter's
+                scale, shift = constant_scale_and_shift(batch_norm, *own, self.bias)
+                x, padding = functional.pad_for_conv2d(x, self)
+                geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+                return functional.frozen_conv2d(x, weight, shift, scale, geometry, residual, relu)
+            y = self._conv_forward(x, weight, self.bias)
             if batch_norm is not None:
                 y = batch_norm(y)
             return functional.added_and_rectified(y, residual, relu)
@@ -957,8 +964,8 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     if args.clip_grad_norm is not None:
                         run.scaler.unscale_(run.optimizer)
                         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad_norm)
-                    if optim.stepped(run.scaler, run.optimizer):
-                        run.schedule.step()
+                    optim.take_step(run.scaler, run.optimizer)
+                    run.schedule.step()
                     if run.teacher is not None:
                         run.teacher.after_step()
 

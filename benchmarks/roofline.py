@@ -17,27 +17,21 @@ Left out are caches, which make small tensors cheaper, the workspaces of cuDNN a
 needs to issue the kernels. Which share of a datasheet's figures a kernel reaches is assumed (SHARES), the same on all
 cards. Trust ratios between variants more than milliseconds, and neither before a measurement.
 
-A PyTorch without CUDA is made to believe in a GPU by a small library (`fake_cuda.cpp`), for which g++ and Linux are
-needed. It is built for the run, and preloaded into its processes alone.
+A PyTorch without CUDA is made to believe in a GPU by `tests/cuda_on_cpu`, for which g++ and Linux are needed.
 """
 
 import argparse
 import collections
-import contextlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.utils import cpp_extension
 
 from benchmarks.compare_peers import (
     VARIANTS,
@@ -48,7 +42,7 @@ from benchmarks.compare_peers import (
 )
 from benchmarks.operators import Operator, Recording, record
 from lora.backends import LOW_PRECISION
-from lora.nf4 import bitsandbytes_functional
+from tests import cuda_on_cpu
 from toolkit import InputError
 from toolkit.config import positive_int
 from toolkit.models.names import default_image_size
@@ -127,56 +121,32 @@ def costliest(operators: list[Operator], card: Card) -> list[dict]:
 
 def predict_apart(names: list[str], args) -> dict[str, dict]:
     """`predict` for each variant, in processes that believe in a GPU."""
-    command = [sys.executable, "-m", "benchmarks.roofline", "--model", args.model, "--precision", args.precision]
+    command = [sys.executable, *on_gpu(), "-m", "benchmarks.roofline"]
+    command += ["--model", args.model, "--precision", args.precision]
     for option in ("batch_size", "image_size", "rank", "seed"):
         command += [f"--{option.replace('_', '-')}", str(vars(args)[option])]
     predicted = {}
-    with fake_cuda() as settings:
-        for name in names:
-            print(f"recording {name}, batch {args.batch_size}", file=sys.stderr)
-            done = subprocess.run(
-                [*command, "--record", name], capture_output=True, text=True, env={**os.environ, **settings}
-            )
-            if done.returncode:
-                raise RuntimeError(f"recording {name}: {done.stderr}")
-            predicted[name] = json.loads(done.stdout.splitlines()[-1])
+    for name in names:
+        print(f"recording {name}, batch {args.batch_size}", file=sys.stderr)
+        done = subprocess.run([*command, "--record", name], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"recording {name}: {done.stderr}")
+        predicted[name] = json.loads(done.stdout.splitlines()[-1])
     return predicted
 
 
-@contextlib.contextmanager
-def fake_cuda():
-    """The environment in which a process's PyTorch finds a GPU for fake tensors; built for this `with` block.
-
-    Raises InputError where that cannot be built.
-    """
-    if torch.version.cuda:
-        if not torch.cuda.is_available():
-            raise InputError("this PyTorch is built for CUDA and finds no GPU: predict with a CPU-only build of it")
-        yield {}
-        return
-    if sys.platform != "linux" or shutil.which("g++") is None:
-        raise InputError("predictions for a GPU need Linux and g++ (apt install g++), and g++ is not here")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(__file__).with_name("fake_cuda.cpp"), Path(folder, "fake_cuda.so")
-        command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)]
-        command += [f"-I{path}" for path in cpp_extension.include_paths()]
-        for path in cpp_extension.library_paths():
-            command += [f"-L{path}", f"-Wl,-rpath,{path}"]
-        done = subprocess.run([*command, "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"g++ cannot build {source.name} against PyTorch {torch.__version__}: {done.stderr}")
-        yield {"LD_PRELOAD": str(library)}  # before PyTorch, which asks once, when it is imported
+def on_gpu() -> list[str]:
+    """What starts a module with a GPU for PyTorch. Raises InputError where none is there, and none can be emulated."""
+    if torch.cuda.is_available():
+        return []
+    if reason := cuda_on_cpu.why_not():
+        raise InputError(f"predictions need a GPU that PyTorch can use, or one that is emulated: {reason}")
+    return ["-m", "tests.cuda_on_cpu"]
 
 
 def record_here(name: str, args) -> None:
-    """In a process of `fake_cuda`: print the prediction, and exit at once: the threads of that GPU cannot be joined."""
-    if VARIANTS[name].package == "bitsandbytes":
-        bitsandbytes_functional()  # before a GPU is claimed, for which it would look for a library
-    with (
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
-        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
-        mock.patch.object(F, "scaled_dot_product_attention", fused_attention),
-    ):
+    """In a process with a GPU: print the prediction, and exit at once: the threads of that GPU cannot be joined."""
+    with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
         if VARIANTS[name].compiled:
             from benchmarks.compiled import record_compiled  # imports Inductor, which takes seconds
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from toolkit import InputError
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+# The gradients of A and B are sums over thousands of rows: on a GPU partial sums in 16 bits would lose them.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 _CORES = Path("/proc/cpuinfo")  # Linux alone has it
 CPU = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets

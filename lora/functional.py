@@ -396,6 +396,15 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     return dtype not in LOW_PRECISION or not on_the_grid
 
 
+def frozen_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, row_scale: Tensor, geometry: Geometry, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """``relu(conv2d(x, g W, b) + residual)``, without a gradient; see `lora_conv2d`."""
+    dtype = compute_dtype(x)
+    kernel = _scaled_kernel(weight, row_scale, dtype)
+    return backends.conv2d(x.to(dtype), kernel, bias.to(dtype), geometry, residual, relu)
+
+
 def _row_factors(scaling: float, row_scale: Tensor | None) -> Tensor | float:
     """``s g``, by which a matrix's rows are multiplied. If g is float32, so is the product of any matrix with it."""
     return scaling if row_scale is None else (row_scale * scaling)[:, None]

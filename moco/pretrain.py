@@ -120,14 +120,13 @@ def train(run: "Pretraining") -> None:
                         loss = run.parallel(x1, x2, m)
                     run.optimizer.zero_grad()
                     run.scaler.scale(loss).backward()
-                    rate = run.schedule.get_last_lr()[0]
-                    if optim.stepped(run.scaler, run.optimizer):
-                        run.schedule.step()
+                    optim.take_step(run.scaler, run.optimizer)
+                    run.schedule.step()
 
                     unread.append((args.batch_size, [loss.detach()[None]]))
                     is_last = number + 1 == (run.epoch + 1) * run.steps_per_epoch
                     if len(unread) == run.steps_read_together or is_last:
-                        run.note_steps(unread, rate, bar)
+                        run.note_steps(unread, bar)
                         if run.stop.is_due:
                             break
                 run.stop.check()
@@ -212,11 +211,12 @@ class Pretraining(RunState):
         self.loader.batch_sampler.start = self.progress.steps
         return self.progress
 
-    def note_steps(self, unread: list[tuple[int, list[Tensor]]], rate: float, bar: tqdm) -> None:
+    def note_steps(self, unread: list[tuple[int, list[Tensor]]], bar: tqdm) -> None:
         """Count steps and show them. Raises InputError for a loss that is not finite."""
         for images, (loss,) in training.read_figures(unread, self.stop):
             loss /= distributed.world_size()
             if not math.isfinite(loss):  # what was saved before is sound
+                rate = self.schedule.base_lrs[0] * self.schedule.lr_lambdas[0](self.global_steps)
                 where = f"epoch {self.epoch + 1}, step {self.global_steps}, learning rate {rate:.2e}"
                 remedy = "lower --learning-rate, warm up longer or use --precision fp32"
                 raise InputError(f"the loss is {loss} at {where}: {remedy}")
@@ -415,9 +415,9 @@ def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> I
 
 def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": optim.fused(model)}
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=optim.fused(model))
+        return torch.optim.AdamW(parameters, **options)
     return torch.optim.SGD(parameters, momentum=0.9, **options)
 
 

@@ -15,9 +15,13 @@ from unittest import mock
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_GPUS = "tests.cuda_on_cpu.in_place_of_cpu"
 SERVER = multiprocessing.get_context("forkserver")
 STORES: list[dist.TCPStore] = []
-SERVER.set_forkserver_preload(["finetune_lora", "moco.pretrain", "bitsandbytes.functional"])
+PRELOADED = ["finetune_lora", "moco.pretrain", "bitsandbytes.functional"]
+if ON_GPUS in sys.modules:  # they come before PyTorch
+    PRELOADED.insert(0, ON_GPUS)
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 class Child:

@@ -300,12 +300,11 @@ def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypat
     run.is_trial = True  # which writes no files
     run.start()
 
-    def harm(scaler, optimizer) -> bool:
+    def harm(scaler, optimizer) -> None:
         with torch.no_grad():
             run.model.heads.head.weight.neg_()  # every answer is wrong, until the start weighs more
-        return False
 
-    monkeypatch.setattr(optim, "stepped", harm)
+    monkeypatch.setattr(optim, "take_step", harm)
     monkeypatch.setattr(Guard, "has_collapsed", lambda *_: False)
     train(run)
     assert 0 < run.wise_ft.share <= run.wise_ft.alpha / 2

@@ -85,9 +85,14 @@ def all_sum(*values: float) -> list[float]:
     """The sum of each value over the processes, in float64."""
     if world_size() == 1:
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    sums = torch.tensor(values, dtype=torch.float64, device=_exchanging_device())
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def _exchanging_device() -> str:
+    """Where tensors have to be that the processes exchange: NCCL takes no others."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def gather(value: Any) -> list[Any]:
@@ -114,15 +119,19 @@ def first_does(what: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def interleave(share: Tensor) -> Tensor:
-    """Put the shares of all processes back in order: (n_k, ...) in process k -> (sum of n_k, ...) in each."""
+    """Put the shares of all processes back in order: (n_k, ...) in process k -> (sum of n_k, ...) in each.
+
+    The share may be on the CPU in a run on GPUs, and so is then the whole.
+    """
     if world_size() == 1:
         return share
     total = int(all_sum(len(share))[0])
     longest = -(-total // world_size())
-    padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])]).contiguous()
+    padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])])
+    padded = padded.contiguous().to(_exchanging_device())
     shares = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(shares, padded)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total]  # without the padding, which comes last
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total].to(share.device)  # without the padding, which comes last
 
 
 @torch.no_grad()

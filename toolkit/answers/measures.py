@@ -297,11 +297,16 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
 BINS = 15
 
 
-def calibration(confidences: Tensor, right: Tensor) -> Tensor:
-    """The sums of confidences (N,) and of right answers, and the images, by bins: (BINS, 3) (arXiv 1706.04599)."""
+def calibration(confidences: Tensor, right: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The sums of confidences (N,) and of right answers, and the images, by bins: (BINS, 3) (arXiv 1706.04599).
+
+    `counts` says which of the N count.
+    """
     place = (confidences.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # (0, 1/BINS], ...
-    counted = torch.stack([confidences.double(), right.double(), torch.ones(len(right), dtype=torch.float64)], 1)
-    return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, place, counted)
+    counted = torch.stack([confidences.double(), right.double(), torch.ones_like(right, dtype=torch.float64)], 1)
+    if counts is not None:
+        counted *= counts[:, None]
+    return counted.new_zeros(BINS, 3).index_add_(0, place, counted)
 
 
 def calibration_error(bins: Tensor) -> float:

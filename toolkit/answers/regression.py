@@ -52,10 +52,16 @@ class NumberObjective(Objective):
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean = mean.double()
         self.std = std.double()
+        self.in_loss = self.mean, self.std  # where the loss is computed, so that no batch waits for copies
+
+    def to(self, device: torch.device) -> None:
+        if device.type != "mps":  # which has no float64
+            self.in_loss = self.mean.to(device), self.std.to(device)
 
     def standardised(self, targets: Tensor) -> Tensor:
         """In the targets' own precision: large numbers that differ by little need float64."""
-        return (targets - self.mean.to(targets)) / self.std.to(targets)
+        mean, std = (of.to(targets) for of in self.in_loss)
+        return (targets - mean) / std
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""

@@ -24,6 +24,7 @@ from toolkit.answers.answer_reports import Headline, Report, finite, finite_inte
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
+from toolkit.devices import to_device
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import MaskReader, coloured
 from toolkit.models.dense import answers_by_rows, feature_maps, features_at
@@ -108,9 +109,9 @@ class PixelHead(Head):
         """Answers for images of any size, in overlapping windows of the model's own."""
 
         def answer(windows: Tensor) -> Tensor:
-            return evaluation.computed(model, windows, device, dtype).float().cpu()
+            return evaluation.computed(model, windows, device, dtype).float()
 
-        counted = []
+        counted: list[list[Tensor]] = []
         worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it
         with evaluation.eval_mode(model):
             for images, masks in loader:
@@ -121,13 +122,16 @@ class PixelHead(Head):
                         answers_by_rows(lambda a, b, image=image: image[:, a:b], *image.shape[1:], model.window, answer)
                         for image in images
                     )
-                for rows, mask in zip(parts, masks, strict=True):
+                found = [_counted(rows, to_device(mask, device)) for rows, mask in zip(parts, masks, strict=True)]
+                shares = torch.stack([_share_right(confusion) for confusion, *_ in found]).tolist()
+                for share, (*figures, answers) in zip(shares, found, strict=True):
                     image = len(counted) * distributed.world_size() + distributed.rank()
-                    *figures, answers = _counted(rows, mask.cpu())
                     counted.append(figures)
-                    worst.append((_share_right(figures[0]), image, answers))
-                    worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
-        confusion, losses, bins = (distributed.interleave(torch.stack(column)) for column in zip(*counted, strict=True))
+                    worst.append((share, image, answers))
+                worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        columns = [distributed.interleave(torch.stack(column)).cpu() for column in zip(*counted, strict=True)]
+        confusion, losses, bins = columns
+        worst = [(share, image, answers.cpu()) for share, image, answers in worst]
         worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
         return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})
 
@@ -157,16 +161,17 @@ class PixelHead(Head):
         rows = []
         classes = []
         with evaluation.eval_mode(model):
-            for batch, masks in loader:
-                for image, mask in zip(batch, masks, strict=True):
-                    maps = evaluation.computed(of_backbone, image[None], device, dtype)
-                    places = self._drawn(mask, pixels, len(rows), balanced)
-                    height, width = mask.shape
-                    points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 1)
-                    rows.append(features_at(maps, points.to(device)))
-                    classes.append(mask.flatten()[places].to(device))
+            for images, masks in loader:
+                height, width = masks.shape[1:]
+                maps = evaluation.computed(of_backbone, images, device, dtype)
+                drawn = [self._drawn(mask, pixels, len(rows) + i, balanced) for i, mask in enumerate(masks)]
+                places = torch.stack(drawn)  # (N, P)
+                points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 2)
+                for i, of_image in enumerate(to_device(points, device)):
+                    rows.append(features_at([of_batch[i : i + 1] for of_batch in maps], of_image))
+                classes.append(to_device(masks.flatten(1).gather(1, places), device))
         features = distributed.interleave(torch.stack(rows))
-        return features.flatten(0, 1), distributed.interleave(torch.stack(classes)).flatten()
+        return features.flatten(0, 1), distributed.interleave(torch.cat(classes)).flatten()
 
     def _drawn(self, mask: Tensor, pixels: int, number: int, balanced: bool) -> Tensor:
         """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones.
@@ -204,22 +209,23 @@ def _counted(parts: Iterable[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Ten
     columns = []
     for logits in parts:
         rows, mask = mask.tensor_split((logits.shape[1],))
-        known = rows != NO_LABEL
-        truth = rows[known]
-        outputs = logits[:, known].T  # (pixels, K)
+        truth = rows.flatten()
+        known = truth != NO_LABEL  # a GPU would have to say how many these are, were the others left out
+        outputs = logits.flatten(1).T  # (pixels, K)
         answers = outputs.argmax(1)
-        confusion = torch.bincount(truth * len(logits) + answers, minlength=len(logits) ** 2).view(2 * [len(logits)])
-        loss = F.cross_entropy(outputs, truth, reduction="sum").double()
-        bins = measures.calibration(outputs.softmax(1).amax(1), answers == truth)
-        columns.append((confusion, loss, bins, logits.argmax(0).to(torch.uint8)))
+        pairs = truth.clamp_min(0) * len(logits) + answers
+        confusion = pairs.new_zeros(len(logits) ** 2).index_add_(0, pairs, known.long()).view(2 * [len(logits)])
+        loss = F.cross_entropy(outputs, truth, reduction="sum", ignore_index=NO_LABEL).double()
+        bins = measures.calibration(outputs.softmax(1).amax(1), answers == truth, known)
+        columns.append((confusion, loss, bins, answers.view_as(rows).to(torch.uint8)))
     *figures, answers = zip(*columns, strict=True)
     confusion, loss, bins = map(sum, figures)
     return confusion, (loss / confusion.sum()).nan_to_num(), bins, torch.cat(answers)
 
 
-def _share_right(confusion: Tensor) -> float:
+def _share_right(confusion: Tensor) -> Tensor:
     """The share of right pixels of an image; 1 for one of which nothing is known."""
-    return (confusion.diagonal().sum() / confusion.sum()).nan_to_num(1.0).item()
+    return (confusion.diagonal().sum() / confusion.sum()).nan_to_num(1.0)
 
 
 class PixelReport(Report):
@@ -283,7 +289,7 @@ class PixelReport(Report):
         answer_reports.plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        shares = {image: _share_right(self.answers.confusion[image]) for image in self.answers.maps}
+        shares = {image: _share_right(self.answers.confusion[image]).item() for image in self.answers.maps}
         return {"Fewest right pixels first": [(i, f"{share:.0%} of the pixels right") for i, share in shares.items()]}
 
     def draw_mistakes(self, images, path, bands=None, explainer=None) -> None:

@@ -167,7 +167,8 @@ def answers_by_rows(
     Args:
         read: of a first and a last row, exclusive, the normalised image, (C, rows, width).
         size: of the windows, in pixels.
-        answer: windows (n, C, size, size) -> logits (n, K, size, size); where windows overlap, their weighted mean.
+        answer: windows (n, C, size, size) -> logits (n, K, size, size); where windows overlap, their weighted mean is
+            taken, on the device of the logits.
     """
     tops = window_starts(height, size)
     lefts = window_starts(width, size)
@@ -180,10 +181,11 @@ def answers_by_rows(
         band = F.pad(band[None], missing, mode="replicate")[0]  # a small image's border is repeated
         for first in range(0, len(lefts), WINDOWS_AT_ONCE):
             some = lefts[first : first + WINDOWS_AT_ONCE]
-            logits = answer(torch.stack([band[:, :, left : left + size] for left in some])).float().cpu()
+            logits = answer(torch.stack([band[:, :, left : left + size] for left in some])).float()
             if sums is None:
-                sums = torch.zeros(logits.shape[1], size, band.shape[2])
-                counts = torch.zeros(size, band.shape[2])
+                weights = weights.to(logits.device)
+                sums = logits.new_zeros(logits.shape[1], size, band.shape[2])
+                counts = logits.new_zeros(size, band.shape[2])
             for left, window in zip(some, logits, strict=True):
                 sums[:, :, left : left + size] += window * weights
                 counts[:, left : left + size] += weights

@@ -152,8 +152,10 @@ class SharedStatistics(_Extended):
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [0, *range(2, x.dim())]
-        [count] = distributed.all_sum(x.numel() / x.shape[1])
-        mean = _Sum.apply(values.sum(all_but_channels, keepdim=True)) / count  # (1, C, 1, ...)
+        sums = values.sum(all_but_channels)
+        sums = _Sum.apply(torch.cat([sums, sums.new_full((1,), x.numel() / x.shape[1])]))
+        count = sums[-1].detach()
+        mean = (sums[:-1] / count).view(1, -1, *[1] * (x.dim() - 2))
         centred = values - mean
         variance = _Sum.apply((centred**2).sum(all_but_channels, keepdim=True)) / count
         with torch.no_grad():

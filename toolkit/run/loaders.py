@@ -1,7 +1,7 @@
 """The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
 import itertools
-import sys
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,7 +148,7 @@ class Loaders:
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         # Worker processes are worth it for cached features only beside a GPU, and only forked ones share the cache.
-        workers_help = self.device.type == "cuda" and sys.platform == "linux"
+        workers_help = self.device.type == "cuda" and multiprocessing.get_start_method() == "fork"
         workers = self.args.workers if workers_help or not isinstance(images, CachedFeatures) else 0
         loading = {"batch_size": self.args.batch_size, "workers": workers, "device": self.device} | loading
         if self.has_masks:
@@ -201,7 +201,7 @@ class Loaders:
         seeded = list(enumerate(range(len(some))))  # views for `Transformed`: a resumed run's are to be the same
         views = Transformed(some, self.plain_view)
         loader = DataLoader(views, self.args.batch_size, sampler=seeded, generator=torch.Generator())
-        return (devices.to_device(images, self.device) for images, _ in loader)
+        return (devices.to_device(images, self.device).float() for images, _ in loader)  # cached in 16 bits, maybe
 
     @property
     def probe_images(self) -> LabelledImages:

@@ -33,12 +33,22 @@ def fused(model: nn.Module) -> bool | None:
     return True if next(model.parameters()).device.type == "cuda" else None
 
 
-def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Take a step with the gradients of a scaled loss. False if float16 could not hold them: nothing has changed."""
-    scale = scaler.get_scale()
+def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Take a step with the gradients of a scaled loss. Where float16 could not hold them, nothing changes.
+
+    Whether it could a GPU knows, and is not asked: the schedule goes on in either case.
+    """
     scaler.step(optimizer)
     scaler.update()
-    return scaler.get_scale() >= scale
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a `state_dict`, maybe of another device; how a step is computed stays as it is on this one."""
+    groups = [
+        saved | {"fused": own["fused"]}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 # At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.

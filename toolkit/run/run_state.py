@@ -1,6 +1,7 @@
 """The state of a run of either script: what training changes, what a resumed run needs, and the run's files."""
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_csv, write_tex
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
 from toolkit.run import loggers
-from toolkit.run.optim import lr_schedule
+from toolkit.run.optim import lr_schedule, restore_optimizer
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
 from toolkit.run.training import STEPS_READ_TOGETHER, Progress
@@ -41,7 +42,7 @@ class StateEntry(NamedTuple):
 
 
 class RunState:
-    """What a run has done so far, and what it needs to resume bit for bit. The runs of both scripts derive from it.
+    """What a run has done so far, and what it needs to resume, on a CPU bit for bit. Both scripts derive from it.
 
     Attributes:
         trained_entries: what training changes, by key of `last.pth`.
@@ -87,7 +88,7 @@ class RunState:
         if distributed.rank() > 0:
             seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {
-            "optimizer": StateEntry.of(self.optimizer),
+            "optimizer": StateEntry(optimizer.state_dict, functools.partial(restore_optimizer, optimizer)),
             "schedule": StateEntry.of(self.schedule),
             # Empty if the former run was not in float16, as with an automatic precision on another device
             "scaler": StateEntry(self.scaler.state_dict, lambda state: state and self.scaler.load_state_dict(state)),
@@ -104,7 +105,7 @@ class RunState:
             entry.load(trained[key])
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit for bit: the content of `last.pth`."""
+        """Everything that a resumed run needs to go on: the content of `last.pth`."""
         others = {key: entry.save() for key, entry in self.other_entries.items()}
         return {**self.trained(), **others, **self.identity}
 

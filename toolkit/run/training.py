@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from toolkit import InputError, distributed
@@ -46,7 +47,11 @@ def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple
     device. The processes exchange, too, whether one of them was asked to stop: `StopRequests`.
     """
     images = [number for number, _ in steps]
-    sums = [list(map(sum, zip(*map(Tensor.tolist, batches), strict=True))) for _, batches in steps]
+    figures = iter(torch.stack([batch for _, batches in steps for batch in batches]).tolist())  # waits once
+    sums = []
+    for _, batches in steps:
+        of_step = itertools.islice(figures, len(batches))
+        sums.append([sum(column) for column in zip(*of_step, strict=True)])
     steps.clear()
     if distributed.world_size() > 1:
         *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))

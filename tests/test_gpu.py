@@ -1,0 +1,102 @@
+"""Runs on a GPU: their figures are the CPU's, and Python waits for the GPU only where figures are read.
+
+Without a GPU tests/test_cuda_on_cpu.py runs these tests on an emulated one.
+"""
+
+import pytest
+import torch
+
+from moco import pretrain
+from tests import cuda_on_cpu
+from tests.run_folders import rows_of
+from toolkit.run import optim
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
+counts_waits = pytest.mark.skipif(not cuda_on_cpu.is_loaded(), reason="only emulated GPUs count")
+
+CLASSES = {
+    "lora": "",
+    "qlora": "--use-qlora",
+    "full": "--lora-rank 0 --no-freeze-backbone",
+    "upper half": "--adapt-last 1",
+    "fp16": "--precision fp16",
+    "bf16": "--precision bf16 --clip-grad-norm 1",
+}
+IN_FLOAT32 = [name for name in CLASSES if name not in ("fp16", "bf16")]
+NORMS = ("--norms frozen", "--norms follow", "--norms train")  # of a ResNet
+SLOW = ("full", "--norms frozen", "--norms train")
+OTHERS = {
+    "multilabel": "--task multilabel --data-list {hospital}/labels.csv",
+    "regression": "--task regression --data-list {hospital}/numbers.csv",
+    "segmentation": "--task segmentation --data-dir {pairs} --augmentation crop",
+}
+
+
+def some_slow(*names: str) -> list:
+    """Parameters of a test: some of the runs wait for -m slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.fixture
+def options(hospital, pairs, narrow, tmp_path):
+    """options("multilabel"): what a run of this name is told."""
+    torch.save(narrow, tmp_path / "resnet.pth")
+
+    def options(name: str) -> str:
+        if name in NORMS:
+            of_resnet = f"--checkpoint {tmp_path}/resnet.pth --image-size 32 --lora-rank 2 --learning-rate 1e-5"
+            return f"{of_resnet} {name} --workers 0"
+        told = (CLASSES | OTHERS)[name].format(hospital=hospital, pairs=pairs)
+        if "labels" in told or "numbers" in told:
+            told += f" --data-dir {hospital} --group-by Patient"
+        return f"{told} --workers 0"
+
+    return options
+
+
+def of_a_step(taken: list) -> dict[str, int]:
+    """What one step of several took, but for its kernels."""
+    step = taken[2] - taken[1]
+    return {what: times for what, times in step.items() if not what.startswith("kernel")}
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list:
+    """What the GPU had been asked for after each step of the optimizer."""
+    counted = []
+    take_step = optim.take_step
+
+    def noted(*arguments) -> None:
+        take_step(*arguments)
+        counted.append(cuda_on_cpu.counts())
+
+    monkeypatch.setattr(optim, "take_step", noted)
+    return counted
+
+
+@counts_waits
+@pytest.mark.parametrize("name", some_slow(*CLASSES, *NORMS, *OTHERS))
+def test_a_step_copies_images_and_answers_and_waits_for_nothing(finetune, options, taken, name):
+    finetune(f"{options(name)} --batch-size 4 --epochs 1 --device cuda")
+    assert of_a_step(taken) == {"copy to the GPU": 2}
+
+
+@counts_waits
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_step_of_stage_1_copies_two_views_and_waits_for_nothing(images, tmp_path, taken, version):
+    argv = f"--moco-version {version} --arch vit_mini --image-size 16 --data-dir {images} --output-dir {tmp_path}"
+    argv += " --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0 --device cuda --mlp-dim 32"
+    pretrain.main([*argv.split(), "--two-crops", "digits"])
+    assert of_a_step(taken) == {"copy to the GPU": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*IN_FLOAT32, *NORMS, *OTHERS])
+def test_a_run_has_the_figures_of_one_on_a_cpu(finetune, options, name):
+    told = f"{options(name)} --epochs 1 --precision fp32"
+    on_cpu = finetune(f"{told} --device cpu", "cpu")
+    on_gpu = finetune(f"{told} --device cuda", "cuda")
+    [expected], [row] = (rows_of(results["folder"] / "metrics.csv") for results in (on_cpu, on_gpu))
+    for column in ("train_loss", "val_loss"):
+        assert float(row[column]) == pytest.approx(float(expected[column]), rel=1e-3), column
+    assert on_gpu["val_loss"] == pytest.approx(on_cpu["val_loss"], rel=1e-3)
