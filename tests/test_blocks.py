@@ -159,6 +159,19 @@ def test_a_folded_batch_norm_stays_exact_when_adapters_are_merged_or_off():
     assert_close(copy.deepcopy(model)(x), expected, EXACT)
 
 
+def test_a_batch_norm_is_folded_into_a_merged_kernel_where_no_gradient_is_needed():
+    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
+    manager.merge_lora_weights()
+    with torch.no_grad():
+        assert batch_norms_computed(model, x) == 0
+        assert_close(model(x), expected, EXACT)
+        with manager.disable_lora():
+            assert_close(model(x), stock(x), EXACT)
+    assert batch_norms_computed(model, x) > 0
+
+
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": None}])
 def test_batch_norms_of_every_kind_stay_exact(options):
     stock = seen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options)).eval())

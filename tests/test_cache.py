@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 from pathlib import Path
 from unittest import mock
@@ -100,6 +101,23 @@ def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, fl
         assert cached["val_loss"] == plain["val_loss"]
         assert_same_tensors(cached["folder"] / "lora.pth", plain["folder"] / "lora.pth")
     assert count_files(place) == 0
+
+
+def test_norms_follow_over_cached_features_in_16_bits(finetune, narrow, tmp_path):
+    torch.save(narrow, tmp_path / "resnet.pth")
+    told = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --learning-rate 1e-5 --epochs 1"
+    told += " --norms follow --adapt-last 1 --precision bf16"
+    plain, cached = finetune(told, "plain"), finetune(f"{told} --cache-features disk", "cached")
+    assert cached["val_loss"] == pytest.approx(plain["val_loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("forkserver", 0)])
+def test_only_forked_processes_load_what_is_cached_beside_a_gpu(start, monkeypatch, method, workers):
+    """Others, as Python starts them from 3.14 on, cannot open a file that has no name any more."""
+    run = start("--adapt-last 1 --cache-features disk --workers 2")
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    run.loaders.device = torch.device("cuda")
+    assert run.loaders.add_loader(run.loaders.images.train, cache.plain_view).num_workers == workers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

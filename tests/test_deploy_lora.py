@@ -13,6 +13,7 @@ import sys
 import tarfile
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
-from lora import int8
+from lora import functional, int8
 from lora_utils import LoRAManager
 from tests.image_files import tar_of
 from tests.run_folders import rows_of
@@ -153,6 +154,15 @@ def test_predictions_are_those_of_the_model(trained, images, tmp_path, capsys):
         assert float(written["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-4)
         assert written == row
     assert f"wrote {output}: 16 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trained", ["lora", "qlora"], indirect=True)
+@pytest.mark.parametrize("command", ["predict", "embed", "explain", "evaluate"])
+def test_answers_are_computed_with_merged_weights(trained, images, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(functional, "lora_linear", mock.Mock(side_effect=AssertionError("not merged")))
+    output = {"predict": "p.csv", "embed": "f.npy", "explain": "pictures", "evaluate": "results.json"}[command]
+    run(f"{command} --device cpu", trained, images / "val", "--output", tmp_path / output)
+    assert (tmp_path / output).exists()
 
 
 def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, images, tmp_path, capsys):

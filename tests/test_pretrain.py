@@ -244,7 +244,10 @@ def test_the_momentum_encoder_computes_its_attention_batch_first(folder, tmp_pat
     torch.testing.assert_close(keys(x), queries(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
+@pytest.mark.parametrize("read_together", [1, 8])
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, read_together):
+    """It names the rate of the step that had it, also where a GPU is asked only after later ones."""
+    monkeypatch.setitem(training.STEPS_READ_TOGETHER, "cpu", read_together)
     monkeypatch.setattr(pretrain.MoCoV3, "contrast", lambda self, q, k: q.sum() * float("nan"))
     message = r"the loss is nan at epoch 1, step 0, learning rate 1\.00e-03: lower --learning-rate"
     with pytest.raises(InputError, match=message):

@@ -37,6 +37,28 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 
+def test_a_step_that_float16_cannot_hold_changes_no_weight():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for gradient, expected in ((math.inf, 1.0), (1.0, 0.9)):
+        scaler.scale(weight.sum() * 0)  # which begins a step
+        weight.grad = torch.full((2,), gradient * scaler.get_scale())
+        optim.take_step(scaler, optimizer)
+        assert weight.tolist() == pytest.approx([expected] * 2)
+    assert scaler.get_scale() == 2.0
+
+
+def test_a_file_of_another_device_does_not_say_how_this_one_steps(start):
+    """Its steps are taken by one kernel on a GPU, which is told so; a CPU goes on by itself."""
+    run = start()
+    state = run.trained()
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = True
+    run.restore(state)
+    assert {group["fused"] for group in run.optimizer.param_groups} == {None}
+
+
 def test_more_passes_over_few_images_do_not_raise_the_rate():
     """Of an epoch of n steps, 5 n passes count."""
 
