@@ -29,22 +29,22 @@ def on_gpu(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def tests_on_gpu(*options: str) -> None:
+def run_tests(*options: str) -> None:
     on_gpu("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *options)
 
 
 def test_layers_blocks_and_products_on_a_gpu():
     files = (f"tests/test_{name}.py" for name in ("blocks", "functional", "layers", "memory"))
-    tests_on_gpu("-k", "cuda", *files)
+    run_tests("-k", "cuda", *files)
 
 
 def test_no_step_waits_for_a_gpu():
-    tests_on_gpu("-k", "waits_for_nothing", "tests/test_gpu.py")
+    run_tests("-k", "waits_for_nothing", "tests/test_gpu.py")
 
 
 @pytest.mark.slow
 def test_runs_on_a_gpu():
-    tests_on_gpu("-m", "slow or not slow", "tests/test_gpu.py", "tests/test_cache.py")
+    run_tests("-m", "slow or not slow", "tests/test_gpu.py", "tests/test_cache.py")
 
 
 def test_operands_on_two_devices_and_what_is_not_written_yet_show():

@@ -27,7 +27,7 @@ from toolkit.files import read_checkpoint
 from toolkit.images import data, sources
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
-from toolkit.run import runs
+from toolkit.run import runs, training
 
 ROOT = Path(__file__).parents[1]
 

@@ -323,7 +323,7 @@ class Call {
       auto& value = (*stack)[i];
       if (value.isCustomClass()) {
         value.toCustomClass<c10d::Work>()->wait();
-        value = IValue(c10::static_intrusive_pointer_cast<c10d::Work>(c10::make_intrusive<Done>(written)));
+        value = IValue(c10::static_intrusive_pointer_cast<c10d::Work>(c10::make_intrusive<Done>(read)));
       } else {
         value = converted(value, [this, &is_new](const Tensor& tensor) { return to_gpu(tensor, is_new); });
       }
