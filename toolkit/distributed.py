@@ -119,10 +119,7 @@ def first_does(what: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def interleave(share: Tensor) -> Tensor:
-    """Put the shares of all processes back in order: (n_k, ...) in process k -> (sum of n_k, ...) in each.
-
-    The share may be on the CPU in a run on GPUs, and so is then the whole.
-    """
+    """Put the shares of all processes back in order: (n_k, ...) in process k -> (sum of n_k, ...) in each."""
     if world_size() == 1:
         return share
     total = int(all_sum(len(share))[0])

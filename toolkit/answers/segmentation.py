@@ -129,8 +129,8 @@ class PixelHead(Head):
                     counted.append(figures)
                     worst.append((share, image, answers))
                 worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
-        columns = [distributed.interleave(torch.stack(column)).cpu() for column in zip(*counted, strict=True)]
-        confusion, losses, bins = columns
+        columns = map(torch.stack, zip(*counted, strict=True))
+        confusion, losses, bins = (distributed.interleave(column).cpu() for column in columns)
         worst = [(share, image, answers.cpu()) for share, image, answers in worst]
         worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
         return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})

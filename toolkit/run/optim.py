@@ -44,10 +44,8 @@ def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) ->
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a `state_dict`, maybe of another device; how a step is computed stays as it is on this one."""
-    groups = [
-        saved | {"fused": own["fused"]}
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
     optimizer.load_state_dict(state | {"param_groups": groups})
 
 
