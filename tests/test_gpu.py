@@ -24,7 +24,7 @@ CLASSES = {
 }
 IN_FLOAT32 = [name for name in CLASSES if name not in ("fp16", "bf16")]
 NORMS = ("--norms frozen", "--norms follow", "--norms train")  # of a ResNet
-SLOW = ("full", "--norms frozen", "--norms train")
+SLOW = ("full", *NORMS)
 OTHERS = {
     "multilabel": "--task multilabel --data-list {hospital}/labels.csv",
     "regression": "--task regression --data-list {hospital}/numbers.csv",
