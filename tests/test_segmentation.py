@@ -488,7 +488,9 @@ def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     image = torch.stack([columns, rows]).float()
     mask = (columns >= 13).long()
     head = Segmentation(["left", "right"]).head
-    features, classes = head.features(PassesThrough(), [(image.expand(3, -1, -1, -1), [mask] * 3)], CPU, None, 3)
+    features, classes = head.features(
+        PassesThrough(), [(image.expand(3, -1, -1, -1), mask.expand(3, -1, -1))], CPU, None, 3
+    )
     pixels = segmentation.PROBE_ROWS // 6
     assert features.shape == (3 * pixels, 2)
     torch.testing.assert_close(features, features.round(), atol=1e-3, rtol=0)

@@ -161,9 +161,9 @@ class PixelHead(Head):
         rows = []
         classes = []
         with evaluation.eval_mode(model):
-            for images, masks in loader:
+            for batch, masks in loader:
                 height, width = masks.shape[1:]
-                maps = evaluation.computed(of_backbone, images, device, dtype)
+                maps = evaluation.computed(of_backbone, batch, device, dtype)
                 drawn = [self._drawn(mask, pixels, len(rows) + i, balanced) for i, mask in enumerate(masks)]
                 places = torch.stack(drawn)  # (N, P)
                 points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 2)
