@@ -84,7 +84,7 @@ def ways_of(arch: str, paths: list[str], folder: Path, args: argparse.Namespace)
     with tarfile.open(archives / f"{arch}.tar", "w") as archive:
         for number, path in enumerate(paths):
             archive.add(path, f"{number}{Path(path).suffix}")
-    images = deploy_lora._images([Path(path) for path in paths], None)
+    images = deploy_lora._images([Path(path) for path in paths], {"transform": eval_transform(SIZE)})
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     loader = build_loader(Transformed(images, eval_transform(SIZE)), **loading)
     devices.place(adapted, device)

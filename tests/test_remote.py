@@ -110,7 +110,7 @@ def argv(base: Path, folder: Path, options: str) -> list[str]:
 def test_a_run_reads_a_list_or_archives(place, base, tmp_path, capsys):
     of_list = finetune_lora.main(argv(base, tmp_path / "list", f"--data-list {place}/list.csv"))
     of_shards = finetune_lora.main(argv(base, tmp_path / "shards", f"--data-dir {place}/shards"))
-    assert 2 <= of_list["val_images"] <= 4 and 2 <= of_shards["val_images"] <= 4
+    assert 2 <= of_list["val_images"] <= 4 and 2 <= of_shards["val_images"] <= 6
     again = deploy_lora.main(["evaluate", str(tmp_path / "list" / "lora.pth"), f"{place}/list.csv"])
     assert again["images"] == 12
 

@@ -306,13 +306,23 @@ def test_the_last_line_of_a_log_is_not_behind_a_bar(end):
         assert done.stderr.decode().split("\n")[-2] in ("error: it is wrong", "Stopped")
 
 
+def in_a_terminal(code: str) -> subprocess.CompletedProcess:
+    """Run code in a process that hears Ctrl-C, whatever has started the tests."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=hear)
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_ctrl_c_ends_without_a_word_while_packages_load(ignored):
     """Unless it is ignored, as of a command that nohup has started."""
     code = "import os, signal\nfrom toolkit import config\n"
     code += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
     code += "config.check_command_line(lambda *_: None, '')\nos.kill(os.getpid(), signal.SIGINT)\nprint('went on')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = in_a_terminal(code)
     if ignored:
         assert (done.returncode, done.stdout) == (0, "went on\n")
     else:
@@ -323,7 +333,7 @@ def test_ctrl_c_is_an_exception_again_when_the_script_runs():
     code = "import os, signal\nfrom toolkit import config\nfrom toolkit.run import runs\ndef main():\n"
     code += "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    finally:\n        print('saved')\n"
     code += "config.check_command_line(lambda *_: None, '')\nruns.run_script(main)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = in_a_terminal(code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "saved\n", "\ninterrupted\n")
 
 

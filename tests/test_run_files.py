@@ -225,7 +225,7 @@ def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypa
     for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
         assert expected in "\n".join(table)
     monkeypatch.chdir(tmp_path)
-    [command] = (line.partition("deploy_lora.py")[2] for line in table if "deploy_lora.py" in line)
+    [command] = (line.partition("deploy_lora.py")[2] for line in table if "deploy_lora.py merge" in line)
     deploy_lora.main(shlex.split(command))
     assert (tmp_path / "merged.pth").exists()
 
