@@ -409,7 +409,6 @@ class LoRAManager:
 
 
 def _refuse(path: str | Path, problems: list[str]) -> None:
-    """Raise InputError with the first few problems, if there are any."""
     shown = sorted(map(printable, problems))
     if len(shown) > 4:
         shown[4:] = [f"and {len(shown) - 4} more"]

@@ -74,11 +74,8 @@ def effective_weight(
 def merged_weight(
     weight: Tensor | NF4Weight | Int8Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1
 ) -> Tensor:
-    """The weight or kernel after merging: the sum in the adapter's precision, rounded once to the weight's.
-
-    A small update would vanish if it were added in bfloat16. A weight in 4 or 8 bits becomes a float one.
-    """
-    dense = dense_weight(weight, B.dtype)
+    """The weight or kernel after merging, in the weight's dtype, or the adapter's if that has 4 or 8 bits."""
+    dense = dense_weight(weight, B.dtype)  # a small update would vanish if it were added in bfloat16
     if dense.dim() == 2:
         merged = effective_weight(dense, A, B, scaling, groups)
     else:
@@ -258,11 +255,10 @@ def lora_linear(
     if not trains:
         backends.refuse_jit()
         return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
-    if adapter_x is None:
-        if dtype not in LOW_PRECISION:
-            return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
-        adapter_x = x
-    h = F.linear(adapter_x.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
+    if adapter_x is None and dtype not in LOW_PRECISION:
+        return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
+    seen = x if adapter_x is None else adapter_x
+    h = F.linear(seen.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
     B = B.to(dtype).unflatten(0, (groups, -1))
     delta = torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
     return F.linear(x, weight, bias) + scaling * delta
@@ -507,11 +503,10 @@ def lora_conv2d(
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:
-        if adapter_x is None:
-            adapter_x = x
+        seen = x if adapter_x is None else adapter_x
         delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
-        y = y + F.conv2d(adapter_x.to(dtype), delta, None, *geometry)
+        y = y + F.conv2d(seen.to(dtype), delta, None, *geometry)
     return added_and_rectified(y, residual, relu)
 
 

@@ -238,7 +238,6 @@ class FusedResNet(ResNet):
         return conv_bn(self.conv1, self.bn1, x)
 
     def stem(self, x: Tensor) -> Tensor:
-        """The input of the first stage."""
         relu, pool = self.relu, self.maxpool
         x = self.first_layer(x)
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
@@ -336,10 +335,7 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Give each block its fused class if that computes anything in another way, else its stock class.
-
-    Call this after layers have got or lost their adapters, or were frozen.
-    """
+    """Give each block the class, fused or stock, that what is adapted and frozen now asks for: see `_differs`."""
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
         if stock in FUSED:
@@ -390,8 +386,6 @@ def _set_fast_paths(model: nn.Module) -> None:
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
 
-
-# --------------------------------------------------------------------------------------------- gradient checkpointing
 
 WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck)
 

@@ -88,8 +88,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | None:
     """How many of the last blocks have MOST of `start_at_gradient`'s energies; None: less than all layers do not.
 
-    Adapters below them would change little of what the task wants to change, and cost backward half its time: the lower
-    stages of a convolutional network have the most pixels.
+    Adapters below would change little, and cost backward half its time: a ResNet's lower stages have the most pixels.
     """
     inner = unwrap_for_editing(model)
     blocks = block_names(inner) if energies else []

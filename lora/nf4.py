@@ -55,10 +55,7 @@ class NF4Weight:
         return dense[self._rows].to(dtype)
 
     def _scales(self) -> Tensor:
-        """The scale of each block in float32, (blocks,): dequantised once and kept, at half a bit a value.
-
-        bitsandbytes stores them in 8 bits, and every product would spend three operators on them.
-        """
+        """The scale of each block in float32, (blocks,), kept at half a bit a value: it takes three operators."""
         state = self.state
         scales = vars(state).get("flat_scales")
         if scales is None or scales.device != self.packed.device:

@@ -74,7 +74,6 @@ class ClassHead(Head):
         return found
 
     def class_weights(self) -> str | None:
-        """As `fit_linear_probe` takes them."""
         return None if self.objective.class_weights is None else "balanced"
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
@@ -82,7 +81,6 @@ class ClassHead(Head):
         return measures.fit_temperature(outputs, loss)
 
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
-        """The most probable classes and their probabilities."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
         columns = {}
         for place in range(classes.shape[1]):

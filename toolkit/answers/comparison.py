@@ -78,8 +78,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{answers_path(first)} does not say what is true: evaluate again")
     differing = [title for title in truth if (one.columns[title] != other.columns[title]).any()]
     if differing:
-        columns = listed(differing, 4)
-        raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
+        raise InputError(f"{first} and {second} do not agree on what is true: look at the column {listed(differing)}")
     groups = [answered.groups for answered in (one, other) if answered.groups is not None]
     if len(groups) == 2 and (groups[0] != groups[1]).any():
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")

@@ -43,8 +43,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
 def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
     """The 95% interval of the mean of independent shares (K,), of so many images each: good for few, and all right too.
 
-    Each share has Wilson's score interval (JASA 22, 1927), and the mean what Zou and Donner make of these (Statistics
-    in Medicine 27, 2008).
+    Each share has Wilson's (JASA 22, 1927), of which Zou and Donner make the mean's (Statistics in Medicine 27, 2008).
     """
     unsure = NORMAL**2 / images
     middle = (shares + unsure / 2) / (1 + unsure)

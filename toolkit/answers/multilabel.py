@@ -37,7 +37,7 @@ class LabelAnswers(ColumnAnswers):
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
         micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
-        by_label = self.by_label(weights)
+        by_label = torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
         macro_ap, macro_auroc = by_label.nanmean(-1, keepdim=True).unbind(-2)
         return torch.cat([macro_ap, micro[..., :1], macro_auroc, by_label.flatten(-2)], -1)
 
@@ -45,10 +45,6 @@ class LabelAnswers(ColumnAnswers):
         """`toolkit.answers.measures.calibration` over all labels of all images."""
         known = ~self.targets.isnan()
         return measures.calibration(self.values[known], self.targets[known])
-
-    def by_label(self, weights: Tensor | None = None) -> Tensor:
-        """AP and AUROC of each label, (2, K), or (n, 2, K) for weights of the images (n, N)."""
-        return torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
 
     def rates(self, thresholds: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         """How answers above the thresholds are right, (K,) each, or (n, K) for weights of the images (n, N): F1, and
@@ -313,11 +309,7 @@ class LabelReport(ColumnReport):
 
 
 class MultiLabel(Task):
-    """Several labels an image.
-
-    `targets` and `balanced` are as for `LabelObjective`. Labels whose probability is above their threshold, of (K,),
-    are answers; by the goal thresholds are chosen anew: see `measures.threshold_for`.
-    """
+    """Several labels an image: see `LabelObjective`, `LabelHead` and, for the goal, `measures.threshold_for`."""
 
     kind = "multilabel"
     score = "macro_ap"

@@ -6,7 +6,7 @@ CONTRIBUTING.md says how to add a task.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +22,9 @@ from toolkit.images.masks import MaskReader
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
 
 
-class Answers(Protocol):
-    """The result of a task's `evaluate`."""
-
-    loss: float  # the mean plain loss of an image
-    targets: Tensor
-
-    @property
-    def score(self) -> float: ...
-
-    def measured(self) -> dict[str, float]:
-        """Figures by the names in the task's `measured`."""
+# The result of a task's `evaluate`: `loss`, the mean plain loss of an image, `targets`, `score`, and `measured()`,
+# figures by the names in the task's `measured`.
+Answers = Any
 
 
 @dataclass
@@ -85,10 +77,7 @@ class Objective:
 
 
 class SoftmaxObjective(Objective):
-    """Cross-entropy of logits of K classes, of each image the mean over what is known of it: a label, or its pixels.
-
-    `class_weights` (K,) say how much each class counts; `label_smoothing` is spread over all of them.
-    """
+    """Cross-entropy of logits of K classes, weighted by (K,): of each image the mean over its label or known pixels."""
 
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0):
         self.class_weights = class_weights

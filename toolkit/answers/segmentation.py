@@ -66,12 +66,9 @@ def counted(matrices: Tensor) -> Tensor:
 
 
 def pixel_figures(counts: Tensor) -> dict[str, Tensor]:
-    """The figures of pixels that are `counted`, (n, 3, K), by name: (n,), and of each class (n, K).
-
-    A class that is neither there nor answered has NaN, and counts in no mean.
-    """
+    """The figures of pixels that are `counted`, (n, 3, K), by name: (n,), and of each class (n, K)."""
     truths, answers, right = counts.unbind(1)
-    iou = right / (truths + answers - right)
+    iou = right / (truths + answers - right)  # NaN, and in no mean, for a class that is neither there nor answered
     dice = 2 * right / (truths + answers)
     accuracy = right.sum(1) / truths.sum(1)
     return {"miou": iou.nanmean(1), "macro_dice": dice.nanmean(1), "pixel_accuracy": accuracy, "iou": iou, "dice": dice}
@@ -321,10 +318,7 @@ class PixelReport(Report):
 
 
 class Segmentation(Task):
-    """A class for every pixel. An adapter file has the `record` of what reads masks.
-
-    `class_weights` (K,) say how much a pixel of each class counts, in the loss and for the head's start.
-    """
+    """A class for every pixel; `class_weights` (K,) say how much each counts, in the loss and for the head's start."""
 
     kind = "segmentation"
     score = "miou"

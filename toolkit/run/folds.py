@@ -36,12 +36,10 @@ def cross_validate(
 ) -> dict[str, Any]:
     """Run each part in turn, in a folder of its own; write and print a table of them, with mean and spread.
 
-    With `--resume` finished parts are not run again, and an unfinished one goes on. `run` is `finetune_lora.main`; its
-    `argv` has `--folds 5`, and the options `args`, of which these were `asked` for. A part is the same command with
-    `--folds 2/5`.
+    With `--resume` finished parts are not run again, and an unfinished one goes on; InputError if they are of other
+    settings. `run` is `finetune_lora.main`; a part is the same command with `--folds 2/5`.
 
-    Returns `folds`, the results of each part, and the mean of their scores, under its name in `results.json`. Raises
-    InputError as `run`, when the finished parts are kept, or if these are of runs with other settings.
+    Returns `folds`, the results of each part, and the mean of their scores, under its name in `results.json`.
     """
     own_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own_option.add_argument("--resume", nargs="?")  # of the parts each has its own

@@ -82,10 +82,7 @@ class Guard:
         self.lost_seconds = 0.0  # spent on epochs that were undone
 
     def note_start(self, worst_batch_loss: float | None, watched: Answers) -> None:
-        """Note the answers before training, or before it begins anew with a head of another temperature.
-
-        `worst_batch_loss` is the highest loss of a batch of the watched images, if the batch matters; else None.
-        """
+        """Note the answers before training, or anew for a head of another temperature; the loss if batches matter."""
         self.first_loss = worst_batch_loss
         self.recent_loss = worst_batch_loss
         self.scores = [watched.score]

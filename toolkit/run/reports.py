@@ -162,10 +162,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
 
 
 def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
-    """Write and print the results of a fine-tuning, and return the content of `results.json`.
-
-    They are those of the model that was saved: its answers, `epoch` and `kept_share`, and its `count_parameters`.
-    """
+    """Write and print the results of the model that was saved, and return the content of `results.json`."""
     normalization = run.plan.normalization
     report = run.task.report(result, run.splits.val.clusters())
     results = {
@@ -305,7 +302,6 @@ def _chosen_by(run: FineTuned) -> dict[str, str]:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of (name, value) as printed lines."""
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
 
@@ -388,7 +384,6 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
 
 
 def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
-    """Which images chose what."""
     chosen = {
         "learning rate": short_rate(results["learning_rate"]),
         "epoch": f"{results['kept_epoch']} of {results['epochs']}",

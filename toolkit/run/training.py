@@ -82,7 +82,6 @@ class Progress:
             self.seconds += time.perf_counter() - started
 
     def add(self, images: int, correct: int, loss_sum: float) -> None:
-        """Count an optimizer step."""
         self.steps += 1
         self.images += images
         self.correct += correct
@@ -93,7 +92,6 @@ class Progress:
         return self.loss_sum / self.images
 
     def shown(self) -> dict[str, str]:
-        """For a progress bar."""
         shown = {"loss": f"{self.loss:.3f}"}
         if self.correct:
             shown["accuracy"] = f"{self.correct / self.images:.1%}"
