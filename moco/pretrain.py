@@ -160,10 +160,7 @@ class Pretraining(RunState):
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
 
     def open_loaders(self, read: bands.Bands | None) -> dict[str, Any]:
-        """Make the loader of two views of each image, and those for measuring; return the normalisation.
-
-        Measured are bank and queries of the k-NN accuracy or, without labels, some training images.
-        """
+        """Make the loader of two views of each image, and those of the images to measure; return the normalisation."""
         args = self.args
         images, labelled = load_images(args, read)
         check_batch_size(args, len(images))

@@ -67,19 +67,13 @@ def optional_package(name: str, who: str, install: str | None = None) -> ModuleT
 
 
 def stored_path(path: str | os.PathLike) -> Path:
-    """The path to write into a file. A path inside the toolkit is made relative to it, and so fits other machines too.
-
-    Relative paths, and those outside the toolkit, stay as they are.
-    """
+    """The path to write into a file: relative to the toolkit if it is inside it, and else as it is."""
     normal = Path(os.path.normpath(path))  # resolves toolkit/../x, which is not inside
     return normal.relative_to(TOOLKIT) if normal.is_relative_to(TOOLKIT) else Path(path)
 
 
 def found_path(path: str | os.PathLike) -> Path:
-    """Where a path read from a file leads: relative to the current folder, or else to the toolkit.
-
-    A path that exists in neither place stays as it is.
-    """
+    """Where a path read from a file leads: inside the toolkit, if it exists only there, and else as it is."""
     inside = TOOLKIT / path
     return inside if not os.path.exists(path) and os.path.exists(inside) else Path(path)
 

@@ -88,10 +88,7 @@ def folds(text: str) -> str:
 
 
 def option(default: Any, meaning: str | None = None, *, flags: tuple[str, ...] = (), **how: Any) -> Any:
-    """A field that is an option. `meaning` is its help, `flags` are names beside `--the-field`.
-
-    `how` is what `add_argument` takes beside these, such as `type` and `choices`.
-    """
+    """A field that is an option with this help; `flags` are further names of it, `how` goes to `add_argument`."""
     if isinstance(default, bool):
         how["action"] = argparse.BooleanOptionalAction
     return dataclasses.field(default=default, metadata={"flags": flags, "help": meaning, **how})
@@ -306,9 +303,9 @@ def _convert(action: argparse.Action, value: Any) -> Any:
 def _convert_one(action: argparse.Action, value: Any) -> Any:
     if value is None or value == "":
         raise ValueError("expected a value, got none")
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
-        if isinstance(value, bool):
-            value = str(value).lower()
+    if isinstance(value, bool):
+        raise ValueError(f"expected a value, got {str(value).lower()}")
+    if not isinstance(value, str | int | float | Path):
         raise ValueError(f"expected a value, got {printable(value)}")
     # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
     try:

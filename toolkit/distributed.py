@@ -50,10 +50,7 @@ def leave() -> None:
 
 
 def claim_report() -> bool:
-    """Is this the first process to fail, whose error is the one to print?
-
-    A process that fails makes the others fail at their next exchange; their errors would add nothing.
-    """
+    """Is this the first process to fail, whose error is the one to print? The others fail for lack of an answer."""
     if not launched():
         return True
     if _store is None:  # before `join` all processes find the same fault

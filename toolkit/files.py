@@ -225,10 +225,7 @@ _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 def _check_format(path: Path) -> tuple[bool, set[str]]:
-    """Whether the file is a zip file (else a legacy one), and the names of the classes and functions that it needs.
-
-    Raises _Refused for files that `torch.load` should not be given.
-    """
+    """Is the file a zip file (else a legacy one); and the names of the classes and functions that it needs."""
     with open(path, "rb") as file:
         header = file.read(len(_LEGACY_MAGIC))
         file.seek(0)
@@ -241,10 +238,7 @@ def _check_format(path: Path) -> tuple[bool, set[str]]:
 
 
 def _check_zip(file: IO[bytes]) -> set[str]:
-    """The names that the pickle in a zip file needs.
-
-    Raises _Refused for damaged records, and for compressed ones, which cannot be mapped.
-    """
+    """The names that the pickle in a zip file needs. Compressed records are refused: they cannot be mapped."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):

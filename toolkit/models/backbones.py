@@ -50,10 +50,7 @@ def record_of(model: nn.Module) -> ModelRecord:
 
 
 def other_heads(model: nn.Module) -> dict[str, str]:
-    """A ViT's number of attention heads if it differs from the arch's own, else nothing.
-
-    No tensor shows this number, so it identifies a base together with the digests of the tensors.
-    """
+    """A ViT's number of attention heads, which no tensor shows, if it differs from the arch's own."""
     heads = record_of(model).heads
     return {} if heads is None else {"heads": str(heads)}
 
@@ -126,10 +123,7 @@ def _for_channels(model: nn.Module, channels: int) -> nn.Module:
 
 
 def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
-    """Record which modules of a model are its classifier head, by name. None leaves it as it is.
-
-    Raises InputError for a name that no module has.
-    """
+    """Record which modules are the classifier head; None: as before. Raises InputError for a name that none has."""
     if head is None:
         return
     heads = (head,) if isinstance(head, str) else tuple(head)

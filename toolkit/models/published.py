@@ -58,10 +58,7 @@ def is_published(text: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The file of a published checkpoint, which is downloaded unless it was before.
-
-    Raises InputError if it cannot be reached or is damaged, or for a file of the Hub without huggingface_hub.
-    """
+    """The file of a published checkpoint, which is downloaded once. Raises InputError if that fails."""
     if name.startswith("hf:"):
         return _from_hub(*name.removeprefix("hf:").split("/", 2))
     import torch  # here: it takes seconds, and the names above are looked up in every command line
