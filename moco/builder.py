@@ -24,9 +24,8 @@ class MomentumContrast(nn.Module):
     """The part that both versions share: encoder_q, and encoder_k, its moving average, which gets no gradient.
 
     Args:
-        backbone: a torchvision model; `projector` replaces its classifier head. Both encoders share its frozen
-            parameters: over a frozen backbone with adapters, encoder_k is only a second set of adapters.
-        projector: features -> embeddings.
+        backbone: a torchvision model; `projector` (features -> embeddings) replaces its classifier head. Both encoders
+            share its frozen parameters: over a frozen backbone with adapters, encoder_k is a second set of adapters.
         m: momentum, the weight of the old encoder_k in each update.
         T: temperature of the softmax.
     """
@@ -61,10 +60,7 @@ class MoCo(MomentumContrast):
 
     BatchNorm normalises in each process by itself. So that its statistics cannot tell which key belongs to which query,
     keys are computed in another order than queries (section 3.3, shuffling BN). One process need not shuffle its batch.
-
-    Args (others as in MomentumContrast):
-        dim: width of q and k.
-        K: number of keys in the queue.
+    `dim` is the width of q and k, K the number of keys in the queue.
     """
 
     def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2):

@@ -98,10 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def train(run: "Pretraining") -> None:
-    """Train the remaining epochs. Until the last one ends, `last.pth` has the state to resume.
-
-    Raises Stopped after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
-    """
+    """Train the remaining epochs. Raises Stopped after Ctrl-C or SIGTERM, when `last.pth` has the state to resume."""
     args = run.args
     run.begin()
     with run.saved_when_stopped():
@@ -303,9 +300,7 @@ class Pretraining(RunState):
             **self.meter.results(),
             "checkpoint": self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)),
             "metrics": self.path("metrics.csv"),
-            "images": self.identity["images"],
-            "normalization": self.identity["normalization"],
-            "config": self.identity["config"],
+            **{name: self.identity[name] for name in ("images", "normalization", "config")},
         }
 
 
@@ -356,11 +351,8 @@ def load_images(
 
 
 def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module, PretrainOptions, dict[str, Any]]:
-    """Build MoCo around a new backbone or a checkpoint's.
-
-    Returns:
-        The model; the options with those that follow from the checkpoint (arch, image size, version and widths); and
-        what `load_backbone` reports, with a line on where the weights come from as `origin`.
+    """Build MoCo around a new backbone or a checkpoint's. Returns the model; the options, with those that follow from
+    the checkpoint; and what `load_backbone` reports, with a line on where the weights come from as `origin`.
     """
     version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()

@@ -381,9 +381,7 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     Measures some training images and prints the result. Raises InputError if their values after normalisation are far
     from any that networks are trained on.
 
-    Args:
-        scaling: its mean, std and `normalise` take precedence over the values of the arch.
-        images: the training images, a `LabelledImages`.
+    What `scaling` says takes precedence over the values of the arch; `images` are the training images.
     """
     bands = bands_of(scaling, channels)
     if bands is None:

@@ -43,11 +43,8 @@ def drawn_view(features: Tensor) -> Tensor:
 def cache_features(images: LabelledImages, views: Sequence[Iterable[Tensor]], batch_size: int) -> CachedFeatures:
     """Cache the features of all images in a file that vanishes when the processes end. Prints its size.
 
-    Args:
-        views: for each view, the plain one first, batches of features (n, ...) of the images in order. With several
-            processes each computes its share of every batch, and all processes read all features.
-        batch_size: the images per batch of all processes together.
-
+    `views` has for each view, the plain one first, batches of features (n, ...) of the images in order: of the
+    `batch_size` images of a batch each process computes its share, and all processes read all features.
     Raises InputError if the folder cannot be made or has too little room, or the processes are on several machines.
     """
     cached = None

@@ -99,7 +99,6 @@ def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], fil
         return given
     chosen = given.bands or (bands and list(bands.chosen)) or None
     scale = given.scale or (bands and bands.scale)
-    known = Scaling(scale, list(values["mean"]), list(values["std"]), chosen)
     taken = "mean, std and bands" if given.scale else "scale, mean, std and bands"
     print(f"images: {taken} as in the pretraining, which {printable(Path(file).name)} says")
-    return known
+    return Scaling(scale, list(values["mean"]), list(values["std"]), chosen)

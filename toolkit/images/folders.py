@@ -89,10 +89,7 @@ def named_faults(path: str) -> Iterator[None]:
 
 
 def evaluation_folder(root: Path) -> Path:
-    """The folder beside train/ to evaluate on, by the name that it has; test/ only where there is no other.
-
-    Raises InputError where several have such a name, or none.
-    """
+    """The folder beside train/ to evaluate on; test/ only where there is no other. Raises InputError for several."""
     found = [root / name for name in EVALUATION_NAMES if remote.is_folder(root / name)]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)

@@ -71,10 +71,8 @@ def write_map(
 
     Args:
         parts: its rows from the top downwards, some at a time: (rows, W) of uint8, or (rows, W, K) of floats.
-        like: the TIFF whose georeference the map takes; None: it has none.
-        palette: (K, 3) from 0 to 1, the colours of classes. NO_CLASS is the number without data.
-        names: of the classes.
-        step: how many of that TIFF's pixels one of the map is wide and high.
+        like: the TIFF whose georeference the map takes, if any; a pixel of the map is `step` of its wide and high.
+        palette: (K, 3) from 0 to 1, the colours of the classes in `names`. NO_CLASS is the number without data.
     """
     parts = iter(parts)
     first = next(parts)

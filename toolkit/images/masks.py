@@ -315,8 +315,8 @@ class MaskedImages(LabelledImages):
         return image, self.mask(i)
 
     def mask(self, i: int) -> Tensor:
-        path = self.source.mask_path(self.indices[i])
-        return torch.from_numpy(self.source.read(path).astype(np.int64))
+        mask = self.source.read(self.source.mask_path(self.indices[i]))
+        return torch.from_numpy(mask.astype(np.int64))
 
     def picture(self, i: int, bands: Bands | None, step: int = 1) -> np.ndarray:
         """The image as a picture (H, W, 3) from 0 to 1, of every `step`-th pixel."""
@@ -334,7 +334,8 @@ class MaskedImages(LabelledImages):
 def load_pairs(
     data_dir: str | Path | None,
     val_dir: str | Path | None,
-    lists: Sequence[tuple[Path, Path, str | None]],
+    lists: Sequence[tuple[Path, Path]],
+    group_by: str | None,
     needs_val: bool,
     bands: Bands | None,
     read: MaskReader,
@@ -342,15 +343,11 @@ def load_pairs(
 ) -> tuple[list[MaskedImages], list[str]]:
     """The images with masks in one part that is yet to be split, or in two; and the names of the classes.
 
-    Args:
-        data_dir: a folder with train/images, train/masks, val/images, val/masks; with images/train, masks/train, ...;
-            with images/ and masks/; or with files x.jpg and x_mask.png.
-        lists: in place of it the arguments of `pairs_of_list` for one list or two.
-
+    They are in a folder (see `_LAYOUTS`), or else in one list or two, each with the folder that it is relative to.
     Raises InputError if there are no pairs, if one cannot be used, or if all masks are of one class.
     """
     if lists:
-        files = [pairs_of_list(path, folder, bands, read, group_by) for path, folder, group_by in lists]
+        files = [pairs_of_list(*place, bands, read, group_by) for place in lists]
         divided = len(files) > 1
     else:
         places, divided = _places(data_dir, val_dir, needs_val)
@@ -580,10 +577,7 @@ def _drawn(length: int, side: int, pixel: int | None = None) -> int:
 def pair_transforms(
     image_size: int, augmentation: str, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None
 ) -> tuple[PairCrop, View]:
-    """The transforms of pairs for training, and of their images for evaluation: see `transforms.eval_transform`.
-
-    `augmentation` is 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
-    """
+    """The transforms of pairs for training (augmentation 'crop': `PairCrop` varies), and of images for evaluation."""
     whole = eval_transform(None, mean, std, bands)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 

@@ -41,10 +41,6 @@ class Splits(NamedTuple):
         return hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
 
 
-# The images in one part that is yet to be split, or in two, for training and for evaluation; and the classes' names.
-Parts = tuple[list[LabelledImages], list[str]]
-
-
 def load_splits(
     dataset: str = "digits",
     data_dir: str | Path | None = None,
@@ -83,9 +79,8 @@ def load_splits(
     truth = TRUTHS[task]
     listed_in = _places_of_lists(data_list or (), data_dir)
     if truth == "mask":
-        of_lists = [(*place, group_by) for place in listed_in]
-        masks = masks or MaskReader(None)
-        parts, class_names = load_pairs(data_dir, val_dir, of_lists, needs_val, bands, masks, skip_unreadable)
+        read = masks or MaskReader(None)
+        parts, class_names = load_pairs(data_dir, val_dir, listed_in, group_by, needs_val, bands, read, skip_unreadable)
     elif data_list:
         columns = {"group_by": group_by, "label_columns": label_columns}
         parts = []
@@ -172,10 +167,7 @@ def load_unlabelled(
 def _unlabelled_beside(
     place: Path, train: LabelledImages, val: LabelledImages, bands: Bands | None, skip_unreadable: bool
 ) -> LabelledImages:
-    """The images of a folder or a list, at most MOST_UNLABELLED, but those that are evaluated on or train with a label.
-
-    Prints how many there are. Raises InputError if none is left.
-    """
+    """At most MOST_UNLABELLED images of a folder or list, without those that are evaluated on or train with a label."""
     if remote.is_folder(place):
         found = load_unlabelled(place, None, skip_unreadable, bands)
     elif remote.exists(place):
@@ -228,7 +220,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
-def _digits(data_dir: str | Path | None) -> Parts:
+def _digits(data_dir: str | Path | None) -> tuple[list[LabelledImages], list[str]]:
     """1,797 handwritten digits of 8x8 pixels and 17 grey levels (UCI optdigits test set) that scikit-learn contains."""
     if data_dir is not None:
         raise InputError(f"the digits need no --data-dir; for the images in {data_dir} use --dataset imagefolder")
@@ -242,7 +234,7 @@ def _digits(data_dir: str | Path | None) -> Parts:
 
 def _image_folder(
     data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
-) -> Parts:
+) -> tuple[list[LabelledImages], list[str]]:
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
     root = _folder_of_images(data_dir)
     train = _train_folder(root)
@@ -429,11 +421,9 @@ def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
         return
     if found := folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist()):
-        first, other = found[0]
-        print(
-            f"{len(found)} of {len(val)} evaluation images are copies of training images, "
-            f"such as {printable(first)} of {printable(other)}"
-        )
+        first, other = map(printable, found[0])
+        count = f"{len(found)} of {len(val)}"
+        print(f"{count} evaluation images are copies of training images, such as {first} of {other}")
 
 
 def readable(images: LabelledImages) -> LabelledImages:
@@ -453,10 +443,7 @@ def readable(images: LabelledImages) -> LabelledImages:
 
 
 def without_problem(problems: Sequence[str], may_be_none: bool = False) -> list[int]:
-    """The positions of the images that can be read, of which the problem is ""; says which others are left out.
-
-    Raises InputError if none is left, unless there may be none.
-    """
+    """The positions of images without a problem; says which are left out. InputError if all are, unless they may be."""
     broken = list(filter(None, problems))
     if broken and len(broken) == len(problems) and not may_be_none:
         raise InputError(f"none of the {len(problems)} images can be read, such as {broken[0]}")

@@ -79,10 +79,8 @@ def strata(values: torch.Tensor) -> torch.Tensor:
 
 
 def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int) -> np.ndarray:
-    """Is each image in the part, (N,)? That is one of about 1 / share equal parts without a group, of those named in
-    `groups` (N,), on both sides: the one without which the rest keeps the most classes.
-
-    Raises InputError if all images are in one group.
+    """Is each image in the part, (N,)? It is the one of about 1 / share equal parts, each of whole `groups` (N,),
+    without which the rest keeps the most classes. Raises InputError if all images are in one group.
     """
     labels = np.asarray(labels)
     count = min(round(1 / share), len(np.unique(groups)))
@@ -121,10 +119,7 @@ def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0)
 
 
 def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
-    """The name of the folder at a level of each path, counted from '1', the outermost: (N,).
-
-    Raises InputError if a path has no folder there.
-    """
+    """The name of the folder at a level of each path, (N,); '1' is the outermost. Raises InputError for none."""
     found = []
     for path in paths:
         folders = {str(level): name for level, name in enumerate(filter(None, path.split("/")[:-1]), 1)}

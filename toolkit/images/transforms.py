@@ -119,10 +119,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
 def _resized(
     image: Image.Image | np.ndarray, box: tuple[int, ...], size: tuple[int, int], reduction: int = 1
 ) -> Image.Image | torch.Tensor:
-    """Cut a box out of a reduced image and resize it. The box's corners are those in the full image.
-
-    An array (H, W, C) is resized as a photograph, but in floats: (C, height, width).
-    """
+    """Cut a box of the full image out of a reduced one and resize it; of an array (H, W, C), (C, height, width)."""
     if isinstance(image, np.ndarray):
         bands = (Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[2]))
         return torch.stack([torch.from_numpy(np.array(_resized(band, box, size))) for band in bands])

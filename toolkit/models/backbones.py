@@ -62,8 +62,7 @@ def build_backbone(
 
     `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch. `heads` is
     the number of attention heads of a torchvision ViT; None means its own (`default_heads`).
-    Raises InputError for an unknown arch, for a size, heads or channels that do not fit, for less than one class, and
-    if timm is needed and missing.
+    Raises InputError for an unknown arch, for numbers that do not fit it, and if timm is needed and missing.
     """
     size = names.default_image_size(arch)  # raises for an unknown arch
     if image_size is not None:

@@ -98,10 +98,7 @@ def load_backbone(
 
 
 def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, dict[str, Any]]:
-    """The number of channels that a checkpoint's first layer takes, and the file's metadata about the images' values.
-
-    The metadata are as `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
-    """
+    """The channels that a checkpoint's first layer takes; and its metadata on images, as `bands.recorded` has them."""
     source = _identify(path, arch)
     _, channels = _find_channels(source.weights, source.arch)
     if source.images:
@@ -135,10 +132,9 @@ def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
-    """The version of MoCo that wrote a checkpoint, 2 (for 1, too) or 3, and its `projector` and `predictor`.
+    """The version of MoCo that wrote a checkpoint, 2 (for 1, too), 3 or None, and its `projector` and `predictor`.
 
-    The version is None if the file is not from a pretraining by MoCo. The tensors have their names in the modules of
-    `moco.builder`; there are none if the file has none.
+    Their tensors, if any, have their names in the modules of `moco.builder`.
     """
     tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)
@@ -378,20 +374,12 @@ def _recognise(
     wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
-    encoder = {}
-    others = []
-    unknown = []
-    for key, full in keys.items():
-        if key.startswith(layout.prefix):
-            encoder[key.removeprefix(layout.prefix)] = full
-            continue
-        others.append(full)
-        if not key.startswith(layout.beside):
-            unknown.append(key)
-    if unknown:
+    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
+    others = {key: full for key, full in keys.items() if not key.startswith(layout.prefix)}
+    if unknown := [key for key in others if not key.startswith(layout.beside)]:
         beside = f"beside the backbone at {layout.prefix}* it holds tensors of unknown use"
         raise InputError(f"{path} ({layout.family}): {beside}: {listed(unknown)}")
-    return layout, encoder, others
+    return layout, encoder, list(others.values())
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:

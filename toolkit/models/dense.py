@@ -41,11 +41,8 @@ class DenseHead(nn.Module):
 class DenseModel(nn.Module):
     """A backbone that answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S).
 
-    Args:
-        backbone: a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`. Its
-            classifier head becomes an identity.
-        classes, image_size, channels: K, S (in pixels) and C.
-
+    The backbone is a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`. Its
+    classifier head becomes an identity. K are the classes, S is the image size in pixels, C are the channels.
     Raises InputError if the backbone has no maps that can be read.
     """
 
@@ -134,11 +131,9 @@ def _of_vit(backbone: VisionTransformer, images: Tensor) -> list[Tensor]:
 
 
 def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
-    """The features of some pixels of one image, (P, D): those that the head is linear in.
+    """The features of some pixels of one image, whose maps are (1, D_i, h_i, w_i): (P, D), in which the head is linear.
 
-    Args:
-        maps: of the image alone, (1, D_i, h_i, w_i).
-        points: (P, 2), the pixels' columns and rows as shares of the image, from 0 to 1 at their centres.
+    `points` are the centres of the pixels, (P, 2), by column and row, as shares of the image from 0 to 1.
     """
     size = finest(maps)
     grid = (2 * points - 1)[None, :, None]  # (1, P, 1, 2)
