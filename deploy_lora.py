@@ -211,8 +211,8 @@ def compare(args: argparse.Namespace) -> list[Any]:
     rows = comparison.summed_up(args.results)
     print(reports.table(comparison.table_of_runs(rows)))
     if args.output is not None:
-        comparison.write_table_of_runs(rows, args.output)
-        print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
+        files.write_csv(rows, list(rows[0]), args.output)
+        print(f"wrote {args.output}")
     return rows
 
 
@@ -281,11 +281,11 @@ def _write_for_each(
     Several processes share the images. `write` takes an image's number and place, and returns its file, which is the
     place with one of the endings. The files depend on `settings` too.
     """
-    places = predictions.places_of_images(images, args.images, args.output, endings)
+    places = predictions.places_of_images(images, args.images, args.output)
     share = range(distributed.rank(), len(images), distributed.world_size())
     written = []
     broken = []
-    with _folder_of_answers(args, images, places, endings, settings, replaces=True) as manifest:
+    with _folder_of_answers(args, images, places, endings, settings) as manifest:
         for i in progress_bar(share, args.command):
             files_of_image = manifest.finished(places[i])
             if not files_of_image:
@@ -313,7 +313,6 @@ def _folder_of_answers(
     places: Sequence[Path],
     endings: Sequence[str],
     settings: dict[str, Any],
-    replaces: bool,
 ) -> Iterator[predictions.Manifest]:
     """Hold the folder --output, and yield its manifest: see `predictions.begin_folder`."""
     made_of = {
@@ -325,7 +324,7 @@ def _folder_of_answers(
     }
     with output_folder.held(args.output, option="--output"):
         manifest = predictions.Manifest(args.output, made_of | settings)
-        begin = functools.partial(predictions.begin_folder, manifest, places, endings, args.resume, replaces)
+        begin = functools.partial(predictions.begin_folder, manifest, places, endings, args.resume)
         manifest.found = distributed.first_does(begin)  # alone, before any of them can have written
         yield manifest
 
@@ -369,13 +368,14 @@ def choose(args: argparse.Namespace) -> list[str]:
         if not _task_of(about).counts_images:
             raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
         images, labelled = _to_choose_from(args, about)
-        answers_for = functools.partial(_readable_answers, args, headless(model), about, make_loader)
-        features, images = answers_for(images)
+        backbone = headless(model)
+        [(features, images)] = _answered(args, backbone, about, make_loader, images, [range(len(images))])
         count = min(args.count, len(images))
         classes = about["class_names"]
         if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
             how = "the most typical first"
-            chosen = choosing.most_typical(features, count, answers_for(labelled)[0])
+            [(known, _)] = _answered(args, backbone, about, make_loader, labelled, [range(len(labelled))])
+            chosen = choosing.most_typical(features, count, known)
         else:
             how = "the adapter is least sure of them"
             logits = probe.head_outputs(model, features.to(_device_and_precision(args)[0])).cpu()
@@ -401,15 +401,24 @@ def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[La
     return images.at_most(max(choosing.MOST, args.count)), labelled.at_most(choosing.MOST)
 
 
-def _readable_answers(
-    args: argparse.Namespace, model: nn.Module, about: dict[str, Any], make_loader: Callable, images: LabelledImages
-) -> tuple[Tensor, LabelledImages]:
-    """The outputs of a model for the images that can be read, and these images; says which others are left out."""
+def _answered(
+    args: argparse.Namespace,
+    model: nn.Module,
+    about: dict[str, Any],
+    make_loader: Callable[[Transformed], DataLoader],
+    images: LabelledImages,
+    parts: Sequence[range],
+    may_be_none: bool = False,
+) -> Iterator[tuple[Tensor, LabelledImages]]:
+    """For each part the outputs (n, ...) and their images; those that cannot be read are listed and left out."""
     zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
-    loader = make_loader(TolerantImages(images, about["transform"], zeros))
-    outputs, problems = _answers(args, model, progress_bar(loader, args.command), zeros)
-    kept = sources.without_problem(problems)
-    return outputs[kept], images.subset(kept)
+    chosen = images.subset(list(itertools.chain(*parts)))
+    batches = iter(progress_bar(make_loader(TolerantImages(chosen, about["transform"], zeros)), args.command))
+    for part in parts:
+        of_part = itertools.islice(batches, math.ceil(len(part) / fixed_order_batch(args.batch_size)))
+        outputs, problems = _answers(args, model, of_part, zeros)
+        kept = sources.without_problem(problems, may_be_none)
+        yield outputs[kept], images.subset(part).subset(kept)
 
 
 def _write_answers(
@@ -431,18 +440,7 @@ def _write_answers(
     if in_parts:
         size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
     parts = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-    zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
-
-    def answered(parts: Sequence[range]) -> Iterator[tuple[Tensor, LabelledImages]]:
-        """For each part the outputs (n, ...) and their images; those that cannot be read are listed and left out."""
-        chosen = images.subset(list(itertools.chain(*parts)))
-        batches = iter(progress_bar(make_loader(TolerantImages(chosen, about["transform"], zeros)), args.command))
-        for part in parts:
-            of_part = itertools.islice(batches, math.ceil(len(part) / batch_size))
-            outputs, problems = _answers(args, model, of_part, zeros)
-            kept = sources.without_problem(problems, may_be_none=in_parts)
-            yield outputs[kept], images.subset(part).subset(kept)
-
+    answered = functools.partial(_answered, args, model, about, make_loader, images, may_be_none=in_parts)
     if not in_parts:
         [(outputs, kept)] = answered(parts)
         answers = write(outputs, kept, args.output) if distributed.is_main() else None
@@ -453,7 +451,7 @@ def _write_answers(
     files_of = [[place.with_name(place.name + ending) for ending in endings] for place in places]
     settings = {"--batch-size or number of processes": size}
     count = 0
-    with _folder_of_answers(args, images, places, endings, settings, replaces=False) as manifest:
+    with _folder_of_answers(args, images, places, endings, settings) as manifest:
         missing = [number for number, place in enumerate(places) if not manifest.finished(place)]
         for number, (outputs, kept) in zip(missing, answered([parts[number] for number in missing]), strict=True):
             count += len(kept)

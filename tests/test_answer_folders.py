@@ -10,10 +10,10 @@ from toolkit.answers import predictions
 from toolkit.answers.predictions import MANIFEST, Manifest, read_manifest
 
 
-def begin(folder: Path, adapter: str = "one", command: str = "predict", **how) -> Manifest:
+def begin(folder: Path, adapter: str = "one", command: str = "predict", resume: bool = False) -> Manifest:
     manifest = Manifest(folder, {"command": command, "adapter": adapter})
-    how = {"resume": False, "replaces": True, **how}
-    predictions.begin_folder(manifest, [folder / "a/0", folder / "a/1"], [".png", ".npy"], **how)
+    places = [folder / "a/0", folder / "a/1"]
+    manifest.found = predictions.begin_folder(manifest, places, [".png", ".npy"], resume)
     return manifest
 
 
@@ -48,27 +48,19 @@ def test_answers_of_something_else_are_not_gone_on_with(stopped):
     with pytest.raises(InputError, match=f"{stopped}: its answers were made with other adapter; name another folder"):
         begin(stopped, adapter="two", resume=True)
     with pytest.raises(InputError, match="its answers were made with other command"):
-        begin(stopped, command="explain")
-    with pytest.raises(InputError, match="has parts already: go on with --resume, or name another folder"):
-        begin(stopped, replaces=False)
-    assert begin(stopped, adapter="two").finished(stopped / "a/0") == []  # it is replaced
+        begin(stopped, command="explain", resume=True)
+    with pytest.raises(InputError, match="has answers already: go on with --resume, or name another folder"):
+        begin(stopped)
 
 
-@pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("name", ["a/1.png", "a/1.npy", "a/0.npy"])
-def test_what_was_put_there_by_hand_stays(stopped, resume, name):
+def test_what_was_put_there_by_hand_stays(stopped, name):
     (stopped / name).write_text("by hand")
     with pytest.raises(InputError, match=f"what is written would replace {stopped}/{name}; name another folder"):
-        begin(stopped, resume=resume)
+        begin(stopped, resume=True)
     assert (stopped / name).read_text() == "by hand"
     (stopped / name).unlink()
-    begin(stopped, resume=resume)
-
-
-def test_what_was_changed_by_hand_is_not_replaced_by_a_new_call(stopped):
-    (stopped / "a/0.png").write_text("corrected")
-    with pytest.raises(InputError, match=r"what is written would replace .*0\.png"):
-        begin(stopped)
+    begin(stopped, resume=True)
 
 
 def test_a_link_to_nothing_is_not_replaced(tmp_path):
@@ -84,7 +76,6 @@ def test_what_a_killed_command_had_just_written_is_made_again(stopped):
     (stopped / "a/1.png").write_text("a whole one")
     manifest = begin(stopped, resume=True)
     assert manifest.finished(stopped / "a/1") == []
-    assert begin(stopped).finished(stopped / "a/0") == []
 
 
 def test_a_torn_last_line_is_none(stopped):

@@ -253,7 +253,6 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert lines[0] == "results,differs by,runs,probe,score,spread" and len(lines) == 4
     assert "0.75 ± 0.0707" in capsys.readouterr().out
-    assert (tmp_path / "runs.png").stat().st_size > 5_000
     with pytest.raises(InputError, match=r"--output runs\.txt: the name must end in \.csv"):
         deploy_lora.main(["compare", *map(str, paths), "--output", "runs.txt"])
     [row] = comparison.summed_up([paths[0], paths[0]])

@@ -220,7 +220,7 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     write("stopped", "--resume")
     assert (tmp_path / "stopped" / paths[1].name).read_bytes() == whole[paths[1].name]
 
-    with pytest.raises(InputError, match="whole has parts already: go on with --resume, or name another folder"):
+    with pytest.raises(InputError, match="whole has answers already: go on with --resume, or name another folder"):
         write("whole")
     with pytest.raises(InputError, match="whole: its answers were made with other images; name another folder"):
         write("whole", "--resume", part="train")
@@ -646,7 +646,7 @@ def test_a_table_of_runs_may_be_written_again(adapter_for_images, images, tmp_pa
     before = set(os.listdir())
     for _ in range(2):
         run("compare a.json b.json --output runs.csv")
-        assert set(os.listdir()) - before == {"runs.csv", "runs.png"}
+        assert set(os.listdir()) - before == {"runs.csv"}
 
 
 OTHERS = {
@@ -655,12 +655,11 @@ OTHERS = {
     "r.html": "mine",
     "lora_evaluation.html": "mine",
     "runs.csv": "image,class,answer\r\n",
-    "runs.png": "mine",
     "new.pth": "weights",
     "p.csv": "path,label\n",
     "map.tif": "II*",
     "f.npy": "numbers",
-    "f_paths.csv": "path\r\n",
+    "f_paths.csv": "path,label\r\n",
     "areas.json": '{"field": 3}',
     "g.pt2": "a graph",
     "README.md": "# My project",
@@ -675,7 +674,6 @@ OTHERS = {
         ("evaluate lora.pth --output r.json", "r.html"),
         ("evaluate lora.pth", "lora_evaluation.html"),
         ("compare a.json b.json --output runs.csv", "runs.csv"),
-        ("compare a.json b.json --output runs.csv", "runs.png"),
         ("threshold lora.pth list.csv --output new.pth", "new.pth"),
         ("predict lora.pth images --output p.csv", "p.csv"),
         ("predict lora.pth images --output map.tif", "map.tif"),
@@ -704,7 +702,7 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words
     [
         ("embed lora.pth f_paths.csv --output f.npy", "f_paths.csv"),
         ("evaluate lora.pth r_answers.csv --output r.json", "r_answers.csv"),
-        ("compare a.json runs.png --output runs.csv", "runs.png"),
+        ("compare a.json runs.csv --output runs.csv", "runs.csv"),
         ("convert peft/adapter_model.safetensors --output peft", "peft/adapter_model.safetensors"),
     ],
 )

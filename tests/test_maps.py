@@ -110,8 +110,8 @@ def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_
     with Image.open(tmp_path / "maps/images/1.png") as mask, Image.open(pairs / "val/images/1.png") as image:
         assert mask.mode == "P" and mask.size == image.size
         assert np.array_equal(np.asarray(mask), logits_of(of_pairs, image).argmax(0))
-    [*written] = deploy("predict", of_tiffs, tiffs / "images", "--output", tmp_path / "maps")
-    assert written[0] == tmp_path / "maps/0.tif" and tags(written[0]) == tags(tiffs / "images/0.tif")
+    [*written] = deploy("predict", of_tiffs, tiffs / "images", "--output", tmp_path / "scenes")
+    assert written[0] == tmp_path / "scenes/0.tif" and tags(written[0]) == tags(tiffs / "images/0.tif")
     image = pairs / "val/images/0.png"
     [path] = deploy("predict", of_pairs, image, "--output", tmp_path / "soft", "--probabilities")
     with Image.open(image) as opened:

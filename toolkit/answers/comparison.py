@@ -17,10 +17,9 @@ from toolkit.answers import measures
 from toolkit.answers.answer_reports import interval_text
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
-from toolkit.answers.report_page import BLUE, ORANGE, drawn, new_figure, save_figure
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
 from toolkit.answers.tasks import TASKS
-from toolkit.files import write_cells, write_csv
+from toolkit.files import write_cells
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
 
@@ -230,25 +229,8 @@ def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float 
     return ""
 
 
-def write_table_of_runs(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The rows as .csv, and beside it as a picture, .png."""
-    write_csv(rows, list(rows[0]), path)
-    known = [row for row in rows if row["score"] != ""]
-    figure = new_figure(9, 1.2 + 0.4 * len(known))
-    axes = figure.subplots()
-    for place, row in enumerate(known):
-        axes.errorbar(row["score"], place, xerr=row["spread"] or None, fmt="o", color=BLUE)
-        if row["probe"] != "":
-            axes.plot(row["probe"], place, "|", color=ORANGE, markersize=14)
-    names = [drawn(printable(row["differs by"] or row["results"], 60)) for row in known]
-    axes.set_yticks(range(len(known)), names)
-    axes.set_xlabel("score after the run, with its deviation over seeds; orange: the linear probe", fontsize=9)
-    axes.invert_yaxis()  # the best on top
-    save_figure(figure, path.with_suffix(".png"))
-
-
 def table_of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The same for people: (score, what has it)."""
+    """The rows for people: (score, what has it)."""
     shown = []
     for row in rows:
         score = f"{row['score']} ± {row['spread']}" if row["spread"] != "" else str(row["score"])

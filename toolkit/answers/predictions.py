@@ -16,7 +16,7 @@ from torch import Tensor
 
 from toolkit import InputError, listed
 from toolkit.answers.parts import Task
-from toolkit.files import make_folder, open_atomically, same_file, write_csv, write_text
+from toolkit.files import make_folder, open_atomically, write_csv, write_text
 from toolkit.images.data import LabelledImages
 from toolkit.images.folders import places_below
 from toolkit.images.maps import NO_CLASS, write_map, write_mask
@@ -80,41 +80,36 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def begin_folder(
-    manifest: Manifest, places: Sequence[Path], endings: Sequence[str], resume: bool, replaces: bool
+    manifest: Manifest, places: Sequence[Path], endings: Sequence[str], resume: bool
 ) -> dict[str, dict[str, int]]:
     """Begin a folder of answers, which `output_folder.held` holds, or go on with it; return what is finished.
 
     Args:
         manifest: what the answers depend on.
         places, endings: where its files go, and how the names of those at each place may end.
-        resume: go on with what is there; raises InputError if that is of other answers.
-        replaces: without `resume`, what an earlier call wrote is written anew, for which else InputError is raised.
+        resume: go on with what is there.
 
-    Raises InputError if the manifest there is damaged, and for files in these places that no earlier call wrote, or
-    that were changed since.
+    Raises InputError if what is there is of other answers, or is not to be gone on with, if the manifest there is
+    damaged, and for files in these places that no earlier call wrote.
     """
     folder = manifest.folder
     earlier = read_manifest(folder)
-    if earlier.about and not resume and not replaces:
-        raise InputError(f"{folder} has parts already: go on with --resume, or name another folder")
+    if earlier.about and not resume:
+        raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
     differing = [name for name, value in manifest.about.items() if earlier.about.get(name) != value]
-    if earlier.about and differing and (resume or "command" in differing):
+    if earlier.about and differing:
         raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
     for place in places:
         if earlier.found.get(earlier.key(place)) == {}:  # a command was killed while it wrote there
             continue
-        known = earlier.written(place) if resume else earlier.finished(place)
         for path in (_with(place, ending) for ending in endings):
-            if os.path.lexists(path) and path not in known:
+            if os.path.lexists(path) and path not in earlier.written(place):
                 raise InputError(f"--output {folder}: what is written would replace {path}; name another folder")
     for inside in {place.parent for place in places}:
         make_folder(inside)
-    manifest.found = earlier.found
-    if not resume:
-        manifest.found |= {key: {} for key in map(earlier.key, places) if key in earlier.found}
-    lines = [manifest.about, *({key: manifest.found[key]} for key in sorted(manifest.found))]
+    lines = [manifest.about, *({key: earlier.found[key]} for key in sorted(earlier.found))]
     write_text("".join(json.dumps(line) + "\n" for line in lines), folder / MANIFEST)
-    return manifest.found
+    return earlier.found
 
 
 def _with(place: Path, ending: str) -> Path:
@@ -150,11 +145,10 @@ def _write_parquet(rows: Sequence[dict[str, Any]], names: Sequence[str], texts: 
         parquet.write_table(pyarrow.table(columns), file)
 
 
-def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path, endings: Sequence[str]) -> list[Path]:
+def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
     """Where what is made of each image goes, without its ending: within `output` as the image within its folder.
 
-    `given` are the images and folders of images that a user named. Raises InputError as `places_below`, and if what
-    is made of an image would replace it.
+    `given` are the images and folders of images that a user named. Raises InputError as `places_below`.
     """
     names = [Path(images.name(i)) for i in range(len(images))]
     within = []
@@ -165,12 +159,7 @@ def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path
             if name != path and name.is_relative_to(folder):
                 inside = name.relative_to(folder)
         within.append(inside)
-    places = places_below(output, within)
-    for name, place in zip(names, places, strict=True):
-        for path in (_with(place, ending) for ending in endings):
-            if same_file(path, name):
-                raise InputError(f"--output {output}: what is written would replace {path}; name another folder")
-    return places
+    return places_below(output, within)
 
 
 @dataclass

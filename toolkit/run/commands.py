@@ -72,8 +72,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["push"], "repository", "owner/name; made if it does not exist")
     add(["push"], "--private", "make one that others cannot see", **switch)
     parsers["push"].set_defaults(output=None)
-    parsers["explain"].set_defaults(resume=False)
-    add(["compare"], "--output", "a table of all, runs.csv, and a picture beside it", type=Path)
+    add(["compare"], "--output", "a table of all, runs.csv", type=Path)
     add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
     add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
     add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
@@ -88,7 +87,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["choose"], "--labelled", "what has labels: lists, or folders of images", default=(), **some)
     add(["choose"], "--arch", "of a checkpoint that does not say")
     add(["choose"], "--image-size", "of a checkpoint, in pixels", type=positive_int)
-    add(["predict", "embed"], "--resume", "continue what is in the folder --output", **switch)
+    add(["predict", "embed", "explain"], "--resume", "continue what is in the folder --output", **switch)
     add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
     add(["predict"], "--abstain", "in maps: no answer where no class is as probable as this", type=positive_share)
     add(["predict"], "--window", "in maps of answers for windows: their side in pixels", type=positive_int)
@@ -110,11 +109,10 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
 
 
 # What else a command writes, by what follows the name of --output without its own ending.
-BESIDE = {"evaluate": ("_answers.csv", ".html"), "compare": (".png",), "embed": (PATHS,)}
+BESIDE = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,)}
 BESIDE |= dict.fromkeys(("merge", "export"), (".json",))
 # What stands in the first megabyte of a file that a command wrote. Weights, graphs and arrays have nothing of the kind:
 # the file beside them tells.
-TOLD_BESIDE = ("embed", "merge", "export")
 WROTE = {
     "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |\A<!doctype html>[^\n]*\n[^\n]*content="moco-lora ',
     "compare": rb"\Aresults,differs by,",
@@ -141,22 +139,19 @@ def files_written(args: argparse.Namespace) -> list[Path]:
 
 
 def not_its_own(args: argparse.Namespace) -> Path | None:
-    """A file that a command would replace, though no earlier call of it wrote it."""
-    written = files_written(args)
-    there = [path for path in written if os.path.lexists(path)]
+    """A file that a command would replace, though no earlier call of it wrote it: none of its files says so."""
+    there = [path for path in files_written(args) if os.path.lexists(path)]
     if not there or args.command not in WROTE:
         return None
-    telling = written[-1] if args.command in TOLD_BESIDE else written[0]
-    if telling not in there or (args.command == "embed" and len(there) == 1):
-        return there[0]
     pattern = WROTE[args.command]
     if args.command in ("merge", "export"):  # of two files with one description it would say what is true of one
         pattern += re.escape(json.dumps(args.output.name).encode())
-    if telling.is_file() and os.access(telling, os.R_OK):  # a pipe has no end
-        with open(telling, "rb") as file:
-            if re.search(pattern, file.read(2**20)):
-                return None
-    return telling
+    for path in there:
+        if path.is_file() and os.access(path, os.R_OK):  # a pipe has no end
+            with open(path, "rb") as file:
+                if re.search(pattern, file.read(2**20)):
+                    return None
+    return there[0]
 
 
 def check_output(args: argparse.Namespace) -> list[str]:
