@@ -52,10 +52,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unused_adapters(model: nn.Module) -> list[str]:
-    """The names of adapted layers that train, and that the last backward pass gave no gradient.
+    """The names of adapted layers that train, and that the first backward pass, just over, gave no gradient.
 
-    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter. Call this
-    after the first backward pass of a training loop.
+    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter.
     """
     unused = []
     for name, layer in adapted_layers(unwrapped(model)).items():
@@ -172,7 +171,6 @@ class LoRAManager:
 
         `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. Frozen parameters stay
         frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
-
         With `merge` the weights are ``W + s B A``. Otherwise the base weights come back, bit for bit, even if the
         adapters were merged; layers in fewer bits, whose float weights are gone, then raise InputError, before
         anything is changed.
@@ -245,9 +243,8 @@ class LoRAManager:
 
         No weight is copied. Layers that the adapter does not adapt become stock layers. Each adapter has its own
         classifier head and trainable parameters, and so needs an optimizer of its own. Threads that share a model must
-        take turns: one thread at a time calls `use` and computes its answer.
-
-        Raises InputError if no adapter has this name, or if the adapters are merged or switched off.
+        take turns: one thread at a time calls `use` and computes its answer. Raises InputError if no adapter has this
+        name, or if the adapters are merged or switched off.
         """
         adapter_set = self._adapter_set()
         if name is not None and name not in adapter_set.named:

@@ -86,12 +86,9 @@ class Report:
     def draw_mistakes(
         self, images: LabelledImages, path: Path, bands: Bands | None = None, explainer: Explainer | None = None
     ) -> None:
-        """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it.
-
-        With an explainer there is a picture beside each of what decided.
-        """
+        """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
         groups = self.mistakes()
-        wide = 1 if explainer is None else 2  # columns for an image
+        wide = 1 if explainer is None else 2  # columns for an image, and for what decided
         rows = [max(1, math.ceil(wide * len(chosen) / COLUMNS)) for chosen in groups.values()]
         figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
         parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]

@@ -170,7 +170,6 @@ def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
 
 
 def table(differences: Sequence[Difference], first: Path, second: Path) -> list[tuple[str, str]]:
-    """Rows of (name, value) for people."""
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
         form = ".4g" if measure in SHOWN[ANSWER] else ".2%"  # a share in per cent

@@ -55,16 +55,12 @@ def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
 
 
 def effective_rank(features: Tensor) -> float:
-    """How many directions the features (N, D) fill: the exponential of the entropy of their shares; 1 to min(N, D).
-
-    The shares are the singular values of the centred features over their sum (Roy and Vetterli, EUSIPCO 2007).
-    """
+    """How many directions features (N, D) fill, 1 to min(N, D): "effective rank" (Roy and Vetterli, EUSIPCO 2007)."""
     values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     shares = values / values.sum()
     return torch.special.entr(shares).sum().exp().item() if values.sum() > 0 else 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Several labels an image. `positive` is 1 where an image has the label and 0 where not.
 # `weights`, (n, images), say in whole numbers how often each image counts: a row for each set of images.
 

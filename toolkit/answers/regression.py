@@ -219,10 +219,7 @@ class NumberReport(ColumnReport):
 
 
 class Regression(Task):
-    """Numbers, with the targets of the training images, (N, K), NaN where unknown; or with their mean and std, (K,).
-
-    Raises InputError if a number is the same for all training images, or known of fewer than two.
-    """
+    """Numbers, by targets of training images (N, K), or their mean and std (K,); InputError if one never varies."""
 
     kind = "regression"
     score = "r2"

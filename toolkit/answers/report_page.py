@@ -44,16 +44,12 @@ def write_page(
     sections: Sequence[str],
     adapter: Path,
     mistakes: Path,
-    named: Sequence[tuple[str, str]],
+    named: Sequence[tuple[str, str]],  # the images on it, and what is said of each
     predicted_into: str = "answers.csv",
     curves: Path | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    """Write the page of a run, or of an evaluation, which has no curves and no settings.
-
-    It has the rows that are printed, sections in HTML on the adapter's answers, two pictures, and what is said of each
-    image on `mistakes` (`named`).
-    """
+    """Write the page of a run, or of an evaluation, which has no curves and no settings. The sections are HTML."""
     adapter = shlex.quote(str(adapter))
     commands = [
         f"python deploy_lora.py evaluate {adapter}",

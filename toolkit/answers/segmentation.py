@@ -150,8 +150,7 @@ class PixelHead(Head):
     def features(self, model, loader, device, dtype, images, balanced=True) -> tuple[Tensor, Tensor]:
         """Features (N P, D) and classes (N P,) of P pixels of each image of a loader, P for each image in turn.
 
-        With `balanced` rare classes are drawn more often, as the objective weighs them. With several processes, each
-        computes its share and all of them return the whole.
+        With `balanced` rare classes are drawn more often, as the objective weighs them.
         """
         pixels = PROBE_ROWS // (2 * images)
         of_backbone = functools.partial(feature_maps, model.backbone)
@@ -171,10 +170,8 @@ class PixelHead(Head):
         return features.flatten(0, 1), distributed.interleave(torch.cat(classes)).flatten()
 
     def _drawn(self, mask: Tensor, pixels: int, number: int, balanced: bool) -> Tensor:
-        """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones.
-
-        `number` is of the image among those of this process. The draws depend on its number among all.
-        """
+        """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones."""
+        # `number` is of the image among those of this process. The draws depend on its number among all.
         draws = torch.Generator().manual_seed(number * distributed.world_size() + distributed.rank())
         flat = mask.flatten().cpu()
         known = flat != NO_LABEL

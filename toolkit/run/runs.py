@@ -90,10 +90,7 @@ LACKS = {
 
 @contextlib.contextmanager
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
-    """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
-
-    `saves_memory` is advice for when memory runs out. The block adds its loaders to the list: their workers end then.
-    """
+    """Turn a lack of memory, a killed worker and a lost process into an InputError. Loaders in the list end with it."""
     loaders: list[DataLoader] = []
     try:
         yield loaders
