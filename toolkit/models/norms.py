@@ -4,7 +4,6 @@ With the latter several processes train as one does, to rounding. PyTorch's Sync
 """
 
 import functools
-import math
 
 import torch
 import torch.distributed as dist
@@ -44,32 +43,25 @@ def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
 
 
 class _ConstantNorm(torch.autograd.Function):
-    """``batch_norm(x)`` by the running statistics, clamped to [0, highest] if that is given. Differentiable twice."""
+    """``batch_norm(x)`` by the running statistics. Differentiable twice."""
 
     @staticmethod
-    def forward(ctx, x, norm, highest):
-        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    def forward(ctx, x, norm):
         scale, _ = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, None)
-        ctx.highest = highest
-        ctx.save_for_backward(scale.view(-1, *[1] * (x.dim() - 2)), None if highest is None else y.clamp_(0, highest))
-        return y
+        ctx.save_for_backward(scale.view(-1, *[1] * (x.dim() - 2)))
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
     @staticmethod
     def backward(ctx, gy):
-        scale, y = ctx.saved_tensors
-        if y is not None:
-            gy = torch.ops.aten.hardtanh_backward(gy, y, 0.0, ctx.highest)
-        return (gy * scale).to(gy.dtype), None, None
-
-
-HIGHEST = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # outputs of activations that clamp at 0 and here
+        [scale] = ctx.saved_tensors
+        return (gy * scale).to(gy.dtype), None
 
 
 class Freezable(_Extended):
     """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says.
 
-    It is then a constant scale and shift, whose input PyTorch keeps for backward all the same. Here nothing is kept or,
-    of timm's with a ReLU in it, the output, which the next layer keeps anyway.
+    It is then a constant scale and shift, whose input PyTorch keeps for backward all the same. Here nothing is kept but
+    what the activation in one of timm's keeps: of a ReLU the output, which the next layer keeps anyway.
     """
 
     frozen = False
@@ -90,12 +82,8 @@ class Freezable(_Extended):
         if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced:
             return super().forward(x)
         self._check_input_dim(x)
-        if not has_activation:
-            return _ConstantNorm.apply(x, self, None)
-        highest = HIGHEST.get(type(self.act))
-        if highest is None or type(self.drop) is not nn.Identity or self.act._forward_hooks:
-            return self.act(self.drop(_ConstantNorm.apply(x, self, None)))
-        return _ConstantNorm.apply(x, self, highest)
+        y = _ConstantNorm.apply(x, self)
+        return self.act(self.drop(y)) if has_activation else y
 
 
 FreezableBatchNorm2d = _extended(nn.BatchNorm2d, Freezable)
