@@ -142,11 +142,8 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """The convolutions and BatchNorms in the blocks of torchvision's ResNets: others may change an output in place.
-
-    The first of a ResNet is left out: the largest output would have to be saved.
-    """
-    for block in model.modules():
+    """The convolutions and BatchNorms in the blocks of torchvision's ResNets: others may change an output in place."""
+    for block in model.modules():  # a ResNet's first pair is in none: its output, the largest, would have to be saved
         if STOCK.get(type(block), type(block)) in (BasicBlock, Bottleneck):
             layers = block._modules
             found = [(layers[f"conv{n}"], layers[f"bn{n}"]) for n in "123" if f"conv{n}" in layers]

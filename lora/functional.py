@@ -60,10 +60,7 @@ def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None)
 def effective_weight(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place: bool = False
 ) -> Tensor:
-    """``W + s B A``, differentiable, as a fresh tensor, or `in_place` of ``weight``, which then has to be a temporary.
-
-    weight, A, B: (out, in), (groups * r, in), (out, r). The weight's rows are so many layers on one input.
-    """
+    """``W + s B A`` of (out, in), (out, r) and (groups r, in), as a fresh tensor, or in place of a temporary."""
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
     if not in_place:
         W = W.clone()
@@ -540,10 +537,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
 
 
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
-    """``max_pool2d(relu(x))`` as ``relu(max_pool2d(x))``, which is the same bit for bit: ReLU is monotonic.
-
-    It rectifies a fraction of the elements, and saves only the output and the positions of the maxima for backward.
-    """
+    """``max_pool2d(relu(x))`` as ``relu(max_pool2d(x))``, the same bit for bit, ReLU being monotonic: less to save."""
     if backends.is_traced():  # Inductor gave a ResNet's stem in bfloat16 no gradient in this order (2.13, on a CPU)
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
     return _MaxPool2dReLU.apply(x, (kernel_size, stride, padding, dilation, ceil_mode))

@@ -74,10 +74,7 @@ def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) 
 
 
 class Ranking:
-    """Answers (M,), the highest score first: sorted once, for measures under any weights. Equal scores share a rank.
-
-    `images` (M,) has the column of the weights that is each answer's; None: each answer has its own.
-    """
+    """Answers (M,) by score, of which equal ones share a rank. `images` (M,): whose column of weights each one has."""
 
     def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
         order = scores.argsort(descending=True)

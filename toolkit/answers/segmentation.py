@@ -148,10 +148,7 @@ class PixelHead(Head):
 
     @torch.no_grad()
     def features(self, model, loader, device, dtype, images, balanced=True) -> tuple[Tensor, Tensor]:
-        """Features (N P, D) and classes (N P,) of P pixels of each image of a loader, P for each image in turn.
-
-        With `balanced` rare classes are drawn more often, as the objective weighs them.
-        """
+        """Features (N P, D) and classes (N P,) of P pixels of each image, as the objective weighs it if `balanced`."""
         pixels = PROBE_ROWS // (2 * images)
         of_backbone = functools.partial(feature_maps, model.backbone)
         rows = []

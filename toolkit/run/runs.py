@@ -134,10 +134,7 @@ def keep_freed_memory() -> None:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run main and exit with 0, with 2 for an InputError, or with 128 + signal if stopped.
-
-    If several processes fail, only one prints. Output reaches a log in order, and the error is its last line.
-    """
+    """Run main and exit with 0, with 2 for an InputError, or with 128 + signal if stopped. The error comes last."""
     if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
