@@ -67,8 +67,7 @@ from toolkit.models.backbones import block_names, headless, input_channels, othe
 from toolkit.models.checkpoints import state_digest, value_at
 from toolkit.models.names import NO_CHECKPOINT, TIMM
 from toolkit.run import commands, output_folder, reports
-from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, backbone_shape, known_image_values
-from toolkit.run.run_state import changed_settings
+from toolkit.run.options import FineTuneOptions, backbone_shape, known_image_values
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
 # ------------------------------------------------------------------------------------------------- what is in a file
@@ -129,7 +128,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         report.draw_mistakes(images, mistakes, about["transform"].bands, explainer)
         sections = report.sections(picture)
         named = report.named_mistakes(images)
-        write_page(page, report.title(), rows, sections, args.adapter, mistakes, named, task.predicted_into)
+        write_page(page, report.title(), rows, sections, mistakes, named)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 
@@ -218,12 +217,10 @@ def compare(args: argparse.Namespace) -> list[Any]:
 
 def predict(args: argparse.Namespace) -> list[Any]:
     """Write the answers for images as a table, a row for each image, and return the rows; or maps, and their paths.
-    With a folder as --output it is a table in parts, of which only the names are returned.
 
-    Answers are the most probable classes; all labels above their thresholds, and the probability of each; or numbers.
-
-    A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
-    map.tif. Other models write such a map too, of an answer for each window of --window pixels.
+    With a folder as --output it is a table in parts, of which only the names are returned. A model with a class for
+    every pixel writes a mask of each image into that folder, or a map of one image as map.tif. Other models write a map
+    of an answer for each window of --window pixels.
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
@@ -459,8 +456,7 @@ def _write_answers(
                 manifest.note(places[number])
                 write(outputs, kept, files_of[number][0])
                 manifest.note(places[number], *files_of[number])
-    there = len(parts) - len(missing)
-    print(f"wrote {args.output}: {count} images" + f"; {there} parts were there" * (there > 0))
+    print(f"wrote {args.output}: {count} images, in {len(missing)} of {len(parts)} parts")
     return [path for path, *_ in files_of]
 
 
@@ -703,9 +699,8 @@ def card(args: argparse.Namespace) -> str:
     results = {}
     if beside.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
         results = comparison.read_results(beside)
-        differing = changed_settings(results.get("config") or {}, metadata.get("config") or {}, FREE_TO_CHANGE)
-        if differing or results.get("adapter_digest") != state_digest(content["tensors"]):
-            raise InputError(f"{beside} is of another run or file than {args.adapter}: move one of them")
+        if results.get("adapter_digest") != state_digest(content["tensors"]):
+            raise InputError(f"{beside} is of another file than {args.adapter}: move one of them")
     name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
     text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
     if args.output is not None:
@@ -851,8 +846,7 @@ def convert(args: argparse.Namespace) -> None:
     """Write the adapter as a folder --output that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     `base` is the torchvision model with the base's weights, in float, and a head for the adapter's classes, whose
-    weights come from the folder (`modules_to_save`). Raises InputError if PEFT is missing, the file has no adapters, or
-    something in it has no counterpart in PEFT's format.
+    weights come from the folder (`modules_to_save`).
     """
     peft = peft_format.import_peft()
     model, metadata = load_finetuned(args.adapter, args.checkpoint)

@@ -61,14 +61,6 @@ def test_a_card_says_what_its_images_have_chosen(chosen, told):
     assert f"\nOn 90 evaluation images{told}\n" in write_card(about, results, "flowers", "lora.pth")
 
 
-def test_figures_of_another_run_are_refused(once, tmp_path):
-    results = json.loads((once / "results.json").read_text())
-    results["config"]["finetune"]["seed"] = 7
-    (once / "results.json").write_text(json.dumps(results))
-    with pytest.raises(InputError, match="is of another run or file than"):
-        deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(tmp_path / "README.md")])
-
-
 @pytest.mark.parametrize("way", ["an adapter of an own loop", "trained on", "results of evaluate"])
 def test_figures_of_another_adapter_are_refused(once, tmp_path, way):
     """Of one whose file says nothing of a run, or still says what it was loaded with; and of no run."""
@@ -80,7 +72,7 @@ def test_figures_of_another_adapter_are_refused(once, tmp_path, way):
         next(value for name, value in model.named_parameters() if "lora_B" in name).data += 1
     kept = {key: value for key, value in info.items() if key not in ("transform", "config")}
     LoRAManager(model).save_lora_checkpoint(once / "other.pth", kept if way == "an adapter of an own loop" else None)
-    with pytest.raises(InputError, match="is of another run or file than"):
+    with pytest.raises(InputError, match="is of another file than"):
         deploy_lora.main(["card", str(once / "other.pth"), "--output", str(tmp_path / "README.md")])
 
 

@@ -71,12 +71,9 @@ def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> N
     The page does not say what a model takes them for, which people would follow.
     """
     make_folder(folder)
-    rows = []
-    shown = []
-    for i in range(len(images)):
-        path = images.name(i)
-        rows.append((path if remote.is_remote(path) else os.path.abspath(path), ""))
-        shown.append((i, f"{i + 1}. {Path(path).name}"))
+    names = list(map(images.name, range(len(images))))
+    shown = [(i, f"{i + 1}. {Path(name).name}") for i, name in enumerate(names)]
+    rows = [(name if remote.is_remote(name) else os.path.abspath(name), "") for name in names]
     page = (folder / TO_LABEL).with_suffix(".html")
     todo = f"<p>Write the label of each into {TO_LABEL}, and delete the lines without one.</p>"
     write_html(page, f"{len(images)} images to label", [todo, html_pictures(images, shown, bands)])

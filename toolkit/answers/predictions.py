@@ -84,13 +84,8 @@ def begin_folder(
 ) -> dict[str, dict[str, int]]:
     """Begin a folder of answers, which `output_folder.held` holds, or go on with it; return what is finished.
 
-    Args:
-        manifest: what the answers depend on.
-        places, endings: where its files go, and how the names of those at each place may end.
-        resume: go on with what is there.
-
-    Raises InputError if what is there is of other answers, or is not to be gone on with, if the manifest there is
-    damaged, and for files in these places that no earlier call wrote.
+    Files go to `places`, each with some of the `endings`. Raises InputError if answers are there that are others or are
+    not to be gone on with (`resume`), if their manifest is damaged, and for files that no earlier call wrote.
     """
     folder = manifest.folder
     earlier = read_manifest(folder)
@@ -188,8 +183,7 @@ class Maps:
         """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
 
         The file is .tif if the scene is a TIFF, or if that is the suffix of `path` already; else .png for classes and
-        .npy for numbers. Only a TIFF is written without being whole in memory. `bar` shows the progress over the parts
-        of the map, of which there are `total`.
+        .npy for numbers. Only a TIFF is written without being whole in memory.
         """
         if self.task.per_pixel:
             step = 1

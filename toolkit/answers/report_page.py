@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -42,21 +41,12 @@ def write_page(
     title: str,
     rows: Sequence[tuple[str, str]],
     sections: Sequence[str],
-    adapter: Path,
     mistakes: Path,
     named: Sequence[tuple[str, str]],  # the images on it, and what is said of each
-    predicted_into: str = "answers.csv",
     curves: Path | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
     """Write the page of a run, or of an evaluation, which has no curves and no settings. The sections are HTML."""
-    adapter = shlex.quote(str(adapter))
-    commands = [
-        f"python deploy_lora.py evaluate {adapter}",
-        f"python deploy_lora.py predict {adapter} new_images --output {predicted_into}",
-        f"python deploy_lora.py merge {adapter} --output merged.pth",
-        f"python deploy_lora.py export {adapter} --output model.onnx",
-    ]
     parts = [html_table(rows)]
     if curves is not None:
         parts += ["<h2>By epoch</h2>", html_picture(curves.read_bytes(), "losses and accuracy by epoch")]
@@ -64,7 +54,6 @@ def write_page(
     parts += ["<h2>Mistakes</h2>", html_picture(mistakes.read_bytes(), "the images that were answered worst")]
     if named:
         parts.append(f"<details><summary>The files</summary>{html_table(named)}</details>")
-    parts += ["<h2>To go on</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
     if config is not None:
         settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         parts.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>")

@@ -209,10 +209,10 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     rows = summary(run, results, report)
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
     about = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
-    about |= {"named": report.named_mistakes(run.splits.val), "predicted_into": run.task.predicted_into}
+    about["named"] = report.named_mistakes(run.splits.val)
     page = run.path("report.html")
     shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
-    write_page(page, report.title(), shown, sections, run.path("lora.pth"), **about, config=results["config"])
+    write_page(page, report.title(), shown, sections, **about, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     by_label = report.printed() if report.in_summary else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
