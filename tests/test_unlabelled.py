@@ -204,3 +204,47 @@ def test_points_have_one_length_whatever_a_feature_is_measured_in():
     scaled = unlabelled.placed(features * 10.0 ** torch.linspace(-2, 2, 30) + 5)
     similar = images.whitened @ images.whitened.T
     torch.testing.assert_close(scaled.whitened @ scaled.whitened.T, similar, atol=1e-2, rtol=0)
+
+
+def test_a_class_with_few_labels_is_not_forgotten():
+    """Twelve labels of one class and one of each other: without the entropy of the mean answer nine tenths get it."""
+    labels = torch.tensor([0] * 12 + [1, 2])
+    features = 0.6 * normal(CLASSES, 30, seed=0)[labels] + normal(14, 30, seed=1)
+    others, _ = clustered(300, seed=3)
+    images = unlabelled.placed(torch.cat([features, others]))
+    shares = unlabelled.most_information(images, known_of(labels)).softmax(1)[14:].mean(0)
+    assert shares.amax() < 0.75 and shares.amin() > 0.1
+
+
+def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
+    """By which the head is distilled, and from which the temperature at the end of a run follows."""
+    found, plain = started(clustered)
+    features, labels = clustered(5 * CLASSES, seed=1)
+    features = torch.cat([features, features + 0.1 * normal(*features.shape, seed=2)])
+    others, _ = clustered(300, seed=3)
+    images = unlabelled.placed(torch.cat([features, others]))
+    labels = labels.repeat(2)
+    answers = unlabelled.held_out_answers(images, known_of(labels), plain, 2, None)[found.name]
+    temperature = unlabelled.judge(answers, labels, 2).temperature
+    assert not 0.9 < temperature < 1.1
+    torch.testing.assert_close(found.probe.held_out, answers[0] / temperature)
+
+
+@pytest.mark.parametrize(("hits", "taken"), [([1.0, 1.0, 0.0, 1.0], True), ([1.0, 0.0, 0.0, 1.0], False)])
+def test_a_candidate_with_a_smaller_loss_must_not_be_right_less_often(monkeypatch, hits, taken):
+    """The probe has three of four right, and so has the first candidate; the second has two."""
+    losses = {"probe": torch.full((4,), 1.0), "k-means": torch.tensor([0.1, 0.2, 0.1, 0.2])}
+    right = {"probe": torch.tensor([1.0, 1.0, 1.0, 0.0]), "k-means": torch.tensor(hits)}
+    names = iter(losses)
+
+    def judge(*_) -> unlabelled.Judged:
+        name = next(names)
+        return unlabelled.Judged(1.0, losses[name], right[name])
+
+    features, labels = clustered(6, seed=1)
+    plain = probe.fit_linear_probe(features, labels, CLASSES)
+    answers = torch.zeros(2, 6, CLASSES)
+    monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: dict.fromkeys(losses, answers))
+    monkeypatch.setattr(unlabelled, "judge", judge)
+    found = unlabelled.start(features, labels, clustered(60, seed=3)[0], CLASSES, plain)
+    assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
