@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config import check_command_line, folds
-from toolkit.run.commands import FOLDERS, MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
+from toolkit.run.commands import MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
 
 if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
     check_command_line(read_options, __doc__)
@@ -226,7 +226,7 @@ def predict(args: argparse.Namespace) -> list[Any]:
         task = _task_of(about)
         is_map = task.per_pixel or args.output.suffix in MAP_SUFFIXES
         answers = f"--output {args.output}: the adapter answers for"
-        if task.per_pixel and (args.output.suffix in (".csv", ".parquet") or args.window is not None):
+        if task.per_pixel and (args.output.suffix == ".csv" or args.window is not None):
             raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
         of_maps = args.probabilities or args.window is not None or args.abstain is not None
         if not is_map and of_maps:
@@ -431,7 +431,7 @@ def _write_answers(
     which the paths are returned. `write` takes outputs (n, ...), their images, and a path.
     """
     images = _images(args.images, about)
-    in_parts = args.output.suffix in FOLDERS
+    in_parts = not args.output.suffix
     batch_size = fixed_order_batch(args.batch_size)
     size = len(images)
     if in_parts:

@@ -14,7 +14,6 @@ from toolkit.answers.parts import Task
 
 class OrderedHead(ClassHead):
     output_name = "probabilities"
-    text_columns = ("class",)
 
     def __init__(self, names: Sequence[str], objective: ClassObjective, ranks: Tensor):
         super().__init__(names, objective)

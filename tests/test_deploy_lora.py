@@ -3,7 +3,6 @@
 What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_peft_format.py`.
 """
 
-import importlib.util
 import itertools
 import json
 import os
@@ -233,25 +232,6 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     (tmp_path / "whole" / "_parts.json").write_text("{}")
     with pytest.raises(InputError, match=r"parts\.json is damaged: name another folder"):
         write("whole", "--resume")
-
-
-def test_parts_in_parquet_are_one_table_to_its_readers(adapter_for_images, images, tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(deploy_lora, "PART_IMAGES", 4)
-    argv = "predict --device cpu --batch-size 4", adapter_for_images, images / "val", "--output"
-    paths = run(*argv, tmp_path / "answers.parquet")
-    assert [path.name for path in paths] == [f"part-{i:05d}.parquet" for i in range(4)]
-    run(*argv, tmp_path / "answers.csv")
-    rows = parquet.read_table(tmp_path / "answers.parquet").to_pylist()
-    numbers = ("probability", "probability_2", "probability_3")
-    expected = [row | {name: float(row[name]) for name in numbers} for row in rows_of(tmp_path / "answers.csv")]
-    assert rows == expected
-
-
-def test_parquet_without_pyarrow_is_one_line(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"--output a\.parquet: needs pyarrow: pip install pyarrow"):
-        run("predict lora.pth images --output a.parquet")
 
 
 def test_a_part_may_have_no_image_that_can_be_read(adapter_for_images, images, tmp_path, monkeypatch, capsys):

@@ -187,7 +187,7 @@ def test_masks_drawn_by_hand_and_scenes_are_not_replaced(of_pairs, pairs, tmp_pa
         ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
         ("val", "map.tif", "one map, and there are 12 images"),
         ("val/images/0.png --window 16", "maps", "drop --window"),
-        ("val", "maps.json", "must end in .csv or .parquet or .tif or .tiff, or be a folder's"),
+        ("val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
     ],
 )
 def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, given, output, named):

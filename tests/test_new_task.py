@@ -27,7 +27,6 @@ finetune_lora.main([*options.split(), "--batch-size=8", "--augmentation=none", "
 adapter = f"{out}/lora.pth"
 deploy_lora.main(["evaluate", adapter, "--output", f"{out}/again.json"])
 deploy_lora.main(["predict", adapter, images, "--output", f"{out}/answers.csv"])
-deploy_lora.main(["predict", adapter, images, "--output", f"{out}/answers.parquet"])
 for command, file in {"merge": "merged.pth", "export": "model.pt2", "card": "card.md"}.items():
     deploy_lora.main([command, adapter, "--output", f"{out}/{file}"])
 """
@@ -74,12 +73,6 @@ def test_predicted_are_what_the_exported_graph_answers_with_the_recorded_ranks(o
         [shares] = graph(levels[None])
         assert row["class"] == usage["class_names"][shares.argmax()]
         assert float(row["rank"]) == pytest.approx((shares @ torch.tensor([0.0, 2.0, 4.0])).item(), abs=1e-3)
-
-
-def test_a_parquet_table_has_the_texts_that_the_head_names(ordinal):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    schema = parquet.read_schema(ordinal / "answers.parquet/part-00000.parquet")
-    assert list(map(str, schema.types)) == ["string", "string", "double"]
 
 
 def test_merge_and_card_say_what_the_new_task_is(ordinal):

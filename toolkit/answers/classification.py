@@ -46,7 +46,6 @@ class ClassHead(Head):
     score = staticmethod(probe.head_accuracy)
     knn_score = staticmethod(evaluation.knn_accuracy)
     evaluate = staticmethod(evaluation.evaluate)
-    text_columns = ("class", *(f"class_{place}" for place in range(2, TOP + 1)))
 
     def answers(self, logits: Tensor, labels: Tensor) -> Evaluation:
         confidences, predictions = logits.softmax(1).max(1)

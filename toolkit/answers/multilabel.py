@@ -120,7 +120,6 @@ class LabelHead(Head):
     output_name = "probabilities"
     activation = "sigmoid"
     served: Mapping[str, str] = {"thresholds": "thresholds"}
-    text_columns = ("labels",)
     always_calibrates = True
 
     def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None, goal: str):

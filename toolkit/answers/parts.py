@@ -110,7 +110,6 @@ class Head:
 
     temperature = 1.0  # what the outputs were divided by at the end of the run
     activation = "softmax"  # of the outputs, or sigmoid, or none
-    text_columns: Sequence[str] = ()  # of `columns`; the others are numbers
     served: Mapping[str, str] = {}  # what a server has to know of the `record`, and how `usage` calls it
     thresholds: Tensor | None = None  # (K,), above which probabilities are answers
     masks: MaskReader | None = None  # reads the truth, where that is masks

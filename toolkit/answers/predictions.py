@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
-MANIFEST = "_parts.json"  # readers of a folder of Parquet files pass over what begins with _
+MANIFEST = "_parts.json"
 MAP_ENDINGS = (".tif", ".png", ".npy")  # of what `Maps.write` writes
 
 
@@ -117,27 +117,8 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
     names = [images.name(i) for i in range(len(images))]
     columns.insert(0, "image_path" if "path" in columns else "path")
     rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
-    if path.suffix == ".parquet":
-        _write_parquet(rows, columns, {columns[0], *task.head.text_columns}, path)
-    else:
-        write_csv(rows, columns, path)
+    write_csv(rows, columns, path)
     return rows
-
-
-def _write_parquet(rows: Sequence[dict[str, Any]], names: Sequence[str], texts: Container[str], path: Path) -> None:
-    """Write a table whose columns are texts or, whatever the names of classes look like, numbers."""
-    import pyarrow
-    from pyarrow import parquet
-
-    columns = {}
-    for name in names:
-        cells = [row[name] for row in rows]
-        if name in texts:  # names of files need not be UTF-8
-            columns[name] = pyarrow.array([cell.encode(errors="replace").decode() for cell in cells], pyarrow.string())
-        else:
-            columns[name] = pyarrow.array([float(cell) for cell in cells], pyarrow.float64())
-    with open_atomically(path) as file:
-        parquet.write_table(pyarrow.table(columns), file)
 
 
 def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:

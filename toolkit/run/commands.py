@@ -32,12 +32,11 @@ COMMANDS = {  # and the help of each
 ANSWERING = ("predict", "embed", "explain", "choose")
 ON_IMAGES = ("evaluate", "threshold", *ANSWERING)  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
-FOLDERS = ("", ".parquet")  # of parts
 PATHS = "_paths.csv"  # what the images' paths end with, beside their features
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
     "compare": (".csv",),
-    "predict": (".csv", ".parquet", *MAP_SUFFIXES, ""),
+    "predict": (".csv", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
     "explain": ("",),
     "choose": ("",),
@@ -46,7 +45,6 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "export": (".onnx", ".pt2"),
     "card": (".md",),
 }
-NEEDED = {("predict", ".parquet"): ("pyarrow",), ("export", ".onnx"): ("onnx", "onnxscript")}  # packages
 
 
 def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -133,7 +131,7 @@ def files_written(args: argparse.Namespace) -> list[Path]:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
     if args.command == "convert":
         return [output / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-    if output is None or (args.command in ANSWERING and output.suffix in FOLDERS):
+    if output is None or (args.command in ANSWERING and not output.suffix):
         return []
     return [output, *(output.with_name(output.stem + ending) for ending in BESIDE.get(args.command, ()))]
 
@@ -183,7 +181,7 @@ def _problems_of_name(args: argparse.Namespace) -> list[str]:
         if "" in suffixes:
             endings += ", or be a folder's"
         return [f"--output {args.output}: the name must end in {endings}"]
-    if "" in suffixes and args.output.suffix in FOLDERS and os.path.isfile(args.output):
+    if "" in suffixes and not args.output.suffix and os.path.isfile(args.output):
         return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
@@ -197,10 +195,10 @@ def check(args: argparse.Namespace) -> list[str]:
     problems = check_output(args)
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):
         problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")
-    is_file = args.output is not None and args.output.suffix not in FOLDERS
+    is_file = args.output is not None and args.output.suffix != ""
     if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")
-    needed = NEEDED.get((args.command, getattr(args.output, "suffix", "")), ())
-    if not all(map(importlib.util.find_spec, needed)):
-        problems.append(f"--output {args.output}: needs {' and '.join(needed)}: pip install {' '.join(needed)}")
+    is_onnx = args.command == "export" and args.output is not None and args.output.suffix == ".onnx"
+    if is_onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        problems.append(f"--output {args.output}: needs onnx and onnxscript: pip install onnx onnxscript")
     return problems
