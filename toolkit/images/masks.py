@@ -365,10 +365,7 @@ def load_pairs(
 def pairs_in(
     path: str | Path, bands: Bands | None, read: MaskReader, group_by: str | None = None, folder: Path | None = None
 ) -> MaskedImages:
-    """The pairs in a folder, of one in two parts those to evaluate on (see `load_pairs`); or in a list.
-
-    `folder` is what a list's paths are relative to, if it is not its own. Says which pairs it leaves out.
-    """
+    """The pairs in a folder, of one in parts those to evaluate on, or in a list. Says which pairs it leaves out."""
     path = Path(path)
     if remote.is_folder(path):
         places, _ = _places(path, None, needs_val=True)
