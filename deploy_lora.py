@@ -684,8 +684,6 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     shape.append(f"{len(metadata['class_names'])} classes")
     if _task_of(metadata).per_pixel:
         shape[-1] += " of every pixel"
-    if input_channels(model) != 3:
-        shape.append(f"images of {input_channels(model)} channels")
     print(f"wrote {args.output}: a state_dict for {owner} with {' and '.join(shape)}")
     return metadata
 
@@ -776,6 +774,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     `model.json` beside it says what is left to do around the graph, as `usage` does. The same values are written into
     the file as its metadata, each as JSON, and returned.
     """
+    if args.output.suffix == ".onnx":
+        optional_package("onnxscript", f"--output {args.output}", "onnx onnxscript")
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
     channels = input_channels(model)

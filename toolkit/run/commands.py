@@ -1,7 +1,6 @@
 """The command line of `deploy_lora.py`: its commands, their options, and what is wrong with these."""
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -189,7 +188,7 @@ def _problems_of_name(args: argparse.Namespace) -> list[str]:
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of a command, and which packages it lacks."""
+    """What is wrong with the options of a command."""
     if args.command in ("info", "push"):
         return []
     problems = check_output(args)
@@ -198,7 +197,4 @@ def check(args: argparse.Namespace) -> list[str]:
     is_file = args.output is not None and args.output.suffix != ""
     if args.command in ("predict", "embed") and args.resume and is_file:
         problems.append("--resume is for answers in a folder, which --output is to name")
-    is_onnx = args.command == "export" and args.output is not None and args.output.suffix == ".onnx"
-    if is_onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        problems.append(f"--output {args.output}: needs onnx and onnxscript: pip install onnx onnxscript")
     return problems

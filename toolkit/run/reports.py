@@ -1,10 +1,8 @@
 """What a run prints while it trains, and what it leaves: result files, pictures and the table printed at its end."""
 
-import contextlib
 import json
 import math
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
 from toolkit.answers.tasks import TASKS, Answers, Task, baseline_keys
 from toolkit.devices import peak_memory_bytes
-from toolkit.files import TOOLKIT, read_checkpoint, stored_path, write_cells, write_text
+from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
@@ -32,7 +30,6 @@ from toolkit.run.teacher import LEAST_LABELS
 from toolkit.run.training import best_epoch
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
-MANY_FOREIGN = 0.12  # of images without labels; without foreign ones it is 4 to 8%: benchmarks/RESULTS.md
 BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
 
@@ -91,10 +88,7 @@ def describe_unlabelled(run: FineTuned) -> str:
         line += f"; images without labels, {why}, do not train"
     shares = zip(run.splits.class_names, found["shares"].tolist(), strict=True)
     answers = listed([f"{printable(name)} {share:.0%}" for name, share in shares], 12)
-    foreign = f"{found['foreign']:.0%} resemble no class"
-    if found["foreign"] > MANY_FOREIGN:
-        foreign += ", which is much: leave out what is of none"
-    return f"{line}\n  they are taken for {answers}; {foreign}"
+    return f"{line}\n  they are taken for {answers}; {found['foreign']:.0%} resemble no class"
 
 
 def describe_rates(run: FineTuned) -> str:
@@ -208,11 +202,10 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     meaning.append(("next", found.next_step))
     rows = summary(run, results, report)
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
-    about = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
-    about["named"] = report.named_mistakes(run.splits.val)
-    page = run.path("report.html")
     shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
-    write_page(page, report.title(), shown, sections, **about, config=results["config"])
+    mistakes = run.path("mistakes.png"), report.named_mistakes(run.splits.val)
+    curves = run.path("training_curves.png")
+    write_page(run.path("report.html"), report.title(), shown, sections, *mistakes, curves, results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     by_label = report.printed() if report.in_summary else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
@@ -235,24 +228,19 @@ def labels_to_check(run: FineTuned) -> list[str]:
     write_cells(rows, ("path", "label", "answer", "times"), run.path("labels_to_check.csv"))
     explained = (
         f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for another "
-        "class, and is surest of these; labels_to_check.csv has them all. Where a tenth of the labels was made wrong, "
-        "74 to 96% of its first tenth had such labels (benchmarks/RESULTS.md).</p>"
+        "class, and is surest of these; labels_to_check.csv has them all.</p>"
     )
     pictures = html_pictures(images, shown[:PICTURES], run.plan.normalization["bands"])
     return ["<h2>Labels to look at</h2>", explained, pictures]
 
 
 def _made() -> list[tuple[str, str]]:
-    """When and by what a page was made: version, commit of a clone, and command, unless Python called the script."""
-    made = f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        asked = ["git", "rev-parse", "--show-prefix", "--short", "HEAD"]
-        found = subprocess.check_output(asked, cwd=TOOLKIT, stderr=subprocess.DEVNULL, text=True).split("\n")
-        if found[0] == "":  # the folder is the top of its clone, and not in another one
-            made += f", commit {found[1]}"
+    """When and by what a page was made: version and command, unless Python called the script."""
+    made = [("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
     script = Path(sys.argv[0]).name
-    command = [("command", shlex.join(["python", script, *sys.argv[1:]]))] if script == "finetune_lora.py" else []
-    return [("made", made), *command]
+    if script == "finetune_lora.py":
+        made.append(("command", shlex.join(["python", script, *sys.argv[1:]])))
+    return made
 
 
 def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
