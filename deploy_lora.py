@@ -4,7 +4,7 @@
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
     python deploy_lora.py threshold checkpoints/lora/lora.pth list.csv --goal sensitivity=0.95 --output lora95.pth
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
-    python deploy_lora.py compare runs/*/results.json --output runs.csv         # a table of many runs
+    python deploy_lora.py compare runs/*/results.json                           # a table of many runs
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
@@ -201,18 +201,15 @@ def threshold(args: argparse.Namespace) -> Task:
 def compare(args: argparse.Namespace) -> list[Any]:
     """Print how much better the second of two results is than the first, and return the differences by measure.
 
-    Of more than two, or with --output, it is a table of all, and its rows: see `comparison.summed_up`.
+    Of more than two it is a table of all, and its rows.
     """
-    if len(args.results) == 2 and args.output is None:
-        differences = comparison.compare(*args.results)
-        print(reports.table(comparison.table(differences, *args.results)))
-        return differences
-    rows = comparison.summed_up(args.results)
-    print(reports.table(comparison.table_of_runs(rows)))
-    if args.output is not None:
-        files.write_csv(rows, list(rows[0]), args.output)
-        print(f"wrote {args.output}")
-    return rows
+    if len(args.results) != 2:
+        rows = comparison.table_of_runs(args.results)
+        print(reports.table(rows))
+        return rows
+    differences = comparison.compare(*args.results)
+    print(reports.table(comparison.table(differences, *args.results)))
+    return differences
 
 
 def predict(args: argparse.Namespace) -> list[Any]:
@@ -319,7 +316,7 @@ def _folder_of_answers(
         "--arithmetic": args.arithmetic,
         "--precision": str(_device_and_precision(args)[1]),
     }
-    with output_folder.held(args.output, option="--output"):
+    with output_folder.held(args.output):
         manifest = predictions.Manifest(args.output, made_of | settings)
         begin = functools.partial(predictions.begin_folder, manifest, places, endings, args.resume)
         manifest.found = distributed.first_does(begin)  # alone, before any of them can have written

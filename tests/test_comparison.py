@@ -234,7 +234,10 @@ def test_a_searched_rate_is_told_from_a_typed_one(tmp_path):
         results = json.loads(path.read_text()) | {"chosen_by": chosen_by}
         results["config"]["finetune"]["learning_rate"] = 1e-3
         path.write_text(json.dumps(results))
-    assert [row["differs by"] for row in comparison.summed_up(paths)] == ["learning_rate auto", "learning_rate 0.001"]
+    assert [what.partition("; ")[2] for _, what in comparison.table_of_runs(paths)] == [
+        "learning_rate auto",
+        "learning_rate 0.001",
+    ]
 
 
 def test_errors_of_any_unit_are_told_with_their_digits(tmp_path):
@@ -246,28 +249,20 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8, r_4_0=0.6)
     evaluated = tmp_path / "evaluated.json"
     evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 30}))
-    rows = deploy_lora.main(["compare", *map(str, [*paths, evaluated]), "--output", str(tmp_path / "runs.csv")])
-    assert [row["score"] for row in rows] == pytest.approx([0.9, 0.75, 0.6])
-    assert [row["runs"] for row in rows] == [1, 2, 1] and rows[1]["spread"] == 0.0707
-    assert rows[1]["differs by"] == "lora_rank 8" and rows[0]["probe"] == "" and rows[0]["differs by"] == ""
-    lines = (tmp_path / "runs.csv").read_text().splitlines()
-    assert lines[0] == "results,differs by,runs,probe,score,spread" and len(lines) == 4
-    assert "0.75 ± 0.0707" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"--output runs\.txt: the name must end in \.csv"):
-        deploy_lora.main(["compare", *map(str, paths), "--output", "runs.txt"])
-    [row] = comparison.summed_up([paths[0], paths[0]])
-    assert (row["runs"], row["spread"]) == (1, "")  # one run, named twice
-    [row, _] = comparison.summed_up([*paths[:2], paths[2]])
-    assert row["differs by"] == "lora_rank 8"
+    rows = deploy_lora.main(["compare", *map(str, [*paths, evaluated])])
+    assert rows == [
+        ("0.9000", f"1 of {evaluated}; "),
+        ("0.7500 ± 0.0707", f"2 of {paths[0]}; lora_rank 8"),
+        ("0.6000", f"1 of {paths[2]}; lora_rank 4"),
+    ]
+    assert "0.7500 ± 0.0707" in capsys.readouterr().out
+    assert comparison.table_of_runs([paths[0], paths[0]]) == [("0.7000", f"1 of {paths[0]}; ")]  # one run, named twice
     nothing = tmp_path / "nothing.json"
     nothing.write_text(json.dumps({"task": "classification", "val_accuracy": None, "val_images": 30}))
-    assert [row["score"] for row in comparison.summed_up([nothing, *paths])] == [0.75, 0.6, ""]
+    assert len(comparison.table_of_runs([nothing, *paths])) == 2
     evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 31}))
-    with pytest.raises(InputError, match="over 30, 31 images: compare those over the same"):
-        comparison.summed_up([evaluated, *paths])
-    other = tmp_path / "numbers.json"
-    other.write_text(json.dumps({"task": "regression", "val_r2": 0.9}))
-    with pytest.raises(InputError, match="several tasks, classification, regression: compare those of one"):
-        comparison.summed_up([paths[0], other])
+    with pytest.raises(InputError, match="classification of 30 images, classification of 31 images: compare those"):
+        comparison.table_of_runs([evaluated, *paths])
+    (tmp_path / "runs.csv").touch()
     with pytest.raises(InputError, match=r"runs\.csv is no results\.json"):
-        comparison.summed_up([tmp_path / "runs.csv", *paths])
+        comparison.table_of_runs([tmp_path / "runs.csv", *paths])

@@ -1,10 +1,9 @@
 """Two runs over the same images: is the one better than the other by more than chance? And a table of many runs."""
 
-import contextlib
 import csv
 import json
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,30 +177,30 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     return rows
 
 
-def summed_up(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row of means for each of many `results.json`, the best first; those that differ by seed alone share one."""
+def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """(score, what has it) of many `results.json`, the best first; those that differ by seed alone share a row."""
     runs = [(path, read_results(path)) for path in dict.fromkeys(paths)]
-    kinds = {results["task"] for _, results in runs}
+    kinds = {f"{results['task']} of {results.get('val_images', results.get('images'))} images" for _, results in runs}
     if len(kinds) > 1:
-        raise InputError(f"these results are of several tasks, {listed(sorted(kinds))}: compare those of one")
-    images = {str(results.get("val_images", results.get("images"))) for _, results in runs}
-    if len(images) > 1:
-        raise InputError(f"these results are over {listed(sorted(images))} images: compare those over the same")
-    score = TASKS[kinds.pop()].score
-    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        raise InputError(
+            f"these results are of {listed(sorted(kinds))}: compare those of one task over the same images"
+        )
+    groups: dict[str, list[tuple[Path, float]]] = {}
     for path, results in runs:
-        groups.setdefault(json.dumps(_settings(path, results), sort_keys=True), []).append((path, results))
+        score = TASKS[results["task"]].score
+        value = results.get(f"val_{score}", results.get(score))
+        if value is not None:  # else it is not defined on these images
+            groups.setdefault(json.dumps(_settings(path, results), sort_keys=True), []).append((path, value))
     settings = [json.loads(key) for key in groups]
     rows = []
     for own, members in zip(settings, groups.values(), strict=True):
         differing = [name for name in own if any(other.get(name, own[name]) != own[name] for other in settings)]
-        scores = [results.get(f"val_{score}", results.get(score)) for _, results in members]
-        probes = [results.get(f"probe_{score}_before") for _, results in members]
-        row = {"results": str(members[0][0]), "differs by": ", ".join(f"{name} {own[name]}" for name in differing)}
-        row |= {"runs": len(members), "probe": _figure(statistics.mean, probes)}
-        row |= {"score": _figure(statistics.mean, scores), "spread": _figure(statistics.stdev, scores)}
-        rows.append(row)
-    return sorted(rows, key=lambda row: (row["score"] != "", row["score"]), reverse=True)
+        how = ", ".join(f"{name} {own[name]}" for name in differing)
+        scores = [score for _, score in members]
+        mean = statistics.mean(scores)
+        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        rows.append((mean, f"{mean:.4f}{spread}", f"{len(members)} of {members[0][0]}; {how}"))
+    return [(score, what) for _, score, what in sorted(rows, reverse=True)]
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -219,19 +218,3 @@ def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     sections = results.get("config", {"": {"file": str(path)}})
     found = {"learning_rate": "auto"} if "learning rate" in results.get("chosen_by", {}) else {}
     return {name: value for section in sections.values() for name, value in section.items() if name != "seed"} | found
-
-
-def _figure(measure: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | str:
-    """Of numbers; empty where one of them is not known, or too few are."""
-    with contextlib.suppress(TypeError, statistics.StatisticsError):
-        return round(measure(values), 4)
-    return ""
-
-
-def table_of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The rows for people: (score, what has it)."""
-    shown = []
-    for row in rows:
-        score = f"{row['score']} ± {row['spread']}" if row["spread"] != "" else str(row["score"])
-        shown.append((score, f"{row['runs']} of {row['results']}, probe {row['probe']}; {row['differs by']}"))
-    return shown

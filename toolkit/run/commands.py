@@ -34,7 +34,6 @@ MAP_SUFFIXES = (".tif", ".tiff")
 PATHS = "_paths.csv"  # what the images' paths end with, beside their features
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
-    "compare": (".csv",),
     "predict": (".csv", *MAP_SUFFIXES, ""),
     "embed": (".npy", ""),
     "explain": ("",),
@@ -69,7 +68,6 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["push"], "repository", "owner/name; made if it does not exist")
     add(["push"], "--private", "make one that others cannot see", **switch)
     parsers["push"].set_defaults(output=None)
-    add(["compare"], "--output", "a table of all, runs.csv", type=Path)
     add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
     add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
     add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
@@ -112,7 +110,6 @@ BESIDE |= dict.fromkeys(("merge", "export"), (".json",))
 # the file beside them tells.
 WROTE = {
     "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |\A<!doctype html>[^\n]*\n[^\n]*content="moco-lora ',
-    "compare": rb"\Aresults,differs by,",
     "threshold": rb"thresholds chosen",
     "predict": rb"\A(image_)?path,[^\n]*\r\n|moco-lora \d",
     "embed": rb"\Apath\r\n",
@@ -157,11 +154,11 @@ def check_output(args: argparse.Namespace) -> list[str]:
         problems = _problems_of_name(args)
         if problems:
             return problems
-    elif args.command not in ("evaluate", "compare"):
+    elif args.command != "evaluate":
         return ["--output: expected a value, the file to write"]
     read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
-    for paths in (getattr(args, name, None) for name in ("images", "results")):
-        read += paths if isinstance(paths, list) else [paths]
+    images = getattr(args, "images", None)
+    read += images if isinstance(images, list) else [images]
     for path in files_written(args):
         if any(same_file(path, other) for other in read):
             return [f"--output {args.output}: {path} is read by this very command; name another file"]
@@ -189,7 +186,7 @@ def _problems_of_name(args: argparse.Namespace) -> list[str]:
 
 def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of a command."""
-    if args.command in ("info", "push"):
+    if args.command in ("info", "compare", "push"):
         return []
     problems = check_output(args)
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):

@@ -66,10 +66,8 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(
-    folder: Path, files: Iterable[str] = (), resumed: Path | None = None, option: str = "--output-dir"
-) -> Iterator[Callable[[], None]]:
-    """Within this block the folder of this option exists, and no other run or command writes to it.
+def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable[[], None]]:
+    """Within this block the folder exists, and no other run or command writes to it.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
     Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
@@ -79,20 +77,20 @@ def held(
     from toolkit import distributed  # here: it loads PyTorch
 
     with contextlib.ExitStack() as stack:
-        distributed.first_does(lambda: stack.enter_context(_locked(folder, option)))
+        distributed.first_does(lambda: stack.enter_context(_locked(folder)))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, option: str) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _lock(folder / LOCK, option)
+        handle = _lock(folder / LOCK)
         for path in folder.glob(HALVES):
             path.unlink()
     except OSError as error:
-        raise _unusable(folder, error, option) from None
+        raise _unusable(folder, error) from None
     try:
         yield
     finally:
@@ -104,7 +102,7 @@ def _locked(folder: Path, option: str) -> Iterator[None]:
                 place.rmdir()
 
 
-def _lock(path: Path, option: str) -> int:
+def _lock(path: Path) -> int:
     """Create a file that this process alone holds until it ends, however it ends; return the descriptor.
 
     Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
@@ -119,7 +117,7 @@ def _lock(path: Path, option: str) -> int:
             owner = printable(os.read(handle, 200).decode(errors="replace"))
             os.close(handle)
             problem = f"another run ({owner}) is going on in it; let it end, or name another"
-            raise InputError(f"{option} {path.parent}: {problem}") from None
+            raise InputError(f"{path.parent}: {problem}") from None
         except OSError:  # some network file systems have no locks: then the run goes on without one
             pass
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
@@ -129,9 +127,9 @@ def _lock(path: Path, option: str) -> int:
         os.close(handle)  # a run that ended at this moment has removed the file
 
 
-def _unusable(folder: Path, error: OSError, option: str = "--output-dir") -> InputError:
+def _unusable(folder: Path, error: OSError) -> InputError:
     why = error.strerror or error
-    return InputError(f"{option} {folder}: cannot make it, or move out what is in it: {why}; name another folder")
+    return InputError(f"{folder}: cannot make it, or move out what is in it: {why}; name another folder")
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:

@@ -3,7 +3,6 @@
 It looks at the evaluation images: whoever follows it has used them, and a number to publish needs others.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,22 +88,11 @@ def judge(
     if images_per_class <= FEW_IMAGES:
         more = "more labelled images"
         if task.counts_images:
-            more = _with_few_labels(value_at(results, "config/data") or {}, adapter)
+            more = f"more labels, of those images that teach most: python deploy_lora.py choose {adapter} new_images "
+            more += "--output to_label; or images without labels: the same command with --unlabelled FOLDER"
     elif is_overfitted or probe == 1:  # a longer run would be no better
         more = next_step
     return Verdict(f"{gain}, which may be chance with {results['val_images']:,} evaluation images", limits, more)
-
-
-def _with_few_labels(data: Mapping[str, Any], adapter: str) -> str:
-    """The next step: to label those images that teach most, or to use some without labels."""
-    used = data.get("unlabelled")
-    command = f"python deploy_lora.py choose {adapter} {shlex.quote(used or 'new_images')}"
-    if data.get("data_list"):
-        command += f" --labelled {shlex.join(data['data_list'])}"
-    step = f"more labels, of those images that teach most: {command} --output to_label"
-    if used is None:
-        step += "; or images without labels: the same command with --unlabelled FOLDER"
-    return step
 
 
 def _rises(scores: Sequence[float], probe: float | None) -> bool:
