@@ -237,21 +237,6 @@ def pickled(path, content: bytes):
     return path
 
 
-def with_classes(path, *names: str):
-    """A torch file with a dictionary that names these classes."""
-    items = b"".join(b"K%cc%s\n" % (i, name.replace(".", "\n").encode()) for i, name in enumerate(names))
-    return pickled(path, b"\x80\x02}(" + items + b"u.")
-
-
-def test_many_classes_are_read_as_empty_objects_but_not_any_number_nor_what_torch_blocks(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    content = read_checkpoint(with_classes(path, *(f"theirs.Kind{i}" for i in range(90))), objects=True)
-    assert [kind.kind for kind in content.values()] == [f"theirs.Kind{i}" for i in range(90)]
-    for names in ([f"theirs.Kind{i}" for i in range(110)], ["theirs.Kind0", "posix.system"]):
-        with pytest.raises(InputError, match=r"needs theirs\.Kind0"):
-            read_checkpoint(with_classes(path, *names), objects=True)
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
 def test_a_file_that_is_not_mapped_can_be_replaced_on_windows_too(saved):
     path = saved({"w": torch.randn(1000)})

@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,7 +109,8 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     path = Path(path)
     check_file(path)
     try:
-        return _load(path, _is_zip(path) and mapped, objects)
+        is_zip, names = _check_format(path)
+        return _load(path, is_zip and mapped, names if objects else set())
     except _Refused as error:
         reason = str(error)
     except OSError as error:
@@ -116,9 +118,9 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     except Exception as error:  # a damaged file fails in a hundred places of zipfile, pickle and torch
         message = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]  # without advice
         reason = f"damaged or cut short ({type(error).__name__}: {printable(message)}); download or copy it again"
-        if needed := _missing_class(error):
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
             reason = (
-                f"it needs {printable(needed)}, and only tensors and plain data are read, because anything else may "
+                f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
                 "run code; save a state_dict from where the file was made, if you trust it: "
                 "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
             )
@@ -137,33 +139,27 @@ class ForeignObject:
         pass
 
 
-def _load(path: Path, mapped: bool, objects: bool) -> Any:
-    """`torch.load` tensors and plain data; with `objects`, those of other classes in a dictionary are loaded empty."""
-    known = dict(_SAFE_GLOBALS)
-    refused = None
-    while True:
-        try:
-            with torch.serialization.safe_globals([(kind, name) for name, kind in known.items()]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            break
-        except Exception as error:
-            refused = refused or error
-            name = _missing_class(error)
-            if not objects or name is None or name in known or len(known) > _MOST_CLASSES:
-                raise refused from None
-            known[name] = type("Stand-in", (ForeignObject,), {"kind": name})
-    if refused and not isinstance(content, dict):
-        raise refused
-    return content
+def _load(path: Path, mapped: bool, names: set[str]) -> Any:
+    """`torch.load` tensors and plain data; if the file needs classes by these names, load their objects empty."""
+
+    def load(known: list) -> Any:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+    try:
+        return load(_SAFE_GLOBALS)
+    except pickle.UnpicklingError:
+        if 0 < len(names) <= _MOST_CLASSES:
+            names -= {name for _, name in _SAFE_GLOBALS}
+            stand_ins = [(type("Stand-in", (ForeignObject,), {"kind": name}), name) for name in names]
+            with contextlib.suppress(Exception):
+                content = load(_SAFE_GLOBALS + stand_ins)
+                if isinstance(content, dict):
+                    return content
+        raise
 
 
-_MOST_CLASSES = 100  # a file is read anew for each
-
-
-def _missing_class(error: Exception) -> str | None:
-    """The class or function that a file needs and torch does not allow; its message leaves out `builtins.`"""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
+_MOST_CLASSES = 1_000  # torch searches all of them for each object
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
@@ -228,20 +224,21 @@ class _Refused(Exception):
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
-def _is_zip(path: Path) -> bool:
-    """Is the file a zip file, of sound records, or else a legacy one? Raises _Refused for others."""
+def _check_format(path: Path) -> tuple[bool, set[str]]:
+    """Is the file a zip file (else a legacy one); and the names of the classes and functions that it needs."""
     with open(path, "rb") as file:
         header = file.read(len(_LEGACY_MAGIC))
+        file.seek(0)
         if header.startswith(b"PK\x03\x04"):
-            _check_zip(file)
-            return True
-    if header != _LEGACY_MAGIC:
-        raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
-    return False
+            return True, _check_zip(file)
+        if header == _LEGACY_MAGIC:
+            # Magic number, format version, byte order, content, storage keys; then the storages.
+            return False, set().union(*(_names_in_pickle(file) for _ in range(5)))
+    raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
-def _check_zip(file: IO[bytes]) -> None:
-    """Raise _Refused for a zip file that is no checkpoint, or damaged, or compressed, which cannot be mapped."""
+def _check_zip(file: IO[bytes]) -> set[str]:
+    """The names that the pickle in a zip file needs. Compressed records are refused: they cannot be mapped."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -253,6 +250,21 @@ def _check_zip(file: IO[bytes]) -> None:
         content = f"{records[0].filename.split('/')[0]}/data.pkl" if records else ""
         if content not in archive.namelist():
             raise _Refused("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
+        with archive.open(content) as pickled:
+            return _names_in_pickle(pickled)
+
+
+def _names_in_pickle(file: IO[bytes]) -> set[str]:
+    """The classes and functions that the next pickle in `file` names. Nothing is loaded."""
+    names = set()
+    for op, argument, _ in pickletools.genops(file):
+        if op.name == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            names.add(f"{_RENAMED_MODULES.get(module, module)}.{name}")
+    return names
+
+
+_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # pickles still use the names of Python 2
 
 
 class _NumpyDtype:
@@ -270,9 +282,9 @@ def _numpy_scalar(kind: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, kind.dtype)[0].item()
 
 
-_SAFE_GLOBALS = {
-    "argparse.Namespace": argparse.Namespace,
-    "numpy.dtype": _NumpyDtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-}  # what pickles may name
+_SAFE_GLOBALS = [
+    (argparse.Namespace, "argparse.Namespace"),
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+]  # what pickles may name, and the names that they use
