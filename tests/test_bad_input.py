@@ -243,7 +243,7 @@ FLAGS = [
     case("an image size for no memory", "finetune --image-size 100000", "image size is 100000", "at most 4096"),
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
          " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train", "'gpu'",
-         "absent: no such folder", "gone.pth: file not found", "base.pth is a file"),
+         "absent: no such folder", "gone.pth: file not found"),
     case("a bad checkpoint is told before images", "finetune --data-dir mine --checkpoint theirs.pth",
          "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
 ]  # fmt: skip
@@ -571,7 +571,8 @@ ADAPTERS = [
 ]  # fmt: skip
 
 OUTPUTS = [
-    case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth is a file; name a folder"),
+    case("an output folder that is a file", "finetune --output-dir base.pth", "cannot make the folder base.pth",
+         "File exists; name another"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
     case("an output folder elsewhere", "finetune --output-dir s3://bucket/out",
          "--output-dir s3:/bucket/out: results are written on this machine"),

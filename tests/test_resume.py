@@ -411,7 +411,7 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp
     for place in (folder, folder / output_folder.MOVING):
         place.mkdir(exist_ok=True)
         (place / "lora.pth").write_text(str(place))
-    with pytest.raises(InputError, match=r"lora\.pth is there already; name another folder"):
+    with pytest.raises(InputError, match=r"lora\.pth is there already; name another"):
         output_folder.begin_folder(folder, names)
 
 

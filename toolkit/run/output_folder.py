@@ -46,12 +46,6 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
     if inside:
         yield f"--output-dir {folder} is among the images in {inside[0]}: name a folder outside"
-    # os.path and not Path: that raises an error for a name too long for the file system.
-    existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-    if not os.path.isdir(existing):
-        yield f"--output-dir {folder}: {existing} is a file; name a folder"
-    elif not os.access(existing, os.W_OK):
-        yield f"--output-dir {folder}: no permission to write to {existing}; name another folder"
 
 
 def _places_of_images(args: Any) -> Iterator[Path]:
@@ -83,6 +77,7 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    # os.path and not Path: that raises an error for a name too long for the file system.
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +124,7 @@ def _lock(path: Path) -> int:
 
 def _unusable(folder: Path, error: OSError) -> InputError:
     why = error.strerror or error
-    return InputError(f"{folder}: cannot make it, or move out what is in it: {why}; name another folder")
+    return InputError(f"cannot make the folder {folder}, or move out what is in it: {why}; name another")
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
