@@ -101,17 +101,10 @@ def load_splits(
         if not data_list and group_by == "1" and truth == "class":
             raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
     if skip_unreadable:
-        labels = set(parts[0].labels)
-        parts = list(map(readable, parts))
-        gone = labels - set(parts[0].labels)
-        if gone and truth == "class":
-            raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
+        parts = _readable_parts(parts, truth, class_names)
     elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
     train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
-    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
-        print(f"no training image of {_names(gone, class_names)} is left: all are evaluated on")
-    if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
-        print(f"no training mask has pixels of {_names(gone, class_names)}")
+    _tell_what_nothing_trains(train, val, truth, class_names)
     if not for_training_only:
         _report_copies(train, val)
     if labels_per_class is not None:
@@ -120,6 +113,22 @@ def load_splits(
     if unlabelled is not None:
         beside = _unlabelled_beside(Path(unlabelled), train, val, bands, skip_unreadable)
     return Splits(train, val, class_names, beside)
+
+
+def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
+    """The images of each part that can be read. Raises InputError where a class loses all its training images."""
+    kept = list(map(readable, parts))
+    gone = set(parts[0].labels) - set(kept[0].labels)
+    if gone and truth == "class":
+        raise InputError(f"no training image of {_names(gone, names)} can be read: repair or drop the class")
+    return kept
+
+
+def _tell_what_nothing_trains(train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str]) -> None:
+    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
+        print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
+    if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
+        print(f"no training mask has pixels of {_names(gone, names)}")
 
 
 def _divide(
