@@ -24,6 +24,7 @@ def on_gpu(*command: str, **environment: str) -> str:
         env=os.environ | environment,
         capture_output=True,
         text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]
     return done.stdout
@@ -45,6 +46,13 @@ def test_no_step_waits_for_a_gpu():
 @pytest.mark.slow
 def test_runs_on_a_gpu():
     run_tests("-m", "slow or not slow", "tests/test_gpu.py", "tests/test_cache.py")
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_answer_on_gpus():
+    """Tests that were written for CPUs, with a GPU in place of each."""
+    chosen = "test_two_processes_fine_tune_as_one and lora and not qlora or answer_for_every_pixel or evaluate_and_embed"
+    run_tests("-p", "tests.cuda_on_cpu.in_place_of_cpu", "-m", "slow or not slow", "-k", chosen, "tests/test_processes.py")
 
 
 def test_operands_on_two_devices_and_what_is_not_written_yet_show():

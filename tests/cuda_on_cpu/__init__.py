@@ -21,7 +21,6 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -51,28 +50,38 @@ def _torch_folder() -> Path:
 
 
 def build() -> Path:
-    """The library for this PyTorch, built if it is not there yet."""
-    torch_folder = _torch_folder()
-    identity = hashlib.sha256(SOURCE.read_bytes() + _torch_version().__version__.encode() + bytes(torch_folder))
+    """The library for this release of PyTorch, built if it is not there yet."""
+    import fcntl  # which Windows lacks
+
+    identity = hashlib.sha256(SOURCE.read_bytes() + _torch_version().__version__.encode())
     library = HERE / "build" / f"{identity.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")  # another process may build it too
-        command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(unfinished)]
-        command += [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
-        command += [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"g++ cannot build {SOURCE.name}: {done.stderr}")
-        unfinished.replace(library)
+    library.parent.mkdir(exist_ok=True)
+    with open(library.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest ask for it at once
+        if not library.exists():
+            _build(library)
     return library
+
+
+def _build(library: Path) -> None:
+    torch_folder = _torch_folder()
+    unfinished = library.with_suffix(".unfinished")
+    command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(unfinished)]
+    command += [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
+    command += [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ cannot build {SOURCE.name}: {done.stderr}")
+    unfinished.replace(library)
 
 
 def load() -> None:
     """Give this process emulated GPUs. PyTorch must not be imported yet: it asks for GPUs once, when it is."""
     if "torch" in sys.modules:
         raise RuntimeError("emulated GPUs come before PyTorch is imported")
-    ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
+    libraries = _torch_folder() / "lib"
+    for path in (libraries / "libc10.so", libraries / "libtorch_cpu.so", build()):  # the last finds the others loaded
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     from tests.cuda_on_cpu import gpus
 
     with contextlib.suppress(ImportError):
