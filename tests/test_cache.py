@@ -104,7 +104,7 @@ def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, fl
 
 
 def test_norms_follow_over_cached_features_in_16_bits(finetune, narrow, tmp_path):
-    """Of so narrow a network's losses 16 bits leave a tenth or two; features of other images would have chance's 1.1."""
+    """Of so narrow a network 16 bits round the loss by a tenth or two; wrong features would have chance's 1.1."""
     torch.save(narrow, tmp_path / "resnet.pth")
     told = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --learning-rate 1e-5 --epochs 1"
     told += " --norms follow --adapt-last 1 --precision bf16"

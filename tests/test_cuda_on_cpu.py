@@ -51,8 +51,9 @@ def test_runs_on_a_gpu():
 @pytest.mark.slow
 def test_two_processes_train_and_answer_on_gpus():
     """Tests that were written for CPUs, with a GPU in place of each."""
-    chosen = "test_two_processes_fine_tune_as_one and lora and not qlora or answer_for_every_pixel or evaluate_and_embed"
-    run_tests("-p", "tests.cuda_on_cpu.in_place_of_cpu", "-m", "slow or not slow", "-k", chosen, "tests/test_processes.py")
+    chosen = "fine_tune_as_one and lora and not qlora or answer_for_every_pixel or evaluate_and_embed"
+    on_gpus = "tests.cuda_on_cpu.in_place_of_cpu"
+    run_tests("-p", on_gpus, "-m", "slow or not slow", "-k", chosen, "tests/test_processes.py")
 
 
 def test_operands_on_two_devices_and_what_is_not_written_yet_show():

@@ -153,6 +153,7 @@ def test_thresholds_are_chosen_on_a_gpu_as_on_a_cpu(finetune, options, hospital,
 
     def thresholds(device: str) -> list[float]:
         argv = f"threshold {folder}/lora.pth {hospital}/labels.csv --goal sensitivity=0.9 --workers 0 --precision fp32"
-        return deploy_lora.main(f"{argv} --device {device} --output {tmp_path}/{device}.pth".split()).head.thresholds.tolist()
+        task = deploy_lora.main(f"{argv} --device {device} --output {tmp_path}/{device}.pth".split())
+        return task.head.thresholds.tolist()
 
     assert thresholds("cuda") == pytest.approx(thresholds("cpu"), abs=1e-4)
