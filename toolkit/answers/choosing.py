@@ -83,11 +83,8 @@ def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> N
 def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
     """The images for which a probe that has not seen them answers otherwise: (image, answer, times), the worst first.
 
-    `times` is how many times as probable as its label the answer is, by the mean logits of an image's views.
-
-    Args:
-        held_out: (views * N, K): logits as of `toolkit.answers.probe.Probe`; images without any are left out.
-        labels: (N,).
+    `times` is how many times as probable as its label the answer is, by the mean of an image's logits: `held_out` is
+    (views * N, K), as in `toolkit.answers.probe.Probe`, and images without any are left out. Labels are (N,).
     """
     logits = held_out.double().unflatten(0, (-1, len(labels))).mean(0)  # (N, K)
     own = labels[:, None]

@@ -191,7 +191,6 @@ def check(args: argparse.Namespace) -> list[str]:
     problems = check_output(args)
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):
         problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")
-    is_file = args.output is not None and args.output.suffix != ""
-    if args.command in ("predict", "embed") and args.resume and is_file:
+    if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:
         problems.append("--resume is for answers in a folder, which --output is to name")
     return problems
