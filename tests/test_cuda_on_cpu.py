@@ -39,8 +39,8 @@ def test_layers_blocks_and_products_on_a_gpu():
     run_tests("-k", "cuda", *files)
 
 
-def test_no_step_waits_for_a_gpu():
-    run_tests("-k", "waits_for_nothing", "tests/test_gpu.py")
+def test_steps_on_a_gpu_wait_for_nothing():
+    run_tests("tests/test_gpu.py")
 
 
 @pytest.mark.slow

@@ -527,3 +527,8 @@ def test_a_graph_of_the_gradient_is_refused(function):
         function(x).square().sum().backward(create_graph=True)
     for reentrant in (False, True):  # gradients are enabled while it computes once more, and no graph is wanted
         checkpoint(function, x, use_reentrant=reentrant).sum().backward()
+
+
+def test_a_gpu_adds_up_products_of_16_bits_in_float32():
+    products = torch.backends.cuda.matmul
+    assert not products.allow_bf16_reduced_precision_reduction and not products.allow_fp16_reduced_precision_reduction

@@ -6,11 +6,13 @@ Without a GPU tests/test_cuda_on_cpu.py runs these tests on an emulated one.
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import deploy_lora
 from moco import pretrain
 from tests import cuda_on_cpu
 from tests.run_folders import rows_of, stop
+from toolkit import devices
 from toolkit.run import optim, runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
@@ -90,6 +92,19 @@ def test_a_step_of_stage_1_copies_two_views_and_waits_for_nothing(images, tmp_pa
     argv += " --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0 --device cuda --mlp-dim 32"
     pretrain.main([*argv.split(), "--two-crops", "digits"])
     assert of_a_step(taken) == {"copy to the GPU": 2}
+
+
+def test_an_optimizer_is_fused_on_a_gpu_whatever_device_its_state_is_from():
+    on_gpu, on_cpu = (optim.build_optimizer(nn.Linear(2, 2).to(device), 1e-3) for device in ("cuda", "cpu"))
+    of_gpu, of_cpu = on_gpu.state_dict(), on_cpu.state_dict()
+    optim.restore_optimizer(on_gpu, of_cpu)
+    optim.restore_optimizer(on_cpu, of_gpu)
+    assert on_gpu.param_groups[0]["fused"] and not on_cpu.param_groups[0]["fused"]
+
+
+def test_kernels_lie_in_memory_as_images_do():
+    conv = devices.place(nn.Conv2d(3, 4, 3), torch.device("cuda"))
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow
