@@ -46,14 +46,16 @@ class Figure(NamedTuple):
         if self.style == "ratio":
             low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
             return f"{self.short()} ({low:.2f} to {high:.2f})"
-        if self.style in ("percent", "points"):
+        if self.style == "gain":
+            return f"{self.short()} ± {100 * statistics.stdev(self.values) / len(self.values) ** 0.5:.1f}"
+        if self.style == "percent":
             return f"{self.short()} ({', '.join(STYLES[self.style](each).rstrip('%') for each in self.values)})"
         return self.short()
 
 
 STYLES = {
     "percent": lambda value: f"{100 * value:.1f}%",
-    "points": lambda value: f"{100 * value:+.1f}",
+    "gain": lambda value: f"{100 * value:+.1f}",
     "ratio": lambda value: f"{value:.2f}x",
     "share": lambda value: f"{value:.2f}",
     "seconds": lambda value: f"{value:.0f} s",
@@ -91,6 +93,19 @@ def _conditions(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figure(cell: Mapping[str, Any], where: Mapping[str, Any]) -> Figure:
+    values, images = _values(cell, where)
+    if "over" in cell:  # in pairs, draw by draw
+        base = {**cell, **cell["over"]}
+        others, _ = _values(base, {**where, **cell["over"].get("where", {})})
+        values = [value - other for value, other in zip(values, others, strict=True)]
+    middle = statistics.mean(values)
+    if cell["as"] == "ratio":
+        middle = statistics.median(values)
+    return Figure(middle, values, images, cell["as"])
+
+
+def _values(cell: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[list[float], int | None]:
+    """What a cell asks for, of each of its runs, and how many images these evaluated."""
     path = RESULTS / cell["file"]
     if path.suffix == ".jsonl":
         records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -105,10 +120,7 @@ def _figure(cell: Mapping[str, Any], where: Mapping[str, Any]) -> Figure:
     for record in found:
         value = value_at(record, cell["of"])
         values += value if isinstance(value, list) else [value]
-    middle = statistics.mean(values)
-    if cell["as"] == "ratio":
-        middle = statistics.median(values)
-    return Figure(middle, values, found[0].get("val"), cell["as"])
+    return values, found[0].get("val")
 
 
 def _is(record: Mapping[str, Any], key: str, wanted: Any) -> bool:
