@@ -12,7 +12,7 @@ import deploy_lora
 from moco import pretrain
 from tests import cuda_on_cpu
 from tests.run_folders import rows_of, stop
-from toolkit import devices
+from toolkit import devices, distributed
 from toolkit.run import optim, runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
@@ -100,6 +100,22 @@ def test_an_optimizer_is_fused_on_a_gpu_whatever_device_its_state_is_from():
     optim.restore_optimizer(on_gpu, of_cpu)
     optim.restore_optimizer(on_cpu, of_gpu)
     assert on_gpu.param_groups[0]["fused"] and not on_cpu.param_groups[0]["fused"]
+
+
+def test_what_processes_have_on_the_cpu_travels_through_the_gpu(monkeypatch):
+    """NCCL takes nothing else."""
+
+    def all_gather(shares: list[torch.Tensor], own: torch.Tensor) -> None:
+        assert own.device.type == "cuda"
+        for share in shares:
+            share.copy_(own)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_sum", lambda *values: [2 * value for value in values])
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist, "all_gather", all_gather)
+    whole = distributed.interleave(torch.tensor([1.0, 2.0]))
+    assert whole.device.type == "cpu" and whole.tolist() == [1, 1, 2, 2]
 
 
 def test_kernels_lie_in_memory_as_images_do():
