@@ -27,7 +27,6 @@ from torch import Tensor
 from benchmarks.compare_peers import current_commit
 from finetune_lora import load_base
 from toolkit.answers import choosing, evaluation
-from toolkit.answers.classification import Classification
 from toolkit.answers.probe import Probe, fit_linear_probe
 from toolkit.config import positive_int
 from toolkit.files import write_text
@@ -142,7 +141,6 @@ def balanced(pool: Pool, numbers: Sequence[int], classes: int) -> list[Sequence[
 
 def in_rounds(pool: Pool, numbers: Sequence[int], classes: int) -> list[Sequence[int]]:
     """As `deploy_lora.py choose` does with what the rounds before have labelled."""
-    head = Classification([str(label) for label in range(classes)]).head
     chosen: list[int] = []
     found = []
     for number in numbers:
@@ -153,7 +151,7 @@ def in_rounds(pool: Pool, numbers: Sequence[int], classes: int) -> list[Sequence
             more = choosing.most_typical(features, count, pool.plain[chosen])
         else:
             probe = pool.some(chosen).probe(classes)
-            more = choosing.least_sure(features, count, choosing.sureness(head, answers(probe, features)))
+            more = choosing.least_sure(features, count, answers(probe, features))
         chosen = [*chosen, *rest[more].tolist()]
         found.append(chosen)
     return found

@@ -337,14 +337,16 @@ def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, opt
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters() if "lora_" in name)
 
 
-def test_a_step_that_float16_cannot_hold_does_not_advance_the_schedule(start):
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_step_that_float16_cannot_hold_changes_no_weight(start):
+    """To ask whether it was one would make the processor wait for a GPU: so the schedule goes on."""
     run = start()
     run.scaler = torch.amp.GradScaler("cpu")
     trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     overflow = next(iter(trained.values())).register_hook(lambda gradient: gradient * math.inf)
     train_on(run, next(run.loaders.steps(1)))
-    assert run.schedule.last_epoch == 0 and all(torch.equal(p, before[name]) for name, p in trained.items())
+    assert all(torch.equal(p, before[name]) for name, p in trained.items())
     overflow.remove()
     train_on(run, next(run.loaders.steps(1)))
-    assert run.schedule.last_epoch == 1
+    assert not all(torch.equal(p, before[name]) for name, p in trained.items())
