@@ -55,6 +55,7 @@ def outcome(folder: Path) -> dict:
     free = ("seconds", "images_per_second", "waiting_share", "peak_memory_bytes", "config", "adapter_bytes")
     free += ("checkpoint", "metrics")  # of pretraining: paths
     found["results"] = {key: value for key, value in results.items() if key not in free}
+    found["results"].get("verdict", {}).pop("next_step", None)  # a command with the folder's name
     if (folder / "lora.pth").exists():
         found["adapter"] = read_adapter_file(folder / "lora.pth")["tensors"]
         state = read_checkpoint(folder / "last.pth")

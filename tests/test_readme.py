@@ -248,11 +248,17 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
 def test_from_images_without_labels_to_an_answer(newcomer, images, tmp_path, monkeypatch):
     """docs/few-labels.md from top to bottom; the lists are filled in by the folders of the images."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    save_moco_v2("resnet50", 2048, tmp_path / "hub" / "checkpoints")
     (tmp_path / "my_images").symlink_to(images)
     for command in commands(FEW_LABELS):
         argv = shlex.split(command)[2:]
         if "choose" in argv:
-            assert len(deploy_lora.main([*argv, "--count", "12"])) == 12
+            count = 24  # of 36, so that each class has some
+            if "--labelled" in argv:
+                count = 12
+            assert len(deploy_lora.main([*argv, "--count", str(count)])) == count
             fill_in(tmp_path / argv[-1] / "to_label.csv")
         else:
             assert finetune_lora.main([*argv, *SMALL[2:]])["val_images"] > 0

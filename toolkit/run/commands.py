@@ -100,6 +100,8 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
         raise InputError("\n".join(problems))
     if "checkpoint" in args:
         args.checkpoint = fetched(args.checkpoint)
+    if args.command == "choose":
+        args.adapter = fetched(args.adapter)
     return args
 
 
