@@ -390,9 +390,9 @@ def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[La
         images = choosing.without(images, labelled)
     if len(images) < args.count:
         raise InputError(f"--count {args.count}: {len(images)} images are not labelled yet; ask for fewer or name more")
-    if len(images) > choosing.MOST:
-        print(f"{len(images):,} images: {choosing.MOST:,} of them, drawn at random, are looked at")
-    return images.at_most(max(choosing.MOST, args.count)), labelled.at_most(choosing.MOST)
+    if len(images) > choosing.MOST_IMAGES:
+        print(f"{len(images):,} images: {choosing.MOST_IMAGES:,} of them, drawn at random, are looked at")
+    return images.at_most(max(choosing.MOST_IMAGES, args.count)), labelled.at_most(choosing.MOST_IMAGES)
 
 
 def _answered(

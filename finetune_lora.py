@@ -12,6 +12,7 @@ its command line. The arithmetic under the layers is in `lora/functional.py`, ad
 
 import contextlib
 import copy
+import io
 import itertools
 import math
 import warnings
@@ -49,7 +50,7 @@ from toolkit import InputError, config, devices, distributed, dotted, listed, pr
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.choices import TRUTHS
-from toolkit.files import read_checkpoint, save_atomically, write_cells
+from toolkit.files import read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import Remembered, end_workers
 from toolkit.images.sources import Splits
@@ -59,7 +60,7 @@ from toolkit.models.checkpoints import describe_base, is_none, load_backbone, te
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, constant_scale_and_shift, freeze_statistics, share_statistics
-from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
+from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
@@ -753,36 +754,18 @@ def main(
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
-        devices.seed_everything(args.seed)
-        if args.adapt_last == "auto" and args.resume:
-            args = replace(args, adapt_last=run_state.recorded_setting(args.resume, "adapt_last"))
-        splits, model, report, plan = prepare(args, device)
-        print(f"device: {device}, precision: {plan.dtype}")
         if args.adapt_last == "auto":
-            args = settle_adapt_last(args, plan, devices.place(model, device), report, splits, opened)
-            devices.seed_everything(args.seed)  # the run is that of the number typed, bit for bit
-            model, report = build_model(args, plan.dtype, len(splits.class_names))
-        resumed = args.resume
-        if args.learning_rate == "auto":
-            rate, resumed = search_learning_rate(args, plan, splits, record_of(model).base_digests or {}, opened, begin)
-            plan = replace(plan, learning_rate=rate)
-        of_run = (args, plan, devices.place(model, device), report, splits, opened)
-        run = FineTuning(*of_run, teaches=resumed is None or run_state.has_entry(resumed, "teacher"))
-        if resumed:
-            run.go_on_from(resumed)
+            args = replace(args, adapt_last=blocks_to_adapt(args, device, opened))
+        splits, model, report, plan = prepare(args, device)
+        print(reports.describe_data(args, splits), describe_base(report), sep="\n")
+        print(f"device: {device}, precision: {plan.dtype}")
+        begun = resumed_run if args.resume else started_run
+        run = begun(args, plan, devices.place(model, device), report, splits, opened)
         print(reports.describe_rates(run))
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
-        if not resumed:
-            features = run.start()
-            if run.teacher is not None and not run.teacher.knows_enough():
-                end_workers(opened)
-                run = FineTuning(*of_run, teaches=False)
-                run.start(features)
-                print(reports.describe_rates(run))
-            print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
-            if run.by_unlabelled is not None:
-                print(reports.describe_unlabelled(run))
+        if not args.resume:
+            print(reports.describe_start(run))
         begin()  # once everything has been read
         run_state.write_config(run.path("config.yaml"), asked, run.identity["config"])
         train(run, after_epoch)
@@ -791,6 +774,7 @@ def main(
 
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:
     """Load the images, build the model for their classes, and settle what the options leave open."""
+    devices.seed_everything(args.seed)
     # What a run has measured at its start counts for all of it. None: it is to be measured.
     precision = run_state.recorded_setting(args.resume, "precision") if args.precision == "auto" else args.precision
     if precision is None and (device.type != "cpu" or args.arithmetic == "int8"):
@@ -802,14 +786,12 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     dtype = report["dtype"]
     names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
-    print(reports.describe_data(args, splits), describe_base(report), sep="\n")
     plan = Plan(
         device=device,
         dtype=dtype,
         precision=precision or names[dtype],
         image_values=vars(known),
         normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
-        learning_rate=args.learning_rate,
         norms=settled_norms(args, device),
     )
     return splits, model, report, plan
@@ -853,73 +835,40 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     return model
 
 
-def settle_adapt_last(
-    args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict[str, Any], splits: Splits, opened: list
-) -> FineTuneOptions:
+def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[DataLoader]) -> int | None:
     """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
-    if args.learning_rate == "auto":
-        plan = replace(plan, learning_rate=search.DEFAULT_RATE)
-    whole = FineTuning(replace(args, cache_features="none"), plan, model, report, splits, opened, is_trial=True)
-    whole.start()
+    if args.resume:
+        return run_state.recorded_setting(args.resume, "adapt_last")
+    with contextlib.redirect_stdout(io.StringIO()):  # the run itself says what it reads
+        splits, model, report, plan = prepare(args, device)
+    adapts_all = replace(args, cache_features="none")
+    run = FineTuning(adapts_all, plan, devices.place(model, device), report, splits, opened)
+    run.start()
     end_workers(opened)
-    number = initialization.blocks_with_most(whole.model, whole.gradient_energies)
+    number = initialization.blocks_with_most(model, run.gradient_energies)
     if number is None and args.cache_features != "none":
         raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
-    part = "all layers" if number is None else f"the last {number} of {len(block_names(whole.model))} blocks"
+    part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
-    return replace(args, adapt_last=number)
+    return number
 
 
-def search_learning_rate(
-    args: FineTuneOptions, plan: Plan, splits: Splits, base: dict[str, str], opened: list[DataLoader], begin: Callable
-) -> tuple[float, Path | None]:
-    """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
-    settings = {"config": plan.settings(args), "images": splits.digest(), "base": base}
-    rate, trials = search.resumed(args, settings)
-    if rate is not None:
-        return rate, args.resume
-    parts = search.parts_of(splits)
-    random_state = devices.rng_state()
-    task = tasks.task_of_run(args, splits, plan.device)
-    wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
-    own = replace(args, epochs=min(args.epochs, search.MOST_TRIAL_EPOCHS), wise_ft=wise_ft)
-    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
-    rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
-    most = f"over at most {search.SEARCH_IMAGES:,} images"
-    print(f"searching for a learning rate: {len(rates)} runs of {own.epochs} epochs {most}")
-    columns = ("learning_rate", f"val_{task.score}", "val_loss")
-    features = None  # of the first trial, for all of them
-    cached = None
-    for rate in rates[len(trials) :]:
-        end_workers(opened)  # the last trial's
-        devices.seed_everything(args.seed)
-        model, report = build_model(own, plan.dtype, len(splits.class_names))
-        training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
-        devices.place(model, plan.device)
-        run = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
-        cached = run.loaders.images
-        features = run.start(features)
-        try:
-            train(run)
-            last = run.history[-1]
-            trial = search.Trial(rate, last[columns[1]], last["val_loss"])
-        except Collapsed:
-            trial = search.Trial(rate, 0.0, math.inf)
-        del run, model  # beside the next ones they would be the peak of memory
-        trials.append(trial)
-        score = task.reported(trial.val_score)
-        print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
-        begin()
-        if distributed.is_main():
-            save_atomically({"trials": list(map(tuple, trials)), **settings}, args.output_dir / "last.pth")
-    rate = search.choose(trials, lambda score: task.head.variance(score, len(parts.val)))
-    begin()
-    if distributed.is_main():
-        write_cells(trials, columns, args.output_dir / "learning_rates.csv")
-    print(f"learning rate {rate:.0e}")
-    end_workers(opened)
-    devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
-    return rate, None
+def started_run(*of_run: Any) -> "FineTuning":
+    """A new run of the arguments of `FineTuning`, whose head and adapters have their starting values."""
+    run = FineTuning(*of_run)
+    features = run.start()
+    if run.teacher is not None and not run.teacher.knows_enough():
+        end_workers(run.loaders.opened)
+        run = FineTuning(*of_run, teaches=False)
+        run.start(features)
+    return run
+
+
+def resumed_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
+    """The run that `--resume` goes on with, of the arguments of `FineTuning`."""
+    run = FineTuning(args, *of_run, teaches=run_state.has_entry(args.resume, "teacher"))
+    run.go_on_from(args.resume)
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -1024,8 +973,6 @@ class FineTuning(RunState):
         plan: what is settled beside the options, `args`.
         model, report: what `build_model` returns; the model is on its device.
         opened: a list to which all loaders are added, so that their processes can be ended.
-        cached: `loaders.images` of another run on the same splits, with what is cached of them.
-        is_trial: a search for a learning rate asks only how good it becomes: it writes nothing and never goes back.
         teaches: whether images without labels may train, where there are enough with.
     """
 
@@ -1037,8 +984,6 @@ class FineTuning(RunState):
         report: dict[str, Any],
         splits: Splits,
         opened: list[DataLoader],
-        cached: Splits | None = None,
-        is_trial: bool = False,
         teaches: bool = True,
     ):
         super().__init__(args, plan.device, plan.dtype)
@@ -1046,8 +991,7 @@ class FineTuning(RunState):
         self.network = model  # what computes on what the loaders have: images, or features that are cached of them
         self.report = report
         self.splits = splits
-        self.is_trial = is_trial
-        self.loaders = Loaders(args, plan, cached or splits, report["image_size"], opened, self.meter)
+        self.loaders = Loaders(args, plan, splits, report["image_size"], opened, self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
@@ -1061,12 +1005,12 @@ class FineTuning(RunState):
         self.task = tasks.task_of_run(args, splits, plan.device)
 
         self.adapter_lr_factor = 1.0
-        self.faster = 1.0  # by which adapters of a ResNet learn faster; its head is no softer for that
+        self.resnet_lr_factor = 1.0  # part of the former; the head is no softer for that
         if args.lora_init == "gradient" and args.lora_rank > 0:
-            most = optim.MOST_WITH_MASKS / plan.learning_rate if self.loaders.has_masks else math.inf
+            most = optim.MOST_WITH_MASKS / args.learning_rate if self.loaders.has_masks else math.inf
             if report["arch"] in RESNETS and not self.loaders.has_masks:
-                self.faster = initialization.RESNET_LR_FACTOR
-            self.adapter_lr_factor = self.faster * initialization.adapter_lr_factor(args.lora_rank, most)
+                self.resnet_lr_factor = initialization.RESNET_LR_FACTOR
+            self.adapter_lr_factor = self.resnet_lr_factor * initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = HeadTemperature()
         self.by_unlabelled: dict[str, Any] | None = None  # what images without labels say of the start
         self.teacher: Teacher | None = None
@@ -1088,7 +1032,7 @@ class FineTuning(RunState):
         """Set up the optimizer and its rates. Name what training changes, and what else is this run's."""
         args = self.args
         model = self.model
-        asked = self.plan.learning_rate
+        asked = args.learning_rate
         steps = math.ceil(len(self.loaders.train) / args.accumulation_steps)
         divisor = optim.run_divisor(args, asked, steps)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
@@ -1213,27 +1157,22 @@ class FineTuning(RunState):
     @property
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.faster)
+        return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.resnet_lr_factor)
 
     # What `train` calls
 
     def save_start(self) -> None:
         """Write what makes the run resumable, however soon it is killed."""
-        if not self.is_trial:
-            if self.progress is None:
-                self.save()
-            else:
-                self.save_state()
-
-    def saved_when_stopped(self) -> contextlib.AbstractContextManager:
-        """As `RunState.saved_when_stopped`; a trial, which leaves nothing to go on from, saves nothing."""
-        return contextlib.nullcontext() if self.is_trial else super().saved_when_stopped()
+        if self.progress is None:
+            self.save()
+        else:
+            self.save_state()
 
     def begin_epoch(self) -> training.Progress:
         """The progress of the epoch that begins or goes on. Remembers the present state if it is good."""
         if self.progress is None:
             self.progress = training.Progress(self.rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
-            if self.guard.is_recoverable and not self.is_trial:
+            if self.guard.is_recoverable:
                 path = self.path("lora.pth")  # with --keep-best: an epoch that is undone later may replace it
                 best = None
                 if self.args.keep_best and path.exists() and distributed.is_main():
@@ -1269,17 +1208,14 @@ class FineTuning(RunState):
         self.history.append(row)
         self.log(row)
         self.progress = None
-        if not self.is_trial:
-            print(reports.describe_epoch(self))
-            self.save()
+        print(reports.describe_epoch(self))
+        self.save()
 
     def go_back(self, why: str) -> None:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch = len(self.history) + 1
         rate = self.rate
         temperature = self.temperature
-        if self.is_trial:
-            raise Collapsed(epoch, rate, 0, self.path("lora.pth"), {})
         good, self.last_good = self.last_good, None
         if good["best"] is not None and distributed.is_main():
             save_atomically(good["best"], self.path("lora.pth"))

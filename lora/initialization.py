@@ -24,7 +24,7 @@ from toolkit.models.backbones import block_names
 ADAPTER_LR_FACTOR = 24.0  # up to rank 8
 RESNET_LR_FACTOR = 2.0  # further, in a ResNet: measured in benchmarks/RESULTS.md, why is not known
 GRADIENT_IMAGES = 256  # enough for a good gradient
-MOST = 0.9  # of the gradient's energy: what the blocks that are worth adapting have together
+ENERGY_SHARE = 0.9  # of the gradient's energy: what the blocks that are worth adapting have together
 
 
 def adapter_lr_factor(r: int, most: float = math.inf) -> float:
@@ -86,7 +86,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
 
 def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | None:
-    """How many of the last blocks have MOST of `start_at_gradient`'s energies; None: less than all layers do not.
+    """How many of the last blocks have ENERGY_SHARE of `start_at_gradient`'s energies; None: all layers are needed.
 
     Adapters below would change little, and cost backward half its time: a ResNet's lower stages have the most pixels.
     """
@@ -94,7 +94,7 @@ def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | N
     blocks = block_names(inner) if energies else []
     for number in range(1, len(blocks) + 1):
         held = sum(energy for name, energy in energies.items() if in_last_blocks(inner, name, number))
-        if held >= MOST * sum(energies.values()):
+        if held >= ENERGY_SHARE * sum(energies.values()):
             return number
     return None
 

@@ -345,7 +345,6 @@ IMAGES = [
          "--unlabelled with --task regression: it is for images of one class"),
     case("images without labels where nothing is a probe", "finetune --head-init random --unlabelled images",
          "--head-init random with --unlabelled: images without labels help adapters that start at a probe"),
-    case("a rate to find by few labels", "finetune --learning-rate auto --unlabelled images", "few labels cannot tell"),
     case("an evaluation folder of other classes", "finetune --val-dir mine", "mine has classes that", "lacks: cat, dog",
          files=classes("cat", "dog")),
     case("your own images and a data set", "finetune --dataset digits --val-dir images/val --data-dir images",

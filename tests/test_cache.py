@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
-import finetune_lora
 from lora.split import split_model
 from tests.run_folders import assert_same_tensors, stop
 from toolkit import InputError
@@ -163,11 +162,3 @@ def test_processes_that_load_share_what_is_cached(photos):
     cached = cache.cache_features(photos, [[view] for view in features.unbind(1)], 3)
     batches = [next(iter(data.build_loader(data.Transformed(cached, torch.clone), 3, workers=w))) for w in (0, 1)]
     assert all(torch.equal(batch, features) and labels.tolist() == [0, 1, 0] for batch, labels in batches)
-
-
-def test_the_trials_of_auto_share_what_is_cached(finetune, monkeypatch):
-    calls, embed = [], VisionTransformer._process_input
-    monkeypatch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
-    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
-    finetune("--adapt-last 1 --cache-features disk --learning-rate auto --epochs 1")
-    assert sum(calls) == 21 + 21 + 15  # the parts of the training images once, and for the run both splits

@@ -147,7 +147,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_of_many_some_are_looked_at
     assert "1 of 22 images cannot be read and are left out:\n  " in printed and "broken.png: not a readable" in printed
     assert len(rows_of(tmp_path / "out/to_label.csv")) == 21
     (pool / "broken.png").unlink()
-    monkeypatch.setattr(choosing, "MOST", 7)
+    monkeypatch.setattr(choosing, "MOST_IMAGES", 7)
     assert len(choose(base, pool, "--count", "2", "--output", tmp_path / "some")) == 2
     assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out
     assert len(choose(base, pool, "--count", "9", "--output", tmp_path / "more")) == 9

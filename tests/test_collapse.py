@@ -14,7 +14,7 @@ from torch import nn
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors
+from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors, writes_nothing
 from toolkit.answers import probe
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
@@ -297,7 +297,7 @@ def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
 def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypatch):
     """The largest share that answers the training images as well as the start."""
     run = start("--wise-ft auto --epochs 1")
-    run.is_trial = True  # which writes no files
+    writes_nothing(run)
     run.start()
 
     def harm(scaler, optimizer) -> None:
@@ -346,7 +346,7 @@ def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
 def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
     """Also if the training images are answered a little worse than at the start, whatever is kept."""
     run = start(f"--wise-ft {typed} --epochs 1")
-    run.is_trial = True  # which writes no files
+    writes_nothing(run)
     run.start()
     run.guard.scores = [1.0]
     real = FineTuning.evaluate_watched
@@ -356,18 +356,17 @@ def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
 
 
 @pytest.mark.slow
-def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune, monkeypatch):
+def test_no_process_of_a_run_outlives_it(finetune):
     """Left to the collector of cycles they would wait there, and then take five seconds each to end."""
     before, alive = {*multiprocessing.active_children()}, []
 
     def note(run):
         alive.append(len({*multiprocessing.active_children()} - before))
 
-    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     gc.disable()
     try:
-        finetune("--workers 1 --learning-rate auto --epochs 1 --lora-rank 2", after_epoch=note)
-        assert alive[-1] in (1, 2)  # of the run's own loaders; the trials had theirs
+        finetune("--workers 1 --adapt-last auto --epochs 1 --lora-rank 2", after_epoch=note)
+        assert alive[-1] in (1, 2)  # of the run's own loaders; what looked at the gradient had its own
         assert {*multiprocessing.active_children()} <= before
     finally:
         gc.enable()

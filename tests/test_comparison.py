@@ -228,18 +228,6 @@ def runs_of(folder: Path, **scores: float) -> list[Path]:
     return paths
 
 
-def test_a_searched_rate_is_told_from_a_typed_one(tmp_path):
-    paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8)
-    for path, chosen_by in zip(paths, ({}, {"learning rate": "trials"}), strict=True):
-        results = json.loads(path.read_text()) | {"chosen_by": chosen_by}
-        results["config"]["finetune"]["learning_rate"] = 1e-3
-        path.write_text(json.dumps(results))
-    assert [what.partition("; ")[2] for _, what in comparison.table_of_runs(paths)] == [
-        "learning_rate auto",
-        "learning_rate 0.001",
-    ]
-
-
 def test_errors_of_any_unit_are_told_with_their_digits(tmp_path):
     difference = comparison.Difference("mean absolute error", 2.5e-6, 2.1e-6, -5e-7, -3e-7, 0.01)
     assert "2.5e-06, 2.1e-06: -4e-07" in comparison.table([difference], tmp_path, tmp_path)[-1][1]

@@ -324,7 +324,7 @@ def test_options_that_were_read_cannot_be_changed(script):
 
 def settled(**changes) -> Plan:
     values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
-    rest = {"learning_rate": 3e-4, "precision": "fp32", "norms": "follow"} | changes
+    rest = {"precision": "fp32", "norms": "follow"} | changes
     return Plan(device=torch.device("cpu"), dtype=torch.float32, image_values=values, normalization={}, **rest)
 
 
@@ -333,7 +333,7 @@ def settled(**changes) -> Plan:
     [
         "",
         "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2",
-        "--learning-rate auto --norms auto --arithmetic float --wise-ft 0.5 --keep-best f1",
+        "--learning-rate 3e-4 --norms auto --arithmetic float --wise-ft 0.5 --keep-best f1",
         "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
     ],
 )
@@ -344,7 +344,7 @@ def test_the_config_of_an_older_version_is_read_as_if_all_that_its_run_settled_h
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     again, sources = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
     assert plan.settings(again) == settings
-    names = ("learning_rate", "precision", "norms")
+    names = ("precision", "norms")
     found = {name: getattr(plan, name) for name in names} | plan.image_values
     assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
     in_file = {name for section in settings.values() for name, value in section.items() if value is not None}
@@ -362,7 +362,7 @@ def values_to_type(action: argparse.Action) -> list[str]:
 
 RUNS = {
     "adapters": "--data-dir {images}",
-    "of a high rank": "--data-dir {images} --lora-rank 32 --learning-rate auto --precision fp32",
+    "of a high rank": "--data-dir {images} --lora-rank 32 --learning-rate 1e-3 --precision fp32",
     "over a random head": "--data-dir {images} --head-init random",
     "of all weights": "--data-dir {images} --checkpoint none --arch vit_mini --no-freeze-backbone --head-init probe",
     "masks": "--data-dir {pairs} --task segmentation",

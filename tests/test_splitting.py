@@ -22,7 +22,7 @@ from toolkit.config import asked_sections
 from toolkit.files import SHIPPED, read_checkpoint
 from toolkit.images import splitting
 from toolkit.images.sources import load_splits, validation_part
-from toolkit.run import folds, output_folder, search
+from toolkit.run import folds, output_folder
 from toolkit.run.guard import Collapsed
 from toolkit.run.options import YAML_SECTIONS
 
@@ -43,9 +43,8 @@ def patients(images) -> set[str]:
 def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
     where = {"data_dir": hospital / "scans"} if list_name is None else {"data_list": [hospital / list_name]}
     splits = load_splits("imagefolder", **where, task=task, group_by=by)
-    parts = search.parts_of(splits)
     chosen = load_splits("imagefolder", **where, eval_split="validation", task=task, group_by=by)
-    for train, val, *_ in (splits, parts, chosen):
+    for train, val, *_ in (splits, chosen):
         assert patients(train) and patients(val) and not patients(train) & patients(val)
     assert len(patients(splits.train) | patients(splits.val)) == 20
     assert not patients(chosen.train) & patients(splits.val)

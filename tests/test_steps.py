@@ -228,7 +228,7 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(finetune, saved,
 
 def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys):
     """Also where it is resumed: the choice stands in its files."""
-    monkeypatch.setattr(initialization, "MOST", 0.01)  # which the last block alone has
+    monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)  # which the last block alone has
     chosen = finetune("--adapt-last auto --epochs 1 --labels-per-class 2", "auto")
     assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
     assert chosen["config"]["finetune"]["adapt_last"] == 1
@@ -242,7 +242,7 @@ def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(fin
 
 def test_with_cached_features_the_chosen_blocks_start_by_themselves(finetune, monkeypatch):
     """Their views are other ones than those for which everything was adapted."""
-    monkeypatch.setattr(initialization, "MOST", 0.01)
+    monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)
     options = "--epochs 1 --labels-per-class 2 --cache-features disk"
     chosen, typed = (finetune(f"--adapt-last {last} {options}", last)["folder"] for last in ("auto", "1"))
     assert_same_tensors(chosen / "lora.pth", typed / "lora.pth")
@@ -250,7 +250,7 @@ def test_with_cached_features_the_chosen_blocks_start_by_themselves(finetune, mo
 
 def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
     """They would be those of the adapters' start, so that no adapter would train."""
-    monkeypatch.setattr(initialization, "MOST", 1.1)  # which no number of blocks has
+    monkeypatch.setattr(initialization, "ENERGY_SHARE", 1.1)  # which no number of blocks has
     finetune("--adapt-last auto --epochs 1 --labels-per-class 2")
     with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
         finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")

@@ -18,7 +18,7 @@ from toolkit.images.data import LabelledImages
 
 # Measured, see benchmarks/RESULTS.md.
 FEW = 5  # labels a class: a model that has fewer does not know what it is unsure of
-MOST = 10_000  # images that are looked at
+MOST_IMAGES = 10_000  # images that are looked at
 CANDIDATES = 10  # the least sure images, for each that is chosen
 
 

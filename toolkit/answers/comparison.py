@@ -216,5 +216,4 @@ def read_results(path: Path) -> dict[str, Any]:
 def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What runs of one kind share: all settings but the seed. Results of `evaluate` stand alone."""
     sections = results.get("config", {"": {"file": str(path)}})
-    found = {"learning_rate": "auto"} if "learning rate" in results.get("chosen_by", {}) else {}
-    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"} | found
+    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"}

@@ -165,10 +165,10 @@ class TuneOptions(AdapterOptions):
     adapt_last: int | str | None = option(
         None, "adapt the last blocks or stages alone; auto: by the gradient; default: all", type=config.block_count
     )
-    learning_rate: float | str = option(
+    learning_rate: float = option(
         1e-4,
-        "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
-        type=or_word("auto", positive_float),
+        "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48",
+        type=positive_float,
         flags=("--lr",),
     )
     head_init: str = option("probe", "start of the classifier head", choices=("probe", "random"))
@@ -218,15 +218,13 @@ class Plan:
     precision: str  # by which this dtype was chosen; auto on a GPU
     image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
     normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
-    learning_rate: float
     norms: str  # frozen, follow, train; auto where no BatchNorm can follow
 
     def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
         """The options, with what is settled, in the sections of a YAML file: a resumed run has to have the same."""
         settings = config.stored_sections(YAML_SECTIONS, args)
         settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
-        settled = ("learning_rate", "precision", "norms")
-        settings["finetune"] |= {name: getattr(self, name) for name in settled}
+        settings["finetune"] |= {"precision": self.precision, "norms": self.norms}
         return settings
 
 
@@ -378,7 +376,6 @@ CLASHES = {
         "--head-init random": _FROM_A_PROBE,
         "--no-freeze-backbone": _FROM_A_PROBE,
         "--norms train": _FROM_A_PROBE,
-        "--learning-rate auto": "few labels cannot tell rates apart",
         "--cache-features": "images without labels come in new views each time",
     },
 }

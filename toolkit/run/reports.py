@@ -62,17 +62,19 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
     return f"data: {numbers}, {outputs} {one if outputs == 1 else several}{groups}"
 
 
-def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
-    """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
+def describe_start(run: FineTuned) -> str:
+    """A line on how good the backbone is before training, and what else is to be known of the start."""
+    task = run.task
     _, of_probe = baseline_keys(task)
-    scores = [(title, baseline[name]) for title, name in zip(BASELINES, baseline_keys(task), strict=True)]
+    scores = zip(BASELINES, map(run.baseline.get, baseline_keys(task)), strict=True)
     measured = [f"{title} {task.reported(score)}" for title, score in scores if score is not None]
-    line = f"before training: {', '.join(measured) or 'nothing to compare with'}"
+    lines = f"before training: {', '.join(measured) or 'nothing to compare with'}"
     if not task.counts_images:
-        line += f" ({task.score_title})"
-    elif baseline[of_probe] == 1:
-        line += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
-    return line
+        lines += f" ({task.score_title})"
+    elif run.baseline[of_probe] == 1:
+        images = len(run.splits.val)
+        lines += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
+    return lines if run.by_unlabelled is None else f"{lines}\n{describe_unlabelled(run)}"
 
 
 def describe_unlabelled(run: FineTuned) -> str:
@@ -101,7 +103,7 @@ def describe_rates(run: FineTuned) -> str:
         reported.append(f"backbone {short_rate(run.rate)}")
     elif run.plan.norms == "train":
         reported.append(f"norms {short_rate(run.rate)}")
-    asked = run.plan.learning_rate
+    asked = run.args.learning_rate
     if run.rate < asked:
         remedy = "--head-init random" if run.adapter_rate is None else "--lora-init random"
         why = f"so few steps cannot correct what a high rate does ({remedy}: as typed)"
@@ -161,7 +163,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     report = run.task.report(result, run.splits.val.clusters())
     results = {
         **_scores(run, result, report.figures(), kept["epoch"]),
-        "learning_rate": run.plan.learning_rate,
+        "learning_rate": run.args.learning_rate,
         "head_learning_rate": run.rate,
         "adapter_learning_rate": run.adapter_rate,
         "chosen_by": _chosen_by(run),
@@ -279,14 +281,9 @@ def _by_unlabelled(run: FineTuned) -> dict[str, Any] | None:
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
-    chosen = {}
-    begun = run.args.resume or run.path("last.pth")  # maybe in another folder
-    if any(path.with_name("learning_rates.csv").exists() for path in (begun, run.path("last.pth"))):
-        chosen["learning rate"] = "trials on a part of the training images"
     column = run.task.best_by.get(run.args.keep_best)
-    if any(not math.isnan(row[column]) for row in run.history if column is not None):
-        chosen["epoch"] = "the evaluation images"
-    return chosen
+    chosen = column is not None and not all(math.isnan(row[column]) for row in run.history)
+    return {"epoch": "the evaluation images"} if chosen else {}
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -372,11 +369,8 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
 
 
 def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
-    chosen = {
-        "learning rate": short_rate(results["learning_rate"]),
-        "epoch": f"{results['kept_epoch']} of {results['epochs']}",
-    }
-    notes = [f"{what} {chosen[what]} chosen by {images}" for what, images in results["chosen_by"].items()]
-    if run.args.keep_best and "epoch" not in results["chosen_by"]:
-        notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
-    return notes
+    if not run.args.keep_best:
+        return []
+    if results["chosen_by"]:
+        return [f"epoch {results['kept_epoch']} of {results['epochs']} chosen by {results['chosen_by']['epoch']}"]
+    return ["the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images"]

@@ -33,66 +33,66 @@ def judge(
     adapter: str = "lora.pth",
 ) -> Verdict:
     """Judge a finished run by the content of `results.json`, the rows of `metrics.csv`, and training images a class."""
-    score = task.score
-    factor, _ = task.axis  # 100: differences are points
-    probe = results[f"probe_{score}_before"]
-    interval = results[f"val_{score}_interval"]
-    chosen_by = results.get("chosen_by", {})
-    is_rising = _rises([row[f"val_{score}"] for row in history], probe)
-    is_overfitted = bool(history) and history[-1]["val_loss"] > OVERFITTED * history[-1]["train_loss"]
+    probe = results[f"probe_{task.score}_before"]
     lowered = results["learning_rate"] / results["head_learning_rate"]
-    is_short = lowered > LOWERED and not results.get("retreats") and images_per_class > FEW_IMAGES
+    has_few = images_per_class <= FEW_IMAGES
+    is_rising = _rises([row[f"val_{task.score}"] for row in history], probe)
+    is_overfitted = bool(history) and history[-1]["val_loss"] > OVERFITTED * history[-1]["train_loss"]
+    limits = {
+        f"few images, {images_per_class:.0f} of each {task.outputs_are[0]}": has_few,
+        f"a learning rate that was lowered {lowered:.0f}-fold": lowered > LOWERED,
+        "few epochs: the score still rose at the end": is_rising,
+        "overfitting: the evaluation's loss is far above the training's": is_overfitted,
+    }
 
-    limits = []
-    if images_per_class <= FEW_IMAGES:
-        limits.append(f"few images, {images_per_class:.0f} of each {task.outputs_are[0]}")
-    if lowered > LOWERED:
-        limits.append(f"a learning rate that was lowered {lowered:.0f}-fold")
-    if is_rising:
-        limits.append("few epochs: the score still rose at the end")
-    if is_overfitted:
-        limits.append("overfitting: the evaluation's loss is far above the training's")
-
-    more = f"the same command with --epochs {2 * max(1, results['epochs'])}"
+    gained, is_worse, may_be_chance = _compared(results, task, probe)
+    is_short = lowered > LOWERED and not results.get("retreats") and not has_few
+    is_photograph = TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
-    can_vary = TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None  # photographs
-    next_step = f"python deploy_lora.py predict {adapter} new_images --output {task.predicted_into}"
-    if is_rising:
-        next_step = more
-    elif is_overfitted and can_vary and augmentation not in ("trivial", "affine"):
-        next_step = "the same command with --augmentation trivial"
-    if probe is None:
-        return Verdict("there is no score of a linear probe to compare it with", limits, next_step)
+    can_vary = is_photograph and augmentation not in ("trivial", "affine")
+    again = "the same command with"
+    longer = f"{again} --epochs {2 * max(1, results['epochs'])}"
+    label = f"more labels, of those images that teach most: python deploy_lora.py choose {adapter} new_images "
+    label += f"--output to_label; or images without labels: {again} --unlabelled FOLDER"
+    steps = [  # of which the first one that is due is taken
+        (is_worse and is_short, longer),
+        (is_worse, f"{again} --learning-rate {results['learning_rate'] / 3:.0e}"),
+        (may_be_chance and has_few and task.counts_images, label),
+        (may_be_chance and has_few, "more labelled images"),
+        (may_be_chance and not is_overfitted and probe != 1, longer),
+        (is_rising, longer),
+        (is_overfitted and can_vary, f"{again} --augmentation trivial"),
+        (True, f"python deploy_lora.py predict {adapter} new_images --output {task.predicted_into}"),
+    ]
+    next_step = next(step for is_due, step in steps if is_due)
+    return Verdict(gained, [limit for limit, holds in limits.items() if holds], next_step)
 
-    gained = results[f"val_{score}"] - probe
-    gain = f"{factor * gained:+.2g}{' points' if factor == 100 else ''} against the linear probe"
+
+def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float | None) -> tuple[str, bool, bool]:
+    """The gain over the linear probe in words; is it a loss, beyond chance, and may it be chance?"""
+    if probe is None:
+        return "there is no score of a linear probe to compare it with", False, False
+    score = results[f"val_{task.score}"]
+    images = results["val_images"]
+    factor, _ = task.axis
+    points = " points" if factor == 100 else ""
+    gain = f"{factor * (score - probe):+.2g}{points} against the linear probe"
+    interval = results[f"val_{task.score}_interval"]
     if interval is None:
-        return Verdict(f"{gain}; there is no interval to judge it by", limits, next_step)
+        return f"{gain}; there is no interval to judge it by", False, False
     low, high = interval
     if not task.counts_images:  # it was moved by the bias of the score, which that of the probe has as well
-        moved = results[f"val_{score}"] - (low + high) / 2
-        low, high = low + moved, high + moved
-    elif round(abs(gained) * results["val_images"]) < FEWEST_APART:
-        low, high = 0.0, 1.0
+        moved = score - (low + high) / 2
+        low += moved
+        high += moved
+    is_slight = task.counts_images and round(abs(score - probe) * images) < FEWEST_APART
+    if is_slight or low <= probe <= high:
+        return f"{gain}, which may be chance with {images:,} evaluation images", False, True
     if probe > high:
-        next_step = "the same command with --learning-rate auto"
-        if is_short:
-            next_step = more
-        elif "learning rate" in chosen_by:
-            next_step = "the same command with --lora-rank 0 --freeze-backbone, without --use-qlora and --adapt-last"
-        return Verdict(f"{gain}: worse, beyond chance", limits, next_step)
-    if probe < low:
-        is_flattered = "epoch" in chosen_by
-        why = "flattered: the evaluation images chose the epoch" if is_flattered else "more than chance explains"
-        return Verdict(f"{gain}, {why}", limits, next_step)
-    if images_per_class <= FEW_IMAGES:
-        more = "more labelled images"
-        if task.counts_images:
-            more = f"more labels, of those images that teach most: python deploy_lora.py choose {adapter} new_images "
-            more += "--output to_label; or images without labels: the same command with --unlabelled FOLDER"
-    elif is_overfitted or probe == 1:  # a longer run would be no better
-        more = next_step
-    return Verdict(f"{gain}, which may be chance with {results['val_images']:,} evaluation images", limits, more)
+        return f"{gain}: worse, beyond chance", True, False
+    if "epoch" in results.get("chosen_by", {}):
+        return f"{gain}, flattered: the evaluation images chose the epoch", False, False
+    return f"{gain}, more than chance explains", False, False
 
 
 def _rises(scores: Sequence[float], probe: float | None) -> bool:
