@@ -748,9 +748,9 @@ def main(
     args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     distributed.join(device)
-    asked = config.asked_sections(options.YAML_SECTIONS, args, sources)
     if options.all_folds(args):
-        return cross_validate(main, argv, after_epoch, args, asked)
+        return cross_validate(main, argv, after_epoch, args)
+    asked = config.asked_sections(options.YAML_SECTIONS, args, sources)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
