@@ -1,8 +1,7 @@
 """--log: each row of metrics.csv goes to a tracker, in its mode without a network."""
 
+import importlib.util
 import json
-import sys
-from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -42,53 +41,11 @@ def test_wandb(finetune, monkeypatch):
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_mlflow(finetune, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    folder = finetune("--log mlflow")["folder"]
-    client = mlflow.MlflowClient(f"file://{tmp_path}/mlruns")
-    experiment = client.get_experiment_by_name(loggers.PROJECT)
-    [run] = client.search_runs([experiment.experiment_id])
-    assert run.data.params["finetune.lora_rank"] == "8"
-    logged = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "val_accuracy")]
-    assert logged == [(row["epoch"], pytest.approx(row["val_accuracy"])) for row in metrics(folder)]
-
-
-@pytest.fixture
-def trackio(monkeypatch):
-    """Stands in for Trackio, whose own files belong to a process that it starts: `asked` has what it is asked for."""
-
-    class Trackio:
-        asked: ClassVar[list] = []
-
-        @classmethod
-        def init(cls, project, name, config):
-            cls.asked.append((project, name, config["finetune"]["lora_rank"]))
-            return cls()
-
-        def log(self, numbers):
-            self.asked.append((numbers["epoch"], numbers["val_accuracy"]))
-
-        def finish(self):
-            self.asked.append("finished")
-
-    monkeypatch.setitem(sys.modules, "trackio", Trackio)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True)
-    return Trackio
-
-
-def test_trackio(finetune, trackio):
-    folder = finetune("--log trackio")["folder"]
-    epochs = [(row["epoch"], pytest.approx(row["val_accuracy"])) for row in metrics(folder)]
-    assert trackio.asked == [(loggers.PROJECT, "out", 8), *epochs, "finished"]
-
-
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for main in (finetune_lora.main, pretrain.main):
-        with pytest.raises(InputError, match=r"^--tracker mlflow: needs mlflow: pip install mlflow$"):
-            main(["--log", "mlflow", "--output-dir", str(tmp_path / "out")])
+        with pytest.raises(InputError, match=r"^--tracker wandb: needs wandb: pip install wandb$"):
+            main(["--log", "wandb", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -99,11 +56,13 @@ def test_a_run_that_was_not_logged_may_go_on_logged(once, finetune):
     assert results["config"] == config
 
 
-def test_a_stopped_run_ends_its_tracker_and_one_that_cannot_begin_is_a_line(finetune, trackio, monkeypatch):
-    monkeypatch.setattr(trackio, "log", mock.Mock(side_effect=KeyboardInterrupt))
+def test_a_stopped_run_ends_its_tracker_and_one_that_cannot_begin_is_a_line(finetune, monkeypatch):
+    ended = []
+    stops = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda *_: (stops, lambda: ended.append(True)))
     with pytest.raises(KeyboardInterrupt):
-        finetune("--tracker trackio")
-    assert trackio.asked == [(loggers.PROJECT, "out", 8), "finished"]
-    monkeypatch.setattr(trackio, "init", lambda **_: 1 / 0)
-    with pytest.raises(InputError, match=r"^--tracker trackio cannot begin: division by zero$"):
-        finetune("--tracker trackio", "other")
+        finetune("--tracker tensorboard")
+    assert ended == [True]
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match=r"^--tracker tensorboard cannot begin: division by zero$"):
+        finetune("--tracker tensorboard", "other")

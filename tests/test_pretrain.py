@@ -310,18 +310,6 @@ def test_shipped_configurations_are_valid(path):
 # --------------------------------------------------------------------------------------------------- trackers
 
 
-def test_mlflow_gets_settings_and_rows(run, tmp_path, monkeypatch):
-    """The settings of pretraining have no sections."""
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    loss = run("--epochs 1 --tracker mlflow")["loss"]
-    client = mlflow.MlflowClient(f"file://{tmp_path}/mlruns")
-    [logged] = client.search_runs([client.get_experiment_by_name("moco-lora").experiment_id])
-    assert logged.data.params["queue_size"] == "16"
-    assert logged.data.metrics["loss"] == pytest.approx(loss)
-
-
 def test_a_run_that_was_not_logged_may_go_on_logged_and_the_next_has_a_log_of_its_own(run, tmp_path):
     pytest.importorskip("tensorboard")
     run()

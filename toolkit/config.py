@@ -361,27 +361,6 @@ def shown_default(default: Any) -> str:
 # ------------------------------------------------------------------------------------------------ the settings of a run
 
 
-def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[str, str]) -> str:
-    """What was typed, what the YAML file changes, and where all settings will be written."""
-    typed = []
-    configured = []
-    for name, source in sources.items():
-        value = getattr(args, name)
-        if source == "command line" and isinstance(value, bool):
-            typed.append(flag(name if value else f"no_{name}"))
-        elif source == "command line":
-            typed.append(f"{flag(name)} {_as_text(value)}")
-        elif source == "config" and value != parser.get_default(name):
-            configured.append(f"{name} {_as_text(value)}")
-    entries = {
-        "command line": " ".join(typed),
-        f"{stored(args.config)} changes": ", ".join(configured),
-        "all settings": str(args.output_dir / "config.yaml"),
-    }
-    whole = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in entries.items() if values)
-
-
 def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_as_text, value))

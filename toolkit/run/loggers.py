@@ -4,58 +4,36 @@ Where a tracker keeps its runs, and as whom it logs in, is its own business: its
 """
 
 import contextlib
-import functools
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from toolkit import InputError, printable
-from toolkit.config import flat
 
 PROJECT = "moco-lora"
-Log = Callable[[dict[str, float], int], None]  # takes numbers by name, and the epoch
 
 
-@contextlib.contextmanager
-def _tensorboard(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
+def _tensorboard(folder: Path, settings: dict[str, Any]) -> tuple[Callable, Callable]:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder / "tensorboard") as writer:
+    writer = SummaryWriter(folder / "tensorboard")
 
-        def log(numbers: dict[str, float], epoch: int) -> None:
-            for name, number in numbers.items():
-                writer.add_scalar(name, number, epoch)
+    def log(numbers: dict[str, float], epoch: int) -> None:
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, epoch)
 
-        yield log
-
-
-@contextlib.contextmanager
-def _wandb(folder: Path, settings: dict[str, Any], package: str = "wandb", **where: Any) -> Iterator[Log]:
-    run = importlib.import_module(package).init(project=PROJECT, name=folder.name, config=settings, **where)
-    try:
-        yield lambda numbers, _: run.log(numbers)  # by its own count: an epoch may be done again
-    finally:
-        run.finish()
+    return log, writer.close
 
 
-@contextlib.contextmanager
-def _mlflow(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
-    import mlflow
+def _wandb(folder: Path, settings: dict[str, Any]) -> tuple[Callable, Callable]:
+    import wandb
 
-    mlflow.set_experiment(PROJECT)
-    with mlflow.start_run(run_name=folder.name):
-        mlflow.log_params(flat(settings))
-        yield lambda numbers, epoch: mlflow.log_metrics(numbers, step=epoch)
+    run = wandb.init(project=PROJECT, name=folder.name, config=settings, dir=folder)
+    return lambda numbers, _: run.log(numbers), run.finish  # by its own count: an epoch may be done again
 
 
-LOGGERS = {
-    "tensorboard": _tensorboard,
-    "wandb": lambda folder, settings: _wandb(folder, settings, dir=folder),
-    "mlflow": _mlflow,
-    "trackio": functools.partial(_wandb, package="trackio"),  # it has wandb's interface
-}
+LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb}  # each returns what logs numbers of an epoch, and what ends it
 
 
 @contextlib.contextmanager
@@ -64,14 +42,16 @@ def opened(name: str | None, folder: Path, settings: dict[str, Any]) -> Iterator
     if name is None:
         yield lambda row: None
         return
-    with contextlib.ExitStack() as stack:
-        try:
-            log = stack.enter_context(LOGGERS[name](folder, settings))
-        except Exception as error:  # of a missing key, or a server
-            raise InputError(f"--tracker {name} cannot begin: {printable(error, 300)}") from None
+    try:
+        log, end = LOGGERS[name](folder, settings)
+    except Exception as error:  # of a missing key, or a server
+        raise InputError(f"--tracker {name} cannot begin: {printable(error, 300)}") from None
 
-        def log_row(row: Mapping[str, Any]) -> None:
-            numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
-            log({key: number for key, number in numbers.items() if math.isfinite(number)}, row["epoch"])
+    def log_row(row: Mapping[str, Any]) -> None:
+        numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+        log({key: number for key, number in numbers.items() if math.isfinite(number)}, row["epoch"])
 
+    try:
         yield log_row
+    finally:
+        end()
