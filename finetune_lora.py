@@ -753,9 +753,8 @@ def main(
     asked = config.asked_sections(options.YAML_SECTIONS, args, sources)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
-        print(
-            f"settings: {args.config or 'defaults'} and what was typed; all are in {args.output_dir / 'config.yaml'}"
-        )
+        read = config.stored(args.config) or "defaults"
+        print(f"settings: {read} and what was typed; all are in {args.output_dir / 'config.yaml'}")
         if args.adapt_last == "auto":
             args = replace(args, adapt_last=blocks_to_adapt(args, device, opened))
         splits, model, report, plan = prepare(args, device)

@@ -179,12 +179,12 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     ],
 )
 def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
-    plan = argparse.Namespace(norms=norms, learning_rate=1e-4)
+    plan = argparse.Namespace(norms=norms)
     run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster, plan=plan)
-    run.args = argparse.Namespace(freeze_backbone=frozen)
+    run.args = argparse.Namespace(freeze_backbone=frozen, learning_rate=1e-4)
     run.guard = argparse.Namespace(retreats=[])
     assert reports.describe_rates(run) == f"learning rate: {shown}"
-    plan.learning_rate = 20 * run.rate
+    run.args.learning_rate = 20 * run.rate
     assert "; 5% of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
     run.guard.retreats.append({"epoch": 1, "learning_rate": 2e-3})
     assert "; 5% of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
