@@ -59,7 +59,7 @@ from toolkit.models.backbones import block_names, headless, in_head, name_head, 
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
-from toolkit.models.norms import NORMS, constant_scale_and_shift, freeze_statistics, share_statistics
+from toolkit.models.norms import NORMS, constant_scale_and_shift, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
@@ -884,7 +884,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
     """
     args = run.args
     run.save_start()
-    with run.saved_when_stopped():
+    with run.saved_when_stopped(), constants_kept():
         while len(run.history) < args.epochs:
             epoch = len(run.history) + 1
             progress = run.begin_epoch()

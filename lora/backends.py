@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import InputError
+from toolkit.devices import is_traced
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # The gradients of A and B are sums over thousands of rows: on a GPU partial sums in 16 bits would lose them.
@@ -45,11 +46,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
-
-
-def is_traced() -> bool:
-    """Are operations being recorded, as by `torch.compile`? Then only PyTorch's own operators may run."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def refuse_jit() -> None:

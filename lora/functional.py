@@ -322,7 +322,8 @@ class _LoRAConv2d(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(dtype)
 
-        sB = B * _row_factors(scaling, row_scale)
+        ctx.factors = _row_factors(scaling, row_scale)
+        sB = B * ctx.factors
         if ctx.side_path:
             y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)  # g W x + b
             _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
@@ -338,14 +339,14 @@ class _LoRAConv2d(torch.autograd.Function):
             bias = residual = None
         kept = y if relu or ctx.follows else None
         # Backward builds the kernel again: saved, those of all layers would be in memory at once.
-        ctx.save_for_backward(adapter_x, A, B, row_scale, kept, bias, residual)
+        ctx.save_for_backward(adapter_x, A, sB, row_scale, kept, bias, residual)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, A, B, row_scale, y, bias, residual = ctx.saved_tensors
-        weight, scaling, geometry, relu, dtype = ctx.constants
+        adapter_x, A, sB, row_scale, y, bias, residual = ctx.saved_tensors
+        weight, _, geometry, relu, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(dtype)
         if relu:
@@ -359,8 +360,6 @@ class _LoRAConv2d(torch.autograd.Function):
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
 
-        factors = _row_factors(scaling, row_scale)
-        sB = B * factors
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
         gA, gB, g_adapter_x = _conv_gradients(
             gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, need_input
@@ -376,7 +375,7 @@ class _LoRAConv2d(torch.autograd.Function):
                 gx = gx.add_(g_adapter_x)
                 g_adapter_x = None
         g_residual = gy if need_residual else None
-        return gx, g_adapter_x, gA, gB * factors, g_bias, g_residual, None, g_log_scale, None
+        return gx, g_adapter_x, gA, gB * ctx.factors, g_bias, g_residual, None, g_log_scale, None
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:

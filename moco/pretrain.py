@@ -40,7 +40,7 @@ from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
 from toolkit.models.backbones import head_name, headless, other_heads, record_of
-from toolkit.models.norms import share_statistics
+from toolkit.models.norms import constants_kept, share_statistics
 from toolkit.run import optim, options, output_folder, reports, runs, training
 from toolkit.run.run_state import RunState, StateEntry
 
@@ -101,7 +101,7 @@ def train(run: "Pretraining") -> None:
     """Train the remaining epochs. Raises Stopped after Ctrl-C or SIGTERM, when `last.pth` has the state to resume."""
     args = run.args
     run.begin()
-    with run.saved_when_stopped():
+    with run.saved_when_stopped(), constants_kept():
         while run.epoch < args.epochs:
             progress = run.begin_epoch()
             unread = []  # the images of each step, and its loss: see `training.read_figures`

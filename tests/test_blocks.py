@@ -1,5 +1,6 @@
 """Fused blocks: BatchNorms folded into the convolutions before them, the pooled stem; LayerNorm and GELU recomputed."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from functools import partial
@@ -32,7 +33,7 @@ from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention, fusion
 from lora_utils import LoRAManager
-from toolkit.models.norms import NORMS
+from toolkit.models.norms import NORMS, constants_kept
 
 
 def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
@@ -253,32 +254,63 @@ def test_other_stems_stay_as_they_are(name, module):
     assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
 
 
+def with_more_numbers(norm: nn.BatchNorm2d) -> None:
+    """As buffers are that lie side by side in one storage."""
+    norm.running_mean = torch.arange(8.0)[4:]
+
+
+BEHIND_AUTOGRAD = "statistics behind autograd's back"
 CHANGES = {
     "another scale": lambda norm: nn.init.constant_(norm.weight, 3.0),
     "statistics in training": lambda norm: norm.train()(torch.randn(4, 4, 5, 5)),
     "a state that is loaded": lambda norm: norm.load_state_dict({**norm.state_dict(), "running_var": torch.ones(4)}),
-    "statistics behind autograd's back": lambda norm: norm.running_mean.data.copy_(torch.ones(4)),
+    BEHIND_AUTOGRAD: lambda norm: norm.running_mean.data.copy_(torch.ones(4)),
+    "other data": lambda norm: setattr(norm.bias, "data", torch.ones(4)),
+    "another buffer": with_more_numbers,
     "another epsilon": lambda norm: setattr(norm, "eps", 0.5),
+    "the weight alone trains": lambda norm: norm.weight.requires_grad_(),
 }
+SEEN_AT_EACH_CALL = [(change, contextlib.nullcontext) for change in CHANGES]
+SEEN_AT_EACH_CALL += [(change, constants_kept) for change in CHANGES if change != BEHIND_AUTOGRAD]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "around"), SEEN_AT_EACH_CALL)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode):
+def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode, around):
     stock = seen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     nn.init.normal_(stock[1].bias)
     model = frozen(copy.deepcopy(stock)).eval()
     x = images(8)
-    with mode():
-        model(x)
-    with torch.no_grad():
-        CHANGES[change](model[1])
-    model.eval()
-    twin = dense_twin(stock, model).eval()
-    twin[1].load_state_dict(model[1].state_dict())
-    twin[1].eps = model[1].eps
-    with mode():
-        assert_close(model(x), twin(x.double()), FP32)
+    with around():
+        with mode():
+            model(x)
+        with torch.no_grad():
+            CHANGES[change](model[1])
+        model.eval()
+        twin = dense_twin(stock, model).eval()
+        twin[1].load_state_dict(model[1].state_dict())
+        twin[1].eps = model[1].eps
+        with mode():
+            assert_close(model(x), twin(x.double()), FP32)
+
+
+def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trains():
+    model = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with constants_kept():
+        with torch.inference_mode():
+            model(images(8))
+        with Operations() as operations:
+            model(images(8)).sum().backward()  # takes what was computed where no gradients are
+            model.double()(images(8).double())
+        assert operations.count("rsqrt") == 1  # of the model in float64
+        with torch.inference_mode():  # whose tensors do not count what is written to them
+            built = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+            before = built(images(8))
+            built[1].running_mean += 1
+            assert relative_error(before, built(images(8))) > 0.1
+    with Operations() as operations:
+        model(images(8).double()), model(images(8).double())
+    assert operations.count("rsqrt") == 2
 
 
 # ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths

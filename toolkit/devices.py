@@ -92,6 +92,11 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def is_traced() -> bool:
+    """Are operations being recorded, as by `torch.compile`? Then only PyTorch's own operators may run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 WORTH_ROUNDING = 1.3  # times as fast
 WORTH_MEASURING = 0.03  # CPU seconds for an image in float32: with smaller models a run is short in either precision
 

@@ -3,15 +3,21 @@
 With the latter several processes train as one does, to rounding. PyTorch's SyncBatchNorm does this on GPUs alone.
 """
 
+import contextlib
 import functools
+import weakref
+from collections.abc import Iterator, MutableMapping
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import InputError, distributed
+from toolkit.devices import is_traced
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -78,8 +84,7 @@ class Freezable(_Extended):
         has_activation = stock.__name__ == "BatchNormAct2d"  # timm's
         is_known = has_activation or stock.forward is _BatchNorm.forward
         trains = self.training or any(parameter.requires_grad for parameter in self.parameters())
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced:
+        if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced():
             return super().forward(x)
         self._check_input_dim(x)
         y = _ConstantNorm.apply(x, self)
@@ -98,10 +103,45 @@ def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
         norm.train(training)
 
 
+# Within `constants_kept`, by the norm: what was given, and what came of it.
+Kept = MutableMapping[nn.Module, tuple[list, tuple[Tensor, Tensor]]]
+_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def constants_kept() -> Iterator[None]:
+    """Within this block `constant_scale_and_shift` computes what does not train once: five kernels a norm and step.
+
+    It does so again where a tensor was replaced, moved or written to. Writing through `.data` alone leaves no trace.
+    """
+    before = _kept.set(weakref.WeakKeyDictionary())
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
 def constant_scale_and_shift(
     norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``g = gamma / sqrt(var + eps)`` and ``beta + (bias - mean) g`` for these statistics, (out,) each."""
+    kept = _kept.get()
+    given = [t for t in (norm.weight, norm.bias, mean, variance, bias) if t is not None]
+    if kept is None or is_traced() or any(t.requires_grad or t.is_inference() for t in given):
+        return _scale_and_shift(norm, mean, variance, bias)
+    # A weak reference reserves the storage's number, not its memory.
+    now = [norm.eps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in given)]
+    seen, constants = kept.get(norm, (None, None))
+    if seen != now:
+        with torch.inference_mode(False):  # training, too, is to take them
+            constants = _scale_and_shift(norm, mean, variance, bias)
+        kept[norm] = now, constants
+    return constants
+
+
+def _scale_and_shift(
+    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
