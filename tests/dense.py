@@ -37,7 +37,8 @@ class Operations(TorchDispatchMode):
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual = actual.detach().double().cpu()
+    expected = expected.detach().double().cpu()
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
@@ -109,22 +110,28 @@ def compare_with_dense(
     device = inputs[0].device
     adapted.zero_grad()
     twin = dense_twin(stock, adapted)
-    distinct = {id(x): x for x in inputs}
-    ours = {key: x.detach().clone().requires_grad_() for key, x in distinct.items()}
-    theirs = {key: x.detach().double().requires_grad_() for key, x in distinct.items()}
+    ours = {}
+    theirs = {}
+    for x in inputs:
+        ours[id(x)] = x.detach().clone().requires_grad_()
+        theirs[id(x)] = x.detach().double().requires_grad_()
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         actual = call(adapted, *(ours[id(x)] for x in inputs))
     expected = call(twin, *(theirs[id(x)] for x in inputs))
-    pairs = list(zip(*(y if isinstance(y, tuple) else (y,) for y in (actual, expected)), strict=True))
-    losses = [0.0, 0.0]
-    for i, (y, z) in enumerate(pairs):
+    if not isinstance(actual, tuple):
+        actual = (actual,)
+        expected = (expected,)
+    loss = 0.0
+    wanted_loss = 0.0
+    for i, (y, z) in enumerate(zip(actual, expected, strict=True)):
         assert_close(y, z, tolerance, f"output {i}")
         if z is not None:
             upstream = torch.randn_like(y).double()  # the same number for both
-            losses = [losses[0] + (y.double() * upstream).sum(), losses[1] + (z * upstream).sum()]
-    for loss in losses:
-        loss.backward()
-    for i, key in enumerate(distinct):
+            loss = loss + (y.double() * upstream).sum()
+            wanted_loss = wanted_loss + (z * upstream).sum()
+    loss.backward()
+    wanted_loss.backward()
+    for i, key in enumerate(ours):
         assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
     for name, gradient, wanted in expected_gradients(twin, adapted):
         assert_close(gradient, wanted, tolerance, f"gradient of {name}")
