@@ -1,7 +1,9 @@
 """Files that tests make in memory: whatever writes into a file, and archives."""
 
 import io
+import struct
 import tarfile
+import zlib
 
 
 def bytes_of(write, *args, **options) -> bytes:
@@ -20,3 +22,8 @@ def tar_of(files: dict[str, bytes]) -> bytes:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return content.getvalue()
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -5,6 +5,7 @@ Noise on 13 bands stands for Sentinel-2's images: three bands carry the class.
 
 import copy
 import io
+import itertools
 import json
 import os
 import shutil
@@ -23,18 +24,19 @@ import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
 from tests.checkpoint_files import save_base
-from tests.image_files import bytes_of, tar_of
+from tests.image_files import bytes_of, png_chunk, tar_of
 from toolkit import InputError
 from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, measured, settle
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
-from toolkit.images.transforms import GaussianBlur, eval_transform, to_rgb, train_transform, two_crops
+from toolkit.images.transforms import GaussianBlur, eval_transform, to_rgb
 from toolkit.models.backbones import build_backbone, input_channels
 
 tifffile = pytest.importorskip("tifffile")
 
 CLASSES = ("0", "1", "2")
+ON_CPU = ("--device", "cpu", "--workers", "0")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,9 @@ def base13(tmp_path_factory) -> Path:
 
 
 def run(base: Path, tiffs: Path, output: Path, options: str = "", scale: str = "--scale 10000") -> dict:
-    argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --device cpu --workers 0 --batch-size 8"
+    argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --batch-size 8"
     argv += f" --epochs 1 --lora-rank 2 --learning-rate 1e-3 {scale} {options}"
-    return finetune_lora.main(argv.split())
+    return finetune_lora.main([*argv.split(), *ON_CPU])
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +81,15 @@ def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tm
     expected = torch.from_numpy(tifffile.imread(image).astype(np.float32) / 10000).permute(2, 0, 1)
     assert torch.allclose(about["transform"](image), expected, atol=1e-7)
 
-    evaluated = deploy_lora.main(f"evaluate {trained} --device cpu --workers 0".split())
+    def command(words: str):
+        return deploy_lora.main([*words.format(trained=trained, folder=image.parent, out=tmp_path).split(), *ON_CPU])
+
     results = json.loads((trained.parent / "results.json").read_text())
-    assert evaluated["accuracy"] == results["val_accuracy"]
+    assert command("evaluate {trained}")["accuracy"] == results["val_accuracy"]
     assert results["normalization"]["channels"] == 13
-    assert deploy_lora.main(f"evaluate {trained} {tiffs} --device cpu --workers 0".split()) == evaluated
-
-    argv = f"predict {trained} {image.parent} --output {tmp_path / 'p.csv'} --device cpu --workers 0"
-    assert len(deploy_lora.main(argv.split())) == 3
-    argv = f"embed {trained} {image.parent} --output {tmp_path / 'f.npy'} --device cpu --workers 0"
-    assert deploy_lora.main(argv.split()).shape == (3, 192)
-
-    argv = f"choose {trained} {image.parent} --count 2 --output {tmp_path / 'chosen'} --device cpu --workers 0"
-    assert len(deploy_lora.main(argv.split())) == 2
+    assert len(command("predict {trained} {folder} --output {out}/p.csv")) == 3
+    assert command("embed {trained} {folder} --output {out}/f.npy").shape == (3, 192)
+    assert len(command("choose {trained} {folder} --count 2 --output {out}/chosen")) == 2
     assert (tmp_path / "chosen/to_label.html").read_text().count("data:image/jpeg") == 2
 
 
@@ -122,20 +120,15 @@ def test_a_network_of_13_channels_equals_the_stock_one(arch, size, options):
     compare_with_dense(rounded(stock, model), model, [x], FP32)
 
 
-def test_a_fitted_first_layer_is_told_and_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path, capsys):
-    results = run(base, tiffs, tmp_path, "--channels 13 --labels-per-class 2")
-    assert "loaded, the first layer fitted from 3 channels, in their order; " in capsys.readouterr().out
-    evaluated = deploy_lora.main(f"evaluate {tmp_path / 'lora.pth'} --device cpu --workers 0".split())
-    assert evaluated["accuracy"] == results["val_accuracy"]
-
-
-def test_a_stage_1_adapter_knows_the_channels_that_its_base_was_fitted_to(base, tiffs, tmp_path):
+def test_a_stage_1_adapter_knows_the_channels_that_its_base_was_fitted_to(base, tiffs, tmp_path, capsys):
     argv = f"--checkpoint {base} --channels 13 --scale 10000 --lora-rank 2 --data-dir {tiffs} --epochs 1 --batch-size 8"
-    argv += f" --output-dir {tmp_path / 'stage1'} --device cpu --workers 0 --dim 8 --mlp-dim 8"
-    stage1 = pretrain.main(argv.split())["checkpoint"]
-    run(base, tiffs, tmp_path / "out", f"--stage1-adapter {stage1}", scale="")
+    argv += f" --output-dir {tmp_path / 'stage1'} --dim 8 --mlp-dim 8"
+    stage1 = pretrain.main([*argv.split(), *ON_CPU])["checkpoint"]
+    assert "loaded, the first layer fitted from 3 channels, in their order" in capsys.readouterr().out
+    results = run(base, tiffs, tmp_path / "out", f"--stage1-adapter {stage1}", scale="")
     assert load_finetuned(tmp_path / "out" / "lora.pth")[1]["channels"] == 13
-    assert finetune_lora.load_base(base, stage1, 4)[1]["channels"] == 13
+    evaluated = deploy_lora.main(["evaluate", f"{tmp_path}/out/lora.pth", *ON_CPU])
+    assert evaluated["accuracy"] == results["val_accuracy"]
     with pytest.raises(InputError, match=r"moco_lora.pth is for images of 13 channels, not 5: leave out --channels"):
         run(base, tiffs, tmp_path / "other", f"--stage1-adapter {stage1} --channels 5")
 
@@ -157,51 +150,38 @@ def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_k
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bands", [1, 2, 3, 6, 7, 9, 11, 13])
+@pytest.mark.parametrize("bands", [1, 3, 11, 13])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.float32])
 def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
-    array = np.random.RandomState(0).uniform(0, 200, (20, 24, bands)).astype(kind)
+    """An array with as many rows as bands has its bands last."""
+    array = np.random.RandomState(0).uniform(0, 200, (13, 24, bands)).astype(kind)
     planes = np.ascontiguousarray(array.transpose(2, 0, 1))
-    several = {"samples side by side": (array, "contig"), "planes": (planes, "separate")} if bands > 1 else {}
+    grey = {"photometric": "minisblack"}
     files = {
-        name: bytes_of(tifffile.imwrite, written, planarconfig=how, photometric="minisblack")
-        for name, (written, how) in several.items()
-    } | {
-        "pages": bytes_of(tifffile.imwrite, planes, photometric="minisblack", metadata=None),
-        "compressed": bytes_of(tifffile.imwrite, planes, photometric="minisblack", compression="zlib"),
-        "BigTIFF": bytes_of(tifffile.imwrite, planes, photometric="minisblack", bigtiff=True),
+        "pages": bytes_of(tifffile.imwrite, planes, **grey, metadata=None),
+        "compressed": bytes_of(tifffile.imwrite, planes, **grey, compression="zlib"),
+        "BigTIFF": bytes_of(tifffile.imwrite, planes, **grey, bigtiff=True),
         "npy, bands last": bytes_of(np.save, array),
-        "npy, bands first": bytes_of(np.save, planes),
         "npz": bytes_of(np.savez, image=array),
     }
+    if bands > 1:
+        files["samples side by side"] = bytes_of(tifffile.imwrite, array, **grey, planarconfig="contig")
+        files["planes"] = bytes_of(tifffile.imwrite, planes, **grey, planarconfig="separate")
+    if bands < 13:
+        files["npy, bands first"] = bytes_of(np.save, planes)
     for name, content in files.items():
         read, names = decoded(content)
-        assert read.dtype == np.float32, name
+        assert read.dtype == np.float32 and names is None, name
         assert np.array_equal(read, array.astype(np.float32)), name
-        assert names is None
 
 
-def test_an_array_with_as_many_rows_as_bands_has_its_bands_last():
-    array = np.random.RandomState(0).rand(4, 9, 4).astype(np.float32)
-    assert np.array_equal(decoded(bytes_of(np.save, array))[0], array)
-
-
-def test_levels_of_16_bits_and_floats_are_not_cut_to_8_bits():
-    levels = np.random.RandomState(0).randint(0, 2**16, (8, 8)).astype(np.uint16)
-    assert np.array_equal(decoded(bytes_of(Image.fromarray(levels).save, "PNG"))[0][..., 0], levels)
-    floats = bytes_of(Image.fromarray(levels.astype(np.float32)).save, "TIFF")
-    assert np.array_equal(decoded(floats)[0][..., 0], levels)
-
-
-def test_an_rgb_png_of_16_bits_keeps_them():
+def test_pngs_of_16_bits_keep_them():
     levels = np.random.RandomState(0).randint(0, 2**16, (5, 4, 3)).astype(">u2")
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
+    grey = Image.fromarray(levels[..., 0].astype(np.uint16))
+    assert np.array_equal(decoded(bytes_of(grey.save, "PNG"))[0][..., 0], levels[..., 0])
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
-    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, 2, 0, 0, 0))
-    content += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(png_chunk, parts))  # RGB, which Pillow does not write
     assert np.array_equal(decoded(content)[0], levels.astype(np.float32))
 
 
@@ -240,18 +220,6 @@ def test_numbers_that_mark_pixels_without_data_are_read_as_0():
     assert decoded(bytes_of(tifffile.imwrite, lowest))[0][..., 0].tolist() == [[0, 0], [0, 7]]
     unseen = np.array([[np.nan, np.inf], [1, -np.inf]])
     assert decoded(bytes_of(np.save, unseen))[0][..., 0].tolist() == [[0, 0], [1, 0]]
-
-
-def test_a_channel_of_an_ome_tiff_whose_others_are_in_other_files_is_one_band():
-    """Read of its content alone, the channels that lie elsewhere would be bands of zeros."""
-    planes = [f'<TiffData FirstC="{c}" IFD="0"><UUID FileName="{c}.ome.tif">urn:{c}</UUID></TiffData>' for c in (0, 1)]
-    size = 'DimensionOrder="XYCZT" Type="uint16" SizeX="20" SizeY="16" SizeC="2" SizeZ="1" SizeT="1"'
-    about = f'<Image ID="i"><Pixels ID="p" {size}>{"".join(planes)}</Pixels></Image>'
-    about = f'<?xml version="1.0"?><OME UUID="urn:1">{about}</OME>'
-    content = bytes_of(tifffile.imwrite, np.full((16, 20), 7, np.uint16), description=about, metadata=None)
-    assert tifffile.TiffFile(io.BytesIO(content)).is_ome
-    read, _ = decoded(content)
-    assert read.shape == (16, 20, 1) and (read == 7).all()
 
 
 def test_bands_are_picked_put_in_order_and_made_of_zeros():
@@ -330,33 +298,18 @@ def test_a_file_with_other_bands_is_not_called_unreadable(bands, shape, reason, 
         folders.ImageFiles(tmp_path, ["image.npy"], [0], bands)[0]
 
 
-def test_a_damaged_tiff_prints_nothing(capfd):
-    """tifffile would write a line for each of its tags."""
-    with pytest.raises(Exception):  # noqa: B017
-        decoded(tiff_of_many_pages(3))
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("name", ["pipe.png", "pipe.npy"])
-def test_what_is_no_file_is_refused_at_once(name, tmp_path):
+def test_what_is_no_file_is_refused_at_once(tmp_path):
     """Reading a pipe would wait for ever."""
-    os.mkfifo(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
     for bands in (None, Bands(3)):
-        with pytest.raises(InputError, match=rf"{name}: not a readable image \(not a file\)"):
-            folders.ImageFiles(tmp_path, [name], [0], bands)[0]
+        with pytest.raises(InputError, match=r"pipe\.png: not a readable image \(not a file\)"):
+            folders.ImageFiles(tmp_path, ["pipe.png"], [0], bands)[0]
 
 
 def test_the_message_says_how_to_get_tifffile(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
     with pytest.raises(InputError, match=r"a TIFF file needs tifffile .*: pip install tifffile"):
         decoded(b"II*\0")
-
-
-def test_arrays_beside_photographs_stay_what_they_were(images, tmp_path, capsys):
-    shutil.copytree(images, tmp_path / "images")
-    np.save(tmp_path / "images" / "train" / "dark" / "features.npy", np.zeros(3))
-    assert len(load_splits("imagefolder", tmp_path / "images").train) == 21
-    assert "not read as images: 1 .npy" in capsys.readouterr().out
 
 
 def test_images_in_archives_have_bands_too(tiffs, tmp_path):
@@ -407,10 +360,9 @@ def test_a_single_channel_that_hardly_varies_is_told(tiffs, capsys):
 
 
 @pytest.mark.parametrize(("most", "is_told"), [(4095, True), (10000, True), (65535, False)])
-def test_photographs_that_are_nearly_black_are_told(tmp_path, capsys, most, is_told):
+def test_photographs_that_are_nearly_black_are_told(capsys, most, is_told):
     """As 12 bits of an X-ray in a PNG of 16, of which 8 bits keep 16 levels."""
-    Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / "dark.png")
-    image = to_rgb(Image.open(tmp_path / "dark.png"))
+    image = to_rgb(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)))
     settle(Scaling(), "resnet18", 3, LabelledImages([(image, 0)], [0]))
     told = capsys.readouterr().out
     assert ("say what is white, as --scale 4095 with --bands 1,1,1" in told) == is_told == (told != "")
@@ -429,24 +381,6 @@ def test_an_rgb_photograph_read_as_bands_is_the_photograph(images):
     image = Image.open(images / "val" / "striped" / "0.png")
     as_bands = eval_transform(64, bands=Bands(3, scale=255.0))(image)
     assert (as_bands - eval_transform(64)(image)).abs().max() < 1.01 / 255 / 0.224
-
-
-@pytest.mark.parametrize("channels", [1, 2, 13])
-@pytest.mark.parametrize("augmentation", ["crop", "affine", "none"])
-def test_training_views_of_any_number_of_bands(augmentation, channels):
-    image = np.random.RandomState(0).uniform(0, 10000, (40, 50, channels)).astype(np.float32)
-    values = {"mean": [0.5] * channels, "std": [0.25] * channels, "bands": Bands(channels, scale=10000.0)}
-    view = train_transform(32, augmentation, **values)(image)
-    assert view.shape == (channels, 32, 32)
-    assert view.abs().max() <= 2.01
-
-
-@pytest.mark.parametrize("name", ["moco_v2", "moco_v3", "digits"])
-def test_two_views_of_bands(name):
-    image = np.random.RandomState(0).uniform(0, 1, (40, 50, 13)).astype(np.float32)
-    first, second = two_crops(32, name, mean=[0.0] * 13, std=[1.0] * 13, bands=Bands(13))(image)
-    assert first.shape == second.shape == (13, 32, 32)
-    assert not torch.equal(first, second)
 
 
 def test_bands_are_blurred_as_photographs_are():
