@@ -32,19 +32,17 @@ def test_effective_rank_counts_directions(features):
 
 
 def interval_of(hits: int, images: int) -> tuple[float, float]:
-    """That of so many right answers."""
+    """The interval of a share of right answers."""
     return measures.share_interval(torch.arange(images) < hits)
 
 
-@pytest.mark.parametrize(("share", "images"), [(0.5, 24), (0.9, 60), (0.98, 359)])
-def test_the_wilson_interval(share, images):
-    draws = np.random.RandomState(0).binomial(images, share, size=500)
-    intervals = [interval_of(hits, images) for hits in draws]
-    covered = np.mean([low <= share <= high for low, high in intervals])
-    assert 0.92 < covered < 0.98
-    assert interval_of(0, 10) == (0, pytest.approx(0.2775, abs=1e-4))
-    assert all(interval_of(n, n)[1] == 1 and interval_of(0, n)[0] == 0 for n in range(1, 400))
-    assert interval_of(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1)
+@pytest.mark.parametrize(("hits", "images"), [(0, 1), (0, 10), (12, 24), (54, 60), (352, 359), (10, 10), (399, 399)])
+def test_the_interval_of_a_share_is_wilsons(hits, images):
+    expected = binomtest(hits, images).proportion_ci(method="wilson")
+    found = interval_of(hits, images)
+    assert found == pytest.approx(tuple(expected), abs=1e-9)
+    assert hits > 0 or found[0] == 0  # exactly
+    assert hits < images or found[1] == 1
 
 
 # Scores with many ties, some labels rare; each as scores (N,), 0 or 1 (N,), and how often each image counts (N,).
@@ -69,11 +67,12 @@ average_precision = functools.partial(ranked, "average_precision")
 auroc = functools.partial(ranked, "auroc")
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", RANKINGS)
 def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
     scores, positive, times = scored_labels(seed)
-    ours, theirs = functools.partial(ranked, name), RANKINGS[name]
+    ours = functools.partial(ranked, name)
+    theirs = RANKINGS[name]
     assert ours(scores, positive).item() == pytest.approx(theirs(positive, scores), abs=1e-12)
     assert ours(-scores, positive).item() == pytest.approx(theirs(positive, -scores), abs=1e-12)
     repeated = theirs(positive, scores, sample_weight=times.numpy())
@@ -82,7 +81,8 @@ def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
 
 def test_what_is_the_same_everywhere_has_no_figure():
     """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
-    scores, ones = torch.rand(9), torch.ones(9)
+    scores = torch.rand(9)
+    ones = torch.ones(9)
     assert average_precision(scores, 0 * ones).isnan() and auroc(scores, 0 * ones).isnan()
     assert average_precision(scores, ones) == metrics.average_precision_score(ones, scores) == 1
     assert auroc(scores, ones).isnan()
@@ -91,7 +91,7 @@ def test_what_is_the_same_everywhere_has_no_figure():
     assert measures.spearman(torch.rand(5), torch.ones(5)).isnan()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     scores, positive, times = scored_labels(seed)
     scores = scores / 2
@@ -124,7 +124,8 @@ def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
 
     def figures(threshold: float) -> dict[str, float]:
         above = scores > threshold
-        hits, rejections = (above & (positive == 1)).sum(), (~above & (positive == 0)).sum()
+        hits = (above & (positive == 1)).sum()
+        rejections = (~above & (positive == 0)).sum()
         return {
             "sensitivity": (hits / (positive == 1).sum()).item(),
             "specificity": (rejections / (positive == 0).sum()).item(),
@@ -143,7 +144,8 @@ def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
 def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
     random = np.random.RandomState(seed)
     truth = torch.from_numpy(random.randint(0, 9, 50) * 3.5 + 1000)
-    answers, times = truth + torch.from_numpy(random.randint(-3, 4, 50)), torch.from_numpy(random.randint(0, 3, 50))
+    answers = truth + torch.from_numpy(random.randint(-3, 4, 50))
+    times = torch.from_numpy(random.randint(0, 3, 50))
     pairs = {
         measures.mean_absolute_error: metrics.mean_absolute_error,
         measures.root_mean_squared_error: metrics.root_mean_squared_error,
@@ -225,84 +227,62 @@ def test_two_groups_do_not_say_how_far_numbers_are_off():
 
 def test_answers_that_are_all_right_have_no_interval():
     """Nothing changes when some are left out, so they do not say how far chance reaches."""
-    scores, positive = torch.linspace(0, 1, 30), (torch.arange(30) > 20).double()
+    scores = torch.linspace(0, 1, 30)
+    positive = (torch.arange(30) > 20).double()
     one = (torch.arange(30) == 7).double()
     for measure, of in ((average_precision, positive), (auroc, positive), (average_precision, one)):
-        assert all(map(math.isnan, chance(functools.partial(measure, scores, of), 30)[0]))
+        interval, p = chance(functools.partial(measure, scores, of), 30)
+        assert np.isnan(interval).all()
+    assert measured_mean(torch.zeros(20))[1] == 1
+    interval, p = measured_mean(torch.arange(20), clusters=torch.zeros(20, dtype=torch.long))
+    assert np.isnan(interval).all() and p == 1
 
 
-def several_labels(random: np.random.RandomState, images: int, share: float, labels: int = 5):
-    """Answers for images that have each label with this probability, and higher scores then."""
-    positive = (random.rand(images, labels) < share).astype(float)
-    scores = torch.from_numpy(random.randn(images, labels) + 1.5 * positive)
-    return multilabel.LabelAnswers(0.0, scores.sigmoid(), torch.from_numpy(positive))
-
-
-def true_figures(share: float, threshold: float) -> tuple[float, float, float]:
-    """AP, AUROC and F1 at a threshold of images without end."""
-    scores = np.linspace(-9, 11, 100_001)
-    found, wrong = norm.sf(scores - 1.5), norm.sf(scores)
-    precision = share * found / (share * found + (1 - share) * wrong)
-    found_there, wrong_there = norm.sf(threshold - 1.5), norm.sf(threshold)
-    of_both = share + share * found_there + (1 - share) * wrong_there
-    return -np.trapezoid(precision, found), norm.cdf(1.5 / 2**0.5), 2 * share * found_there / of_both
-
-
-def covered(images: int, share: float, draws: int) -> dict[str, float]:
-    """How many of the intervals of the headlines, of so many drawn sets, have what is true of images without end."""
-    random, threshold = np.random.RandomState(0), 1.0
-    task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), threshold).sigmoid())
-    ap, roc, f1 = true_figures(share, threshold)
-    truth = dict(zip(multilabel.LabelReport.HEADLINES, (ap, ap, roc, f1), strict=True))
-    hits = dict.fromkeys(truth, 0)
-    for _ in range(draws):
-        report = task.report(several_labels(random, images, share))
-        for (name, true), (low, high) in zip(truth.items(), report.intervals, strict=False):
-            hits[name] += low <= true <= high
-    return {name: count / draws for name, count in hits.items()}
-
-
-def test_intervals_of_labels_cover_in_a_few_draws():
-    """Each label has five positives. The percentiles of a bootstrap, moved by the bias, had the macro AP 51 times."""
-    assert min(covered(100, 0.05, draws=60).values()) >= 0.9
-
-
-def test_intervals_of_each_label_cover_and_few_positives_have_none():
-    """Of a label with fewer than five positives they cover in two of three draws, and so none is told."""
+def several_labels(images: int = 60, labels: int = 5) -> multilabel.LabelAnswers:
+    """Answers for images that have each label with a probability of 0.3, and higher scores then."""
     random = np.random.RandomState(0)
-    task = tasks.MultiLabel(list("abcde"))
-    truth = true_figures(0.1, 1.0)[:2]
-    hits = []
-    for _ in range(30):
-        report = task.report(several_labels(random, 100, 0.1))
-        for i, positives in enumerate(report.by["positives"]):
-            intervals = report.label_intervals(i)
-            assert np.isnan(intervals).all() == (positives < multilabel.FEWEST_POSITIVES)
-            if positives >= multilabel.FEWEST_POSITIVES:
-                hits += [low <= true <= high for true, (low, high) in zip(truth, intervals, strict=True)]
-    assert np.mean(hits) >= 0.9
+    positive = torch.from_numpy(random.rand(images, labels) < 0.3).double()
+    scores = torch.from_numpy(random.randn(images, labels)) + 1.5 * positive
+    return multilabel.LabelAnswers(0.0, scores.sigmoid(), positive)
 
 
-def test_positives_of_a_few_patients_have_no_interval_however_many_images_they_have():
-    positive = torch.arange(60)[:, None] < 16  # of four patients of twelve
+def test_the_intervals_of_a_label_are_of_its_own_answers():
+    answers = several_labels()
+    report = tasks.MultiLabel(list("abcde")).report(answers)
+    for i in range(5):
+        alone = multilabel.LabelAnswers(0.0, answers.values[:, i : i + 1], answers.targets[:, i : i + 1])
+        found = measures.jackknife(alone.figures, 60).intervals
+        assert report.label_intervals(i) == [pytest.approx(found[0]), pytest.approx(found[2])]  # AP, AUROC
+
+
+@pytest.mark.parametrize(
+    ("positives", "size", "has_one"),
+    [(4, 1, False), (5, 1, True), (55, 1, True), (56, 1, False), (16, 3, True), (16, 5, False)],
+)
+def test_few_positives_or_negatives_have_no_interval_however_many_images_their_patients_have(positives, size, has_one):
+    """`size` images of each patient. With fewer than five, intervals would cover in two of three draws."""
+    positive = torch.arange(60)[:, None] < positives
     answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive.double())
-    for clusters, has_none in ((torch.arange(60) // 5, True), (torch.arange(60) // 3, False), (None, False)):
-        assert np.isnan(tasks.MultiLabel(["rare"]).report(answers, clusters).label_intervals(0)).all() == has_none
+    report = tasks.MultiLabel(["rare"]).report(answers, torch.arange(60) // size)
+    assert np.isfinite(report.label_intervals(0)).all() == has_one
 
 
-def test_intervals_of_the_macro_f1_cover_where_labels_have_one_positive():
-    """A label whose positive is left out has no F1, and is not in the mean."""
-    random, share, found, wrong = np.random.RandomState(0), 0.005, 0.75, 0.01
-    true = 2 * share * found / (share + share * found + (1 - share) * wrong)
-    task = tasks.MultiLabel([str(i) for i in range(20)])
-    hits = 0
-    for _ in range(40):
-        positive = random.rand(200, 20) < share
-        answered = random.rand(200, 20) < np.where(positive, found, wrong)
-        answers = multilabel.LabelAnswers(0.0, torch.from_numpy(answered * 0.8 + 0.1), torch.from_numpy(positive * 1.0))
-        low, high = task.report(answers).intervals[3]
-        hits += low <= true <= high
-    assert hits >= 0.9 * 40
+def test_a_label_whose_only_positive_is_left_out_is_not_in_the_mean_f1():
+    positive = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 0]])
+    answers = multilabel.LabelAnswers(0.0, torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [0.9, 0.1]]), positive)
+    report = tasks.MultiLabel(["once", "twice"]).report(answers)
+    weights = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    assert report.measure(weights)[:, 3].tolist() == pytest.approx([(1 + 2 / 3) / 2, 2 / 3])
+
+
+def test_intervals_count_patients_and_not_the_copies_of_their_images():
+    once = several_labels()
+    patients = torch.arange(60).repeat_interleave(4)
+    copies = multilabel.LabelAnswers(0.0, once.values[patients], once.targets[patients])
+    task = tasks.MultiLabel(list("abcde"))
+    expected = task.report(once).intervals
+    for found, alone in zip(task.report(copies, patients).intervals, expected, strict=True):
+        assert found == pytest.approx(alone)
 
 
 def test_numbers_of_any_size_are_measured():
@@ -324,50 +304,13 @@ def test_a_label_of_which_nothing_is_known_has_no_figure():
     for measure in (average_precision, auroc):
         assert measure(nothing, nothing).isnan()
         assert measure(nothing, nothing, torch.ones(3, 0)).isnan().tolist() == [True] * 3
-    task = tasks.MultiLabel(["known", "unknown"])
-    answers = several_labels(np.random.RandomState(0), 60, 0.3, labels=2)
+    answers = several_labels(labels=2)
     answers.targets[:, 1] = math.nan
-    report = task.report(answers)
+    report = tasks.MultiLabel(["known", "unknown"]).report(answers)
     figures = report.figures()
     assert figures["labels"]["unknown"]["average_precision"] is None
     assert figures["macro_ap"] == figures["labels"]["known"]["average_precision"] == answers.measured()["macro_ap"]
     assert report.rows() and report.printed() and report.by_label()[-1][0] == "unknown"
-
-
-def test_intervals_of_labels_count_patients_and_not_the_copies_of_their_images():
-    random, patients = np.random.RandomState(0), torch.arange(50).repeat_interleave(4)
-    task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), 1.0).sigmoid())
-    truth, hits = true_figures(0.2, 1.0), {"patients": 0, "images": 0}
-    for _ in range(60):
-        once = several_labels(random, 50, 0.2)
-        copies = multilabel.LabelAnswers(0.0, once.values[patients], once.targets[patients])
-        for of, clusters in zip(hits, (patients, None), strict=True):
-            low, high = task.report(copies, clusters).intervals[2]  # AUROC
-            hits[of] += low <= truth[1] <= high
-    assert hits["patients"] >= 0.9 * 60 and hits["images"] < 0.75 * 60
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("images", "share"), [(100, 0.2), (400, 0.05)])
-def test_intervals_of_labels_cover_as_often_as_they_say(images, share):
-    assert covered(images, share, draws=500) == pytest.approx(dict.fromkeys(covered(images, share, 1), 0.95), abs=0.025)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("images", [60, 400])
-def test_intervals_of_numbers_cover_as_often_as_they_say(images):
-    """Answers with R2 0.64, and so a correlation of 0.8."""
-    random, task = np.random.RandomState(0), tasks.Regression(["age"], torch.tensor([[0.0], [1.0]]))
-    rank = 6 / math.pi * math.asin(0.8 / 2)  # of a normal pair
-    truth = {"r2": 0.64, "mae": 0.6 * (2 / math.pi) ** 0.5, "rmse": 0.6, "spearman": rank}
-    hits = dict.fromkeys(truth, 0)
-    for _ in range(500):
-        answers = torch.from_numpy(0.8 * random.randn(images, 1))
-        found = regression.NumberAnswers(0.0, answers, answers + torch.from_numpy(0.6 * random.randn(images, 1)))
-        report = task.report(found)
-        for (name, true), (low, high) in zip(truth.items(), report.intervals, strict=False):
-            hits[name] += low <= true <= high
-    assert {name: count / 500 for name, count in hits.items()} == pytest.approx(dict.fromkeys(truth, 0.95), abs=0.03)
 
 
 def test_the_bias_of_a_figure_is_taken_from_the_middle_of_its_interval():
@@ -412,34 +355,14 @@ def test_patients_who_are_more_alike_than_chance_are_not_more_images_than_there_
     assert of_patients == pytest.approx(expected)
 
 
-def test_the_interval_of_a_flattering_mean_is_moved():
-    """Of ten labels that are hardly found the mean AP of 300 images is too high, and the interval has the truth."""
-    random = np.random.RandomState(0)
-
-    def drawn_set(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positive = (random.rand(count, 10) < 0.2).astype(float)
-        return torch.from_numpy(random.randn(count, 10) + 0.4 * positive), torch.from_numpy(positive)
-
-    def mean_ap(scores, positive, weights=None) -> torch.Tensor:
-        pairs = zip(scores.T, positive.T, strict=True)
-        return torch.stack([average_precision(*pair, weights) for pair in pairs], -1).mean(-1)
-
-    true, hits, by_draws = mean_ap(*drawn_set(200_000)).item(), 0, 0
-    for _ in range(20):
-        of_set = functools.partial(mean_ap, *drawn_set(300))
-        (low, high), _ = chance(of_set, 300)
-        hits += low <= true <= high
-        drawn = of_set(torch.from_numpy(np.random.RandomState(0).multinomial(300, [1 / 300] * 300, 200)))
-        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype))  # percentiles of a bootstrap
-        by_draws += low <= true <= high
-    assert hits >= 17 > by_draws + 3
-
-
 def test_the_exact_test_of_two_runs_is_a_binomial_one_and_by_patients_one_of_signs():
     random = np.random.RandomState(0)
-    first, second = torch.from_numpy(random.rand(300) < 0.7), torch.from_numpy(random.rand(300) < 0.8)
-    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+    first = torch.from_numpy(random.rand(300) < 0.7)
+    second = torch.from_numpy(random.rand(300) < 0.8)
+    wins = int((second & ~first).sum())
+    losses = int((first & ~second).sum())
     assert measures.mcnemar(first, second) == pytest.approx(binomtest(wins, wins + losses).pvalue)
+    assert measures.mcnemar(second, first) == measures.mcnemar(first, second)
     assert measures.mcnemar(first, first) == 1
     first, second = (torch.from_numpy(random.rand(60) < share) for share in (0.5, 0.75))
     alone = measures.mcnemar(first, second, torch.arange(60))
@@ -452,17 +375,6 @@ def test_the_exact_test_of_two_runs_is_a_binomial_one_and_by_patients_one_of_sig
     assert measures.mcnemar(first, first, patients) == 1
 
 
-def test_the_difference_of_two_runs_is_tested_on_the_same_images():
-    """Both runs find the same images hard: alone their intervals overlap, and yet the second is better."""
-    random = np.random.RandomState(0)
-    hard = torch.from_numpy(random.randn(200))
-    better = hard + 0.1 + 0.05 * torch.from_numpy(random.randn(200))
-    (low, high), p = measured_mean(better - hard)
-    assert low < 0.1 < high and low > 0.08 and p < 1e-6
-    assert measured_mean(hard)[0][1] > measured_mean(better)[0][0]
-    assert measured_mean(hard - hard)[1] == 1
-
-
 def test_what_chance_allows_of_a_calibration_error_in_closed_form():
     """100 images in one bin: the distance is half-normal, with the deviation 4 of a binomial number."""
     bins = torch.zeros(15, 3, dtype=torch.float64)
@@ -470,17 +382,6 @@ def test_what_chance_allows_of_a_calibration_error_in_closed_form():
     mean = 4 * math.sqrt(2 / math.pi)
     deviation = 4 * math.sqrt(1 - 2 / math.pi)
     assert measures.calibration_error_by_chance(bins) == pytest.approx((mean + norm.ppf(0.95) * deviation) / 100, 1e-4)
-
-
-def test_exact_probabilities_are_off_by_less_than_chance_allows_in_19_of_20_samples():
-    generator = torch.Generator().manual_seed(0)
-    for images in (15, 400):
-        below = 0
-        for _ in range(300):
-            confidences = 0.5 + 0.5 * torch.rand(images, generator=generator)
-            bins = measures.calibration(confidences, torch.rand(images, generator=generator) < confidences)
-            below += measures.calibration_error(bins) < measures.calibration_error_by_chance(bins)
-        assert 0.92 < below / 300 < 0.99
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_share_right():
@@ -493,74 +394,31 @@ def test_calibration_error_is_the_gap_between_confidence_and_share_right():
     assert measures.calibration_error(bins) == 0
 
 
-@pytest.mark.parametrize("temperature", [0.001, 0.5, 1.0, 4.0])
-def test_the_temperature_makes_logits_mean_what_they_say(temperature):
-    """Labels are drawn from the probabilities of logits, which are then shown at another temperature."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(5000, 3, generator=generator)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    found = measures.fit_temperature(temperature * logits, lambda shown: F.cross_entropy(shown, labels))
-    assert found == pytest.approx(temperature, rel=0.06)
-    assert measures.fit_temperature(torch.zeros(5, 3), lambda shown: F.cross_entropy(shown, labels[:5])) == 1
-    confidences = {t: (temperature * logits / t).softmax(1).max(1) for t in (1.0, found)}
-    errors = [
-        measures.calibration_error(measures.calibration(c.values, c.indices == labels)) for c in confidences.values()
-    ]
-    assert temperature == 1 or errors[1] < errors[0] / 2
-
-
-def clustered(draw: int, number: int = 30, size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answers for so many patients of so many images, right for 0.7 of them, and those of one patient alike."""
-    rng = np.random.RandomState(draw)
-    easy = rng.beta(0.7, 0.3, number)
-    right = rng.rand(number, size) < easy[:, None]
-    return torch.from_numpy(right.ravel()), torch.arange(number).repeat_interleave(size)
-
-
-def test_intervals_of_patients_cover_where_those_of_images_do_not():
-    draws = [clustered(draw) for draw in range(500)]
-    of_patients = [measures.share_interval(*drawn) for drawn in draws]
-    of_images = [measures.share_interval(right) for right, _ in draws]
-    covered = [np.mean([low <= 0.7 <= high for low, high in found]) for found in (of_patients, of_images)]
-    assert 0.93 <= covered[0] <= 0.97 and covered[1] < 0.85
+@pytest.mark.parametrize(("right", "of"), [(9, 10), (51, 100), (999, 1000)])
+@pytest.mark.parametrize("gap", [0.001, 1.0, 40.0])
+def test_the_temperature_makes_logits_mean_what_they_say(right, of, gap):
+    """Logits of log(9) against 0 say that nine of ten answers are right."""
+    logits = torch.tensor([[gap, 0.0]]).expand(of, 2)
+    labels = (torch.arange(of) >= right).long()
+    found = measures.fit_temperature(logits, lambda shown: F.cross_entropy(shown, labels))
+    assert found == pytest.approx(gap / math.log(right / (of - right)), rel=1e-3)
+    assert measures.fit_temperature(torch.zeros(of, 2), lambda shown: F.cross_entropy(shown, labels)) == 1
 
 
 def test_intervals_of_clusters_of_one_image_are_those_of_images():
     right = torch.arange(400) % 4 > 0
     alone = measures.share_interval(right, torch.arange(400))
     assert alone == pytest.approx(measures.share_interval(right), abs=2e-3)
-    assert measures.share_interval(right) == interval_of(300, 400)
     low, high = measures.share_interval(torch.ones(50, dtype=torch.bool), torch.arange(50) // 10)
     assert low < interval_of(5, 5)[0] + 0.01 and high == 1  # five patients, whatever the images
     assert measures.share_interval(right, torch.zeros(400, dtype=torch.long)) == (0, 1)
 
 
-@pytest.mark.slow
-def test_two_runs_are_compared_by_patients_where_images_say_too_much():
-    """The second run gains 0.2 on average, more on some patients than on others, of whom each has four copies."""
-    random, patients = np.random.RandomState(0), 12
-    clusters, covered, significant = torch.arange(patients).repeat_interleave(4), [], []
-
-    for _ in range(150):
-        gains = torch.from_numpy(random.randn(patients)).repeat_interleave(4)
-        for of, gain in ((covered, 0.2), (significant, 0.0)):
-            found = [measured_mean(gains + gain, c) for c in (clusters, None)]
-            of.append([low <= gain <= high if gain else p < 0.05 for (low, high), p in found])
-    by_patient, by_image = np.mean(covered, axis=0)
-    assert 0.91 <= by_patient <= 0.98 and by_image < 0.8
-    by_patient, by_image = np.mean(significant, axis=0)
-    assert by_patient <= 0.08 and by_image > 0.2
-
-
-def test_clusters_are_left_out_whole_and_one_has_no_interval():
-    clusters, seen = torch.tensor([0, 0, 1, 2, 2, 2]), []
+def test_each_part_is_left_out_once_and_clusters_as_a_whole():
+    clusters = torch.tensor([0, 0, 1, 2, 2, 2])
+    seen = []
     measures.jackknife(lambda weights: seen.append(weights) or weights[:, :1].double(), 6, clusters)
-    assert len(seen[0]) == 4 and seen[0][0].all()
-    assert (seen[0][:, 0] == seen[0][:, 1]).all() and (seen[0][:, 3:] == seen[0][:, 3:4]).all()
-    assert (seen[0][1:, [0, 2, 3]].sum(1) == 2).all()
-    right, of = clustered(0)
-    ((low, high), _), ((inner_low, inner_high), _) = (measured_mean(right, c) for c in (of, None))
-    assert high - low > 1.5 * (inner_high - inner_low)
-    assert (low, high) == pytest.approx(measures.share_interval(right, of), abs=0.03)
-    interval, p = measured_mean(torch.arange(20), torch.zeros(20, dtype=torch.long))
-    assert all(map(math.isnan, interval)) and p == 1
+    everything, *without = seen[0].tolist()
+    assert everything == [True] * 6
+    expected = [(clusters != left_out).tolist() for left_out in range(3)]
+    assert sorted(without) == sorted(expected)
