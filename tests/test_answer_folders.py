@@ -55,59 +55,40 @@ def test_answers_of_something_else_are_not_gone_on_with(stopped):
 
 @pytest.mark.parametrize("name", ["a/1.png", "a/1.npy", "a/0.npy"])
 def test_what_was_put_there_by_hand_stays(stopped, name):
+    """A link that leads nowhere too."""
+    refused = f"what is written would replace {stopped}/{name}; name another folder"
     (stopped / name).write_text("by hand")
-    with pytest.raises(InputError, match=f"what is written would replace {stopped}/{name}; name another folder"):
+    with pytest.raises(InputError, match=refused):
         begin(stopped, resume=True)
     assert (stopped / name).read_text() == "by hand"
     (stopped / name).unlink()
-    begin(stopped, resume=True)
-
-
-def test_a_link_to_nothing_is_not_replaced(tmp_path):
-    (tmp_path / "out/a").mkdir(parents=True)
-    (tmp_path / "out/a/0.png").symlink_to("later.png")
-    with pytest.raises(InputError, match=r"what is written would replace .*0\.png"):
-        begin(tmp_path / "out")
+    (stopped / name).symlink_to("later.png")
+    with pytest.raises(InputError, match=refused):
+        begin(stopped, resume=True)
 
 
 def test_what_a_killed_command_had_just_written_is_made_again(stopped):
-    """It was killed between the file and its note."""
+    """It was killed between the file and its note, or within a note: a torn last line is none."""
     read_manifest(stopped).note(stopped / "a/1")
     (stopped / "a/1.png").write_text("a whole one")
-    manifest = begin(stopped, resume=True)
-    assert manifest.finished(stopped / "a/1") == []
-
-
-def test_a_torn_last_line_is_none(stopped):
     with open(stopped / MANIFEST, "a") as file:
         file.write('{"a/1": {".pn')
-    assert begin(stopped, resume=True).finished(stopped / "a/0") == [stopped / "a/0.png"]
+    manifest = begin(stopped, resume=True)
+    assert manifest.finished(stopped / "a/1") == []
+    assert manifest.finished(stopped / "a/0") == [stopped / "a/0.png"]
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xff\n",
-        b"{\n",
-        b"[]\n",
-        b'{}\n{"a/0": 812}\n',
-        b"{}\n7\n",
-        b'{"about": {},\n "done": 2}',
-        b"[" * 100_000 + b"\n",
-    ],
+    "content", [b"", b"\xff\n", b"{\n", b"[]\n", b'{}\n{"a/0": 812}\n', b"{}\n7\n", b"[" * 100_000 + b"\n", None]
 )
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_damaged_manifest_is_one_line(tmp_path, content, resume):
-    (tmp_path / MANIFEST).write_bytes(content)
+    if content is None:
+        os.mkfifo(tmp_path / MANIFEST)
+    else:
+        (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(InputError, match=rf"{tmp_path}/_parts\.json is damaged: name another folder"):
         begin(tmp_path, resume=resume)
-
-
-def test_a_manifest_that_is_no_file_is_one_line(tmp_path):
-    os.mkfifo(tmp_path / MANIFEST)
-    with pytest.raises(InputError, match="is damaged: name another folder"):
-        begin(tmp_path)
 
 
 def test_processes_append_to_one_manifest_and_the_next_command_has_a_line_for_each_place(stopped):
@@ -121,10 +102,3 @@ def test_processes_append_to_one_manifest_and_the_next_command_has_a_line_for_ea
         '{"a/0": {".png": 4}}',
         '{"a/1": {".png": 7}}',
     ]
-
-
-def test_a_full_disk_is_one_line(stopped, monkeypatch):
-    manifest = begin(stopped, resume=True)
-    monkeypatch.setattr(predictions, "MANIFEST", "gone/_parts.json")
-    with pytest.raises(InputError, match=r"cannot write .*: No such file or directory; check its free space"):
-        manifest.note(stopped / "a/1")
