@@ -22,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("small_backbones")
 
 
 def conv_stem():
-    widths, shapes = [3, 48, 96, 192, 384], {}
-    for layer in range(4):
-        shapes[f"patch_embed.proj.{3 * layer}.weight"] = (widths[layer + 1], widths[layer], 3, 3)
+    shapes = {}
+    for layer, (narrow, wide) in enumerate(pairwise([3, 48, 96, 192, 384])):
+        shapes[f"patch_embed.proj.{3 * layer}.weight"] = (wide, narrow, 3, 3)
         for key in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"patch_embed.proj.{3 * layer + 1}.{key}"] = (widths[layer + 1],)
+            shapes[f"patch_embed.proj.{3 * layer + 1}.{key}"] = (wide,)
     return shapes | {"patch_embed.proj.12.weight": (384, 384, 1, 1), "patch_embed.proj.12.bias": (384,)}
 
 
@@ -42,11 +42,6 @@ def vit_conv_small():
     return tensors | counters
 
 
-def moco_v1(backbone, arch="resnet18"):
-    head = {"fc.weight": torch.randn(128, 512), "fc.bias": torch.randn(128)}
-    return moco_file(backbone | head, arch)
-
-
 def moco_v2(backbone, arch="resnet18"):
     return moco_file(backbone | mlp_head("fc", (0, 2)), arch)
 
@@ -56,7 +51,7 @@ def other_network(encoder):
     return dict.fromkeys(encoder, torch.zeros(1))
 
 
-def moco_file(encoder, arch):
+def moco_file(encoder, arch="resnet18"):
     state = under("module.encoder_q.", encoder) | under("module.encoder_k.", other_network(encoder))
     state |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
     return {"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]}}
@@ -80,7 +75,7 @@ def lightly_file(backbone):
 # --- The official layouts --------------------------------------------------------------------------------------------
 
 RESNET_FILES = {
-    "moco_v1": lambda r: moco_v1(r),
+    "moco_v1": lambda r: moco_file(r | {"fc.weight": torch.randn(128, 512), "fc.bias": torch.randn(128)}),
     "moco_v2": lambda r: moco_v2(r),
     "moco_v3": lambda r: moco_v3(r, mlp_head("fc", (0, 3)), "resnet18"),
     "linear_probe": lambda r: {
@@ -88,15 +83,12 @@ RESNET_FILES = {
         "arch": "resnet18",
         "state_dict": under("module.", r | {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}),
         "best_acc1": torch.tensor(67.5),
-        "optimizer": {},
     },
     "moco_stage1": lambda r: {
         "model": under("encoder_q.", r | mlp_head("fc", (0, 3)))
         | under("encoder_k.", other_network(r))
         | {"predictor.0.weight": torch.randn(8, 8)},
-        "optimizer": {},
         "epoch": 100,
-        "global_steps": 600,
         "arch": "resnet18",
         "config": {"image_size": 32},
     },
@@ -111,11 +103,9 @@ def test_resnet_comes_out_of_every_family(family, narrow, saved):
     model, report = load_backbone(saved(content), num_classes=3)
     assert isinstance(model, torchvision.models.ResNet)
     assert model.fc.out_features == 3 and not (model.fc.weight == 7).any()  # fresh, though the file's would fit
-    loaded = model.state_dict()
-    assert all(torch.equal(loaded[key], value) for key, value in narrow.items())
-    assert report["family"] == family
-    assert report["arch"] == "resnet18"
-    assert report["epoch"] == content.get("epoch")
+    for key, value in narrow.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert [report[key] for key in ("family", "arch", "epoch")] == [family, "resnet18", content.get("epoch")]
     assert report["image_size"] == (32 if family == "moco_stage1" else 224)
     assert set(report["loaded"]) == set(narrow)
     check_dropped(report["dropped"], content.get("state_dict", content.get("model", content)))
@@ -144,14 +134,13 @@ def test_what_a_file_tells_of_itself_is_used_only_if_it_makes_sense(told, narrow
     assert (report["arch"], report["epoch"]) == ("resnet18", None)
 
 
-BESIDE = {"dtype": torch.float16, "device": torch.device("cuda"), "scales": torch.ones(2).to(torch.float8_e5m2)}
 FORMS = {
     "PyTorch's first format, of the official v1 and v2": (moco_v2, {"_use_new_zipfile_serialization": False}),
     "an nn.Sequential, of lightly": (lambda r: lightly_file(sequential(r)), {}),
     "no counters, of old PyTorch": (lambda r: {k: v for k, v in r.items() if "num_batches" not in k}, {}),
     "half precision, counters too": (lambda r: {k: v.half() for k, v in r.items()}, {}),
     "a BatchNorm that never trained": (lambda r: r | {"bn1.weight": torch.ones(1).expand(16)}, {}),
-    "other things beside the weights": (lambda r: {"state_dict": r, **BESIDE}, {}),
+    "other things beside the weights": (lambda r: {"state_dict": r, "dtype": torch.float16}, {}),
 }
 
 
@@ -256,14 +245,6 @@ def test_position_embedding_is_interpolated_for_another_size(saved):
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
-def test_half_a_position_embedding_is_interpolated_in_full_precision(saved):
-    state = without_head(build_backbone("vit_mini", 2).state_dict())
-    half = {name: tensor.half() for name, tensor in state.items()}
-    full = {name: tensor.float() for name, tensor in half.items()}
-    found = [load_backbone(saved(content), num_classes=2, image_size=64)[0] for content in (half, full)]
-    assert torch.equal(*(model.encoder.pos_embedding for model in found))
-
-
 def test_a_position_embedding_of_no_square_is_one_clear_line(saved):
     state = build_backbone("vit_mini", 2).state_dict() | {"encoder.pos_embedding": torch.zeros(1, 16, 192)}
     for size in (None, 64):
@@ -286,7 +267,6 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(narrow, saved):
 
 BAD_CONTENTS = {
     "zero match: a prefix nobody knows": (lambda r: under("model.encoder.", r), "belongs to a known backbone"),
-    "zero match: another network": (lambda r: {"w": torch.zeros(3)}, "belongs to a known backbone"),
     "partial match": (lambda r: dict(list(r.items())[:40]), "40 of its 120 backbone tensors match"),
     "only the key encoder": (lambda r: under("module.encoder_k.", r), "belongs to a known backbone"),
     "only a head beside the encoder": (lambda r: {"encoder_q.fc.weight": torch.zeros(2)}, "known backbone"),
@@ -296,14 +276,11 @@ BAD_CONTENTS = {
     "diverged": (lambda r: r | {"bn1.bias": torch.full((16,), math.nan)}, "NaN.*bn1.bias"),
     "integers for weights": (lambda r: r | {"bn1.bias": torch.zeros(16, dtype=torch.long)}, "not real.*bn1.bias"),
     "8-bit floats": (lambda r: r | {"bn1.bias": torch.zeros(16).to(torch.float8_e5m2)}, "bn1.bias.*float8_e5m2"),
-    "complex numbers": (lambda r: r | {"bn1.bias": torch.zeros(16) * 1j}, "bn1.bias.*complex64.*save it as a dense"),
     "sparse weights": (lambda r: r | {"bn1.bias": torch.zeros(16).to_sparse()}, "bn1.bias.*sparse_coo"),
     "weights without numbers": (lambda r: r | {"bn1.bias": torch.zeros(16, device="meta")}, "bn1.bias.*meta"),
     "a tensor": (lambda r: torch.zeros(3), "holds a Tensor"),
-    "a list": (lambda r: [1, 2], "holds a list"),
     "nothing": (lambda r: {}, "no state_dict"),
     "only settings": (lambda r: {"epoch": 3, "arch": "resnet18"}, "epoch, arch hold no tensors"),
-    "an empty state_dict": (lambda r: {"state_dict": {}}, "no state_dict"),
     "keys that are not names": (lambda r: {1: torch.zeros(3)}, "1 hold no tensors"),
     "a name with control codes": (lambda r: r | {"a\n\x1b[2J": torch.zeros(1)}, r"a\\n\\x1b"),
 }
@@ -319,18 +296,14 @@ def test_a_content_that_is_no_backbone_is_one_clear_line(case, narrow, saved):
     assert len(str(raised.value)) < 900
 
 
-def test_a_first_layer_that_is_missing_cannot_be_fitted(narrow, saved):
-    content = {name: tensor for name, tensor in narrow.items() if name != "conv1.weight"}
-    with pytest.raises(InputError, match=r"1 missing: conv1\.weight"):
-        load_backbone(saved(content), num_classes=2, channels=4, channel_fit="timm")
-
-
-def test_wrong_arch_names_the_right_one(narrow, saved):
-    with pytest.raises(
-        InputError, match=r"not hold a resnet50.*looks like resnet18: give the --checkpoint of a resnet50"
-    ):
-        load_backbone(saved(narrow), num_classes=2, arch="resnet50")
-    with pytest.raises(InputError, match=r"does not hold a vit_mini: 0 of its.*looks like resnet18"):
-        load_backbone(saved(narrow), num_classes=2, arch="vit_mini")
-    with pytest.raises(InputError, match=r"does not hold a resnet34.*looks like resnet18"):
-        load_backbone(saved(moco_v2(narrow, arch="resnet34")), num_classes=2)
+@pytest.mark.parametrize(
+    ("told", "arch", "message"),
+    [
+        ("resnet18", "resnet50", r"not hold a resnet50.*looks like resnet18: give the --checkpoint of a resnet50"),
+        ("resnet18", "vit_mini", "does not hold a vit_mini: 0 of its.*looks like resnet18"),
+        ("resnet34", None, "does not hold a resnet34.*looks like resnet18"),
+    ],
+)
+def test_wrong_arch_names_the_right_one(told, arch, message, narrow, saved):
+    with pytest.raises(InputError, match=message):
+        load_backbone(saved(moco_v2(narrow, told)), num_classes=2, arch=arch)
