@@ -52,7 +52,7 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora.adapter_file import check_metadata, holds_adapter, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, devices, distributed, files, listed, optional_package, printable
+from toolkit import InputError, devices, did_you_mean, distributed, files, listed, optional_package, printable
 from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
@@ -152,20 +152,33 @@ def _explainer(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]
 def explain(args: argparse.Namespace) -> list[Path]:
     """Write for each image what of it decided the answer, as a picture in the folder --output; return their paths.
 
-    Of several labels this is the most probable one, of several numbers the largest output.
+    The answer is --label. Without it, that is the likeliest class, the most probable label or the largest number.
     """
     with _model_on_device(args) as (model, about, _):
-        _refuse_pixels(about, "explain")
-        explainer = _explainer(args, model, about)
         task = _task_of(about)
+        if args.label is None and task.per_pixel:
+            raise InputError(f"explain: name the class to explain with --label: {listed(task.names)}")
+        if args.label not in (None, *task.names):
+            hint = did_you_mean(args.label, task.names) or f"there are {listed(task.names)}"
+            raise InputError(f"--label {args.label}: no such class, label or number: {hint}")
+        of = None if args.label is None else task.names.index(args.label)
+        explainer = _explainer(args, model, about)
+        if task.per_pixel:
+            explainer.window = model.window
         images = _images(args.images, about)
 
         def draw(i: int, place: Path) -> Path:
-            *pictures, outputs = explainer.explain(images.undecoded(i)[0])
-            columns, [cells] = task.table(outputs)
-            figure = new_figure(6, 3.4)
-            title = ", ".join(map(" ".join, zip(columns, cells, strict=True)))
-            figure.suptitle(drawn(textwrap.fill(title, 70, max_lines=2, placeholder=" ...", break_on_hyphens=False)))
+            *pictures, outputs = explainer.explain(images.undecoded(i)[0], of)
+            if task.per_pixel:
+                share = (outputs.argmax(1) == of).float().mean().item()
+                answer = f"{share:.1%} of the pixels"
+            else:
+                columns, [cells] = task.table(outputs)
+                answer = ", ".join(map(" ".join, zip(columns, cells, strict=True)))
+            known = [Path(images.name(i)).name, args.label, answer]
+            lines = textwrap.wrap(": ".join(filter(None, known)), 70, break_on_hyphens=False)
+            figure = new_figure(6, 2.9 + 0.25 * len(lines))
+            figure.suptitle(drawn("\n".join(lines)))
             for axes, picture in zip(figure.subplots(1, 2, subplot_kw=PICTURE_ALONE), pictures, strict=True):
                 axes.imshow(picture)
             path = place.with_name(f"{place.name}.png")

@@ -7,12 +7,13 @@ from dense import randomize_adapters
 from PIL import Image
 
 import deploy_lora
-from finetune_lora import add_lora_to_model
+from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.answers.heat_maps import Explainer, grad_cam
 from toolkit.models.backbones import build_backbone
+from toolkit.models.dense import DenseModel
 
 
 def by_hand(features: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -68,6 +69,40 @@ def test_of_a_vit_it_is_that_of_the_patches_which_the_last_block_receives():
     torch.testing.assert_close(heat, enlarged(by_hand(features, logits), 16), rtol=1e-3, atol=1e-3)
 
 
+def test_another_output_than_the_highest_can_be_asked_for():
+    """Its map is that of a model whose other outputs are lower than any."""
+    images = torch.randn(3, 3, 64, 64)
+    model = adapted("resnet18", 64, plain=True)
+    heat, outputs = grad_cam(model, images, of=0)
+    with torch.no_grad():
+        model.fc.bias[1:] -= 1e6
+    torch.testing.assert_close(heat, grad_cam(model, images)[0])
+    assert (outputs.argmax(1) != 0).any()
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_of_masks_the_pixels_count_that_the_class_answers_or_all(answered):
+    """Of a ViT: in a ResNet's last stage, in which the head is linear, it makes no difference which pixels count."""
+    torch.manual_seed(6)
+    model = DenseModel(build_backbone("vit_mini", 3, 16), 3, 16).eval()
+    images = torch.randn(1, 3, 16, 16)
+    if not answered:
+        with torch.no_grad():
+            model.head.linear.bias[1] -= 1e3
+    given = []
+    last = model.backbone.encoder.layers[-1]
+    with last.register_forward_hook(lambda _block, inputs, _output: given.append(inputs[0])):
+        logits = model(images)
+    pixels = logits[0].argmax(0) == 1
+    assert (0 < pixels.float().mean() < 1) == answered
+    score = logits[0, 1][pixels].sum() if answered else logits[0, 1].sum()
+    [gradient] = torch.autograd.grad(score, given)
+    side = 16 // model.backbone.patch_size
+    alphas = gradient[0, 1:].mean(0)
+    by_hand = F.relu(given[0][0, 1:].detach() @ alphas).reshape(1, side, side)
+    torch.testing.assert_close(grad_cam(model, images, of=1)[0], enlarged(by_hand, 16), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("arch", "size"), [("timm:test_vit", 96), ("timm:test_efficientnet", 96)])
 def test_models_of_timm_have_one_too(arch, size):
     model = build_backbone(arch, 3, size).eval()
@@ -112,6 +147,29 @@ def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_pat
     assert deploy_lora.main([*explain, str(tmp_path / "out"), "--resume"]) == written
     with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
         deploy_lora.main([*explain, str(tmp_path / "out"), "--batch-size", "8", "--workers", "2"])  # one by one
+
+
+def test_the_name_and_the_answer_stand_over_a_picture_whole(once, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        deploy_lora, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()) or path.touch()
+    )
+    asked = []
+    explain_one = Explainer.explain
+    monkeypatch.setattr(Explainer, "explain", lambda self, image, of: asked.append(of) or explain_one(self, image, of))
+    labels = load_finetuned(once / "lora.pth")[1]["class_names"]
+    name = "a-name-that-is-as-long-as-names-of-images-with-their-date-and-place-sometimes-are.png"
+    Image.new("RGB", (20, 20)).save(tmp_path / name)
+    explain = ["explain", str(once / "lora.pth"), str(tmp_path / name), "--output"]
+    deploy_lora.main([*explain, str(tmp_path / "out")])
+    deploy_lora.main([*explain, str(tmp_path / "three"), "--label", "dark"])
+    for title in titles:
+        assert title.replace("\n", "").startswith(f"{name}:")
+        assert len(re.findall(r"probability(_\d)? [01]\.\d{4}", title.replace("\n", " "))) == 3
+    assert "dark:" in titles[1]
+    assert asked == [None, labels.index("dark")]
+    with pytest.raises(InputError, match=r"--label drak: no such class, label or number: did you mean.*dark"):
+        deploy_lora.main([*explain, str(tmp_path / "none"), "--label", "drak"])
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ import finetune_lora
 from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare, read_options
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
-from toolkit.answers import segmentation
+from toolkit.answers import heat_maps, segmentation
 from toolkit.answers.evaluation import NO_LABEL
+from toolkit.answers.heat_maps import grad_cam
 from toolkit.answers.segmentation import (
     PixelAnswers,
     Segmentation,
@@ -185,7 +186,7 @@ def segment(finetune, pairs):
     return lambda options: finetune(f"{argv} {options}")
 
 
-def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment):
+def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment, pairs, monkeypatch):
     results = segment("--lora-rank 2 --wise-ft 1")
     named = {"val_miou", "probe_miou_before", "val_miou_interval", "iou_per_class", "dice_per_class", "pixel_accuracy"}
     assert named <= results.keys()
@@ -202,6 +203,19 @@ def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(se
         merged = answers_for(image, model.window, model)
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
     assert adapted.shape == (2, 20, 28)
+
+    explained = []
+    monkeypatch.setattr(
+        heat_maps,
+        "grad_cam",
+        lambda model, images, of: explained.append((images.shape, of)) or grad_cam(model, images, of),
+    )
+    explain = ["explain", str(results["folder"] / "lora.pth"), str(pairs / "val/images/0.png"), "--output"]
+    with pytest.raises(InputError, match="explain: name the class to explain with --label: class 0, class 1"):
+        deploy_lora.main([*explain, str(results["folder"] / "unnamed")])
+    [picture] = deploy_lora.main([*explain, str(results["folder"] / "explained"), "--label", "class 1"])
+    assert explained == [((1, 3, model.window, model.window), 1)]
+    assert picture.exists()
 
 
 def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segment, pairs, tmp_path, capsys):

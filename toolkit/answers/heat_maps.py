@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import center_crop
 
 from toolkit import InputError
 from toolkit.answers.evaluation import eval_mode
@@ -17,8 +18,11 @@ from toolkit.models.backbones import block_names
 from toolkit.models.dense import enlarged
 
 
-def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What speaks for the highest output of each image, (N, S, S) from 0 to 1, and the outputs (N, K), on the CPU.
+def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
+    """What speaks for an output of each image, (N, S, S) from 0 to 1, and the outputs (N, K, ...), on the CPU.
+
+    The output is that with the number `of`; None: the highest of each image. Of a model with a class for every pixel
+    it is the sum over the pixels whose answer that class is, or over all if none is (arXiv 2002.11434, equation 2).
 
     A heat map is ``relu(sum_k a_k F_k)``, with F the features of the last block and a_k the mean of the output's
     gradient to F_k over all places (equations 1 and 2). Of a ViT, F are the tokens that the last block receives: of
@@ -36,13 +40,24 @@ def grad_cam(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     hook = model.get_submodule(blocks[-1]).register_forward_hook(keep)
     with hook, eval_mode(model), torch.enable_grad():
         outputs = model(images.clone().requires_grad_())
-        [gradient] = torch.autograd.grad(outputs.amax(1).sum(), kept[-1:])  # a block may be called several times
+        [gradient] = torch.autograd.grad(_score(outputs, of), kept[-1:])  # a block may be called several times
     features = _in_places(kept[-1].detach().float())
     shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
     heat = enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]
     heat = heat - heat.amin((1, 2), keepdim=True)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)
     return heat.cpu(), outputs.detach().float().cpu()
+
+
+def _score(outputs: Tensor, of: int | None) -> Tensor:
+    if of is None:
+        return outputs.amax(1).sum()
+    scores = outputs[:, of]
+    if scores.dim() == 1:
+        return scores.sum()
+    answered = (outputs.argmax(1) == of).float()
+    is_answered = answered.amax((1, 2), keepdim=True)
+    return (scores * (answered + 1 - is_answered)).sum()
 
 
 def _in_places(features: Tensor) -> Tensor:
@@ -65,14 +80,20 @@ class Explainer:
     mean: Sequence[float]
     std: Sequence[float]
     bands: Bands | None = None  # of images that are no RGB photographs
+    window: int | None = None  # of which only the middle is seen, in pixels
 
-    def explain(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """What the model sees, in grey under its heat map too, both (S, S, 3) from 0 to 1; and its outputs (1, K)."""
+    def explain(self, image: Image.Image | np.ndarray, of: int | None = None) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """What the model sees, in grey under its heat map too, both (S, S, 3) from 0 to 1; and its outputs (1, K, ...).
+
+        `of` is the number of the output that the map is for; None: the highest.
+        """
         import matplotlib
 
         normalised = self.view(image)
+        if self.window is not None:
+            normalised = center_crop(normalised, [self.window])
         with autocast(self.device, self.dtype):
-            heat, outputs = grad_cam(self.model, to_device(normalised[None], self.device))
+            heat, outputs = grad_cam(self.model, to_device(normalised[None], self.device), of)
         mean, std = torch.tensor([self.mean, self.std])[..., None, None]
         picture = (normalised * std + mean).clamp(0, 1).movedim(0, 2).numpy()
         if self.bands is not None:

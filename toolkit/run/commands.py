@@ -83,6 +83,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["choose"], "--arch", "of a checkpoint that does not say")
     add(["choose"], "--image-size", "of a checkpoint, in pixels", type=positive_int)
     add(["predict", "embed", "explain"], "--resume", "continue what is in the folder --output", **switch)
+    add(["explain"], "--label", "the class, label or number to explain; without it the answer")
     add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
     add(["predict"], "--abstain", "in maps: no answer where no class is as probable as this", type=positive_share)
     add(["predict"], "--window", "in maps of answers for windows: their side in pixels", type=positive_int)
