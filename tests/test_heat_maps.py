@@ -1,5 +1,7 @@
 """Heat maps of what decided: equal to Grad-CAM written out over stock PyTorch, for each kind of backbone."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
