@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -13,14 +14,23 @@ from toolkit.run import runs
 from toolkit.run.training import MicroBatches
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def tensors(path) -> dict[str, torch.Tensor]:
     return read_adapter_file(path)["tensors"]
 
 
 def assert_same_tensors(first, second) -> None:
     """Two adapter files hold the same, bit for bit."""
-    ours, theirs = tensors(first), tensors(second)
-    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert tensors(first).keys() == tensors(second).keys()
+    assert_same(tensors(first), tensors(second))
+
+
+def assert_same(some: Mapping[str, torch.Tensor], among: Mapping[str, torch.Tensor]) -> None:
+    """Tensors by name are among others, bit for bit."""
+    assert [name for name, tensor in some.items() if not torch.equal(tensor, among[name])] == []
 
 
 def rows_of(path) -> list[dict[str, str]]:
