@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -32,9 +33,14 @@ TOP_FLOOR = len(FLOORS)
 
 def sources() -> dict[str, Path]:
     """Each module of the project by its dotted name; a package by its own name."""
-    paths = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    return dict(zip(names, paths, strict=True))
+    paths = [*ROOT.glob("*.py")]
+    for package in PACKAGES:
+        paths += (ROOT / package).rglob("*.py")
+    found = {}
+    for path in paths:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
 
 
 SOURCES = sources()
@@ -59,21 +65,23 @@ def imported(path: Path) -> set[str]:
     """The project's modules that a file imports, inside functions as well."""
     names = set()
     for node in nodes(path):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                names.add(f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name)
     return names & SOURCES.keys()
 
 
+def arrows() -> Iterator[tuple[str, str]]:
+    """(file, what it imports)."""
+    for name, path in SOURCES.items():
+        for other in imported(path):
+            yield name, other
+
+
 def test_no_import_runs_upwards():
-    upwards = [
-        f"{name} imports {other}"
-        for name, path in SOURCES.items()
-        for other in imported(path)
-        if floor(other) > floor(name)
-    ]
-    assert upwards == []
+    assert [arrow for arrow in arrows() if floor(arrow[1]) > floor(arrow[0])] == []
 
 
 def test_imports_form_no_circle():
@@ -97,19 +105,17 @@ def test_contributing_has_a_line_for_every_file():
 
 
 def test_few_imports_run_between_the_files_of_lora():
-    files = [name for name in SOURCES if name.startswith("lora.")]
-    arrows = [(name, other) for name in files for other in imported(SOURCES[name]) if other in files]
-    assert len(arrows) <= 25, arrows
+    among = [arrow for arrow in arrows() if arrow[0].startswith("lora.") and arrow[1].startswith("lora.")]
+    assert len(among) <= 25, among
 
 
 def test_only_a_task_knows_its_name():
     """All else asks a task what it is like: so a new one needs no change elsewhere."""
     own = {SOURCES["toolkit.choices"], *(SOURCES[f"toolkit.answers.{kind}"] for kind in TRUTHS)}
-    asked = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path, node in nodes_of_the_sources()
-        if isinstance(node, ast.Constant) and node.value in (*TRUTHS,) and path not in own
-    ]
+    asked = []
+    for path, node in nodes_of_the_sources():
+        if isinstance(node, ast.Constant) and node.value in (*TRUTHS,) and path not in own:
+            asked.append((path, node.lineno))
     assert asked == []
 
 
@@ -120,10 +126,11 @@ def place(module: str) -> str:
 
 def test_few_imports_run_between_the_rooms_of_the_toolkit():
     """Counted are the pairs of two places, rooms or files of the ground, of which one imports anything of the other."""
-    files = [name for name in SOURCES if name.startswith("toolkit.")]
-    pairs = {(place(name), place(other)) for name in files for other in imported(SOURCES[name]) if other in files}
-    between = sorted(pair for pair in pairs if pair[0] != pair[1])
-    assert len(between) <= 30, between
+    pairs = set()
+    for name, other in arrows():
+        if name.startswith("toolkit.") and other.startswith("toolkit.") and place(name) != place(other):
+            pairs.add((place(name), place(other)))
+    assert len(pairs) <= 30, sorted(pairs)
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -153,12 +160,10 @@ def test_few_lines_are_packed():
 
 
 def test_no_conditional_expression_is_in_another():
-    nested = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path, node in nodes_of_the_sources()
-        if isinstance(node, ast.IfExp) and sum(isinstance(inner, ast.IfExp) for inner in ast.walk(node)) > 1
-    ]
-    assert nested == []
+    for path, node in nodes_of_the_sources():
+        if isinstance(node, ast.IfExp):
+            inside = [inner for inner in ast.walk(node) if isinstance(inner, ast.IfExp)]
+            assert len(inside) == 1, f"{path}:{node.lineno}"
 
 
 # ----------------------------------------------------------------------------------------------------- pip install -e .
@@ -181,13 +186,9 @@ def test_every_package_is_named():
     """What lies in a package that is not named would be missing in an installation."""
     tomllib = pytest.importorskip("tomllib")
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packages = [
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for top in ("lora", "moco", "toolkit")
-        for path in (ROOT / top).rglob("__init__.py")
-    ]
-    assert sorted(named["packages"]) == sorted(packages)
-    assert sorted(named["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+    packages = {name for name, path in SOURCES.items() if path.stem == "__init__"}
+    assert set(named["packages"]) == packages
+    assert set(named["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
 
 
 @pytest.mark.slow
