@@ -150,16 +150,18 @@ def test_numbers_of_few_bits_are_what_the_file_has(bits, tmp_path):
         assert np.array_equal(MaskReader(greys)(str(tmp_path / name)), 3 - levels)  # as an RGB image of such greys
 
 
-def test_values_that_are_no_numbers_of_classes(tmp_path):
-    levels = np.array([[-1, 30000], [7, -9999]], np.int32)
+@pytest.mark.parametrize(
+    ("levels", "unknown", "expected"),
+    [
+        (np.array([[-1, 30000], [7, -9999]], np.int32), [-1, -9999], [[UNKNOWN, 1], [0, UNKNOWN]]),
+        (np.array([[-1, 30000], [7, -9999]], np.int32), [-1, -9999, 7.5], [[UNKNOWN, 1], [0, UNKNOWN]]),  # is not 7
+        (np.array([[7, -3.4e38]], np.float32), [-(10**38)], [[0, UNKNOWN]]),
+    ],
+)
+def test_values_that_are_no_numbers_of_classes(tmp_path, levels, unknown, expected):
     tifffile.imwrite(tmp_path / "m.tif", levels)
     classes = Classes(("a", "b"), values=(7, 30000))
-    found = MaskReader(classes, [-1, -9999])(str(tmp_path / "m.tif"))
-    assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]
-    found = MaskReader(classes, [-1, -9999, 7.5])(str(tmp_path / "m.tif"))
-    assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]  # 7.5 is not 7
-    tifffile.imwrite(tmp_path / "f.tif", np.array([[7, -3.4e38]], np.float32))
-    assert MaskReader(classes, [-(10**38)])(str(tmp_path / "f.tif")).tolist() == [[0, UNKNOWN]]
+    assert MaskReader(classes, unknown)(str(tmp_path / "m.tif")).tolist() == expected
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
@@ -214,15 +216,15 @@ def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
     assert message in capsys.readouterr().out
 
 
-def test_what_is_missing_or_cannot_be_read(tmp_path, capsys):
-    def refused(root: Path, problem: str) -> None:
-        with pytest.raises(InputError, match=problem):
-            load_pairs(root)
+def refused(root: Path, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        load_pairs(root)
 
+
+def test_what_is_missing_or_cannot_be_read(tmp_path, capsys):
     refused(tmp_path / "none", "masks/")
     refused(tmp_path, "masks/")
-    for name in ("a", "b"):
-        write_image(tmp_path / "images alone" / f"{name}.png")
+    write_image(tmp_path / "images alone" / "a.png")
     refused(tmp_path / "images alone", "no pairs of images and masks")
     root = pair_folder(tmp_path / "pairs")
     write_image(root / "images/alone.png")
@@ -328,20 +330,21 @@ def test_files_that_name_no_classes(text, message, tmp_path):
         read_classes([str(tmp_path / "classes.txt")])
 
 
-def test_names_of_classes_and_their_colours():
+def test_names_of_classes():
     assert read_classes(None) is None
     assert read_classes(["sea", "land"]) == read_classes(["sea,land"]) == Classes(("sea", "land"))
     with pytest.raises(InputError, match="a file that exists"):
         read_classes(["missing.txt"])
+
+
+def test_colours_are_apart_and_what_is_unknown_is_grey():
     many = palette(256)
-    assert many.shape == (256, 3)
     assert np.array_equal(palette(9), many[:9])
     distances = np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)
     assert distances.min() > 0.07
     picture = coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
-    assert picture.shape == (1, 3, 3)
-    assert np.array_equal(picture[0, 2], many[2])
-    assert len(set(picture[0, 1])) == 1  # grey
+    assert picture.shape == (1, 3, 3) and np.array_equal(picture[0, 2], many[2])
+    assert len(set(picture[0, 1])) == 1
     assert np.array_equal(palette(2, [(255, 0, 0), (0, 0, 51)]), [[1, 0, 0], [0, 0, 0.2]])
 
 
@@ -413,19 +416,28 @@ def test_one_set_is_split_by_the_rarest_class(image, mask, tmp_path):
     assert len(few) == 7 and (few.targets[:, 2] > 0).any()
 
 
-def test_lists_and_groups(tmp_path, capsys):
+@pytest.fixture
+def listed(tmp_path) -> list[str]:
+    """The lines of twenty pairs, of which the third column is the field; the images of each fifth lie in one folder."""
     rows = []
     for i in range(20):
         write_pair(tmp_path, f"x/f{i % 5}/{i}.png", f"y/{i}.tif", i)
         rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif,field{i % 4}\n")
-    (tmp_path / "all.csv").write_text("image,mask,field\n" + "".join(rows))
+    return rows
+
+
+def test_pairs_of_a_list_are_split_by_groups(tmp_path, listed):
+    (tmp_path / "all.csv").write_text("image,mask,field\n" + "".join(listed))
     splits = load_pairs(None, [tmp_path / "all.csv"], group_by="field")
     assert splits.train.source.largest == 48 > splits.train.targets.sum(1).max()  # with unknown pixels
     assert len(splits.train) + len(splits.val) == 20
     assert not set(splits.train.groups) & set(splits.val.groups)
-    by_folder = load_pairs(tmp_path, [without_groups(tmp_path, "all", rows)], group_by="2")
+    by_folder = load_pairs(tmp_path, [without_groups(tmp_path, "all", listed)], group_by="2")
     assert set(by_folder.train.groups) | set(by_folder.val.groups) == {f"f{i}" for i in range(5)}
-    lists = [without_groups(tmp_path, "train", rows[:15]), without_groups(tmp_path, "val", rows[15:])]
+
+
+def test_two_lists_are_two_sets(tmp_path, listed, capsys):
+    lists = [without_groups(tmp_path, "train", listed[:15]), without_groups(tmp_path, "val", listed[15:])]
     splits = load_pairs(None, lists)
     assert (len(splits.train), len(splits.val)) == (15, 5)
     assert len(pairs_in(lists[1], None, MaskReader(None, [255]))) == 5
@@ -434,23 +446,29 @@ def test_lists_and_groups(tmp_path, capsys):
     splits = load_pairs(None, lists, eval_split="validation")
     assert len(splits.train) + len(splits.val) == 15
     assert "is left alone" in capsys.readouterr().out
-    for text, problem in (
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
         ("x/f0/0.png,y/missing.png\n", "write `image,mask` lines"),
         ("x/f0/0.png\n", "have no masks; write `image,mask` lines"),
         ("x/f0/0.png,y/0.tif,7\n", "is not a path and a mask, one for each image$"),
-    ):
-        (tmp_path / "wrong.csv").write_text(text)
-        with pytest.raises(InputError, match=problem):
-            load_pairs(None, [tmp_path / "wrong.csv"])
+    ],
+)
+def test_lists_of_no_pairs(tmp_path, listed, text, problem):
+    (tmp_path / "wrong.csv").write_text(text)
+    with pytest.raises(InputError, match=problem):
+        load_pairs(None, [tmp_path / "wrong.csv"])
+
+
+def test_masks_with_commas_in_their_names(tmp_path):
+    lines = []
     for i in range(5):
-        os.rename(tmp_path / f"y/{i}.tif", tmp_path / f"y/field 1, {i}.tif")
-    (tmp_path / "comma.csv").write_text("".join(f'x/f{i}/{i}.png,"y/field 1, {i}.tif"\n' for i in range(5)))
+        write_pair(tmp_path, f"{i}.png", f"field 1, {i}.tif", i)
+        lines.append(f'{i}.png,"field 1, {i}.tif"\n')
+    (tmp_path / "comma.csv").write_text("".join(lines))
     assert len(pairs_in(tmp_path / "comma.csv", None, MaskReader(None))) == 5
-    for i in range(12):
-        write_pair(tmp_path, f"images/p{i % 4}/{i}.png", f"masks/p{i % 4}/{i}.png", i)
-    splits = load_pairs(tmp_path, group_by="1")
-    assert len(splits.train) + len(splits.val) == 12
-    assert not set(splits.train.groups) & set(splits.val.groups)
 
 
 def test_a_list_names_masks_as_the_file_system_does(tmp_path):
@@ -480,51 +498,48 @@ def test_a_folder_for_evaluation_elsewhere(tmp_path):
     assert len(load_pairs(tmp_path, folds="1/5").val) == 2
 
 
-def test_bands_and_their_masks(tmp_path):
-    """Arrays of five bands, and a file for each band."""
-    rng = np.random.RandomState(0)
+def write_bands(root: Path, names: dict[str, tuple[int, int]]) -> None:
+    for name, size in names.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(root / name, np.random.RandomState(0).randint(0, 9, size).astype(np.uint16))
+
+
+# The files of an image's bands, the file of its mask, and which bands are read.
+BANDS = {
+    "arrays": ({"images/{}.tif": (5, 6, 8)}, "masks/{}.png", Bands(5)),
+    "files": ({"images/t{}_B02.tif": (6, 8), "images/t{}_B03.tif": (6, 8)}, "masks/t{}.png", Bands(2, ("B02", "B03"))),
+    "product": (
+        {"images/t{}_B02_10m.tif": (6, 8), "images/t{}_B05_20m.tif": (3, 4)},
+        "masks/t{}.png",
+        Bands(2, ("B05", "B02")),
+    ),
+    "folders": ({"images/{}/B02.tif": (6, 8), "images/{}/B03.tif": (6, 8)}, "masks/{}.png", Bands(2, ("B03", "B02"))),
+}
+
+
+@pytest.mark.parametrize("kind", BANDS)
+def test_bands_and_their_masks(kind, tmp_path):
+    files, mask, bands = BANDS[kind]
     for i in range(6):
-        for place in ("arrays/images", "arrays/masks", "files/images", "product/images", f"folders/images/{i}"):
-            (tmp_path / place).mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(tmp_path / f"arrays/images/{i}.tif", rng.randint(0, 99, (5, 6, 8)).astype(np.uint16))
-        np.save(tmp_path / f"arrays/masks/{i}.npy", rng.randint(0, 3, (6, 8)))
-        tifffile.imwrite(tmp_path / f"product/images/t{i}_B02_10m.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
-        tifffile.imwrite(tmp_path / f"product/images/t{i}_B05_20m.tif", rng.randint(0, 9, (3, 4)).astype(np.uint16))
-        write_mask(tmp_path / f"product/masks/t{i}.png", rng.randint(0, 3, (6, 8)).astype(np.uint8))
-        for band in ("B02", "B03"):
-            tifffile.imwrite(tmp_path / f"files/images/t{i}_{band}.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
-            tifffile.imwrite(tmp_path / f"folders/images/{i}/{band}.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
-        write_mask(tmp_path / f"files/masks/t{i}.png", rng.randint(0, 3, (6, 8)).astype(np.uint8))
-        write_mask(tmp_path / f"folders/masks/{i}.png", rng.randint(0, 3, (6, 8)).astype(np.uint8))
-    for name, bands in (
-        ("arrays", Bands(5)),
-        ("files", Bands(2, ("B02", "B03"))),
-        ("product", Bands(2, ("B05", "B02"))),
-        ("folders", Bands(2, ("B03", "B02"))),
-    ):
-        images = load_pairs(tmp_path / name, bands=bands).train
-        image, mask = images[1]
-        assert image.shape == (6, 8, bands.channels) and mask.shape == (6, 8)
-        assert images.picture(1, bands).shape == (6, 8, 3)
-
-
-# --------------------------------------------------------------------------------------------------- sets and digests
+        write_bands(tmp_path, {name.format(i): size for name, size in files.items()})
+        write_mask(tmp_path / mask.format(i), np.random.RandomState(i).randint(0, 3, (6, 8)).astype(np.uint8))
+    images = load_pairs(tmp_path, bands=bands).train
+    image, mask = images[1]
+    assert image.shape == (6, 8, bands.channels) and mask.shape == (6, 8)
+    assert images.picture(1, bands).shape == (6, 8, 3)
 
 
 def test_digests_follow_names_of_images_and_pixels_of_masks(tmp_path):
-    pair_folder(tmp_path / "a")
-    pair_folder(tmp_path / "b")
-    assert load_pairs(tmp_path / "a").digest() == load_pairs(tmp_path / "b").digest()
-    levels = np.asarray(Image.open(tmp_path / "b/masks/3.png")).copy()
+    folders = {name: pair_folder(tmp_path / name, 4) for name in ("same", "mask", "pixel", "image")}
+    os.rename(folders["mask"] / "masks/3.png", folders["mask"] / "masks/3_mask.png")
+    os.rename(folders["image"] / "images/3.png", folders["image"] / "images/33.png")
+    os.rename(folders["image"] / "masks/3.png", folders["image"] / "masks/33.png")
+    levels = np.asarray(Image.open(folders["pixel"] / "masks/3.png")).copy()
     levels[0, 0] = 1 - levels[0, 0]
-    write_mask(tmp_path / "b/masks/3.png", levels)
-    assert load_pairs(tmp_path / "a").digest() != load_pairs(tmp_path / "b").digest()
-    pair_folder(tmp_path / "c")
-    os.rename(tmp_path / "c/masks/3.png", tmp_path / "c/masks/3_mask.png")
-    assert load_pairs(tmp_path / "a").digest() == load_pairs(tmp_path / "c").digest()
-    os.rename(tmp_path / "c/images/3.png", tmp_path / "c/images/33.png")
-    os.rename(tmp_path / "c/masks/3_mask.png", tmp_path / "c/masks/33.png")
-    assert load_pairs(tmp_path / "a").digest() != load_pairs(tmp_path / "c").digest()
+    write_mask(folders["pixel"] / "masks/3.png", levels)
+    digests = {name: load_pairs(folder).digest() for name, folder in folders.items()}
+    assert digests["same"] == digests["mask"]
+    assert len({*digests.values()}) == 3
 
 
 def test_a_part_of_a_set(tmp_path):
@@ -616,14 +631,6 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
     assert len(set.union(*columns)) > 20  # anywhere in the crop
 
 
-def test_an_image_of_one_pixel():
-    found, classes = pair_transforms(8, "crop", (0,) * 3, (1,) * 3)[0](
-        Image.new("RGB", (1, 1), "red"), torch.ones(1, 1)
-    )
-    torch.testing.assert_close(found, torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 8, 8))
-    assert set(classes.unique().tolist()) <= {1, UNKNOWN}
-
-
 def test_places_and_zooms_vary():
     _, mask = ramp(100, 120)
     image = np.stack([mask.numpy().astype(np.float32)] * 2, axis=2)
@@ -642,26 +649,31 @@ def test_places_and_zooms_vary():
 
 def test_batches_repeat_whatever_was_drawn_between(tmp_path):
     splits = load_pairs(pair_folder(tmp_path, 12))
-    crop, whole = pair_transforms(8, "crop", (0,) * 3, (1,) * 3)
+    crop, _ = pair_transforms(8, "crop", (0,) * 3, (1,) * 3)
     pairs = pickle.loads(pickle.dumps(Transformed(splits.train, crop)))  # as for a loading process
 
     def epoch(noise: int) -> list[torch.Tensor]:
-        loader = build_loader(pairs, 4, shuffle=True, seed=3)
         found = []
-        for images, classes in loader:
+        for images, classes in build_loader(pairs, 4, shuffle=True, seed=3):
             torch.rand(noise)
             found += [images, classes]
         return found
 
-    first, second = epoch(1), epoch(5)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for a, b in zip(epoch(1), epoch(5), strict=True):
+        assert torch.equal(a, b)
     before = torch.get_rng_state()
-    a, b = pairs[0, 7], pairs[0, 7]
+    (image, mask) = pairs[0, 7]
+    (again, mask_again) = pairs[0, 7]
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    images, classes = masks.collate_pairs([Transformed(splits.train, whole)[i] for i in range(3)])
+    assert torch.equal(image, again) and torch.equal(mask, mask_again)
+
+
+def test_a_batch_of_images_of_several_sizes_is_a_list():
+    image = torch.zeros(3, 6, 8)
+    mask = torch.zeros(6, 8)
+    images, classes = masks.collate_pairs([(image, mask)] * 3)
     assert images.shape == (3, 3, 6, 8) and classes.shape == (3, 6, 8)
-    images, classes = masks.collate_pairs([(images[0], classes[0]), (images[0, :, 1:], classes[0, 1:])])
+    images, classes = masks.collate_pairs([(image, mask), (image[:, 1:], mask[1:])])
     assert [len(classes[0]), len(classes[1]), len(images)] == [6, 5, 2]
 
 
