@@ -17,6 +17,7 @@ from finetune_lora import adapt_layers, add_lora_to_model, load_finetuned
 from lora.adapted import adapted_layers, recorded_settings
 from lora.peft_format import CONFIG, WEIGHTS, _packed_factors, obstacles
 from lora_utils import LoRAManager, read_adapter_file
+from tests.run_folders import names_in
 from toolkit import InputError
 from toolkit.models.backbones import forward_features
 from toolkit.models.checkpoints import load_backbone
@@ -87,23 +88,20 @@ def test_an_output_projection_may_have_a_scaling_of_its_own():
     assert_close(2 * attention.scaling * B @ A, expected, FP32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
     [
-        ("vit", {"target_modules": "mlp", "r": 3}),
-        ("vit", {"r": 2, "lora_alpha": 5}),  # attention too
+        ("vit", {"r": 2, "lora_alpha": 5}),
         ("vit", {"r": 4, "use_rslora": True, "ranks": {"self_attention": 2, "mlp.3": 8}}),
-        ("resnet", {"r": 2, "lora_dropout": 0.1}),
         ("resnet", {"r": 2, "ranks": {".conv1": 5}}),
         ("resnet", {"r": 2, "target_modules": r"conv[1]"}),  # others end in this name
     ],
-    ids=["linear", "attention", "ranks of a ViT", "convolutions", "ranks of a ResNet", "one name"],
+    ids=["ViT", "ranks of a ViT", "ranks of a ResNet", "one name"],
 )
 def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     adapter = saved(bases[kind], SIZES[kind], tmp_path, **options)
     convert(adapter, tmp_path / "peft")
-    assert {path.name for path in (tmp_path / "peft").iterdir()} == {CONFIG, WEIGHTS}
+    assert names_in(tmp_path / "peft") == {CONFIG, WEIGHTS}
     assert "4-bit" not in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(stock(bases[kind], SIZES[kind]), tmp_path / "peft").eval()
     assert_same_answers(theirs, load_finetuned(adapter)[0], SIZES[kind])
