@@ -67,7 +67,8 @@ def test_lists_that_cannot_be_used(tmp_path, content, problem):
 
 
 NAN = math.nan
-LABELS, NUMBERS = "labels", "numbers"
+LABELS = "labels"
+NUMBERS = "numbers"
 
 
 @pytest.mark.parametrize(
