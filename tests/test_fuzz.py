@@ -8,7 +8,6 @@ The few examples of a normal run are always the same. A longer search with new o
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import warnings
@@ -81,13 +80,15 @@ EDITS = st.lists(st.tuples(PLACES, st.binary(max_size=6), st.integers(0, 6)), ma
 KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
 
 
-def in_zip(data: bytes, change) -> bytes:
-    """A torch file whose pickle is changed behind the checksums, as an attacker would."""
+def mutated(files: dict[str, bytes], kind: str, edits, kept: float) -> bytes:
+    """The file of this kind, mutated. A pickle in a sound zip is changed behind its checksums, as by an attacker."""
+    if kind != "pickle in a sound zip":
+        return mutate(files[kind], edits, kept)
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+    with zipfile.ZipFile(io.BytesIO(files["zip"])) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
             record = old.read(name)
-            new.writestr(name, change(record) if name.endswith("data.pkl") else record)
+            new.writestr(name, mutate(record, edits, kept) if name.endswith("data.pkl") else record)
     return file.getvalue()
 
 
@@ -163,10 +164,7 @@ def checkpoints() -> dict[str, bytes]:
 @fuzz(30, edits=EDITS, kept=KEPT)
 def test_bytes_of_a_checkpoint(checkpoints, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / "mutated.pth"
-    if kind == "pickle in a sound zip":
-        path.write_bytes(in_zip(checkpoints["zip"], lambda data: mutate(data, edits, kept)))
-    else:
-        path.write_bytes(mutate(checkpoints[kind], edits, kept))
+    path.write_bytes(mutated(checkpoints, kind, edits, kept))
     with only_our_error():
         read_checkpoint(path)
     with pytest.raises(InputError) as raised:  # no mutation makes a whole backbone of it
@@ -237,11 +235,12 @@ def small_model() -> nn.Module:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory) -> dict[str, bytes]:
     """The adapter of `small_model` in both formats."""
-    folder, files = tmp_path_factory.mktemp("adapters"), {}
-    for suffix in ("pth", "safetensors"):
+    folder = tmp_path_factory.mktemp("adapters")
+    files = {}
+    for kind, suffix in (("zip", "pth"), ("safetensors", "safetensors")):
         path = folder / f"adapter.{suffix}"
         LoRAManager(small_model()).save_lora_checkpoint(path, {"class_names": ["a", "b", "c"], "nested": {"lr": 1e-4}})
-        files[suffix] = path.read_bytes()
+        files[kind] = path.read_bytes()
     return files
 
 
@@ -265,44 +264,19 @@ def check_load(path: Path) -> None:
         assert whole_state(model)[1] == before[1]
 
 
-@pytest.mark.parametrize("kind", ["pth", "pickle in a sound zip", "safetensors"])
+@pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "safetensors"])
 @fuzz(30, edits=EDITS, kept=KEPT)
 def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / ("mutated.safetensors" if kind == "safetensors" else "mutated.pth")
-    if kind == "pickle in a sound zip":
-        path.write_bytes(in_zip(adapters["pth"], lambda data: mutate(data, edits, kept)))
-    else:
-        path.write_bytes(mutate(adapters[kind], edits, kept))
+    path.write_bytes(mutated(adapters, kind, edits, kept))
     check_load(path)
 
 
 @fuzz(40, changes=changes())
 def test_content_of_an_adapter(adapters, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
-    content = torch.load(io.BytesIO(adapters["pth"]), weights_only=True)
+    content = torch.load(io.BytesIO(adapters["zip"]), weights_only=True)
     path.write_bytes(torch_file(edited(content, changes)))
-    check_load(path)
-
-
-def header_of(data: bytes) -> tuple[dict, bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-DTYPES = st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X"])
-
-
-@fuzz(40, changes=changes(st.one_of(PLAIN, DTYPES, st.lists(st.integers(0, 2**40), max_size=3))))
-def test_header_of_a_safetensors_adapter(adapters, tmp_path_factory, changes):
-    """Declared types, shapes and places of the tensors, and the description inside."""
-    path = tmp_path_factory.getbasetemp() / "edited.safetensors"
-    header, tensors = header_of(adapters["safetensors"])
-    header["__metadata__"] = {"adapter": json.loads(header["__metadata__"]["adapter"])}
-    header = edited(header, changes)
-    if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"] = {key: json.dumps(value) for key, value in header["__metadata__"].items()}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
     check_load(path)
 
 
@@ -338,45 +312,22 @@ SECTIONS = st.dictionaries(
     st.one_of(PLAIN, st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), PLAIN, max_size=4)),
     max_size=3,
 )
-YAML_WORDS = st.sampled_from(
-    [*"[]{}:,?-&*!|>%@`'\"#\n\t ", "&a", "*a", "<<", "!!int ", "!!python/name:os.system", "0x"]
-)
-
-
-def check_config(path: Path) -> None:
-    """Both scripts read it or name what is wrong, a line for each problem."""
-    for read in (read_options, lambda argv: parse_args(pretrain.make_parser(), argv)):
-        try:
-            read(["--config", str(path), "--device", "cpu"])
-        except InputError as error:
-            assert str(error) and all(line.isprintable() for line in str(error).split("\n")), error
 
 
 CONFIG_FILES = st.one_of(
     st.builds(mutate, st.sampled_from(CONFIGS), EDITS, KEPT),
     st.binary(max_size=40),
-    st.one_of(st.text(max_size=40), st.lists(YAML_WORDS, max_size=12).map("".join)).map(
-        lambda text: text.encode(errors="replace")
-    ),
     SECTIONS.map(lambda sections: yaml.safe_dump(sections, allow_unicode=True).encode(errors="replace")),
 )
 
 
 @fuzz(40, content=CONFIG_FILES)
 def test_a_config_of_anything(tmp_path_factory, content):
+    """Both scripts read it or name what is wrong, a line for each problem."""
     path = tmp_path_factory.getbasetemp() / "anything.yaml"
     path.write_bytes(content)
-    check_config(path)
-
-
-FLAGS = st.sampled_from(
-    [flag for action in make_parser()._actions for flag in action.option_strings if "h" not in flag]
-)
-WORDS = st.one_of(FLAGS, st.text(max_size=6), NUMBERS.map(str), FLAGS.map(lambda flag: f"{flag}=1"))
-
-
-@fuzz(40, words=st.lists(WORDS, max_size=6))
-def test_any_command_line(words):
-    """It is read, or refused by an InputError; no other exception comes out."""
-    with contextlib.suppress(InputError):
-        read_options([word for word in words if word not in ("-h", "--help", "--config")])
+    for read in (read_options, lambda argv: parse_args(pretrain.make_parser(), argv)):
+        try:
+            read(["--config", str(path), "--device", "cpu"])
+        except InputError as error:
+            assert str(error) and all(line.isprintable() for line in str(error).split("\n")), error
