@@ -88,30 +88,31 @@ def assert_end_alike(*children: Child) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
-    whole, killed, when = start(way, output="whole"), start(way), random.Random(way)
-    kills = 0
-    for _ in range(2):
+    whole = start(way, output="whole")
+    killed = start(way)
+    when = random.Random(way)
+    for number in range(2):
         steps = when.randrange(1, 7)  # an epoch has 4 or 7
         killed.wait_for(lambda child=killed, steps=steps: child.output.count("loss=") >= steps)
         time.sleep(when.uniform(0, 0.05))
         killed.send(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
-        killed, kills = start(way, "--resume", log=f"resumed {kills}"), kills + 1
+        killed = start(way, "--resume", log=f"resumed {number}")
     assert_end_alike(killed, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "signum", "workers"), [("lora", signal.SIGTERM, 1), ("pretrain", signal.SIGINT, 0)])
 def test_an_interrupted_run_saves_where_it_is_and_goes_on(start, way, signum, workers):
-    whole, stopped = start(way, output="whole"), start(way, f"--workers {workers}")
+    whole = start(way, output="whole")
+    stopped = start(way, f"--workers {workers}")
     stopped.wait_for(lambda: stopped.output.count("loss=") >= 3)
     stopped.send(signum)  # to its workers too
     assert stopped.wait() == 128 + signum, stopped.output
-    *_, message = stopped.output.strip().splitlines()
+    message = stopped.output.strip().splitlines()[-1]
     assert message.startswith("Stopped; 0 of 2 epochs") and str(stopped.folder / "last.pth") in message
     assert message.endswith("To go on: the same command with --resume") and "Traceback" not in stopped.output
-    state = read_checkpoint(stopped.folder / "last.pth")
-    assert state["progress"]["loss_sum"] > 0  # within the first epoch
+    assert read_checkpoint(stopped.folder / "last.pth")["progress"]["loss_sum"] > 0  # within the first epoch
     assert_end_alike(start(way, "--resume", log="resumed"), whole)
 
 
@@ -199,7 +200,8 @@ def test_a_full_disk(start, tmp_path, way, size):
         assert len(outcome(child.folder)["metrics"]) == 2
 
 
-@pytest.mark.parametrize("way", [pytest.param("lora", marks=pytest.mark.slow), "pretrain"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_folder_that_vanishes(start, tmp_path, way):
     child = start(way)
     child.wait_for((child.folder / "last.pth").exists)
@@ -220,7 +222,7 @@ def kill_a_worker_at_an_image() -> None:
     folders.open_image = kills_its_process
 
 
-@pytest.mark.parametrize("way", ["lora", "pretrain"])
+@pytest.mark.parametrize("way", ["lora", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_a_killed_worker_is_one_line(start, way):
     child = start(way, "--workers 1", before=kill_a_worker_at_an_image)
     assert_one_line(child, "a process that loads images was killed", "--workers 0")
@@ -246,8 +248,9 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch):
 
 def test_a_run_is_not_resumed_over_another_base(finetune, once, base, tmp_path):
     """The checkpoint may lie elsewhere now, but it must be the same."""
+    moved = tmp_path / "moved.pth"
+    other = tmp_path / "other.pth"
     content = torch.load(base)
-    moved, other = tmp_path / "moved.pth", tmp_path / "other.pth"
     torch.save(content, moved)
     content["state_dict"] = {name: 1.01 * tensor for name, tensor in content["state_dict"].items()}
     torch.save(content, other)
