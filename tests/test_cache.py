@@ -30,7 +30,8 @@ def place(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def photos(tmp_path) -> data.LabelledImages:
-    rng, names = np.random.RandomState(0), ["a.jpg", "b.png", "c.bmp"]
+    rng = np.random.RandomState(0)
+    names = ["a.jpg", "b.png", "c.bmp"]
     (tmp_path / "images").mkdir()
     for name, size in zip(names, [(300, 200), (40, 90), (7, 5)], strict=True):
         Image.fromarray(rng.randint(0, 256, (*size[::-1], 3)).astype(np.uint8)).save(tmp_path / "images" / name)
@@ -120,6 +121,7 @@ def test_only_forked_processes_load_what_is_cached_beside_a_gpu(start, monkeypat
     assert run.loaders.add_loader(run.loaders.images.train, cache.plain_view).num_workers == workers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("flags", ["--use-qlora", "--precision fp16", "--adapt-last 1 --cache-features disk"])
 def test_a_run_on_a_gpu_goes_on_as_if_it_had_not_stopped(finetune, flags):

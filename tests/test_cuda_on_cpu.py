@@ -34,18 +34,21 @@ def run_tests(*options: str) -> None:
     on_gpu("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *options)
 
 
+@pytest.mark.slow
 def test_layers_blocks_and_products_on_a_gpu():
     files = (f"tests/test_{name}.py" for name in ("blocks", "functional", "layers", "memory"))
     run_tests("-k", "cuda", *files)
 
 
 def test_steps_on_a_gpu_wait_for_nothing():
-    run_tests("tests/test_gpu.py")
+    """And layers compute there what they compute here."""
+    layers = "cuda and update_in_its_weight and float32"
+    run_tests("-k", f"test_gpu or {layers}", "tests/test_gpu.py", "tests/test_layers.py")
 
 
 @pytest.mark.slow
 def test_runs_on_a_gpu():
-    run_tests("-m", "slow or not slow", "tests/test_gpu.py", "tests/test_cache.py")
+    run_tests("-m", "slow", "tests/test_gpu.py", "tests/test_cache.py")
 
 
 @pytest.mark.slow

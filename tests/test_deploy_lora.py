@@ -27,7 +27,7 @@ from finetune_lora import add_lora_to_model, load_finetuned
 from lora import functional
 from lora_utils import LoRAManager
 from tests.image_files import tar_of
-from tests.run_folders import rows_of
+from tests.run_folders import column, rows_of
 from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.answers.measures import share_interval
@@ -130,8 +130,8 @@ def test_predictions_are_those_of_the_model(trained, images, tmp_path, capsys):
     output = tmp_path / "predictions.csv"
     rows = run("predict --batch-size 4 --device cpu", trained, images / "val", single, single, "--output", output)
     assert rows == rows_of(output)
-    paths = [f"{images}/val/{name}/{i}.png" for name in CLASSES for i in range(5)]
-    assert [row["path"] for row in rows] == [*paths, str(single)]  # which is there once
+    paths = list(map(str, sorted((images / "val").glob("*/*.png"))))
+    assert column(rows, "path") == [*paths, str(single)]  # which is there once
     for row, probabilities in zip(rows, logits_of(trained, [*paths, single]).softmax(1), strict=True):
         ranked = probabilities.argsort(descending=True).tolist()
         assert list(row) == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
@@ -160,10 +160,14 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
     run("predict --device cpu", adapter_for_images, folder, "--output", tmp_path / "p.csv")
     printed = capsys.readouterr().out
     assert "1 of 2 images cannot be read and are left out:" in printed and "broken.jpg: not a readable image" in printed
-    assert [row["path"] for row in rows_of(tmp_path / "p.csv")] == [f"{folder}/grey, with a comma.png"]
+    assert column(rows_of(tmp_path / "p.csv"), "path") == [f"{folder}/grey, with a comma.png"]
     with pytest.raises(InputError, match=r"none of the 1 images can be read, such as .*broken\.jpg: not a") as found:
         run("predict --device cpu", adapter_for_images, folder / "broken.jpg", "--output", tmp_path / "p.csv")
     assert "--" not in str(found.value)  # the options of training
+
+
+def parts_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("part-*")}
 
 
 @pytest.mark.parametrize("command", ["predict", "embed"])
@@ -184,8 +188,10 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     single = run(f"{command} --device cpu", trained, images / "val", "--output", tmp_path / f"one{paths[0].suffix}")
     if command == "predict":
         rows = list(itertools.chain(*map(rows_of, paths)))
-        assert [row["path"] for row in rows] == [row["path"] for row in single]
-        assert [float(row["probability"]) for row in rows] == pytest.approx([float(r["probability"]) for r in single])
+        assert column(rows, "path") == column(single, "path")
+        assert list(map(float, column(rows, "probability"))) == pytest.approx(
+            list(map(float, column(single, "probability")))
+        )
     else:
         assert_close(torch.from_numpy(np.concatenate(list(map(np.load, paths)))), single, FP32)
 
@@ -202,8 +208,8 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob("part-*")}
     write("stopped", "--resume")
     assert before and all(path.stat().st_mtime_ns == written for path, written in before.items())  # nothing twice
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("part-*")}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("part-*")} == whole
+    whole = parts_in(tmp_path / "whole")
+    assert parts_in(tmp_path / "stopped") == whole
     for more, what in (({"part": "train"}, "images"), ({}, "--precision")):
         words = ["--precision", "bf16"] if what == "--precision" else []
         with pytest.raises(InputError, match=f"whole: its answers were made with other {what}; name another folder"):
@@ -214,7 +220,7 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
 def test_lists_and_archives_are_answered_as_folders_are(adapter_for_images, images, tmp_path):
     def probabilities(source: Path) -> list[str]:
         rows = run("predict --device cpu", adapter_for_images, source, "--output", tmp_path / "p.csv")
-        return [row["probability"] for row in rows]
+        return column(rows, "probability")
 
     paths = sorted((images / "val").glob("*/*.png"))
     (tmp_path / "listed.csv").write_text("\n".join(["path,patient", *(f"{path},7" for path in paths)]))
@@ -231,7 +237,7 @@ def test_lists_and_archives_are_answered_as_folders_are(adapter_for_images, imag
 def test_features_are_what_the_head_receives(trained, images, tmp_path):
     returned = run("embed --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "f.npy")
     written = np.load(tmp_path / "f.npy")
-    paths = [row["path"] for row in rows_of(tmp_path / "f_paths.csv")]
+    paths = column(rows_of(tmp_path / "f_paths.csv"), "path")
     model, info = load_finetuned(trained)
     with torch.no_grad():
         expected = forward_features(model, torch.stack([info["transform"](Image.open(path)) for path in paths]))
@@ -246,7 +252,7 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
     results = run("evaluate --device cpu", trained, images, "--output", tmp_path / "r.json")
     told = capsys.readouterr().out
     assert results == run("evaluate --device cpu", trained, images / "val")
-    paths = [f"{images}/val/{name}/{i}.png" for name in CLASSES for i in range(5)]
+    paths = list(map(str, sorted((images / "val").glob("*/*.png"))))
     hits = logits_of(trained, paths).argmax(1) == torch.arange(3).repeat_interleave(5)
     assert results["images"] == 15 and results["accuracy"] == pytest.approx(hits.float().mean().item())
     shares = hits.view(3, 5).double().mean(1).tolist()
@@ -316,7 +322,7 @@ def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter
     assert run("evaluate --device cpu", trained, table)["images"] == 15
     answers = "--output", tmp_path / "answers.csv"
     rows = run("predict --device cpu", trained, table, *answers)
-    assert [row["path"] for row in rows] == [str(images / name) for name in names]
+    assert column(rows, "path") == [str(images / name) for name in names]
     own = tmp_path / names[0]
     own.parent.mkdir(parents=True)
     shutil.copy(images / names[0], own)

@@ -11,7 +11,7 @@ from torch import nn
 import deploy_lora
 from moco import pretrain
 from tests import cuda_on_cpu
-from tests.run_folders import rows_of, stop
+from tests.run_folders import metrics, stop
 from toolkit import devices, distributed
 from toolkit.run import optim, runs
 
@@ -28,17 +28,12 @@ CLASSES = {
 }
 IN_FLOAT32 = [name for name in CLASSES if name not in ("fp16", "bf16")]
 NORMS = ("--norms follow", "--norms train")  # of a ResNet
-SLOW = ("full", *NORMS)
+QUICK = ("qlora", "fp16", "upper half", "multilabel", "segmentation")
 OTHERS = {
     "multilabel": "--task multilabel --data-list {hospital}/labels.csv",
     "regression": "--task regression --data-list {hospital}/numbers.csv",
     "segmentation": "--task segmentation --data-dir {pairs} --augmentation crop",
 }
-
-
-def some_slow(*names: str) -> list:
-    """Parameters of a test: some of the runs wait for -m slow."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @pytest.fixture
@@ -79,14 +74,20 @@ def taken(monkeypatch) -> list:
 
 
 @counts_waits
-@pytest.mark.parametrize("name", some_slow(*CLASSES, *NORMS, *OTHERS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*CLASSES, *NORMS, *OTHERS) if name not in QUICK),
+    ],
+)
 def test_a_step_copies_images_and_answers_and_waits_for_nothing(finetune, options, taken, name):
     finetune(f"{options(name)} --batch-size 4 --epochs 1 --device cuda")
     assert of_a_step(taken) == {"copy to the GPU": 2}
 
 
 @counts_waits
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_of_stage_1_copies_two_views_and_waits_for_nothing(images, tmp_path, taken, version):
     argv = f"--moco-version {version} --arch vit_mini --image-size 16 --data-dir {images} --output-dir {tmp_path}"
     argv += " --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0 --device cuda --mlp-dim 32"
@@ -95,9 +96,10 @@ def test_a_step_of_stage_1_copies_two_views_and_waits_for_nothing(images, tmp_pa
 
 
 def test_an_optimizer_is_fused_on_a_gpu_whatever_device_its_state_is_from():
-    on_gpu, on_cpu = (optim.build_optimizer(nn.Linear(2, 2).to(device), 1e-3) for device in ("cuda", "cpu"))
-    of_gpu, of_cpu = on_gpu.state_dict(), on_cpu.state_dict()
-    optim.restore_optimizer(on_gpu, of_cpu)
+    on_gpu = optim.build_optimizer(nn.Linear(2, 2).to("cuda"), 1e-3)
+    on_cpu = optim.build_optimizer(nn.Linear(2, 2), 1e-3)
+    of_gpu = on_gpu.state_dict()
+    optim.restore_optimizer(on_gpu, on_cpu.state_dict())
     optim.restore_optimizer(on_cpu, of_gpu)
     assert on_gpu.param_groups[0]["fused"] and not on_cpu.param_groups[0]["fused"]
 
@@ -127,12 +129,10 @@ def test_kernels_lie_in_memory_as_images_do():
 @pytest.mark.parametrize("name", [*IN_FLOAT32, "--norms follow", *OTHERS])
 def test_a_run_has_the_figures_of_one_on_a_cpu(finetune, options, name):
     told = f"{options(name)} --epochs 1 --precision fp32"
-    on_cpu = finetune(f"{told} --device cpu", "cpu")
-    on_gpu = finetune(f"{told} --device cuda", "cuda")
-    [expected], [row] = (rows_of(results["folder"] / "metrics.csv") for results in (on_cpu, on_gpu))
+    [expected] = metrics(finetune(f"{told} --device cpu", "cpu")["folder"])
+    [found] = metrics(finetune(f"{told} --device cuda", "cuda")["folder"])
     for column in ("train_loss", "val_loss"):
-        assert float(row[column]) == pytest.approx(float(expected[column]), rel=1e-2), column
-    assert on_gpu["val_loss"] == pytest.approx(on_cpu["val_loss"], rel=1e-2)
+        assert found[column] == pytest.approx(expected[column], rel=1e-2), column
 
 
 @pytest.mark.slow
