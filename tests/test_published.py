@@ -83,22 +83,15 @@ def fetch() -> bytes:
     return fetched(Path("moco-v9")).read_bytes()
 
 
-def test_a_named_checkpoint_is_downloaded_once_and_trained(web, base, finetune, small_backbones, capsys):
-    content = base.read_bytes()
-    place = publish(web, "base.pth", content, hashlib.sha256(content).hexdigest()[:8])
-    finetune("--checkpoint moco-v9 --epochs 1")
-    assert (
-        f"downloading {web.url}/base.pth to {place}; see the licence on the publisher's page\n"
-        in capsys.readouterr().out
-    )
+def test_a_named_checkpoint_is_downloaded_once(web, monkeypatch, capsys):
+    place = publish(web, "base.pth")
+    assert fetch() == CONTENT
+    told = f"downloading {web.url}/base.pth to {place}; see the licence on the publisher's page"
+    assert capsys.readouterr().out == f"{told}\n"
     (web.folder / "base.pth").unlink()
-    assert fetch() == content
-    assert "downloading" not in capsys.readouterr().out
-
-
-def test_the_licence_of_moco_is_said_of_its_own_files_alone(web, monkeypatch, capsys):
-    publish(web, "base.pth")
-    monkeypatch.setattr(published, "_MOCO", web.url)
+    assert fetch() == CONTENT and capsys.readouterr().out == ""
+    publish(web, "another.pth")
+    monkeypatch.setattr(published, "_MOCO", web.url)  # whose files alone have this licence
     fetch()
     assert "on the publisher's page (CC-BY-NC 4.0)\n" in capsys.readouterr().out
 
@@ -162,40 +155,24 @@ def test_a_server_that_says_no_size_may_not_send_without_end(web, monkeypatch):
     assert fetch() == content
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda: finetune_lora.read_options(["--checkpoint", "moco-v9", "--data-dir", "nowhere"]),
-        lambda: pretrain.read_options(["--checkpoint", "moco-v9", "--data-dir", "nowhere"]),
-        lambda: deploy_lora.read_options(["merge", "lora.pth", "--checkpoint", "moco-v9", "--output", "nowhere/a.pth"]),
-    ],
-    ids=["finetune", "pretrain", "deploy"],
-)
-def test_nothing_is_downloaded_before_all_else_is_right(web, read):
-    publish(web, "base.pth")
-    with pytest.raises(InputError, match="nowhere") as error:
-        read()
-    assert "\n" not in str(error.value) and not Server.wanted
+READ = {
+    "finetune": (finetune_lora.read_options, "--checkpoint moco-v9", "--data-dir nowhere"),
+    "pretrain": (pretrain.read_options, "--checkpoint moco-v9", "--data-dir nowhere"),
+    "deploy": (deploy_lora.read_options, "merge a.pth --checkpoint moco-v9 --output b.pth", "--output nowhere/b.pth"),
+}
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda: finetune_lora.read_options(["--checkpoint", "moco-v9"])[0],
-        lambda: pretrain.read_options(["--checkpoint", "moco-v9"])[0],
-        lambda: deploy_lora.read_options(["merge", "lora.pth", "--checkpoint", "moco-v9", "--output", "a.pth"]),
-    ],
-    ids=["finetune", "pretrain", "deploy"],
-)
-def test_each_script_gets_the_file(web, read):
+@pytest.mark.parametrize("script", READ)
+def test_each_script_gets_the_file_when_all_else_is_right(web, script):
+    read, command, wrong = READ[script]
     place = publish(web, "base.pth")
-    assert read().checkpoint == place
-
-
-def test_a_checkpoint_that_was_typed_is_not_said_to_be_missing(tmp_path):
-    with pytest.raises(InputError) as error:
-        finetune_lora.read_options(["--data-dir", str(tmp_path), "--checkpoint", ""])
-    assert str(error.value) == "--checkpoint: expected a value, got none"
+    with pytest.raises(InputError, match="nowhere") as error:
+        read([*command.split(), *wrong.split()])
+    assert "\n" not in str(error.value) and not Server.wanted
+    options = read(command.split())
+    if script != "deploy":
+        options, _ = options
+    assert options.checkpoint == place
 
 
 def test_files_of_the_hub(tmp_path, monkeypatch):
