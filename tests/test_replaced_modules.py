@@ -38,7 +38,8 @@ IN_A_RESNET = {
 @pytest.mark.parametrize("change", IN_A_RESNET.values(), ids=IN_A_RESNET)
 def test_replaced_modules_in_a_resnet(change):
     """A block looks its children up at each call."""
-    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    stock = resnet().double().eval()
+    x = images(dtype=torch.float64)
     model = frozen(copy.deepcopy(stock)).eval()
     twin = dense_twin(stock, model)
     for network in (twin, model):
@@ -65,7 +66,8 @@ IN_A_VIT = {
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_replaced_modules_in_a_vit(change, mode):
     """In its last block, which computes the class token alone unless something mixes it with others."""
-    stock, x = vit().double(), images(16, dtype=torch.float64)
+    stock = vit().double()
+    x = images(16, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock))
     set_gradient_checkpointing(model, mode)
     twin = dense_twin(stock, model)
@@ -73,7 +75,8 @@ def test_replaced_modules_in_a_vit(change, mode):
         change(network.encoder.layers[1])
         network.double()
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    y, z = model(ours), twin(theirs)
+    y = model(ours)
+    z = twin(theirs)
     assert_close(y, z, EXACT)
     y.square().sum().backward(), z.square().sum().backward()
     assert_close(ours.grad, theirs.grad, EXACT)
@@ -83,7 +86,8 @@ def test_replaced_modules_in_a_vit(change, mode):
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
     """On any module, alone or on all at once: both the input and the output."""
-    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    stock = build().double().eval()
+    x = images(side, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock)).eval()
     set_gradient_checkpointing(model, mode)
     twin = dense_twin(stock, model)
@@ -117,7 +121,8 @@ def doubled(module: nn.Module) -> None:
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
 @pytest.mark.parametrize("options", [{}, {"target_modules": r".*(conv1|mlp\.0)"}], ids=["all adapted", "some adapted"])
 def test_a_forward_that_replaces_a_module_s_own_is_called(build, side, options):
-    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    stock = build().double().eval()
+    x = images(side, dtype=torch.float64)
     for name, _ in stock.named_modules():
         if name and "out_proj" not in name:  # which the stock attention never calls
             model = frozen(copy.deepcopy(stock), **options).eval()
@@ -130,7 +135,8 @@ def test_a_forward_that_replaces_a_module_s_own_is_called(build, side, options):
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 @pytest.mark.parametrize("name", ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"])
 def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):
-    model, seen = frozen(vit()), []
+    model = frozen(vit())
+    seen = []
     module = model.encoder.layers[1].get_submodule(name)
     getattr(module, f"register_{kind}_hook")(lambda *_: seen.append(1))
     model(images(16)).sum().backward()
@@ -160,7 +166,7 @@ def test_a_deleted_model_is_gone(build, side, mode):
     gc.disable()
     try:
         del model
-        assert not any(reference() for reference in remembered)
+        assert {reference() for reference in remembered} == {None}
     finally:
         gc.enable()
 
@@ -199,51 +205,34 @@ NETWORKS = {
     "a ViT's block": (vit_block, (2, 5, 8), "none"),
     "a ViT's block that is computed again": (vit_block, (2, 5, 8), "full"),
 }
-HOOKED = {"no hooks": slice(0), "every other module hooked": slice(None, None, 2), "all modules hooked": slice(None)}
 
 
-@pytest.mark.parametrize("hooked", HOOKED.values(), ids=HOOKED)
 @pytest.mark.parametrize("made_inside", [True, False], ids=["made inside", "made outside"])
 @pytest.mark.parametrize("build, shape, mode", NETWORKS.values(), ids=NETWORKS)
-def test_networks_in_inference_mode(build, shape, mode, made_inside, hooked):
+def test_networks_in_inference_mode(build, shape, mode, made_inside):
     """One that was made outside of it then trains there; both merge inside."""
-    seen = [], []
     with torch.inference_mode(made_inside):
-        stock, x = nn.Sequential(build()).double(), torch.randn(shape, dtype=torch.float64)
+        stock = nn.Sequential(build()).double()
+        x = torch.randn(shape, dtype=torch.float64)
         for module in stock.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
         model = frozen(copy.deepcopy(stock), target_modules=".*").train(not made_inside)
         if mode == "full":
             set_gradient_checkpointing(model, mode)
         twin = dense_twin(stock, model).eval()
-        names = [name for name, _ in stock.named_modules() if not name.endswith("out_proj")]
-        for network, records in zip((model, twin), seen, strict=True):
-            for name in names[hooked]:
-                watch(network.get_submodule(name), records)
-
-    def assert_same() -> None:
-        assert_close(model(x.clone()), twin(x.clone()), EXACT)
-        for ours, theirs in zip(*seen, strict=True):
-            for what, actual, expected in zip(("input", "output"), ours, theirs, strict=True):
-                assert_close(actual, expected, EXACT, what)
-        for records in seen:
-            records.clear()
-
     with torch.inference_mode():
-        assert_same()
+        assert_close(model(x.clone()), twin(x.clone()), EXACT)
     if not made_inside:
-        assert_same()
         upstream = torch.randn_like(twin(x))
         for network in (model, twin):
             network.zero_grad()
             network(x.clone()).backward(upstream)
         for name, gradient, wanted in expected_gradients(twin, model):
             assert_close(gradient, wanted, EXACT, name)
-    for records in seen:
-        records.clear()
     with torch.inference_mode():
         LoRAManager(model).merge_lora_weights()
-        assert_same()
+        assert_close(model(x.clone()), twin(x.clone()), EXACT)
         LoRAManager(model).unmerge_lora_weights()
-        assert_same()
+        assert_close(model(x.clone()), twin(x.clone()), EXACT)
