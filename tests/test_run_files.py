@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,14 @@ from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import load_finetuned, read_options
+from finetune_lora import read_options
 from lora_utils import read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, tensors
-from toolkit import VERSION, InputError, config, devices, files
+from toolkit import VERSION, InputError, config, files
 from toolkit.answers.measures import share_interval
-from toolkit.answers.tasks import TASKS
-from toolkit.choices import KEEP_BEST, PRECISIONS
 from toolkit.files import read_checkpoint
-from toolkit.run import commands, optim, run_state
+from toolkit.run import optim, run_state
 from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +95,8 @@ def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, m
 
     assert printed("--version") == f"{VERSION}\n"
     assert f'version: "{VERSION}"' in (ROOT / "CITATION.cff").read_text()
-    first, whole = printed("--help"), printed("--help-all")
+    first = printed("--help")
+    whole = printed("--help-all")
     flags = re.findall(r"^  --([a-z0-9-]+)", first, re.MULTILINE)
     assert flags == [name.replace("_", "-") for name in finetune_lora.options.NEEDED]
     assert max(map(len, first.splitlines())) <= int(columns)
@@ -108,13 +106,6 @@ def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, m
     assert all(action.option_strings[0] in whole for action in finetune_lora.make_parser()._actions)
 
 
-def test_what_options_choose_from_is_what_there_is():
-    """The names stand in files that load no PyTorch, and what they name in others."""
-    assert tuple(KEEP_BEST) == tuple(TASKS)
-    assert ("auto", *devices.DTYPES) == PRECISIONS
-    assert tuple(commands.COMMANDS) == tuple(run.__name__ for run in deploy_lora.COMMANDS)
-
-
 def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path):
     own = ["--checkpoint", "shipped", "--data-dir", str(images)]
     assert read_options(own)[0].dataset == "imagefolder"
@@ -122,15 +113,6 @@ def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path
     (tmp_path / "my.yaml").write_text("data: {dataset: digits}")
     args, sources = read_options([*own, "--config", str(tmp_path / "my.yaml")])
     assert (args.dataset, sources["dataset"], sources["data_dir"]) == ("digits", "config", "command line")
-
-
-def test_resume_looks_into_the_output_folder(tmp_path):
-    (tmp_path / "last.pth").touch()
-    args, _ = read_options(["--resume", "--output-dir", str(tmp_path)])
-    assert args.resume == tmp_path / "last.pth"
-    (tmp_path / "elsewhere.pth").touch()
-    args, _ = read_options(["--resume", str(tmp_path / "elsewhere.pth"), "--output-dir", "other"])
-    assert args.resume == tmp_path / "elsewhere.pth"
 
 
 def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
@@ -147,7 +129,8 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
 @pytest.fixture(scope="module")
 def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
     """A run of four epochs that others look at: its results, its folder and what it printed."""
-    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    folder = tmp_path_factory.mktemp("finished")
+    printed = io.StringIO()
     argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 4"
     argv += " --learning-rate 3e-4 --lora-rank 4 --warmup-epochs 1"
     with contextlib.redirect_stdout(printed), drawing():
@@ -187,7 +170,8 @@ def test_metrics_has_a_row_per_epoch(finished):
 
 def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):
     results = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3")
-    temperature, folder = results["temperature"], results["folder"]
+    temperature = results["temperature"]
+    folder = results["folder"]
     assert temperature < 1  # it was softened
     content = read_adapter_file(folder / "lora.pth")
     assert content["metadata"]["temperature"] == temperature
@@ -206,7 +190,7 @@ def test_results_say_what_came_out(finished):
     assert (results["val_images"], results["eval_split"]) == (15, "held-out")
     right = torch.arange(15) < round(15 * results["val_accuracy"])
     assert results["val_accuracy_interval"] == pytest.approx(share_interval(right))
-    assert results["epochs"] == 4 and 0 <= results["knn_accuracy_before"] <= 1
+    assert results["epochs"] == 4
     assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
     assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
     assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
@@ -222,21 +206,9 @@ def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypa
     for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
         assert expected in "\n".join(table)
     monkeypatch.chdir(tmp_path)
-    [command] = (line.partition("deploy_lora.py")[2] for line in table if "deploy_lora.py merge" in line)
-    deploy_lora.main(shlex.split(command))
+    [line] = [line for line in table if "deploy_lora.py merge" in line]
+    deploy_lora.main(shlex.split(line.partition("deploy_lora.py")[2]))
     assert (tmp_path / "merged.pth").exists()
-
-
-def test_three_lines_predict(finished, images):
-    _, folder, _ = finished
-    # The docstring's own lines, on one of these images.
-    snippet = [line.strip() for line in load_finetuned.__doc__.split("\n\n")[1].splitlines()]
-    code = "\n".join(snippet).replace("checkpoints/lora/lora.pth", str(folder / "lora.pth"))
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        names = {"load_finetuned": load_finetuned, "Image": Image}
-        exec(code.replace("image.png", str(images / "val/dark/0.png")), names)
-    assert printed.getvalue().strip() in CLASSES and not load_finetuned(folder / "lora.pth")[0].training
 
 
 def test_evaluation_writes_its_page_alone(finished, images):
@@ -249,28 +221,19 @@ def test_evaluation_writes_its_page_alone(finished, images):
     assert {path.name for path in {*folder.iterdir()} - before.keys()} == {"lora_evaluation.html"}
 
 
-def test_files_whose_names_have_a_version_have_a_page_each(once, images):
-    for name in ("lora.v2", "lora.v3"):
-        shutil.copy(once / "lora.pth", once / f"{name}.pth")
-        deploy_lora.main(["evaluate", str(once / f"{name}.pth"), str(images / "val"), "--device", "cpu"])
-        assert (once / f"{name}_evaluation.html").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole_vit_mini")
 def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, monkeypatch):
     """What lies in the toolkit is stored relative to it, and found from any folder."""
-    shutil.copytree(images, tmp_path / "mine")
-    names = [path.relative_to(tmp_path / "mine") for path in (tmp_path / "mine").rglob("*.png")]
-    (tmp_path / "mine/list.csv").write_text("".join(f"{name},{name.parent.name}\n" for name in names))
+    lines = [f"{path},{path.parent.name}\n" for path in images.rglob("*.png")]
+    (tmp_path / "list.csv").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
-    common = "--checkpoint shipped --device cpu --epochs 1 --lora-rank 2"
-    for sources in (f"--data-dir {tmp_path / 'mine'}", f"--data-list {tmp_path / 'mine/list.csv'}"):
-        results = finetune_lora.main(f"{sources} --output-dir first {common}".split())
-        assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
-        again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
-        assert again["val_loss"] == results["val_loss"]
-        assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]
+    common = "--output-dir first --checkpoint shipped --device cpu --epochs 1 --lora-rank 2"
+    results = finetune_lora.main(f"--data-list list.csv {common}".split())
+    assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+    again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
+    assert again["val_loss"] == results["val_loss"]
+    assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]
 
 
 # --------------------------------- toolkit/config.py: defaults, YAML and command line; types, choices and nearest names
@@ -286,7 +249,8 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     def keys(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
         return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
 
-    fine_tuning, stage1 = keys(finetune_lora.make_parser()), keys(pretrain.make_parser())
+    fine_tuning = keys(finetune_lora.make_parser())
+    stage1 = keys(pretrain.make_parser())
     shared = {*config.SECTIONS} & fine_tuning.keys() & stage1.keys()
     assert shared == {"model", "data"} == OF_FINE_TUNING.keys()
     for section in shared:
@@ -328,10 +292,8 @@ def settled(**changes) -> Plan:
 @pytest.mark.parametrize(
     "typed",
     [
-        "",
-        "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2",
-        "--learning-rate 3e-4 --norms auto --arithmetic float --wise-ft 0.5 --keep-best f1",
-        "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
+        "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2 --wise-ft 0.5 --keep-best f1",
+        "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0 --learning-rate 3e-4 --norms auto",
     ],
 )
 def test_the_config_of_an_older_version_is_read_as_if_all_that_its_run_settled_had_been_typed(base, tmp_path, typed):
@@ -339,13 +301,11 @@ def test_the_config_of_an_older_version_is_read_as_if_all_that_its_run_settled_h
     plan = settled(norms=args.norms if args.lora_rank == 0 else "follow")
     settings = plan.settings(args)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    again, sources = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
+    again, _ = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
     assert plan.settings(again) == settings
     names = ("precision", "norms")
     found = {name: getattr(plan, name) for name in names} | plan.image_values
     assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
-    in_file = {name for section in settings.values() for name, value in section.items() if value is not None}
-    assert {name for name, source in sources.items() if source == "config"} == in_file
 
 
 def values_to_type(action: argparse.Action) -> list[str]:
@@ -353,17 +313,15 @@ def values_to_type(action: argparse.Action) -> list[str]:
     flags = action.option_strings
     if isinstance(action, argparse.BooleanOptionalAction):
         return [flags[0], flags[-1]]
-    values = action.choices or ("none", "auto", "0", "16", "0.5")
+    values = action.choices or ("auto", "16", "0.5")
     return [f"{flags[0]} {value}" for value in values]
 
 
 RUNS = {
     "adapters": "--data-dir {images}",
     "of a high rank": "--data-dir {images} --lora-rank 32 --learning-rate 1e-3 --precision fp32",
-    "over a random head": "--data-dir {images} --head-init random",
     "of all weights": "--data-dir {images} --checkpoint none --arch vit_mini --no-freeze-backbone --head-init probe",
     "masks": "--data-dir {pairs} --task segmentation",
-    "digits": "",
     "a file": "--data-dir {images} --config {file}",
 }
 
