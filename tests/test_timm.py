@@ -11,7 +11,7 @@ from torch import nn
 import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
 from lora.fusion import set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests, read_adapter_file
+from lora_utils import LoRAManager, base_digests
 from toolkit import InputError
 from toolkit.answers.probe import fit_linear_probe, set_head
 from toolkit.models.backbones import (
@@ -71,7 +71,8 @@ def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation(name):
     assert head_name(model) == HEADS[name] and model.get_submodule(HEADS[name]).out_features == 5
     assert default_image_size(f"timm:{name}") == config["input_size"][-1] == 160
     assert normalization(f"timm:{name}") == {"mean": config["mean"], "std": config["std"]}
-    x, head = images(160), model.eval().get_submodule(HEADS[name])
+    x = images(160)
+    head = model.eval().get_submodule(HEADS[name])
     features = forward_features(model, x)
     assert features.shape == (2, head.in_features)
     assert_close(head(features), model(x), FP32)
@@ -106,14 +107,6 @@ def test_only_the_classifier_trains():
 def test_what_cannot_be_built(arch, options, message):
     with pytest.raises(InputError, match=message), torch.device("meta"):
         build_backbone(arch, **{"num_classes": 5, **options})
-
-
-def test_models_for_images_that_are_not_square(monkeypatch):
-    config = timm.get_pretrained_cfg("test_vit")
-    config.input_size = 3, 64, 32
-    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config)
-    with pytest.raises(InputError, match="64 x 32 pixels"):
-        build_backbone("timm:test_vit", 5)
 
 
 @pytest.mark.parametrize(
@@ -179,66 +172,31 @@ def test_a_position_embedding_says_its_image_size_and_is_interpolated_to_another
     assert digests["pos_embed"] == base_digests(theirs)["pos_embed"] == record_of(larger).base_digests["pos_embed"]
 
 
-def test_random_weights_travel_in_the_adapter_file(tmp_path):
-    """No other file has them."""
-    model, report = load_backbone("none", 5, "timm:test_resnet")
-    assert (report["family"], report["image_size"]) == ("none", 160)
-    freeze_backbone_params(add_lora_to_model(model, r=2))
-    metadata = {"arch": "timm:test_resnet", "class_names": list("abcde"), "image_size": 160, "checkpoint": "none"}
-    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", metadata)
-    x = images()
-    again, _ = load_finetuned(tmp_path / "lora.pth")
-    assert_close(again(x), model.eval()(x), FP32)
-    with pytest.raises(InputError, match="give an arch"):
-        load_backbone("none", 5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, finetune, tmp_path, capsys):
+def test_from_an_adapter_file_to_one_for_plain_timm(name, checkpoint, tmp_path, capsys):
     path, _ = checkpoint(name)
-    options = f"--checkpoint {path} --arch timm:{name} --image-size 32"
-    results = finetune(options)
-    metadata = read_adapter_file(results["folder"] / "lora.pth")["metadata"]
-    assert metadata["arch"] == f"timm:{name}" and metadata["mean"] == metadata["std"] == [0.5, 0.5, 0.5]
-    deploy_lora.main(["merge", str(results["folder"] / "lora.pth"), "--output", str(tmp_path / "merged.pth")])
+    adapter = tmp_path / "lora.pth"
+    model, report = load_backbone(path, 3, f"timm:{name}", 32)
+    randomize_adapters(add_lora_to_model(model, r=2), std=0.05)
+    about = {"arch": report["arch"], "class_names": list("abc"), "image_size": 32, "checkpoint": str(path)}
+    LoRAManager(model).save_lora_checkpoint(adapter, about | {"mean": [0.5] * 3, "std": [0.5] * 3})
+    deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "merged.pth")])
     assert f"a state_dict for timm's {name} with 3 classes" in capsys.readouterr().out
     plain = timm.create_model(name, num_classes=3, **({"img_size": 32} if "vit" in name else {}))
     plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
-    model, info = load_finetuned(results["folder"] / "lora.pth")
-    assert [list(info["transform"].steps.transforms[-1].mean)] == [[0.5, 0.5, 0.5]]
+    again, info = load_finetuned(adapter)
+    assert list(info["transform"].steps.transforms[-1].mean) == [0.5] * 3
     x = images()
-    assert_close(model(x), plain.eval()(x), FP32)
-    evaluated = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), "--device", "cpu"])
-    assert evaluated["accuracy"] == results["val_accuracy"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_a_model_of_timm_s_leaves_for_peft_and_comes_back(name, checkpoint, tmp_path, capsys):
-    peft = pytest.importorskip("peft")
-    base, adapter = checkpoint(name)[0], tmp_path / "lora.pth"
-    model, report = load_backbone(base, 2, f"timm:{name}", 32)
-    randomize_adapters(add_lora_to_model(model, r=2), std=0.05)
-    nn.init.normal_(model.get_submodule(HEADS[name]).weight)
-    about = {"arch": report["arch"], "class_names": ["cat", "dog"], "image_size": 32, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(adapter, about)
-    x = images(32)
-    expected = model.eval()(x)
-    with torch.no_grad():
-        plain = build_backbone(f"timm:{name}", 2, 32).eval()
-        assert not torch.allclose(expected, plain(x), atol=0.1)  # there is something to get wrong
-
-    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
-    theirs, _ = load_backbone(base, 2, f"timm:{name}", 32)
-    assert_close(peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()(x), expected, FP32)
+    assert_close(again(x), plain.eval()(x), FP32)
+    assert_close(again(x), model.eval()(x), FP32)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name):
     model = build_backbone(f"timm:{name}", 3)
     freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2)))
-    x, trained = images(), [p for p in model.parameters() if p.requires_grad]
+    x = images()
+    trained = [p for p in model.parameters() if p.requires_grad]
     block = model.blocks[0] if name == "test_vit" else model.layer1[0]
     calls = []
     block.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing stops before the block ends
