@@ -66,7 +66,8 @@ def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path, levels):
 
 def odd_files(folder) -> dict:
     """Image files whose pixels Image.open alone does not give as evaluation sees them, by what is odd about them."""
-    rng, exif = np.random.RandomState(0), Image.Exif()
+    rng = np.random.RandomState(0)
+    exif = Image.Exif()
     levels = rng.randint(0, 256, (40, 30, 3)).astype(np.uint8)
     exif[274] = 6  # lies on its side
     transparent = np.dstack([levels, rng.randint(0, 256, (40, 30)).astype(np.uint8)])
@@ -95,7 +96,8 @@ def test_a_transform_takes_what_image_open_returns(tmp_path, size):
         odd_files(tmp_path / "train" / label)
         odd_files(tmp_path / "val" / label)
         photograph(tmp_path / "val" / label / "large.jpg")
-    images, transform = sources.load_splits("imagefolder", tmp_path).val, transforms.eval_transform(size)
+    images = sources.load_splits("imagefolder", tmp_path).val
+    transform = transforms.eval_transform(size)
     for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
         assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
 
@@ -202,7 +204,8 @@ def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, monkeypat
     pictures = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]} if format == "MPO" else {}
     photograph(tmp_path / "large.jpg", exif=exif, format=format, **pictures)
     assert Image.open(tmp_path / "large.jpg").format == format
-    decoded, load = [], transforms.to_rgb
+    decoded = []
+    load = transforms.to_rgb
     monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
     for seed in range(4):
         for view in views_of(name, 96):
@@ -216,7 +219,8 @@ def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, monkeypat
 
 def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, monkeypatch):
     photograph(tmp_path / "large.jpg", size=(256, 256))
-    decoded, load = [], transforms.to_rgb
+    decoded = []
+    load = transforms.to_rgb
     monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
     transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
     assert decoded == [(128, 128)]
@@ -236,7 +240,9 @@ def a_digit() -> Image.Image:
 
 
 def test_digits_views_are_the_image_but_for_a_small_change_of_place_and_noise(monkeypatch):
-    image, drawn, still = a_digit(), [], (0.0, (0, 0), 1.0, (0, 0))
+    image = a_digit()
+    drawn = []
+    still = (0.0, (0, 0), 1.0, (0, 0))
     monkeypatch.setattr(T.RandomAffine, "get_params", staticmethod(lambda *limits: drawn.append(limits) or still))
     torch.manual_seed(0)
     first, second = transforms.two_crops(32, "digits")(image)
