@@ -1,5 +1,6 @@
 """Where the head starts by images without labels: hand-made clusters, and numbers in closed form."""
 
+import functools
 import math
 
 import numpy as np
@@ -29,14 +30,20 @@ def contradicting(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return 2 * normal(3, 30, seed=0)[clusters] + normal(images, 30, seed=seed), labels
 
 
-def started(draw, per_class: int = 5, clusters: Tensor | None = None) -> tuple[unlabelled.Start, probe.Probe]:
-    """The start by labelled images of a drawn kind, in two views, and 300 without labels; and the plain probe."""
+def draws(draw, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labelled images of a drawn kind, in two views, their labels, and 300 images without labels."""
     features, labels = draw(CLASSES * per_class, seed=1)
     features = torch.cat([features, features + 0.1 * normal(*features.shape, seed=2)])
-    labels = labels.repeat(2)
     others, _ = draw(300, seed=3)
-    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2, clusters=clusters)
-    return unlabelled.start(features, labels, others, CLASSES, plain, views=2, clusters=clusters), plain
+    return features, labels.repeat(2), others
+
+
+@functools.cache
+def started(draw, per_class: int = 5) -> tuple[unlabelled.Start, probe.Probe]:
+    """The start by labelled images and such without labels, see `draws`; and the plain probe."""
+    features, labels, others = draws(draw, per_class)
+    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
+    return unlabelled.start(features, labels, others, CLASSES, plain, views=2), plain
 
 
 def accuracy(head: probe.Probe, draw) -> float:
@@ -70,14 +77,13 @@ def test_clusters_that_are_no_classes_leave_the_probe_as_it_is():
 
 
 def test_it_is_the_same_each_time_and_leaves_the_seed_alone():
-    torch.manual_seed(5)
     first, _ = started(clustered)
-    drawn = torch.rand(1)
-    torch.manual_seed(6)
-    again, _ = started(clustered)
-    assert torch.equal(first.probe.weight, again.probe.weight) and torch.equal(first.answers, again.answers)
     torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    again, _ = started.__wrapped__(clustered)
     assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(first.probe.weight, again.probe.weight) and torch.equal(first.answers, again.answers)
 
 
 def test_one_image_a_class_leaves_nothing_to_check():
@@ -95,10 +101,12 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
         return {"k-means": torch.zeros(len(images.rows), CLASSES)}
 
     monkeypatch.setattr(unlabelled, "candidates", candidates)
-    found, _ = started(clustered, per_class=10, clusters=patients)
-    assert found.name in ("probe", "k-means") and len(shown) == 2 * probe.FOLDS
+    features, labels, others = draws(clustered, 10)
+    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2, clusters=patients)
+    unlabelled.start(features, labels, others, CLASSES, plain, views=2, clusters=patients)
+    assert len(shown) == 2 * probe.FOLDS
+    of = torch.cat([patients, patients])
     for places in shown:
-        of = torch.cat([patients, patients])
         left = np.setdiff1d(np.arange(60), places.numpy())
         assert not np.intersect1d(of[places], of[left]).size
     assert not torch.equal(shown[0], shown[probe.FOLDS])  # another turn deals anew
@@ -219,11 +227,8 @@ def test_a_class_with_few_labels_is_not_forgotten():
 def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
     """By which the head is distilled, and from which the temperature at the end of a run follows."""
     found, plain = started(clustered)
-    features, labels = clustered(5 * CLASSES, seed=1)
-    features = torch.cat([features, features + 0.1 * normal(*features.shape, seed=2)])
-    others, _ = clustered(300, seed=3)
+    features, labels, others = draws(clustered, 5)
     images = unlabelled.placed(torch.cat([features, others]))
-    labels = labels.repeat(2)
     answers = unlabelled.held_out_answers(images, known_of(labels), plain, 2, None)[found.name]
     temperature = unlabelled.judge(answers, labels, 2).temperature
     assert not 0.9 < temperature < 1.1
