@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from finetune_lora import LoRALinear
+from tests.dense import assert_unchanged, resnet, snapshot, vit
 from toolkit import InputError, devices
 from toolkit.answers import evaluation
 from toolkit.devices import faster_dtype
-from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions, read_options
 
@@ -44,56 +45,52 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
 
 
+def estimate(model: nn.Module, batches: torch.Tensor) -> None:
+    """By batches (count, N, D)."""
+    loader = DataLoader(TensorDataset(batches.flatten(0, 1), torch.zeros(batches.shape[:2].numel())), batches.shape[1])
+    evaluation.estimate_statistics(model, loader, torch.device("cpu"), torch.float32)
+
+
 def test_statistics_are_those_of_the_loaders_images():
-    """Of all batches alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are."""
-    torch.manual_seed(0)
+    """Of all batches alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are.
+
+    Of what a norm saw when its weights were others nothing is left.
+    """
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01), nn.Dropout(0.5), nn.BatchNorm1d(3))
+    model(torch.randn(8, 3) * 4 - 7)
     model[2].frozen = True
-    frozen = {name: tensor.clone() for name, tensor in model[2].state_dict().items()}
-    batches = [torch.randn(8, 3) * 5 + 2 for _ in range(4)]
-    evaluation.estimate_statistics(model, [(x, None) for x in batches], torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean(0))
-    expected = torch.stack([batch.var(0) for batch in batches]).mean(0)
-    torch.testing.assert_close(model[0].running_var, expected)
+    frozen = snapshot(model[2])
+    batches = torch.randn(4, 8, 3) * 5 + 2
+    estimate(model, batches)
+    torch.testing.assert_close(model[0].running_mean, batches.mean((0, 1)))
+    torch.testing.assert_close(model[0].running_var, batches.var(1).mean(0))
     assert model.training and model[0].training and model[0].momentum == 0.01
-    assert all(torch.equal(tensor, frozen[name]) for name, tensor in model[2].state_dict().items())
-
-
-def test_statistics_of_earlier_weights_have_no_part_in_estimated_ones():
-    """A norm that has trained knows what it saw: of that nothing is left."""
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    for _ in range(5):
-        model(torch.randn(8, 3) * 4 - 7)
-    batches = [torch.randn(8, 3) + 2 for _ in range(3)]
-    evaluation.estimate_statistics(model, [(x, None) for x in batches], torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean(0))
+    assert_unchanged(frozen, model[2])
 
 
 def test_a_share_of_the_change_is_kept():
     """Weights lie on the line from where training began to where it is. Statistics are not interpolated."""
     model = nn.BatchNorm1d(2)
     wise_ft = optim.WiseFT(model, alpha=0.25)
-    with torch.no_grad():
-        model.weight.fill_(3.0)
+    nn.init.constant_(model.weight, 3.0)
     wise_ft.begin()
     with wise_ft.in_place():
-        assert torch.equal(model.weight, torch.full((2,), 3.0))
-    with torch.no_grad():
-        model.weight.fill_(5.0)
+        assert model.weight.tolist() == [3.0, 3.0]
+    nn.init.constant_(model.weight, 5.0)
     model(torch.rand(4, 2))
-    trained = copy.deepcopy(model.state_dict())
+    trained = snapshot(model)
     with wise_ft.in_place():
-        torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
-        torch.testing.assert_close(model.running_mean, trained["running_mean"])
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+        assert model.weight.tolist() == [3.5, 3.5]
+        assert torch.equal(model.running_mean, trained["running_mean"])
+    assert_unchanged(trained, model)
     wise_ft.share = 0.0
     with wise_ft.in_place():
-        assert torch.equal(model.weight, torch.full((2,), 3.0))
+        assert model.weight.tolist() == [3.0, 3.0]
     wise_ft.share = 0.125
     resumed = optim.WiseFT(model, alpha=0.25)
     resumed.load_state_dict(copy.deepcopy(wise_ft.state_dict()))
     with resumed.in_place():
-        torch.testing.assert_close(model.weight, torch.full((2,), 3.25))
+        assert model.weight.tolist() == [3.25, 3.25]
     assert resumed.alpha == 0.25
 
 
@@ -132,21 +129,24 @@ def test_a_head_over_random_weights_starts_at_random_unless_a_probe_is_typed():
     assert read_options([*argv, "--head-init", "probe"])[0].head_init == "probe"
 
 
-def test_features_and_evaluation_are_exact_and_leave_the_mode():
+def test_features_are_exact_and_leave_the_mode():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9))
     model[0].eval()  # a frozen layer within a training model
     images = torch.randn(5, 3)
-    batches = [(images[:3], torch.tensor([0, 1, 2])), (images[3:], torch.tensor([3, 4]))]
-    features, labels = evaluation.extract_features(model, batches, torch.device("cpu"), torch.float32)
+    loader = DataLoader(TensorDataset(images, torch.arange(5)), batch_size=3)
+    features, labels = evaluation.extract_features(model, loader, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(features, images / (1 + 1e-5) ** 0.5)
     assert labels.tolist() == [0, 1, 2, 3, 4]
     assert model.training and model[1].training and not model[0].training
-    torch.manual_seed(0)
+
+
+def test_evaluation_is_exact_and_leaves_the_mode():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
-    data = [(torch.randn(3, 2, 2), i % 4) for i in range(11)]
-    inputs, labels = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
-    logits = inputs.flatten(1) @ model[2].weight.T + model[2].bias
-    result = evaluation.evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), torch.device("cpu"))
+    images = torch.randn(11, 3, 2, 2)
+    labels = torch.arange(11) % 4
+    logits = images.flatten(1) @ model[2].weight.T + model[2].bias
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    result = evaluation.evaluate(model, loader, torch.device("cpu"))
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert torch.equal(result.predictions, logits.argmax(1)) and torch.equal(result.labels, labels)
     assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
@@ -155,8 +155,10 @@ def test_features_and_evaluation_are_exact_and_leave_the_mode():
 
 def test_knn_accuracy_agrees_with_a_vote_counted_by_hand(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    bank, labels = torch.randn(40, 5, generator=generator), torch.arange(40) % 4
-    queries, targets = torch.randn(30, 5, generator=generator), torch.arange(30) % 4
+    bank = torch.randn(40, 5, generator=generator)
+    labels = torch.arange(40) % 4
+    queries = torch.randn(30, 5, generator=generator)
+    targets = torch.arange(30) % 4
     correct = 0
     for query, target in zip(queries, targets, strict=True):
         similarity = F.cosine_similarity(bank, query[None])
@@ -198,29 +200,36 @@ def test_balanced_weights_are_scikit_learns():
 
 def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
     """And after a resume."""
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.1)]
-    optimizer = torch.optim.AdamW(groups)
+
+    def adamw() -> torch.optim.AdamW:
+        head = {"params": torch.zeros(1, requires_grad=True), "lr": 1.0}
+        return torch.optim.AdamW([head, {"params": torch.zeros(1, requires_grad=True), "lr": 0.1}])
+
+    optimizer = adamw()
     schedule = optim.lr_schedule(optimizer, 10, 2)
     for _ in range(5):
-        optimizer.step(), schedule.step()
-    before = [group["lr"] for group in optimizer.param_groups]
+        optimizer.step()
+        schedule.step()
+    before = np.array(schedule.get_last_lr())
     optim.lower_rates(schedule, 4)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 4 for rate in before])
-    again = optim.lr_schedule(torch.optim.AdamW([{**g, "params": g["params"]} for g in groups]), 10, 2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(before / 4)
+    again = optim.lr_schedule(adamw(), 10, 2)
     again.load_state_dict(schedule.state_dict())
-    optimizer.step(), schedule.step()
-    assert schedule.get_last_lr() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * 4 / 8)) * r for r in (1, 0.1)])
+    optimizer.step()
+    schedule.step()
+    half_way = 0.5 * (1 + math.cos(math.pi * 4 / 8))
+    assert schedule.get_last_lr() == pytest.approx([0.25 * half_way, 0.025 * half_way])
     assert again.base_lrs == [0.25, 0.025]
 
 
 def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_is():
     device = torch.device("cpu")
-    resnet = devices.place(build_backbone("resnet18", 2), device)
-    images = devices.to_device(torch.rand(2, 3, 32, 32), device)
-    for tensor in (images, resnet.layer1[0].conv1.weight, resnet.layer1(resnet.conv1(images))):
+    model = devices.place(resnet(), device)
+    x = devices.to_device(torch.rand(2, 3, 32, 32), device)
+    for tensor in (x, model.layer1[0].conv1.weight, model.layer1(model.conv1(x))):
         assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    vit = devices.place(build_backbone("vit_mini", 2, 16), device)
-    assert all(parameter.is_contiguous() for parameter in vit.parameters())
+    for parameter in devices.place(vit(), device).parameters():
+        assert parameter.is_contiguous()
 
 
 def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):
