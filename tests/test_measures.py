@@ -267,6 +267,41 @@ def test_few_positives_or_negatives_have_no_interval_however_many_images_their_p
     assert np.isfinite(report.label_intervals(0)).all() == has_one
 
 
+def test_what_a_threshold_reaches_is_told_with_wilsons_intervals():
+    """Eight of ten positives and fifteen of twenty negatives are on its right side: in closed form."""
+    positive = (torch.arange(30)[:, None] < 10).double()
+    is_answer = torch.cat([torch.arange(10) < 8, torch.arange(20) < 5])
+    answers = multilabel.LabelAnswers(0.0, torch.where(is_answer, 0.45, 0.3)[:, None], positive)
+    report = tasks.MultiLabel(["rare"], thresholds=torch.tensor([0.4])).report(answers)
+    by_name = report.figures()["labels"]["rare"]
+    assert by_name["sensitivity_interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert by_name["specificity_interval"] == pytest.approx([0.5313, 0.8881], abs=1e-4)
+    assert report.printed()[-1] == (
+        "rare",
+        "0.40: sensitivity 80.0% (49.0% to 94.3%), specificity 75.0% (53.1% to 88.8%)",
+    )
+    assert report.by_label()[0][6:8] == ["80.0% (49.0% to 94.3%)", "75.0% (53.1% to 88.8%)"]
+    patients = torch.arange(30) // 5  # two have the label, whose images are alike
+    low, high = (
+        tasks.MultiLabel(["rare"], thresholds=torch.tensor([0.4])).report(answers, patients).rate_intervals(0)[0]
+    )
+    assert (low, high) == measures.share_interval(is_answer[:10], patients[:10])
+    assert low < 0.4 and high > 0.95
+
+
+def test_the_roc_has_the_chosen_point_the_diagonal_and_the_auroc(tmp_path, monkeypatch, pictures):
+    drawn = []
+    monkeypatch.setattr(multilabel, "save_figure", lambda figure, _: drawn.append(figure.axes[1]))
+    answers = several_labels(labels=1)
+    report = tasks.MultiLabel(["rare"], thresholds=torch.tensor([0.6])).report(answers)
+    report.draw(tmp_path / "picture.png")
+    diagonal, curve, point = drawn[0].lines
+    assert list(zip(*diagonal.get_data(), strict=True)) == [(0, 0), (1, 1)]
+    assert curve.get_label() == f"rare {report.by['auroc'][0]:.1%}"
+    rates = answers.rates(torch.tensor([0.6]))
+    assert point.get_data() == ([1 - rates["specificity"].item()], [rates["sensitivity"].item()])
+
+
 def test_a_label_whose_only_positive_is_left_out_is_not_in_the_mean_f1():
     positive = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 0]])
     answers = multilabel.LabelAnswers(0.0, torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [0.9, 0.1]]), positive)

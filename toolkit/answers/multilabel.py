@@ -230,10 +230,27 @@ class LabelReport(ColumnReport):
             return [(math.nan, math.nan)] * 2
         return self.intervals[len(self.HEADLINES) + i :: len(self.names)]
 
+    def rate_intervals(self, i: int) -> list[measures.Interval]:
+        """Of a label's sensitivity and specificity at its threshold; NaN where no image has it, or none lacks it."""
+        targets = self.answers.targets[:, i]
+        is_answer = self.answers.values[:, i] > self.head.thresholds[i]
+        found = []
+        for value in (1, 0):
+            some = targets == value
+            if some.any():
+                groups, clusters = self.clusters[some].unique(return_inverse=True)
+                right = is_answer[some] == bool(value)
+                found.append(measures.share_interval(right, clusters if len(groups) < len(right) else None))
+            else:
+                found.append((math.nan, math.nan))
+        return found
+
     def figures(self) -> dict[str, Any]:
         figures = super().figures() | self.calibration_figures()
+        names = ("average_precision", "auroc", "sensitivity", "specificity")
         for i, by_name in enumerate(figures[self.plural].values()):
-            for name, interval in zip(("average_precision", "auroc"), self.label_intervals(i), strict=True):
+            intervals = [*self.label_intervals(i), *self.rate_intervals(i)]
+            for name, interval in zip(names, intervals, strict=True):
                 by_name[f"{name}_interval"] = finite_interval(interval)
         return figures
 
@@ -252,22 +269,27 @@ class LabelReport(ColumnReport):
         for i in worst_first(self.by["average_precision"]):
             positives, unknown, *shares, threshold = (values[i] for values in self.by.values())
             cells = ["" if math.isnan(share) else f"{share:.1%}" for share in shares]
-            for place, (low, high) in enumerate(self.label_intervals(i)):
+            intervals = dict(zip((0, 1, 3, 4), [*self.label_intervals(i), *self.rate_intervals(i)], strict=True))
+            for place, (low, high) in intervals.items():
                 cells[place] += "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
             rows.append([self.names[i], positives, unknown, *cells, f"{threshold:.2f}"])
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
         rows = []
-        for name, positives, _, ap, auroc, *_ in self.by_label():
+        at_thresholds = []
+        for name, positives, _, ap, auroc, _, sensitivity, specificity, *_, threshold in self.by_label():
             without = "" if "(" in ap else ", no interval"
             text = f"AP {ap}, AUROC {auroc or 'not defined'}; positives: {positives}{without}"
             rows.append((name, text if positives else "no positives"))
-        return shortened("by label", "the worst first, with 95% intervals:", rows)
+            reached = f"{threshold}: sensitivity {sensitivity or 'not defined'}"
+            at_thresholds.append((name, f"{reached}, specificity {specificity or 'not defined'}"))
+        by_label = shortened("by label", "the worst first, with 95% intervals:", rows)
+        return by_label + shortened("at the threshold", "what it reaches, with 95% intervals:", at_thresholds)
 
     def sections(self, picture: Path) -> list[str]:
         shown = html_picture(picture.read_bytes(), "precision by recall, and ROC, of the labels with the lowest AP")
-        explained = "<p>In brackets 95% intervals; F1 and what follows it are at the threshold.</p>"
+        explained = "<p>In brackets 95% intervals; F1 and what follows it are at the threshold: a point on the ROC.</p>"
         table = html_table(self.by_label(), self.TITLES)
         return ["<h2>By label</h2>", explained, table, shown, *self.reliability_section()]
 
@@ -277,6 +299,7 @@ class LabelReport(ColumnReport):
 
         figure = new_figure(11, 4.5)
         precisions, rocs = figure.subplots(1, 2)
+        rocs.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
         columns = list(self.answers.known())
         for i in worst_first(self.by["average_precision"])[:CURVES]:
             scores, targets, _ = columns[i]
@@ -285,14 +308,17 @@ class LabelReport(ColumnReport):
                 precisions.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
             if targets.any() and not targets.all():
                 alarms, hits, _ = roc_curve(targets, scores)
-                rocs.plot(alarms, hits)
+                name = drawn(printable(self.names[i], 24))
+                [line] = rocs.plot(alarms, hits, label=f"{name} {self.by['auroc'][i]:.1%}")
+                chosen = 1 - self.by["specificity"][i], self.by["sensitivity"][i]
+                rocs.plot(*chosen, "o", color=line.get_color())
         precisions.set(xlabel="recall", ylabel="precision", title=self.title())
-        rocs.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC")
+        rocs.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, AUROC, and the thresholds")
         for axes in (precisions, rocs):
             axes.set(xlim=(0, 1), ylim=(0, 1.02))
             axes.grid(alpha=0.3)
-        if precisions.lines:
-            precisions.legend(fontsize=8)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
         save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
