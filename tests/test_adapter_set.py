@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import FP32, assert_close, classes, frozen, randomize_adapters, resnet, snapshot, vit
+from dense import FP32, assert_close, classes, frozen, resnet, snapshot, vit
 from torch import Tensor, nn
 
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params
-from lora import adapter_set
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from toolkit import InputError
 from toolkit.models.backbones import record_of
@@ -210,26 +209,6 @@ def bytes_in_use(model: nn.Module) -> set[int]:
     return {p.data_ptr() for p in model.parameters() if p.dtype == torch.uint8}
 
 
-def test_adapters_in_the_last_blocks_over_4_bits_below(arch, tmp_path):
-    """Beside one in all blocks over a float base, and two of a kind in one model."""
-    last = {"adapt_last": 1 if arch == "vit" else 3, "use_qlora": True}
-    alone = {"upper": frozen(base(arch, 6), 0.1, **last), "pets": trained(arch, "pets")}
-    LoRAManager(alone["upper"]).save_lora_checkpoint(tmp_path / "upper.safetensors")
-    manager = LoRAManager(base(arch))
-    freeze_backbone_params(manager.model)
-    manager.load_lora_checkpoint(tmp_path / "upper.safetensors", name="upper")
-    manager.load_lora_checkpoint(saved(alone["pets"], "pets", tmp_path), name="pets")
-    for name in ("upper", "pets", "upper"):
-        manager.use(name)
-        assert_same(manager.model, alone[name])
-
-    model = copy.deepcopy(alone["upper"])
-    LoRAManager(model).load_lora_checkpoint(tmp_path / "upper.safetensors", name="again")
-    for name in ("again", "default"):
-        LoRAManager(model).use(name)
-        assert_same(model, alone["upper"])
-
-
 @pytest.mark.parametrize(
     ("name", "four_bits", "message"),
     [
@@ -324,20 +303,6 @@ def test_a_shared_base_does_not_train(manager, options):
         freeze_backbone_params(manager.model, **options)
 
 
-def test_layers_that_an_adapter_gets_in_use_are_its_own(alone, arch, tmp_path):
-    manager = LoRAManager(base(arch))
-    freeze_backbone_params(manager.model)
-    before = snapshot(manager.model)
-    manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
-    manager.use("cars")
-    randomize_adapters(add_lora_to_model(manager.model, r=2), std=0.1)
-    adapted = manager.get_lora_info()["num_layers"]
-    manager.use(None)
-    assert_equal(manager.model.state_dict(), before)
-    manager.use("cars")
-    assert manager.get_lora_info()["num_layers"] == adapted > LoRAManager(alone["cars"]).get_lora_info()["num_layers"]
-
-
 def test_metadata_are_those_of_the_file_that_was_read_last(alone, arch, tmp_path):
     manager = LoRAManager(copy.deepcopy(alone["pets"]))
     LoRAManager(alone["pets"]).save_lora_checkpoint(tmp_path / "other.pth", {"class_names": ["others"]})
@@ -395,12 +360,6 @@ def test_adapters_follow_where_the_model_goes_when_they_come_into_use(manager, c
             assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
         else:
             assert manager.model(images().bfloat16()).dtype == torch.bfloat16
-
-
-def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_set, "ADAPTED", {})
-    with pytest.raises(InputError, match="import it first"):
-        manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
 
 
 def test_a_head_follows_the_mode_of_the_model(tmp_path):

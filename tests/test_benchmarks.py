@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks import (
-    answering,
     choose,
     compare_peers,
     few_labels,
@@ -51,14 +50,6 @@ def test_heads_with_few_labels(tmp_path, capsys, base):
     assert few_labels.gain([0.5, 0.7], [0.4, 0.4]) == "+20.0 ± 10.0"
     with pytest.raises(InputError, match="--pool with the row"):
         few_labels.parse(["--pool", "100", "--rows", "trained"])
-
-
-def test_answering_is_measured_beside_its_parts(images, capsys):
-    argv = f"--data-dir {images}/val --arch resnet18 --images 2 --batch-size 2 --workers 0 --rounds 1"
-    rates = answering.main(argv.split())
-    ways = {"decoding alone", "network alone", "predict", "of archives", "torchvision", "timm"}
-    assert ways - set(rates["resnet18"]) <= {"timm"}  # which need not be installed
-    assert "| resnet18 |" in capsys.readouterr().out
 
 
 def test_what_choosing_is_worth(base, images, tmp_path, capsys):

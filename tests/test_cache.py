@@ -52,14 +52,6 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     refused(r"cannot make .*Not a directory.* set XDG_CACHE_HOME")
 
 
-def test_no_file_is_left_where_the_features_cannot_be_opened(photos, place, monkeypatch):
-    """As after a stop while the other processes open it."""
-    monkeypatch.setattr(torch, "from_file", mock.Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        cache.cache_features(photos, [[torch.zeros(3, 5)]], 3)
-    assert count_files(place) == 0
-
-
 def count_files(folder: Path) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 

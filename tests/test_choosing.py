@@ -4,7 +4,6 @@ import itertools
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +15,9 @@ import deploy_lora
 from finetune_lora import load_finetuned
 from tests.run_folders import rows_of
 from toolkit.answers import choosing
-from toolkit.answers.answer_reports import PICTURES
 from toolkit.answers.report_page import html_pictures
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
-from toolkit.run import reports
 
 NONE = torch.zeros(0, 8)
 
@@ -175,17 +172,3 @@ def test_where_nothing_is_held_out_no_label_is_doubted(finetune):
     folder = finetune("--labels-per-class 1 --epochs 1")["folder"]
     assert not (folder / "labels_to_check.csv").exists()
     assert "Labels to look at" not in (folder / "report.html").read_text()
-
-
-def test_the_listed_images_are_those_that_the_probe_is_of(images, tmp_path, monkeypatch):
-    """Of many training images it is of some."""
-    monkeypatch.setattr(reports, "KNN_IMAGES", 5)
-    train = load_splits("imagefolder", images).train
-    run = SimpleNamespace(splits=SimpleNamespace(train=train), path=tmp_path.joinpath)
-    run.plan = SimpleNamespace(normalization={"bands": None})
-    run.task = SimpleNamespace(names=CLASSES, head=SimpleNamespace(contradicted=[(4, 2, 7.25)] * 30))
-    _, explained, pictures = reports.labels_to_check(run)
-    some = train.at_most(5)
-    row = {"path": some.name(4), "label": CLASSES[some.labels[4]], "answer": "striped", "times": "7.25"}
-    assert rows_of(tmp_path / "labels_to_check.csv") == [row] * 30
-    assert "takes 30 of 5 training images" in explained and pictures.count("<figure>") == PICTURES

@@ -1,10 +1,8 @@
 """What a run does when training harms the network, and which epoch it keeps."""
 
 import copy
-import gc
 import json
 import math
-import multiprocessing
 from collections.abc import Callable
 
 import pytest
@@ -351,23 +349,6 @@ def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
     monkeypatch.setattr(FineTuning, "evaluate_watched", lambda *given: real(*given)._replace(accuracy=0.9))
     train(run)
     assert run.wise_ft.share == kept and run.guard.scores == [1.0, 0.9]
-
-
-@pytest.mark.slow
-def test_no_process_of_a_run_outlives_it(finetune):
-    """Left to the collector of cycles they would wait there, and then take five seconds each to end."""
-    before = {*multiprocessing.active_children()}
-    alive = []
-    gc.disable()
-    try:
-        finetune(
-            "--workers 1 --adapt-last auto --epochs 1 --lora-rank 2",
-            after_epoch=lambda run: alive.append(len({*multiprocessing.active_children()} - before)),
-        )
-        assert alive[-1] in (1, 2)  # of the run's own loaders; what looked at the gradient had its own
-        assert {*multiprocessing.active_children()} <= before
-    finally:
-        gc.enable()
 
 
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):

@@ -3,9 +3,6 @@
 import itertools
 import math
 import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -414,21 +411,6 @@ def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch, images
     transformed = data.Transformed(images, transforms.eval_transform(32))
     loader = data.build_loader(transformed, 8, workers="auto", device=device and torch.device(device))
     assert loader.num_workers == workers
-
-
-@pytest.mark.slow
-def test_what_workers_receive_and_import_is_little(digits):
-    """Where processes do not fork, each gets all of this by pickle and imports the scripts anew."""
-    all_kinds = [transforms.eval_transform(32)]
-    all_kinds += [transforms.train_transform(32, name) for name in transforms.AUGMENTATIONS]
-    all_kinds += [transforms.two_crops(32, name) for name in transforms.TWO_CROPS]
-    for transform in all_kinds:
-        loaded = pickle.loads(pickle.dumps(data.Transformed(digits[0].val.subset(range(3)), transform)))
-        assert len(loaded) == 3
-    heavy = "{'matplotlib', 'sklearn', 'scipy', 'bitsandbytes'} & {name.split('.')[0] for name in sys.modules}"
-    program = f"import sys, finetune_lora, moco.pretrain; print({heavy})"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("keep", [True, False])

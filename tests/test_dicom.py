@@ -130,19 +130,6 @@ def test_frames_share_their_unit_and_window():
     np.testing.assert_allclose(np.asarray(dicom.picture(content, "ct.dcm")), greys, atol=1)
 
 
-def test_a_palette_gives_colours_and_a_window_without_width_is_none():
-    palette = np.zeros((3, 4000), np.uint16)
-    palette[1] = 65535  # all green
-    tags = {"PhotometricInterpretation": "PALETTE COLOR", "WindowCenter": 5, "WindowWidth": 10}
-    for name, colours in zip(("Red", "Green", "Blue"), palette, strict=True):
-        tags[f"{name}PaletteColorLookupTableDescriptor"] = [4000, 0, 16]
-        tags[f"{name}PaletteColorLookupTableData"] = colours.tobytes()
-    image = np.asarray(dicom.picture(file_of(RAMP, **tags), "us.dcm"))
-    assert (image == (0, 255, 0)).all()
-    image = dicom.picture(file_of(RAMP, WindowCenter=5, WindowWidth=0), "screen.dcm")
-    np.testing.assert_allclose(np.asarray(image), 255 * RAMP / 65535, atol=1)
-
-
 def deflated(pixels: np.ndarray, filling: bytes = b"", **tags) -> bytes:
     """The same, compressed as a whole, with a private value."""
     dataset = pydicom.dcmread(io.BytesIO(file_of(pixels, **tags)))

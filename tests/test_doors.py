@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.image_files import bytes_of, png_chunk
 from toolkit import InputError
-from toolkit.images import bands, folders, lists, masks, remote, shards
+from toolkit.images import bands, folders, lists, remote, shards
 from toolkit.images.scenes import open_scene
 
 fsspec = pytest.importorskip("fsspec")
@@ -45,16 +45,6 @@ def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     refused = pytest.raises(InputError, match=r"a\.tar: not a readable image \(not a file\)")
     with refused, open_scene(tmp_path / "a.tar", None):
         pass
-
-
-def test_a_file_is_read_up_to_a_limit_and_in_parts(tmp_path, monkeypatch):
-    (tmp_path / "a.npy").write_bytes(bytes(range(100)))
-    monkeypatch.setattr(remote, "LARGEST_FILE", 100)
-    assert remote.read(tmp_path / "a.npy") == bytes(range(100))
-    monkeypatch.setattr(remote, "LARGEST_FILE", 99)
-    assert remote.read(tmp_path / "a.npy", 10, 20) == bytes(range(10, 20))
-    with pytest.raises(InputError, match=r"a\.npy: not a readable image \(more than 99 bytes are not read at once\)"):
-        folders.ImageFiles(tmp_path, ["a.npy"], [0], bands.Bands(1))[0]
 
 
 def test_an_address_is_read_up_to_a_limit(monkeypatch):
@@ -218,33 +208,7 @@ def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
     np.testing.assert_array_equal(rows[..., 0], levels)
 
 
-def test_a_scene_without_strips_takes_no_disk(tmp_path, monkeypatch):
-    (tmp_path / "a.tif").write_bytes(tiff_of(12_000, b""))
-    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("it takes disk"), raising=False)
-    refused = pytest.raises(InputError, match=rf"a\.tif: not a readable image \(.*{LARGE}")
-    with refused, open_scene(tmp_path / "a.tif", bands.Bands(1)):
-        pass
-
-
-def test_a_mask_is_no_archive_that_inflates(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "LARGE_IMAGE", 10**5)
-    (tmp_path / "a.npy").write_bytes(npz_of(a=bytes(10**7)))
-    read = masks.MaskReader(masks.Classes(("a", "b")), ())
-    with pytest.raises(InputError, match=LARGE):
-        read(str(tmp_path / "a.npy"))
-
-
 # ----------------------------------------------------------------------------------------------- what folders may have
-
-
-def test_a_link_to_itself_blocks_no_folder_and_is_named(tmp_path, capsys):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").symlink_to("b.png")
-    (tmp_path / "folder").symlink_to("folder")
-    names = folders.image_names(tmp_path)
-    assert names == ["a.png", "b.png"]
-    with pytest.raises(InputError, match=r"b\.png: not a readable image \(.*symbolic links"):
-        folders.ImageFiles(tmp_path, names, [0, 0])[1]
 
 
 def test_a_member_that_is_there_several_times_is_named(tmp_path, capsys):

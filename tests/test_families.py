@@ -1,6 +1,5 @@
 """What a checkpoint's images were is taken from its file or its name, and said; what is typed counts more."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -8,7 +7,7 @@ from lora.adapter_file import write_adapter_file
 from toolkit import InputError
 from toolkit.images.bands import Bands, Scaling
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD, build_backbone
+from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import find_images
 from toolkit.run.options import FineTuneOptions, known_image_values
 
@@ -89,15 +88,6 @@ def test_photographs_normalised_as_ever_need_no_word_and_others_do(capsys):
     found = known_scaling(Scaling(), 3, usual | {"mean": [0.5, 0.5, 0.5]}, "stage1.pth")
     assert values(found) == (None, [0.5] * 3, usual["std"], None)
     assert "as in the pretraining" in capsys.readouterr().out
-
-
-def test_seco_s_values_are_its_quantiles_and_imagenets():
-    seco = FAMILIES["seco"]
-    levels = np.array([1000.0, 2000.0, 900.0])  # of B4, B3, B2
-    low = np.array([0, 2, 3])
-    high = np.array([129, 103, 88])
-    expected = ((levels / 10000 * 255 - low) / (high - low) - IMAGENET_MEAN) / IMAGENET_STD
-    assert (levels / seco.scale - seco.mean) / seco.std == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -257,11 +257,3 @@ def test_a_run_is_not_resumed_over_another_base(finetune, once, base, tmp_path):
     finetune(f"--epochs 1 --resume --checkpoint {moved}")
     with pytest.raises(InputError, match=r"trained over another base than .*other\.pth"):
         finetune(f"--epochs 1 --resume --checkpoint {other}")
-
-
-def test_a_run_goes_on_where_float16_is_automatic(finetune, once, monkeypatch):
-    """Its last.pth, written on a CPU, has no state of the loss scaler that float16 wants."""
-    scaler = torch.amp.GradScaler("cpu")
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **options: scaler)
-    finetune("--epochs 1 --resume")
-    assert scaler.is_enabled() and scaler.get_scale() == 65536

@@ -238,24 +238,6 @@ def test_a_key_whose_hash_ends_the_process_or_never_ends_is_refused(key, tmp_pat
             read_checkpoint(path)
 
 
-def test_a_legacy_file_names_its_storages_by_no_such_key(tmp_path):
-    path = pickled(tmp_path / "checkpoint.pth", b"\x80\x02}.", zipped=False)
-    content = path.read_bytes().removesuffix(pickle.dumps([], protocol=2))
-    path.write_bytes(content + b"\x80\x02]" + KEYS["nested"] + b"a.")
-    with pytest.raises(InputError, match="a tuple in it is nested too deeply"):
-        read_checkpoint(path)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
-def test_a_file_that_is_not_mapped_can_be_replaced_on_windows_too(saved):
-    path = saved({"w": torch.randn(1000)})
-    for mapped in (True, False):
-        content = read_checkpoint(path, mapped)
-        with open("/proc/self/maps") as maps:
-            assert (str(path) in maps.read()) == mapped
-        del content
-
-
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """Images in folders and in tar archives: found, read, split, shuffled and resumed."""
 
 import gzip
-import os
 import sys
 import tarfile
 from pathlib import Path, PurePath
@@ -234,31 +233,6 @@ def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
     assert "cannot write to" in refused("loop/b.png")
     assert "cannot write to" in refused("a\0b/b.png")
     assert len(folders.places_below(tmp_path / "out", [PurePath("inner/b.png")])) == 1
-
-
-def test_a_folder_without_rights_is_named(tmp_path, monkeypatch):
-    touch(tmp_path, "cat/a.png", "cat/secret/b.png")
-    scandir = os.scandir
-
-    def refuse(folder):
-        if Path(folder).name == "secret":
-            raise PermissionError(13, "Permission denied", str(folder))
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
-    with pytest.raises(InputError, match=r"cat/secret: cannot be listed: Permission denied"):
-        folders.image_names(tmp_path, "cat")
-    with pytest.raises(InputError, match=r"secret: cannot be listed: Permission denied"):
-        folders.class_folders(tmp_path / "cat" / "secret")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
-def test_a_name_that_is_no_utf8_is_opened(tmp_path):
-    path = os.path.join(tmp_path, os.fsdecode(b"\xff.png"))
-    Image.new("RGB", (2, 2)).save(path)
-    files = folders.ImageFiles(tmp_path, folders.image_names(tmp_path), [3])
-    image, label = files[0]
-    assert image.size == (2, 2) and label == 3 and files.path(0) == path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from finetune_lora import add_lora_to_model, load_finetuned, make_parser, read_options
-from lora_utils import LoRAManager, read_adapter_file
+from finetune_lora import add_lora_to_model, make_parser, read_options
+from lora_utils import LoRAManager
 from moco import pretrain
 from tests.image_files import bytes_of
 from toolkit import InputError
@@ -278,28 +278,6 @@ def test_content_of_an_adapter(adapters, tmp_path_factory, changes):
     content = torch.load(io.BytesIO(adapters["zip"]), weights_only=True)
     path.write_bytes(torch_file(edited(content, changes)))
     check_load(path)
-
-
-@pytest.fixture(scope="module")
-def described(base, tmp_path_factory) -> dict:
-    """The content of an adapter file that `load_finetuned` reads."""
-    path = tmp_path_factory.mktemp("described") / "lora.pth"
-    model, report = load_backbone(base, 3)
-    add_lora_to_model(model, r=2, target_modules=["mlp.0"])
-    about = {"arch": report["arch"], "class_names": ["a", "b", "c"], "image_size": 16, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(path, {**about, "lora": {"r": 2}})
-    return read_adapter_file(path)
-
-
-@fuzz(12, changes=changes(), everywhere=st.booleans())
-def test_description_of_an_adapter(described, tmp_path_factory, changes, everywhere):
-    """Through `load_finetuned`, which builds the model that the file describes."""
-    path = tmp_path_factory.getbasetemp() / "described.pth"
-    metadata = edited(described["metadata"], changes)
-    content = edited(described, changes) if everywhere else {**described, "metadata": metadata}
-    path.write_bytes(torch_file(content))
-    with only_our_error():
-        load_finetuned(path)
 
 
 # ------------------------------------------------------------------------------------------------ configs and arguments

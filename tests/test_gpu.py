@@ -164,27 +164,3 @@ def test_answers_are_those_of_a_cpu(once, images, tmp_path, command):
         return numbers_of(command, deploy_lora.main(f"{argv} --precision fp32 --device {device}".split()))
 
     assert answer("cuda") == pytest.approx(answer("cpu"), abs=1e-4)
-
-
-@pytest.mark.slow
-def test_images_are_explained_and_chosen_on_a_gpu_as_on_a_cpu(once, images, tmp_path):
-    def names(command: str, device: str) -> list[str]:
-        output = tmp_path / f"{command.split()[0]}_{device}"
-        argv = f"{command} {once}/lora.pth {images}/val --output {output} --precision fp32 --device {device}"
-        return [str(found).replace(str(output), "") for found in deploy_lora.main(argv.split())]
-
-    explained = names("explain", "cuda")
-    assert len(explained) == 15 and explained == names("explain", "cpu")
-    assert names("choose --count 3", "cuda") == names("choose --count 3", "cpu")
-
-
-@pytest.mark.slow
-def test_thresholds_are_chosen_on_a_gpu_as_on_a_cpu(finetune, options, hospital, tmp_path):
-    folder = finetune(f"{options('multilabel')} --epochs 1 --device cpu", "labels")["folder"]
-
-    def thresholds(device: str) -> list[float]:
-        argv = f"threshold {folder}/lora.pth {hospital}/labels.csv --goal sensitivity=0.9 --workers 0 --precision fp32"
-        task = deploy_lora.main(f"{argv} --device {device} --output {tmp_path}/{device}.pth".split())
-        return task.head.thresholds.tolist()
-
-    assert thresholds("cuda") == pytest.approx(thresholds("cpu"), abs=1e-4)

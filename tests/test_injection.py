@@ -5,7 +5,6 @@ import math
 from collections import OrderedDict
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,13 +225,6 @@ def test_adapters_come_before_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
     with pytest.raises(InputError, match="torchrun"):  # nor is there a place for them in DataParallel
         LoRALinear(4, 4)._replicate_for_data_parallel()
-
-
-def test_float64_has_no_4_bit_form():
-    model = vit().double()
-    with pytest.raises(InputError, match="is in float64, which has no 4-bit form"):
-        add_lora_to_model(model, use_qlora=True)
-    assert not adapted_names(model)
 
 
 def test_merged_weights_do_not_train():
@@ -608,13 +600,6 @@ def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
 
 
 # -------------------- the settings of an adapter, and what each kind of adapted layer offers to the rest of the toolkit
-
-
-def test_settings_of_any_kind_of_number():
-    """They may come from NumPy; the layer stores what an adapter file can hold."""
-    stored = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))
-    assert [type(value) for value in stored.values()] == [int, float, float, bool]
-    assert list(stored.values()) == [4, 6, 0, True]
 
 
 @pytest.mark.parametrize(

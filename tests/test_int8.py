@@ -1,15 +1,11 @@
 """Weights in 8 bits: near the dense stock computation, and equal to the same arithmetic written out in float64."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from dense import (
-    Operations,
     assert_close,
     compare_with_dense,
     dense_twin,
@@ -235,36 +231,6 @@ def test_it_is_exported_for_batches_of_any_size():
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), 1e-3)
 
 
-INEXACT = """
-import torch
-from torch import nn
-from finetune_lora import add_lora_to_model, check_8_bits
-from toolkit import InputError
-model = nn.Sequential(nn.Linear(768, 512), nn.ReLU(), nn.Linear(512, 256))
-x = torch.rand(40, 768)
-expected = model(x)
-try:
-    check_8_bits(model)
-except InputError as error:
-    print(error)
-y = add_lora_to_model(model, r=2, base_dtype=torch.int8)(x)
-y.sum().backward()
-print(((y - expected).norm() / expected.norm()).item() < 0.02)
-"""
-
-
-@pytest.mark.slow
-def test_a_processor_whose_products_overflow_is_refused_and_layers_compute_in_floats():
-    """Without VNNI oneDNN adds in 16 bits, and products of positive numbers were off by half."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    run = [sys.executable, "-W", "ignore", "-c", INEXACT]
-    output = subprocess.run(run, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert output.splitlines() == [
-        "8 bits overflow on this CPU, which has neither VNNI nor AMX: use --arithmetic float",
-        "True",
-    ]
-
-
 @exact_products
 def test_sums_are_as_exact_as_float32():
     """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them."""
@@ -311,15 +277,6 @@ def test_a_trained_model_answers_in_8_bits(model, autocast):
     assert kept == {"class_token", "encoder.pos_embedding", "conv_proj.weight", "heads.head.weight"}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert 1e-4 < relative_error(model(x), dense(x.double())) < 5e-2
-
-
-@exact_products
-def test_a_layer_without_adapter_adds_no_product_of_width_0():
-    """Which would read and write all of the output."""
-    layer = multiply_in_8_bits(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 2)))[0]
-    with Operations() as seen, torch.no_grad():
-        layer(torch.randn(30, 64))
-    assert seen.count("_int_mm") == 1 and seen.count("addmm_") == 0
 
 
 def test_a_model_of_convolutions_is_refused_before_its_adapters_are_merged():
