@@ -14,11 +14,9 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
-from torchvision.models.vision_transformer import EncoderBlock
 
 import deploy_lora
 from finetune_lora import load_base, load_finetuned
-from lora.fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same, assert_same_tensors, metrics, names_in, rows_of, stop
@@ -218,19 +216,6 @@ def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
     monkeypatch.setattr(pretrain.distributed, "gather", lambda value: [value])
     with pytest.raises(InputError, match="the k-NN accuracy has fewer images than there are processes: start fewer"):
         run("--batch-size 10")
-
-
-def test_the_momentum_encoder_computes_its_attention_batch_first(folder, tmp_path):
-    """It is frozen. Both encoders are the same backbone, and answer alike."""
-    args, _ = pretrain.read_options(arguments(folder, tmp_path))
-    model, *_ = pretrain.build_model(args, torch.device("cpu"))
-    queries = model.encoder_q.eval()
-    keys = model.encoder_k.eval()
-    assert {type(block) for block in keys.encoder.layers} == {FusedEncoderBlock}
-    assert {type(block) for block in queries.encoder.layers} == {EncoderBlock}
-    keys.load_state_dict(queries.state_dict())
-    x = torch.randn(4, 3, 8, 8)
-    torch.testing.assert_close(keys(x), queries(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("read_together", [1, 8])

@@ -18,7 +18,7 @@ from toolkit import InputError, distributed
 from toolkit.answers import probe
 from toolkit.answers.measures import share_interval
 from toolkit.images import splitting
-from toolkit.images.sources import load_splits, validation_part
+from toolkit.images.sources import load_splits
 from toolkit.run import folds, output_folder
 from toolkit.run.guard import Collapsed
 
@@ -48,14 +48,6 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
     assert again.digest() == splits.digest()
     if task == "multilabel":
         assert splits.class_names == ["sick", "well"]
-
-
-def test_without_groups_patients_are_on_both_sides(hospital):
-    train, val, *_ = load_splits("imagefolder", data_list=None, data_dir=hospital / "scans")
-    assert patients(train) & patients(val)
-    images = load_splits("digits").train
-    rest, part = validation_part(images)
-    assert (len(images), len(rest), len(part)) == (1438, 1151, 287)
 
 
 def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
