@@ -28,7 +28,7 @@ CLASSES = {
 }
 IN_FLOAT32 = [name for name in CLASSES if name not in ("fp16", "bf16")]
 NORMS = ("--norms follow", "--norms train")  # of a ResNet
-QUICK = ("qlora", "fp16", "upper half", "multilabel", "segmentation")
+QUICK = ("qlora", "fp16", "segmentation")
 OTHERS = {
     "multilabel": "--task multilabel --data-list {hospital}/labels.csv",
     "regression": "--task regression --data-list {hospital}/numbers.csv",
@@ -123,6 +123,22 @@ def test_what_processes_have_on_the_cpu_travels_through_the_gpu(monkeypatch):
 def test_kernels_lie_in_memory_as_images_do():
     conv = devices.place(nn.Conv2d(3, 4, 3), torch.device("cuda"))
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@counts_waits
+def test_operands_on_two_devices_and_what_is_not_written_yet_show():
+    """What emulated GPUs would be worth nothing without."""
+    x = torch.ones(2, device="cuda")
+    assert torch.empty(1, device="cuda:1").isnan().all()
+    for other in (torch.ones(2), torch.ones(2, device="cuda:1")):
+        with pytest.raises(RuntimeError):
+            x + other
+    with pytest.raises(RuntimeError):
+        x.uniform_(generator=torch.Generator())
+    cuda_on_cpu.forget()
+    y = (x * 2 + 1).relu_().sum()
+    assert not any(what.startswith(("wait", "copy")) for what in cuda_on_cpu.counts())
+    assert y.item() == 6 and cuda_on_cpu.counts()["wait item"] == 1
 
 
 @pytest.mark.slow
