@@ -746,8 +746,8 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     - `resize`, the argument of torchvision's Resize; then the central `image_size` pixels are cut out. Or, for a class
       of every pixel, `per_pixel`: the image keeps its size, and is read in windows of `image_size` pixels.
     - The network sees (levels / `scale` - `mean`) / `std`.
-    - `activation` of its outputs, in the order of `class_names`. A label is an answer above its `thresholds`. A number
-      in its own unit is the output times `output_std` plus `output_mean`.
+    - `activation` is left to apply to its outputs, in the order of `class_names`. A label is an answer above its
+      `thresholds`. A number in its own unit is the output times `output_std` plus `output_mean`.
     """
     values = from_metadata(metadata)
     bands = values["bands"]
@@ -802,6 +802,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         normalise.running_var = (scale * torch.tensor(about["std"])).square()
         model = nn.Sequential(normalise, model)
         about |= {"mean": [0.0] * channels, "std": [1.0] * channels}
+    about["outputs"] = task.head.output_name
     output_layer = task.head.output_layer()
     if not isinstance(output_layer, nn.Identity):
         about["activation"] = "none"

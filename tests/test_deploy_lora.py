@@ -475,6 +475,7 @@ def test_a_graph_and_its_preparation_answer_as_predict(served, prepare, normalis
     assert json.loads(notes["class_names"]) == list(CLASSES)
     one = prepare.prepared(image, about)
     found = torch.cat([graph(one), graph(one.repeat(4, 1, 1, 1))])
+    assert about["outputs"] == {"softmax": "logits", "none": "numbers"}[about["activation"]]
     if about["activation"] == "softmax":
         found = found.softmax(1)
     with torch.no_grad():

@@ -340,12 +340,17 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
     assert "2 classes of every pixel" in capsys.readouterr().out
 
 
+def python_blocks() -> list[str]:
+    """Those of docs/deploy.md."""
+    page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
 def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, monkeypatch):
     """docs/deploy.md, with a narrow network in the place of the ResNet-50; the image is one window."""
     base = save_base(tmp_path / "base.pth", "resnet18", 32)
     adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
-    page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    blocks = python_blocks()
     (prepare,) = (block for block in blocks if block.startswith("# prepare.py"))
     (code,) = (block for block in blocks if "head.linear.weight" in block)
     monkeypatch.chdir(tmp_path)
@@ -360,6 +365,36 @@ def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, mo
         logits = logits_of(adapter, image)
     torch.testing.assert_close(found["F"].interpolate(found["logits"], (32, 32), mode="bilinear")[0], logits)
     assert torch.equal(found["mask"], logits.argmax(0))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 27)])
+def test_the_page_makes_the_mask_of_a_graph_in_onnx_by_windows(trained, pairs, tmp_path, monkeypatch, size):
+    """docs/deploy.md, for a ViT, whose windows cannot be larger; the model stands in for its graph."""
+    base = save_base(tmp_path / "base.pth", "vit_mini", 16)
+    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 16")
+    model, info = load_finetuned(adapter)
+
+    class Session:
+        def __init__(self, _path):
+            pass
+
+        def run(self, _names, inputs):
+            assert inputs["images"].dtype == np.float32
+            with torch.no_grad():
+                return [model(torch.from_numpy(inputs["images"])).softmax(1).numpy()]
+
+    blocks = python_blocks()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=Session))
+    monkeypatch.setitem(sys.modules, "prepare", types.ModuleType("prepare"))
+    exec(next(block for block in blocks if block.startswith("# prepare.py")), vars(sys.modules["prepare"]))
+    Path("model.json").write_text(json.dumps(deploy_lora.usage(info)))
+    Image.fromarray(np.random.default_rng(0).integers(0, 250, (*size, 3)).astype(np.uint8)).save("image.png")
+    found: dict = {}
+    exec(next(block for block in blocks if "def mask_of" in block), found)
+    with Image.open("image.png") as image, torch.no_grad():
+        expected = answers_for(info["transform"](image), 16, model).argmax(0)
+    assert np.array_equal(found["mask"], expected)
 
 
 def test_an_exported_resnet_takes_numbers_of_files_of_any_size(of_tiffs, tmp_path):
