@@ -15,7 +15,8 @@ needs the layer's input, which full fine-tuning saves as well. There are two way
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
-layers. A convolution's kernel is small beside its input, so it is merged in low precision too: see `_kernel_merges`.
+layers. A convolution's kernel is mostly small beside its input, and then merged in low precision too: see
+`_kernel_merges` and `_scales_output`.
 """
 
 import math
@@ -316,7 +317,10 @@ class _LoRAConv2d(torch.autograd.Function):
         ctx.constants = constants
         ctx.follows = log_scale is not None
         ctx.drops = adapter_x is not None
-        ctx.side_path = ctx.drops or not _kernel_merges(weight, row_scale, dtype)
+        scale = row_scale if _scales_output(weight, row_scale, x) else None  # of the output
+        if scale is not None:
+            row_scale = None
+        ctx.side_path = ctx.drops or scale is not None or not _kernel_merges(weight, row_scale, dtype)
         x = x.to(dtype)
         adapter_x = adapter_x.to(dtype) if ctx.drops else x
         if bias is not None:
@@ -325,8 +329,13 @@ class _LoRAConv2d(torch.autograd.Function):
         ctx.factors = _row_factors(scaling, row_scale)
         sB = B * ctx.factors
         if ctx.side_path:
-            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)  # g W x + b
+            added = bias if scale is None else None
+            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), added, *geometry)  # g W x + b
             _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
+            if scale is not None:
+                y.mul_(scale[:, None, None])
+                if bias is not None:
+                    y.add_(bias[:, None, None])
             if residual is not None:
                 y.add_(residual)
             if relu:
@@ -339,13 +348,13 @@ class _LoRAConv2d(torch.autograd.Function):
             bias = residual = None
         kept = y if relu or ctx.follows else None
         # Backward builds the kernel again: saved, those of all layers would be in memory at once.
-        ctx.save_for_backward(adapter_x, A, sB, row_scale, kept, bias, residual)
+        ctx.save_for_backward(adapter_x, A, sB, row_scale, scale, kept, bias, residual)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, A, sB, row_scale, y, bias, residual = ctx.saved_tensors
+        adapter_x, A, sB, row_scale, scale, y, bias, residual = ctx.saved_tensors
         weight, _, geometry, relu, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(dtype)
@@ -359,6 +368,9 @@ class _LoRAConv2d(torch.autograd.Function):
                 g_log_scale = g_log_scale - backends.channel_sums(gy, residual)[0]
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
+        g_residual = gy if need_residual else None
+        if scale is not None:
+            gy = (gy * scale[:, None, None]).to(dtype)
 
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
         gA, gB, g_adapter_x = _conv_gradients(
@@ -374,8 +386,19 @@ class _LoRAConv2d(torch.autograd.Function):
             if g_adapter_x is not None and not ctx.drops:
                 gx = gx.add_(g_adapter_x)
                 g_adapter_x = None
-        g_residual = gy if need_residual else None
         return gx, g_adapter_x, gA, gB * ctx.factors, g_bias, g_residual, None, g_log_scale, None
+
+
+def _scales_output(weight: Tensor | NF4Weight, row_scale: Tensor | None, x: Tensor) -> bool:
+    """Is the output to be multiplied by g, and not the kernel? Yes if the kernel is larger than its input.
+
+    That is so in the upper half of a ResNet for images of 64 pixels, where in 16 bits folding g and the adapter into
+    the kernel takes longer than the product.
+    """
+    numel = x.numel()
+    if row_scale is None or isinstance(numel, torch.SymInt):  # as torch.export has it where the batch may be any
+        return False
+    return math.prod(weight.shape) > numel
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:

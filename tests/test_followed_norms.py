@@ -80,10 +80,11 @@ def dense(conv, norm, x, residual=None):
     return F.relu(y if residual is None else y + residual)
 
 
+@pytest.mark.parametrize("size", [(3, 4, 9, 7), (1, 4, 2, 2)], ids=["larger", "smaller"])  # than the kernel
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
-def test_outputs_and_gradients_are_those_of_automatic_differentiation(pair, has_residual):
+def test_outputs_and_gradients_are_those_of_automatic_differentiation(pair, has_residual, size):
     conv, norm = pair
-    x = torch.randn(3, 4, 9, 7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
     inputs = [x, conv.lora_A, conv.lora_B]
     residual = None
     if has_residual:

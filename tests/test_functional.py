@@ -179,6 +179,7 @@ GEOMETRIES = {
     "1x1 stride 2": ((6, 4, 1, 1), Geometry((2, 2))),
     "1x1 padding": ((6, 4, 1, 1), Geometry((1, 1), (1, 1))),
     "3x3 same": ((6, 4, 3, 3), Geometry((1, 1), (1, 1))),
+    "3x3 larger than its input": ((16, 4, 3, 3), Geometry((1, 1), (1, 1))),
     "3x2 stride dilation": ((6, 4, 3, 2), Geometry((2, 1), (1, 0), (1, 2))),
     "groups": ((6, 2, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
     "depthwise": ((4, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 4)),
@@ -266,12 +267,12 @@ def test_a_folded_scale_is_rounded_with_the_kernel_once(four_bits):
     W, scale = random(32, 8, 1, 1), random(32)
     W = NF4Weight.quantize(W) if four_bits else W.bfloat16()
     dense = W.dequantize(torch.float32) if four_bits else W.float()
-    x = torch.eye(8).bfloat16()[:, :, None, None].requires_grad_()
-    y = lora_conv2d(x, W, random(2, 8), torch.zeros(32, 2), None, SCALING, row_scale=scale)
+    x = torch.eye(8).bfloat16()[:, :, None, None].repeat(4, 1, 1, 1).requires_grad_()  # no less than the kernel
+    y = lora_conv2d(x, W, random(2, 8), torch.zeros(32, 2), None, SCALING, row_scale=scale)[:8]
     kernel = (dense.flatten(1) * scale[:, None]).bfloat16()
     assert torch.equal(y.flatten(1), kernel.T)
     upstream = torch.eye(32).bfloat16()[:8, :, None, None]
-    assert torch.equal(torch.autograd.grad(y, x, upstream)[0].flatten(1), kernel[:8])
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0][:8].flatten(1), kernel[:8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -301,6 +302,18 @@ def test_the_leak_rectifies_exactly_what_a_relu_does(dtype):
     assert torch.equal(y + 1e-7, x.detach().relu() + 1e-7)
     # Denormal numbers, as products with small gradients, would be a third of a ResNet-18's step on Intel's processors.
     assert torch.tensor(leak) * 1e-16 > torch.finfo(torch.float32).tiny
+
+
+def test_a_kernel_larger_than_its_input_is_neither_scaled_nor_merged(monkeypatch):
+    """In neither direction: the output is scaled, and the adapter goes through r channels."""
+    monkeypatch.setattr(functional, "_folded_kernel", None)
+    W = random(32, 8, 1, 1).bfloat16()
+    seen = []
+    real = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, kernel, *more: seen.append(kernel) or real(x, kernel, *more))
+    x = random(4, 8, 2, 2).bfloat16().requires_grad_()
+    lora_conv2d(x, W, random(2, 8), random(32, 2), random(32), SCALING, row_scale=random(32)).sum().backward()
+    assert seen[0] is W
 
 
 def test_small_updates_survive_rounding_on_average():
