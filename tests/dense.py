@@ -150,11 +150,21 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def changed(before: dict[str, Tensor], model: nn.Module, names=None) -> set[str]:
+    """Which of these tensors, or of all that there were, have changed by a bit."""
+    now = model.state_dict()
+    return {name for name in names or before if not torch.equal(before[name], now[name])}
+
+
 def assert_unchanged(before: dict[str, Tensor], model: nn.Module, names=None) -> None:
     """Bit for bit, and with the same keys if no names are given."""
-    now = model.state_dict()
-    assert names is not None or list(before) == list(now)
-    assert [name for name in names or before if not torch.equal(before[name], now[name])] == []
+    assert names is not None or list(before) == list(model.state_dict())
+    assert changed(before, model, names) == set()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 # ------------------------------------------------------------------------------------------------- whole models

@@ -10,12 +10,15 @@ from dense import (
     EXACT,
     FP32,
     assert_close,
+    assert_unchanged,
     dense_twin,
     expected_gradients,
     images,
     randomize_adapters,
     resnet,
     rounded,
+    snapshot,
+    trained,
     vit,
 )
 from torch import nn
@@ -98,10 +101,10 @@ def test_v3_loss_equals_a_dense_computation():
 
 def test_equal_parameters_stay_equal_to_the_bit():
     model = MoCoV3(Tiny(), dim=6, mlp_dim=7)
-    before = copy.deepcopy(model.encoder_k.state_dict())
+    before = snapshot(model.encoder_k)
     for _ in range(100):
         model.update_encoder_k(0.99)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.encoder_k.state_dict().items())
+    assert_unchanged(before, model.encoder_k)
 
 
 def test_the_queue_is_first_in_first_out_and_wraps_around():
@@ -139,7 +142,7 @@ def test_a_vit_keeps_its_positions_and_patch_embedding():
     backbone = build_backbone("vit_mini", 1)
     positions = backbone.encoder.pos_embedding.requires_grad_(False).clone()
     assert torch.equal(MoCoV3(backbone, dim=6, mlp_dim=7).encoder_q.encoder.pos_embedding, positions)
-    frozen = {name for name, p in model.encoder_q.named_parameters() if not p.requires_grad}
+    frozen = dict(model.encoder_q.named_parameters()).keys() - trained(model.encoder_q).keys()
     assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
     assert [m.out_features for m in model.encoder_q.heads.modules() if isinstance(m, nn.Linear)] == [7, 7, 6]
 
@@ -223,8 +226,8 @@ def test_the_keys_take_no_copy_of_the_base():
                 storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return sum(storages.values())
 
-    trained = sum(p.numel() * 4 for p in model.encoder_q.parameters() if p.requires_grad)  # adapters and projector
-    assert bytes_of(model.encoder_q, model.encoder_k) == bytes_of(model.encoder_q) + trained
+    own = sum(p.numel() * 4 for p in trained(model.encoder_q).values())  # adapters and projector
+    assert bytes_of(model.encoder_q, model.encoder_k) == bytes_of(model.encoder_q) + own
 
 
 def test_only_adapters_and_projector_of_the_keys_follow():

@@ -162,8 +162,10 @@ def plain_vit(tensors, heads):
     model = pytest.importorskip("timm").create_model("vit_small_patch16_224", num_classes=0, num_heads=heads, depth=2)
     if "patch_embed.proj.0.weight" in tensors:
         widths = [3, 48, 96, 192, 384]
-        layers = [(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)]
-        model.patch_embed.proj = nn.Sequential(*(layer for three in layers for layer in three), nn.Conv2d(384, 384, 1))
+        layers = []
+        for narrow, wide in pairwise(widths):
+            layers += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+        model.patch_embed.proj = nn.Sequential(*layers, nn.Conv2d(384, 384, 1))
     model.load_state_dict(tensors)
     return model.eval()
 

@@ -16,6 +16,15 @@ from toolkit.images import data, sources, transforms
 ROOT = Path(__file__).parents[1]
 
 
+def numbers(count: int) -> list[str]:
+    return list(map(str, range(count)))
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """So many images with their labels: numbers both."""
+    return list(zip(range(count), range(count), strict=True))
+
+
 def write_images(folder, names="abc", colour=(200, 100, 50), size=(6, 5)) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -66,7 +75,7 @@ def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
 
 def test_one_set_of_class_folders_is_split_the_same_each_time_and_an_added_image_moves_no_other(tmp_path):
     for label in ("cat", "dog"):
-        write_images(tmp_path / label, [str(i) for i in range(50)])
+        write_images(tmp_path / label, numbers(50))
     first = sources.load_splits("imagefolder", tmp_path, seed=0)
     second = sources.load_splits("imagefolder", tmp_path, seed=1)
     assert names_in(first.val) == names_in(second.val) and first.digest() == second.digest()
@@ -130,8 +139,8 @@ def test_evaluation_images_elsewhere(tmp_path):
     two_classes(tmp_path, "mine/train", "mine/val", "plain", "theirs")
     for folder, train in (("mine", "mine/train"), ("plain", "plain")):
         splits = sources.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
-        first = [str(tmp_path / part / "cat" / "a.png") for part in (train, "theirs")]
-        assert [splits.train.name(0), splits.val.name(0)] == first
+        assert splits.train.name(0) == str(tmp_path / train / "cat/a.png")
+        assert splits.val.name(0) == str(tmp_path / "theirs/cat/a.png")
 
 
 def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
@@ -150,8 +159,10 @@ def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
 
 
 def test_one_list_is_split_and_two_are_not(tmp_path):
-    two_classes(tmp_path, "shoot one", names=[str(i) for i in range(20)])
-    lines = {f"shoot one/cat/{i}.png": "10" for i in range(20)} | {f"shoot one/dog/{i}.png": "9" for i in range(20)}
+    two_classes(tmp_path, "shoot one", names=numbers(20))
+    lines = {}
+    for i in range(20):
+        lines |= {f"shoot one/cat/{i}.png": "10", f"shoot one/dog/{i}.png": "9"}
     (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{row},{label}\n" for row, label in lines.items()))
     splits = sources.load_splits("imagefolder", data_list=[tmp_path / "all.csv"])
     assert splits.class_names == ["9", "10"]  # by value
@@ -170,7 +181,7 @@ def test_one_list_is_split_and_two_are_not(tmp_path):
 
 
 def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
-    two_classes(tmp_path, "one", names=[str(i) for i in range(40)])
+    two_classes(tmp_path, "one", names=numbers(40))
     labels = {}
     for i, row in enumerate([f"one/{folder}/{i}.png" for folder in ("cat", "dog") for i in range(40)]):
         labels[row] = ["tall"] * (i % 2) + ["rare"] * (i % 10 == 0)
@@ -256,7 +267,7 @@ def test_a_class_or_a_part_of_which_nothing_can_be_read_is_an_error(tmp_path, pa
 
 def test_a_drawn_part_has_every_class():
     labels = [0] * 500 + [1]
-    images = data.LabelledImages([("image", label) for label in labels], labels)
+    images = data.LabelledImages(list(zip(labels, labels, strict=True)), labels)
     assert sorted({*images.at_most(10).labels}) == [0, 1] and len(images.at_most(10)) == 10
     drawn = data.LabelledImages(images.source, [0] * 501).at_most(10)  # where nothing is missing, as randperm says
     assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
@@ -290,7 +301,7 @@ def set_of(folder, **classes: int) -> data.LabelledImages:
 def without_files(_, **classes: int) -> data.LabelledImages:
     """The same without names."""
     labels = set_of("", **classes).labels
-    return data.LabelledImages([("image", label) for label in labels], labels)
+    return data.LabelledImages(list(zip(labels, labels, strict=True)), labels)
 
 
 @pytest.mark.parametrize("make", [set_of, without_files])
@@ -312,7 +323,7 @@ def test_a_validation_part_has_some_of_each_class_and_never_all(make, tmp_path):
 
 def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
     """Per batch, for each of its items, its number and what its transform drew."""
-    numbered = data.Transformed([(i, i) for i in range(10)], lambda i: (i, torch.rand(1), torch.randn(1)))
+    numbered = data.Transformed(pairs(10), lambda i: (i, torch.rand(1), torch.randn(1)))
     loader = data.build_loader(numbered, 4, **options)
     loader.batch_sampler.start = start
     batches = []
@@ -423,8 +434,9 @@ def test_workers_stay_for_the_next_pass(keep):
 
 
 def test_a_pass_that_was_left_does_not_show_in_the_next():
-    numbered = data.Transformed([(i, i) for i in range(40)], lambda i: (i, torch.rand(1)))
-    left, whole = (data.build_loader(numbered, 4, shuffle=True, workers=workers) for workers in (2, 0))
+    numbered = data.Transformed(pairs(40), lambda i: (i, torch.rand(1)))
+    left = data.build_loader(numbered, 4, shuffle=True, workers=2)
+    whole = data.build_loader(numbered, 4, shuffle=True)
     next(iter(left))
     left.batch_sampler.epoch = whole.batch_sampler.epoch = 5
     for ours, theirs in zip(left, whole, strict=True):
@@ -456,7 +468,7 @@ def test_batches_are_loaded_once_if_they_need_little_memory(monkeypatch):
     def views(batches):
         return torch.cat([images for images, _ in batches])
 
-    images = data.Transformed([(None, label) for label in range(5)], view)
+    images = data.Transformed(pairs(5), view)
     batches = data.Remembered(data.build_loader(images, 2, shuffle=True))
     next(iter(batches))  # a pass that is broken off
     assert torch.equal(views(batches), views(batches))

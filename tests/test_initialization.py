@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import changed, snapshot
 from torch import nn
 
 from finetune_lora import LoRALinear, add_lora_to_model, freeze_backbone_params
@@ -128,16 +129,16 @@ def test_it_draws_from_its_own_seed_alone():
 
 def started(model: nn.Module, compute=None) -> set[str]:
     """The names of the adapters that this start changes."""
-    before = starts(copy.deepcopy(model))
+    before = snapshot(model)
     start_at_gradient(model, compute or backward(model))
-    return {name for name, A in starts(model).items() if not torch.equal(A, before[name])}
+    return {name.replace("lora_A", "weight") for name in changed(before, model)}
 
 
 def test_adapters_without_a_gradient_that_is_finite_and_not_zero_stay_random():
     """A merged one has none, and zero it is below a head of zeros, or in a block whose last scale is zero."""
     model = adapted(Layers())
     model.linear.merge()
-    assert "linear.weight" not in (changed := started(model)) and "conv.weight" in changed
+    assert "linear.weight" not in (names := started(model)) and "conv.weight" in names
     assert not started(model, lambda: (model(batch()[0]).sum() * float("nan")).backward())
     model = adapted(Layers())
     nn.init.zeros_(model.linear.weight)  # nothing comes back through it
@@ -148,7 +149,7 @@ def test_adapters_without_a_gradient_that_is_finite_and_not_zero_stay_random():
 def test_gradients_are_what_they_were_and_after_an_error_so_is_the_model(fails):
     model = adapted(Layers())
     (model(batch()[0]).sum() * 3).backward()
-    state = copy.deepcopy(model.state_dict())
+    state = snapshot(model)
     gradients = {name: copy.deepcopy(p.grad) for name, p in model.named_parameters()}
 
     def compute():
@@ -160,8 +161,7 @@ def test_gradients_are_what_they_were_and_after_an_error_so_is_the_model(fails):
         start_at_gradient(model, compute)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=0)
-    same = all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert same == fails
+    assert bool(changed(state, model)) != fails
 
 
 def test_a_rank_above_the_layer_s_inputs():

@@ -13,6 +13,7 @@ from dense import (
     adapters,
     assert_close,
     assert_unchanged,
+    changed,
     classes,
     compare_with_dense,
     dense_twin,
@@ -22,6 +23,7 @@ from dense import (
     resnet,
     rounded,
     snapshot,
+    trained,
     vit,
 )
 from torch import nn
@@ -57,7 +59,7 @@ def adapted_names(model: nn.Module) -> set[str]:
 def trained_names(model: nn.Module) -> set[str]:
     """What trains when the base is frozen."""
     freeze_backbone_params(model)
-    return {name for name, p in model.named_parameters() if p.requires_grad}
+    return set(trained(model))
 
 
 # -------------------------------------------------------------------------------------------------- which layers
@@ -202,7 +204,7 @@ def test_layers_that_a_block_reads_without_calling_them_are_left_alone():
     model(images()).sum().backward()
     names = adapted_names(model)
     assert names and not any("attn" in name for name in names)
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is not None for p in trained(model).values())
 
 
 def test_a_weight_that_layers_share_is_refused():
@@ -356,7 +358,7 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
         assert type(ours) is type(theirs)
         assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
     assert list(model.state_dict()) == list(stock.state_dict())
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n in trains if "lora_" not in n}
+    assert set(trained(model)) == {name for name in trains if "lora_" not in name}
     if merge:
         assert_close(model.eval()(x), twin(x), 1e-12)
     else:
@@ -386,11 +388,14 @@ def test_a_step_moves_every_adapter_and_the_head_alone(build, side, four_bits):
     model = randomize_adapters(add_lora_to_model(build(), r=2, use_qlora=four_bits))
     before = snapshot(model)
     trains = trained_names(model)
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(trained(model).values())
     F.cross_entropy(model.train()(images(side, 4)), torch.arange(4)).backward()
     optimizer.step()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == trains == {name for name in before if "lora_" in name or name.startswith(("fc.", "heads."))}
+    assert (
+        changed(before, model)
+        == trains
+        == {name for name in before if "lora_" in name or name.startswith(("fc.", "heads."))}
+    )
 
 
 def test_statistics_of_a_frozen_batch_norm_stay():
