@@ -111,6 +111,16 @@ def test_features_of_one_length_are_scikit_learns_regression_without_intercept(m
         np.testing.assert_allclose(found.held_out[part].numpy(), expected, atol=0.3)
 
 
+@pytest.mark.parametrize("turn", [0, 5])
+def test_classes_are_dealt_into_parts_as_by_scikit_learn(turn):
+    """Of three classes, of which the last comes first and the second has the fewest images."""
+    classes = np.array([2] * 5 + [0, 1] * 2 + [0] * 7 + [2] * 3)
+    theirs = np.zeros(len(classes), int)
+    for number, (_, part) in enumerate(StratifiedKFold(2, shuffle=True, random_state=turn).split(classes, classes)):
+        theirs[part] = number
+    assert probe.class_folds(classes, None, turn).tolist() == theirs.tolist()
+
+
 def test_the_scaling_has_the_smaller_loss_of_what_is_held_out(monkeypatch):
     for best, (features, labels) in {"deviation": clusters(3), "length": positive()}.items():
         losses = {}

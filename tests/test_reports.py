@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from toolkit import VERSION
-from toolkit.answers import answer_reports, multilabel, regression, report_page
+from toolkit.answers import answer_reports, classification, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.measures import jackknife, mcnemar, mean_interval, share_interval
 from toolkit.answers.segmentation import Segmentation
@@ -88,6 +88,28 @@ def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
     report = Classification(["cat", "a dog with a very long name"]).report(result)
     report.draw_mistakes(images, tmp_path / "some.png")
     assert drawn == [*range(0, 20, 2), 19, 17, 15, 13, 11, 9]
+
+
+def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, tmp_path):
+    """Of four classes each; or two at a time, where there is no room for all."""
+    drawn = []
+    monkeypatch.setattr(answer_reports, "plot_confusion", lambda matrix, *about: drawn.append(matrix.tolist()))
+    report = Classification(list("abcd")).report(evaluation([0, 0, 1, 2], [0, 1, 1, 0]))
+    report.draw(tmp_path / "all.png")
+    monkeypatch.setattr(classification, "MOST_ROWS", 2)
+    report.draw(tmp_path / "pairs.png")
+    assert drawn == [[[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[3, 0], [1, 0]]]
+
+
+def test_a_picture_fills_its_cell_as_far_as_its_shape_allows():
+    axes = report_page.new_figure(4, 4).subplots()
+    answer_reports.place_picture(axes, 2, 1, Image.new("RGB", (20, 10)), "above", "below")
+    [picture] = axes.images
+    left, right, bottom, top = picture.get_extent()
+    assert (left, right) == pytest.approx((1.03, 1.97)) and bottom - top == pytest.approx(0.47)
+    above, below = axes.texts
+    assert 2 * answer_reports.CELL < above.get_position()[1] < top < bottom < below.get_position()[1]
+    assert below.get_position()[1] < 3 * answer_reports.CELL and above.get_text() == "above"
 
 
 def test_names_are_drawn_as_they_are(tmp_path):

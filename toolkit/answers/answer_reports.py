@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
 SHOWN = 15  # labels, in the table that is printed
 COLUMNS = 6  # of mistakes.png
 PICTURES = 18  # in it
+CELL = 1.29  # times as high as wide, with what is written above and below a picture
 WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
 
 
@@ -94,15 +96,16 @@ class Report:
         parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
         for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
             part.suptitle(title if chosen else f"{title}: none")
-            places = part.subplots(height, COLUMNS, squeeze=False, subplot_kw=PICTURE_ALONE).reshape(-1, wide)
-            for (i, text), (place, *beside) in zip(chosen, places, strict=False):
-                place.imshow(small_picture(images, i, 256, bands))
-                place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
+            axes = part.subplots(subplot_kw=PICTURE_ALONE)  # one for all: each takes longer than a picture in it
+            for place, (i, text) in enumerate(chosen):
+                row, column = divmod(wide * place, COLUMNS)
                 file = drawn(Path(images.name(i)).name, 26)
-                place.text(0.5, -0.03, file, fontsize=6, ha="center", va="top", transform=place.transAxes)
-                for other in beside:
-                    other.imshow(explainer.explain(images.undecoded(i)[0])[1])
-                    other.set_title("what decided", fontsize=8)
+                said = drawn("\n".join(textwrap.wrap(text, 20)))
+                place_picture(axes, row, column, small_picture(images, i, 192, bands), said, file)
+                if explainer is not None:
+                    seen = explainer.explain(images.undecoded(i)[0])[1]
+                    place_picture(axes, row, column + 1, seen, "what decided")
+            axes.set(xlim=(0, COLUMNS), ylim=(height * CELL, 0))
         save_figure(figure, path)
 
     def named_mistakes(self, images: LabelledImages) -> list[tuple[str, str]]:
@@ -148,6 +151,18 @@ class Report:
         file = io.BytesIO()
         figure.savefig(file)
         return file.getvalue()
+
+
+def place_picture(axes: Any, row: int, column: int, picture: Any, above: str, below: str = "") -> None:
+    """Draw a picture in a cell, one wide and CELL high, of axes whose rows are counted from above."""
+    height, width = np.shape(picture)[:2]
+    scale = 0.94 / max(height, width)
+    middle = column + 0.5
+    top = row * CELL + 0.26
+    bottom = top + scale * height
+    axes.imshow(picture, extent=(middle - scale * width / 2, middle + scale * width / 2, bottom, top))
+    axes.text(middle, top - 0.02, above, fontsize=8, ha="center", va="bottom")
+    axes.text(middle, bottom + 0.02, below, fontsize=6, ha="center", va="top")
 
 
 class ColumnReport(Report):
@@ -220,21 +235,22 @@ def finite_interval(interval: tuple[float, float]) -> list[float] | None:
     return list(interval) if math.isfinite(interval[1] - interval[0]) else None
 
 
-def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, form: str | None = None) -> None:
+def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, form: str = "d") -> None:
     """A confusion matrix of NumPy: rows are true classes, columns answers. Up to 20 classes have names and numbers."""
-    from matplotlib.ticker import MaxNLocator
-    from sklearn.metrics import ConfusionMatrixDisplay
-
     side = min(12, 3 + 0.4 * len(names))
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
+    image = axes.imshow(matrix, cmap="Blues")
+    figure.colorbar(image)
+    axes.set(xlabel="answer", ylabel="true class", title=title)
     if len(names) <= WRITTEN_OUT:
+        titles = [drawn(name) for name in names]
         rotation = 45 if max(map(len, names)) > 3 else "horizontal"
-        display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in names])
-        display.plot(ax=axes, cmap="Blues", xticks_rotation=rotation, values_format=form)
-    else:
-        ConfusionMatrixDisplay(matrix).plot(ax=axes, include_values=False, cmap="Blues")
-        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
-    axes.set_title(title)
+        axes.set_xticks(range(len(names)), titles, rotation=rotation)
+        axes.set_yticks(range(len(names)), titles)
+        middle = (matrix.min() + matrix.max()) / 2
+        for row, column in np.ndindex(matrix.shape):
+            value = matrix[row, column]
+            color = "white" if value > middle else "black"
+            axes.text(column, row, f"{value:{form}}", ha="center", va="center", color=color)
     save_figure(figure, path)

@@ -28,7 +28,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     share = right.double().sum().item() / images
     effective = images
     if clusters is not None:
-        from scipy.stats import t
+        from scipy.special import stdtrit
 
         number = int(clusters.max()) + 1
         if number < 2:
@@ -36,7 +36,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
         sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
         variance = number / (number - 1) * sums.square().sum().item() / images**2
         effective = share * (1 - share) / variance if variance > 0 else number
-        effective = min(images, effective) * (NORMAL / t.ppf(0.975, number - 1)) ** 2
+        effective = min(images, effective) * (NORMAL / stdtrit(number - 1, 0.975)) ** 2
     return mean_interval(torch.tensor([share], dtype=torch.float64), effective)
 
 
@@ -219,7 +219,7 @@ def jackknife(
     `share_interval`, are left out together. `bounds` are the ends of each column, never reached; of further ones 0, 1.
     No interval is found where nothing changes, as where all answers are right, or a part has all that is measured.
     """
-    from scipy.stats import t
+    from scipy.special import stdtr, stdtrit  # Student's t, without the second that importing scipy.stats takes
 
     clusters = torch.arange(images) if clusters is None else clusters
     things = int(clusters.max()) + 1
@@ -232,12 +232,12 @@ def jackknife(
         return Jackknifed(values, [(math.nan, math.nan)] * len(values), [1.0] * len(values))
     middles = parts * values - (parts - 1) * without.mean(0)
     errors = without.std(0, correction=0) * (parts - 1) ** 0.5
-    halves = errors * t.ppf(0.975, parts - 1)
+    halves = errors * stdtrit(parts - 1, 0.975)
     bounds = [*bounds, *[SHARE] * (len(values) - len(bounds))]
     columns = zip(values.tolist(), middles.tolist(), halves.tolist(), bounds, strict=True)
     intervals = [_between(*column) for column in columns]
     varies = errors > STEADY * values.abs()
-    chances = 2 * t.sf((middles / errors).abs().where(varies, 0.0).numpy(), parts - 1)
+    chances = 2 * stdtr(parts - 1, -(middles / errors).abs().where(varies, 0.0).numpy())
     return Jackknifed(values, intervals, chances.tolist())
 
 
