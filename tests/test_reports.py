@@ -407,6 +407,7 @@ def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowere
         "head_learning_rate": 1e-3 / lowered,
         "val_images": 300,
         "epochs": len(scores),
+        "unlabelled": None,
     }
     train_loss, val_loss = losses
     history = [{f"val_{task.score}": score, "train_loss": train_loss, "val_loss": val_loss} for score in scores]
@@ -475,6 +476,11 @@ CHOOSE = "python deploy_lora.py choose lora.pth new_images --output to_label"
             ["few images, 25 of each class"],
             f"more labels, of those images that teach most: {CHOOSE}; "
             f"or images without labels: {SAME}--unlabelled FOLDER",
+        ),
+        (
+            {"per_class": 25, "probe": 0.8, "unlabelled": {"images": 900}},
+            ["few images, 25 of each class"],
+            f"more labels, of those images that teach most: {CHOOSE}",
         ),
         ({"per_class": 26, "probe": 0.8}, [], f"{SAME}--epochs 8"),
         ({"per_class": 5, "probe": 0.8, "task": MultiLabel}, ["few images, 5 of each label"], "more labelled images"),

@@ -147,16 +147,6 @@ def test_gains_of_one_patient_are_one_gain():
     assert unlabelled.standard_error(gains, torch.tensor([0, 0, 1, 1, 1])) == 0
 
 
-def test_at_most_so_many_images_are_read(monkeypatch):
-    assert torch.equal(unlabelled.sample(7), torch.arange(7))
-    monkeypatch.setattr(unlabelled, "MOST_IMAGES", 4)
-    some = unlabelled.sample(1_000)
-    assert len(some) == 4 and torch.equal(some, some.unique()) and some.max() > 100
-    features, labels = clustered(30, seed=1)
-    plain = probe.fit_linear_probe(features, labels, CLASSES)
-    assert unlabelled.start(features, labels, features[:20], CLASSES, plain).answers.shape == (20, CLASSES)
-
-
 def test_answers_that_are_not_sure_teach_the_head_nothing():
     features, labels = clustered(30, seed=1)
     others, truth = clustered(90, seed=3)

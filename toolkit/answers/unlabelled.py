@@ -15,7 +15,6 @@ from torch import Tensor
 from toolkit.answers import measures, probe
 from toolkit.answers.probe import Probe
 
-MOST_IMAGES = 10_000  # without labels that are read: more add seconds and no accuracy
 NAMES = ("tim", "k-means", "mix")  # of the candidates
 TURNS = 2  # of the cross-validation, each over other parts
 # What candidates consist of, measured: see benchmarks/RESULTS.md
@@ -48,12 +47,6 @@ class Images(NamedTuple):
     rows: Tensor
     points: Tensor  # (R, D): centred, of one length
     whitened: Tensor  # (R, DIRECTIONS): of one length, and about the same spread in each direction
-
-
-def sample(images: int) -> Tensor:
-    """The positions of the images without labels that are read, in ascending order: all, or MOST_IMAGES at random."""
-    draws = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-    return draws[:MOST_IMAGES].sort().values
 
 
 def placed(rows: Tensor) -> Images:
@@ -99,7 +92,7 @@ def start(
 
     Args:
         features, labels, num_classes, views, class_weights, clusters: as for `fit_linear_probe`.
-        unlabelled: features (M, D) of images without labels, as they are. At most MOST_IMAGES of them are read.
+        unlabelled: features (M, D) of images without labels, as they are.
         plain: what `fit_linear_probe` returned for these.
 
     The best candidate has the smallest log loss of what is held out, each at the temperature that fits it. It is taken
@@ -108,7 +101,7 @@ def start(
     """
     X = features.detach().cpu().float()
     others = unlabelled.detach().cpu().float()
-    images = placed(torch.cat([X, others[sample(len(others))]]))
+    images = placed(torch.cat([X, others]))
     known = Labelled(torch.arange(len(X)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
     answers = held_out_answers(images, known, plain, views, clusters)
     judged = {name: judge(logits, labels.cpu(), views) for name, logits in answers.items()}

@@ -53,7 +53,9 @@ def judge(
     again = "the same command with"
     longer = f"{again} --epochs {2 * max(1, results['epochs'])}"
     label = f"more labels, of those images that teach most: python deploy_lora.py choose {adapter} new_images "
-    label += f"--output to_label; or images without labels: {again} --unlabelled FOLDER"
+    label += "--output to_label"
+    if results["unlabelled"] is None:
+        label += f"; or images without labels: {again} --unlabelled FOLDER"
     steps = [  # of which the first one that is due is taken
         (is_worse and is_short, longer),
         (is_worse, f"{again} --learning-rate {results['learning_rate'] / 3:.0e}"),
