@@ -121,14 +121,19 @@ def first_run(newcomer):
     return folder
 
 
+def continue_stage_1() -> None:
+    """Run the command of docs/pretrain.md in this folder, on less data."""
+    command = next(c for c in commands_of("python -m moco.pretrain") if "--checkpoint" in c)
+    small = "--data-dir my_images/train --dataset unlabelled --epochs 1 --batch-size 4 --queue-size 8"
+    pretrain.main([*shlex.split(command)[3:], *small.split()])
+
+
 @pytest.fixture(scope="module")
 def domain(newcomer):
-    """What stage 1 on unlabelled images leaves behind, on less data."""
-    command = next(c for c in commands_of("python -m moco.pretrain") if "--checkpoint" in c)
-    small = f"--data-dir {newcomer / 'my_images/train'} --dataset unlabelled --epochs 1 --batch-size 4 --queue-size 8"
+    """What stage 1 on unlabelled images leaves behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(newcomer)
-        pretrain.main([*shlex.split(command)[3:], *small.split()])
+        continue_stage_1()
 
 
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
@@ -252,6 +257,7 @@ def test_from_images_without_labels_to_an_answer(newcomer, images, tmp_path, mon
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     save_moco_v2("resnet50", 2048, tmp_path / "hub" / "checkpoints")
     (tmp_path / "my_images").symlink_to(images)
+    continue_stage_1()
     for command in commands(FEW_LABELS):
         argv = shlex.split(command)[2:]
         if "choose" in argv:
