@@ -1,7 +1,7 @@
 """Use an adapter file after training: inspect it, answer for images, and export it to files that need no toolkit.
 
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
-    python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
+    python deploy_lora.py evaluate checkpoints/lora/lora.pth my_labelled_images # how good its answers are
     python deploy_lora.py threshold checkpoints/lora/lora.pth list.csv --goal sensitivity=0.95 --output lora95.pth
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
     python deploy_lora.py compare runs/*/results.json                           # a table of many runs
@@ -14,7 +14,6 @@
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
     python deploy_lora.py card checkpoints/lora/lora.pth --output card.md       # a model card
-    python deploy_lora.py push checkpoints/lora/lora.pth owner/name             # with its card, to the Hub
 
 Every command takes the file of any run: LoRA, QLoRA or full fine-tuning.
 """
@@ -32,10 +31,11 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import check_command_line, folds
+from toolkit.config import check_command_line
 from toolkit.run.commands import MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
 
 if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
@@ -65,7 +65,7 @@ from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import block_names, headless, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
-from toolkit.models.names import NO_CHECKPOINT, TIMM
+from toolkit.models.names import TIMM
 from toolkit.run import commands, output_folder, reports
 from toolkit.run.options import FineTuneOptions, backbone_shape, known_image_values
 from toolkit.run.runs import faults_explained, progress_bar, run_script
@@ -101,16 +101,93 @@ _SHORT.maxstring = _SHORT.maxother = 200
 # -------------------------------------------------------------------------------------------------- answers for images
 
 
+@dataclass
+class Deployed:
+    """A merged model on its device, what its file says of it, and the options of the command."""
+
+    args: argparse.Namespace
+    model: nn.Module
+    about: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    loaders: list[DataLoader]  # whose processes end with the command
+
+    def __post_init__(self):
+        self.task = _task_of(self.about)
+        self.transform = self.about["transform"]
+
+    def features(self) -> "Deployed":
+        """The same, whose outputs are the features that the classifier head receives."""
+        return replace(self, model=headless(self.model))
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> Tensor:
+        """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
+        return evaluation.computed(self.model, images, self.device, self.dtype).float()
+
+    def loader(self, images: Transformed) -> DataLoader:
+        loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        if self.task.per_pixel:
+            loading["collate"] = collate_pairs
+            if images.dataset.source.largest > self.model.window**2:  # whole images, as in a run
+                loading["batch_size"] = 1
+        self.loaders.append(build_loader(images, **loading))
+        return self.loaders[-1]
+
+    def explainer(self) -> heat_maps.Explainer:
+        return heat_maps.Explainer(self.model, self.transform, self.device, self.dtype, **from_metadata(self.about))
+
+
+@contextlib.contextmanager
+def _deployed(args: argparse.Namespace) -> Iterator[Deployed]:
+    """Yield the model on --device; faults get a remedy."""
+    device = devices.select_device(args.device)
+    devices.check_arithmetic(args.arithmetic, device)
+    distributed.join(device)
+    with faults_explained(device, "lower --batch-size") as loaders:
+        model, about = _loaded(args)
+        if args.arithmetic == "int8":
+            multiply_in_8_bits(model)
+        else:
+            LoRAManager(model).merge_lora_weights()
+        dtype = devices.select_precision(args.precision, device)
+        yield Deployed(args, devices.place(model, device), about, device, dtype, loaders)
+
+
+def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of an adapter file, or of a checkpoint to choose by, which has no classes; and what is known of it."""
+    if args.command != "choose" or holds_adapter(args.adapter):
+        if getattr(args, "arch", None) or getattr(args, "image_size", None):
+            raise InputError(f"--arch and --image-size are for checkpoints; {args.adapter} has its own")
+        return load_finetuned(args.adapter, args.checkpoint)
+    settings = FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
+    known, read = known_image_values(settings, args.adapter)
+    model, report = load_base(args.adapter, None, 2, **backbone_shape(settings))
+    size = report["image_size"]
+    about = {"class_names": [], "image_size": size, "transform": transforms.eval_transform(size, bands=read)}
+    values = settle(known, report["arch"], report["channels"], _images(args.images, about))
+    return model.eval(), about | {"transform": transforms.eval_transform(size, **values)}
+
+
+def _task_of(about: dict[str, Any]) -> Task:
+    """The task of a model, from the metadata of its file."""
+    return from_record(about.get("task"), about["class_names"], "the adapter")
+
+
+def _refuse_pixels(about: dict[str, Any], command: str) -> None:
+    if _task_of(about).per_pixel:
+        raise InputError(f"{command} is not for an adapter with a class for every pixel: use predict, merge or export")
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the adapter on labelled images: print the measures, write a page about them, and return them.
 
-    The images are those in the class folders of `images` or, without it, those on which the run was evaluated. The page
-    is `lora_evaluation.html` beside `lora.pth` or, with `--output results.json`, `results.html`.
+    The page is `lora_evaluation.html` next to `lora.pth` or, with `--output results.json`, `results.html`.
     """
-    with _model_on_device(args) as (model, about, make_loader):
-        task = _task_of(about)
-        images, where, result = _evaluated(args, task, model, about, make_loader)
-        explainer = _explainer(args, model, about) if task.counts_images and block_names(model) else None
+    with _deployed(args) as deployed:
+        task = deployed.task
+        images, where, result = _evaluated(deployed)
+        explainer = deployed.explainer() if task.counts_images and block_names(deployed.model) else None
     if not distributed.is_main():
         return {}
     report = task.report(result, images.clusters())
@@ -125,7 +202,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         mistakes = Path(folder) / "mistakes.png"
         picture = Path(folder) / report.picture
         report.draw(picture)
-        report.draw_mistakes(images, mistakes, about["transform"].bands, explainer)
+        report.draw_mistakes(images, mistakes, deployed.transform.bands, explainer)
         sections = report.sections(picture)
         named = report.named_mistakes(images)
         write_page(page, report.title(), rows, sections, mistakes, named)
@@ -133,20 +210,46 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluated(
-    args: argparse.Namespace, task: Task, model: nn.Module, about: dict[str, Any], make_loader: Callable
-) -> tuple[LabelledImages, str, Any]:
+def _evaluated(deployed: Deployed) -> tuple[LabelledImages, str, Any]:
     """The labelled images of the options, a description of where they are, and the answers for them."""
-    images, where = _labelled_images(args.images, about)
+    images, where = _labelled_images(deployed.args.images, deployed.about)
     images = sources.readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
-    loader = make_loader(Transformed(images, about["transform"]))
-    return images, where, task.evaluate(model, progress_bar(loader, "evaluate"), *_device_and_precision(args))
+    bar = progress_bar(deployed.loader(Transformed(images, deployed.transform)), "evaluate")
+    return images, where, deployed.task.evaluate(deployed.model, bar, deployed.device, deployed.dtype)
 
 
-def _explainer(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> heat_maps.Explainer:
-    return heat_maps.Explainer(model, about["transform"], *_device_and_precision(args), **from_metadata(about))
+def threshold(args: argparse.Namespace) -> Task:
+    """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
+    with _deployed(args) as deployed:
+        task = deployed.task
+        if task.head.thresholds is None:
+            raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
+        images, where, result = _evaluated(deployed)
+    chosen = result.thresholds_for(args.goal)
+    unknown = chosen.isnan()  # of labels of which no image can tell: they keep theirs
+    task.head.thresholds = task.head.thresholds.where(unknown, chosen)
+    if distributed.is_main():
+        content = read_adapter_file(args.adapter)
+        content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
+        write_adapter_file(content, args.output)
+        report = task.report(result, images.clusters())
+        kept = [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
+        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed(), *kept]))
+        print(f"wrote {args.output}")
+    return task
+
+
+def compare(args: argparse.Namespace) -> list[Any]:
+    """Print how much better the second of two results is than the first, or a table of more; return what is printed."""
+    if len(args.results) != 2:
+        rows = comparison.table_of_runs(args.results)
+        print(reports.table(rows))
+        return rows
+    differences = comparison.compare(*args.results)
+    print(reports.table(comparison.table(differences, *args.results)))
+    return differences
 
 
 def explain(args: argparse.Namespace) -> list[Path]:
@@ -154,18 +257,18 @@ def explain(args: argparse.Namespace) -> list[Path]:
 
     The answer is --label. Without it, that is the likeliest class, the most probable label or the largest number.
     """
-    with _model_on_device(args) as (model, about, _):
-        task = _task_of(about)
+    with _deployed(args) as deployed:
+        task = deployed.task
         if args.label is None and task.per_pixel:
             raise InputError(f"explain: name the class to explain with --label: {listed(task.names)}")
         if args.label not in (None, *task.names):
             hint = did_you_mean(args.label, task.names) or f"there are {listed(task.names)}"
             raise InputError(f"--label {args.label}: no such class, label or number: {hint}")
         of = None if args.label is None else task.names.index(args.label)
-        explainer = _explainer(args, model, about)
+        explainer = deployed.explainer()
         if task.per_pixel:
-            explainer.window = model.window
-        images = _images(args.images, about)
+            explainer.window = deployed.model.window
+        images = _images(args.images, deployed.about)
 
         def draw(i: int, place: Path) -> Path:
             *pictures, outputs = explainer.explain(images.undecoded(i)[0], of)
@@ -185,211 +288,121 @@ def explain(args: argparse.Namespace) -> list[Path]:
             save_figure(figure, path)
             return path
 
-        written = _write_for_each(args, images, [".png"], {}, draw)
+        written = _write_for_each(deployed, images, [".png"], {"--label": args.label}, draw)
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
-
-
-def threshold(args: argparse.Namespace) -> Task:
-    """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
-    with _model_on_device(args) as (model, about, make_loader):
-        task = _task_of(about)
-        if task.head.thresholds is None:
-            raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
-        images, where, result = _evaluated(args, task, model, about, make_loader)
-    chosen = result.thresholds_for(args.goal)
-    unknown = chosen.isnan()  # of labels of which no image can tell: they keep theirs
-    task.head.thresholds = task.head.thresholds.where(unknown, chosen)
-    if distributed.is_main():
-        content = read_adapter_file(args.adapter)
-        content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
-        write_adapter_file(content, args.output)
-        report = task.report(result, images.clusters())
-        kept = [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
-        print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed(), *kept]))
-        print(f"wrote {args.output}")
-    return task
-
-
-def compare(args: argparse.Namespace) -> list[Any]:
-    """Print how much better the second of two results is than the first, and return the differences by measure.
-
-    Of more than two it is a table of all, and its rows.
-    """
-    if len(args.results) != 2:
-        rows = comparison.table_of_runs(args.results)
-        print(reports.table(rows))
-        return rows
-    differences = comparison.compare(*args.results)
-    print(reports.table(comparison.table(differences, *args.results)))
-    return differences
 
 
 def predict(args: argparse.Namespace) -> list[Any]:
     """Write the answers for images as a table, a row for each image, and return the rows; or maps, and their paths.
 
-    With a folder as --output it is a table in parts, of which only the names are returned. A model with a class for
-    every pixel writes a mask of each image into that folder, or a map of one image as map.tif. Other models write a map
-    of an answer for each window of --window pixels.
+    With a folder as --output it is a table in parts, of which the names are returned. A model with a class for every
+    pixel writes a mask of each image there, or one map.tif; other models map.tif with an answer for each --window.
     """
-    with _model_on_device(args) as (model, about, make_loader):
-        task = _task_of(about)
-        is_map = task.per_pixel or args.output.suffix in MAP_SUFFIXES
+    with _deployed(args) as deployed:
+        task = deployed.task
+        is_file = args.output.suffix in MAP_SUFFIXES
         answers = f"--output {args.output}: the adapter answers for"
         if task.per_pixel and (args.output.suffix == ".csv" or args.window is not None):
             raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
         of_maps = args.probabilities or args.window is not None or args.abstain is not None
-        if not is_map and of_maps:
+        if not task.per_pixel and not is_file and of_maps:
             raise InputError(f"{answers} whole images: --probabilities, --window and --abstain are for a map, map.tif")
-        if is_map:
-            return _predict_maps(args, model, about, task)
-        write = functools.partial(predictions.write_table, task)
-        return _write_answers(args, model, about, make_loader, write)
+        if is_file:
+            return _predict_map(deployed)
+        if task.per_pixel:
+            return _predict_maps(deployed)
+        return _write_answers(deployed, functools.partial(predictions.write_table, task))
 
 
-def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, Any], task: Task) -> list[Path]:
-    """Write a map of each image, or of one. Several processes share the images, or the windows of the one."""
-    images = _images_in_files(args, about)
-    is_file = args.output.suffix in MAP_SUFFIXES
-    if is_file and len(images) > 1:
+def _predict_map(deployed: Deployed) -> list[Path]:
+    """Write a map of one image, whose windows several processes share."""
+    args = deployed.args
+    images = _images_in_files(args, deployed.about)
+    if len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
-    window = args.window or about["image_size"]
-    if task.per_pixel:
-        window = model.window
 
     def answer(windows: Tensor) -> Tensor:
-        if not is_file:
-            return torch.cat([_outputs(args, model, some).cpu() for some in windows.split(args.batch_size)])
         share = windows[distributed.rank() :: distributed.world_size()].split(args.batch_size)
-        return _answers(args, model, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
+        return _answers(deployed, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
 
-    maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
-    parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
+    bar = functools.partial(progress_bar, title="predict", unit="row of windows")
+    maps = _maps(deployed, answer)
+    maps.writes = distributed.is_main()
+    with open_scene(images.name(0), deployed.transform.bands) as scene:
+        path = maps.write(scene, args.output, bar)
+    print(f"wrote {args.output}: 1 map of {listed(deployed.task.names)}")
+    return [path]
+
+
+def _predict_maps(deployed: Deployed) -> list[Path]:
+    """Write a map of each image into a folder. Several processes share the images."""
+    args = deployed.args
+    images = _images_in_files(args, deployed.about)
+
+    def answer(windows: Tensor) -> Tensor:
+        return torch.cat([deployed.outputs(some).cpu() for some in windows.split(args.batch_size)])
 
     def draw(i: int, place: Path) -> Path:
-        with open_scene(images.name(i), about["transform"].bands) as scene:
-            return maps.write(scene, place, parts_bar)
+        with open_scene(images.name(i), deployed.transform.bands) as scene:
+            return maps.write(scene, place, lambda parts, total: parts)
 
-    if is_file:
-        maps.writes = distributed.is_main()
-        written = [draw(0, args.output)]
-    else:
-        settings = {"--probabilities": args.probabilities, "--abstain": args.abstain}
-        written = _write_for_each(args, images, predictions.MAP_ENDINGS, settings, draw)
-    print(f"wrote {args.output}: {len(written)} map{'s' * (len(written) != 1)} of {listed(task.names)}")
+    maps = _maps(deployed, answer)
+    settings = {"--probabilities": args.probabilities, "--abstain": args.abstain}
+    written = _write_for_each(deployed, images, predictions.MAP_ENDINGS, settings, draw)
+    print(f"wrote {args.output}: maps of {len(written)} images, of {listed(deployed.task.names)}")
     return written
 
 
-def _write_for_each(
-    args: argparse.Namespace, images: LabelledImages, endings: Sequence[str], settings: dict, write: Callable
-) -> list[Path]:
-    """Write a file for each image into the folder --output, unless it is there, and return the paths of all.
-
-    Several processes share the images. `write` takes an image's number and place, and returns its file, which is the
-    place with one of the endings. The files depend on `settings` too.
-    """
-    places = predictions.places_of_images(images, args.images, args.output)
-    share = range(distributed.rank(), len(images), distributed.world_size())
-    written = []
-    broken = []
-    with _folder_of_answers(args, images, places, endings, settings) as manifest:
-        for i in progress_bar(share, args.command):
-            files_of_image = manifest.finished(places[i])
-            if not files_of_image:
-                manifest.note(places[i])
-                try:
-                    files_of_image = [write(i, places[i])]
-                except UnreadableImage as error:
-                    broken.append(error)
-                    continue
-                manifest.note(places[i], *files_of_image)
-            written += files_of_image
-        written = sorted(itertools.chain(*distributed.gather(written)))  # all have ended, and the folder is released
-        broken = list(itertools.chain(*distributed.gather(broken)))
-    if not written:
-        raise InputError(broken[0].problem)
-    for error in broken:
-        print(f"left out: {error.problem}")
-    return written
-
-
-@contextlib.contextmanager
-def _folder_of_answers(
-    args: argparse.Namespace,
-    images: LabelledImages,
-    places: Sequence[Path],
-    endings: Sequence[str],
-    settings: dict[str, Any],
-) -> Iterator[predictions.Manifest]:
-    """Hold the folder --output, and yield its manifest: see `predictions.begin_folder`."""
-    made_of = {
-        "command": args.command,
-        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
-        "images": [str(images.source.folder), images.digest],
-        "--arithmetic": args.arithmetic,
-        "--precision": str(_device_and_precision(args)[1]),
-    }
-    with output_folder.held(args.output):
-        manifest = predictions.Manifest(args.output, made_of | settings)
-        begin = functools.partial(predictions.begin_folder, manifest, places, endings, args.resume)
-        manifest.found = distributed.first_does(begin)  # alone, before any of them can have written
-        yield manifest
-
-
-def _task_of(about: dict[str, Any]) -> Task:
-    """The task of a model, from the metadata of its file."""
-    return from_record(about.get("task"), about["class_names"], "the adapter")
-
-
-def _refuse_pixels(about: dict[str, Any], command: str) -> None:
-    if _task_of(about).per_pixel:
-        raise InputError(f"{command} is not for an adapter with a class for every pixel: use predict, merge or export")
+def _maps(deployed: Deployed, answer: Callable[[Tensor], Tensor]) -> predictions.Maps:
+    args = deployed.args
+    window = deployed.model.window if deployed.task.per_pixel else args.window or deployed.about["image_size"]
+    return predictions.Maps(deployed.task, answer, deployed.transform, window, args.probabilities, args.abstain)
 
 
 def embed(args: argparse.Namespace) -> Any:
     """Write the features that the classifier head receives for images, and return them: float32, (N, D).
 
-    `--output features.npy` is the array; `features_paths.csv` beside it has the image's path for each row. With a
-    folder as --output both are in parts, of which only the names are returned.
+    `features_paths.csv` next to `--output features.npy` has the image's path for each row. With a folder as --output
+    both are in parts, of which the names are returned.
     """
-    with _model_on_device(args) as (model, about, make_loader):
-        _refuse_pixels(about, "embed")
-        return _write_answers(args, headless(model), about, make_loader, _write_features)
+    with _deployed(args) as deployed:
+        _refuse_pixels(deployed.about, "embed")
+        return _write_answers(deployed.features(), _write_features)
 
 
 def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Tensor:
-    with files.open_atomically(path) as file:
-        np.save(file, features.numpy())
     paths = path.with_name(f"{path.stem}{commands.PATHS}")
     files.write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
+    with files.open_atomically(path) as file:  # the last: a part that has it is finished
+        np.save(file, features.numpy())
     return features
 
 
 def choose(args: argparse.Namespace) -> list[str]:
     """Write which images to label next into the folder --output, and return their names, the most worth first.
 
-    They are the most typical images by a backbone alone, or while labels are few; then those of which the adapter is
-    least sure.
+    They are the most typical ones while labels are few; then those that the adapter is least sure of.
     """
-    with _model_on_device(args) as (model, about, make_loader):
-        if not _task_of(about).counts_images:
+    with _deployed(args) as deployed:
+        if not deployed.task.counts_images:
             raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
-        images, labelled = _to_choose_from(args, about)
-        backbone = headless(model)
-        [(features, images)] = _answered(args, backbone, about, make_loader, images, [range(len(images))])
+        images, labelled = _to_choose_from(args, deployed.about)
+        backbone = deployed.features()
+        [(features, images)] = _answered(backbone, images, [range(len(images))])
         count = min(args.count, len(images))
-        classes = about["class_names"]
+        classes = deployed.about["class_names"]
         if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
             how = "the most typical first"
-            [(known, _)] = _answered(args, backbone, about, make_loader, labelled, [range(len(labelled))])
+            [(known, _)] = _answered(backbone, labelled, [range(len(labelled))])
             chosen = choosing.most_typical(features, count, known)
         else:
             how = "the adapter is least sure of them"
-            logits = probe.head_outputs(model, features.to(_device_and_precision(args)[0])).cpu()
+            logits = probe.head_outputs(deployed.model, features.to(deployed.device)).cpu()
             chosen = choosing.least_sure(features, count, logits)
     images = images.subset(chosen)
     if distributed.is_main():
-        choosing.write_chosen(images, about["transform"].bands, args.output)
+        choosing.write_chosen(images, deployed.transform.bands, args.output)
     print(f"wrote {args.output}: {count} images to label, {how}")
     return list(map(images.name, range(count)))
 
@@ -403,139 +416,128 @@ def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[La
         images = choosing.without(images, labelled)
     if len(images) < args.count:
         raise InputError(f"--count {args.count}: {len(images)} images are not labelled yet; ask for fewer or name more")
-    if len(images) > choosing.MOST_IMAGES:
-        print(f"{len(images):,} images: {choosing.MOST_IMAGES:,} of them, drawn at random, are looked at")
-    return images.at_most(max(choosing.MOST_IMAGES, args.count)), labelled.at_most(choosing.MOST_IMAGES)
+    most = choosing.MOST_IMAGES
+    if len(images) > most:
+        print(f"{len(images):,} images: {most:,} of them, drawn at random, are looked at")
+    return images.at_most(max(most, args.count)), labelled.at_most(most)
+
+
+# ------------------------------------------------------------------------------------------------- answers into files
+
+PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
+
+
+def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, Path], Any]) -> Any:
+    """Answer for images, of which each process takes a share, and write the answers into the file --output.
+
+    Returns what `write` returns, which takes outputs (n, ...), their images, and a path. Or into parts in the folder
+    --output, and returns their paths.
+    """
+    args = deployed.args
+    images = _images(args.images, deployed.about)
+    if args.output.suffix:
+        [(outputs, kept)] = _answered(deployed, images, [range(len(images))])
+        answers = write(outputs, kept, args.output) if distributed.is_main() else None
+        print(f"wrote {args.output}: {len(kept)} images")
+        return answers
+    batch_size = fixed_order_batch(args.batch_size)
+    size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
+    parts = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+    ending = SUFFIXES[args.command][0]
+    places = [args.output / f"part-{number:05d}" for number in range(len(parts))]
+    paths = [place.with_name(place.name + ending) for place in places]
+    settings = {"--batch-size or number of processes": size}
+    count = 0
+    with _folder_of_answers(deployed, images, places, [ending], settings) as finished:
+        missing = [number for number, place in enumerate(places) if not finished[place]]
+        answered = _answered(deployed, images, [parts[number] for number in missing], may_be_none=True)
+        for number, (outputs, kept) in zip(missing, answered, strict=True):
+            count += len(kept)
+            if distributed.is_main():
+                write(outputs, kept, paths[number])
+    print(f"wrote {args.output}: {count} images, in {len(missing)} of {len(parts)} parts")
+    return paths
+
+
+def _write_for_each(
+    deployed: Deployed, images: LabelledImages, endings: Sequence[str], settings: dict, write: Callable
+) -> list[Path]:
+    """Write a file for each image into the folder --output, unless it is there, and return the paths of all.
+
+    `write` takes an image's number and place, and returns its file: the place with one of the endings.
+    """
+    args = deployed.args
+    places = predictions.places_of_images(images, args.images, args.output)
+    share = range(distributed.rank(), len(images), distributed.world_size())
+    written = []
+    broken = []
+    with _folder_of_answers(deployed, images, places, endings, settings) as finished:
+        for i in progress_bar(share, args.command):
+            try:
+                written += finished[places[i]] or [write(i, places[i])]
+            except UnreadableImage as error:
+                broken.append(error)
+        written = sorted(itertools.chain(*distributed.gather(written)))  # all have ended, and the folder is released
+        broken = list(itertools.chain(*distributed.gather(broken)))
+    if not written:
+        raise InputError(broken[0].problem)
+    for error in broken:
+        print(f"left out: {error.problem}")
+    return written
+
+
+@contextlib.contextmanager
+def _folder_of_answers(
+    deployed: Deployed, images: LabelledImages, places: Sequence[Path], endings: Sequence[str], settings: dict[str, Any]
+) -> Iterator[dict[Path, list[Path]]]:
+    """Hold the folder --output, and yield the files that are finished at each place: see `predictions.begin_folder`."""
+    args = deployed.args
+    made_of = {
+        "command": args.command,
+        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
+        "images": [str(images.source.folder), images.digest],
+        "--arithmetic": args.arithmetic,
+        "--precision": str(deployed.dtype),
+    }
+    begin = functools.partial(predictions.begin_folder, args.output, made_of | settings, places, endings, args.resume)
+    with output_folder.held(args.output):
+        yield distributed.first_does(begin)  # alone, before any of them can have written
 
 
 def _answered(
-    args: argparse.Namespace,
-    model: nn.Module,
-    about: dict[str, Any],
-    make_loader: Callable[[Transformed], DataLoader],
-    images: LabelledImages,
-    parts: Sequence[range],
-    may_be_none: bool = False,
+    deployed: Deployed, images: LabelledImages, parts: Sequence[range], may_be_none: bool = False
 ) -> Iterator[tuple[Tensor, LabelledImages]]:
     """For each part the outputs (n, ...) and their images; those that cannot be read are listed and left out."""
-    zeros = torch.zeros(input_channels(model), about["image_size"], about["image_size"])
+    args = deployed.args
+    size = deployed.about["image_size"]
+    zeros = torch.zeros(input_channels(deployed.model), size, size)
     chosen = images.subset(list(itertools.chain(*parts)))
-    batches = iter(progress_bar(make_loader(TolerantImages(chosen, about["transform"], zeros)), args.command))
+    loader = deployed.loader(TolerantImages(chosen, deployed.transform, zeros))
+    batches = iter(progress_bar(loader, args.command))
     for part in parts:
         of_part = itertools.islice(batches, math.ceil(len(part) / fixed_order_batch(args.batch_size)))
-        outputs, problems = _answers(args, model, of_part, zeros)
+        outputs, problems = _answers(deployed, of_part, zeros)
         kept = sources.without_problem(problems, may_be_none)
         yield outputs[kept], images.subset(part).subset(kept)
 
 
-def _write_answers(
-    args: argparse.Namespace,
-    model: nn.Module,
-    about: dict[str, Any],
-    make_loader: Callable[[Transformed], DataLoader],
-    write: Callable[[Tensor, LabelledImages, Path], Any],
-) -> Any:
-    """Answer for images, of which several processes each take a share, and write the answers.
-
-    They go into the file --output, and are returned as `write` returns them; or into parts in the folder --output, of
-    which the paths are returned. `write` takes outputs (n, ...), their images, and a path.
-    """
-    images = _images(args.images, about)
-    in_parts = not args.output.suffix
-    batch_size = fixed_order_batch(args.batch_size)
-    size = len(images)
-    if in_parts:
-        size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
-    parts = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-    answered = functools.partial(_answered, args, model, about, make_loader, images, may_be_none=in_parts)
-    if not in_parts:
-        [(outputs, kept)] = answered(parts)
-        answers = write(outputs, kept, args.output) if distributed.is_main() else None
-        print(f"wrote {args.output}: {len(kept)} images")
-        return answers
-    endings = [args.output.suffix or SUFFIXES[args.command][0], *commands.BESIDE.get(args.command, ())]
-    places = [args.output / f"part-{number:05d}" for number in range(len(parts))]
-    files_of = [[place.with_name(place.name + ending) for ending in endings] for place in places]
-    settings = {"--batch-size or number of processes": size}
-    count = 0
-    with _folder_of_answers(args, images, places, endings, settings) as manifest:
-        missing = [number for number, place in enumerate(places) if not manifest.finished(place)]
-        for number, (outputs, kept) in zip(missing, answered([parts[number] for number in missing]), strict=True):
-            count += len(kept)
-            if distributed.is_main():
-                manifest.note(places[number])
-                write(outputs, kept, files_of[number][0])
-                manifest.note(places[number], *files_of[number])
-    print(f"wrote {args.output}: {count} images, in {len(missing)} of {len(parts)} parts")
-    return [path for path, *_ in files_of]
-
-
-@torch.no_grad()
 def _answers(
-    args: argparse.Namespace, model: nn.Module, batches: Iterable[tuple[Tensor, list[str]]], zeros: Tensor
+    deployed: Deployed, batches: Iterable[tuple[Tensor, list[str]]], zeros: Tensor
 ) -> tuple[Tensor, list[str]]:
     """The outputs for the images of all processes, float32 on the CPU, (N, ...); and what is wrong with each, or ""."""
     problems = []
     outputs = []
     for images, found in batches:
-        outputs.append(_outputs(args, model, images))
+        outputs.append(deployed.outputs(images))
         problems += found
     if not outputs:  # fewer images than processes
-        outputs.append(_outputs(args, model, zeros[None])[:0])
+        outputs.append(deployed.outputs(zeros[None])[:0])
     shares = itertools.zip_longest(*distributed.gather(problems))
     in_order = [problem for several in shares for problem in several if problem is not None]
     return distributed.interleave(torch.cat(outputs)).cpu(), in_order
 
 
-@contextlib.contextmanager
-def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict[str, Any], Callable]]:
-    """Yield the model on --device, its file's metadata, and a function that makes loaders; faults get a remedy."""
-    device, _ = _device_and_precision(args)
-    devices.check_arithmetic(args.arithmetic, device)
-    distributed.join(device)
-    with faults_explained(device, "lower --batch-size") as loaders:
-        model, about = _loaded(args)
-        if args.arithmetic == "int8":
-            multiply_in_8_bits(model)
-        else:
-            LoRAManager(model).merge_lora_weights()
-
-        def make_loader(images: Transformed) -> DataLoader:
-            loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-            if _task_of(about).per_pixel:
-                loading["collate"] = collate_pairs
-                if images.dataset.source.largest > model.window**2:  # whole images, as in a run
-                    loading["batch_size"] = 1
-            loaders.append(build_loader(images, **loading))
-            return loaders[-1]
-
-        yield devices.place(model, device), about, make_loader
-
-
-def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of an adapter file, or of a checkpoint to choose by, which has no classes; and what is known of it."""
-    if args.command != "choose" or holds_adapter(args.adapter):
-        if getattr(args, "arch", None) or getattr(args, "image_size", None):
-            raise InputError(f"--arch and --image-size are for checkpoints; {args.adapter} has its own")
-        return load_finetuned(args.adapter, args.checkpoint)
-    settings = FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
-    known, read = known_image_values(settings, args.adapter)
-    model, report = load_base(args.adapter, None, 2, **backbone_shape(settings))
-    size = report["image_size"]
-    about = {"class_names": [], "image_size": size, "transform": transforms.eval_transform(size, bands=read)}
-    values = settle(known, report["arch"], report["channels"], _images(args.images, about))
-    return model.eval(), about | {"transform": transforms.eval_transform(size, **values)}
-
-
-def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    device = devices.select_device(args.device)
-    return device, devices.select_precision(args.precision, device)
-
-
-@torch.no_grad()
-def _outputs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
-    """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
-    return evaluation.computed(model, images, *_device_and_precision(args)).float()
+# ----------------------------------------------------------------------------------------------- which images are meant
 
 
 def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
@@ -569,21 +571,19 @@ def _images_in_files(args: argparse.Namespace, about: dict[str, Any]) -> Labelle
     return images
 
 
-def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
+def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages, str]:
     """Labelled images, and a description of where they were found.
 
-    The place is a folder with a folder for each class, or with images/ and masks/, itself or in the val/ in it; or a
-    list, which it must be for several labels or numbers. None: the images on which the run was evaluated.
+    The place is a list, or a folder with a folder for each class, or with images/ and masks/, itself or in its val/.
     """
-    if place is None:
-        return _images_of_run(about)
     if not remote.exists(place):
         raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
     data = _data_of_run(about)
+    by = data.get("group_by")
     column = None
     folder = place
     if not remote.is_folder(place):
-        column = _group_column(place, data)
+        column = by if by and not by.isdecimal() and lists.has_column(place, by) else None  # which then is no label
         folder = lists.folder_of(place, data.get("data_dir"))
     task = _task_of(about)
     read = about["transform"].bands
@@ -596,86 +596,34 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         images, _ = sources.labelled_images(place, folder, read, task.truth, columns, task.names, "the adapter")
     if column is not None:
         images.groups = lists.read_groups(place, column)[images.indices]
-    else:  # not with a column that other lists have, or with fewer folders than the run's images lie in
+    elif by:  # not a column that other lists have, nor with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
-            images.groups = splitting.folder_level(images.relative_names(), str(data.get("group_by")))
+            images.groups = splitting.folder_level(images.relative_names(), by)
     where = f"in {place}"
-    if images.groups is None and "group_by" in data:  # intervals are over images then
-        where += f", without groups by {printable(data['group_by'])}"
+    if images.groups is None and by:  # intervals are over images then
+        where += f", without groups by {printable(by)}"
     return images, where
 
 
-def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
-    data = _data_of_run(about)
-    if data.get("dataset") not in sources.DATASETS:
-        raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
-    named = [data.get("data_dir"), data.get("val_dir"), *data.get("data_list", ())]
-    if elsewhere := [place for place in named if place and remote.is_elsewhere(place)]:
-        problem = "an address that only a file names is not asked for images"
-        raise InputError(f"{remote.address(elsewhere[-1])}: {problem}; if you trust it, give it behind the adapter")
-    for key in {"data_dir", "val_dir"} & data.keys():
-        data[key] = files.found_path(data[key])
-    if "data_list" in data:
-        data["data_list"] = list(map(files.found_path, data["data_list"]))
-        for path in data["data_list"]:
-            if not remote.is_remote(path):
-                files.check_file(path)
-    place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if data.get(key))
-    data["bands"] = about["transform"].bands
-    task = _task_of(about)
-    if task.per_pixel:  # other images that cannot be read are left out later
-        data["skip_unreadable"] = True
-    splits = sources.load_splits(**data, task=task.kind, masks=task.head.masks)
-    sources.check_classes("the data", set(splits.class_names) ^ set(about["class_names"]), "the adapter", ())
-    if splits.val.targets is not None:  # the columns of a list may have another order now
-        places = list(map(splits.class_names.index, about["class_names"]))
-        splits.val.targets = splits.val.targets[:, places]
-    shown = listed(place) if isinstance(place, list) else printable(place)
-    where = f"of {shown}, evaluated on in training"
-    if about.get("evaluated_on", splits.val.digest) != splits.val.digest:
-        where += ", but files or labels have changed, and some of these may have trained"
-    return splits.val, where
-
-
-# What `load_splits` takes of a run's settings: texts, and lists of them.
-_TEXTS = ("dataset", "data_dir", "eval_split", "val_dir", "group_by", "folds")
-_LISTS = ("data_list", "label_columns")
-
-
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the images of the run that wrote the file, as arguments of `load_splits`.
-
-    Anybody may have written it: nothing is returned where something in them is what no run can have written.
-    """
+    """The data folder, --group-by and --label-columns of the run that wrote the file; not what no run can write."""
     data = value_at(about, "config/data")
     if not isinstance(data, dict):
         return {}
-    known = {key: data[key] for key in (*_TEXTS, *_LISTS) if data.get(key) is not None}
-    for key, value in known.items():
-        texts = value if key in _LISTS else [value]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            return {}
-    try:
-        if "/" not in folds(known.get("folds", "1/2")):
-            return {}
-    except argparse.ArgumentTypeError:
-        return {}
-    return known | {"skip_unreadable": data.get("skip_unreadable") is True}
-
-
-def _group_column(path: Path, data: dict[str, Any]) -> str | None:
-    """The run's --group-by if it is a column of this list; that column then is no label."""
-    by = data.get("group_by")
-    return by if by and not by.isdecimal() and lists.has_column(path, by) else None
+    known = {key: data[key] for key in ("data_dir", "group_by") if isinstance(data.get(key), str)}
+    columns = data.get("label_columns")
+    if isinstance(columns, list) and all(isinstance(column, str) for column in columns):
+        known["label_columns"] = columns
+    return known
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
-    """Write base and adapter as one state_dict with the stock model's own keys, and `merged.json` beside it.
+    """Write base and adapter as one state_dict with the stock model's own keys, and `merged.json`.
 
-    A head for every pixel is `head.linear.weight` and `head.linear.bias`. Returns the adapter's metadata.
+    Returns the adapter's metadata. A head for every pixel is `head.linear.weight` and `head.linear.bias`.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(files.same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
@@ -699,44 +647,20 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def card(args: argparse.Namespace) -> str:
-    """Write a model card of the adapter and, where `results.json` of its run is beside it, its figures; return it."""
+    """Write a model card of the adapter and, where it lies next to `results.json`, its figures; return it."""
     content = read_adapter_file(args.adapter)
     metadata = content["metadata"]
     check_metadata(args.adapter, metadata, content["tensors"])
-    beside = args.adapter.with_name("results.json")
+    path = args.adapter.with_name("results.json")
     results = {}
-    if beside.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
-        results = comparison.read_results(beside)
+    if path.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
+        results = comparison.read_results(path)
         if results.get("adapter_digest") != state_digest(content["tensors"]):
-            raise InputError(f"{beside} is of another file than {args.adapter}: move one of them")
-    name = getattr(args, "repository", None) or args.adapter.absolute().parent.name
-    text = model_card.write_card(metadata, results, name.rpartition("/")[2], args.adapter.name)
-    if args.output is not None:
-        files.write_text(text, args.output)
-        print(f"wrote {args.output}")
+            raise InputError(f"{path} is of another file than {args.adapter}: move one of them")
+    text = model_card.write_card(metadata, results, args.adapter.absolute().parent.name, args.adapter.name)
+    files.write_text(text, args.output)
+    print(f"wrote {args.output}")
     return text
-
-
-def push(args: argparse.Namespace) -> str:
-    """Send the adapter, what lies beside it, and its card to the Hugging Face Hub, and return the address."""
-    huggingface_hub = optional_package("huggingface_hub", "push")
-    sent = {args.adapter.name: args.adapter, "README.md": card(args).encode()}
-    metadata = read_adapter_file(args.adapter)["metadata"]
-    _, stage1 = find_base(args.adapter, metadata, NO_CHECKPOINT)  # the base itself is to be had from its publisher
-    if stage1 is not None:
-        sent[stage1.name] = stage1
-    page = args.adapter.with_name("report.html")
-    if page.exists() and "thresholds chosen" not in metadata:  # as for the card
-        sent[page.name] = page
-    hub = huggingface_hub.HfApi()
-    try:
-        hub.create_repo(args.repository, private=args.private, exist_ok=True)
-        operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in sent.items()]
-        hub.create_commit(args.repository, operations, commit_message=f"{args.adapter.name} and its card")
-    except Exception as error:  # of the network, of the Hub, or of the name
-        raise InputError(f"{args.repository}: {printable(error, 300)}; `hf auth login`?") from None
-    print(f"sent {listed(sent)} to {hub.endpoint}/{args.repository}")
-    return f"{hub.endpoint}/{args.repository}"
 
 
 def usage(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -777,11 +701,11 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
     The graph's input is `images`, float32 (N, C, S, S), normalised as in training. With --normalise the graph does this
-    itself: its input has values from 0 to 1, or those of the files if these are not RGB photographs. The output is
+    itself: its input has values from 0 to 1, or the files' own if these are not RGB photographs. The output is
     `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units; or `probabilities`
     for every pixel, (N, classes, H, W), of images (N, C, H, W) that may be larger than S where the model is a ResNet.
 
-    `model.json` beside it says what is left to do around the graph, as `usage` does. The same values are written into
+    `model.json` says what is left to do around the graph, as `usage` does. The same values are written into
     the file as its metadata, each as JSON, and returned.
     """
     if args.output.suffix == ".onnx":
@@ -856,8 +780,7 @@ ROUNDING = 1e-3  # the largest difference of answers, relative to their size, th
 def convert(args: argparse.Namespace) -> None:
     """Write the adapter as a folder --output that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
-    `base` is the torchvision model with the base's weights, in float, and a head for the adapter's classes, whose
-    weights come from the folder (`modules_to_save`).
+    `base` is the torchvision model with the base's weights, in float, and a head of any weights for the classes.
     """
     peft = peft_format.import_peft()
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
@@ -897,8 +820,7 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
-COMMANDS = (info, evaluate, compare, threshold, predict, embed, choose, explain, merge, export, convert, card, push)
+COMMANDS = (info, evaluate, compare, threshold, predict, embed, choose, explain, merge, export, convert, card)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

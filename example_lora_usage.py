@@ -1,12 +1,10 @@
 """Four examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
 
-    python example_lora_usage.py              # all four
-    python example_lora_usage.py --only 2     # one of them
+    python example_lora_usage.py
 
 Each is a function to copy from, and prints what it found.
 """
 
-import argparse
 import functools
 import tempfile
 from pathlib import Path
@@ -121,18 +119,12 @@ def compare(what: str, actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
 
-EXAMPLES = [function for name, function in globals().items() if name.startswith("example_")]  # in this file's order
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the examples, or one of them; the third and fourth train the model of the second first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, choices=range(1, len(EXAMPLES) + 1), help="run one example")
-    only = parser.parse_args(argv).only
-    for number, example in enumerate(EXAMPLES, 1):
-        if only in (None, number):
-            print(f"\nExample {number}: {example.__doc__}")
-            example()
+def main() -> None:
+    """Run the examples; the third and fourth take the model that the second trains."""
+    examples = (example_1_setup, example_2_training, example_3_checkpoints, example_4_inference)
+    for number, example in enumerate(examples, 1):
+        print(f"\nExample {number}: {example.__doc__}")
+        example()
 
 
 if __name__ == "__main__":

@@ -36,14 +36,12 @@ from tqdm import tqdm
 
 import lora_utils
 from lora import adapted, adapter_file, attention, functional, initialization, int8
-from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
 from lora.fusion import fuse, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
-from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
@@ -79,7 +77,7 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
+    The constructor takes the stock layer's arguments and the fields of `LoRASettings`. A kind of layer says which
     weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
     """
 
@@ -99,10 +97,7 @@ class LoRALayer:
 
     @classmethod
     def adapt(cls, layer: nn.Module, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> nn.Module:
-        """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree.
-
-        With no settings its rank is 0: the layer computes with its base, which is stored as an adapted layer's is.
-        """
+        """Turn a stock layer into its adapted kind, in place: same object and parameters. No settings: rank 0."""
         if isinstance(layer, LoRALayer):
             layer.unmerge()
         if type(layer) is not cls:
@@ -166,7 +161,7 @@ class LoRALayer:
         LayerState.of(self).without_adapter().apply_to(self)
 
     def adapted_state(self) -> dict[str, Any]:
-        """The attributes, beside parameters, that the layer it adapts does not have."""
+        """The attributes, without parameters, that the layer it adapts does not have."""
         return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
     def base(self) -> Tensor | NF4Weight | Int8Weight:
@@ -253,7 +248,7 @@ class LoRALayer:
             self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
 
     def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
-        """What a weight in 4 bits needs beside its bytes."""
+        """What a weight in 4 bits needs besides its bytes."""
 
     def _replicate_for_data_parallel(self):
         raise InputError("nn.DataParallel cannot copy adapted layers: start a process per GPU with torchrun")
@@ -282,18 +277,14 @@ class LoRALinear(LoRALayer, nn.Linear):
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
-    """A convolution with an adapter, for any geometry. x: (N, in, H, W) or (in, H, W).
-
-    The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
-    """
+    """A convolution of any geometry with an adapter, ``B A`` as its kernel: fan_in = in / groups * kh * kw."""
 
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """``relu(batch_norm(layer(x)) + residual)``, where the layer is ``conv2d(x, W + s B A, b)``.
+        """``relu(batch_norm(conv2d(x, W + s B A, b)) + residual)``; see `folded_norm`.
 
-        x: (N, in, H, W) or (in, H, W), residual: (N, out, H', W') or (out, H', W'), as what is returned. A frozen
-        BatchNorm is in kernel and bias: see `folded_norm`.
+        x: (N, in, H, W) or (in, H, W); residual, as what is returned: (N, out, H', W') or (out, H', W').
         """
         if not self._is_active:
             weight = self._weight_without_adapter(x)
@@ -326,8 +317,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """Attention with adapters on the q, k, v and output projections; called exactly as `nn.MultiheadAttention`.
 
     q, k and v have an adapter each (`lora_A_q`, `lora_B_q`, ...), the output projection is a `LoRALinear`. On
-    self-attention the three are one product with the packed weight. Dropout draws one mask for each distinct input.
-    Attention that is not plain (`lora.adapted.is_plain_attention`) is not adapted.
+    self-attention the three are one product. Dropout draws one mask for each distinct input.
     """
 
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
@@ -359,7 +349,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
-        products = [(0, 1), (1, 1), (2, 1)]  # each of so many of q, k and v, from the first on
+        products = [(0, 1), (1, 1), (2, 1)]  # the first of q, k and v, and how many of them
         if key is value:
             products = [(0, 3)] if query is key else [(0, 1), (1, 2)]
         if prologue is not None and (self._drops or not self._is_active or len(products) == 3):
@@ -372,7 +362,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _product(
         self, first: int, count: int, x: Tensor, adapter_x: Tensor | None, prologue: Callable | None
     ) -> Tensor:
-        """The product of x with so many of q, k and v from the first on, (N, L, count * embed_dim)."""
+        """The product of x with `count` of q, k and v from the `first` on, (N, L, count * embed_dim)."""
         end = first + count
         rows = slice(first * self.embed_dim, end * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
@@ -424,10 +414,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
 
 class _FourBits:
-    """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` holds the packed bytes, and there is no float copy.
-
-    The weight is dequantised anew for each product, forward and backward. Merging gives a float weight.
-    """
+    """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` has the packed bytes, which each product dequantises anew."""
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
 
@@ -451,7 +438,7 @@ class _FourBits:
             state.to(self._parameters[name].device)
         return self
 
-    # The quantisation constants travel beside the bytes, under the names that bitsandbytes gives them.
+    # The quantisation constants travel with the bytes, under the names that bitsandbytes gives them.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -514,12 +501,10 @@ def add_lora_to_model(
         r, lora_alpha, lora_dropout, use_rslora: see `LoRASettings`.
         target_modules: names, suffixes, containing modules or regular expressions of the layers to adapt. None: every
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
-        use_qlora: store the adapted weights in 4 bits, and those of the layers below `adapt_last`.
-        base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
-            has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
-            attention in 8 bits, and on CPUs multiply in 8 bits (`lora.int8`). The classifier head, which
-            trains, stays as it is. None: all as they are.
-        adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
+        use_qlora: store the adapted weights in 4 bits, and the weights below `adapt_last`.
+        base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. torch.int8: store linear layers'
+            and attention's in 8 bits, and on CPUs multiply in 8 bits (`lora.int8`). None: all as they are.
+        adapt_last: adapt this many last blocks of a ViT, or stages of a ResNet, only. Below there is no backward.
         head: the names of the modules that no checkpoint has, such as a classifier: they train and are saved whole.
             None: the module called fc, heads, head or classifier, see `toolkit.models.backbones.head_name`.
 
@@ -618,14 +603,12 @@ def freeze_backbone_params(
 ) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
-    The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
-    base. With `train_norms` the normalisation layers train too: their scales and shifts, and BatchNorm's statistics.
-    Those that followed the adapters go on from where these have brought them, and follow no more.
-    Weights stored in 4 or 16 bits do not train in either case. `head`: see `add_lora_to_model`.
+    The BatchNorms of a frozen backbone stay in eval mode: their statistics belong to the base. With `train_norms` the
+    normalisation layers train too, and BatchNorm's statistics; those that followed the adapters follow no more. Weights
+    stored in 4 or 16 bits never train. `head`: see `add_lora_to_model`.
 
     Raises:
-        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
-            base, or its norms, are to train, and several adapters share it.
+        InputError: all is to train but the adapters are merged, or the base is to train and several adapters share it.
     """
     model = adapted.unwrap_for_editing(model)
     name_head(model, head)
@@ -694,8 +677,8 @@ def load_base(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, with the stage-1 adapter of `moco.pretrain`, if any, merged; that knows its heads and channels.
 
-    With `per_pixel` it is a `DenseModel`, which answers for every pixel. Returns the model and the report of
-    `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base or other channels.
+    With `per_pixel` it is a `DenseModel`. Returns the model and the report of `load_backbone`. Raises InputError if a
+    file cannot be read, or the adapter is of another base or other channels.
     """
     if stage1_adapter is not None:
         about = read_adapter_file(stage1_adapter)["metadata"]
@@ -743,7 +726,7 @@ def main(
         after_epoch: called with the run after each of its epochs, in every process: to log, or to draw its `history`.
 
     Returns:
-        The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds that of `cross_validate`.
+        The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds see `cross_validate`.
     """
     args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
@@ -806,8 +789,8 @@ def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
 def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
 
-    `dtype` is that of products, by autocast; frozen weights are stored in it, unless in 8 bits. None: bf16 where a CPU
-    is faster in it. The report has it. Raises InputError as `load_base`, `check_8_bits` and `add_lora_to_model` do.
+    `dtype` is the products', by autocast; frozen weights are stored in it, unless in 8 bits. None: bf16 where a CPU
+    is faster in it. The report has it.
     """
     per_pixel = TRUTHS[args.task] == "mask"
     shape = options.backbone_shape(args)
@@ -842,13 +825,10 @@ def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[Da
         return run_state.recorded_setting(args.resume, "adapt_last")
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself says what it reads
         splits, model, report, plan = prepare(args, device)
-    adapts_all = replace(args, cache_features="none")
-    run = FineTuning(adapts_all, plan, devices.place(model, device), report, splits, opened)
+    run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
     run.start()
     end_workers(opened)
     number = initialization.blocks_with_most(model, run.gradient_energies)
-    if number is None and args.cache_features != "none":
-        raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
     part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
     return number
@@ -904,7 +884,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                         known = devices.to_device(labels, run.device)
                         labels = known if run.teacher is None else run.teacher.extend(known, *unlabelled)
                         with distributed.exchanging(run.parallel, is_last=number == step.number):
-                            with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
+                            with devices.autocast(run.device, run.dtype):
                                 logits = run.parallel(images)  # (N, outputs)
                             loss = run.task.loss(logits.float(), labels)
                             # Gradients are averaged over processes; it is their sum that belongs to all the images.
@@ -967,11 +947,8 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
 
-    A study changes the loss in `toolkit.answers.parts`, the optimizer and the schedule in `toolkit.run.optim`, and the
-    augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
-
     Args:
-        plan: what is settled beside the options, `args`.
+        plan: what is settled besides the options, `args`.
         model, report: what `build_model` returns; the model is on its device.
         opened: a list to which all loaders are added, so that their processes can be ended.
         teaches: whether images without labels may train, where there are enough with.
@@ -989,17 +966,12 @@ class FineTuning(RunState):
     ):
         super().__init__(args, plan.device, plan.dtype)
         self.model = model
-        self.network = model  # what computes on what the loaders have: images, or features that are cached of them
         self.report = report
         self.splits = splits
         self.loaders = Loaders(args, plan, splits, report["image_size"], opened, self.meter)
-        if args.cache_features != "none":
-            with evaluation.eval_mode(model):
-                lower, self.network = split_model(model, args.adapt_last)
-                self.loaders.cache_features(lower, plan.dtype)
         self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
-            follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
+            follow_statistics(model, self.loaders.followed_batches(), required=plan.norms == "follow")
             if followers(model):  # files are to say so, since `auto` is another thing on a GPU
                 plan = replace(plan, norms="follow")
         self.plan = plan
@@ -1020,7 +992,7 @@ class FineTuning(RunState):
         counts = self.task.objective.counts(splits.train)
         if self.loaders.unlabelled is not None:
             shape = (len(splits.unlabelled), len(splits.class_names))
-            self.teacher = Teacher(model, self.network, *shape, plan.device, plan.dtype)
+            self.teacher = Teacher(model, model, *shape, plan.device, plan.dtype)
             counts = {name: count + shape[0] / shape[1] for name, count in counts.items()}
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, counts))
         may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
@@ -1037,7 +1009,7 @@ class FineTuning(RunState):
         steps = math.ceil(len(self.loaders.train) / args.accumulation_steps)
         divisor = optim.run_divisor(args, asked, steps)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
-        network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network
+        network = devices.compiled(model, self.device, args.accumulation_steps) if args.compile else model
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
         self.begin_training(network, optimizer, steps, warmup)
@@ -1072,7 +1044,7 @@ class FineTuning(RunState):
     def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Loaders.features`."""
         if features is None:
-            features = self.loaders.features(self.network, self.task, self.dtype)
+            features = self.loaders.features(self.model, self.task, self.dtype)
         clusters = self.loaders.probe_images.clusters()
         if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
             clusters = torch.arange(len(self.loaders.probe_images))
@@ -1091,7 +1063,7 @@ class FineTuning(RunState):
             if self.teacher is not None:
                 self.teacher.first_answers = answers
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
-            trained_on = self.loaders.features(self.network, self.task, self.dtype)
+            trained_on = self.loaders.features(self.model, self.task, self.dtype)
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         _, of_probe = tasks.baseline_keys(self.task)
         if self.baseline[of_probe] is None and self.args.head_init == "probe":
@@ -1112,7 +1084,7 @@ class FineTuning(RunState):
         if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's
             images = self.loaders.watched
             loss = self.task.plain_loss
-            worst_loss = evaluation.worst_batch_loss(self.network, images, self.device, self.dtype, loss)
+            worst_loss = evaluation.worst_batch_loss(self.model, images, self.device, self.dtype, loss)
         self.guard.note_start(worst_loss, self.evaluate_watched())
 
     def begin_averages(self) -> None:
@@ -1132,7 +1104,7 @@ class FineTuning(RunState):
                 labels = devices.to_device(labels, self.device)
                 labels = labels if self.teacher is None else self.teacher.extend(labels, *unlabelled)
                 with distributed.exchanging(self.parallel, is_last=number == step.number):
-                    with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
+                    with devices.autocast(self.device, self.dtype):
                         logits = self.parallel(images)
                     loss = self.task.loss(logits.float(), labels)
                     self.scaler.scale(loss * factor).backward()
@@ -1140,7 +1112,9 @@ class FineTuning(RunState):
     def go_on_from(self, path: Path) -> None:
         """Go on with the run that wrote this `last.pth`: see `RunState.resume`."""
         if self.args.keep_best and path.resolve().parent != self.args.output_dir.resolve():
-            raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
+            raise InputError(
+                f"--keep-best: the best adapter is next to {path}; resume with that folder as --output-dir"
+            )
         free = options.FREE_TO_CHANGE
         if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
             norms = {self.plan.norms, run_state.recorded_setting(path, "norms")}
@@ -1207,7 +1181,6 @@ class FineTuning(RunState):
         row |= {f"val_{name}": value for name, value in result.measured().items()}
         row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
         self.history.append(row)
-        self.log(row)
         self.progress = None
         print(reports.describe_epoch(self))
         self.save()
@@ -1237,7 +1210,7 @@ class FineTuning(RunState):
         print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
 
     def save(self) -> None:
-        """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
+        """Write the files of a finished epoch; with --keep-best `lora.pth` stays a better one's."""
         path = self.path("lora.pth")
         is_best = training.last_is_best(self.history, self.task.best_by.get(self.args.keep_best)) or not path.exists()
         if is_best and distributed.is_main():
@@ -1260,36 +1233,30 @@ class FineTuning(RunState):
         """Give BatchNorms that train the statistics for the present weights. Does any train?"""
         if self.loaders.statistics is None:
             return False
-        evaluation.estimate_statistics(self.network, self.loaders.statistics, self.device, self.dtype)
+        evaluation.estimate_statistics(self.model, self.loaders.statistics, self.device, self.dtype)
         return True
 
     def evaluate(self, batches: Iterable) -> tasks.Answers:
         """Evaluate batches with the weights that the model has now."""
-        return self.task.evaluate(self.network, batches, self.device, self.dtype)
+        return self.task.evaluate(self.model, batches, self.device, self.dtype)
 
     def evaluate_watched(self, divisor: float = 1) -> tasks.Answers:
-        """Evaluate the guard's images, in the same views each time, with ``wise_ft.alpha / divisor`` of the change.
-
-        Notes whether images without labels are `still_sure`.
-        """
+        """Evaluate the guard's images, always in the same views, with ``wise_ft.alpha / divisor`` of the change."""
         self.wise_ft.share = self.wise_ft.alpha / divisor
         with self.kept_weights():
             if self.teacher is not None:
                 if self.sure_images is None:
                     self.sure_images = self.loaders.unlabelled_views(self.teacher.watched())
-                logits, _ = evaluation.all_outputs(self.network, self.sure_images, self.device, self.dtype)
+                logits, _ = evaluation.all_outputs(self.model, self.sure_images, self.device, self.dtype)
                 self.still_sure = self.teacher.still_sure(logits)
             if self.loaders.has_masks:
                 return self.evaluate(self.loaders.watched)
-            self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)
+            self.watched_outputs = evaluation.all_outputs(self.model, self.loaders.watched, self.device, self.dtype)
             return self.task.head.answers(*self.watched_outputs)
 
     @contextlib.contextmanager
     def believable(self) -> Iterator[None]:
-        """Within this block the head has the temperature that `calibrate` would choose by the guard's images alone.
-
-        Else the loss of an epoch would be that of a head that was made unsure so that it can learn.
-        """
+        """Within this block the head has the temperature that `calibrate` would choose by the guard's images alone."""
         if self.loaders.has_masks:
             yield
             return
@@ -1305,8 +1272,8 @@ class FineTuning(RunState):
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.
 
-        For several labels it also chooses the thresholds above which they are answers. False where there is nothing
-        to do: for numbers, and for classes if the head did not start as a probe.
+        For several labels it also chooses the thresholds. False where there is nothing to do: for numbers, and for
+        classes if the head did not start as a probe.
         """
         optimism = self.head_temperature.optimism
         if optimism is None and not self.task.head.always_calibrates:
@@ -1316,7 +1283,7 @@ class FineTuning(RunState):
                 self.model, self.loaders.watched, self.device, self.dtype, len(self.loaders.watched_images)
             )
         else:
-            outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
+            outputs, targets = evaluation.all_outputs(self.model, self.loaders.calibration(), self.device, self.dtype)
         self.task.head.calibrate(outputs, targets, optimism)
         self.task.head.soften(self.model, self.task.head.temperature)
         return True

@@ -1,8 +1,7 @@
 """LoRAManager and the adapter file: save, load, merge, switch and remove what LoRA trained.
 
-An adapter file holds the adapters, the classifier head, whatever else trained, and what is needed to put them back:
-rank, scaling and kind of every adapted layer, and a hash of the base weights that they belong to. It is a `.pth`, read
-with `weights_only=True`, or a `.safetensors` if its name ends so. `deploy_lora.py` has the command line.
+An adapter file, `.pth` or `.safetensors`, holds the adapters, the classifier head, whatever else trained, how every
+layer is adapted, and a hash of the base weights that they belong to. `deploy_lora.py` has the command line.
 """
 
 import contextlib
@@ -29,8 +28,8 @@ from toolkit.models.checkpoints import tensor_digest
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`.
 
-    The digest of a weight in 4 or 16 bits is that of its values before rounding, and the digest of an interpolated
-    position embedding is that of the checkpoint's: so digests are the same on every machine.
+    The same on every machine: of values before rounding to 4 or 16 bits, and of a position embedding's in the
+    checkpoint.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     record = record_of(model)
@@ -52,10 +51,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unused_adapters(model: nn.Module) -> list[str]:
-    """The names of adapted layers that train, and that the first backward pass, just over, gave no gradient.
-
-    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter.
-    """
+    """The names of adapted layers that train, and that the first backward pass, just over, gave no gradient."""
     unused = []
     for name, layer in adapted_layers(unwrapped(model)).items():
         trains = [factor for factor in adapter_parameters(layer).values() if factor.requires_grad]
@@ -112,8 +108,8 @@ def full_rank(model: nn.Module) -> int:
 class LoRAManager:
     """Saves, loads, merges, disables, switches and removes the adapters of a model.
 
-    `finetune_lora.add_lora_to_model` gives a model its adapter, and says what `head` is. The adapters of files that are
-    loaded with a name stay in the model side by side, and `use` selects the one that computes.
+    The adapters of files that are loaded with a name stay in the model side by side, and `use` selects the one that
+    computes. `head`: see `finetune_lora.add_lora_to_model`.
     """
 
     def __init__(self, model: nn.Module, head: str | Sequence[str] | None = None):
@@ -169,11 +165,9 @@ class LoRAManager:
     def unload(self, merge: bool = False) -> nn.Module:
         """Remove all adapters, in use or not, and return the model with its stock layers and blocks.
 
-        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. Frozen parameters stay
-        frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
-        With `merge` the weights are ``W + s B A``. Otherwise the base weights come back, bit for bit, even if the
-        adapters were merged; layers in fewer bits, whose float weights are gone, then raise InputError, before
-        anything is changed.
+        Frozen parameters stay frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in
+        backward. With `merge` the weights are ``W + s B A``. Otherwise the base weights come back, bit for bit; layers
+        in fewer bits, whose float weights are gone, then raise InputError, before anything is changed.
         """
         layers = adapted_layers(self.model)
         stored = dict(layers)
@@ -241,10 +235,9 @@ class LoRAManager:
     def use(self, name: str | None) -> dict[str, Any]:
         """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
 
-        No weight is copied. Layers that the adapter does not adapt become stock layers. Each adapter has its own
-        classifier head and trainable parameters, and so needs an optimizer of its own. Threads that share a model must
-        take turns: one thread at a time calls `use` and computes its answer. Raises InputError if no adapter has this
-        name, or if the adapters are merged or switched off.
+        Layers that it does not adapt become stock layers. Each adapter has its own head and trainable parameters, and
+        so needs an optimizer of its own. Threads that share a model must take turns. Raises InputError if no adapter
+        has this name, or if the adapters are merged or switched off.
         """
         adapter_set = self._adapter_set()
         if name is not None and name not in adapter_set.named:
@@ -301,9 +294,8 @@ class LoRAManager:
     def save_lora_checkpoint(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Write the adapter file, `.pth` or `.safetensors`. InputError if that fails; an earlier file stays as it is.
 
-        `metadata` are plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` returns; by default
-        those with which the adapter in use was loaded. `finetune_lora.load_finetuned` needs `arch`, `class_names`,
-        `image_size`, `checkpoint`, and `heads` if they are not the arch's own.
+        `metadata` are plain values that `load_lora_checkpoint` returns; by default those with which the adapter in use
+        was loaded. `finetune_lora.load_finetuned` needs `arch`, `class_names`, `image_size`, `checkpoint`, and `heads`.
         """
         now = base_digests(self.model)
         if metadata is None:
@@ -331,9 +323,9 @@ class LoRAManager:
     def load_lora_checkpoint(self, path: str | Path, name: str | None = None) -> dict[str, Any]:
         """Read what `save_lora_checkpoint` wrote, strictly, and return its metadata.
 
-        Without a name the file is read into the adapter in use, which must have the same layers and ranks. Otherwise
-        its adapter is added under this name, with layers, ranks and a classifier head of its own; `use(name)` switches
-        to it. Raises InputError, which says all that does not fit; the model is then bitwise unchanged.
+        Without a name it is read into the adapter in use, which must have the same layers and ranks. Otherwise its
+        adapter is added under this name, with layers, ranks and a head of its own; `use(name)` switches to it. Raises
+        InputError, which says all that does not fit; the model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
         if name is not None:
@@ -352,7 +344,7 @@ class LoRAManager:
         _refuse(path, self._differences(content))
         broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
         if broken:
-            raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
+            raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use an earlier epoch's")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
         of_adapters = read_statistics(self.model, content)
         with torch.no_grad():

@@ -59,12 +59,10 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import attention, backends, functional, fusion
-from lora.activations import SavedIn16Bits
 from lora.adapted import choose_layers
 from lora.followed_norms import follow_statistics
 from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
-from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.answers.probe import linear_head
@@ -281,7 +279,6 @@ class Variant:
     around: Callable = contextlib.nullcontext  # what the forward runs in
     device: str = ""  # on which type of device it is run unless asked for
     compiled: bool = False
-    features_kept: bool = False  # does a step begin with the upper half of the blocks?
     without: tuple[types.ModuleType, str, Any] | None = None  # a name in a module here, and what stands in its place
     by_default: bool = True
     precision: str = ""  # the only one in which it is another computation
@@ -308,12 +305,6 @@ VARIANTS = {
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
     "lora_int8": Variant("LoRA here, arithmetic in 8 bits", lora_int8, save_here, models="vit", device="cpu"),
-    "lora_int8_16bit": Variant(
-        *("LoRA here, arithmetic in 8 bits, 16-bit activations", lora_int8, save_here),
-        models="vit",
-        around=SavedIn16Bits,
-        device="cpu",
-    ),
     "lora_int8_compiled": Variant(
         *("LoRA here, arithmetic in 8 bits, compiled", lora_int8, save_here),
         models="vit",
@@ -322,18 +313,13 @@ VARIANTS = {
         by_default=False,
     ),
     "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
-    "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, around=SavedIn16Bits),
     "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
-    "lora_last_half_kept": Variant(
-        "LoRA here, last half, features below kept", lora_last_half, save_here, features_kept=True
-    ),
     "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
     "lora_follow": Variant("LoRA here, norms follow", lora_following_norms, save_here, models="resnet"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_compiled": Variant(
         *("QLoRA here, compiled", qlora, save_here, "bitsandbytes"), device="cuda", compiled=True
     ),
-    "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
     "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),
     "qlora_full": Variant("QLoRA here, full checkpointing", qlora_checkpointed, save_here, "bitsandbytes", "vit"),
 }
@@ -397,9 +383,7 @@ class Training:
     def __init__(self, name: str, args, model: nn.Module | None = None):
         self.name, self.args = name, args
         self.model = build_variant(name, args) if model is None else model
-        self.lower, self.network = nn.Identity(), self.model
-        if VARIANTS[name].features_kept:
-            self.lower, self.network = split_model(self.model, half_of_the_blocks(self.model))
+        self.network = self.model
         if VARIANTS[name].compiled:
             self.network = compiled(self.network, args.device)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -410,24 +394,18 @@ class Training:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """A training step; returns its seconds."""
-        inputs = self.inputs(images)
         synchronize(self.args.device)
         start = self.clock()
-        self.work(inputs, labels)
+        self.work(images, labels)
         synchronize(self.args.device)
         return self.clock() - start
 
-    def inputs(self, images: torch.Tensor) -> torch.Tensor:
-        """What a step begins with: the images, or the features that the variant keeps."""
-        with torch.no_grad(), autocast(self.args.device, self.dtype):
-            return self.lower(images)
-
-    def work(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    def work(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """The step itself."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.undone():
             with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
-                logits = self.network(inputs)
+                logits = self.network(images)
             self.loss = F.cross_entropy(logits.float(), labels)
             self.loss.backward()
         self.optimizer.step()

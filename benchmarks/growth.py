@@ -55,7 +55,7 @@ from toolkit.run.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")
 PEERS = ("full", "peft")
-OURS = ("lora", "lora_16bit", "qlora_16bit")
+OURS = ("lora", "qlora")
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")  # Okabe and Ito
 MARKERS = "osD^vP"
 OF_ANSWERS = ("classification", "multilabel", "regression")

@@ -67,7 +67,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have the parameters of an adapter now, by name; those of a rank-0 layer are empty."""
+    """The layers that have the parameters of an adapter now, by name; a rank-0 layer has empty ones."""
     return {name: module for name, module in model.named_modules() if adapter_parameters(module)}
 
 
@@ -134,7 +134,7 @@ def _has_adaptable_kind(layer: nn.Module) -> bool:
 
 
 def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
-    """Has the attention one weight for q, k and v, and no positions beside the input's? Those of ViTs are so."""
+    """Has the attention one weight for q, k and v, and no positions but the input's? ViTs have such attention."""
     return layer._parameters.get("in_proj_weight") is not None and layer.bias_k is None and not layer.add_zero_attn
 
 

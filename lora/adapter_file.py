@@ -104,7 +104,7 @@ def find_base(
     found = next(filter(os.path.exists, places), None)
     if found is None:
         wanted = printable(stage1_adapter or stored)
-        raise InputError(f"{path}: its stage-1 adapter, {wanted}, is not there; put it beside the file")
+        raise InputError(f"{path}: its stage-1 adapter, {wanted}, is not there; put it next to the file")
     return base, found
 
 

@@ -1,6 +1,5 @@
-"""Several adapters on one base: what each adapter owns in the model, and how the model switches between them.
+"""Several adapters on one base: what each owns in the model, which is always as with the adapter in use alone.
 
-The model is always as it would be with the adapter in use alone: a layer that this one does not adapt is a stock layer.
 Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
 """
 

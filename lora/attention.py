@@ -99,8 +99,7 @@ def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
 class _Attention(torch.autograd.Function):
     """``softmax(q k^T / sqrt(D)) v`` of bfloat16 tensors (N, H, ., D) by products over all heads at once.
 
-    As in PyTorch's kernel the scores and their softmax are in float32, the weights are rounded for the product with v,
-    and backward computes the weights again, unless `keep_weights` saves them.
+    Scores and softmax are in float32; backward computes the weights again, unless `keep_weights` saves them.
     """
 
     @staticmethod

@@ -1,7 +1,4 @@
-"""Everything that depends on PyTorch's release or on the processor: private operators, and the choice of kernels.
-
-No other file names `torch.ops`, so that a new PyTorch can break this file alone.
-"""
+"""What depends on PyTorch's release or on the processor: private operators, which no other file names, and kernels."""
 
 import functools
 import platform
@@ -33,8 +30,8 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         ONEDNN_DTYPES += (torch.bfloat16,)
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
-# this size is zero beside any number that float32 adds it to. Numbers below float32's normal range are slow on Intel's
-# processors: with 1e-30 products with gradients, with 1e-15 Adam's squares of those of channels rectified everywhere.
+# this size is zero next to any number that float32 adds it to. Numbers below float32's normal range are slow on Intel's
+# processors: with 1e-30 products with gradients, with 1e-15 Adam's squares for channels rectified everywhere.
 LEAK = 1e-20
 
 
@@ -56,8 +53,8 @@ def refuse_jit() -> None:
 def first_derivative(backward):
     """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast.
 
-    PyTorch's `once_differentiable` refuses only where the output's gradient has a graph. Where it has none, as that of
-    a sum, the gradients would count as constants, and a gradient penalty would train nothing.
+    PyTorch's `once_differentiable` would take gradients without a graph, as of a sum, for constants: a penalty on them
+    would train nothing.
     """
 
     @functools.wraps(backward)
@@ -79,9 +76,9 @@ def first_derivative(backward):
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
 
-    In float32 on an AMD processor with AVX-512 oneDNN is called, up to 20% faster than MKL, which PyTorch chooses;
-    elsewhere MKL is the faster one, by 5 to 60%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias
-    into the output first: 2 to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
+    On an AMD processor with AVX-512 oneDNN is up to 20% faster in float32 than MKL, which PyTorch chooses; elsewhere
+    MKL is. In bfloat16 all are oneDNN's, but PyTorch copies the bias first. ``torch.backends.mkldnn.enabled = False``:
+    always MKL.
     """
     on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others
@@ -146,7 +143,7 @@ def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
-    """The input's gradient from the output's; the statistics are those of `torch.native_layer_norm`."""
+    """The input's gradient from the output's; the statistics are `torch.native_layer_norm`'s."""
     return torch.ops.aten.native_layer_norm_backward(
         gy, x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
     )[0]
@@ -163,7 +160,6 @@ max_pool2d = torch.ops.aten.max_pool2d_with_indices
 max_pool2d_gradient = torch.ops.aten.max_pool2d_with_indices_backward
 # (x, shape): `x.view(shape)` that autograd does not take for a view: it may be modified in place.
 unsafe_view = torch.ops.aten._unsafe_view
-is_dense = torch.ops.aten.is_non_overlapping_and_dense  # do the numbers fill a range of memory, each once?
 
 
 def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

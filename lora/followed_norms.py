@@ -116,13 +116,10 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
     # LAPACK may not converge on zeros: of inputs that never vary, such as padding, and of patches that are the mean.
     varies = rows.abs().amax(0) > 0
     own = rows[rows.abs().amax(1) > 0][:, varies].double()
-    if own.shape[1] <= len(own):
-        variances, directions = torch.linalg.eigh(own.T @ own / len(rows))  # in ascending order
-        found = (directions * variances.clamp_min(0).sqrt()).T[-number:]
-    else:
-        _, turned = torch.linalg.eigh(own @ own.T)
-        found = turned.T[-number:] @ own / math.sqrt(len(rows))
-    components = rows.new_zeros(min(number, *rows.shape), rows.shape[1])
+    number = min(number, *rows.shape)
+    _, turned = torch.linalg.eigh(own @ own.T)  # in ascending order
+    found = turned.T[-number:] @ own / math.sqrt(len(rows))
+    components = rows.new_zeros(number, rows.shape[1])
     components[: len(found), varies] = found.to(rows.dtype)
     return components
 
@@ -186,7 +183,7 @@ def followers(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def settle(conv: nn.Conv2d) -> None:
-    """Make the adapter's statistics those of the BatchNorm itself, which is to train: it follows no more."""
+    """Give the BatchNorm itself, which is to train, the adapter's statistics: it follows no more."""
     if not conv.merged:
         conv.followed.merge(conv)
     conv.followed = None
@@ -207,7 +204,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
 
 
 def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Those of the base, by the buffers in which a merged adapter has put its own."""
+    """The statistics of the base, by the buffers in which a merged adapter has put its own."""
     merged = [conv.followed for conv in followers(model) if conv.merged]
     means = {followed.norm.running_mean: followed.base_mean for followed in merged}
     return means | {followed.norm.running_var: followed.base_variance for followed in merged}

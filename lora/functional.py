@@ -15,7 +15,7 @@ needs the layer's input, which full fine-tuning saves as well. There are two way
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
-layers. A convolution's kernel is mostly small beside its input, and then merged in low precision too: see
+layers. A convolution's kernel is mostly small next to its input, and then merged in low precision too: see
 `_kernel_merges` and `_scales_output`.
 """
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import backends, int8
+from lora import backends
 from lora.backends import LOW_PRECISION, compute_dtype
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
@@ -41,11 +41,25 @@ def _is_trainable(weight: Tensor | NF4Weight | Int8Weight) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
 
 
-def _merge_pays(weight: Tensor | Int8Weight, output_numel: int) -> bool:
+class FloatWeight(NamedTuple):
+    """A frozen weight (out, in) of floats, with the products that `Int8Weight` has too."""
+
+    dense: Tensor
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b``, (N, in) -> (N, out)."""
+        return backends.linear(x, self.dense, bias)
+
+    def back(self, gy: Tensor) -> Tensor:
+        """``gy W``, (N, out) -> (N, in)."""
+        return backends.linear(gy, self.dense.T)
+
+
+def _merge_pays(weight: FloatWeight | Int8Weight, output_numel: int) -> bool:
     """Merged or side path? In full precision what passes over fewer elements; else the latter: rounding costs more."""
     any_number = isinstance(output_numel, torch.SymInt)  # as torch.export has it where the batch may be of any size
-    floats = isinstance(weight, Tensor) and weight.dtype not in LOW_PRECISION
-    return floats and (any_number or weight.numel() <= output_numel)
+    floats = isinstance(weight, FloatWeight) and weight.dense.dtype not in LOW_PRECISION
+    return floats and (any_number or weight.dense.numel() <= output_numel)
 
 
 def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -81,10 +95,10 @@ def merged_weight(
     return merged.to(weight.dtype) if isinstance(weight, Tensor) else merged
 
 
-def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
+def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> FloatWeight | Int8Weight:
     """The weight as products take it: on a CPU in 8 bits as it is, else dense in ``dtype``."""
     on_cpu = isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu"
-    return weight if on_cpu else dense_weight(weight, dtype)
+    return weight if on_cpu else FloatWeight(dense_weight(weight, dtype))
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,12 +159,12 @@ class _LoRALinear(torch.autograd.Function):
 
         h = None
         W = _operand(weight, dtype)
-        if not ctx.drops and _merge_pays(W, rows.shape[0] * W.shape[0]):
-            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
+        if not ctx.drops and _merge_pays(W, rows.shape[0] * weight.shape[0]):
+            merged = effective_weight(W.dense, A, B, scaling, groups, in_place=W.dense is not weight)  # W + s B A
             y = backends.linear(rows, merged, bias)  # x (W + s B A)^T + b
         else:
             h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
-            y = _add_update_(int8.linear(rows, W, bias), h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
+            y = _add_update_(W.times(rows, bias), h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
         if prologue is None:
             saved_x = adapter_rows.view(x.shape)
@@ -174,11 +188,11 @@ class _LoRALinear(torch.autograd.Function):
         gx = None
         if need_x:
             W = _operand(weight, dtype)
-            if not ctx.drops and _merge_pays(W, gy.shape[0] * W.shape[1]):
-                merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
+            if not ctx.drops and _merge_pays(W, gy.shape[0] * weight.shape[1]):
+                merged = effective_weight(W.dense, A, B, scaling, groups, in_place=W.dense is not weight)
                 gx = backends.linear(gy, merged.T)  # gy (W + s B A)
             else:
-                gx = int8.input_gradient(gy, W)  # gy W
+                gx = W.back(gy)  # gy W
                 if not ctx.drops:  # else the adapter's share reaches x through the dropout
                     gx.addmm_(gh, A)  # + (s gy B) A
             gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)
@@ -199,7 +213,7 @@ class RecomputedNorm(NamedTuple):
 
 
 def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``prologue(x)`` and what its derivative needs beside x: for a LayerNorm each row's mean and 1 / deviation."""
+    """``prologue(x)`` and what its derivative needs besides x: for a LayerNorm each row's mean and 1 / deviation."""
     if prologue is None:
         return x, []
     if isinstance(prologue, nn.GELU):
@@ -213,7 +227,7 @@ def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tenso
 def _pull_back(
     prologue: nn.LayerNorm | nn.GELU | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
 ) -> Tensor:
-    """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits."""
+    """The gradient of x from the one of ``prologue(x)``, (N, in), in the same memory if it fits."""
     if prologue is None:
         return gradient
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
@@ -347,7 +361,7 @@ class _LoRAConv2d(torch.autograd.Function):
         if not ctx.follows:  # the derivative of log g alone reads these
             bias = residual = None
         kept = y if relu or ctx.follows else None
-        # Backward builds the kernel again: saved, those of all layers would be in memory at once.
+        # Backward builds the kernel again: saved, all layers' would be in memory at once.
         ctx.save_for_backward(adapter_x, A, sB, row_scale, scale, kept, bias, residual)
         return y
 
@@ -404,8 +418,7 @@ def _scales_output(weight: Tensor | NF4Weight, row_scale: Tensor | None, x: Tens
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
     """May ``g (W + s B A)`` be rounded to ``dtype`` as one? Only if rounding W alone would change W as well.
 
-    Rounded with numbers that lie anywhere between the grid's points, small updates survive on average, as they do when
-    full fine-tuning rounds its float32 weights in each step. A weight on the grid would swallow them.
+    Small updates then survive on average, as in full fine-tuning. A weight on the grid of 16 bits would swallow them.
     """
     on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
     return dtype not in LOW_PRECISION or not on_the_grid
@@ -488,7 +501,7 @@ def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
-    """The kernel's gradient (r, in) from that of the output, (N, r, H, W), and the input, (N, in, H, W)."""
+    """The kernel's gradient (r, in) from the output's, (N, r, H, W), and the input, (N, in, H, W)."""
     gradients = backends.pixels(gh)
     pixels = backends.pixels(x)
     if gradients is None or pixels is None:

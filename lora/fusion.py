@@ -28,7 +28,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import Conv2dNormActivation
 
-from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
@@ -117,8 +116,7 @@ def is_frozen_attention(attention: nn.Module) -> bool:
 def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:
     """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E).
 
-    The stock forward transposes x to (L, N, E), of which PyTorch makes L products if the weight needs no gradient, in
-    bf16 on a CPU with a copy of the weight for each: 20 times as slow in a ViT-B/16.
+    The stock forward makes L products, in bf16 on a CPU with a copy of the weight each: 20 times as slow in a ViT-B/16.
     """
     q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=attention.dropout * attention.training)
@@ -161,8 +159,6 @@ def recomputable(forward: Callable) -> Callable:
     def run(self, *args, **kwargs):
         if not self.checkpointing:
             return forward(self, *args, **kwargs)
-        if saves_in_16_bits() and torch.is_grad_enabled():  # the second run would start from a rounded input
-            raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
@@ -232,7 +228,10 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        return resnet_from_stage(self, self.stem(x))
+        x = self.stem(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def first_layer(self, x: Tensor) -> Tensor:
         return conv_bn(self.conv1, self.bn1, x)
@@ -243,13 +242,6 @@ class FusedResNet(ResNet):
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         return pool(relu(x))
-
-
-def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
-    """The model's output from the input of one of its stages; 0 is the first."""
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4)[first:]:
-        x = stage(x)
-    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 class FusedMLPBlock(MLPBlock):
@@ -309,16 +301,11 @@ class FusedVisionTransformer(VisionTransformer):
         encoder = self.encoder
         if not reads_class_token_alone(encoder):
             return self.heads(encoder(x)[:, 0])
-        return vit_from_block(self, encoder.dropout(x + encoder.pos_embedding))
-
-
-def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tensor:
-    """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first."""
-    *layers, last = list(model.encoder.layers)[first:]
-    for layer in layers:
-        x = layer(x)
-    x = last(x, tokens=1) if reads_class_token_alone(model.encoder) else last(x)
-    return model.heads(model.encoder.ln(x)[:, 0])
+        *blocks, last = encoder.layers
+        x = encoder.dropout(x + encoder.pos_embedding)
+        for block in blocks:
+            x = block(x)
+        return self.heads(encoder.ln(last(x, tokens=1))[:, 0])
 
 
 FUSED = {
@@ -370,7 +357,7 @@ def unfuse(model: nn.Module) -> None:
 def _set_fast_paths(model: nn.Module) -> None:
     """Set the flags of modules that would read raw weights, past every adapter; without adapters, set them back.
 
-    PyTorch's encoders read them in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
+    These are PyTorch's encoders in eval mode, and timm's BEiT, EVA-02 and Swin v2.
     """
     for module in model.modules():
         flag = "qkv_bias_separate"
@@ -393,9 +380,8 @@ WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck)
 def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
-    - 'none': all is saved but the outputs of a ViT's LayerNorm and GELU, which adapted layers recompute: six of the
-      sixteen activations of the block's width per token, in the time that it would take to write and read them.
-    - 'full': only the input of each block is saved. Raises InputError in a model without anything to recompute.
+    - 'none': the outputs of a ViT's LayerNorm and GELU, six of its sixteen activations, which costs no time.
+    - 'full': all but the input of each block. Raises InputError in a model without anything to recompute.
     """
     if mode not in ("none", "full"):
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")

@@ -30,8 +30,7 @@ ENERGY_SHARE = 0.9  # of the gradient's energy: what the blocks that are worth a
 def adapter_lr_factor(r: int, most: float = math.inf) -> float:
     """How many times faster than everything else adapters of rank r learn; alpha is taken to be twice the rank.
 
-    A's rows are orthogonal and equally long at every rank, and Adam moves each number of B by the rate. At one rate a
-    step would change W by an amount that grows with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
+    At one rate a step would change W by an amount that grows with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
     """
     return min(ADAPTER_LR_FACTOR, most) * min(1.0, math.sqrt(8 / r))
 
@@ -46,10 +45,9 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
         start_at_gradient(model, backward)
 
-    Call it after the head has its starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An
-    adapter is left unchanged if its gradient is zero, not finite, or missing (as a merged one's); all are if `backward`
-    raises. The parameters' `.grad` are restored in any case. `backward` adds the gradients of some batches to them: a
-    few hundred images are enough. `seed` is that of the random Q.
+    Call it after the head has its starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. A
+    few hundred images are enough. An adapter without a finite gradient is left unchanged; all are if `backward` raises.
+    The parameters' `.grad` are restored in any case. `seed` is the random Q's.
 
     Returns the energy of each adapted layer's gradient, ``||G||^2``, up to one factor if all layers have one scaling.
     """
@@ -79,17 +77,14 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
             precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
             energies[name] = energies.get(name, 0.0) + precise.square().sum().item() * len(B) / len(A)
             rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
-            A[: len(rows)] = rows / math.sqrt(3)  # as long as those of a random start
+            A[: len(rows)] = rows / math.sqrt(3)  # as long as a random start's
             B.zero_()
         distributed.broadcast([A])  # the last bits, or signs, may differ between machines
     return energies
 
 
 def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | None:
-    """How many of the last blocks have ENERGY_SHARE of `start_at_gradient`'s energies; None: all layers are needed.
-
-    Adapters below would change little, and cost backward half its time: a ResNet's lower stages have the most pixels.
-    """
+    """How many of the last blocks have ENERGY_SHARE of `start_at_gradient`'s energies; None: all layers are needed."""
     inner = unwrap_for_editing(model)
     blocks = block_names(inner) if energies else []
     for number in range(1, len(blocks) + 1):

@@ -26,7 +26,7 @@ from lora import backends
 LARGEST = 127  # -128 has no counterpart
 ROUNDED_AT_ONCE = 2**17  # numbers in a block of rows, which when rounding stays in a core's cache
 MULTIPLIED_AT_ONCE = 2**20  # numbers in a block of a product's rows: worth reading W for
-NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have a scale, those of zeros too
+NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have a scale, zeros too
 ALIGNMENT = 64  # of the scales behind the codes, in bytes
 
 
@@ -64,16 +64,30 @@ class Int8Weight:
         """A fresh dense tensor of the weight's shape."""
         return (self.codes * self.scale[:, None]).to(dtype)
 
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
+        if not multiplies_exactly(self.codes.device.type, self.shape[1]):
+            return F.linear(x, self.dequantize(x.dtype), bias)
+        codes, scale = quantize_rows(x)
+        return _multiplied(x.dtype, codes, scale, self.codes.T, self.scale, bias)
+
+    def back(self, gy: Tensor) -> Tensor:
+        """``gy W``, (N, out) -> (N, in), in gy's dtype."""
+        if not multiplies_exactly(self.codes.device.type, self.shape[0]):
+            return gy @ self.dequantize(gy.dtype)
+        codes, scale = quantize_rows(gy, self.scale)
+        return _multiplied(gy.dtype, codes, scale, self.codes, None, None)
+
 
 @torch.compiler.assume_constant_result
 def multiplies_exactly(device: str, *numbers: int) -> bool:
-    """Does a device of this type add up so many products of codes exactly?"""
+    """Does a device of this type add up these numbers of products of codes exactly?"""
     return device == "cpu" and all(map(_is_exact, numbers))
 
 
 @functools.cache
 def _is_exact(columns: int) -> bool:
-    """Does this CPU add up so many products of the largest codes exactly? In 16 bits, without VNNI or AMX, not."""
+    """Does this CPU add up this many products of the largest codes exactly? In 16 bits, without VNNI or AMX, not."""
     largest = torch.full((32, columns), LARGEST, dtype=torch.int8)
     sums = columns * LARGEST**2
     by_columns = _product(largest, largest.T)
@@ -120,28 +134,8 @@ def _multiplied(
 
 
 def _blocks(numbers: int, first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same rows of all, so many that those of the first have at most so many numbers."""
+    """The same rows of all, in blocks in which the first has at most this many numbers."""
     if backends.is_traced():  # a compiler decides
         return [(first, *others)]
     size = max(numbers // max(first.shape[1], 1), 1)
     return zip(*(t.split(size) for t in (first, *others)), strict=True)
-
-
-def linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
-    if isinstance(W, Tensor):
-        return backends.linear(x, W, bias)
-    if not multiplies_exactly(W.codes.device.type, W.shape[1]):
-        return F.linear(x, W.dequantize(x.dtype), bias)
-    codes, scale = quantize_rows(x)
-    return _multiplied(x.dtype, codes, scale, W.codes.T, W.scale, bias)
-
-
-def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
-    """``gy W``, (N, out) -> (N, in), in gy's dtype."""
-    if isinstance(W, Tensor):
-        return backends.linear(gy, W.T)
-    if not multiplies_exactly(W.codes.device.type, W.shape[0]):
-        return gy @ W.dequantize(gy.dtype)
-    codes, scale = quantize_rows(gy, W.scale)
-    return _multiplied(gy.dtype, codes, scale, W.codes, None, None)

@@ -14,10 +14,9 @@ from toolkit import InputError
 
 
 class NF4Weight:
-    """A frozen weight in 4 bits: NF4 blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314, section 3).
+    """A frozen weight in 4.13 bits a value: NF4 blocks of 64 with double quantisation (QLoRA, 2305.14314, section 3).
 
-    bitsandbytes stores two values a byte, one 8-bit scale per block and one float scale per 256 of those: 4.13 bits a
-    value in all. `packed` and `state`, its `QuantState`, are of a whole weight of this shape; this is some rows of it.
+    `packed` and `state`, bitsandbytes' `QuantState`, are of a whole weight of this shape; this is some rows of it.
     """
 
     BLOCK = 64

@@ -76,7 +76,7 @@ def write_peft(model: nn.Module, folder: Path) -> None:
         for key, factor in factors.items():
             tensors[f"{name}.{key}"] = factor
     config = import_peft().LoraConfig(
-        r=max(ranks.values()),  # the patterns have that of each layer
+        r=max(ranks.values()),  # the patterns have each layer's
         lora_alpha=max(alphas.values()),
         rank_pattern=ranks,
         alpha_pattern=alphas,

@@ -46,7 +46,7 @@ from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
 FREE_TO_CHANGE = (
-    *("config", "output_dir", "resume", "device", "tracker", "workers", "knn_every", "knn_dir"),
+    *("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir"),
     "checkpoint",  # a digest catches another base
     *options.PLACES_OF_IMAGES,
 )
@@ -231,7 +231,6 @@ class Pretraining(RunState):
             row |= self.measure()
             self.save_epoch()  # again, with the measures
         self.save_metrics(METRICS)
-        self.log(row)
         figures = f"loss {row['loss']:.3f}"
         if measured := describe_measures(row):
             figures += f", {measured}"

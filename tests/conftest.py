@@ -220,9 +220,7 @@ def start(base, images, tmp_path):
 
 PICTURES = {(reports, name): getattr(reports, name) for name in dir(reports) if name.startswith("plot_")}
 PICTURES |= {
-    (task.Report, name): getattr(task.Report, name)
-    for task in TASKS.values()
-    for name in ("draw", "draw_mistakes", "plot_reliability")
+    (task.Report, name): getattr(task.Report, name) for task in TASKS.values() for name in ("draw", "draw_mistakes")
 }
 
 

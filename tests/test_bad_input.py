@@ -193,15 +193,13 @@ FLAGS = [
          *(f"--{x}: expected a number above 0" for x in ("lora-alpha", "learning-rate", "clip-grad-norm", "scale")),
          *(f"--{name}: expected a number from 0 to below 1" for name in ("lora-dropout", "label-smoothing")),
          *(f"--{name}: expected a number, 0 or more" for name in ("weight-decay", "warmup-epochs"))),
-    case("misspelt choices", "finetune --dataset digit --augmentation flips --precision float16 --cache-features Disk",
+    case("misspelt choices", "finetune --dataset digit --augmentation flips --precision float16",
          "'digit' is none of digits, imagefolder", "'flips' is none of crop, trivial, affine, none",
-         "'float16' is none of auto, fp32, bf16, fp16", "'Disk' is none of none, disk"),
+         "'float16' is none of auto, fp32, bf16, fp16"),
     case("more epochs than can be counted", f"finetune --epochs {10**30}", "too large; the largest is 2147483647"),
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 2"),
-    case("features that change", "finetune --cache-features disk",
-         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch"),
     case("norms below 4 bits", "finetune --adapt-last 2 --use-qlora --norms train",
          "--norms train with --adapt-last and --use-qlora"),
     case("settings of no adapters", "finetune --lora-rank 0 --use-qlora --adapt-last 2 --lora-alpha 8"
@@ -474,8 +472,6 @@ ADAPTERS = [
          "--arch and --image-size are for checkpoints; lora.pth has its own"),
     case("evaluation on images without classes", "deploy_lora evaluate lora.pth mine", "mine: expected a folder of im",
          files={"mine/a.png": PNG}),
-    case("evaluation on unknown images", "deploy_lora evaluate theirs.pth", "give a folder with class folders",
-         files={"theirs.pth": described(config={})}),
     case("a graph of an unknown kind", "deploy_lora export lora.pth --output m.pth", "must end in .onnx or .pt2"),
     case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean is not 3 numbers",
          files={"theirs.pth": described(mean="ImageNet")}),
@@ -587,7 +583,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys
 OF_TRUTHS = {f"--task {task}": TASK_CLASHES[truth] for task, truth in TRUTHS.items()}
 EXCLUSIVE = [(other, words) for other, clashing in (CLASHES | OF_TRUTHS).items() for words in clashing]
 NEEDED = {  # values for options that stand for any value
-    "--cache-features": "disk", "--gradient-checkpointing": "full", "--stage1-adapter": "lora.pth", "--folds": "5",
+    "--gradient-checkpointing": "full", "--stage1-adapter": "lora.pth", "--folds": "5",
     "--unlabelled": "images", "--labels-per-class": "3", "--label-smoothing": "0.1",
 }  # fmt: skip
 

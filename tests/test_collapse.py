@@ -50,7 +50,7 @@ def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Eva
 
     def evaluate(run: FineTuning, batches) -> Evaluation:
         result = real(run, batches)
-        return result if batches is run.loaders.watched else changed(run.network, result)
+        return result if batches is run.loaders.watched else changed(run.model, result)
 
     monkeypatch.setattr(FineTuning, "evaluate", evaluate)
 

@@ -219,7 +219,7 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     nothing.write_text(json.dumps({"task": "classification", "val_accuracy": None, "val_images": 30}))
     assert len(comparison.table_of_runs([nothing, *paths])) == 2
     evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 31}))
-    with pytest.raises(InputError, match="classification of 30 images, classification of 31 images: compare those"):
+    with pytest.raises(InputError, match="classification of 30 images, classification of 31 images: compare results"):
         comparison.table_of_runs([evaluated, *paths])
     (tmp_path / "runs.csv").touch()
     with pytest.raises(InputError, match=r"runs\.csv is no results\.json"):

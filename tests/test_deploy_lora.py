@@ -183,15 +183,16 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     else:
         assert_close(torch.from_numpy(np.concatenate(list(map(np.load, paths)))), single, FP32)
 
-    real_note = predictions.Manifest.note
+    written_by = {"predict": (predictions, "write_table"), "embed": (deploy_lora, "_write_features")}[command]
+    real = getattr(*written_by)
 
-    def note_and_stop(manifest: predictions.Manifest, place: Path, *written: Path) -> None:
-        real_note(manifest, place, *written)
-        if written and place.name == "part-00001":
+    def write_and_stop(*given) -> None:
+        real(*given)
+        if given[-1].stem == "part-00001":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(predictions.Manifest, "note", note_and_stop)
+        patch.setattr(*written_by, write_and_stop)
         write("stopped")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob("part-*")}
     write("stopped", "--resume")
@@ -331,29 +332,15 @@ def with_settings(adapter: Path, data: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        None,
-        {"eval_split": "held-out"},
-        {"dataset": "imagefolder", "data_dir": 3},
-        {"dataset": "imagefolder", "data_list": "mine.csv"},
-        {"dataset": "digits", "folds": "x/y"},
-        {"dataset": ["digits"]},
-    ],
-)
-def test_a_file_that_does_not_say_where_its_images_are(adapter_for_images, data):
-    with pytest.raises(InputError, match="does not say which images it was evaluated on: give a folder"):
-        run("evaluate --device cpu", with_settings(adapter_for_images, data))
+@pytest.mark.parametrize("data", [None, {"data_dir": 3}, {"label_columns": "a"}, {"label_columns": [3]}])
+def test_settings_that_no_run_can_have_written_are_left_out(data):
+    assert deploy_lora._data_of_run({"config": {"data": data}}) == {}
 
 
-def test_a_file_cannot_have_something_read_that_never_ends(adapter_for_images, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in ("/dev/zero", str(tmp_path / "pipe")):
-        adapter = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_list": [path]})
-        for command in (["evaluate", "--device", "cpu", adapter], ["info", path]):
-            with pytest.raises(InputError, match=f"cannot read {path}: not a file"):
-                run(*command)
+def test_a_group_that_no_machine_can_count(adapter_for_images, images):
+    """Each image then is a group of its own."""
+    grouped = with_settings(adapter_for_images, {"group_by": "9" * 5000})
+    assert run("evaluate --device cpu", grouped, images / "val")["images"] == 15
 
 
 def test_a_small_file_stays_small(adapter_for_images, tmp_path):
@@ -525,13 +512,13 @@ def test_a_command_writes_the_files_that_it_says_and_again_the_next_day(
     ("words", "name", "content"),
     [
         (
-            "evaluate lora.pth --output r.json",
+            "evaluate lora.pth images --output r.json",
             "r.json",
             '{\n  "task": "classification",\n  "val_accuracy": 0.9',
         ),  # a run's
-        ("evaluate lora.pth --output r.json", "r_answers.csv", "image,class,answer\r\n"),
-        ("evaluate lora.pth --output r.json", "r.html", "mine"),
-        ("evaluate lora.pth", "lora_evaluation.html", "mine"),
+        ("evaluate lora.pth images --output r.json", "r_answers.csv", "image,class,answer\r\n"),
+        ("evaluate lora.pth images --output r.json", "r.html", "mine"),
+        ("evaluate lora.pth images", "lora_evaluation.html", "mine"),
         ("threshold lora.pth list.csv --output new.pth", "new.pth", "weights"),
         ("predict lora.pth images --output p.csv", "p.csv", "path,label\n"),
         ("predict lora.pth images --output map.tif", "map.tif", "II*"),

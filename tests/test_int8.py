@@ -57,10 +57,10 @@ def test_a_product_is_that_of_the_rounded_rows():
     codes, scale = rounded_rows(x)
     W_codes, d = rounded_rows(W)
     product = codes @ W_codes.T * scale * d.T
-    assert_close(int8.linear(x, weight, bias), product + bias, ROUNDING)
-    assert_close(int8.linear(x, weight), product, ROUNDING)
+    assert_close(weight.times(x, bias), product + bias, ROUNDING)
+    assert_close(weight.times(x), product, ROUNDING)
     codes, scale = rounded_rows(gy * d.T.float())
-    assert_close(int8.input_gradient(gy, weight), codes @ W_codes * scale, ROUNDING)
+    assert_close(weight.back(gy), codes @ W_codes * scale, ROUNDING)
     assert_close(weight.dequantize(torch.float32), W_codes * d, ROUNDING)
 
 
@@ -75,8 +75,8 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
     bias = torch.randn(out, dtype=dtype)
     gy = torch.ones(rows, out, dtype=dtype)
     weight = Int8Weight.quantize(W)
-    y = int8.linear(x, weight, bias)
-    gx = int8.input_gradient(gy, weight)
+    y = weight.times(x, bias)
+    gx = weight.back(gy)
     assert y.dtype == gx.dtype == dtype and y.shape == gy.shape and gx.shape == x.shape
     if rows > 1 or width > 1:
         assert_close(y, x.double() @ W.double().T + bias, IN_8_BITS)
@@ -92,8 +92,8 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
     x[2, 3] = torch.inf
     weight = Int8Weight.quantize(torch.randn(16, 8))
     bias = torch.randn(16)
-    y = int8.linear(x, weight, bias)
-    assert torch.equal(y[0], bias) and torch.equal(y[3:], int8.linear(x[3:], weight, bias))
+    y = weight.times(x, bias)
+    assert torch.equal(y[0], bias) and torch.equal(y[3:], weight.times(x[3:], bias))
     assert not y[1:3].isfinite().any()
 
 
@@ -182,7 +182,7 @@ def test_switched_off_it_computes_with_the_same_base():
     stock = nn.Sequential(nn.Linear(64, 48))
     x = torch.randn(30, 64, requires_grad=True)
     model = in_8_bits(stock)
-    expected = int8.linear(x.detach(), Int8Weight.quantize(stock[0].weight), stock[0].bias)
+    expected = Int8Weight.quantize(stock[0].weight).times(x.detach(), stock[0].bias)
     with LoRAManager(model).disable_lora():
         y = model(x)
         y.sum().backward()

@@ -76,10 +76,9 @@ def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, ki
     assert content["format_version"] == 2 and content["metadata"]["task"]["kind"] == kind
     assert ("temperature" in content["metadata"]) == ("calibration_error" in results) == (kind == "multilabel")
 
-    evaluated = deploy_lora.main(["evaluate", str(folder / "lora.pth"), "--output", str(tmp_path / "again.json")])
+    evaluate = ["evaluate", str(folder / "lora.pth"), str(lists / f"{kind}_val.csv")]
+    evaluated = deploy_lora.main([*evaluate, "--output", str(tmp_path / "again.json")])
     assert evaluated[score] == pytest.approx(results[f"val_{score}"], abs=1e-4)
-    listed = deploy_lora.main(["evaluate", str(folder / "lora.pth"), str(lists / f"{kind}_val.csv")])
-    assert listed[score] == evaluated[score]
     assert f"{kind}_val.csv" in capsys.readouterr().out
     for figure in comparison.compare(folder / "results.json", tmp_path / "again.json"):
         assert figure.first == pytest.approx(figure.second, abs=1e-4)
@@ -116,7 +115,7 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
     assert after["metadata"].pop("thresholds chosen") == f"for sensitivity=0.9, in {lists / 'multilabel_val.csv'}"
     assert after["metadata"] == before["metadata"] and after["base_hash"] == before["base_hash"]
     assert_same(after["tensors"], before["tensors"])
-    labels = deploy_lora.main(["evaluate", str(tmp_path / "lora90.pth")])["labels"]
+    labels = deploy_lora.main(["evaluate", str(tmp_path / "lora90.pth"), str(lists / "multilabel_val.csv")])["labels"]
     assert [label["threshold"] for label in labels.values()] == pytest.approx(thresholds)
     assert all(label["sensitivity"] >= 0.9 for label in labels.values())
     with pytest.raises(InputError, match="has no thresholds: only adapters with several labels have them"):
@@ -177,7 +176,7 @@ def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(train, lis
     results = train("multilabel", tmp_path / "out", columns, "chexpert")
     assert list(results["labels"]) == ["No-Finding", "Pleural-Effusion"]
     adapter = str(results["folder"] / "lora.pth")
-    again = deploy_lora.main(["evaluate", adapter])
+    again = deploy_lora.main(["evaluate", adapter, str(lists / "chexpert_val.csv")])
     assert again["macro_ap"] == pytest.approx(results["val_macro_ap"])
     elsewhere = deploy_lora.main(["evaluate", adapter, str(lists / "chexpert_train.csv")])
     assert elsewhere["labels"]["Pleural-Effusion"]["unknown"] == 1

@@ -288,7 +288,7 @@ CHANGES = [
     (tensors(**{"conv_proj.lora_A": torch.zeros(1)}), r"conv_proj\.lora_A is unknown"),
     (tensors(**{f"{LAYER}.lora_B": torch.zeros(32, 3)}), r"lora_B is \(32, 3\) in the file, \(32, 2\) here"),
     (tensors(**{f"{LAYER}.lora_B": torch.zeros(32, 2).byte()}), r"lora_B is torch\.uint8 in the file"),
-    (tensors(**{HEAD: torch.full((5,), math.nan)}), r"NaN or infinite .* in heads\.head\.bias; use that of an earlier"),
+    (tensors(**{HEAD: torch.full((5,), math.nan)}), r"NaN or infinite .* in heads\.head\.bias; use an earlier epoch's"),
     (lambda content: content["layers"].pop(LAYER), f"{LAYER} is adapted here but not in the file"),
     (fields(format_version=3), "has format version 3, this toolkit reads 2"),
     (fields(format_version="1"), "damaged: format_version"),

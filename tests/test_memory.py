@@ -1,13 +1,10 @@
-"""What is kept for backward: gradient checkpointing, activations in 16 bits, a model's two halves."""
+"""What is kept for backward: gradient checkpointing, second derivatives."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
 from dense import (
-    DEVICES,
     EXACT,
     FP32,
     Operations,
@@ -27,11 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention
-from lora.activations import SavedIn16Bits
-from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
-from toolkit.models.backbones import head_name
 
 
 @pytest.mark.parametrize(
@@ -154,128 +148,7 @@ def test_what_a_block_keeps():
         assert kept_by_a_block() in [8 * 5 * (4 * width + low + more) + 2 * factors for more in beside]
 
 
-# ------------------------------------------- activations saved in 16 bits, second derivatives, and a model's two halves
-
-
-@pytest.fixture
-def kept(monkeypatch) -> dict[int, int]:
-    """Bytes by storage of what is saved within `SavedIn16Bits`."""
-    kept = {}
-    pack = SavedIn16Bits._pack
-
-    def note(self, tensor, least_dim):
-        packed = pack(self, tensor, least_dim)
-        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
-            kept[storage.data_ptr()] = storage.nbytes()
-        return packed
-
-    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
-    return kept
-
-
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_activations_in_16_bits(build, side, four_bits, kept, device):
-    """The output stays exact, gradients are near, and what is saved is half as large."""
-    model = build(hidden_dim=64, mlp_dim=128) if build is vit else build()
-    model = frozen(model.to(device), use_qlora=four_bits)
-    x = images(side, 8).to(device)
-    expected = loss_and_gradients(model, x)
-    before = saved_bytes(model, x)
-    model.zero_grad()
-    with SavedIn16Bits():
-        loss = F.cross_entropy(model(x), torch.arange(len(x), device=device) % 5)
-    loss.backward()
-    assert torch.equal(loss, expected[0])
-    for name, gradient in expected[1].items():
-        assert_close(model.get_parameter(name).grad, gradient, 3e-2, name)
-    small = sum(size for size in kept.values() if size < 8 * 5 * 16 * 2)
-    limit = 0.55 if build is vit else 0.65  # the stem's pooling keeps positions as well
-    assert sum(kept.values()) < limit * before + small
-    assert saved_bytes(model, x) == before  # outside the block nothing is rounded
-
-
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-def test_blocks_that_are_computed_again_as_a_whole_save_nothing_to_round(build, side):
-    model = frozen(build())
-    x = images(side)
-    set_gradient_checkpointing(model, "full")
-    with SavedIn16Bits():
-        with pytest.raises(InputError, match="has nothing to round: drop one"):
-            model(x)
-        with torch.no_grad():
-            model(x)
-    model(x).sum().backward()
-
-
-def test_an_activation_that_two_operations_save_is_kept_once(kept):
-    """A ReLU's output is the next convolution's input; attention's output is that of its projection."""
-    x = torch.randn(2, 5, 16, requires_grad=True)
-    with SavedIn16Bits():
-        y = x.sin()
-        (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
-    assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
-
-
-def test_a_part_of_a_tensor_and_one_number_repeated_are_rounded_as_they_are():
-    """What they are views of is not kept in their place."""
-    whole = torch.arange(1.0, 241).view(3, 5, 16)  # bfloat16 holds these numbers
-    for view in (whole[1:], whole[:, 1:3], whole[:, 1:2].expand(3, 5, 16)):
-        a = torch.ones_like(view, requires_grad=True)
-        with SavedIn16Bits():
-            y = (a * view).sum()
-        y.backward()
-        assert torch.equal(a.grad, view)
-
-
-def test_parameters_are_kept_as_they_are():
-    """A kernel that trains has four dimensions too; rounded, it would be a copy, and the input's gradient not exact."""
-    convolution = nn.Conv2d(3, 4, 3)
-    x = images(9, requires_grad=True)
-    expected = torch.autograd.grad(convolution(x).sum(), x)[0]
-    with SavedIn16Bits():
-        y = convolution(x)
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
-
-
-def test_a_buffer_that_is_filled_anew_is_saved_anew_and_nothing_of_past_steps_is_kept():
-    """Also while the first batch is still needed, as with accumulated gradients."""
-    buffer = torch.zeros(2, 5, 16)
-    a = torch.ones(2, 5, 16, requires_grad=True)
-    saving = SavedIn16Bits()
-    with saving:
-        for _ in range(2):
-            (a * torch.ones(2, 5, 16)).sum().backward()
-            assert not saving._known
-        losses = [(a * buffer.fill_(step)).sum() for step in range(2)]
-        gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
-    assert [gradient.unique().tolist() for gradient in gradients] == [[0], [1]]
-
-
-def test_statistics_are_kept_as_they_are(monkeypatch):
-    """A rounded log-sum-exp would make attention's weights wrong by its size."""
-    exact = []
-    pack = SavedIn16Bits._pack
-
-    def note(self, tensor, least_dim):
-        packed = pack(self, tensor, least_dim)
-        exact.extend([tuple(tensor.shape)] if packed is tensor else [])
-        return packed
-
-    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
-    q = torch.randn(2, 7, 16, requires_grad=True)
-    with SavedIn16Bits():
-        attended, _ = attention.attend(q, q, q, 2)
-        nn.LayerNorm(16, elementwise_affine=False)(attended)
-        nn.MultiheadAttention(16, 4, batch_first=True)(q, q, q, need_weights=False)  # PyTorch's own call
-        assert (2, 4, 7) in exact
-        mask = torch.zeros(2, 1, 7, 7)
-        attention.attend(q, q, q, 2, mask)
-    assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
-    assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
-    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
+# ------------------------------------------------------------------------------------------------ second derivatives
 
 
 def hessian_vector_product(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -297,39 +170,3 @@ def test_second_derivatives_are_refused_or_those_of_the_dense_model(build, side)
     LoRAManager(model).unload(merge=True)
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU PyTorch's own kernel refuses them as well
         assert_close(hessian_vector_product(x, model(x), vector), hessian_vector_product(x, twin(x), vector), EXACT)
-
-
-@pytest.mark.parametrize("last", [None, 1, 2])
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-def test_the_halves_of_a_model_are_the_model(build, side, last):
-    """Outputs and gradients, whether its blocks are adapted or stock; the halves share its layers."""
-    stock = build().double().eval()
-    x = images(side, dtype=torch.float64)
-    adapted = frozen(copy.deepcopy(stock), adapt_last=last).eval()
-    for model in (stock, adapted):
-        lower, upper = split_model(model, last)
-        assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
-        expected = model(x)
-        head = list(model.get_submodule(head_name(model)).parameters())
-        wanted = torch.autograd.grad(expected.square().sum(), head)
-        with torch.no_grad():
-            features = lower(x)
-        actual = upper(features)
-        found = torch.autograd.grad(actual.square().sum(), head)
-        for ours, theirs in zip((actual, *found), (expected, *wanted), strict=True):
-            assert_close(ours, theirs, EXACT)
-    if last is not None:
-        model.zero_grad()
-        model(x).square().sum().backward()
-        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        upper(features).square().sum().backward()
-        for name, gradient in expected.items():
-            assert_close(model.get_parameter(name).grad, gradient, EXACT, name)
-
-
-def test_another_model_has_no_halves():
-    model = torchvision.models.swin_t(weights=None)
-    with pytest.raises(InputError, match="not SwinTransformer"):
-        split_model(model, 1)
-    assert split_model(model, None)[1](torch.ones(2, 768)).shape == (2, 1000)

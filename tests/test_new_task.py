@@ -25,7 +25,7 @@ base, images, out = sys.argv[1:]
 options = f"--task ordinal --checkpoint {base} --data-dir {images} --output-dir {out} --device cpu --epochs 1"
 finetune_lora.main([*options.split(), "--batch-size=8", "--augmentation=none", "--workers=0", "--keep-best=right"])
 adapter = f"{out}/lora.pth"
-deploy_lora.main(["evaluate", adapter, "--output", f"{out}/again.json"])
+deploy_lora.main(["evaluate", adapter, images, "--output", f"{out}/again.json"])
 deploy_lora.main(["predict", adapter, images, "--output", f"{out}/answers.csv"])
 for command, file in {"merge": "merged.pth", "export": "model.pt2", "card": "card.md"}.items():
     deploy_lora.main([command, adapter, "--output", f"{out}/{file}"])
@@ -82,7 +82,7 @@ def test_merge_and_card_say_what_the_new_task_is(ordinal):
     assert "pipeline_tag: tabular-classification" in card and "ordinal of images" in card
 
 
-@pytest.mark.parametrize("command", ["evaluate", "merge --output {}/merged.pth", "card --output {}/card.md"])
+@pytest.mark.parametrize("command", ["evaluate {}", "merge --output {}/merged.pth", "card --output {}/card.md"])
 def test_a_toolkit_without_the_task_refuses_its_files(ordinal, tmp_path, command):
     """And never takes them for the files of plain classification."""
     adapter = shutil.copy(ordinal / "lora.pth", tmp_path)

@@ -373,7 +373,7 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, capsys):
+def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, images, tmp_path, capsys):
     stage1 = adapt("--use-qlora")["checkpoint"]
     results = finetune(f"--stage1-adapter {stage1} --epochs 1 --use-qlora", "tuned")
     adapter = results["folder"] / "lora.pth"
@@ -384,7 +384,7 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
     merged.load_state_dict(torch.load(tmp_path / "merged.pth"))
     x = torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(merged.eval()(x), model(x), rtol=1e-4, atol=1e-5)
-    evaluated = deploy_lora.main(["evaluate", str(adapter), "--device", "cpu"])
+    evaluated = deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
     assert evaluated["accuracy"] == results["val_accuracy"]
     if importlib.util.find_spec("peft"):
         deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
@@ -401,7 +401,7 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
     with pytest.raises(InputError, match="trained over another base"):
         finetune(f"--stage1-adapter {other} --epochs 1 --resume --use-qlora", "tuned")
     adapter.with_name("moco_lora.pth").unlink()
-    with pytest.raises(InputError, match=r"its stage-1 adapter, .*moco_lora\.pth, is not there; put it beside"):
+    with pytest.raises(InputError, match=r"its stage-1 adapter, .*moco_lora\.pth, is not there; put it next to"):
         load_finetuned(adapter)
 
 

@@ -383,7 +383,7 @@ def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
 
 
 def test_set_up_replaces_adapters_and_counts_them(capsys):
-    examples.main(["--only", "1"])
+    examples.example_1_setup()
     printed = capsys.readouterr().out
     trained = [int(count.replace(",", "")) for count in re.findall(r"r=\d+ +([\d,]+) of", printed)]
     head = 192 * 10 + 10

@@ -7,7 +7,6 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from lora_utils import read_adapter_file, write_adapter_file
 from moco import pretrain
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
@@ -128,38 +126,6 @@ def test_a_list_and_archives_are_read(place, where):
     train, val, names, *_ = load(f"{place}/{where}")
     assert len(train) + len(val) == 12 and names == ["even", "odd"]
     assert train[0][0].size == (16, 16)
-
-
-def renamed(adapter: Path, **places) -> str:
-    """The adapter file, whose images lie at these places."""
-    content = read_adapter_file(adapter)
-    content["metadata"]["config"]["data"] |= places
-    write_adapter_file(content, adapter)
-    return str(adapter)
-
-
-@pytest.mark.parametrize(
-    ("places", "named"),
-    [
-        ({"data_list": ["https://place/list.csv"]}, "list.csv"),
-        ({"data_dir": "https://place/photos"}, "photos"),
-        ({"val_dir": "https://place/photos/val"}, "photos/val"),
-    ],
-)
-def test_what_only_a_file_names_is_not_asked_for(once, monkeypatch, places, named):
-    """A stranger's adapter would have this machine ask any other."""
-    adapter = renamed(once / "lora.pth", **places)
-    monkeypatch.setattr(fsspec.core, "url_to_fs", mock.Mock(side_effect=AssertionError("asked")))
-    told = rf"^https://place/{named}: an address that only a file names .* give it behind the adapter$"
-    with pytest.raises(InputError, match=told):
-        deploy_lora.main(["evaluate", adapter])
-
-
-def test_what_a_file_names_by_an_address_of_this_machine_is_read(images, once):
-    content = read_adapter_file(once / "lora.pth")
-    content["metadata"]["config"]["data"]["data_dir"] = f"file://{images}"
-    write_adapter_file(content, once / "lora.pth")
-    assert deploy_lora.main(["evaluate", str(once / "lora.pth")])["images"] == 15
 
 
 def test_a_run_reads_folders_as_it_reads_those_of_this_machine(place, here, base, tmp_path):

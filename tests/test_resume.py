@@ -52,13 +52,11 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
 WAYS = {
     "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
     "4 bits": "--use-qlora --label-smoothing 0.1",
-    "features of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1"
-    " --cache-features disk",
-    "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
+    "the last stage of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1",
     "images without labels": "--labels-per-class 5 --unlabelled {images} --accumulation-steps 2 --augmentation crop",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
-    " --adapt-last 1 --cache-features disk",
+    " --adapt-last 1",
     "numbers": "--task regression --data-dir {hospital} --data-list {hospital}/numbers.csv --label-columns age",
 }
 
@@ -69,7 +67,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     finetune, saved, narrow, images, hospital, pairs, monkeypatch, tmp_path, way
 ):
     """It stopped at the first step of its second epoch, and has other workers from then on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = WAYS[way].format(resnet=saved(narrow), images=images, hospital=hospital, pairs=pairs)
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):
@@ -128,7 +125,7 @@ def test_a_resumed_run_keeps_its_rates(finetune, once, monkeypatch):
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
     results = finetune("--epochs 1 --keep-best accuracy")
-    with pytest.raises(InputError, match=r"--keep-best: the best adapter is beside .*resume with that folder"):
+    with pytest.raises(InputError, match=r"--keep-best: the best adapter is next to .*resume with its folder"):
         finetune(f"--epochs 1 --keep-best accuracy --resume {results['folder'] / 'last.pth'}", output="elsewhere")
 
 

@@ -214,9 +214,8 @@ def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypa
 def test_evaluation_writes_its_page_alone(finished, images):
     results, folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    for where in ([str(images / "val")], []):  # the run's own configuration says where its images are
-        found = deploy_lora.main(["evaluate", str(folder / "lora.pth"), *where, "--device", "cpu"])
-        assert found["accuracy"] == results["val_accuracy"]
+    found = deploy_lora.main(["evaluate", str(folder / "lora.pth"), str(images / "val"), "--device", "cpu"])
+    assert found["accuracy"] == results["val_accuracy"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert {path.name for path in {*folder.iterdir()} - before.keys()} == {"lora_evaluation.html"}
 
@@ -233,7 +232,6 @@ def test_a_run_started_elsewhere_is_repeated_from_its_config(images, tmp_path, m
     assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
     again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
     assert again["val_loss"] == results["val_loss"]
-    assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]
 
 
 # --------------------------------- toolkit/config.py: defaults, YAML and command line; types, choices and nearest names

@@ -178,7 +178,7 @@ def segment(finetune, pairs):
 def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment):
     """With what else masks can do: a base in 4 bits, adapters in the last block, balanced weights."""
     options = "--use-qlora --lora-rank 2 --adapt-last 1 --class-weights balanced --keep-best miou"
-    results = segment(f"{options} --activation-precision 16")
+    results = segment(options)
     named = {"val_miou", "probe_miou_before", "val_miou_interval", "iou_per_class", "dice_per_class", "pixel_accuracy"}
     assert named <= results.keys()
     assert results["task"] == "segmentation" and list(results["iou_per_class"]) == ["class 0", "class 1"]

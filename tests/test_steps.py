@@ -119,7 +119,7 @@ def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
 def test_float16s_scale_comes_back_with_the_state(start):
     run = start()
     run.dtype = torch.float16
-    run.begin_training(run.network, run.optimizer, 3, 0)
+    run.begin_training(run.model, run.optimizer, 3, 0)
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
     state = run.trained()
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 1})
@@ -240,25 +240,8 @@ def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(fin
     assert resumed["config"]["finetune"]["adapt_last"] == 1
 
 
-def test_with_cached_features_the_chosen_blocks_start_by_themselves(finetune, monkeypatch):
-    """Their views are other ones than those for which everything was adapted."""
-    monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)
-    options = "--epochs 1 --labels-per-class 2 --cache-features disk"
-    chosen, typed = (finetune(f"--adapt-last {last} {options}", last)["folder"] for last in ("auto", "1"))
-    assert_same_tensors(chosen / "lora.pth", typed / "lora.pth")
-
-
-def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
-    """They would be those of the adapters' start, so that no adapter would train."""
-    monkeypatch.setattr(initialization, "ENERGY_SHARE", 1.1)  # which no number of blocks has
-    finetune("--adapt-last auto --epochs 1 --labels-per-class 2")
-    with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
-        finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
-    assert not (tmp_path / "cached").exists()
-
-
 @pytest.mark.parametrize("flags", ["", "--use-qlora", pytest.param("--precision bf16", marks=pytest.mark.slow)])
-def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
+def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, images, flags):
     """Also in what the file says, from which the model is built anew, with what was in 4 bits below."""
     seen, real_train = [], finetune_lora.train
 
@@ -276,7 +259,7 @@ def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
     assert blocks == ({0: False, 1: True} if flags == "--use-qlora" else {1: True})
     model, _ = load_finetuned(results["folder"] / "lora.pth")
     assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
-    again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), "--device", "cpu"])
+    again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), str(images / "val"), "--device", "cpu"])
     assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-2 if "bf16" in flags else 1e-4)
 
 

@@ -175,14 +175,6 @@ def test_knn_accuracy_agrees_with_a_vote_counted_by_hand(monkeypatch):
     assert 0 <= evaluation.knn_accuracy(bank, labels, queries, targets) <= 1
 
 
-def test_neighbours_of_which_nothing_is_known_answer_with_the_mean_of_all():
-    """25 images around one point are unknown, so are the 20 nearest to a query there; far away 2 and 4 are known."""
-    bank = torch.cat([torch.tensor([[1.0, 0.0]]).expand(25, 2), torch.tensor([[0.0, 1.0], [0.1, 1.0]])])
-    targets = torch.full((27, 1), torch.nan)
-    targets[25:, 0] = torch.tensor([2.0, 4.0])
-    assert evaluation.knn_means(bank, targets, torch.tensor([[1.0, 0.01]])).tolist() == [[3.0]]
-
-
 def test_the_best_epoch_is_the_first_of_the_lowest_loss_among_equal_scores():
     rows = [(0.5, 1.0), (0.9, 0.7), (0.9, 0.4), (0.9, 0.6), (math.nan, 0.1)]
     history = [{"val_accuracy": score, "val_loss": loss} for score, loss in rows]

@@ -1,6 +1,5 @@
 """What the reports on the answers of all tasks share: figures as people read them, and pictures."""
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 from toolkit import printable
 from toolkit.answers import measures
 from toolkit.answers.heat_maps import Explainer
-from toolkit.answers.report_page import BLUE, PICTURE_ALONE, drawn, html_picture, new_figure, save_figure, small_picture
+from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, small_picture
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 
@@ -37,7 +36,7 @@ class Headline(NamedTuple):
 
 
 class Report:
-    """The report on the answers that a task's head gave. A derived class adds what is annotated here.
+    """The report on the answers that a task's head gave. Annotated: what a derived class adds.
 
     Answers that are probabilities have `reliability`. Intervals are over `clusters`: see `measures.share_interval`.
     """
@@ -125,33 +124,6 @@ class Report:
             return []
         return [("probabilities off by", f"{error:.1%} on average")]
 
-    def reliability_section(self) -> list[str]:
-        """A picture for the page: how often answers of each probability are right."""
-        explained = (
-            "<p>On the line, probabilities mean what they say; below it they are too high, above it too low. "
-            "The larger a point, the more answers it stands for.</p>"
-        )
-        picture = html_picture(self.plot_reliability(), "the share that is right by probability")
-        return ["<h2>Can the probabilities be believed?</h2>", explained, picture]
-
-    def plot_reliability(self) -> bytes:
-        """The share that is right by probability, as a PNG."""
-        figure = new_figure(5.2, 4.8)
-        axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
-        bins = self.answers.reliability()
-        confidence, right, count = bins[bins[:, 2] > 0].T
-        probability = confidence / count
-        share = right / count
-        axes.plot(probability, share, ":", color=BLUE, alpha=0.5)
-        axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=BLUE)
-        axes.set(xlabel="probability", ylabel="share that is right", xlim=(-0.02, 1.04), ylim=(-0.04, 1.04))
-        axes.set_title(f"off by {measures.calibration_error(bins):.1%}")
-        axes.grid(alpha=0.3)
-        file = io.BytesIO()
-        figure.savefig(file)
-        return file.getvalue()
-
 
 def place_picture(axes: Any, row: int, column: int, picture: Any, above: str, below: str = "") -> None:
     """Draw a picture in a cell, one wide and CELL high, of axes whose rows are counted from above."""
@@ -170,7 +142,7 @@ class ColumnReport(Report):
 
     plural: str  # what K of them are called in the figures
     columns: Callable[[], dict[str, list[float]]]  # figures by name, of each of them (K,)
-    suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of those of truths
+    suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of the truths
 
     def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
         super().__init__(head, answers, clusters)

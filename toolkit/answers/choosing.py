@@ -33,8 +33,8 @@ def without(images: LabelledImages, labelled: LabelledImages) -> LabelledImages:
 def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
     """The positions of the `count` images, with features (N, D), that are nearest to the centres of k-means.
 
-    There is a part for each image that is chosen or labelled already, with features (M, D). The largest part comes
-    first. A labelled image stands for its part, which has its turn again when all others have had theirs.
+    There is a part for each image that is chosen or labelled already, with features (M, D); the largest comes first. A
+    part with a labelled image has its turn when all others have had theirs.
     """
     from sklearn.cluster import KMeans
 
@@ -56,8 +56,8 @@ def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
 def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
     """The positions of `count` images, with features (N, D) and logits (N, K), that are not alike: the least sure.
 
-    They are nearest to the centres of k-means among the images whose most probable class leads least (Zhdanov,
-    arXiv 1901.05954).
+    Of the images whose most probable class leads least, those nearest to centres of k-means (Zhdanov, arXiv
+    1901.05954).
     """
     first, second = logits.softmax(1).topk(2, 1).values.T
     candidates = (first - second).argsort(stable=True)[: CANDIDATES * count]
@@ -66,10 +66,7 @@ def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
 
 
 def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> None:
-    """Write a list to which a person adds labels, and a page with the pictures.
-
-    The page does not say what a model takes them for, which people would follow.
-    """
+    """Write a list to add labels to, and a page with the pictures; not what a model says, which people would follow."""
     make_folder(folder)
     names = list(map(images.name, range(len(images))))
     shown = [(i, f"{i + 1}. {Path(name).name}") for i, name in enumerate(names)]
@@ -83,8 +80,8 @@ def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> N
 def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
     """The images for which a probe that has not seen them answers otherwise: (image, answer, times), the worst first.
 
-    `times` is how many times as probable as its label the answer is, by the mean of an image's logits: `held_out` is
-    (views * N, K), as in `toolkit.answers.probe.Probe`, and images without any are left out. Labels are (N,).
+    `times` is how many times as probable as its label (N,) the answer is, by the mean logits of `held_out`, (views * N,
+    K).
     """
     logits = held_out.double().unflatten(0, (-1, len(labels))).mean(0)  # (N, K)
     own = labels[:, None]

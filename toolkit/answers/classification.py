@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.answers import answer_reports, choosing, evaluation, measures, probe
-from toolkit.answers.answer_reports import Headline, Report, finite, worst_first
+from toolkit.answers.answer_reports import PICTURES, Headline, Report, finite, worst_first
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.parts import Head, SoftmaxObjective, Task
 from toolkit.answers.report_page import html_picture, html_table
@@ -22,8 +22,6 @@ from toolkit.images.data import LabelledImages
 TOP = 5  # classes of each image in a table of predictions
 MOST_ROWS = 1_000  # of a confusion matrix
 CONFUSIONS = 30  # rows in the table of what is taken for what
-WRONG_SHOWN = 12  # pictures of mistakes.png
-UNCERTAIN_SHOWN = 6
 
 
 class ClassObjective(SoftmaxObjective):
@@ -45,12 +43,7 @@ class ClassHead(Head):
 
     score = staticmethod(probe.head_accuracy)
     knn_score = staticmethod(evaluation.knn_accuracy)
-    evaluate = staticmethod(evaluation.evaluate)
-
-    def answers(self, logits: Tensor, labels: Tensor) -> Evaluation:
-        confidences, predictions = logits.softmax(1).max(1)
-        accuracy = (predictions == labels).float().mean().item()
-        return Evaluation(F.cross_entropy(logits, labels).item(), accuracy, predictions, labels, confidences)
+    answers = staticmethod(Evaluation.of)
 
     def constant_score(self, images: LabelledImages) -> float:
         return max(Counter(images.labels).values()) / len(images)
@@ -139,7 +132,6 @@ class ClassReport(Report):
             html_table(self.most_confused(), ("true class", "taken for", "images", "of the class")),
             "<h2>By class</h2>",
             html_table(self.by_class(), ("class", "images", "right", "share")),
-            *self.reliability_section(),
         ]
 
     def by_class(self) -> list[tuple[str, int, int, str]]:
@@ -172,23 +164,15 @@ class ClassReport(Report):
         answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        """The wrong answers that were given with most confidence, and the right ones with least."""
+        """The wrong answers that were given with most confidence."""
         answers = self.answers
-        wrong = answers.predictions != answers.labels
         ranked = answers.confidences.argsort(descending=True, stable=True)
-
-        def described(i: int) -> tuple[int, str]:
-            text = self.names[answers.labels[i]]
-            if wrong[i]:
-                text += f", taken for {self.names[answers.predictions[i]]}"
-            return i, f"{text} ({answers.confidences[i]:.0%})"
-
-        most_wrong = ranked[wrong[ranked]][:WRONG_SHOWN]
-        least_right = ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN]
-        return {
-            "Wrong, most confident first": list(map(described, most_wrong.tolist())),
-            "Right, least confident first": list(map(described, least_right.tolist())),
-        }
+        wrong = ranked[answers.predictions[ranked] != answers.labels[ranked]]
+        found = []
+        for i in wrong[:PICTURES].tolist():
+            taken_for = self.names[answers.predictions[i]]
+            found.append((i, f"{self.names[answers.labels[i]]}, taken for {taken_for} ({answers.confidences[i]:.0%})"))
+        return {"Wrong, most confident first": found}
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         answers = self.answers

@@ -18,9 +18,11 @@ from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
 from toolkit.answers.tasks import TASKS
+from toolkit.config import flat
 from toolkit.files import write_cells
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
+from toolkit.models.checkpoints import value_at
 
 IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
 GROUP = "group"
@@ -31,12 +33,12 @@ SHOWN[PIXELS] = tuple(headline.title for headline in PixelReport.HEADLINES.value
 
 
 def answers_path(results: Path) -> Path:
-    """Where the answers for each image are: beside `results.json`."""
+    """Where the answers for each image are: next to `results.json`."""
     return results.with_name(f"{results.stem}_answers.csv")
 
 
 def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, results: Path) -> None:
-    """Write the truth and the answer for each image beside the results, a row each, with its group if it has one."""
+    """Write the truth and the answer for each image next to the results, a row each, with its group if it has one."""
     first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
     if images.groups is not None:
         first[GROUP] = images.groups
@@ -63,7 +65,7 @@ class Difference(NamedTuple):
 
 
 def compare(first: Path, second: Path) -> list[Difference]:
-    """Compare the answers beside two `results.json`, image by image, or by groups if one has these; or InputError."""
+    """Compare the answers next to two `results.json`, image by image, or by groups if one has these; or InputError."""
     one = _read(answers_path(first))
     other = _read(answers_path(second))
     if one.columns.keys() != other.columns.keys():
@@ -144,7 +146,7 @@ def _differences(
     found = measures.jackknife(differences, len(tables[0][truth[0]]), clusters, [measures.UNBOUNDED] * 3 * len(names))
     _, before, after = found.values.view(3, -1).tolist()
     chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
-    columns = zip(names, before, after, found.intervals, chances, strict=False)  # those of the differences come first
+    columns = zip(names, before, after, found.intervals, chances, strict=False)  # the differences come first
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 
 
@@ -178,24 +180,34 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
 
 
 def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """(score, what has it) of many `results.json`, the best first; those that differ by seed alone share a row."""
+    """(score, what has it) of many `results.json`, the best first.
+
+    Runs that differ by their seed alone, or by the part of a cross-validation, share a row.
+    """
     runs = [(path, read_results(path)) for path in dict.fromkeys(paths)]
-    kinds = {f"{results['task']} of {results.get('val_images', results.get('images'))} images" for _, results in runs}
+    kinds = set()
+    for _, results in runs:
+        images = results.get("val_images", results.get("images"))
+        of_parts = value_at(results, "config/data/folds") is not None
+        kinds.add(f"{results['task']} of {'parts of the' if of_parts else images} images")
     if len(kinds) > 1:
         raise InputError(
-            f"these results are of {listed(sorted(kinds))}: compare those of one task over the same images"
+            f"these results are of {listed(sorted(kinds))}: compare results of one task over the same images"
         )
     groups: dict[str, list[tuple[Path, float]]] = {}
     for path, results in runs:
         score = TASKS[results["task"]].score
         value = results.get(f"val_{score}", results.get(score))
+        settings = flat(results.get("config", {"file": str(path)}))  # results of `evaluate` stand alone
+        for of_one_run in ("finetune.seed", "data.folds"):
+            settings.pop(of_one_run, None)
         if value is not None:  # else it is not defined on these images
-            groups.setdefault(json.dumps(_settings(path, results), sort_keys=True), []).append((path, value))
-    settings = [json.loads(key) for key in groups]
+            groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
+    every = [json.loads(key) for key in groups]
     rows = []
-    for own, members in zip(settings, groups.values(), strict=True):
-        differing = [name for name in own if any(other.get(name, own[name]) != own[name] for other in settings)]
-        how = ", ".join(f"{name} {own[name]}" for name in differing)
+    for own, members in zip(every, groups.values(), strict=True):
+        differing = [name for name in own if any(other.get(name, own[name]) != own[name] for other in every)]
+        how = ", ".join(f"{name.rpartition('.')[2]} {own[name]}" for name in differing)
         scores = [score for _, score in members]
         mean = statistics.mean(scores)
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
@@ -211,9 +223,3 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{path} is no results.json of a run, nor of evaluate --output")
-
-
-def _settings(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What runs of one kind share: all settings but the seed. Results of `evaluate` stand alone."""
-    sections = results.get("config", {"": {"file": str(path)}})
-    return {name: value for section in sections.values() for name, value in section.items() if name != "seed"}

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +28,7 @@ def training_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
-    """A weight for each class, (num_classes,), with which all classes count alike. Their mean over the images is 1.
-
-    `images` says how many each class has, by its index.
-    """
+    """A weight for each class, (num_classes,), with which all count alike; their mean over `images` of each is 1."""
     counts = torch.tensor([images[label] for label in range(num_classes)])
     shares = len(images) * counts.double() / sum(images.values())
     return 1 / shares.where(counts > 0, 1.0).float()
@@ -64,8 +61,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> None:
     """Set the running statistics of every BatchNorm that trains to the mean over a loader's batches.
 
-    The moving averages that training leaves belong to earlier weights, and with a momentum of 0.01 to those of hundreds
-    of steps ago (precise BatchNorm: Wu and Johnson, arXiv 2105.07576, section 3).
+    Moving averages belong to earlier weights (precise BatchNorm: Wu and Johnson, arXiv 2105.07576, section 3).
     """
     norms = training_norms(model)
     momenta = [norm.momentum for norm in norms]
@@ -82,10 +78,7 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
 
 @torch.no_grad()
 def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, loss: Loss) -> float:
-    """The highest mean loss of a loader's batches, each normalised by its own statistics as in training.
-
-    Statistics of few images are so noisy that losses differ several times over although no weight has changed.
-    """
+    """The highest mean loss of a loader's batches, each normalised by its own statistics, noisy as they are."""
     losses = []
     model.train()
     for images, labels in loader:
@@ -98,78 +91,51 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
 
 @torch.no_grad()
 def over_loader(
-    model: nn.Module,
-    loader: Iterable,
-    device: torch.device,
-    dtype: torch.dtype,
-    answer: Callable[[Tensor], Tensor] | None = None,
-    found: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda *both: both,
-) -> tuple[Tensor, ...]:
-    """What is found in the answers and targets of a loader's batches, in eval mode; the mode is then restored.
+    loader: Iterable, device: torch.device, dtype: torch.dtype, model: nn.Module, answer: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The answers for a loader's batches, in float32, and the targets, on `device`; `model` is in eval mode meanwhile.
 
-    The answers are the model's by default, in float32. With several processes, each computes its share and all of them
-    return the whole, on `device`.
+    Each process computes its share, and all return the whole.
     """
-    parts = []
+    answers = []
+    targets = []
     with eval_mode(model):
-        for images, targets in loader:
-            answers = computed(answer or model, images, device, dtype)
-            parts.append(found(answers.float(), to_device(targets, device)))
-    return tuple(distributed.interleave(torch.cat(column)) for column in zip(*parts, strict=True))
+        for images, its_targets in loader:
+            answers.append(computed(answer, images, device, dtype).float())
+            targets.append(to_device(its_targets, device))
+    return distributed.interleave(torch.cat(answers)), distributed.interleave(torch.cat(targets))
 
 
 def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The features that the head of `model` receives, float32 (N, D), and labels (N,), both on `device`."""
-    return over_loader(model, loader, device, dtype, functools.partial(forward_features, model))
+    return over_loader(loader, device, dtype, model, functools.partial(forward_features, model))
 
 
 def all_outputs(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The outputs of a model, float32 (N, K), and the targets, both on the CPU."""
-    outputs, targets = over_loader(model, loader, device, dtype)
+    outputs, targets = over_loader(loader, device, dtype, model, model)
     return outputs.cpu(), targets.cpu()
 
 
 def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> float:
-    """The accuracy (0 to 1) of the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
+    """The accuracy (0 to 1) of the k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
 
-    Each of the NEIGHBOURS nearest training images votes for its class with weight exp(similarity /
-    NEIGHBOUR_TEMPERATURE). Features are (N, D), with labels (N,).
+    Each neighbour votes with weight exp(similarity / NEIGHBOUR_TEMPERATURE). Features are (N, D), with labels (N,).
     """
+    train = F.normalize(train_features.float(), dim=1)
     classes = int(train_labels.max()) + 1
     answers = []
-    for similarity, neighbours in _nearest(train_features, features):
-        votes = similarity.new_zeros(len(similarity), classes)
+    for queries in features.float().split(QUERIES_AT_ONCE):
+        similarity = F.normalize(queries, dim=1) @ train.T  # (B, N)
+        similarity, neighbours = similarity.topk(min(NEIGHBOURS, len(train)), dim=1)  # (B, k)
+        votes = similarity.new_zeros(len(queries), classes)
         votes.scatter_add_(1, train_labels[neighbours], (similarity / NEIGHBOUR_TEMPERATURE).exp())
         answers.append(votes.argmax(1))
     return int((torch.cat(answers) == labels).sum()) / len(labels)
-
-
-def knn_means(train_features: Tensor, train_targets: Tensor, features: Tensor) -> Tensor:
-    """The mean targets (N, K) of the nearest training images, weighted as in `knn_accuracy`; unknown ones left out.
-
-    Where all are unknown it is the mean of all training images.
-    """
-    known = (~train_targets.isnan()).float()
-    values = train_targets.nan_to_num().float()
-    mean = values.sum(0) / known.sum(0).clamp_min(1)
-    found = []
-    for similarity, neighbours in _nearest(train_features, features):
-        votes = ((similarity - 1) / NEIGHBOUR_TEMPERATURE).exp()[..., None]  # (B, k, 1)
-        total = (votes * values[neighbours]).sum(1)
-        weight = (votes * known[neighbours]).sum(1)
-        found.append(torch.where(weight > 0, total / weight, mean))
-    return torch.cat(found)
-
-
-def _nearest(train_features: Tensor, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Similarities and places of the k = NEIGHBOURS nearest training images, (B, k) each, some features at a time."""
-    train = F.normalize(train_features.float(), dim=1)
-    for queries in features.float().split(QUERIES_AT_ONCE):
-        yield (F.normalize(queries, dim=1) @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)  # (B, N) -> (B, k)
 
 
 class Evaluation(NamedTuple):
@@ -180,6 +146,13 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
     confidences: Tensor  # (N,), probability of the predicted class
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Evaluation":
+        """Of logits (N, K) and labels (N,), on the CPU."""
+        confidences, predictions = logits.softmax(1).max(1)
+        accuracy = (predictions == labels).float().mean().item()
+        return cls(F.cross_entropy(logits, labels).item(), accuracy, predictions, labels, confidences)
 
     def reliability(self) -> Tensor:
         """`toolkit.answers.measures.calibration` of the answers."""
@@ -198,16 +171,12 @@ class Evaluation(NamedTuple):
         return {"accuracy": self.accuracy, "balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
 
     def class_means(self, weights: Tensor | None = None) -> Tensor:
-        """The balanced accuracy and macro F1, (2,), or (n, 2) for weights of the images (n, N).
-
-        They are means over the classes: of the accuracy of those that have images, and of the harmonic mean of
-        precision and recall.
-        """
+        """The balanced accuracy and macro F1, (2,), or (n, 2) for weights of images (n, N): means over classes."""
         right, images, answers = self.class_counts(weights=weights)
         return torch.stack([(right / images).nanmean(-1), (2 * right / (images + answers)).nanmean(-1)], -1)
 
     def class_counts(self, classes: int = 0, weights: Tensor | None = None) -> list[Tensor]:
-        """The numbers of right answers, of images and of answers of each class that occurs, or of so many."""
+        """The numbers of right answers, of images and of answers of each class that occurs, or of this many."""
         classes = max(classes, int(torch.cat([self.labels, self.predictions]).max()) + 1)
         right = self.labels.where(self.labels == self.predictions, classes)  # a class more, which is left out
         counts = torch.ones(len(self.labels)) if weights is None else weights
@@ -216,12 +185,5 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Evaluation:
-    """Loss, accuracy and predictions of a classifier over a loader, as by `over_loader`."""
-
-    def found(logits: Tensor, labels: Tensor) -> list[Tensor]:
-        return [labels, F.cross_entropy(logits, labels, reduction="none"), *logits.softmax(1).max(1)]
-
-    columns = over_loader(model, loader, device, dtype, found=found)
-    labels, losses, confidences, predictions = (column.cpu() for column in columns)
-    accuracy = (predictions == labels).float().mean().item()
-    return Evaluation(losses.double().mean().item(), accuracy, predictions, labels, confidences)
+    """Loss, accuracy and predictions of a classifier over a loader."""
+    return Evaluation.of(*all_outputs(model, loader, device, dtype))

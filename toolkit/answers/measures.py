@@ -20,9 +20,8 @@ NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% in
 def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     """The 95% interval of the true accuracy (0 to 1), from answers (N,) that are right or wrong.
 
-    Images of one cluster may be alike: `clusters` (N,) has the number of each image's cluster, such as a patient. The
-    interval is then that of as many independent images as would have the same variance, at most N, and wider where
-    there are few clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and Pearson's).
+    With `clusters`, (N,) the number of an image's cluster, such as a patient, it is that interval of independent images
+    with the same variance, and wider where clusters are few (Korn and Graubard, Survey Methodology 24, 1998).
     """
     images = len(right)
     share = right.double().sum().item() / images
@@ -41,7 +40,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
 
 
 def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
-    """The 95% interval of the mean of independent shares (K,), of so many images each: good for few, and all right too.
+    """The 95% interval of the mean of independent shares (K,), of this many images each: for few, and all right too.
 
     Each share has Wilson's (JASA 22, 1927), of which Zou and Donner make the mean's (Statistics in Medicine 27, 2008).
     """
@@ -68,7 +67,7 @@ NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB
 
 
 def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:
-    """`measure(weights)` of weights (n, images), for some rows at a time: each needs so many numbers in between."""
+    """`measure(weights)` of weights (n, images), for some rows at a time: each needs this many numbers in between."""
     rows = max(1, NUMBERS_AT_ONCE // max(1, numbers))
     return torch.cat([measure(part) for part in weights.split(rows)])
 
@@ -89,8 +88,8 @@ class Ranking:
     def figures(self, weights: Tensor | None = None) -> Tensor:
         """AP and AUROC, (2,), or (n, 2) for weights (n, images).
 
-        AP is the mean precision over the positives, scikit-learn's `average_precision_score`: NaN without a positive.
-        AUROC is how often a positive scores higher than a negative, ties counting half: NaN where all are alike.
+        AP is scikit-learn's `average_precision_score`, NaN without a positive. AUROC is how often a positive scores
+        higher than a negative, ties counting half: NaN where all are alike.
         """
         if weights is not None:
             return by_rows(self._figures, weights, len(self.images))
@@ -114,9 +113,8 @@ class Ranking:
 def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     """The threshold of scores (N,), 0 to 1, that reaches a goal: "f1", "sensitivity=0.95" or "specificity=0.9".
 
-    That is the one with the highest F1, of equally good ones the highest; or the highest with which this share of the
-    positives lies above it, or the lowest with which this share of the negatives does not. It is halfway between two
-    neighbouring scores, and NaN without any of those images.
+    It is the one with the highest F1; or the highest with this share of the positives above it, or the lowest with this
+    share of the negatives below. Halfway between two scores, the higher of equally good ones; NaN without such images.
     """
     kind, _, share = goal.partition("=")
     positive = positive.bool()
@@ -209,22 +207,21 @@ class Jackknifed(NamedTuple):
 def jackknife(
     measure: Callable[[Tensor], Tensor], images: int, clusters: Tensor | None = None, bounds: Sequence[Interval] = ()
 ) -> Jackknifed:
-    """A measure's columns with 95% intervals by the delete-a-group jackknife.
+    """A measure's columns with 95% intervals by the delete-a-group jackknife; none where nothing changes.
 
-    The middle is the mean of the pseudo-values, from which the bias is gone (Quenouille, Biometrika 43, 1956): a mean
-    of average precisions flatters over labels with few positives. Their spread is the error (Kott, Journal of Official
-    Statistics 17, 2001). Both are carried to a scale without ends, such as the logit of a share.
+    The middle is the mean of the pseudo-values, which have no bias (Quenouille, Biometrika 43, 1956): the AP of few
+    positives flatters. Their spread is the error (Kott, Journal of Official Statistics 17, 2001). Both are carried to a
+    scale without ends, such as the logit of a share.
 
-    `measure` takes weights (n, images), each 0 or 1, and returns (n, columns). The images of one cluster, see
+    `measure` takes weights (n, images), each 0 or 1, and returns (n, columns). The images of a cluster, see
     `share_interval`, are left out together. `bounds` are the ends of each column, never reached; of further ones 0, 1.
-    No interval is found where nothing changes, as where all answers are right, or a part has all that is measured.
     """
     from scipy.special import stdtr, stdtrit  # Student's t, without the second that importing scipy.stats takes
 
     clusters = torch.arange(images) if clusters is None else clusters
-    things = int(clusters.max()) + 1
-    parts = min(PARTS, things)
-    part = (torch.randperm(things, generator=torch.Generator().manual_seed(0)) % parts)[clusters]
+    units = int(clusters.max()) + 1
+    parts = min(PARTS, units)
+    part = (torch.randperm(units, generator=torch.Generator().manual_seed(0)) % parts)[clusters]
     kept = torch.cat([torch.ones(1, images, dtype=torch.bool), part != torch.arange(parts)[:, None]])
     values, without = measure(kept).double().split([1, parts])
     values = values[0]
@@ -242,7 +239,7 @@ def jackknife(
 
 
 def _between(value: float, middle: float, half: float, bounds: Interval) -> Interval:
-    """The interval of so much on both sides of the middle, on a scale on which the bounds are infinitely far away."""
+    """The interval of `half` on both sides of the middle, on a scale on which the bounds are infinitely far away."""
     low, high = bounds
     if not half > STEADY * abs(value) or not low < value < high:
         return math.nan, math.nan
@@ -251,27 +248,22 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     middle = min(max(middle, (value + low) / 2), (value + high) / 2)  # a correction ends half way to a bound
     below = middle - low
     above = high - middle
-    factor = math.exp(min(half / below + half / above, 500.0))  # of the odds below / above
-    if factor > WIDEST and math.isinf(high - low):
-        return bounds
-
-    def end(times: float) -> float:
-        if math.isinf(above):
-            return low + below * times
-        if math.isinf(below):
-            return high - above / times
-        odds = below / above * times
-        return low + (high - low) * odds / (1 + odds)
-
-    return end(1 / factor), end(factor)
+    reach = math.exp(min(half / below + half / above, 500.0))  # times the odds: below / above, below, or 1 / above
+    if math.isinf(high - low):
+        if reach > WIDEST:
+            return bounds
+        if math.isinf(high):
+            return low + below / reach, low + below * reach
+        return high - above * reach, high - above / reach
+    odds = below / above
+    return high - (high - low) / (1 + odds / reach), high - (high - low) / (1 + odds * reach)
 
 
 def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> float:
     """The two-sided p of two runs whose answers (N,) are right or wrong: how likely equally good ones differ as much.
 
-    Only images that one of the two gets right count: each is as likely for either (Psychometrika 12, 1947; exact).
-    With clusters, as for `share_interval`, what one of the two gains in a cluster is as likely for either (Fisher's
-    permutation test of paired differences, The Design of Experiments, 1935; exact).
+    Each image that one of the two gets right is as likely for either (Psychometrika 12, 1947; exact); with clusters, as
+    for `share_interval`, what one gains in a cluster (Fisher's permutation test of paired differences, 1935; exact).
     """
     gains = second.long() - first.long()
     if clusters is not None:
@@ -290,10 +282,7 @@ BINS = 15
 
 
 def calibration(confidences: Tensor, right: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The sums of confidences (N,) and of right answers, and the images, by bins: (BINS, 3) (arXiv 1706.04599).
-
-    `counts` says which of the N count.
-    """
+    """Sums over the `counts` of N: confidences, right answers and images, by bins: (BINS, 3) (arXiv 1706.04599)."""
     place = (confidences.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # (0, 1/BINS], ...
     counted = torch.stack([confidences.double(), right.double(), torch.ones_like(right, dtype=torch.float64)], 1)
     if counts is not None:
@@ -309,10 +298,7 @@ def calibration_error(bins: Tensor) -> float:
 
 
 def calibration_error_by_chance(bins: Tensor) -> float:
-    """What `calibration_error` stays below in 19 of 20 samples like this one, were its probabilities exact.
-
-    Answers are taken as independent, and their number that is right in a bin as normal with a binomial variance.
-    """
+    """What `calibration_error` stays below in 19 of 20 samples like this one, were its probabilities exact."""
     images = bins[:, 2]
     share = bins[:, 0] / images.clamp_min(1)
     deviation = (images * share * (1 - share)).sqrt()
@@ -324,8 +310,7 @@ def calibration_error_by_chance(bins: Tensor) -> float:
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
     """The temperature by which logits are divided for the smallest loss (arXiv 1706.04599, section 4.2).
 
-    It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same. They should be
-    of images that did not train what gives them; the loss is such as the cross-entropy with their labels.
+    It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same.
     """
     from scipy.optimize import minimize_scalar
 

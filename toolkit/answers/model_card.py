@@ -17,7 +17,7 @@ MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors
 def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: str, file: str) -> str:
     """The card of an adapter file as Markdown, after the Hub's block of metadata (hf.co/docs/hub/model-cards)."""
     stage1 = metadata.get("stage1_adapter")
-    beside = f", and `{Path(str(stage1)).name}`, which is merged into it, has to lie beside `{file}`" if stage1 else ""
+    needs = f", and `{Path(str(stage1)).name}`, which is merged into it, has to lie next to `{file}`" if stage1 else ""
     base = Path(str(metadata["checkpoint"])).name
     published = {Path(url).name: known for known, (url, _) in PUBLISHED.items()}
     base = published.get(base, base)
@@ -52,7 +52,7 @@ The licence of the base holds for what is made of it. Look it up on its publishe
 python deploy_lora.py predict {file} my_images --output {task.predicted_into} --checkpoint BASE
 ```
 
-`BASE` is the file of `{base}`{beside}. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
+`BASE` is the file of `{base}`{needs}. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
 
 ## Settings, of version {metadata.get("version", VERSION)} of the toolkit
 

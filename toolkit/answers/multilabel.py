@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import listed, printable
-from toolkit.answers import evaluation, measures, probe
+from toolkit.answers import measures, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, finite_interval, shortened, worst_first
 from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
@@ -47,9 +47,9 @@ class LabelAnswers(ColumnAnswers):
         return measures.calibration(self.values[known], self.targets[known])
 
     def rates(self, thresholds: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """How answers above the thresholds are right, (K,) each, or (n, K) for weights of the images (n, N): F1, and
-        the share of the positives (sensitivity), of the negatives (specificity), of the answers yes (PPV, precision)
-        and of the answers no (NPV). NaN where there are none, for F1 of the positives.
+        """F1, sensitivity, specificity, PPV and NPV of answers above the thresholds, (K,), or (n, K) of weights (n, N).
+
+        NaN where there are no images that a rate is of, for F1 no positives.
         """
         positive = self.targets == 1
         negative = self.targets == 0
@@ -133,10 +133,6 @@ class LabelHead(Head):
 
     def score(self, model, features, targets) -> float:
         return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
-
-    def knn_score(self, train_features, train_targets, features, targets) -> float:
-        answers = evaluation.knn_means(train_features, train_targets, features)
-        return LabelAnswers(0.0, answers.cpu(), targets.cpu()).score
 
     def constant_score(self, images: LabelledImages) -> float:
         return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score
@@ -225,7 +221,7 @@ class LabelReport(ColumnReport):
         return torch.cat([means, macro_f1, by_label], 1)
 
     def label_intervals(self, i: int) -> list[measures.Interval]:
-        """Those of a label's AP and AUROC; NaN where few images, or clusters, have positives, or few negatives."""
+        """The intervals of a label's AP and AUROC; NaN where few images, or clusters, are positive, or negative."""
         if min(len(self.clusters[self.answers.targets[:, i] == value].unique()) for value in (0, 1)) < FEWEST_POSITIVES:
             return [(math.nan, math.nan)] * 2
         return self.intervals[len(self.HEADLINES) + i :: len(self.names)]
@@ -291,7 +287,7 @@ class LabelReport(ColumnReport):
         shown = html_picture(picture.read_bytes(), "precision by recall, and ROC, of the labels with the lowest AP")
         explained = "<p>In brackets 95% intervals; F1 and what follows it are at the threshold: a point on the ROC.</p>"
         table = html_table(self.by_label(), self.TITLES)
-        return ["<h2>By label</h2>", explained, table, shown, *self.reliability_section()]
+        return ["<h2>By label</h2>", explained, table, shown]
 
     def draw(self, path: Path) -> None:
         """Precision by recall, and the ROC, of the ten labels with the lowest AP."""

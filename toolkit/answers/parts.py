@@ -1,7 +1,4 @@
-"""The parts of a task: an objective that is minimised, a head whose outputs are answers, and a report on these.
-
-CONTRIBUTING.md says how to add a task.
-"""
+"""The parts of a task: an objective that is minimised, a head whose outputs are answers, and a report on these."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,10 +50,7 @@ class ColumnAnswers:
 
 
 class Objective:
-    """What training minimises. Outputs are float32 (N, K); targets come from the loader beside the images.
-
-    A derived class adds what is annotated here.
-    """
+    """What training minimises, for outputs (N, K) and a loader's targets. Annotated: what a derived class adds."""
 
     loss: evaluation.Loss  # what is minimised
     plain_loss: evaluation.Loss  # without weights and smoothing: reported, and watched by the guard
@@ -103,10 +97,7 @@ class SoftmaxObjective(Objective):
 
 
 class Head:
-    """What the K outputs of a classifier head mean, how it starts, and how good its answers are.
-
-    A derived class adds what is annotated here. Features are (N, D), with their targets.
-    """
+    """What the K outputs of a head mean, and how it starts. Annotated: what a derived class adds."""
 
     temperature = 1.0  # what the outputs were divided by at the end of the run
     activation = "softmax"  # of the outputs, or sigmoid, or none
@@ -139,11 +130,11 @@ class Head:
         """Of answers taken from the most similar training images; None: they say nothing."""
 
     def features(self, model, loader, device, dtype, images: int) -> tuple[Tensor, Tensor]:
-        """What the head of `model` receives over a loader of so many images, (N, D), and the targets."""
+        """What the head of `model` receives over a loader of this many images, (N, D), and the targets."""
         return evaluation.extract_features(model, loader, device, dtype)
 
     def variance(self, score: float, images: int) -> float:
-        """The square of the standard error of a score that is measured on so many images: here that of a share."""
+        """The square of the standard error of a score that is measured on this many images: here a share's."""
         return score * (1 - score) / images
 
     def first_temperature(self, model, features, targets, features_train: bool) -> probe.HeadTemperature:

@@ -5,7 +5,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,90 +25,45 @@ from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
-MANIFEST = "_parts.json"
+MANIFEST = "_parts.json"  # in a folder of answers: what they depend on
 MAP_ENDINGS = (".tif", ".png", ".npy")  # of what `Maps.write` writes
 
 
-@dataclass
-class Manifest:
-    """What the answers in a folder depend on, and the sizes of the finished files: `_parts.json`, line by line.
-
-    The first line is what they depend on. Each other one has a place in the folder, and the sizes of the files there by
-    their endings, as {"images/0": {".png": 812}}; none while they are written. The last line of a place counts.
-    """
-
-    folder: Path
-    about: dict[str, Any]
-    found: dict[str, dict[str, int]] = field(default_factory=dict)  # when this command began
-
-    def key(self, place: Path) -> str:
-        return place.relative_to(self.folder).as_posix()
-
-    def written(self, place: Path) -> dict[Path, int]:
-        """The files that were written at a place earlier, and their sizes."""
-        return {_with(place, ending): size for ending, size in self.found.get(self.key(place), {}).items()}
-
-    def finished(self, place: Path) -> list[Path]:
-        """The same files, if all are there as they were written."""
-        sizes = self.written(place)
-        return list(sizes) if all(path.is_file() and path.stat().st_size == sizes[path] for path in sizes) else []
-
-    def note(self, place: Path, *files: Path) -> None:
-        """Note that what belongs at a place is about to be written or, with its files, that it is."""
-        sizes = {path.name.removeprefix(place.name): path.stat().st_size for path in files}
-        try:
-            with open(self.folder / MANIFEST, "a") as file:  # of several processes each appends a line in one piece
-                file.write(json.dumps({self.key(place): sizes}) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.folder / MANIFEST}: {error.strerror}; check its free space") from None
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest in a folder; an empty one where there is none. Raises InputError if it is damaged."""
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
-        return Manifest(folder, {})
-    found: dict[str, dict[str, int]] = {}
-    try:
-        text = path.read_text() if path.is_file() else ""  # a pipe has no end
-        about, *entries = map(json.loads, text.splitlines()[: text.count("\n")])  # a last line may be torn
-        for entry in entries:
-            found |= {place: {**sizes} for place, sizes in entry.items()}
-        return Manifest(folder, {**about}, found)
-    except (AttributeError, OSError, TypeError, ValueError, RecursionError):
-        raise InputError(f"{path} is damaged: name another folder") from None
-
-
 def begin_folder(
-    manifest: Manifest, places: Sequence[Path], endings: Sequence[str], resume: bool
-) -> dict[str, dict[str, int]]:
-    """Begin a folder of answers, which `output_folder.held` holds, or go on with it; return what is finished.
+    folder: Path, about: dict[str, Any], places: Sequence[Path], endings: Sequence[str], resume: bool
+) -> dict[Path, list[Path]]:
+    """Begin a folder of answers, or go on with it; return the finished files of each place, with one of the `endings`.
 
-    Files go to `places`, each with some of the `endings`. Raises InputError if answers are there that are others or are
-    not to be gone on with (`resume`), if their manifest is damaged, and for files that no earlier call wrote.
+    A file that is there is whole. What the answers depend on, `about`, is in a file of the folder. Raises InputError if
+    answers are there that are others or are not to be gone on with (`resume`), and for a folder that has other files.
     """
-    folder = manifest.folder
-    earlier = read_manifest(folder)
-    if earlier.about and not resume:
-        raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
-    differing = [name for name, value in manifest.about.items() if earlier.about.get(name) != value]
-    if earlier.about and differing:
-        raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
-    for place in places:
-        if earlier.found.get(earlier.key(place)) == {}:  # a command was killed while it wrote there
-            continue
-        for path in (_with(place, ending) for ending in endings):
-            if os.path.lexists(path) and path not in earlier.written(place):
-                raise InputError(f"--output {folder}: what is written would replace {path}; name another folder")
+    path = folder / MANIFEST
+    if os.path.lexists(path):
+        earlier = _read_manifest(path)
+        if not resume:
+            raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
+        differing = [name for name, value in about.items() if earlier.get(name) != value]
+        if differing:
+            raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
+    elif any(not name.startswith(".") for name in os.listdir(folder)):  # the lock is hidden
+        raise InputError(f"--output {folder} has other files in it; name another folder")
     for inside in {place.parent for place in places}:
         make_folder(inside)
-    lines = [manifest.about, *({key: earlier.found[key]} for key in sorted(earlier.found))]
-    write_text("".join(json.dumps(line) + "\n" for line in lines), folder / MANIFEST)
-    return earlier.found
+    write_text(json.dumps(about, indent=2), path)
+    found = {}
+    for place in places:
+        files = [place.with_name(place.name + ending) for ending in endings]
+        found[place] = list(filter(os.path.exists, files))
+    return found
 
 
-def _with(place: Path, ending: str) -> Path:
-    return place.with_name(place.name + ending)
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        if path.is_file():  # a pipe has no end
+            return {**json.loads(path.read_text())}
+    except (OSError, TypeError, ValueError, RecursionError):
+        pass
+    raise InputError(f"{path} is damaged: name another folder")
 
 
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
@@ -124,7 +79,7 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
 def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
     """Where what is made of each image goes, without its ending: within `output` as the image within its folder.
 
-    `given` are the images and folders of images that a user named. Raises InputError as `places_below`.
+    `given` are the images and folders that a user named. Raises InputError as `places_below`.
     """
     names = [Path(images.name(i)) for i in range(len(images))]
     within = []
@@ -161,10 +116,10 @@ class Maps:
             raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
-        """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
+        """Write the map of a scene at `path`, and return where: its suffix is added, by what it has.
 
-        The file is .tif if the scene is a TIFF, or if that is the suffix of `path` already; else .png for classes and
-        .npy for numbers. Only a TIFF is written without being whole in memory.
+        A .tif if the scene is a TIFF or `path` ends so, which is never whole in memory; else .png of classes, .npy of
+        numbers.
         """
         if self.task.per_pixel:
             step = 1
@@ -199,7 +154,7 @@ class Maps:
             yield self._values(logits.movedim(0, 2))
 
     def _windows(self, scene: Scene) -> Iterator[np.ndarray]:
-        """Rows of answers for windows beside each other. At the scene's borders its last pixels fill them up."""
+        """Rows of answers for windows side by side. At the scene's borders its last pixels fill them up."""
         for top in range(0, scene.height, self.window):
             rows = scene.rows(top, min(top + self.window, scene.height))
             missing = (0, -len(rows) % self.window), (0, -scene.width % self.window), (0, 0)

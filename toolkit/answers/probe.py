@@ -1,7 +1,6 @@
 """Start a classifier head as a linear probe: a regularised logistic regression on the frozen backbone's features.
 
-Probing first and fine-tuning then keeps what the backbone knows; a random head's gradients distort it before the head
-has learnt anything (Kumar et al., arXiv 2202.10054).
+A random head's gradients would distort features before the head has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ FOLDS = 3
 STEPS = 200  # of a fit, at the most
 ROUGH_STEPS = 12  # of one that compares strengths, each of which goes on from the last one
 TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
-# Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of so many steps may
+# Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of DRIFT_STEPS steps may
 # change logits of standard deviation 1. A shorter run needs the same: where the probe is sure of its training images
 # there is nothing but noise in their gradient, and Adam makes full steps of that.
 LOGIT_DRIFT = 0.3
@@ -72,15 +71,13 @@ def choose_temperature(
     features_train: bool,
     towards: Tensor | float = 0.0,
 ) -> HeadTemperature:
-    """The temperature for the head of `model`, which is the probe:
-    - `least` has the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
-      confidence that the probe has in images without augmentation, or that label smoothing forbids. At least 1.
-    - `per_rate` is DRIFT_STEPS * (standard deviation of the logits) / LOGIT_DRIFT: Adam moves every weight of the
-      adapters by about the learning rate in each step, whatever the gradient, and the larger the head's weights, the
-      more that does to the loss. It is 0 if the features do not train.
+    """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D).
 
-    The loss is of logits (N, K) for features (N, D) of training images with their augmentation; `towards` is as
-    `soften_head` takes it.
+    - `least`, 1 or more, has the smallest loss on augmented training images (Guo et al., arXiv 1706.04599): training is
+      not to begin by taking back the probe's confidence.
+    - `per_rate` is DRIFT_STEPS * (standard deviation of the logits) / LOGIT_DRIFT: Adam moves every weight by about the
+      rate in each step, and the larger the head's weights, the more that does to the loss. 0 if the features do not
+      train.
     """
     logits = linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
@@ -92,7 +89,7 @@ def choose_temperature(
 def soften_head(model: nn.Module, temperature: float, towards: Tensor | float = 0.0) -> None:
     """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls.
 
-    `towards` (K,) are the logits that are left at an infinite temperature, if not 0: those of a constant answer.
+    `towards` (K,) are the logits at an infinite temperature, if not 0: a constant answer's.
     """
     head = linear_head(model)
     head.weight.div_(temperature)
@@ -133,10 +130,9 @@ def _standardised(X: Tensor) -> Scaled:
 
 
 def _of_one_length(X: Tensor) -> Scaled:
-    """Centred features, each divided by its own norm, as long as standardised ones are.
+    """Centred features, each divided by its own norm: a few images say little of the deviation of a thousand features.
 
-    A few images say little of the deviation of a thousand features. A linear head knows no norms. It divides by their
-    mean: without an intercept that changes how sure it is of an image, and never the answer.
+    A linear head knows no norms and divides by their mean. Without an intercept that never changes an answer.
     """
     mean = X.mean(0)
     length = X.shape[1] ** 0.5
@@ -178,10 +174,9 @@ def fit_linear_probe(
         class_weights: 'balanced': every class counts alike, however many images it has; None: every image.
         clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
 
-    The scaling, of SCALINGS, and C have the smallest cross-validated log loss, for which all views of an image, and all
-    images of a cluster, are held out together; C above two that are worse are not tried. A class with a
-    single image leaves nothing to validate on: C is then 1, and features without negative numbers, as ReLU gives them,
-    are of one length. So it is with a single cluster; a class in one cluster alone is left out of the loss.
+    The scaling and C have the smallest cross-validated log loss, all views of an image and all images of a cluster
+    being held out together. Where there is nothing to validate on, as with a single image of a class, C is 1, and
+    features without negative numbers, as ReLU gives them, are of one length.
     """
     y = labels.cpu()
     classes = y[: len(y) // views].numpy()
@@ -199,10 +194,7 @@ def one_hot(labels: Tensor, num_classes: int, class_weights: str | None) -> tupl
 
 
 def class_folds(classes: np.ndarray, clusters: Tensor | None, turn: int = 0) -> np.ndarray:
-    """The number of the part that each image belongs to, (N,): FOLDS parts, or fewer if a class has fewer images.
-
-    Every class (N,) is in every part, as well as clusters allow. Each turn deals anew.
-    """
+    """The number of the part of each image, (N,): FOLDS, or fewer if a class has fewer images; each turn deals anew."""
     if clusters is not None:
         return _folds(classes, clusters, turn)
     fold = np.zeros(len(classes), int)
@@ -287,10 +279,7 @@ def logistic(
     start: Tensor | None = None,
     steps: int = STEPS,
 ) -> Tensor:
-    """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss.
-
-    Without an intercept biases are 0.
-    """
+    """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss; 0 without an intercept."""
     from scipy.optimize import minimize
 
     shape = (Y.shape[1], X.shape[1] + 1)
@@ -352,17 +341,12 @@ def _folds(alike: Sequence[int], clusters: Tensor | None, turn: int = 0) -> np.n
 def fit_one_vs_rest(
     features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None, clusters: Tensor | None = None
 ) -> Probe:
-    """A logistic regression for each of K labels on scaled features; their strength is scikit-learn's C.
-
-    All are fitted together, in the time that one softmax takes, and share the scaling and the C with the smallest loss
-    in cross-validation, as `fit_linear_probe` chooses its own. An unknown label leaves its image out of that label's
-    fit.
+    """A logistic regression for each of K labels, fitted together: with one scaling and C, as `fit_linear_probe`.
 
     Args:
-        features: (views * N, D), as for `fit_linear_probe`.
-        targets: 0 or 1.
+        targets: (views * N, K), 0 or 1; NaN leaves the image out of that label's fit.
         weights: (2, K): how much a negative and a positive of each label count; None: 1.
-        clusters: as for `fit_linear_probe`.
+        features, clusters: as for `fit_linear_probe`.
     """
     Y = targets.detach().cpu().double()
     counts = torch.ones_like(Y)
@@ -376,9 +360,8 @@ def fit_one_vs_rest(
 def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None) -> Probe:
     """A ridge regression of K numbers on standardised features; its strength is the penalty.
 
-    The penalty has the smallest squared error in cross-validation, of all numbers together, which should be of about
-    the same spread. An unknown number leaves its image out of that number's fit. `clusters` are as for
-    `fit_linear_probe`.
+    The penalty has the smallest squared error in cross-validation, of all numbers together. An unknown number leaves
+    its image out of that number's fit. `clusters` are as for `fit_linear_probe`.
     """
     scaled = _standardised(features.detach().cpu().float())
     X = scaled.rows.double()
@@ -405,7 +388,7 @@ def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
         truth = Y[known][:, columns]
         mean = truth.mean(0)
         truth = truth - mean
-        wide = rows.shape[1] > rows.shape[0]  # then the smaller problem is that of the images
+        wide = rows.shape[1] > rows.shape[0]  # then the images are the smaller problem
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         turned = vectors.T @ (truth if wide else rows.T @ truth)
         for (weight, bias), penalty in zip(found, penalties, strict=True):

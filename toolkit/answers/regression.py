@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import InputError, printable
-from toolkit.answers import evaluation, measures, probe
+from toolkit.answers import measures, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
 from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
@@ -97,16 +97,11 @@ class NumberHead(Head):
     def score(self, model, features, targets) -> float:
         return NumberAnswers(0.0, self.in_units(probe.head_outputs(model, features)), targets.cpu()).score
 
-    def knn_score(self, train_features, train_targets, features, targets) -> float:
-        standardised = self.objective.standardised(train_targets).float().to(train_features.device)
-        answers = evaluation.knn_means(train_features, standardised, features)
-        return NumberAnswers(0.0, self.in_units(answers), targets.cpu()).score
-
     def constant_score(self, images: LabelledImages) -> float:
         return 0.0
 
     def variance(self, score: float, images: int) -> float:
-        """Of R2 (Olkin and Finn, Psychological Bulletin 118, 1995, table 1); of one near 0 that of 1 / images."""
+        """Of R2 (Olkin and Finn, Psychological Bulletin 118, 1995, table 1); of one near 0 as of 1 / images."""
         share = min(1.0, max(1 / images, score))
         return 4 * share * (1 - share) ** 2 / images
 
@@ -128,7 +123,7 @@ class NumberHead(Head):
 
 
 def number_text(number: float, spread: float, digits: int = 6) -> str:
-    """A number with so many significant digits, and as many more as it is larger than what numbers differ by."""
+    """A number with this many significant digits, and as many more as it is larger than what numbers differ by."""
     if spread > 0 and abs(number) > spread:
         digits += math.floor(math.log10(abs(number) / spread))
     return f"{number:.{min(digits, 17)}g}"  # float64 has no more

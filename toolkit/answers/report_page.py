@@ -82,9 +82,9 @@ def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str
 
 
 def drawn(text: str, longest: int | None = None) -> str:
-    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character.
+    """The text as matplotlib draws it literally: no formulas between dollars, no bytes that are no character.
 
-    Of one that is too long ... stands for the beginning: of files that is what their names share.
+    Of a long one ... stands for the beginning: of files that is what their names share.
     """
     if longest is not None and len(text) > longest:
         text = f"...{text[3 - longest :]}"
@@ -109,7 +109,7 @@ def html_picture(content: bytes, described: str, kind: str = "png") -> str:
 
 
 def small_picture(images: LabelledImages, i: int, side: int, bands: Bands | None = None) -> Image.Image | np.ndarray:
-    """A picture of an image, so many pixels along its shorter side, as matplotlib takes it; `bands` as for reading."""
+    """A picture of an image, `side` pixels along its shorter side, as matplotlib takes it; `bands` as for reading."""
     # To show a large photograph from its every pixel takes long.
     shrunk = View(partial(whole_along, side, enlarges=False))(images.undecoded(i)[0])
     return bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk

@@ -1,8 +1,7 @@
 """A class for every pixel: cross-entropy over known pixels, judged by the mean intersection over union.
 
-Every figure and every interval follows from the confusion matrix of each image, (N, K, K). Targets in a batch are
-masks (N, H, W) of classes from 0 on, NO_LABEL where unknown. Of a set of images they are the numbers of known pixels of
-each class, (N, K).
+All figures follow from each image's confusion matrix, (N, K, K). Targets in a batch are masks (N, H, W) of classes,
+NO_LABEL where unknown; of a set of images they are the numbers of known pixels of each class, (N, K).
 """
 
 import functools
@@ -137,7 +136,7 @@ class PixelHead(Head):
         return (pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
 
     def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
-        """The temperature that fits pixels of training images: of so many, it fits those of others as well."""
+        """The temperature that fits pixels of training images: they are enough to fit others as well."""
         return measures.fit_temperature(outputs, functools.partial(F.cross_entropy, target=targets))
 
     def pixel_outputs(self, model, loader, device, dtype, images) -> tuple[Tensor, Tensor]:
@@ -167,8 +166,8 @@ class PixelHead(Head):
         return features.flatten(0, 1), distributed.interleave(torch.cat(classes)).flatten()
 
     def _drawn(self, mask: Tensor, pixels: int, number: int, balanced: bool) -> Tensor:
-        """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones."""
-        # `number` is of the image among those of this process. The draws depend on its number among all.
+        """The places of this many random known pixels of a mask (H, W); of one without any, unknown ones."""
+        # `number` is of the image among this process's. The draws depend on its number among all.
         draws = torch.Generator().manual_seed(number * distributed.world_size() + distributed.rank())
         flat = mask.flatten().cpu()
         known = flat != NO_LABEL
@@ -187,7 +186,7 @@ class PixelHead(Head):
         known = (targets != NO_LABEL).cpu()
         if len(targets[known].unique()) < 2:
             raise InputError("crops show fewer than two classes: use --head-init random or a larger --image-size")
-        # Views are of other pixels, which belong together as those of one view do: by their image.
+        # Views are of other pixels, which belong together by their image as well.
         found = probe.fit_linear_probe(features[known], targets[known], len(self.names), clusters=of_rows[known])
         return probe.set_head(model, found._replace(held_out=None))
 
@@ -271,7 +270,6 @@ class PixelReport(Report):
             html_table(self.by_class(), ("class", "of the pixels", "IoU", "Dice")),
             "<h2>What is taken for what</h2>",
             html_picture(picture.read_bytes(), "shares of each class's pixels by answer"),
-            *self.reliability_section(),
         ]
 
     def draw(self, path: Path) -> None:
@@ -345,7 +343,7 @@ class Segmentation(Task):
 
 
 def rare_class_weights(pixels: Tensor) -> Tensor:
-    """How much a pixel of each class counts, (K,), from the numbers of pixels (N, K): one by the root of its frequency.
+    """How much a pixel of each class counts, (K,), by the root of its frequency in the numbers of pixels (N, K).
 
     Their mean over the pixels is 1. By the frequency itself a class of a few pixels would outweigh all others.
     """

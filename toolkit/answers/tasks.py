@@ -21,7 +21,7 @@ from toolkit.images.sources import Splits
 __all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
-SURE_IMAGES = 500  # from so many on a temperature fitted in cross-validation says more than that it should be 1
+SURE_IMAGES = 500  # from this many on a temperature fitted in cross-validation says more than that it should be 1
 
 
 def start_head(
@@ -40,9 +40,8 @@ def start_head(
         clusters: of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
         unlabelled: features (M, D) of images without labels, which may know a better head than the probe.
 
-    Returns:
-        The scores of k-NN and of the probe (None without one), by `baseline_keys`, the head's temperature, and what the
-        images without labels say, if there are any.
+    Returns the scores by `baseline_keys` (None: not measured), the head's temperature, and what the images without
+    labels say, if there are any.
     """
     train, queries, *augmented = features
     of_knn, of_probe = baseline_keys(task)
@@ -67,12 +66,9 @@ def start_head(
 def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, targets: Tensor) -> float:
     """How much softer the head of `model`, a probe, has to be for unseen images than for its training images: a factor.
 
-    What training does to the confidence shows in training images alone, and in those it is too high, by a factor
-    that was measured here. The temperature of a trained head is that factor times the one that fits its training views.
-
-    The probe's strength was chosen by the loss of these held-out answers, so that their temperature is about 1: few
-    images say less than that. `held_out`, `Probe.held_out`, is for the images and for their views, (2 N, K), of which
-    at least one is known; the features (N, D) are of the views.
+    The temperature of a trained head is that factor times the one that fits its training views, whose confidence is too
+    high. Few images say less of it than that it is 1, since the probe's strength was chosen by the same answers.
+    `held_out`, `Probe.held_out`, is for the images and for their views, (2 N, K); the features (N, D) are of the views.
     """
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()

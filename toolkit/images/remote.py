@@ -48,11 +48,6 @@ def is_remote(path: str | os.PathLike) -> bool:
     return _ADDRESS.match(os.fspath(path)) is not None
 
 
-def is_elsewhere(path: str | os.PathLike) -> bool:
-    """Is this an address that leads to another machine?"""
-    return is_remote(path) and not address(path).lower().startswith(("file:", "local:"))
-
-
 def address(path: str | os.PathLike) -> str:
     """An address as others write it, with its //; a path as it is."""
     text = os.fspath(path)

@@ -26,12 +26,11 @@ COMMANDS = {  # and the help of each
     "export": "the merged model as a graph for onnxruntime or torch.export",
     "convert": "to the adapter format of PEFT",
     "card": "a model card: what it is, its figures, and how to load it",
-    "push": "adapter, card and page to the Hugging Face Hub",
 }
 ANSWERING = ("predict", "embed", "explain", "choose")
 ON_IMAGES = ("evaluate", "threshold", *ANSWERING)  # these commands compute on a device
 MAP_SUFFIXES = (".tif", ".tiff")
-PATHS = "_paths.csv"  # what the images' paths end with, beside their features
+PATHS = "_paths.csv"  # what the images' paths end with, next to their features
 SUFFIXES = {  # allowed for --output; "": a folder's
     "evaluate": (".json",),
     "predict": (".csv", *MAP_SUFFIXES, ""),
@@ -39,7 +38,7 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "explain": ("",),
     "choose": ("",),
     "threshold": (".pth", ".safetensors"),
-    "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
+    "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is what it says of them
     "export": (".onnx", ".pt2"),
     "card": (".md",),
 }
@@ -62,15 +61,12 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(of_adapters - {"choose"}, "adapter", "adapter file, .pth or .safetensors", type=Path)
     add(["choose"], "adapter", "adapter file, or a checkpoint: a file, or moco-v2-800ep", type=checkpoint_path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
-    add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=Path, nargs="?")
+    add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=Path)
     add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
-    add(["push"], "repository", "owner/name; made if it does not exist")
-    add(["push"], "--private", "make one that others cannot see", **switch)
-    parsers["push"].set_defaults(output=None)
-    add(["evaluate"], "--output", "the numbers as .json; the page lies beside it", type=Path)
-    add(of_adapters - {"info", "evaluate", "push"}, "--output", "the file to write (required)", type=Path)
-    add(of_adapters - {"info", "card", "push"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
+    add(["evaluate"], "--output", "the numbers as .json; the page lies next to it", type=Path)
+    add(of_adapters - {"info", "evaluate"}, "--output", "the file to write (required)", type=Path)
+    add(of_adapters - {"info", "card"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other
     add(in_batches, "--batch-size", "images at a time", type=positive_int, default=32)
     add(ON_IMAGES, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
@@ -107,10 +103,10 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
 
 
 # What else a command writes, by what follows the name of --output without its own ending.
-BESIDE = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,)}
-BESIDE |= dict.fromkeys(("merge", "export"), (".json",))
+ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,)}
+ALSO |= dict.fromkeys(("merge", "export"), (".json",))
 # What stands in the first megabyte of a file that a command wrote. Weights, graphs and arrays have nothing of the kind:
-# the file beside them tells.
+# the file next to them tells.
 WROTE = {
     "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |\A<!doctype html>[^\n]*\n[^\n]*content="moco-lora ',
     "threshold": rb"thresholds chosen",
@@ -121,10 +117,7 @@ WROTE = {
 
 
 def files_written(args: argparse.Namespace) -> list[Path]:
-    """The files that a command writes, --output first, and the page of `evaluate` last.
-
-    Those in a folder of answers are the business of its manifest.
-    """
+    """The files that a command writes outside a folder of answers, --output first, and the page of `evaluate` last."""
     output = args.output
     if args.command == "evaluate" and output is None:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
@@ -132,7 +125,7 @@ def files_written(args: argparse.Namespace) -> list[Path]:
         return [output / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     if output is None or (args.command in ANSWERING and not output.suffix):
         return []
-    return [output, *(output.with_name(output.stem + ending) for ending in BESIDE.get(args.command, ()))]
+    return [output, *(output.with_name(output.stem + ending) for ending in ALSO.get(args.command, ()))]
 
 
 def not_its_own(args: argparse.Namespace) -> Path | None:
@@ -189,7 +182,7 @@ def _problems_of_name(args: argparse.Namespace) -> list[str]:
 
 def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of a command."""
-    if args.command in ("info", "compare", "push"):
+    if args.command in ("info", "compare"):
         return []
     problems = check_output(args)
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):

@@ -1,9 +1,7 @@
 """Detects that training has collapsed or harms what the start knew, and says what the run is to do about it.
 
-Published LoRA collapses on MoCo v3 at a common learning rate (SNELL, NeurIPS 2024, table 2). Waiting for a loss that is
-not finite would be too late: a collapsed classifier has a finite loss, and answers as if it saw no image.
-
-Only training images are looked at. What a run does must not depend on the images that judge it in the end.
+Published LoRA collapses on MoCo v3 at a common rate (SNELL, NeurIPS 2024, table 2): a collapsed classifier has a finite
+loss, and answers as if it saw no image. Only training images are looked at: others judge the run in the end.
 """
 
 import math
@@ -23,12 +21,12 @@ LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more ha
 EARLY_LOST_SHARE = 0.9  # in the first half of a run: later epochs mend what the first steps harm
 HARMLESS_LOSS = 0.01  # of the score before training: about one view, of which the probe was fitted to all
 LOSS_DECAY = 0.8  # per step, of the moving average of the loss
-EXPLODED_RATIO = 2.0  # of the recent loss to that of a constant answer
+EXPLODED_RATIO = 2.0  # of the recent loss to a constant answer's
 BARREN_EPOCHS = 2  # in a row, after which a lower rate is tried
 
 
 class Collapsed(InputError):
-    """Training has collapsed too often. `results` are those of the last good adapter, whose files are complete."""
+    """Training has collapsed too often. `results` are the last good adapter's, whose files are complete."""
 
     def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
         remedy = "try a lower --learning-rate, --precision fp32 or --clip-grad-norm 1"
@@ -57,10 +55,9 @@ class GoBack:
 
 
 class Guard:
-    """Judges a run by the losses of its steps, and after each epoch by its answers for some training images.
+    """Judges a run by the losses of its steps, and after each epoch by its answers for some training images, `watched`.
 
-    `after_step` and `after_epoch` answer and change nothing. The methods that begin with `note` take notes. The
-    training images `watched` are evaluated after each epoch. `may_shrink`: may less of the trained change be kept?
+    `after_step` and `after_epoch` answer, and change nothing. `may_shrink`: may less of the trained change be kept?
     """
 
     def __init__(
@@ -96,7 +93,7 @@ class Guard:
         self.recent_loss = LOSS_DECAY * (self.recent_loss or 0.0) + (1 - LOSS_DECAY) * loss
 
     def after_step(self) -> Keep | GoBack:
-        """Go back if the recent loss is above twice that of a constant answer, or of the start if that is higher."""
+        """Go back if the recent loss is above twice a constant answer's, or of the start if that is higher."""
         highest = EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0)
         if self.recent_loss <= highest:  # which NaN is not
             return Keep()
@@ -105,14 +102,12 @@ class Guard:
     def after_epoch(
         self, trained: Answers, kept: Answers, divisor: float, still_sure: bool = True
     ) -> Keep | ShrinkTo | GoBack:
-        """What is to become of an epoch.
+        """What is to become of an epoch, by the watched images, with all of the trained change and with a part of it.
 
-        Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
-        So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs. With
-        masks, of which few images have labels enough to judge by, so does one that would end with nothing to keep.
-
-        The watched images are answered with all of the trained change, and with the part of it that is kept: smaller by
-        `divisor`, one of SHARE_DIVISORS. Are images without labels `still_sure`, answered as surely as at the start?
+        The part is smaller by `divisor`, one of SHARE_DIVISORS. Adapters may die without a collapse: a run that leaves
+        nothing to keep, and no lower loss than at the start, goes back after two such epochs. With masks, of which few
+        images have labels enough to judge by, so does one that would end with nothing to keep. `still_sure`: are images
+        without labels?
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
@@ -132,8 +127,8 @@ class Guard:
     def has_collapsed(self, score: float, loss: float) -> bool:
         """Has the score lost a quarter of its best lead over a constant answer, by more than two standard errors?
 
-        In the first half of a run nine tenths. On very few images no loss of accuracy exceeds two standard errors:
-        there a score no better than a constant answer's, with a higher loss, counts as a collapse too.
+        In the first half of a run nine tenths. On very few images, where no loss of accuracy exceeds two standard
+        errors, a score no better than a constant answer's, with a higher loss, counts as well.
         """
         best = max(self.scores, default=0.0)
         least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
@@ -151,7 +146,7 @@ class Guard:
         self.barren_epochs = self.barren_epochs + 1 if self.may_shrink and self.is_barren(trained, divisor) else 0
 
     def note_retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:
-        """Note that this epoch collapsed at this rate, and forget the undone epochs, which took so many seconds."""
+        """Note that this epoch collapsed at this rate, and forget the undone epochs, which took these seconds."""
         self.lost_seconds += seconds
         self.retreats.append({"epoch": epoch, "learning_rate": learning_rate})
         self.scores = self.scores[: good_epochs + 1]
@@ -166,7 +161,7 @@ class Guard:
         return self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1)
 
     def _lost(self, score: float, share: float, errors: float) -> bool:
-        """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""
+        """Has the score lost this share of its best lead over a constant answer, and this many standard errors?"""
         best = max(self.scores, default=0.0)
         chance = errors * math.sqrt(2 * self.variance((best + score) / 2, self.images))
         return score < best - max((best - self.constant_score) * share, chance)

@@ -1,7 +1,6 @@
 """The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
 import itertools
-import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,6 @@ from toolkit.answers.parts import Task
 from toolkit.choices import TRUTHS
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
-from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
@@ -39,13 +37,9 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
 
 
 class Loaders:
-    """The images of a run, their views, and what reads them.
+    """The images of a run, their views in images of `image_size` pixels, and what reads them.
 
-    Args:
-        splits: the training and the evaluation images, or features that are cached of them.
-        image_size: pixels along each side.
-        opened: a list to which all loaders are added, so that their processes can be ended.
-        meter: measures the loading of training images.
+    `opened` is a list to which all loaders are added, so that their processes can be ended.
     """
 
     def __init__(
@@ -76,34 +70,10 @@ class Loaders:
                 self.strong_view = train_transform(image_size, "trivial", **normalization)
         self.plain_view: Callable = self.augmentation if self.has_masks else self.eval_transform
 
-    def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
-        """`--cache-features`: run the frozen blocks, `lower` in eval mode, once on each image and view."""
-
-        @torch.no_grad()
-        def features(loader: DataLoader) -> Iterator[Tensor]:
-            for batch, _ in runs.progress_bar(loader, "blocks below"):
-                yield evaluation.computed(lower, batch, self.device, dtype)
-
-        def cached(images: LabelledImages, views: int = 0) -> CachedFeatures:
-            if isinstance(images, CachedFeatures):
-                return images
-            plain = self.add_loader(images, self.plain_view, keep_workers=False)
-            # Each pass over this loader draws new views.
-            augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
-            batches = list(map(features, (plain, *[augmented] * views)))
-            return cache_features(images, batches, plain.batch_sampler.batch_size)
-
-        train = cached(self.images.train, 0 if self.args.augmentation == "none" else CACHED_VIEWS)
-        self.images = self.images._replace(train=train, val=cached(self.images.val))
-        self.eval_transform = plain_view
-        self.plain_view = plain_view
-        self.augmentation = drawn_view
-
     def open(self, norms_train: bool, teaches: bool = False) -> None:
         """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
 
-        With `norms_train` a BatchNorm takes the statistics of its batch: each process then needs some of its images.
-        With `teaches` images without labels train: see `toolkit.run.teacher`.
+        With `norms_train` each process needs some images of a batch. With `teaches` images without labels train.
         """
         self.val = self.add_loader(self.images.val, self.eval_transform)
         if not self.has_masks:  # which come with images of any size
@@ -147,10 +117,8 @@ class Loaders:
         return images.subset(range(whole)) if self.has_small_rest(images, batch_size) else images
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
-        # Worker processes are worth it for cached features only beside a GPU, and only forked ones share the cache.
-        workers_help = self.device.type == "cuda" and multiprocessing.get_start_method() == "fork"
-        workers = self.args.workers if workers_help or not isinstance(images, CachedFeatures) else 0
-        loading = {"batch_size": self.args.batch_size, "workers": workers, "device": self.device} | loading
+        usual = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        loading = usual | loading
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
             if transform is self.eval_transform and images.source.largest > self.image_size**2:
@@ -183,10 +151,7 @@ class Loaders:
             yield training.MicroBatches(itertools.islice(shares, number), number, images, is_last)
 
     def with_unlabelled(self) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of images and labels, with strong views of images without labels behind the images.
-
-        Then come weak views of these, and their places among all.
-        """
+        """Batches of images with strong views of others behind them; labels; weak views of the others, and places."""
         for (images, labels), ((strong, weak), places) in zip(self.train, self.unlabelled, strict=True):
             yield torch.cat([images, strong]), labels, weak, places
 
@@ -201,7 +166,7 @@ class Loaders:
         seeded = list(enumerate(range(len(some))))  # views for `Transformed`: a resumed run's are to be the same
         views = Transformed(some, self.plain_view)
         loader = DataLoader(views, self.args.batch_size, sampler=seeded, generator=torch.Generator())
-        return (devices.to_device(images, self.device).float() for images, _ in loader)  # cached in 16 bits, maybe
+        return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
     def probe_images(self) -> LabelledImages:
@@ -209,10 +174,9 @@ class Loaders:
         return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of views.
+        """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of augmented views.
 
-        The views are augmented ones of the `probe_images`. Those of images without labels, if there are any, come last.
-        Of masks the evaluation images are left out: their scores are of whole masks.
+        Images without labels come last. With masks the evaluation images are left out: their scores are of whole masks.
         """
         train = self.probe_images
         loaders = {"training images": self.add_loader(train, self.plain_view, keep_workers=False)}

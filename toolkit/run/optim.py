@@ -34,10 +34,7 @@ def fused(model: nn.Module) -> bool | None:
 
 
 def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step with the gradients of a scaled loss. Where float16 could not hold them, nothing changes.
-
-    Whether it could a GPU knows, and is not asked: the schedule goes on in either case.
-    """
+    """Take a step with the gradients of a scaled loss. Where float16 cannot hold them nothing changes."""
     scaler.step(optimizer)
     scaler.update()
 
@@ -56,8 +53,8 @@ IMAGES_WORTH_THE_START = 5.0
 def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
     """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`.
 
-    With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
-    where the head did not start as a linear probe, and where the whole backbone trains, of which it would keep a copy.
+    `auto` is m / (m + 5) with m images per class: with few, much of the change fits these images alone. It is 1 where
+    the head did not start as a probe, and where the whole backbone trains, of which it would keep a copy.
     """
     if args.wise_ft != "auto":
         return args.wise_ft
@@ -69,8 +66,7 @@ def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
 class WiseFT:
     """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903).
 
-    Of an adapter this is B, which starts at zero, so that the update shrinks by the share; A stays. BatchNorm's
-    statistics are left out: they are estimated anew for the weights that are evaluated. The share begins with `alpha`.
+    Of an adapter this is B, which starts at zero; A stays. BatchNorm's statistics are estimated anew.
     """
 
     def __init__(self, model: nn.Module, alpha: float):
@@ -122,8 +118,7 @@ MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times wh
 def rate_divisor(rate: float, steps: int) -> float:
     """The divisor of the learning rate of adapters that begin at the gradient: above 1 if the run has few steps.
 
-    Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps mend that, if
-    there are any. The power is measured: benchmarks/RESULTS.md, "What the first steps harm, later ones mend".
+    Adam's first steps harm what the probe knows, later ones mend that. The power is measured: benchmarks/RESULTS.md.
     """
     share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
     return max(1.0, rate * (1 - share) / SAFE_RATE) / share

@@ -1,12 +1,11 @@
 """The options of both scripts: flag and YAML key, type and default of each, and what goes together.
 
-A class is a section of the YAML file and a field is an option; `toolkit.config` makes the parser from them. Options are
-read before PyTorch is loaded, completed, checked together, and then frozen: what a run settles is in its `Plan`.
+A class is a section of the YAML file and a field is an option. Options are read before PyTorch is loaded, completed,
+checked together, and then frozen: what a run settles is in its `Plan`.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import inspect
 import json
 import os
@@ -21,7 +20,7 @@ from toolkit.config import any_float, flag, option, or_word, positive_float, pos
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.models.names import ARCHS, TIMM, checkpoint_path, fetched, is_none, model_problems
-from toolkit.run import loggers, output_folder
+from toolkit.run import output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +51,8 @@ NEEDED = (
 )
 
 SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --activation-precision 16, "
-    "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
+    "lower --batch-size and raise --accumulation-steps by as much, or use --use-qlora, --precision bf16 "
+    "or, which is slow, --gradient-checkpointing full"
 )
 
 # ---------------------------------------------------------------------------------------------- the options, by section
@@ -69,12 +68,11 @@ class RunOptions:
         None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    tracker: str | None = option(None, "also log the metrics there", choices=tuple(loggers.LOGGERS), flags=("--log",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
-    """What describes a backbone beside its arch."""
+    """What describes a backbone besides its arch."""
 
     heads: int | None = option(None, "attention heads of a ViT; default: as its layout implies", type=positive_int)
     channels: int | None = option(None, "channels of the images; default: the checkpoint's", type=positive_int)
@@ -137,7 +135,6 @@ class DataOptions(ImageOptions):
     labels_per_class: int | None = option(None, "train on only this many images of each class", type=positive_int)
     unlabelled: Path | None = option(None, "folder or list of images without labels, which help few labels", type=Path)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
-    cache_features: str = option("none", "disk: run blocks below --adapt-last once per view", choices=("none", "disk"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +192,6 @@ class TuneOptions(AdapterOptions):
     gradient_checkpointing: str = option(
         "none", "what backward recomputes. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
-    activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
@@ -234,25 +230,14 @@ OF_FINE_TUNING = {
     "data": inspect.get_annotations(DataOptions).keys(),
 }
 
-PATHS = (
-    "data_dir",
-    "val_dir",
-    "data_list",
-    "unlabelled",
-    "knn_dir",
-    "checkpoint",
-    "stage1_adapter",
-)  # of what a run reads
+# What a run reads.
+PATHS = ("data_dir", "val_dir", "data_list", "unlabelled", "knn_dir", "checkpoint", "stage1_adapter")
 
 # These may differ when a run is resumed: the digest of the images catches a changed data set.
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "unlabelled", "skip_unreadable")
 # These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
-FREE_TO_CHANGE = (
-    "model.checkpoint",
-    "model.stage1_adapter",
-    "data.workers",
-    *(f"data.{name}" for name in PLACES_OF_IMAGES),
-)
+FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
+FREE_TO_CHANGE += tuple(f"data.{name}" for name in PLACES_OF_IMAGES)
 
 
 def make_parser(description: str = "") -> argparse.ArgumentParser:
@@ -279,11 +264,8 @@ def _default_config(typed: dict[str, Any]) -> Path | None:
 
 
 def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
-    """Fill in what follows from options that both scripts have: data set, paths of a configuration, alpha, `last.pth`.
-
-    Returns what is wrong with the options of the images together, one line each.
-    """
-    if args.lora_alpha is None:  # without adapters that of the usual rank
+    """Fill in what follows from options that both scripts have; return what is wrong with the images' own."""
+    if args.lora_alpha is None:  # without adapters the usual rank's
         args.lora_alpha = 2.0 * (args.lora_rank or 8)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
@@ -330,7 +312,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
     if has_masks and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
     if has_masks and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
-        args.augmentation = "crop"  # the shipped backbone's file has that of digits
+        args.augmentation = "crop"  # the shipped backbone's file has the one for digits
     if is_none(args.checkpoint) and origins["head_init"] == "default":
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
@@ -349,8 +331,6 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
 
 _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
-_CHANGES = "cached features must be the same in every epoch"
-_COMPILED = "the compiler decides what is saved for backward"
 _FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
@@ -361,14 +341,11 @@ CLASHES = {
         "--norms train": "everything trains",
         "--norms frozen": "everything trains",
         "--norms follow": "only frozen BatchNorms follow adapters",
-        "--cache-features": _CHANGES,
     },
     "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
-    "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
-    "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
-    "--cache-features": {"--norms train": _CHANGES},
+    "--compile": {"--gradient-checkpointing": "the compiler decides what is saved for backward"},
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
@@ -376,7 +353,6 @@ CLASHES = {
         "--head-init random": _FROM_A_PROBE,
         "--no-freeze-backbone": _FROM_A_PROBE,
         "--norms train": _FROM_A_PROBE,
-        "--cache-features": "images without labels come in new views each time",
     },
 }
 _NOT_OF_ONE = {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS, "--unlabelled": _ONE_CLASS}
@@ -387,7 +363,6 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
     "mask": {
         "--augmentation trivial": _NO_MASKS,
         "--augmentation affine": _NO_MASKS,
-        "--cache-features": _NO_MASKS,
         "--labels-per-class": _NO_MASKS,
         "--unlabelled": _NO_MASKS,
     },
@@ -441,13 +416,11 @@ def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
 
 
 def _run_problems(args: Any) -> Iterator[str]:
-    """What is wrong with how a run would train, beside CLASHES, one line each."""
+    """What is wrong with how a run would train, besides CLASHES, one line each."""
     if args.stage1_adapter is not None and not os.path.exists(args.stage1_adapter):
         yield f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
     if is_none(args.checkpoint) and args.freeze_backbone:
         yield "--checkpoint none with a frozen backbone trains nothing useful; add --no-freeze-backbone"
-    if args.cache_features != "none" and args.lora_rank > 0 and args.adapt_last is None:
-        yield f"--cache-features needs --adapt-last, or --lora-rank 0: {_CHANGES}"
     if args.norms == "train" and args.adapt_last and args.use_qlora:
         yield "--norms train with --adapt-last and --use-qlora: backward would hold 4-bit weights as floats; drop one"
     if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
@@ -455,10 +428,7 @@ def _run_problems(args: Any) -> Iterator[str]:
 
 
 def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
-    """What is wrong with the device, the precision, the tracker and the folders that options name, one line each.
-
-    `written` names the files that the run writes to --output-dir.
-    """
+    """What is wrong with device, precision and folders, one line each; the run writes the files `written`."""
     arithmetic = getattr(args, "arithmetic", "float")  # an option of fine-tuning alone
     if args.device not in ("auto", "cpu") or args.precision == "fp16" or arithmetic == "int8":  # the rest is everywhere
         from toolkit import devices  # here: it loads PyTorch
@@ -471,8 +441,6 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
             yield str(error)
     if args.data_dir is not None and not remote.is_remote(args.data_dir) and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
-    if args.tracker is not None and importlib.util.find_spec(args.tracker) is None:
-        yield f"--tracker {args.tracker}: needs {args.tracker}: pip install {args.tracker}"
     yield from output_folder.problems(args, written)
 
 
@@ -517,8 +485,7 @@ def scaling_of(args: Any) -> scaling.Scaling:
 def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scaling, "Bands | None"]:
     """What the options say of the numbers in image files or else, where it is known, the checkpoint's pretraining.
 
-    Returns these values, and the bands that are read of a user's images, as many as the first layer takes; None: they
-    are RGB photographs. `args` are `ImageOptions` and `ShapeOptions`.
+    Returns these values, and the bands that are read, as many as the first layer takes; None: RGB photographs.
     """
     from toolkit.files import is_safetensors, read_checkpoint, read_safetensors  # here: they load PyTorch
     from toolkit.images.bands import bands_of

@@ -24,11 +24,11 @@ MOVING = ".moving"  # a folder in it while an earlier run is moved aside
 CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
 CARD_LINE = "## Settings, of version "
 _ANSWERS = ("results_answers.csv", "labels_to_check.csv")
-_TABLES = ("metrics.csv", "results.json", "folds.csv", *_ANSWERS)
+_TABLES = ("metrics.csv", "results.json", *_ANSWERS)
 _CURVES = ("training_curves.png", "precision_recall.png")
 _PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png")
 _PAGES = ("report.html", "lora_evaluation.html", CARD)
-_RUN = ("lora.pth", "last.pth", "config.yaml", "folds", "tensorboard", "wandb")
+_RUN = ("lora.pth", "last.pth", "config.yaml", "folds")
 FINE_TUNING_FILES = (*_RUN, *_TABLES, *_PICTURES, *_PAGES)
 
 
@@ -61,12 +61,10 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Within this block the folder exists, and no other run or command writes to it.
+    """Within this block the folder exists, and no other run or command writes to it; else InputError in every process.
 
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
     Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
-
-    Raises InputError in every process if another run is going on in the folder, or it cannot be made.
     """
     from toolkit import distributed  # here: it loads PyTorch
 
@@ -98,10 +96,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Create a file that this process alone holds until it ends, however it ends; return the descriptor.
+    """Create a file that this process alone holds until it ends, however it ends; return the descriptor, or InputError.
 
     Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
-    Raises InputError if another process holds the file, and OSError if it cannot be made.
     """
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
@@ -128,10 +125,7 @@ def _unusable(folder: Path, error: OSError) -> InputError:
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
-    """Make the folder of --output-dir this run's own: move the `files` that an earlier run left there aside.
-
-    They stay if this run resumes from `resumed`, a file in it. Raises InputError if it cannot be made or cleared.
-    """
+    """Make the folder this run's own: move the `files` of an earlier run aside, unless this one resumes in it."""
     from toolkit import distributed
 
     if not distributed.is_main():
@@ -153,10 +147,9 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _move_aside(folder: Path, names: list[str]) -> None:
-    """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so.
+    """Move these files to the first of `lora-1`, `lora-2`, ... next to the folder `lora` that is free, and say so.
 
-    They stay together if this is killed: what it has moved is in a folder that gets its name at the end, and the next
-    run adds the rest. The first is `last.pth`, without which no run resumes among the others.
+    They stay together if this is killed: their folder gets its name at the end, and the next run adds the rest.
     """
     named = folder.name not in ("", "..") and not folder.is_symlink()
     place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
@@ -168,7 +161,7 @@ def _move_aside(folder: Path, names: list[str]) -> None:
         if os.path.lexists(moving / name):
             raise FileExistsError(f"{moving / name} is there already")
         os.rename(folder / name, moving / name)
-    is_unfinished = {"results.json", "folds.csv"}.isdisjoint(os.listdir(moving))
+    is_unfinished = {"results.json", "folds"}.isdisjoint(os.listdir(moving))
     os.rename(moving, aside)
     unfinished = ", unfinished (--resume with this --output-dir goes on with it)" if is_unfinished else ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

@@ -143,7 +143,6 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
-        "evaluated_on": run.splits.val.digest,
         "version": VERSION,
         **recorded(run.plan.normalization, run.report),
         "checkpoint": stored_checkpoint(run.args.checkpoint),

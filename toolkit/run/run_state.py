@@ -17,7 +17,6 @@ from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
-from toolkit.run import loggers
 from toolkit.run.optim import lr_schedule, restore_optimizer
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
@@ -58,7 +57,6 @@ class RunState:
         self.progress: Progress | None = None  # of the epoch that has begun
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
         self.meter = LoadingMeter()
-        self.log: Callable[[Mapping[str, Any]], None] = lambda row: None  # a row of the history, to --log
         self.stop = StopRequests()
         self.trained_entries: dict[str, StateEntry] = {}
         self.other_entries = {
@@ -123,7 +121,7 @@ class RunState:
         """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
-            raise of_other_version(path)
+            raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
         check_same_run(self.args, path, state, self.identity, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
@@ -140,8 +138,7 @@ class RunState:
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
         """Within this block stop requests are noted; one that is raised saves the state, and says where."""
-        tracker = self.args.tracker if distributed.is_main() else None
-        with self.stop, loggers.opened(tracker, self.args.output_dir, self.identity["config"]) as self.log:
+        with self.stop:
             try:
                 yield
                 self.stop.check()  # a request that came after the last step
@@ -164,16 +161,13 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
-def of_other_version(path: Path) -> InputError:
-    """The error for a file that is no state of this version."""
-    return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
-
-
 def check_same_run(
     args: Any, path: Path, state: Mapping[str, Any], own: Mapping[str, Any], free: Container[str]
 ) -> None:
     """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
-    changed = changed_settings(state["config"], own["config"], free)
+    then = flat(state["config"])
+    now = flat(own["config"])
+    changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
     if changed or state.get("class_names") != own.get("class_names"):
         what = ", ".join(changed) or "other classes"
         raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
@@ -201,9 +195,3 @@ def recorded_setting(path: Path | None, name: str) -> Any:
 def has_entry(path: Path, key: str) -> bool:
     """Is there something under a key of this `last.pth`?"""
     return value_at(read_checkpoint(path), key) is not None
-
-
-def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
-    """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
-    then = flat(then)
-    return [f"{k} was {then.get(k)}, is {v}" for k, v in flat(now).items() if k not in free and v != then.get(k)]

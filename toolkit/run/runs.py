@@ -123,8 +123,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
 def keep_freed_memory() -> None:
     """Let this process keep freed memory for its next tensors, if its allocator is glibc's and has no settings.
 
-    By default glibc returns blocks of more than 32 MB to the system at once, which then hands out new ones page by
-    page, each filled with zeros: a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224 pixels).
+    New pages, filled with zeros, took a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224
+    pixels).
     """
     settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     is_free = platform.system() == "Linux" and not settings & os.environ.keys()

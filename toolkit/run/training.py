@@ -43,8 +43,7 @@ class MicroBatches(NamedTuple):
 def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple[int, list[float]]]:
     """The images of each step, and its figures summed over batches and processes. Empties the list.
 
-    A step comes as the number of its images in all processes, and for each batch the sums over its images, (n,), on the
-    device. The processes exchange, too, whether one of them was asked to stop: `StopRequests`.
+    Of each batch a step has the sums over its images, (n,), on the device. Stop requests are exchanged, too.
     """
     images = [number for number, _ in steps]
     figures = iter(torch.stack([batch for _, batches in steps for batch in batches]).tolist())  # waits once

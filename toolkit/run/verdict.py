@@ -10,7 +10,7 @@ from toolkit.answers.parts import Task
 from toolkit.choices import TRUTHS
 from toolkit.models.checkpoints import value_at
 
-FEW_IMAGES = 25  # of each class: up to so many, training hardly finds more than the probe does
+FEW_IMAGES = 25  # of each class: up to this many, training hardly finds more than the probe does
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
 RISING = 0.1  # of the whole gain, in the last quarter of the epochs
 LOWERED = 1.5  # times: a learning rate that is worth a word
@@ -83,7 +83,7 @@ def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float 
     if interval is None:
         return f"{gain}; there is no interval to judge it by", False, False
     low, high = interval
-    if not task.counts_images:  # it was moved by the bias of the score, which that of the probe has as well
+    if not task.counts_images:  # it was moved by the bias of the score, which the probe's has as well
         moved = score - (low + high) / 2
         low += moved
         high += moved
