@@ -385,14 +385,16 @@ def test_the_meter_tells_waiting_from_working(monkeypatch):
     assert meter.results() == pytest.approx({"images_per_second": 20 / 21, "waiting_share": 3 / 21})
     assert meter.shown() == {"waiting for images": "14%"}
     assert data.LoadingMeter(20, waited=1, seconds=21).shown() == {}  # nothing to mend
-    # The last batch counts though nobody asks for another, as a step takes the batches that it needs.
+    # The last batch counts though nobody asks for another, as a step takes the batches that it needs; and it counts for
+    # both of two processes.
+    monkeypatch.setattr(data.distributed, "world_size", lambda: 2)
     meter = data.LoadingMeter()
     batches = meter.watched([(torch.zeros(4, 3), torch.zeros(4))])
     next(batches)
     assert meter.shown() == {}  # not yet known
     clock.now += 2.0
     batches.close()
-    assert meter.results() == {"images_per_second": 2, "waiting_share": 0}
+    assert meter.results() == {"images_per_second": 4, "waiting_share": 0}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
