@@ -1,7 +1,6 @@
 """Masks and maps from adapter files: whole runs on tiny pairs, and what is made of their adapters; scenes in rows."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,7 +24,7 @@ from toolkit.answers.predictions import Maps
 from toolkit.answers.regression import Regression
 from toolkit.images.bands import Bands, open_image
 from toolkit.images.maps import write_map, write_mask
-from toolkit.images.scenes import Levels, Scene, open_scene
+from toolkit.images.scenes import open_scene
 from toolkit.images.transforms import to_rgb
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import answers_for
@@ -216,21 +215,6 @@ def test_windows_over_the_border_are_filled_with_the_last_pixels(tmp_path):
     filled = np.pad(levels, ((0, 3), (0, 2)), "edge")
     expected = filled.reshape(2, 4, 2, 4).mean((1, 3))
     np.testing.assert_allclose(np.load(path), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 24])
-def test_rows_of_an_enlarged_band_have_no_seams(tmp_path, rows):
-    """Each is a mean of neighbours, which may be in other rows than those that are read."""
-    rng = np.random.default_rng(0)
-    sources = {}
-    for name, shape in (("B02", (24, 20)), ("B05", (12, 10))):
-        levels = rng.random(shape).astype(np.float32)
-        levels.tofile(tmp_path / name)
-        sources[name] = Levels(tmp_path / name, shape, levels.dtype)
-    scene = Scene("scene", Bands(2, ("B02", "B05")), sources, None)
-    parts = [scene.rows(first, first + rows) for first in range(0, 24, rows)]
-    whole = np.asarray(Image.fromarray(levels).resize((20, 24), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(np.concatenate(parts)[..., 1], whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -565,24 +549,6 @@ def test_a_photograph_of_16_bits_is_read_as_it_is_or_refused(tmp_path, byteorder
     tifffile.imwrite(tmp_path / "c.tif", array.transpose(2, 0, 1), planarconfig="separate", **how)
     with pytest.raises(InputError, match=r"c\.tif: .*16 bits whose bands lie apart: .* train with --scale 65535"):
         in_rows(tmp_path / "c.tif", None)
-
-
-@pytest.mark.parametrize("suffix", ["tif", "jp2"])
-def test_bands_of_other_resolutions_are_enlarged_as_whole_ones(tmp_path, suffix):
-    rng = np.random.default_rng(0)
-    for name, side in (("B02_10m", 240), ("B05_20m", 120), ("B01_60m", 40)):
-        array = rng.integers(0, 10000, (side, side // 2 + side // 10)).astype(np.uint16)
-        if suffix == "tif":
-            tifffile.imwrite(
-                tmp_path / f"T_{name}.tif", array, photometric="minisblack", extratags=geotags(), tile=(32, 32)
-            )
-        else:
-            Image.fromarray(array).save(tmp_path / f"T_{name}.jp2", irreversible=False)
-    path = tmp_path / f"T_B02_10m.{suffix}"
-    bands = Bands(4, ("B01", "0", "B02", "B05"))
-    np.testing.assert_allclose(in_rows(path, bands), bands.array(path), rtol=2e-7)  # a last bit
-    with open_scene(tmp_path / f"T_B01_60m.{suffix}", bands) as scene:
-        assert scene.like == (os.fspath(path) if suffix == "tif" else None)
 
 
 def test_few_rows_of_scenes_and_maps_are_held(tmp_path):

@@ -93,7 +93,6 @@ FORMATS = {
     "overviews.tif": lambda path: save_with_overview(path),
     "one_band.tif": lambda path: tifffile.imwrite(path, LEVELS[None], photometric="minisblack"),
     "first.npy": lambda path: np.save(path, LEVELS[None].astype(np.int16)),
-    "la.png": lambda path: Image.fromarray(LEVELS).convert("LA").save(path),
     "8.npy": lambda path: np.save(path, LEVELS),
     "64.npy": lambda path: np.save(path, LEVELS.astype(np.int64)),
     "last.npy": lambda path: np.save(path, LEVELS[..., None]),
@@ -117,17 +116,18 @@ def test_colours_of_rgb_masks(make, tmp_path):
 
 
 def test_colours_of_palettes_and_masks_of_one_bit(tmp_path):
-    """The colour says the class, whatever its number; a number that is unknown may have any other colour."""
-    colours = np.full((256, 3), 77)
+    """The colour says the class, whatever its number; greys are colours, too."""
+    colours = np.full((256, 3), 9)
     colours[:3] = COLOURS
     pal(colours).save(tmp_path / "voc.png")
     assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(tmp_path / "voc.png")), EXPECTED)
     Image.fromarray(rgb()).quantize(8).save(tmp_path / "quantised.png")
     assert np.array_equal(MaskReader(IN_COLOURS, [])(str(tmp_path / "quantised.png")), EXPECTED)
-    # One band has numbers also where colours are known.
-    assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(write_mask(tmp_path / "l.png"))), EXPECTED)
     Image.fromarray(LEVELS == 2).save(tmp_path / "1.png")
     assert np.array_equal(MaskReader(None, [255])(str(tmp_path / "1.png")), LEVELS == 2)
+    assert np.array_equal(MaskReader(BLACK_LAST)(str(tmp_path / "1.png")), LEVELS != 2)
+    write_mask(tmp_path / "l.png", (LEVELS == 2) * np.uint8(255))
+    assert np.array_equal(MaskReader(BLACK_LAST)(str(tmp_path / "l.png")), LEVELS != 2)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -184,9 +184,7 @@ FAULTS = {
     "nan": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.nan), THREE, "NaN"),
     "bands": (lambda path: np.save(path.with_suffix(".npy"), np.zeros((3, 4, 5))), THREE, "whole numbers"),
     "pages": (lambda path: save_pages(path.with_suffix(".tif")), THREE, "it has uint8 (3, 4, 5)"),
-    "grey": (lambda path: write_mask(path, LEVELS * 0), BLACK_LAST, "a grey mask"),
-    "grey white": (lambda path: write_mask(path, (LEVELS == 1) * np.uint8(255)), BLACK_LAST, "a grey mask"),
-    "one bit": (lambda path: Image.fromarray(LEVELS == 1).save(path), BLACK_LAST, "a grey mask"),
+    "numbers": (lambda path: np.save(path.with_suffix(".npy"), LEVELS), IN_COLOURS, "a mask of numbers"),
     "text": (lambda path: path.write_text("no image"), THREE, "not a readable image"),
     "cut": (lambda path: path.write_bytes(write_mask(path).read_bytes()[:50]), THREE, "not a readable image"),
     "size": (lambda path: write_mask(path, LEVELS[:2]), THREE, "the mask is 4x2, and its image (upright) 4x3"),
@@ -199,21 +197,19 @@ def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
     make, classes, message = FAULTS[fault]
     for i in range(3):
         write_image(tmp_path / "images" / f"{i}.png", seed=i)
-        if classes is BLACK_LAST:
-            write_mask(tmp_path / "masks" / f"{i}.png", np.dstack([(LEVELS == 1) * np.uint8(255)] * 3))
         if i == 1:
             (tmp_path / "masks").mkdir(exist_ok=True)
             make(tmp_path / "masks" / "1.png")
         elif classes is IN_COLOURS:
             write_mask(tmp_path / "masks" / f"{i}.png", rgb())
-        elif classes is not BLACK_LAST:
+        else:
             write_mask(tmp_path / "masks" / f"{i}.png")
     with pytest.raises(InputError, match=r"masks.1\.(png|npy|tif): ") as raised:
         load_pairs(tmp_path, classes=classes)
     assert message in str(raised.value) and "\n" not in str(raised.value)
     splits = load_pairs(tmp_path, classes=classes, skip_unreadable=True)
     assert {Path(images.name(0)).name for images in splits[:2]} == {"0.png", "2.png"}
-    assert message in capsys.readouterr().out
+    assert raised.value.problem in capsys.readouterr().out
 
 
 def refused(root: Path, problem: str) -> None:
@@ -297,7 +293,7 @@ CLASS_FILES = {
     "name,r,g,b\nsea,0,0,255\nland,0, 200, 0\nUnknown,9,9,9": Classes(
         ("sea", "land"), colours=((0, 0, 255), (0, 200, 0)), unknown=((9, 9, 9),)
     ),
-    'sea #0000ff\n"open land" #00C800': Classes(("sea", "open land"), colours=((0, 0, 255), (0, 200, 0))),
+    'sea 0 0 255\n"open land" 0 200 0': Classes(("sea", "open land"), colours=((0, 0, 255), (0, 200, 0))),
     "\ufeffclass A\nclass B\n": Classes(("class A", "class B")),
 }
 
@@ -498,35 +494,17 @@ def test_a_folder_for_evaluation_elsewhere(tmp_path):
     assert len(load_pairs(tmp_path, folds="1/5").val) == 2
 
 
-def write_bands(root: Path, names: dict[str, tuple[int, int]]) -> None:
-    for name, size in names.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(root / name, np.random.RandomState(0).randint(0, 9, size).astype(np.uint16))
-
-
-# The files of an image's bands, the file of its mask, and which bands are read.
-BANDS = {
-    "arrays": ({"images/{}.tif": (5, 6, 8)}, "masks/{}.png", Bands(5)),
-    "files": ({"images/t{}_B02.tif": (6, 8), "images/t{}_B03.tif": (6, 8)}, "masks/t{}.png", Bands(2, ("B02", "B03"))),
-    "product": (
-        {"images/t{}_B02_10m.tif": (6, 8), "images/t{}_B05_20m.tif": (3, 4)},
-        "masks/t{}.png",
-        Bands(2, ("B05", "B02")),
-    ),
-    "folders": ({"images/{}/B02.tif": (6, 8), "images/{}/B03.tif": (6, 8)}, "masks/{}.png", Bands(2, ("B03", "B02"))),
-}
-
-
-@pytest.mark.parametrize("kind", BANDS)
-def test_bands_and_their_masks(kind, tmp_path):
-    files, mask, bands = BANDS[kind]
+def test_bands_and_their_masks(tmp_path):
+    rng = np.random.RandomState(0)
+    for place in ("images", "masks"):
+        (tmp_path / place).mkdir()
     for i in range(6):
-        write_bands(tmp_path, {name.format(i): size for name, size in files.items()})
-        write_mask(tmp_path / mask.format(i), np.random.RandomState(i).randint(0, 3, (6, 8)).astype(np.uint8))
-    images = load_pairs(tmp_path, bands=bands).train
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", rng.randint(0, 99, (5, 6, 8)).astype(np.uint16))
+        np.save(tmp_path / f"masks/{i}.npy", rng.randint(0, 3, (6, 8)))
+    images = load_pairs(tmp_path, bands=Bands(5)).train
     image, mask = images[1]
-    assert image.shape == (6, 8, bands.channels) and mask.shape == (6, 8)
-    assert images.picture(1, bands).shape == (6, 8, 3)
+    assert image.shape == (6, 8, 5) and mask.shape == (6, 8)
+    assert images.picture(1, Bands(5)).shape == (6, 8, 3)
 
 
 def test_digests_follow_names_of_images_and_pixels_of_masks(tmp_path):

@@ -19,7 +19,7 @@ import finetune_lora
 from moco import pretrain
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
-from toolkit.images import bands, folders, remote, shards
+from toolkit.images import remote, shards
 from toolkit.images.masks import MaskReader
 from toolkit.images.sources import Splits, load_splits
 
@@ -43,10 +43,6 @@ def tree() -> dict[str, bytes]:
         found[f"pairs/{part}/images/{i}.png"] = found[f"images/{i}.png"]
         found[f"pairs/{part}/masks/{i}.png"] = as_png(np.eye(16, dtype=np.uint8) * (1 + i % 2))
     found["pairs/list.csv"] = "\n".join(f"train/images/{i}.png,train/masks/{i}.png" for i in range(8)).encode()
-    for resolution, side in (("_10m", 8), ("_20m", 4)):
-        for band, level in (("B02", 1), ("B05", 2)):
-            if (band, resolution) != ("B05", "_10m"):
-                found[f"bands/T1_{band}{resolution}.png"] = as_png(np.full((side, side), level, np.uint8))
     rows = [f"images/{i}.png,{'odd' if i % 2 else 'even'}" for i in range(12)]
     found["list.csv"] = "\n".join(["path,label", *rows]).encode()
     for number in range(2):
@@ -145,13 +141,6 @@ def test_masks_are_read_too(place, here, where):
         for i in range(len(theirs)):
             assert torch.equal(ours.mask(i), theirs.mask(i))
             assert np.array_equal(np.asarray(ours[i][0]), np.asarray(theirs[i][0]))
-
-
-def test_bands_in_files_of_their_own_are_read_of_the_finest_that_is_there(place):
-    two = bands.Bands(2, ("B02", "B05"))
-    [name] = folders.image_names(Path(place) / "bands", bands=two)
-    image = two.read_path(f"{place}/bands/{name}")
-    assert image.shape == (8, 8, 2) and image[..., 0].max() == 1 and image[..., 1].min() == 2
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])

@@ -120,8 +120,7 @@ def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> t
             seconds.append(shortest_seconds(functools.partial(step, model, dtype)))
     in_float32, in_bf16 = distributed.all_sum(*seconds)
     times = in_float32 / in_bf16
-    is_short = in_float32 < WORTH_MEASURING * len(images) * distributed.world_size()
-    if times < WORTH_ROUNDING or is_short:
+    if times < WORTH_ROUNDING or in_float32 < WORTH_MEASURING * len(images) * distributed.world_size():
         return torch.float32
     print(f"precision: bf16, in which this processor trains {times:.1f} times as fast (else --precision fp32)")
     return torch.bfloat16
@@ -147,25 +146,20 @@ COMPILER = "inductor"
 
 
 def compiled(network: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
-    """The network as one graph, forward and backward: `--compile`. It shares all tensors with the network.
+    """The network as one graph, forward and backward, that shares its tensors: `--compile`. Raises InputError.
 
-    On CUDA the graph becomes CUDA graphs, so that a step does not wait for Python; not if gradients accumulate, since
-    the next batch would overwrite them there. A batch of another size is compiled again. Raises InputError where the
-    compiler lacks what it needs.
+    On CUDA it becomes CUDA graphs, so that a step does not wait for Python; not if gradients accumulate, since the next
+    batch would overwrite them there. A batch of another size is compiled again.
     """
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--compile knows CPUs and CUDA, not {device.type}: leave it out")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise InputError("--compile on a GPU needs Triton (pip install triton), which is not here: leave it out")
-    if device.type == "cpu" and COMPILER == "inductor" and not cpp_compiler():
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "cl")  # that `torch.compile` would call
+    if device.type == "cpu" and COMPILER == "inductor" and not any(map(shutil.which, compilers)):
         raise InputError("--compile on a CPU needs a C++ compiler, which is not here: apt install g++, or leave it out")
     mode = "reduce-overhead" if device.type == "cuda" and accumulation_steps == 1 else "default"
     return torch.compile(network, backend=COMPILER, mode=mode, fullgraph=True, dynamic=False)
-
-
-def cpp_compiler() -> str | None:
-    """The C++ compiler that `torch.compile` would call, if there is one."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))), None)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

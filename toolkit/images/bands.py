@@ -10,11 +10,10 @@ import logging
 import lzma
 import math
 import os
-import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -37,7 +36,6 @@ _NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels w
 _LARGEST = 1e38  # of numbers; ArcGIS marks pixels without data by -3.4e38
 # Pillow goes by a file's content, and would start Ghostscript for an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
-RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's bands in products of level 2A
 # The names of red, green and blue: Sentinel-2's, and plain ones.
 _COLOURS = (("R", "G", "B"), ("red", "green", "blue"), ("B4", "B3", "B2"), ("B04", "B03", "B02"))
 
@@ -51,8 +49,8 @@ class Bands:
     """Which bands are read from each image file, and how."""
 
     channels: int  # how many the network takes
-    # The bands of a file that become the channels, in order: numbers from 1, names of the arrays in an .npz or of band
-    # files, or ZEROS. Empty: all bands in the file's order.
+    # The bands of a file that become the channels, in order: numbers from 1, names of the arrays in an .npz, or ZEROS.
+    # Empty: all bands in the file's order.
     chosen: tuple[str, ...] = ()
     scale: float = 1.0  # by which all values are divided
 
@@ -61,56 +59,8 @@ class Bands:
         return self.picked(*decoded(content))
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
-        """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
-        if self._name_in_parts(os.path.basename(path)) is None:
-            return self.read(remote.read(path))
-        found = {name: _single(file) for name, file in self.files(path).items()}
-        size = max((band.shape for band in found.values()), key=math.prod)
-        for name, band in found.items():  # Sentinel-2 has bands of 10, 20 and 60 m
-            found[name] = enlarged(band, enlarging_factor(band.shape, size, name))
-        return self.stacked(found, size)
-
-    def stacked(self, found: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-        """The chosen bands, (H, W) of this size each, as (H, W, channels)."""
-        found = {**found, ZEROS: np.zeros(size, np.float32)}
-        return np.stack([found[name] for name in self.chosen], axis=-1)
-
-    def files(self, path: str | os.PathLike) -> dict[str, str]:
-        """The files that the image at this path is read from, by band if each band has its own file."""
-        folder, name = os.path.split(os.fspath(path))
-        parts = self._name_in_parts(name)
-        if parts is None:
-            return {"": os.fspath(path)}
-        begin, _, own_resolution, end = parts
-        found = {}
-        for band in self.chosen:
-            if band != ZEROS:
-                plain = os.path.join(folder, begin + band)
-                # Other bands may have another resolution: the finest that exists.
-                others = (plain + resolution + end for resolution in RESOLUTIONS if own_resolution)
-                found[band] = next(filter(remote.exists, others), plain + own_resolution + end)
-        return found
-
-    def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
-        """One file for each image of a folder, and how many files are of bands that were not chosen.
-
-        Where each band has its own file it is that of the first chosen band that exists; else each file is an image.
-        """
-        parts = {name: found for name in names if (found := self._name_in_parts(name))}
-        if not parts:
-            return list(names), 0
-        chosen: dict[tuple[str, str], str] = {}
-        for name in sorted(parts, key=lambda name: (self.chosen.index(parts[name][1]), parts[name][2], name)):
-            chosen.setdefault((parts[name][0], parts[name][3]), name)
-        return list(chosen.values()), len(names) - len(parts)
-
-    def _name_in_parts(self, name: str) -> tuple[str, ...] | None:
-        """`tile_`, `B02`, `_10m`, `.tif` of a chosen band's file; None of others. Numbers are bands within a file."""
-        if all(map(str.isdigit, self.chosen)):
-            return None
-        bands = "|".join(re.escape(band) for band in self.chosen if band != ZEROS)
-        found = re.fullmatch(rf"(|.*[_.-])({bands})({'|'.join(RESOLUTIONS)}|)(\.[^.]*|)", name, re.DOTALL)
-        return found and found.groups()
+        """The bands of the image at a path."""
+        return self.read(remote.read(path))
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
         """An image as (H, W, channels): a file's chosen bands, or an array with as many. Else raises InputError."""
@@ -134,7 +84,9 @@ class Bands:
             names = names or list(map(str, range(1, array.shape[2] + 1)))
             if missing := sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index):
                 raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-            array = self.stacked(dict(zip(names, np.moveaxis(array, 2, 0), strict=True)), array.shape[:2])
+            found = dict(zip(names, np.moveaxis(array, 2, 0), strict=True))
+            found[ZEROS] = np.zeros(array.shape[:2], np.float32)
+            array = np.stack([found[name] for name in self.chosen], axis=-1)
         return self._checked(array)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
@@ -160,40 +112,6 @@ class Bands:
         low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
         levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
         return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
-
-
-def _single(path: str) -> np.ndarray:
-    """The file of one band: (H, W)."""
-    name = os.path.basename(path)
-    try:
-        array, _ = decoded(remote.read(path))
-    except InputError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{name}: {error}") from None
-    return one_band(array, name)
-
-
-def one_band(array: np.ndarray, name: str) -> np.ndarray:
-    """An image (H, W, 1) as (H, W). Raises ValueError if it has several bands."""
-    if array.shape[2] != 1:
-        raise ValueError(f"{name} is to be one band, and it has {array.shape[2]} bands")
-    return array[..., 0]
-
-
-def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -> int:
-    """By how much a band (H, W) is smaller than the largest. Raises ValueError if by no whole number: another crop."""
-    times, rest = divmod(size[0], shape[0])
-    if rest or shape[1] * times != size[1]:
-        another = f"another {size[1]}x{size[0]}, which is no whole multiple of that"
-        raise ValueError(f"its band {name} is {shape[1]}x{shape[0]} and {another}")
-    return times
-
-
-def enlarged(band: np.ndarray, times: int) -> np.ndarray:
-    """A band (H, W) with so many times the rows and columns, bilinearly."""
-    size = band.shape[1] * times, band.shape[0] * times
-    return band if times == 1 else np.asarray(Image.fromarray(band).resize(size, Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

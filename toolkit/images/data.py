@@ -185,34 +185,45 @@ class Batches(Sampler):
     seed: int = 0
     drop_last: bool = False
     archives: np.ndarray | None = None  # the number of each image's archive, if the images are in archives
+    batches: int | None = (
+        None  # of an epoch, which begins where the last one ended in an endless row of shuffled passes
+    )
     epoch: int = 0
     start: int = 0
 
     def __len__(self) -> int:
+        if self.batches is not None:
+            return self.batches
         return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
 
     @property
     def drawn(self) -> int:
         """The number of images in an epoch."""
-        return self.count
+        return self.count if self.batches is None else self.batches * self.batch_size
 
     def has_share(self, number: int) -> bool:
         """Does this process get a share of this batch (0 is the first)?"""
         return min(self.batch_size, self.drawn - number * self.batch_size) > distributed.rank()
 
-    def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
-        epoch = self.epoch
-        start = self.start
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.epoch * self.drawn  # of all draws, pass after pass
+        numbers = range(self.start, len(self))
         self.epoch += 1
         self.start = 0
-        order = self.shuffled(epoch) if self.shuffle else torch.arange(self.count)
-        for number in range(start, len(self)):
-            batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
-            share = batch[distributed.rank() :: distributed.world_size()]
+        orders = functools.lru_cache(2)(self.shuffled)
+        for number in numbers:
+            draws = range(number * self.batch_size, min((number + 1) * self.batch_size, self.drawn))
+            share = draws[distributed.rank() :: distributed.world_size()]
             if self.shuffle:
-                share = share or batch[:1]
-            if share:
-                yield [(i, _derive_seed(self.seed, epoch, i)) for i in share]
+                share = share or draws[:1]
+            batch = []
+            for draw in share:
+                turn, i = divmod(first + draw, self.count)
+                if self.shuffle:
+                    i = int(orders(turn)[i])
+                batch.append((i, _derive_seed(self.seed, turn, i)))
+            if batch:
+                yield batch
 
     def shuffled(self, epoch: int) -> torch.Tensor:
         """The order of an epoch, (count,)."""
@@ -222,35 +233,6 @@ class Batches(Sampler):
             return order
         turns = torch.randperm(int(self.archives.max()) + 1, generator=generator) // self.ARCHIVES_AT_A_TIME
         return order[turns[self.archives[order]].argsort(stable=True)]
-
-
-@dataclass(eq=False)
-class EndlessBatches(Batches):
-    """Batches of one shuffled pass over the images after the other: an epoch takes so many, wherever a pass ends."""
-
-    batches: int = 0  # in an epoch
-
-    def __len__(self) -> int:
-        return self.batches
-
-    @property
-    def drawn(self) -> int:
-        return self.batches * self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.epoch * self.batches
-        numbers = range(first + self.start, first + self.batches)
-        self.epoch += 1
-        self.start = 0
-        passes = functools.lru_cache(2)(self.shuffled)
-        for number in numbers:
-            draws = range(number * self.batch_size, (number + 1) * self.batch_size)
-            share = draws[distributed.rank() :: distributed.world_size()] or draws[:1]
-            batch = []
-            for turn, place in (divmod(draw, self.count) for draw in share):
-                i = int(passes(turn)[place])
-                batch.append((i, _derive_seed(self.seed, turn, i)))
-            yield batch
 
 
 def _derive_seed(*numbers: int) -> int:
@@ -272,12 +254,11 @@ class LoadingMeter:
         for batch in loader:
             received = time.perf_counter()
             self.waited += received - asked
-            self.seconds += received - asked
             try:
                 yield batch
             finally:  # after the last batch of an epoch a loop need not ask for another
+                self.seconds += time.perf_counter() - asked
                 asked = time.perf_counter()
-                self.seconds += asked - received
                 self.images += len(batch[1]) * distributed.world_size()
 
     def results(self) -> dict[str, float]:
@@ -302,7 +283,7 @@ MOST_WORKERS = 16
 def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
     """A process per core for a GPU, which computes meanwhile; for a CPU, which is to compute, one for four cores."""
     in_files = isinstance(getattr(dataset.dataset, "source", None), ImageFiles)
-    if len(dataset) < (SMALL_DATASET_IMAGES, SMALL_DATASET_FILES)[in_files]:
+    if len(dataset) < (SMALL_DATASET_FILES if in_files else SMALL_DATASET_IMAGES):
         return 0
     workers = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device is None or device.type == "cpu":
@@ -342,7 +323,7 @@ def build_loader(
             number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
         shuffle: a new order each epoch, and augmentations that can be repeated.
         workers: processes that load images; 'auto' for as many as are likely to help.
-        batches: with `shuffle`, of an epoch, which may be less or more than a pass: see `EndlessBatches`.
+        batches: with `shuffle`, of an epoch, which may be less or more than a pass.
         device: what the batches are for: on the way to a GPU they wait in pinned memory.
         keep_workers: they wait for the next pass. Without fork (macOS, Windows) each start would take seconds.
         collate: makes a batch of its items; None: PyTorch's own way.
@@ -355,12 +336,9 @@ def build_loader(
     archives = None
     if shuffle and isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
         archives = images.source.places[images.indices, 0]
-    sampler = Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives)
-    if batches is not None:
-        sampler = EndlessBatches(len(dataset), batch_size, True, seed, archives=archives, batches=batches)
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives, batches),
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
         pin_memory=device is not None and device.type == "cuda",

@@ -52,19 +52,13 @@ class ImageFiles(Dataset):
     def path(self, i: int) -> str:
         return remote.located(self.folder, self.names[i])
 
-    def parts(self, i: int) -> list[str]:
-        """The paths of all that an image is read of: one, or one for each of its bands."""
-        if self.bands is None:
-            return [self.path(i)]
-        return list(self.bands.files(self.path(i)).values())
-
     def size(self, i: int) -> int:
         """In bytes; -1 for what cannot be read, which is found out when it is."""
-        paths = self.parts(i)
-        return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
+        path = self.path(i)
+        return os.path.getsize(path) if os.access(path, os.R_OK) else -1
 
     def content(self, i: int) -> bytes:
-        return b"".join(map(remote.read, self.parts(i)))
+        return remote.read(self.path(i))
 
 
 class UnreadableImage(InputError):
@@ -233,9 +227,6 @@ def _image_folders(
             names.append(name)
         else:
             others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-    if bands is not None:
-        names, apart = bands.one_for_each_image(names)
-        others += Counter({"of other bands": apart})
     yield within, names
     for name in folders:
         yield from _image_folders(folder, posixpath.join(within, name), (*above, here), others, bands)

@@ -84,20 +84,25 @@ def read_list(
     kind = line.partition(",")[2]
     if max(map(len, rows)) == 1:
         raise _error(path, f"its images have no {kind}s; write `{line}` lines")
+    names = []
+    labels = []
     for row in rows:
         if len(row) != 2 or not all(row):
-            problem = f"the line '{printable(','.join(row))}' is not a path and a {kind}, one for each image"
+            advice = ""
             if len(row) > 2 and kind == "label":
-                raise _error(path, problem, " (for several labels or numbers: --task multilabel or regression)")
-            raise _error(path, problem)
+                advice = " (for several labels or numbers: --task multilabel or regression)"
+            raise _error(path, f"the line '{_shown(row)}' is not a path and a {kind}, one for each image", advice)
         if kind == "label" and "," in row[1]:
             label = f"the label '{printable(row[1])}' of {printable(row[0])}"
             problem = f"{label} has a comma: write the name of its class without"
             raise _error(path, problem, ", or use --task multilabel")
-    labels = list(map(itemgetter(1), rows))
-    if kind == "label":  # the path of a mask stays as it is, like that of an image
-        labels = list(map(one_spelling, labels))
-    return checked_files(path, folder, map(itemgetter(0), rows), labels), labels
+        names.append(row[0])
+        labels.append(one_spelling(row[1]) if kind == "label" else row[1])
+    return checked_files(path, folder, names, labels), labels
+
+
+def _shown(row: Sequence[str]) -> str:
+    return printable(",".join(row))
 
 
 def _error(path: Path, problem: str, advice: str = "") -> InputError:
@@ -146,18 +151,15 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
         marks = f"look at its quotation marks: '{printable(line.strip())}'"
         raise _error(path, f"line {number} is not `path,label` ({error}); {marks}") from None
     titles = []
-    if rows and _are_titles(rows):
-        titles = rows.pop(0)
+    if rows:
+        first = rows[0][0]
+        # Titles begin with a usual word, or with one that is no file where the second line begins with an image.
+        is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+        if first.lower() in TITLES or (is_followed and "." not in first and "/" not in first):
+            titles = rows.pop(0)
     if not rows:
         raise _error(path, "lists no images; write a line `path,label` for each")
     return titles, rows
-
-
-def _are_titles(rows: Sequence[Sequence[str]]) -> bool:
-    """Does the first line name the columns: by a usual word, or by one that is no file, and the second is an image?"""
-    first = rows[0][0]
-    is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
-    return first.lower() in TITLES or (is_followed and "." not in first and "/" not in first)
 
 
 def read_groups(path: Path, column: str) -> np.ndarray:
@@ -187,7 +189,7 @@ def _label_columns(
     grouped = group_by is not None and not group_by.isdecimal()
     if not label_columns and not grouped:
         return titles, rows
-    places = range(len(titles))
+    places = list(range(len(titles)))
     if label_columns:
         places = [0]
         for entry in label_columns:
@@ -207,7 +209,7 @@ def _check_widths(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
     """Raise InputError for a line with more or fewer cells than there are titles."""
     for row in rows:
         if len(row) != len(titles):
-            raise _error(path, f"the line '{printable(','.join(row))}' has {len(row)} columns and not {len(titles)}")
+            raise _error(path, f"the line '{_shown(row)}' has {len(row)} columns and not {len(titles)}")
 
 
 def _place_of(column: str, titles: Sequence[str], path: Path, option: str = "--group-by") -> int:
@@ -251,7 +253,7 @@ def read_targets(
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
         targets = _named_labels(path, titles, rows)
-    labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
+    labels = list(map(str, targets.values.tolist()))  # as text, since NaN is no other NaN
     return targets._replace(paths=checked_files(path, folder, targets.paths, labels))
 
 
@@ -261,9 +263,7 @@ def _number(text: str) -> float | None:
         value = float(text or "nan")
     except ValueError:
         return None
-    if text and not math.isfinite(value):
-        return None
-    return value
+    return value if math.isfinite(value) or not text else None
 
 
 def _columns(
@@ -277,14 +277,12 @@ def _columns(
         problem = f"expected a column with a name of its own, and not with{ending} behind it, for each label or number"
         raise _error(path, problem)
     _check_widths(path, titles, rows)
-    values = []
-    for row in rows:
-        numbers = list(map(read, row[1:]))
+    values = [list(map(read, row[1:])) for row in rows]
+    for row, numbers in zip(rows, values, strict=True):
         if None in numbers:
             place = numbers.index(None)
             cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
             raise _error(path, f"{cell} is not {expected}", "; name the columns that are answers with --label-columns")
-        values.append(numbers)
     dtype = torch.float64 if read is _number else torch.float32
     return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
 
@@ -297,8 +295,8 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
         raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
     for row in rows:
         if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
-            line = f"the line '{printable(','.join(row))}' is not `path,\"a,b\"`"
-            raise _error(path, f"{line}; put labels into quotation marks, or name columns first, as path,cat,dog")
+            remedy = "put labels into quotation marks, or name columns first, as path,cat,dog"
+            raise _error(path, f"the line '{_shown(row)}' is not `path,\"a,b\"`; {remedy}")
     found = []
     for row in rows:
         labels = map(str.strip, row[1].split(","))

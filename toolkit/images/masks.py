@@ -5,9 +5,10 @@ The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that 
 
 import itertools
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from toolkit import InputError, printable
 from toolkit.images import folders, remote, splitting
-from toolkit.images.bands import RESOLUTIONS, Bands, array_of, levels_of_tiff, open_image
+from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
 from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import checked_files, read_list
 from toolkit.images.scaling import split_names
-from toolkit.images.transforms import View, eval_transform, to_rgb
+from toolkit.images.transforms import View, eval_transform, orientation, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
 MOST_CLASSES = 255
@@ -43,15 +44,15 @@ class Classes:
 
 
 _TITLES = {"name", "class", "label", "value", "id", "r", "g", "b", "red", "green", "blue", "color", "colour"}
-_LINE = re.compile(r"(.+?)((?:[\s,;]+\d{1,9}){3}|[\s,;]+(?:-?\d{1,9}|#[0-9a-f]{6}))?", re.IGNORECASE)
+_LINE = re.compile(r"(.+?)((?:[\s,;]+\d{1,9}){3}|[\s,;]+-?\d{1,9})?")
 _VALUES = range(-(2**15), 2**16)
 
 
 def read_classes(given: Sequence[str] | None) -> Classes | None:
     """The classes of --classes: names, or the path of a text or CSV file with a line for each class.
 
-    A line is `name`, `name value`, `name r g b` or `name #rrggbb`, with spaces, tabs or commas between. A value or
-    colour that is called `unknown` is no class: its pixels do not count.
+    A line is `name`, `name value` or `name r g b`, with spaces, tabs or commas between. A value or colour that is
+    called `unknown` is no class: its pixels do not count.
 
     Raises InputError for a file that is none of this, fewer than two classes, or two with one name, value or colour.
     """
@@ -62,10 +63,15 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
         lines = _lines_of(given[0], where)
     else:
         lines = [(name, ()) for name in split_names(given)]
-    unknown = [mark for name, mark in lines if mark and name.lower() == "unknown"]
-    lines = [(name, mark) for name, mark in lines if not mark or name.lower() != "unknown"]
-    names = [name for name, _ in lines]
-    marks = [mark for _, mark in lines]
+    names = []
+    marks = []
+    unknown = []
+    for name, mark in lines:
+        if mark and name.lower() == "unknown":
+            unknown.append(mark)
+        else:
+            names.append(name)
+            marks.append(mark)
     if not 2 <= len(names) <= MOST_CLASSES:
         raise InputError(f"{where}: {len(names)} classes; give 2 to {MOST_CLASSES} names, or a file that exists")
     kinds = set(map(len, marks + unknown))
@@ -91,8 +97,7 @@ def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
         if not lines and set(re.split(r"[\s,;]+", line.lower())) <= _TITLES:
             continue
         name, behind = _LINE.fullmatch(line).groups("")
-        of_hex = tuple(bytes.fromhex(behind.partition("#")[2]))
-        mark = of_hex or tuple(map(int, re.findall(r"-?\d+", behind)))
+        mark = tuple(map(int, re.findall(r"-?\d+", behind)))
         allowed = range(256) if len(mark) == 3 else _VALUES
         if "," in name or not set(mark).issubset(allowed):
             known = "`name`, `name value` or `name r g b` (0 to 255)"
@@ -126,7 +131,6 @@ def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- reading masks
 
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes numbers, by compression or by its range
-_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFFs, and a value of it
 _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
 
@@ -135,33 +139,32 @@ class MaskReader:
     """Reads the file of a mask as class numbers, (H, W) int16. Raises InputError if a class has an unknown value.
 
     Without classes a pixel's class is its value. What is `unknown` does not count; None: 255, unless it is a class's.
+    Where the classes have colours, a mask is read as a picture in them, and `unknown` has no meaning.
     """
-
-    of_training = True  # whose options can say more of masks
 
     def __init__(self, classes: Classes | None, unknown: Sequence[float] | None = None):
         self.names = classes and classes.names
         classes = classes or Classes(tuple(map(str, range(MOST_CLASSES))))
         self.colours = classes.colours
         self.remedy = ""  # where the masks seem to be read otherwise than they are meant
-        if self.colours is None:
-            self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
-        values = classes.values or range(len(classes.names))
         if unknown is None:
             unknown = [] if 255 in (classes.values or ()) else [255]
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
                 raise InputError(f"{printable(name)} has the value {value}, which counts as unknown")
-        not_counted = [value for value in unknown if value % 1 == 0]  # masks have no others
-        self.of_values = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
-        self.of_values[np.array(values) - _BEYOND[0]] = range(len(values))
-        if self.colours is None:
-            not_counted += classes.unknown
+        if self.colours is not None:
+            self.classes = np.full(2**24, _MISSING, np.int16)  # of each code
+            marks = self.colours
+            not_counted = classes.unknown
         else:
-            self.of_colours = np.full(2**24, _MISSING, np.int16)
-            self.of_colours[_codes(np.array(self.colours))] = range(len(self.colours))
-            self.of_colours[_codes(np.array(classes.unknown, int).reshape(-1, 3))] = UNKNOWN
-        self.of_values[np.clip(not_counted, *_BEYOND).astype(int) - _BEYOND[0]] = UNKNOWN
+            self.classes = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
+            marks = classes.values or range(len(classes.names))
+            not_counted = [*classes.unknown, *(value for value in unknown if value % 1 == 0)]  # masks have no others
+            self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
+        for number, mark in enumerate(marks):
+            self.classes[self._codes(mark)] = number
+        for mark in not_counted:
+            self.classes[self._codes(mark)] = UNKNOWN
         marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}
         # For an adapter file, with lists in place of tuples: see `from_record`.
         self.record = {"unknown": list(unknown), **json.loads(json.dumps(marks))}
@@ -171,92 +174,63 @@ class MaskReader:
         """What read the masks that an adapter was trained on, from its file."""
         marks = record.get("unknown_marks") or ()
         classes = Classes(names, record.get("values"), record.get("colours"), marks)
-        reader = MaskReader(classes, list(record.get("unknown", [255])))
-        reader.of_training = False
-        return reader
+        return MaskReader(classes, list(record.get("unknown", [255])))
+
+    def _codes(self, marks: Any) -> np.ndarray:
+        """Values (...) or colours (..., 3) as places in the table of classes."""
+        if self.colours is None:
+            return np.clip(np.asarray(marks), *_BEYOND).astype(np.int64) - _BEYOND[0]
+        return np.asarray(marks, np.int64) @ np.array([2**16, 2**8, 1])
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
         with folders.named_faults(path):
-            levels, colours = _decoded(path)
-        if levels.ndim == 2 and (colours is None or self.colours is None):
-            found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
-            if self.colours is not None:  # programs save RGB that has only greys as one band, or as one bit
-                greys = np.clip(levels * (255 if levels.max() <= 1 else 1), 0, 255).astype(np.int64)
-                by_grey = self.of_colours[_codes(np.stack([greys] * 3, -1))]
-                if (by_grey != _MISSING).all() and (by_grey != found).any():
-                    raise InputError(f"{path}: a grey mask, of numbers of classes or of their colours; save it as RGB")
-        elif self.colours is None:
-            advice = "; give --classes a file with a line `name r g b` for each class"
-            raise InputError(f"{path}: an RGB mask", advice)
-        elif levels.ndim == 3:
-            found = self.of_colours[_codes(levels)]
-        else:  # numbers of colours, of which those that are no class's may be unknown by their number
-            of_numbers = self.of_colours[_codes(colours)]
-            of_numbers[(of_numbers == _MISSING) & (self.of_values[-_BEYOND[0] :][:256] == UNKNOWN)] = UNKNOWN
-            found = of_numbers[levels]
-            levels = colours[levels]
+            marks = _decoded(path, self.colours is not None)
+        if self.colours is None and marks.ndim == 3:
+            raise InputError(f"{path}: an RGB mask", "; give --classes a file with a line `name r g b` for each class")
+        if self.colours is not None and marks.ndim == 2:
+            raise InputError(f"{path}: a mask of numbers, where the classes have colours; save it as RGB")
+        found = self.classes[self._codes(marks)]
         missing = found == _MISSING
         if missing.any():
-            level = levels[missing][0]
-            mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
-            what = ("value", "colour")[level.ndim]
-            remedy = (f"--unknown-value {mark}", f"a line `unknown {mark}` there")[level.ndim]
+            mark = " ".join(f"{number:.0f}" for number in np.ravel(marks[missing][0]))
+            problem = f"{path}: a pixel has the value {mark}, which is no class's"
+            remedy = f"--unknown-value {mark}"
+            if self.colours is not None:
+                problem = problem.replace("value", "colour")
+                remedy = f"a line `unknown {mark}` there"
             advice = f"; add a line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
-            raise InputError(f"{path}: a pixel has the {what} {mark}, which is no class's", advice)
+            raise InputError(problem, advice)
         return found
 
 
-def _codes(colours: np.ndarray) -> np.ndarray:
-    """Colours (..., 3) as one number each."""
-    return colours.astype(np.int64) @ np.array([2**16, 2**8, 1])
-
-
-def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers."""
-    colours = None
-    try:
-        if path.lower().endswith(".npy"):
-            levels = array_of(remote.read(path))
-        else:
-            levels, colours = _decoded_by_pillow(path)
-    except UnidentifiedImageError:
-        if not path.lower().endswith((".tif", ".tiff")):
-            raise
-        levels, _ = levels_of_tiff(remote.read(path))  # of 64 bits, for example
+def _decoded(path: str, in_colours: bool) -> np.ndarray:
+    """The numbers (H, W) in the file of a mask, or colours (H, W, 3): as far as they are asked for, or there alone."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".npy":
+        levels = array_of(remote.read(path))
+    elif ending in (".tif", ".tiff"):
+        levels, _ = levels_of_tiff(remote.read(path))
+    else:
+        with open_image(path) as image:
+            if image.format not in _FORMATS:
+                changes = f"the format {image.format} may change the values of a mask"
+                raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
+            few_bits = re.search("L;([24])", str(image.tile))
+            if in_colours and image.mode in ("1", "L", "P"):
+                image = image.convert("RGB")
+            levels = np.asarray(image)
+        if few_bits and not in_colours:  # numbers that Pillow has spread over 0 to 255, as if each had a grey
+            levels = levels // (255 // (2 ** int(few_bits[1]) - 1))
     if levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
-        return levels[..., :3], None
+        return levels[..., :3]
     if levels.ndim == 3 and 1 in (levels.shape[0], levels.shape[2]):
         levels = levels[..., 0] if levels.shape[2] == 1 else levels[0]
     if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
         raise ValueError(f"it has {levels.dtype} {levels.shape}, and a mask has whole numbers (H, W)")
-    if levels.dtype.kind != "f":
-        levels = levels.astype(np.int64)
-    elif not np.array_equal(levels, np.round(levels)):
+    if levels.dtype.kind == "f" and not np.array_equal(levels, np.round(levels)):
         raise ValueError("it has numbers with decimals, or NaN")
-    return levels, colours
-
-
-def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    with open_image(path) as image:
-        if image.format not in _FORMATS:
-            changes = f"the format {image.format} may change the values of a mask"
-            raise InputError(f"{path}: {changes}; save it anew, from where it was made, as PNG, TIFF or .npy")
-        has_pages = image.format == "TIFF" and image.mode != "P" and image.n_frames > 1
-        if has_pages or (image.mode == "L" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO):
-            return levels_of_tiff(remote.read(path))[0], None  # Pillow inverts these, and reads the first page alone
-        colours = None
-        if image.mode == "P":
-            given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            colours = np.pad(given, ((0, 256 - len(given)), (0, 0)))
-        few_bits = re.search("L;([24])", str(image.tile))
-        if image.mode == "LA":
-            image = image.getchannel("L")
-        levels = np.asarray(image)
-        if few_bits:  # numbers that Pillow has spread over 0 to 255, as if each had a grey
-            spread = 255 // (2 ** int(few_bits[1]) - 1)
-            return levels // spread, np.outer(np.arange(256) * spread % 256, [1, 1, 1])
-        return levels, colours
+    return levels
 
 
 # ---------------------------------------------------------------------------------------------------- images with masks
@@ -302,7 +276,7 @@ class PairFiles(folders.ImageFiles):
         image, _ = self[i]
         # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
         has_exif = image.format != "PNG" or "exif" in image.info
-        if has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        if has_exif and orientation(image) != 1:
             image = to_rgb(image)
         return image.height, image.width
 
@@ -379,13 +353,18 @@ def pairs_in(
 def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[MaskedImages], list[str]]:
     """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
     found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
-    counts = [pixels for pixels in itertools.chain(*found) if not isinstance(pixels, InputError)]
-    largest = max(map(len, counts), default=1) - 1
+    problems = []
+    largest = 0
+    for pixels in itertools.chain(*found):
+        if isinstance(pixels, InputError):
+            problems.append(pixels)
+        else:
+            largest = max(largest, len(pixels) - 1)
+    if problems and not largest:
+        raise InputError(f"no mask can be used: {problems[0].problem}", *problems[0].args[1:])
+    _tell(problems, skip_unreadable)
     names = list(parts[0].read.names or map("class {}".format, range(largest)))
     images = []
-    problems = [pixels for pixels in itertools.chain(*found) if isinstance(pixels, InputError)]
-    if problems and not counts:
-        raise InputError(f"no mask can be used: {problems[0].problem}", *problems[0].args[1:])
     for files, looked_at in zip(parts, found, strict=True):
         targets = torch.zeros(len(files), len(names))
         for i, pixels in enumerate(looked_at):
@@ -394,21 +373,21 @@ def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[Mas
                 files.largest = max(files.largest, int(pixels.sum()))
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
-    _tell(problems, skip_unreadable, parts[0].read.of_training)
     if not all(map(len, images)):
         raise InputError(f"none of the pairs can be used, such as {problems[0].problem}", *problems[0].args[1:])
     return images, names
 
 
-def _tell(problems: Sequence[InputError], skip_unreadable: bool, advise: bool = True) -> None:
-    """Say what is left out, and with `advise` how it need not be. Raises InputError if nothing is to be left out."""
+def _tell(problems: Sequence[InputError], skip_unreadable: bool) -> None:
+    """Say which pairs are left out. Raises InputError if none is to be."""
     if problems and not skip_unreadable:
         advice = "".join(problems[0].args[1:])
         advice += f" (--skip-unreadable leaves out such pairs, {len(problems)} here)"
         raise InputError(problems[0].problem, advice)
     if problems:
-        shown = [str(problem) if advise else problem.problem for problem in problems]
-        print("\n  ".join([f"{len(problems)} pairs of image and mask cannot be used and are left out:", *shown]))
+        print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
+        for error in problems:
+            print(f"  {error.problem}")
 
 
 # -------------------------------------------------------------------------------------------------------- finding pairs
@@ -446,11 +425,9 @@ def _places(
             return pair_folders(images / name)
         return images / name, masks / name
 
-    places = [(images, masks)]
-    for name in reversed(_TRAINING_NAMES):  # the first one counts
-        if remote.is_folder(images / name):
-            places = [part(name)]
-    divided = val_dir is not None or places[0] != (images, masks)
+    training = [name for name in _TRAINING_NAMES if remote.is_folder(images / name)]
+    places = [part(training[0]) if training else (images, masks)]
+    divided = val_dir is not None or bool(training)
     if val_dir is not None and needs_val:
         places.append(pair_folders(Path(val_dir)))
     elif divided and needs_val:
@@ -474,9 +451,11 @@ def _in_folders(
     pairs = []
     problems = []
     for stem, name in _by_stem(folder, names).items():
-        known = [possible for possible in _stems_of_masks(stem, bands) if possible in mask_of]
-        if known:
-            pairs.append((name, mask_of.pop(known[0])))
+        for end, mask_end in itertools.product(("", *_IMAGE_ENDS), ("", *_MASK_ENDS)):
+            mask = stem.removesuffix(end) + mask_end
+            if stem.endswith(end) and mask in mask_of:
+                pairs.append((name, mask_of.pop(mask)))
+                break
         else:
             missing = f"{folder / name}: there is no mask {stem}.png or {stem}_mask.png in {mask_folder}; add it"
             problems.append(InputError(missing))
@@ -496,16 +475,6 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
         if other != name:
             raise InputError(f"{folder / name}: {printable(other)} has the same name; remove one of them")
     return found
-
-
-def _stems_of_masks(stem: str, bands: Bands | None) -> Iterator[str]:
-    """What the mask of an image may be called. One that lies in a file for each band is x_B02, x_B02_10m or x/B02."""
-    ends = ["", *_IMAGE_ENDS]
-    for band, resolution in itertools.product(getattr(bands, "chosen", ()), ("", *RESOLUTIONS)):
-        ends += [f"_{band}{resolution}", f"/{band}{resolution}"]
-    for end, mask_end in itertools.product(ends, ("", *_MASK_ENDS)):
-        if stem.endswith(end):
-            yield stem.removesuffix(end) + mask_end
 
 
 def pairs_of_list(

@@ -22,7 +22,8 @@ from toolkit.images.transforms import to_rgb
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 NUMBER_STRATA = 5
-MOST_UNLABELLED = 10_000  # images that are read beside those with labels
+MOST_UNLABELLED = 10_000  # images without labels that are read
+MOST_COMPARED = 20_000  # files; to read more of equal size would take seconds to minutes at each start
 
 
 class Splits(NamedTuple):
@@ -82,10 +83,10 @@ def load_splits(
         read = masks or MaskReader(None)
         parts, class_names = load_pairs(data_dir, val_dir, listed_in, group_by, needs_val, bands, read, skip_unreadable)
     elif data_list:
-        columns = {"group_by": group_by, "label_columns": label_columns}
         parts = []
         class_names = []
         for place in listed_in:
+            columns = {"group_by": group_by, "label_columns": label_columns}
             images, class_names = labelled_images(*place, bands, truth, columns, class_names, listed_in[0][0])
             parts.append(images)
     elif truth != "class":
@@ -102,17 +103,28 @@ def load_splits(
             raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
     if skip_unreadable:
         parts = _readable_parts(parts, truth, class_names)
-    elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
-    train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
-    _tell_what_nothing_trains(train, val, truth, class_names)
-    if not for_training_only:
-        _report_copies(train, val)
+    train, val = _divide(parts, eval_split, folds, group_by)
+    left_alone = val_dir or (data_list or [])[1:]
+    if left_alone and not needs_val and not for_training_only:
+        print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
+    _tell(train, val, truth, class_names, for_training_only)
     if labels_per_class is not None:
         train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
-    beside = None
+    others = None
     if unlabelled is not None:
-        beside = _unlabelled_beside(Path(unlabelled), train, val, bands, skip_unreadable)
-    return Splits(train, val, class_names, beside)
+        others = _unlabelled(Path(unlabelled), train, val, bands, skip_unreadable)
+    return Splits(train, val, class_names, others)
+
+
+def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:
+    """Say of each image which group it belongs to: see `load_splits`."""
+    for number, images in enumerate(parts):
+        if not isinstance(images.source, ImageFiles):
+            raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
+        if data_list and not by.isdecimal():
+            images.groups = lists.read_groups(Path(data_list[number]), by)[images.indices]
+        else:
+            images.groups = splitting.folder_level(images.relative_names(), by)
 
 
 def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
@@ -124,32 +136,42 @@ def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence
     return kept
 
 
-def _tell_what_nothing_trains(train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str]) -> None:
-    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
-        print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
-    if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
-        print(f"no training mask has pixels of {_names(gone, names)}")
-
-
 def _divide(
-    parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None, elsewhere: Any
+    parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None
 ) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the evaluation images of one part or of two. `elsewhere` is what was named for evaluation."""
+    """The training and the evaluation images of one part or of two."""
     train, val = parts[0], parts[-1]
-    within = folds is not None or eval_split == "validation"
     if folds is not None:
         number, count = splitting.read_folds(folds)
         keys = train.groups if train.groups is not None else train.relative_names()
         train, val = train.split(splitting.folds(_alike(train), keys, count, train.times_split) == number - 1)
     elif len(parts) == 1:
         train, val = validation_part(train)
-    elif group_by is not None and not within:
+    elif group_by is not None and eval_split != "validation":
         splitting.check_apart(train.groups, val.groups, group_by)
     if eval_split == "validation":
         train, val = validation_part(train)
-    if elsewhere and within:
-        print(f"evaluating on a part of the training images; {printable(elsewhere)} is left alone")
     return train, val
+
+
+def _tell(
+    train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str], for_training_only: bool
+) -> None:
+    """Print which classes nothing trains, and which evaluation images are training images too."""
+    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
+        print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
+    if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
+        print(f"no training mask has pixels of {_names(gone, names)}")
+    are_files = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
+    if for_training_only or not are_files or not distributed.is_main():
+        return
+    if len(train) + len(val) > MOST_COMPARED:
+        print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
+    elif found := folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist()):
+        # Accuracy on them shows memory, not learning.
+        first, other = map(printable, found[0])
+        count = f"{len(found)} of {len(val)}"
+        print(f"{count} evaluation images are copies of training images, such as {first} of {other}")
 
 
 def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:
@@ -173,7 +195,7 @@ def load_unlabelled(
     return readable(images) if skip_unreadable else images
 
 
-def _unlabelled_beside(
+def _unlabelled(
     place: Path, train: LabelledImages, val: LabelledImages, bands: Bands | None, skip_unreadable: bool
 ) -> LabelledImages:
     """At most MOST_UNLABELLED images of a folder or list, without those that are evaluated on or train with a label."""
@@ -200,9 +222,9 @@ def _also_in(images: LabelledImages, others: LabelledImages) -> np.ndarray:
     """Which of the `others`, (N,), are among some images, by their paths or their content."""
     if not isinstance(images.source, ImageFiles):
         return np.zeros(len(others), bool)
-    known = {images.name(i) for i in range(len(images))}
-    pairs = folders.copies(others.source, others.indices.tolist(), images.source, images.indices.tolist())
-    known.update(copy for copy, _ in pairs)
+    known = set(map(images.name, range(len(images))))
+    for copy, _ in folders.copies(others.source, others.indices.tolist(), images.source, images.indices.tolist()):
+        known.add(copy)
     return np.array([others.name(i) in known for i in range(len(others))])
 
 
@@ -247,20 +269,17 @@ def _image_folder(
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
     root = _folder_of_images(data_dir)
     train = _train_folder(root)
-    places = [train]
+    images, class_names = _in_folder(train, bands)
+    parts = [images]
     if val_dir is not None:
-        places.append(_existing("--val-dir", val_dir))
+        parts.append(_in_folder(_existing("--val-dir", val_dir), bands, class_names, train)[0])
     elif needs_val and train != root:
-        places.append(folders.evaluation_folder(root))
-        if places[-1].name == "test":
+        place = folders.evaluation_folder(root)
+        if place.name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
-    parts = []
-    class_names: list[str] = []
-    for place in places:
-        images, class_names = _in_folder(place, bands, class_names, train)
-        parts.append(images)
-    if len(parts) == 1 and train != root:
-        parts.append(parts[0].subset([]))
+        parts.append(_in_folder(place, bands, class_names, train)[0])
+    elif train != root:
+        parts.append(images.subset([]))
     return parts, class_names
 
 
@@ -284,13 +303,17 @@ def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder")
 def _existing(option: str, folder: str | Path) -> Path:
     if remote.is_folder(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
-    problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
+    problem = "no such folder"
     if remote.is_remote(folder):
         problem = "no folder that can be listed, or no answer; name its images in a list, --data-list"
+    elif os.path.exists(folder):
+        problem = "a file; give the folder with the images"
     raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
-def _in_folder(folder: Path, bands: Bands | None, known: Sequence[str], other: Any) -> tuple[LabelledImages, list[str]]:
+def _in_folder(
+    folder: Path, bands: Bands | None, known: Sequence[str] = (), other: Any = ""
+) -> tuple[LabelledImages, list[str]]:
     """The images in class folders or archives, and the names of their classes: see `labelled_images`."""
     if shard_names(folder):
         files, labels = read_shards(folder, bands)
@@ -374,27 +397,14 @@ def check_classes(place: Any, names: Iterable[str], other: Any, known: Iterable[
         raise InputError(f"{place} has classes that {other} lacks: {listed(sorted(unknown))}")
 
 
-def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:
-    """Say of each image which group it belongs to: see `load_splits`."""
-    for number, images in enumerate(parts):
-        if not isinstance(images.source, ImageFiles):
-            raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
-        if data_list and not by.isdecimal():
-            images.groups = lists.read_groups(Path(data_list[number]), by)[images.indices]
-        else:
-            images.groups = splitting.folder_level(images.relative_names(), by)
-
-
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
 def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) -> tuple[LabelledImages, LabelledImages]:
     """Split a part off: (rest, part). `part` has about this share of each class, always the same images.
 
-    Of files, the paths within their folder decide, so that an added file changes the place of no other. (The exception
-    is a class of a few images that all fall to one side: one of them goes to the other side until an added one does.)
-    Where images are in groups, no group is on both sides; an added file may then change others' places.
-
+    Of files, the paths within their folder decide, so that an added file changes the place of no other (but may in a
+    class of a few images that all fell to one side). Groups stay whole; an added file may then change others' places.
     Raises InputError if every class has only one image, which stays in `rest`, or all are in one group.
     """
     if images.groups is not None:
@@ -417,22 +427,6 @@ def _alike(images: LabelledImages) -> Sequence[int]:
 
 
 # ---------------------------------------------------------------------------------------- what is wrong with the images
-
-MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take seconds to minutes at each start
-
-
-def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
-    """Print how many evaluation images are training images too: accuracy on them shows memory, not learning."""
-    own = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
-    if not own or not distributed.is_main():
-        return
-    if len(train) + len(val) > MOST_COMPARED:
-        print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
-        return
-    if found := folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist()):
-        first, other = map(printable, found[0])
-        count = f"{len(found)} of {len(val)}"
-        print(f"{count} evaluation images are copies of training images, such as {first} of {other}")
 
 
 def readable(images: LabelledImages) -> LabelledImages:

@@ -30,7 +30,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 are bits, 259 is compression, 284 whether bands lie apart
         if image.mode == "RGB" and 16 in tags.get(258, ()) and (tags.get(259), tags.get(284)) == (1, 2):
             raise ValueError("Pillow misreads 16 bits whose bands lie apart: save it anew, or train with --scale 65535")
-        if _orientation(image) != 1:
+        if orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -49,7 +49,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
     with named_faults(_name(image)):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -97,8 +97,8 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     is_jpeg = image.format in ("JPEG", "MPO")  # only these show their upright size, and can be reduced, undecoded
     if not is_jpeg:
         image = to_rgb(image)
-    orientation = _orientation(image)  # 1 unless it is a JPEG
-    width, height = image.size if orientation < 5 else image.size[::-1]
+    turned = orientation(image)  # 1 unless it is a JPEG
+    width, height = image.size if turned < 5 else image.size[::-1]
     places = [view.place(width, height) for view in views]
     reduction = 1
     if is_jpeg:
@@ -108,7 +108,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
             room = min(room, (right - left) / size[0] / margin, (bottom - top) / size[1] / margin)
         # By these factors libjpeg can shrink an image while it decodes. Of an image that is turned, pixels at the end
         # become the first ones: the last block has to be whole.
-        fits = [n for n in (1, 2, 4, 8) if orientation == 1 or width % n == height % n == 0]
+        fits = [n for n in (1, 2, 4, 8) if turned == 1 or width % n == height % n == 0]
         reduction = max(n for n in fits if n <= max(1, room))
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already

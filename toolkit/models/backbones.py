@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +60,11 @@ def build_backbone(
 ) -> nn.Module:
     """A randomly initialised model: images (N, channels, image_size, image_size) -> logits (N, num_classes).
 
-    `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch. `heads` is
-    the number of attention heads of a torchvision ViT; None means its own (`default_heads`).
+    `image_size` and `heads`, of the attention of a torchvision ViT, are by default the arch's own.
     Raises InputError for an unknown arch, for numbers that do not fit it, and if timm is needed and missing.
     """
-    size = names.default_image_size(arch)  # raises for an unknown arch
-    if image_size is not None:
-        size = image_size
+    own_size = names.default_image_size(arch)  # raises for an unknown arch
+    size = own_size if image_size is None else image_size
     names.check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
@@ -136,10 +134,10 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
-    if (recorded := record_of(model).head) is not None:
-        return recorded
-    found = _found_head(model)
-    return (found,) if found else ()
+    recorded = record_of(model).head
+    if recorded is None:
+        return tuple(filter(None, [_found_head(model)]))
+    return recorded
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -194,17 +192,16 @@ def headless(model: nn.Module) -> nn.Module:
 
     A head whose output was merely ignored would still run, and a projector's BatchNorm would update its statistics.
     """
+
+    def without(module: nn.Module, name: str) -> nn.Module:
+        child, _, rest = name.partition(".")
+        copied = copy.copy(module)
+        replacement = without(module._modules[child], rest) if rest else nn.Identity()
+        copied._modules = {**module._modules, child: replacement}
+        return copied
+
     name = head_name(model)
-    return model if name is None else _without(model, name)
-
-
-def _without(model: nn.Module, name: str) -> nn.Module:
-    """A shallow copy of the model with an identity in place of the module of this name."""
-    child, _, rest = name.partition(".")
-    replacement = _without(model._modules[child], rest) if rest else nn.Identity()
-    copied = copy.copy(model)
-    copied._modules = {**model._modules, child: replacement}
-    return copied
+    return model if name is None else without(model, name)
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -217,15 +214,12 @@ def block_names(model: nn.Module) -> list[str]:
     if stages := [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]:
         return stages
     for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and _share_a_type(children.values()):
-            return [dotted(name, child) for child in children]
+        if not isinstance(module, nn.Sequential | nn.ModuleList) or len(module) < 2:
+            continue
+        for kind in map(type, module):
+            if all(isinstance(child, kind) for child in module):  # fused blocks are subclasses of the plain ones
+                return [dotted(name, child) for child, _ in module.named_children()]
     return []
-
-
-def _share_a_type(modules: Collection[nn.Module]) -> bool:
-    """Are all modules instances of the type of one of them? Fused blocks are subclasses of the plain ones."""
-    return any(all(isinstance(module, kind) for module in modules) for kind in map(type, modules))
 
 
 def normalization(arch: str) -> dict[str, tuple[float, ...]]:
@@ -244,12 +238,12 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
     shape = {"num_classes": num_classes}
     if channels != config.input_size[0]:
         shape["in_chans"] = channels
-    sized = {}
+    sized = shape
     if size != config.input_size[-1]:
-        sized["img_size"] = size
+        sized = shape | {"img_size": size}
     try:
         try:
-            model = timm.create_model(name, **shape, **sized)
+            model = timm.create_model(name, **sized)
         except TypeError:  # a model without this argument takes any size
             model = timm.create_model(name, **shape)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:

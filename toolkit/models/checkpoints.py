@@ -39,24 +39,20 @@ def load_backbone(
 
     Args:
         path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
-            that model's own keys. 'none': random weights.
-        num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
+            that model's own keys. 'none': random weights. A classifier in the file is dropped.
         arch: one of `names.ARCHS`, or `timm:` and a name of timm's; by default what the file or its shapes say.
         image_size: pixels along each side; by default the file's own. A ViT's position embedding is interpolated.
-        heads: the attention heads of a torchvision ViT; by default what the layout implies. If that is a guess, this
-            warns: a ViT-S with 6 heads and one with 12 have the same tensors.
+        heads: the attention heads of a torchvision ViT; by default what the layout implies, or a guess with a warning.
         channels: the images' channels; by default those that the file's first layer takes.
         channel_fit: how to convert the first layer for another number, 'timm' (`_fitted_to_channels`); None: refuse.
 
-    Returns:
-        The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
-        `channel_fit` (None if the first layer is the file's own), `file_channels`, `epoch` (None if unknown), `loaded`
-        (names in the model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
-        `record_of(model).base_digests` has the SHA-256 of each tensor, by which adapter files identify their base.
+    Returns the model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
+    `channel_fit` (None if the first layer is the file's own), `file_channels`, `epoch` (None if unknown), `loaded`
+    (names in the model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
+    `record_of(model).base_digests` has the SHA-256 of each tensor, by which adapter files identify their base.
 
-    Raises:
-        InputError: the file cannot be read, it lacks tensors of the backbone or has others, or it was trained on images
-            with another number of channels.
+    Raises InputError if the file cannot be read, lacks tensors of the backbone or has others, or was trained on images
+    with another number of channels.
     """
     source = _identify(path, arch)
     arch = source.arch
@@ -65,8 +61,7 @@ def load_backbone(
     if heads is None:
         heads = _find_heads(source, arch)
     first, own_channels = _find_channels(source.weights, arch)
-    if channels is None:
-        channels = own_channels
+    channels = own_channels if channels is None else channels
     if channels == own_channels or is_none(path):
         channel_fit = None
     elif channel_fit is None:
@@ -82,7 +77,13 @@ def load_backbone(
     else:
         _check_match(source, weights, model, arch)
         model.load_state_dict({**model.state_dict(), **weights})
-        _record_digests(model, source.weights)
+        record = backbones.record_of(model)
+        state = _backbone_state(model)
+        record.base_digests = {name: tensor_digest(state[name]) for name in state} | backbones.other_heads(model)
+        for name in _POSITIONS:
+            if name in state and weights.get(name) is not source.weights.get(name):  # it was interpolated
+                record.resized_digests[name] = record.base_digests[name]
+                record.base_digests[name] = tensor_digest(source.weights[name].float())
     return model, {
         "family": source.layout.family,
         "arch": arch,
@@ -121,8 +122,7 @@ def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str 
 def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
     """Convert a first convolution's weight (out, C, h, w) to other channels, by timm's rule (`adapt_input_conv`).
 
-    For one channel the weights of all channels are summed, so grey gives what grey RGB gave. For more channels they are
-    repeated in turn, and scaled by the old number of channels over the new one.
+    For one channel all are summed; for more they are repeated in turn, and scaled by the old number over the new one.
     """
     if channels == 1:
         return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
@@ -167,17 +167,7 @@ def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Note the digests of a checkpoint's tensors in the model's record, and of those that were interpolated."""
-    state = _backbone_state(model)
-    digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | backbones.other_heads(model)
-    record = backbones.record_of(model)
-    record.base_digests = digests
-    for name in _POSITIONS:
-        if name in weights and weights[name].shape != state[name].shape:
-            record.resized_digests[name] = digests[name]
-            digests[name] = tensor_digest(weights[name].float())
-
+_POSITIONS = ("encoder.pos_embedding", "pos_embed")  # torchvision's and timm's
 
 # Other projects' names of layers -> those of timm's ViTs, or of torchvision's and timm's ResNets.
 _Renames = tuple[tuple[str, str], ...]
@@ -280,8 +270,8 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
         return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
     tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)
-    arch = _named_arch(info) if wanted is None else wanted
-    is_timm = arch is not None and arch.startswith(TIMM)
+    arch = wanted or _BY_TIMM.get(str(info.get("arch")), str(info.get("arch")))
+    is_timm = arch.startswith(TIMM)
     head = _HEADS
     if is_timm:
         head = f"{backbones.head_name(_meta_model(arch))}."
@@ -302,7 +292,8 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     return _Source(
         path=path,
         layout=layout,
-        arch=arch or _likely_arch(path, weights),
+        # The official code has other names, such as vit_base: there the shapes tell.
+        arch=arch if wanted or is_timm or arch in ARCHS else _likely_arch(path, weights),
         epoch=_whole_number(info, "epoch"),
         image_size=_whole_number(info, "config/image_size"),  # this toolkit's pretraining stores it
         heads=_whole_number(info, "config/heads"),
@@ -335,27 +326,14 @@ def _image_metadata(info: Mapping) -> dict[str, Any]:
     return dict(recorded) if isinstance(recorded, Mapping) else {}
 
 
-def _named_arch(info: Mapping) -> str | None:
-    """The architecture that a file names; None for other names, as the official code's vit_base: shapes tell these."""
-    arch = info.get("arch")
-    if not isinstance(arch, str):
-        return None
-    arch = _BY_TIMM.get(arch, arch)
-    return arch if arch in ARCHS or arch.startswith(TIMM) else None
-
-
 def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Mapping]:
     """The dictionary of tensors, and the dictionary around it, empty if the tensors are the file's whole content."""
     content = read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    tensors = content
-    info = {}
-    for place in _PLACES:
-        if isinstance(value_at(content, place), Mapping):
-            tensors = value_at(content, place)
-            info = content
-            break
+    found = [place for place in _PLACES if isinstance(value_at(content, place), Mapping)]
+    tensors = value_at(content, found[0]) if found else content
+    info = content if found else {}
     foreign = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
         problem = f"{path}: no state_dict at its top, at 'state_dict' or at 'model'; {listed(foreign)} hold no tensors"
@@ -430,9 +408,6 @@ def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -
     return best
 
 
-_POSITIONS = ("encoder.pos_embedding", "pos_embed")  # torchvision's and timm's
-
-
 @functools.cache
 def _shapes(arch: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a backbone's tensors, without those that depend on the image size or class count."""
@@ -469,11 +444,10 @@ def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
     """The side of a ViT's patches in pixels, and the number of positions that belong to no patch."""
     if not hasattr(model, "patch_embed"):  # torchvision's
         return getattr(model, "patch_size", None), 1
-    patch = model.patch_embed.patch_size[0]
     positions = getattr(model, "pos_embed", None)
     if positions is None or positions.dim() != 3:
         return None, 0
-    return patch, positions.shape[1] - model.patch_embed.num_patches
+    return model.patch_embed.patch_size[0], positions.shape[1] - model.patch_embed.num_patches
 
 
 def _grid(positions: torch.Tensor, tokens: int) -> int:
@@ -488,18 +462,17 @@ def _grid(positions: torch.Tensor, tokens: int) -> int:
 def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Interpolate a position embedding to the model's image size, as torchvision or timm does."""
     state = model.state_dict()
-    name = next((name for name in _POSITIONS if name in weights and name in state), None)
-    if name is None or weights[name].shape == state[name].shape:
-        return weights
-    _, tokens = _patch_and_tokens(model)
-    if not _grid(weights[name], tokens):
-        return weights
-    positions = weights[name].float()
-    if hasattr(model, "patch_embed"):
-        from timm.layers import resample_abs_pos_embed
+    for name in weights.keys() & state.keys() & set(_POSITIONS):
+        _, tokens = _patch_and_tokens(model)
+        positions = weights[name].float()
+        if positions.shape == state[name].shape or not _grid(positions, tokens):
+            continue
+        if hasattr(model, "patch_embed"):
+            from timm.layers import resample_abs_pos_embed
 
-        return weights | {name: resample_abs_pos_embed(positions, model.patch_embed.grid_size, None, tokens)}
-    return weights | interpolate_embeddings(model.image_size, model.patch_size, {name: positions})
+            return weights | {name: resample_abs_pos_embed(positions, model.patch_embed.grid_size, None, tokens)}
+        return weights | interpolate_embeddings(model.image_size, model.patch_size, {name: positions})
+    return weights
 
 
 def _find_heads(source: _Source, arch: str) -> int | None:

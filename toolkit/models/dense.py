@@ -1,8 +1,7 @@
 """A class for every pixel: the maps of a backbone, a linear head over all of them, and images that are read in windows.
 
-The head is linear in the features of a pixel: those of several stages, each enlarged to the finest. A 1x1 product and
-bilinear enlargement commute, so that each stage's answers are enlarged and added, and no wide map is ever made. The
-head can therefore start as the linear probe of pixels, fitted as that of images is.
+The head is linear in the features of a pixel from several stages, each enlarged to the finest. A 1x1 product and
+bilinear enlargement commute, so each stage's answers are enlarged and added, and no wide map is ever made.
 """
 
 import math
@@ -41,9 +40,8 @@ class DenseHead(nn.Module):
 class DenseModel(nn.Module):
     """A backbone that answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S).
 
-    The backbone is a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`. Its
-    classifier head becomes an identity. K are the classes, S is the image size in pixels, C are the channels.
-    Raises InputError if the backbone has no maps that can be read.
+    It is a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`, and loses its head.
+    Raises InputError if it has no maps that can be read.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, image_size: int, channels: int = 3):
@@ -91,7 +89,7 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _read(backbone: nn.Module) -> list[int]:
-    """Which of the maps of a model of timm are read: those of all its stages, or of some of its many blocks."""
+    """Which of the maps of a model of timm are read: of all its stages, or of some of its many blocks."""
     number = len(backbone.feature_info)
     has_stages = len({info["reduction"] for info in backbone.feature_info}) > 1
     if number > 2 * MAPS:
@@ -159,11 +157,8 @@ def answers_by_rows(
 ) -> Iterator[Tensor]:
     """The logits (K, rows, width) for an image of any size, from its top downwards. Memory grows with its width alone.
 
-    Args:
-        read: of a first and a last row, exclusive, the normalised image, (C, rows, width).
-        size: of the windows, in pixels.
-        answer: windows (n, C, size, size) -> logits (n, K, size, size); where windows overlap, their weighted mean is
-            taken, on the device of the logits.
+    `read` gives rows of the normalised image, (C, last - first, width). `answer` maps windows (n, C, size, size) to
+    logits (n, K, size, size), of which the weighted mean is taken where windows overlap, on their device.
     """
     tops = window_starts(height, size)
     lefts = window_starts(width, size)
