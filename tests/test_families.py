@@ -63,7 +63,7 @@ def test_a_family_goes_by_its_name_and_bands_by_what_is_typed(capsys):
     assert values(found) == (10000, [0], [1], None)
     assert found.normalise is None  # config.yaml then holds the numbers
     assert "of ssl4eo-s12 (torchgeo" in capsys.readouterr().out
-    for typed, expected in ((None, ["4", "2"]), (["B04", "B02"], ["B04", "B02"])):
+    for typed, expected in ((None, ["4", "2"]), (["3", "1"], ["3", "1"])):
         found = known_scaling(Scaling(bands=typed), 2, TOLD | {"bands": ["4", "2"]}, "stage1.pth")
         assert values(found) == (5, [1, 2], [3, 4], expected)
 

@@ -207,7 +207,7 @@ def band_files() -> dict[str, bytes]:
     return {
         "tif": bytes_of(tifffile.imwrite, levels, **how),
         "npy": bytes_of(np.save, levels),
-        "npz": bytes_of(np.savez, a=levels[..., 0], b=levels[..., 1], c=levels[..., 2]),
+        "npz": bytes_of(np.savez, levels),
     }
 
 

@@ -36,8 +36,6 @@ _NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels w
 _LARGEST = 1e38  # of numbers; ArcGIS marks pixels without data by -3.4e38
 # Pillow goes by a file's content, and would start Ghostscript for an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
-# The names of red, green and blue: Sentinel-2's, and plain ones.
-_COLOURS = (("R", "G", "B"), ("red", "green", "blue"), ("B4", "B3", "B2"), ("B04", "B03", "B02"))
 
 
 class WrongBands(ValueError):
@@ -49,14 +47,13 @@ class Bands:
     """Which bands are read from each image file, and how."""
 
     channels: int  # how many the network takes
-    # The bands of a file that become the channels, in order: numbers from 1, names of the arrays in an .npz, or ZEROS.
-    # Empty: all bands in the file's order.
+    # The numbers of a file's bands, from 1, that become the channels, in order, or ZEROS. Empty: all as they are.
     chosen: tuple[str, ...] = ()
     scale: float = 1.0  # by which all values are divided
 
     def read(self, content: bytes) -> np.ndarray:
         """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
-        return self.picked(*decoded(content))
+        return self.picked(decoded(content))
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
         """The bands of the image at a path."""
@@ -78,15 +75,14 @@ class Bands:
         except (ValueError, OSError) as error:
             raise InputError(f"{name or 'an image'}: {printable(error)}") from None
 
-    def picked(self, array: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
-        """The chosen ones of an image's bands (H, W, bands), which have these names, or else numbers from 1."""
+    def picked(self, array: np.ndarray) -> np.ndarray:
+        """The chosen ones of an image's bands, (H, W, bands)."""
         if self.chosen:
-            names = names or list(map(str, range(1, array.shape[2] + 1)))
-            if missing := sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index):
-                raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-            found = dict(zip(names, np.moveaxis(array, 2, 0), strict=True))
-            found[ZEROS] = np.zeros(array.shape[:2], np.float32)
-            array = np.stack([found[name] for name in self.chosen], axis=-1)
+            count = array.shape[2]
+            if missing := [band for band in self.chosen if not band.isdecimal() or int(band) > count]:
+                raise WrongBands(f"it has no band {listed(missing)}, but 1 to {count}")
+            zeros = np.zeros((*array.shape[:2], 1), np.float32)
+            array = np.concatenate([zeros, array], axis=2)[..., list(map(int, self.chosen))]
         return self._checked(array)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
@@ -105,9 +101,6 @@ class Bands:
         likely = [0, 1, 2][: max(1, self.channels // 3 * 3)]
         if self.channels >= 11 and not self.chosen:  # all bands of Sentinel-2, or of Landsat 8
             likely = [3, 2, 1]
-        for names in _COLOURS:
-            if set(names) <= set(self.chosen):
-                likely = list(map(self.chosen.index, names))
         levels = image[likely].numpy()
         low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
         levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
@@ -149,16 +142,13 @@ def import_tifffile() -> ModuleType:
     return tifffile
 
 
-def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
-    """The content of an image file as (H, W, bands), float32, and the names of its bands, if they have some.
+def decoded(content: bytes) -> np.ndarray:
+    """The content of an image file as (H, W, bands), float32.
 
     Raises InputError if a package is missing, ValueError or a library's own error if the file is damaged.
     """
-    names = None
     nodata = _NOT_A_NUMBER
-    if content.startswith(b"PK"):
-        array, names = _from_npz(content)
-    elif content.startswith(b"\x93NUMPY"):
+    if content.startswith((b"PK", b"\x93NUMPY")):
         array = _bands_last(array_of(content))
     elif content[:4] in TIFF_BEGINS:
         array, nodata = levels_of_tiff(content)
@@ -172,19 +162,10 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str] | None]:
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             remote.check_size(math.prod(image.size) * len(image.getbands()), len(content))
+            if image.format == "JPEG2000":  # Pillow shifts numbers of fewer bits, as Sentinel-2's 15
+                raise ValueError("it is JPEG 2000, of which the numbers are not read: write a TIFF of it")
             array = _pixels(image)
-            if image.format == "JPEG2000":
-                array = _of_own_bits(array, content)
-    return floats(array, nodata), names
-
-
-def _of_own_bits(levels: np.ndarray, content: bytes) -> np.ndarray:
-    """The numbers of a JPEG 2000 file. Pillow shifts those of fewer bits, as Sentinel-2's 15, to fill 8 or 16."""
-    depth = content[content.find(b"\xff\x4f\xff\x51") + 42]  # of the first band; 128 or more for numbers with a sign
-    bits = depth % 128 + 1
-    if depth >= 128 or bits > 8 * levels.itemsize:
-        raise ValueError(f"it is JPEG 2000 of {bits} bits in colours or with a sign, which lose some: write a TIFF")
-    return levels >> 8 * levels.itemsize - bits
+    return floats(array, nodata)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -211,27 +192,18 @@ def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
     return _bands_last(array), nodata
 
 
-def _from_npz(content: bytes) -> tuple[np.ndarray, list[str] | None]:
-    """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
-    arrays = array_of(content)
-    if len(arrays) == 1:
-        return _bands_last(*arrays.values()), None
-    shapes = {array.shape for array in arrays.values()}
-    if len(shapes) != 1 or len(*shapes) != 2:
-        raise ValueError(f"its arrays ({listed(arrays)}) are neither one image nor bands of one size, (H, W) each")
-    return np.stack(list(arrays.values()), axis=-1), list(arrays)
-
-
-def array_of(content: bytes) -> Any:
-    """The array of an .npy file, or a dictionary with those of an .npz."""
+def array_of(content: bytes) -> np.ndarray:
+    """The array of an .npy file, or the one of an .npz."""
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             remote.check_size(sum(member.file_size for member in archive.infolist()), len(content))
     try:
         loaded = np.load(io.BytesIO(content), allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        return {name: np.asarray(array) for name, array in loaded.items()}  # of what is no array these are bytes
+        if not isinstance(loaded, np.ndarray):
+            if len(loaded.files) != 1:
+                raise ValueError(f"it has {len(loaded.files)} arrays ({listed(loaded.files)}), and an image is one")
+            loaded = loaded[loaded.files[0]]
+        return np.asarray(loaded)  # of what is no array these are bytes
     except MemoryError:
         raise ValueError("its header says that it is larger than it can be") from None
 
@@ -296,40 +268,40 @@ def measured(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.n
 def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str, Any]:
     """Decide how the images of a run are normalised: `mean` and `std` of each channel, and `bands` (None: photographs).
 
-    Measures some training images and prints the result. Raises InputError if their values after normalisation are far
-    from any that networks are trained on.
-
-    What `scaling` says takes precedence over the values of the arch; `images` are the training images.
+    What `scaling` says takes precedence over the values of the arch. Measures some of the training `images`, and prints
+    the result. Raises InputError if their values after normalisation are far from any that networks are trained on.
     """
     bands = bands_of(scaling, channels)
-    if bands is None:
-        some = images.at_most(4)
-        with suppress(InputError):  # of a file that cannot be read, which is told when its turn comes
-            brightest = max(np.asarray(some[i][0]).max() for i in range(len(some)))
-            if brightest < DARK:
-                dark = f"images: no level of {len(some)} training images is above {brightest} of 255, as with 12 bits"
-                print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
+    if bands is None:
+        _warn_of_dark(images.at_most(4))
     if bands is not None or scaling.normalise:
-        images = images.at_most(MEASURED_IMAGES)
-        as_array = getattr(bands, "array", np.asarray)
-        found = measured(as_array(images[i][0]) for i in range(len(images)))
+        some = images.at_most(MEASURED_IMAGES)
+        found = measured(np.asarray(some[i][0]) for i in range(len(some)))
+    source = ""
     if scaling.normalise:
-        scale = getattr(bands, "scale", 255.0)
+        source = f", measured on {len(some)} training images"
+        scale = 255.0 if bands is None else bands.scale
         level, deviation, *_ = found
         varies = deviation > 1e-6 * np.maximum(1, np.abs(level))
-        mean = (level / scale).tolist()
-        std = np.where(varies, deviation / scale, 1).tolist()
+        mean = level / scale
+        std = np.where(varies, deviation / scale, 1)
     mean, std = (tuple(np.broadcast_to(np.array(numbers, float), channels).tolist()) for numbers in (mean, std))
     if bands is not None:
         chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
-        source = f", measured on {len(images)} training images" if scaling.normalise else ""
         then = f"then mean {_distinct(mean)}, std {_distinct(std)}{source}"
         print(f"images: {channels} channels{chosen}, divided by {bands.scale:g}; {then}")
         _check_values(found, bands, std)
     return {"mean": mean, "std": std, "bands": bands}
+
+
+def _warn_of_dark(images: Any) -> None:
+    with suppress(InputError):  # of a file that cannot be read, which is told when its turn comes
+        if max(np.asarray(images[i][0]).max() for i in range(len(images))) < DARK:
+            dark = f"images: no level of {len(images)} training images is above {DARK} of 255, as with 12 bits"
+            print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
 
 
 def _distinct(numbers: Sequence[float]) -> str:

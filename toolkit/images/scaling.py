@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from toolkit import InputError
+from toolkit import InputError, listed
 from toolkit.models.names import check_channels
 
 
@@ -32,6 +32,8 @@ def option_problems(scaling: Scaling, channels: int | None) -> list[str]:
         problems.append(f"--normalise {scaling.normalise} brings its own --scale, --mean and --std: drop one of them")
     if bool(scaling.mean) != bool(scaling.std):
         problems.append("--mean and --std belong together: give both, one number or one for each channel")
+    if names := [band for band in scaling.bands or () if not band.isdecimal()]:
+        problems.append(f"--bands {listed(names)}: give numbers from 1, or 0 for zeros; a file has all bands, stacked")
     if min(scaling.std or (1.0,)) <= 0:
         problems.append("--std: a standard deviation is above 0")
     if channels is not None:

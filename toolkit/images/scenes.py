@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,6 @@ class Scene:
     dtype: np.dtype
     offset: int = 0
     bands_axis: int = 2
-    names: Sequence[str] | None = None  # of the bands
     nodata: float = 0.0
     like: str | None = None  # the TIFF whose georeference the image has, if any
 
@@ -49,7 +48,7 @@ class Scene:
             rows = np.array(levels[first:last])
             if self.bands is None:
                 return rows[..., :3]
-            return self.bands.picked(reading.floats(rows, self.nodata), self.names)
+            return self.bands.picked(reading.floats(rows, self.nodata))
 
 
 @contextmanager
@@ -96,13 +95,12 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Scene | None:
 
 
 def _decoded(path: str, bands: Bands | None, scratch: Any) -> Scene:
-    names = None
     if bands is None:
         with reading.open_image(path) as image:
             levels = np.asarray(to_rgb(image))
     else:
-        levels, names = reading.decoded(remote.read(path))
+        levels = reading.decoded(remote.read(path))
     scratch.seek(0)  # `_in_tiff` may have begun to write
     scratch.write(np.ascontiguousarray(levels))
     scratch.flush()
-    return Scene(path, bands, scratch, levels.shape, levels.dtype, names=names)
+    return Scene(path, bands, scratch, levels.shape, levels.dtype)
