@@ -1,9 +1,7 @@
 """MoCo: a query encoder learns to recognise, among many keys, the one that comes from the same image.
 
-v2 (arXiv 1911.05722, 2003.04297) holds the other keys in a queue, v3 (2104.02057) takes them from the batch.
-In both, the key encoder is a moving average of the query encoder. Written from the papers.
-
-With several processes (`toolkit.distributed`) each has its share of the images, and contrasts with the keys of all.
+v2 (arXiv 1911.05722, 2003.04297) holds the other keys in a queue, v3 (2104.02057) takes them from the batch. In both,
+the key encoder is a moving average of the query encoder. Each of several processes contrasts with the keys of all.
 """
 
 import copy
@@ -56,11 +54,10 @@ class MomentumContrast(nn.Module):
 
 
 class MoCo(MomentumContrast):
-    """v2: InfoNCE against a queue of keys (1911.05722, algorithm 1), a projector with a hidden layer.
+    """v2: InfoNCE against a queue of K keys (1911.05722, algorithm 1), a projector with a hidden layer.
 
     BatchNorm normalises in each process by itself. So that its statistics cannot tell which key belongs to which query,
     keys are computed in another order than queries (section 3.3, shuffling BN). One process need not shuffle its batch.
-    `dim` is the width of q and k, K the number of keys in the queue.
     """
 
     def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2):
@@ -99,8 +96,6 @@ class MoCoV3(MomentumContrast):
 
     A ViT gets fixed sine-cosine positions, unless its positions are frozen already, and a frozen patch embedding,
     without which its training is unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
-
-    `dim` is the width of q and k, `mlp_dim` that of the hidden layers of projector and predictor.
     """
 
     def __init__(self, backbone, dim: int = 256, mlp_dim: int = 4096, m: float = 0.99, T: float = 0.2):

@@ -1,4 +1,4 @@
-"""The options of stage 1, beside those that it shares with fine-tuning. They are read before PyTorch is loaded."""
+"""The options of stage 1 that fine-tuning has not. They are read before PyTorch is loaded."""
 
 import argparse
 from collections.abc import Sequence

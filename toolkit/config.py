@@ -26,9 +26,7 @@ from toolkit import SHIPPED, VERSION, InputError, check_file, did_you_mean, prin
 SECTIONS = ("model", "data", "moco", "finetune")
 SETTLED = "settled"  # in the config.yaml of a run: what it made of its options, which is not asked of another run
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Option values: argparse `type=` functions, used for flags and YAML values alike
-
+# --------------------------------------------------------- option values: types for flags and YAML values alike
 
 # The largest values accepted. Tensors, loaders and generators can take such an int; the product of a few such floats is
 # finite in float32.
@@ -128,16 +126,15 @@ def parse_args(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
 
-    Returns the options (`config` is the file used, or None), and the source of each value: 'default', 'config' or
-    'command line'. Raises InputError with every problem of both the command line and the file, one per line.
-
     Args:
         parser: has `--config`. Options outside the groups of the YAML sections are for the command line only.
         default_config: from the command line's values, unconverted and by `dest`, the YAML file if they name none.
-        check: from what this function returns, which it may complete, and from the options to which the command line
-            gives another value than their default: what is wrong with the options together. One that is wrong by itself
-            has its default there.
+        check: from what this function returns, which it may complete, and the names of the options that the command
+            line changes, what is wrong with the options together. One that is wrong by itself has its default there.
         ignored: by section, the keys of the file that are options of the other script alone.
+
+    Returns the options (`config` is the file used, or None), and the source of each value: 'default', 'config' or
+    'command line'. Raises InputError with every problem of both the command line and the file, one per line.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     typed, problems = _read_command_line(parser, argv)
@@ -185,9 +182,13 @@ def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any],
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
     """The typed values, unconverted, and problems with their names. argparse alone would stop at the first problem."""
+
+    def error(message: str) -> None:
+        raise InputError(message)
+
     lenient = copy.deepcopy(parser)
     lenient.print_help = parser.print_help
-    lenient.error = _raise_input_error
+    lenient.error = error
     lenient._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for an option
     for action in lenient._actions:
         action.default = argparse.SUPPRESS
@@ -208,17 +209,10 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         if word.startswith("-"):
-            problem = f"no such option{_hint(word.split('=')[0], known)}; see {see}"
-        elif before.startswith("-"):  # a word after an unknown option is most likely its value
-            continue
-        else:
-            problem = f"unexpected argument; see {see}"
-        problems.append(f"{printable(word)}: {problem}")
+            problems.append(f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}")
+        elif not before.startswith("-"):  # a word after an unknown option is most likely its value
+            problems.append(f"{printable(word)}: unexpected argument; see {see}")
     return problems
-
-
-def _raise_input_error(message: str) -> None:
-    raise InputError(message)
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -233,35 +227,31 @@ class _ConfigLoader(yaml.SafeLoader):
         return mapping
 
 
-def _load_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises InputError, in one line, for a file that is no YAML."""
-    check_file(path)
-    try:
-        return yaml.load(path.read_bytes(), _ConfigLoader)  # a SafeLoader
-    except OSError as error:
-        reason = f"cannot read it: {error.strerror}"
-    except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
-        reason = f"not valid YAML: {type(error).__name__}: {printable(' '.join(str(error).split()), 500)}"
-    raise InputError(f"--config {path}: {reason}")
-
-
 def _read_config(
     parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping[str, Collection[str]]
 ) -> Iterator[tuple[str, str, Any]]:
     """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
+    content: Any = ""
     try:
-        content = _load_yaml(path)
+        check_file(path)
+        content = yaml.load(path.read_bytes(), _ConfigLoader)  # a SafeLoader
     except InputError as error:
         problems.append(str(error))
-        return
-    if not isinstance(content, dict | None):
-        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
+    except OSError as error:
+        problems.append(f"--config {path}: cannot read it: {error.strerror}")
+    except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
+        reason = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 500)}"
+        problems.append(f"--config {path}: not valid YAML: {reason}")
+    else:
+        if not isinstance(content, dict | None):
+            problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
+    if not isinstance(content, dict):
         return
     section_of: dict[str, str] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
             section_of |= {action.dest: group.title for action in group._group_actions}
-    for section, entries in (content or {}).items():
+    for section, entries in content.items():
         if section not in (*SECTIONS, SETTLED):
             problems.append(f"{printable(section)}: no such section in {path}{_hint(section, SECTIONS, section_of)}")
         elif not isinstance(entries, dict | None):
@@ -377,8 +367,8 @@ def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[s
 
 def asked_sections(sections: Mapping[str, type], args: Any, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Of `stored_sections` what was typed or is in a YAML file: a default may follow from other options."""
-    asked = stored_sections(sections, args)
-    for title, values in asked.items():
+    asked: dict[str, dict[str, Any]] = {}
+    for title, values in stored_sections(sections, args).items():
         asked[title] = {name: value for name, value in values.items() if sources[name] != "default"}
     return asked
 

@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node=2 finetune_lora.py --data-dir my_images        # a GPU each, or two processes on the CPU
 
-With W processes, the share of the process of rank k is the images k, k + W, k + 2 W, ... In a run of one process every
-function here leaves things as they are.
+With W processes, process k has the images k, k + W, k + 2 W, ... With one process nothing here does anything.
 """
 
 import contextlib

@@ -47,7 +47,9 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        advice = "check the folder and its free space" + "; the previous file is intact" * path.is_file()
+        advice = "check the folder and its free space"
+        if path.is_file():
+            advice += "; the previous file is intact"
         raise InputError(f"cannot write {path}: {cause.strerror or cause}; {advice}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -96,13 +98,9 @@ def make_folder(path: Path) -> None:
 def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool = False) -> Any:
     """The content of a `torch.save` file, tensors on the CPU, without running anything in it.
 
-    Reads what `torch.load(weights_only=True)` reads, and numpy numbers and argparse.Namespace.
-
-    Args:
-        path: a file in the zip format, or in the one that PyTorch wrote before 1.6.
-        mapped: leave the tensors of a zip file on disk until they are used. On Windows the file cannot be replaced
-            while one of them lives.
-        objects: if the file is a dictionary with objects of other classes, read these as empty `ForeignObject`s.
+    Reads what `torch.load(weights_only=True)` reads, in the format of before PyTorch 1.6 too, and numpy numbers and
+    argparse.Namespace. With `mapped` the tensors of a zip file stay on disk until they are used; with `objects` objects
+    of other classes in a dictionary become empty `ForeignObject`s.
 
     Raises InputError if the file cannot be read, is damaged, or holds something else.
     """
@@ -204,12 +202,9 @@ def describe_header(header: bytes) -> str:
 
 def is_plain_tensor(value: Any) -> bool:
     """Can the value be copied into a parameter or buffer? 8-bit floats cannot: without scales they mean nothing."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.dtype in _PLAIN_DTYPES
-        and value.layout == torch.strided
-        and value.device.type == "cpu"  # not meta, which holds no numbers
-    )
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # such as meta, which holds no numbers
+        return False
+    return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
 
 
 _PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}

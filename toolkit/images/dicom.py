@@ -4,9 +4,6 @@ import contextlib
 import io
 import itertools
 import os
-import zlib
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +14,7 @@ from toolkit.images import remote
 SUFFIXES = (".dcm", ".dicom")
 _MARK = slice(128, 132)
 _INSTALL = "pydicom pylibjpeg[all]"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # the mark of files that pydicom would inflate to any size
 
 
 def is_dicom(path: str | os.PathLike, content: bytes = b"") -> bool:
@@ -55,7 +53,8 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The numbers, and their greys from 0 to 1, both with high numbers bright. Raises pydicom's errors."""
     pydicom = optional_package("pydicom", "a DICOM file", _INSTALL)
     pixels = optional_package("pydicom.pixels", "a DICOM file", _INSTALL)  # from its release 3 on
-    _check_inflated(content, pydicom.filereader)
+    if _DEFLATED in content:
+        raise ValueError("it is compressed as a whole: write it anew without, as dcmconv does")
     dataset = pydicom.dcmread(io.BytesIO(content))
     shared = dataset.get("SharedFunctionalGroupsSequence", ())
     own = dataset.get("PerFrameFunctionalGroupsSequence", ())[:1]
@@ -72,7 +71,11 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         return array, array
     rescaled = pixels.apply_rescale(array, dataset)
     numbers = rescaled.astype(np.float64)
-    dark, bright = _ends(dataset, pixels)  # and not those of this image: the same tissue is to be the same grey
+    # What the stored bits can hold, and not the ends of this image: the same tissue is to be the same grey.
+    ends = np.array([0, 2**dataset.BitsStored - 1])
+    if dataset.PixelRepresentation:  # they have a sign
+        ends -= 2 ** (dataset.BitsStored - 1)
+    dark, bright = pixels.apply_rescale(ends, dataset).tolist()
     low, high = sorted((dark, bright))  # which a negative slope exchanges
     greys = (numbers - low) / (high - low)
     with contextlib.suppress(ValueError):  # a window without width, or of an unknown kind, is none
@@ -84,27 +87,3 @@ def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # high numbers are dark
         numbers, greys = low + high - numbers, 1 - greys
     return numbers, greys.clip(0, 1)
-
-
-def _check_inflated(content: bytes, reader: ModuleType) -> None:
-    """Raise ValueError for a deflated file of more than an image can have: pydicom would inflate it to any size."""
-    file = io.BytesIO(content)
-    reader.read_preamble(file, force=False)
-    meta = reader.read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)  # the first group alone
-    if meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        inflater.decompress(file.read(), max(remote.LARGE_IMAGE, remote.MOST_COMPRESSED_IF_LARGE * len(content)))
-        if inflater.unconsumed_tail:
-            raise ValueError("it is compressed by more than an image can be")
-
-
-def _ends(dataset: Any, pixels: ModuleType) -> tuple[float, float]:
-    """What the smallest and the largest number mean that the stored bits can hold: in their unit, after the rescale."""
-    if "BitsStored" not in dataset:  # numbers with decimals
-        return 0.0, 1.0
-    if table := dataset.get("ModalityLUTSequence"):
-        return 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
-    numbers = np.array([0, 2**dataset.BitsStored - 1])
-    if dataset.PixelRepresentation:  # they have a sign
-        numbers -= 2 ** (dataset.BitsStored - 1)
-    return tuple(pixels.apply_rescale(numbers, dataset).tolist())

@@ -1,7 +1,6 @@
-"""The scale, mean and std with which published checkpoints were pretrained.
+"""The scale, mean and std with which published checkpoints were pretrained, by their names.
 
-A checkpoint may state them itself, as those of stage 1 and CEM500K do. Otherwise the name of a published file tells its
-family, or `--normalise` does. Wrong units are this field's commonest silent error: whatever is taken is printed.
+Wrong units are this field's commonest silent error: whatever is taken is printed.
 """
 
 import re
@@ -94,11 +93,13 @@ def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], fil
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     bands = values.pop("bands")
-    is_usual = bands is None and values == normalization(metadata["arch"])
-    if is_usual or channels != getattr(bands, "channels", 3):
+    if channels != len(values["mean"]) or (bands is None and values == normalization(metadata["arch"])):
         return given
-    chosen = given.bands or (bands and list(bands.chosen)) or None
-    scale = given.scale or (bands and bands.scale)
+    chosen = given.bands
+    scale = given.scale
+    if bands is not None:
+        chosen = chosen or list(bands.chosen) or None
+        scale = scale or bands.scale
     taken = "mean, std and bands" if given.scale else "scale, mean, std and bands"
     print(f"images: {taken} as in the pretraining, which {printable(Path(file).name)} says")
     return Scaling(scale, list(values["mean"]), list(values["std"]), chosen)

@@ -91,7 +91,8 @@ def evaluation_folder(root: Path) -> Path:
     test = root / "test"
     if remote.is_folder(test):
         found.append(test)
-        print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
+        left_alone = f"; {test} is left alone" if len(found) > 1 else ""
+        print(f"evaluating on {found[0]}{left_alone}")
     if not found:
         names = "/, ".join(EVALUATION_NAMES)
         raise InputError(f"{root} has train/ but no {names}/ or test/: add one", ", or name it with --val-dir")
@@ -175,8 +176,8 @@ def without_suffix(name: str) -> str:
 def places_below(folder: Path, names: Iterable[PurePath]) -> list[Path]:
     """Where what is made of images goes: below `folder` as their names say, without the suffix of an image.
 
-    Lists, and archives that a stranger sends, name images as they like: what would lead upwards, or to the root, is
-    left out. Raises InputError where two images have one place, and where a link leads out of the folder.
+    What would lead upwards or to the root is left out: anybody may have named images in a list or archive. Raises
+    InputError where two images have one place, and where a link leads out of the folder.
     """
     places = []
     for name in names:

@@ -1,8 +1,4 @@
-"""Maps, what a model answers for each pixel of an image, as files; and its place on Earth, which they take.
-
-A place is in the tags of OGC's GeoTIFF 1.1 (19-008r4): a pixel's position and the size of all, or a matrix, in degrees
-or in units of the projection of an EPSG code.
-"""
+"""Maps, what a model answers for each pixel, as files; and their place on Earth, in OGC's GeoTIFF 1.1 (19-008r4)."""
 
 import itertools
 import os
@@ -78,17 +74,16 @@ def write_map(
     first = next(parts)
     shape = (height, width, *first.shape[2:])
     extra = georeference(like, step)
-    where = 'name="DESCRIPTION" sample="{}" role="description"' if palette is None else 'name="class {}"'
+    where = 'name="DESCRIPTION" sample="{}" role="description"'
+    look = {"photometric": "minisblack"}
+    if palette is not None:
+        where = 'name="class {}"'
+        extra.append((_GDAL_NODATA, "s", 0, str(NO_CLASS), True))
+        look = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
+        look["colormap"][:, : len(palette)] = np.round(palette.T * 65535)
     items = "".join(f"<Item {where.format(i)}>{escape(name)}</Item>" for i, name in enumerate(names))
     if items:
         extra.append((_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True))
-    colours = None
-    kind = "minisblack"
-    if palette is not None:
-        extra.append((_GDAL_NODATA, "s", 0, str(NO_CLASS), True))
-        kind = "palette"
-        colours = np.zeros((3, 256), np.uint16)
-        colours[:, : len(palette)] = np.round(palette.T * 65535)
     with open_atomically(path) as file:
         is_large = np.prod(shape, dtype=float) * first.dtype.itemsize > 2**31
         with import_tifffile().TiffWriter(file, bigtiff=bool(is_large)) as writer:
@@ -98,9 +93,8 @@ def write_map(
                 dtype=first.dtype,
                 tile=(_TILE, _TILE),
                 compression="deflate",
-                photometric=kind,
                 planarconfig="contig",
-                colormap=colours,
+                **look,
                 software=MADE_BY,
                 extratags=extra,
                 metadata=None,

@@ -1,8 +1,7 @@
 """Images in tar archives, as the webdataset library writes them: `000123.jpg` and, if it has a label, `000123.cls`.
 
 A million small files are slow to list and to open on network storage; a few hundred archives are not. They are not
-streamed, as in webdataset, but indexed: a run finds where each image lies, and reads it from there. So an epoch uses
-each image once, can be resumed in the middle, and is shared exactly by several processes (`data.Batches`).
+streamed, as in webdataset, but indexed, so that an epoch uses each image once and can be resumed in the middle.
 """
 
 import os

@@ -18,10 +18,7 @@ SPLIT_SEED = 0
 
 
 def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int) -> np.ndarray:
-    """Is each image in the part, (N,)? It draws a number in [0, 1) from its key, and is if that is below `share`.
-
-    What an earlier turn left has no small numbers any more, so each turn draws anew.
-    """
+    """Is each image in the part, (N,)? It is if the number in [0, 1) drawn by its key and turn is below `share`."""
     # An image that is listed twice has one number, and stays on one side.
     drawn, place, same = np.unique(_drawn(keys, turn), return_index=True, return_inverse=True)
     labels = np.asarray(labels)[place]
@@ -41,10 +38,7 @@ def _drawn(keys: Iterable[str], turn: int) -> np.ndarray:
 
 
 def at_random(labels: Sequence[int], share: float) -> np.ndarray:
-    """Is each image of a set that never changes in the part, (N,)? It is this share of each class to the nearest image.
-
-    At least one image of each class is, and never all of it; a class of a single image stays out.
-    """
+    """Is each image of a set that never changes in the part, (N,), which has this share of each class, and not all?"""
     rng = np.random.RandomState(SPLIT_SEED)
     labels = np.asarray(labels)
     in_part = np.zeros(len(labels), bool)
@@ -68,9 +62,7 @@ def some_of_each(labels: Sequence[int], count: int, class_names: Sequence[str], 
 
 
 def strata(values: torch.Tensor) -> torch.Tensor:
-    """For each image the rarest label that it has, (N,), or K: a split or a choice that has its share of each of these
-    has its share of rare labels. `values` (N, K) are 1 where an image has the label.
-    """
+    """For each image the rarest label that it has, (N,), or K. `values` (N, K) are 1 where an image has the label."""
     has = values == 1
     labels = values.shape[1]
     rarest_first = has.sum(0).argsort(stable=True)
@@ -79,9 +71,7 @@ def strata(values: torch.Tensor) -> torch.Tensor:
 
 
 def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int) -> np.ndarray:
-    """Is each image in the part, (N,)? It is the one of about 1 / share equal parts, each of whole `groups` (N,),
-    without which the rest keeps the most classes. Raises InputError if all images are in one group.
-    """
+    """Is each image in the part, (N,): of 1 / share parts of whole groups the one that costs the fewest classes?"""
     labels = np.asarray(labels)
     count = min(round(1 / share), len(np.unique(groups)))
     if count < 2:

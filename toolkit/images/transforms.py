@@ -63,9 +63,8 @@ def _name(image: Image.Image) -> str:
 class View:
     """Any PIL image -> (3, S, S): a rectangle of it, by its width and height, resized; then `steps`, if any.
 
-    An array (H, W, C) becomes (C, S, S), with its own values; `bands` are read of files that are no photographs.
-    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has enough
-    pixels. This takes a third of the time for a photograph of 12 megapixels.
+    An array (H, W, C) becomes (C, S, S), with its own values; `bands` are read of files that are no photographs. A JPEG
+    is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has enough pixels: in a third of the time.
     """
 
     def __init__(self, place: Callable[[int, int], "Place"], *steps: Callable, bands: Bands | None = None):
@@ -172,9 +171,8 @@ def eval_transform(
 ) -> View:
     """Any PIL image -> (3, image_size, image_size): its central 224/256, or all of it for sizes up to 64.
 
-    Without a size it is all of the image at its own pixels. Given what `Image.open` returns, it yields the same pixels
-    as evaluation. The channels are normalised by `mean` and `std`; see `backbones.normalization`. With `bands` it takes
-    arrays (H, W, channels), paths of files, and PIL images, and returns (channels, image_size, image_size).
+    Without a size it is all of the image at its own pixels. The channels are normalised by `mean` and `std`. With
+    `bands` it takes arrays (H, W, channels), paths and PIL images, and returns (channels, image_size, image_size).
     """
     tensor = _tensor(mean, std, bands)
     if image_size is None or image_size <= SEEN_WHOLE:
@@ -199,14 +197,11 @@ def train_transform(
     crop_min: float = CROP_MIN,
     bands: Bands | None = None,
 ) -> View:
-    """Any PIL image -> (3, image_size, image_size), for fine-tuning.
+    """Any PIL image -> (3, image_size, image_size), for fine-tuning; `mean`, `std`, `bands` as for `eval_transform`.
 
-    Args:
-        augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'trivial' (the same and one
-            more change of random strength: TrivialAugment, arXiv 2103.10158), 'affine' (a little rotation, shift and
-            scale, for digits and documents, which a flip would change into something else) or 'none'.
-        mean, std, bands: as for `eval_transform`. 'trivial' is for photographs and refuses bands.
-        crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
+    `augmentation` is 'crop' (random resized crop, of at least `crop_min` of the area, and horizontal flip), 'trivial'
+    (the same and TrivialAugment, arXiv 2103.10158; not for bands), 'affine' (a little rotation, shift and scale, for
+    digits and documents) or 'none'.
     """
     if augmentation == "none":
         return eval_transform(image_size, mean, std, bands)
@@ -230,13 +225,11 @@ def two_crops(
     std: Sequence[float] = IMAGENET_STD,
     bands: Bands | None = None,
 ) -> TwoCrops:
-    """The views that MoCo contrasts.
+    """The views that MoCo contrasts; `mean`, `std` and `bands` as for `eval_transform`.
 
-    Args:
-        augmentation: 'moco_v2' (2003.04297), 'moco_v3' (2104.02057: blur and solarisation differ between the two
-            views), or 'digits' (a little rotation, shift and scale, and noise: no flip, no colour).
-        crop_min: smallest share of the image's area in a crop, but for 'digits'.
-        mean, std, bands: as for `eval_transform`. With bands, their brightness varies instead of colour and grey.
+    `augmentation` is 'moco_v2' (2003.04297), 'moco_v3' (2104.02057: blur and solarisation differ between the two
+    views), each with crops of at least `crop_min` of the area, or 'digits' (a little rotation, shift and scale, and
+    noise: no flip, no colour). With bands, their brightness varies instead of colour and grey.
     """
     levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
