@@ -157,7 +157,7 @@ class Pretraining(RunState):
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
 
     def open_loaders(self, read: bands.Bands | None) -> dict[str, Any]:
-        """Make the loader of two views of each image, and those of the images to measure; return the normalisation."""
+        """Make the loader of two views of each image, and the loaders to measure by; return the normalisation."""
         args = self.args
         images, labelled = load_images(args, read)
         check_batch_size(args, len(images))
@@ -282,7 +282,7 @@ class Pretraining(RunState):
         return {name: tensor.cpu() for name, tensor in state.items() if name in names}  # readable without a GPU
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors."""
+        """What a checkpoint says apart from its tensors."""
         return {"epoch": self.epoch, "global_steps": self.global_steps, **self.identity}
 
     def state(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
             shards.read_shards(tmp_path)
 
     write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"1"})
-    refused(r"1 images in its archives have no label beside them: a\.tar/0\.jpg")
+    refused(r"1 images in its archives have no label next to them: a\.tar/0\.jpg")
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
         link = tarfile.TarInfo("0.cls")
         link.type = tarfile.SYMTYPE
@@ -257,7 +257,7 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
     assert list(folders.labelled_files(tmp_path, ["cat", "dog"]).names) == ["cat/a.png", "dog/b.gif"]
     place, kinds = capsys.readouterr().out.strip().split(": files that are not read as images: ")
     assert place == str(tmp_path) and kinds.startswith("3 .heic, ")
-    assert sorted(kinds.split(", ")) == ["1 .avif", "1 beside the class folders", "1 without suffix", "3 .heic"]
+    assert sorted(kinds.split(", ")) == ["1 .avif", "1 next to the class folders", "1 without suffix", "3 .heic"]
 
 
 def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):

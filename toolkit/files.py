@@ -168,7 +168,7 @@ def is_safetensors(path: str | os.PathLike) -> bool:
 def write_safetensors(
     tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write contiguous tensors, and the metadata beside them, whole or not at all."""
+    """Write contiguous tensors, and their metadata, whole or not at all."""
     with open_atomically(path) as file:
         file.write(safetensors.torch.save(tensors, metadata=metadata))
 
@@ -182,7 +182,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or printable(error)}") from None
-    except Exception as error:  # its own errors, and those of types unknown to PyTorch
+    except Exception as error:  # its own errors, and others for types unknown to PyTorch
         with open(path, "rb") as file:
             header = describe_header(file.read(12))
         problem = f"{printable(error)}; {header}; download or copy it again"

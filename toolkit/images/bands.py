@@ -227,7 +227,7 @@ def floats(array: np.ndarray, nodata: float = _NOT_A_NUMBER) -> np.ndarray:
 
 
 def bands_of(scaling: Scaling, channels: int) -> Bands | None:
-    """The `Bands` that are read for a network of so many channels; None: RGB photographs, which three channels are
+    """The `Bands` that are read for a network of `channels`; None: RGB photographs, which three channels are
     without --bands and --scale. Raises InputError if an option does not have one value for each channel.
     """
     for name, numbers in (("mean", scaling.mean), ("std", scaling.std)):
@@ -374,6 +374,6 @@ def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def are_numbers(values: Any, count: int) -> bool:
-    """Are these so many numbers in a list, which float64 can hold?"""
+    """Is this a list of `count` numbers that float64 can hold?"""
     is_list = type(values) is list and len(values) == count
     return is_list and all(type(value) in (int, float) and abs(value) < 1e300 for value in values)

@@ -34,7 +34,7 @@ class LabelledImages(Dataset):
 
     def __init__(self, source: Sequence[tuple[Any, int]], labels: Sequence[int], targets: torch.Tensor | None = None):
         self.source = source  # has (image, label) at each index
-        self.indices = np.arange(len(labels))  # those of the source that are meant, in order
+        self.indices = np.arange(len(labels))  # of the source, which are meant, in order
         self.labels = list(map(int, labels))  # without reading an image
         self.targets = targets
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
@@ -108,7 +108,7 @@ class LabelledImages(Dataset):
 
 
 def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]:
-    """What `look` finds at each of so many positions. Each process looks at its share of them."""
+    """What `look` finds at each position below `count`. Each process looks at its share of them."""
     share = range(distributed.rank(), count, distributed.world_size())
     shown = {"unit": what, "delay": 2, "mininterval": 1, "leave": False, "disable": not distributed.is_main()}
     with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock

@@ -83,7 +83,7 @@ def named_faults(path: str) -> Iterator[None]:
 
 
 def evaluation_folder(root: Path) -> Path:
-    """The folder beside train/ to evaluate on; test/ only where there is no other. Raises InputError for several."""
+    """The folder next to train/ to evaluate on; test/ only where there is no other. Raises InputError for several."""
     found = [root / name for name in EVALUATION_NAMES if remote.is_folder(root / name)]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)
@@ -144,8 +144,8 @@ def one_spelling(name: str) -> str:
 def labelled_files(folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None) -> ImageFiles:
     """All images below class folders; reports others. Raises InputError if all or, with `every`, one is empty."""
     folders = folders_by_class(folder)
-    beside = [name for name in visible_names(folder)[1] if name.lower().endswith(suffixes(bands))]
-    others = Counter(["beside the class folders"] * len(beside))
+    stray = [name for name in visible_names(folder)[1] if name.lower().endswith(suffixes(bands))]
+    others = Counter(["next to the class folders"] * len(stray))
     names = []
     labels = []
     empty = []
@@ -199,7 +199,7 @@ def places_below(folder: Path, names: Iterable[PurePath]) -> list[Path]:
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
     """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
 
-    Links are followed. `others` counts what is no image, by suffix, and masks, x_mask.png beside x.jpg, which without
+    Links are followed. `others` counts what is no image, by suffix, and masks, x_mask.png next to x.jpg, which without
     it are among the images. Raises InputError for a folder it cannot list.
     """
     found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))

@@ -237,7 +237,7 @@ def read_targets(
     Labels are named as `path,"a,b"`, where what is not named is no; or each has a column, in which 1 is yes, 0 is no,
     and -1 or nothing is unknown (as in CheXpert's lists). Numbers have columns, and nothing is unknown.
 
-    `truth` is 'labels' or 'numbers'; the other arguments are those of `read_list`, with one label column or several.
+    `truth` is 'labels' or 'numbers'; the other arguments are as for `read_list`, with one label column or several.
     Raises InputError for a file that is none of this, files that are not there, or two lines for one file.
     """
     titles, rows = _label_columns(path, group_by, label_columns)

@@ -112,7 +112,7 @@ _GREY = 0.6
 
 
 def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.ndarray:
-    """The colours of so many classes, (count, 3) from 0 to 1: those given, or fixed ones for each number."""
+    """The colours of `count` classes, (count, 3) from 0 to 1: those given, or fixed ones for each number."""
     if colours is not None:
         return np.array(colours, dtype=float) / 255
     first = np.array([tuple(bytes.fromhex(colour)) for colour in _OKABE_ITO]) / 255

@@ -2,7 +2,7 @@
 
 It is of this machine, or at an address: `s3://`, `gs://`, `https://` and what else fsspec reads.
 An address travels as a path, where // is /: `Path("s3://bucket/a.csv")` is `s3:/bucket/a.csv`. So its parent, and what
-lies beside it, are found as those of any path. Credentials are fsspec's business: an address that has some is refused.
+lies next to it, are found as for any path. Credentials are fsspec's business: an address that has some is refused.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def _streamed(system: Any, place: str, start: int, end: int) -> bytes:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, at_once: int = 2**22) -> Iterator[BinaryIO]:
-    """A file, or what is at an address, to be read in any order. Of the latter so many bytes are fetched at once."""
+    """A file, or what is at an address, to be read in any order. Of the latter `at_once` bytes are fetched."""
     if not is_remote(path):
         check_is_file(path)
         with open(path, "rb") as file:

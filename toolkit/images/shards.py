@@ -34,7 +34,7 @@ class ShardedImages(ImageFiles):
     """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive."""
 
     def __init__(self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, bands):
-        super().__init__(folder, names, [-1] * len(names), bands)  # names are those of the archive / its own
+        super().__init__(folder, names, [-1] * len(names), bands)  # the archive's name / its own
         self.shards = list(shards)
         self.places = places  # (number of the archive, offset in bytes, size in bytes) of each
 
@@ -73,7 +73,7 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
         raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(Counter(), bands)}")
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
-        raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
+        raise InputError(f"{folder}: {len(bare)} images in its archives have no label next to them: {listed(bare)}")
     return ShardedImages(folder, shards, names, np.array(places), bands), [text for text in texts if text is not None]
 
 

@@ -29,7 +29,7 @@ MOST_COMPARED = 20_000  # files; to read more of equal size would take seconds t
 class Splits(NamedTuple):
     train: LabelledImages
     val: LabelledImages
-    class_names: list[str]  # or those of the labels, or numbers, of which an image has several
+    class_names: list[str]  # or the names of labels or numbers, of which an image has several
     unlabelled: LabelledImages | None = None  # other images, whose labels are their positions
 
     def group_counts(self) -> str:
@@ -284,7 +284,7 @@ def _image_folder(
 
 
 def _train_folder(root: Path) -> Path:
-    """The train/ in a folder, or else the folder. Raises InputError if one of the two has masks beside its images."""
+    """The train/ in a folder, or else the folder. Raises InputError if one of the two has masks next to its images."""
     train = root / "train" if remote.is_folder(root / "train") else root
     for folder in (root, train):
         images, masks = pair_folders(folder)
@@ -318,7 +318,7 @@ def _in_folder(
     if shard_names(folder):
         files, labels = read_shards(folder, bands)
         if not labels:
-            unlabelled = f"{folder}: the images in its archives have no labels, a .cls beside each .jpg"
+            unlabelled = f"{folder}: the images in its archives have no labels, a .cls next to each .jpg"
             raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
         return _by_class(files, labels, folder, known, other)
     names = folders.class_folders(folder, at_least=1 if known else 2)

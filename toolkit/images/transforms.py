@@ -149,7 +149,7 @@ def whole(size: int | None, width: int, height: int) -> Place:
 
 
 def whole_along(shorter: int, width: int, height: int, enlarges: bool = True) -> Place:
-    """All of an image, so many pixels along its shorter side; or as it is if that enlarges it and is not to."""
+    """All of an image, `shorter` pixels along its shorter side; or as it is if that enlarges it and is not to."""
     side = min(width, height)
     if not enlarges:
         shorter = min(shorter, side)

@@ -30,13 +30,13 @@ HEAD_NAMES = ("fc", "heads", "head", "classifier")
 
 @dataclass
 class ModelRecord:
-    """What is known of a model beside its modules: `record_of`. A shallow copy of the model shares it."""
+    """What is known of a model that is not in its modules: `record_of`. A shallow copy of the model shares it."""
 
     head: tuple[str, ...] | None = None  # the names of the classifier head's modules; None: see `head_names`
     heads: int | None = None  # attention heads of a ViT, if they are not the arch's own
     base_digests: dict[str, str] | None = None  # SHA-256 of each tensor of the base by name; None: not taken yet
     # Interpolation rounds differently from one CPU to the next. So the digest above of a position embedding that was
-    # interpolated is that of the checkpoint's, and here is that of the one in the model.
+    # interpolated is the checkpoint's, and here is the model's.
     resized_digests: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)  # of the file whose adapter, without a name, is in use
     adapters: Any = None  # those with names: `lora.adapter_set.AdapterSet`
@@ -104,7 +104,7 @@ def input_channels(model: nn.Module) -> int:
 
 
 def _for_channels(model: nn.Module, channels: int) -> nn.Module:
-    """The model with a first convolution for so many channels, initialised as torchvision does; as it is for 3."""
+    """The model with a first convolution for `channels`, initialised as torchvision does; as it is for 3."""
     if channels == 3:
         return model
     name = first_convolution(model)

@@ -1,6 +1,6 @@
 """Loads the backbone from any checkpoint of the MoCo family, matched key by key.
 
-`load_backbone` knows the layouts in the table `_LAYOUTS`: those of the official code, v1 and v2 (arXiv 1911.05722,
+`load_backbone` knows the layouts in the table `_LAYOUTS`: of the official code, v1 and v2 (arXiv 1911.05722,
 2003.04297) and v3 (2104.02057), of projects that pretrain with MoCo, and of converted files. timm's names stay.
 """
 
@@ -169,7 +169,7 @@ def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 _POSITIONS = ("encoder.pos_embedding", "pos_embed")  # torchvision's and timm's
 
-# Other projects' names of layers -> those of timm's ViTs, or of torchvision's and timm's ResNets.
+# Other projects' names of layers -> the names in timm's ViTs, or in torchvision's and timm's ResNets.
 _Renames = tuple[tuple[str, str], ...]
 _SEQUENTIAL: _Renames = (  # an nn.Sequential of a ResNet's children
     (r"0\.", "conv1."),
@@ -196,7 +196,7 @@ class _Layout:
 
     family: str
     prefix: str = ""  # of the backbone's tensors
-    beside: tuple[str, ...] = ()  # prefixes of all other tensors, which are left out
+    others: tuple[str, ...] = ()  # prefixes of all other tensors, which are left out
     signs: tuple[str, ...] = ("",)
     entry: str = ""
     renames: _Renames = _SEQUENTIAL
@@ -354,9 +354,9 @@ def _recognise(
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
     encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
     others = {key: full for key, full in keys.items() if not key.startswith(layout.prefix)}
-    if unknown := [key for key in others if not key.startswith(layout.beside)]:
-        beside = f"beside the backbone at {layout.prefix}* it holds tensors of unknown use"
-        raise InputError(f"{path} ({layout.family}): {beside}: {listed(unknown)}")
+    if unknown := [key for key in others if not key.startswith(layout.others)]:
+        problem = f"apart from the backbone at {layout.prefix}* it holds tensors of unknown use"
+        raise InputError(f"{path} ({layout.family}): {problem}: {listed(unknown)}")
     return layout, encoder, list(others.values())
 
 

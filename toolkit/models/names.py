@@ -42,7 +42,7 @@ def default_heads(arch: str) -> int | None:
 
 
 def check_heads(arch: str, heads: int | None) -> None:
-    """Raise InputError if `arch` cannot have so many attention heads. None stands for its own, which always fit."""
+    """Raise InputError if `arch` cannot have this number of attention heads. None stands for its own."""
     if heads is None:
         return
     if arch not in VITS:
@@ -75,7 +75,7 @@ def timm_config(arch: str):
         raise InputError(f"{arch}: {error}") from None
     _, height, width = config.input_size
     if height != width:
-        raise InputError(f"{arch} takes images of {height} x {width} pixels; those of this toolkit are square")
+        raise InputError(f"{arch} takes images of {height} x {width} pixels; here images are square")
     return config
 
 
