@@ -196,7 +196,6 @@ class _Layout:
 
     family: str
     prefix: str = ""  # of the backbone's tensors
-    others: tuple[str, ...] = ()  # prefixes of all other tensors, which are left out
     signs: tuple[str, ...] = ("",)
     entry: str = ""
     renames: _Renames = _SEQUENTIAL
@@ -210,32 +209,25 @@ class _Layout:
         return has_entry and has_prefix and any(key.startswith(self.signs) for key in keys)
 
 
-_MOCO = ("encoder_k.", "queue", "predictor.")
-_LIGHTLY = (
-    *("backbone_momentum.", "criterion.", "online_classifier.", "prediction_head.", "projection_head."),
-    *("projection_head_momentum.", "query_backbone.", "query_projection_head."),
-)
 _SOLO_LEARN_SIGNS = ("classifier", "momentum_", "predictor", "projector")
-_SOLO_LEARN = (*_SOLO_LEARN_SIGNS, "queue")
-_OPENMMLAB = ("data_preprocessor.", "encoder_k.", "head.", "momentum_encoder.", "neck.", "queue")
 _OPENMMLAB_SIGNS = ("data_preprocessor.", "encoder_k.", "neck.", "backbone.patch_embed.projection.")
 _OF_TIMM = {"heads": (12, 6), "heads_certain": True}  # for projects that use MoCo v3's ViT-S under MoCo v3, else timm's
 
 # The first layout that fits counts, so those with more signs come first.
 _LAYOUTS = (
-    _Layout("moco_stage1", "encoder_q.", _MOCO, entry="model", heads_certain=True),  # this toolkit's own
-    _Layout("seco", "encoder_q.", (*_MOCO, "heads_q.", "heads_k."), ("heads_q.",)),
-    _Layout("moco_v2", "encoder_q.", _MOCO, ("encoder_q.fc.0.", "encoder_q.classifier.0.")),
-    _Layout("moco_v1", "encoder_q.", _MOCO),
-    _Layout("moco_v3", "base_encoder.", ("momentum_encoder.", "predictor.")),
-    _Layout("mmpretrain", "backbone.", _OPENMMLAB, _OPENMMLAB_SIGNS, renames=_MMPRETRAIN, **_OF_TIMM),
-    _Layout("mmpretrain", "backbone.", _OPENMMLAB, entry="meta", renames=_MMPRETRAIN, **_OF_TIMM),
-    _Layout("solo_learn", "backbone.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),
-    _Layout("solo_learn", "encoder.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),  # its first releases
-    _Layout("torchgeo", "backbone.", _LIGHTLY, entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
-    _Layout("torchgeo", "model.", ("criterion.",), entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
-    _Layout("lightning", "model.", ("criterion.",)),
-    _Layout("lightly", "backbone.", _LIGHTLY),
+    _Layout("moco_stage1", "encoder_q.", entry="model", heads_certain=True),  # this toolkit's own
+    _Layout("seco", "encoder_q.", ("heads_q.",)),
+    _Layout("moco_v2", "encoder_q.", ("encoder_q.fc.0.", "encoder_q.classifier.0.")),
+    _Layout("moco_v1", "encoder_q."),
+    _Layout("moco_v3", "base_encoder."),
+    _Layout("mmpretrain", "backbone.", _OPENMMLAB_SIGNS, renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("mmpretrain", "backbone.", entry="meta", renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("solo_learn", "backbone.", _SOLO_LEARN_SIGNS, **_OF_TIMM),
+    _Layout("solo_learn", "encoder.", _SOLO_LEARN_SIGNS, **_OF_TIMM),  # its first releases
+    _Layout("torchgeo", "backbone.", entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("torchgeo", "model.", entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("lightning", "model."),
+    _Layout("lightly", "backbone."),
     _Layout("vissl", "_feature_blocks."),
     _Layout("linear_probe", entry="best_acc1"),
     _Layout("mmpretrain", signs=("patch_embed.projection.",), renames=_MMPRETRAIN, **_OF_TIMM),
@@ -352,12 +344,14 @@ def _recognise(
     wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
-    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
-    others = {key: full for key, full in keys.items() if not key.startswith(layout.prefix)}
-    if unknown := [key for key in others if not key.startswith(layout.others)]:
-        problem = f"apart from the backbone at {layout.prefix}* it holds tensors of unknown use"
-        raise InputError(f"{path} ({layout.family}): {problem}: {listed(unknown)}")
-    return layout, encoder, list(others.values())
+    encoder = {}
+    others = []
+    for key, full in keys.items():
+        if key.startswith(layout.prefix):
+            encoder[key.removeprefix(layout.prefix)] = full
+        else:
+            others.append(full)
+    return layout, encoder, others
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
