@@ -517,7 +517,7 @@ CHANNELS = [
     case("a family of other channels", "finetune --normalise ssl4eo-l", "is for 6, 7, 9, 11 channels"),
     case("a family and a scale", "finetune --normalise ssl4eo-s12 --scale 1", "brings its own --scale"),
     case("too few bands", "finetune --bands 1,2", "--bands names 2 bands, and the network takes 3"),
-    case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1, 2, 3"),
+    case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1 to 3"),
     case("the scale of other files", "finetune --bands 3,2,1 --scale 1", "--scale 255 is likely"),
     case("other channels than the checkpoint's", "finetune --channels 5", "it has 3 bands, and the network takes 5"),
 ]  # fmt: skip

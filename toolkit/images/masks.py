@@ -162,9 +162,9 @@ class MaskReader:
             not_counted = [*classes.unknown, *(value for value in unknown if value % 1 == 0)]  # masks have no others
             self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
         for number, mark in enumerate(marks):
-            self.classes[self._codes(mark)] = number
+            self.classes[self._codes(np.array(mark, float))] = number
         for mark in not_counted:
-            self.classes[self._codes(mark)] = UNKNOWN
+            self.classes[self._codes(np.array(mark, float))] = UNKNOWN
         marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}
         # For an adapter file, with lists in place of tuples: see `from_record`.
         self.record = {"unknown": list(unknown), **json.loads(json.dumps(marks))}
@@ -176,11 +176,11 @@ class MaskReader:
         classes = Classes(names, record.get("values"), record.get("colours"), marks)
         return MaskReader(classes, list(record.get("unknown", [255])))
 
-    def _codes(self, marks: Any) -> np.ndarray:
+    def _codes(self, marks: np.ndarray) -> np.ndarray:
         """Values (...) or colours (..., 3) as places in the table of classes."""
         if self.colours is None:
-            return np.clip(np.asarray(marks), *_BEYOND).astype(np.int64) - _BEYOND[0]
-        return np.asarray(marks, np.int64) @ np.array([2**16, 2**8, 1])
+            return np.clip(marks, *_BEYOND).astype(np.int64) - _BEYOND[0]
+        return marks.astype(np.int64) @ np.array([2**16, 2**8, 1])
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
@@ -228,7 +228,9 @@ def _decoded(path: str, in_colours: bool) -> np.ndarray:
         levels = levels[..., 0] if levels.shape[2] == 1 else levels[0]
     if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
         raise ValueError(f"it has {levels.dtype} {levels.shape}, and a mask has whole numbers (H, W)")
-    if levels.dtype.kind == "f" and not np.array_equal(levels, np.round(levels)):
+    if levels.dtype.kind != "f":
+        return levels.astype(np.int64)
+    if not np.array_equal(levels, np.round(levels)):
         raise ValueError("it has numbers with decimals, or NaN")
     return levels
 
