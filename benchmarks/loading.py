@@ -253,7 +253,7 @@ def measure_bands(args: argparse.Namespace) -> list[dict]:
             crops = transforms.train_transform(PIXELS, mean=[0.0] * 13, std=[1.0] * 13, bands=bands)
             for compression in (None, "zlib"):
                 files = make_tiles(Path(folder, f"{size}_{compression}"), size, args.images, compression)
-                readers = {"here": bands.read_path, "tifffile": tifffile.imread, "view": crops}
+                readers = {"here": bands.array, "tifffile": tifffile.imread, "view": crops}
                 row = {"pixels": size, "compression": compression}
                 rows.append(row | in_turn({name: Each(files, make) for name, make in readers.items()}))
                 shown = " | ".join(f"{rows[-1]['milliseconds'][name]:.2f}" for name in ("tifffile", "here", "view"))

@@ -55,17 +55,13 @@ class Bands:
         """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
         return self.picked(decoded(content))
 
-    def read_path(self, path: str | os.PathLike) -> np.ndarray:
-        """The bands of the image at a path."""
-        return self.read(remote.read(path))
-
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
         """An image as (H, W, channels): a file's chosen bands, or an array with as many. Else raises InputError."""
         name = ""
         try:
             if isinstance(image, str | os.PathLike):
                 name = image
-                return self.read_path(image)
+                return self.read(remote.read(image))
             if isinstance(image, Image.Image):
                 name = getattr(image, "filename", "")
                 image = _pixels(image)

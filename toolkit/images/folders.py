@@ -44,10 +44,13 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
         with named_faults(self.path(i)):
-            return self._read(i), self.labels[i]
+            if self.bands is None:
+                return self.opened(i), self.labels[i]
+            return self.bands.read(self.content(i)), self.labels[i]
 
-    def _read(self, i: int) -> Image.Image | np.ndarray:
-        return open_image(self.path(i)) if self.bands is None else self.bands.read_path(self.path(i))
+    def opened(self, i: int) -> Image.Image:
+        """A photograph, not yet decoded."""
+        return open_image(self.path(i))
 
     def path(self, i: int) -> str:
         return remote.located(self.folder, self.names[i])

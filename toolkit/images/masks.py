@@ -273,9 +273,9 @@ class PairFiles(folders.ImageFiles):
 
     def _upright_size(self, i: int) -> tuple[int, int]:
         """(height, width) of an image as it is read. Of a photograph the header says it, if it is upright."""
-        if self.bands is not None:
-            return self.bands.read_path(self.path(i)).shape[:2]
         image, _ = self[i]
+        if isinstance(image, np.ndarray):
+            return image.shape[:2]
         # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
         has_exif = image.format != "PNG" or "exif" in image.info
         if has_exif and orientation(image) != 1:

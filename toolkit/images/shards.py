@@ -38,9 +38,7 @@ class ShardedImages(ImageFiles):
         self.shards = list(shards)
         self.places = places  # (number of the archive, offset in bytes, size in bytes) of each
 
-    def _read(self, i: int) -> Image.Image | np.ndarray:
-        if self.bands is not None:
-            return self.bands.read(self.content(i))
+    def opened(self, i: int) -> Image.Image:
         return picture_of(self.content(i), self.path(i))
 
     def size(self, i: int) -> int:
