@@ -83,12 +83,7 @@ def load_splits(
         read = masks or MaskReader(None)
         parts, class_names = load_pairs(data_dir, val_dir, listed_in, group_by, needs_val, bands, read, skip_unreadable)
     elif data_list:
-        parts = []
-        class_names = []
-        for place in listed_in:
-            columns = {"group_by": group_by, "label_columns": label_columns}
-            images, class_names = labelled_images(*place, bands, truth, columns, class_names, listed_in[0][0])
-            parts.append(images)
+        parts, class_names = _lists(listed_in, bands, truth, {"group_by": group_by, "label_columns": label_columns})
     elif truth != "class":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
     elif dataset == "digits":
@@ -98,9 +93,7 @@ def load_splits(
     else:
         raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
     if group_by is not None:
-        _group(parts, data_list, group_by)
-        if not data_list and group_by == "1" and truth == "class":
-            raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
+        _group(parts, data_list, group_by, truth)
     if skip_unreadable:
         parts = _readable_parts(parts, truth, class_names)
     train, val = _divide(parts, eval_split, folds, group_by)
@@ -110,13 +103,12 @@ def load_splits(
     _tell(train, val, truth, class_names, for_training_only)
     if labels_per_class is not None:
         train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
-    others = None
-    if unlabelled is not None:
-        others = _unlabelled(Path(unlabelled), train, val, bands, skip_unreadable)
-    return Splits(train, val, class_names, others)
+    if unlabelled is None:
+        return Splits(train, val, class_names)
+    return Splits(train, val, class_names, _unlabelled(Path(unlabelled), train, val, bands, skip_unreadable))
 
 
-def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:
+def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str, truth: str) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
     for number, images in enumerate(parts):
         if not isinstance(images.source, ImageFiles):
@@ -125,6 +117,8 @@ def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | No
             images.groups = lists.read_groups(Path(data_list[number]), by)[images.indices]
         else:
             images.groups = splitting.folder_level(images.relative_names(), by)
+    if by == "1" and truth == "class" and not data_list:
+        raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
 
 
 def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
@@ -334,6 +328,18 @@ def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
     if inside & {*folders.EVALUATION_NAMES, "test"} and not inside & set(class_names):
         return folders.evaluation_folder(folder)
     return folder
+
+
+def _lists(
+    places: Sequence[tuple[Path, Path]], bands: Bands | None, truth: str, columns: Mapping[str, Any]
+) -> tuple[list[LabelledImages], list[str]]:
+    """The images of one list or two, and the names of their classes, labels or numbers: the first list's."""
+    parts = []
+    names: list[str] = []
+    for place, folder in places:
+        images, names = labelled_images(place, folder, bands, truth, columns, names, places[0][0])
+        parts.append(images)
+    return parts, names
 
 
 def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
