@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,18 +214,6 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     return problems
 
 
-class _ConfigLoader(yaml.SafeLoader):
-    """Loads YAML of plain values, and refuses a key that stands twice: the first value would be lost silently."""
-
-    def construct_mapping(self, node, deep=False):
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            twice = next((key for key, count in keys.items() if count > 1), "one of them")
-            raise yaml.MarkedYAMLError(problem=f"the key {twice} is there twice", problem_mark=node.start_mark)
-        return mapping
-
-
 def _read_config(
     parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping[str, Collection[str]]
 ) -> Iterator[tuple[str, str, Any]]:
@@ -234,7 +221,7 @@ def _read_config(
     content: Any = ""
     try:
         check_file(path)
-        content = yaml.load(path.read_bytes(), _ConfigLoader)  # a SafeLoader
+        content = yaml.safe_load(path.read_bytes())
     except InputError as error:
         problems.append(str(error))
     except OSError as error:

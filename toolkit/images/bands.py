@@ -351,22 +351,18 @@ def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     channels = metadata.get("channels") or 3
     check_channels(channels)
     known = normalization(metadata["arch"])
-    values = {}
-    for name in ("mean", "std"):
-        numbers = metadata.get(name, list(known[name]))
-        if not are_numbers(numbers, channels):
-            raise InputError(f"the file is damaged: its {name} is not {channels} numbers")
-        values[name] = tuple(numbers)
-    if min(values["std"]) <= 0:
-        raise InputError("the file is damaged: its std has numbers that are not above 0")
-    if "scale" not in metadata:
-        return {**values, "bands": None}
-    chosen = metadata.get("bands")
-    scale = metadata["scale"]
+    mean = metadata.get("mean", list(known["mean"]))
+    std = metadata.get("std", list(known["std"]))
+    scale = metadata.get("scale", 1.0)
+    chosen = metadata.get("bands", [])
     are_names = type(chosen) is list and len(chosen) in (0, channels) and set(map(type, chosen)) <= {str}
-    if not are_names or not are_numbers([scale], 1) or scale <= 0:
-        raise InputError("the file is damaged: its bands or scale are of no image")
-    return {**values, "bands": Bands(channels, tuple(chosen), float(scale))}
+    are_all_numbers = are_numbers(mean, channels) and are_numbers(std, channels) and are_numbers([scale], 1)
+    if not are_names or not are_all_numbers or min(*std, scale) <= 0:
+        raise InputError("the file is damaged: its mean, std, scale or bands are of no image")
+    bands = None
+    if "scale" in metadata:
+        bands = Bands(channels, tuple(chosen), float(scale))
+    return {"mean": tuple(mean), "std": tuple(std), "bands": bands}
 
 
 def are_numbers(values: Any, count: int) -> bool:

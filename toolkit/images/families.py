@@ -51,13 +51,9 @@ FAMILIES = {
 def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path | None) -> Scaling:
     """The values of the checkpoint's pretraining, which are printed, where the options give none; else `given`.
 
-    Args:
-        given: what the options say. A family's name in `normalise` is replaced by the family's values.
-        channels: the network's.
-        metadata: the file's, as `toolkit.images.bands.recorded` writes them, and its `arch`; empty if it has none.
-        file: the checkpoint or adapter file, whose name may tell its family.
-
-    Raises InputError if the family that `normalise` names is for other channels, or the metadata are damaged.
+    A family's name in `given.normalise` is replaced by the family's values. `metadata` are the file's, as
+    `bands.recorded` writes them, and its `arch`. Raises InputError if the family is for other `channels` than the
+    network's, or the metadata are damaged.
     """
     if given.normalise in FAMILIES:
         expected = FAMILIES[given.normalise].channels

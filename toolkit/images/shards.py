@@ -79,7 +79,6 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
     """The members of one archive: image -> (offset, size) in bytes, and a label's name without .cls -> label."""
     images = {}
     labels = {}
-    twice = []
     try:
         # Small parts are read, one for each image: a large buffer would fetch all.
         with remote.opened(path, at_once=2**16) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -87,8 +86,6 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
                 if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
                     continue
                 if member.name.lower().endswith(endings) and member.isfile():
-                    if member.name in images:
-                        twice.append(member.name)
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
                     text = archive.extractfile(member).read(1000).decode()
@@ -99,6 +96,4 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
     except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError, KeyError, RecursionError) as error:
         problem = f"{path}: not a tar archive that can be read ({printable(error)})"
         raise InputError(f"{problem}; compressed ones must be unpacked to .tar") from None
-    if twice:
-        print(f"{path}: the last member of a name is read, as when it is unpacked: {listed(dict.fromkeys(twice))}")
     return images, labels
