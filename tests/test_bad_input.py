@@ -472,7 +472,7 @@ ADAPTERS = [
     case("evaluation on images without classes", "deploy_lora evaluate lora.pth mine", "mine: expected a folder of im",
          files={"mine/a.png": PNG}),
     case("a graph of an unknown kind", "deploy_lora export lora.pth --output m.pth", "must end in .onnx or .pt2"),
-    case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean, std, scale or bands",
+    case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean, std, scale",
          files={"theirs.pth": described(mean="ImageNet")}),
     case("a conversion to another library", "deploy_lora convert lora.pth --to loralib --output x", "'loralib'"),
     case("no command", "deploy_lora", "error:", "command"),

@@ -226,7 +226,7 @@ def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmen
     assert images.groups.tolist() == ["a", "c", "c"]
     for path in (mine / "images").iterdir():
         path.write_text("nothing")
-    with pytest.raises(InputError, match=r"no mask can be used: .*not a readable image") as raised:
+    with pytest.raises(InputError, match=r"none of the pairs can be used, such as .*not a readable image") as raised:
         deploy_lora.main(["evaluate", str(adapter), str(mine)])
     assert "--" not in str(raised.value)
 

@@ -357,13 +357,12 @@ def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[Mas
     found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
     problems = []
     largest = 0
-    for pixels in itertools.chain(*found):
-        if isinstance(pixels, InputError):
-            problems.append(pixels)
-        else:
-            largest = max(largest, len(pixels) - 1)
-    if problems and not largest:
-        raise InputError(f"no mask can be used: {problems[0].problem}", *problems[0].args[1:])
+    for looked_at in found:
+        wrong = [pixels for pixels in looked_at if isinstance(pixels, InputError)]
+        if len(wrong) == len(looked_at):
+            raise InputError(f"none of the pairs can be used, such as {wrong[0].problem}", *wrong[0].args[1:])
+        problems += wrong
+        largest = max(largest, *(len(pixels) - 1 for pixels in looked_at if not isinstance(pixels, InputError)))
     _tell(problems, skip_unreadable)
     names = list(parts[0].read.names or map("class {}".format, range(largest)))
     images = []
@@ -375,8 +374,6 @@ def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[Mas
                 files.largest = max(files.largest, int(pixels.sum()))
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
-    if not all(map(len, images)):
-        raise InputError(f"none of the pairs can be used, such as {problems[0].problem}", *problems[0].args[1:])
     return images, names
 
 
