@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(f"device: {device}, precision: {dtype}")
+        if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
+            print(f"--queue-size {args.queue_size} is more than there are images: it holds an image's own old keys too")
         for name, version in OF_ONE_VERSION.items():
             if sources[name] != "default" and run.args.moco_version != version:
                 print(f"{config.flag(name)} has no effect: it is for MoCo v{version}")
