@@ -108,7 +108,7 @@ def test_a_class_of_which_no_image_is_left_to_train_on_is_told(hospital, tmp_pat
     next(scans.glob("well/*/*.png")).rename(scans / "rare/1.png")
     for number in (1, 2):
         load_splits("imagefolder", data_dir=scans, folds=f"{number}/2")
-    assert capsys.readouterr().out.count("no training image of rare is left") == 1
+    assert capsys.readouterr().out.count("no training image of rare is left: all are evaluated on") == 1
 
 
 def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):

@@ -95,7 +95,7 @@ def load_splits(
     if group_by is not None:
         _group(parts, data_list, group_by, truth)
     if skip_unreadable:
-        parts = list(map(readable, parts))
+        parts = _readable_parts(parts, truth, class_names)
     train, val = _divide(parts, eval_split, folds, group_by)
     left_alone = val_dir or (data_list or [])[1:]
     if left_alone and not needs_val and not for_training_only:
@@ -121,6 +121,15 @@ def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | No
         raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
 
 
+def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
+    """The images of each part that can be read. Raises InputError where a class loses all its training images."""
+    kept = list(map(readable, parts))
+    gone = set(parts[0].labels) - set(kept[0].labels)
+    if gone and truth == "class":
+        raise InputError(f"no training image of {_names(gone, names)} can be read: repair or drop the class")
+    return kept
+
+
 def _divide(
     parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None
 ) -> tuple[LabelledImages, LabelledImages]:
@@ -143,8 +152,8 @@ def _tell(
     train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str], for_training_only: bool
 ) -> None:
     """Print which classes nothing trains, and which evaluation images are training images too."""
-    if truth == "class" and (gone := set(range(len(names))) - set(train.labels)):
-        print(f"no training image of {_names(gone, names)} is left")
+    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
+        print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
     if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
         print(f"no training mask has pixels of {_names(gone, names)}")
     are_files = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
