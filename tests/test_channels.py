@@ -146,6 +146,13 @@ def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_k
     assert (told["mean"], told["std"]) == (about["mean"], about["std"])
 
 
+def test_what_is_measured_is_divided_by_the_scale():
+    array = np.random.RandomState(0).rand(6, 8, 2).astype(np.float32)
+    found = settle(Scaling(scale=0.01, normalise="data"), "resnet18", 2, LabelledImages([(array, 0)], [0]))
+    assert found["mean"] == pytest.approx(array.mean((0, 1)) * 100)
+    assert found["std"] == pytest.approx(array.std((0, 1)) * 100, rel=1e-5)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -434,6 +434,7 @@ def test_two_lists_are_two_sets(tmp_path, listed, capsys):
     assert len(pairs_in(lists[1], None, MaskReader(None, [255]))) == 5
     with pytest.raises(InputError, match="on both sides"):
         load_pairs(None, lists, group_by="2")
+    assert "left alone" not in capsys.readouterr().out
     splits = load_pairs(None, lists, eval_split="validation")
     assert len(splits.train) + len(splits.val) == 15
     assert "is left alone" in capsys.readouterr().out
