@@ -70,12 +70,10 @@ def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_ra
     assert optim.run_divisor(FineTuneOptions(epochs=1, **other), rate=1e-2, steps_per_epoch=2) == 1
 
 
-def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
+def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(start, monkeypatch):
     monkeypatch.setattr(optim, "rate_divisor", lambda rate, steps: 50.0)
-    results = finetune("--epochs 1 --labels-per-class 2 --head-init random --warmup-epochs 0", output="random")
-    assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
-    results = finetune("--epochs 1 --labels-per-class 2 --warmup-epochs 0", output="probe")
-    assert metrics(results["folder"])[0]["learning_rate"] < 1e-4
+    assert start("--head-init random").rate == 1e-2
+    assert start().rate == pytest.approx(2e-4)
 
 
 def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
@@ -89,10 +87,9 @@ def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
 
     results = finetune("--epochs 1 --labels-per-class 2 --lora-rank 2 --learning-rate 1e-4", after_epoch=look)
     assert "learning rate: head 1e-4, adapters 2.4e-3 (24x: they start at the gradient)" in capsys.readouterr().out
-    assert (
-        {rate for name, rate in rates.items() if "lora_" in name} == {results["adapter_learning_rate"]} == {24 * 1e-4}
-    )
-    assert {rate for name, rate in rates.items() if "heads" in name} == {results["head_learning_rate"]} == {1e-4}
+    assert [results["head_learning_rate"], results["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
+    for name, rate in rates.items():
+        assert rate == pytest.approx(24e-4 if "lora_" in name else 1e-4), name
     [row] = metrics(results["folder"])
     assert [row["learning_rate"], row["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
 
@@ -106,9 +103,10 @@ def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, mon
     assert start(f"{options} {remedy}").rate == 1e-2
 
 
-@pytest.mark.parametrize("norms", ["follow", "frozen", "train"])
+@pytest.mark.parametrize("norms", ["follow", "frozen"])
 def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, start, saved, narrow):
-    resnet, vit = start(f"--checkpoint {saved(narrow, 'resnet.pth')} --norms {norms}"), start()
+    resnet = start(f"--checkpoint {saved(narrow, 'resnet.pth')} --image-size 32 --norms {norms}")
+    vit = start()
     assert (resnet.adapter_lr_factor, vit.adapter_lr_factor) == (48, 24)
     for run in (resnet, vit):
         run.head_temperature = HeadTemperature(per_rate=100.0)
