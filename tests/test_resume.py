@@ -14,11 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
+from children import Child
 
 import deploy_lora
 import finetune_lora
 from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, stop, tensors
+from tests.run_folders import assert_same_tensors, metrics, names_in, stop, tensors
 from toolkit import InputError, devices
 from toolkit.files import read_checkpoint
 from toolkit.run import optim, output_folder, reports, runs
@@ -32,19 +33,14 @@ def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finet
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("done", ["within an epoch", "all epochs"])
-def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path, done):
-    if done == "within an epoch":
-        monkeypatch.setattr(runs.StopRequests, "check", stop)
-        with pytest.raises(runs.Stopped):
-            finetune(output="first")
-        monkeypatch.undo()
-    else:
+def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
+        patch.setattr(runs.StopRequests, "check", stop)
         finetune(output="first")
     moved = (tmp_path / "first" / "last.pth").rename(tmp_path / "last.pth")
     whole = finetune(output="whole")
     results = finetune(f"--resume {moved}", output="second")
-    assert {path.name for path in results["folder"].iterdir()} == {path.name for path in whole["folder"].iterdir()}
+    assert names_in(results["folder"]) == names_in(whole["folder"])
     assert len(metrics(results["folder"])) == 2
     assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
 
@@ -52,55 +48,44 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
 WAYS = {
     "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
     "4 bits": "--use-qlora --label-smoothing 0.1",
-    "the last stage of a ResNet": "--checkpoint {resnet} --arch resnet18 --image-size 32 --adapt-last 1",
-    "images without labels": "--labels-per-class 5 --unlabelled {images} --accumulation-steps 2 --augmentation crop",
+    "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
-    "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
-    " --adapt-last 1",
-    "numbers": "--task regression --data-dir {hospital} --data-list {hospital}/numbers.csv --label-columns age",
+    "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_bit_for_bit(
-    finetune, saved, narrow, images, hospital, pairs, monkeypatch, tmp_path, way
-):
+def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, monkeypatch, tmp_path, way):
     """It stopped at the first step of its second epoch, and has other workers from then on."""
-    options = WAYS[way].format(resnet=saved(narrow), images=images, hospital=hospital, pairs=pairs)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = WAYS[way].format(hospital=hospital, pairs=pairs)
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
     resumed = finetune(f"{options} --workers 1 --resume", output="stopped")
     assert resumed["epochs"] == 2 and resumed["val_loss"] == whole["val_loss"]
-    files = [results["folder"] / "lora.pth" for results in (resumed, whole)]
-    ours, theirs = (read_adapter_file(path)["metadata"].get("task") for path in files)
-    assert ours == theirs
-    assert_same_tensors(*files)
+    ours = resumed["folder"] / "lora.pth"
+    theirs = whole["folder"] / "lora.pth"
+    assert read_adapter_file(ours)["metadata"].get("task") == read_adapter_file(theirs)["metadata"].get("task")
+    assert_same_tensors(ours, theirs)
 
 
 def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
     """Measured once: by a resumed run no more, whatever the processor."""
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.bfloat16)
-    folder = finetune("--epochs 1", output="automatic")["folder"]
-    typed = finetune("--epochs 1 --precision bf16", output="typed")["folder"]
-    assert_same_tensors(folder / "lora.pth", typed / "lora.pth")
+    folder = finetune("--epochs 1")["folder"]
     assert read_adapter_file(folder / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "bf16"
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
-    assert finetune("--epochs 1 --resume", output="automatic")["precision"] == "bfloat16"
+    assert finetune("--epochs 1 --resume")["precision"] == "bfloat16"
 
 
-@pytest.mark.slow
-def test_a_resumed_run_reports_times_and_images_of_the_whole_run(finetune, monkeypatch):
-    whole = finetune("--epochs 2")
-    again = finetune("--epochs 2 --resume")  # nothing is left to do
+def test_a_resumed_run_reports_times_and_images_of_the_whole_run(finetune, finished_once, once):
+    seen = []
+    again = finetune("--epochs 1 --resume", after_epoch=lambda run: seen.append(run.meter.images))
+    assert seen == []  # nothing was left to do
     for name in ("seconds", "images_per_second", "waiting_share"):
-        assert again[name] == whole[name] > 0, name
-    seen, stopped = [], lambda run: seen.append(run.meter.images) or run.stop._note(2, None)
-    with pytest.raises(runs.Stopped):
-        finetune("--epochs 2", after_epoch=stopped)  # which is at the first step of the second epoch
-    finetune("--epochs 2 --resume", after_epoch=lambda run: seen.append(run.meter.images))
-    assert seen[1] > seen[0]
+        assert again[name] == finished_once[name] > 0, name
 
 
 def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
@@ -115,7 +100,8 @@ def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
 
 def test_a_resumed_run_keeps_its_rates(finetune, once, monkeypatch):
     """They are in the optimizer's state, whatever this version would choose; the head's temperature depends on them."""
-    resumed, train = [], finetune_lora.train
+    resumed = []
+    train = finetune_lora.train
     monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
     monkeypatch.setattr(optim, "run_divisor", lambda *_: 5.0)
     monkeypatch.setattr(finetune_lora, "train", lambda run, *args: resumed.append(run) or train(run, *args))
@@ -125,23 +111,16 @@ def test_a_resumed_run_keeps_its_rates(finetune, once, monkeypatch):
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
     results = finetune("--epochs 1 --keep-best accuracy")
-    with pytest.raises(InputError, match=r"--keep-best: the best adapter is next to .*resume with its folder"):
+    with pytest.raises(InputError, match=r"--keep-best: the best adapter is beside .*resume with that folder"):
         finetune(f"--epochs 1 --keep-best accuracy --resume {results['folder'] / 'last.pth'}", output="elsewhere")
 
 
-def test_a_network_without_batch_norm_goes_on_on_a_gpu(finetune, once, monkeypatch):
-    """Where the norms of a ResNet would be frozen; to a ViT that is no other setting."""
+def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypatch):
+    """Its LayerNorms would train from here on. Norms that are frozen, as those of a ResNet on a GPU, are none."""
+    with pytest.raises(InputError, match="norms was auto, is train"):
+        finetune("--epochs 1 --norms train --resume")
     monkeypatch.setattr(finetune_lora, "settled_norms", lambda *_: "frozen")
     assert finetune("--epochs 1 --resume")["epochs"] == 1
-
-
-@pytest.mark.parametrize(("then", "now"), [("", "--norms train"), ("--norms train", "--norms frozen")])
-def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, then, now):
-    """Its LayerNorms would train from here on, or no more."""
-    if then:
-        finetune(f"--epochs 1 {then}")
-    with pytest.raises(InputError, match=f"norms was {then[8:] or 'auto'}, is {now[8:]}"):
-        finetune(f"--epochs 1 {now} --resume")
 
 
 @pytest.mark.slow
@@ -207,29 +186,44 @@ def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monk
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
-    """In a newcomer's environment Python buffers what it prints into a file. A name may have bytes that are no text."""
-    code = r"""
-import sys
-from toolkit import InputError
-from toolkit.run import runs
-def main():
-    print("epoch 1")
-    print("a warning", file=sys.stderr)
-    print("caf\udce9.jpg")
-    raise InputError("disk full")
-runs.run_script(main)
-"""
-    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
-    environment["PYTHONIOENCODING"] = "utf-8"
-    with open(tmp_path / "run.log", "wb") as log:
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
-    assert done.returncode == 2
-    assert (tmp_path / "run.log").read_text().splitlines() == [
-        *("epoch 1", "a warning", r"caf\udce9.jpg", "", "error: disk full"),  # behind a bar, had there been one
-    ]
+def end_a_script() -> None:
+    """In a child: what stands in for a run prints a name whose bytes are no text, and ends as it is told."""
+
+    def main(argv):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("epoch 1")
+        print("a warning", file=sys.stderr)
+        print("caf\udce9.jpg")
+        steps = range(3)
+        if "bar" in argv:
+            steps = runs.progress_bar(steps, "epoch", mininterval=0)
+        for _ in steps:
+            if "stop" in argv:
+                raise runs.Stopped(signal.SIGTERM, "Stopped")
+            if "ctrl-c" in argv:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise InputError("disk full")
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as it is while packages load
+    finetune_lora.main = main
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "end"),
+    [
+        ("", 2, "error: disk full"),
+        ("bar", 2, "error: disk full"),
+        ("bar stop", 143, "Stopped"),
+        ("ctrl-c", 130, "interrupted"),
+    ],
+)
+def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path, argv, code, end):
+    """In a newcomer's environment Python buffers what it prints into a file. The end is not behind a bar."""
+    child = Child("finetune_lora", argv, tmp_path / "log", before=end_a_script)
+    assert child.wait() == code
+    lines = (tmp_path / "log").read_bytes().decode().split("\n")  # as text, a bar's returns would be lines
+    assert lines[:3] == ["epoch 1", "a warning", r"caf\udce9.jpg"]
+    assert lines[-2:] == [end, ""] and ("epoch:" in "".join(lines)) == ("bar" in argv)
 
 
 @pytest.mark.slow
@@ -265,25 +259,23 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     assert script.wait(60) == 141 and script.stderr.read() == b""
 
 
-def test_what_libraries_say_becomes_a_line_with_a_remedy():
-    remedy = "out of memory on meta: lower it"
-    with pytest.raises(InputError, match=remedy), runs.faults_explained(torch.device("meta"), "lower it"):
-        raise RuntimeError("CUDA error: out of memory")
+FEWER = " use fewer --workers"
 
 
 @pytest.mark.parametrize(
-    ("error", "remedy"),
+    ("error", "told"),
     [
-        (OSError(24, "Too many open files"), "ulimit -n"),
-        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
-        (RuntimeError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files"), "ulimit -n"),
-        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), "/dev/shm"),
-        (OSError(28, "No space left on device"), "/dev/shm"),  # of a lock, which a loading process needs
-        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. ... shared memory ..."), "/dev/shm"),
+        (RuntimeError("CUDA error: out of memory"), "out of memory on meta: lower it"),
+        (OSError(24, "Too many open files"), f"ulimit -n.*{FEWER}"),
+        (RuntimeError("received 0 items of ancdata"), f"ulimit -n.*{FEWER}"),
+        (RuntimeError("Caught OSError in DataLoader worker 0.\n[Errno 24] Too many open files"), f"ulimit -n.*{FEWER}"),
+        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), f"/dev/shm.*{FEWER}"),
+        (OSError(28, "No space left on device"), f"/dev/shm.*{FEWER}"),  # of a lock, which a loading process needs
+        (RuntimeError("DataLoader worker (pid 1) is killed: Bus error. ... shared memory ..."), f"/dev/shm.*{FEWER}"),
     ],
 )
-def test_what_the_system_lacks_is_not_called_memory(error, remedy):
-    with pytest.raises(InputError, match=f"{remedy}.* use fewer --workers"), runs.faults_explained(None, ""):
+def test_what_the_system_lacks_becomes_a_line_with_a_remedy(error, told):
+    with pytest.raises(InputError, match=told), runs.faults_explained(torch.device("meta"), "lower it"):
         raise error
 
 
@@ -292,46 +284,15 @@ def test_another_error_of_the_system_stays_what_it_is():
         raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("end", ["raise InputError('it is wrong')", "raise KeyboardInterrupt('Stopped')"])
-def test_the_last_line_of_a_log_is_not_behind_a_bar(end):
-    begin = "from toolkit import InputError\nfrom toolkit.run import runs\ndef main():\n"
-    bar = "    for _ in runs.progress_bar(range(3), 'epoch', mininterval=0):\n    "
-    for body in (bar, ""):
-        code = f"{begin}{body}    {end}\nruns.run_script(main)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)  # bars return without a line
-        assert done.returncode in (2, 130) and (b"epoch" in done.stderr) == bool(body)
-        assert done.stderr.decode().split("\n")[-2] in ("error: it is wrong", "Stopped")
-
-
-def in_a_terminal(code: str) -> subprocess.CompletedProcess:
-    """Run code in a process that hears Ctrl-C, whatever has started the tests."""
-
-    def hear() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=hear)
-
-
 @pytest.mark.parametrize("ignored", [False, True])
 def test_ctrl_c_ends_without_a_word_while_packages_load(ignored):
     """Unless it is ignored, as of a command that nohup has started."""
     code = "import os, signal\nfrom toolkit import config\n"
-    code += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+    code += f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if ignored else 'default_int_handler'})\n"
     code += "config.check_command_line(lambda *_: None, '')\nos.kill(os.getpid(), signal.SIGINT)\nprint('went on')"
-    done = in_a_terminal(code)
-    if ignored:
-        assert (done.returncode, done.stdout) == (0, "went on\n")
-    else:
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_ctrl_c_is_an_exception_again_when_the_script_runs():
-    code = "import os, signal\nfrom toolkit import config\nfrom toolkit.run import runs\ndef main():\n"
-    code += "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    finally:\n        print('saved')\n"
-    code += "config.check_command_line(lambda *_: None, '')\nruns.run_script(main)"
-    done = in_a_terminal(code)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "saved\n", "\ninterrupted\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    expected = (0, "went on\n", "") if ignored else (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 # --------------------- toolkit/run/output_folder.py: what a run may write where, and how nothing of another run is lost
@@ -374,7 +335,7 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
         for name in ("lora.pth", "last.pth", "notes.txt", *more):
             (folder / name).write_text(name)
         output_folder.begin_folder(folder, ("lora.pth", "last.pth", "results.json"), resumed)
-        return {path.name for path in folder.iterdir()}
+        return names_in(folder)
 
     folder.mkdir()
     assert left(folder / "last.pth") == {"lora.pth", "last.pth", "notes.txt"} and capsys.readouterr().out == ""
@@ -403,7 +364,7 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp
     assert moves == 0 or not (folder / "last.pth").exists()  # no run resumes what is torn
     output_folder.begin_folder(folder, names)
     assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
-    assert list(folder.iterdir()) == [] and {path.name for path in tmp_path.iterdir()} == {"lora", "lora-1"}
+    assert list(folder.iterdir()) == [] and names_in(tmp_path) == {"lora", "lora-1"}
     assert contents(tmp_path / "lora-1") == {name: name.encode() for name in names}
     for place in (folder, folder / output_folder.MOVING):
         place.mkdir(exist_ok=True)
@@ -467,7 +428,8 @@ def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
 def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monkeypatch):
     """Else two later runs would hold a file each: one without a name, and one with."""
     fcntl = pytest.importorskip("fcntl")
-    lockf, removed = fcntl.lockf, []
+    lockf = fcntl.lockf
+    removed = []
 
     def slow(*given):
         if not removed:
