@@ -119,7 +119,7 @@ def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
 def test_float16s_scale_comes_back_with_the_state(start):
     run = start()
     run.dtype = torch.float16
-    run.begin_training(run.network, run.optimizer, 3, 0)
+    run.begin_training(run.model, run.optimizer, 3, 0)
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
     state = run.trained()
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 1})
@@ -210,11 +210,10 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     assert trains.baseline["knn_accuracy"] == frozen.baseline["knn_accuracy"]
 
 
-@pytest.mark.parametrize("cache", ["", "--cache-features disk"])
-def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys, cache):
+def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys):
     """Also where it is resumed: the choice stands in its files."""
     monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)  # which the last block alone has
-    options = f"--epochs 1 --labels-per-class 2 {cache}"
+    options = "--epochs 1 --labels-per-class 2"
     chosen = finetune(f"--adapt-last auto {options}", "auto")
     assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
     assert chosen["config"]["finetune"]["adapt_last"] == 1
@@ -224,15 +223,6 @@ def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(fin
     monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again
     resumed = finetune(f"--adapt-last auto {options} --resume", "auto")
     assert resumed["config"]["finetune"]["adapt_last"] == 1
-
-
-def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
-    """They would be those of the adapters' start, so that no adapter would train."""
-    monkeypatch.setattr(initialization, "ENERGY_SHARE", 1.1)  # which no number of blocks has
-    finetune("--adapt-last auto --epochs 1 --labels-per-class 2")
-    with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
-        finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
-    assert not (tmp_path / "cached").exists()
 
 
 @pytest.mark.parametrize("flags", ["", "--use-qlora"])
