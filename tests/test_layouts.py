@@ -65,82 +65,65 @@ def learned(vit):
     return vit | {"pos_embed": vit["pos_embed"] + 1}
 
 
+def twice(first, second, tensors):
+    """An encoder and its momentum encoder, each under its prefix."""
+    return under(first, tensors) | under(second, tensors)
+
+
+def torchgeo(r):
+    memory = {"criterion.memory_bank.bank": torch.randn(4, 8)}
+    heads = mlp("projection_head.layers", "projection_head_momentum.layers", "prediction_head.layers")
+    return lightning(twice("backbone.", "backbone_momentum.", r) | heads | memory, model="resnet18", in_channels=3)
+
+
+def torchgeos_classifier(r):
+    extra = {"model.fc.weight": torch.randn(5, 512), "criterion.weight": torch.ones(5)}
+    return lightning(under("model.", r) | extra, model="resnet18")
+
+
+def ssl4eo(r):
+    parts = under("module.encoder_q.", r | mlp("fc")) | under("module.encoder_k.", r) | queue("module.")
+    return {"epoch": 100, "arch": "resnet18", "state_dict": parts}
+
+
+def seco(r):
+    heads = mlp("heads_q.0", "heads_q.1", "heads_k.0", "heads_k.1")
+    return lightning(twice("encoder_q.", "encoder_k.", sequential(r)) | heads | queue(), base_encoder="resnet18")
+
+
+def solo_learn(r):
+    heads = mlp("projector", "momentum_projector", "classifier", "momentum_classifier")
+    return lightning(twice("backbone.", "momentum_backbone.", r) | heads | queue())
+
+
+def solo_learns_first(r):
+    return lightning(twice("encoder.", "momentum_encoder.", r) | mlp("projector", "classifier") | queue())
+
+
+def mmpretrain(r):
+    parts = twice("backbone.", "encoder_k.module.0.", r) | mlp("neck.mlp", "encoder_k.module.1") | queue()
+    parts |= {"encoder_k.steps": torch.tensor(3), "data_preprocessor.mean": torch.zeros(3, 1, 1)}
+    return {"meta": {"epoch": 200}, "state_dict": parts}
+
+
+def vissl(r):
+    model = {"trunk": under("_feature_blocks.", r), "heads": mlp("0.clf")}
+    return {"phase_idx": 199, "classy_state_dict": {"base_model": {"model": model, "meta": {}}}}
+
+
 RESNETS = {
     "torchgeo's weights": ("torchvision", lambda r: r),
-    "torchgeo's MoCo": (
-        "torchgeo",
-        lambda r: lightning(
-            under("backbone.", r)
-            | under("backbone_momentum.", r)
-            | mlp("projection_head.layers", "projection_head_momentum.layers", "prediction_head.layers")
-            | {"criterion.memory_bank.bank": torch.randn(4, 8)},
-            model="resnet18",
-            in_channels=3,
-        ),
-    ),
-    "torchgeo's classifier": (
-        "torchgeo",
-        lambda r: lightning(
-            under("model.", r | {"fc.weight": torch.randn(5, 512)}) | {"criterion.weight": torch.ones(5)},
-            model="resnet18",
-        ),
-    ),
+    "torchgeo's MoCo": ("torchgeo", torchgeo),
+    "torchgeo's classifier": ("torchgeo", torchgeos_classifier),
     "another Lightning module": ("lightning", lambda r: lightning(under("model.", r))),
-    "SSL4EO-S12": (
-        "moco_v2",
-        lambda r: {
-            "epoch": 100,
-            "arch": "resnet18",
-            "state_dict": under("module.encoder_q.", r | mlp("fc")) | under("module.encoder_k.", r) | queue("module."),
-        },
-    ),
-    "SeCo": (
-        "seco",
-        lambda r: lightning(
-            under("encoder_q.", sequential(r))
-            | under("encoder_k.", sequential(r))
-            | mlp("heads_q.0", "heads_q.1", "heads_k.0", "heads_k.1")
-            | queue(),
-            base_encoder="resnet18",
-        ),
-    ),
-    "solo-learn, MoCo v2+": (
-        "solo_learn",
-        lambda r: lightning(
-            under("backbone.", r)
-            | under("momentum_backbone.", r)
-            | mlp("projector", "momentum_projector", "classifier", "momentum_classifier")
-            | queue()
-        ),
-    ),
+    "SSL4EO-S12": ("moco_v2", ssl4eo),
+    "SeCo": ("seco", seco),
+    "solo-learn, MoCo v2+": ("solo_learn", solo_learn),
     "solo-learn, its linear probe": ("solo_learn", lambda r: lightning(under("backbone.", r) | mlp("classifier"))),
-    "solo-learn, its first releases": (
-        "solo_learn",
-        lambda r: lightning(
-            under("encoder.", r) | under("momentum_encoder.", r) | mlp("projector", "classifier") | queue()
-        ),
-    ),
-    "mmpretrain, MoCo v2": (
-        "mmpretrain",
-        lambda r: {
-            "meta": {"epoch": 200},
-            "state_dict": under("backbone.", r)
-            | under("encoder_k.module.0.", r)
-            | {"encoder_k.steps": torch.tensor(3), "data_preprocessor.mean": torch.zeros(3, 1, 1)}
-            | mlp("neck.mlp", "encoder_k.module.1")
-            | queue(),
-        },
-    ),
+    "solo-learn, its first releases": ("solo_learn", solo_learns_first),
+    "mmpretrain, MoCo v2": ("mmpretrain", mmpretrain),
     "mmpretrain, its published backbone": ("mmpretrain", lambda r: {"meta": {}, "state_dict": under("backbone.", r)}),
-    "VISSL": (
-        "vissl",
-        lambda r: {
-            "phase_idx": 199,
-            "classy_state_dict": {
-                "base_model": {"model": {"trunk": under("_feature_blocks.", r), "heads": mlp("0.clf")}, "meta": {}}
-            },
-        },
-    ),
+    "VISSL": ("vissl", vissl),
     "VISSL, extracted": ("vissl", lambda r: under("_feature_blocks.", r)),
 }
 
