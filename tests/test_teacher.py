@@ -17,6 +17,7 @@ from tests.conftest import CLASSES
 from tests.image_files import tar_of
 from tests.run_folders import assert_same_tensors, train_on
 from toolkit import distributed
+from toolkit.answers import unlabelled
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -26,6 +27,13 @@ from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Where the head starts is not what these tests are of."""
+    monkeypatch.setattr(unlabelled, "STEPS", 3)
+
 
 # ------------------------------------------------------------------------------------------------------ which are read
 
