@@ -41,12 +41,16 @@ def test_answers_of_something_else_are_not_gone_on_with(stopped):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_with_other_files_is_left_alone(tmp_path, resume):
-    (tmp_path / ".running").touch()  # the lock
-    begin(tmp_path / "", resume=resume)
-    (tmp_path / MANIFEST).unlink()
-    with pytest.raises(InputError, match=f"--output {tmp_path} has other files in it; name another folder"):
+def test_what_no_command_wrote_is_not_replaced(tmp_path, resume):
+    """Nor a link to nothing. Other files in the folder are nobody's business."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "other.txt").touch()
+    (tmp_path / "a/1.npy").symlink_to("later.npy")
+    with pytest.raises(InputError, match=r"what is written would replace .*a/1\.npy; name another folder"):
         begin(tmp_path, resume=resume)
+    assert not (tmp_path / MANIFEST).exists()
+    (tmp_path / "a/1.npy").unlink()
+    assert begin(tmp_path, resume=resume) == {"0": [], "1": []}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\n", b"{\n", b"[1]\n", b"7\n", b"[" * 100_000])

@@ -35,25 +35,27 @@ def begin_folder(
     """Begin a folder of answers, or go on with it; return the finished files of each place, with one of the `endings`.
 
     A file that is there is whole. What the answers depend on, `about`, is in a file of the folder. Raises InputError if
-    answers are there that are others or are not to be gone on with (`resume`), and for a folder that has other files.
+    answers are there that are others or are not to be gone on with (`resume`), and for files that would be replaced.
     """
     path = folder / MANIFEST
-    if os.path.lexists(path):
+    is_begun = os.path.lexists(path)
+    if is_begun:
         earlier = _read_manifest(path)
         if not resume:
             raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
         differing = [name for name, value in about.items() if earlier.get(name) != value]
         if differing:
             raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
-    elif any(not name.startswith(".") for name in os.listdir(folder)):  # the lock is hidden
-        raise InputError(f"--output {folder} has other files in it; name another folder")
-    for inside in {place.parent for place in places}:
-        make_folder(inside)
-    write_text(json.dumps(about, indent=2), path)
     found = {}
     for place in places:
         files = [place.with_name(place.name + ending) for ending in endings]
-        found[place] = list(filter(os.path.exists, files))
+        found[place] = list(filter(os.path.lexists, files))
+        if found[place] and not is_begun:
+            there = found[place][0]
+            raise InputError(f"--output {folder}: what is written would replace {there}; name another folder")
+    for inside in {place.parent for place in places}:
+        make_folder(inside)
+    write_text(json.dumps(about, indent=2), path)
     return found
 
 
