@@ -1,11 +1,11 @@
 """What a run leaves for people: numbers against scikit-learn, pictures of every kind of result, its verdict."""
 
 import argparse
+import html
 import json
 import math
 import re
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -192,8 +192,6 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     ("adapters", "faster", "norms", "frozen", "shown"),
     [
         (2.4e-3, 24.0, "auto", True, "head 1e-4, adapters 2.4e-3 (24x: they start at the gradient)"),
-        (1e-4, 1.0, "auto", True, "head 1e-4, adapters 1e-4"),
-        (None, 1.0, "auto", True, "head 1e-4"),
         (None, 1.0, "auto", False, "head 1e-4, backbone 1e-4"),
         (1e-4, 1.0, "train", True, "head 1e-4, adapters 1e-4, norms 1e-4"),
     ],
@@ -341,24 +339,6 @@ def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbe
 # ----------------------------------------------------------------------------------------------------- report.html
 
 
-class Reader(HTMLParser):
-    """The tags and the text of a page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags = []
-        self.attributes = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_the_page_is_complete_and_runs_nothing(tmp_path):
     for name in ("training_curves.png", "mistakes.png"):
         Image.new("RGB", (3, 2)).save(tmp_path / name)
@@ -373,11 +353,13 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
     curves = tmp_path / "training_curves.png"
     report_page.write_page(tmp_path / "report.html", title, rows, *about, curves, config)
     text = (tmp_path / "report.html").read_text()
-    page = Reader(text)
-    assert "script" not in page.tags and page.tags.count("img") == 3 and "http" not in text
-    assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name in ("src", "href"))
+    tags = re.findall(r"<([a-z0-9]+)", text)
+    assert "script" not in tags and tags.count("img") == 3 and "http" not in text
+    for source in re.findall(r"(?:src|href)=[\"']?([^\"'> ]*)", text):
+        assert source.startswith("data:image/png;base64,")
+    shown = html.unescape(re.sub("<[^>]*>", "", text))
     told = ["66.67% of 3 images right", "accuracy after", "no images", "<script>.png", *names[:2], "absent caf?"]
-    assert all(words in page.text for words in told)
+    assert [words for words in told if words not in shown] == []
 
 
 def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
