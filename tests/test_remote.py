@@ -173,6 +173,10 @@ def test_an_archive_is_indexed_in_few_reads(monkeypatch):
             reads.append(len(buffer))
             return super().readinto(buffer)
 
+        def read(self, size=-1):
+            reads.append(size)
+            return super().read(size)
+
     system = SimpleNamespace(open=lambda place, mode, block_size: Bare(tree()["shards/part-0.tar"]))
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (system, url))
     monkeypatch.setattr(shards, "shard_names", lambda folder: ["part-0.tar"])

@@ -348,10 +348,10 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
     assert contents(tmp_path / "lora-1")["last.pth"] == b"last.pth"
 
 
-@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("moves", range(5))
 def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp_path, monkeypatch, capsys, moves):
     """Between two files, or before the folder gets its name: the next run moves the rest to the same place."""
-    names = ("lora.pth", "last.pth", "results.json")
+    names = ("config.yaml", "lora.pth", "last.pth", "results.json")
     folder = tmp_path / "lora"
     folder.mkdir()
     for name in names:
@@ -433,6 +433,7 @@ def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monke
     def slow(*given):
         if not removed:
             removed.append((tmp_path / output_folder.LOCK).unlink())
+            (tmp_path / output_folder.LOCK).touch()  # by a later run
         return lockf(*given)
 
     monkeypatch.setattr(fcntl, "lockf", slow)
