@@ -16,7 +16,7 @@ from toolkit import InputError, files, listed, printable
 from toolkit.answers import tasks
 from toolkit.models.backbones import build_backbone, head_name
 from toolkit.models.dense import DenseModel
-from toolkit.models.names import default_heads, is_none
+from toolkit.models.names import default_heads, is_path
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -62,6 +62,8 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
 
 def holds_adapter(path: str | Path) -> bool:
     """Is this an adapter file, and no checkpoint?"""
+    if not is_path(path):
+        return False
     if files.is_safetensors(path):
         return "adapter" in files.read_safetensors(path)[1]
     content = files.read_checkpoint(path)
@@ -93,7 +95,7 @@ def find_base(
 ) -> tuple[Path, Path | None]:
     """Find a file's base and the stage-1 adapter merged into it, if any: where they are now, or where metadata say."""
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
-    if not is_none(base) and not os.path.exists(base):
+    if is_path(base) and not os.path.exists(base):
         raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None

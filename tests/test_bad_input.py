@@ -212,6 +212,7 @@ FLAGS = [
     case("a random backbone that is frozen", "finetune --checkpoint none --arch vit_mini", "--checkpoint none with a",
          "add --no-freeze-backbone"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
+    case("a checkpoint that timm lacks", "finetune --checkpoint timm:resnet1", "--checkpoint timm:resnet1: "),
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
     case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),

@@ -1,18 +1,20 @@
 """timm's models by name: their own keys, heads, sizes and normalisation, from the command line to plain timm."""
 
 import copy
+import functools
 
 import pytest
 import safetensors.torch
 import torch
-from dense import FP32, assert_close, randomize_adapters, saved_bytes
+from dense import EXACT, FP32, assert_close, dense_twin, randomize_adapters, saved_bytes
 from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
 from lora.fusion import set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests
+from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
 from toolkit import InputError
+from toolkit.answers.heat_maps import grad_cam
 from toolkit.answers.probe import fit_linear_probe, set_head
 from toolkit.models.backbones import (
     build_backbone,
@@ -23,8 +25,8 @@ from toolkit.models.backbones import (
     normalization,
     record_of,
 )
-from toolkit.models.checkpoints import load_backbone
-from toolkit.models.names import default_image_size
+from toolkit.models.checkpoints import describe_base, load_backbone
+from toolkit.models.names import default_image_size, model_problems
 from toolkit.models.norms import freeze_statistics
 
 timm = pytest.importorskip("timm")
@@ -52,7 +54,7 @@ def checkpoint(tmp_path_factory):
     def write(name: str, wrap=lambda state: state, suffix: str = "pth", **options):
         path = folder / f"{name}.{suffix}"
         torch.manual_seed(1)
-        model = timm.create_model(name, num_classes=7, **options)
+        model = timm.create_model(name, **{"num_classes": 7, **options})
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -61,6 +63,24 @@ def checkpoint(tmp_path_factory):
         return path, model.eval()
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch, checkpoint):
+    """hub(name): timm finds `checkpoint(name)` where it looks for files of the Hub. Returns the file's path."""
+    wanted = {}
+
+    def load(repository: str, *_, **__) -> dict:
+        return torch.load(wanted[repository], weights_only=True)
+
+    def publish(name: str):
+        config = timm.get_pretrained_cfg(name)
+        path, _ = checkpoint(name, num_classes=config.num_classes)
+        wanted[config.hf_hub_id] = path
+        return path
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", load)
+    return publish
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -132,8 +152,174 @@ def test_another_model_s_checkpoint_is_refused(checkpoint):
     path, _ = checkpoint("test_vit")
     with pytest.raises(InputError, match=r"does not hold a timm:test_vit3: .* match; .* missing"):
         load_backbone(path, 5, "timm:test_vit3")
-    with pytest.raises(InputError, match="timm's models by --arch timm:NAME"):
-        load_backbone(checkpoint("test_convnext")[0], 5)
+
+
+def test_a_file_without_its_arch_is_told_what_it_could_be(checkpoint, tmp_path):
+    path, _ = checkpoint("test_convnext")
+    told = "could be of timm:test_convnext: say which, as --arch timm:test_convnext$"
+    with pytest.raises(InputError, match=f"none of its .*{told}"):
+        load_backbone(path, 5)
+    named = path.rename(tmp_path / "test_convnext-0123abcd.pth")  # as timm names files
+    with pytest.raises(InputError, match=told):
+        load_backbone(named, 5)
+    with pytest.raises(InputError, match=r"timm's models by --arch timm:NAME$"):  # another's name is no proof
+        load_backbone(named.rename(tmp_path / "test_vit.pth"), 5)
+
+
+@pytest.mark.slow
+def test_a_file_of_a_dino_is_recognised_by_its_tensors_alone(tmp_path):
+    for name in ("vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"):
+        torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
+        with pytest.raises(InputError, match=f"does not hold a .*it could be of timm:{name}: say which"):
+            load_backbone(tmp_path / "weights.pth", 5)
+
+
+def test_a_name_as_checkpoint_stands_for_the_weights_that_timm_publishes(hub):
+    path = hub("test_vit")
+    random = torch.get_rng_state()
+    by_file, expected = load_backbone(path, 5, "timm:test_vit")
+    after = torch.get_rng_state()
+    torch.set_rng_state(random)
+    by_name, report = load_backbone("timm:test_vit", 5)
+    assert torch.equal(torch.get_rng_state(), after)  # a run from either draws the same numbers
+    assert base_digests(by_name) == base_digests(by_file)
+    assert report == expected | {"licence": "apache-2.0"} and expected["licence"] is None
+    assert "timm:test_vit for 160 pixels from a timm checkpoint, licence apache-2.0;" in describe_base(report)
+
+
+def test_a_name_without_published_weights_is_refused_before_anything_is_read():
+    [problem] = model_problems("timm:vit_giant_patch14_224", None, None)
+    assert problem.startswith("--checkpoint timm:vit_giant_patch14_224: timm has no weights of it")
+    assert model_problems("timm:test_vit", None, None) == []
+
+
+def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune):
+    hub("test_vit")
+    results = finetune("--checkpoint timm:test_vit --image-size 32 --epochs 1")
+    adapter = results["folder"] / "lora.pth"
+    metadata = read_adapter_file(adapter)["metadata"]
+    assert (metadata["checkpoint"], metadata["arch"]) == ("timm:test_vit", "timm:test_vit")
+    assert metadata["mean"] == [0.5, 0.5, 0.5]
+    evaluated = deploy_lora.main(["evaluate", str(adapter), "--device", "cpu"])
+    assert evaluated["accuracy"] == results["val_accuracy"]
+
+
+@pytest.mark.slow
+def test_folds_of_a_named_checkpoint_know_it_by_its_name(hub, finetune):
+    hub("test_vit")
+    options = "--checkpoint timm:test_vit --image-size 32 --epochs 1 --folds 2"
+    assert len(finetune(options)["folds"]) == 2
+
+
+def test_images_are_chosen_by_a_named_checkpoint(hub, images, tmp_path):
+    hub("test_vit")
+    command = f"choose timm:test_vit {images / 'train'} --count 2 --image-size 32 --output {tmp_path / 'out'}"
+    assert len(deploy_lora.main([*command.split(), "--device", "cpu"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({}, "https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.safetensors"),
+        ({"hf_hub_filename": "a.bin"}, "https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/a.bin"),
+        ({"hf_hub_id": None, "url": "http://127.0.0.1:9/a.pth"}, "http://127.0.0.1:9/a.pth"),
+    ],
+    ids=["the Hub", "a file of the Hub", "an address"],
+)
+def test_without_a_connection_one_line_says_what_to_fetch(config, place, monkeypatch):
+    known = timm.get_pretrained_cfg("test_vit")
+    vars(known).update(config)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: known)
+
+    def fail(*_, **__):
+        raise OSError("no connection\nand much more")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(InputError) as error:
+        load_backbone("timm:test_vit", 5)
+    remedy = f"fetch {place} elsewhere and give its path as --checkpoint, to train also --arch timm:test_vit"
+    assert str(error.value) == f"timm:test_vit cannot be loaded (no connection): {remedy}"
+
+
+# The real architectures of DINOv2 and DINOv3, narrow and of few blocks. The giant one has SwiGLU.
+NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+DINO = {
+    "vit_small_patch14_dinov2": NARROW,
+    "vit_small_patch14_reg4_dinov2": NARROW,
+    "vit_giant_patch14_reg4_dinov2": NARROW,
+    "vit_small_patch16_dinov3": NARROW,
+    "vit_small_plus_patch16_dinov3": NARROW,
+    "convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)},
+}
+
+
+@pytest.fixture
+def dino(hub, monkeypatch):
+    """dino(name): a narrow model from published weights with random adapters, and the same without, from timm alone."""
+
+    def make(name: str):
+        monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **DINO[name]))
+        hub(name)
+        side = 56 if "patch14" in name else 64
+        model, _ = load_backbone(f"timm:{name}", 5, image_size=side)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "gamma" in key:  # LayerScale, which begins so small that nothing could be told apart
+                    parameter.uniform_(0.5, 1)
+        nn.init.normal_(model.get_submodule(head_name(model)).weight)
+        sized = {} if name == "convnext_tiny" else {"img_size": side}
+        stock = timm.create_model(name, num_classes=5, **sized)
+        stock.load_state_dict(model.state_dict())
+        adapted = randomize_adapters(add_lora_to_model(model, r=2))
+        return adapted.eval(), stock.eval(), images(side)
+
+    return make
+
+
+@pytest.mark.parametrize("name", DINO)
+def test_a_dino_is_adapted_and_explained(name, dino):
+    model, stock, x = dino(name)
+    freeze_backbone_params(model)
+    twin = dense_twin(stock, model)
+    model, x = model.double(), x.double().requires_grad_()
+    outputs, expected = model(x), twin(x)
+    assert_close(outputs, expected, EXACT)
+    assert_close(*(torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (outputs, expected)), EXACT)
+    outputs.square().sum().backward()
+    assert unused_adapters(model) == []
+
+    kept = []
+    blocks = twin.stages if name == "convnext_tiny" else twin.blocks
+    blocks[-1].register_forward_hook(lambda _, inputs, output: kept.extend([inputs[0], output]))
+    answers = twin(x.detach().requires_grad_())
+    tokens, maps = kept
+    features = maps if maps.dim() == 4 else tokens
+    [gradient] = torch.autograd.grad(answers.amax(1).sum(), features)
+    if features.dim() == 3:  # behind class and register tokens, a row of patches after the other
+        patches = slice(twin.num_prefix_tokens, None)
+        features, gradient = (t[:, patches].transpose(1, 2).unflatten(2, (4, 4)) for t in (features, gradient))
+    heat = (features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu()
+    heat = nn.functional.interpolate(heat, size=x.shape[2:], mode="bilinear")[:, 0]
+    heat = heat - heat.amin((1, 2), keepdim=True)
+    found, _ = grad_cam(model, x.detach())
+    assert_close(found, heat / heat.amax((1, 2), keepdim=True), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DINO)
+def test_a_dino_is_exported(name, dino, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, _, x = dino(name)
+    about = {"arch": f"timm:{name}", "class_names": list("abcde"), "image_size": x.shape[-1]}
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about | {"checkpoint": f"timm:{name}"})
+    base, _ = load_backbone(f"timm:{name}", 5, image_size=x.shape[-1])
+    assert base_digests(base).keys() == base_digests(model).keys()
+    deploy_lora.main(f"export {tmp_path}/lora.pth --output {tmp_path}/model.onnx".split())
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    [answers] = session.run(None, {"images": x.numpy()})
+    loaded, _ = load_finetuned(tmp_path / "lora.pth")
+    assert_close(torch.tensor(answers), loaded(x).softmax(1), FP32)
 
 
 @pytest.mark.parametrize("name, channels", [("test_vit", 13), ("test_resnet", 1)])

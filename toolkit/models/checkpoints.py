@@ -4,6 +4,7 @@
 2003.04297) and v3 (2104.02057), of projects that pretrain with MoCo, and of converted files. timm's names stay.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -21,9 +22,18 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from toolkit import InputError, listed, printable
 from toolkit.files import ForeignObject, is_plain_tensor, is_safetensors, read_checkpoint, read_safetensors, stored_path
-from toolkit.models import backbones
+from toolkit.models import backbones, names
 from toolkit.models.backbones import HEAD_NAMES
-from toolkit.models.names import ARCHS, NO_ARCH, NO_CHECKPOINT, TIMM, default_heads, default_image_size, is_none
+from toolkit.models.names import (
+    ARCHS,
+    NO_ARCH,
+    NO_CHECKPOINT,
+    TIMM,
+    default_heads,
+    default_image_size,
+    is_none,
+    is_path,
+)
 
 
 def load_backbone(
@@ -39,8 +49,9 @@ def load_backbone(
 
     Args:
         path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
-            that model's own keys. 'none': random weights. A classifier in the file is dropped.
-        arch: one of `names.ARCHS`, or `timm:` and a name of timm's; by default what the file or its shapes say.
+            that model's own keys. `timm:` and a name of timm's: what timm publishes. 'none': random weights. A classifier
+            in the file is dropped.
+        arch: one of `names.ARCHS`, or `timm:` and a name of timm's; by default what path, file or shapes say.
         image_size: pixels along each side; by default the file's own. A ViT's position embedding is interpolated.
         heads: the attention heads of a torchvision ViT; by default what the layout implies, or a guess with a warning.
         channels: the images' channels; by default those that the file's first layer takes.
@@ -93,6 +104,7 @@ def load_backbone(
         "channel_fit": channel_fit,
         "file_channels": own_channels,
         "epoch": source.epoch,
+        "licence": None if is_path(path) or is_none(path) else names.timm_config(str(path)).license,
         "loaded": list(weights),
         "dropped": source.dropped,
     }
@@ -150,7 +162,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
 
 def stored_checkpoint(path: str | os.PathLike) -> str:
     """A checkpoint's path as files record it: absolute, or relative to the toolkit if it is inside."""
-    return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
+    return str(stored_path(Path(path).absolute())) if is_path(path) else str(path)
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -320,6 +332,8 @@ def _image_metadata(info: Mapping) -> dict[str, Any]:
 
 def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Mapping]:
     """The dictionary of tensors, and the dictionary around it, empty if the tensors are the file's whole content."""
+    if not is_path(path):
+        return _weights_of_timm(str(path)), {"arch": str(path)}
     content = read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
@@ -335,6 +349,27 @@ def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
                 problem += f"; {printable(key)} is a {kind}: save its state_dict() from where the file was made"
         raise InputError(problem)
     return dict(tensors), info
+
+
+def _weights_of_timm(arch: str) -> dict[str, torch.Tensor]:
+    """The tensors of ``timm.create_model(NAME, pretrained=True)``: timm keeps the file in the cache of the Hub.
+
+    Raises InputError, which says what to fetch elsewhere, if they cannot be had.
+    """
+    config = names.timm_config(arch)
+    import timm  # here: few have it
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # lest a run from the same file draw other numbers
+            return timm.create_model(arch.removeprefix(TIMM), pretrained=True).state_dict()
+    except Exception as error:  # of a library for HTTP, which is another in each of its releases
+        why = printable((str(error).splitlines() or [type(error).__name__])[0])
+        place = config.url
+        if config.hf_hub_id:
+            file = config.hf_hub_filename or "model.safetensors"
+            place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
+        remedy = f"fetch {place} elsewhere and give its path as --checkpoint, to train also --arch {arch}"
+        raise InputError(f"{arch} cannot be loaded ({why}): {remedy}") from None
 
 
 def _recognise(
@@ -396,7 +431,7 @@ def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -
     found = shapes_of(weights)
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
-        known = f"known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
+        known = _hint_of_timm(path) or f"known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
         none = f"none of its {len(weights)} tensors belongs to a known backbone ({listed(weights)})"
         raise InputError(f"{path}: {none}; {known}")
     return best
@@ -507,6 +542,8 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
         if better := [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]:
             found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
+        elif hint := _hint_of_timm(source.path):
+            found += f"; {hint}"
         raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
     broken = []
     for key, value in weights.items():
@@ -516,6 +553,27 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
             broken.append(key)
     if broken:
         raise InputError(f"{source.path}: NaN, infinite or not real numbers in {listed(broken)}; use an earlier epoch")
+
+
+MOST_CANDIDATES = 40  # of timm's models that are built to compare them with a file, in some seconds
+
+
+def _hint_of_timm(path: str | os.PathLike) -> str:
+    """Which models of timm a file may be of, by its tensors; empty if none is found."""
+    if not is_path(path):
+        return ""
+    tensors, info = _find_state_dict(path)
+    _, encoder, _ = _recognise(path, tensors, info)
+    weights = {key: tensors[full] for key, full in encoder.items()}
+    fitting = []
+    candidates = names.timm_candidates(path, {key: tuple(value.shape) for key, value in weights.items()})
+    for arch in candidates[:MOST_CANDIDATES]:
+        with contextlib.suppress(InputError):
+            if _shapes(arch) <= shapes_of(weights):
+                fitting.append(arch)
+    if not fitting:
+        return ""
+    return f"it could be of {listed(fitting)}: say which, as --arch {fitting[0]}"
 
 
 def describe_base(report: dict[str, Any]) -> str:
@@ -532,6 +590,8 @@ def describe_base(report: dict[str, Any]) -> str:
     text += f" from a {report['family']} checkpoint"
     if report["epoch"] is not None:
         text += f", epoch {report['epoch']}"
+    if report["licence"] is not None:
+        text += f", licence {report['licence']}"
     loaded = f"all {len(report['loaded'])} backbone tensors loaded"
     if report["channel_fit"] is not None:
         loaded += f", the first layer fitted from {report['file_channels']} channels, in their order"

@@ -1,9 +1,12 @@
 """Models by their names: what `--arch` and `--checkpoint` may say. PyTorch is loaded only where a name needs it.
 
 A model of timm is named as `timm:vit_small_patch14_dinov2`, by its name in `timm.list_models()` and, if any, its tag.
+As a checkpoint this name stands for the weights that timm publishes for it.
 """
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolkit import SHIPPED, InputError, did_you_mean, optional_package, printable
@@ -79,6 +82,30 @@ def timm_config(arch: str):
     return config
 
 
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # of ViTs in timm's names, by their width
+
+
+def timm_candidates(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The models of timm that a path names or else, by the names of tensors and of models, a file may be of."""
+    try:
+        timm = optional_package("timm", TIMM)
+    except InputError:
+        return []
+    known = timm.list_models()
+    if named := set(known).intersection(re.split(r"--|-[0-9a-f]{8}|\W", str(path))):
+        return [f"{TIMM}{name}" for name in sorted(named)]
+    with_its_patch = []
+    without_patches = []
+    for name in known:
+        first = shapes.get(f"{timm.get_pretrained_cfg(name).first_conv}.weight", ())
+        patch = re.search(r"patch(\d+)", name)
+        if len(first) == 4 and patch is None:
+            without_patches.append(f"{TIMM}{name}")
+        elif len(first) == 4 and first[2] == int(patch[1]) and SIZES.get(first[0], "") in name:
+            with_its_patch.append(f"{TIMM}{name}")
+    return with_its_patch or without_patches
+
+
 NO_CHECKPOINT = "none"
 NO_ARCH = "random weights have no architecture of their own"
 
@@ -100,14 +127,25 @@ def is_none(path: str | os.PathLike) -> bool:
     return str(path) == NO_CHECKPOINT
 
 
+def is_path(checkpoint: str | os.PathLike) -> bool:
+    """Is this a path, and not 'none' or a model of timm, which are recorded and loaded by their names?"""
+    return not is_none(checkpoint) and not str(checkpoint).startswith(TIMM)
+
+
 def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None) -> list[str]:
     """What is wrong with `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files."""
     problems = []
     if is_none(path) and arch is None:
         problems.append(f"--checkpoint none: {NO_ARCH}; say which with --arch")
-    if not is_none(path) and not is_published(Path(path).as_posix()) and not os.path.exists(path):
+    if is_path(path) and not is_published(Path(path).as_posix()) and not os.path.exists(path):
         problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
         problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
+    if str(path).startswith(TIMM):
+        try:
+            if not timm_config(str(path)).has_weights:
+                problems.append(f"--checkpoint {path}: timm has no weights of it; timm.list_pretrained() has others")
+        except InputError as error:
+            problems.append(f"--checkpoint {path}: {error}")
     if arch is not None:
         try:
             default_image_size(arch)

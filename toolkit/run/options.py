@@ -34,7 +34,10 @@ BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in col
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = (
     "data_dir",
+    "task",
     "checkpoint",
+    "arch",
+    "image_size",
     "output_dir",
     "epochs",
     "learning_rate",
@@ -84,7 +87,7 @@ class ModelOptions(ShapeOptions):
     """Section `model`."""
 
     checkpoint: Path = option(
-        SHIPPED, "file of MoCo, torchvision, timm; or moco-v2-800ep; shipped; none: random", type=checkpoint_path
+        SHIPPED, "a file, or a name: moco-v2-800ep, timm:NAME, shipped; none: random", type=checkpoint_path
     )
     arch: str | None = option(
         None,
