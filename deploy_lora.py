@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import moco_lora  # noqa: F401 - it says if a folder is in the way of those that follow
 from toolkit.config import check_command_line
 from toolkit.run.commands import MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
 

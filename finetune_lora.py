@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import moco_lora  # noqa: F401 - it says if a folder is in the way of those that follow
 from toolkit.config import check_command_line
 from toolkit.run.options import DEFAULT_CONFIG, FineTuneOptions, Plan, make_parser, read_options  # noqa: F401
 
@@ -754,6 +755,15 @@ def main(
         run_state.write_config(run.path("config.yaml"), asked, run.identity["config"])
         train(run, after_epoch)
         return finish(run)
+
+
+def finetune(after_epoch: Callable[["FineTuning"], None] | None = None, **asked: Any) -> dict[str, Any]:
+    """`main` by keywords, as ``finetune(data_dir="my_images", checkpoint="moco-v2-800ep", epochs=20)``.
+
+    Each option is named as in a YAML file: `learning_rate`, not `--lr`. A list or tuple has several values, None asks
+    for nothing. Raises InputError as `main` does.
+    """
+    return main(config.as_typed(asked), after_epoch)
 
 
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:

@@ -30,7 +30,7 @@ class MomentumContrast(nn.Module):
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, m: float, T: float):
         super().__init__()
-        setattr(backbone, head_name(backbone), projector)
+        backbone.set_submodule(head_name(backbone), projector)
         self.encoder_q = backbone
         shared = [parameter for parameter in backbone.parameters() if not parameter.requires_grad]
         for module in backbone.modules():
@@ -153,7 +153,7 @@ def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def feature_dim(backbone: nn.Module) -> int:
     """The width of the features that a backbone's classifier head receives."""
-    head = getattr(backbone, head_name(backbone))
+    head = backbone.get_submodule(head_name(backbone))
     return next(module.in_features for module in head.modules() if isinstance(module, nn.Linear))
 
 

@@ -15,6 +15,7 @@ it only adapters do, over a frozen backbone that queries and keys share.
 import functools
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,9 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
-from toolkit import InputError, config, devices, distributed
+from toolkit import InputError, config, devices, distributed, typed
 from toolkit.answers import evaluation, measures
+from toolkit.answers.answer_reports import interval_text
 from toolkit.files import save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
@@ -94,6 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if distributed.is_main():
             write_text(json.dumps(run.results(), indent=2, default=str), run.path("results.json"))
             reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
+            print(f"\n{reports.table(summary(run))}")
         return run.results()
 
 
@@ -261,6 +264,13 @@ class Pretraining(RunState):
             measured["knn_accuracy"] = evaluation.knn_accuracy(*found[0], *found[1])
         return measured
 
+    def knn_interval(self, measured: dict[str, float | None]) -> tuple[float, float] | None:
+        """The 95% interval of a k-NN accuracy; None without labels."""
+        if measured.get("knn_accuracy") is None:
+            return None
+        share = torch.tensor([measured["knn_accuracy"]], dtype=torch.float64)
+        return measures.mean_interval(share, len(self.measuring_loaders[1].dataset))
+
     def save_adapters(self) -> None:
         """Write `moco_lora.pth`, which `finetune_lora.py --stage1-adapter` reads."""
         args = self.args
@@ -292,6 +302,7 @@ class Pretraining(RunState):
         last = self.history[-1]
         return {
             **{name: last[name] for name in ("loss", *measures.TITLES)},
+            "knn_interval": self.knn_interval(last),
             "before": self.baseline,
             "epochs": self.epoch,
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
@@ -301,6 +312,30 @@ class Pretraining(RunState):
             "metrics": self.path("metrics.csv"),
             **{name: self.identity[name] for name in ("images", "normalization", "config")},
         }
+
+
+def summary(run: Pretraining) -> list[tuple[str, str]]:
+    """The table printed at the end of stage 1: (name, value) of each row."""
+    args = run.args
+    rows = []
+    for when, measured in (("before", run.baseline), ("after", run.history[-1])):
+        if measured and (interval := run.knn_interval(measured)):
+            images = f"of {len(run.measuring_loaders[1].dataset):,} images"
+            rows.append((f"k-NN {when}", f"{measured['knn_accuracy']:.1%} {images} ({interval_text(*interval)})"))
+        elif measured:
+            rank = f"{measured['effective_rank']:.1f}; --knn-dir, class folders, would show what that is worth"
+            rows.append((f"effective rank {when}", rank))
+    result = "moco_lora.pth" if args.lora_rank > 0 else checkpoint_name(args)
+    written = f"{args.output_dir}/: {result}, metrics.csv, results.json, pretraining_curves.png"
+    base = shlex.quote(str(run.path(result)))
+    if args.lora_rank > 0:
+        base = f"{shlex.quote(str(args.checkpoint))} --stage1-adapter {base}"
+    return [
+        *rows,
+        ("training time", reports.duration(run.results()["seconds"])),
+        ("results in", written),
+        ("next", f"{typed('finetune')} --data-dir my_images --checkpoint {base}"),
+    ]
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
@@ -387,7 +422,9 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
-    modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in (model.encoder_q, model.encoder_k)]}
+    modules = {"projector": []}
+    for encoder in (model.encoder_q, model.encoder_k):
+        modules["projector"].append(encoder.get_submodule(head_name(encoder)))
     if hasattr(model, "predictor"):
         shorter = model.predictor[:-1]  # the official ones of ResNets end without a BatchNorm
         if checkpoints.shapes_of(shorter.state_dict()) == checkpoints.shapes_of(parts.get("predictor", {})):

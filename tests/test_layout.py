@@ -3,6 +3,7 @@ CONTRIBUTING, and no line is packed. With `pip install -e .` code in another fol
 
 import ast
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("toolkit", "lora", "moco")
 # From the ground up. The longest prefix of a module's name counts; what is not named stands on the top floor.
 FLOORS = (
+    "moco_lora",
     "toolkit",
     "toolkit.models",
     "toolkit.images",
@@ -204,3 +206,37 @@ def test_code_in_another_folder_imports_everything(tmp_path):
     command = [sys.executable, "-c", ELSEWHERE, packages]
     done = subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [str(checkout / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"), "vit_mini"]
+    (elsewhere / "lora").mkdir()  # of adapters, and no package
+    subprocess.run(command, cwd=elsewhere, check=True, capture_output=True)
+    for name, told in HELP.items():
+        command = [packages / "bin" / f"moco-lora-{name}", "--help"]
+        environment = os.environ | {"PYTHONPATH": str(checkout)}  # a folder of packages is no environment of Python's
+        done = subprocess.run(command, cwd=elsewhere, env=environment, check=True, capture_output=True, text=True)
+        assert told in done.stdout
+
+
+@pytest.mark.parametrize("package", ["toolkit", "lora", "moco"])
+@pytest.mark.parametrize("script", ["finetune_lora", "deploy_lora", "moco_lora"])
+def test_a_package_of_the_users_in_the_way_is_named(script, package, tmp_path):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    run = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; import {script}"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=tmp_path)
+    told = f"ImportError: {tmp_path / package} is in the way of {ROOT / package}, which the toolkit imports: rename it"
+    assert told in done.stderr.splitlines()[-1]
+
+
+def test_a_folder_that_is_no_package_is_in_nobodys_way(tmp_path):
+    (tmp_path / "toolkit").mkdir()
+    run = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; import moco_lora"
+    subprocess.run([sys.executable, "-c", run], check=True, cwd=tmp_path)
+
+
+HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "usage: moco-lora-pretrain"}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_each_installed_command_is_its_script(name):
+    run = f"import sys; sys.argv = ['moco-lora-{name}', '--help']; import moco_lora; moco_lora.{name}()"
+    done = subprocess.run([sys.executable, "-c", run], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert HELP[name] in done.stdout

@@ -21,6 +21,7 @@ from lora_utils import read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same, assert_same_tensors, metrics, names_in, rows_of, stop
 from toolkit import InputError, config
+from toolkit.answers.measures import share_interval
 from toolkit.files import read_checkpoint
 from toolkit.images import data, sources
 from toolkit.models.backbones import build_backbone
@@ -100,6 +101,23 @@ def test_the_files_of_a_run(done):
     # 2 epochs of 16 images, over the time of the steps
     assert written["images_per_second"] == pytest.approx(32 / written["seconds"], rel=0.5)
     assert written["config"]["data_dir"] and written["images"] == results["images"]
+
+
+def test_stage_1_ends_with_what_was_gained_and_the_next_command(done, adapt, folder, tmp_path, base, capsys):
+    results, output, told = done
+    last = told.partition("\nk-NN after")[2]
+    low, high = results["knn_interval"]
+    of_images = f"{results['knn_accuracy']:.1%} of 4 images (95% interval {low:.1%} to {high:.1%})"
+    assert of_images in last and "k-NN before" not in told  # from random weights
+    assert (low, high) == pytest.approx(share_interval(torch.arange(4) < round(4 * results["knn_accuracy"])))
+    assert f"{output}/: moco_stage1_epoch_2.pth, metrics.csv" in last
+    assert last.endswith(f"finetune_lora.py --data-dir my_images --checkpoint {results['checkpoint']}\n")
+
+    results = adapt(f"--data-dir {folder}")
+    last = capsys.readouterr().out.partition("\nk-NN before")[2]
+    assert last.splitlines()[1].startswith("k-NN after") and f"{results['before']['knn_accuracy']:.1%} of 4" in last
+    command = f"--checkpoint {base} --stage1-adapter {tmp_path}/out/moco_lora.pth\n"
+    assert last.endswith(f"finetune_lora.py --data-dir my_images {command}")
 
 
 @pytest.fixture

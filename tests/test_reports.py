@@ -5,7 +5,9 @@ import html
 import json
 import math
 import re
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from toolkit import VERSION
+from toolkit import TOOLKIT, VERSION, typed
 from toolkit.answers import answer_reports, classification, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.measures import jackknife, mcnemar, mean_interval, share_interval
@@ -143,7 +145,7 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     shown = "\n".join(map("".join, rows))
     assert "nan" not in shown and dict(rows)["linear probe before"] == "not defined"
     assert dict(rows)["macro AP after"] == "not defined: no evaluation image has a label"
-    assert "from the probe" in dict(rows)["saved weights"]
+    assert "from the linear probe" in dict(rows)["saved weights"]
     assert "the last epoch is kept: what --keep-best chooses by is not defined" in shown
     report.draw(tmp_path / "curves.png")
     run = argparse.Namespace(task=task, baseline=baseline, by_unlabelled=None)
@@ -184,8 +186,14 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
     run.wise_ft.share = 0.25
-    told = "\n  the start still answers training images better: 25% of the change is evaluated"
-    assert told in reports.describe_epoch(run)
+    run.baseline = {"probe_accuracy": 0.9}
+    worse = "\n  the linear probe still answers training images better than this epoch does: "
+    mixed = "saved and evaluated is the model 25% of the way from the linear probe to this epoch"
+    assert reports.describe_epoch(run).endswith(worse + mixed)
+    run.wise_ft.share = 0
+    assert reports.describe_epoch(run).endswith(f"{worse}the linear probe is saved and evaluated")
+    run.baseline = {"probe_accuracy": None}  # of a random head
+    assert reports.describe_epoch(run).endswith("than this epoch does: the start is saved and evaluated")
 
 
 @pytest.mark.parametrize(
@@ -371,6 +379,30 @@ def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
     assert len(reports._made()) == 1
 
 
+@pytest.mark.parametrize(
+    ("started", "folder", "shown"),
+    [
+        ("finetune_lora.py", TOOLKIT, "python deploy_lora.py"),
+        ("finetune_lora.py", Path("/"), f"python {shlex.quote(str(TOOLKIT / 'deploy_lora.py'))}"),
+        ("/usr/bin/moco-lora-finetune", Path("/"), "moco-lora-deploy"),
+        ("C:/Scripts/moco-lora-pretrain.exe", TOOLKIT, "moco-lora-deploy"),
+    ],
+)
+def test_commands_that_are_printed_exist_where_the_run_was_started(started, folder, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started, "--data-dir", "my images"])
+    monkeypatch.chdir(folder)
+    assert typed("deploy") == shown
+    assert judged().next_step == f"{shown} predict lora.pth new_images --output answers.csv"
+    if "pretrain" not in started:
+        assert dict(reports._made())["command"] == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
+
+
+def test_a_run_ends_with_the_command_that_answers_new_images_once(finetune, capsys):
+    finetune("--epochs 1")
+    last = capsys.readouterr().out.partition("results in")[2]
+    assert last.count(" predict ") == 1 and " merge " not in last
+
+
 # ---------------------------------------------------------------------------------------------------------- the verdict
 
 
@@ -428,6 +460,7 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
 RISING = (0.70, 0.74, 0.78, 0.82)
 OVERFITTED = (0.1, 0.6)
 SAME = "the same command with "
+LOWERED = "the learning rate was lowered to"
 PREDICT = "python deploy_lora.py predict lora.pth new_images --output"
 CHOOSE = "python deploy_lora.py choose lora.pth new_images --output to_label"
 
@@ -438,13 +471,21 @@ CHOOSE = "python deploy_lora.py choose lora.pth new_images --output to_label"
         ({}, [], f"{PREDICT} answers.csv"),
         ({"task": Segmentation}, [], f"{PREDICT} maps"),
         ({"scores": RISING}, ["few epochs: the score still rose at the end"], f"{SAME}--epochs 8"),
-        ({"lowered": 30, "probe": 0.8}, ["a learning rate that was lowered 30-fold"], f"{SAME}--epochs 8"),
-        ({"probe": 0.9, "lowered": 7}, ["a learning rate that was lowered 7-fold"], f"{SAME}--epochs 8"),
+        (
+            {"lowered": 30, "probe": 0.8},
+            [f"there are few training steps: {LOWERED} 3.3% of the one asked for"],
+            f"{SAME}--epochs 8",
+        ),
+        (
+            {"probe": 0.9, "lowered": 8},
+            [f"there are few training steps: {LOWERED} 12% of the one asked for"],
+            f"{SAME}--epochs 8",
+        ),
         # Below the probe a third of the rate
         ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 3e-4}, [], f"{SAME}--learning-rate 1e-04"),
         (
-            {"probe": 0.9, "lowered": 7, "retreats": [{}]},
-            ["a learning rate that was lowered 7-fold"],
+            {"probe": 0.9, "lowered": 8, "retreats": [{}]},
+            [f"training collapsed, or gained nothing: {LOWERED} 12% of the one asked for"],
             f"{SAME}--learning-rate 3e-04",
         ),
         # With few labels what helps there; both ways are for one class an image
@@ -484,6 +525,14 @@ def test_what_limits_a_run_comes_with_one_next_step(run, limits, next_step):
 )
 def test_where_a_run_overfits_photographs_are_varied_more(run, varied):
     found = judged(losses=OVERFITTED, **run)
-    assert found.limits == ["overfitting: the evaluation's loss is far above the training's"]
+    told = "overfitting: evaluation images are answered far worse than training images (loss 0.6 against 0.1)"
+    assert found.limits == [told]
     assert (found.next_step == f"{SAME}--augmentation trivial") == varied
     assert "--epochs" not in found.next_step
+
+
+def test_nearly_perfect_answers_are_not_called_overfitting():
+    """Both losses are so small then that their ratio says nothing."""
+    perfect = {"probe": 0.9, "val_accuracy_interval": (0.97, 1.0), "losses": (0.001, 0.02)}
+    assert judged(scores=(0.99,), **perfect).limits == []
+    assert judged(scores=(0.97,), **perfect).limits != []

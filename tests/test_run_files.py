@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_defaults_then_file_then_command_line(base, tmp_path):
     flags = f"--checkpoint {base} --config {tmp_path / 'my.yaml'} --lora-rank 0 --lora-dropout 0 --augmentation none"
     args, _ = read_options(flags.split())
     assert (args.lora_alpha, args.lora_rank) == (8, 0)
+
+
+def test_options_by_keywords_are_those_of_a_command_line():
+    asked = {"data_dir": Path("my images"), "epochs": 20, "use_qlora": True, "freeze_backbone": False, "resume": None}
+    asked |= {"mean": (-0.5, 0.25), "learning_rate": 1e-3}
+    typed = "--epochs=20 --use-qlora --no-freeze-backbone --mean -0.5 0.25 --learning-rate=0.001"
+    assert config.as_typed(asked) == ["--data-dir=my images", *typed.split()]
+
+
+def test_python_fine_tunes_by_keywords_as_the_command_does(base, images, finished_once, tmp_path):
+    asked = {"data_dir": images, "checkpoint": base, "device": "cpu", "augmentation": "none", "batch_size": 8}
+    asked |= {"epochs": 1, "learning_rate": 1e-3, "output_dir": tmp_path / "out"}
+    epochs = []
+    with mock.patch.object(optim, "STEPS_TO_TRAIN", 1):
+        results = finetune_lora.finetune(after_epoch=lambda run: epochs.append(len(run.history)), **asked)
+    assert results["val_loss"] == finished_once["val_loss"] and epochs == [1]
+    assert_same_tensors(tmp_path / "out/lora.pth", finished_once["folder"] / "lora.pth")
+    with pytest.raises(InputError, match=r"--epoch: no such option \(did you mean --epochs\?\)"):
+        finetune_lora.finetune(epoch=3)
+    with pytest.raises(InputError, match="--epochs: expected a whole number above 0, got '0'"):
+        finetune_lora.finetune(epochs=0)
 
 
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):

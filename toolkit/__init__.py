@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import os
+import shlex
 import stat
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +66,19 @@ def optional_package(name: str, who: str, install: str | None = None) -> ModuleT
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"{who} needs {name} ({error}): pip install {install or name}") from None
+
+
+def typed(script: str) -> str:
+    """How a script of the toolkit is started where this process was: by path, or as an installed command.
+
+    `script` is finetune, deploy or pretrain.
+    """
+    if Path(sys.argv[0]).name.startswith("moco-lora-"):
+        return f"moco-lora-{script}"
+    if script == "pretrain":
+        return "python -m moco.pretrain"
+    path = TOOLKIT / f"{script}_lora.py"
+    return f"python {path.name if Path.cwd() == TOOLKIT else shlex.quote(str(path))}"
 
 
 def stored_path(path: str | os.PathLike) -> Path:

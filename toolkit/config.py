@@ -375,6 +375,19 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def as_typed(options: Mapping[str, Any]) -> list[str]:
+    """Options by their names and values as a command line has them."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        elif isinstance(value, list | tuple):
+            words += [flag(name), *map(str, value)]
+        elif value is not None:
+            words.append(f"{flag(name)}={value}")
+    return words
+
+
 def flag(name: str) -> str:
     """How an option is typed."""
     return f"--{name.replace('_', '-')}"

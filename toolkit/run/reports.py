@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, listed, printable
+from toolkit import VERSION, listed, printable, typed
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import PICTURES, Report, finite
 from toolkit.answers.heat_maps import Explainer
@@ -119,12 +119,17 @@ def describe_epoch(run: FineTuned) -> str:
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
     score = f"{run.task.score_title} {run.task.reported(row[f'val_{run.task.score}'])}"
     lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
-    if run.wise_ft.share == 0:
-        lines += "\n  the start is still better, and is kept"
-    elif run.wise_ft.share < run.wise_ft.alpha:
-        kept = f"{run.wise_ft.share:.0%} of the change is evaluated and kept"
-        lines += f"\n  the start still answers training images better: {kept}"
+    if run.wise_ft.share < run.wise_ft.alpha:
+        start = _name_of_start(run)
+        saved = f"saved and evaluated is the model {run.wise_ft.share:.0%} of the way from the {start} to this epoch"
+        if run.wise_ft.share == 0:
+            saved = f"the {start} is saved and evaluated"
+        lines += f"\n  the {start} still answers training images better than this epoch does: {saved}"
     return lines
+
+
+def _name_of_start(run: FineTuned) -> str:
+    return "start" if run.baseline[baseline_keys(run.task)[1]] is None else "linear probe"
 
 
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
@@ -201,6 +206,12 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     results["verdict"] = found._asdict()
     meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
     meaning.append(("next", found.next_step))
+    predict = verdict.predict_command(run.task, adapter)
+    if predict != found.next_step:
+        meaning.append(("or use it", predict))
+    if run.args.stage1_adapter is not None:
+        compare = f"{typed('deploy')} compare RUN_WITHOUT_IT/results.json {shlex.quote(str(run.path('results.json')))}"
+        meaning.append(("gained by stage 1", compare))
     rows = summary(run, results, report)
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
     shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
@@ -238,9 +249,8 @@ def labels_to_check(run: FineTuned) -> list[str]:
 def _made() -> list[tuple[str, str]]:
     """When and by what a page was made: version and command, unless Python called the script."""
     made = [("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
-    script = Path(sys.argv[0]).name
-    if script == "finetune_lora.py":
-        made.append(("command", shlex.join(["python", script, *sys.argv[1:]])))
+    if Path(sys.argv[0]).name.startswith(("finetune_lora.py", "moco-lora-finetune")):
+        made.append(("command", f"{typed('finetune')} {shlex.join(sys.argv[1:])}"))
     return made
 
 
@@ -347,15 +357,13 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
     total = results["total_parameters"]
     rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
     if (share := results["kept_share"]) < 1:
-        start = "start" if probe is None else "probe"
-        way = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
+        way = f"{share:.0%} of the way from the {_name_of_start(run)} to the trained model (--wise-ft 1: all)"
         rows.append(("saved weights", way))
     memory = "not known on this system"
     if results["peak_memory_bytes"]:
         whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
         memory = f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
-    merge = f"python deploy_lora.py merge {shlex.quote(str(folder / 'lora.pth'))} --output merged.pth"
     return [
         *rows,
         ("adapter file", sizes),
@@ -363,7 +371,6 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
         ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
-        ("merge it", merge),
     ]
 
 

@@ -6,12 +6,14 @@ It looks at the evaluation images: whoever follows it has used them, and a numbe
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from toolkit import typed
 from toolkit.answers.parts import Task
 from toolkit.choices import TRUTHS
 from toolkit.models.checkpoints import value_at
 
 FEW_IMAGES = 25  # of each class: up to this many, training hardly finds more than the probe does
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
+ALMOST_PERFECT = 0.98  # a score at which both losses are so small that their ratio says nothing
 RISING = 0.1  # of the whole gain, in the last quarter of the epochs
 LOWERED = 1.5  # times: a learning rate that is worth a word
 FEWEST_APART = 6  # images that more or fewer are right: with 5, McNemar's exact p is at least 1 / 16
@@ -37,12 +39,16 @@ def judge(
     lowered = results["learning_rate"] / results["head_learning_rate"]
     has_few = images_per_class <= FEW_IMAGES
     is_rising = _rises([row[f"val_{task.score}"] for row in history], probe)
-    is_overfitted = bool(history) and history[-1]["val_loss"] > OVERFITTED * history[-1]["train_loss"]
+    last = history[-1] if history else {"val_loss": 0.0, "train_loss": 0.0}
+    has_room = results[f"val_{task.score}"] < ALMOST_PERFECT
+    is_overfitted = has_room and last["val_loss"] > OVERFITTED * last["train_loss"]
+    losses = f"loss {last['val_loss']:.2g} against {last['train_loss']:.2g}"
+    why = "training collapsed, or gained nothing" if results.get("retreats") else "there are few training steps"
     limits = {
         f"few images, {images_per_class:.0f} of each {task.outputs_are[0]}": has_few,
-        f"a learning rate that was lowered {lowered:.0f}-fold": lowered > LOWERED,
+        f"{why}: the learning rate was lowered to {100 / lowered:.2g}% of the one asked for": lowered > LOWERED,
         "few epochs: the score still rose at the end": is_rising,
-        "overfitting: the evaluation's loss is far above the training's": is_overfitted,
+        f"overfitting: evaluation images are answered far worse than training images ({losses})": is_overfitted,
     }
 
     gained, is_worse, may_be_chance = _compared(results, task, probe)
@@ -52,7 +58,7 @@ def judge(
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
     again = "the same command with"
     longer = f"{again} --epochs {2 * max(1, results['epochs'])}"
-    label = f"more labels, of those images that teach most: python deploy_lora.py choose {adapter} new_images "
+    label = f"more labels, of those images that teach most: {typed('deploy')} choose {adapter} new_images "
     label += "--output to_label"
     if results["unlabelled"] is None:
         label += f"; or images without labels: {again} --unlabelled FOLDER"
@@ -64,7 +70,7 @@ def judge(
         (may_be_chance and not is_overfitted and probe != 1, longer),
         (is_rising, longer),
         (is_overfitted and can_vary, f"{again} --augmentation trivial"),
-        (True, f"python deploy_lora.py predict {adapter} new_images --output {task.predicted_into}"),
+        (True, predict_command(task, adapter)),
     ]
     next_step = next(step for is_due, step in steps if is_due)
     return Verdict(gained, [limit for limit, holds in limits.items() if holds], next_step)
@@ -95,6 +101,11 @@ def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float 
     if "epoch" in results.get("chosen_by", {}):
         return f"{gain}, flattered: the evaluation images chose the epoch", False, False
     return f"{gain}, more than chance explains", False, False
+
+
+def predict_command(task: Task | type[Task], adapter: str) -> str:
+    """What is typed to answer new images by an adapter file."""
+    return f"{typed('deploy')} predict {adapter} new_images --output {task.predicted_into}"
 
 
 def _rises(scores: Sequence[float], probe: float | None) -> bool:
