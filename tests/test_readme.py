@@ -33,7 +33,7 @@ FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 README = PAGES["README.md"]
 WITH_LINKS = [*PAGES, "benchmarks/RESULTS.md", "CONTRIBUTING.md", "checkpoints/moco_stage1/README.md"]
-LONGEST_README = 230  # lines: it is read in five minutes
+LONGEST_README = 199  # lines: it is read in five minutes
 SMALL = ["--labels-per-class", "2", "--epochs", "1", "--batch-size", "10"]
 # A newcomer lacks them.
 EXTRAS = ("peft", "onnx", "onnxscript", "onnxruntime", "accelerate", "pytorch_lightning")
@@ -387,7 +387,7 @@ def anchors(text: str) -> set[str]:
 def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
     question = PAGES[page].splitlines()[0].removeprefix("# ")
     assert question.endswith("?")
-    assert re.search(rf"^\| \[[^]]+\]\({page}\) \| {re.escape(question)} \|$", README, re.MULTILINE)
+    assert re.search(rf"^\| .*\[[^]]+\]\({page}\).* \| .*{re.escape(question)}.* \|$", README, re.MULTILINE)
     assert "../README.md" in links(page)
 
 
