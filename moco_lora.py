@@ -7,34 +7,21 @@ moco-lora-pretrain --config configs/stage1.yaml
 
 import importlib.util
 import runpy
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SCRIPTS = {"finetune": "finetune_lora", "deploy": "deploy_lora", "pretrain": "moco.pretrain"}
 
 
-def check_packages() -> None:
-    """Raise ImportError where Python finds another folder under the name of a package of the toolkit."""
-    for name in ("toolkit", "lora", "moco"):
-        spec = importlib.util.find_spec(name)
-        found = list(spec.submodule_search_locations or [spec.origin]) if spec else ["no such folder"]
-        if HERE / name not in (Path(place).resolve() for place in found):
-            remedy = "rename it, or work in another folder"
-            raise ImportError(f"{found[0]} is in the way of {HERE / name}, which the toolkit imports: {remedy}")
+def start() -> None:
+    """Run the script of the installed command that was typed."""
+    runpy.run_module(SCRIPTS[Path(sys.argv[0]).stem.removeprefix("moco-lora-")], run_name="__main__")
 
 
-def finetune() -> None:
-    """The command `moco-lora-finetune`."""
-    runpy.run_module("finetune_lora", run_name="__main__")
-
-
-def deploy() -> None:
-    """The command `moco-lora-deploy`."""
-    runpy.run_module("deploy_lora", run_name="__main__")
-
-
-def pretrain() -> None:
-    """The command `moco-lora-pretrain`."""
-    runpy.run_module("moco.pretrain", run_name="__main__")
-
-
-check_packages()
+for name in ("toolkit", "lora", "moco"):
+    spec = importlib.util.find_spec(name)
+    found = list(spec.submodule_search_locations or [spec.origin])
+    if HERE / name not in (Path(place).resolve() for place in found):
+        remedy = "rename it, or work in another folder"
+        raise ImportError(f"{found[0]} is in the way of {HERE / name}, which the toolkit imports: {remedy}")

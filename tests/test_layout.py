@@ -237,6 +237,6 @@ HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "usage: moco-
 
 @pytest.mark.parametrize("name", HELP)
 def test_each_installed_command_is_its_script(name):
-    run = f"import sys; sys.argv = ['moco-lora-{name}', '--help']; import moco_lora; moco_lora.{name}()"
+    run = f"import sys; sys.argv = ['moco-lora-{name}', '--help']; import moco_lora; moco_lora.start()"
     done = subprocess.run([sys.executable, "-c", run], check=True, cwd=ROOT, capture_output=True, text=True)
     assert HELP[name] in done.stdout

@@ -347,9 +347,11 @@ def test_moco_cxrs_densenet_needs_no_arch(saved):
 
 def test_moco_cxrs_densenet_without_timm_or_a_name_says_what_to_do(saved, monkeypatch):
     content, _ = moco_cxr()
-    with pytest.raises(InputError, match=r"none of its 725 tensors .*--arch timm:NAME"):
+    with pytest.raises(InputError, match=r"none of its 725 tensors .*; it could be of timm:densenet121: say which"):
         load_backbone(saved(content), num_classes=2)
     monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"none of its 725 tensors .*--arch timm:NAME"):
+        load_backbone(saved(content), num_classes=2)
     content, _ = moco_cxr(arch="densenet121")
     with pytest.raises(InputError, match=r"densenet121 needs timm.*pip install timm"):
         load_backbone(saved(content), num_classes=2)

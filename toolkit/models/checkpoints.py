@@ -542,7 +542,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
         if better := [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]:
             found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
-        elif hint := _hint_of_timm(source.path):
+        elif is_path(source.path) and (hint := _hint_of_timm(source.path)):
             found += f"; {hint}"
         raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
     broken = []
@@ -560,20 +560,15 @@ MOST_CANDIDATES = 40  # of timm's models that are built to compare them with a f
 
 def _hint_of_timm(path: str | os.PathLike) -> str:
     """Which models of timm a file may be of, by its tensors; empty if none is found."""
-    if not is_path(path):
-        return ""
     tensors, info = _find_state_dict(path)
     _, encoder, _ = _recognise(path, tensors, info)
-    weights = {key: tensors[full] for key, full in encoder.items()}
+    shapes = {key: tuple(tensors[full].shape) for key, full in encoder.items()}
     fitting = []
-    candidates = names.timm_candidates(path, {key: tuple(value.shape) for key, value in weights.items()})
-    for arch in candidates[:MOST_CANDIDATES]:
+    for name in names.timm_candidates(path, shapes)[:MOST_CANDIDATES]:
         with contextlib.suppress(InputError):
-            if _shapes(arch) <= shapes_of(weights):
-                fitting.append(arch)
-    if not fitting:
-        return ""
-    return f"it could be of {listed(fitting)}: say which, as --arch {fitting[0]}"
+            if _shapes(f"{TIMM}{name}") <= shapes.items():
+                fitting.append(f"{TIMM}{name}")
+    return f"it could be of {listed(fitting)}: say which, as --arch {fitting[0]}" if fitting else ""
 
 
 def describe_base(report: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ A model of timm is named as `timm:vit_small_patch14_dinov2`, by its name in `tim
 As a checkpoint this name stands for the weights that timm publishes for it.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -86,24 +87,22 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # of ViTs in ti
 
 
 def timm_candidates(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The models of timm that a path names or else, by the names of tensors and of models, a file may be of."""
-    try:
-        timm = optional_package("timm", TIMM)
-    except InputError:
+    """The models of timm that a path names or else, by their first layers, a file may be of; none without timm."""
+    if importlib.util.find_spec("timm") is None:
         return []
-    known = timm.list_models()
-    if named := set(known).intersection(re.split(r"--|-[0-9a-f]{8}|\W", str(path))):
-        return [f"{TIMM}{name}" for name in sorted(named)]
+    import timm
+
+    named = sorted(set(timm.list_models()).intersection(re.split(r"--|-[0-9a-f]{8}|\W", str(path))))
     with_its_patch = []
     without_patches = []
-    for name in known:
+    for name in timm.list_models():
         first = shapes.get(f"{timm.get_pretrained_cfg(name).first_conv}.weight", ())
         patch = re.search(r"patch(\d+)", name)
         if len(first) == 4 and patch is None:
-            without_patches.append(f"{TIMM}{name}")
+            without_patches.append(name)
         elif len(first) == 4 and first[2] == int(patch[1]) and SIZES.get(first[0], "") in name:
-            with_its_patch.append(f"{TIMM}{name}")
-    return with_its_patch or without_patches
+            with_its_patch.append(name)
+    return named or with_its_patch or without_patches
 
 
 NO_CHECKPOINT = "none"
@@ -140,16 +139,14 @@ def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None)
     if is_path(path) and not is_published(Path(path).as_posix()) and not os.path.exists(path):
         problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
         problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
-    if str(path).startswith(TIMM):
-        try:
-            if not timm_config(str(path)).has_weights:
-                problems.append(f"--checkpoint {path}: timm has no weights of it; timm.list_pretrained() has others")
-        except InputError as error:
-            problems.append(f"--checkpoint {path}: {error}")
-    if arch is not None:
-        try:
+    try:
+        named = f"--checkpoint {path}"
+        if str(path).startswith(TIMM) and not timm_config(str(path)).has_weights:
+            raise InputError("timm has no weights of it; timm.list_pretrained() has others")
+        named = f"--arch {arch}"
+        if arch is not None:
             default_image_size(arch)
             check_heads(arch, heads)
-        except InputError as error:
-            problems.append(f"--arch {arch}: {error}")
+    except InputError as error:
+        problems.append(f"{named}: {error}")
     return problems
