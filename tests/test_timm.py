@@ -313,13 +313,11 @@ def test_a_dino_is_exported(name, dino, tmp_path):
     model, _, x = dino(name)
     about = {"arch": f"timm:{name}", "class_names": list("abcde"), "image_size": x.shape[-1]}
     LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about | {"checkpoint": f"timm:{name}"})
-    base, _ = load_backbone(f"timm:{name}", 5, image_size=x.shape[-1])
-    assert base_digests(base).keys() == base_digests(model).keys()
     deploy_lora.main(f"export {tmp_path}/lora.pth --output {tmp_path}/model.onnx".split())
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     [answers] = session.run(None, {"images": x.numpy()})
     loaded, _ = load_finetuned(tmp_path / "lora.pth")
-    assert_close(torch.tensor(answers), loaded(x).softmax(1), FP32)
+    assert_close(torch.tensor(answers), loaded(x), FP32)
 
 
 @pytest.mark.parametrize("name, channels", [("test_vit", 13), ("test_resnet", 1)])

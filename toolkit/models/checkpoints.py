@@ -566,7 +566,9 @@ def _hint_of_timm(path: str | os.PathLike) -> str:
     fitting = []
     for name in names.timm_candidates(path, shapes)[:MOST_CANDIDATES]:
         with contextlib.suppress(InputError):
-            if _shapes(f"{TIMM}{name}") <= shapes.items():
+            own = _shapes(f"{TIMM}{name}")
+            others = [key for key, _ in shapes.items() - own if not key.startswith(_HEADS) and key not in _POSITIONS]
+            if own <= shapes.items() and not others:
                 fitting.append(f"{TIMM}{name}")
     return f"it could be of {listed(fitting)}: say which, as --arch {fitting[0]}" if fitting else ""
 
