@@ -316,7 +316,6 @@ class Pretraining(RunState):
 
 def summary(run: Pretraining) -> list[tuple[str, str]]:
     """The table printed at the end of stage 1: (name, value) of each row."""
-    args = run.args
     rows = []
     for when, measured in (("before", run.baseline), ("after", run.history[-1])):
         if measured and (interval := run.knn_interval(measured)):
@@ -325,17 +324,15 @@ def summary(run: Pretraining) -> list[tuple[str, str]]:
         elif measured:
             rank = f"{measured['effective_rank']:.1f}; --knn-dir, class folders, would show what that is worth"
             rows.append((f"effective rank {when}", rank))
-    result = "moco_lora.pth" if args.lora_rank > 0 else checkpoint_name(args)
-    written = f"{args.output_dir}/: {result}, metrics.csv, results.json, pretraining_curves.png"
-    base = shlex.quote(str(run.path(result)))
-    if args.lora_rank > 0:
-        base = f"{shlex.quote(str(args.checkpoint))} --stage1-adapter {base}"
-    return [
-        *rows,
-        ("training time", reports.duration(run.results()["seconds"])),
-        ("results in", written),
-        ("next", f"{typed('finetune')} --data-dir my_images --checkpoint {base}"),
-    ]
+    results = run.results()
+    path = results["checkpoint"]
+    base = shlex.quote(str(path))
+    if run.args.lora_rank > 0:
+        base = f"{shlex.quote(str(run.args.checkpoint))} --stage1-adapter {base}"
+    rows.append(("training time", reports.duration(results["seconds"])))
+    rows.append(("results in", f"{path.parent}/: {path.name}, metrics.csv, results.json, pretraining_curves.png"))
+    rows.append(("next", f"{typed('finetune')} --data-dir my_images --checkpoint {base}"))
+    return rows
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
@@ -422,9 +419,8 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
-    modules = {"projector": []}
-    for encoder in (model.encoder_q, model.encoder_k):
-        modules["projector"].append(encoder.get_submodule(head_name(encoder)))
+    encoders = (model.encoder_q, model.encoder_k)
+    modules = {"projector": [encoder.get_submodule(head_name(encoder)) for encoder in encoders]}
     if hasattr(model, "predictor"):
         shorter = model.predictor[:-1]  # the official ones of ResNets end without a BatchNorm
         if checkpoints.shapes_of(shorter.state_dict()) == checkpoints.shapes_of(parts.get("predictor", {})):

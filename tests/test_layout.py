@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_package_is_in_nobodys_way(tmp_path):
     subprocess.run([sys.executable, "-c", run], check=True, cwd=tmp_path)
 
 
-HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "usage: moco-lora-pretrain"}
+HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "--moco-version"}
 
 
 @pytest.mark.parametrize("name", HELP)

@@ -69,14 +69,9 @@ def optional_package(name: str, who: str, install: str | None = None) -> ModuleT
 
 
 def typed(script: str) -> str:
-    """How a script of the toolkit is started where this process was: by path, or as an installed command.
-
-    `script` is finetune, deploy or pretrain.
-    """
+    """How `finetune` or `deploy` is started where this process was: as an installed command, or by the script's path."""
     if Path(sys.argv[0]).name.startswith("moco-lora-"):
         return f"moco-lora-{script}"
-    if script == "pretrain":
-        return "python -m moco.pretrain"
     path = TOOLKIT / f"{script}_lora.py"
     return f"python {path.name if Path.cwd() == TOOLKIT else shlex.quote(str(path))}"
 
