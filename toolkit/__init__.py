@@ -69,7 +69,7 @@ def optional_package(name: str, who: str, install: str | None = None) -> ModuleT
 
 
 def typed(script: str) -> str:
-    """How `finetune` or `deploy` is started where this process was: as an installed command, or by the script's path."""
+    """How `finetune` or `deploy` is started where this process was: as an installed command, or by its path."""
     if Path(sys.argv[0]).name.startswith("moco-lora-"):
         return f"moco-lora-{script}"
     path = TOOLKIT / f"{script}_lora.py"
