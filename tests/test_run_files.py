@@ -65,7 +65,7 @@ def test_python_fine_tunes_by_keywords_as_the_command_does(base, images, finishe
         results = finetune_lora.finetune(after_epoch=lambda run: epochs.append(len(run.history)), **asked)
     assert results["val_loss"] == finished_once["val_loss"] and epochs == [1]
     assert_same_tensors(tmp_path / "out/lora.pth", finished_once["folder"] / "lora.pth")
-    with pytest.raises(InputError, match=r"--epoch: no such option \(did you mean --epochs\?\)"):
+    with pytest.raises(InputError, match=r"--epoch=3: no such option \(did you mean --epochs\?\)"):
         finetune_lora.finetune(epoch=3)
     with pytest.raises(InputError, match="--epochs: expected a whole number above 0, got '0'"):
         finetune_lora.finetune(epochs=0)
