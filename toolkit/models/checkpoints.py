@@ -49,8 +49,7 @@ def load_backbone(
 
     Args:
         path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
-            that model's own keys. `timm:` and a name of timm's: what timm publishes. 'none': random weights. A classifier
-            in the file is dropped.
+            that model's own keys. `timm:NAME`: what timm publishes. 'none': random weights. A classifier is dropped.
         arch: one of `names.ARCHS`, or `timm:` and a name of timm's; by default what path, file or shapes say.
         image_size: pixels along each side; by default the file's own. A ViT's position embedding is interpolated.
         heads: the attention heads of a torchvision ViT; by default what the layout implies, or a guess with a warning.
