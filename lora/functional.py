@@ -404,11 +404,7 @@ class _LoRAConv2d(torch.autograd.Function):
 
 
 def _scales_output(weight: Tensor | NF4Weight, row_scale: Tensor | None, x: Tensor) -> bool:
-    """Is the output to be multiplied by g, and not the kernel? Yes if the kernel is larger than its input.
-
-    That is so in the upper half of a ResNet for images of 64 pixels, where in 16 bits folding g and the adapter into
-    the kernel takes longer than the product.
-    """
+    """Is the output to be multiplied by g, and not the kernel, which is larger than its input?"""
     numel = x.numel()
     if row_scale is None or isinstance(numel, torch.SymInt):  # as torch.export has it where the batch may be any
         return False

@@ -201,6 +201,21 @@ def test_an_epoch_that_left_nothing_to_keep_is_no_state_to_go_back_to():
     assert judge.is_recoverable
 
 
+@pytest.mark.parametrize(
+    ("options", "at_once"),
+    [("--batch-size 5", 128), ("--batch-size 5 --image-size 128", 32), ("--batch-size 200", 200)],
+)
+def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them(start, options, at_once):
+    run = start(options)
+    trained_at_once = run.args.batch_size
+    for norms_train in (False, True):
+        run.loaders.open(norms_train)
+        expected = trained_at_once if norms_train else at_once
+        assert run.loaders.train.batch_sampler.batch_size == trained_at_once
+        for loader in (run.loaders.val.loader, run.loaders.watched.loader, run.loaders.calibration()):
+            assert loader.batch_sampler.batch_size == expected
+
+
 @pytest.mark.parametrize("share", ["1", "0.5"])
 def test_a_believable_head_is_put_back_bit_for_bit(start, share):
     """Within the block its outputs are divided by a temperature, which training must not see."""

@@ -24,6 +24,7 @@ STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's stati
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
+ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images wait for the weights, not for memory
 PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
@@ -58,6 +59,9 @@ class Loaders:
         self.images = splits
         self.image_size = image_size
         self.has_masks = isinstance(splits.train, masks.MaskedImages)
+        self.answered_at_once = args.batch_size  # with masks whole images are of any size
+        if not self.has_masks:
+            self.answered_at_once = max(args.batch_size, min(128, ANSWERED_PIXELS // image_size**2))
         normalization = plan.normalization
         if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
             pairs = masks.pair_transforms(image_size, args.augmentation, **normalization)
@@ -75,6 +79,8 @@ class Loaders:
 
         With `norms_train` each process needs some images of a batch. With `teaches` images without labels train.
         """
+        if norms_train:
+            self.answered_at_once = self.args.batch_size
         self.val = self.add_loader(self.images.val, self.eval_transform)
         if not self.has_masks:  # which come with images of any size
             self.val = Remembered(self.val)
@@ -117,7 +123,8 @@ class Loaders:
         return images.subset(range(whole)) if self.has_small_rest(images, batch_size) else images
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
-        usual = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        batch_size = self.args.batch_size if "shuffle" in loading else self.answered_at_once
+        usual = {"batch_size": batch_size, "workers": self.args.workers, "device": self.device}
         loading = usual | loading
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
