@@ -3,6 +3,7 @@
     python -m benchmarks.time_to_accuracy                                    # shipped backbone, embedded digits
     python -m benchmarks.time_to_accuracy --data-dir photographs --checkpoint resnet18_v2.pth --image-size 64
     python -m benchmarks.time_to_accuracy ... --methods default bf16 plain peft --seeds 2
+    python -m benchmarks.time_to_accuracy ... --stages          # where the CPU seconds of the default command go
 
 Every run is a command of its own, timed from its start to its finished files, imports included. After each epoch it
 notes the seconds since then and the accuracy on the evaluation images. The toolkit's runs have its default rate, as
@@ -150,6 +151,21 @@ def run_one(method: str, flags: list[str], started: float, output: Path) -> None
     output.write_text(json.dumps(points))
 
 
+# ------------------------------------------------------------------------------------------- the stages of one command
+
+
+def stages(options: list[str], output: Path) -> dict[str, Any]:
+    """Print where the CPU seconds of the toolkit's command go, and write it as `stages.json`."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.stages", str(output / "stages.json"), *options]
+        subprocess.run([*command, "--output-dir", folder], check=True, stdout=subprocess.DEVNULL)
+    found = json.loads((output / "stages.json").read_text())
+    print("| stage | CPU seconds | of the command |\n|---|---|---|")
+    for stage, seconds in found["seconds"].items():
+        print(f"| {stage} | {seconds:.1f} | {seconds / found['seconds']['whole command']:.0%} |")
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------- all runs
 
 
@@ -266,6 +282,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["default", "plain", "peft"])
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--output-dir", type=Path, default=MEASURED / "time_to_accuracy")
+    parser.add_argument("--stages", action="store_true", help="time the stages of one default command instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, options = parser.parse_known_args(argv)
     if args.one is not None:
@@ -273,6 +290,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         run_one(method, flags, started, Path(output))
         return []
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.stages:
+        stages(options, args.output_dir)
+        return []
     log = Log(args.output_dir / "runs.jsonl", options)
     rates = {method: best_rate(log, method) for method in args.methods}
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}

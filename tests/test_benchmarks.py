@@ -1,5 +1,6 @@
 """The scripts in benchmarks/: each on its smallest input, and what it writes. Nothing checks a clock."""
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -15,6 +16,8 @@ from benchmarks import (
     model_zoo,
     quality,
     roofline,
+    stages,
+    time_to_accuracy,
 )
 from toolkit import InputError
 from toolkit.run import optim
@@ -91,6 +94,36 @@ def test_each_method_is_compared_at_its_best_rate(base, images, tmp_path, monkey
 
 
 FAST = ["timm:convnext_atto", "torchvision:mobilenet_v3_small", "transformers:Swinv2", "transformers:Segformer"]
+
+
+def test_a_stage_has_the_seconds_that_no_stage_within_it_has(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(stages.time, "process_time", lambda: clock[0])
+
+    def passes(seconds: float) -> None:
+        clock[0] += seconds
+
+    run = argparse.Namespace(evaluate=lambda: passes(2))
+    run.train = lambda: (passes(3), run.evaluate(), passes(4))
+    watch = stages.Stopwatch()
+    watch.measures(run, "evaluate", "evaluation between epochs", within="training")
+    watch.measures(run, "train", "training")
+    passes(1)
+    run.train()
+    run.evaluate()
+    watch.note()
+    assert watch.seconds == {"other": 3, "training": 7, "evaluation between epochs": 2}
+
+
+def test_stages_are_printed_with_their_share_of_the_command(tmp_path, monkeypatch, capsys):
+    def run(command: list[str], **_) -> None:
+        seconds = {"imports": 2.0, "start": 6.0, "whole command": 8.0}
+        Path(command[3]).write_text(json.dumps({"seconds": seconds, "options": command[4:6]}))
+
+    monkeypatch.setattr(time_to_accuracy, "subprocess", argparse.Namespace(run=run, DEVNULL=None))
+    time_to_accuracy.main(["--stages", "--epochs", "3", "--output-dir", str(tmp_path)])
+    assert "| imports | 2.0 | 25% |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "stages.json").read_text())["options"] == ["--epochs", "3"]
 
 
 @pytest.mark.parametrize("name", FAST)
