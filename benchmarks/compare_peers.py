@@ -71,7 +71,6 @@ from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device
 from toolkit.models.backbones import block_names, build_backbone, head_name
 from toolkit.models.names import default_image_size
 from toolkit.models.norms import FreezableBatchNorm2d
-from toolkit.run.optim import fused
 from toolkit.run.runs import run_script
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16", "timm:resnet50", "timm:tf_efficientnet_lite0")
@@ -378,7 +377,6 @@ class Training:
     """One variant and its optimizer."""
 
     clock = staticmethod(time.perf_counter)
-    pretends_a_gpu = False
 
     def __init__(self, name: str, args, model: nn.Module | None = None):
         self.name, self.args = name, args
@@ -387,9 +385,7 @@ class Training:
         if VARIANTS[name].compiled:
             self.network = compiled(self.network, args.device)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=1e-4, fused=self.pretends_a_gpu or fused(self.model)
-        )
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4, fused=True)
         self.dtype = select_precision(args.precision, args.device)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -25,8 +25,8 @@ from torch._inductor.utils import ValueWithLineMap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.compare_peers import NUM_CLASSES
-from benchmarks.operators import KERNELS, KINDS, AsOnGPU, Operator, Recorder, Recording, bits, fake_step
+from benchmarks.compare_peers import NUM_CLASSES, Training
+from benchmarks.operators import KERNELS, KINDS, Operator, Recorder, Recording, bits, fake_step
 
 # In place of code: what stops the step where its first graph would run.
 STOP = "from benchmarks.compiled import Planned\n\n\ndef call(args):\n    raise Planned\n"
@@ -118,7 +118,7 @@ def record_compiled(name: str, args) -> Recording:
         return Recording(operators + _around_the_graphs(training, labels), 0, 0)
 
 
-def _around_the_graphs(training: AsOnGPU, labels: torch.Tensor) -> list[Operator]:
+def _around_the_graphs(training: Training, labels: torch.Tensor) -> list[Operator]:
     """The loss and the optimizer's second step."""
     for parameter in training.trained.values():
         parameter.grad = torch.zeros_like(parameter)

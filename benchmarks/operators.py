@@ -196,12 +196,6 @@ def _step(tensor: Tensor) -> int:
     return max(tensor.element_size(), min(gap * tensor.element_size(), SECTOR))
 
 
-class AsOnGPU(Training):
-    """A step with the optimizer that a GPU gets, on whatever device."""
-
-    pretends_a_gpu = True
-
-
 @contextlib.contextmanager
 def stock_kernels() -> Iterator[None]:
     """Within this block tensors on a CPU are multiplied by PyTorch's stock operators, as those on a GPU are."""
@@ -223,7 +217,7 @@ def record(name: str, args) -> Recording:
 
 
 @contextlib.contextmanager
-def fake_step(name: str, args, recorder: Recorder | None = None) -> Iterator[tuple[AsOnGPU, Tensor, Tensor]]:
+def fake_step(name: str, args, recorder: Recorder | None = None) -> Iterator[tuple[Training, Tensor, Tensor]]:
     """A variant, and images and labels for a step of it, on fake tensors within this block; `args` as in `record`."""
 
     def without_numbers(tensor: Tensor) -> Tensor:
@@ -232,7 +226,7 @@ def fake_step(name: str, args, recorder: Recorder | None = None) -> Iterator[tup
     real = argparse.Namespace(**{**vars(args), "device": torch.device("cpu")})
     model, batch = build_variant(name, real), random_batch(real, torch.Generator())
     with stock_kernels(), FakeTensorMode(allow_non_fake_inputs=True), recorder or contextlib.nullcontext():
-        yield AsOnGPU(name, args, model._apply(without_numbers)), *map(without_numbers, batch)
+        yield Training(name, args, model._apply(without_numbers)), *map(without_numbers, batch)
 
 
 def _record(recorder: Recorder, training: Training, images: Tensor, labels: Tensor) -> Recording:

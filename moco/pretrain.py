@@ -436,7 +436,7 @@ def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> I
 
 def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": optim.fused(model)}
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     return torch.optim.SGD(parameters, momentum=0.9, **options)

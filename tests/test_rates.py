@@ -1,5 +1,6 @@
 """The learning rates of a run: the default and the schedule."""
 
+import copy
 import math
 
 import pytest
@@ -28,9 +29,10 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 
-def test_a_step_that_float16_cannot_hold_changes_no_weight():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_float16_cannot_hold_changes_no_weight(fused):
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for gradient, expected in ((math.inf, 1.0), (1.0, 0.9)):
         scaler.scale(weight.sum() * 0)  # which begins a step
@@ -40,14 +42,26 @@ def test_a_step_that_float16_cannot_hold_changes_no_weight():
     assert scaler.get_scale() == 2.0
 
 
-def test_a_file_of_another_device_does_not_say_how_this_one_steps(start):
-    """Its steps are taken by one kernel on a GPU, which is told so; a CPU goes on by itself."""
-    run = start()
-    state = run.trained()
-    for group in state["optimizer"]["param_groups"]:
-        group["fused"] = True
-    run.restore(state)
-    assert {group["fused"] for group in run.optimizer.param_groups} == {None}
+def test_steps_are_those_of_adamw_tensor_by_tensor():
+    """Of a bias without weight decay and of adapters at a rate of their own."""
+    ours = torch.nn.Linear(3, 2)
+    ours.lora_A = torch.nn.Parameter(torch.ones(2, 3))
+    theirs = copy.deepcopy(ours)
+    groups = [
+        {"params": [theirs.weight], "lr": 0.1, "weight_decay": 0.5},
+        {"params": [theirs.bias], "lr": 0.1, "weight_decay": 0.0},
+        {"params": [theirs.lora_A], "lr": 0.2, "weight_decay": 0.5},
+    ]
+    steps = [(ours, optim.build_optimizer(ours, 0.1, 2.0, 0.5)), (theirs, torch.optim.AdamW(groups, foreach=False))]
+    for seed in range(3):
+        for model, optimizer in steps:
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+    assert steps[0][1].defaults["fused"]
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, theirs.get_parameter(name))
 
 
 def test_more_passes_over_few_images_do_not_raise_the_rate():

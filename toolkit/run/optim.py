@@ -25,25 +25,13 @@ def build_optimizer(
     for (is_adapter, decay), group in groups.items():
         own = rate * adapter_lr_factor if is_adapter else rate
         options.append({"params": group, "lr": own, "weight_decay": decay})
-    return torch.optim.AdamW(options, fused=fused(model))
-
-
-def fused(model: nn.Module) -> bool | None:
-    """Options of `torch.optim.AdamW`: on a GPU one launch for many tensors; elsewhere PyTorch's choice."""
-    return True if next(model.parameters()).device.type == "cuda" else None
+    return torch.optim.AdamW(options, fused=True)  # all tensors in one kernel, or on a CPU in one loop
 
 
 def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
     """Take a step with the gradients of a scaled loss. Where float16 cannot hold them nothing changes."""
     scaler.step(optimizer)
     scaler.update()
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a `state_dict`, maybe of another device; how a step is computed stays as it is on this one."""
-    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
-    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 # At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.

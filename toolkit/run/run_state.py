@@ -1,7 +1,6 @@
 """The state of a run of either script: what training changes, what a resumed run needs, and the run's files."""
 
 import contextlib
-import functools
 import io
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
-from toolkit.run.optim import lr_schedule, restore_optimizer
+from toolkit.run.optim import lr_schedule
 from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
 from toolkit.run.training import STEPS_READ_TOGETHER, Progress
@@ -86,7 +85,7 @@ class RunState:
         if distributed.rank() > 0:
             seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {
-            "optimizer": StateEntry(optimizer.state_dict, functools.partial(restore_optimizer, optimizer)),
+            "optimizer": StateEntry.of(optimizer),
             "schedule": StateEntry.of(self.schedule),
             # Empty if the former run was not in float16, as with an automatic precision on another device
             "scaler": StateEntry(self.scaler.state_dict, lambda state: state and self.scaler.load_state_dict(state)),
