@@ -74,6 +74,7 @@ if __name__ == "__main__":
         cut_out(Path(folder))
         options = ["--checkpoint", "timm:tf_efficientnet_lite0.in1k", *sys.argv[1:]]
         options += ["--data-dir", folder, "--output-dir", f"{folder}/run", "--image-size", "96", "--batch-size", "8"]
+        options += ["--epochs", "5"]
         results = main(options)
         draw(Path(folder, "run/lora.pth"), Path(folder))
         print(f"{PICTURE}: {results['val_accuracy']:.1%} of {results['val_images']} pieces right")
