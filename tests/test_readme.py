@@ -282,7 +282,7 @@ def test_from_images_without_labels_to_an_answer(own_folder, images):
             assert len(deploy_lora.main([*argv, "--count", str(count)])) == count
             fill_in(own_folder / argv[-1] / "to_label.csv")
         else:
-            assert finetune_lora.main([*argv, *SMALL[2:]])["epochs"] == 1
+            assert finetune_lora.main([*argv, *SMALL[2:], "--image-size", "64"])["epochs"] == 1
     assert (own_folder / "checkpoints/first/labels_to_check.csv").exists()
 
 
