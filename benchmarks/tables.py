@@ -59,6 +59,7 @@ STYLES = {
     "ratio": lambda value: f"{value:.2f}x",
     "share": lambda value: f"{value:.2f}",
     "seconds": lambda value: f"{value:.0f} s",
+    "rounded": lambda value: f"{value:.1f}",
     "precise_seconds": lambda value: f"{value:.2f} s",
     "megabytes": lambda value: f"{value / 1e6:,.0f} MB",
     "milliseconds": lambda value: f"{value:.1f} ms",
