@@ -70,7 +70,7 @@ from toolkit.config import positive_int
 from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device, select_precision
 from toolkit.models.backbones import block_names, build_backbone, head_name
 from toolkit.models.names import default_image_size
-from toolkit.models.norms import FreezableBatchNorm2d
+from toolkit.models.norms import FreezableBatchNorm2d, constants_kept
 from toolkit.run.runs import run_script
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16", "timm:resnet50", "timm:tf_efficientnet_lite0")
@@ -495,6 +495,7 @@ def denormals_of_a_step(training: Training, batch: tuple[torch.Tensor, torch.Ten
 # ------------------------------------------------------------------------------------------------------ measurements
 
 
+@constants_kept()
 def measure_time(names: list[str], args) -> tuple[dict[str, dict], dict[str, str]]:
     """Seconds of every step of every variant, with what there is to say about each without a clock; and of those for
     which there is no room beside the others, why not."""
@@ -544,6 +545,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+@constants_kept()
 def measure_memory(name: str, args) -> dict[str, int]:
     """Peak bytes of this process above its imports, while it builds the variant and over a few steps of it."""
     import matplotlib.pyplot  # noqa: F401 - all imports come first

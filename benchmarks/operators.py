@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.compare_peers import Training, build_variant, random_batch
 from lora import backends
+from toolkit.models.norms import constants_kept
 
 BLOCK = 512  # bytes: PyTorch's allocator on CUDA hands out multiples of it
 # How many tensors and blocks of numbers one launch of a `_foreach` operator takes (ATen's MultiTensorApply.cuh).
@@ -205,6 +206,7 @@ def stock_kernels() -> Iterator[None]:
             yield
 
 
+@constants_kept()
 def record(name: str, args) -> Recording:
     """A step of a variant of `benchmarks.compare_peers` at its full size, on fake tensors.
 

@@ -104,6 +104,17 @@ def predict(recording: Recording) -> dict:
     }
 
 
+def compare(variants: dict[str, dict]) -> None:
+    """Add the speed and the memory of each variant against full fine-tuning, if that is among them."""
+    if "full" not in variants:
+        return
+    full = variants["full"]
+    for variant in variants.values():
+        own = variant["milliseconds"]
+        variant["speedup_over_full"] = {card: full["milliseconds"][card] / own[card] for card in CARDS}
+        variant["memory_share"] = variant["peak_bytes"] / full["peak_bytes"]
+
+
 def costliest(operators: list[Operator], card: Card) -> list[dict]:
     """The operators, each with what it works on, that take most of the time together."""
     total, count = collections.Counter(), collections.Counter()
@@ -173,13 +184,12 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 def markdown_table(result: dict) -> str:
     heads = ["kernels", "GB moved", *(f"ms of work, {card}" for card in CARDS), "peak MB"]
     lines = [f"| variant | {' | '.join(f'predicted {head}' for head in heads)} |", "|---" * (len(heads) + 1) + "|"]
-    full = result["variants"].get("full")
     for name, v in result["variants"].items():
         cells = [VARIANTS[name].title, f"{v['kernels']:,}", f"{v['bytes'] / 1e9:.1f}"]
         for card in CARDS:
-            own = v["milliseconds"][card]
-            cells.append(f"{own:.1f}" + (f" ({full['milliseconds'][card] / own:.2f}x)" if full else ""))
-        share = f" ({v['peak_bytes'] / full['peak_bytes']:.2f})" if full else ""
+            against = f" ({v['speedup_over_full'][card]:.2f}x)" if "speedup_over_full" in v else ""
+            cells.append(f"{v['milliseconds'][card]:.1f}{against}")
+        share = f" ({v['memory_share']:.2f})" if "memory_share" in v else ""
         memory = f"{v['peak_bytes'] / 1e6:,.0f}{share}" if v["peak_bytes"] else "not predicted"
         lines.append(f"| {' | '.join(cells)} | {memory} |")
     return "\n".join(lines)
@@ -238,6 +248,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         },
         "variants": predict_apart(names, args),
     }
+    compare(result["variants"])
     path = args.output_dir / FILE.format(**vars(args))
     path.write_text(json.dumps(result, indent=1) + "\n")
     for key in ("what", "command", "commit", "versions", "assumed"):

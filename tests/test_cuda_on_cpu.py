@@ -3,6 +3,8 @@
 The cases for a GPU, which other files have too, run in processes of their own: those of this process are to find none.
 """
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,15 @@ import pytest
 from tests import cuda_on_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=f"{cuda_on_cpu.why_not()}")
+LAYERS = [f"tests/test_{name}.py" for name in ("blocks", "functional", "layers", "memory")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated_gpus():
+    """Where they cannot be built these tests are skipped, in one line; the gate, which asks for them, fails."""
+    if reason := cuda_on_cpu.why_not():
+        assert "EMULATED_GPUS" not in os.environ, reason
+        pytest.skip(reason)
 
 
 def run_tests(*options: str) -> None:
@@ -22,21 +32,18 @@ def run_tests(*options: str) -> None:
     assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]
 
 
+def test_steps_on_a_gpu_wait_for_nothing_and_a_third_of_the_layers_compute_there_as_here():
+    run_tests("-p", "tests.cuda_on_cpu.a_third", "-k", "cuda or test_gpu", "tests/test_gpu.py", *LAYERS)
+
+
 @pytest.mark.slow
 def test_layers_blocks_and_products_on_a_gpu():
-    files = (f"tests/test_{name}.py" for name in ("blocks", "functional", "layers", "memory"))
-    run_tests("-k", "cuda", *files)
-
-
-def test_steps_on_a_gpu_wait_for_nothing():
-    """And layers compute there what they compute here."""
-    layers = "cuda and update_in_its_weight and float32"
-    run_tests("-k", f"test_gpu or {layers}", "tests/test_gpu.py", "tests/test_layers.py")
+    run_tests("-k", "cuda", *LAYERS)
 
 
 @pytest.mark.slow
 def test_runs_on_a_gpu():
-    run_tests("-m", "slow", "tests/test_gpu.py", "tests/test_cache.py")
+    run_tests("-m", "slow", "tests/test_gpu.py")
 
 
 @pytest.mark.slow
@@ -45,3 +52,12 @@ def test_two_processes_train_and_answer_on_gpus():
     chosen = "fine_tune_as_one and lora and not qlora or answer_for_every_pixel or evaluate_and_embed"
     on_gpus = "tests.cuda_on_cpu.in_place_of_cpu"
     run_tests("-p", on_gpus, "-m", "slow or not slow", "-k", chosen, "tests/test_processes.py")
+
+
+def test_a_pytorch_for_which_they_cannot_be_built_is_named_in_one_line(monkeypatch, tmp_path):
+    source = tmp_path / "other.cpp"
+    source.write_text("#error no such header\n#error nor this one\n")
+    monkeypatch.setattr(cuda_on_cpu, "HERE", tmp_path)
+    monkeypatch.setattr(cuda_on_cpu, "SOURCE", source)
+    reason = cuda_on_cpu.why_not.__wrapped__()
+    assert re.fullmatch(r"g\+\+ cannot build emulated GPUs for PyTorch [^\n]*no such header", reason)

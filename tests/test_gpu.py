@@ -10,9 +10,10 @@ from torch import nn
 
 import deploy_lora
 from moco import pretrain
-from tests import cuda_on_cpu
+from tests import cuda_on_cpu, dense
 from tests.run_folders import metrics, stop
 from toolkit import devices, distributed
+from toolkit.models.norms import constants_kept
 from toolkit.run import optim, runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
@@ -34,6 +35,8 @@ OTHERS = {
     "regression": "--task regression --data-list {hospital}/numbers.csv",
     "segmentation": "--task segmentation --data-dir {pairs} --augmentation crop",
 }
+STAGE_1 = "--arch vit_mini --image-size 16 --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0"
+STAGE_1 += " --mlp-dim 32 --two-crops digits"
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def options(hospital, pairs, narrow, tmp_path):
             of_resnet = f"--checkpoint {tmp_path}/resnet.pth --image-size 32 --lora-rank 2 --learning-rate 1e-5"
             return f"{of_resnet} {name} --workers 0"
         told = (CLASSES | OTHERS)[name].format(hospital=hospital, pairs=pairs)
-        if "labels" in told or "numbers" in told:
+        if "--data-list" in told:
             told += f" --data-dir {hospital} --group-by Patient"
         return f"{told} --workers 0"
 
@@ -89,10 +92,25 @@ def test_a_step_copies_images_and_answers_and_waits_for_nothing(finetune, option
 @counts_waits
 @pytest.mark.parametrize("version", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_of_stage_1_copies_two_views_and_waits_for_nothing(images, tmp_path, taken, version):
-    argv = f"--moco-version {version} --arch vit_mini --image-size 16 --data-dir {images} --output-dir {tmp_path}"
-    argv += " --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0 --device cuda --mlp-dim 32"
-    pretrain.main([*argv.split(), "--two-crops", "digits"])
+    argv = f"{STAGE_1} --moco-version {version} --data-dir {images} --output-dir {tmp_path} --device cuda"
+    pretrain.main(argv.split())
     assert of_a_step(taken) == {"copy to the GPU": 2}
+
+
+@pytest.mark.parametrize("adapted_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_model_of_another_loop_moves_to_a_gpu_and_back(adapted_on, four_bits):
+    """What was computed once of its frozen norms follows."""
+    x = dense.images(32)
+    model = dense.frozen(dense.resnet().to(adapted_on), use_qlora=four_bits).eval()
+    with constants_kept():
+        model.cuda()(x.cuda()).sum().backward()
+        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model.cpu()(x).sum().backward()
+    assert len(gradients) > 10
+    for name, gradient in gradients.items():
+        dense.assert_close(gradient, model.get_parameter(name).grad, 1e-4, name)
 
 
 def test_an_optimizer_is_fused_on_a_gpu_whatever_device_its_state_is_from():

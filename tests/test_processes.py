@@ -10,6 +10,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,13 +24,17 @@ from torch import nn
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from moco.builder import MoCoV3, shuffled
 from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, tensors
-from toolkit import InputError, distributed
-from toolkit.answers import predictions
+from tests.test_teacher import teacher_of
+from toolkit import InputError, devices, distributed
+from toolkit.answers import evaluation, predictions
 from toolkit.files import read_checkpoint
 from toolkit.images.sources import load_splits
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
-from toolkit.run import guard, optim, output_folder
+from toolkit.run import guard, optim, output_folder, run_state, training
+
+CPU = torch.device("cpu")
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"
@@ -132,12 +138,14 @@ def test_two_processes_answer_for_every_pixel_as_one(base, pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_batch_norm_as_one(narrow, images, tmp_path):
+@pytest.mark.parametrize("norms", ["train", "follow --lora-init random"])  # as in WAYS
+def test_two_processes_train_batch_norm_as_one(narrow, images, tmp_path, norms):
     """Of 21 images in batches of 10 one is left over, which BatchNorm cannot normalise."""
     torch.save(narrow, tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --image-size 32 --device cpu --epochs 1"
-    run_both(f"{argv} --batch-size 10 --lora-rank 2 --norms train --learning-rate 1e-4", tmp_path)
-    assert {"layer1.0.bn1.running_mean", "bn1.weight"} <= tensors(tmp_path / "out/lora.pth").keys()
+    run_both(f"{argv} --batch-size 10 --lora-rank 2 --norms {norms} --learning-rate 1e-4", tmp_path)
+    saved = tensors(tmp_path / "out/lora.pth")
+    assert "layer1.0.bn1.running_mean" in saved and ("bn1.weight" in saved) == (norms == "train")
 
 
 @pytest.mark.parametrize(("part", "files"), [(3, 4), pytest.param(16, 1, marks=pytest.mark.slow)])
@@ -335,7 +343,7 @@ def keep_every_queue() -> None:
     real = pretrain.Pretraining.results
 
     def results(self):
-        torch.save(self.model.queue, self.path(f"queue_{os.environ['RANK']}.pth"))
+        torch.save(self.model.queue.cpu(), self.path(f"queue_{os.environ['RANK']}.pth"))
         return real(self)
 
     pretrain.Pretraining.results = results
@@ -394,7 +402,160 @@ def test_both_leave_a_folder_alone_in_which_a_run_is_going_on(options, tmp_path)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [output_folder.LOCK]
 
 
-# -------------------------------------------- BatchNorm over two processes against PyTorch's own over all images in one
+# ------------------------------- what two processes find together, with one start: in closed form, or as one finds it
+
+
+def find_together() -> None:
+    """In each of two processes: what it finds with the other one, into a file."""
+
+    def main(argv):
+        distributed.join(CPU)
+        rank = distributed.rank()
+        found = {find.__name__: find(rank) for find in TOGETHER}
+        torch.save(found, Path(argv[0]) / f"{rank}.pth")
+
+    pretrain.main = main
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """What each of two processes found, by the name of the function."""
+    folder = tmp_path_factory.mktemp("together")
+    completed("moco.pretrain", str(folder), folder / "log", before=find_together)
+    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
+
+
+def exchanged(rank: int) -> dict:
+    tensor = torch.full((2, 3), float(rank)).T  # not contiguous
+    distributed.broadcast([tensor])
+    problem = ""
+    try:
+        distributed.first_does(fail)
+    except InputError as error:
+        problem = str(error)
+    return {
+        "in order": distributed.interleave(torch.arange(5.0)[rank::2]).tolist(),
+        "broadcast": tensor.unique().tolist(),
+        "sums": distributed.all_sum(1.0, 10.0 * rank),
+        "gathered": distributed.gather({"rank": rank}),
+        "problem": problem,
+    }
+
+
+def fail() -> None:
+    raise InputError("the first cannot do it")
+
+
+def test_both_have_what_each_brought(found):
+    expected = {"in order": [0, 1, 2, 3, 4], "broadcast": [0], "sums": [2, 10], "problem": "the first cannot do it"}
+    for each in found:
+        assert each["exchanged"] == expected | {"gathered": [{"rank": 0}, {"rank": 1}]}
+
+
+class NotesImages(nn.Module):
+    """An encoder with a BatchNorm that trains: it answers with ten times its images."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.images = images
+        return 10 * images
+
+
+def shuffled_keys(rank: int) -> tuple[list, list]:
+    """Of eight images: their keys, and the images that this process encoded."""
+    torch.manual_seed(rank)  # as each draws by itself in a run
+    encoder = NotesImages()
+    keys = shuffled(encoder, torch.arange(8.0)[rank::2, None])
+    return keys.flatten().tolist(), encoder.images.flatten().tolist()
+
+
+def test_keys_are_encoded_in_random_processes_and_come_back_in_order(found):
+    (keys, first), (others, second) = (each["shuffled_keys"] for each in found)
+    assert keys == others == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert sorted(first + second) == list(range(8)) and set(first) != {0, 2, 4, 6}
+
+
+def contrasted(rank: int, share: slice | None = None) -> float:
+    """MoCo v3's loss of queries and keys."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, 6, 4, generator=generator)
+    own = slice(rank, None, 2) if share is None else share
+    return MoCoV3.contrast(SimpleNamespace(T=0.2), queries[own], keys[own]).item()
+
+
+def test_queries_are_compared_with_the_keys_of_both(found):
+    assert np.mean([each["contrasted"] for each in found]) == pytest.approx(contrasted(0, slice(None)))
+
+
+def taught(rank: int) -> tuple[float, list[float]]:
+    """How sure a teacher's answers are, and their shares, after a step of which this process saw one or two images."""
+    teacher = teacher_of(certainty=0.8)
+    teacher.seen.copy_(torch.tensor([[0.9, 0.1, 0.0, 0.9, 1.0], [0.5, 1.5, 0.0, 1.2, 2.0]])[rank])
+    teacher.after_step()
+    return teacher.certainty.item(), teacher.shares.tolist()
+
+
+def test_a_teacher_is_as_sure_as_the_answers_of_both_processes(found):
+    for each in found:
+        certainty, shares = each["taught"]
+        assert certainty == pytest.approx(0.95 * 0.8 + 0.05 * 2.1 / 3)
+        assert shares == pytest.approx([0.95 * 0.5 + 0.05 * 1.4 / 3, 0.95 * 0.25 + 0.05 * 1.6 / 3, 0.95 * 0.25])
+
+
+def read(rank: int) -> tuple[list, bool]:
+    """The figures of two steps, and whether one of the processes was asked to stop: the second was."""
+    stop = SimpleNamespace(signum=15 * rank, others_asked=False)
+    steps = [(4, [torch.tensor([1.0 + rank, 2.0])]), (2, [torch.tensor([0.5, 1.0 * rank])])]
+    return training.read_figures(steps, stop), stop.others_asked
+
+
+def test_figures_are_added_up_and_a_signal_to_one_stops_both(found):
+    assert [each["read"] for each in found] == [([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)] * 2
+
+
+def worst(rank: int) -> float:
+    """The loss of the worst of two batches, which the processes share."""
+    batches = [[[1.0], [2.0]], [[0.0]]] if rank == 0 else [[[6.0]], [[8.0]]]
+    loader = [(torch.tensor(batch), torch.zeros(len(batch))) for batch in batches]
+    return evaluation.worst_batch_loss(nn.Identity(), loader, CPU, torch.float32, lambda outputs, _: outputs.sum())
+
+
+def test_the_loss_of_a_batch_is_that_of_all_its_images(found):
+    assert [each["worst"] for each in found] == [4.0, 4.0]
+
+
+def drawn(rank: int) -> tuple[float, float, float]:
+    """What a run draws after it has begun, then, and once more when its state is restored."""
+    run = run_state.RunState(SimpleNamespace(seed=0, epochs=1), CPU, torch.float32)
+    network = nn.Linear(2, 2)
+    torch.manual_seed(0)
+    run.begin_training(network, torch.optim.SGD(network.parameters()), 1, 0)
+    first = torch.rand(()).item()
+    entry = run.trained_entries["rng"]
+    state = entry.save()
+    then = torch.rand(()).item()
+    entry.load(state)
+    return first, then, torch.rand(()).item()
+
+
+def test_each_process_draws_numbers_of_its_own_also_when_it_goes_on(found):
+    (first, then, again), (other_first, other_then, other_again) = (each["drawn"] for each in found)
+    assert (then, other_then) == (again, other_again)
+    assert first != other_first and then != other_then
+
+
+def precision(rank: int) -> torch.dtype:
+    """That of a run, where this process finds bf16 twice as fast as float32, and the other one half as fast."""
+    seconds = iter([[2.0, 1.0], [2.0, 4.0]][rank])
+    with mock.patch.object(devices, "shortest_seconds", lambda _: next(seconds)):
+        return devices.faster_dtype(lambda _: nn.Linear(2, 2), torch.zeros(2, 2))
+
+
+def test_both_compute_in_one_precision(found):
+    assert [each["precision"] for each in found] == [torch.float32] * 2
 
 
 SHARES = (5, 3)  # of eight images
@@ -429,30 +590,25 @@ def answers(norm: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str
     return found | {"y in eval mode": norm.eval()(x).detach()}
 
 
-def answer_all() -> None:
-    """In each of two processes: the answers for its share of the images, into a file."""
-
-    def main(argv):
-        distributed.join(torch.device("cpu"))
-        rank = distributed.rank()
-        own = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
-        found = {}
-        for dtype in (torch.float64, torch.bfloat16):
-            for kind in KINDS:
-                norm, x, weights = problem(kind, dtype)
-                if dtype == torch.bfloat16:
-                    norm.float()  # as under autocast
-                share_statistics(norm)
-                found[kind, dtype] = answers(norm, x[own], weights[own])
-        torch.save(found, Path(argv[0]) / f"{rank}.pth")
-
-    pretrain.main = main
+def normalised(rank: int) -> dict:
+    """Answers for this process's share of the images."""
+    own = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        for kind in KINDS:
+            norm, x, weights = problem(kind, dtype)
+            if dtype == torch.bfloat16:
+                norm.float()  # as under autocast
+            share_statistics(norm)
+            found[kind, dtype] = answers(norm, x[own], weights[own])
+    return found
 
 
-def test_two_processes_normalise_as_one(tmp_path):
-    children = together("moco.pretrain", str(tmp_path), tmp_path / "log", before=answer_all)
-    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-    parts = [torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, normalised)
+
+
+def test_two_processes_normalise_as_one(found):
+    parts = [each["normalised"] for each in found]
     for kind, dtype in parts[0]:
         norm, x, weights = problem(kind, dtype)
         expected = answers(norm.double(), x.double(), weights.double())

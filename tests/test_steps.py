@@ -296,7 +296,7 @@ def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, opt
     assert_unchanged(before, run.model, [name for name in before if "lora_" in name])
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.filterwarnings("error")  # as PyTorch's, that the schedule went on without a step
 def test_a_step_that_float16_cannot_hold_changes_no_weight(start):
     """To ask whether it was one would make the processor wait for a GPU: so the schedule goes on."""
     run = start()

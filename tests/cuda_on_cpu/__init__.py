@@ -19,6 +19,7 @@ PyTorch is imported. `gpus.py` is what the Python part of PyTorch asks of a buil
 import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import shutil
@@ -30,11 +31,22 @@ HERE = Path(__file__).parent
 SOURCE = HERE / "cuda_on_cpu.cpp"
 
 
+@functools.cache
 def why_not() -> str | None:
-    """What is missing for it, or None."""
+    """What is missing for it, in a line, or None. It is built if it is not yet."""
     if _torch_version().cuda:
         return "this PyTorch is built for CUDA"
-    return None if sys.platform == "linux" and shutil.which("g++") else "emulated GPUs need Linux and g++"
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        return "emulated GPUs need Linux and g++"
+    try:
+        build()
+    except CannotBuild as error:
+        return str(error)
+    return None
+
+
+class CannotBuild(RuntimeError):
+    """The C++ is written against one PyTorch's headers, and another one's may differ."""
 
 
 def _torch_version():
@@ -71,7 +83,8 @@ def _build(library: Path) -> None:
     command += [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"g++ cannot build {SOURCE.name}: {done.stderr}")
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "")
+        raise CannotBuild(f"g++ cannot build emulated GPUs for PyTorch {_torch_version().__version__}: {first}")
     unfinished.replace(library)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -133,6 +134,8 @@ def lr_schedule(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate's course: a linear warm-up, then a cosine that falls to 0."""
+    # Steps that float16 cannot hold are left out, and the first may be one: see `take_step`.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
