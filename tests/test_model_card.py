@@ -29,11 +29,36 @@ def test_a_card_has_the_figures_of_the_run_and_what_the_hub_reads(finished_once,
     assert measured["accuracy"] == pytest.approx(finished_once["val_accuracy"])
 
 
+def test_a_card_and_results_say_what_was_known_at_the_start(finished_once, once):
+    assert finished_once["train_images"] + finished_once["val_images"] > 0
+    assert finished_once["class_names"] == ["bright", "dark", "striped"]
+    assert finished_once["backbone"] == {"arch": "vit_mini", "name": "base.pth", "source": None, "licence": None}
+    text = deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(once / "README.md")])
+    counts = f"On {finished_once['val_images']} evaluation images, after training on {finished_once['train_images']}:"
+    assert counts in text
+    assert f"| dark | {finished_once['accuracy_per_class']['dark']:.4g} |" in text
+    assert "look it up on its publisher's page." in text
+
+
+def test_a_card_of_labels_has_the_figures_of_each_and_its_groups():
+    about = {"checkpoint": "base.pth", "arch": "vit_mini", "image_size": 16, "class_names": ["a", "b"]}
+    about["task"] = {"kind": "multilabel", "thresholds": [0.5, 0.5]}
+    by_label = {
+        "a": {"auroc": 0.9, "auroc_interval": [0.8, 1.0], "threshold": 0.25},
+        "b": {"auroc": None, "threshold": 1.0},
+    }
+    results = {"val_images": 35, "val_groups": 18, "train_images": 70, "macro_f1": 0.5, "macro_f1_interval": [0.4, 0.6]}
+    text = write_card(about, results | {"labels": by_label}, "flowers", "lora.pth")
+    assert "On 35 evaluation images in 18 groups, over which the intervals are, after training on 70:" in text
+    assert "| label | auroc | threshold |\n|---|---|---|\n| a | 0.9 | 0.25 |\n| b |  | 1 |" in text
+
+
 def test_a_card_names_a_published_base_and_its_licence():
     about = {"checkpoint": "/somewhere/moco_v2_800ep_pretrain.pth.tar", "arch": "resnet50", "image_size": 224}
     text = write_card(about | {"class_names": ["a", "b"], "config": 3}, {}, "flowers", "lora.pth")
     assert yaml.safe_load(text.split("---")[1])["license"] == "cc-by-nc-4.0"
     assert "trained over `moco-v2-800ep`" in text
+    assert "what is made of it: cc-by-nc-4.0 (https://dl.fbaipublicfiles.com/moco/" in text
     assert "Not measured." in text
     about["checkpoint"] = "/mine/moco-v2-of-my-own.pth"
     text = write_card(about | {"class_names": ["a", "b"]}, {}, "flowers", "lora.pth")

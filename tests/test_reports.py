@@ -288,6 +288,13 @@ def test_each_headline_has_an_interval_around_it(labels, numbers):
         assert len(rows) >= 4 and all("95% interval" in text for text in rows)
 
 
+def test_intervals_over_groups_are_said_to_be():
+    run = argparse.Namespace(args=argparse.Namespace(keep_best=None, group_by="patient"))
+    told = "35 images in 18 groups (patient); intervals are over groups"
+    assert reports._notes(run, {"val_images": 35, "val_groups": 18}) == [told]
+    assert reports._notes(run, {"val_images": 35}) == []
+
+
 def test_a_label_that_no_image_has_is_left_out_and_said(labels):
     figures = labels.figures()
     assert figures["labels"]["eel"]["average_precision"] is None and figures["labels"]["eel"]["positives"] == 0

@@ -41,6 +41,12 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
     for train, val, *_ in (splits, chosen):
         assert patients(train) and patients(val) and not patients(train) & patients(val)
     assert len(patients(splits.train) | patients(splits.val)) == 20
+    assert splits.counts() == {
+        "train_images": len(splits.train),
+        "val_images": len(splits.val),
+        "train_groups": len(patients(splits.train)),
+        "val_groups": len(patients(splits.val)),
+    }
     assert not patients(chosen.train) & patients(splits.val)
     again = load_splits("imagefolder", **where, seed=5, task=task, group_by=by)
     assert again.digest() == splits.digest()

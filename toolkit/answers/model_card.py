@@ -7,23 +7,22 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, listed
+from toolkit.answers.parts import Task
 from toolkit.answers.tasks import from_record
+from toolkit.models import published
 from toolkit.models.checkpoints import value_at
-from toolkit.models.published import PUBLISHED
-
-MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors
 
 
 def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: str, file: str) -> str:
     """The card of an adapter file as Markdown, after the Hub's block of metadata (hf.co/docs/hub/model-cards)."""
     stage1 = metadata.get("stage1_adapter")
     needs = f", and `{Path(str(stage1)).name}`, which is merged into it, has to lie next to `{file}`" if stage1 else ""
-    base = Path(str(metadata["checkpoint"])).name
-    published = {Path(url).name: known for known, (url, _) in PUBLISHED.items()}
-    base = published.get(base, base)
+    backbone = results.get("backbone") or published.described(metadata["checkpoint"])
+    base = backbone["name"]
+    source = f" ({backbone['source']})" if backbone["source"] else ""
     task = from_record(metadata.get("task"), metadata["class_names"], file)
     figures = _figures(results)
-    about: dict[str, Any] = {"license": MOCO_LICENCE if base in PUBLISHED and base.startswith("moco") else "unknown"}
+    about: dict[str, Any] = {"license": backbone["licence"] or "unknown"}
     about["tags"] = ["lora", "moco", str(metadata["arch"])]
     if task.pipeline is not None:
         about["pipeline_tag"] = task.pipeline
@@ -40,12 +39,18 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
 {what} for {metadata["arch"]}, trained over `{base}` on {_data(metadata)}: {task.kind} of images of \
 {metadata["image_size"]} pixels into {listed(metadata["class_names"], 30)}.
 
-The licence of the base holds for what is made of it. Look it up on its publisher's page.
+The licence of the base holds for what is made of it: {backbone["licence"] or "look it up on its publisher's page"}\
+{source}.
+
+## Intended use and limits
+
+It is for images like the training images, and answers for any image, whatever it shows. For images of another camera, \
+place or time the figures below do not hold: measure there first.
 
 ## Results
 
 {_table(figures, results)}
-
+{_by_name(task, results)}
 ## To use it
 
 ```bash
@@ -79,6 +84,10 @@ def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, 
     if not figures:
         return "Not measured."
     about = f"On {results['val_images']:,} evaluation images"
+    if "val_groups" in results:
+        about += f" in {results['val_groups']:,} groups, over which the intervals are"
+    if "train_images" in results:
+        about += f", after training on {results['train_images']:,}"
     if results.get("eval_split") == "validation":
         about += ", set aside of the training images to choose settings by"
     if "epoch" in results.get("chosen_by", {}):
@@ -90,6 +99,23 @@ def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, 
     if before is not None:
         rows.append(f"| {score} of the linear probe, before training | {before:.4g} | |")
     return "\n".join(rows)
+
+
+def _by_name(task: Task, results: Mapping[str, Any]) -> str:
+    """A table of the figures of each class, label or number, where there are some."""
+    by_name = results.get(task.outputs_are[1])
+    for key in ("accuracy_per_class", "iou_per_class"):
+        if key in results:
+            by_name = {name: {key: value} for name, value in results[key].items()}
+    if not isinstance(by_name, Mapping):
+        return ""
+    first = next(iter(by_name.values()))
+    columns = [key for key in first if not key.endswith("_interval")]
+    lines = [f"| {task.outputs_are[0]} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name, row in by_name.items():
+        cells = ["" if row.get(key) is None else f"{row[key]:.4g}" for key in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _data(metadata: Mapping[str, Any]) -> str:

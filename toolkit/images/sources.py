@@ -32,9 +32,13 @@ class Splits(NamedTuple):
     class_names: list[str]  # or the names of labels or numbers, of which an image has several
     unlabelled: LabelledImages | None = None  # other images, whose labels are their positions
 
-    def group_counts(self) -> str:
-        """How many groups each side has, as '40 + 10'."""
-        return " + ".join(f"{len(np.unique(part.groups)):,}" for part in (self.train, self.val))
+    def counts(self) -> dict[str, int]:
+        """How many images train and evaluate, and, where there are any, groups such as patients."""
+        counted = {"train_images": len(self.train), "val_images": len(self.val)}
+        if self.train.groups is not None:
+            counted["train_groups"] = len(np.unique(self.train.groups))
+            counted["val_groups"] = len(np.unique(self.val.groups))
+        return counted
 
     def digest(self) -> str:
         """Equal for splits of the same files with the same labels into the same parts."""

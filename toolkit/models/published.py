@@ -57,6 +57,23 @@ def is_published(text: str) -> bool:
     return text in PUBLISHED or text.startswith("hf:")
 
 
+MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors, as the Hub writes it
+
+
+def described(checkpoint: str | Path, licence: str | None = None) -> dict[str, str | None]:
+    """The name of a checkpoint, of which files tell no folder; the address if it is published; and what licence it has.
+
+    `licence` is what its publisher says of it, if that is known; None: look it up here.
+    """
+    name = Path(str(checkpoint)).name
+    for known, (url, _) in PUBLISHED.items():
+        if Path(url).name == name:
+            if url.startswith((_MOCO, _MOCO_V3)):
+                licence = MOCO_LICENCE
+            return {"name": known, "source": url, "licence": licence}
+    return {"name": name, "source": None, "licence": licence}
+
+
 def fetch(name: str) -> Path:
     """The file of a published checkpoint, which is downloaded once. Raises InputError if that fails."""
     if name.startswith("hf:"):

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
+from toolkit.models import published
 from toolkit.models.backbones import block_names
 from toolkit.models.checkpoints import state_digest, stored_checkpoint
 from toolkit.run import verdict
@@ -56,7 +57,10 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
     if args.folds is not None:
         where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
-    groups = "" if args.group_by is None else f", in {splits.group_counts()} groups ({printable(args.group_by)})"
+    groups = ""
+    if args.group_by is not None:
+        counts = splits.counts()
+        groups = f", in {counts['train_groups']:,} + {counts['val_groups']:,} groups ({printable(args.group_by)})"
     one, several = TASKS[args.task].outputs_are
     outputs = len(splits.class_names)
     return f"data: {numbers}, {outputs} {one if outputs == 1 else several}{groups}"
@@ -167,6 +171,9 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     report = run.task.report(result, run.splits.val.clusters())
     results = {
         **_scores(run, result, report.figures(), kept["epoch"]),
+        **run.splits.counts(),
+        "class_names": run.task.names,
+        "backbone": {"arch": run.report["arch"], **published.described(run.args.checkpoint, run.report["licence"])},
         "learning_rate": run.args.learning_rate,
         "head_learning_rate": run.rate,
         "adapter_learning_rate": run.adapter_rate,
@@ -214,7 +221,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         meaning.append(("gained by stage 1", compare))
     rows = summary(run, results, report)
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
-    shown = [*meaning, *rows, describe_rates(run).split(": ", 1), *_made()]
+    shown = [*meaning, *rows, *_known_at_start(results), describe_rates(run).split(": ", 1), *_made()]
     mistakes = run.path("mistakes.png"), report.named_mistakes(run.splits.val)
     curves = run.path("training_curves.png")
     write_page(run.path("report.html"), report.title(), shown, sections, *mistakes, curves, results["config"])
@@ -244,6 +251,15 @@ def labels_to_check(run: FineTuned) -> list[str]:
     )
     pictures = html_pictures(images, shown[:PICTURES], run.plan.normalization["bands"])
     return ["<h2>Labels to look at</h2>", explained, pictures]
+
+
+def _known_at_start(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """For the page: the images, and the backbone with its source and licence."""
+    images = f"{results['train_images']:,} to train, {results['val_images']:,} to evaluate"
+    backbone = results["backbone"]
+    about = [backbone["arch"], f"from {backbone['name']}", backbone["source"]]
+    about.append(f"licence: {backbone['licence'] or 'see its publisher'}")
+    return [("images", images), ("backbone", ", ".join(filter(None, about)))]
 
 
 def _made() -> list[tuple[str, str]]:
@@ -375,6 +391,14 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
 
 
 def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
+    notes = []
+    if "val_groups" in results:
+        groups = f"{results['val_images']:,} images in {results['val_groups']:,} groups"
+        notes.append(f"{groups} ({run.args.group_by}); intervals are over groups")
+    return notes + _notes_of_epoch(run, results)
+
+
+def _notes_of_epoch(run: FineTuned, results: dict[str, Any]) -> list[str]:
     if not run.args.keep_best:
         return []
     if results["chosen_by"]:
