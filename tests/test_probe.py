@@ -114,7 +114,7 @@ def test_features_of_one_length_are_scikit_learns_regression_without_intercept(m
 @pytest.mark.parametrize("turn", [0, 5])
 def test_classes_are_dealt_into_parts_as_by_scikit_learn(turn):
     """Of three classes, of which the last comes first and the second has the fewest images."""
-    classes = np.array([2] * 5 + [0, 1] * 2 + [0] * 7 + [2] * 3)
+    classes = np.array([2] * 5 + [0, 1] * 2 + [0] * 7 + [2] * 2)
     theirs = np.zeros(len(classes), int)
     for number, (_, part) in enumerate(StratifiedKFold(2, shuffle=True, random_state=turn).split(classes, classes)):
         theirs[part] = number
