@@ -202,6 +202,15 @@ def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch, o
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
+def test_an_epoch_goes_on_where_it_was_stopped(folder, tmp_path):
+    args, _ = pretrain.read_options(arguments(folder, tmp_path))
+    run = pretrain.Pretraining(args, torch.device("cpu"), torch.float32)
+    whole = list(run.loader.batch_sampler)
+    run.progress = training.Progress(1e-3, steps=1)
+    run.begin_epoch()
+    assert list(run.loader.batch_sampler) == whole[1:] and len(whole) == 2
+
+
 def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
     monkeypatch.setattr(pretrain, "KNN_BANK", 6)
     monkeypatch.setattr(pretrain, "KNN_QUERIES", 2)
