@@ -22,7 +22,7 @@ from toolkit.answers.measures import jackknife, mcnemar, mean_interval, share_in
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
-from toolkit.run import reports, training
+from toolkit.run import reports, training, verdict
 from toolkit.run.verdict import judge
 
 pytestmark = pytest.mark.usefixtures("pictures")
@@ -404,7 +404,9 @@ def test_commands_that_are_printed_exist_where_the_run_was_started(started, fold
         assert dict(reports._made())["command"] == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
 
 
-def test_a_run_ends_with_the_command_that_answers_new_images_once(finetune, capsys):
+@pytest.mark.parametrize("few", [25, 0], ids=["more labels come next", "nothing else comes next"])
+def test_a_run_ends_with_the_command_that_answers_new_images_once(few, finetune, capsys, monkeypatch):
+    monkeypatch.setattr(verdict, "FEW_IMAGES", few)
     finetune("--epochs 1")
     last = capsys.readouterr().out.partition("results in")[2]
     assert last.count(" predict ") == 1 and " merge " not in last
