@@ -54,8 +54,8 @@ NEEDED = (
 )
 
 SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --use-qlora, --precision bf16 "
-    "or, which is slow, --gradient-checkpointing full"
+    "lower --batch-size and raise --accumulation-steps by as much, or use --activation-precision 16, "
+    "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
 )
 
 # ---------------------------------------------------------------------------------------------- the options, by section
@@ -195,6 +195,7 @@ class TuneOptions(AdapterOptions):
     gradient_checkpointing: str = option(
         "none", "what backward recomputes. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
+    activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
@@ -334,6 +335,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
 
 _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
+_COMPILED = "the compiler decides what is saved for backward"
 _FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
@@ -348,7 +350,8 @@ CLASHES = {
     "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
-    "--compile": {"--gradient-checkpointing": "the compiler decides what is saved for backward"},
+    "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
+    "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
