@@ -50,7 +50,7 @@ from toolkit import InputError, config, devices, distributed, dotted, listed, pr
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.choices import TRUTHS
-from toolkit.files import read_checkpoint, save_atomically
+from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands
 from toolkit.images.data import Remembered, end_workers
 from toolkit.images.sources import Splits
@@ -60,7 +60,7 @@ from toolkit.models.checkpoints import describe_base, is_none, load_backbone, te
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, constant_scale_and_shift, constants_kept, freeze_statistics, share_statistics
-from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, teacher, training
+from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
@@ -745,6 +745,8 @@ def main(
         splits, model, report, plan = prepare(args, device)
         print(reports.describe_data(args, splits), describe_base(report), sep="\n")
         print(f"device: {device}, precision: {plan.dtype}")
+        if args.learning_rate == "auto":
+            args = with_rate_found(args, plan, model, splits, opened, begin)
         begun = resumed_run if args.resume else started_run
         run = begun(args, plan, devices.place(model, device), report, splits, opened)
         print(reports.describe_rates(run))
@@ -836,6 +838,8 @@ def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[Da
         return run_state.recorded_setting(args.resume, "adapt_last")
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself says what it reads
         splits, model, report, plan = prepare(args, device)
+    if args.learning_rate == "auto":
+        args = replace(args, learning_rate=search.DEFAULT_RATE)
     run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
     run.start()
     end_workers(opened)
@@ -843,6 +847,61 @@ def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[Da
     part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
     return number
+
+
+def with_rate_found(
+    args: FineTuneOptions, plan: Plan, model: nn.Module, splits: Splits, opened: list[DataLoader], begin: Callable
+) -> FineTuneOptions:
+    """`--learning-rate auto`: the options with the best rate of trials, or with that of the run to go on with."""
+    rate = run_state.recorded_setting(args.resume, "learning_rate")
+    if rate not in (None, "auto"):
+        return replace(args, learning_rate=rate)
+    settings = {"config": plan.settings(args), "images": splits.digest(), "base": record_of(model).base_digests or {}}
+    trials = search.resumed(args, settings) if args.resume else []
+    parts = search.parts_of(splits)
+    random_state = devices.rng_state()
+    task = tasks.task_of_run(args, splits, plan.device)
+    epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
+    wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
+    own = replace(args, epochs=epochs, wise_ft=wise_ft, keep_best=None)
+    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
+    rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
+    images = f"{len(parts.train):,} training images, judged by {len(parts.val):,} others of them"
+    print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs on {images}")
+    features = None  # of the first trial, for all of them
+    for rate in rates[len(trials) :]:
+        trial, features = try_rate(replace(own, learning_rate=rate), plan, parts, opened, features)
+        trials.append(trial)
+        score = task.reported(trial.val_score)
+        print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
+        begin()
+        if distributed.is_main():
+            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
+    rate = search.choose(trials, lambda score: task.head.variance(score, len(parts.val)))
+    begin()
+    if distributed.is_main():
+        columns = ("learning_rate", f"val_{task.score}", "val_loss")
+        write_cells(trials, columns, args.output_dir / "learning_rates.csv")
+    devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
+    return replace(args, learning_rate=rate, resume=None)
+
+
+def try_rate(
+    args: FineTuneOptions, plan: Plan, parts: Splits, opened: list[DataLoader], features: list | None
+) -> tuple[search.Trial, list]:
+    """How a run ends on the parts of a search. Takes and returns `Loaders.features`."""
+    devices.seed_everything(args.seed)
+    model, report = build_model(args, plan.dtype, len(parts.class_names))
+    training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
+    run = TrialRun(args, plan, devices.place(model, plan.device), report, parts, opened)
+    features = run.start(features)
+    score, loss = 0.0, math.inf
+    with contextlib.suppress(Collapsed), contextlib.redirect_stdout(io.StringIO()):
+        train(run)
+        last = run.history[-1]
+        score, loss = last[f"val_{run.task.score}"], last["val_loss"]
+    end_workers(opened)
+    return search.Trial(args.learning_rate, score, loss), features
 
 
 def started_run(*of_run: Any) -> "FineTuning":
@@ -1298,6 +1357,20 @@ class FineTuning(RunState):
         self.task.head.calibrate(outputs, targets, optimism)
         self.task.head.soften(self.model, self.task.head.temperature)
         return True
+
+
+class TrialRun(FineTuning):
+    """A run of a search, which asks only how good it becomes: it writes nothing and never goes back."""
+
+    def save(self) -> None:
+        """Nothing goes on from it."""
+
+    def saved_when_stopped(self) -> contextlib.AbstractContextManager:
+        """As long as no run goes on, a stop request ends the command at once."""
+        return contextlib.nullcontext()
+
+    def go_back(self, why: str) -> None:
+        raise Collapsed(len(self.history) + 1, self.rate, 0, self.path("lora.pth"), {})
 
 
 if __name__ == "__main__":

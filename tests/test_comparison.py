@@ -203,6 +203,16 @@ def runs_of(folder: Path, **scores: float) -> list[Path]:
     return paths
 
 
+def test_a_searched_rate_is_told_from_a_typed_one(tmp_path):
+    paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8)
+    for path, chosen_by in zip(paths, ({}, {"learning rate": "trials"}), strict=True):
+        results = json.loads(path.read_text()) | {"chosen_by": chosen_by}
+        results["config"]["finetune"]["learning_rate"] = 1e-3
+        path.write_text(json.dumps(results))
+    told = [what.partition("; ")[2] for _, what in comparison.table_of_runs(paths)]
+    assert told == ["learning_rate auto", "learning_rate 0.001"]
+
+
 def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsys):
     paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8, r_4_0=0.6)
     evaluated = tmp_path / "evaluated.json"

@@ -1,15 +1,21 @@
-"""The learning rates of a run: the default and the schedule."""
+"""The learning rates of a run: the default, the schedule, and the search for one."""
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.run_folders import metrics
+import finetune_lora
+from lora import initialization
+from tests.run_folders import assert_same_tensors, metrics, rows_of
+from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
-from toolkit.run import optim, reports
+from toolkit.answers.tasks import Classification, Regression
+from toolkit.run import optim, reports, search
 from toolkit.run.options import FineTuneOptions
+from toolkit.run.search import RATES, Trial, choose
 
 
 def test_a_short_run_trains_at_a_lower_rate():
@@ -125,3 +131,110 @@ def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, sta
     for run in (resnet, vit):
         run.head_temperature = HeadTemperature(per_rate=100.0)
     assert resnet.temperature == vit.temperature == pytest.approx(100 * vit.rate * 24)
+
+
+# ----------------------------------------------------------------------------------------------------------- the search
+
+
+def variance_on(images: int):
+    """Of accuracies that are measured on so many images."""
+    return lambda accuracy: Classification(["cat", "dog"]).head.variance(accuracy, images)
+
+
+def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
+    accuracies = [0.5, 0.88, 0.84, 0.88, 0.9, 0.89, 0.0]
+    trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
+    assert [choose(trials, variance_on(images)) for images in (20, 100, 10_000)] == [1e-4, 3e-4, 1e-3]
+    assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], variance_on(5)) == 1e-4
+
+
+def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
+    """Their R2 is below 0, which is what a collapsed trial is given."""
+    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).head.variance
+    trials = [Trial(rate, -0.1, 1.1) if rate < 1e-4 else Trial(rate, 0.0, math.inf) for rate in RATES]
+    assert choose(trials, lambda score: variance(score, 100)) == 3e-5
+    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4
+
+
+def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
+    """As of numbers that do not differ on the validation part; the trials are paid for."""
+    trials = [Trial(rate, math.nan, abs(math.log(rate / 1e-3))) for rate in RATES]
+    assert choose(trials, variance_on(100)) == 1e-3
+    assert "the score is not defined on the validation part" in capsys.readouterr().out
+    trials[0] = Trial(RATES[0], 0.5, 9.0)
+    assert choose(trials, variance_on(100)) == RATES[0]
+
+
+def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
+    """Four steps lower all the others to nearly the same."""
+    peaks = [rate / optim.run_divisor(FineTuneOptions(epochs=2), rate, steps_per_epoch=2) for rate in RATES]
+    distinct = search.rates_that_differ(dict(zip(RATES, peaks, strict=True)).get)
+    assert distinct == [1e-5, 3e-5, 1e-4]
+    assert search.rates_that_differ(lambda rate: rate) == list(RATES)
+
+
+def test_a_stopped_search_goes_on_and_its_run_is_that_of_the_rate_typed(finetune, monkeypatch, tmp_path):
+    """Bit for bit, also where the gradient chooses the blocks, which draws random numbers in a whole run alone."""
+    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(search, "choose", lambda trials, variance: trials[-1].learning_rate)
+    monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)  # which the last block alone has
+    common = "--epochs 1 --lora-dropout 0.2 --adapt-last auto"
+    whole = finetune(f"{common} --lr auto --keep-best f1", "whole")
+    assert list(whole["chosen_by"]) == ["learning rate", "epoch"]
+    save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
+    with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
+        finetune(f"{common} --lr auto", "stopped")
+    with pytest.raises(InputError, match=r"belongs to a run with other settings \(finetune\.batch_size was 8, is 4\)"):
+        finetune(f"{common} --lr auto --batch-size 4 --resume", "stopped")
+    trial = finetune_lora.TrialRun
+    with mock.patch.object(trial, "start", autospec=True, side_effect=trial.start) as trials:
+        resumed = finetune(f"{common} --lr auto --resume", "stopped")
+    assert trials.call_count == 1
+    typed = finetune(f"{common} --lr 1e-3", "typed")
+    for results in (resumed, typed):
+        assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+        assert results["learning_rate"] == results["config"]["finetune"]["learning_rate"] == 1e-3
+    tables = [rows_of(results["folder"] / "learning_rates.csv") for results in (whole, resumed)]
+    assert tables[0] == tables[1] and [float(row["learning_rate"]) for row in tables[0]] == [1e-4, 1e-3]
+    elsewhere = finetune(f"{common} --lr auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
+    assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
+
+
+def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(finetune, monkeypatch, capsys):
+    """They train on fewer images, of which `--wise-ft auto` would keep less. One that collapses has a score of 0."""
+    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(search, "MOST_TRIAL_EPOCHS", 1)
+    made = []
+    train = finetune_lora.train
+
+    def note(run, *given):
+        made.append(run)
+        if len(made) == 1:
+            run.go_back("as if it had collapsed")
+        if len(made) == 2:
+            assert not run.path("lora.pth").exists() and run.path("last.pth").exists()
+        train(run, *given)
+
+    monkeypatch.setattr(finetune_lora, "train", note)
+    loaders = finetune_lora.Loaders
+    with mock.patch.object(loaders, "features", autospec=True, side_effect=loaders.features) as features:
+        results = finetune("--learning-rate auto")
+    assert features.call_count == 2  # the trials share theirs
+    assert [(len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made] == [
+        (16, 1, 7 / 12),
+        (16, 1, 7 / 12),
+        (21, 2, 7 / 12),
+    ]
+    told = capsys.readouterr().out
+    assert "searching for a learning rate: 2 runs of 1 epochs on 16 training images, judged by 5 others of them" in told
+    assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: ") == 1
+    assert results["learning_rate"] == 1e-3
+
+
+def test_a_search_goes_on_from_its_own_files_alone(finetune, once, tmp_path):
+    """A rate that was typed was not searched, however the run goes on."""
+    assert finetune("--epochs 1 --learning-rate auto --resume")["chosen_by"] == {}
+    torch.save({"trials": []}, tmp_path / "other.pth")
+    for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
+        with pytest.raises(InputError, match=r"other\.pth is not a last\.pth of this version"):
+            finetune(f"--learning-rate {rate} --resume {tmp_path / 'other.pth'}")

@@ -490,12 +490,14 @@ CHOOSE = "python deploy_lora.py choose lora.pth new_images --output to_label"
             [f"there are few training steps: {LOWERED} 12% of the one asked for"],
             f"{SAME}--epochs 8",
         ),
-        # Below the probe a third of the rate
-        ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 3e-4}, [], f"{SAME}--learning-rate 1e-04"),
+        # Below the probe the rate is searched, or, where it was or cannot be, a third of it
+        ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 3e-4}, [], f"{SAME}--learning-rate auto"),
+        ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], f"{SAME}--learning-rate 3e-04"),
+        ({"probe": 0.9, "unlabelled": {}}, [], f"{SAME}--learning-rate 3e-04"),
         (
             {"probe": 0.9, "lowered": 8, "retreats": [{}]},
             [f"training collapsed, or gained nothing: {LOWERED} 12% of the one asked for"],
-            f"{SAME}--learning-rate 3e-04",
+            f"{SAME}--learning-rate auto",
         ),
         # With few labels what helps there; both ways are for one class an image
         (

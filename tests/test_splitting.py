@@ -17,7 +17,7 @@ from toolkit.answers import probe
 from toolkit.answers.measures import share_interval
 from toolkit.images import splitting
 from toolkit.images.sources import load_splits
-from toolkit.run import folds, output_folder
+from toolkit.run import folds, output_folder, search
 from toolkit.run.guard import Collapsed
 
 
@@ -38,7 +38,7 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
     where = {"data_dir": hospital / "scans"} if list_name is None else {"data_list": [hospital / list_name]}
     splits = load_splits("imagefolder", **where, task=task, group_by=by)
     chosen = load_splits("imagefolder", **where, eval_split="validation", task=task, group_by=by)
-    for train, val, *_ in (splits, chosen):
+    for train, val, *_ in (splits, search.parts_of(splits), chosen):
         assert patients(train) and patients(val) and not patients(train) & patients(val)
     assert len(patients(splits.train) | patients(splits.val)) == 20
     assert splits.counts() == {

@@ -199,6 +199,8 @@ def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
         score = TASKS[results["task"]].score
         value = results.get(f"val_{score}", results.get(score))
         settings = flat(results.get("config", {"file": str(path)}))  # results of `evaluate` stand alone
+        if "learning rate" in results.get("chosen_by", {}):
+            settings["finetune.learning_rate"] = "auto"
         for of_one_run in ("finetune.seed", "data.folds"):
             settings.pop(of_one_run, None)
         if value is not None:  # else it is not defined on these images

@@ -165,10 +165,10 @@ class TuneOptions(AdapterOptions):
     adapt_last: int | str | None = option(
         None, "adapt the last blocks or stages alone; auto: by the gradient; default: all", type=config.block_count
     )
-    learning_rate: float = option(
+    learning_rate: float | str = option(
         1e-4,
-        "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48",
-        type=positive_float,
+        "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
+        type=or_word("auto", positive_float),
         flags=("--lr",),
     )
     head_init: str = option("probe", "start of the classifier head", choices=("probe", "random"))
@@ -359,6 +359,7 @@ CLASHES = {
         "--head-init random": _FROM_A_PROBE,
         "--no-freeze-backbone": _FROM_A_PROBE,
         "--norms train": _FROM_A_PROBE,
+        "--learning-rate auto": "few labels cannot tell rates apart",
     },
 }
 _NOT_OF_ONE = {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS, "--unlabelled": _ONE_CLASS}

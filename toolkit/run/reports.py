@@ -306,9 +306,14 @@ def _by_unlabelled(run: FineTuned) -> dict[str, Any] | None:
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
+    chosen = {}
+    begun = run.args.resume or run.path("last.pth")  # maybe in another folder
+    if any(path.with_name("learning_rates.csv").exists() for path in (begun, run.path("last.pth"))):
+        chosen["learning rate"] = "trials on a part of the training images"
     column = run.task.best_by.get(run.args.keep_best)
-    chosen = column is not None and not all(math.isnan(row[column]) for row in run.history)
-    return {"epoch": "the evaluation images"} if chosen else {}
+    if column is not None and not all(math.isnan(row[column]) for row in run.history):
+        chosen["epoch"] = "the evaluation images"
+    return chosen
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -395,12 +400,11 @@ def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
     if "val_groups" in results:
         groups = f"{results['val_images']:,} images in {results['val_groups']:,} groups"
         notes.append(f"{groups} ({run.args.group_by}); intervals are over groups")
-    return notes + _notes_of_epoch(run, results)
-
-
-def _notes_of_epoch(run: FineTuned, results: dict[str, Any]) -> list[str]:
-    if not run.args.keep_best:
-        return []
-    if results["chosen_by"]:
-        return [f"epoch {results['kept_epoch']} of {results['epochs']} chosen by {results['chosen_by']['epoch']}"]
-    return ["the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images"]
+    chosen = {
+        "learning rate": short_rate(results["learning_rate"]),
+        "epoch": f"{results['kept_epoch']} of {results['epochs']}",
+    }
+    notes += [f"{what} {chosen[what]} chosen by {images}" for what, images in results["chosen_by"].items()]
+    if run.args.keep_best and "epoch" not in results["chosen_by"]:
+        notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
+    return notes

@@ -120,7 +120,7 @@ class RunState:
         """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
-            raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+            raise of_other_version(path)
         check_same_run(self.args, path, state, self.identity, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
@@ -158,6 +158,10 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, map_location="cpu", weights_only=True)
+
+
+def of_other_version(path: Path) -> InputError:
+    return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
 
 
 def check_same_run(

@@ -1,0 +1,70 @@
+"""Finds a learning rate: trains at up to seven rates over three decades, on a part of the training images.
+
+The trials are as long as the run itself, up to MOST_TRIAL_EPOCHS. Shorter ones, as in successive halving, favour rates
+that are too low: a head that starts as a linear probe is good at once, and the gain of a higher rate shows only in the
+last epochs. Each trial is saved when it ends, so a stopped search can be resumed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from toolkit.files import read_checkpoint
+from toolkit.images import sources
+from toolkit.run import run_state
+from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
+
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+DEFAULT_RATE = 1e-4  # the default of --learning-rate
+DISTINCT_RATIO = 1.5  # times a rate: below it a higher one is no other trial
+MOST_TRIAL_EPOCHS = 20
+SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
+
+
+def rates_that_differ(peak: Callable[[float], float]) -> list[float]:
+    """The RATES that are worth a trial: a short run lowers many of them to nearly the same `peak` of it."""
+    chosen: list[float] = []
+    for rate in RATES:
+        if not chosen or peak(rate) > DISTINCT_RATIO * peak(chosen[-1]):
+            chosen.append(rate)
+    return chosen
+
+
+class Trial(NamedTuple):
+    """A short run and how it ended."""
+
+    learning_rate: float
+    val_score: float  # the task's, such as the accuracy
+    val_loss: float
+
+
+def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
+    """Return the rate nearest to the default among those within one standard error of the best score.
+
+    A few hundred images cannot show which of the best rates is best. (The rule of one standard error: Breiman et al.,
+    Classification and Regression Trees, 1984, section 3.4.3.) A trial that has collapsed is never the best, though R2
+    may be below its 0.
+    """
+    trials = [trial for trial in trials if math.isfinite(trial.val_loss)] or trials
+    scored = [trial for trial in trials if not math.isnan(trial.val_score)]
+    if not scored:
+        print("the score is not defined on the validation part: the rate with the lowest loss is taken")
+        return min(trials, key=lambda trial: trial.val_loss).learning_rate
+    best = max(trial.val_score for trial in scored)
+    alike = [trial.learning_rate for trial in scored if trial.val_score >= best - math.sqrt(variance(best))]
+    return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
+
+
+def parts_of(splits: sources.Splits) -> sources.Splits:
+    """The images that a search trains and validates on: two parts of the training images."""
+    rest, part = sources.validation_part(splits.train)
+    return sources.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
+
+
+def resumed(args: FineTuneOptions, settings: dict[str, Any]) -> list[Trial]:
+    """The trials of the search to resume, which has to be one with the same settings."""
+    state = read_checkpoint(args.resume)
+    if not isinstance(state, dict) or state.keys() != {"trials", *settings}:
+        raise run_state.of_other_version(args.resume)
+    run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
+    return [Trial(*trial) for trial in state["trials"]]
