@@ -291,8 +291,9 @@ def test_each_headline_has_an_interval_around_it(labels, numbers):
 def test_intervals_over_groups_are_said_to_be():
     run = argparse.Namespace(args=argparse.Namespace(keep_best=None, group_by="patient"))
     told = "35 images in 18 groups (patient); intervals are over groups"
-    assert reports._notes(run, {"val_images": 35, "val_groups": 18}) == [told]
-    assert reports._notes(run, {"val_images": 35}) == []
+    results = {"val_images": 35, "chosen_by": {}}
+    assert reports._notes(run, results | {"val_groups": 18}) == [told]
+    assert reports._notes(run, results) == []
 
 
 def test_a_label_that_no_image_has_is_left_out_and_said(labels):

@@ -400,11 +400,10 @@ def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
     if "val_groups" in results:
         groups = f"{results['val_images']:,} images in {results['val_groups']:,} groups"
         notes.append(f"{groups} ({run.args.group_by}); intervals are over groups")
-    chosen = {
-        "learning rate": short_rate(results["learning_rate"]),
-        "epoch": f"{results['kept_epoch']} of {results['epochs']}",
-    }
-    notes += [f"{what} {chosen[what]} chosen by {images}" for what, images in results["chosen_by"].items()]
+    for what, images in results["chosen_by"].items():
+        of_epoch = f"{results['kept_epoch']} of {results['epochs']}"
+        value = of_epoch if what == "epoch" else short_rate(results["learning_rate"])
+        notes.append(f"{what} {value} chosen by {images}")
     if run.args.keep_best and "epoch" not in results["chosen_by"]:
         notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
     return notes
