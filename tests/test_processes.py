@@ -42,7 +42,7 @@ WAYS = {
     "lora": "--label-smoothing 0.1",
     # At random: the last directions of the gradient of so small a model are rounding, which processes add up otherwise.
     "unlabelled": "--labels-per-class 5 --unlabelled {images}",
-    "last": "--adapt-last 1 --use-qlora --lora-init random --gradient-checkpointing full",
+    "features": "--adapt-last 1 --cache-features disk --use-qlora --lora-init random --gradient-checkpointing full",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
 PRETRAINING += " --optimizer sgd --learning-rate 0.03"  # AdamW would blow up the rounding of gradients that are zero
@@ -119,9 +119,10 @@ def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     "way",
-    ["lora", pytest.param("unlabelled", marks=pytest.mark.slow), pytest.param("last", marks=pytest.mark.slow)],
+    ["lora", pytest.param("unlabelled", marks=pytest.mark.slow), pytest.param("features", marks=pytest.mark.slow)],
 )
-def test_two_processes_fine_tune_as_one(options, tmp_path, way):
+def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     results, alone = run_both(options(way), tmp_path)
     for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
