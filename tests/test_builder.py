@@ -199,7 +199,7 @@ def test_over_one_base_loss_and_gradients_are_those_of_two_dense_encoders(build,
     loss.backward()
     expected.backward()
     # A ReLU may change its mind for a rounding error of float32.
-    tolerance = 100 * FP32 if use_qlora else EXACT
+    tolerance = 200 * FP32 if use_qlora else EXACT
     assert_close(loss, expected, tolerance)
     gradients = list(expected_gradients(twin.encoder_q, model.encoder_q))
     assert len(gradients) > 10

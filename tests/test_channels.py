@@ -85,7 +85,7 @@ def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tm
         return deploy_lora.main([*words.format(trained=trained, folder=image.parent, out=tmp_path).split(), *ON_CPU])
 
     results = json.loads((trained.parent / "results.json").read_text())
-    assert command("evaluate {trained}")["accuracy"] == results["val_accuracy"]
+    assert command(f"evaluate {{trained}} {tiffs / 'val'}")["accuracy"] == results["val_accuracy"]
     assert results["normalization"]["channels"] == 13
     assert len(command("predict {trained} {folder} --output {out}/p.csv")) == 3
     assert command("embed {trained} {folder} --output {out}/f.npy").shape == (3, 192)

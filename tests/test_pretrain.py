@@ -391,6 +391,7 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # last.pth of the beginning stays
     monkeypatch.setattr(pretrain.Pretraining, "results", lambda self: {})
     monkeypatch.setattr(pretrain.reports, "plot_pretraining", lambda *_: None)
+    monkeypatch.setattr(pretrain, "summary", lambda _: [])
     adapt()
     content = torch.load(base)
     content["state_dict"]["module.base_encoder.class_token"] += 1

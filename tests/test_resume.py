@@ -112,7 +112,7 @@ def test_a_resumed_run_keeps_its_rates(finetune, once, monkeypatch):
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
     results = finetune("--epochs 1 --keep-best accuracy")
-    with pytest.raises(InputError, match=r"--keep-best: the best adapter is next to .*resume with its folder"):
+    with pytest.raises(InputError, match=r"the best adapter is next to .*resume with that folder as --output-dir"):
         finetune(f"--epochs 1 --keep-best accuracy --resume {results['folder'] / 'last.pth'}", output="elsewhere")
 
 

@@ -193,14 +193,14 @@ def test_a_name_without_published_weights_is_refused_before_anything_is_read():
     assert model_problems("timm:test_vit", None, None) == []
 
 
-def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune):
+def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune, images):
     hub("test_vit")
     results = finetune("--checkpoint timm:test_vit --image-size 32 --epochs 1")
     adapter = results["folder"] / "lora.pth"
     metadata = read_adapter_file(adapter)["metadata"]
     assert (metadata["checkpoint"], metadata["arch"]) == ("timm:test_vit", "timm:test_vit")
     assert metadata["mean"] == [0.5, 0.5, 0.5]
-    evaluated = deploy_lora.main(["evaluate", str(adapter), "--device", "cpu"])
+    evaluated = deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
     assert evaluated["accuracy"] == results["val_accuracy"]
 
 
