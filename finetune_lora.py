@@ -872,9 +872,9 @@ def with_rate_found(
     rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
     images = f"{len(parts.train):,} training images, judged by {len(parts.val):,} others of them"
     print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs on {images}")
-    features = None  # of the first trial, for all of them
+    of_first = None, None  # features and cached images of the first trial, for all of them
     for rate in rates[len(trials) :]:
-        trial, features = try_rate(replace(own, learning_rate=rate), plan, parts, opened, features)
+        trial, of_first = try_rate(replace(own, learning_rate=rate), plan, parts, opened, of_first)
         trials.append(trial)
         score = task.reported(trial.val_score)
         print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
@@ -891,13 +891,14 @@ def with_rate_found(
 
 
 def try_rate(
-    args: FineTuneOptions, plan: Plan, parts: Splits, opened: list[DataLoader], features: list | None
-) -> tuple[search.Trial, list]:
-    """How a run ends on the parts of a search. Takes and returns `Loaders.features`."""
+    args: FineTuneOptions, plan: Plan, parts: Splits, opened: list[DataLoader], of_first: tuple
+) -> tuple[search.Trial, tuple]:
+    """How a run ends on the parts of a search. Takes and returns `Loaders.features` and `Loaders.images`."""
+    features, cached = of_first
     devices.seed_everything(args.seed)
     model, report = build_model(args, plan.dtype, len(parts.class_names))
     training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
-    run = TrialRun(args, plan, devices.place(model, plan.device), report, parts, opened)
+    run = TrialRun(args, plan, devices.place(model, plan.device), report, parts, opened, cached=cached)
     features = run.start(features)
     score, loss = 0.0, math.inf
     with contextlib.suppress(Collapsed), contextlib.redirect_stdout(io.StringIO()):
@@ -905,7 +906,7 @@ def try_rate(
         last = run.history[-1]
         score, loss = last[f"val_{run.task.score}"], last["val_loss"]
     end_workers(opened)
-    return search.Trial(args.learning_rate, score, loss), features
+    return search.Trial(args.learning_rate, score, loss), (features, run.loaders.images)
 
 
 def started_run(*of_run: Any) -> "FineTuning":
@@ -1026,6 +1027,7 @@ class FineTuning(RunState):
         model, report: what `build_model` returns; the model is on its device.
         opened: a list to which all loaders are added, so that their processes can be ended.
         teaches: whether images without labels may train, where there are enough with.
+        cached: the images of another run's loaders, which may be cached features.
     """
 
     def __init__(
@@ -1037,13 +1039,14 @@ class FineTuning(RunState):
         splits: Splits,
         opened: list[DataLoader],
         teaches: bool = True,
+        cached: Splits | None = None,
     ):
         super().__init__(args, plan.device, plan.dtype)
         self.model = model
         self.network = model  # what computes on what the loaders have: images, or features that are cached of them
         self.report = report
         self.splits = splits
-        self.loaders = Loaders(args, plan, splits, report["image_size"], opened, self.meter)
+        self.loaders = Loaders(args, plan, cached or splits, report["image_size"], opened, self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)

@@ -16,6 +16,7 @@ from tests.run_folders import tensors
 from toolkit import InputError
 from toolkit.answers import evaluation
 from toolkit.images import cache, data, transforms
+from toolkit.run import search
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +116,12 @@ def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monke
     with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
         finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
     assert not (tmp_path / "cached").exists()
+
+
+def test_the_trials_of_a_search_share_what_is_cached(finetune, monkeypatch):
+    calls = []
+    embed = VisionTransformer._process_input
+    monkeypatch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
+    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
+    finetune("--adapt-last 1 --cache-features disk --learning-rate auto --epochs 1")
+    assert sum(calls) == 21 + 21 + 15  # the parts of the training images once, and for the run both splits

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
@@ -84,16 +84,17 @@ class Loaders:
             for batch, _ in runs.progress_bar(loader, "blocks below"):
                 yield evaluation.computed(lower, batch, self.device, dtype)
 
-        def cached(images: LabelledImages, views: int) -> LabelledImages:
+        def cached(images: LabelledImages, views: int = 0) -> LabelledImages:
+            if isinstance(images.source, TensorDataset):  # another run's
+                return images
             plain = self.add_loader(images, self.plain_view, keep_workers=False)
             # Each pass over this loader draws new views.
             augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
             batches = [features(loader) for loader in (plain, *[augmented] * views)]
             return cache_features(images, batches, plain.batch_sampler.batch_size)
 
-        views = 0 if self.args.augmentation == "none" else CACHED_VIEWS
-        train = cached(self.images.train, views)
-        self.images = self.images._replace(train=train, val=cached(self.images.val, 0))
+        train = cached(self.images.train, 0 if self.args.augmentation == "none" else CACHED_VIEWS)
+        self.images = self.images._replace(train=train, val=cached(self.images.val))
         self.eval_transform = self.plain_view = plain_view
         self.augmentation = drawn_view
         self.workers = 0  # there is nothing to decode
