@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models.vision_transformer import VisionTransformer
@@ -66,15 +67,29 @@ def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, fl
     plain = finetune(flags, "plain")
     calls = []
     embed = VisionTransformer._process_input
-    monkeypatch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
+
+    def embedded(vit, x):
+        calls.append((len(x), vit.training))
+        return embed(vit, x)
+
+    monkeypatch.setattr(VisionTransformer, "_process_input", embedded)
     cached = finetune(f"{flags} --cache-features disk", "cached")
-    assert calls == [21, 15]
+    assert calls == [(21, False), (15, False)]
     assert capsys.readouterr().out.count("caching features in") == 2
     assert cached["knn_accuracy_before"] == plain["knn_accuracy_before"]
     assert cached["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (cached, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     assert list(place.iterdir()) == []
+
+
+def test_what_goes_with_an_image_goes_with_its_features():
+    images = data.LabelledImages([], [0, 1, 0], targets=torch.eye(3))
+    images.groups = np.array(["a", "b", "a"])
+    cached = cache.cache_features(images, [[torch.zeros(3, 5)], [torch.ones(3, 5)]], 3)
+    features, target = cached[1]
+    assert cache.plain_view(features).tolist() == [0] * 5 and cache.drawn_view(features).tolist() == [1] * 5
+    assert target.tolist() == [0, 1, 0] and cached.groups.tolist() == ["a", "b", "a"]
 
 
 def test_norms_follow_over_cached_features_in_16_bits(finetune, narrow, tmp_path):
