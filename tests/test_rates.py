@@ -175,8 +175,13 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
 
 def test_a_stopped_search_goes_on_and_its_run_is_that_of_the_rate_typed(finetune, monkeypatch, tmp_path):
     """Bit for bit, also where the gradient chooses the blocks, which draws random numbers in a whole run alone."""
+
+    def highest(trials, variance):
+        assert variance(0.5) == pytest.approx(0.25 / 5)  # of the five images that judge
+        return trials[-1].learning_rate
+
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
-    monkeypatch.setattr(search, "choose", lambda trials, variance: trials[-1].learning_rate)
+    monkeypatch.setattr(search, "choose", highest)
     monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)  # which the last block alone has
     common = "--epochs 1 --lora-dropout 0.2 --adapt-last auto"
     whole = finetune(f"{common} --lr auto --keep-best f1", "whole")
@@ -200,10 +205,12 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_the_rate_typed(finetune
     assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
 
 
-def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(finetune, monkeypatch, capsys):
+def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(finetune, monkeypatch, capsys, tmp_path):
     """They train on fewer images, of which `--wise-ft auto` would keep less. One that collapses has a score of 0."""
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "MOST_TRIAL_EPOCHS", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/learning_rates.csv").write_text("an earlier run's")
     made = []
     train = finetune_lora.train
 
@@ -225,6 +232,7 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(f
         (16, 1, 7 / 12),
         (21, 2, 7 / 12),
     ]
+    assert (tmp_path / "out-1/learning_rates.csv").read_text() == "an earlier run's"
     told = capsys.readouterr().out
     assert "searching for a learning rate: 2 runs of 1 epochs on 16 training images, judged by 5 others of them" in told
     assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: ") == 1
