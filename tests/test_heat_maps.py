@@ -180,7 +180,7 @@ def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, pictures, monk
     shown = []
     explain = Explainer.explain
     monkeypatch.setattr(Explainer, "explain", lambda *args: shown.append(1) or explain(*args))
-    results = finetune("--epochs 1", "vit")
+    results = finetune("--epochs 1 --head-init random --learning-rate 1e-6", "vit")
     assert 0 < len(shown) <= results["val_images"]
     pytest.importorskip("timm")
     options = "--checkpoint none --no-freeze-backbone --lora-rank 0 --head-init random --arch timm:regnety_002"
