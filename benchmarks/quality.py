@@ -5,6 +5,7 @@
     python -m benchmarks.quality --data-dir my_images --checkpoint moco_v2_800ep_pretrain.pth.tar --config my.yaml
     python -m benchmarks.quality --jobs 2                                   # two runs at a time, a thread each
     python -m benchmarks.quality --rates --methods probe lora_8 full peft   # accuracy over the learning rates
+    python -m benchmarks.quality --defaults --labels 5 25 50 all            # what README says may be expected
 
 Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of
 labels the learning rate is chosen first, on a validation part of the training split and with a seed that is not used
@@ -14,6 +15,9 @@ accuracy. Every finished run is a line in `runs.jsonl`; the same command goes on
 
 With `--rates` nothing is chosen: each method is trained at every rate from 1e-5 to 1e-2 and evaluated on the held-out
 split. That shows how wide the range is in which it works, and what somebody gets who types another rate than the best.
+
+With `--defaults` nothing is chosen either: each seed draws other labels, and a run has no options but those passed on.
+Its linear probe is compared with what it ends at, on the same held-out images for all numbers of labels.
 """
 
 import argparse
@@ -46,6 +50,7 @@ from toolkit.run.runs import run_script
 
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]
+DEFAULT = "default"  # the method of --defaults
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 SWEPT = RATES[:7]  # with --rates
 
@@ -66,6 +71,7 @@ METHODS = {
     "full": ("full fine-tuning", FULL, 3e-4),
     "scratch": ("from scratch", [*FULL, "--checkpoint", "none", "--arch", "vit_mini"], 1e-3),
     "peft": ("PEFT r=8", [*adapters(8), "--head-init", "random"], 3e-3),  # see `_peft_layers`
+    DEFAULT: ("the default", [], None),  # at the rate that a run has where none is given
 }
 TUNING_SEED = 1000
 
@@ -77,12 +83,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     log = Log(args.output_dir / "runs.jsonl", passed_on)
     budgets = [None if labels == "all" else int(labels) for labels in args.labels]
     cells = [(method, budget) for budget in budgets for method in args.methods]
-    rows = sweep(cells, log, args) if args.rates else compare(cells, log, args)
+    measure, draw, write = WAYS[args.way]
+    rows = measure(cells, log, args)
     result = {"options": passed_on, "torch": torch.__version__, "rows": rows}
-    name, draw = ("rates", plot_rates) if args.rates else ("quality", plot)
-    (args.output_dir / f"{name}.json").write_text(json.dumps(result, indent=2))
-    draw(rows, args.output_dir / f"{name}.png")
-    print(table_of_rates(rows) if args.rates else table(rows))
+    (args.output_dir / f"{args.way}.json").write_text(json.dumps(result, indent=2))
+    draw(rows, args.output_dir / f"{args.way}.png")
+    print(write(rows))
     return result
 
 
@@ -107,15 +113,26 @@ def sweep(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Namesp
     return [log.row(*point, args.seeds) for point in points]
 
 
+def expected(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The default at each number of labels: a row for each."""
+    points = [(DEFAULT, budget, None) for budget in dict.fromkeys(budget for _, budget in cells)]
+    run_missing([(*point, seed, "held-out") for point in points for seed in range(args.seeds)], log, args.jobs)
+    return [log.row(*point, args.seeds) for point in points]
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This script's options, and those that go on to `finetune_lora.py` as they are."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    chosen = [method for method in METHODS if method != DEFAULT]
+    parser.add_argument("--methods", nargs="+", choices=chosen, default=chosen)
     parser.add_argument("--labels", nargs="+", default=["10", "50", "all"], help="labels per class")
     parser.add_argument("--seeds", type=positive_int, default=5)
-    parser.add_argument("--rates", action="store_true", help="every method at every learning rate, none chosen")
+    ways = parser.add_mutually_exclusive_group()
+    one = {"action": "store_const", "dest": "way", "default": "quality"}
+    ways.add_argument("--rates", const="rates", help="every method at every learning rate, none chosen", **one)
+    ways.add_argument("--defaults", const="defaults", help="runs without any option of training", **one)
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at a time")
     parser.add_argument("--output-dir", type=Path, default=MEASURED / "quality")
     args, passed_on = parser.parse_known_args(argv)
@@ -128,7 +145,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 # --------------------------------------------------------------------------------------------------------------- runs
 
-Run = tuple[str, int | None, float, int, str]  # method, labels per class, learning rate, seed, split
+Run = tuple[str, int | None, float | None, int, str]  # method, labels per class, learning rate, seed, split
 
 
 class Log:
@@ -171,7 +188,7 @@ class Log:
         runs = [self.tuning_run(method, budget, rate) for rate in RATES[max(0, best - 1) : best + 2]]
         return [run for run in runs if self.find(run) is None]
 
-    def row(self, method: str, budget: int | None, rate: float, seeds: int) -> dict[str, Any]:
+    def row(self, method: str, budget: int | None, rate: float | None, seeds: int) -> dict[str, Any]:
         records = [self.find((method, budget, rate, seed, "held-out")) for seed in range(seeds)]
         accuracies = [record["accuracy"] for record in records]
         first = records[0]
@@ -209,7 +226,7 @@ def apart(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     except EOFError:
         method, budget, rate, seed, _ = job[0]
         raise InputError(
-            f"the run {method}, {budget or 'all'} labels, learning rate {rate:g}, seed {seed} was killed, perhaps for "
+            f"the run {method}, {budget or 'all'} labels, learning rate {rate}, seed {seed} was killed, perhaps for "
             "want of memory: fewer --jobs need less; the same command goes on where it stopped"
         ) from None
     finally:
@@ -232,7 +249,8 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     layers = _peft_layers() if method == "peft" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, quiet(), layers:
-        flags = [*options, *METHODS[method][1], "--learning-rate", str(rate), "--seed", str(seed)]
+        flags = [*options, *METHODS[method][1], "--seed", str(seed)]
+        flags += [] if rate is None else ["--learning-rate", str(rate)]
         flags += ["--eval-split", split, "--output-dir", folder, "--workers", "0"]  # a daemon may start no process
         flags += [] if budget is None else ["--labels-per-class", str(budget)]
         started = time.process_time()
@@ -337,6 +355,20 @@ def table_of_rates(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_of_defaults(rows: list[dict[str, Any]]) -> str:
+    """A row for each number of labels: linear probe, end of the run, and what it gained with its standard error."""
+    lines = ["| labels per class | linear probe | after the run | gained, points | CPU |", "|---" * 5 + "|"]
+    for row in rows:
+        gains = [100 * gain for gain in row["above_probe"]]
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        gained = statistics.mean(gains)
+        probe = row["mean"] - gained / 100
+        cells = [str(row["labels_per_class"] or "all"), f"{probe:.1%}", f"{row['mean']:.1%}"]
+        cells += [f"{gained:+.1f} ± {error:.1f}", f"{row['cpu_seconds']:.0f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
 MARKERS = "osD^v"
 
@@ -388,6 +420,13 @@ def plot_rates(rows: list[dict[str, Any]], path: Path) -> None:
     figure.axes[0].legend()
     figure.savefig(path, dpi=150)
 
+
+# How to measure, to draw and to write a table, by --rates, --defaults or neither.
+WAYS = {
+    "quality": (compare, plot, table),
+    "rates": (sweep, plot_rates, table_of_rates),
+    "defaults": (expected, plot, table_of_defaults),
+}
 
 if __name__ == "__main__":
     # Through the module's own name, so that the processes started for the runs find `train`.
