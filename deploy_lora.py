@@ -59,7 +59,7 @@ from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_f
 from toolkit.answers.tasks import Task, from_record
 from toolkit.images import lists, masks, remote, sources, splitting, transforms
 from toolkit.images.bands import from_metadata, settle
-from toolkit.images.data import UNLABELLED, LabelledImages, TolerantImages, Transformed, build_loader, fixed_order_batch
+from toolkit.images.data import LabelledImages, TolerantImages, Transformed, among, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
@@ -414,7 +414,7 @@ def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[La
     labelled = images.subset([])
     if args.labelled:
         labelled = _images(args.labelled, about)
-        images = choosing.without(images, labelled)
+        images = images.subset(np.flatnonzero(~among(images, labelled)))
     if len(images) < args.count:
         raise InputError(f"--count {args.count}: {len(images)} images are not labelled yet; ask for fewer or name more")
     most = choosing.MOST_IMAGES
@@ -552,7 +552,7 @@ def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
         if remote.is_folder(path):
             source = sources.all_images(path, bands)
             if len(paths) == 1:
-                return LabelledImages(source, source.labels)
+                return LabelledImages(source)
             if isinstance(source, ShardedImages):
                 raise InputError(f"{path}: its images are in archives; name this folder alone")
             found = map(source.path, range(len(source)))
@@ -560,9 +560,7 @@ def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
             folder = lists.folder_of(path, _data_of_run(about).get("data_dir"))
             found = [remote.located(folder, name) for name in lists.read_paths(path, folder)]
         names += found
-    names = list(dict.fromkeys(names))
-    labels = [UNLABELLED] * len(names)
-    return LabelledImages(ImageFiles("", names, labels, bands), labels)
+    return LabelledImages(ImageFiles("", dict.fromkeys(names), bands))
 
 
 def _images_in_files(args: argparse.Namespace, about: dict[str, Any]) -> LabelledImages:

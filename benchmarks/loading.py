@@ -163,7 +163,7 @@ def in_turn(sets: dict[str, Sequence]) -> dict:
 
 def read_here(folder: Path, view: str, pixels: int) -> data.Transformed:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
-    images = data.LabelledImages(data.ImageFiles(folder, names, [0] * len(names)), [0] * len(names))
+    images = data.LabelledImages(data.ImageFiles(folder, names))
     if view == "evaluation":
         return data.Transformed(images, transforms.eval_transform(pixels))
     crops = transforms.train_transform(pixels) if view == "fine-tuning" else transforms.two_crops(pixels, view)

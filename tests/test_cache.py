@@ -114,7 +114,7 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
         with evaluation.eval_mode(run.model), torch.no_grad():
             below = split_model(run.model, 1)[0]
             expected = [below(images) for loader in loaders for images, _ in loader]
-        cached = run.loaders.images.train.source.tensors[0]
+        cached = run.loaders.images.train.source
         found.append((cached, next(iter(run.loaders.train))[0], expected))
 
     finetune("--adapt-last 1 --augmentation crop --cache-features disk --epochs 1", after_epoch=look)

@@ -148,7 +148,7 @@ def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_k
 
 def test_what_is_measured_is_divided_by_the_scale():
     array = np.random.RandomState(0).rand(6, 8, 2).astype(np.float32)
-    found = settle(Scaling(scale=0.01, normalise="data"), "resnet18", 2, LabelledImages([(array, 0)], [0]))
+    found = settle(Scaling(scale=0.01, normalise="data"), "resnet18", 2, LabelledImages([array]))
     assert found["mean"] == pytest.approx(array.mean((0, 1)) * 100)
     assert found["std"] == pytest.approx(array.std((0, 1)) * 100, rel=1e-5)
 
@@ -282,7 +282,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, ti
 def test_a_file_with_other_bands_is_not_called_unreadable(bands, shape, reason, tmp_path):
     np.save(tmp_path / "image.npy", np.zeros(shape))
     with pytest.raises(InputError, match=rf"image\.npy: {reason}$"):
-        folders.ImageFiles(tmp_path, ["image.npy"], [0], bands)[0]
+        folders.ImageFiles(tmp_path, ["image.npy"], bands)[0]
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path):
@@ -290,7 +290,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for bands in (None, Bands(3)):
         with pytest.raises(InputError, match=r"pipe\.png: not a readable image \(not a file\)"):
-            folders.ImageFiles(tmp_path, ["pipe.png"], [0], bands)[0]
+            folders.ImageFiles(tmp_path, ["pipe.png"], bands)[0]
 
 
 def test_images_in_archives_have_bands_too(tiffs, tmp_path):
@@ -335,7 +335,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(options, tol
 def test_photographs_that_are_nearly_black_are_told(capsys, most, is_told):
     """As 12 bits of an X-ray in a PNG of 16, of which 8 bits keep 16 levels."""
     image = to_rgb(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)))
-    settle(Scaling(), "resnet18", 3, LabelledImages([(image, 0)], [0]))
+    settle(Scaling(), "resnet18", 3, LabelledImages([image]))
     told = capsys.readouterr().out
     assert ("say what is white, as --scale 4095 with --bands 1,1,1" in told) == is_told == (told != "")
 

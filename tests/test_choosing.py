@@ -56,7 +56,7 @@ def test_of_the_least_sure_images_one_of_each_kind_is_chosen(monkeypatch):
 def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
     shapes = [(300, 500, 3), (60, 3000, 3)]
     noise = [np.random.RandomState(0).randint(0, 256, shape, np.uint8) for shape in shapes]
-    images = LabelledImages([(Image.fromarray(picture), 0) for picture in noise] * 25, [0] * 50)
+    images = LabelledImages([Image.fromarray(picture) for picture in noise] * 25)
     page = html_pictures(images, [(i, f"<{i}>") for i in range(50)])
     assert page.count("<img ") == 50 and "&lt;49&gt;</figcaption>" in page
     assert len(page) < 1e6

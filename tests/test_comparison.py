@@ -17,7 +17,7 @@ from toolkit.images.data import LabelledImages
 
 
 def images(count: int, groups=None) -> LabelledImages:
-    found = LabelledImages([(Image.new("RGB", (2, 2)), 0)] * count, [0] * count)
+    found = LabelledImages([Image.new("RGB", (2, 2))] * count, [0] * count)
     found.groups = None if groups is None else np.array([f"p{group}" for group in groups])
     return found
 

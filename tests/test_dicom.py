@@ -165,20 +165,20 @@ def test_files_without_suffix_are_known_by_their_mark(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "1.2.840.101_mask.png").write_bytes(b"")
     assert image_names(tmp_path, others=Counter()) == names
-    images = ImageFiles(tmp_path, names, [0] * 3)
-    assert [image.size for image, _ in images] == [(10, 10)] * 3
+    images = ImageFiles(tmp_path, names)
+    assert [image.size for image in images] == [(10, 10)] * 3
     system = pytest.importorskip("fsspec").filesystem("memory")
     system.put(f"{tmp_path}/1.2.840.100", "/disc/IM0001")
     [name] = image_names(Path("memory://disc"))
-    assert ImageFiles("memory://disc", [name], [0])[0][0].size == (10, 10)
+    assert ImageFiles("memory://disc", [name])[0].size == (10, 10)
     (tmp_path / "tar").mkdir()
     (tmp_path / "tar/a.tar").write_bytes(tar_of({"1.dcm": file_of(RAMP)}))
-    assert read_shards(tmp_path / "tar")[0][0][0].size == (10, 10)
+    assert read_shards(tmp_path / "tar")[0][0].size == (10, 10)
 
 
 def test_damaged_files_and_a_missing_package_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "torn.dcm").write_bytes(file_of(RAMP)[:-50])
-    images = ImageFiles(tmp_path, ["torn.dcm"], [0])
+    images = ImageFiles(tmp_path, ["torn.dcm"])
     with pytest.raises(InputError, match=r"torn.dcm: not a readable image \(.*\); repair or remove it"):
         images[0]
     monkeypatch.setitem(sys.modules, "pydicom", None)

@@ -37,7 +37,7 @@ def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
         with pytest.raises(InputError, match="not a file"), remote.opened(place):
             pass
     (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
-    images = folders.ImageFiles(tmp_path, lists.read_paths(tmp_path / "list.csv", tmp_path), [0])
+    images = folders.ImageFiles(tmp_path, lists.read_paths(tmp_path / "list.csv", tmp_path))
     with pytest.raises(InputError, match="file:///dev/zero cannot be read: not a file"):
         images[0]
     with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read \(not a file\)"):
@@ -191,7 +191,7 @@ def little_memory(most: int = 2 * 10**7):
 def test_what_a_file_says_to_be_is_checked_before_it_is_decoded(content, reason, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     with little_memory(), pytest.raises(InputError, match=reason):
-        folders.ImageFiles(tmp_path, ["a.png"], [0], bands.Bands(1))[0]
+        folders.ImageFiles(tmp_path, ["a.png"], bands.Bands(1))[0]
 
 
 @pytest.mark.parametrize(("kind", "pack"), [(8, zlib.compress), (34925, lzma.compress)], ids=["zlib", "lzma"])
@@ -201,7 +201,7 @@ def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
     levels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     (tmp_path / "a.tif").write_bytes(tiff_of(8, pack(levels.tobytes() + bytes(5 * 10**7)), kind))
     with little_memory():
-        image, _ = folders.ImageFiles(tmp_path, ["a.tif"], [0], bands.Bands(1))[0]
+        image = folders.ImageFiles(tmp_path, ["a.tif"], bands.Bands(1))[0]
         with open_scene(tmp_path / "a.tif", bands.Bands(1)) as scene:
             rows = scene.rows(0, 8)
     np.testing.assert_array_equal(image[..., 0], levels)
@@ -219,4 +219,4 @@ def test_of_a_member_that_is_there_several_times_the_last_is_read(tmp_path):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     images, _ = shards.read_shards(tmp_path)
-    assert len(images) == 1 and images[0][0].getpixel((0, 0)) == (0, 0, 255)
+    assert len(images) == 1 and images[0].getpixel((0, 0)) == (0, 0, 255)

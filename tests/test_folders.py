@@ -42,7 +42,7 @@ def test_masks_beside_images_are_no_images(tmp_path, capsys):
     """As in BUSI's class folders: to a classifier, or to pretraining, they would be images of the class."""
     kept = ["sick/a.png", "well/b.jpg", "well/c_mask.png"]  # the last one is beside no image
     touch(tmp_path, *kept, "sick/a_mask.png", "sick/a_mask_1.png", "well/b_mask.png")
-    assert folders.labelled_files(tmp_path, ["sick", "well"]).names == kept
+    assert folders.labelled_files(tmp_path, ["sick", "well"])[0].names == kept
     assert "files that are not read as images: 3 masks" in capsys.readouterr().out
     assert sources.load_unlabelled(tmp_path).source.names == kept
     assert len(folders.image_names(tmp_path)) == 6  # for pairs of images and masks in one folder
@@ -80,7 +80,7 @@ def test_names_of_an_archive(tmp_path):
         "one.tar/x.jpg": "cow",
         "one.tar/x.left.jpg": "cow",
     }
-    assert level(images[list(images.names).index("one.tar/b/x.webp")][0].convert("RGB")) == 200
+    assert level(images[list(images.names).index("one.tar/b/x.webp")].convert("RGB")) == 200
 
 
 def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_an_eps_that_is_called_a_photograph_does_not_start_ghostscript(tmp_path)
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
     (tmp_path / "a.jpg").write_bytes(content)
     write_shard(tmp_path / "shards/0.tar", {"a.jpg": content})
-    for files in (folders.ImageFiles(tmp_path, ["a.jpg"], [0]), shards.read_shards(tmp_path / "shards")[0]):
+    for files in (folders.ImageFiles(tmp_path, ["a.jpg"]), shards.read_shards(tmp_path / "shards")[0]):
         with pytest.raises(InputError, match=r"a\.jpg: not a readable image \(cannot identify"):
             files[0]
 
@@ -241,9 +241,9 @@ def test_two_spellings_of_a_class_are_one_class(tmp_path):
     touch(tmp_path, "caf\u00e9/a.png", "cafe\u0301/b.png", "test/c.png", "test/p1/d.png")
     names = folders.class_folders(tmp_path)
     assert names == ["caf\u00e9", "test"]
-    files = folders.labelled_files(tmp_path, names)
+    files, labels = folders.labelled_files(tmp_path, names)
     assert list(files.names)[:3] == ["cafe\u0301/b.png", "caf\u00e9/a.png", "test/c.png"]
-    assert files.labels == [0, 0, 1, 1]
+    assert labels == [0, 0, 1, 1]
     (tmp_path / "test").rename(tmp_path / ".test")
     with pytest.raises(InputError, match="found only caf\u00e9"):
         folders.class_folders(tmp_path)
@@ -254,7 +254,7 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
     touch(tmp_path / "cat", "a.png", "b.HEIC", "c.heic", "deep/d.heic", "e.avif", "README", ".f.heic", "@eaDir/b.jpg")
     touch(tmp_path, "@eaDir/b.jpg", "__MACOSX/b.jpg", "#recycle/b.jpg", "dog/b.gif", "beside.png", "notes.txt")
     assert folders.class_folders(tmp_path) == ["cat", "dog"]
-    assert list(folders.labelled_files(tmp_path, ["cat", "dog"]).names) == ["cat/a.png", "dog/b.gif"]
+    assert list(folders.labelled_files(tmp_path, ["cat", "dog"])[0].names) == ["cat/a.png", "dog/b.gif"]
     place, kinds = capsys.readouterr().out.strip().split(": files that are not read as images: ")
     assert place == str(tmp_path) and kinds.startswith("3 .heic, ")
     assert sorted(kinds.split(", ")) == ["1 .avif", "1 next to the class folders", "1 without suffix", "3 .heic"]
@@ -263,8 +263,10 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
 def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):
     for name, content in {"a": "one", "b": "two", "c": "longer", "d": "one", "e": "six", "f": "longest"}.items():
         (tmp_path / name).write_text(content)
-    files = folders.ImageFiles(tmp_path, "abcdefg", [0] * 7)  # g is not there
+    files = folders.ImageFiles(tmp_path, "abcdefg")  # g is not there
     read, content = [], files.content
     monkeypatch.setattr(files, "content", lambda i: read.append(files.names[i]) or content(i))
-    assert folders.copies(files, [0, 1, 6], files, [2, 3, 4, 5, 6]) == [(files.path(0), files.path(3))]
+    images = data.LabelledImages(files)
+    found = data.copies(images.subset([0, 1, 6]), images.subset([2, 3, 4, 5, 6]))
+    assert found == {files.path(0): files.path(3)}
     assert sorted(read) == ["a", "b", "d", "e"]

@@ -219,7 +219,7 @@ def test_bytes_of_an_image_of_several_bands(band_files, tmp_path_factory, kind, 
     path.write_bytes(mutate(band_files[kind], edits, kept))
     bands = Bands(3)
     with only_our_error():
-        image, _ = ImageFiles(path.parent, [path.name], [0], bands)[0]
+        image = ImageFiles(path.parent, [path.name], bands)[0]
         assert image.shape[2] == 3 and np.isfinite(image).all()
 
 

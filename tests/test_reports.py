@@ -79,8 +79,8 @@ def size(path) -> tuple[int, int]:
 
 
 def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
-    source = [(Image.new("RGB", (20, 10), (10 * i, 0, 0)), i % 2) for i in range(20)]
-    images = LabelledImages(source, [label for _, label in source])
+    source = [Image.new("RGB", (20, 10), (10 * i, 0, 0)) for i in range(20)]
+    images = LabelledImages(source, [0, 1] * 10)
     drawn = []
     real = LabelledImages.undecoded
     monkeypatch.setattr(LabelledImages, "undecoded", lambda self, i: drawn.append(i) or real(self, i))
@@ -117,7 +117,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     """Dollars begin no formula, and a folder's bytes that are no character are shown as a question mark."""
     assert report_page.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
     result = evaluation([0, 1], [1, 0])
-    images = LabelledImages([(Image.new("RGB", (4, 4)), label) for label in (0, 1)], [0, 1])
+    images = LabelledImages([Image.new("RGB", (4, 4))] * 2, [0, 1])
     names = ["under$10%", "over$10% caf\udce9"]
     report = Classification(names).report(result)
     report.draw_mistakes(images, tmp_path / "mistakes.png")
@@ -274,7 +274,7 @@ def test_it_is_said_how_far_probabilities_can_be_believed(labels):
 
 
 def images(count: int) -> LabelledImages:
-    return LabelledImages([(Image.new("RGB", (8, 8)), 0)] * count, [0] * count)
+    return LabelledImages([Image.new("RGB", (8, 8))] * count, [0] * count)
 
 
 def test_each_headline_has_an_interval_around_it(labels, numbers):

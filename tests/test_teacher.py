@@ -97,7 +97,7 @@ def test_of_many_a_random_choice_is_read_which_is_said(images, others, monkeypat
 
 
 def endless(count=5, batch_size=3, batches=4):
-    images = LabelledImages([(None, 0)] * count, range(count))
+    images = LabelledImages([None] * count, range(count))
     loader = build_loader(Transformed(images, None), batch_size, shuffle=True, batches=batches)
     return loader.batch_sampler
 

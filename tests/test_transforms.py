@@ -117,7 +117,7 @@ def test_a_file_is_upright_over_white_and_of_8_bits(tmp_path):
     assert np.abs(np.asarray(seen["rgba.png"]) - over_white).max() <= 1
     assert np.array_equal(np.asarray(seen["16 bits.png"])[..., 0], np.asarray(files["plain.png"][0])[..., 0])
     assert (np.asarray(seen["transparent palette.png"])[np.asarray(files["palette.png"][0]) == 3] == 255).all()
-    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"], [0, 1]), [0, 1])
+    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"]))
     seen = [image for image, _ in data.Transformed(images, lambda image: image)]
     assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.answers.report_page import html_pictures, write_html
 from toolkit.choices import TO_LABEL
 from toolkit.files import make_folder, write_cells
-from toolkit.images import folders, remote
+from toolkit.images import remote
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 
@@ -20,14 +20,6 @@ from toolkit.images.data import LabelledImages
 FEW = 5  # labels a class: a model that has fewer does not know what it is unsure of
 MOST_IMAGES = 10_000  # images that are looked at
 CANDIDATES = 10  # the least sure images, for each that is chosen
-
-
-def without(images: LabelledImages, labelled: LabelledImages) -> LabelledImages:
-    """The images that are not among the labelled ones, by their names or their content."""
-    known = set(map(labelled.name, range(len(labelled))))
-    found = folders.copies(images.source, images.indices.tolist(), labelled.source, labelled.indices.tolist())
-    known.update(path for path, _ in found)
-    return images.subset([i for i in range(len(images)) if images.name(i) not in known])
 
 
 def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from toolkit import InputError, distributed
 from toolkit.images.data import LabelledImages
@@ -43,7 +42,7 @@ def cache_features(images: LabelledImages, views: Sequence[Iterable[Tensor]], ba
                 cached = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype)
             cached[start + distributed.rank() :: distributed.world_size(), view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # wait until all have written their share
-    found = LabelledImages(TensorDataset(cached), images.labels, targets=images.targets)
+    found = LabelledImages(cached, images.labels, targets=images.targets)
     found.groups = images.groups
     return found
 

@@ -30,12 +30,15 @@ class LabelledImages(Dataset):
     """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`.
 
     With `targets` (N, K), a row of them takes the label's place; `labels` then say which are alike: `splitting.strata`.
+    Without labels each is UNLABELLED.
     """
 
-    def __init__(self, source: Sequence[tuple[Any, int]], labels: Sequence[int], targets: torch.Tensor | None = None):
-        self.source = source  # has (image, label) at each index
+    def __init__(self, source: Sequence[Any], labels: Sequence[int] | None = None, targets: torch.Tensor | None = None):
+        if labels is None:
+            labels = [UNLABELLED] * len(source)
+        self.source = source  # has the images
         self.indices = np.arange(len(labels))  # of the source, which are meant, in order
-        self.labels = list(map(int, labels))  # without reading an image
+        self.labels = list(map(int, labels))
         self.targets = targets
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
@@ -49,7 +52,7 @@ class LabelledImages(Dataset):
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
-        image = self.source[int(self.indices[i])][0]
+        image = self.source[int(self.indices[i])]
         return image, self.labels[i] if self.targets is None else self.targets[i]
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
@@ -85,14 +88,18 @@ class LabelledImages(Dataset):
         """The number of each image's group, (N,), counted from 0; None where images have none."""
         return None if self.groups is None else torch.from_numpy(np.unique(self.groups, return_inverse=True)[1])
 
+    @property
+    def in_files(self) -> bool:
+        return isinstance(self.source, ImageFiles)
+
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""
         position = self.indices[i]
-        return self.source.path(position) if isinstance(self.source, ImageFiles) else f"image {position}"
+        return self.source.path(position) if self.in_files else f"image {position}"
 
     def relative_names(self) -> Iterator[str]:
         """What tells each image from the others wherever the set lies: a path within its folder, or an index."""
-        if isinstance(self.source, ImageFiles):
+        if self.in_files:
             return map(self.source.names.__getitem__, self.indices)
         return map(str, self.indices)
 
@@ -105,6 +112,30 @@ class LabelledImages(Dataset):
         if self.targets is not None:
             hashed.update(self.targets.numpy().tobytes())
         return hashed.hexdigest()
+
+
+def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:
+    """The images whose content one of the others has too, each with that one: their files. Reads only equal sizes."""
+    if not images.in_files or not others.in_files:
+        return {}
+    sizes = {i: images.source.size(i) for i in images.indices.tolist()}
+    other_sizes = {i: others.source.size(i) for i in others.indices.tolist()}
+    common = set(sizes.values()) & set(other_sizes.values()) - {-1}  # of what cannot be read
+    known = {}
+    for i, size in other_sizes.items():
+        if size in common:
+            known[hash(others.source.content(i))] = others.source.path(i)
+    found = {}
+    for i, size in sizes.items():
+        if size in common and (other := known.get(hash(images.source.content(i)))):
+            found[images.source.path(i)] = other
+    return found
+
+
+def among(images: LabelledImages, others: LabelledImages) -> np.ndarray:
+    """Which images, (N,), are among the others, by their paths or their content."""
+    known = {others.name(i) for i in range(len(others))} | copies(images, others).keys()
+    return np.array([images.name(i) in known for i in range(len(images))], bool)
 
 
 def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]:
@@ -282,7 +313,7 @@ MOST_WORKERS = 16
 
 def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
     """A process per core for a GPU, which computes meanwhile; for a CPU, which is to compute, one for four cores."""
-    in_files = isinstance(getattr(dataset.dataset, "source", None), ImageFiles)
+    in_files = isinstance(dataset.dataset, LabelledImages) and dataset.dataset.in_files
     if len(dataset) < (SMALL_DATASET_FILES if in_files else SMALL_DATASET_IMAGES):
         return 0
     workers = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

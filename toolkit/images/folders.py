@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -27,26 +27,22 @@ _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 
 
 class ImageFiles(Dataset):
-    """(PIL image, label) of image files. The image is open, but `transforms.to_rgb` decodes it.
+    """The images in files: PIL images, open but not decoded; or, with `bands`, arrays (H, W, C)."""
 
-    With `bands`, for files that are no RGB photographs, each image is an array, (H, W, C).
-    """
-
-    def __init__(self, folder: str | Path, names: Iterable[str], labels: Sequence[int], bands: Bands | None = None):
+    def __init__(self, folder: str | Path, names: Iterable[str], bands: Bands | None = None):
         self.folder = str(folder)
         self.names = list(names)  # paths relative to the folder, with / between the parts
-        self.labels = labels
-        self.bands = bands
+        self.bands = bands  # what is read of files that are no RGB photographs
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
+    def __getitem__(self, i: int) -> Image.Image | np.ndarray:
         """Raises InputError for a file that is no image."""
         with named_faults(self.path(i)):
             if self.bands is None:
-                return self.opened(i), self.labels[i]
-            return self.bands.read(self.content(i)), self.labels[i]
+                return self.opened(i)
+            return self.bands.read(self.content(i))
 
     def opened(self, i: int) -> Image.Image:
         """A photograph, not yet decoded."""
@@ -144,8 +140,13 @@ def one_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def labelled_files(folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None) -> ImageFiles:
-    """All images below class folders; reports others. Raises InputError if all or, with `every`, one is empty."""
+def labelled_files(
+    folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None
+) -> tuple[ImageFiles, list[int]]:
+    """All images below class folders, and the number of the class of each; reports other files.
+
+    Raises InputError if all folders are empty or, with `every`, one of them is.
+    """
     folders = folders_by_class(folder)
     stray = [name for name in visible_names(folder)[1] if name.lower().endswith(suffixes(bands))]
     others = Counter(["next to the class folders"] * len(stray))
@@ -162,7 +163,7 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
     if not names or (every and empty):
         raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others, bands)}")
     report_others(folder, others)
-    return ImageFiles(folder, names, labels, bands)
+    return ImageFiles(folder, names, bands), labels
 
 
 def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
@@ -251,18 +252,3 @@ def report_others(folder: str | Path, others: Counter) -> None:
 def _counted(others: Counter) -> str:
     by_count = sorted(others.items(), key=lambda item: (-item[1], item[0]))  # in no order of the file system's
     return listed((f"{count} {suffix}" for suffix, count in by_count), 6)
-
-
-def copies(
-    files: ImageFiles, chosen: Iterable[int], others: ImageFiles, others_chosen: Iterable[int]
-) -> list[tuple[str, str]]:
-    """(file, other) for each of the chosen files whose content one of the others has too. Only equal sizes are read."""
-    sizes = {i: files.size(i) for i in chosen}
-    other_sizes = {i: others.size(i) for i in others_chosen}
-    common = set(sizes.values()) & set(other_sizes.values()) - {-1}
-    known = {hash(others.content(i)): others.path(i) for i, size in other_sizes.items() if size in common}
-    found = []
-    for i, size in sizes.items():
-        if size in common and (other := known.get(hash(files.content(i)))):
-            found.append((files.path(i), other))
-    return found

@@ -245,7 +245,7 @@ class PairFiles(folders.ImageFiles):
         self, folder: Path, mask_folder: Path, pairs: Sequence[tuple[str, str]], bands: Bands | None, read: MaskReader
     ):
         names, self.masks = zip(*pairs, strict=True)
-        super().__init__(folder, names, [0] * len(names), bands)
+        super().__init__(folder, names, bands)
         self.mask_folder = str(mask_folder)
         self.read = read
         self.largest = 0  # pixels of any image, as far as they were counted
@@ -273,7 +273,7 @@ class PairFiles(folders.ImageFiles):
 
     def _upright_size(self, i: int) -> tuple[int, int]:
         """(height, width) of an image as it is read. Of a photograph the header says it, if it is upright."""
-        image, _ = self[i]
+        image = self[i]
         if isinstance(image, np.ndarray):
             return image.shape[:2]
         # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.

@@ -34,7 +34,7 @@ class ShardedImages(ImageFiles):
     """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive."""
 
     def __init__(self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, bands):
-        super().__init__(folder, names, [-1] * len(names), bands)  # the archive's name / its own
+        super().__init__(folder, names, bands)  # the archive's name / its own
         self.shards = list(shards)
         self.places = places  # (number of the archive, offset in bytes, size in bytes) of each
 

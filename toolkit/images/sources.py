@@ -14,7 +14,7 @@ from toolkit import InputError, distributed, listed, printable
 from toolkit.choices import DATASETS, DEFAULT_TASK, TRUTHS, UNLABELLED_SET  # noqa: F401
 from toolkit.images import folders, lists, remote, splitting
 from toolkit.images.bands import Bands
-from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
+from toolkit.images.data import LabelledImages, among, copies, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.masks import MaskReader, load_pairs, pair_folders
 from toolkit.images.shards import read_shards, shard_names
@@ -115,7 +115,7 @@ def load_splits(
 def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str, truth: str) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
     for number, images in enumerate(parts):
-        if not isinstance(images.source, ImageFiles):
+        if not images.in_files:
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
         if data_list and not by.isdecimal():
             images.groups = lists.read_groups(Path(data_list[number]), by)[images.indices]
@@ -160,14 +160,12 @@ def _tell(
         print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
     if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
         print(f"no training mask has pixels of {_names(gone, names)}")
-    are_files = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
-    if for_training_only or not are_files or not distributed.is_main():
+    if for_training_only or not train.in_files or not distributed.is_main():
         return
     if len(train) + len(val) > MOST_COMPARED:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
-    elif found := folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist()):
-        # Accuracy on them shows memory, not learning.
-        first, other = map(printable, found[0])
+    elif found := copies(val, train):  # accuracy on them shows memory, not learning
+        first, other = map(printable, next(iter(found.items())))
         count = f"{len(found)} of {len(val)}"
         print(f"{count} evaluation images are copies of training images, such as {first} of {other}")
 
@@ -186,10 +184,10 @@ def load_unlabelled(
     if data_list:
         path, folder = _places_of_lists(data_list, data_dir)[0]
         names = lists.read_paths(path, folder)
-        source = ImageFiles(folder, names, [UNLABELLED] * len(names), bands)
+        source = ImageFiles(folder, names, bands)
     else:
         source = all_images(_train_folder(_folder_of_images(data_dir, UNLABELLED_SET)), bands)
-    images = LabelledImages(source, source.labels)
+    images = LabelledImages(source)
     return readable(images) if skip_unreadable else images
 
 
@@ -204,8 +202,8 @@ def _unlabelled(
     else:
         raise InputError(f"--unlabelled {remote.address(place)}: no such folder or list of images")
     some = found.at_most(MOST_UNLABELLED)
-    evaluated = _also_in(val, some)
-    labelled = _also_in(train, some) & ~evaluated
+    evaluated = among(some, val)
+    labelled = among(some, train) & ~evaluated
     images = some.subset(np.flatnonzero(~evaluated & ~labelled))
     images.labels = list(range(len(images)))
     of_all = "" if len(some) == len(found) else f", of a random {len(some):,} of {len(found):,}"
@@ -214,16 +212,6 @@ def _unlabelled(
         raise InputError(f"--unlabelled {remote.address(place)}: nothing is left{of_all} {without}; name other images")
     print(f"unlabelled: {len(images):,} images{of_all}, {without}")
     return images
-
-
-def _also_in(images: LabelledImages, others: LabelledImages) -> np.ndarray:
-    """Which of the `others`, (N,), are among some images, by their paths or their content."""
-    if not isinstance(images.source, ImageFiles):
-        return np.zeros(len(others), bool)
-    known = set(map(images.name, range(len(images))))
-    for copy, _ in folders.copies(others.source, others.indices.tolist(), images.source, images.indices.tolist()):
-        known.add(copy)
-    return np.array([others.name(i) in known for i in range(len(others))])
 
 
 def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
@@ -235,7 +223,7 @@ def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
     if not names:
         raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
     folders.report_others(folder, others)
-    return ImageFiles(folder, names, [UNLABELLED] * len(names), bands)
+    return ImageFiles(folder, names, bands)
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
@@ -257,8 +245,7 @@ def _digits(data_dir: str | Path | None) -> tuple[list[LabelledImages], list[str
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
-    return [LabelledImages(images, digits.target)], list(map(str, digits.target_names))
+    return [LabelledImages(list(map(Image.fromarray, pixels)), digits.target)], list(map(str, digits.target_names))
 
 
 def _image_folder(
@@ -322,8 +309,8 @@ def _in_folder(
     names = folders.class_folders(folder, at_least=1 if known else 2)
     class_names = list(known) or names
     check_classes(folder, names, other, class_names)
-    files = folders.labelled_files(folder, class_names, every=not known, bands=bands)
-    return LabelledImages(files, files.labels), class_names
+    files, labels = folders.labelled_files(folder, class_names, every=not known, bands=bands)
+    return LabelledImages(files, labels), class_names
 
 
 def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
@@ -375,7 +362,7 @@ def labelled_images(
         if not known and lists.look_like_numbers(labels):
             number = printable(labels[0])
             raise InputError(f"{place}: the labels are numbers, as {number}", "; use --task regression")
-        return _by_class(ImageFiles(folder, names, (), bands), labels, place, known, other)
+        return _by_class(ImageFiles(folder, names, bands), labels, place, known, other)
     targets = lists.read_targets(place, folder, truth, **columns)
     if known:
         targets = lists.like(targets, known, place, other)
@@ -384,8 +371,7 @@ def labelled_images(
     labels = [0] * len(targets.paths)
     if truth == "labels":
         labels = splitting.strata(targets.values).tolist()
-    files = ImageFiles(folder, targets.paths, labels, bands)
-    return LabelledImages(files, labels, targets.values), targets.names
+    return LabelledImages(ImageFiles(folder, targets.paths, bands), labels, targets.values), targets.names
 
 
 def _by_class(
@@ -397,8 +383,7 @@ def _by_class(
         raise InputError(f"{place}: expected at least two classes, found only {printable(*class_names)}")
     check_classes(place, labels, other, class_names)
     numbers = {name: number for number, name in enumerate(class_names)}
-    files.labels = [numbers[label] for label in labels]
-    return LabelledImages(files, files.labels), class_names
+    return LabelledImages(files, [numbers[label] for label in labels]), class_names
 
 
 def check_classes(place: Any, names: Iterable[str], other: Any, known: Iterable[str]) -> None:
@@ -419,7 +404,7 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
     """
     if images.groups is not None:
         in_part = splitting.by_groups(_alike(images), images.groups, share, images.times_split)
-    elif isinstance(images.source, ImageFiles):
+    elif images.in_files:
         in_part = splitting.by_hash(images.relative_names(), images.labels, share, images.times_split)
     else:
         in_part = splitting.at_random(images.labels, share)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
@@ -85,7 +85,7 @@ class Loaders:
                 yield evaluation.computed(lower, batch, self.device, dtype)
 
         def cached(images: LabelledImages, views: int = 0) -> LabelledImages:
-            if isinstance(images.source, TensorDataset):  # another run's
+            if isinstance(images.source, Tensor):  # another run's
                 return images
             plain = self.add_loader(images, self.plain_view, keep_workers=False)
             # Each pass over this loader draws new views.
