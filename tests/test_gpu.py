@@ -3,63 +3,79 @@
 Without a GPU tests/test_cuda_on_cpu.py runs these tests on an emulated one.
 """
 
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import deploy_lora
+from benchmarks import compare_peers
 from moco import pretrain
 from tests import cuda_on_cpu, dense
-from tests.run_folders import metrics, stop
+from tests.run_folders import metrics, stop, tensors
 from toolkit import devices, distributed
 from toolkit.models.norms import constants_kept
-from toolkit.run import optim, runs
+from toolkit.run import guard, optim, runs, search
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
 counts_waits = pytest.mark.skipif(not cuda_on_cpu.is_loaded(), reason="only emulated GPUs count")
 
-CLASSES = {
-    "lora": "",
-    "qlora": "--use-qlora",
-    "full": "--lora-rank 0 --no-freeze-backbone",
-    "upper half": "--adapt-last 1",
-    "fp16": "--precision fp16",
-    "bf16": "--precision bf16 --clip-grad-norm 1",
+
+class Run(NamedTuple):
+    """What a run is told, and how many kernels a step of it launches on a GPU."""
+
+    kernels: int
+    told: str = ""
+    precision: str = "fp32"
+    off: float = 0.0  # by how much its losses may differ from those of a CPU, which has no float16
+
+
+PATIENTS = "--data-dir {hospital} --group-by Patient"
+RESNET = "--checkpoint {resnet} --image-size 32 --lora-rank 2 --learning-rate 1e-5"
+RUNS = {
+    "lora": Run(241),
+    "qlora": Run(258, "--use-qlora"),
+    "full": Run(169, "--lora-rank 0 --no-freeze-backbone"),
+    "upper half": Run(151, "--adapt-last 1"),
+    "cached features": Run(138, "--adapt-last 1 --cache-features disk"),
+    "fp16": Run(354, "", "fp16", 0.3),
+    "bf16": Run(376, "--clip-grad-norm 1", "bf16", 0.1),
+    "frozen norms": Run(463, RESNET + " --norms frozen"),
+    "norms that follow": Run(1692, RESNET + " --norms follow"),
+    "trained norms": Run(536, RESNET + " --norms train"),
+    "multilabel": Run(255, "--task multilabel --data-list {hospital}/labels.csv " + PATIENTS),
+    "regression": Run(247, "--task regression --data-list {hospital}/numbers.csv " + PATIENTS),
+    "segmentation": Run(236, "--task segmentation --data-dir {pairs} --augmentation crop"),
 }
-IN_FLOAT32 = [name for name in CLASSES if name not in ("fp16", "bf16")]
-NORMS = ("--norms follow", "--norms train")  # of a ResNet
 QUICK = ("qlora", "fp16", "segmentation")
-OTHERS = {
-    "multilabel": "--task multilabel --data-list {hospital}/labels.csv",
-    "regression": "--task regression --data-list {hospital}/numbers.csv",
-    "segmentation": "--task segmentation --data-dir {pairs} --augmentation crop",
-}
+OTHERS = {"folds": f"--folds 2 --data-list {{hospital}}/all.csv {PATIENTS}", "search": "--learning-rate auto"}
 STAGE_1 = "--arch vit_mini --image-size 16 --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0"
-STAGE_1 += " --mlp-dim 32 --two-crops digits"
+STAGE_1 += " --mlp-dim 32 --two-crops digits --precision fp32"
 
 
 @pytest.fixture
-def options(hospital, pairs, narrow, tmp_path):
-    """options("multilabel"): what a run of this name is told."""
+def run_on(finetune, hospital, pairs, narrow, tmp_path, monkeypatch):
+    """run_on("cuda", "--epochs 1", ...): the losses of such a run."""
     torch.save(narrow, tmp_path / "resnet.pth")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
 
-    def options(name: str) -> str:
-        if name in NORMS:
-            of_resnet = f"--checkpoint {tmp_path}/resnet.pth --image-size 32 --lora-rank 2 --learning-rate 1e-5"
-            return f"{of_resnet} {name} --workers 0"
-        told = (CLASSES | OTHERS)[name].format(hospital=hospital, pairs=pairs)
-        if "--data-list" in told:
-            told += f" --data-dir {hospital} --group-by Patient"
-        return f"{told} --workers 0"
+    def run_on(device: str, told: str, precision: str = "fp32") -> list[float]:
+        told = told.format(hospital=hospital, pairs=pairs, resnet=tmp_path / "resnet.pth")
+        told += f" --batch-size 4 --epochs 1 --workers 0 --precision {precision} --device {device}"
+        return losses(finetune(told, device)["folder"])
 
-    return options
+    return run_on
 
 
-def of_a_step(taken: list) -> dict[str, int]:
-    """What one step of several took, but for its kernels."""
-    step = taken[2] - taken[1]
-    return {what: times for what, times in step.items() if not what.startswith("kernel")}
+def losses(folder: Path) -> list[float]:
+    """What a run and, with --folds, each of its parts has in metrics.csv."""
+    rows = itertools.chain(*map(metrics, sorted(path.parent for path in folder.rglob("metrics.csv"))))
+    return [row[column] for row in rows for column in ("loss", "train_loss", "val_loss") if column in row]
 
 
 @pytest.fixture
@@ -70,31 +86,81 @@ def taken(monkeypatch) -> list:
 
     def noted(*arguments) -> None:
         take_step(*arguments)
-        counted.append(cuda_on_cpu.counts())
+        if cuda_on_cpu.is_loaded():
+            counted.append(cuda_on_cpu.counts())
 
     monkeypatch.setattr(optim, "take_step", noted)
     return counted
 
 
-@counts_waits
+def check_a_step(taken: list, kernels: int) -> None:
+    """A step copies the images and the answers, or two views, waits for nothing, and has no more kernels than these."""
+    if cuda_on_cpu.is_loaded():  # a real one does not count
+        step = taken[2] - taken[1]
+        launched = sum(times for what, times in step.items() if what.startswith("kernel"))
+        assert {what: times for what, times in step.items() if not what.startswith("kernel")} == {"copy to the GPU": 2}
+        assert launched <= kernels
+
+
 @pytest.mark.parametrize(
-    "name",
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name not in QUICK)]
+)
+def test_a_run_has_the_figures_of_one_on_a_cpu_and_steps_of_as_many_kernels(run_on, taken, name):
+    run = RUNS[name]
+    found = run_on("cuda", run.told, run.precision)
+    check_a_step(taken, run.kernels)
+    on_cpu = "fp32" if run.precision == "fp16" else run.precision
+    assert found == pytest.approx(run_on("cpu", run.told, on_cpu), rel=1e-2, abs=run.off)
+    assert len(found) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parts"), [("folds", 2), ("search", 1)])
+def test_several_runs_have_the_figures_of_those_on_a_cpu(run_on, name, parts):
+    found = run_on("cuda", OTHERS[name])
+    assert found == pytest.approx(run_on("cpu", OTHERS[name]), rel=1e-2)
+    assert len(found) == 2 * parts
+
+
+@pytest.mark.parametrize(
+    ("told", "kernels"),
     [
-        *QUICK,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (*CLASSES, *NORMS, *OTHERS) if name not in QUICK),
+        ("--moco-version 2", 253),
+        pytest.param("--moco-version 3", 525, marks=pytest.mark.slow),
+        pytest.param("--lora-rank 2 --checkpoint {base}", 721, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_copies_images_and_answers_and_waits_for_nothing(finetune, options, taken, name):
-    finetune(f"{options(name)} --batch-size 4 --epochs 1 --device cuda")
-    assert of_a_step(taken) == {"copy to the GPU": 2}
+def test_stage_1_has_the_figures_of_one_on_a_cpu(images, base, tmp_path, taken, told, kernels):
+    for device in ("cuda", "cpu"):
+        argv = f"{STAGE_1} {told.format(base=base)} --data-dir {images} --output-dir {tmp_path}/{device}"
+        pretrain.main(f"{argv} --device {device}".split())
+    check_a_step(taken, kernels)
+    [found] = losses(tmp_path / "cuda")
+    assert [found] == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2)
 
 
+def kernels_of_a_step(model: str, size: int, variant: str) -> int:
+    """The kernels of the third step of a variant of `benchmarks.compare_peers`."""
+    told = f"--model {model} --image-size {size} --batch-size 8 --precision bf16 --device cuda"
+    args = compare_peers.parse_arguments(told.split())
+    batch = compare_peers.random_batch(args, torch.Generator().manual_seed(0))
+    with constants_kept():
+        training = compare_peers.Training(variant, args)
+        for _ in range(3):
+            cuda_on_cpu.forget()
+            training.step(*batch)
+    return sum(times for what, times in cuda_on_cpu.counts().items() if what.startswith("kernel"))
+
+
+@pytest.mark.slow
 @counts_waits
-@pytest.mark.parametrize("version", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_step_of_stage_1_copies_two_views_and_waits_for_nothing(images, tmp_path, taken, version):
-    argv = f"{STAGE_1} --moco-version {version} --data-dir {images} --output-dir {tmp_path} --device cuda"
-    pretrain.main(argv.split())
-    assert of_a_step(taken) == {"copy to the GPU": 2}
+@pytest.mark.parametrize(("model", "size"), [("vit_small", 32)])
+def test_a_step_has_no_more_kernels_than_peft_s(model, size, small_backbones):
+    """A weight in 4 bits is decoded for each of its two products: that is a kernel each, which no float base has."""
+    pytest.importorskip("peft")
+    of_lora = kernels_of_a_step(model, size, "lora")
+    assert 0 < of_lora <= kernels_of_a_step(model, size, "peft")
+    assert kernels_of_a_step(model, size, "qlora") < 1.1 * of_lora
 
 
 @pytest.mark.parametrize("adapted_on", ["cpu", "cuda"])
@@ -157,13 +223,15 @@ def test_operands_on_two_devices_and_what_is_not_written_yet_show():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*IN_FLOAT32, "--norms follow", *OTHERS])
-def test_a_run_has_the_figures_of_one_on_a_cpu(finetune, options, name):
-    told = f"{options(name)} --epochs 1 --precision fp32"
-    [expected] = metrics(finetune(f"{told} --device cpu", "cpu")["folder"])
-    [found] = metrics(finetune(f"{told} --device cuda", "cuda")["folder"])
-    for column in ("train_loss", "val_loss"):
-        assert found[column] == pytest.approx(expected[column], rel=1e-2), column
+def test_a_run_in_float16_goes_back_when_it_collapses(finetune, monkeypatch):
+    after_step = guard.Guard.after_step
+
+    def collapses_once(judge: guard.Guard) -> guard.Keep | guard.GoBack:
+        return after_step(judge) if judge.retreats else guard.GoBack("training collapsed")
+
+    monkeypatch.setattr(guard.Guard, "after_step", collapses_once)
+    results = finetune("--precision fp16 --epochs 1 --device cuda")
+    assert len(results["retreats"]) == 1 and 0 < results["val_loss"] < 5
 
 
 @pytest.mark.slow
@@ -195,3 +263,21 @@ def test_answers_are_those_of_a_cpu(once, images, tmp_path, command):
         return numbers_of(command, deploy_lora.main(f"{argv} --precision fp32 --device {device}".split()))
 
     assert answer("cuda") == pytest.approx(answer("cpu"), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def from_gpu(finetune_into, tmp_path_factory) -> Path:
+    """The adapter of a run on a GPU."""
+    return finetune_into(tmp_path_factory.mktemp("gpu") / "out", "--epochs 1 --device cuda")["folder"] / "lora.pth"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", ["info", "card --output {}.md", "merge --output {}.pth", "export --output {}.pt2", "convert --output {}"]
+)
+def test_an_adapter_from_a_gpu_is_as_any_other(from_gpu, tmp_path, words):
+    """Whoever opens its file need not have a GPU."""
+    assert {tensor.device.type for tensor in tensors(from_gpu).values()} == {"cpu"}
+    command, *more = words.format(tmp_path / "answer").split()
+    deploy_lora.main([command, str(from_gpu), *more])
+    assert any(tmp_path.glob("answer*")) or command == "info"
