@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit import InputError
 from toolkit.devices import is_traced
@@ -142,18 +142,12 @@ def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return of_weight, of_bias
 
 
-def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
-    """The input's gradient from the output's; the statistics are `torch.native_layer_norm`'s."""
-    return torch.ops.aten.native_layer_norm_backward(
-        gy, x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
-    )[0]
-
-
 # The input's gradient from the output's: (gy, y, 0); (gy, y, dimension, dtype); (gy, x, approximate, grad_input), of
-# which the last is written into.
+# which the last is written into; (gy, x, shape, mean, 1 / deviation, weight, bias, which of three gradients), a tuple.
 relu_gradient = torch.ops.aten.threshold_backward
 softmax_gradient = torch.ops.aten._softmax_backward_data
 gelu_gradient = torch.ops.aten.gelu_backward.grad_input
+layer_norm_gradient = torch.ops.aten.native_layer_norm_backward
 # (x, *options) and (gy, x, *options, indices), with what `F.max_pool2d` takes after x as options: the output with the
 # positions of the maxima; the input's gradient, for which only x's shape and memory format are looked at.
 max_pool2d = torch.ops.aten.max_pool2d_with_indices

@@ -129,10 +129,8 @@ def _adapter_gradients(
     return gh.T, backends.product(gh, rows), gB
 
 
-def _stacked(parts: Tensor | Sequence[Tensor]) -> Tensor:
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat` that does not copy a single tensor."""
-    if isinstance(parts, Tensor):
-        return parts
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -142,13 +140,10 @@ class _LoRALinear(torch.autograd.Function):
         weight, scaling, groups, prologue, dtype = constants  # one argument, since each takes time
         ctx.shape = x.shape
         ctx.drops = adapter_x is not None
-        left = right = None
-        saved_x = x  # what the prologue reads or, without one, the adapter
+        summands = [x]  # of what the prologue reads or, without one, the adapter
         if isinstance(prologue, RecomputedNorm):
-            saved_x = None
-            prologue, left, right = prologue
-            left = left.detach()
-            right = right.detach()
+            summands = [prologue.left.detach(), prologue.right.detach()]
+            prologue = prologue.norm
         ctx.constants = (weight, scaling, groups, prologue, dtype)
         rows = _rows(_evaluate(prologue, x)[0], dtype)
         adapter_rows = _rows(adapter_x, dtype) if ctx.drops else rows
@@ -167,19 +162,18 @@ class _LoRALinear(torch.autograd.Function):
             y = _add_update_(W.times(rows, bias), h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
         if prologue is None:
-            saved_x = adapter_rows.view(x.shape)
-        ctx.save_for_backward(saved_x, A, B, h, left, right)  # h is thin
+            summands = [adapter_rows.view(x.shape)]
+        ctx.save_for_backward(A, B, h, *summands)  # h is thin
         # Like F.linear's output this is no view, which nn.ReLU(inplace=True) could not modify.
         return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        x, A, B, h, left, right = ctx.saved_tensors
+        A, B, h, *summands = ctx.saved_tensors
         weight, scaling, groups, prologue, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, _ = ctx.needs_input_grad
-        if left is not None:
-            x = left + right
+        x = summands[0] if len(summands) == 1 else torch.add(*summands)
         x = _rows(x, x.dtype)
         adapter_rows, statistics = _evaluate(prologue, x)
         gy = _rows(gy, dtype)  # (N, out)
@@ -234,20 +228,23 @@ def _pull_back(
     if isinstance(prologue, nn.GELU):
         return backends.gelu_gradient(gradient.to(x.dtype), x, approximate=prologue.approximate, grad_input=result)
     dtype = x.dtype if prologue.weight is None else prologue.weight.dtype
+    parameters = (prologue.weight, prologue.bias, [True, False, False])
     # Some of the rows at a time: all at once would be the peak of a ViT's memory.
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
-        of_gradient = of_gradient.to(dtype)
-        of_result.copy_(backends.layer_norm_gradient(of_gradient, of_x.to(dtype), prologue, mean, deviation))
+        gx, _, _ = backends.layer_norm_gradient(
+            of_gradient.to(dtype), of_x.to(dtype), prologue.normalized_shape, mean, deviation, *parameters
+        )
+        of_result.copy_(gx)
     return result
 
 
 def lora_linear(
     x: Tensor,  # (..., in)
     weight: Tensor | NF4Weight | Int8Weight,  # (out, in)
-    A: Tensor | Sequence[Tensor],  # (groups * r, in), or the A of each layer
-    B: Tensor | Sequence[Tensor],  # (out, r), or likewise
+    A: Tensor,  # (groups * r, in)
+    B: Tensor,  # (out, r)
     bias: Tensor | None = None,  # (out,)
     scaling: float = 1.0,
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
@@ -257,8 +254,6 @@ def lora_linear(
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B, b, and for W if it is not frozen, which is slower."""
     dtype = compute_dtype(x)
-    A = _stacked(A)
-    B = _stacked(B)
     trains = _is_trainable(weight)
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
     if prologue is not None and (trains or backends.is_traced()):
@@ -340,7 +335,9 @@ class _LoRAConv2d(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(dtype)
 
-        ctx.factors = _row_factors(scaling, row_scale)
+        ctx.factors = scaling  # s g, by which B's rows are multiplied: in float32 if g is
+        if row_scale is not None:
+            ctx.factors = (row_scale * scaling)[:, None]
         sB = B * ctx.factors
         if ctx.side_path:
             added = bias if scale is None else None
@@ -427,11 +424,6 @@ def frozen_conv2d(
     dtype = compute_dtype(x)
     kernel = _scaled_kernel(weight, row_scale, dtype)
     return backends.conv2d(x.to(dtype), kernel, bias.to(dtype), geometry, residual, relu)
-
-
-def _row_factors(scaling: float, row_scale: Tensor | None) -> Tensor | float:
-    """``s g``, by which a matrix's rows are multiplied. If g is float32, so is the product of any matrix with it."""
-    return scaling if row_scale is None else (row_scale * scaling)[:, None]
 
 
 def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
