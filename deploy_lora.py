@@ -225,12 +225,12 @@ def threshold(args: argparse.Namespace) -> Task:
     """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
     with _deployed(args) as deployed:
         task = deployed.task
-        if task.head.thresholds is None:
+        if task.thresholds is None:
             raise InputError(f"{args.adapter} has no thresholds: only adapters with several labels have them")
         images, where, result = _evaluated(deployed)
     chosen = result.thresholds_for(args.goal)
     unknown = chosen.isnan()  # of labels of which no image can tell: they keep theirs
-    task.head.thresholds = task.head.thresholds.where(unknown, chosen)
+    task.thresholds = task.thresholds.where(unknown, chosen)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
         content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
@@ -302,63 +302,49 @@ def predict(args: argparse.Namespace) -> list[Any]:
     """
     with _deployed(args) as deployed:
         task = deployed.task
-        is_file = args.output.suffix in MAP_SUFFIXES
+        writes_maps = task.per_pixel or args.output.suffix in MAP_SUFFIXES
         answers = f"--output {args.output}: the adapter answers for"
         if task.per_pixel and (args.output.suffix == ".csv" or args.window is not None):
             raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
-        of_maps = args.probabilities or args.window is not None or args.abstain is not None
-        if not task.per_pixel and not is_file and of_maps:
-            raise InputError(f"{answers} whole images: --probabilities, --window and --abstain are for a map, map.tif")
-        if is_file:
-            return _predict_map(deployed)
-        if task.per_pixel:
+        if writes_maps:
             return _predict_maps(deployed)
+        if args.probabilities or args.window is not None or args.abstain is not None:
+            raise InputError(f"{answers} whole images: --probabilities, --window and --abstain are for a map, map.tif")
         return _write_answers(deployed, functools.partial(predictions.write_table, task))
 
 
-def _predict_map(deployed: Deployed) -> list[Path]:
-    """Write a map of one image, whose windows several processes share."""
+def _predict_maps(deployed: Deployed) -> list[Path]:
+    """Write a map of each image into a folder, or of one into a file. Processes share images, or windows of the one."""
     args = deployed.args
+    task = deployed.task
     images = _images_in_files(args, deployed.about)
-    if len(images) > 1:
+    is_file = bool(args.output.suffix)
+    if is_file and len(images) > 1:
         raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
 
     def answer(windows: Tensor) -> Tensor:
+        if not is_file:
+            return torch.cat([deployed.outputs(some).cpu() for some in windows.split(args.batch_size)])
         share = windows[distributed.rank() :: distributed.world_size()].split(args.batch_size)
         return _answers(deployed, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
 
-    bar = functools.partial(progress_bar, title="predict", unit="row of windows")
-    maps = _maps(deployed, answer)
-    maps.writes = distributed.is_main()
-    with open_scene(images.name(0), deployed.transform.bands) as scene:
-        path = maps.write(scene, args.output, bar)
-    print(f"wrote {args.output}: 1 map of {listed(deployed.task.names)}")
-    return [path]
-
-
-def _predict_maps(deployed: Deployed) -> list[Path]:
-    """Write a map of each image into a folder. Several processes share the images."""
-    args = deployed.args
-    images = _images_in_files(args, deployed.about)
-
-    def answer(windows: Tensor) -> Tensor:
-        return torch.cat([deployed.outputs(some).cpu() for some in windows.split(args.batch_size)])
-
-    def draw(i: int, place: Path) -> Path:
+    def write(i: int, place: Path) -> Path:
         with open_scene(images.name(i), deployed.transform.bands) as scene:
-            return maps.write(scene, place, lambda parts, total: parts)
+            return maps.write(scene, place, bar)
 
-    maps = _maps(deployed, answer)
-    settings = {"--probabilities": args.probabilities, "--abstain": args.abstain}
-    written = _write_for_each(deployed, images, predictions.MAP_ENDINGS, settings, draw)
-    print(f"wrote {args.output}: maps of {len(written)} images, of {listed(deployed.task.names)}")
+    hidden = not is_file or not distributed.is_main()
+    bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=hidden)
+    window = deployed.model.window if task.per_pixel else args.window or deployed.about["image_size"]
+    maps = predictions.Maps(task, answer, deployed.transform, window, args.probabilities, args.abstain)
+    if is_file:
+        maps.writes = distributed.is_main()
+        written = [write(0, args.output)]
+        print(f"wrote {args.output}: 1 map of {listed(task.names)}")
+    else:
+        settings = {"--probabilities": args.probabilities, "--abstain": args.abstain}
+        written = _write_for_each(deployed, images, predictions.MAP_ENDINGS, settings, write)
+        print(f"wrote {args.output}: maps of {len(written)} images, of {listed(task.names)}")
     return written
-
-
-def _maps(deployed: Deployed, answer: Callable[[Tensor], Tensor]) -> predictions.Maps:
-    args = deployed.args
-    window = deployed.model.window if deployed.task.per_pixel else args.window or deployed.about["image_size"]
-    return predictions.Maps(deployed.task, answer, deployed.transform, window, args.probabilities, args.abstain)
 
 
 def embed(args: argparse.Namespace) -> Any:
@@ -445,17 +431,16 @@ def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, 
     size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
     parts = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     ending = SUFFIXES[args.command][0]
-    places = [args.output / f"part-{number:05d}" for number in range(len(parts))]
-    paths = [place.with_name(place.name + ending) for place in places]
+    paths = [args.output / f"part-{number:05d}{ending}" for number in range(len(parts))]
     settings = {"--batch-size or number of processes": size}
     count = 0
-    with _folder_of_answers(deployed, images, places, [ending], settings) as finished:
-        missing = [number for number, place in enumerate(places) if not finished[place]]
-        answered = _answered(deployed, images, [parts[number] for number in missing], may_be_none=True)
-        for number, (outputs, kept) in zip(missing, answered, strict=True):
+    with _folder_of_answers(deployed, images, paths, [""], settings) as finished:
+        missing = {path: part for path, part in zip(paths, parts, strict=True) if not finished[path]}
+        answered = _answered(deployed, images, list(missing.values()), may_be_none=True)
+        for path, (outputs, kept) in zip(missing, answered, strict=True):
             count += len(kept)
             if distributed.is_main():
-                write(outputs, kept, paths[number])
+                write(outputs, kept, path)
     print(f"wrote {args.output}: {count} images, in {len(missing)} of {len(parts)} parts")
     return paths
 
@@ -587,7 +572,7 @@ def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages
     task = _task_of(about)
     read = about["transform"].bands
     if task.per_pixel:
-        images = masks.pairs_in(place, read, task.head.masks, column, folder)
+        images = masks.pairs_in(place, read, task.masks, column, folder)
     else:
         if folder == place:
             place = sources.part_to_evaluate(place, task.names)
@@ -682,7 +667,7 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         "scale": 255.0,
         "mean": list(values["mean"]),
         "std": list(values["std"]),
-        "activation": task.head.activation,
+        "activation": task.activation,
     }
     if bands is not None:
         about |= {"bands": list(bands.chosen), "scale": bands.scale}
@@ -692,8 +677,8 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         about["resize"] = [size, size]
     else:
         about["resize"] = transforms.shorter_side(size)
-    recorded = task.head.record()
-    return about | {name: recorded[key] for key, name in task.head.served.items()}
+    recorded = task.record()
+    return about | {name: recorded[key] for key, name in task.served.items()}
 
 
 def export(args: argparse.Namespace) -> dict[str, str]:
@@ -725,8 +710,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         normalise.running_var = (scale * torch.tensor(about["std"])).square()
         model = nn.Sequential(normalise, model)
         about |= {"mean": [0.0] * channels, "std": [1.0] * channels}
-    about["outputs"] = task.head.output_name
-    output_layer = task.head.output_layer()
+    about["outputs"] = task.output_name
+    output_layer = task.output_layer()
     if not isinstance(output_layer, nn.Identity):
         about["activation"] = "none"
         about.pop("output_mean", None)
@@ -735,7 +720,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     program = _graph(nn.Sequential(model, output_layer).eval(), metadata["image_size"], channels, any_size)
     with files.open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":
-            file.write(_as_onnx(program, notes, task.head.output_name))
+            file.write(_as_onnx(program, notes, task.output_name))
         else:
             content = io.BytesIO()
             torch.export.save(program, content, extra_files=notes)

@@ -866,7 +866,7 @@ def with_rate_found(
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
-    wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
+    wise_ft = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
     own = replace(args, epochs=epochs, wise_ft=wise_ft, keep_best=None)
     steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
     rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
@@ -881,7 +881,7 @@ def with_rate_found(
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
-    rate = search.choose(trials, lambda score: task.head.variance(score, len(parts.val)))
+    rate = search.choose(trials, lambda score: task.variance(score, len(parts.val)))
     begin()
     if distributed.is_main():
         columns = ("learning_rate", f"val_{task.score}", "val_loss")
@@ -1071,7 +1071,7 @@ class FineTuning(RunState):
         self.teacher: Teacher | None = None
         self.sure_images: Remembered | None = None  # without labels, that the start answers most surely
         self.still_sure = True  # were they when the guard's images were last evaluated?
-        counts = self.task.objective.counts(splits.train)
+        counts = self.task.counts(splits.train)
         if self.loaders.unlabelled is not None:
             shape = (len(splits.unlabelled), len(splits.class_names))
             self.teacher = Teacher(model, self.network, *shape, plan.device, plan.dtype)
@@ -1110,7 +1110,7 @@ class FineTuning(RunState):
                 load=lambda state: setattr(self, "head_temperature", HeadTemperature(*state)),
             ),
             "by_unlabelled": StateEntry.attribute(self, "by_unlabelled"),
-            "contradicted": StateEntry.attribute(self.task.head, "contradicted"),
+            "contradicted": StateEntry.attribute(self.task, "contradicted"),
             "rate": StateEntry.attribute(self, "rate"),
             "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
         }
@@ -1150,7 +1150,7 @@ class FineTuning(RunState):
         _, of_probe = tasks.baseline_keys(self.task)
         if self.baseline[of_probe] is None and self.args.head_init == "probe":
             self.baseline[of_probe] = self.evaluate(self.loaders.val).score
-        self.task.head.soften(self.model, self.temperature)
+        self.task.soften(self.model, self.temperature)
         self.start_adapters()
         return features
 
@@ -1286,7 +1286,7 @@ class FineTuning(RunState):
         self.rate /= guard.RETREAT_FACTOR
         optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
-            self.task.head.soften(self.model, self.temperature / temperature)
+            self.task.soften(self.model, self.temperature / temperature)
             self.start_adapters()
         self.save()
         print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
@@ -1334,7 +1334,7 @@ class FineTuning(RunState):
             if self.loaders.has_masks:
                 return self.evaluate(self.loaders.watched)
             self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)
-            return self.task.head.answers(*self.watched_outputs)
+            return self.task.answers(*self.watched_outputs)
 
     @contextlib.contextmanager
     def believable(self) -> Iterator[None]:
@@ -1345,7 +1345,7 @@ class FineTuning(RunState):
         head = probe.linear_head(self.model)
         before = copy.deepcopy(head.state_dict())
         optimism = self.head_temperature.optimism
-        self.task.head.soften(self.model, self.task.head.believable_temperature(*self.watched_outputs, optimism))
+        self.task.soften(self.model, self.task.believable_temperature(*self.watched_outputs, optimism))
         try:
             yield
         finally:
@@ -1358,16 +1358,16 @@ class FineTuning(RunState):
         classes if the head did not start as a probe.
         """
         optimism = self.head_temperature.optimism
-        if optimism is None and not self.task.head.always_calibrates:
+        if optimism is None and not self.task.always_calibrates:
             return False
         if self.loaders.has_masks:
-            outputs, targets = self.task.head.pixel_outputs(
+            outputs, targets = self.task.pixel_outputs(
                 self.model, self.loaders.watched, self.device, self.dtype, len(self.loaders.watched_images)
             )
         else:
             outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
-        self.task.head.calibrate(outputs, targets, optimism)
-        self.task.head.soften(self.model, self.task.head.temperature)
+        self.task.calibrate(outputs, targets, optimism)
+        self.task.soften(self.model, self.task.temperature)
         return True
 
 

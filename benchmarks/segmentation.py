@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import finetune_lora
 from benchmarks import MEASURED, finished_runs
 from toolkit.answers import probe
-from toolkit.answers.segmentation import PixelObjective
+from toolkit.answers.segmentation import Segmentation
 from toolkit.config import positive_int
 from toolkit.devices import peak_memory_bytes
 from toolkit.models.backbones import build_backbone
@@ -156,10 +156,10 @@ def step_of(arch: str, method: str) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     images = torch.randn(8, 3, 224, 224)
     masks = torch.randint(CLASSES, (8, 224, 224))
-    objective = PixelObjective()
+    task = Segmentation([str(number) for number in range(CLASSES)])
 
     def step() -> None:
-        objective.loss(model(images), masks).backward()
+        task.loss(model(images), masks).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -8,27 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from toolkit.answers.classification import ClassHead, Classification, ClassObjective
+from toolkit.answers.classification import Classification
 from toolkit.answers.parts import Task
-
-
-class OrderedHead(ClassHead):
-    output_name = "probabilities"
-
-    def __init__(self, names: Sequence[str], objective: ClassObjective, ranks: Tensor):
-        super().__init__(names, objective)
-        self.ranks = ranks
-
-    def record(self) -> dict[str, list[float]]:
-        return {"ranks": self.ranks.tolist()}
-
-    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
-        expected = outputs.double().softmax(1) @ self.ranks
-        names = [self.names[number] for number in outputs.argmax(1).tolist()]
-        return {"class": names, "rank": [f"{rank:.4f}" for rank in expected.tolist()]}
-
-    def output_layer(self) -> nn.Module:
-        return nn.Softmax(1)
 
 
 class Ordinal(Classification):
@@ -37,10 +18,11 @@ class Ordinal(Classification):
     pipeline = "tabular-classification"  # another than the other tasks have
     recorded = ("ranks",)
     counts_images = False
+    output_name = "probabilities"
 
     def __init__(self, names: Sequence[str], ranks: Tensor):
-        objective = ClassObjective()
-        Task.__init__(self, objective, OrderedHead(names, objective, ranks))
+        super().__init__(names)
+        self.ranks = ranks
 
     @classmethod
     def of_run(cls, names, train, args):
@@ -48,3 +30,11 @@ class Ordinal(Classification):
 
     def record(self):
         return Task.record(self)
+
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        expected = outputs.double().softmax(1) @ self.ranks
+        names = [self.names[number] for number in outputs.argmax(1).tolist()]
+        return {"class": names, "rank": [f"{rank:.4f}" for rank in expected.tolist()]}
+
+    def output_layer(self) -> nn.Module:
+        return nn.Softmax(1)

@@ -14,7 +14,6 @@ from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
 from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors, writes_nothing
 from toolkit.answers import probe
-from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, Regression
@@ -462,14 +461,14 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
-    real_loss = ClassObjective.loss
+    real_loss = Classification.loss
     calls = []
 
-    def loss(objective, logits, labels):
+    def loss(task, logits, labels):
         calls.append(None)
-        return real_loss(objective, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
+        return real_loss(task, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
 
-    monkeypatch.setattr(ClassObjective, "loss", loss)
+    monkeypatch.setattr(Classification, "loss", loss)
     run = start("--epochs 1 --labels-per-class 2 --batch-size 2 --learning-rate 1e-3")
     writes_nothing(run)
     run.start()

@@ -132,7 +132,7 @@ def test_a_label_that_no_image_shows_keeps_its_threshold(trained, lists, tmp_pat
     before = read_adapter_file(adapter)["metadata"]["task"]["thresholds"]
     after = read_adapter_file(tmp_path / "other.pth")["metadata"]["task"]["thresholds"]
     assert before[0] != 0.5 and after[0] == before[0] and after[1] != before[1]
-    assert task.head.thresholds.tolist() == after
+    assert task.thresholds.tolist() == after
     told = capsys.readouterr().out
     assert f"{'kept as it was':<22}up\n" in told and f"{'kept as it was':<22}left" not in told
 

@@ -362,6 +362,6 @@ def test_the_probe_of_numbers_is_chosen_over_groups():
     patients = torch.arange(15).repeat_interleave(4)
     features = torch.randn(15, 40, generator=generator)[patients] + 0.01 * torch.randn(60, 40, generator=generator)
     numbers = torch.randn(15, 1, generator=generator)[patients].double()
-    head = tasks.Regression(["age"], numbers).head
+    head = tasks.Regression(["age"], numbers)
     by_group = head.start(Net(40, 1), features, numbers, 1, patients).strength
     assert by_group > 10 * head.start(Net(40, 1), features, numbers, 1).strength

@@ -138,7 +138,7 @@ def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, sta
 
 def variance_on(images: int):
     """Of accuracies that are measured on so many images."""
-    return lambda accuracy: Classification(["cat", "dog"]).head.variance(accuracy, images)
+    return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
@@ -150,7 +150,7 @@ def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_tak
 
 def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
     """Their R2 is below 0, which is what a collapsed trial is given."""
-    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).head.variance
+    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).variance
     trials = [Trial(rate, -0.1, 1.1) if rate < 1e-4 else Trial(rate, 0.0, math.inf) for rate in RATES]
     assert choose(trials, lambda score: variance(score, 100)) == 3e-5
     assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4

@@ -263,7 +263,7 @@ def test_it_is_said_how_far_probabilities_can_be_believed(labels):
     right = torch.rand(400, generator=torch.Generator().manual_seed(0)) < shares
     result = Evaluation(0.5, 0.5, right.long(), torch.ones(400).long(), shares)
     task = Classification(["a", "b"])
-    task.head.temperature = 0.5
+    task.temperature = 0.5
     report = task.report(result)
     figures = report.figures()
     assert figures["calibration_error"] < 0.07 and figures["temperature"] == 0.5
@@ -346,7 +346,7 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
 
 def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbers):
     truth = torch.tensor([[2.0, 3.0]] * 4)
-    report = regression.NumberReport(numbers.head, regression.NumberAnswers(0.1, truth + 1, truth))
+    report = regression.NumberReport(numbers, regression.NumberAnswers(0.1, truth + 1, truth))
     figures = report.figures()
     assert figures["r2"] is None and figures["r2_interval"] is None and figures["mae"] == pytest.approx(1)
     assert json.dumps(figures, allow_nan=False) and report.rows() and report.by_number()

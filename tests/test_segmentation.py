@@ -374,7 +374,7 @@ def test_probabilities_are_made_believable_by_training_pixels():
     """Logits of 2 x log(9) of which nine in ten are right are twice as large as they should be."""
     logits = torch.tensor([[2 * math.log(9), 0.0]]).expand(10, 2)
     targets = (torch.arange(10) == 3).long()
-    head = Segmentation(["a", "b"]).head
+    head = Segmentation(["a", "b"])
     assert head.believable_temperature(logits, targets, optimism=None) == pytest.approx(2, rel=1e-3)
 
 
@@ -386,7 +386,7 @@ def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
     targets[75:] = 2  # of the last of four images, in the second view
     targets[30:35] = NO_LABEL  # and in the first one these are not known
     features[torch.arange(80), targets.clamp_min(0)] += 6
-    Segmentation(NAMES).head.start(model, features, targets, views=2, clusters=torch.arange(4))
+    Segmentation(NAMES).start(model, features, targets, views=2, clusters=torch.arange(4))
     known = targets != NO_LABEL
     assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9
 
@@ -398,7 +398,7 @@ def test_a_probe_of_fewer_than_two_classes_is_refused(only):
     features = torch.randn(12, model.head.linear.in_features)
     targets = torch.full((12,), only)
     with pytest.raises(InputError, match="fewer than two classes: use --head-init random or a larger --image-size"):
-        Segmentation(["ground", "ink"]).head.start(model, features, targets, views=2, clusters=torch.arange(3))
+        Segmentation(["ground", "ink"]).start(model, features, targets, views=2, clusters=torch.arange(3))
 
 
 def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
@@ -409,8 +409,8 @@ def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
     task = Segmentation(["ground", "ink"], class_weights=torch.tensor([0.5, 3.0]))
     model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16).eval()
     arguments = model, loader, torch.device("cpu"), torch.float32, len(images)
-    outputs, plain = task.head.pixel_outputs(*arguments)
-    _, weighted = task.head.features(*arguments)
+    outputs, plain = task.pixel_outputs(*arguments)
+    _, weighted = task.features(*arguments)
     assert outputs.shape == (len(plain), 2)
     shares = [(classes == 1).sum() / (classes >= 0).sum() for classes in (plain, weighted)]
     assert shares[0] + 0.2 < shares[1]
@@ -432,7 +432,7 @@ def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([columns, rows]).float()
     mask = (columns >= 13).long()
-    head = Segmentation(["left", "right"]).head
+    head = Segmentation(["left", "right"])
     features, classes = head.features(
         PassesThrough(), [(image.expand(3, -1, -1, -1), mask.expand(3, -1, -1))], CPU, None, 3
     )
@@ -450,7 +450,7 @@ def test_the_loss_of_a_constant_answer_is_over_images_not_over_pixels():
     """An image of ten known pixels says as much as one of a hundred."""
     known = torch.tensor([[9.0, 1.0], [10.0, 90.0]])
     images = LabelledImages([None] * 2, [0, 1], targets=known)
-    assert Segmentation(["left", "right"]).objective.constant_loss(images) == pytest.approx(math.log(2))
+    assert Segmentation(["left", "right"]).constant_loss(images) == pytest.approx(math.log(2))
 
 
 def test_the_temperature_is_fitted_to_training_crops_and_not_to_whole_images(start):

@@ -66,14 +66,14 @@ def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
     known = ~targets.isnan()
     positive = targets == 1
     ratio = (known.sum(0) - positive.sum(0)) / positive.sum(0)
-    torch.testing.assert_close(task.objective.weights[1] / task.objective.weights[0], ratio)  # PyTorch's pos_weight
-    weights = torch.where(positive, task.objective.weights[1], task.objective.weights[0]) * known
+    torch.testing.assert_close(task.weights[1] / task.weights[0], ratio)  # PyTorch's pos_weight
+    weights = torch.where(positive, task.weights[1], task.weights[0]) * known
     torch.testing.assert_close(weights.sum(0), known.sum(0).float())
     stock = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="sum") / 3
     torch.testing.assert_close(task.loss(outputs, targets), stock)
     torch.testing.assert_close(task.plain_loss(outputs, targets), tasks.MultiLabel(NAMES).loss(outputs, targets))
     only = tasks.MultiLabel(["all", "none"], torch.tensor([[1.0, 0.0]] * 4), balanced=True)
-    assert only.objective.weights.eq(1).all() and only.objective.constant_logits.isfinite().all()
+    assert only.weights.eq(1).all() and only.constant_logits.isfinite().all()
 
 
 def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
@@ -120,11 +120,11 @@ def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_s
     task = tasks.MultiLabel(NAMES, targets)
     images = images_of(targets)
     shares = targets.nanmean(0)
-    assert task.head.constant_score(images) == pytest.approx(shares.mean().item())
+    assert task.constant_score(images) == pytest.approx(shares.mean().item())
     constant = shares.logit().expand(200, 3)
-    assert task.objective.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
-    torch.testing.assert_close(task.objective.constant_logits, shares.logit(), atol=0.1, rtol=0)
-    assert task.objective.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
+    assert task.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
+    torch.testing.assert_close(task.constant_logits, shares.logit(), atol=0.1, rtol=0)
+    assert task.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
 
 
 def test_the_variance_of_a_score_in_closed_form():
@@ -133,11 +133,11 @@ def test_the_variance_of_a_score_in_closed_form():
     targets[:5, 0] = 1
     targets[:2, 1] = 1  # the third has no positive, and no part
     labels = tasks.MultiLabel(NAMES, targets)
-    assert labels.head.variance(0.8, 50) == pytest.approx(0.8 * 0.2 * (1 / 25 + 1 / 10) / 2 / 2)
+    assert labels.variance(0.8, 50) == pytest.approx(0.8 * 0.2 * (1 / 25 + 1 / 10) / 2 / 2)
     numbers = tasks.Regression(["age"], torch.tensor([[0.0], [1.0]]))
-    assert numbers.head.variance(0.9, 100) == pytest.approx(4 * 0.9 * 0.1**2 / 100)
-    assert numbers.head.variance(-3.0, 100) == numbers.head.variance(0.01, 100)  # of one near 0 that of 1 / images
-    assert numbers.head.variance(0.01, 100) == pytest.approx(4 * 0.01 * 0.99**2 / 100)
+    assert numbers.variance(0.9, 100) == pytest.approx(4 * 0.9 * 0.1**2 / 100)
+    assert numbers.variance(-3.0, 100) == numbers.variance(0.01, 100)  # of one near 0 that of 1 / images
+    assert numbers.variance(0.01, 100) == pytest.approx(4 * 0.01 * 0.99**2 / 100)
 
 
 def test_a_head_of_labels_that_gives_the_constant_answer_is_as_soft_as_it_can_be():
@@ -145,15 +145,15 @@ def test_a_head_of_labels_that_gives_the_constant_answer_is_as_soft_as_it_can_be
     targets = torch.zeros(20, 2)
     targets[:2, 0] = 1
     targets[:8, 1] = 1
-    head = tasks.MultiLabel(["cat", "dog"], targets).head
+    head = tasks.MultiLabel(["cat", "dog"], targets)
     model = Net(outputs=2)
     with torch.no_grad():
         model.fc.weight.zero_()
-        model.fc.bias.copy_(head.objective.constant_logits)
+        model.fc.bias.copy_(head.constant_logits)
     assert model.fc.bias[0] < -1.5 and -1 < model.fc.bias[1] < 0
     assert head.first_temperature(model, torch.randn(20, 6), targets, True) == (1.0, pytest.approx(0, abs=1e-3), None)
     head.soften(model, 5.0)
-    torch.testing.assert_close(model.fc.bias, head.objective.constant_logits)
+    torch.testing.assert_close(model.fc.bias, head.constant_logits)
 
 
 @pytest.mark.parametrize("kind", ["labels", "classes"])
@@ -163,10 +163,10 @@ def test_a_believable_temperature_is_that_of_the_views_times_the_optimism(kind):
     if kind == "classes":
         task = tasks.Classification(NAMES)
         targets = (outputs.argmax(1) + (torch.arange(200) % 5 == 0)) % 3
-    views = task.head.believable_temperature(outputs.detach(), targets, 1.0)
+    views = task.believable_temperature(outputs.detach(), targets, 1.0)
     assert views != pytest.approx(1.0, abs=0.05)
-    assert task.head.believable_temperature(outputs.detach(), targets, 2.0) == pytest.approx(2 * views)
-    assert task.head.believable_temperature(outputs.detach(), targets, None) == 1.0
+    assert task.believable_temperature(outputs.detach(), targets, 2.0) == pytest.approx(2 * views)
+    assert task.believable_temperature(outputs.detach(), targets, None) == 1.0
 
 
 def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
@@ -174,11 +174,11 @@ def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
     outputs, targets = drawn(400, unknown=0.0)
     outputs = 8 * outputs.detach()
     task = tasks.MultiLabel(NAMES, targets, goal="sensitivity=0.95")
-    task.head.calibrate(outputs, targets, 1.5)
-    assert task.head.temperature > 4
-    constant = task.objective.constant_logits
-    kept = ((outputs - constant) / task.head.temperature + constant).sigmoid()
-    reached = task.head.answers(kept.logit(), targets).rates(task.head.thresholds)["sensitivity"]
+    task.calibrate(outputs, targets, 1.5)
+    assert task.temperature > 4
+    constant = task.constant_logits
+    kept = ((outputs - constant) / task.temperature + constant).sigmoid()
+    reached = task.answers(kept.logit(), targets).rates(task.thresholds)["sensitivity"]
     positives = targets.sum(0)
     assert (reached >= 0.95).all() and (reached < 0.95 + 1.01 / positives).all()
 
@@ -202,9 +202,9 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     gradients = [torch.autograd.grad(value, outputs)[0] for value in (loss, stock)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     assert gradients[0][~known].eq(0).all()
-    assert task.objective.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
-    assert task.head.constant_score(images_of(targets)) == 0
-    in_units = task.head.in_units(task.objective.standardised(targets))
+    assert task.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
+    assert task.constant_score(images_of(targets)) == 0
+    in_units = task.in_units(task.standardised(targets))
     torch.testing.assert_close(in_units.float(), targets, equal_nan=True)
 
 
@@ -218,15 +218,15 @@ def test_numbers_far_from_zero_are_told_from_each_other():
     """Seconds since 1970, some minutes apart: float32 knows two minutes, and six digits ten days."""
     truth = 1.7e9 + 300 * torch.arange(20, dtype=torch.float64)[:, None]
     task = tasks.Regression(["time"], truth)
-    outputs = task.objective.standardised(truth).float()
+    outputs = task.standardised(truth).float()
     assert task.loss(outputs, truth) < 1e-9
-    answers = regression.NumberAnswers(0.0, task.head.in_units(outputs), truth)
+    answers = regression.NumberAnswers(0.0, task.in_units(outputs), truth)
     assert answers.score == pytest.approx(1)
     _, rows = task.table(outputs)
     assert [float(row[0]) for row in rows] == pytest.approx(truth[:, 0].tolist(), abs=0.1)
-    assert task.head.output_layer()(outputs).double() == pytest.approx(truth, abs=0.1)
+    assert task.output_layer()(outputs).double() == pytest.approx(truth, abs=0.1)
     again = tasks.from_record(task.record(), ["time"], "lora.pth")
-    assert torch.equal(again.head.in_units(outputs), task.head.in_units(outputs))
+    assert torch.equal(again.in_units(outputs), task.in_units(outputs))
     cells = task.report(answers).answer_columns()
     assert [float(cell) for cell in cells["time"]] == truth[:, 0].tolist()
 
@@ -261,7 +261,7 @@ def test_numbers_are_standardised_before_a_device_without_float64_has_them(no_fl
     with pytest.raises(TypeError, match="float64"):
         truth.to(mps)
     targets = devices.to_device(truth, mps)
-    assert task.loss(task.objective.standardised(truth).float(), targets) < 1e-9
+    assert task.loss(task.standardised(truth).float(), targets) < 1e-9
 
 
 # ------------------------------------------------------------------------------------------------------------ all tasks
@@ -285,27 +285,27 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     features, targets, task = features_for(kind)
     torch.manual_seed(0)
     model = Net()
-    random = task.head.score(model, features, targets)
-    task.head.start(model, features, targets)
-    score = task.head.score(model, features, targets)
+    random = task.probe_score(model, features, targets)
+    task.start(model, features, targets)
+    score = task.probe_score(model, features, targets)
     assert score > max(0.75, random + 0.2)
     loader = DataLoader(TensorDataset(features, targets), batch_size=64)
     result = task.evaluate(model, loader, CPU)
     measured = {"accuracy": result.accuracy} if kind == "classification" else result.measured()
     assert measured[task.score] == pytest.approx(score, abs=1e-6)
     assert result.loss * len(features) == pytest.approx(task.plain_loss(model(features), targets).item(), rel=1e-4)
-    temperature = task.head.first_temperature(model, features, targets, features_train=True)
-    task.head.soften(model, temperature.at(1e-3))
-    assert task.head.score(model, features, targets) == pytest.approx(score, abs=0.02)
+    temperature = task.first_temperature(model, features, targets, features_train=True)
+    task.soften(model, temperature.at(1e-3))
+    assert task.probe_score(model, features, targets) == pytest.approx(score, abs=0.02)
 
 
 def test_a_table_of_predictions_has_the_likeliest_classes_or_the_labels_above_their_thresholds():
     outputs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]).log()
-    columns = tasks.Classification(NAMES).head.columns(outputs)
+    columns = tasks.Classification(NAMES).columns(outputs)
     assert list(columns) == ["class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
     assert (columns["class"], columns["probability"]) == (["cat", "dog"], ["0.7000", "0.5000"])
     task = tasks.MultiLabel(NAMES, thresholds=torch.tensor([0.5, 0.3, 0.5]))
-    columns = task.head.columns(torch.tensor([[0.9, 0.35, 0.45], [0.1, 0.9, 0.3]]).logit())
+    columns = task.columns(torch.tensor([[0.9, 0.35, 0.45], [0.1, 0.9, 0.3]]).logit())
     assert list(columns) == ["labels", *(f"{name} probability" for name in NAMES)]
     assert columns["labels"] == ["cat,dog", "dog"]
 
@@ -316,26 +316,26 @@ def test_a_softened_head_gets_back_the_confidence_that_it_had(kind, softened):
     """Whatever the head was divided by, it ends as sure of training images as the optimism leaves it."""
     features, targets, task = features_for(kind)
     model = Net()
-    task.head.start(model, features, targets)
+    task.start(model, features, targets)
     optimism = 1.25
-    sure = task.head.believable_temperature(model(features).detach(), targets, optimism)
-    task.head.soften(model, softened)
-    task.head.calibrate(model(features).detach(), targets, optimism)
-    assert task.head.temperature == pytest.approx(sure / softened, rel=1e-3)
+    sure = task.believable_temperature(model(features).detach(), targets, optimism)
+    task.soften(model, softened)
+    task.calibrate(model(features).detach(), targets, optimism)
+    assert task.temperature == pytest.approx(sure / softened, rel=1e-3)
 
 
 def test_the_optimism_is_how_much_surer_the_probe_is_of_images_that_trained_it():
     """Held-out answers that are twice as sure ask for twice the temperature; 300 images say a part of that."""
     features, labels, task = features_for("classification")
     model = Net()
-    task.head.start(model, features, labels)
+    task.start(model, features, labels)
     outputs = model(features).detach()
     held_out = torch.cat([outputs, outputs])
     held_out[7] = math.nan  # not known
     once, twice = (tasks.optimism(task, model, times * held_out, features, labels) for times in (1, 2))
     assert twice / once == pytest.approx(2 ** (300 / (300 + tasks.SURE_IMAGES)), rel=1e-3)
-    views = task.head.fitted_temperature(outputs, labels, smoothing=parts.VIEW_SMOOTHING)
-    unseen = task.head.fitted_temperature(held_out[8:], torch.cat([labels, labels])[8:])
+    views = task.fitted_temperature(outputs, labels, smoothing=parts.VIEW_SMOOTHING)
+    unseen = task.fitted_temperature(held_out[8:], torch.cat([labels, labels])[8:])
     assert once * views == pytest.approx(unseen ** (300 / (300 + tasks.SURE_IMAGES)), rel=1e-2)
 
 
@@ -349,19 +349,19 @@ def test_labels_get_the_goal_and_the_balance_that_a_run_asks_for():
     images = images_of(torch.tensor([[1.0, 0], [0, 0], [0, 1], [0, 1]]))
     asked = argparse.Namespace(class_weights="balanced", threshold="sensitivity=0.9")
     task = tasks.MultiLabel.of_run(["cat", "dog"], images, asked)
-    assert task.head.goal == "sensitivity=0.9"
-    negatives, positives = task.objective.weights.tolist()
+    assert task.goal == "sensitivity=0.9"
+    negatives, positives = task.weights.tolist()
     assert negatives == pytest.approx([4 / 6, 1.0]) and positives == pytest.approx([2.0, 1.0])
 
 
 def test_numbers_are_not_calibrated_and_no_head_without_a_probe():
     outputs, targets = drawn()
     task = tasks.Regression(NAMES, targets)
-    task.head.calibrate(outputs, targets, optimism=2.0)
-    assert task.head.temperature == 1
+    task.calibrate(outputs, targets, optimism=2.0)
+    assert task.temperature == 1
     task = tasks.MultiLabel(NAMES, targets)
-    task.head.calibrate(outputs.detach(), targets, optimism=None)
-    assert task.head.temperature == 1 and task.head.thresholds.ne(0.5).any()
+    task.calibrate(outputs.detach(), targets, optimism=None)
+    assert task.temperature == 1 and task.thresholds.ne(0.5).any()
 
 
 @pytest.mark.parametrize("kind", tasks.TASKS)
@@ -396,9 +396,9 @@ def test_classification_computes_what_a_run_always_computed():
     stock = F.cross_entropy(logits, labels, weights, reduction="sum")
     assert torch.allclose(task.loss(logits, labels), stock)
     assert torch.allclose(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
-    assert task.head.first_temperature(Net(), features, labels, False).at(1.0) >= 1
+    assert task.first_temperature(Net(), features, labels, False).at(1.0) >= 1
     numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
-    assert numbers.head.first_temperature(*[None] * 4) == probe.HeadTemperature()
+    assert numbers.first_temperature(*[None] * 4) == probe.HeadTemperature()
 
 
 def test_smoothing_never_makes_a_rare_class_the_best_answer():

@@ -36,7 +36,7 @@ class Headline(NamedTuple):
 
 
 class Report:
-    """The report on the answers that a task's head gave. Annotated: what a derived class adds.
+    """The report on the answers to a task. Annotated: what a derived class adds.
 
     Answers that are probabilities have `reliability`. Intervals are over `clusters`: see `measures.share_interval`.
     """
@@ -51,10 +51,10 @@ class Report:
     mistakes: Callable[[], Mapping[str, Sequence[tuple[int, str]]]]  # under a title each: (image, what is said of it)
     answer_columns: Callable[[], dict[str, Sequence[Any]]]  # of `results_answers.csv`: what is true, and was answered
 
-    def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
-        self.head = head
+    def __init__(self, task: Any, answers: Any, clusters: Tensor | None = None):
+        self.task = task
         self.answers = answers
-        self.names = head.names
+        self.names = task.names
         self.clusters = torch.arange(len(answers.targets)) if clusters is None else clusters
         bounds = [headline.bounds for headline in self.HEADLINES.values()]
         found = measures.jackknife(self.measure, len(answers.targets), self.clusters, bounds)
@@ -114,7 +114,7 @@ class Report:
     def calibration_figures(self) -> dict[str, float]:
         """The expected calibration error (0 to 1) and, where a run has just been calibrated, the temperature."""
         figures = {"calibration_error": measures.calibration_error(self.answers.reliability())}
-        return figures if self.head.temperature == 1 else figures | {"temperature": self.head.temperature}
+        return figures if self.task.temperature == 1 else figures | {"temperature": self.task.temperature}
 
     def calibration_rows(self) -> list[tuple[str, str]]:
         """The same for people, where it is worth a line: large, and more than chance makes of so few images."""
@@ -144,8 +144,8 @@ class ColumnReport(Report):
     columns: Callable[[], dict[str, list[float]]]  # figures by name, of each of them (K,)
     suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of the truths
 
-    def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
-        super().__init__(head, answers, clusters)
+    def __init__(self, task: Any, answers: Any, clusters: Tensor | None = None):
+        super().__init__(task, answers, clusters)
         self.by = self.columns()
 
     def figures(self) -> dict[str, Any]:

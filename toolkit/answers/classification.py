@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.answers import answer_reports, choosing, evaluation, measures, probe
 from toolkit.answers.answer_reports import PICTURES, Headline, Report, finite, worst_first
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.parts import Head, SoftmaxObjective, Task
+from toolkit.answers.parts import SoftmaxObjective, Task
 from toolkit.answers.report_page import html_picture, html_table
 from toolkit.answers.unlabelled import Start, start
 from toolkit.images.data import LabelledImages
@@ -22,64 +22,6 @@ from toolkit.images.data import LabelledImages
 TOP = 5  # classes of each image in a table of predictions
 MOST_ROWS = 1_000  # of a confusion matrix
 CONFUSIONS = 30  # rows in the table of what is taken for what
-
-
-class ClassObjective(SoftmaxObjective):
-    """Cross-entropy of logits (N, K) and labels (N,)."""
-
-    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.argmax(1) == targets).sum()
-
-    def counts(self, images: LabelledImages) -> Counter:
-        return Counter(images.labels)
-
-    def constant_loss(self, images: LabelledImages) -> float:
-        shares = [count / len(images) for count in Counter(images.labels).values()]
-        return -sum(share * math.log(share) for share in shares)
-
-
-class ClassHead(Head):
-    """Logits of K classes."""
-
-    score = staticmethod(probe.head_accuracy)
-    knn_score = staticmethod(evaluation.knn_accuracy)
-    answers = staticmethod(Evaluation.of)
-
-    def constant_score(self, images: LabelledImages) -> float:
-        return max(Counter(images.labels).values()) / len(images)
-
-    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.class_weights(), clusters)
-        if fitted.held_out is not None:
-            labels = targets.cpu()[: len(targets) // views]
-            self.contradicted = choosing.contradicted(fitted.held_out, labels)
-        return probe.set_head(model, fitted)
-
-    def start_by_unlabelled(
-        self, model, features, targets, unlabelled, fitted: probe.Probe, views=1, clusters=None
-    ) -> Start:
-        """Set the head of `model` to the probe that was fitted, or to what `toolkit.answers.unlabelled.start` finds."""
-        found = start(
-            features, targets, unlabelled, len(self.names), fitted, views, self.class_weights(), clusters=clusters
-        )
-        probe.set_head(model, found.probe)
-        return found
-
-    def class_weights(self) -> str | None:
-        return None if self.objective.class_weights is None else "balanced"
-
-    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
-        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
-        return measures.fit_temperature(outputs, loss)
-
-    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
-        probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
-        columns = {}
-        for place in range(classes.shape[1]):
-            suffix = f"_{place + 1}" if place else ""
-            columns[f"class{suffix}"] = [self.names[number] for number in classes[:, place].tolist()]
-            columns[f"probability{suffix}"] = [f"{share:.4f}" for share in probabilities[:, place].tolist()]
-        return columns
 
 
 class ClassReport(Report):
@@ -90,8 +32,8 @@ class ClassReport(Report):
         "macro_f1": Headline("macro F1"),
     }
 
-    def __init__(self, head: ClassHead, answers: Evaluation, clusters: Tensor | None = None):
-        super().__init__(head, answers, clusters)
+    def __init__(self, task: Task, answers: Evaluation, clusters: Tensor | None = None):
+        super().__init__(task, answers, clusters)
         self.values[0] = answers.accuracy
         self.intervals[0] = measures.share_interval(answers.labels == answers.predictions, clusters)
         right, images, _ = answers.class_counts()
@@ -183,8 +125,8 @@ class ClassReport(Report):
         }
 
 
-class Classification(Task):
-    """One class an image. Weights and smoothing are as for `toolkit.answers.parts.SoftmaxObjective`."""
+class Classification(SoftmaxObjective):
+    """One class an image: logits (N, K) and labels (N,)."""
 
     kind = "classification"
     score = "accuracy"
@@ -196,9 +138,9 @@ class Classification(Task):
     counts_images = True
     Report = ClassReport
 
-    def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):
-        objective = ClassObjective(class_weights, label_smoothing)
-        super().__init__(objective, ClassHead(names, objective))
+    probe_score = staticmethod(probe.head_accuracy)
+    knn_score = staticmethod(evaluation.knn_accuracy)
+    answers = staticmethod(Evaluation.of)
 
     @classmethod
     def of_run(cls, names, train, args):
@@ -207,5 +149,51 @@ class Classification(Task):
             weights = evaluation.balanced_weights(Counter(train.labels), len(names))
         return cls(names, weights, args.label_smoothing)
 
+    @property
+    def balance(self) -> str | None:
+        """How the probe weighs the classes."""
+        return None if self.class_weights is None else "balanced"
+
     def record(self) -> None:
         return None  # a file without a task is of this one
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.argmax(1) == targets).sum()
+
+    def counts(self, images: LabelledImages) -> Counter:
+        return Counter(images.labels)
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        shares = [count / len(images) for count in Counter(images.labels).values()]
+        return -sum(share * math.log(share) for share in shares)
+
+    def constant_score(self, images: LabelledImages) -> float:
+        return max(Counter(images.labels).values()) / len(images)
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.balance, clusters)
+        if fitted.held_out is not None:
+            labels = targets.cpu()[: len(targets) // views]
+            self.contradicted = choosing.contradicted(fitted.held_out, labels)
+        return probe.set_head(model, fitted)
+
+    def start_by_unlabelled(
+        self, model, features, targets, unlabelled, fitted: probe.Probe, views=1, clusters=None
+    ) -> Start:
+        """Set the head of `model` to the probe that was fitted, or to what `toolkit.answers.unlabelled.start` finds."""
+        found = start(features, targets, unlabelled, len(self.names), fitted, views, self.balance, clusters=clusters)
+        probe.set_head(model, found.probe)
+        return found
+
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
+        return measures.fit_temperature(outputs, loss)
+
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
+        columns = {}
+        for place in range(classes.shape[1]):
+            suffix = f"_{place + 1}" if place else ""
+            columns[f"class{suffix}"] = [self.names[number] for number in classes[:, place].tolist()]
+            columns[f"probability{suffix}"] = [f"{share:.4f}" for share in probabilities[:, place].tolist()]
+        return columns

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toolkit import listed, printable
 from toolkit.answers import measures, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, finite_interval, shortened, worst_first
-from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
+from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import PROBABILITY
@@ -71,122 +71,6 @@ class LabelAnswers(ColumnAnswers):
         return torch.tensor([measures.threshold_for(values, targets, goal) for values, targets, _ in self.known()])
 
 
-class LabelObjective(Objective):
-    """Binary cross-entropies for the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
-
-    `balanced`: of each label its positives count as much as its negatives, together as much as they all did.
-    """
-
-    def __init__(self, labels: int, targets: Tensor | None, balanced: bool):
-        targets = torch.full((1, labels), math.nan) if targets is None else targets
-        self.balanced = balanced
-        known = (~targets.isnan()).sum(0)
-        self.positives = targets.nansum(0)  # (K,)
-        self.shares = self.positives / known.clamp_min(1)
-        both = torch.stack([known - self.positives, self.positives])
-        self.weights = torch.ones(2, labels)
-        if balanced:
-            self.weights = (known / (2 * both)).where(both.amin(0) > 0, 1.0)
-        odds = self.weights * (both + 0.5)
-        self.constant_logits = (odds[1] / odds[0]).log()
-
-    def to(self, device: torch.device) -> None:
-        self.weights = self.weights.to(device)
-        self.constant_logits = self.constant_logits.to(device)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean over all K labels of an image, where unknown ones count 0; summed over images."""
-        return self.plain_loss(outputs, targets, self.weights[1].where(targets == 1, self.weights[0]))
-
-    def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        known = ~targets.isnan()
-        losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
-        return losses.masked_fill(~known, 0).sum() / outputs.shape[1]
-
-    def counts(self, images: LabelledImages) -> Mapping[int, int]:
-        return dict(enumerate(images.targets.nansum(0).long().tolist()))
-
-    def constant_loss(self, images: LabelledImages) -> float:
-        targets = images.targets
-        known = (~targets.isnan()).sum(0)
-        share = targets.nansum(0) / known.clamp_min(1)
-        entropies = torch.special.entr(share) + torch.special.entr(1 - share)
-        return (known * entropies).sum().item() / targets.numel()
-
-
-class LabelHead(Head):
-    """Logits of K labels; those whose probability is above their threshold, of (K,), are answers."""
-
-    output_name = "probabilities"
-    activation = "sigmoid"
-    served: Mapping[str, str] = {"thresholds": "thresholds"}
-    always_calibrates = True
-
-    def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None, goal: str):
-        super().__init__(names, objective)
-        self.goal = goal
-        self.thresholds = torch.full((len(names),), THRESHOLD) if thresholds is None else thresholds.float()
-
-    def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
-        loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
-        return LabelAnswers(loss, outputs.sigmoid(), targets)
-
-    def score(self, model, features, targets) -> float:
-        return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
-
-    def constant_score(self, images: LabelledImages) -> float:
-        return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score
-
-    def variance(self, score: float, images: int) -> float:
-        """Each label's AP is about as sure as a share of its positives, and the labels' are independent."""
-        seen = self.objective.shares[self.objective.positives > 0]
-        if not len(seen):
-            return math.inf
-        return score * (1 - score) * (1 / (images * seen).clamp_min(1)).mean().item() / len(seen)
-
-    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        weights = self.objective.weights if self.objective.balanced else None
-        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights, clusters))
-
-    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
-        loss = functools.partial(self.objective.loss, targets=targets)
-        return probe.choose_temperature(model, features, loss, features_train, self.objective.constant_logits)
-
-    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
-        constant = self.objective.constant_logits.to(outputs.device)
-        smoothed = torch.lerp(targets, torch.full_like(targets, 0.5), smoothing).double()
-
-        def loss(distances: Tensor) -> Tensor:
-            return self.objective.plain_loss(distances + constant, smoothed) / len(targets)
-
-        return measures.fit_temperature(outputs - constant, loss)
-
-    def calibrate(self, outputs, targets, optimism) -> None:
-        """The thresholds are those that reach the goal on these views."""
-        super().calibrate(outputs, targets, optimism)
-        constant = self.objective.constant_logits.to(outputs.device)
-        tempered = torch.lerp(constant, outputs, 1 / self.temperature)  # as of a head that is softened so
-        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).thresholds_for(self.goal).nan_to_num(THRESHOLD)
-
-    def restore(self, record) -> None:
-        self.thresholds = torch.tensor(record["thresholds"], dtype=self.thresholds.dtype)
-
-    def record(self) -> dict[str, list[float]]:
-        return {"thresholds": self.thresholds.tolist()}
-
-    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
-        """The labels whose probability is above their threshold, and the probability of each label."""
-        probabilities = outputs.sigmoid()
-        said = (probabilities > self.thresholds).tolist()
-        columns = {"labels": [",".join(itertools.compress(self.names, row)) for row in said]}
-        for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
-            columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
-        return columns
-
-    def output_layer(self) -> nn.Module:
-        return nn.Sigmoid()
-
-
 class LabelReport(ColumnReport):
     picture = "precision_recall.png"
     in_summary = True
@@ -203,7 +87,7 @@ class LabelReport(ColumnReport):
 
     def columns(self) -> dict[str, list[float]]:
         labels = len(self.names)
-        thresholds = self.head.thresholds
+        thresholds = self.task.thresholds
         first = len(self.HEADLINES)
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),
@@ -217,7 +101,7 @@ class LabelReport(ColumnReport):
     def measure(self, weights: Tensor) -> Tensor:
         """The headlines, then the AP of each label and the AUROC of each."""
         means, by_label = self.answers.figures(weights).tensor_split([len(self.answers.MEASURED)], 1)
-        macro_f1 = self.answers.rates(self.head.thresholds, weights)["f1"].nanmean(-1, keepdim=True)
+        macro_f1 = self.answers.rates(self.task.thresholds, weights)["f1"].nanmean(-1, keepdim=True)
         return torch.cat([means, macro_f1, by_label], 1)
 
     def label_intervals(self, i: int) -> list[measures.Interval]:
@@ -229,7 +113,7 @@ class LabelReport(ColumnReport):
     def rate_intervals(self, i: int) -> list[measures.Interval]:
         """Of a label's sensitivity and specificity at its threshold; NaN where no image has it, or none lacks it."""
         targets = self.answers.targets[:, i]
-        is_answer = self.answers.values[:, i] > self.head.thresholds[i]
+        is_answer = self.answers.values[:, i] > self.task.thresholds[i]
         found = []
         for value in (1, 0):
             some = targets == value
@@ -321,7 +205,7 @@ class LabelReport(ColumnReport):
         """The most confidently wrong labels."""
         values = self.answers.values
         targets = self.answers.targets
-        is_wrong = (values > self.head.thresholds) != (targets == 1)
+        is_wrong = (values > self.task.thresholds) != (targets == 1)
         found = []
         for image, label in self.worst((values - targets).abs() * is_wrong):
             is_there = "is there" if targets[image, label] == 1 else "is not there"
@@ -330,7 +214,11 @@ class LabelReport(ColumnReport):
 
 
 class MultiLabel(Task):
-    """Several labels an image: see `LabelObjective`, `LabelHead` and, for the goal, `measures.threshold_for`."""
+    """Several labels an image, for the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
+
+    `balanced`: of each label its positives count as much as its negatives, together as much as they all did. Labels
+    whose probability is above their threshold, of (K,), are answers. For the goal see `measures.threshold_for`.
+    """
 
     kind = "multilabel"
     score = "macro_ap"
@@ -341,6 +229,10 @@ class MultiLabel(Task):
     pipeline = "image-classification"
     recorded = ("thresholds",)
     Report = LabelReport
+    activation = "sigmoid"
+    output_name = "probabilities"
+    served: Mapping[str, str] = {"thresholds": "thresholds"}
+    always_calibrates = True
 
     def __init__(
         self,
@@ -350,9 +242,102 @@ class MultiLabel(Task):
         thresholds: Tensor | None = None,
         goal: str = "f1",
     ):
-        objective = LabelObjective(len(names), targets, balanced)
-        super().__init__(objective, LabelHead(names, objective, thresholds, goal))
+        super().__init__(names)
+        labels = len(names)
+        targets = torch.full((1, labels), math.nan) if targets is None else targets
+        self.balanced = balanced
+        known = (~targets.isnan()).sum(0)
+        self.positives = targets.nansum(0)  # (K,)
+        self.shares = self.positives / known.clamp_min(1)
+        both = torch.stack([known - self.positives, self.positives])
+        self.weights = torch.ones(2, labels)
+        if balanced:
+            self.weights = (known / (2 * both)).where(both.amin(0) > 0, 1.0)
+        odds = self.weights * (both + 0.5)
+        self.constant_logits = (odds[1] / odds[0]).log()
+        self.goal = goal
+        self.thresholds = torch.full((labels,), THRESHOLD) if thresholds is None else thresholds.float()
 
     @classmethod
     def of_run(cls, names, train, args):
         return cls(names, train.targets, args.class_weights == "balanced", goal=args.threshold)
+
+    def to(self, device: torch.device) -> None:
+        self.weights = self.weights.to(device)
+        self.constant_logits = self.constant_logits.to(device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over all K labels of an image, where unknown ones count 0; summed over images."""
+        return self.plain_loss(outputs, targets, self.weights[1].where(targets == 1, self.weights[0]))
+
+    def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        known = ~targets.isnan()
+        losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
+        return losses.masked_fill(~known, 0).sum() / outputs.shape[1]
+
+    def counts(self, images: LabelledImages) -> Mapping[int, int]:
+        return dict(enumerate(images.targets.nansum(0).long().tolist()))
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        targets = images.targets
+        known = (~targets.isnan()).sum(0)
+        share = targets.nansum(0) / known.clamp_min(1)
+        entropies = torch.special.entr(share) + torch.special.entr(1 - share)
+        return (known * entropies).sum().item() / targets.numel()
+
+    def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
+        loss = self.plain_loss(outputs, targets).item() / len(targets)
+        return LabelAnswers(loss, outputs.sigmoid(), targets)
+
+    def probe_score(self, model, features, targets) -> float:
+        return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
+
+    def constant_score(self, images: LabelledImages) -> float:
+        return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score
+
+    def variance(self, score: float, images: int) -> float:
+        """Each label's AP is about as sure as a share of its positives, and the labels' are independent."""
+        seen = self.shares[self.positives > 0]
+        if not len(seen):
+            return math.inf
+        return score * (1 - score) * (1 / (images * seen).clamp_min(1)).mean().item() / len(seen)
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        weights = self.weights if self.balanced else None
+        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights, clusters))
+
+    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
+        loss = functools.partial(self.loss, targets=targets)
+        return probe.choose_temperature(model, features, loss, features_train, self.constant_logits)
+
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        constant = self.constant_logits.to(outputs.device)
+        smoothed = torch.lerp(targets, torch.full_like(targets, 0.5), smoothing).double()
+
+        def loss(distances: Tensor) -> Tensor:
+            return self.plain_loss(distances + constant, smoothed) / len(targets)
+
+        return measures.fit_temperature(outputs - constant, loss)
+
+    def calibrate(self, outputs, targets, optimism) -> None:
+        """The thresholds are those that reach the goal on these views."""
+        super().calibrate(outputs, targets, optimism)
+        constant = self.constant_logits.to(outputs.device)
+        tempered = torch.lerp(constant, outputs, 1 / self.temperature)  # as of a head that is softened so
+        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).thresholds_for(self.goal).nan_to_num(THRESHOLD)
+
+    def take_chosen(self, metadata) -> None:
+        super().take_chosen(metadata)
+        self.thresholds = torch.tensor(metadata["task"]["thresholds"])
+
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        """The labels whose probability is above their threshold, and the probability of each label."""
+        probabilities = outputs.sigmoid()
+        said = (probabilities > self.thresholds).tolist()
+        columns = {"labels": [",".join(itertools.compress(self.names, row)) for row in said]}
+        for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
+            columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
+        return columns
+
+    def output_layer(self) -> nn.Module:
+        return nn.Sigmoid()

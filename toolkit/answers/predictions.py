@@ -108,11 +108,11 @@ class Maps:
     writes: bool = True  # False: in a process whose answers another one writes
 
     def __post_init__(self) -> None:
-        self.are_classes = self.task.head.activation == "softmax"
+        self.are_classes = self.task.activation == "softmax"
         self.has_classes = self.are_classes and not self.probabilities
         if self.has_classes and len(self.task.names) > NO_CLASS:
             raise InputError(f"a map of classes has at most {NO_CLASS} of them: use --probabilities")
-        if self.probabilities and self.task.head.activation == "none":
+        if self.probabilities and self.task.activation == "none":
             raise InputError("--probabilities: numbers have none; drop it")
         if self.abstain is not None and not self.has_classes:
             raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
@@ -130,7 +130,10 @@ class Maps:
             step = self.window
             parts = bar(self._windows(scene), total=math.ceil(scene.height / step))
         names = self.task.names
-        colours = palette(len(names), self.task.head.record().get("colours")) if self.has_classes else None
+        colours = None
+        if self.has_classes:
+            record = self.task.record() or {}
+            colours = palette(len(names), record.get("colours"))
         is_tiff = path.suffix in (".tif", ".tiff")
         if not self.writes:
             deque(parts, maxlen=0)
@@ -174,7 +177,7 @@ class Maps:
             return classes
         if self.are_classes:
             return outputs.softmax(2).numpy()
-        numbers = self.task.head.output_layer()(outputs).numpy()  # float64 where float32 could not tell them apart
+        numbers = self.task.output_layer()(outputs).numpy()  # float64 where float32 could not tell them apart
         return numbers[..., 0] if numbers.shape[2] == 1 else numbers
 
 

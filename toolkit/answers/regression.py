@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toolkit import InputError, printable
 from toolkit.answers import measures, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
-from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
+from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER
@@ -44,82 +44,6 @@ class NumberAnswers(ColumnAnswers):
         for values, targets, images in self.known():
             found.append(MEASURES[name](values, targets, None if weights is None else weights[:, images]))
         return torch.stack(found, -1)
-
-
-class NumberObjective(Objective):
-    """The squared error of numbers standardised by `mean` and `std` of training images; none where one is unknown."""
-
-    def __init__(self, mean: Tensor, std: Tensor):
-        self.mean = mean.double()
-        self.std = std.double()
-        self.in_loss = self.mean, self.std  # where the loss is computed, so that no batch waits for copies
-
-    def to(self, device: torch.device) -> None:
-        if device.type != "mps":  # which has no float64
-            self.in_loss = self.mean.to(device), self.std.to(device)
-
-    def standardised(self, targets: Tensor) -> Tensor:
-        """In the targets' own precision: large numbers that differ by little need float64."""
-        mean, std = (of.to(targets) for of in self.in_loss)
-        return (targets - mean) / std
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""
-        wanted = self.standardised(targets).to(outputs.dtype).to(outputs.device)  # MPS has no float64
-        errors = (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0)
-        return errors.sum() / outputs.shape[1]
-
-    plain_loss = loss
-
-    def counts(self, images: LabelledImages) -> Mapping[int, int]:
-        return dict(enumerate((~images.targets.isnan()).sum(0).tolist()))
-
-    def constant_loss(self, images: LabelledImages) -> float:
-        targets = self.standardised(images.targets)
-        return self.loss(targets.nanmean(0).expand_as(targets), images.targets).item() / len(images)
-
-
-class NumberHead(Head):
-    """Standardised numbers."""
-
-    output_name = "numbers"
-    activation = "none"
-    served: Mapping[str, str] = {"mean": "output_mean", "std": "output_std"}
-
-    def in_units(self, outputs: Tensor) -> Tensor:
-        """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
-        return outputs.cpu().double() * self.objective.std + self.objective.mean
-
-    def answers(self, outputs: Tensor, targets: Tensor) -> NumberAnswers:
-        loss = self.objective.loss(outputs, targets).item() / len(targets)
-        return NumberAnswers(loss, self.in_units(outputs), targets)
-
-    def score(self, model, features, targets) -> float:
-        return NumberAnswers(0.0, self.in_units(probe.head_outputs(model, features)), targets.cpu()).score
-
-    def constant_score(self, images: LabelledImages) -> float:
-        return 0.0
-
-    def variance(self, score: float, images: int) -> float:
-        """Of R2 (Olkin and Finn, Psychological Bulletin 118, 1995, table 1); of one near 0 as of 1 / images."""
-        share = min(1.0, max(1 / images, score))
-        return 4 * share * (1 - share) ** 2 / images
-
-    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        return probe.set_head(model, probe.fit_ridge(features, self.objective.standardised(targets), views, clusters))
-
-    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
-        return probe.HeadTemperature()  # a softer head would answer other numbers
-
-    def record(self) -> dict[str, list[float]]:
-        return {"mean": self.objective.mean.tolist(), "std": self.objective.std.tolist()}
-
-    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
-        columns = zip(self.names, self.in_units(outputs).T.tolist(), self.objective.std.tolist(), strict=True)
-        return {name: [number_text(number, spread) for number in numbers] for name, numbers, spread in columns}
-
-    def output_layer(self) -> nn.Module:
-        return InUnits(self.objective.mean, self.objective.std)
 
 
 def number_text(number: float, spread: float, digits: int = 6) -> str:
@@ -204,7 +128,7 @@ class NumberReport(ColumnReport):
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The largest errors by the numbers' spread."""
         answers = self.answers
-        spreads = self.head.objective.std
+        spreads = self.task.std
         found = []
         for image, number in self.worst((answers.values - answers.targets).abs() / spreads):
             pair = (answers.targets[image, number], answers.values[image, number])
@@ -214,7 +138,10 @@ class NumberReport(ColumnReport):
 
 
 class Regression(Task):
-    """Numbers, by targets of training images (N, K), or their mean and std (K,); InputError if one never varies."""
+    """The squared error of numbers standardised by the `mean` and `std`, (K,), of training images' targets (N, K).
+
+    InputError if a number never varies.
+    """
 
     kind = "regression"
     score = "r2"
@@ -226,6 +153,9 @@ class Regression(Task):
     measured = tuple(MEASURES)
     recorded = ("mean", "std")
     Report = NumberReport
+    activation = "none"
+    output_name = "numbers"
+    served: Mapping[str, str] = {"mean": "output_mean", "std": "output_std"}
 
     def __init__(
         self, names: Sequence[str], targets: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
@@ -236,9 +166,67 @@ class Regression(Task):
                 if len(known) < 2 or known.min() == known.max():
                     raise InputError(f"the number {name} is the same in all training images: there is nothing to learn")
             mean, std = torch.tensor([[of.mean(), of.std(correction=0)] for of in columns], dtype=torch.float64).T
-        objective = NumberObjective(mean, std)
-        super().__init__(objective, NumberHead(names, objective))
+        super().__init__(names)
+        self.mean = mean.double()
+        self.std = std.double()
+        self.in_loss = self.mean, self.std  # where the loss is computed, so that no batch waits for copies
 
     @classmethod
     def of_run(cls, names, train, args):
         return cls(names, train.targets)
+
+    def to(self, device: torch.device) -> None:
+        if device.type != "mps":  # which has no float64
+            self.in_loss = self.mean.to(device), self.std.to(device)
+
+    def standardised(self, targets: Tensor) -> Tensor:
+        """In the targets' own precision: large numbers that differ by little need float64."""
+        mean, std = (of.to(targets) for of in self.in_loss)
+        return (targets - mean) / std
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""
+        wanted = self.standardised(targets).to(outputs.dtype).to(outputs.device)  # MPS has no float64
+        errors = (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0)
+        return errors.sum() / outputs.shape[1]
+
+    plain_loss = loss
+
+    def counts(self, images: LabelledImages) -> Mapping[int, int]:
+        return dict(enumerate((~images.targets.isnan()).sum(0).tolist()))
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        targets = self.standardised(images.targets)
+        return self.loss(targets.nanmean(0).expand_as(targets), images.targets).item() / len(images)
+
+    def in_units(self, outputs: Tensor) -> Tensor:
+        """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
+        return outputs.cpu().double() * self.std + self.mean
+
+    def answers(self, outputs: Tensor, targets: Tensor) -> NumberAnswers:
+        loss = self.loss(outputs, targets).item() / len(targets)
+        return NumberAnswers(loss, self.in_units(outputs), targets)
+
+    def probe_score(self, model, features, targets) -> float:
+        return NumberAnswers(0.0, self.in_units(probe.head_outputs(model, features)), targets.cpu()).score
+
+    def constant_score(self, images: LabelledImages) -> float:
+        return 0.0
+
+    def variance(self, score: float, images: int) -> float:
+        """Of R2 (Olkin and Finn, Psychological Bulletin 118, 1995, table 1); of one near 0 as of 1 / images."""
+        share = min(1.0, max(1 / images, score))
+        return 4 * share * (1 - share) ** 2 / images
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        return probe.set_head(model, probe.fit_ridge(features, self.standardised(targets), views, clusters))
+
+    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
+        return probe.HeadTemperature()  # a softer head would answer other numbers
+
+    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+        columns = zip(self.names, self.in_units(outputs).T.tolist(), self.std.tolist(), strict=True)
+        return {name: [number_text(number, spread) for number in numbers] for name, numbers, spread in columns}
+
+    def output_layer(self) -> nn.Module:
+        return InUnits(self.mean, self.std)

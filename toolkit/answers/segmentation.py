@@ -21,7 +21,7 @@ from toolkit import InputError, distributed
 from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.parts import Head, SoftmaxObjective, Task
+from toolkit.answers.parts import SoftmaxObjective
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.devices import to_device
 from toolkit.images.data import LabelledImages
@@ -71,124 +71,6 @@ def pixel_figures(counts: Tensor) -> dict[str, Tensor]:
     dice = 2 * right / (truths + answers)
     accuracy = right.sum(1) / truths.sum(1)
     return {"miou": iou.nanmean(1), "macro_dice": dice.nanmean(1), "pixel_accuracy": accuracy, "iou": iou, "dice": dice}
-
-
-class PixelObjective(SoftmaxObjective):
-    """Cross-entropy of logits (N, K, H, W) and masks (N, H, W): the mean over an image's known pixels."""
-
-    def counts(self, images: LabelledImages) -> dict[int, int]:
-        return dict(enumerate((images.targets > 0).sum(0).tolist()))
-
-    def constant_loss(self, images: LabelledImages) -> float:
-        shares = (images.targets / images.targets.sum(1, keepdim=True)).nanmean(0)
-        return -torch.special.xlogy(shares, shares).sum().item()
-
-
-class PixelHead(Head):
-    """Logits of K classes for every pixel, linear in the features of the pixel."""
-
-    output_name = "probabilities"
-    always_calibrates = True
-
-    def __init__(self, names: Sequence[str], objective: PixelObjective, masks: MaskReader):
-        super().__init__(names, objective)
-        self.masks = masks
-
-    def output_layer(self) -> nn.Module:
-        return nn.Softmax(1)
-
-    def record(self) -> dict[str, Any]:
-        return self.masks.record
-
-    @torch.no_grad()
-    def evaluate(self, model, loader, device, dtype=torch.float32) -> PixelAnswers:
-        """Answers for images of any size, in overlapping windows of the model's own."""
-
-        def answer(windows: Tensor) -> Tensor:
-            return evaluation.computed(model, windows, device, dtype).float()
-
-        counted: list[list[Tensor]] = []
-        worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it
-        with evaluation.eval_mode(model):
-            for images, masks in loader:
-                if torch.is_tensor(images) and set(images.shape[2:]) == {model.window}:
-                    parts: Iterable = ([logits] for logits in answer(images))
-                else:
-                    parts = (
-                        answers_by_rows(lambda a, b, image=image: image[:, a:b], *image.shape[1:], model.window, answer)
-                        for image in images
-                    )
-                found = [_counted(rows, to_device(mask, device)) for rows, mask in zip(parts, masks, strict=True)]
-                shares = torch.stack([_share_right(confusion) for confusion, *_ in found]).tolist()
-                for share, (*figures, answers) in zip(shares, found, strict=True):
-                    image = len(counted) * distributed.world_size() + distributed.rank()
-                    counted.append(figures)
-                    worst.append((share, image, answers))
-                worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
-        columns = map(torch.stack, zip(*counted, strict=True))
-        confusion, losses, bins = (distributed.interleave(column).cpu() for column in columns)
-        worst = [(share, image, answers.cpu()) for share, image, answers in worst]
-        worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
-        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})
-
-    def constant_score(self, images: LabelledImages) -> float:
-        pixels = images.targets.sum(0)
-        return (pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
-
-    def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
-        """The temperature that fits pixels of training images: they are enough to fit others as well."""
-        return measures.fit_temperature(outputs, functools.partial(F.cross_entropy, target=targets))
-
-    def pixel_outputs(self, model, loader, device, dtype, images) -> tuple[Tensor, Tensor]:
-        """Outputs (M, K) and classes (M,) of random known pixels of a loader's images, each class as often as it is."""
-        features, targets = self.features(model, loader, device, dtype, images, balanced=False)
-        known = targets != NO_LABEL
-        return probe.head_outputs(model, features[known]).cpu(), targets[known].cpu()
-
-    @torch.no_grad()
-    def features(self, model, loader, device, dtype, images, balanced=True) -> tuple[Tensor, Tensor]:
-        """Features (N P, D) and classes (N P,) of P pixels of each image, as the objective weighs it if `balanced`."""
-        pixels = PROBE_ROWS // (2 * images)
-        of_backbone = functools.partial(feature_maps, model.backbone)
-        rows = []
-        classes = []
-        with evaluation.eval_mode(model):
-            for batch, masks in loader:
-                height, width = masks.shape[1:]
-                maps = evaluation.computed(of_backbone, batch, device, dtype)
-                drawn = [self._drawn(mask, pixels, len(rows) + i, balanced) for i, mask in enumerate(masks)]
-                places = torch.stack(drawn)  # (N, P)
-                points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 2)
-                for i, of_image in enumerate(to_device(points, device)):
-                    rows.append(features_at([of_batch[i : i + 1] for of_batch in maps], of_image))
-                classes.append(to_device(masks.flatten(1).gather(1, places), device))
-        features = distributed.interleave(torch.stack(rows))
-        return features.flatten(0, 1), distributed.interleave(torch.cat(classes)).flatten()
-
-    def _drawn(self, mask: Tensor, pixels: int, number: int, balanced: bool) -> Tensor:
-        """The places of this many random known pixels of a mask (H, W); of one without any, unknown ones."""
-        # `number` is of the image among this process's. The draws depend on its number among all.
-        draws = torch.Generator().manual_seed(number * distributed.world_size() + distributed.rank())
-        flat = mask.flatten().cpu()
-        known = flat != NO_LABEL
-        weights = known.float()
-        if balanced and self.objective.class_weights is not None:
-            weights = weights * self.objective.class_weights.cpu()[flat.clamp_min(0)]
-        if not known.any():
-            weights = torch.ones(len(flat))
-        return torch.multinomial(weights, pixels, replacement=True, generator=draws)
-
-    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        """The probe without its held-out answers: what a probe of few pixels gets wrong in others says little of a
-        head that trains on all of them, and a temperature by it made probabilities worse."""
-        per_image = len(targets) // views // len(clusters)
-        of_rows = clusters.cpu().repeat_interleave(per_image).repeat(views)
-        known = (targets != NO_LABEL).cpu()
-        if len(targets[known].unique()) < 2:
-            raise InputError("crops show fewer than two classes: use --head-init random or a larger --image-size")
-        # Views are of other pixels, which belong together by their image as well.
-        found = probe.fit_linear_probe(features[known], targets[known], len(self.names), clusters=of_rows[known])
-        return probe.set_head(model, found._replace(held_out=None))
 
 
 def _counted(parts: Iterable[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,8 +191,11 @@ class PixelReport(Report):
         return dict(zip(titles, counted(self.answers.confusion).mT.flatten(1).T.tolist(), strict=True))
 
 
-class Segmentation(Task):
-    """A class for every pixel; `class_weights` (K,) say how much each counts, in the loss and for the head's start."""
+class Segmentation(SoftmaxObjective):
+    """A class for every pixel: logits (N, K, H, W), linear in the features of the pixel, and masks (N, H, W).
+
+    `class_weights` (K,) say how much each class counts, in the loss and for the head's start.
+    """
 
     kind = "segmentation"
     score = "miou"
@@ -321,6 +206,8 @@ class Segmentation(Task):
     predicted_into = "maps"
     pipeline = "image-segmentation"
     Report = PixelReport
+    output_name = "probabilities"
+    always_calibrates = True
 
     def __init__(
         self,
@@ -329,8 +216,8 @@ class Segmentation(Task):
         label_smoothing: float = 0.0,
         masks: MaskReader | None = None,
     ):
-        objective = PixelObjective(class_weights, label_smoothing)
-        super().__init__(objective, PixelHead(names, objective, masks or MaskReader(None)))
+        super().__init__(names, class_weights, label_smoothing)
+        self.masks = masks or MaskReader(None)
 
     @classmethod
     def of_run(cls, names, train, args):
@@ -340,6 +227,109 @@ class Segmentation(Task):
     @classmethod
     def from_record(cls, names, record):
         return cls(names, masks=MaskReader.from_record(record, names))
+
+    def counts(self, images: LabelledImages) -> dict[int, int]:
+        return dict(enumerate((images.targets > 0).sum(0).tolist()))
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        shares = (images.targets / images.targets.sum(1, keepdim=True)).nanmean(0)
+        return -torch.special.xlogy(shares, shares).sum().item()
+
+    def output_layer(self) -> nn.Module:
+        return nn.Softmax(1)
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.masks.record}
+
+    @torch.no_grad()
+    def evaluate(self, model, loader, device, dtype=torch.float32) -> PixelAnswers:
+        """Answers for images of any size, in overlapping windows of the model's own."""
+
+        def answer(windows: Tensor) -> Tensor:
+            return evaluation.computed(model, windows, device, dtype).float()
+
+        counted: list[list[Tensor]] = []
+        worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it
+        with evaluation.eval_mode(model):
+            for images, masks in loader:
+                if torch.is_tensor(images) and set(images.shape[2:]) == {model.window}:
+                    parts: Iterable = ([logits] for logits in answer(images))
+                else:
+                    parts = (
+                        answers_by_rows(lambda a, b, image=image: image[:, a:b], *image.shape[1:], model.window, answer)
+                        for image in images
+                    )
+                found = [_counted(rows, to_device(mask, device)) for rows, mask in zip(parts, masks, strict=True)]
+                shares = torch.stack([_share_right(confusion) for confusion, *_ in found]).tolist()
+                for share, (*figures, answers) in zip(shares, found, strict=True):
+                    image = len(counted) * distributed.world_size() + distributed.rank()
+                    counted.append(figures)
+                    worst.append((share, image, answers))
+                worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        columns = map(torch.stack, zip(*counted, strict=True))
+        confusion, losses, bins = (distributed.interleave(column).cpu() for column in columns)
+        worst = [(share, image, answers.cpu()) for share, image, answers in worst]
+        worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})
+
+    def constant_score(self, images: LabelledImages) -> float:
+        pixels = images.targets.sum(0)
+        return (pixels.max() / pixels.sum() / (pixels > 0).sum()).item()
+
+    def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
+        """The temperature that fits pixels of training images: they are enough to fit others as well."""
+        return measures.fit_temperature(outputs, functools.partial(F.cross_entropy, target=targets))
+
+    def pixel_outputs(self, model, loader, device, dtype, images) -> tuple[Tensor, Tensor]:
+        """Outputs (M, K) and classes (M,) of random known pixels of a loader's images, each class as often as it is."""
+        features, targets = self.features(model, loader, device, dtype, images, balanced=False)
+        known = targets != NO_LABEL
+        return probe.head_outputs(model, features[known]).cpu(), targets[known].cpu()
+
+    @torch.no_grad()
+    def features(self, model, loader, device, dtype, images, balanced=True) -> tuple[Tensor, Tensor]:
+        """Features (N P, D) and classes (N P,) of P pixels of each image, as the loss weighs it if `balanced`."""
+        pixels = PROBE_ROWS // (2 * images)
+        of_backbone = functools.partial(feature_maps, model.backbone)
+        rows = []
+        classes = []
+        with evaluation.eval_mode(model):
+            for batch, masks in loader:
+                height, width = masks.shape[1:]
+                maps = evaluation.computed(of_backbone, batch, device, dtype)
+                drawn = [self._drawn(mask, pixels, len(rows) + i, balanced) for i, mask in enumerate(masks)]
+                places = torch.stack(drawn)  # (N, P)
+                points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 2)
+                for i, of_image in enumerate(to_device(points, device)):
+                    rows.append(features_at([of_batch[i : i + 1] for of_batch in maps], of_image))
+                classes.append(to_device(masks.flatten(1).gather(1, places), device))
+        features = distributed.interleave(torch.stack(rows))
+        return features.flatten(0, 1), distributed.interleave(torch.cat(classes)).flatten()
+
+    def _drawn(self, mask: Tensor, pixels: int, number: int, balanced: bool) -> Tensor:
+        """The places of this many random known pixels of a mask (H, W); of one without any, unknown ones."""
+        # `number` is of the image among this process's. The draws depend on its number among all.
+        draws = torch.Generator().manual_seed(number * distributed.world_size() + distributed.rank())
+        flat = mask.flatten().cpu()
+        known = flat != NO_LABEL
+        weights = known.float()
+        if balanced and self.class_weights is not None:
+            weights = weights * self.class_weights.cpu()[flat.clamp_min(0)]
+        if not known.any():
+            weights = torch.ones(len(flat))
+        return torch.multinomial(weights, pixels, replacement=True, generator=draws)
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        """The probe without its held-out answers: what a probe of few pixels gets wrong in others says little of a
+        head that trains on all of them, and a temperature by it made probabilities worse."""
+        per_image = len(targets) // views // len(clusters)
+        of_rows = clusters.cpu().repeat_interleave(per_image).repeat(views)
+        known = (targets != NO_LABEL).cpu()
+        if len(targets[known].unique()) < 2:
+            raise InputError("crops show fewer than two classes: use --head-init random or a larger --image-size")
+        # Views are of other pixels, which belong together by their image as well.
+        found = probe.fit_linear_probe(features[known], targets[known], len(self.names), clusters=of_rows[known])
+        return probe.set_head(model, found._replace(held_out=None))
 
 
 def rare_class_weights(pixels: Tensor) -> Tensor:

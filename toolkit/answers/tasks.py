@@ -45,19 +45,19 @@ def start_head(
     """
     train, queries, *augmented = features
     of_knn, of_probe = baseline_keys(task)
-    baseline: dict[str, float | None] = {of_knn: task.head.knn_score(*train, *queries), of_probe: None}
+    baseline: dict[str, float | None] = {of_knn: task.knn_score(*train, *queries), of_probe: None}
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature(), None
     both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
-    started = task.head.start(model, *both, views=2, clusters=clusters)
-    baseline[of_probe] = task.head.score(model, *queries)
+    started = task.start(model, *both, views=2, clusters=clusters)
+    baseline[of_probe] = task.probe_score(model, *queries)
     found = None
     if unlabelled is not None:
-        found = task.head.start_by_unlabelled(model, *both, unlabelled, started, views=2, clusters=clusters)
+        found = task.start_by_unlabelled(model, *both, unlabelled, started, views=2, clusters=clusters)
         started = found.probe
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
-    temperature = task.head.first_temperature(model, *augmented[0], features_train)
+    temperature = task.first_temperature(model, *augmented[0], features_train)
     if started.held_out is not None:
         temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented[0]))
     return baseline, temperature, found
@@ -73,9 +73,9 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
     known = held_out.isfinite().all(1)
-    unseen = task.head.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
+    unseen = task.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
     unseen **= len(targets) / (len(targets) + SURE_IMAGES)
-    return unseen / task.head.fitted_temperature(views, targets, VIEW_SMOOTHING)
+    return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
 
 
 def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
@@ -86,7 +86,7 @@ def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:
     """The task that the options ask for, with what the training images say of it."""
     task = TASKS[args.task].of_run(splits.class_names, splits.train, args)
-    task.objective.to(device)
+    task.to(device)
     return task
 
 

@@ -63,13 +63,13 @@ class Guard:
     def __init__(
         self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink: bool = False, epochs: int = 1
     ):
-        self.variance = task.head.variance
+        self.variance = task.variance
         self.epochs = epochs
         self.has_masks = task.per_pixel
         self.images = len(watched)
         self.may_shrink = may_shrink
-        self.constant_score = task.head.constant_score(watched)
-        self.constant_loss = task.objective.constant_loss(train)
+        self.constant_score = task.constant_score(watched)
+        self.constant_loss = task.constant_loss(train)
         self.first_loss: float | None = None  # of the first step: the loss before training
         self.recent_loss: float | None = None  # a moving average
         self.scores: list[float] = []  # before training, and after each epoch

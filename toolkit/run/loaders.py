@@ -221,7 +221,7 @@ class Loaders:
         found = []
         for what, loader in loaders.items():
             bar = runs.progress_bar(loader, f"for the linear probe: {what}")
-            found.append(task.head.features(network, bar, self.device, dtype, len(train)))
+            found.append(task.features(network, bar, self.device, dtype, len(train)))
         if self.has_masks:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
         return found

@@ -207,7 +207,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         view = eval_transform(run.report["image_size"], **normalization)
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
-    images = run.task.objective.counts(run.splits.train)
+    images = run.task.counts(run.splits.train)
     adapter = shlex.quote(str(run.path("lora.pth")))
     found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
     results["verdict"] = found._asdict()
@@ -233,7 +233,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
 
 def labels_to_check(run: FineTuned) -> list[str]:
     """Write the training images whose label the probe contradicts, the worst first, and show some, for the page."""
-    found = run.task.head.contradicted
+    found = run.task.contradicted
     if found is None:
         return []
     images = run.splits.train.at_most(KNN_IMAGES)  # which the probe is of; of cached features there are no pictures
