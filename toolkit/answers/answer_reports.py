@@ -191,7 +191,6 @@ def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
 
 
 def interval_text(low: float, high: float, form: str = ".1%") -> str:
-    """How far chance reaches."""
     if math.isinf(high - low):
         return "no interval: too few images or groups to tell"
     return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"

@@ -106,7 +106,6 @@ class ClassReport(Report):
         answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        """The wrong answers that were given with most confidence."""
         answers = self.answers
         ranked = answers.confidences.argsort(descending=True, stable=True)
         wrong = ranked[answers.predictions[ranked] != answers.labels[ranked]]

@@ -101,7 +101,6 @@ def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
 
 
 def _read(path: Path) -> Answered:
-    """The content of a file of answers."""
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             titles, *rows = csv.reader(file)
@@ -184,18 +183,13 @@ def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
 
     Runs that differ by their seed alone, or by the part of a cross-validation, share a row.
     """
-    runs = [(path, read_results(path)) for path in dict.fromkeys(paths)]
     kinds = set()
-    for _, results in runs:
+    groups: dict[str, list[tuple[Path, float]]] = {}
+    for path in dict.fromkeys(paths):
+        results = read_results(path)
         images = results.get("val_images", results.get("images"))
         of_parts = value_at(results, "config/data/folds") is not None
         kinds.add(f"{results['task']} of {'parts of the' if of_parts else images} images")
-    if len(kinds) > 1:
-        raise InputError(
-            f"these results are of {listed(sorted(kinds))}: compare results of one task over the same images"
-        )
-    groups: dict[str, list[tuple[Path, float]]] = {}
-    for path, results in runs:
         score = TASKS[results["task"]].score
         value = results.get(f"val_{score}", results.get(score))
         settings = flat(results.get("config", {"file": str(path)}))  # results of `evaluate` stand alone
@@ -205,6 +199,10 @@ def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
             settings.pop(of_one_run, None)
         if value is not None:  # else it is not defined on these images
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
+    if len(kinds) > 1:
+        raise InputError(
+            f"these results are of {listed(sorted(kinds))}: compare results of one task over the same images"
+        )
     every = [json.loads(key) for key in groups]
     rows = []
     for own, members in zip(every, groups.values(), strict=True):

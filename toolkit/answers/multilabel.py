@@ -202,7 +202,6 @@ class LabelReport(ColumnReport):
         save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        """The most confidently wrong labels."""
         values = self.answers.values
         targets = self.answers.targets
         is_wrong = (values > self.task.thresholds) != (targets == 1)

@@ -113,7 +113,6 @@ class Task:
         return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
 
     def evaluate(self, model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Answers:
-        """The answers of a model over a loader."""
         return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
 
     def probe_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:

@@ -126,7 +126,6 @@ class NumberReport(ColumnReport):
         save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        """The largest errors by the numbers' spread."""
         answers = self.answers
         spreads = self.task.std
         found = []

@@ -61,7 +61,6 @@ def write_page(
 
 
 def write_html(path: Path, title: str, parts: Sequence[str]) -> None:
-    """Write a page with this heading and these parts, in HTML."""
     head = f'<meta charset="utf-8"><meta name="generator" content="{MADE_BY}">'
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
