@@ -1091,10 +1091,9 @@ class FineTuning(RunState):
         steps = math.ceil(len(self.loaders.train) / args.accumulation_steps)
         divisor = optim.run_divisor(args, asked, steps)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
-        network = devices.compiled(self.network, self.device, args.accumulation_steps) if args.compile else self.network
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
-        self.begin_training(network, optimizer, steps, warmup)
+        self.begin_training(self.network, optimizer, steps, warmup)
         optim.lower_rates(self.schedule, divisor)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),

@@ -14,8 +14,8 @@ Memory: each variant takes a few steps in a fresh process of its own, above its 
 tensors' memory. On a CPU it is told twice: "tensors" is the peak of the process when every large tensor is a mapping of
 its own, which ends with it; "resident" is the peak with glibc's defaults, which counts the holes in its heap as well.
 The layers here multiply by oneDNN in float32 on AMD's CPUs with AVX-512, where PyTorch itself calls MKL. The variants
-named oneDNN do the same, and where they are measured all speeds are against them. On a GPU there are compiled variants
-as well. A variant that fails, for want of memory say, is left out, and the last line of its error is told.
+named oneDNN do the same, and where they are measured all speeds are against them. A variant that fails, for want of
+memory say, is left out, and the last line of its error is told.
 Denormal numbers, those below the normal range of their dtype, are slow on Intel's processors, and no clock elsewhere
 shows them. On a CPU one more step, which is not timed, counts the operations on whose way there was one (x86 alone; in
 the first thread's share of the work), and how many were written into tensors.
@@ -67,7 +67,7 @@ from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.answers.probe import linear_head
 from toolkit.config import positive_int
-from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device, select_precision
+from toolkit.devices import autocast, peak_memory_bytes, select_device, select_precision
 from toolkit.models.backbones import block_names, build_backbone, head_name
 from toolkit.models.names import default_image_size
 from toolkit.models.norms import FreezableBatchNorm2d, constants_kept
@@ -277,7 +277,6 @@ class Variant:
     models: str = ""  # how the names of the models that it is for begin
     around: Callable = contextlib.nullcontext  # what the forward runs in
     device: str = ""  # on which type of device it is run unless asked for
-    compiled: bool = False
     without: tuple[types.ModuleType, str, Any] | None = None  # a name in a module here, and what stands in its place
     by_default: bool = True
     precision: str = ""  # the only one in which it is another computation
@@ -293,9 +292,6 @@ VARIANTS = {
         around=onednn_products,
         device="cpu",
     ),
-    "full_compiled": Variant(
-        "full fine-tuning, compiled", full_fine_tuning, save_state_dict, device="cuda", compiled=True
-    ),
     "probe": Variant("linear probe", linear_probe, save_trained),
     "peft": Variant("PEFT", peft_lora, save_peft, "peft"),
     "peft_onednn": Variant("PEFT, oneDNN", peft_lora, save_peft, "peft", "vit", onednn_products, "cpu"),
@@ -304,21 +300,10 @@ VARIANTS = {
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
     "lora_int8": Variant("LoRA here, arithmetic in 8 bits", lora_int8, save_here, models="vit", device="cpu"),
-    "lora_int8_compiled": Variant(
-        *("LoRA here, arithmetic in 8 bits, compiled", lora_int8, save_here),
-        models="vit",
-        device="cuda",
-        compiled=True,
-        by_default=False,
-    ),
-    "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
     "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
     "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
     "lora_follow": Variant("LoRA here, norms follow", lora_following_norms, save_here, models="resnet"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
-    "qlora_compiled": Variant(
-        *("QLoRA here, compiled", qlora, save_here, "bitsandbytes"), device="cuda", compiled=True
-    ),
     "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),
     "qlora_full": Variant("QLoRA here, full checkpointing", qlora_checkpointed, save_here, "bitsandbytes", "vit"),
 }
@@ -381,9 +366,6 @@ class Training:
     def __init__(self, name: str, args, model: nn.Module | None = None):
         self.name, self.args = name, args
         self.model = build_variant(name, args) if model is None else model
-        self.network = self.model
-        if VARIANTS[name].compiled:
-            self.network = compiled(self.network, args.device)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4, fused=True)
         self.dtype = select_precision(args.precision, args.device)
@@ -401,7 +383,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         with self.undone():
             with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
-                logits = self.network(images)
+                logits = self.model(images)
             self.loss = F.cross_entropy(logits.float(), labels)
             self.loss.backward()
         self.optimizer.step()

@@ -208,34 +208,23 @@ def stock_kernels() -> Iterator[None]:
 
 @constants_kept()
 def record(name: str, args) -> Recording:
-    """A step of a variant of `benchmarks.compare_peers` at its full size, on fake tensors.
+    """The second step of a variant of `benchmarks.compare_peers` at its full size, on fake tensors.
 
     Args:
         args: model, batch_size, image_size, rank, precision, seed, and the device that the tensors pretend to be on.
     """
-    recorder = Recorder(args.device)
-    with fake_step(name, args, recorder) as step:
-        return _record(recorder, *step)
-
-
-@contextlib.contextmanager
-def fake_step(name: str, args, recorder: Recorder | None = None) -> Iterator[tuple[Training, Tensor, Tensor]]:
-    """A variant, and images and labels for a step of it, on fake tensors within this block; `args` as in `record`."""
 
     def without_numbers(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=args.device)
 
     real = argparse.Namespace(**{**vars(args), "device": torch.device("cpu")})
-    model, batch = build_variant(name, real), random_batch(real, torch.Generator())
-    with stock_kernels(), FakeTensorMode(allow_non_fake_inputs=True), recorder or contextlib.nullcontext():
-        yield Training(name, args, model._apply(without_numbers)), *map(without_numbers, batch)
-
-
-def _record(recorder: Recorder, training: Training, images: Tensor, labels: Tensor) -> Recording:
-    """The second step: AdamW has its state then."""
-    inputs = training.inputs(images)
-    training.work(inputs, labels)
-    recorder.begin()
-    kept = recorder.live_bytes
-    training.work(inputs, labels)
-    return Recording(recorder.operators, recorder.peak_bytes, kept)
+    model = build_variant(name, real)
+    batch = random_batch(real, torch.Generator())
+    with stock_kernels(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(args.device) as recorder:
+        training = Training(name, args, model._apply(without_numbers))
+        images, labels = map(without_numbers, batch)
+        training.work(images, labels)  # AdamW has its state from here on
+        recorder.begin()
+        kept = recorder.live_bytes
+        training.work(images, labels)
+        return Recording(recorder.operators, recorder.peak_bytes, kept)

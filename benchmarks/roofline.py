@@ -4,14 +4,11 @@
     python -m benchmarks.roofline --model vit_b_16 --batch-size 64
     python -m benchmarks.roofline --model vit_b_16 --batch-size 64 --variants full,peft,lora,qlora
     python -m benchmarks.roofline --model resnet50 --batch-size 8
-    python -m benchmarks.roofline --model resnet50 --batch-size 8 --variants full,full_compiled,lora,lora_compiled
 
 A step of each variant of `benchmarks.compare_peers` runs on fake CUDA tensors, which have shapes and no numbers,
 through the code that runs on CUDA. Each operator is charged max(operations / peak, bytes / bandwidth,
 kernels * LAUNCH), and the sum is the GPU's work. Peak memory is that of the tensors that live at once, in blocks as
 PyTorch allocates them.
-
-Compiled variants have the kernels that Inductor plans (`benchmarks.compiled`).
 
 Left out are caches, which make small tensors cheaper, the workspaces of cuDNN and cuBLAS, and the time that Python
 needs to issue the kernels. Which share of a datasheet's figures a kernel reaches is assumed (SHARES), the same on all
@@ -158,13 +155,7 @@ def on_gpu() -> list[str]:
 def record_here(name: str, args) -> None:
     """In a process with a GPU: print the prediction, and exit at once: the threads of that GPU cannot be joined."""
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
-        if VARIANTS[name].compiled:
-            from benchmarks.compiled import record_compiled  # imports Inductor, which takes seconds
-
-            recording = record_compiled(name, args)
-        else:
-            recording = record(name, args)
-        print(json.dumps(predict(recording)), flush=True)
+        print(json.dumps(predict(record(name, args))), flush=True)
     os._exit(0)
 
 
@@ -190,7 +181,7 @@ def markdown_table(result: dict) -> str:
             against = f" ({v['speedup_over_full'][card]:.2f}x)" if "speedup_over_full" in v else ""
             cells.append(f"{v['milliseconds'][card]:.1f}{against}")
         share = f" ({v['memory_share']:.2f})" if "memory_share" in v else ""
-        memory = f"{v['peak_bytes'] / 1e6:,.0f}{share}" if v["peak_bytes"] else "not predicted"
+        memory = f"{v['peak_bytes'] / 1e6:,.0f}{share}"
         lines.append(f"| {' | '.join(cells)} | {memory} |")
     return "\n".join(lines)
 

@@ -62,8 +62,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
         B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
     try:
-        # Some steps in eval mode are not worth compiling.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.enable_grad():
             backward()
         sketches = [A.grad for _, A, _ in named]
     finally:

@@ -168,12 +168,9 @@ def test_the_table_of_models_is_that_of_all_and_exact(capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
-def test_steps_are_predicted_eager_and_compiled(tmp_path):
-    """What the compiler plans has the products of the eager step, but for what it computes again in backward."""
-    command = f"--model vit_small --batch-size 8 --variants full,lora,lora_compiled --output-dir {tmp_path}"
+def test_steps_are_predicted(tmp_path):
+    command = f"--model vit_small --batch-size 8 --variants full,lora --output-dir {tmp_path}"
     roofline.main(command.split())
     result = json.loads((tmp_path / "predicted_vit_small_b8_bf16.json").read_text())
-    full, lora, compiled = (result["variants"][name] for name in ("full", "lora", "lora_compiled"))
+    full, lora = (result["variants"][name] for name in ("full", "lora"))
     assert lora["peak_bytes"] < 0.5 * full["peak_bytes"] and lora["flops"] < full["flops"]
-    assert compiled["flops"] == pytest.approx(lora["flops"], rel=0.05)
-    assert compiled["kernels"] < 0.75 * lora["kernels"]

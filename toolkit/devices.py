@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 import random
-import shutil
 import time
 import timeit
 from collections.abc import Callable
@@ -140,26 +138,6 @@ def check_arithmetic(name: str, device: torch.device) -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision in `dtype`, or none if that is float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
-COMPILER = "inductor"
-
-
-def compiled(network: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
-    """The network as one graph, forward and backward, that shares its tensors: `--compile`. Raises InputError.
-
-    On CUDA it becomes CUDA graphs, so that a step does not wait for Python; not if gradients accumulate, since the next
-    batch would overwrite them there. A batch of another size is compiled again.
-    """
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--compile knows CPUs and CUDA, not {device.type}: leave it out")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise InputError("--compile on a GPU needs Triton (pip install triton), which is not here: leave it out")
-    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "cl")  # that `torch.compile` would call
-    if device.type == "cpu" and COMPILER == "inductor" and not any(map(shutil.which, compilers)):
-        raise InputError("--compile on a CPU needs a C++ compiler, which is not here: apt install g++, or leave it out")
-    mode = "reduce-overhead" if device.type == "cuda" and accumulation_steps == 1 else "default"
-    return torch.compile(network, backend=COMPILER, mode=mode, fullgraph=True, dynamic=False)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

@@ -126,9 +126,8 @@ def constant_scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """``g = gamma / sqrt(var + eps)`` and ``beta + (bias - mean) g`` for these statistics, (out,) each."""
     given = [t for t in (norm.weight, norm.bias, mean, variance, bias) if t is not None]
-    may_change = any(t.requires_grad or t.is_inference() for t in given)  # the latter without a trace
-    kept = None if may_change or is_traced() else _kept.get()
-    if kept is None:
+    kept = None if is_traced() else _kept.get()
+    if kept is None or any(t.requires_grad or t.is_inference() for t in given):  # the latter change without a trace
         return _scale_and_shift(norm, mean, variance, bias)
     # A weak reference reserves the storage's number, not its memory.
     now = [norm.eps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in given)]

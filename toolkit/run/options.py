@@ -197,7 +197,6 @@ class TuneOptions(AdapterOptions):
         "none", "what backward recomputes. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
     activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
-    compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
 
@@ -337,7 +336,6 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
 _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
 _CHANGES = "cached features must be the same in every epoch"
-_COMPILED = "the compiler decides what is saved for backward"
 _FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
@@ -353,7 +351,6 @@ CLASHES = {
     "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
-    "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
     "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
     "--cache-features": {"--norms train": _CHANGES},
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},

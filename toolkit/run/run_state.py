@@ -72,7 +72,7 @@ class RunState:
     def begin_training(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int
     ) -> None:
-        """Set up optimizer, schedule and scaler for the module that steps call, compiled already if it is to be.
+        """Set up optimizer, schedule and scaler for the module that steps call.
 
         From here on each process draws random numbers of its own.
         """
