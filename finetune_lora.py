@@ -736,7 +736,7 @@ def main(
     distributed.join(device)
     if options.all_folds(args):
         return cross_validate(main, argv, after_epoch, args)
-    asked = config.asked_sections(options.YAML_SECTIONS, args, sources)
+    asked = config.stored_sections(options.YAML_SECTIONS, args, sources)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         read = config.stored(args.config) or "defaults"

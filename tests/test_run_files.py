@@ -338,7 +338,7 @@ def test_the_config_of_a_run_with_a_changed_option_is_its_command_with_that_opti
     places = {"images": images, "pairs": pairs, "file": tmp_path / "my.yaml"}
     command = [f"--checkpoint={base}", *RUNS[run].format(**places).split()]
     args, sources = read_options(command)
-    asked = config.asked_sections(YAML_SECTIONS, args, sources)
+    asked = config.stored_sections(YAML_SECTIONS, args, sources)
     run_state.write_config(path, asked, settled().settings(args))
     accepted = set()
     for action in finetune_lora.make_parser()._actions:

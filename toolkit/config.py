@@ -218,27 +218,23 @@ def _read_config(
     parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping[str, Collection[str]]
 ) -> Iterator[tuple[str, str, Any]]:
     """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
-    content: Any = ""
+    content: Any = None
     try:
         check_file(path)
         content = yaml.safe_load(path.read_bytes())
     except InputError as error:
         problems.append(str(error))
-    except OSError as error:
-        problems.append(f"--config {path}: cannot read it: {error.strerror}")
     except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
         reason = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 500)}"
-        problems.append(f"--config {path}: not valid YAML: {reason}")
-    else:
-        if not isinstance(content, dict | None):
-            problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
-    if not isinstance(content, dict):
+        problems.append(f"--config {path}: cannot be read as YAML: {reason}")
+    if not isinstance(content, dict | None):
+        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
     section_of: dict[str, str] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
             section_of |= {action.dest: group.title for action in group._group_actions}
-    for section, entries in content.items():
+    for section, entries in (content or {}).items():
         if section not in (*SECTIONS, SETTLED):
             problems.append(f"{printable(section)}: no such section in {path}{_hint(section, SECTIONS, section_of)}")
         elif not isinstance(entries, dict | None):
@@ -280,9 +276,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
 def _convert_one(action: argparse.Action, value: Any) -> Any:
     if value is None or value == "":
         raise ValueError("expected a value, got none")
-    if isinstance(value, bool):
-        raise ValueError(f"expected a value, got {str(value).lower()}")
-    if not isinstance(value, str | int | float | Path):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
         raise ValueError(f"expected a value, got {printable(value)}")
     # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
     try:
@@ -332,32 +326,28 @@ def shown_default(default: Any) -> str:
         return ""
     if isinstance(default, bool):
         return "on" if default else "off"
-    return "shipped" if default == SHIPPED else _as_text(default)
+    if isinstance(default, float):
+        return f"{default:g}"
+    return "shipped" if default == SHIPPED else str(stored(default))
 
 
 # ------------------------------------------------------------------------------------------------ the settings of a run
 
 
-def _as_text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(map(_as_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(stored(value))
+def stored_sections(
+    sections: Mapping[str, type], args: Any, sources: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The options in the sections of a YAML file, given by the dataclass of each.
 
-
-def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[str, Any]]:
-    """The options in the sections of a YAML file, given by the dataclass of each."""
+    With `sources` those that were typed or are in a YAML file: a default may follow from other options.
+    """
     found: dict[str, dict[str, Any]] = {}
     for title, section in sections.items():
-        found[title] = {field.name: stored(getattr(args, field.name)) for field in dataclasses.fields(section)}
+        found[title] = {}
+        for field in dataclasses.fields(section):
+            if sources is None or sources[field.name] != "default":
+                found[title][field.name] = stored(getattr(args, field.name))
     return found
-
-
-def asked_sections(sections: Mapping[str, type], args: Any, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Of `stored_sections` what was typed or is in a YAML file: a default may follow from other options."""
-    asked: dict[str, dict[str, Any]] = {}
-    for title, values in stored_sections(sections, args).items():
-        asked[title] = {name: value for name, value in values.items() if sources[name] != "default"}
-    return asked
 
 
 def stored(value: Any) -> Any:
