@@ -57,10 +57,11 @@ from toolkit import InputError, devices, did_you_mean, distributed, files, liste
 from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.images import lists, masks, remote, sources, splitting, transforms
+from toolkit.images import masks, remote, sources, splitting, transforms
 from toolkit.images.bands import from_metadata, settle
 from toolkit.images.data import LabelledImages, TolerantImages, Transformed, among, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
+from toolkit.images.lists import ImageList
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
@@ -542,8 +543,8 @@ def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
                 raise InputError(f"{path}: its images are in archives; name this folder alone")
             found = map(source.path, range(len(source)))
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
-            folder = lists.folder_of(path, _data_of_run(about).get("data_dir"))
-            found = [remote.located(folder, name) for name in lists.read_paths(path, folder)]
+            images = ImageList.as_in_run(path, _data_of_run(about))
+            found = [remote.located(images.folder, name) for name in images.paths()]
         names += found
     return LabelledImages(ImageFiles("", dict.fromkeys(names), bands))
 
@@ -564,22 +565,20 @@ def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages
         raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
     data = _data_of_run(about)
     by = data.get("group_by")
-    column = None
-    folder = place
-    if not remote.is_folder(place):
-        column = by if by and not by.isdecimal() and lists.has_column(place, by) else None  # which then is no label
-        folder = lists.folder_of(place, data.get("data_dir"))
     task = _task_of(about)
     read = about["transform"].bands
+    found = None
+    if not remote.is_folder(place) or task.truth in ("labels", "numbers"):
+        found = ImageList.as_in_run(place, data)
     if task.per_pixel:
-        images = masks.pairs_in(place, read, task.masks, column, folder)
+        images = masks.pairs_in(found or place, read, task.masks)
+    elif found is None:
+        place = sources.part_to_evaluate(place, task.names)
+        images, _ = sources.in_folder(place, read, task.names, "the adapter")
     else:
-        if folder == place:
-            place = sources.part_to_evaluate(place, task.names)
-        columns = {"group_by": column, "label_columns": data.get("label_columns")}
-        images, _ = sources.labelled_images(place, folder, read, task.truth, columns, task.names, "the adapter")
-    if column is not None:
-        images.groups = lists.read_groups(place, column)[images.indices]
+        images, _ = sources.in_list(found, read, task.truth, task.names, "the adapter")
+    if found is not None and found.group_by is not None:
+        images.groups = found.groups()[images.indices]
     elif by:  # not a column that other lists have, nor with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
             images.groups = splitting.folder_level(images.relative_names(), by)

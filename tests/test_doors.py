@@ -12,6 +12,7 @@ import tracemalloc
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,13 +32,13 @@ fsspec = pytest.importorskip("fsspec")
 def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     for place in ("file:///dev/zero", f"file://{tmp_path}/a.tar"):
-        for read in (remote.read, lambda place: lists.read_paths(place, tmp_path)):
+        for read in (remote.read, lambda place: lists.ImageList(Path(place)).paths()):
             with pytest.raises(InputError, match=f"{place} cannot be read: not a file"):
                 read(place)
         with pytest.raises(InputError, match="not a file"), remote.opened(place):
             pass
     (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
-    images = folders.ImageFiles(tmp_path, lists.read_paths(tmp_path / "list.csv", tmp_path))
+    images = folders.ImageFiles(tmp_path, lists.ImageList(tmp_path / "list.csv").paths())
     with pytest.raises(InputError, match="file:///dev/zero cannot be read: not a file"):
         images[0]
     with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read \(not a file\)"):
@@ -127,10 +128,8 @@ def test_a_server_that_stalls_is_not_waited_for(server, monkeypatch, name):
     "place", ["simplecache::https://me:secret@host/a.csv", "zip://a.csv::https://me:secret@host/b"]
 )
 def test_an_address_within_another_is_refused_without_its_password(place, tmp_path):
-    for read in (remote.read, remote.exists, lambda place: lists.read_paths(place, tmp_path)):
-        with pytest.raises(
-            InputError, match=r"https://host/.*: a password, signature or further address in it"
-        ) as error:
+    for read in (remote.read, remote.exists, lambda place: lists.ImageList(Path(place)).paths()):
+        with pytest.raises(InputError, match="https:/+host/.*: a password, signature or further address in") as error:
             read(place)
         assert "secret" not in str(error.value)
 

@@ -32,8 +32,8 @@ def files(tmp_path):
 )
 def test_lists(tmp_path, text, expected):
     (tmp_path / "list").write_text(text, encoding="utf-8")
-    assert lists.read_list(tmp_path / "list", tmp_path) == expected
-    assert lists.list_has_labels(tmp_path / "list")
+    assert lists.ImageList(tmp_path / "list").labels() == expected
+    assert lists.ImageList(tmp_path / "list").has_labels()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_lists_that_cannot_be_used(tmp_path, content, problem):
         content = content.replace("{folder}", tmp_path.name).encode()
     (tmp_path / "list.csv").write_bytes(content)
     with pytest.raises(InputError, match=rf"list\.csv: {problem}"):
-        lists.read_list(tmp_path / "list.csv", tmp_path)
+        lists.ImageList(tmp_path / "list.csv").labels()
 
 
 NAN = math.nan
@@ -86,7 +86,7 @@ NUMBERS = "numbers"
 )
 def test_lists_of_several_labels_and_of_numbers(tmp_path, task, text, names, values):
     (tmp_path / "list.csv").write_text(text)
-    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, task)
+    targets = lists.ImageList(tmp_path / "list.csv").targets(task)
     assert (targets.paths, targets.names) == (["a.png", "b.png", "c.png"], names)
     expected = torch.tensor(values).to(targets.values.dtype)
     torch.testing.assert_close(targets.values, expected, equal_nan=True)
@@ -95,7 +95,7 @@ def test_lists_of_several_labels_and_of_numbers(tmp_path, task, text, names, val
 def test_numbers_are_read_in_double_precision(tmp_path):
     """In single precision these are one number, and infinity."""
     (tmp_path / "list.csv").write_text("path,seconds,size\na.png,1700000003,1e39\nb.png,1700000006,2e39\n")
-    values = lists.read_targets(tmp_path / "list.csv", tmp_path, "numbers").values
+    values = lists.ImageList(tmp_path / "list.csv").targets("numbers").values
     assert values.tolist() == [[1700000003, 1e39], [1700000006, 2e39]]
 
 
@@ -116,22 +116,22 @@ b.png,Male,87,Lateral,,,-1.0,1.0
 )
 def test_a_list_with_other_columns_says_which_are_labels(tmp_path, columns, names, values):
     (tmp_path / "list.csv").write_text(CHEXPERT)
-    targets = lists.read_targets(tmp_path / "list.csv", tmp_path, "labels", group_by="Sex", label_columns=columns)
+    targets = lists.ImageList(tmp_path / "list.csv", None, "Sex", columns).targets("labels")
     assert targets.names == names
     torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
-    assert lists.read_list(tmp_path / "list.csv", tmp_path, label_columns=["Sex"])[1] == ["Female", "Male"]
-    ages = lists.read_targets(tmp_path / "list.csv", tmp_path, "numbers", label_columns=["Age"]).values
+    assert lists.ImageList(tmp_path / "list.csv", label_columns=["Sex"]).labels()[1] == ["Female", "Male"]
+    ages = lists.ImageList(tmp_path / "list.csv", label_columns=["Age"]).targets("numbers").values
     assert ages.tolist() == [[68], [87]]
     with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*, which has Sex, Age"):
-        lists.read_targets(tmp_path / "list.csv", tmp_path, "labels", label_columns=["Edma"])
+        lists.ImageList(tmp_path / "list.csv", label_columns=["Edma"]).targets("labels")
 
 
 @pytest.mark.parametrize("title", ["image_name", "id", "ID"])
 def test_a_first_line_without_an_image_names_the_columns(tmp_path, title):
     (tmp_path / "list.csv").write_text(f"{title},cat\na.png,1\nb.png,0\n")
-    assert lists.read_targets(tmp_path / "list.csv", tmp_path, "labels").names == ["cat"]
+    assert lists.ImageList(tmp_path / "list.csv").targets("labels").names == ["cat"]
     (tmp_path / "list.csv").write_text("a.dcm,cat\nb.png,dog\n")
-    assert lists.read_list(tmp_path / "list.csv", tmp_path)[0] == ["a.dcm", "b.png"]
+    assert lists.ImageList(tmp_path / "list.csv").labels()[0] == ["a.dcm", "b.png"]
 
 
 @pytest.mark.parametrize(
@@ -139,16 +139,16 @@ def test_a_first_line_without_an_image_names_the_columns(tmp_path, title):
 )
 def test_pretraining_takes_the_paths_of_any_list(tmp_path, text):
     (tmp_path / "list.csv").write_text(text)
-    paths = lists.read_paths(tmp_path / "list.csv", tmp_path)
-    assert set(paths) <= {"a.png", "b.png"}
-    assert lists.list_has_labels(tmp_path / "list.csv") == text.startswith("path")  # ages that repeat may be classes
+    found = lists.ImageList(tmp_path / "list.csv")
+    assert set(found.paths()) <= {"a.png", "b.png"}
+    assert found.has_labels() == text.startswith("path")  # ages that repeat may be classes
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
 def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=f"{path}: cannot read it: not a file"):
-        lists.read_list(tmp_path / path, tmp_path)
+        lists.ImageList(tmp_path / path).labels()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
 def test_lists_of_other_answers_that_cannot_be_used(tmp_path, task, content, problem):
     (tmp_path / "list.csv").write_text(content)
     with pytest.raises(InputError) as raised:
-        lists.read_targets(tmp_path / "list.csv", tmp_path, task)
+        lists.ImageList(tmp_path / "list.csv").targets(task)
     assert problem in str(raised.value) and "list.csv" in str(raised.value)
 
 

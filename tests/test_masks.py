@@ -16,6 +16,7 @@ from toolkit import InputError
 from toolkit.images import masks
 from toolkit.images.bands import Bands
 from toolkit.images.data import Transformed, build_loader
+from toolkit.images.lists import ImageList
 from toolkit.images.masks import (
     UNKNOWN,
     Classes,
@@ -431,7 +432,7 @@ def test_two_lists_are_two_sets(tmp_path, listed, capsys):
     lists = [without_groups(tmp_path, "train", listed[:15]), without_groups(tmp_path, "val", listed[15:])]
     splits = load_pairs(None, lists)
     assert (len(splits.train), len(splits.val)) == (15, 5)
-    assert len(pairs_in(lists[1], None, MaskReader(None, [255]))) == 5
+    assert len(pairs_in(ImageList(lists[1]), None, MaskReader(None, [255]))) == 5
     with pytest.raises(InputError, match="on both sides"):
         load_pairs(None, lists, group_by="2")
     assert "left alone" not in capsys.readouterr().out
@@ -460,7 +461,7 @@ def test_masks_with_commas_in_their_names(tmp_path):
         write_pair(tmp_path, f"{i}.png", f"field 1, {i}.tif", i)
         lines.append(f'{i}.png,"field 1, {i}.tif"\n')
     (tmp_path / "comma.csv").write_text("".join(lines))
-    assert len(pairs_in(tmp_path / "comma.csv", None, MaskReader(None))) == 5
+    assert len(pairs_in(ImageList(tmp_path / "comma.csv"), None, MaskReader(None))) == 5
 
 
 def test_a_list_names_masks_as_the_file_system_does(tmp_path):
@@ -468,7 +469,7 @@ def test_a_list_names_masks_as_the_file_system_does(tmp_path):
     for i in range(5):
         write_pair(tmp_path, f"x/{i}_{name}", f"y/{i}_{name}", i)
     (tmp_path / "all.csv").write_text("".join(f"x/{i}_{name},y/{i}_{name}\n" for i in range(5)), encoding="utf-8")
-    assert len(pairs_in(tmp_path / "all.csv", None, MaskReader(None))) == 5
+    assert len(pairs_in(ImageList(tmp_path / "all.csv"), None, MaskReader(None))) == 5
 
 
 def without_groups(folder: Path, name: str, rows: list[str]) -> Path:

@@ -4,10 +4,10 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
 PROBABILITY, ANSWER = " probability", " answer"  # what the columns of a run's answers add to a label's name
+_ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
+_YES_OR_NO = {"yes", "no", "y", "n", "true", "false", "t", "f"}
 
 
 class Targets(NamedTuple):
@@ -31,101 +33,221 @@ class Targets(NamedTuple):
     in_columns: bool = True  # else an image's labels are named in one column, and it has no others
 
 
-def folder_of(path: Path, other: str | Path | None) -> Path:
-    """What a list's paths are relative to: its own folder or, where only that has the first one, the other folder."""
-    if other is None or remote.is_remote(other):  # an adapter's file may have named it
-        return path.parent
-    _, [(first, *_), *_] = _rows(path)
-    if remote.is_file(remote.located(path.parent, first)) or not remote.is_file(remote.located(other, first)):
-        return path.parent
-    return Path(other)
-
-
-def list_has_labels(path: Path) -> bool:
-    """Does a list have a class for each image in its second column, and no more?"""
-    _, rows = _rows(path)
-    labels = [row[1] for row in rows if len(row) == 2]
-    return len(labels) == len(rows) and "," not in "".join(labels) and not look_like_numbers(labels)
-
-
-def look_like_numbers(labels: Sequence[str]) -> bool:
-    """Are labels numbers that tell how much, and not which class: all different, or with decimals?"""
-    numbers = list(map(_number, labels))
-    if len(labels) < 3 or None in numbers:
-        return False
-    return len(set(numbers)) == len(labels) or any(number != int(number) for number in numbers)
-
-
-def read_paths(path: Path, folder: Path) -> list[str]:
-    """The paths in a list of images, whatever stands behind them. The arguments are `read_list`'s."""
-    _, rows = _rows(path)
-    return checked_files(path, folder, map(itemgetter(0), rows), ())
-
-
-def read_list(
-    path: Path,
-    folder: Path,
-    group_by: str | None = None,
-    label_columns: Sequence[str] | None = None,
-    line: str = "path,label",
-) -> tuple[list[str], list[str]]:
-    """The paths as listed, and the labels as text, in a list of images, a line each.
+class ImageList:
+    """A text or CSV file in UTF-8 with commas or tabs between its columns, and a line for each image.
 
     Args:
-        path: a text or CSV file in UTF-8 with commas or tabs between the columns; its first line may name them.
-        folder: what relative paths are relative to.
-        group_by: a column that is no label, if it is one: see `read_groups`.
-        label_columns: the one column that is the label: see `_label_columns`.
-        line: what a line is to have. A label is put into one spelling, anything else stays as listed.
+        path: its first line may name the columns.
+        folder: what relative paths are relative to; without it, the list's own folder.
+        group_by: a column that is no label but names the group, such as a patient, if it is a column.
+        label_columns: what columns are labels or numbers, by their titles, `A..B` for all from A to B; None: all.
 
-    Raises InputError for a file that is none of this, files that are not there, or two labels for one file.
+    Each of the methods raises InputError for a file that is none of what it reads.
     """
-    _, rows = _label_columns(path, group_by, label_columns)
-    kind = line.partition(",")[2]
-    if max(map(len, rows)) == 1:
-        raise _error(path, f"its images have no {kind}s; write `{line}` lines")
-    names = []
-    labels = []
-    for row in rows:
-        if len(row) != 2 or not all(row):
-            advice = ""
-            if len(row) > 2 and kind == "label":
-                advice = " (for several labels or numbers: --task multilabel or regression)"
-            raise _error(path, f"the line '{_shown(row)}' is not a path and a {kind}, one for each image", advice)
-        if kind == "label" and "," in row[1]:
-            label = f"the label '{printable(row[1])}' of {printable(row[0])}"
-            problem = f"{label} has a comma: write the name of its class without"
-            raise _error(path, problem, ", or use --task multilabel")
-        names.append(row[0])
-        labels.append(one_spelling(row[1]) if kind == "label" else row[1])
-    return checked_files(path, folder, names, labels), labels
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path | None = None,
+        group_by: str | None = None,
+        label_columns: Sequence[str] | None = None,
+    ):
+        self.path = path
+        self.folder = path.parent if folder is None else folder
+        self.titles, self.rows = _rows(path)
+        self.group_by = group_by
+        if group_by is not None and group_by.isdecimal():
+            self.group_by = None  # it is a level of folders
+        self.label_columns = label_columns
+
+    @staticmethod
+    def as_in_run(path: Path, data: Mapping[str, Any]) -> "ImageList":
+        """A list for the adapter of a run, by the run's section `data`, of which the list may lack the group's column.
+
+        Its paths are relative to its own folder or, where only that has the first of them, to the run's.
+        """
+        found = ImageList(path, None, data.get("group_by"), data.get("label_columns"))
+        if found.group_by not in found.titles[1:]:
+            found.group_by = None
+        other = data.get("data_dir")
+        if other is not None and not remote.is_remote(other):  # an adapter's file may have named an address
+            first = found.rows[0][0]
+            if not remote.is_file(remote.located(found.folder, first)) and remote.is_file(remote.located(other, first)):
+                found.folder = Path(other)
+        return found
+
+    def has_labels(self) -> bool:
+        """Is there a class for each image in the second column, and no more?"""
+        labels = [row[1] for row in self.rows if len(row) == 2]
+        return len(labels) == len(self.rows) and "," not in "".join(labels) and not look_like_numbers(labels)
+
+    def paths(self) -> list[str]:
+        """The paths as listed, whatever stands behind them."""
+        return self._checked(map(itemgetter(0), self.rows))
+
+    def labels(self, line: str = "path,label") -> tuple[list[str], list[str]]:
+        """The paths as listed, and the labels as text, in one spelling; or what else `line` says, as it is listed."""
+        _, rows = self._label_columns()
+        kind = line.partition(",")[2]
+        if max(map(len, rows)) == 1:
+            raise self._error(f"its images have no {kind}s; write `{line}` lines")
+        names = []
+        labels = []
+        for row in rows:
+            if len(row) != 2 or not all(row):
+                advice = ""
+                if len(row) > 2 and kind == "label":
+                    advice = " (for several labels or numbers: --task multilabel or regression)"
+                raise self._error(f"the line '{_shown(row)}' is not a path and a {kind}, one for each image", advice)
+            if kind == "label" and "," in row[1]:
+                label = f"the label '{printable(row[1])}' of {printable(row[0])}"
+                problem = f"{label} has a comma: write the name of its class without"
+                raise self._error(problem, ", or use --task multilabel")
+            names.append(row[0])
+            labels.append(one_spelling(row[1]) if kind == "label" else row[1])
+        return self._checked(names, labels), labels
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The path of each image, and of its mask."""
+        names, masks = self.labels("image,mask")
+        return list(zip(names, self._checked(masks, (), "; write `image,mask` lines"), strict=True))
+
+    def targets(self, truth: str) -> Targets:
+        """Several labels of each image (`truth` 'labels'), or one or several numbers ('numbers').
+
+        Labels are named as `path,"a,b"`, where what is not named is no; or each has a column, in which 1 is yes, 0 is
+        no, and -1 or nothing is unknown (as in CheXpert's lists). Numbers have columns, and nothing is unknown.
+        """
+        titles, rows = self._label_columns()
+        # Two columns are a path and a label's answers, or the names of labels.
+        is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
+        is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
+        if truth == "numbers":
+            numbers = [f"number {i}" for i in range(1, len(rows[0]))]
+            if len(numbers) == 1:
+                numbers = ["number"]
+            targets = self._columns(titles or ["path", *numbers], rows, _number, "a number, or nothing for unknown")
+        elif self.label_columns or len(titles) > 2 or is_answered:
+            targets = self._columns(titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
+        else:
+            targets = self._named_labels(titles, rows)
+        labels = list(map(str, targets.values.tolist()))  # as text, since NaN is no other NaN
+        return targets._replace(paths=self._checked(targets.paths, labels))
+
+    def groups(self) -> np.ndarray:
+        """The group of each image, (N,). Raises InputError for an image of none."""
+        place = self._place_of(self.group_by)
+        self._check_widths(self.titles, self.rows)
+        if bare := [row[0] for row in self.rows if not row[place]]:
+            nothing = f"nothing in the column {printable(self.group_by)} for {listed(bare)}"
+            raise self._error(f"{nothing}; write a name, one of its own where the group is not known")
+        return np.array([one_spelling(row[place]) for row in self.rows])
+
+    def _error(self, problem: str, advice: str = "") -> InputError:
+        return InputError(f"{self.path}: {problem}", advice)
+
+    def _checked(self, names: Iterable[str], labels: Sequence[str] = (), remedy: str = "") -> list[str]:
+        """The files' names, without ./ and //. Raises InputError for files that are not there, or have two labels."""
+        root = self.folder if remote.is_remote(self.folder) else os.path.abspath(self.folder)
+        # What .. leaves depends on links, so it stays.
+        short = [str(PurePosixPath(name)) if "./" in name or "//" in name else name for name in names]
+        files = [remote.located(root, name) for name in short]
+        missing = [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]
+        if missing:
+            raise self._error(f"{len(missing)} of its files are not in {self.folder}: {listed(missing)}{remedy}")
+        label_of: dict[str, str] = {}
+        torn = {}
+        for name, file, label in zip(short, files, labels, strict=False):  # of paths alone there are no labels
+            if label_of.setdefault(os.path.normpath(file), label) != label:
+                torn[name] = label
+        if torn:
+            raise self._error(f"two labels for {listed(torn)}; leave one of the lines out")
+        return short
+
+    def _label_columns(self) -> tuple[list[str], list[list[str]]]:
+        """Titles and lines with the columns that are labels or numbers alone, and the paths in front."""
+        if not self.label_columns and self.group_by is None:
+            return self.titles, self.rows
+        places = list(range(len(self.titles)))
+        if self.label_columns:
+            places = [0]
+            for entry in self.label_columns:
+                first, _, last = entry.partition("..")
+                ends = [self._place_of(column, "--label-columns") for column in (first, last or first)]
+                places += range(min(ends), max(ends) + 1)
+        if self.group_by is not None:
+            group = self._place_of(self.group_by)
+            places = [place for place in places if place != group]
+        self._check_widths(self.titles, self.rows)
+        chosen = []
+        for cells in (self.titles, *self.rows):
+            chosen.append([cells[place] for place in places])
+        return chosen[0], chosen[1:]
+
+    def _check_widths(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Raise InputError for a line with more or fewer cells than there are titles."""
+        for row in rows:
+            if len(row) != len(titles):
+                raise self._error(f"the line '{_shown(row)}' has {len(row)} columns and not {len(titles)}")
+
+    def _place_of(self, column: str, option: str = "--group-by") -> int:
+        """Where the column of this title stands behind the paths."""
+        asked = f"{option} {printable(column)}"
+        if not self.titles:
+            problem = f"the first line of {self.path} names no columns; write it, as path,label,{printable(column)}"
+            if option == "--group-by":
+                problem += ", or give the number of a folder's level"
+            raise InputError(f"{asked}: {problem}")
+        names = self.titles[1:]
+        if column not in names:
+            raise InputError(f"{asked}: no such column in {self.path}, which has {listed(names, 20)}")
+        return 1 + names.index(column)
+
+    def _columns(
+        self, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable[[str], float | None], expected: str
+    ) -> Targets:
+        """What stands in the columns behind the paths. Raises InputError where a cell cannot be read."""
+        names = list(map(one_spelling, titles[1:]))
+        ending = ANSWER if read is _number else PROBABILITY
+        taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`
+        if not names or not all(names) or len(taken) < 2 * len(names):
+            columns = "expected a column with a name of its own"
+            raise self._error(f"{columns}, and not with{ending} behind it, for each label or number")
+        self._check_widths(titles, rows)
+        values = [list(map(read, row[1:])) for row in rows]
+        for row, numbers in zip(rows, values, strict=True):
+            if None in numbers:
+                place = numbers.index(None)
+                cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
+                advice = "; name the columns that are answers with --label-columns"
+                raise self._error(f"{cell} is not {expected}", advice)
+        dtype = torch.float64 if read is _number else torch.float32
+        return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
+
+    def _named_labels(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Targets:
+        """What stands behind the paths is the names of the labels that an image has."""
+        given = {row[-1].lower() for row in rows} - {""}
+        if len(titles) == 2 and given and given <= _YES_OR_NO:
+            column = printable(titles[1])
+            raise self._error(f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
+        found = []
+        for row in rows:
+            if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
+                remedy = "put labels into quotation marks, or name columns first, as path,cat,dog"
+                raise self._error(f"the line '{_shown(row)}' is not `path,\"a,b\"`; {remedy}")
+            labels = map(str.strip, row[1].split(","))
+            found.append([one_spelling(label) for label in labels if label])
+        names = in_order(set().union(*found))
+        if not names:
+            raise self._error("no image has a label")
+        values = torch.zeros(len(rows), len(names))
+        for i, labels in enumerate(found):
+            values[i, list(map(names.index, labels))] = 1
+        return Targets(list(map(itemgetter(0), rows)), names, values, in_columns=False)
 
 
 def _shown(row: Sequence[str]) -> str:
     return printable(",".join(row))
-
-
-def _error(path: Path, problem: str, advice: str = "") -> InputError:
-    return InputError(f"{path}: {problem}", advice)
-
-
-def checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str], remedy: str = "") -> list[str]:
-    """The files' names, without ./ and //. Raises InputError for files that are not there, or have two labels."""
-    root = folder if remote.is_remote(folder) else os.path.abspath(folder)
-    # What .. leaves depends on links, so it stays.
-    short = [str(PurePosixPath(name)) if "./" in name or "//" in name else name for name in names]
-    files = [remote.located(root, name) for name in short]
-    missing = [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]
-    if missing:
-        raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}{remedy}")
-    label_of: dict[str, str] = {}
-    torn = {}
-    for name, file, label in zip(short, files, labels, strict=False):  # of paths alone there are no labels
-        if label_of.setdefault(os.path.normpath(file), label) != label:
-            torn[name] = label
-    if torn:
-        raise _error(path, f"two labels for {listed(torn)}; leave one of the lines out")
-    return short
 
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -144,12 +266,12 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
                 if any(cells):
                     rows.append(cells)
     except OSError as error:
-        raise _error(path, f"cannot read it: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot read it: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise _error(path, f"not a text file of `path,label` lines: {printable(error)}") from None
+        raise InputError(f"{path}: not a text file of `path,label` lines: {printable(error)}") from None
     except csv.Error as error:
         marks = f"look at its quotation marks: '{printable(line.strip())}'"
-        raise _error(path, f"line {number} is not `path,label` ({error}); {marks}") from None
+        raise InputError(f"{path}: line {number} is not `path,label` ({error}); {marks}") from None
     titles = []
     if rows:
         first = rows[0][0]
@@ -158,103 +280,16 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
         if first.lower() in TITLES or (is_followed and "." not in first and "/" not in first):
             titles = rows.pop(0)
     if not rows:
-        raise _error(path, "lists no images; write a line `path,label` for each")
+        raise InputError(f"{path}: lists no images; write a line `path,label` for each")
     return titles, rows
 
 
-def read_groups(path: Path, column: str) -> np.ndarray:
-    """What stands in a column: the group, such as a patient, of each image, (N,). Raises InputError for nothing."""
-    titles, rows = _rows(path)
-    place = _place_of(column, titles, path)
-    _check_widths(path, titles, rows)
-    if bare := [row[0] for row in rows if not row[place]]:
-        nothing = f"nothing in the column {printable(column)} for {listed(bare)}"
-        raise _error(path, f"{nothing}; write a name, one of its own where the group is not known")
-    return np.array([one_spelling(row[place]) for row in rows])
-
-
-def has_column(path: Path, column: str) -> bool:
-    """Does the first line of a list name this column, behind the path?"""
-    return column in _rows(path)[0][1:]
-
-
-def _label_columns(
-    path: Path, group_by: str | None, label_columns: Sequence[str] | None
-) -> tuple[list[str], list[list[str]]]:
-    """Titles and lines of a list with the columns that are labels or numbers, and the paths in front.
-
-    They are `label_columns` by their titles, `A..B` for all from A to B, or all; without `group_by` if it is a column.
-    """
-    titles, rows = _rows(path)
-    grouped = group_by is not None and not group_by.isdecimal()
-    if not label_columns and not grouped:
-        return titles, rows
-    places = list(range(len(titles)))
-    if label_columns:
-        places = [0]
-        for entry in label_columns:
-            first, _, last = entry.partition("..")
-            ends = [_place_of(column, titles, path, "--label-columns") for column in (first, last or first)]
-            places += range(min(ends), max(ends) + 1)
-    if grouped:
-        group = _place_of(group_by, titles, path)
-        places = [place for place in places if place != group]
-    _check_widths(path, titles, rows)
-    for cells in (titles, *rows):
-        cells[:] = [cells[place] for place in places]
-    return titles, rows
-
-
-def _check_widths(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Raise InputError for a line with more or fewer cells than there are titles."""
-    for row in rows:
-        if len(row) != len(titles):
-            raise _error(path, f"the line '{_shown(row)}' has {len(row)} columns and not {len(titles)}")
-
-
-def _place_of(column: str, titles: Sequence[str], path: Path, option: str = "--group-by") -> int:
-    """Where the column of this title stands behind the paths."""
-    if not titles:
-        problem = f"the first line of {path} names no columns; write it, as path,label,{printable(column)}"
-        if option == "--group-by":
-            problem += ", or give the number of a folder's level"
-        raise InputError(f"{option} {printable(column)}: {problem}")
-    names = titles[1:]
-    if column not in names:
-        raise InputError(f"{option} {printable(column)}: no such column in {path}, which has {listed(names, 20)}")
-    return 1 + names.index(column)
-
-
-_ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
-_YES_OR_NO = {"yes", "no", "y", "n", "true", "false", "t", "f"}
-
-
-def read_targets(
-    path: Path, folder: Path, truth: str, group_by: str | None = None, label_columns: Sequence[str] | None = None
-) -> Targets:
-    """A list of images with several labels, or with one or several numbers.
-
-    Labels are named as `path,"a,b"`, where what is not named is no; or each has a column, in which 1 is yes, 0 is no,
-    and -1 or nothing is unknown (as in CheXpert's lists). Numbers have columns, and nothing is unknown.
-
-    `truth` is 'labels' or 'numbers'; the other arguments are as for `read_list`, with one label column or several.
-    Raises InputError for a file that is none of this, files that are not there, or two lines for one file.
-    """
-    titles, rows = _label_columns(path, group_by, label_columns)
-    # Two columns are a path and a label's answers, or the names of labels.
-    is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
-    is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
-    if truth == "numbers":
-        numbers = [f"number {i}" for i in range(1, len(rows[0]))]
-        if len(numbers) == 1:
-            numbers = ["number"]
-        targets = _columns(path, titles or ["path", *numbers], rows, _number, "a number, or nothing for unknown")
-    elif label_columns or len(titles) > 2 or is_answered:
-        targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
-    else:
-        targets = _named_labels(path, titles, rows)
-    labels = list(map(str, targets.values.tolist()))  # as text, since NaN is no other NaN
-    return targets._replace(paths=checked_files(path, folder, targets.paths, labels))
+def look_like_numbers(labels: Sequence[str]) -> bool:
+    """Are labels numbers that tell how much, and not which class: all different, or with decimals?"""
+    numbers = list(map(_number, labels))
+    if len(labels) < 3 or None in numbers:
+        return False
+    return len(set(numbers)) == len(labels) or any(number != int(number) for number in numbers)
 
 
 def _number(text: str) -> float | None:
@@ -264,50 +299,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) or not text else None
-
-
-def _columns(
-    path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable[[str], float | None], expected: str
-) -> Targets:
-    """What stands in the columns behind the paths. Raises InputError where a cell cannot be read."""
-    names = list(map(one_spelling, titles[1:]))
-    ending = ANSWER if read is _number else PROBABILITY
-    taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`
-    if not names or not all(names) or len(taken) < 2 * len(names):
-        problem = f"expected a column with a name of its own, and not with{ending} behind it, for each label or number"
-        raise _error(path, problem)
-    _check_widths(path, titles, rows)
-    values = [list(map(read, row[1:])) for row in rows]
-    for row, numbers in zip(rows, values, strict=True):
-        if None in numbers:
-            place = numbers.index(None)
-            cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
-            raise _error(path, f"{cell} is not {expected}", "; name the columns that are answers with --label-columns")
-    dtype = torch.float64 if read is _number else torch.float32
-    return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
-
-
-def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Targets:
-    """What stands behind the paths is the names of the labels that an image has."""
-    given = {row[-1].lower() for row in rows} - {""}
-    if len(titles) == 2 and given and given <= _YES_OR_NO:
-        column = printable(titles[1])
-        raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
-    for row in rows:
-        if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
-            remedy = "put labels into quotation marks, or name columns first, as path,cat,dog"
-            raise _error(path, f"the line '{_shown(row)}' is not `path,\"a,b\"`; {remedy}")
-    found = []
-    for row in rows:
-        labels = map(str.strip, row[1].split(","))
-        found.append([one_spelling(label) for label in labels if label])
-    names = in_order(set().union(*found))
-    if not names:
-        raise _error(path, "no image has a label")
-    values = torch.zeros(len(rows), len(names))
-    for i, labels in enumerate(found):
-        values[i, list(map(names.index, labels))] = 1
-    return Targets(list(map(itemgetter(0), rows)), names, values, in_columns=False)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -321,10 +312,10 @@ def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) 
     A label without a column is unknown; one that a list of names never names is no.
     """
     if surplus := sorted(set(targets.names) - set(names)):
-        raise _error(path, f"it has {listed(surplus)}, which {other} lacks")
+        raise InputError(f"{path}: it has {listed(surplus)}, which {other} lacks")
     missing = [name for name in names if name not in targets.names]
     if missing and targets.values.dtype == torch.float64:
-        raise _error(path, f"it has no column {listed(missing)}, which {other} has; add it")
+        raise InputError(f"{path}: it has no column {listed(missing)}, which {other} has; add it")
     fill = math.nan if targets.in_columns else 0.0
     values = targets.values.new_full((len(targets.values), len(names)), fill)
     values[:, list(map(names.index, targets.names))] = targets.values

@@ -23,7 +23,7 @@ from toolkit import InputError, printable
 from toolkit.images import folders, remote, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
 from toolkit.images.data import LabelledImages, look_at_each
-from toolkit.images.lists import checked_files, read_list
+from toolkit.images.lists import ImageList
 from toolkit.images.scaling import split_names
 from toolkit.images.transforms import View, eval_transform, orientation, to_rgb
 
@@ -310,8 +310,7 @@ class MaskedImages(LabelledImages):
 def load_pairs(
     data_dir: str | Path | None,
     val_dir: str | Path | None,
-    lists: Sequence[tuple[Path, Path]],
-    group_by: str | None,
+    lists: Sequence[ImageList],
     needs_val: bool,
     bands: Bands | None,
     read: MaskReader,
@@ -319,11 +318,11 @@ def load_pairs(
 ) -> tuple[list[MaskedImages], list[str]]:
     """The images with masks in one part that is yet to be split, or in two; and the names of the classes.
 
-    They are in a folder (see `_LAYOUTS`), or else in one list or two, each with the folder that it is relative to.
+    They are in a folder (see `_LAYOUTS`), or else in one list or two.
     Raises InputError if there are no pairs, if one cannot be used, or if all masks are of one class.
     """
     if lists:
-        files = [pairs_of_list(*place, bands, read, group_by) for place in lists]
+        files = [PairFiles(images.folder, images.folder, images.pairs(), bands, read) for images in lists]
         divided = len(files) > 1
     else:
         places, divided = _places(data_dir, val_dir, needs_val)
@@ -338,16 +337,13 @@ def load_pairs(
     return parts, names
 
 
-def pairs_in(
-    path: str | Path, bands: Bands | None, read: MaskReader, group_by: str | None = None, folder: Path | None = None
-) -> MaskedImages:
+def pairs_in(place: str | Path | ImageList, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """The pairs in a folder, of one in parts those to evaluate on, or in a list. Says which pairs it leaves out."""
-    path = Path(path)
-    if remote.is_folder(path):
-        places, _ = _places(path, None, needs_val=True)
-        files = _in_folders(*places[-1], bands, read, skip_unreadable=True)
+    if isinstance(place, ImageList):
+        files = PairFiles(place.folder, place.folder, place.pairs(), bands, read)
     else:
-        files = pairs_of_list(path, folder or path.parent, bands, read, group_by)
+        places, _ = _places(place, None, needs_val=True)
+        files = _in_folders(*places[-1], bands, read, skip_unreadable=True)
     [images], _ = _masked([files], skip_unreadable=True)
     return images
 
@@ -474,15 +470,6 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
         if other != name:
             raise InputError(f"{folder / name}: {printable(other)} has the same name; remove one of them")
     return found
-
-
-def pairs_of_list(
-    path: Path, folder: Path, bands: Bands | None, read: MaskReader, group_by: str | None = None
-) -> PairFiles:
-    """The pairs of a list of `image,mask` lines, relative to a folder; `group_by` is as for `lists.read_list`."""
-    names, masks = read_list(path, folder, group_by, line="image,mask")
-    masks = checked_files(path, folder, masks, (), "; write `image,mask` lines")
-    return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms

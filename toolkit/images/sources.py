@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
 from toolkit.choices import DATASETS, DEFAULT_TASK, TRUTHS, UNLABELLED_SET  # noqa: F401
-from toolkit.images import folders, lists, remote, splitting
+from toolkit.images import folders, remote, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages, among, copies, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
+from toolkit.images.lists import ImageList, in_order, like, look_like_numbers
 from toolkit.images.masks import MaskReader, load_pairs, pair_folders
 from toolkit.images.shards import read_shards, shard_names
 from toolkit.images.transforms import to_rgb
@@ -82,12 +83,16 @@ def load_splits(
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
     truth = TRUTHS[task]
-    listed_in = _places_of_lists(data_list or (), data_dir)
+    lists = _lists(data_list or (), data_dir, group_by, label_columns)
     if truth == "mask":
         read = masks or MaskReader(None)
-        parts, class_names = load_pairs(data_dir, val_dir, listed_in, group_by, needs_val, bands, read, skip_unreadable)
-    elif data_list:
-        parts, class_names = _lists(listed_in, bands, truth, {"group_by": group_by, "label_columns": label_columns})
+        parts, class_names = load_pairs(data_dir, val_dir, lists, needs_val, bands, read, skip_unreadable)
+    elif lists:
+        parts = []
+        class_names = []
+        for images in lists:
+            part, class_names = in_list(images, bands, truth, class_names, lists[0].path)
+            parts.append(part)
     elif truth != "class":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
     elif dataset == "digits":
@@ -97,11 +102,11 @@ def load_splits(
     else:
         raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
     if group_by is not None:
-        _group(parts, data_list, group_by, truth)
+        _group(parts, lists, group_by, truth)
     if skip_unreadable:
         parts = _readable_parts(parts, truth, class_names)
     train, val = _divide(parts, eval_split, folds, group_by)
-    left_alone = val_dir or (data_list or [])[1:]
+    left_alone = val_dir or [images.path for images in lists[1:]]
     if left_alone and not needs_val and not for_training_only:
         print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
     _tell(train, val, truth, class_names, for_training_only)
@@ -112,16 +117,16 @@ def load_splits(
     return Splits(train, val, class_names, _unlabelled(Path(unlabelled), train, val, bands, skip_unreadable))
 
 
-def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str, truth: str) -> None:
+def _group(parts: Sequence[LabelledImages], lists: Sequence[ImageList], by: str, truth: str) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
     for number, images in enumerate(parts):
         if not images.in_files:
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
-        if data_list and not by.isdecimal():
-            images.groups = lists.read_groups(Path(data_list[number]), by)[images.indices]
+        if lists and not by.isdecimal():
+            images.groups = lists[number].groups()[images.indices]
         else:
             images.groups = splitting.folder_level(images.relative_names(), by)
-    if by == "1" and truth == "class" and not data_list:
+    if by == "1" and truth == "class" and not lists:
         raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
 
 
@@ -182,9 +187,8 @@ def load_unlabelled(
 ) -> LabelledImages:
     """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
-        path, folder = _places_of_lists(data_list, data_dir)[0]
-        names = lists.read_paths(path, folder)
-        source = ImageFiles(folder, names, bands)
+        first = _lists(data_list, data_dir)[0]
+        source = ImageFiles(first.folder, first.paths(), bands)
     else:
         source = all_images(_train_folder(_folder_of_images(data_dir, UNLABELLED_SET)), bands)
     images = LabelledImages(source)
@@ -229,7 +233,7 @@ def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
     """Does the folder have class folders, or archives with labels, or the list labels?"""
     if data_list:
-        return lists.list_has_labels(Path(data_list[0]))
+        return ImageList(Path(data_list[0])).has_labels()
     folder = _train_folder(_folder_of_images(data_dir))
     return bool(read_shards(folder)[1]) if shard_names(folder) else len(folders.folders_by_class(folder)) > 1
 
@@ -254,15 +258,15 @@ def _image_folder(
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
     root = _folder_of_images(data_dir)
     train = _train_folder(root)
-    images, class_names = _in_folder(train, bands)
+    images, class_names = in_folder(train, bands)
     parts = [images]
     if val_dir is not None:
-        parts.append(_in_folder(_existing("--val-dir", val_dir), bands, class_names, train)[0])
+        parts.append(in_folder(_existing("--val-dir", val_dir), bands, class_names, train)[0])
     elif needs_val and train != root:
         place = folders.evaluation_folder(root)
         if place.name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
-        parts.append(_in_folder(place, bands, class_names, train)[0])
+        parts.append(in_folder(place, bands, class_names, train)[0])
     elif train != root:
         parts.append(images.subset([]))
     return parts, class_names
@@ -296,10 +300,13 @@ def _existing(option: str, folder: str | Path) -> Path:
     raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
-def _in_folder(
+def in_folder(
     folder: Path, bands: Bands | None, known: Sequence[str] = (), other: Any = ""
 ) -> tuple[LabelledImages, list[str]]:
-    """The images in class folders or archives, and the names of their classes: see `labelled_images`."""
+    """The images in class folders or archives, and the names of their classes: those `known` of `other`, or their own.
+
+    Raises InputError for other classes than are known.
+    """
     if shard_names(folder):
         files, labels = read_shards(folder, bands)
         if not labels:
@@ -322,63 +329,47 @@ def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
 
 
 def _lists(
-    places: Sequence[tuple[Path, Path]], bands: Bands | None, truth: str, columns: Mapping[str, Any]
-) -> tuple[list[LabelledImages], list[str]]:
-    """The images of one list or two, and the names of their classes, labels or numbers: the first list's."""
-    parts = []
-    names: list[str] = []
-    for place, folder in places:
-        images, names = labelled_images(place, folder, bands, truth, columns, names, places[0][0])
-        parts.append(images)
-    return parts, names
-
-
-def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
-    """One list or two, each with the folder that its paths are relative to."""
+    data_list: Sequence[str | Path],
+    data_dir: str | Path | None,
+    group_by: str | None = None,
+    label_columns: Sequence[str] | None = None,
+) -> list[ImageList]:
+    """One list or two."""
     if len(data_list) > 2:
         raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
-    return [(path, _existing("--data-dir", data_dir) if data_dir else path.parent) for path in map(Path, data_list)]
+    folder = _existing("--data-dir", data_dir) if data_list and data_dir else None
+    return [ImageList(Path(path), folder, group_by, label_columns) for path in data_list]
 
 
-def labelled_images(
-    place: Path,
-    folder: Path,
-    bands: Bands | None,
-    truth: str,
-    columns: Mapping[str, Any],
-    known: Sequence[str] = (),
-    other: Any = "",
+def in_list(
+    images: ImageList, bands: Bands | None, truth: str, known: Sequence[str] = (), other: Any = ""
 ) -> tuple[LabelledImages, list[str]]:
-    """The images of a list, or in a folder of classes or archives, and the names of their classes, labels or numbers.
+    """The images of a list, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
 
-    The names are those `known` of `other`, or their own. Paths in a list are relative to `folder`; `truth` is one of
-    `choices.TRUTHS`; `columns` has `group_by` and `label_columns`, as the readers take them. Raises InputError for
-    other names.
+    `truth` is one of `choices.TRUTHS`, but no mask. Raises InputError for other names than are known.
     """
-    if truth == "class" and remote.is_folder(place):
-        return _in_folder(place, bands, known, other)
     if truth == "class":
-        names, labels = lists.read_list(place, folder, **columns)
-        if not known and lists.look_like_numbers(labels):
+        names, labels = images.labels()
+        if not known and look_like_numbers(labels):
             number = printable(labels[0])
-            raise InputError(f"{place}: the labels are numbers, as {number}", "; use --task regression")
-        return _by_class(ImageFiles(folder, names, bands), labels, place, known, other)
-    targets = lists.read_targets(place, folder, truth, **columns)
+            raise InputError(f"{images.path}: the labels are numbers, as {number}", "; use --task regression")
+        return _by_class(ImageFiles(images.folder, names, bands), labels, images.path, known, other)
+    targets = images.targets(truth)
     if known:
-        targets = lists.like(targets, known, place, other)
+        targets = like(targets, known, images.path, other)
     if truth == "labels" and not (targets.values == 0).any():  # every answer yes would be right
-        raise InputError(f"{place}: no answer is 0 for no; -1 and nothing are unknown")
+        raise InputError(f"{images.path}: no answer is 0 for no; -1 and nothing are unknown")
     labels = [0] * len(targets.paths)
     if truth == "labels":
         labels = splitting.strata(targets.values).tolist()
-    return LabelledImages(ImageFiles(folder, targets.paths, bands), labels, targets.values), targets.names
+    return LabelledImages(ImageFiles(images.folder, targets.paths, bands), labels, targets.values), targets.names
 
 
 def _by_class(
     files: ImageFiles, labels: Sequence[str], place: Path, known: Sequence[str], other: Any
 ) -> tuple[LabelledImages, list[str]]:
-    """Images whose labels are text, and the names of their classes, as for `labelled_images`."""
-    class_names = list(known) or lists.in_order(set(labels))
+    """Images whose labels are text, and the names of their classes, as for `in_list`."""
+    class_names = list(known) or in_order(set(labels))
     if len(class_names) < 2:
         raise InputError(f"{place}: expected at least two classes, found only {printable(*class_names)}")
     check_classes(place, labels, other, class_names)
