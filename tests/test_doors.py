@@ -129,7 +129,7 @@ def test_a_server_that_stalls_is_not_waited_for(server, monkeypatch, name):
 )
 def test_an_address_within_another_is_refused_without_its_password(place, tmp_path):
     for read in (remote.read, remote.exists, lambda place: lists.ImageList(Path(place)).paths()):
-        with pytest.raises(InputError, match="https:/+host/.*: a password, signature or further address in") as error:
+        with pytest.raises(InputError, match=r"https:/+host/.*: a password, signature or further address in") as error:
             read(place)
         assert "secret" not in str(error.value)
 
