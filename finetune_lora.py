@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora_utils
-from lora import adapted, adapter_file, attention, functional, initialization, int8
+from lora import adapted, adapter_file, attention, backends, functional, initialization, int8
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
@@ -60,7 +60,13 @@ from toolkit.models.backbones import block_names, headless, in_head, name_head, 
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
-from toolkit.models.norms import NORMS, constant_scale_and_shift, constants_kept, freeze_statistics, share_statistics
+from toolkit.models.norms import (
+    NORMS,
+    constant_scale_and_shift,
+    constants_kept,
+    freeze_statistics,
+    share_statistics,
+)
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
@@ -300,7 +306,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             y = self._conv_forward(x, weight, self.bias)
             if batch_norm is not None:
                 y = batch_norm(y)
-            return functional.added_and_rectified(y, residual, relu)
+            return backends.added_and_rectified(y, residual, relu)
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         A = self.lora_A

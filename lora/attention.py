@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora import backends
-from lora.backends import CPU, ONEDNN_DTYPES
+from lora.backends import ONEDNN_DTYPES, PROCESSOR
 
 # On a CPU with products in bfloat16 PyTorch's attention is made of many small ones, unless there is a matrix unit
 # (AMX), for which it has a path of its own. `_Attention` is faster up to MOST_SCORES scores in a head, one for each
 # query and key, and slower above.
-PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
+PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in PROCESSOR and "amx_" not in PROCESSOR
 MOST_SCORES = 2**19
 # `_Attention` computes about this many scores at a time, for some images or for some heads of one image.
 SCORES_AT_A_TIME = 2**19

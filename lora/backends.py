@@ -18,10 +18,10 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 _CORES = Path("/proc/cpuinfo")  # Linux alone has it
-CPU = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets
+PROCESSOR = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets
 # The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
 # MKL. MKL keeps its fastest code for Intel's processors.
-_IS_AMD_WITH_AVX512 = "AuthenticAMD" in CPU and "AVX512" in torch.backends.cpu.get_cpu_capability()
+_IS_AMD_WITH_AVX512 = "AuthenticAMD" in PROCESSOR and "AVX512" in torch.backends.cpu.get_cpu_capability()
 PREFERS_ONEDNN_LINEAR = _IS_AMD_WITH_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
 ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
@@ -117,9 +117,13 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
         if residual.dtype == x.dtype:  # what comes after an addition has no leak
             y = onednn.binary(x, residual, kernel, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
             return y.relu_() if relu else y
-    y = F.conv2d(x, kernel, bias, *geometry)
+    return added_and_rectified(F.conv2d(x, kernel, bias, *geometry), residual, relu)
+
+
+def added_and_rectified(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """``relu(y + residual)``, or what of it is asked for, in the memory of y."""
     if residual is not None:
-        y.add_(residual)
+        y = y.add_(residual)
     return y.relu_() if relu else y
 
 

@@ -24,16 +24,7 @@ from toolkit import InputError, listed, printable
 from toolkit.files import ForeignObject, is_plain_tensor, is_safetensors, read_checkpoint, read_safetensors, stored_path
 from toolkit.models import backbones, names
 from toolkit.models.backbones import HEAD_NAMES
-from toolkit.models.names import (
-    ARCHS,
-    NO_ARCH,
-    NO_CHECKPOINT,
-    TIMM,
-    default_heads,
-    default_image_size,
-    is_none,
-    is_path,
-)
+from toolkit.models.names import ARCHS, NO_CHECKPOINT, TIMM, default_heads, is_none, is_path
 
 
 def load_backbone(
@@ -269,7 +260,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     """Recognise the layout, and take the backbone out of it. A model of timm has its tensors under timm's names."""
     if is_none(path):
         if wanted is None:
-            raise InputError(f"{NO_ARCH}: give an arch")
+            raise InputError(f"{names.NO_ARCH}: give an arch")
         return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
     tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)
@@ -465,7 +456,7 @@ def _find_image_size(source: _Source, arch: str) -> int:
         side = _grid(source.weights[name], tokens)
         if patch and side:
             return side * patch
-    return source.image_size or default_image_size(arch)
+    return source.image_size or names.default_image_size(arch)
 
 
 def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:

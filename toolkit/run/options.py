@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from toolkit.images.bands import Bands
 
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
-NORMS = ("auto", "frozen", "follow", "train")
+NORM_MODES = ("auto", "frozen", "follow", "train")
 BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in columns))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
@@ -161,7 +161,7 @@ class TuneOptions(AdapterOptions):
 
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option(
-        "auto", "of a ResNet. auto: they follow the adapters, and are frozen on a GPU; train: slow", choices=NORMS
+        "auto", "of a ResNet. auto: they follow the adapters, and are frozen on a GPU; train: slow", choices=NORM_MODES
     )
     adapt_last: int | str | None = option(
         None, "adapt the last blocks or stages alone; auto: by the gradient; default: all", type=config.block_count
