@@ -60,13 +60,7 @@ from toolkit.models.backbones import block_names, headless, in_head, name_head, 
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
-from toolkit.models.norms import (
-    NORMS,
-    constant_scale_and_shift,
-    constants_kept,
-    freeze_statistics,
-    share_statistics,
-)
+from toolkit.models.norms import NORMS, constant_scale_and_shift, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo

@@ -1,14 +1,8 @@
 """Blocks in which an adapted layer and its neighbour are one computation, and what is recomputed in backward.
 
-An adapted layer saves time and memory if it does its neighbour's work too:
-- A frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations
-  disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
-  it go along: on a CPU oneDNN does the one or the other while it writes the output.
-- A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
-  So is GELU.
-- A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
-- The last block of a ViT computes the class token alone, which is all that the classifier reads. Attention's keys and
-  values still come from every token.
+A frozen BatchNorm behind a convolution becomes part of the kernel and the bias; the residual's addition and the ReLU
+behind it go along. A LayerNorm in front of attention or of the MLP, and GELU, are recomputed in backward. A ResNet's
+stem is pooled before its ReLU. The last block of a ViT computes the class token alone. docs/how-it-works.md says why.
 
 The block that holds both decides, at each call: if a child was replaced, trains, has a hook, or is of a subclass, the
 block computes what the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize`

@@ -1,8 +1,7 @@
 """Frozen weights in 8 bits that are multiplied in 8 bits.
 
-Training in 8 bits has to compute the dense weight gradient in more (SwitchBack, arXiv 2304.13013). A frozen weight has
-none: its two products, forward and to the input, are sums of integers here. With a float32 scale for each row of W, x
-and gy, and sums in int32, which 130,000 columns cannot overflow:
+Both products with a frozen weight, forward and to the input, are sums of integers here (after SwitchBack, arXiv
+2304.13013), with a float32 scale for each row of W, x and gy. Sums are in int32, which 130,000 columns cannot overflow:
 
     W = d Wq,   x = sx xq,   gy d = s (gy d)q
 
