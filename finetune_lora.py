@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 import lora_utils
 from lora import adapted, adapter_file, attention, backends, functional, initialization, int8
-from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
@@ -959,7 +958,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                         known = devices.to_device(labels, run.device)
                         labels = known if run.teacher is None else run.teacher.extend(known, *unlabelled)
                         with distributed.exchanging(run.parallel, is_last=number == step.number):
-                            with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
+                            with devices.autocast(run.device, run.dtype):
                                 logits = run.parallel(images)  # (N, outputs)
                             loss = run.task.loss(logits.float(), labels)
                             # Gradients are averaged over processes; it is their sum that belongs to all the images.
@@ -1185,7 +1184,7 @@ class FineTuning(RunState):
                 labels = devices.to_device(labels, self.device)
                 labels = labels if self.teacher is None else self.teacher.extend(labels, *unlabelled)
                 with distributed.exchanging(self.parallel, is_last=number == step.number):
-                    with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
+                    with devices.autocast(self.device, self.dtype):
                         logits = self.parallel(images)
                     loss = self.task.loss(logits.float(), labels)
                     self.scaler.scale(loss * factor).backward()

@@ -158,7 +158,6 @@ max_pool2d = torch.ops.aten.max_pool2d_with_indices
 max_pool2d_gradient = torch.ops.aten.max_pool2d_with_indices_backward
 # (x, shape): `x.view(shape)` that autograd does not take for a view: it may be modified in place.
 unsafe_view = torch.ops.aten._unsafe_view
-is_dense = torch.ops.aten.is_non_overlapping_and_dense  # do the numbers fill a range of memory, each once?
 
 
 def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

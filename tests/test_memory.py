@@ -1,13 +1,11 @@
-"""What is kept for backward: gradient checkpointing, 16-bit activations, second derivatives, a model's two halves."""
+"""What is kept for backward: gradient checkpointing, second derivatives, a model's two halves."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from dense import (
-    DEVICES,
     EXACT,
     FP32,
     Operations,
@@ -27,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention
-from lora.activations import SavedIn16Bits
 from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
@@ -152,129 +149,6 @@ def test_what_a_block_keeps():
         factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions
         beside = (2 * 5 * heads, 4 * heads)  # attention's weights where it is made of products, or log-sum-exps
         assert kept_by_a_block() in [8 * 5 * (4 * width + low + more) + 2 * factors for more in beside]
-
-
-# ------------------------------------------------------------------------------------- activations saved in 16 bits
-
-
-@pytest.fixture
-def kept(monkeypatch) -> dict[int, int]:
-    """Bytes by storage of what is saved within `SavedIn16Bits`."""
-    kept = {}
-    pack = SavedIn16Bits._pack
-
-    def note(self, tensor, least_dim):
-        packed = pack(self, tensor, least_dim)
-        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
-            kept[storage.data_ptr()] = storage.nbytes()
-        return packed
-
-    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
-    return kept
-
-
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_activations_in_16_bits(build, side, four_bits, kept, device):
-    """The output stays exact, gradients are near, and what is saved is half as large."""
-    model = build(hidden_dim=64, mlp_dim=128) if build is vit else build()
-    model = frozen(model.to(device), use_qlora=four_bits)
-    x = images(side, 8).to(device)
-    expected = loss_and_gradients(model, x)
-    before = saved_bytes(model, x)
-    model.zero_grad()
-    with SavedIn16Bits():
-        loss = F.cross_entropy(model(x), torch.arange(len(x), device=device) % 5)
-    loss.backward()
-    assert torch.equal(loss, expected[0])
-    for name, gradient in expected[1].items():
-        assert_close(model.get_parameter(name).grad, gradient, 3e-2, name)
-    small = sum(size for size in kept.values() if size < 8 * 5 * 16 * 2)
-    limit = 0.55 if build is vit else 0.65  # the stem's pooling keeps positions as well
-    assert sum(kept.values()) < limit * before + small
-    assert saved_bytes(model, x) == before  # outside the block nothing is rounded
-
-
-def test_an_activation_that_two_operations_save_is_kept_once(kept):
-    """A ReLU's output is the next convolution's input; attention's output is its projection's input."""
-    x = torch.randn(2, 5, 16, requires_grad=True)
-    with SavedIn16Bits():
-        y = x.sin()
-        (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
-    assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
-
-
-def test_a_part_of_a_tensor_and_one_number_repeated_are_rounded_as_they_are():
-    """What they are views of is not kept in their place."""
-    whole = torch.arange(1.0, 241).view(3, 5, 16)  # bfloat16 holds these numbers
-    for view in (whole[1:], whole[:, 1:3], whole[:, 1:2].expand(3, 5, 16)):
-        a = torch.ones_like(view, requires_grad=True)
-        with SavedIn16Bits():
-            y = (a * view).sum()
-        y.backward()
-        assert torch.equal(a.grad, view)
-
-
-def test_parameters_are_kept_as_they_are():
-    """A kernel that trains has four dimensions too; rounded, it would be a copy, and the input's gradient not exact."""
-    convolution = nn.Conv2d(3, 4, 3)
-    x = images(9, requires_grad=True)
-    expected = torch.autograd.grad(convolution(x).sum(), x)[0]
-    with SavedIn16Bits():
-        y = convolution(x)
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
-
-
-def test_a_buffer_that_is_filled_anew_is_saved_anew_and_nothing_of_past_steps_is_kept():
-    """Also while the first batch is still needed, as with accumulated gradients."""
-    buffer = torch.zeros(2, 5, 16)
-    a = torch.ones(2, 5, 16, requires_grad=True)
-    saving = SavedIn16Bits()
-    with saving:
-        for _ in range(2):
-            (a * torch.ones(2, 5, 16)).sum().backward()
-            assert not saving._known
-        losses = [(a * buffer.fill_(step)).sum() for step in range(2)]
-        gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
-    assert [gradient.unique().tolist() for gradient in gradients] == [[0], [1]]
-
-
-def test_statistics_are_kept_as_they_are(monkeypatch):
-    """A rounded log-sum-exp would make attention's weights wrong by its size."""
-    exact = []
-    pack = SavedIn16Bits._pack
-
-    def note(self, tensor, least_dim):
-        packed = pack(self, tensor, least_dim)
-        exact.extend([tuple(tensor.shape)] if packed is tensor else [])
-        return packed
-
-    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
-    q = torch.randn(2, 7, 16, requires_grad=True)
-    with SavedIn16Bits():
-        attended, _ = attention.attend(q, q, q, 2)
-        nn.LayerNorm(16, elementwise_affine=False)(attended)
-        nn.MultiheadAttention(16, 4, batch_first=True)(q, q, q, need_weights=False)  # PyTorch's own call
-        assert (2, 4, 7) in exact
-        mask = torch.zeros(2, 1, 7, 7)
-        attention.attend(q, q, q, 2, mask)
-    assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
-    assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
-    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
-
-
-def test_every_batch_that_a_run_trains_on_saves_16_bits(finetune, monkeypatch):
-    """Also what the start is found by: the gradient of a step."""
-    entered = []
-    enter = SavedIn16Bits.__enter__
-    monkeypatch.setattr(SavedIn16Bits, "__enter__", lambda self: entered.append(enter(self)))
-    for options, batches in (("", 0), ("16 --lora-init random", 3), ("16 --lora-init gradient", 6)):
-        precision = f"--activation-precision {options}" if options else ""
-        finetune(f"{precision} --epochs 1", f"out{batches}")
-        assert len(entered) == batches
-        entered.clear()
 
 
 # ------------------------------------------------------------------------------------------------ second derivatives

@@ -54,8 +54,8 @@ NEEDED = (
 )
 
 SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --activation-precision 16, "
-    "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
+    "lower --batch-size and raise --accumulation-steps by as much, or use --use-qlora, --precision bf16 or, "
+    "which is slow, --gradient-checkpointing full"
 )
 
 # ---------------------------------------------------------------------------------------------- the options, by section
@@ -196,7 +196,6 @@ class TuneOptions(AdapterOptions):
     gradient_checkpointing: str = option(
         "none", "what backward recomputes. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
     )
-    activation_precision: int = option(32, "bits of saved activations; 16: half the bytes", type=int, choices=(32, 16))
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
 
@@ -351,7 +350,6 @@ CLASHES = {
     "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
-    "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
     "--cache-features": {"--norms train": _CHANGES},
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
