@@ -10,6 +10,7 @@
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py choose moco_v2_800ep_pretrain.pth.tar my_images --count 50 --output to_label  # what to label
     python deploy_lora.py explain checkpoints/lora/lora.pth my_images --output explained
+    python deploy_lora.py demo checkpoints/lora/lora.pth                        # a page on which an image is dropped
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
@@ -26,6 +27,7 @@ import io
 import itertools
 import json
 import math
+import os
 import reprlib
 import tempfile
 import textwrap
@@ -55,6 +57,7 @@ from lora.adapter_file import check_metadata, holds_adapter, write_adapter_file
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, did_you_mean, distributed, files, listed, optional_package, printable
 from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
+from toolkit.answers import demo as demo_page
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.images import masks, remote, sources, splitting, transforms
@@ -137,7 +140,12 @@ class Deployed:
         return self.loaders[-1]
 
     def explainer(self) -> heat_maps.Explainer:
-        return heat_maps.Explainer(self.model, self.transform, self.device, self.dtype, **from_metadata(self.about))
+        values = from_metadata(self.about) | {"window": self.model.window if self.task.per_pixel else None}
+        return heat_maps.Explainer(self.model, self.transform, self.device, self.dtype, **values)
+
+    def windows_answered(self, windows: Tensor) -> Tensor:
+        """The outputs for windows of an image, which may be more than a batch, on the CPU."""
+        return torch.cat([self.outputs(some).cpu() for some in windows.split(self.args.batch_size)])
 
 
 @contextlib.contextmanager
@@ -268,8 +276,6 @@ def explain(args: argparse.Namespace) -> list[Path]:
             raise InputError(f"--label {args.label}: no such class, label or number: {hint}")
         of = None if args.label is None else task.names.index(args.label)
         explainer = deployed.explainer()
-        if task.per_pixel:
-            explainer.window = deployed.model.window
         images = _images(args.images, deployed.about)
 
         def draw(i: int, place: Path) -> Path:
@@ -293,6 +299,27 @@ def explain(args: argparse.Namespace) -> list[Path]:
         written = _write_for_each(deployed, images, [".png"], {"--label": args.label}, draw)
     print(f"wrote {args.output}: {len(written)} pictures of what decided")
     return written
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Show a page on this machine alone, on which an image is dropped and answered; or --write what a Space needs."""
+    if args.write is not None:
+        metadata = read_adapter_file(args.adapter)["metadata"]
+        demo_page.write_space(args.write, args.adapter, *find_base(args.adapter, metadata, args.checkpoint), metadata)
+        print(f"wrote {args.write}: hf upload OWNER/NAME {args.write} --repo-type space")
+        return
+    optional_package("gradio", "demo")  # before the model is loaded
+    with _deployed(args) as deployed:
+        maps = None
+        if deployed.task.per_pixel:
+            answer = deployed.windows_answered
+            maps = predictions.Maps(deployed.task, answer, deployed.transform, deployed.model.window)
+        page = demo_page.Demo(deployed.task, deployed.explainer(), maps).page(f"What {args.adapter.name} answers")
+        # In a Space gradio knows the address.
+        address = {} if "SPACE_ID" in os.environ else {"server_name": "127.0.0.1", "share": False}
+        _, url, _ = page.launch(**address, quiet=True, prevent_thread_lock=True)
+        print(f"drop an image on {url} in your browser; Ctrl-C stops")
+        page.block_thread()
 
 
 def predict(args: argparse.Namespace) -> list[Any]:
@@ -325,7 +352,7 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
 
     def answer(windows: Tensor) -> Tensor:
         if not is_file:
-            return torch.cat([deployed.outputs(some).cpu() for some in windows.split(args.batch_size)])
+            return deployed.windows_answered(windows)
         share = windows[distributed.rank() :: distributed.world_size()].split(args.batch_size)
         return _answers(deployed, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
 
@@ -803,7 +830,7 @@ def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-COMMANDS = (info, evaluate, compare, threshold, predict, embed, choose, explain, merge, export, convert, card)
+COMMANDS = (info, evaluate, compare, threshold, predict, embed, choose, explain, demo, merge, export, convert, card)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

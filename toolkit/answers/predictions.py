@@ -125,10 +125,11 @@ class Maps:
         """
         if self.task.per_pixel:
             step = 1
-            parts = bar(self._pixels(scene), total=len(window_starts(scene.height, self.window)))
+            total = len(window_starts(scene.height, self.window))
         else:
             step = self.window
-            parts = bar(self._windows(scene), total=math.ceil(scene.height / step))
+            total = math.ceil(scene.height / step)
+        parts = bar(self.parts(scene), total=total)
         names = self.task.names
         colours = None
         if self.has_classes:
@@ -150,6 +151,10 @@ class Maps:
             with open_atomically(path) as file:
                 np.save(file, np.concatenate(list(parts)))
         return path
+
+    def parts(self, scene: Scene) -> Iterator[np.ndarray]:
+        """What the map of a scene has, from above, a few rows at a time."""
+        return self._pixels(scene) if self.task.per_pixel else self._windows(scene)
 
     def _pixels(self, scene: Scene) -> Iterator[np.ndarray]:
         def read(first: int, last: int) -> Tensor:

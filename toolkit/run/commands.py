@@ -22,6 +22,7 @@ COMMANDS = {  # and the help of each
     "embed": "the features of images, as an array",
     "choose": "which images to label next, as a list and a page of their pictures",
     "explain": "which parts of each image decided the answer, as pictures",
+    "demo": "a page in the browser on which an image is dropped and answered",
     "merge": "base and adapter as one state_dict that plain torchvision loads",
     "export": "the merged model as a graph for onnxruntime or torch.export",
     "convert": "to the adapter format of PEFT",
@@ -65,14 +66,18 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
     add(["evaluate"], "--output", "the numbers as .json; the page lies next to it", type=Path)
-    add(of_adapters - {"info", "evaluate"}, "--output", "the file to write (required)", type=Path)
+    add(
+        ["demo"], "--write", "nothing starts: write what a Space of the Hugging Face Hub needs into a folder", type=Path
+    )
+    add(of_adapters - {"info", "evaluate", "demo"}, "--output", "the file to write (required)", type=Path)
     add(of_adapters - {"info", "card"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other
-    add(in_batches, "--batch-size", "images at a time", type=positive_int, default=32)
-    add(ON_IMAGES, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
+    computing = (*ON_IMAGES, "demo")
+    add(in_batches | {"demo"}, "--batch-size", "images at a time", type=positive_int, default=32)
+    add(computing, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
     add(in_batches, "--workers", "processes that load images", type=worker_count, default="auto")
-    add(ON_IMAGES, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
-    add(ON_IMAGES, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
+    add(computing, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
+    add(computing, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
     add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
     add(["choose"], "--count", "how many", type=positive_int, default=50)
     add(["choose"], "--labelled", "what has labels: lists, or folders of images", default=(), **some)
@@ -184,6 +189,8 @@ def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of a command."""
     if args.command in ("info", "compare"):
         return []
+    if args.command == "demo":
+        return [f"--write {args.write}: is there; name another folder"] if os.path.lexists(args.write or "") else []
     problems = check_output(args)
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):
         problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")

@@ -1,0 +1,256 @@
+"""The page on which an image is dropped: it says what `predict` and `explain` say, without gradio and in a browser."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import deploy_lora
+from finetune_lora import load_base
+from lora_utils import LoRAManager
+from tests.conftest import CLASSES
+from toolkit import SHIPPED, InputError
+from toolkit.answers.report_page import html_table
+from toolkit.images.masks import palette
+
+ROOT = Path(deploy_lora.__file__).parent
+pytestmark = pytest.mark.usefixtures("whole_vit_mini")
+TASKS = {
+    "classes": {},
+    "labels": {"task": {"kind": "multilabel", "thresholds": [0.2, 0.5, 0.7]}},
+    "numbers": {"task": {"kind": "regression", "mean": [3.0, 0.0, -9.0], "std": [2.0, 1.0, 0.1]}},
+    "masks": {"task": {"kind": "segmentation", "values": [0, 1, 2]}},
+}
+
+
+@pytest.fixture(params=TASKS)
+def adapter(request, tmp_path) -> Path:
+    """An adapter file of each task, which has a head alone."""
+    model, report = load_base(SHIPPED, None, len(CLASSES), per_pixel=request.param == "masks")
+    head = model.head.linear if request.param == "masks" else model.heads.head
+    torch.nn.init.normal_(head.weight, std=0.5)
+    about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 32, "checkpoint": str(SHIPPED)}
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about | TASKS[request.param])
+    return tmp_path / "lora.pth"
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    levels = np.random.RandomState(0).randint(0, 256, (60, 80, 3)).astype(np.uint8)
+    levels[:, 40:] //= 4
+    Image.fromarray(levels).save(tmp_path / "dropped.png")
+    return tmp_path / "dropped.png"
+
+
+class Page:
+    """In the place of gradio: as it is launched, somebody drops files."""
+
+    Error = RuntimeError
+
+    def __init__(self, dropped: list[tuple]):
+        self.dropped = dropped
+        self.answers = []
+        for name in ("File", "Dropdown", "HTML", "Gallery"):
+            setattr(self, name, lambda *given, **settings: (given, settings))
+
+    def Interface(self, function, inputs, outputs, **settings):
+        self.function = function
+        self.settings = settings
+        return self
+
+    def launch(self, **address):
+        self.address = address
+        return None, "http://127.0.0.1:7860/", None
+
+    def block_thread(self):
+        for given in self.dropped:
+            try:
+                said, pictures = self.function(*given)
+                self.answers.append([said, *pictures])
+            except self.Error as error:
+                self.answers.append(str(error))
+
+
+@pytest.fixture
+def drop(adapter, monkeypatch):
+    """drop((path, of), ...) drops files on the page of the adapter, and returns the page."""
+
+    def drop(*files: tuple) -> Page:
+        page = Page(files)
+        monkeypatch.setitem(sys.modules, "gradio", page)
+        deploy_lora.main(["demo", str(adapter), "--device", "cpu", "--batch-size", "2"])
+        return page
+
+    return drop
+
+
+def levels_in(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("adapter", ["classes", "labels", "numbers"], indirect=True)
+def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, image, drop, tmp_path):
+    [said, (picture, _), (heat, _)], [_, _, (of_dark, _)] = drop((str(image), None), (str(image), 1)).answers
+    argv = ["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "answers.csv")]
+    [row] = deploy_lora.main(argv)
+    _, *rows = row.items()
+    if "class" in row:
+        rows = zip(list(row.values())[1::2], list(row.values())[2::2], strict=True)
+    assert said == html_table(list(rows))
+    assert picture.shape == heat.shape == (32, 32, 3) and picture.dtype == heat.dtype == np.uint8
+    assert picture[:, :14].mean() > 2 * picture[:, 18:].mean()  # the left half is the bright one
+    with deploy_lora._deployed(deploy_lora.read_options(argv)) as deployed:
+        _, expected, _ = deployed.explainer().explain(Image.open(image), 1)
+    assert abs(of_dark - 255 * expected).max() <= 0.5
+    assert (of_dark != heat).any()
+
+
+@pytest.mark.parametrize("adapter", ["masks"], indirect=True)
+def test_a_mask_lies_over_the_whole_image(adapter, image, drop, tmp_path):
+    [said, (picture, _), (heat, _)], *others = drop(*((str(image), of) for of in (None, 0, 1, 2))).answers
+    deploy_lora.main(["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "masks")])
+    mask = np.asarray(Image.open(tmp_path / "masks/dropped.png"))
+    over = 0.4 * levels_in(image) + 0.6 * 255 * palette(3)[mask]
+    assert picture.shape == (60, 80, 3) and abs(picture - over).max() <= 0.5
+    shares = [(mask == number).mean() for number in range(3)]
+    rows = [(name, f"{share:.1%} of the pixels") for name, share in zip(CLASSES, shares, strict=True)]
+    colours = [f"rgb({r}, {g}, {b})" for r, g, b in np.round(255 * palette(3)).astype(int)]
+    found = re.findall(r'border-left: 1em solid (.*?)">(\w+)<', said)
+    assert found == list(zip(colours, CLASSES, strict=True))
+    assert re.sub(' style=".*?"', "", said) == html_table(rows)
+    heats = [of_class for _, _, (of_class, _) in others]
+    assert heat.shape == (32, 32, 3) and (heats[0] != heats[1]).any()
+    assert (heat == heats[np.argmax(shares)]).all()
+
+
+@pytest.mark.parametrize("adapter", ["masks"], indirect=True)
+def test_of_a_large_image_with_a_mask_some_pixels_are_shown(adapter, drop, tmp_path):
+    Image.new("RGB", (32, 2001)).save(tmp_path / "high.png")
+    [[_, (picture, _), _]] = drop((str(tmp_path / "high.png"), None)).answers
+    assert picture.shape == (667, 11, 3)
+
+
+@pytest.mark.parametrize("adapter", ["classes"], indirect=True)
+def test_the_page_is_on_this_machine_alone_and_keeps_nothing(drop, monkeypatch, capsys):
+    monkeypatch.setenv("GRADIO_SHARE", "true")
+    page = drop()
+    assert page.address["server_name"] == "127.0.0.1" and page.address["share"] is False
+    assert page.settings["delete_cache"] and page.settings["analytics_enabled"] is False
+    assert "drop an image on http://127.0.0.1:7860/ in your browser; Ctrl-C stops" in capsys.readouterr().out
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    assert drop().address.keys() == {"quiet", "prevent_thread_lock"}
+
+
+@pytest.mark.parametrize("adapter", ["classes", "masks"], indirect=True)
+def test_what_is_no_image_is_one_line_without_the_server_s_folders(image, drop, tmp_path):
+    """A list is not read: it could name any file of the server."""
+    (tmp_path / "list.csv").write_text("dropped.png\n")
+    nothing, wrong = drop((None, None), (str(tmp_path / "list.csv"), None)).answers
+    assert nothing == [""]
+    assert wrong.startswith("list.csv: not a readable image")
+
+
+@pytest.fixture
+def space(adapter, tmp_path, monkeypatch, capsys) -> Path:
+    """A Space of the adapter, which lies elsewhere by now; nothing was started."""
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    deploy_lora.main(["demo", str(adapter), "--write", str(tmp_path / "space")])
+    assert f"hf upload OWNER/NAME {tmp_path}/space --repo-type space" in capsys.readouterr().out
+    return shutil.move(tmp_path / "space", tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("adapter", ["numbers"], indirect=True)
+def test_a_space_has_what_the_hub_reads(space, tmp_path):
+    _, head, text = (space / "README.md").read_text().split("---\n")
+    head = yaml.safe_load(head)
+    assert head["sdk"] == "gradio" and head["app_file"] == "app.py" and head["title"] == tmp_path.name
+    assert "`lora.pth` answers: bright, dark, striped." in text
+    requirements = (space / "requirements.txt").read_text().split()
+    assert "gradio>=6" in requirements and "torch>=2.6" in requirements and "timm>=1.0" not in requirements
+    assert {"lora.pth", SHIPPED.name, "app.py", "LICENSE"} < {path.name for path in space.iterdir()}
+    assert not list(space.rglob("__pycache__"))
+
+
+# In the place of gradio: it drops an image on the page that is launched.
+DROPS = """
+import sys
+def launch(**how):
+    return print(page.function("dropped.png", None)[0], "server_name" in how), "nowhere", None
+def Interface(function, *given, **settings):
+    page.function = function
+    return page
+def File(*given, **settings):
+    pass
+def block_thread():
+    pass
+page = sys.modules["gradio"]
+Dropdown = HTML = Gallery = File
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["numbers"], indirect=True)
+def test_a_space_answers_with_nothing_but_its_own_files(image, drop, space):
+    shutil.copy(image, space)
+    (space / "gradio.py").write_text(DROPS)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(space), "SPACE_ID": "owner/name"}
+    done = subprocess.run([sys.executable, "app.py"], cwd=space, env=environment, capture_output=True, text=True)
+    [[said, *_]] = drop((str(image), None)).answers
+    assert done.stdout.startswith(f"{said} False\n"), done.stderr
+
+
+@pytest.mark.parametrize("adapter", ["classes"], indirect=True)
+def test_what_the_demo_needs_is_named(adapter, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(deploy_lora, "load_finetuned", None)  # said at once
+    with pytest.raises(InputError, match=r"demo needs gradio .*: pip install gradio"):
+        deploy_lora.main(["demo", str(adapter)])
+    with pytest.raises(InputError, match=rf"--write {tmp_path}: is there; name another folder"):
+        deploy_lora.main(["demo", str(adapter), "--write", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["classes", "masks"], indirect=True)
+def test_an_image_is_dropped_in_a_browser(adapter, image, drop):
+    """By Debian's Chromium without a window, and `pip install gradio playwright`."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("no chromium")
+    command = [sys.executable, "-u", "deploy_lora.py", "demo", str(adapter), "--device", "cpu"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
+            with playwright.sync_playwright() as browsers:
+                page = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+                asked = []
+                page.on("request", lambda request: asked.append(request.url))
+                page.goto(url)
+                given = page.evaluate_handle(GIVEN, list(image.read_bytes()))
+                page.dispatch_event("button:has-text('Drop File Here')", "drop", {"dataTransfer": given})
+                page.wait_for_selector(".thumbnail-item img", timeout=60_000)
+                shown = page.inner_html(".prose table")
+                pictures = page.locator(".thumbnail-item img").count()
+        finally:
+            server.terminate()
+    [[said, *_]] = drop((str(image), None)).answers
+    assert re.findall(">([^<]+)<", shown) == re.findall(">([^<]+)<", said)
+    assert pictures == 2
+    outside = [address for address in asked if not address.startswith((url, "data:", "blob:"))]
+    assert outside == []
+
+
+GIVEN = """
+bytes => {
+  const given = new DataTransfer();
+  given.items.add(new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"}));
+  return given;
+}
+"""
