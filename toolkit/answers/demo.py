@@ -48,7 +48,7 @@ class Demo:
         Both pictures are (H, W, 3) of uint8. Raises InputError for a file that is no such image.
         """
         bands = self.explainer.bands
-        image, _ = ImageFiles("", [str(path)], [0], bands)[0]
+        image = ImageFiles("", [str(path)], bands)[0]
         if self.maps is None:
             picture, heat, outputs = self.explainer.explain(image, of)
             columns, [cells] = self.task.table(outputs)
@@ -71,7 +71,7 @@ class Demo:
 
     def colours(self) -> np.ndarray:
         """Those of the classes in a mask, (K, 3) from 0 to 1."""
-        return palette(len(self.task.names), self.task.head.record().get("colours"))
+        return palette(len(self.task.names), self.task.record().get("colours"))
 
     def table(self, rows: list[tuple[str, str]]) -> str:
         """The rows in HTML, each class of a mask with its colour."""
