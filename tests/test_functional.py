@@ -48,37 +48,6 @@ def in_float64(tensors: list) -> list:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [0, 1, 5, 300])
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("dtype, autocast, tolerance", PRECISIONS)
-def test_linear_equals_the_dense_computation(device, rows, groups, dropped, trains, dtype, autocast, tolerance):
-    """5 rows are fewer than 24 features, 300 are more: `_merge_pays` answers differently, but never in bfloat16.
-
-    x after dropout is an input of its own: the adapter's share of the gradient goes there.
-    """
-    weight = functional.FloatWeight(random(36, 24, dtype=dtype))
-    assert functional._merge_pays(weight, rows * 36) == (rows == 300 and dtype != torch.bfloat16)
-    x = random(rows, 24, dtype=dtype, device=device, requires_grad=True)
-    W = random(36, 24, dtype=dtype, device=device, requires_grad=trains)
-    bias = random(36, dtype=dtype, device=device, requires_grad=True)
-    low = random(rows, 24, dtype=dtype, device=device, requires_grad=True)
-    masters = {"dtype": torch.promote_types(dtype, torch.float32), "device": device, "requires_grad": True}
-    A = random(groups * 4, 24, **masters)
-    B = random(36, 4, **masters)
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        y = lora_linear(x, W, A, B, bias, SCALING, groups, adapter_x=low if dropped else None)
-    assert y.dtype == (torch.bfloat16 if autocast and dtype == torch.float32 else dtype)
-    ours = [x, A, B, bias, W, low]
-    theirs = x64, A64, B64, bias64, W64, low64 = in_float64(ours)
-    W64.requires_grad_(trains)
-    delta = torch.cat([b @ a for b, a in zip(B64.chunk(groups), A64.chunk(groups), strict=True)])
-    seen = low64 if dropped else x64
-    compare(ours, y, theirs, F.linear(x64, W64, bias64) + SCALING * seen @ delta.T, tolerance)
-
-
 def row_operations(width: int):
     affine = nn.LayerNorm(width).requires_grad_(False)
     nn.init.normal_(affine.weight)
@@ -137,17 +106,19 @@ def test_a_small_update_survives_low_precision():
     assert_close(y, torch.full((500, 3), 1e-3), BF16)
 
 
-@pytest.mark.parametrize("rows", [10, 50], ids=["side path", "merged"])
-@pytest.mark.parametrize("autocast, size", [(False, 4), (True, 2)])
-def test_only_the_input_and_what_is_thin_is_saved(rows, autocast, size):
-    """At half the size under autocast. Thin is h = x A^T, which the side path keeps."""
+@pytest.mark.parametrize(
+    "rows, autocast, h", [(10, False, 10 * 4 * 4), (50, False, 0), (10, True, 10 * 4 * 2), (50, True, 50 * 4 * 2)]
+)
+def test_only_the_input_and_what_is_thin_is_saved(rows, autocast, h):
+    """At half the size under autocast. Thin is h = x A^T, which the side path keeps: `_merge_pays` for 50 float32."""
     x = random(rows, 24, requires_grad=True)
     A = random(4, 24, requires_grad=True)
     B = random(36, 4, requires_grad=True)
     W = random(36, 24)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         saved = saved_storages(lambda: lora_linear(x, W, A, B, None, SCALING))
-    assert sum(saved.values()) - (x.numel() + A.numel() + B.numel()) * size in (0, rows * 4 * size)
+    size = 2 if autocast else 4
+    assert sum(saved.values()) == (x.numel() + A.numel() + B.numel()) * size + h
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -441,23 +412,6 @@ def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, k
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(64, 64), (10, 7), (6, 4, 3, 3), (1, 1)], ids=str)
-def test_nf4_rounds_every_value_to_its_block_s_grid(device, shape):
-    """The 16 levels of NF4 (QLoRA, appendix E) times the largest magnitude of 64 neighbours, itself in 8 bits."""
-    levels = "-1 -.6961928 -.5250731 -.3949175 -.2844414 -.1847734 -.09105 0 "
-    levels += ".0795803 .1609302 .2461123 .3379152 .4407098 .562617 .7229568 1"
-    levels = torch.tensor([float(level) for level in levels.split()])
-    W = random(*shape, device=device)
-    stored = NF4Weight.quantize(W)
-    dense = stored.dequantize(torch.float32).cpu()
-    assert stored.shape == W.shape and dense.shape == W.shape and dense.dtype == torch.float32
-    for values, rounded in zip(W.cpu().flatten().split(64), dense.flatten().split(64), strict=True):
-        expected = levels[(values[:, None] / values.abs().max() - levels).abs().argmin(1)] * values.abs().max()
-        # The scale's own rounding moves it by a few per cent, and a value on the border to the next level.
-        assert_close(rounded, expected, 0.08)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
     stored = NF4Weight.quantize(random(33, 40, device=device))
@@ -468,9 +422,10 @@ def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
     assert torch.equal(stored.dequantize(torch.float32), precise)  # no trace of it is left
 
 
-def test_the_flat_scales_of_4_bits_are_those_of_the_nested_ones():
+def test_4_bits_are_nf4_in_blocks_of_64_whose_flat_scales_are_those_of_the_nested_ones():
     functional = bitsandbytes_functional()
     weight = NF4Weight.quantize(random(48, 80))
+    assert (weight.state.quant_type, weight.state.blocksize, weight.state.nested) == ("nf4", 64, True)
     for _ in range(2):  # the second time from the scales that are kept
         dense = weight.dequantize(torch.float32)
         assert torch.equal(dense, functional.dequantize_4bit(weight.packed, weight.state).flatten().view(48, 80))

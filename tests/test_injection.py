@@ -43,7 +43,7 @@ from finetune_lora import (
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
-from lora.adapted import ADAPTED, choose_layers
+from lora.adapted import ADAPTED, adapted_layers, choose_layers
 from lora.adapter_set import LayerState
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
@@ -419,39 +419,30 @@ def test_statistics_of_a_frozen_batch_norm_stay():
     assert head.train().head[0].training and head.head[0].weight.requires_grad
 
 
+STORAGE = {"float": {}, "4 bits": {"use_qlora": True}, "bfloat16": {"base_dtype": torch.bfloat16}}
+
+
+@pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("build, side, last", [(resnet, 32, 2), (vit, 16, 1)], ids=["resnet", "vit"])
-def test_the_last_blocks_alone_are_adapted(build, side, last):
-    """Exactly, and nothing below them is kept for backward."""
-    stock = build().double().eval()
-    x = images(side, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock), adapt_last=last).eval()
+def test_the_last_blocks_alone_are_adapted_and_what_is_below_is_stored_as_they_are(build, side, last, storage):
+    """It is what the stock model computes with the rounded weights; nothing below is kept for backward."""
+    stock = build().eval()
+    x = images(side)
+    model = frozen(copy.deepcopy(stock), adapt_last=last, **STORAGE[storage]).eval()
     blocks = block_names(stock)[-last:]
-    assert {name.startswith(tuple(blocks)) for name in adapted_names(model)} == {True}
-    compare_with_dense(stock, model, [x], 1e-9)
+    stored = {name: m for name, m in model.named_modules() if getattr(m, "float_digests", {})}
+    assert set(choose_layers(stock)) <= set(stored) or storage == "float"
+    layers = adapted_layers(model)
+    assert {name for name, layer in layers.items() if layer.r} == {n for n in layers if n.startswith(tuple(blocks))}
+    stock = rounded(stock, model)
+    twin = dense_twin(stock, model)
+    compare_with_dense(stock, model, [x], FP32)
     given = []
     model.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: given.append(*inputs))
     model(x).sum().backward()
     assert not given[0].requires_grad
-
-
-STORAGE = {"4 bits": {"use_qlora": True}, "bfloat16": {"base_dtype": torch.bfloat16}}
-
-
-@pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE)
-@pytest.mark.parametrize("build, side, last", [(resnet, 32, 2), (vit, 16, 1)], ids=["resnet", "vit"])
-def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, side, last, storage):
-    """And is what the stock model computes with the rounded weights, merged and taken out as well."""
-    stock = build().eval()
-    x = images(side)
-    model = frozen(copy.deepcopy(stock), adapt_last=last, **storage).eval()
-    stored = {name: m for name, m in model.named_modules() if getattr(m, "float_digests", {})}
-    assert set(choose_layers(stock)) <= set(stored)
-    above = tuple(block_names(stock)[-last:])
-    assert {name for name, layer in stored.items() if layer.r} == {name for name in stored if name.startswith(above)}
-    stock = rounded(stock, model)
-    twin = dense_twin(stock, model)
-    compare_with_dense(stock, model, [x], FP32)
-
+    if storage == "float":
+        return
     before = snapshot(model)
     manager = LoRAManager(model)
     with pytest.raises(InputError, match=r"is in \d+ bits.*take the merged weights with merge=True"):
