@@ -14,6 +14,7 @@ from toolkit import InputError
 from toolkit.answers import answer_reports, comparison, measures, multilabel, regression, segmentation, tasks
 from toolkit.answers.evaluation import Evaluation
 from toolkit.images.data import LabelledImages
+from toolkit.run import reports
 
 
 def images(count: int, groups=None) -> LabelledImages:
@@ -39,6 +40,30 @@ def classes(tmp_path):
         report = tasks.Classification(["cat", "dog"]).report(result)
         paths.append(write(report, tmp_path / name / "results.json", 300))
     return paths, wrong
+
+
+def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
+    """That which differs in nothing else, among others that do, and lies beside it."""
+    (without, mine), _ = classes
+    [expected] = comparison.compare(without, mine)
+    own = {"model": {"stage1_adapter": "moco_lora.pth"}, "finetune": {"epochs": 2}}
+
+    def write_results(path: Path, **settings) -> None:
+        path.parent.mkdir(exist_ok=True)
+        content = {"task": "classification", "config": {**own, "model": {"stage1_adapter": None}, **settings}}
+        path.write_text(json.dumps(content))
+
+    write_results(without, finetune={"epochs": 3})
+    write_results(tmp_path / "0 other images/results.json")  # and no answers
+    write_results(tmp_path / "1 stage 1 too/results.json", **own)
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2/results.json").write_text("broken")
+    typed = f"compare RUN_WITHOUT_IT/results.json {mine}"
+    assert reports.gained_by_stage_1(mine, own).endswith(typed)
+    write_results(without)
+    found = reports.gained_by_stage_1(mine, own)
+    assert f"accuracy {expected.first:.2%}, {expected.second:.2%}: +" in found
+    assert found.endswith(f"p = {expected.p:.2g}, against {tmp_path / 'a'}")
 
 
 def test_masks_are_compared_image_by_image(tmp_path, capsys):

@@ -403,7 +403,9 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
 @pytest.mark.slow
 def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, images, tmp_path, capsys):
     stage1 = adapt("--use-qlora")["checkpoint"]
+    finetune("--epochs 1 --use-qlora", "without")
     results = finetune(f"--stage1-adapter {stage1} --epochs 1 --use-qlora", "tuned")
+    assert results["verdict"]["gained_by_stage_1"].endswith(f", against {tmp_path / 'without'}")
     adapter = results["folder"] / "lora.pth"
     assert read_adapter_file(adapter)["metadata"]["stage1_adapter"] == str(stage1)
     model, _ = load_finetuned(adapter)

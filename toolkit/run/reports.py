@@ -1,5 +1,6 @@
 """What a run prints while it trains, and what it leaves: result files, pictures and the table printed at its end."""
 
+import contextlib
 import json
 import math
 import shlex
@@ -9,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, listed, printable, typed
+from toolkit import VERSION, InputError, listed, printable, typed
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import PICTURES, Report, finite
 from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
 from toolkit.answers.tasks import TASKS, Answers, Task, baseline_keys
+from toolkit.config import flat
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
 from toolkit.images.bands import recorded
@@ -217,8 +219,8 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     if predict != found.next_step:
         meaning.append(("or use it", predict))
     if run.args.stage1_adapter is not None:
-        compare = f"{typed('deploy')} compare RUN_WITHOUT_IT/results.json {shlex.quote(str(run.path('results.json')))}"
-        meaning.append(("gained by stage 1", compare))
+        meaning.append(("gained by stage 1", gained_by_stage_1(run.path("results.json"), results["config"])))
+        results["verdict"]["gained_by_stage_1"] = meaning[-1][1]
     rows = summary(run, results, report)
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
     shown = [*meaning, *rows, *_known_at_start(results), describe_rates(run).split(": ", 1), *_made()]
@@ -229,6 +231,21 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     by_label = report.printed() if report.in_summary else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
     return results
+
+
+def gained_by_stage_1(mine: Path, config: Mapping[str, Any]) -> str:
+    """Compare a run with one that lies beside it and differs in the stage-1 adapter alone; or say how to, without one.
+
+    `mine` is the results.json of the run, which may be yet to be written; the answers beside it are there.
+    """
+    own = flat(config)
+    for path in sorted(mine.absolute().parent.parent.glob("*/results.json")):
+        with contextlib.suppress(InputError):
+            theirs = flat(comparison.read_results(path).get("config", {}))
+            if theirs == own | {"model.stage1_adapter": None}:
+                _, _, (measure, found), *_ = comparison.table(comparison.compare(path, mine), path, mine)
+                return f"{measure} {found}, against {path.parent}"
+    return f"{typed('deploy')} compare RUN_WITHOUT_IT/results.json {shlex.quote(str(mine))}"
 
 
 def labels_to_check(run: FineTuned) -> list[str]:
