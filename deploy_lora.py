@@ -14,6 +14,7 @@
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
+    python deploy_lora.py convert checkpoints/full/lora.pth --rank 8 --output lora8.pth  # full fine-tuning as adapters
     python deploy_lora.py card checkpoints/lora/lora.pth --output card.md       # a model card
 
 Every command takes the file of any run: LoRA, QLoRA or full fine-tuning.
@@ -50,12 +51,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
-from finetune_lora import load_base, load_finetuned, multiply_in_8_bits
-from lora import peft_format
-from lora.adapted import is_adapted
+from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
+from lora import initialization, peft_format
+from lora.adapted import LoRASettings, adaptable_layers, is_adapted, recorded_in_4_bits
 from lora.adapter_file import check_metadata, holds_adapter, write_adapter_file
-from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, devices, did_you_mean, distributed, files, listed, optional_package, printable
+from lora_utils import LoRAManager, find_base, full_rank, model_shape, read_adapter_file
+from toolkit import InputError, devices, did_you_mean, distributed, dotted, files, listed, optional_package, printable
 from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
 from toolkit.answers import demo as demo_page
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
@@ -68,9 +69,9 @@ from toolkit.images.lists import ImageList
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
-from toolkit.models.backbones import block_names, headless, input_channels, other_heads
+from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
-from toolkit.models.names import TIMM
+from toolkit.models.names import TIMM, is_none
 from toolkit.run import commands, output_folder, reports
 from toolkit.run.options import FineTuneOptions, backbone_shape, known_image_values
 from toolkit.run.runs import faults_explained, progress_bar, run_script
@@ -663,7 +664,7 @@ def card(args: argparse.Namespace) -> str:
     check_metadata(args.adapter, metadata, content["tensors"])
     path = args.adapter.with_name("results.json")
     results = {}
-    if path.exists() and "thresholds chosen" not in metadata:  # with other thresholds there are other figures
+    if path.exists() and metadata.keys().isdisjoint(("thresholds chosen", "cut to rank")):  # these have other figures
         results = comparison.read_results(path)
         if results.get("adapter_digest") != state_digest(content["tensors"]):
             raise InputError(f"{path} is of another file than {args.adapter}: move one of them")
@@ -788,6 +789,56 @@ ROUNDING = 1e-3  # the largest difference of answers, relative to their size, th
 
 
 def convert(args: argparse.Namespace) -> None:
+    """Write the adapter in PEFT's format or, with --rank, as an adapter file of a lower rank."""
+    if args.rank is None:
+        _convert_to_peft(args)
+    else:
+        _cut_to_rank(args)
+
+
+def _cut_to_rank(args: argparse.Namespace) -> None:
+    """Write an adapter file --output with the main part of each layer's change, and with all else as it is."""
+    layers = read_adapter_file(args.adapter)["layers"]
+    if any(map(recorded_in_4_bits, layers.values())):
+        raise InputError(f"{args.adapter} was trained over 4-bit weights; --rank is for adapters over float ones")
+    trained, metadata = load_finetuned(args.adapter, args.checkpoint)
+    if is_none(metadata["checkpoint"]):
+        raise InputError(f"{args.adapter} began at random weights, so there is no checkpoint to put adapters on")
+    base = find_base(args.adapter, metadata, args.checkpoint)
+    model, _ = load_base(*base, *model_shape(metadata), per_pixel=_task_of(metadata).per_pixel)
+    highest = max((record["r"] for record in layers.values()), default=full_rank(model))
+    if args.rank >= highest:
+        raise InputError(f"--rank {args.rank}: {args.adapter} has rank {highest}; give a lower one")
+    energies = _take_main_part(model, LoRAManager(trained).unload(merge=True).state_dict(), args.rank)
+    if not energies:
+        raise InputError(f"{args.adapter}: only its head has trained, so there is no change to cut to a rank")
+    kept, total = map(sum, zip(*energies.values(), strict=True))
+    worst = min(energies, key=lambda name: energies[name][0] / energies[name][1])
+    least = energies[worst][0] / energies[worst][1]
+    metadata = {key: value for key, value in metadata.items() if key != "transform" and not key.startswith("val_")}
+    metadata["lora"] = {"r": args.rank, "lora_alpha": 2 * args.rank}
+    metadata["cut to rank"] = f"{args.rank}, {kept / total:.1%} of the change's energy kept"
+    LoRAManager(model).save_lora_checkpoint(args.output, metadata)
+    of_layers = f"{len(energies)} layers keep {kept / total:.1%} of the energy of their change"
+    print(f"wrote {args.output}: {of_layers}, {worst} the least, {least:.1%}; compare both by evaluate")
+
+
+def _take_main_part(model: nn.Module, trained: dict[str, Tensor], r: int) -> dict[str, tuple[float, float]]:
+    """Turn a base into the trained model with adapters of rank r for its weights; see `start_at_change`."""
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, trained[name])}
+    adapted = {}
+    for name, layer in adaptable_layers(model).items():
+        weights = [dotted(name, own) for own, parameter in layer.named_parameters() if parameter.dim() > 1]
+        if not in_head(model, name) and not changed.isdisjoint(weights):
+            adapted[name] = LoRASettings(r, 2 * r)
+            changed.difference_update(weights)
+    adapt_layers(model, adapted)
+    energies = initialization.start_at_change(model, trained)
+    model.load_state_dict({name: trained[name] for name in changed}, strict=False)
+    return energies
+
+
+def _convert_to_peft(args: argparse.Namespace) -> None:
     """Write the adapter as a folder --output that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     `base` is the torchvision model with the base's weights, in float, and a head of any weights for the classes.

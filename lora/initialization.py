@@ -9,6 +9,7 @@ is ``s Q^T G``. For a random Q this is a sketch of G's rows (Halko, Martinsson a
 4.1). It takes the time and memory of a few training steps with adapters, for every kind of layer and base.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import adapter_parameters, in_last_blocks, unwrap_for_editing
-from toolkit import distributed
+from toolkit import distributed, dotted
 from toolkit.models.backbones import block_names
 
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
@@ -79,6 +80,32 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
             A[: len(rows)] = rows / math.sqrt(3)  # as long as a random start's
             B.zero_()
         distributed.broadcast([A])  # the last bits, or signs, may differ between machines
+    return energies
+
+
+@torch.no_grad()
+def start_at_change(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Start the adapters of `model` at the main part of the change from its weights to trained ones, by their names.
+
+    The first r terms of a singular value decomposition are the matrix of rank r nearest to it (Eckart and Young, 1936).
+    Returns the energy of each layer's change, ``||W' - W||^2``: the part that the adapter keeps, and all of it.
+    """
+    energies = {}
+    for name, found in itertools.groupby(adapter_pairs(model), key=lambda pair: pair[0]):
+        pairs = list(found)
+        layer = model.get_submodule(name)
+        change = (trained[dotted(name, layer.weight_name)] - layer.base()).flatten(1)  # (out, fan_in)
+        kept = 0.0
+        for part, (_, A, B) in zip(change.chunk(len(pairs)), pairs, strict=True):  # attention's q, k and v
+            U, S, Vh = torch.linalg.svd(part, full_matrices=False)
+            S = S[: len(A)]
+            rank = len(S)  # below r in a layer as small as this
+            A.zero_()
+            B.zero_()
+            A[:rank] = Vh[:rank]
+            B[:, :rank] = U[:, :rank] * (S / layer.scaling)
+            kept += S.square().sum().item()
+        energies[name] = kept, change.square().sum().item()
     return energies
 
 

@@ -472,6 +472,9 @@ ADAPTERS = [
     case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean, std, scale",
          files={"theirs.pth": described(mean="ImageNet")}),
     case("a conversion to another library", "deploy_lora convert lora.pth --to loralib --output x", "'loralib'"),
+    case("a rank in the format of PEFT", "deploy_lora convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
+    case("a rank of 0", "deploy_lora convert lora.pth --rank 0 --output x.pth", "--rank"),
+    case("an adapter file that is a folder", "deploy_lora convert lora.pth --rank 2 --output x", "must end in .pth or"),
     case("no command", "deploy_lora", "error:", "command"),
 ]  # fmt: skip
 

@@ -528,6 +528,8 @@ def test_a_command_writes_the_files_that_it_says_and_again_the_next_day(
         ("merge lora.pth --output new.pth", "new.pth", "weights"),
         ("export lora.pth --output g.pt2", "g.pt2", "a graph"),
         ("card lora.pth --output README.md", "README.md", "# My project"),
+        ("convert lora.pth --rank 2 --output mine.pth", "mine.pth", "weights"),
+        ("convert lora.pth --output .", "adapter_config.json", "{}"),
     ],
 )
 def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words, name, content):

@@ -25,7 +25,7 @@ COMMANDS = {  # and the help of each
     "demo": "a page in the browser on which an image is dropped and answered",
     "merge": "base and adapter as one state_dict that plain torchvision loads",
     "export": "the merged model as a graph for onnxruntime or torch.export",
-    "convert": "to the adapter format of PEFT",
+    "convert": "to the adapter format of PEFT, or to an adapter of a lower rank",
     "card": "a model card: what it is, its figures, and how to load it",
 }
 ANSWERING = ("predict", "embed", "explain", "choose")
@@ -39,6 +39,7 @@ SUFFIXES = {  # allowed for --output; "": a folder's
     "explain": ("",),
     "choose": ("",),
     "threshold": (".pth", ".safetensors"),
+    "convert": (".pth", ".safetensors"),  # with --rank, else a folder
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is what it says of them
     "export": (".onnx", ".pt2"),
     "card": (".md",),
@@ -89,7 +90,8 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["predict"], "--abstain", "in maps: no answer where no class is as probable as this", type=positive_share)
     add(["predict"], "--window", "in maps of answers for windows: their side in pixels", type=positive_int)
     add(["export"], "--normalise", "the graph takes images from 0 to 1, or the files' numbers", **switch)
-    add(["convert"], "--to", "the format; --output is a folder", choices=["peft"], default="peft")
+    add(["convert"], "--to", "the format; --output is a folder", choices=["peft"])
+    add(["convert"], "--rank", "in place of --to: the rank that is kept of each layer's change", type=positive_int)
     return parser, parsers
 
 
@@ -115,6 +117,7 @@ ALSO |= dict.fromkeys(("merge", "export"), (".json",))
 WROTE = {
     "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |\A<!doctype html>[^\n]*\n[^\n]*content="moco-lora ',
     "threshold": rb"thresholds chosen",
+    "convert": rb'cut to rank|"peft_type": ',
     "predict": rb"\A(image_)?path,[^\n]*\r\n|moco-lora \d",
     "embed": rb"\Apath\r\n",
     "card": rb"\n## Settings, of version .* of the toolkit\n",
@@ -126,7 +129,7 @@ def files_written(args: argparse.Namespace) -> list[Path]:
     output = args.output
     if args.command == "evaluate" and output is None:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
-    if args.command == "convert":
+    if args.command == "convert" and args.rank is None:
         return [output / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     if output is None or (args.command in ANSWERING and not output.suffix):
         return []
@@ -170,9 +173,13 @@ def check_output(args: argparse.Namespace) -> list[str]:
 
 
 def _problems_of_name(args: argparse.Namespace) -> list[str]:
-    if os.path.isdir(args.output) and args.command not in ("convert", *ANSWERING):
-        return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
+    takes_folder = args.command in ANSWERING
+    if args.command == "convert" and args.rank is None:
+        suffixes = ()
+        takes_folder = True
+    if os.path.isdir(args.output) and not takes_folder:
+        return [f"--output {args.output}: a folder; name a file"]
     if suffixes and args.output.suffix not in suffixes:
         endings = " or ".join(filter(None, suffixes))
         if "" in suffixes:
@@ -196,4 +203,6 @@ def check(args: argparse.Namespace) -> list[str]:
         problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")
     if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:
         problems.append("--resume is for answers in a folder, which --output is to name")
+    if args.command == "convert" and args.rank is not None and args.to is not None:
+        problems.append("--rank writes an adapter file of this toolkit, which convert takes to PEFT after: drop --to")
     return problems

@@ -1,0 +1,163 @@
+"""`deploy_lora.py convert --rank`: what was trained as adapters of a lower rank, against dense truncated weights."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from dense import FP32, assert_close, randomize_adapters
+from torch import Tensor, nn
+
+import deploy_lora
+from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
+from lora.followed_norms import follow_statistics, named_statistics
+from lora.initialization import start_at_change
+from lora_utils import LoRAManager, read_adapter_file
+from toolkit import InputError
+from toolkit.models.checkpoints import load_backbone
+
+NAMES = ["a", "b", "c"]
+SIZES = {"vit": 16, "resnet": 32}
+
+
+@pytest.fixture
+def bases(base, narrow, saved) -> dict[str, Path]:
+    return {"vit": base, "resnet": saved(narrow, "resnet.pth")}
+
+
+def truncated(change: Tensor, r: int) -> Tensor:
+    """The nearest matrix of rank r, in float64; of attention's packed weight, each of q, k and v."""
+    U, S, Vh = torch.linalg.svd(change.double().flatten(1), full_matrices=False)
+    return ((U[:, :r] * S[:r]) @ Vh[:r]).view(change.shape)
+
+
+def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor:
+    parts = 3 if name.endswith("in_proj_weight") else 1
+    pairs = zip(before.chunk(parts), after.chunk(parts), strict=True)
+    return torch.cat([old.double() + truncated(new - old, r) for old, new in pairs])
+
+
+def save(model: nn.Module, base: Path, kind: str, path: Path, **more) -> Path:
+    arch = {"vit": "vit_mini", "resnet": "resnet18"}[kind]
+    about = {"arch": arch, "class_names": NAMES, "image_size": SIZES[kind], "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(path, about | more)
+    return path
+
+
+@torch.no_grad()
+def fully_trained(base: Path, kind: str) -> nn.Module:
+    """A base of which every parameter and statistic has moved a little, in all directions."""
+    torch.manual_seed(0)
+    model, _ = load_backbone(base, len(NAMES), image_size=SIZES[kind])
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor += 0.02 * torch.rand_like(tensor)
+    return model
+
+
+def adapted(base: Path, kind: str) -> nn.Module:
+    """Adapters of rank 6; of a ResNet, with BatchNorms that follow them."""
+    torch.manual_seed(0)
+    model, _ = load_backbone(base, len(NAMES), image_size=SIZES[kind])
+    add_lora_to_model(model, r=6, lora_alpha=3)
+    freeze_backbone_params(model)
+    follow_statistics(model, [torch.randn(2, 3, SIZES[kind], SIZES[kind])])
+    return randomize_adapters(model, std=0.05)
+
+
+def convert(adapter: Path, rank: int, output: Path) -> None:
+    deploy_lora.main(["convert", str(adapter), "--rank", str(rank), "--output", str(output)])
+
+
+@pytest.mark.parametrize("trained", [fully_trained, adapted])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@torch.no_grad()
+def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, kind, trained, tmp_path, capsys):
+    model = trained(bases[kind], kind)
+    path = save(model, bases[kind], kind, tmp_path / "lora.pth", val_accuracy=0.9)
+    convert(path, 2, tmp_path / "lora2.pth")
+
+    expected, _ = load_backbone(bases[kind], len(NAMES), image_size=SIZES[kind])
+    before = copy.deepcopy(expected.state_dict())
+    after = LoRAManager(load_finetuned(path)[0]).unload(merge=True).state_dict()
+    kept = total = 0.0
+    for name, tensor in after.items():
+        is_weight = tensor.dim() > 1 and not name.startswith(("fc", "heads", "class_token", "encoder.pos"))
+        if is_weight and not torch.equal(tensor, before[name]):
+            expected.state_dict()[name].copy_(truncated_weight(name, before[name], tensor, 2))
+            kept += (expected.state_dict()[name] - before[name]).double().square().sum().item()
+            total += (tensor - before[name]).double().square().sum().item()
+        else:
+            expected.state_dict()[name].copy_(tensor)
+    images = torch.randn(4, 3, SIZES[kind], SIZES[kind])
+    found, about = load_finetuned(tmp_path / "lora2.pth")
+    assert_close(found(images), expected.eval()(images), FP32)
+    assert about["cut to rank"] == f"2, {kept / total:.1%} of the change's energy kept" and kept < 0.9 * total
+    assert f"keep {kept / total:.1%} of the energy" in capsys.readouterr().out
+    assert "val_accuracy" not in about  # it was the whole change's
+    layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
+    assert {record["r"] for record in layers.values()} == {2}
+    LoRAManager(found).merge_lora_weights()
+    assert_close(found(images), expected(images), FP32)
+
+
+@torch.no_grad()
+def test_statistics_that_followed_the_adapters_belong_to_the_cut_ones(bases, tmp_path):
+    model = adapted(bases["resnet"], "resnet")
+    convert(save(model, bases["resnet"], "resnet", tmp_path / "lora.pth"), 2, tmp_path / "lora2.pth")
+    found, _ = load_finetuned(tmp_path / "lora2.pth")
+    expected = named_statistics(model)
+    assert expected and named_statistics(found).keys() == expected.keys()
+    for name, statistic in named_statistics(found).items():
+        assert_close(statistic, expected[name], FP32, name)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(5, 7), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 6, 3, groups=6), nn.MultiheadAttention(6, 2)],
+    ids=["linear", "groups", "depthwise", "attention"],
+)
+@torch.no_grad()
+def test_the_energy_of_each_layer_is_of_its_singular_values(layer, r=2):
+    model = nn.Sequential(layer)
+    before = copy.deepcopy(model.state_dict())
+    add_lora_to_model(model, r=r, lora_alpha=5, target_modules="0")
+    trained = {name: tensor + torch.randn_like(tensor) for name, tensor in before.items()}
+    energies = start_at_change(model, trained)
+    LoRAManager(model).merge_lora_weights()
+    weights = [name for name, tensor in before.items() if tensor.dim() > 1]
+    assert energies.keys() == {name.rpartition(".")[0] for name in weights}
+    for name in weights:
+        expected = truncated_weight(name, before[name], trained[name], r)
+        assert_close(model.state_dict()[name], expected, FP32, name)
+        kept, whole = energies[name.rpartition(".")[0]]
+        assert kept == pytest.approx((expected - before[name]).square().sum().item(), rel=1e-4)
+        assert whole == pytest.approx((trained[name] - before[name]).square().sum().item(), rel=1e-4)
+
+
+def test_a_rank_above_a_layer_keeps_its_whole_change():
+    model = add_lora_to_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), r=5, target_modules=["0", "1"])
+    trained = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items() if "lora" not in name}
+    energies = start_at_change(model, trained)
+    assert energies["1"][0] == pytest.approx(energies["1"][1])
+    assert_close(model[1].effective_weight(), trained["1.weight"], FP32)
+
+
+@pytest.mark.parametrize(
+    ("rank", "trained", "checkpoint", "message"),
+    [
+        (6, adapted, None, r"--rank 6: .*lora\.pth has rank 6; give a lower one"),
+        (192, fully_trained, None, r"--rank 192: .*lora\.pth has rank 192; give a lower one"),
+        (2, adapted, "moved.pth", r"its base, .*moved\.pth, is not there; give its place"),
+        (2, lambda base, kind: load_backbone(base, len(NAMES))[0], None, r"only its head has trained"),
+    ],
+    ids=["the adapter's rank", "full rank", "no base", "a head alone"],
+)
+def test_what_cannot_be_cut_is_refused(bases, rank, trained, checkpoint, message, tmp_path):
+    base = bases["vit"]
+    path = save(
+        trained(base, "vit"), base if checkpoint is None else tmp_path / checkpoint, "vit", tmp_path / "lora.pth"
+    )
+    with pytest.raises(InputError, match=message):
+        convert(path, rank, tmp_path / "cut.pth")
+    assert not (tmp_path / "cut.pth").exists()
