@@ -3,7 +3,7 @@
     python finetune_lora.py                  # shipped backbone, embedded digits
     python finetune_lora.py --use-qlora      # the frozen weights in 4 bits
     python finetune_lora.py --data-dir my_images --checkpoint moco_v2.pth.tar
-    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
+    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 1e-3  # full
     torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
 From top to bottom: the adapted layers, how they get into a model, what trains and what does not, the training loop and
@@ -880,7 +880,7 @@ def with_rate_found(
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
-    rate = search.choose(trials, lambda score: task.variance(score, len(parts.val)))
+    rate = search.choose(trials, lambda score: task.variance(score, len(parts.val)), search.usual_rate(args))
     begin()
     if distributed.is_main():
         columns = ("learning_rate", f"val_{task.score}", "val_loss")

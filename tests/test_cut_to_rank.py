@@ -37,7 +37,7 @@ def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor
     return torch.cat([old.double() + truncated(new - old, r) for old, new in pairs])
 
 
-def save(model: nn.Module, base: Path, kind: str, path: Path, **more) -> Path:
+def save(model: nn.Module, base: Path | str, kind: str, path: Path, **more) -> Path:
     arch = {"vit": "vit_mini", "resnet": "resnet18"}[kind]
     about = {"arch": arch, "class_names": NAMES, "image_size": SIZES[kind], "checkpoint": str(base)}
     LoRAManager(model).save_lora_checkpoint(path, about | more)
@@ -94,11 +94,19 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, 
     assert_close(found(images), expected.eval()(images), FP32)
     assert about["cut to rank"] == f"2, {kept / total:.1%} of the change's energy kept" and kept < 0.9 * total
     assert f"keep {kept / total:.1%} of the energy" in capsys.readouterr().out
-    assert "val_accuracy" not in about  # it was the whole change's
+    assert "val_accuracy" not in about and about["lora"]["r"] == 2  # what is said of the file holds for this one
     layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
     assert {record["r"] for record in layers.values()} == {2}
     LoRAManager(found).merge_lora_weights()
     assert_close(found(images), expected(images), FP32)
+
+
+def test_a_card_beside_the_results_of_the_whole_change_does_not_have_them(bases, tmp_path):
+    path = save(adapted(bases["vit"], "vit"), bases["vit"], "vit", tmp_path / "lora.pth")
+    (tmp_path / "results.json").write_text("{}")
+    convert(path, 2, tmp_path / "lora2.pth")
+    card = deploy_lora.main(["card", str(tmp_path / "lora2.pth"), "--output", str(tmp_path / "card.md")])
+    assert "Not measured" in card
 
 
 @torch.no_grad()
@@ -143,21 +151,25 @@ def test_a_rank_above_a_layer_keeps_its_whole_change():
     assert_close(model[1].effective_weight(), trained["1.weight"], FP32)
 
 
+def of_base(base: Path) -> nn.Module:
+    return load_backbone(base, len(NAMES), image_size=16)[0]
+
+
 @pytest.mark.parametrize(
     ("rank", "trained", "checkpoint", "message"),
     [
-        (6, adapted, None, r"--rank 6: .*lora\.pth has rank 6; give a lower one"),
-        (192, fully_trained, None, r"--rank 192: .*lora\.pth has rank 192; give a lower one"),
-        (2, adapted, "moved.pth", r"its base, .*moved\.pth, is not there; give its place"),
-        (2, lambda base, kind: load_backbone(base, len(NAMES))[0], None, r"only its head has trained"),
+        (6, lambda base: adapted(base, "vit"), None, "--rank 6: lora.pth has rank 6; give a lower one"),
+        (192, lambda base: fully_trained(base, "vit"), None, "--rank 192: lora.pth has rank 192; give a lower one"),
+        (2, of_base, "moved.pth", "lora.pth: its base, moved.pth, is not there; give its place"),
+        (2, of_base, None, "lora.pth: only its head has trained"),
+        (2, lambda base: add_lora_to_model(of_base(base), use_qlora=True), None, "lora.pth was trained over 4-bit wei"),
+        (2, lambda _: load_backbone("none", len(NAMES), "vit_mini", 16)[0], "none", "lora.pth began at random weights"),
     ],
-    ids=["the adapter's rank", "full rank", "no base", "a head alone"],
+    ids=["the adapter's rank", "full rank", "no base", "a head alone", "4 bits", "random weights"],
 )
-def test_what_cannot_be_cut_is_refused(bases, rank, trained, checkpoint, message, tmp_path):
-    base = bases["vit"]
-    path = save(
-        trained(base, "vit"), base if checkpoint is None else tmp_path / checkpoint, "vit", tmp_path / "lora.pth"
-    )
-    with pytest.raises(InputError, match=message):
-        convert(path, rank, tmp_path / "cut.pth")
-    assert not (tmp_path / "cut.pth").exists()
+def test_what_cannot_be_cut_is_refused(base, rank, trained, checkpoint, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(trained(base), checkpoint or base, "vit", Path("lora.pth"))
+    with pytest.raises(InputError, match=f"^{message}"):
+        convert(Path("lora.pth"), rank, Path("cut.pth"))
+    assert not Path("cut.pth").exists()

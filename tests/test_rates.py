@@ -14,7 +14,7 @@ from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim, reports, search
-from toolkit.run.options import FineTuneOptions
+from toolkit.run.options import FineTuneOptions, read_options
 from toolkit.run.search import RATES, Trial, choose
 
 
@@ -141,28 +141,34 @@ def variance_on(images: int):
     return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)
 
 
-def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
+USUAL = search.DEFAULT_RATE
+
+
+def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_usual_one_is_taken():
     accuracies = [0.5, 0.88, 0.84, 0.88, 0.9, 0.89, 0.0]
     trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
-    assert [choose(trials, variance_on(images)) for images in (20, 100, 10_000)] == [1e-4, 3e-4, 1e-3]
-    assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], variance_on(5)) == 1e-4
+    assert [choose(trials, variance_on(images), USUAL) for images in (20, 100, 10_000)] == [1e-4, 3e-4, 1e-3]
+    alike = [Trial(rate, 1.0, 0.0) for rate in RATES]
+    for options, expected in (("", 1e-4), ("--lora-rank 0 --no-freeze-backbone", 1e-3), ("--lora-rank 0", 1e-4)):
+        usual = search.usual_rate(read_options(options.split())[0])
+        assert choose(alike, variance_on(5), usual) == expected
 
 
 def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
     """Their R2 is below 0, which is what a collapsed trial is given."""
     variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).variance
     trials = [Trial(rate, -0.1, 1.1) if rate < 1e-4 else Trial(rate, 0.0, math.inf) for rate in RATES]
-    assert choose(trials, lambda score: variance(score, 100)) == 3e-5
-    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4
+    assert choose(trials, lambda score: variance(score, 100), USUAL) == 3e-5
+    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100), USUAL) == 1e-4
 
 
 def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
     """As of numbers that do not differ on the validation part; the trials are paid for."""
     trials = [Trial(rate, math.nan, abs(math.log(rate / 1e-3))) for rate in RATES]
-    assert choose(trials, variance_on(100)) == 1e-3
+    assert choose(trials, variance_on(100), USUAL) == 1e-3
     assert "the score is not defined on the validation part" in capsys.readouterr().out
     trials[0] = Trial(RATES[0], 0.5, 9.0)
-    assert choose(trials, variance_on(100)) == RATES[0]
+    assert choose(trials, variance_on(100), USUAL) == RATES[0]
 
 
 def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
@@ -176,7 +182,8 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
 def test_a_stopped_search_goes_on_and_its_run_is_that_of_the_rate_typed(finetune, monkeypatch, tmp_path):
     """Bit for bit, also where the gradient chooses the blocks, which draws random numbers in a whole run alone."""
 
-    def highest(trials, variance):
+    def highest(trials, variance, usual):
+        assert usual == USUAL
         assert variance(0.5) == pytest.approx(0.25 / 5)  # of the five images that judge
         return trials[-1].learning_rate
 

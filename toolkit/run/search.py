@@ -16,6 +16,7 @@ from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
+FULL_RATE = 1e-3  # advised for full fine-tuning, in docs/choosing.md too
 DISTINCT_RATIO = 1.5  # times a rate: below it a higher one is no other trial
 MOST_TRIAL_EPOCHS = 20
 SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
@@ -38,8 +39,14 @@ class Trial(NamedTuple):
     val_loss: float
 
 
-def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
-    """Return the rate nearest to the default among those within one standard error of the best score.
+def usual_rate(args: FineTuneOptions) -> float:
+    """The rate that suits most runs like this one."""
+    is_full = args.lora_rank == 0 and not args.freeze_backbone
+    return FULL_RATE if is_full else DEFAULT_RATE
+
+
+def choose(trials: Sequence[Trial], variance: Callable[[float], float], usual: float) -> float:
+    """Return the rate nearest to the usual one among those within one standard error of the best score.
 
     A few hundred images cannot show which of the best rates is best. (The rule of one standard error: Breiman et al.,
     Classification and Regression Trees, 1984, section 3.4.3.) A trial that has collapsed is never the best, though R2
@@ -52,7 +59,7 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
         return min(trials, key=lambda trial: trial.val_loss).learning_rate
     best = max(trial.val_score for trial in scored)
     alike = [trial.learning_rate for trial in scored if trial.val_score >= best - math.sqrt(variance(best))]
-    return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
+    return min(alike, key=lambda rate: abs(math.log(rate / usual)))
 
 
 def parts_of(splits: sources.Splits) -> sources.Splits:
