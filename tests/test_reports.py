@@ -469,6 +469,7 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
 
 RISING = (0.70, 0.74, 0.78, 0.82)
 OVERFITTED = (0.1, 0.6)
+OVERFITTING = "overfitting: evaluation images are answered far worse than training images (loss 0.6 against 0.1)"
 SAME = "the same command with "
 LOWERED = "the learning rate was lowered to"
 PREDICT = "python deploy_lora.py predict lora.pth new_images --output"
@@ -512,6 +513,16 @@ CHOOSE = "python deploy_lora.py choose lora.pth new_images --output to_label"
             ["few images, 25 of each class"],
             f"more labels, of those images that teach most: {CHOOSE}",
         ),
+        (
+            {"per_class": 5, "unlabelled": {"images": 900}, "losses": OVERFITTED},  # though much was gained
+            ["few images, 5 of each class", OVERFITTING],
+            f"more labels, of those images that teach most: {CHOOSE}",
+        ),
+        (
+            {"per_class": 5, "task": MultiLabel, "losses": OVERFITTED},
+            ["few images, 5 of each label", OVERFITTING],
+            "more labelled images",
+        ),
         ({"per_class": 26, "probe": 0.8}, [], f"{SAME}--epochs 8"),
         ({"per_class": 5, "probe": 0.8, "task": MultiLabel}, ["few images, 5 of each label"], "more labelled images"),
         ({"per_class": 5, "probe": 0.8, "task": Regression}, ["few images, 5 of each number"], "more labelled images"),
@@ -537,8 +548,7 @@ def test_what_limits_a_run_comes_with_one_next_step(run, limits, next_step):
 )
 def test_where_a_run_overfits_photographs_are_varied_more(run, varied):
     found = judged(losses=OVERFITTED, **run)
-    told = "overfitting: evaluation images are answered far worse than training images (loss 0.6 against 0.1)"
-    assert found.limits == [told]
+    assert found.limits == [OVERFITTING]
     assert (found.next_step == f"{SAME}--augmentation trivial") == varied
     assert "--epochs" not in found.next_step
 

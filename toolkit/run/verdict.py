@@ -62,13 +62,14 @@ def judge(
     label += "--output to_label"
     if results["unlabelled"] is None:
         label += f"; or images without labels: {again} --unlabelled FOLDER"
+    lacks_labels = has_few and (may_be_chance or is_overfitted)
     can_search = "learning rate" not in results.get("chosen_by", {}) and results["unlabelled"] is None
     steps = [  # of which the first one that is due is taken
         (is_worse and is_short, longer),
         (is_worse and can_search, f"{again} --learning-rate auto"),
         (is_worse, f"{again} --learning-rate {results['learning_rate'] / 3:.0e}"),
-        (may_be_chance and has_few and task.counts_images, label),
-        (may_be_chance and has_few, "more labelled images"),
+        (lacks_labels and task.counts_images, label),
+        (lacks_labels, "more labelled images"),
         (may_be_chance and not is_overfitted and probe != 1, longer),
         (is_rising, longer),
         (is_overfitted and can_vary, f"{again} --augmentation trivial"),
