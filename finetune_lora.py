@@ -370,8 +370,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
-        A = torch.cat(self._factors("A")[first:end])
-        B = torch.cat(self._factors("B")[first:end])
+        A = functional.stacked(self._factors("A")[first:end])
+        B = functional.stacked(self._factors("B")[first:end])
         return functional.lora_linear(x, self.base()[rows], A, B, bias, self.scaling, count, adapter_x, prologue)
 
     def forward(

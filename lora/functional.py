@@ -124,12 +124,12 @@ def _adapter_gradients(
     # The thin matrices lie transposed, with the long dimension contiguous: up to six times faster.
     h = backends.product(A, rows.T) if h is None else h.T.contiguous()  # (groups r, N)
     parts = list(zip(gy.chunk(groups, 1), h.chunk(groups), B.chunk(groups), strict=True))
-    gh = _stacked([backends.product(B_g.T.contiguous(), gy_g.T) for gy_g, _, B_g in parts]).mul_(scaling)  # (r, N) each
-    gB = _stacked([backends.product(h_g, gy_g).T for gy_g, h_g, _ in parts]).mul_(scaling)  # (out / groups, r) each
+    gh = stacked([backends.product(B_g.T.contiguous(), gy_g.T) for gy_g, _, B_g in parts]).mul_(scaling)  # (r, N) each
+    gB = stacked([backends.product(h_g, gy_g).T for gy_g, h_g, _ in parts]).mul_(scaling)  # (out / groups, r) each
     return gh.T, backends.product(gh, rows), gB
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
+def stacked(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat` that does not copy a single tensor."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -30,6 +30,7 @@ from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed
 from toolkit.answers import evaluation, predictions
 from toolkit.files import read_checkpoint
+from toolkit.images import cache, data
 from toolkit.images.sources import load_splits
 from toolkit.models.norms import freeze_statistics, share_statistics
 from toolkit.run import guard, optim, output_folder, run_state, training
@@ -286,6 +287,8 @@ def pretrain_both(argv: str, folder: Path, before=None, name: str = "moco_stage1
     read = tensors if name == "moco_lora.pth" else lambda path: read_checkpoint(path)["model"]
     ours, theirs = (read(folder / of / name) for of in ("out", "alone"))
     assert_close(ours, theirs)
+    losses, alone = ([row["loss"] for row in metrics(folder / of)] for of in ("out", "alone"))
+    assert losses == pytest.approx(alone, rel=1e-3)
     return ours
 
 
@@ -389,7 +392,8 @@ def find_together() -> None:
 def found(tmp_path_factory) -> list[dict]:
     """What each of two processes found, by the name of the function."""
     folder = tmp_path_factory.mktemp("together")
-    completed("moco.pretrain", str(folder), folder / "log", before=find_together)
+    here = {"XDG_CACHE_HOME": str(folder)}
+    completed("moco.pretrain", str(folder), folder / "log", before=find_together, environment=here)
     return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
 
 
@@ -526,7 +530,19 @@ def test_both_compute_in_one_precision(found):
     assert [each["precision"] for each in found] == [torch.float32] * 2
 
 
-TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision)
+def cached(rank: int) -> list:
+    """The features of six images in two views, of which each process computed its share of batches of four."""
+    views = [torch.arange(6.0)[:, None], 10 * torch.arange(6.0)[:, None]]
+    shares = [[view[start : start + 4][rank::2] for start in (0, 4)] for view in views]
+    images = data.LabelledImages([], [0] * 6)
+    return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
+
+
+def test_each_process_finds_the_features_that_the_other_one_cached(found):
+    assert [each["cached"] for each in found] == [[[i, 10 * i] for i in range(6)]] * 2
+
+
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, cached)
 
 
 def test_batch_norms_that_train_take_statistics_over_all_processes_on_gpus_alone(monkeypatch):

@@ -46,11 +46,7 @@ def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple
     Of each batch a step has the sums over its images, (n,), on the device. Stop requests are exchanged, too.
     """
     images = [number for number, _ in steps]
-    figures = iter(torch.stack([batch for _, batches in steps for batch in batches]).tolist())  # waits once
-    sums = []
-    for _, batches in steps:
-        of_step = itertools.islice(figures, len(batches))
-        sums.append([sum(column) for column in zip(*of_step, strict=True)])
+    sums = torch.stack([torch.stack(batches).sum(0) for _, batches in steps]).tolist()  # waits once
     steps.clear()
     if distributed.world_size() > 1:
         *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
