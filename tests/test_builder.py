@@ -210,8 +210,6 @@ def test_over_one_base_loss_and_gradients_are_those_of_two_dense_encoders(build,
             assert_close(ours.grad, theirs.grad, tolerance, name)
     else:
         assert_close(model.queue, twin.queue, tolerance)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    assert frozen and all(p.grad is None for p in frozen)
 
 
 def test_the_keys_take_no_copy_of_the_base():

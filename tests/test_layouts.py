@@ -158,13 +158,6 @@ def test_what_is_no_mocos_own_has_no_projector_to_go_on_with(case, narrow, saved
     assert load_contrast(saved(RESNETS[case][1](narrow))) == (None, {"projector": {}, "predictor": {}})
 
 
-def test_what_a_file_has_apart_from_its_backbone_is_left_out(narrow, saved):
-    content = RESNETS["solo-learn, MoCo v2+"][1](narrow)
-    content["state_dict"]["decoder.weight"] = torch.zeros(1)
-    _, report = load_backbone(saved(content), num_classes=2)
-    assert report["family"] == "solo_learn" and "decoder.weight" in report["dropped"]
-
-
 def solo_learn_v3(v):
     return lightning(
         under("backbone.", v) | under("momentum_backbone.", v) | mlp("projector", "momentum_projector", "predictor")

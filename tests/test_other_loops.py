@@ -32,22 +32,6 @@ def lora_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @MODELS
 @STORED
-def test_a_copy_is_a_model_of_its_own(build, side, four_bits):
-    """It answers the same, and training it leaves the original as it was."""
-    model = frozen(build(), use_qlora=four_bits).eval()
-    x = images(side)
-    twin = copy.deepcopy(model)
-    answer = model(x)
-    before = lora_of(model)
-    assert torch.equal(twin(x), answer)
-    train_a_step(twin, x)
-    assert not torch.equal(twin.eval()(x), answer) and torch.equal(model.eval()(x), answer)
-    assert_same(lora_of(model), before)
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in lora_of(twin).items() if "lora_B" in name)
-
-
-@MODELS
-@STORED
 def test_a_whole_model_can_be_saved(build, side, four_bits):
     """`torch.save(model)` keeps adapters, merged weights' bases, frozen statistics and 4-bit constants."""
     model = frozen(build(), use_qlora=four_bits)
