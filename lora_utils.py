@@ -41,12 +41,10 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, by name in the model: trainable parameters, and unfrozen buffers."""
-    names = set()
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for prefix, module in model.named_modules():
-        own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if not getattr(module, "frozen", False):
-            own += dict(module.named_buffers(recurse=False))
-        names |= {dotted(prefix, name) for name in own}
+            names |= dict(module.named_buffers(prefix, recurse=False)).keys()
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
@@ -368,29 +366,36 @@ class LoRAManager:
 
     def _different_layers(self, records: dict[str, dict[str, Any]]) -> list[str]:
         layers = self._layers_in_file()
-        problems = [f"{name} is adapted in the file but not here" for name in records.keys() - layers.keys()]
-        for name, layer in layers.items():
-            here = _layer_record(layer)
-            if name not in records and layer.r:
+        problems = []
+        for name in records.keys() | layers.keys():
+            if name not in layers:
+                problems.append(f"{name} is adapted in the file but not here")
+            elif name in records:
+                here = _layer_record(layers[name])
+                for field in ("kind", "r"):
+                    if here[field] != records[name][field]:
+                        problems.append(f"{name} has {field} {records[name][field]} in the file, {here[field]} here")
+            elif layers[name].r:
                 problems.append(f"{name} is adapted here but not in the file")
-            elif name not in records:
+            else:
                 problems.append(f"{name} is frozen in 4 bits here but not in the file: use load_finetuned")
-            for field in ("kind", "r"):
-                if name in records and here[field] != records[name][field]:
-                    problems.append(f"{name} has {field} {records[name][field]} in the file, {here[field]} here")
         return problems
 
     def _different_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
         own = self._own_tensors()
         here = {**self.model.state_dict(keep_vars=True), **own}
-        problems = [f"tensor {name} is missing in the file" for name in own.keys() - tensors.keys()]
-        problems += [f"tensor {name} is unknown here" for name in tensors.keys() - here.keys()]
         rounded = {name for name, _, known in _stock_tensors(self.model) if known}
-        problems += [f"{name} has trained in the file, but is in fewer bits here" for name in tensors.keys() & rounded]
-        for name in tensors.keys() & here.keys():
-            theirs = tensors[name]
-            ours = here[name]
-            if theirs.shape != ours.shape:
+        problems = []
+        for name in tensors.keys() | own.keys():
+            theirs = tensors.get(name)
+            ours = here.get(name)
+            if theirs is None:
+                problems.append(f"tensor {name} is missing in the file")
+            elif ours is None:
+                problems.append(f"tensor {name} is unknown here")
+            elif name in rounded:
+                problems.append(f"{name} has trained in the file, but is in fewer bits here")
+            elif theirs.shape != ours.shape:
                 problems.append(f"{name} is {tuple(theirs.shape)} in the file, {tuple(ours.shape)} here")
             elif theirs.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
