@@ -9,7 +9,7 @@ import torch
 
 import finetune_lora
 from lora import initialization
-from tests.run_folders import assert_same_tensors, metrics, rows_of
+from tests.run_folders import assert_same_tensors, rows_of
 from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
 from toolkit.answers.tasks import Classification, Regression
@@ -94,24 +94,6 @@ def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(start, monkey
     monkeypatch.setattr(optim, "rate_divisor", lambda rate, steps: 50.0)
     assert start("--head-init random").rate == 1e-2
     assert start().rate == pytest.approx(2e-4)
-
-
-def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
-    rates = {}
-
-    def look(run):
-        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-        for group in run.optimizer.param_groups:
-            for parameter in group["params"]:
-                rates[names[id(parameter)]] = group["initial_lr"]
-
-    results = finetune("--epochs 1 --labels-per-class 2 --lora-rank 2 --learning-rate 1e-4", after_epoch=look)
-    assert "learning rate: head 1e-4, adapters 2.4e-3 (24x: they start at the gradient)" in capsys.readouterr().out
-    assert [results["head_learning_rate"], results["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
-    for name, rate in rates.items():
-        assert rate == pytest.approx(24e-4 if "lora_" in name else 1e-4), name
-    [row] = metrics(results["folder"])
-    assert [row["learning_rate"], row["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
 
 
 @pytest.mark.parametrize(("options", "remedy"), [("", "--lora-init random"), ("--lora-rank 0", "--head-init random")])

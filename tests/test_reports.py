@@ -22,7 +22,7 @@ from toolkit.answers.measures import jackknife, mcnemar, mean_interval, share_in
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, MultiLabel, Regression
 from toolkit.images.data import LabelledImages
-from toolkit.run import reports, training, verdict
+from toolkit.run import reports, verdict
 from toolkit.run.verdict import judge
 
 pytestmark = pytest.mark.usefixtures("pictures")
@@ -152,14 +152,6 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     assert "nan" not in reports.describe_start(run)
 
 
-def test_the_best_epoch_has_a_figure_and_else_is_the_last():
-    scores = (math.nan, 0.4, 0.3, math.nan)
-    history = [{"epoch": i, "val_r2": score, "val_loss": 0.1} for i, score in enumerate(scores, 1)]
-    assert training.best_epoch(history, "val_r2")["epoch"] == 2
-    assert training.last_is_best(history[:2], "val_r2") and not training.last_is_best(history, "val_r2")
-    assert training.last_is_best(history[3:] * 2, "val_r2")
-
-
 @pytest.mark.parametrize("right, of, share", [(12, 24, "50.00% (95% interval 31% to 69%)"),
                                               (356, 359, "99.16% (95% interval 97.6% to 99.7%)")])  # fmt: skip
 def test_an_accuracy_is_told_as_counted_images_with_its_interval(right, of, share):
@@ -275,17 +267,6 @@ def test_it_is_said_how_far_probabilities_can_be_believed(labels):
 
 def images(count: int) -> LabelledImages:
     return LabelledImages([Image.new("RGB", (8, 8))] * count, [0] * count)
-
-
-def test_each_headline_has_an_interval_around_it(labels, numbers):
-    for report in (labels, numbers):
-        figures = report.figures()
-        for name in report.HEADLINES:
-            low, high = figures[f"{name}_interval"]
-            assert low <= figures[name] <= high and low < high
-        assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-        rows = [text for title, text in report.rows() if title and title != "probabilities off by"]
-        assert len(rows) >= 4 and all("95% interval" in text for text in rows)
 
 
 def test_intervals_over_groups_are_said_to_be():

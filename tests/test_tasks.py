@@ -105,16 +105,6 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
         assert {name: rate[k].item() for name, rate in rates.items()} == pytest.approx(expected)
 
 
-def test_a_label_without_positives_is_in_no_mean():
-    _, targets = drawn(unknown=0)
-    answers = multilabel.LabelAnswers(0.0, torch.rand(40, 3), targets)
-    without = multilabel.LabelAnswers(0.0, answers.values, targets * torch.tensor([1.0, 1, 0]))
-    assert without.figures()[3 + 2].isnan() and without.rates(torch.full((3,), 0.5))["f1"][2].isnan()
-    assert without.score == pytest.approx(answers.figures()[3 : 3 + 2].mean().item())
-    report = tasks.MultiLabel(NAMES).report(without)
-    assert report.by["positives"][2] == 0 and report.by["unknown"] == [0, 0, 0]
-
-
 def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_score():
     _, targets = drawn(images=200)
     task = tasks.MultiLabel(NAMES, targets)
@@ -399,16 +389,3 @@ def test_classification_computes_what_a_run_always_computed():
     assert task.first_temperature(Net(), features, labels, False).at(1.0) >= 1
     numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
     assert numbers.first_temperature(*[None] * 4) == probe.HeadTemperature()
-
-
-def test_smoothing_never_makes_a_rare_class_the_best_answer():
-    """By PyTorch's weights a class 1,000 times as rare is the best answer for images of the other one."""
-    weights = evaluation.balanced_weights({0: 1000, 1: 1}, 2).double()
-    task = tasks.Classification(NAMES[:2], weights, label_smoothing=0.1)
-    labels = torch.tensor([0, 1])
-    best = torch.tensor([[0.95, 0.05], [0.05, 0.95]]).double()  # the smoothed truth
-    logits = best.log().requires_grad_()
-    loss = task.loss(logits, labels)
-    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-5
-    each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
-    assert loss.item() == pytest.approx((each * weights).sum().item())
