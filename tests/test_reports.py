@@ -451,64 +451,42 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
 RISING = (0.70, 0.74, 0.78, 0.82)
 OVERFITTED = (0.1, 0.6)
 OVERFITTING = "overfitting: evaluation images are answered far worse than training images (loss 0.6 against 0.1)"
-SAME = "the same command with "
-LOWERED = "the learning rate was lowered to"
-PREDICT = "python deploy_lora.py predict lora.pth new_images --output"
-CHOOSE = "python deploy_lora.py choose lora.pth new_images --output to_label"
+STILL_ROSE = "few epochs: the score still rose at the end"
+FEW = "few images, {} of each {}".format
+FEW_STEPS = "there are few training steps: the learning rate was lowered to {} of the one asked for".format
+COLLAPSED = "training collapsed, or gained nothing: the learning rate was lowered to {} of the one asked for".format
+PREDICT = "python deploy_lora.py predict lora.pth new_images --output {}".format
+AGAIN = "the same command with {}".format
+CHOOSE = "more labels, of those images that teach most: "
+CHOOSE += "python deploy_lora.py choose lora.pth new_images --output to_label"
+LABELLED = "more labelled images"
+FEW_LABELS = {"per_class": 25, "probe": 0.8}
 
 
 @pytest.mark.parametrize(
     ("run", "limits", "next_step"),
     [
-        ({}, [], f"{PREDICT} answers.csv"),
-        ({"task": Segmentation}, [], f"{PREDICT} maps"),
-        ({"scores": RISING}, ["few epochs: the score still rose at the end"], f"{SAME}--epochs 8"),
-        (
-            {"lowered": 30, "probe": 0.8},
-            [f"there are few training steps: {LOWERED} 3.3% of the one asked for"],
-            f"{SAME}--epochs 8",
-        ),
-        (
-            {"probe": 0.9, "lowered": 8},
-            [f"there are few training steps: {LOWERED} 12% of the one asked for"],
-            f"{SAME}--epochs 8",
-        ),
+        ({}, [], PREDICT("answers.csv")),
+        ({"task": Segmentation}, [], PREDICT("maps")),
+        ({"scores": RISING}, [STILL_ROSE], AGAIN("--epochs 8")),
+        ({"lowered": 30, "probe": 0.8}, [FEW_STEPS("3.3%")], AGAIN("--epochs 8")),
+        ({"lowered": 8, "probe": 0.9}, [FEW_STEPS("12%")], AGAIN("--epochs 8")),
         # Below the probe the rate is searched, or, where it was or cannot be, a third of it
-        ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 3e-4}, [], f"{SAME}--learning-rate auto"),
-        ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], f"{SAME}--learning-rate 3e-04"),
-        ({"probe": 0.9, "unlabelled": {}}, [], f"{SAME}--learning-rate 3e-04"),
-        (
-            {"probe": 0.9, "lowered": 8, "retreats": [{}]},
-            [f"training collapsed, or gained nothing: {LOWERED} 12% of the one asked for"],
-            f"{SAME}--learning-rate auto",
-        ),
+        ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 3e-4}, [], AGAIN("--learning-rate auto")),
+        ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], AGAIN("--learning-rate 3e-04")),
+        ({"probe": 0.9, "unlabelled": {}}, [], AGAIN("--learning-rate 3e-04")),
+        ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, [COLLAPSED("12%")], AGAIN("--learning-rate auto")),
         # With few labels what helps there; both ways are for one class an image
-        (
-            {"per_class": 25, "probe": 0.8},
-            ["few images, 25 of each class"],
-            f"more labels, of those images that teach most: {CHOOSE}; "
-            f"or images without labels: {SAME}--unlabelled FOLDER",
-        ),
-        (
-            {"per_class": 25, "probe": 0.8, "unlabelled": {"images": 900}},
-            ["few images, 25 of each class"],
-            f"more labels, of those images that teach most: {CHOOSE}",
-        ),
-        (
-            {"per_class": 5, "unlabelled": {"images": 900}, "losses": OVERFITTED},  # though much was gained
-            ["few images, 5 of each class", OVERFITTING],
-            f"more labels, of those images that teach most: {CHOOSE}",
-        ),
-        (
-            {"per_class": 5, "task": MultiLabel, "losses": OVERFITTED},
-            ["few images, 5 of each label", OVERFITTING],
-            "more labelled images",
-        ),
-        ({"per_class": 26, "probe": 0.8}, [], f"{SAME}--epochs 8"),
-        ({"per_class": 5, "probe": 0.8, "task": MultiLabel}, ["few images, 5 of each label"], "more labelled images"),
-        ({"per_class": 5, "probe": 0.8, "task": Regression}, ["few images, 5 of each number"], "more labelled images"),
-        ({"per_class": 5, "probe": 0.8, "task": Segmentation}, ["few images, 5 of each class"], "more labelled images"),
-        ({"probe": 1.0, "val_images": 20}, [], f"{PREDICT} answers.csv"),  # nothing is left to gain
+        (FEW_LABELS, [FEW(25, "class")], f"{CHOOSE}; or images without labels: {AGAIN('--unlabelled FOLDER')}"),
+        (FEW_LABELS | {"unlabelled": {"images": 900}}, [FEW(25, "class")], CHOOSE),
+        # Of those also where much was gained
+        ({"per_class": 5, "unlabelled": {}, "losses": OVERFITTED}, [FEW(5, "class"), OVERFITTING], CHOOSE),
+        ({"per_class": 5, "task": MultiLabel, "losses": OVERFITTED}, [FEW(5, "label"), OVERFITTING], LABELLED),
+        (FEW_LABELS | {"per_class": 26}, [], AGAIN("--epochs 8")),
+        (FEW_LABELS | {"task": MultiLabel}, [FEW(25, "label")], LABELLED),
+        (FEW_LABELS | {"task": Regression}, [FEW(25, "number")], LABELLED),
+        (FEW_LABELS | {"task": Segmentation}, [FEW(25, "class")], LABELLED),
+        ({"probe": 1.0, "val_images": 20}, [], PREDICT("answers.csv")),  # nothing is left to gain
     ],
 )
 def test_what_limits_a_run_comes_with_one_next_step(run, limits, next_step):
@@ -530,7 +508,7 @@ def test_what_limits_a_run_comes_with_one_next_step(run, limits, next_step):
 def test_where_a_run_overfits_photographs_are_varied_more(run, varied):
     found = judged(losses=OVERFITTED, **run)
     assert found.limits == [OVERFITTING]
-    assert (found.next_step == f"{SAME}--augmentation trivial") == varied
+    assert (found.next_step == AGAIN("--augmentation trivial")) == varied
     assert "--epochs" not in found.next_step
 
 

@@ -92,15 +92,6 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_clipping_bounds_the_norm_of_the_whole_step(start):
-    _, free = gradients(start(), [8])
-    _, clipped = gradients(start("--clip-grad-norm 0.01"), [8])
-    norm = torch.nn.utils.get_total_norm(free.values()).item()
-    assert norm > 0.02
-    for name, gradient in free.items():
-        torch.testing.assert_close(clipped[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9)
-
-
 def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
     """Else float16's scale, here 1,024, would make each step as much smaller."""
     run = start("--clip-grad-norm 0.01")
