@@ -389,7 +389,7 @@ def embed(args: argparse.Namespace) -> Any:
 
 def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Tensor:
     paths = path.with_name(f"{path.stem}{commands.PATHS}")
-    files.write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
+    files.write_cells([[images.name(i)] for i in range(len(images))], ["path"], paths)
     with files.open_atomically(path) as file:  # the last: a part that has it is finished
         np.save(file, features.numpy())
     return features

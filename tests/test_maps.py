@@ -324,27 +324,33 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
     assert "2 classes of every pixel" in capsys.readouterr().out
 
 
-def python_blocks() -> list[str]:
-    """Those of docs/deploy.md."""
+@pytest.fixture
+def run_of_page(tmp_path, monkeypatch):
+    """run_of_page("def mask_of", (16, 16)) runs this block of docs/deploy.md on an image of this size."""
     page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
-    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-
-
-def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, monkeypatch):
-    """docs/deploy.md, with a narrow network in the place of the ResNet-50; the image is one window."""
-    base = save_base(tmp_path / "base.pth", "resnet18", 32)
-    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
-    blocks = python_blocks()
-    (prepare,) = (block for block in blocks if block.startswith("# prepare.py"))
-    (code,) = (block for block in blocks if "head.linear.weight" in block)
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "prepare", types.ModuleType("prepare"))
-    exec(prepare, vars(sys.modules["prepare"]))
+
+    def block(words: str, variables: dict) -> dict:
+        exec(next(block for block in blocks if words in block), variables)
+        return variables
+
+    def run(words: str, size: tuple[int, int]) -> dict:
+        Image.fromarray(levels(*size, 3, np.uint8)).save("image.png")
+        return block(words, {})
+
+    block("# prepare.py", vars(sys.modules["prepare"]))
+    return run
+
+
+def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, monkeypatch, run_of_page):
+    """With a narrow network in the place of the ResNet-50; the image is one window."""
+    base = save_base(tmp_path / "base.pth", "resnet18", 32)
+    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
     deploy("merge", adapter, "--output", "merged.pth")
-    Image.fromarray(np.random.default_rng(0).integers(0, 250, (32, 32, 3)).astype(np.uint8)).save("image.png")
-    found: dict = {}
     monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
-    exec(code, found)
+    found = run_of_page("head.linear.weight", (32, 32))
     with Image.open("image.png") as image:
         logits = logits_of(adapter, image)
     torch.testing.assert_close(found["F"].interpolate(found["logits"], (32, 32), mode="bilinear")[0], logits)
@@ -352,11 +358,9 @@ def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, mo
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 27)])
-def test_the_page_makes_the_mask_of_a_graph_in_onnx_by_windows(trained, pairs, tmp_path, monkeypatch, size):
-    """docs/deploy.md, for a ViT, whose windows cannot be larger; the model stands in for its graph."""
-    base = save_base(tmp_path / "base.pth", "vit_mini", 16)
-    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 16")
-    model, info = load_finetuned(adapter)
+def test_the_page_makes_the_mask_of_a_graph_in_onnx_by_windows(of_pairs, monkeypatch, run_of_page, size):
+    """For a ViT, whose windows cannot be larger; the model stands in for its graph."""
+    model, info = load_finetuned(of_pairs)
 
     class Session:
         def __init__(self, _path):
@@ -367,18 +371,11 @@ def test_the_page_makes_the_mask_of_a_graph_in_onnx_by_windows(trained, pairs, t
             with torch.no_grad():
                 return [model(torch.from_numpy(inputs["images"])).softmax(1).numpy()]
 
-    blocks = python_blocks()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=Session))
-    monkeypatch.setitem(sys.modules, "prepare", types.ModuleType("prepare"))
-    exec(next(block for block in blocks if block.startswith("# prepare.py")), vars(sys.modules["prepare"]))
     Path("model.json").write_text(json.dumps(deploy_lora.usage(info)))
-    Image.fromarray(np.random.default_rng(0).integers(0, 250, (*size, 3)).astype(np.uint8)).save("image.png")
-    found: dict = {}
-    exec(next(block for block in blocks if "def mask_of" in block), found)
-    with Image.open("image.png") as image, torch.no_grad():
-        expected = answers_for(info["transform"](image), 16, model).argmax(0)
-    assert np.array_equal(found["mask"], expected)
+    found = run_of_page("def mask_of", size)
+    with Image.open("image.png") as image:
+        assert np.array_equal(found["mask"], logits_of(of_pairs, image).argmax(0))
 
 
 def test_an_exported_resnet_takes_numbers_of_files_of_any_size(of_tiffs, tmp_path):

@@ -72,13 +72,8 @@ def write_text(text: str, path: str | os.PathLike) -> None:
         file.write(content)
 
 
-def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os.PathLike) -> None:
-    """A table with a header, whole or not at all; raises InputError as `open_atomically`."""
-    write_cells([[row.get(name, "") for name in columns] for row in rows], columns, path)
-
-
-def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str | os.PathLike) -> None:
-    """`write_csv` of rows of cells, for titles of which two may be the same."""
+def write_cells(rows: Iterable[Iterable[Any]], titles: Sequence[str], path: str | os.PathLike) -> None:
+    """A table under titles, whole or not at all; raises InputError as `open_atomically`."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([titles, *rows])
     write_text(text.getvalue(), path)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from toolkit import InputError, listed
 from toolkit.answers.parts import Task
-from toolkit.files import make_folder, open_atomically, write_csv, write_text
+from toolkit.files import make_folder, open_atomically, write_cells, write_text
 from toolkit.images.data import LabelledImages
 from toolkit.images.folders import places_below
 from toolkit.images.maps import NO_CLASS, write_map, write_mask
@@ -71,10 +71,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
     """Write a row for each image, of outputs (N, K), and return the rows."""
     columns, answers = task.table(outputs)
-    names = [images.name(i) for i in range(len(images))]
     columns.insert(0, "image_path" if "path" in columns else "path")
-    rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
-    write_csv(rows, columns, path)
+    rows = []
+    for i, cells in enumerate(answers):
+        rows.append(dict(zip(columns, (images.name(i), *cells), strict=True)))
+    write_cells([row.values() for row in rows], columns, path)
     return rows
 
 

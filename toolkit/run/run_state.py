@@ -13,7 +13,7 @@ from torch import nn
 from toolkit import InputError, distributed
 from toolkit.config import SETTLED, flat
 from toolkit.devices import restore_rng_state, rng_state, seed_everything
-from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
+from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
 from toolkit.run.optim import lr_schedule
@@ -114,7 +114,8 @@ class RunState:
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
-            write_csv(self.history, columns, self.path("metrics.csv"))
+            rows = [[row.get(name, "") for name in columns] for row in self.history]
+            write_cells(rows, columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
