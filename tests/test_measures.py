@@ -60,7 +60,7 @@ RANKINGS = {"average_precision": metrics.average_precision_score, "auroc": metri
 
 def ranked(name: str, scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None):
     """AP or AUROC of one label."""
-    return measures.Ranking(scores, positive).figures(weights)[..., list(RANKINGS).index(name)]
+    return measures.ranking(scores, positive, weights=weights)[..., list(RANKINGS).index(name)]
 
 
 average_precision = functools.partial(ranked, "average_precision")

@@ -72,42 +72,40 @@ def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) 
     return torch.cat([measure(part) for part in weights.split(rows)])
 
 
-class Ranking:
-    """Answers (M,) by score, of which equal ones share a rank. `images` (M,): whose column of weights each one has."""
+def ranking(scores: Tensor, positive: Tensor, images: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """AP and AUROC of answers (M,) by score, (2,), or (n, 2) for weights (n, images).
 
-    def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
-        order = scores.argsort(descending=True)
-        self.images = order if images is None else images[order]
-        self.positives = positive[order].nonzero().flatten()
-        ends = F.pad(scores[order].unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))  # of the ranks
-        rank = torch.searchsorted(ends, self.positives, right=True)
-        self.above = ends[rank - 1]  # how many answers are above each positive's rank,
-        self.until = ends[rank]  # how many down to it,
-        self.positives_until = torch.searchsorted(self.positives, self.until)  # and of the positives
+    AP is scikit-learn's `average_precision_score`, NaN without a positive. AUROC is how often a positive scores
+    higher than a negative, ties counting half: NaN where all are alike. `images` (M,): whose weight each answer has.
+    """
+    order = scores.argsort(descending=True)
+    images = order if images is None else images[order]
+    positives = positive[order].nonzero().flatten()
+    ends = F.pad(scores[order].unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))  # of ranks, of equal scores
+    rank = torch.searchsorted(ends, positives, right=True)
+    above = ends[rank - 1]  # how many answers are above each positive's rank,
+    until = ends[rank]  # how many down to it,
+    positives_until = torch.searchsorted(positives, until)  # and of the positives
 
-    def figures(self, weights: Tensor | None = None) -> Tensor:
-        """AP and AUROC, (2,), or (n, 2) for weights (n, images).
-
-        AP is scikit-learn's `average_precision_score`, NaN without a positive. AUROC is how often a positive scores
-        higher than a negative, ties counting half: NaN where all are alike.
-        """
-        if weights is not None:
-            return by_rows(self._figures, weights, len(self.images))
-        images = int(self.images.max()) + 1 if len(self.images) else 0
-        return self._figures(torch.ones(1, images))[0]
-
-    def _figures(self, weights: Tensor) -> Tensor:
-        each = weights[:, self.images]
-        counts = each[:, self.positives].double()  # (n, P)
+    def figures(weights: Tensor) -> Tensor:
+        each = weights[:, images]
+        counts = each[:, positives].double()  # (n, P)
         answers = F.pad(each.cumsum(1, dtype=torch.int32), (1, 0))  # (n, 1 + M): how many are in front
         hits = F.pad(counts.cumsum(1), (1, 0))  # (n, 1 + P): and of the positives
-        total = answers[:, -1:]
-        positives = hits[:, -1:]
-        until = answers[:, self.until].double()
-        precision = hits[:, self.positives_until] / until.clamp_min(1)
-        below = total - (answers[:, self.above] + until) / 2 - positives / 2  # of equal scores, and of positives, half
+        all_answers = answers[:, -1:]
+        all_hits = hits[:, -1:]
+        down_to = answers[:, until].double()
+        precision = hits[:, positives_until] / down_to.clamp_min(1)
+        below = (
+            all_answers - (answers[:, above] + down_to) / 2 - all_hits / 2
+        )  # of equal scores, and of positives, half
         sums = torch.stack([(counts * precision).sum(1), (counts * below).sum(1)], 1)
-        return sums / torch.cat([positives, positives * (total - positives)], 1)
+        return sums / torch.cat([all_hits, all_hits * (all_answers - all_hits)], 1)
+
+    if weights is not None:
+        return by_rows(figures, weights, len(images))
+    known = int(images.max()) + 1 if len(images) else 0
+    return figures(torch.ones(1, known))[0]
 
 
 def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:

@@ -36,8 +36,8 @@ class LabelAnswers(ColumnAnswers):
         """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the APs and the AUROCs of all."""
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
-        micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
-        by_label = torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
+        micro = measures.ranking(self.values[known], self.targets[known], images, weights)
+        by_label = torch.stack([measures.ranking(*column, weights) for column in self.known()], -1)
         macro_ap, macro_auroc = by_label.nanmean(-1, keepdim=True).unbind(-2)
         return torch.cat([macro_ap, micro[..., :1], macro_auroc, by_label.flatten(-2)], -1)
 
