@@ -206,22 +206,6 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     write("whole", "--resume", "--precision", "fp32")  # which is what a CPU computes in
 
 
-def test_lists_and_archives_are_answered_as_folders_are(adapter_for_images, images, tmp_path):
-    def probabilities(source: Path) -> list[str]:
-        rows = run("predict --device cpu", adapter_for_images, source, "--output", tmp_path / "p.csv")
-        return column(rows, "probability")
-
-    paths = sorted((images / "val").glob("*/*.png"))
-    (tmp_path / "listed.csv").write_text("\n".join(["path,patient", *(f"{path},7" for path in paths)]))
-    (tmp_path / "archives").mkdir()
-    for number in range(2):
-        members = {f"{i}.png": path.read_bytes() for i, path in enumerate(paths[8 * number : 8 * number + 8])}
-        (tmp_path / f"archives/{number}.tar").write_bytes(tar_of(members))
-    expected = probabilities(images / "val")
-    assert probabilities(tmp_path / "listed.csv") == expected == probabilities(tmp_path / "archives")
-    assert rows_of(tmp_path / "p.csv")[8]["path"] == f"{tmp_path}/archives/1.tar/0.png"
-
-
 @pytest.mark.parametrize("trained", ["qlora"], indirect=True)
 def test_features_are_what_the_head_receives(trained, images, tmp_path):
     returned = run("embed --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "f.npy")
@@ -256,20 +240,46 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 
-def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path, capsys):
-    """Whatever stands between its columns, and with the column by which the run was grouped."""
+def archived(paths: list[Path], path: Path) -> None:
+    """Images as an archive that has the class of each beside it."""
+    files = {}
+    for number, image in enumerate(paths):
+        files[f"{number}.png"] = image.read_bytes()
+        files[f"{number}.cls"] = image.parent.name.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_of(files))
+
+
+def test_lists_and_archives_are_answered_and_evaluated_as_folders_are(adapter_for_images, images, tmp_path):
+    """Archives themselves, and in the val/ beside a train/; of classes that the adapter lacks they are refused."""
+    paths = sorted((images / "val").glob("*/*.png"))
+    table = tmp_path / "test.csv"
+    table.write_text("\n".join(["path,label,patient", *(f"{path},{path.parent.name},7" for path in paths)]))
+    archived(paths[:8], tmp_path / "mine/val/0.tar")
+    archived(paths[8:], tmp_path / "mine/val/1.tar")
+    archived(sorted((images / "train").glob("*/*.png")), tmp_path / "mine/train/0.tar")
+    found = []
+    for source, labelled in ((images / "val", images), (table, table), (tmp_path / "mine/val", tmp_path / "mine")):
+        rows = run("predict --device cpu", adapter_for_images, source, "--output", tmp_path / "p.csv")
+        results = run("evaluate --device cpu", adapter_for_images, labelled)
+        found.append((column(rows, "probability"), results["accuracy"], results["images"]))
+    assert rows[8]["path"] == f"{tmp_path}/mine/val/1.tar/0.png"
+    assert found[0] == found[1] == found[2] and found[0][2] == 15
+    (tmp_path / "mine/val/1.tar").write_bytes(tar_of({"a.png": b"", "a.cls": b"eel"}))
+    with pytest.raises(InputError, match=r"mine/val has classes that the adapter lacks: eel"):
+        run("evaluate --device cpu", adapter_for_images, tmp_path / "mine/val")
+
+
+def test_a_list_is_evaluated_over_the_groups_of_the_run(adapter_for_images, images, tmp_path, capsys):
     table = tmp_path / "test.csv"
     plain = tmp_path / "plain.csv"
     expected = run("evaluate --device cpu", adapter_for_images, images / "val")
     rows = [f"{path},{path.parent.name}" for path in sorted((images / "val").glob("*/*.png"))]
     table.write_text("\n".join(["path,label,who", *(f"{row},patient {i % 5}" for i, row in enumerate(rows))]))
     plain.write_text("\n".join(rows))
-    grouped = with_settings(
-        adapter_for_images, {"dataset": "imagefolder", "data_list": [str(table)], "group_by": "who"}
-    )
-    found = run("evaluate --device cpu", grouped, table)
-    assert found["accuracy"] == expected["accuracy"] and found["images"] == 15
-    assert found["accuracy_interval"] != expected["accuracy_interval"]  # it is of the five patients
+    settings = {"dataset": "imagefolder", "data_list": [str(table)], "group_by": "who"}
+    grouped = with_settings(adapter_for_images, settings)
+    assert run("evaluate --device cpu", grouped, table)["accuracy_interval"] != expected["accuracy_interval"]
     capsys.readouterr()
     again = run("evaluate --device cpu", grouped, plain)
     assert again["accuracy_interval"] == expected["accuracy_interval"]
@@ -278,28 +288,6 @@ def test_a_list_is_evaluated_as_the_folder_is(adapter_for_images, images, tmp_pa
     for path, problem in ((table, "the line .* is not a path and a label"), (plain, "that the adapter lacks: eel")):
         with pytest.raises(InputError, match=problem):
             run("evaluate --device cpu", adapter_for_images, path)
-
-
-def archived(folder: Path, path: Path) -> None:
-    """The images in class folders as an archive that has the class of each beside it."""
-    files = {}
-    for number, image in enumerate(sorted(folder.glob("*/*.png"))):
-        files[f"{number}.png"] = image.read_bytes()
-        files[f"{number}.cls"] = image.parent.name.encode()
-    path.parent.mkdir(parents=True)
-    path.write_bytes(tar_of(files))
-
-
-def test_archives_are_evaluated_as_the_folder_is(adapter_for_images, images, tmp_path):
-    """Themselves, and in the val/ beside a train/; of classes that the adapter lacks they are refused."""
-    expected = run("evaluate --device cpu", adapter_for_images, images / "val")
-    archived(images / "val", tmp_path / "mine/val/0.tar")
-    archived(images / "train", tmp_path / "mine/train/0.tar")
-    found = run("evaluate --device cpu", adapter_for_images, tmp_path / "mine")
-    assert (found["accuracy"], found["images"]) == (expected["accuracy"], 15)
-    (tmp_path / "mine/val/1.tar").write_bytes(tar_of({"a.png": b"", "a.cls": b"eel"}))
-    with pytest.raises(InputError, match=r"mine/val has classes that the adapter lacks: eel"):
-        run("evaluate --device cpu", adapter_for_images, tmp_path / "mine/val")
 
 
 def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter_for_images, images, tmp_path):

@@ -48,8 +48,7 @@ def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
 def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
     """The positions of `count` images, with features (N, D) and logits (N, K), that are not alike: the least sure.
 
-    Of the images whose most probable class leads least, those nearest to centres of k-means (Zhdanov, arXiv
-    1901.05954).
+    Of the images whose likeliest class leads least they are nearest to centres of k-means (Zhdanov, arXiv 1901.05954).
     """
     first, second = logits.softmax(1).topk(2, 1).values.T
     candidates = (first - second).argsort(stable=True)[: CANDIDATES * count]
@@ -72,8 +71,7 @@ def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> N
 def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
     """The images for which a probe that has not seen them answers otherwise: (image, answer, times), the worst first.
 
-    `times` is how many times as probable as its label (N,) the answer is, by the mean logits of `held_out`, (views * N,
-    K).
+    `times` is how many times as probable as its label (N,) the answer is, by the mean of `held_out`, (views * N, K).
     """
     logits = held_out.double().unflatten(0, (-1, len(labels))).mean(0)  # (N, K)
     own = labels[:, None]

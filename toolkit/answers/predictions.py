@@ -121,8 +121,7 @@ class Maps:
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene at `path`, and return where: its suffix is added, by what it has.
 
-        A .tif if the scene is a TIFF or `path` ends so, which is never whole in memory; else .png of classes, .npy of
-        numbers.
+        A .tif, never whole in memory, if the scene is a TIFF or `path` ends so; else .png of classes, .npy of numbers.
         """
         if self.task.per_pixel:
             step = 1
