@@ -306,6 +306,7 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
     page = "".join(labels.sections(picture))
     assert all(f"<td>{name}</td>" in page for name in NAMES) and "threshold" in page
     assert "<td>weight</td>" in "".join(numbers.sections(picture))
+    assert all("95% interval" in text for _, text in numbers.rows())
     assert labels.printed()[1][0] in NAMES and numbers.printed()[1][0] == "age"
     assert all("positives" in text for _, text in labels.printed()[1 : 1 + len(NAMES)])
     by_name = labels.figures()["labels"]

@@ -385,7 +385,9 @@ def test_classification_computes_what_a_run_always_computed():
     logits = features[:, :3]
     stock = F.cross_entropy(logits, labels, weights, reduction="sum")
     assert torch.allclose(task.loss(logits, labels), stock)
+    task.label_smoothing = 0.1
     assert torch.allclose(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
+    torch.testing.assert_close(task.answers(logits, labels).confidences, logits.softmax(1).amax(1))
     assert task.first_temperature(Net(), features, labels, False).at(1.0) >= 1
     numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
     assert numbers.first_temperature(*[None] * 4) == probe.HeadTemperature()

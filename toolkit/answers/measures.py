@@ -247,11 +247,11 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     below = middle - low
     above = high - middle
     reach = math.exp(min(half / below + half / above, 500.0))  # times the odds: below / above, below, or 1 / above
-    if math.isinf(high - low):
-        if reach > WIDEST:
-            return bounds
-        if math.isinf(high):
-            return low + below / reach, low + below * reach
+    if math.isinf(high - low) and reach > WIDEST:
+        return bounds
+    if math.isinf(high):
+        return low + below / reach, low + below * reach
+    if math.isinf(low):
         return high - above * reach, high - above / reach
     odds = below / above
     return high - (high - low) / (1 + odds / reach), high - (high - low) / (1 + odds * reach)
