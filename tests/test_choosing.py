@@ -71,10 +71,6 @@ def pool(images, tmp_path) -> Path:
     return shutil.copytree(images / "train", tmp_path / "pool")
 
 
-def class_of(path: str) -> str:
-    return Path(path).parent.name
-
-
 def choose(model: Path, *words: str | Path) -> list[str]:
     return deploy_lora.main(["choose", str(model), *map(str, words)])
 
@@ -84,7 +80,7 @@ def test_a_backbone_alone_chooses_an_image_of_each_class_and_the_list_trains(bas
     first = Path("first")
     chosen = choose(base, "pool", "--count", "3", "--output", first)
     assert chosen == choose(base, "pool", "--count", "3", "--output", "again")
-    assert sorted(map(class_of, chosen)) == sorted(CLASSES)
+    assert sorted(Path(name).parent.name for name in chosen) == sorted(CLASSES)
     assert f"wrote {first}: 3 images to label, the most typical first\n" in capsys.readouterr().out
     captions = re.findall(r"<figcaption>\d\. (\S+)</figcaption>", (first / "to_label.html").read_text())
     assert captions == [Path(name).name for name in chosen]

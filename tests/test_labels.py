@@ -13,12 +13,11 @@ from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from tests.run_folders import assert_same, rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
-from toolkit.answers.tasks import from_record
+from toolkit.answers.tasks import TASKS, from_record
 from toolkit.images.transforms import eval_transform
 from toolkit.models.checkpoints import load_backbone
 
 KINDS = ("multilabel", "regression")
-SCORES = {"multilabel": "macro_ap", "regression": "r2"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def trained(train, tmp_path_factory):
 def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, kind, tmp_path, capsys):
     results = trained[kind]
     folder = trained[kind]["folder"]
-    score = SCORES[kind]
+    score = TASKS[kind].score
     assert results["task"] == kind
     assert json.loads((folder / "results.json").read_text()) | {"folder": folder} == results
     assert results[f"val_{score}"] > results[f"probe_{score}_before"] - 0.3

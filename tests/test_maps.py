@@ -236,11 +236,9 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
     """As seconds since 1970: float32 has one number in 128 there."""
     task = Regression(["time"], mean=torch.tensor([mean], dtype=torch.float64), std=torch.tensor([30.0]).double())
     outputs = torch.tensor([[1.71420], [-0.25]])
-    scene = types.SimpleNamespace(
-        height=8, width=16, bands=None, like=None, rows=lambda *_: np.zeros((8, 16, 3), np.uint8)
-    )
     maps = Maps(task, lambda windows: outputs, lambda image: torch.zeros(3, 8, 8), window=8)
-    path = maps.write(scene, tmp_path / f"map{suffix if suffix == '.tif' else ''}", lambda parts, total: parts)
+    place = tmp_path / f"map{suffix if suffix == '.tif' else ''}"
+    path = maps.write(Grid(np.zeros((8, 16))), place, lambda parts, total: parts)
     found = np.load(path) if suffix == ".npy" else tifffile.imread(path)
     assert path.suffix == suffix and found.dtype == dtype
     shown = [f"{number:.3f}" for number in found.ravel()]

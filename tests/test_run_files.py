@@ -28,9 +28,6 @@ from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
 ROOT = Path(__file__).parents[1]
 
 
-CLASSES = ["bright", "dark", "striped"]
-
-
 def test_defaults_then_file_then_command_line(base, tmp_path):
     args, sources = read_options(["--checkpoint", str(base)])
     assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 10)
@@ -215,7 +212,7 @@ def test_results_say_what_came_out(finished):
     assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
     assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
     assert results["peak_memory_bytes"] > results["backbone_bytes"]
-    assert list(results["accuracy_per_class"]) == CLASSES
+    assert list(results["accuracy_per_class"]) == ["bright", "dark", "striped"]
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
 
 
