@@ -987,7 +987,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     verdict = run.guard.after_epoch(trained, kept, verdict.divisor, run.still_sure)
                 if isinstance(verdict, Keep):
                     with run.kept_weights(), run.believable():
-                        result = run.evaluate(run.stop.watched(run.loaders.val))
+                        result = run.evaluate(run.stop.checked(run.loaders.val))
             match verdict:
                 case Keep():
                     run.end_epoch(trained, result)

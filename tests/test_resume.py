@@ -146,7 +146,7 @@ def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetun
     options = "--epochs 2 --wise-ft 1"
     whole = finetune(options, "whole")
     with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
-        patch.setattr(runs.StopRequests, "watched", stop)
+        patch.setattr(runs.StopRequests, "checked", stop)
         finetune(options)
     state = read_checkpoint(tmp_path / "out/last.pth")
     assert state["history"] == [] and len(state["guard"]["scores"]) == 1

@@ -71,7 +71,7 @@ class StopRequests:
         if self.is_due:
             raise Stopped(self.signum or signal.SIGTERM)
 
-    def watched(self, batches: Iterable) -> Iterable:
+    def checked(self, batches: Iterable) -> Iterable:
         """Yield the batches, and check for a stop request before each."""
         for batch in batches:
             if distributed.world_size() == 1:  # several may have different numbers of batches
