@@ -23,23 +23,27 @@ def images(count: int, groups=None) -> LabelledImages:
     return found
 
 
-def write(report: answer_reports.Report, path, count: int, groups=None):
-    comparison.write_answers(report.answer_columns(), images(count, groups), path)
-    return path
+def written(folder: Path, reports: list[answer_reports.Report], groups=None, name: str = "results.json") -> list[Path]:
+    """The results of two runs, of which the answers are there."""
+    paths = []
+    for run, report in zip("ab", reports, strict=True):
+        paths.append(folder / run / name)
+        paths[-1].parent.mkdir(exist_ok=True)
+        comparison.write_answers(report.answer_columns(), images(len(report.answers.targets), groups), paths[-1])
+    return paths
 
 
 @pytest.fixture
 def classes(tmp_path):
     """Results of two runs over 300 images of two classes, of which the second has more right."""
     labels = torch.randint(0, 2, (300,))
-    paths = []
+    reports = []
     wrong = []
-    for name, share in (("a", 0.3), ("b", 0.15)):
+    for share in (0.3, 0.15):
         wrong.append(torch.rand(300) < share)
         result = Evaluation(0.1, 0.0, labels ^ wrong[-1], labels, torch.full((300,), 0.5))
-        report = tasks.Classification(["cat", "dog"]).report(result)
-        paths.append(write(report, tmp_path / name / "results.json", 300))
-    return paths, wrong
+        reports.append(tasks.Classification(["cat", "dog"]).report(result))
+    return written(tmp_path, reports), wrong
 
 
 def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
@@ -72,26 +76,18 @@ def test_masks_are_compared_image_by_image(tmp_path, capsys):
     draws = torch.rand(40, 100)
     hardness = torch.rand(40, 1)
     reports = []
-    paths = []
-    for name, share in (("a", 0.8), ("b", 0.7)):
+    for share in (0.8, 0.7):
         answered = torch.where(draws < share * hardness, (truth + 1) % 3, truth)
         pairs = torch.nn.functional.one_hot(truth)[:, :, :, None] * torch.nn.functional.one_hot(answered)[:, :, None]
         answers = segmentation.PixelAnswers(0.1, pairs.sum(1), torch.ones(10, 3))
         reports.append(segmentation.Segmentation(["sea", "land", "sky: pixels"]).report(answers))
-        paths.append(write(reports[-1], tmp_path / name / "results.json", 40))
-    found = deploy_lora.main(["compare", *map(str, paths)])
+    found = deploy_lora.main(["compare", *map(str, written(tmp_path, reports))])
     before, after = (report.figures() for report in reports)
     for difference, name in zip(found, ("miou", "macro_dice", "pixel_accuracy"), strict=True):
         assert (difference.first, difference.second) == pytest.approx((before[name], after[name]))
         assert 0 < difference.low < after[name] - before[name] < difference.high and difference.p < 0.01
     assert before["miou_interval"][1] > after["miou_interval"][0]  # unpaired, chance might have made it
     assert "mean IoU" in capsys.readouterr().out
-
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path):
-    for name in "abc":
-        (tmp_path / name).mkdir()
 
 
 def test_accuracies_are_compared_by_the_exact_test_in_any_order(classes, capsys):
@@ -117,17 +113,18 @@ def test_accuracies_are_compared_by_the_exact_test_in_any_order(classes, capsys)
 def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind, measure, figure):
     truth = (torch.rand(200, 2) < 0.4).float()
     truth[0, 0] = math.nan
-    paths = []
-    for name, strength in (("a", 2.0), ("b", 0.7)):
+    reports = []
+    for strength in (2.0, 0.7):
         answers = truth.nan_to_num() + strength * torch.randn(200, 2)
         if kind == "multilabel":
             found = multilabel.LabelAnswers(0.1, answers.sigmoid(), truth)
-            report = tasks.MultiLabel(["cat", "dog"], truth).report(found)
+            reports.append(tasks.MultiLabel(["cat", "dog"], truth).report(found))
         else:
-            report = tasks.Regression(["cat", "dog"], truth).report(regression.NumberAnswers(0.1, answers, truth))
-        paths.append(write(report, tmp_path / name / "results.json", 200))
-    found = {difference.measure: difference for difference in comparison.compare(*paths)}[measure]
-    assert found.second == pytest.approx(report.figures()[figure], abs=1e-4)
+            found = regression.NumberAnswers(0.1, answers, truth)
+            reports.append(tasks.Regression(["cat", "dog"], truth).report(found))
+    differences = comparison.compare(*written(tmp_path, reports))
+    [found] = (difference for difference in differences if difference.measure == measure)
+    assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
 
 
@@ -139,13 +136,10 @@ def class_report(right: torch.Tensor) -> answer_reports.Report:
 
 def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
     """Ten patients, of whom the second run gets four more right: copies of their images leave p where it was."""
-    rights = {"a": torch.arange(10) >= 5, "b": torch.arange(10) >= 1}
 
-    def paths(of: str, copies: int, groups=None) -> list[Path]:
-        count = 10 * copies
-        return [
-            write(class_report(right.repeat(copies)), tmp_path / n / of, count, groups) for n, right in rights.items()
-        ]
+    def paths(name: str, copies: int, groups=None) -> list[Path]:
+        reports = [class_report((torch.arange(10) >= wrong).repeat(copies)) for wrong in (5, 1)]
+        return written(tmp_path, reports, groups, name)
 
     [once] = comparison.compare(*paths("once.json", 1))
     alone = paths("alone.json", 30)
@@ -163,15 +157,12 @@ def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
 def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, names):
     patients = torch.arange(40).repeat(6).tolist()
     truth = (torch.rand(40, 2) < 0.4).float().repeat(6, 1)
-    alone = []
-    grouped = []
-    for name, strength in (("a", 1.2), ("b", 1.0)):
+    reports = []
+    for strength in (1.2, 1.0):
         answers = (truth[:40] + strength * torch.randn(40, 2)).sigmoid().repeat(6, 1)
-        report = tasks.MultiLabel(names, truth).report(multilabel.LabelAnswers(0.1, answers, truth))
-        alone.append(write(report, tmp_path / name / "alone.json", 240))
-        grouped.append(write(report, tmp_path / name / "grouped.json", 240, patients))
-    of_images = comparison.compare(*alone)[0]
-    of_patients = comparison.compare(*grouped)[0]
+        reports.append(tasks.MultiLabel(names, truth).report(multilabel.LabelAnswers(0.1, answers, truth)))
+    of_images = comparison.compare(*written(tmp_path, reports))[0]
+    of_patients = comparison.compare(*written(tmp_path, reports, patients))[0]
     assert of_patients[:3] == of_images[:3]
     assert of_patients.high - of_patients.low > 1.8 * (of_images.high - of_images.low)
     assert of_patients.p > of_images.p
@@ -180,13 +171,12 @@ def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, na
 def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):
     right = class_report(torch.arange(6) < 3)
     all_right = class_report(torch.ones(6, dtype=torch.bool))
-    first = write(right, tmp_path / "a/results.json", 6, [0, 0, 1, 1, 2, 2])
-    other = write(right, tmp_path / "b/results.json", 6, [0, 0, 0, 1, 1, 1])
+    first, _ = written(tmp_path, [right, right], [0, 0, 1, 1, 2, 2], "first.json")
+    _, other = written(tmp_path, [right, right], [0, 0, 0, 1, 1, 1], "other.json")
     with pytest.raises(InputError, match="have the images in other groups: evaluate both with one --group-by"):
         comparison.compare(first, other)
-    write(right, first, 6, [0] * 6)
-    write(all_right, other, 6, [0] * 6)
-    [difference] = deploy_lora.main(["compare", str(first), str(other)])
+    paths = written(tmp_path, [right, all_right], [0] * 6)
+    [difference] = deploy_lora.main(["compare", *map(str, paths)])
     assert difference.p == 1 and math.isnan(difference.low)
     assert "+50.00% (no interval), p = 1" in capsys.readouterr().out
 
