@@ -254,7 +254,7 @@ def test_lists_and_archives_are_answered_and_evaluated_as_folders_are(adapter_fo
     """Archives themselves, and in the val/ beside a train/; of classes that the adapter lacks they are refused."""
     paths = sorted((images / "val").glob("*/*.png"))
     table = tmp_path / "test.csv"
-    table.write_text("\n".join(["path,label,patient", *(f"{path},{path.parent.name},7" for path in paths)]))
+    table.write_text("\n".join(["path,label", *(f"{path},{path.parent.name}" for path in paths)]))
     archived(paths[:8], tmp_path / "mine/val/0.tar")
     archived(paths[8:], tmp_path / "mine/val/1.tar")
     archived(sorted((images / "train").glob("*/*.png")), tmp_path / "mine/train/0.tar")
