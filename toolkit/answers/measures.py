@@ -96,9 +96,7 @@ def ranking(scores: Tensor, positive: Tensor, images: Tensor | None = None, weig
         all_hits = hits[:, -1:]
         down_to = answers[:, until].double()
         precision = hits[:, positives_until] / down_to.clamp_min(1)
-        below = (
-            all_answers - (answers[:, above] + down_to) / 2 - all_hits / 2
-        )  # of equal scores, and of positives, half
+        below = all_answers - (answers[:, above] + down_to) / 2 - all_hits / 2  # half of equal scores and positives
         sums = torch.stack([(counts * precision).sum(1), (counts * below).sum(1)], 1)
         return sums / torch.cat([all_hits, all_hits * (all_answers - all_hits)], 1)
 
