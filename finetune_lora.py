@@ -1009,7 +1009,7 @@ def finish(run: "FineTuning") -> dict[str, Any]:
             kept |= manager.load_lora_checkpoint(path)
         if "temperature" in kept:  # a run that was killed behind this had calibrated it
             run.task.take_chosen(kept)
-        elif run.calibrate() and distributed.is_main():
+        elif (run.estimate_head() | run.calibrate()) and distributed.is_main():
             manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
         result = run.evaluate(run.loaders.val)
         if not distributed.is_main():
@@ -1348,6 +1348,15 @@ class FineTuning(RunState):
             yield
         finally:
             head.load_state_dict(before)
+
+    def estimate_head(self) -> bool:
+        """Set the head anew, as the images without labels show it, if they trained and all of the change is kept."""
+        if self.teacher is None or self.wise_ft.share < self.wise_ft.alpha:
+            return False
+        train, _, *augmented, (unlabelled, _) = self.loaders.features(self.network, self.task, self.dtype, False)
+        both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
+        self.task.end_by_unlabelled(self.model, *both, unlabelled)
+        return True
 
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from finetune_lora import FineTuning
+from lora.adapter_file import read_adapter_file
 from tests.conftest import CLASSES
 from tests.image_files import tar_of
 from tests.run_folders import assert_same_tensors, train_on
 from toolkit import distributed
-from toolkit.answers import unlabelled
+from toolkit.answers import evaluation, probe, unlabelled
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -356,3 +358,44 @@ def test_the_change_shrinks_where_sure_answers_were_lost(taught):
     answers = taught.evaluate_watched()
     assert taught.guard.after_epoch(answers, answers, 1, taught.still_sure) == Keep()
     assert taught.guard.after_epoch(answers, answers, 1, still_sure=False) == ShrinkTo(2)
+
+
+# ------------------------------------------------------------------------------------------------- the head at the end
+
+
+def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taught, monkeypatch):
+    """By plain and changed views of images with labels, and by those without; no evaluation image is looked at."""
+    asked = mock.Mock(return_value=unlabelled.Probe(torch.full((3, 192), 2.0), torch.ones(3), 0.1))
+    monkeypatch.setattr("toolkit.answers.classification.last_head", asked)
+    monkeypatch.setattr(taught.loaders, "val", None)
+    taught.task.class_weights = torch.ones(3)
+    assert taught.estimate_head()
+    head = probe.linear_head(taught.model)
+    assert (head.weight == 2).all() and (head.bias == 1).all()
+    [features, labels, others, classes, balance] = asked.call_args.args
+    assert (len(features), len(others), classes, balance) == (30, 6, 3, "balanced")
+    assert labels.tolist() == 2 * taught.loaders.images.train.labels
+    expected, _ = evaluation.all_outputs(
+        taught.model, taught.loaders.unlabelled_views(torch.arange(6)), CPU, torch.float32
+    )
+    torch.testing.assert_close(others @ torch.full((3, 192), 2.0).T + 1, expected)
+
+
+def test_a_head_whose_change_was_not_kept_whole_stays(taught):
+    taught.wise_ft.share = taught.wise_ft.alpha / 2
+    assert not taught.estimate_head()
+    taught.wise_ft.share = taught.wise_ft.alpha
+    taught.teacher = None
+    assert not taught.estimate_head()
+
+
+def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finetune, images, monkeypatch):
+    """Calibrated, as it is evaluated."""
+    constant = unlabelled.Probe(torch.zeros(3, 192), torch.tensor([0.0, 3.0, 0.0]), 0.1)
+    monkeypatch.setattr("toolkit.answers.classification.last_head", lambda *_: constant)
+    monkeypatch.setattr(FineTuning, "calibrate", lambda _: False)
+    results = finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1 --wise-ft 1")
+    assert results["accuracy_per_class"] == dict(zip(CLASSES, (0.0, 1.0, 0.0), strict=True))
+    file = read_adapter_file(results["folder"] / "lora.pth")
+    [bias] = (tensor for name, tensor in file["tensors"].items() if name.endswith("bias"))
+    assert bias.tolist() == [0, 3, 0]

@@ -243,3 +243,25 @@ def test_a_candidate_with_a_smaller_loss_must_not_be_right_less_often(monkeypatc
     monkeypatch.setattr(unlabelled, "judge", judge)
     found = unlabelled.start(features, labels, clustered(60, seed=3)[0], CLASSES, plain)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
+
+
+def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_out(monkeypatch):
+    """Clusters far apart: a head by them is nearly perfect, where that of three labels is not."""
+    features, labels, others = draws(clustered, 3)
+    monkeypatch.setattr(unlabelled, "held_out_answers", None)
+    found = unlabelled.last_head(features, labels, others, CLASSES)
+    images = unlabelled.placed(torch.cat([features, others]))
+    answers = unlabelled.k_means(images, known_of(labels)).softmax(1)
+    weight, bias = unlabelled.distilled(images, known_of(labels), answers)
+    assert torch.equal(found.weight, weight) and torch.equal(found.bias, bias)
+    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
+    assert accuracy(found, clustered) > accuracy(plain, clustered) + 0.02
+
+
+def test_the_last_head_weighs_classes_as_it_is_asked_to():
+    features, labels, others = draws(clustered, 4)
+    rare = torch.cat([torch.arange(12)[labels[:12] > 0], torch.tensor([0])])  # one image of class 0
+    rows = torch.cat([rare, rare + 12])
+    heads = [unlabelled.last_head(features[rows], labels[rows], others, CLASSES, how) for how in (None, "balanced")]
+    alike, balanced = [(others @ head.weight.T + head.bias).softmax(1).mean(0)[0] for head in heads]
+    assert balanced > alike

@@ -99,10 +99,7 @@ def start(
     if that is below the probe's by more than MARGIN standard errors, over images or clusters, and the accuracy is no
     worse. With one label a class nothing is held out, and the probe is kept.
     """
-    X = features.detach().cpu().float()
-    others = unlabelled.detach().cpu().float()
-    images = placed(torch.cat([X, others]))
-    known = Labelled(torch.arange(len(X)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
+    images, known = seen(features, labels, unlabelled, num_classes, class_weights)
     answers = held_out_answers(images, known, plain, views, clusters)
     judged = {name: judge(logits, labels.cpu(), views) for name, logits in answers.items()}
     name = min(judged, key=lambda name: judged[name].losses.nanmean())
@@ -111,6 +108,7 @@ def start(
     if gains.nanmean() <= MARGIN * standard_error(gains, clusters) or gain_accuracy < 0:
         name = "probe"
     temperature = judged[name].temperature
+    others = images.rows[len(labels) :]
     if name == "probe":
         head = plain
         outputs = (others @ plain.weight.T + plain.bias) / temperature
@@ -121,6 +119,27 @@ def start(
     shares = outputs.softmax(1)
     gains = (0.0, 0.0) if name == "probe" else (gains.nanmean().item(), gain_accuracy)
     return Start(head, name, shares, *gains, shares.mean(0), foreign_share(images, known, answers["k-means"][0]))
+
+
+def last_head(
+    features: Tensor, labels: Tensor, unlabelled: Tensor, num_classes: int, class_weights: str | None = None
+) -> Probe:
+    """The head for features that images without labels have trained: what k-means answers, distilled.
+
+    Training draws the images of a class together, so that at its end clusters tell more than the head that trained.
+    Nothing can be held out, for all labels have trained. The arguments are as for `start`.
+    """
+    images, known = seen(features, labels, unlabelled, num_classes, class_weights)
+    return Probe(*distilled(images, known, k_means(images, known).softmax(1)), DISTILLED)
+
+
+def seen(
+    features: Tensor, labels: Tensor, unlabelled: Tensor, num_classes: int, class_weights: str | None
+) -> tuple[Images, Labelled]:
+    """All images, those with labels (N,) first, and what is known of these."""
+    rows = torch.cat([features, unlabelled]).detach().cpu().float()
+    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
+    return placed(rows), known
 
 
 def held_out_answers(

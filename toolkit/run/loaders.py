@@ -205,14 +205,18 @@ class Loaders:
         """The training images for k-NN and the linear probe."""
         return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
-    def features(self, network: nn.Module, task: Task, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    def features(
+        self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of augmented views.
 
         Images without labels come last. With masks the evaluation images are left out: their scores are of whole masks.
+        So they are unless there is something `to_evaluate`.
         """
+        to_evaluate = to_evaluate and not self.has_masks
         train = self.probe_images
         loaders = {"training images": self.add_loader(train, self.plain_view, keep_workers=False)}
-        if not self.has_masks:
+        if to_evaluate:
             loaders["evaluation images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
@@ -220,8 +224,8 @@ class Loaders:
             loaders["images without labels"] = self.add_loader(without, self.plain_view, keep_workers=False)
         found = []
         for what, loader in loaders.items():
-            bar = runs.progress_bar(loader, f"for the linear probe: {what}")
+            bar = runs.progress_bar(loader, f"features: {what}")
             found.append(task.features(network, bar, self.device, dtype, len(train)))
-        if self.has_masks:
+        if not to_evaluate:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
         return found
