@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import finetune_lora
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.images import bands, dicom
@@ -89,19 +88,6 @@ def test_a_table_in_the_place_of_a_window_has_the_range_of_its_bits():
     np.testing.assert_allclose(np.asarray(image), 255 * (RAMP * RAMP // 4000) / 4095, atol=1)
 
 
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_one_tissue_has_one_grey_whatever_else_is_in_the_image(photometric):
-    """A marker in a corner, or a metal plate, is brighter than all tissue."""
-    plain = np.full((20, 20), 1000)
-    marked = plain.copy()
-    marked[:3, :3] = 4000
-    tags = {"BitsStored": 12, "PhotometricInterpretation": photometric}
-    pictures = [np.asarray(dicom.picture(file_of(pixels, **tags), "a.dcm")) for pixels in (plain, marked)]
-    assert (pictures[0][10:] == pictures[1][10:]).all()
-    numbers = [dicom.levels(file_of(pixels, **tags)) for pixels in (plain, marked)]
-    assert (numbers[0][10:] == numbers[1][10:]).all()
-
-
 def test_numbers_are_in_their_own_unit():
     tags = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowWidth": 10, "WindowCenter": 5}
     array = bands.decoded(file_of(np.stack([RAMP, RAMP + 7]), **tags))
@@ -138,22 +124,6 @@ def test_a_deflated_file_is_refused_before_it_is_inflated():
 def test_a_size_is_checked_before_it_is_decoded():
     with pytest.raises(ValueError, match="an image of 7,200,000,000 bytes, which is more than its bytes can hold"):
         dicom.levels(file_of(RAMP, Rows=60_000, Columns=60_000))
-
-
-def test_a_folder_of_them_trains(base, tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 3), ("val", 2)):
-        for name, level in (("ill", 1000), ("well", 3000)):
-            folder = tmp_path / "xrays" / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = level + rng.integers(0, 300, (20, 24)) * np.linspace(1, 3, 24)
-                (folder / f"{i}.dcm").write_bytes(file_of(pixels))
-    argv = f"--data-dir {tmp_path}/xrays --checkpoint {base} --epochs 1 --device cpu --output-dir {tmp_path}/out"
-    results = finetune_lora.main(
-        [*argv.split(), *["--channels", "1", "--scale", "4000", "--mean", "0.5", "--std", "0.2"]]
-    )
-    assert results["val_images"] == 4
 
 
 def test_files_without_suffix_are_known_by_their_mark(tmp_path):

@@ -161,17 +161,6 @@ def test_what_is_damaged_is_named(tmp_path):
     assert len(sources.readable(images)) == len(sources.load_unlabelled(folder, skip_unreadable=True)) == 1
 
 
-def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tmp_path):
-    write_set(tmp_path / "train", 6)
-    write_set(tmp_path / "val", 6)
-    touch(tmp_path / "val/0", "a.jpg")
-    with pytest.raises(InputError, match=r"val has both archives, as shard-000\.tar, and image files, as 0/a\.jpg"):
-        sources.load_splits("imagefolder", tmp_path)
-    assert len(sources.load_unlabelled(tmp_path)) == 6
-    (tmp_path / "val" / "0").rename(tmp_path / "train" / "@eaDir")  # thumbnails are no images
-    assert len(sources.load_splits("imagefolder", tmp_path).train) == 6
-
-
 # ------------------------------ toolkit/images/folders.py: which files are found, and what is said where there are none
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 import deploy_lora
 from finetune_lora import load_finetuned
-from lora.adapter_file import read_adapter_file, write_adapter_file
 from tests.checkpoint_files import narrow_resnet, save_base
 from toolkit import InputError
 from toolkit.answers.classification import Classification
@@ -283,18 +282,6 @@ def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path,
     assert found == sizes and results["images"] == 6
 
 
-def test_an_evaluation_is_over_the_groups_of_its_list(of_pairs, pairs, tmp_path):
-    """In the column by which the run's images were grouped, which is no mask."""
-    content = read_adapter_file(of_pairs)
-    content["metadata"]["config"]["data"]["group_by"] = "tile"
-    write_adapter_file(content, tmp_path / "lora.pth")
-    lines = [f"{pairs}/val/images/{i}.png,{pairs}/val/masks/{i}.png,{i % 3}" for i in range(6)]
-    (tmp_path / "list.csv").write_text("\n".join(["image,mask,tile", *lines]))
-    found = deploy("evaluate", tmp_path / "lora.pth", tmp_path / "list.csv")
-    expected = deploy("evaluate", of_pairs, pairs / "val")
-    assert found["miou"] == pytest.approx(expected["miou"]) and found["miou_interval"] != expected["miou_interval"]
-
-
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
     """The class roof has the value 7."""
     found = deploy("evaluate", of_tiffs, tiffs, "--output", tmp_path / "results.json")
@@ -518,6 +505,9 @@ def test_three_bands_of_16_bits_that_are_no_photograph_need_a_scale(tmp_path):
     with pytest.raises(InputError, match=r"a\.tif: .*training reads bands of more than 8 bits with --scale, as 65535"):
         in_rows(tmp_path / "a.tif", None)
     assert np.array_equal(in_rows(tmp_path / "a.tif", Bands(3, scale=65535)), levels(bands=3))
+    wrong = pytest.raises(InputError, match=r"a\.tif: .*has 3 bands, and the network takes 4")
+    with wrong, open_scene(tmp_path / "a.tif", Bands(4)):
+        pass
 
 
 def test_a_compression_that_pillow_alone_knows(tmp_path, monkeypatch):
@@ -564,15 +554,6 @@ def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     write_map(tmp_path / "map.tif", parts(), 4000, 300, None)
     tracemalloc.stop()
     assert held[-1] < held[10] + 100_000
-
-
-@pytest.mark.parametrize(
-    "bands, wrong", [(Bands(4), "has 5 bands, and the network takes 4"), (Bands(1, ("7",)), "has no band 7")]
-)
-def test_other_bands_are_refused_by_name(tmp_path, bands, wrong):
-    tifffile.imwrite(tmp_path / "a.tif", levels(), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(InputError, match=f"a.tif: .*{wrong}"), open_scene(tmp_path / "a.tif", bands):
-        pass
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Files and folders by their address: in fsspec's memory, and on a server of this test."""
 
 import io
-import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -117,13 +116,6 @@ def load(where: str, **options) -> Splits:
     return load_splits("imagefolder", Path(where), **options)
 
 
-@pytest.mark.parametrize("where", ["list.csv", "shards"])
-def test_a_list_and_archives_are_read(place, where):
-    train, val, names, *_ = load(f"{place}/{where}")
-    assert len(train) + len(val) == 12 and names == ["even", "odd"]
-    assert train[0][0].size == (16, 16)
-
-
 def test_a_run_reads_folders_as_it_reads_those_of_this_machine(place, here, base, tmp_path):
     at_place = finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/photos"))
     alone = finetune_lora.main(argv(base, tmp_path / "alone", f"--data-dir {here}/photos"))
@@ -184,15 +176,6 @@ def test_an_archive_is_indexed_in_few_reads(monkeypatch):
     assert len(images) == len(labels) == 6 and len(reads) <= 2
 
 
-def test_bytes_of_a_server_without_ranges_are_cut_out_here(monkeypatch):
-    class Whole:
-        def cat_file(self, place, start=None, end=None):
-            return b"0123456789"
-
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (Whole(), url))
-    assert remote.read("s3:/somewhere/a.tar", 2, 5) == b"234"
-
-
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -222,12 +205,6 @@ def test_a_missing_image_is_named_once(place, base, tmp_path):
 def test_what_is_no_folder_asks_for_a_list(place, base, tmp_path, what):
     with pytest.raises(InputError, match=rf"{what}: no folder that can be listed, or no answer; name"):
         finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/{what}"))
-
-
-def test_a_missing_package_of_a_system_is_named(base, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(InputError, match=r"s3://bucket/list.csv cannot be read: Install s3fs"):
-        finetune_lora.main(argv(base, tmp_path / "out", "--data-list s3://bucket/list.csv"))
 
 
 def test_drives_of_windows_are_no_addresses():
