@@ -216,9 +216,7 @@ class Batches(Sampler):
     seed: int = 0
     drop_last: bool = False
     archives: np.ndarray | None = None  # the number of each image's archive, if the images are in archives
-    batches: int | None = (
-        None  # of an epoch, which begins where the last one ended in an endless row of shuffled passes
-    )
+    batches: int | None = None  # of an epoch, a piece of an endless row of shuffled passes; None: one pass
     epoch: int = 0
     start: int = 0
 

@@ -190,7 +190,7 @@ def load_unlabelled(
         first = _lists(data_list, data_dir)[0]
         source = ImageFiles(first.folder, first.paths(), bands)
     else:
-        source = all_images(_train_folder(_folder_of_images(data_dir, UNLABELLED_SET)), bands)
+        source = all_images(_train_folder(_existing("--data-dir", data_dir)), bands)
     images = LabelledImages(source)
     return readable(images) if skip_unreadable else images
 
@@ -234,7 +234,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     """Does the folder have class folders, or archives with labels, or the list labels?"""
     if data_list:
         return ImageList(Path(data_list[0])).has_labels()
-    folder = _train_folder(_folder_of_images(data_dir))
+    folder = _train_folder(_existing("--data-dir", data_dir))
     return bool(read_shards(folder)[1]) if shard_names(folder) else len(folders.folders_by_class(folder)) > 1
 
 
@@ -256,7 +256,7 @@ def _image_folder(
     data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
 ) -> tuple[list[LabelledImages], list[str]]:
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
-    root = _folder_of_images(data_dir)
+    root = _existing("--data-dir", data_dir)
     train = _train_folder(root)
     images, class_names = in_folder(train, bands)
     parts = [images]
@@ -283,13 +283,9 @@ def _train_folder(root: Path) -> Path:
     return train
 
 
-def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder") -> Path:
-    if data_dir is None:
-        raise InputError(f"dataset {dataset} needs --data-dir, a folder with train/ and val/ or with class folders")
-    return _existing("--data-dir", data_dir)
-
-
-def _existing(option: str, folder: str | Path) -> Path:
+def _existing(option: str, folder: str | Path | None) -> Path:
+    if folder is None:
+        raise InputError(f"{option} is missing: give a folder of images, with train/ and val/ or with class folders")
     if remote.is_folder(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
     problem = "no such folder"
