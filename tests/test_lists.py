@@ -17,6 +17,17 @@ def files(tmp_path):
         (tmp_path / name).touch()
 
 
+@pytest.fixture
+def listed(tmp_path):
+    """listed("a.png,cat", label_columns=["x"]) is a list of this text, read with these options."""
+
+    def read(text: str, **options) -> lists.ImageList:
+        (tmp_path / "list.csv").write_bytes(text.encode(errors="surrogateescape"))
+        return lists.ImageList(tmp_path / "list.csv", **options)
+
+    return read
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -30,10 +41,9 @@ def files(tmp_path):
         ("a.png,cat\na.png,cat\n", (["a.png", "a.png"], ["cat", "cat"])),  # twice as often in training, if so wished
     ],
 )
-def test_lists(tmp_path, text, expected):
-    (tmp_path / "list").write_text(text, encoding="utf-8")
-    assert lists.ImageList(tmp_path / "list").labels() == expected
-    assert lists.ImageList(tmp_path / "list").has_labels()
+def test_lists(listed, text, expected):
+    assert listed(text).labels() == expected
+    assert listed(text).has_labels()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +51,7 @@ def test_lists(tmp_path, text, expected):
     [
         ("", "lists no images"),
         ("path,label\n", "lists no images"),
-        (b"\xff\xfe\0", "not a text file of `path,label` lines"),
+        ("\udcff\udcfe\0", "not a text file of `path,label` lines"),
         ('"' + "a" * 200_000, r"line 1 is not `path,label` \(field larger than"),
         ('a.png,cat\nb.png,"dog\na.png,cat\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
         ('a.png,cat\nb.png,"dog\na.png,cat"\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
@@ -58,12 +68,9 @@ def test_lists(tmp_path, text, expected):
         ("a.png,cat\nb.png,cat\na.png,dog\n", "two labels for a.png; leave one of the lines out"),
     ],
 )
-def test_lists_that_cannot_be_used(tmp_path, content, problem):
-    if isinstance(content, str):
-        content = content.replace("{folder}", tmp_path.name).encode()
-    (tmp_path / "list.csv").write_bytes(content)
+def test_lists_that_cannot_be_used(tmp_path, listed, content, problem):
     with pytest.raises(InputError, match=rf"list\.csv: {problem}"):
-        lists.ImageList(tmp_path / "list.csv").labels()
+        listed(content.replace("{folder}", tmp_path.name)).labels()
 
 
 NAN = math.nan
@@ -84,19 +91,17 @@ NUMBERS = "numbers"
         (NUMBERS, "a.png,3,1\nb.png,4,1\nc.png,5,2\n", ["number 1", "number 2"], [[3, 1], [4, 1], [5, 2]]),
     ],
 )
-def test_lists_of_several_labels_and_of_numbers(tmp_path, task, text, names, values):
-    (tmp_path / "list.csv").write_text(text)
-    targets = lists.ImageList(tmp_path / "list.csv").targets(task)
+def test_lists_of_several_labels_and_of_numbers(listed, task, text, names, values):
+    targets = listed(text).targets(task)
     assert (targets.paths, targets.names) == (["a.png", "b.png", "c.png"], names)
     expected = torch.tensor(values).to(targets.values.dtype)
     torch.testing.assert_close(targets.values, expected, equal_nan=True)
 
 
-def test_numbers_are_read_in_double_precision(tmp_path):
+def test_numbers_are_read_in_double_precision(listed):
     """In single precision these are one number, and infinity."""
-    (tmp_path / "list.csv").write_text("path,seconds,size\na.png,1700000003,1e39\nb.png,1700000006,2e39\n")
-    values = lists.ImageList(tmp_path / "list.csv").targets("numbers").values
-    assert values.tolist() == [[1700000003, 1e39], [1700000006, 2e39]]
+    found = listed("path,seconds,size\na.png,1700000003,1e39\nb.png,1700000006,2e39\n")
+    assert found.targets("numbers").values.tolist() == [[1700000003, 1e39], [1700000006, 2e39]]
 
 
 CHEXPERT = """Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema,Fracture
@@ -114,32 +119,30 @@ b.png,Male,87,Lateral,,,-1.0,1.0
         (["Fracture"], ["Fracture"], [[NAN], [1]]),
     ],
 )
-def test_a_list_with_other_columns_says_which_are_labels(tmp_path, columns, names, values):
-    (tmp_path / "list.csv").write_text(CHEXPERT)
-    targets = lists.ImageList(tmp_path / "list.csv", None, "Sex", columns).targets("labels")
+def test_a_list_with_other_columns_says_which_are_labels(listed, columns, names, values):
+    targets = listed(CHEXPERT, group_by="Sex", label_columns=columns).targets("labels")
     assert targets.names == names
     torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
-    assert lists.ImageList(tmp_path / "list.csv", label_columns=["Sex"]).labels()[1] == ["Female", "Male"]
-    ages = lists.ImageList(tmp_path / "list.csv", label_columns=["Age"]).targets("numbers").values
-    assert ages.tolist() == [[68], [87]]
+
+
+def test_one_column_may_be_the_label_or_the_number(listed):
+    assert listed(CHEXPERT, label_columns=["Sex"]).labels()[1] == ["Female", "Male"]
+    assert listed(CHEXPERT, label_columns=["Age"]).targets("numbers").values.tolist() == [[68], [87]]
     with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*, which has Sex, Age"):
-        lists.ImageList(tmp_path / "list.csv", label_columns=["Edma"]).targets("labels")
+        listed(CHEXPERT, label_columns=["Edma"]).targets("labels")
 
 
 @pytest.mark.parametrize("title", ["image_name", "id", "ID"])
-def test_a_first_line_without_an_image_names_the_columns(tmp_path, title):
-    (tmp_path / "list.csv").write_text(f"{title},cat\na.png,1\nb.png,0\n")
-    assert lists.ImageList(tmp_path / "list.csv").targets("labels").names == ["cat"]
-    (tmp_path / "list.csv").write_text("a.dcm,cat\nb.png,dog\n")
-    assert lists.ImageList(tmp_path / "list.csv").labels()[0] == ["a.dcm", "b.png"]
+def test_a_first_line_without_an_image_names_the_columns(listed, title):
+    assert listed(f"{title},cat\na.png,1\nb.png,0\n").targets("labels").names == ["cat"]
+    assert listed("a.dcm,cat\nb.png,dog\n").labels()[0] == ["a.dcm", "b.png"]
 
 
 @pytest.mark.parametrize(
     "text", ["a.png,1,0\n", "b.png\n", "path,age\na.png,3\nb.png,4\nb.png,4\n", 'a.png,"cat,dog"\n']
 )
-def test_pretraining_takes_the_paths_of_any_list(tmp_path, text):
-    (tmp_path / "list.csv").write_text(text)
-    found = lists.ImageList(tmp_path / "list.csv")
+def test_pretraining_takes_the_paths_of_any_list(listed, text):
+    found = listed(text)
     assert set(found.paths()) <= {"a.png", "b.png"}
     assert found.has_labels() == text.startswith("path")  # ages that repeat may be classes
 
@@ -174,10 +177,9 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
         ("numbers", "path,age answer,age\na.png,1,2\n", "name of its own, and not with answer behind it"),
     ],
 )
-def test_lists_of_other_answers_that_cannot_be_used(tmp_path, task, content, problem):
-    (tmp_path / "list.csv").write_text(content)
+def test_lists_of_other_answers_that_cannot_be_used(listed, task, content, problem):
     with pytest.raises(InputError) as raised:
-        lists.ImageList(tmp_path / "list.csv").targets(task)
+        listed(content).targets(task)
     assert problem in str(raised.value) and "list.csv" in str(raised.value)
 
 
