@@ -423,16 +423,6 @@ def test_workers_stay_for_the_next_pass(keep):
     assert len(first) == 2 and (first == second) == keep
 
 
-def test_a_pass_that_was_left_does_not_show_in_the_next():
-    numbered = data.Transformed(pairs(40), lambda i: (i, torch.rand(1)))
-    left = data.build_loader(numbered, 4, shuffle=True, workers=2)
-    whole = data.build_loader(numbered, 4, shuffle=True)
-    next(iter(left))
-    left.batch_sampler.epoch = whole.batch_sampler.epoch = 5
-    for ours, theirs in zip(left, whole, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
-
-
 @pytest.mark.parametrize(("count", "size"), [(11, 4), (9, 4), (8, 4), (3, 8), (7, 2)])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shares_of_all_processes_are_the_batches_of_one(monkeypatch, count, size, processes):

@@ -48,19 +48,6 @@ def test_masks_beside_images_are_no_images(tmp_path, capsys):
     assert len(folders.image_names(tmp_path)) == 6  # for pairs of images and masks in one folder
 
 
-def test_images_and_their_labels_are_read_from_where_they_lie(tmp_path):
-    write_set(tmp_path, 20)
-    splits = sources.load_splits("imagefolder", tmp_path)
-    assert splits.class_names == ["8", "9", "10"] and len(splits.train) + len(splits.val) == 20
-    found = {}
-    for part in (splits.train, splits.val):
-        for i in range(len(part)):
-            found[part.name(i)] = part[i]
-    for i in range(20):
-        image, label = found[str(tmp_path / f"shard-{i // 6:03}.tar" / f"{i:04}.jpg")]
-        assert image.size == (12, 9) and abs(level(image) - i) <= 1 and label == i % 3
-
-
 def test_names_of_an_archive(tmp_path):
     """In folders, of any format, with dots; what macOS adds is passed over; two spellings of a label are one class."""
     samples = {"a/x.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.json": b"{}"}

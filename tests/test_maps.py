@@ -454,15 +454,11 @@ def test_rows_of_a_tiff_are_those_of_the_whole(tmp_path, how, planar):
         assert np.array_equal(in_rows(tmp_path / "a.tif", bands), bands.array(tmp_path / "a.tif"))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.npy"])
-def test_rows_of_other_files_are_those_of_the_whole(tmp_path, name):
-    if name == "a.png":
-        Image.fromarray(levels(bands=1)[..., 0]).save(tmp_path / name)
-        bands = Bands(1)
-    else:
-        np.save(tmp_path / name, levels())
-        bands = Bands(5)
-    assert np.array_equal(in_rows(tmp_path / name, bands), bands.array(tmp_path / name))
+def test_rows_of_other_files_are_those_of_the_whole(tmp_path):
+    Image.fromarray(levels(bands=1)[..., 0]).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", levels())
+    for name, bands in (("a.png", Bands(1)), ("a.npy", Bands(5))):
+        assert np.array_equal(in_rows(tmp_path / name, bands), bands.array(tmp_path / name))
 
 
 @pytest.mark.parametrize(
