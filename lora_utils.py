@@ -113,6 +113,8 @@ class LoRAManager:
     def __init__(self, model: nn.Module, head: str | Sequence[str] | None = None):
         self.model = unwrapped(model)
         self.record = record_of(self.model)
+        if self.record.adapters is None:
+            self.record.adapters = AdapterSet()
         name_head(self.model, head)
 
     def _layers_in_file(self) -> dict[str, nn.Module]:
@@ -168,18 +170,16 @@ class LoRAManager:
         in fewer bits, whose float weights are gone, then raise InputError, before anything is changed.
         """
         layers = adapted_layers(self.model)
-        stored = dict(layers)
-        if self.record.adapters is not None:
-            stored |= self.record.adapters.base.layers
+        stored = layers | self.record.adapters.base.layers
         how = "merge=True" if layers else "merge=True and an adapter in use"
         for name, layer in stored.items():
             if layer.base_bits < 32 and not (merge and layers):
                 remedy = f"take the merged weights with {how}, or load the checkpoint again"
                 raise InputError(f"{name} is in {layer.base_bits} bits, its float weight is gone: {remedy}")
-        if self.record.adapters is not None and not merge:
+        if self.names and not merge:
             self.unmerge_lora_weights()
             self.use(None)
-        self.record.adapters = None
+        self.record.adapters = AdapterSet()
         self.record.metadata = {}
         for layer in self._layers_to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
@@ -223,12 +223,12 @@ class LoRAManager:
     @property
     def names(self) -> list[str]:
         """The names that `use` accepts, in the order in which the adapters were added."""
-        return list(self.record.adapters.named) if self.record.adapters else []
+        return list(self.record.adapters.named)
 
     @property
     def in_use(self) -> str | None:
         """The name of the adapter that computes. None: the base computes, or an adapter without a name."""
-        return self.record.adapters.in_use if self.record.adapters else None
+        return self.record.adapters.in_use
 
     def use(self, name: str | None) -> dict[str, Any]:
         """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
@@ -258,7 +258,7 @@ class LoRAManager:
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
-        if self.record.adapters is None:
+        if not self.record.adapters.base.heads:
             now = base_digests(self.model)
             if self.record.base_digests is None:
                 self.record.base_digests = now
@@ -267,7 +267,7 @@ class LoRAManager:
             if layers and start and changed:
                 remedy = "save the adapter, load the checkpoint again, and then the saved file with a name"
                 raise InputError(f"the base has trained with the adapter in use ({listed(changed)}): {remedy}")
-            self.record.adapters = AdapterSet(self.model)
+            self.record.adapters.begin(self.model)
         self.record.adapters.adopt(layers, self.model)
         return self.record.adapters
 
@@ -335,7 +335,7 @@ class LoRAManager:
 
     def _in_use_or_unnamed(self) -> Adapter | ModelRecord:
         """What has the metadata of the adapter in use."""
-        return self.record if self.in_use is None else self.record.adapters.named[self.in_use]
+        return self.record.adapters.named.get(self.in_use, self.record)
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
         """Copy a file's tensors and settings into the layers that are adapted now. Raises InputError if they differ."""

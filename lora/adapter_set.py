@@ -97,10 +97,14 @@ class Adapter:
 class AdapterSet:
     """The adapters that share a model: `adapters` of its record."""
 
-    def __init__(self, model: nn.Module):
-        self.base = Adapter(heads={name: _stock_head(model.get_submodule(name)) for name in head_names(model)})
+    def __init__(self):
+        self.base = Adapter()
         self.named: dict[str, Adapter] = {}
         self.in_use: str | None = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Note the head that the model has without any of the named adapters."""
+        self.base.heads = {name: _stock_head(model.get_submodule(name)) for name in head_names(model)}
 
     def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
