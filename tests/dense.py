@@ -63,11 +63,9 @@ def adapters(layer: nn.Module) -> Iterator[tuple[str, slice, nn.Parameter, nn.Pa
     if "lora_A" in own:
         yield "weight", slice(None), own["lora_A"], own["lora_B"]
     elif "lora_A_q" in own:
-        width = layer.embed_dim
         for i, p in enumerate("qkv"):
-            packed = layer.in_proj_weight is not None
-            rows = slice(i * width, (i + 1) * width) if packed else slice(None)
-            yield "in_proj_weight" if packed else f"{p}_proj_weight", rows, own[f"lora_A_{p}"], own[f"lora_B_{p}"]
+            rows = slice(i * layer.embed_dim, (i + 1) * layer.embed_dim)
+            yield "in_proj_weight", rows, own[f"lora_A_{p}"], own[f"lora_B_{p}"]
 
 
 def dense_twin(stock: nn.Module, adapted: nn.Module) -> nn.Module:
