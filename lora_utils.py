@@ -258,7 +258,7 @@ class LoRAManager:
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
-        if not self.record.adapters.base.heads:
+        if not self.record.adapters.has_begun:
             now = base_digests(self.model)
             if self.record.base_digests is None:
                 self.record.base_digests = now

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, recorded_settings, stock_class
 from lora.followed_norms import statistics_in_file
 from lora.fusion import fuse
-from toolkit import InputError, dotted
+from toolkit import InputError
 from toolkit.models.backbones import head_names, in_head, record_of
 
 DEFAULT = "default"  # the name that an adapter without a name gets
@@ -83,7 +83,9 @@ class Adapter:
         for name, head in (self.heads | above.heads).items():
             _replace_head(model, name, head)
         for path, state in (self.layers | above.layers).items():
-            state.apply_to(model.get_submodule(path))
+            layer = model.get_submodule(path)
+            if is_adapted(layer) or path in above.layers:
+                state.apply_to(layer)
         for path, tensor in (self.tensors | above.tensors).items():
             owner, leaf = _owner(model, path)
             module = model.get_submodule(path.rpartition(".")[0])
@@ -99,12 +101,18 @@ class AdapterSet:
 
     def __init__(self):
         self.base = Adapter()
+        self.has_begun = False  # is the base known?
         self.named: dict[str, Adapter] = {}
         self.in_use: str | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Note the head that the model has without any of the named adapters."""
-        self.base.heads = {name: _stock_head(model.get_submodule(name)) for name in head_names(model)}
+        """Note the base: the head, and the layers that may be adapted, as they are without an adapter."""
+        self.has_begun = True
+        for name in head_names(model):
+            self.base.heads[name] = _stock_head(model.get_submodule(name))
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and not in_head(model, path):
+                self.base.layers[path] = LayerState.of(layer).without_adapter()
 
     def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
@@ -112,7 +120,6 @@ class AdapterSet:
             return
         if DEFAULT in self.named:
             raise InputError("the model has adapters without a name: save and unload() them, then load them with one")
-        self._remember(layers, model)
         record = record_of(model)
         self.named[DEFAULT] = Adapter(record.metadata)
         record.metadata = {}
@@ -123,7 +130,6 @@ class AdapterSet:
         if name == self.in_use:
             return
         if self.in_use is not None:
-            self._remember(adapted_layers(model), model)  # more layers may have been adapted since
             self.named[self.in_use].snapshot(model)
         self.base.install(model, self.named.get(name))
         self.in_use = name
@@ -138,9 +144,6 @@ class AdapterSet:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records = content["layers"]
         modules = dict(model.named_modules())
-        attentions = [path for path in records if isinstance(modules.get(path), nn.MultiheadAttention)]
-        touched = [*records, *(dotted(path, "out_proj") for path in attentions)]
-        self._remember({path: modules[path] for path in touched if path in modules}, model)
         for name, head in self.base.heads.items():
             _replace_head(model, name, _resized_head(head, name, content["tensors"]))
         stock = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -161,12 +164,6 @@ class AdapterSet:
             if path not in records and needs_record:
                 problems.append(f"{path} is stored in fewer bits here but is not in the file")
         return problems
-
-    def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """Note the state of these layers without an adapter, unless it is known already."""
-        for path, layer in layers.items():
-            if not in_head(model, path):
-                self.base.layers.setdefault(path, LayerState.of(layer).without_adapter())
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
         """Give these layers the 4-bit weights that an earlier 4-bit adapter made from the float base."""
