@@ -192,20 +192,19 @@ class LoRAManager:
         # The digest of a merged weight is made from what it was computed from: machines round the sum differently.
         digests = base_digests(self.model)
         digests |= {name: tensor_digest(statistic) for name, statistic in named_statistics(self.model).items()}
-        sources = {}
+        merged = []
         for name, layer in self._layers_to_merge().items():
             if not in_head(self.model, name):  # the head is no part of the base
-                factors = [f"{layer.scaling:.17g}", type(layer).__name__]
-                factors += map(tensor_digest, adapter_parameters(layer).values())
-                sources[dotted(name, layer.weight_name)] = factors
+                weight = dotted(name, layer.weight_name)
+                sources = [digests[weight], f"{layer.scaling:.17g}", type(layer).__name__]
+                sources += map(tensor_digest, adapter_parameters(layer).values())
+                digests[weight] = hashlib.sha256(" ".join(sources).encode()).hexdigest()
+                merged.append(weight)
         self.unload(merge=True)
-        state = self.model.state_dict()
-        computed = dict(self.record.resized_digests)
-        for name, factors in sources.items():
-            computed[name] = tensor_digest(state[name])
-            digests[name] = hashlib.sha256(" ".join([digests[name], *factors]).encode()).hexdigest()
         self.record.base_digests = digests
-        self.record.resized_digests = computed
+        state = self.model.state_dict()
+        for weight in merged:
+            self.record.resized_digests[weight] = tensor_digest(state[weight])
 
     def get_lora_info(self) -> dict[str, Any]:
         """Totals, and of every layer rank (0: no adapter, but in 4 bits), scaling, kind and number of parameters."""
