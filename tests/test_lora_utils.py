@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import safetensors
 import torch
-from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapters, resnet, snapshot, vit
+from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapters, resnet, snapshot, trained, vit
 from torch import nn
 
 from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
@@ -152,6 +152,18 @@ def test_a_model_whose_start_is_unknown_saves_everything(path):
     other = base(seed=2)
     LoRAManager(other).load_lora_checkpoint(path)
     assert_unchanged(snapshot(trained), other)
+
+
+def test_what_is_merged_into_the_base_is_the_base_of_what_trains_next(path):
+    """No part of its file; and over another sum it is refused."""
+    models = [adapted(base()) for _ in range(2)]  # with other numbers in B
+    for model in models:
+        LoRAManager(model).merge_into_base()
+        adapted(model)
+    LoRAManager(models[0]).save_lora_checkpoint(path)
+    assert read_adapter_file(path)["tensors"].keys() == set(trained(models[0]))
+    with pytest.raises(InputError, match="trained over another base"):
+        LoRAManager(models[1]).load_lora_checkpoint(path)
 
 
 def test_packed_weights_are_never_in_a_file(path):
