@@ -288,30 +288,28 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
         x: (N, in, H, W) or (in, H, W); residual, as what is returned: (N, out, H', W') or (out, H', W').
         """
-        if not self._is_active:
-            weight = self._weight_without_adapter(x)
-            if batch_norm is not None and x.dim() == 4 and not torch.is_grad_enabled():
-                own = batch_norm.running_mean, batch_norm.running_var  # merged, these are the adapter's
-                scale, shift = constant_scale_and_shift(batch_norm, *own, self.bias)
-                x, padding = functional.pad_for_conv2d(x, self)
-                geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
-                return functional.frozen_conv2d(x, weight, shift, scale, geometry, residual, relu)
-            y = self._conv_forward(x, weight, self.bias)
+        if x.dim() == 3:
+            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
+        if not self._is_active and (batch_norm is None or torch.is_grad_enabled()):
+            y = self._conv_forward(x, self._weight_without_adapter(x), self.bias)
             if batch_norm is not None:
                 y = batch_norm(y)
             return backends.added_and_rectified(y, residual, relu)
-        if x.dim() == 3:
-            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
+        padded, padding = functional.pad_for_conv2d(x, self)
+        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+        if not self._is_active:
+            own = batch_norm.running_mean, batch_norm.running_var  # merged, these are the adapter's
+            scale, shift = constant_scale_and_shift(batch_norm, *own, self.bias)
+            weight = self._weight_without_adapter(x)
+            return functional.frozen_conv2d(padded, weight, shift, scale, geometry, residual, relu)
         A = self.lora_A
         B = self.lora_B
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
         adapter_x = self._adapter_input(x)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self)
-        x, padding = functional.pad_for_conv2d(x, self)
-        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
         return functional.lora_conv2d(
-            x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x, residual, relu, log_scale
+            padded, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x, residual, relu, log_scale
         )
 
 
