@@ -47,7 +47,7 @@ from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
-from toolkit.answers import evaluation, probe, tasks
+from toolkit.answers import evaluation, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells
@@ -984,8 +984,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     kept = run.evaluate_watched(verdict.divisor)
                     verdict = run.guard.after_epoch(trained, kept, verdict.divisor, run.still_sure)
                 if isinstance(verdict, Keep):
-                    with run.kept_weights(), run.believable():
-                        result = run.evaluate(run.stop.checked(run.loaders.val))
+                    result = run.evaluate_kept(run.stop.checked(run.loaders.val))
             match verdict:
                 case Keep():
                     run.end_epoch(trained, result)
@@ -1005,11 +1004,12 @@ def finish(run: "FineTuning") -> dict[str, Any]:
     with run.kept_weights():
         if run.args.keep_best:
             kept |= manager.load_lora_checkpoint(path)
+            run.kept_outputs = None
         if "temperature" in kept:  # a run that was killed behind this had calibrated it
             run.task.take_chosen(kept)
         elif (run.estimate_head() | run.calibrate()) and distributed.is_main():
             manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
-        result = run.evaluate(run.loaders.val)
+        result = run.final_answers()
         if not distributed.is_main():
             return {}
         return reports.write_finetuning(run, result, kept, count_parameters(run.model))
@@ -1068,6 +1068,7 @@ class FineTuning(RunState):
         self.teacher: Teacher | None = None
         self.sure_images: Remembered | None = None  # without labels, that the start answers most surely
         self.still_sure = True  # were they when the guard's images were last evaluated?
+        self.kept_outputs: tuple[Tensor, Tensor] | None = None  # for the evaluation images, and their targets
         counts = self.task.counts(splits.train)
         if self.loaders.unlabelled is not None:
             shape = (len(splits.unlabelled), len(splits.class_names))
@@ -1269,6 +1270,7 @@ class FineTuning(RunState):
         rate = self.rate
         temperature = self.temperature
         good, self.last_good = self.last_good, None
+        self.kept_outputs = None
         if good["best"] is not None and distributed.is_main():
             save_atomically(good["best"], self.path("lora.pth"))
         undone = sum(row["seconds"] for row in self.history[good["epochs"] :]) + self.progress.seconds
@@ -1332,20 +1334,27 @@ class FineTuning(RunState):
             self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)
             return self.task.answers(*self.watched_outputs)
 
-    @contextlib.contextmanager
-    def believable(self) -> Iterator[None]:
-        """Within this block the head has the temperature that `calibrate` would choose by the guard's images alone."""
-        if self.loaders.has_masks:
-            yield
-            return
-        head = probe.linear_head(self.model)
-        before = copy.deepcopy(head.state_dict())
+    def evaluate_kept(self, batches: Iterable) -> tasks.Answers:
+        """Evaluate batches with the weights that are kept.
+
+        The head has the temperature that `calibrate` would choose by the guard's images alone.
+        """
+        with self.kept_weights():
+            if self.loaders.has_masks:
+                return self.evaluate(batches)
+            self.kept_outputs = evaluation.all_outputs(self.network, batches, self.device, self.dtype)
         optimism = self.head_temperature.optimism
-        self.task.soften(self.model, self.task.believable_temperature(*self.watched_outputs, optimism))
-        try:
-            yield
-        finally:
-            head.load_state_dict(before)
+        return self._kept_answers(self.task.believable_temperature(*self.watched_outputs, optimism))
+
+    def final_answers(self) -> tasks.Answers:
+        """The calibrated model's answers for the evaluation images: if known, the last epoch's at its temperature."""
+        if self.kept_outputs is None:
+            return self.evaluate(self.loaders.val)
+        return self._kept_answers(self.task.temperature)
+
+    def _kept_answers(self, temperature: float) -> tasks.Answers:
+        outputs, targets = self.kept_outputs
+        return self.task.answers(self.task.softened(outputs, temperature), targets)
 
     def estimate_head(self) -> bool:
         """Set the head anew, as the images without labels show it, if they trained and all of the change is kept."""
@@ -1354,6 +1363,7 @@ class FineTuning(RunState):
         train, _, *augmented, (unlabelled, _) = self.loaders.features(self.network, self.task, self.dtype, False)
         both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
         self.task.end_by_unlabelled(self.model, *both, unlabelled)
+        self.kept_outputs = None
         return True
 
     def calibrate(self) -> bool:
@@ -1370,7 +1380,7 @@ class FineTuning(RunState):
                 self.model, self.loaders.watched, self.device, self.dtype, len(self.loaders.watched_images)
             )
         else:
-            outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
+            outputs, targets = evaluation.all_outputs(self.network, self.loaders.augmented, self.device, self.dtype)
         self.task.calibrate(outputs, targets, optimism)
         self.task.soften(self.model, self.task.temperature)
         return True

@@ -62,7 +62,7 @@ def profile(flags: list[str]) -> dict[str, Any]:
     for name in ("__init__", "start"):
         watch.measures(run, name, "start")
     watch.measures(finetune_lora, "train", "training steps")
-    for name in ("evaluate_watched", "evaluate"):
+    for name in ("evaluate_watched", "evaluate_kept"):
         watch.measures(run, name, "evaluation between epochs", within="training steps")
     for name in ("save_start", "begin_epoch", "end_epoch", "go_back"):
         watch.measures(run, name, "files between epochs", within="training steps")

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
         return real._replace(accuracy=next(scripted, 0.82))
 
     with_evaluations(monkeypatch, scripted_evaluate)
-    results = finetune("--epochs 3 --labels-per-class 2")
+    results = finetune("--epochs 3 --labels-per-class 2 --wise-ft 1")
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
     assert "accuracy after        12 of 15 images, 82.00% (95% interval" in capsys.readouterr().out
     kept = tensors(results["folder"] / "lora.pth")
@@ -45,13 +47,9 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
 
 def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
     """Runs get other results on the evaluation images: what `changed` makes of the network and the real ones."""
-    real = FineTuning.evaluate
-
-    def evaluate(run: FineTuning, batches) -> Evaluation:
-        result = real(run, batches)
-        return result if batches is run.loaders.watched else changed(run.model, result)
-
-    monkeypatch.setattr(FineTuning, "evaluate", evaluate)
+    for name in ("evaluate_kept", "final_answers"):
+        real = getattr(FineTuning, name)
+        monkeypatch.setattr(FineTuning, name, lambda run, *given, real=real: changed(run.model, real(run, *given)))
 
 
 def with_answers(monkeypatch, labels: torch.Tensor, scripted: list[list[int]]) -> None:
@@ -211,22 +209,59 @@ def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them
         run.loaders.open(norms_train)
         expected = trained_at_once if norms_train else at_once
         assert run.loaders.train.batch_sampler.batch_size == trained_at_once
-        for loader in (run.loaders.val.loader, run.loaders.watched.loader, run.loaders.calibration()):
+        for loader in (run.loaders.val.loader, run.loaders.watched.loader, run.loaders.augmented.loader):
             assert loader.batch_sampler.batch_size == expected
 
 
-@pytest.mark.parametrize("share", ["1", "0.5"])
-def test_a_believable_head_is_put_back_bit_for_bit(start, share):
-    """Within the block its outputs are divided by a temperature, which training must not see."""
-    run = start(f"--wise-ft {share}")
+@pytest.mark.parametrize("options", ["--wise-ft 1", "--wise-ft 0.5", "--task multilabel"])
+def test_an_epoch_is_judged_at_a_believable_temperature_that_training_does_not_see(start, hospital, options):
+    lists = f"--data-list {hospital / 'labels.csv'} --group-by Patient" if "multilabel" in options else ""
+    run = start(f"{options} {lists}")
     run.start()
     run.head_temperature = run.head_temperature._replace(optimism=3.0)
     run.evaluate_watched()
     head = probe.linear_head(run.model)
     before = head.weight.detach().clone()
-    with run.kept_weights(), run.believable():
-        assert not torch.equal(head.weight, before)
+    result = run.evaluate_kept(run.loaders.val)
     assert torch.equal(head.weight, before)
+    with run.kept_weights():
+        as_trained = run.evaluate(run.loaders.val)
+        run.task.soften(run.model, run.task.believable_temperature(*run.watched_outputs, 3.0))
+        assert result.loss == pytest.approx(run.evaluate(run.loaders.val).loss, rel=1e-5)
+    assert result.loss != pytest.approx(as_trained.loss, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"), [("--wise-ft 1", 1), ("--wise-ft 0.5", 1), ("--wise-ft 0.5 --keep-best accuracy", 2)]
+)
+def test_the_last_epochs_answers_are_the_results_unless_another_epoch_may_be_kept(finetune, images, options, passes):
+    """Of the last epoch's pass over the evaluation images and of the one at the end. The figures are the file's."""
+    begun = []
+
+    def count_passes(run: FineTuning) -> None:
+        if len(run.history) == 1:
+            batches = list(run.loaders.val)
+            run.loaders.val = mock.MagicMock()
+            run.loaders.val.__iter__.side_effect = lambda: begun.append(None) or iter(batches)
+
+    results = finetune(f"--epochs 2 --learning-rate 1e-2 {options}", after_epoch=count_passes)
+    assert len(begun) == passes
+    assert_figures_of_file(results, images)
+
+
+def assert_figures_of_file(results: dict, images: Path) -> None:
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    found = evaluate(model, loader, torch.device("cpu"))
+    assert found.accuracy == results["val_accuracy"]
+    assert found.loss == pytest.approx(results["val_loss"], rel=1e-4)
+
+
+def test_the_views_that_the_head_started_from_calibrate_it_without_being_loaded_again(start, monkeypatch):
+    run = start("--augmentation crop")
+    run.start()
+    monkeypatch.setattr(Transformed, "__getitem__", mock.Mock(side_effect=AssertionError))
+    assert run.calibrate()
 
 
 def test_the_seconds_of_undone_epochs_are_counted(start):
@@ -425,7 +460,7 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
 
 
 @pytest.mark.slow
-def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watched, tmp_path):
+def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, images, watched, tmp_path):
     """And with the files of its last good adapter."""
     watched([1.0, 1.0] + [0.3] * 4)
     with pytest.raises(Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate") as ended:
@@ -434,6 +469,7 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watc
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results == json.loads(json.dumps(ended.value.results))
     assert results["epochs"] == 1 and len(results["retreats"]) == 4
+    assert_figures_of_file(results | {"folder": tmp_path / "out"}, images)
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
     watched([0.0])
     with pytest.raises(Collapsed) as resumed:
@@ -489,9 +525,7 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     assert (f"epoch {kept} of 3 chosen by the evaluation images" in capsys.readouterr().out) == (by is not None)
     adapter = results["folder"] / "lora.pth"
     assert read_adapter_file(adapter)["metadata"]["epoch"] == kept
-    model, info = load_finetuned(adapter)
-    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
-    assert evaluate(model, loader, torch.device("cpu")).loss == pytest.approx(results["val_loss"], rel=1e-4)
+    assert_figures_of_file(results, images)
     again = finetune(f"{options} --resume")
     assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
     assert again["kept_epoch"] == kept

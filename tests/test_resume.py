@@ -141,8 +141,7 @@ def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypa
 
 
 def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
-    """Its head is at another temperature then, which nothing else undoes where all of the change is kept, and the guard
-    has judged the epoch, which it judges again."""
+    """The guard has judged the epoch, which it judges again."""
     options = "--epochs 2 --wise-ft 1"
     whole = finetune(options, "whole")
     with monkeypatch.context() as patch, pytest.raises(runs.Stopped):

@@ -437,7 +437,7 @@ def test_the_temperature_is_fitted_to_training_crops_and_not_to_whole_images(sta
     """Views for the calibration are those that trained: of images as they are evaluated a head is too sure."""
     run = start("--augmentation crop")
     run.loaders.open(norms_train=False)
-    views = torch.cat([images for images, _ in run.loaders.calibration()])
+    views = torch.cat([images for images, _ in run.loaders.augmented])
     plain = torch.stack([Transformed(run.splits.train, run.loaders.eval_transform)[i][0] for i in range(len(views))])
     changed = (views - plain).flatten(1).abs().amax(1) > 0.1
     assert changed.float().mean() > 0.8

@@ -321,9 +321,8 @@ class MultiLabel(Task):
     def calibrate(self, outputs, targets, optimism) -> None:
         """The thresholds are those that reach the goal on these views."""
         super().calibrate(outputs, targets, optimism)
-        constant = self.constant_logits.to(outputs.device)
-        tempered = torch.lerp(constant, outputs, 1 / self.temperature)  # as of a head that is softened so
-        self.thresholds = LabelAnswers(0.0, tempered.sigmoid(), targets).thresholds_for(self.goal).nan_to_num(THRESHOLD)
+        answers = LabelAnswers(0.0, self.softened(outputs, self.temperature).sigmoid(), targets)
+        self.thresholds = answers.thresholds_for(self.goal).nan_to_num(THRESHOLD)
 
     def take_chosen(self, metadata) -> None:
         super().take_chosen(metadata)

@@ -132,6 +132,11 @@ class Task:
     def soften(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature, self.constant_logits)
 
+    def softened(self, outputs: Tensor, temperature: float) -> Tensor:
+        """What outputs (N, K) become where the head is softened so."""
+        constant = torch.as_tensor(self.constant_logits, dtype=outputs.dtype, device=outputs.device)
+        return torch.lerp(constant, outputs, 1 / temperature)
+
     def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
         """What divides outputs for the smallest plain loss, bounded by smoothing; None if they are no probabilities."""
 

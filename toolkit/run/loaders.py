@@ -118,6 +118,8 @@ class Loaders:
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
             self.statistics = self.add_same_views(some, self.plain_view)
         self.watched = self.add_same_views(self.watched_images, self.augmentation)
+        # By which the head is calibrated, and if there are no more of them than these, starts.
+        self.augmented = self.add_same_views(self.images.train.at_most(CALIBRATION_IMAGES), self.augmentation)
 
     def open_for_training(self, norms_train: bool, teaches: bool) -> None:
         """The loaders of what trains: of images without labels, if they do, each batch has as many as of others."""
@@ -187,11 +189,6 @@ class Loaders:
         for (images, labels), ((strong, weak), places) in zip(self.train, self.unlabelled, strict=True):
             yield torch.cat([images, strong]), labels, weak, places
 
-    def calibration(self) -> DataLoader:
-        """Augmented views of training images, by which the probabilities are calibrated."""
-        some = self.images.train.at_most(CALIBRATION_IMAGES)
-        return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
-
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
         some = self.images.train.at_most(FOLLOWED_IMAGES)
@@ -219,7 +216,9 @@ class Loaders:
         if to_evaluate:
             loaders["evaluation images"] = self.val
         if self.args.head_init == "probe":
-            loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
+            loaders["augmented views"] = self.augmented
+            if self.has_masks or len(train) > CALIBRATION_IMAGES:
+                loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
         if (without := self.images.unlabelled) is not None:
             loaders["images without labels"] = self.add_loader(without, self.plain_view, keep_workers=False)
         found = []
