@@ -111,14 +111,17 @@ def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> t
             outputs = model(images)
         outputs.float().square().mean().backward()
 
-    seconds = []
+    def seconds_in(dtype: torch.dtype) -> float:
+        model = place(build(dtype), CPU).train()
+        [seconds] = distributed.all_sum(shortest_seconds(functools.partial(step, model, dtype)))
+        return seconds
+
     with torch.random.fork_rng(devices=[]):
-        for dtype in (torch.float32, torch.bfloat16):
-            model = place(build(dtype), CPU).train()
-            seconds.append(shortest_seconds(functools.partial(step, model, dtype)))
-    in_float32, in_bf16 = distributed.all_sum(*seconds)
-    times = in_float32 / in_bf16
-    if times < WORTH_ROUNDING or in_float32 < WORTH_MEASURING * len(images) * distributed.world_size():
+        in_float32 = seconds_in(torch.float32)
+        if in_float32 < WORTH_MEASURING * len(images) * distributed.world_size():
+            return torch.float32
+        times = in_float32 / seconds_in(torch.bfloat16)
+    if times < WORTH_ROUNDING:
         return torch.float32
     print(f"precision: bf16, in which this processor trains {times:.1f} times as fast (else --precision fp32)")
     return torch.bfloat16
