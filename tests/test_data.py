@@ -2,12 +2,14 @@
 
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from toolkit import InputError
 from toolkit.images import data, sources, transforms
@@ -57,6 +59,16 @@ def test_digits_are_stratified_and_a_validation_part_comes_out_of_the_training_s
     assert indices(validation.train) | indices(validation.val) == indices(splits.train)
     assert indices(validation.train).isdisjoint(indices(validation.val))
     assert set(validation.val.labels) == set(range(10))
+
+
+def test_the_digits_are_scikit_learns_which_takes_a_second_to_import(monkeypatch):
+    expected = load_digits()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    splits = sources.load_splits("digits", eval_split="held-out")
+    for part in (splits.train, splits.val):
+        for (image, label), index in zip(part, part.indices, strict=True):
+            assert np.array_equal(np.asarray(image)[..., 0], np.round(expected.images[index] * 255 / 16))
+            assert label == expected.target[index]
 
 
 def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
