@@ -99,7 +99,7 @@ def new_figure(width: float, height: float):
 
 def save_figure(figure, path: Path) -> None:
     with open_atomically(path) as file:
-        figure.savefig(file)
+        figure.savefig(file, pil_kwargs={"compress_level": 3})  # a tenth larger, in two fifths of the time
 
 
 def html_picture(content: bytes, described: str, kind: str = "png") -> str:
