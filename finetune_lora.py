@@ -1009,7 +1009,7 @@ def finish(run: "FineTuning") -> dict[str, Any]:
             run.task.take_chosen(kept)
         elif (run.estimate_head() | run.calibrate()) and distributed.is_main():
             manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
-        result = run.final_answers()
+        result = run.kept_answers(run.task.temperature) if run.kept_outputs else run.evaluate(run.loaders.val)
         if not distributed.is_main():
             return {}
         return reports.write_finetuning(run, result, kept, count_parameters(run.model))
@@ -1335,24 +1335,16 @@ class FineTuning(RunState):
             return self.task.answers(*self.watched_outputs)
 
     def evaluate_kept(self, batches: Iterable) -> tasks.Answers:
-        """Evaluate batches with the weights that are kept.
-
-        The head has the temperature that `calibrate` would choose by the guard's images alone.
-        """
+        """Evaluate batches with the kept weights, at the temperature that the guard's images alone would choose."""
         with self.kept_weights():
             if self.loaders.has_masks:
                 return self.evaluate(batches)
             self.kept_outputs = evaluation.all_outputs(self.network, batches, self.device, self.dtype)
         optimism = self.head_temperature.optimism
-        return self._kept_answers(self.task.believable_temperature(*self.watched_outputs, optimism))
+        return self.kept_answers(self.task.believable_temperature(*self.watched_outputs, optimism))
 
-    def final_answers(self) -> tasks.Answers:
-        """The calibrated model's answers for the evaluation images: if known, the last epoch's at its temperature."""
-        if self.kept_outputs is None:
-            return self.evaluate(self.loaders.val)
-        return self._kept_answers(self.task.temperature)
-
-    def _kept_answers(self, temperature: float) -> tasks.Answers:
+    def kept_answers(self, temperature: float) -> tasks.Answers:
+        """The answers of the last `evaluate_kept` at another temperature of the head."""
         outputs, targets = self.kept_outputs
         return self.task.answers(self.task.softened(outputs, temperature), targets)
 

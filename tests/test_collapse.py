@@ -47,7 +47,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
 
 def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
     """Runs get other results on the evaluation images: what `changed` makes of the network and the real ones."""
-    for name in ("evaluate_kept", "final_answers"):
+    for name in ("kept_answers", "evaluate"):
         real = getattr(FineTuning, name)
         monkeypatch.setattr(FineTuning, name, lambda run, *given, real=real: changed(run.model, real(run, *given)))
 

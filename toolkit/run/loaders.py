@@ -118,7 +118,7 @@ class Loaders:
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
             self.statistics = self.add_same_views(some, self.plain_view)
         self.watched = self.add_same_views(self.watched_images, self.augmentation)
-        # By which the head is calibrated, and if there are no more of them than these, starts.
+        # They calibrate the head, and start it unless there are more training images.
         self.augmented = self.add_same_views(self.images.train.at_most(CALIBRATION_IMAGES), self.augmentation)
 
     def open_for_training(self, norms_train: bool, teaches: bool) -> None:
