@@ -995,7 +995,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
 
 
 def finish(run: "FineTuning") -> dict[str, Any]:
-    """Calibrate the adapter that is kept, evaluate it once more, and write and print the results."""
+    """Calibrate the adapter that is kept, and write and print the results of its answers for the evaluation images."""
     manager = LoRAManager(run.model)
     path = run.path("lora.pth")
     kept = {"epoch": len(run.history), "kept_share": run.wise_ft.share}

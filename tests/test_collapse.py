@@ -22,7 +22,7 @@ from toolkit.answers.tasks import Classification, Regression
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
-from toolkit.run import guard, optim, runs, training
+from toolkit.run import guard, loaders, optim, runs, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 
 
@@ -213,10 +213,12 @@ def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them
             assert loader.batch_sampler.batch_size == expected
 
 
-@pytest.mark.parametrize("options", ["--wise-ft 1", "--wise-ft 0.5", "--task multilabel"])
+@pytest.mark.parametrize(
+    "options",
+    ["--wise-ft 1", "--wise-ft 0.5", "--task multilabel --data-dir {0} --data-list {0}/labels.csv --group-by Patient"],
+)
 def test_an_epoch_is_judged_at_a_believable_temperature_that_training_does_not_see(start, hospital, options):
-    lists = f"--data-list {hospital / 'labels.csv'} --group-by Patient" if "multilabel" in options else ""
-    run = start(f"{options} {lists}")
+    run = start(options.format(hospital))
     run.start()
     run.head_temperature = run.head_temperature._replace(optimism=3.0)
     run.evaluate_watched()
@@ -244,7 +246,7 @@ def test_the_last_epochs_answers_are_the_results_unless_another_epoch_may_be_kep
             run.loaders.val = mock.MagicMock()
             run.loaders.val.__iter__.side_effect = lambda: begun.append(None) or iter(batches)
 
-    results = finetune(f"--epochs 2 --learning-rate 1e-2 {options}", after_epoch=count_passes)
+    results = finetune(f"--epochs 2 {options}", after_epoch=count_passes)
     assert len(begun) == passes
     assert_figures_of_file(results, images)
 
@@ -257,11 +259,15 @@ def assert_figures_of_file(results: dict, images: Path) -> None:
     assert found.loss == pytest.approx(results["val_loss"], rel=1e-4)
 
 
-def test_the_views_that_the_head_started_from_calibrate_it_without_being_loaded_again(start, monkeypatch):
+@pytest.mark.parametrize(("most", "loaded"), [(21, 0), (9, 9)])
+def test_the_views_that_the_head_started_from_calibrate_it_unless_that_takes_fewer(start, monkeypatch, most, loaded):
+    monkeypatch.setattr(loaders, "CALIBRATION_IMAGES", most)
     run = start("--augmentation crop")
-    run.start()
-    monkeypatch.setattr(Transformed, "__getitem__", mock.Mock(side_effect=AssertionError))
-    assert run.calibrate()
+    _, _, (features, _) = run.start()
+    assert len(features) == 21
+    with mock.patch.object(Transformed, "__getitem__", autospec=True, side_effect=Transformed.__getitem__) as load:
+        assert run.calibrate()
+    assert load.call_count == loaded
 
 
 def test_the_seconds_of_undone_epochs_are_counted(start):
