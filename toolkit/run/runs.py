@@ -26,7 +26,9 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
     """A progress bar that the first process draws; in a log, where each drawing stays, at most every ten seconds."""
     redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
     interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
-    options = {"mininterval": interval, "leave": False, "disable": not distributed.is_main(), **options}
+    options = {"mininterval": interval, "leave": False, **options}
+    if not distributed.is_main():
+        options["disable"] = True  # else TQDM_DISABLE counts
     return tqdm(batches, title, **options)
 
 
