@@ -1,6 +1,6 @@
 """Measure what it is worth to choose which images to label, and whether wrong labels are found.
 
-    python -m benchmarks.choose --data-dir photos --checkpoint lite0.pth --arch timm:tf_efficientnet_lite0 \\
+    python -m benchmarks.choose --data-dir photos --checkpoint timm:tf_efficientnet_lite0.in1k \\
         --image-size 96 --output clothes.json
     python -m benchmarks.choose --output digits.json                    # shipped backbone, embedded digits
     python -m benchmarks.choose ... --pool 900 --labels 10 30 50 75 100 --draws 5

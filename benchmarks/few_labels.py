@@ -1,7 +1,7 @@
 """Measure where a classifier head starts with few labels a class: the linear probe, and what unlabelled images add.
 
     python -m benchmarks.few_labels --data-dir photos/train --val-dir photos/validation \\
-        --checkpoint lite0.pth --arch timm:tf_efficientnet_lite0 --image-size 96
+        --checkpoint timm:tf_efficientnet_lite0.in1k --image-size 96
     python -m benchmarks.few_labels                                          # shipped backbone, embedded digits
     python -m benchmarks.few_labels ... --labels 5 10 --draws 3 --rows before probe
     python -m benchmarks.few_labels ... --pool 5000 --held-out 2000          # of a large set

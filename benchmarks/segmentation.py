@@ -1,6 +1,6 @@
 """Measure a class for every pixel: the probe, LoRA, QLoRA and full fine-tuning beside U-Net and FPN on one backbone.
 
-    python -m benchmarks.segmentation --data-dir membrane --checkpoint lite0.pth --arch timm:tf_efficientnet_lite0
+    python -m benchmarks.segmentation --data-dir membrane --checkpoint timm:tf_efficientnet_lite0.in1k
     python -m benchmarks.segmentation ... --methods lora full unet --seeds 1 --epochs 3
     python -m benchmarks.segmentation --step resnet50 vit_b_16     # time and memory of a step alone, at random weights
 
