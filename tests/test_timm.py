@@ -231,7 +231,7 @@ def test_without_a_connection_one_line_says_what_to_fetch(config, place, monkeyp
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(InputError) as error:
         load_backbone("timm:test_vit", 5)
-    remedy = f"fetch {place} elsewhere and give its path as --checkpoint, to train also --arch timm:test_vit"
+    remedy = f"fetch {place} elsewhere and give its path as --checkpoint, and when training add --arch timm:test_vit"
     assert str(error.value) == f"timm:test_vit cannot be loaded (no connection): {remedy}"
 
 

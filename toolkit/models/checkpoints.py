@@ -358,7 +358,7 @@ def _weights_of_timm(arch: str) -> dict[str, torch.Tensor]:
         if config.hf_hub_id:
             file = config.hf_hub_filename or "model.safetensors"
             place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
-        remedy = f"fetch {place} elsewhere and give its path as --checkpoint, to train also --arch {arch}"
+        remedy = f"fetch {place} elsewhere and give its path as --checkpoint, and when training add --arch {arch}"
         raise InputError(f"{arch} cannot be loaded ({why}): {remedy}") from None
 
 
