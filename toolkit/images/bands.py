@@ -268,18 +268,22 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     the result. Raises InputError if their values after normalisation are far from any that networks are trained on.
     """
     bands = bands_of(scaling, channels)
-    known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
+    known = {"mean": (0.0,), "std": (1.0,)}
+    if channels == 3:
+        known = normalization(arch)
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
+    scale = 255.0
     if bands is None:
         _warn_of_dark(images.at_most(4))
+    else:
+        scale = bands.scale
     if bands is not None or scaling.normalise:
         some = images.at_most(MEASURED_IMAGES)
         found = measured(np.asarray(some[i][0]) for i in range(len(some)))
     source = ""
     if scaling.normalise:
         source = f", measured on {len(some)} training images"
-        scale = 255.0 if bands is None else bands.scale
         level, deviation, *_ = found
         varies = deviation > 1e-6 * np.maximum(1, np.abs(level))
         mean = level / scale

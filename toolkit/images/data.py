@@ -48,7 +48,9 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
-        return to_rgb(image) if isinstance(image, Image.Image) else image, label
+        if isinstance(image, Image.Image):
+            image = to_rgb(image)
+        return image, label
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""

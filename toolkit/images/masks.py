@@ -191,16 +191,16 @@ class MaskReader:
         if self.colours is not None and marks.ndim == 2:
             raise InputError(f"{path}: a mask of numbers, where the classes have colours; save it as RGB")
         found = self.classes[self._codes(marks)]
-        missing = found == _MISSING
-        if missing.any():
-            mark = " ".join(f"{number:.0f}" for number in np.ravel(marks[missing][0]))
-            problem = f"{path}: a pixel has the value {mark}, which is no class's"
+        missing = marks[found == _MISSING]
+        if len(missing):
+            kind = "value"
+            mark = " ".join(map("{:.0f}".format, np.ravel(missing[0])))
             remedy = f"--unknown-value {mark}"
             if self.colours is not None:
-                problem = problem.replace("value", "colour")
+                kind = "colour"
                 remedy = f"a line `unknown {mark}` there"
             advice = f"; add a line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
-            raise InputError(problem, advice)
+            raise InputError(f"{path}: a pixel has the {kind} {mark}, which is no class's", advice)
         return found
 
 
