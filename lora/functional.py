@@ -32,7 +32,7 @@ from lora.backends import LOW_PRECISION, compute_dtype
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 
-# The gradient through a recomputed LayerNorm is computed in at most PARTS parts, of PART_NUMEL numbers or more.
+# On a CPU the gradient through a recomputed LayerNorm is computed in up to PARTS parts, of PART_NUMEL numbers or more.
 PARTS = 8
 PART_NUMEL = 2**17
 
@@ -229,8 +229,9 @@ def _pull_back(
         return backends.gelu_gradient(gradient.to(x.dtype), x, approximate=prologue.approximate, grad_input=result)
     dtype = x.dtype if prologue.weight is None else prologue.weight.dtype
     parameters = (prologue.weight, prologue.bias, [True, False, False])
-    # Some of the rows at a time: all at once would be the peak of a ViT's memory.
-    size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
+    size = max(len(x), 1)
+    if x.device.type == "cpu":  # all rows at once would be the peak of a ViT's memory; on a GPU each part is kernels
+        size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
         gx, _, _ = backends.layer_norm_gradient(

@@ -151,8 +151,7 @@ class Loaders:
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         batch_size = self.args.batch_size if "shuffle" in loading else self.answered_at_once
-        usual = {"batch_size": batch_size, "workers": self.workers, "device": self.device}
-        loading = usual | loading
+        loading = {"batch_size": batch_size, "workers": self.workers, "device": self.device} | loading
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
             if transform is self.eval_transform and images.source.largest > self.image_size**2:
