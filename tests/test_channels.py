@@ -150,6 +150,9 @@ def test_what_is_measured_is_divided_by_the_scale():
     found = settle(Scaling(scale=0.01, normalise="data"), "resnet18", 2, LabelledImages([array]))
     assert found["mean"] == pytest.approx(array.mean((0, 1)) * 100)
     assert found["std"] == pytest.approx(array.std((0, 1)) * 100, rel=1e-5)
+    levels = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)  # a photograph, of 8 bits
+    found = settle(Scaling(normalise="data"), "resnet18", 3, LabelledImages([Image.fromarray(levels)]))
+    assert found["mean"] == pytest.approx(levels.mean((0, 1)) / 255)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
