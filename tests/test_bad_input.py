@@ -462,6 +462,8 @@ ADAPTERS = [
          files={"tars/0.tar": tar_of({"a.png": PNG})}),
     case("a choice by several labels", "deploy_lora choose of_labels.pth images --output o", "choose by its checkpoint",
          files={"of_labels.pth": described(task={"kind": "multilabel", "thresholds": [0.5] * 3})}),
+    case("a folder for several labels", "deploy_lora evaluate of_labels.pth images", "images: cannot read it",
+         files={"of_labels.pth": described(task={"kind": "multilabel", "thresholds": [0.5] * 3})}),
     case("a choice over labels", "deploy_lora choose base.pth images --output mine", "mine has a to_label.csv",
          files={"mine/to_label.csv": "path,label"}),
     case("an adapter of another arch", "deploy_lora choose lora.pth images --arch resnet18 --output o",
