@@ -467,8 +467,8 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
 
 @pytest.mark.slow
 def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, images, watched, tmp_path):
-    """And with the files of its last good adapter."""
-    watched([1.0, 1.0] + [0.3] * 4)
+    """And with the files of its last good adapter, and its figures. The second epoch is neither good nor a collapse."""
+    watched([1.0, 1.0, 0.87] + [0.3] * 4)
     with pytest.raises(Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate") as ended:
         finetune("--epochs 3")
     assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == 1

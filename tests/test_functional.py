@@ -453,6 +453,7 @@ def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format,
     y.backward(gradient)
     expected.backward(gradient)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert y.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(ours.grad, stock.grad, rtol=0, atol=0, equal_nan=True)
     assert ours.grad.is_contiguous(memory_format=memory_format)
 
