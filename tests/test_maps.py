@@ -249,14 +249,8 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
 # Figures
 
 
-@pytest.mark.parametrize("place", ["folder", "list.csv"])
-def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path, place):
-    given = pairs
-    if place == "list.csv":
-        lines = [f"{pairs}/val/images/{i}.png,{pairs}/val/masks/{i}.png" for i in range(6)]
-        (tmp_path / "list.csv").write_text("image,mask\n" + "\n".join(lines))
-        given = tmp_path / "list.csv"
-    found = deploy("evaluate", of_pairs, given, "--output", tmp_path / "results.json")
+def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path):
+    found = deploy("evaluate", of_pairs, pairs, "--output", tmp_path / "results.json")
     run = json.loads((of_pairs.parent / "results.json").read_text())
     assert found["miou"] == pytest.approx(run["val_miou"], abs=1e-6)
     assert found["iou_per_class"] == pytest.approx(run["iou_per_class"], abs=1e-6)
