@@ -181,7 +181,6 @@ def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _task_of(about: dict[str, Any]) -> Task:
-    """The task of a model, from the metadata of its file."""
     return from_record(about.get("task"), about["class_names"], "the adapter")
 
 

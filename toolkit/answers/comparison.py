@@ -33,7 +33,6 @@ SHOWN[PIXELS] = tuple(headline.title for headline in PixelReport.HEADLINES.value
 
 
 def answers_path(results: Path) -> Path:
-    """Where the answers for each image are: next to `results.json`."""
     return results.with_name(f"{results.stem}_answers.csv")
 
 

@@ -155,7 +155,6 @@ class Evaluation(NamedTuple):
         return cls(F.cross_entropy(logits, labels).item(), accuracy, predictions, labels, confidences)
 
     def reliability(self) -> Tensor:
-        """`toolkit.answers.measures.calibration` of the answers."""
         return measures.calibration(self.confidences, self.predictions == self.labels)
 
     @property

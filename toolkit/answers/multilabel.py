@@ -42,7 +42,6 @@ class LabelAnswers(ColumnAnswers):
         return torch.cat([macro_ap, micro[..., :1], macro_auroc, by_label.flatten(-2)], -1)
 
     def reliability(self) -> Tensor:
-        """`toolkit.answers.measures.calibration` over all labels of all images."""
         known = ~self.targets.isnan()
         return measures.calibration(self.values[known], self.targets[known])
 
@@ -329,7 +328,6 @@ class MultiLabel(Task):
         self.thresholds = torch.tensor(metadata["task"]["thresholds"])
 
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
-        """The labels whose probability is above their threshold, and the probability of each label."""
         probabilities = outputs.sigmoid()
         said = (probabilities > self.thresholds).tolist()
         columns = {"labels": [",".join(itertools.compress(self.names, row)) for row in said]}

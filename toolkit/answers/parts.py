@@ -187,7 +187,6 @@ class Task:
 
     @classmethod
     def reported(cls, score: float) -> str:
-        """A score as people read it."""
         return "not defined" if score != score else f"{score:{cls.score_format}}"  # NaN is not itself
 
 

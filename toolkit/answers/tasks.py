@@ -79,12 +79,10 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
 
 
 def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
-    """What the scores of k-NN and of the linear probe are called."""
     return f"knn_{task.score}", f"probe_{task.score}"
 
 
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:
-    """The task that the options ask for, with what the training images say of it."""
     task = TASKS[args.task].of_run(splits.class_names, splits.train, args)
     task.to(device)
     return task

@@ -141,7 +141,6 @@ class Guard:
         return divisor == math.inf and (self.has_masks or trained.loss >= self.start_loss)
 
     def note_epoch(self, trained: Answers, divisor: float) -> None:
-        """Note an epoch that stays: see `after_epoch`."""
         self.scores.append(trained.score)
         self.barren_epochs = self.barren_epochs + 1 if self.may_shrink and self.is_barren(trained, divisor) else 0
 

@@ -37,7 +37,6 @@ BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 100:
@@ -288,7 +287,6 @@ def _made() -> list[tuple[str, str]]:
 
 
 def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
-    """The scores of the saved adapter, and those before training."""
     score = f"val_{run.task.score}"
     of_knn, of_probe = baseline_keys(run.task)
     best = {"epoch": 0, score: run.baseline[of_probe]}  # where no epoch did well

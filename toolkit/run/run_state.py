@@ -197,5 +197,4 @@ def recorded_setting(path: Path | None, name: str) -> Any:
 
 
 def has_entry(path: Path, key: str) -> bool:
-    """Is there something under a key of this `last.pth`?"""
     return value_at(read_checkpoint(path), key) is not None

@@ -69,7 +69,6 @@ class StopRequests:
         return self.others_asked if distributed.world_size() > 1 else self.signum > 0
 
     def check(self) -> None:
-        """Raise Stopped if it `is_due`."""
         if self.is_due:
             raise Stopped(self.signum or signal.SIGTERM)
 

@@ -107,7 +107,6 @@ def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float 
 
 
 def predict_command(task: Task | type[Task], adapter: str) -> str:
-    """What is typed to answer new images by an adapter file."""
     return f"{typed('deploy')} predict {adapter} new_images --output {task.predicted_into}"
 
 
