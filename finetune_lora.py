@@ -1009,7 +1009,9 @@ def finish(run: "FineTuning") -> dict[str, Any]:
             run.task.take_chosen(kept)
         elif (run.estimate_head() | run.calibrate()) and distributed.is_main():
             manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
-        result = run.kept_answers(run.task.temperature) if run.kept_outputs else run.evaluate(run.loaders.val)
+        # In 16 bits the head's products are rounded otherwise at another temperature.
+        known = run.kept_outputs is not None and run.dtype == torch.float32
+        result = run.kept_answers(run.task.temperature) if known else run.evaluate(run.loaders.val)
         if not distributed.is_main():
             return {}
         return reports.write_finetuning(run, result, kept, count_parameters(run.model))

@@ -234,10 +234,14 @@ def test_an_epoch_is_judged_at_a_believable_temperature_that_training_does_not_s
 
 
 @pytest.mark.parametrize(
-    ("options", "passes"), [("--wise-ft 1", 1), ("--wise-ft 0.5", 1), ("--wise-ft 0.5 --keep-best accuracy", 2)]
+    ("options", "passes"),
+    [("--wise-ft 1", 1), ("--wise-ft 0.5", 1), ("--wise-ft 0.5 --keep-best accuracy", 2), ("--precision bf16", 2)],
 )
 def test_the_last_epochs_answers_are_the_results_unless_another_epoch_may_be_kept(finetune, images, options, passes):
-    """Of the last epoch's pass over the evaluation images and of the one at the end. The figures are the file's."""
+    """Of the last epoch's pass over the evaluation images and of the one at the end. The figures are the file's.
+
+    In 16 bits they would differ in rounding.
+    """
     begun = []
 
     def count_passes(run: FineTuning) -> None:
@@ -256,7 +260,7 @@ def assert_figures_of_file(results: dict, images: Path) -> None:
     loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
     found = evaluate(model, loader, torch.device("cpu"))
     assert found.accuracy == results["val_accuracy"]
-    assert found.loss == pytest.approx(results["val_loss"], rel=1e-4)
+    assert found.loss == pytest.approx(results["val_loss"], rel=1e-2 if results["precision"] == "bfloat16" else 1e-4)
 
 
 @pytest.mark.parametrize(("most", "loaded"), [(21, 0), (9, 9)])
