@@ -18,6 +18,7 @@ from finetune_lora import load_base
 from lora_utils import LoRAManager
 from tests.conftest import CLASSES
 from toolkit import SHIPPED, InputError
+from toolkit.answers import demo
 from toolkit.answers.report_page import html_table
 from toolkit.images.masks import palette
 
@@ -177,6 +178,17 @@ def test_a_space_has_what_the_hub_reads(space, tmp_path):
     assert "gradio>=6" in requirements and "torch>=2.6" in requirements and "timm>=1.0" not in requirements
     assert {"lora.pth", SHIPPED.name, "app.py", "LICENSE"} < {path.name for path in space.iterdir()}
     assert not list(space.rglob("__pycache__"))
+
+
+def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path):
+    for name in ("lora.pth", "moco_lora.pth"):
+        (tmp_path / name).write_text(name)
+    about = {"arch": "timm:tf_efficientnet_lite0", "class_names": list(CLASSES)}
+    place = Path("timm:tf_efficientnet_lite0.in1k")
+    demo.write_space(tmp_path / "space", tmp_path / "lora.pth", place, tmp_path / "moco_lora.pth", about)
+    assert (tmp_path / "space/moco_lora.pth").read_text() == "moco_lora.pth"
+    assert "timm>=1.0" in (tmp_path / "space/requirements.txt").read_text().split()
+    assert "deploy_lora.main(['demo', 'lora.pth'])" in (tmp_path / "space/app.py").read_text()
 
 
 # In the place of gradio: it drops an image on the page that is launched.
