@@ -33,7 +33,7 @@ from toolkit.files import read_checkpoint
 from toolkit.images import cache, data
 from toolkit.images.sources import load_splits
 from toolkit.models.norms import freeze_statistics, share_statistics
-from toolkit.run import guard, optim, output_folder, run_state, training
+from toolkit.run import guard, optim, output_folder, run_state, runs, training
 
 CPU = torch.device("cpu")
 
@@ -574,3 +574,10 @@ def test_a_norm_that_computes_more_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(InputError, match=r"NormAndReLU cannot take statistics.*train in one"):
         share_statistics(nn.Sequential(NormAndReLU(2)), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_the_first_process_alone_draws_bars(is_main, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: is_main)
+    with runs.progress_bar([1]) as bar:
+        assert bar.disable != is_main
