@@ -16,6 +16,7 @@ from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adap
 from toolkit import InputError
 from toolkit.answers.heat_maps import grad_cam
 from toolkit.answers.probe import fit_linear_probe, set_head
+from toolkit.models import names
 from toolkit.models.backbones import (
     build_backbone,
     first_convolution,
@@ -158,6 +159,15 @@ def test_a_file_without_its_arch_is_told_what_it_could_be(checkpoint, tmp_path):
         load_backbone(named, 5)
     with pytest.raises(InputError, match=r"timm's models by --arch timm:NAME$"):  # another's name is no proof
         load_backbone(named.rename(tmp_path / "test_vit.pth"), 5)
+
+
+def test_a_network_of_tensorflow_s_padding_is_named_next_to_its_twin(monkeypatch, tmp_path):
+    """Their tensors are alike."""
+    torch.save(timm.create_model("tf_mobilenetv3_small_075").state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(names, "timm_candidates", lambda *_: ["mobilenetv3_small_075", "test_vit"])
+    own = "timm:mobilenetv3_small_075"
+    with pytest.raises(InputError, match=f"could be of {own}, timm:tf_mobilenetv3_small_075: say which"):
+        load_backbone(tmp_path / "weights.pth", 5)
 
 
 @pytest.mark.slow

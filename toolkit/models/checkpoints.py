@@ -560,6 +560,11 @@ def _hint_of_timm(path: str | os.PathLike) -> str:
             others = [key for key, _ in shapes.items() - own if not key.startswith(_HEADS) and key not in _POSITIONS]
             if own <= shapes.items() and not others:
                 fitting.append(f"{TIMM}{name}")
+    for name in fitting.copy():  # TensorFlow's pads otherwise, which no tensor shows
+        with contextlib.suppress(InputError):
+            twin = name.replace(TIMM, f"{TIMM}tf_")
+            names.timm_config(twin)
+            fitting.append(twin)
     return f"it could be of {listed(fitting)}: say which, as --arch {fitting[0]}" if fitting else ""
 
 
