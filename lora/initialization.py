@@ -100,7 +100,6 @@ def start_at_change(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
             U, S, Vh = torch.linalg.svd(part, full_matrices=False)
             S = S[: len(A)]
             rank = len(S)  # below r in a layer as small as this
-            A.zero_()
             B.zero_()
             A[:rank] = Vh[:rank]
             B[:, :rank] = U[:, :rank] * (S / layer.scaling)

@@ -143,8 +143,9 @@ def test_the_energy_of_each_layer_is_of_its_singular_values(layer, r=2):
         assert whole == pytest.approx((trained[name] - before[name]).square().sum().item(), rel=1e-4)
 
 
-def test_a_rank_above_a_layer_keeps_its_whole_change():
+def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_there():
     model = add_lora_to_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), r=5, target_modules=["0", "1"])
+    randomize_adapters(model)
     trained = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items() if "lora" not in name}
     energies = start_at_change(model, trained)
     assert energies["1"][0] == pytest.approx(energies["1"][1])
