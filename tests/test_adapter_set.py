@@ -313,6 +313,17 @@ def test_metadata_are_those_of_the_file_that_was_read_last(alone, arch, tmp_path
     assert manager.use("default") == {"class_names": ["others"]}
 
 
+def test_what_is_in_use_is_saved_with_its_own_metadata_and_unload_leaves_the_base_alone(manager, arch, tmp_path):
+    manager.use("cars")
+    manager.save_lora_checkpoint(tmp_path / "again.pth")
+    assert read_adapter_file(tmp_path / "again.pth")["metadata"]["class_names"][0] == "cars 0"
+    state = manager.unload().state_dict()
+    assert manager.names == [] and manager.in_use is None
+    stock = base(arch).state_dict()
+    assert state.keys() == stock.keys()
+    assert all(torch.equal(state[name], t) for name, t in stock.items() if not name.startswith(("fc", "heads")))
+
+
 def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, arch, tmp_path):
     manager.use("cars")
     expected = copy.deepcopy(manager.model)
