@@ -15,12 +15,13 @@ from dense import FP32, assert_close, assert_unchanged, frozen, randomize_adapte
 from torch import nn
 
 from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
-from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
+from lora_utils import LoRAManager, read_adapter_file, trained_state, write_adapter_file
 from tests.checkpoint_files import without_head
 from tests.run_folders import assert_same
 from toolkit import InputError
 from toolkit.models import checkpoints
 from toolkit.models.backbones import build_backbone
+from toolkit.models.norms import freeze_statistics
 
 FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")
@@ -403,6 +404,16 @@ def test_adapters_switched_off_within_a_block():
         raise KeyError
     assert_close(model(x), expected, FP32)
     assert not model.encoder.layers[1].mlp[0].lora_enabled
+
+
+def test_what_training_changes_is_what_trains_and_the_statistics_that_are_not_frozen():
+    """By every name that it has in the model."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2).requires_grad_(False), nn.Linear(2, 2))
+    freeze_statistics(model[2], freeze=True, training=True)
+    model[0].bias.requires_grad_(False)
+    model[3].weight = model[0].weight
+    norm = {f"1.{name}" for name in model[1].state_dict()}
+    assert trained_state(model).keys() == norm | {"0.weight", "3.weight", "3.bias"}
 
 
 def test_information():
