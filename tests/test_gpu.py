@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 import deploy_lora
-from benchmarks import compare_peers
 from moco import pretrain
 from tests import cuda_on_cpu, dense
 from tests.run_folders import metrics, stop, tensors
@@ -138,30 +137,6 @@ def test_stage_1_has_the_figures_of_one_on_a_cpu(images, base, tmp_path, taken, 
     check_a_step(taken, kernels)
     [found] = losses(tmp_path / "cuda")
     assert [found] == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2)
-
-
-def kernels_of_a_step(model: str, size: int, variant: str) -> int:
-    """The kernels of the third step of a variant of `benchmarks.compare_peers`."""
-    told = f"--model {model} --image-size {size} --batch-size 8 --precision bf16 --device cuda"
-    args = compare_peers.parse_arguments(told.split())
-    batch = compare_peers.random_batch(args, torch.Generator().manual_seed(0))
-    with constants_kept():
-        training = compare_peers.Training(variant, args)
-        for _ in range(3):
-            cuda_on_cpu.forget()
-            training.step(*batch)
-    return sum(times for what, times in cuda_on_cpu.counts().items() if what.startswith("kernel"))
-
-
-@pytest.mark.slow
-@counts_waits
-@pytest.mark.parametrize(("model", "size"), [("vit_small", 32)])
-def test_a_step_has_no_more_kernels_than_peft_s(model, size, small_backbones):
-    """A weight in 4 bits is decoded for each of its two products: that is a kernel each, which no float base has."""
-    pytest.importorskip("peft")
-    of_lora = kernels_of_a_step(model, size, "lora")
-    assert 0 < of_lora <= kernels_of_a_step(model, size, "peft")
-    assert kernels_of_a_step(model, size, "qlora") < 1.1 * of_lora
 
 
 @pytest.mark.parametrize("adapted_on", ["cpu", "cuda"])
