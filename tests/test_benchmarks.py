@@ -168,11 +168,10 @@ def test_the_table_of_models_is_that_of_all_and_exact(capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
-@pytest.mark.parametrize("model", ["resnet18", "vit_small"])
-def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path, model):
+def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path):
     pytest.importorskip("peft")
-    roofline.main(f"--model {model} --batch-size 32 --variants peft,lora --output-dir {tmp_path}".split())
-    result = json.loads((tmp_path / f"predicted_{model}_b32_bf16.json").read_text())
+    roofline.main(f"--model vit_small --batch-size 32 --variants peft,lora --output-dir {tmp_path}".split())
+    result = json.loads((tmp_path / "predicted_vit_small_b32_bf16.json").read_text())
     peft, lora = (result["variants"][name] for name in ("peft", "lora"))
     assert 0 < lora["kernels"] <= peft["kernels"]
     assert lora["peak_bytes"] < 0.7 * peft["peak_bytes"] and 0 < lora["flops"] < 1.05 * peft["flops"]
