@@ -321,7 +321,9 @@ def test_what_is_in_use_is_saved_with_its_own_metadata_and_unload_leaves_the_bas
     assert manager.names == [] and manager.in_use is None
     stock = base(arch).state_dict()
     assert state.keys() == stock.keys()
-    assert all(torch.equal(state[name], t) for name, t in stock.items() if not name.startswith(("fc", "heads")))
+    for name, tensor in stock.items():
+        assert state[name].shape == tensor.shape  # the head of the base, which is another one each time
+        assert name.startswith(("fc", "heads")) or torch.equal(state[name], tensor)
 
 
 def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, arch, tmp_path):
