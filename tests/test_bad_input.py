@@ -397,6 +397,12 @@ def with_pickle(pickled: bytes) -> bytes:
     return file.getvalue()
 
 
+def tuple_bomb() -> bytes:
+    """{((...), (...)): 1}, each pair twice the same pair: 2**100 parts to hash, from 500 bytes."""
+    doubled = b"q\x000h\x00h\x00\x86" * 100
+    return with_pickle(b"\x80\x02}(" + b"N" + doubled + b"K\x01u.")
+
+
 def list_bomb() -> bytes:
     content = ["lol"]
     for _ in range(60):
@@ -735,6 +741,7 @@ GREEDY = {
     "rank.pth": recorded(r=2**31),
     "classes.pth": described(class_names=["a"] * 1_000_000),
     "size.pth": described(image_size=2**20),
+    "tuples.pth": tuple_bomb,
 }
 # With room for 300 MB beyond what Python and its libraries take.
 GREEDY_SCRIPT = """

@@ -93,7 +93,7 @@ UNREADABLE = {
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
     "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
     "no pickle": (
-        lambda path: pickled(path, b"\x80\x02I1\n."),
+        lambda path: pickled(path, b"\x80\x02I1\n.", True),
         r"damaged or cut short \(\w+: [^;]{1,70}\); download",
     ),
     "truncated": (truncated, "damaged or cut short"),
@@ -208,11 +208,34 @@ def test_a_zip_bomb_is_refused_before_it_unfolds(saved, tmp_path):
     tracemalloc.stop()
 
 
-def pickled(path, content: bytes):
+def pickled(path, content: bytes, zipped: bool):
     """A torch file whose content is this pickle."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("checkpoint/data.pkl", content)
-        archive.writestr("checkpoint/version", "3")
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("checkpoint/data.pkl", content)
+            archive.writestr("checkpoint/version", "3")
+    else:
+        start = [pickle.dumps(value, protocol=2) for value in (torch.serialization.MAGIC_NUMBER, 1001, {})]
+        path.write_bytes(b"".join(start) + content + pickle.dumps([], protocol=2))
+    return path
+
+
+# What stands between a dictionary and its value: a tuple in a tuple in a tuple ...
+KEYS = {
+    "nested": b"N" + b"\x85" * 200_000,
+    "nested, its parts first": b"N" * 200_001 + b"\x86" * 200_000,
+    "nested in marks": b"(" * 200_000 + b"t" * 200_000,
+    "twice the same, 100 times over": b"N" + b"q\x00h\x00h\x00\x86" * 100,
+    "many times the same": b"N" + b"q\x00(" + b"h\x00" * 5_000 + b"tq\x00(" + b"h\x00" * 5_000 + b"t",
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_whose_hash_ends_the_process_or_never_ends_is_refused(key, tmp_path):
+    for zipped in (True, False):
+        path = pickled(tmp_path / "checkpoint.pth", b"\x80\x02}" + KEYS[key] + b"K\x01s.", zipped)
+        with pytest.raises(InputError, match="a tuple in it is nested too deeply, or holds the same values too often"):
+            read_checkpoint(path)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def _check_format(path: Path) -> tuple[bool, set[str]]:
             return True, _check_zip(file)
         if header == _LEGACY_MAGIC:
             # Magic number, format version, byte order, content, storage keys; then the storages.
-            return False, set().union(*(_names_in(file) for _ in range(5)))
+            return False, set().union(*(_check_pickle(file) for _ in range(5)))
     raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
@@ -241,16 +241,45 @@ def _check_zip(file: IO[bytes]) -> set[str]:
         if content not in archive.namelist():
             raise _Refused("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
         with archive.open(content) as pickled:
-            return _names_in(pickled)
+            return _check_pickle(pickled)
 
 
-def _names_in(pickled: IO[bytes]) -> set[str]:
-    """The classes and functions that the next pickle in a file names. It is walked through, not loaded."""
+_LARGEST_TUPLE = 10_000_000
+
+
+def _check_pickle(file: IO[bytes]) -> set[str]:
+    """Walk through the next pickle in `file` without loading it; return the classes and functions that it names.
+
+    Raises _Refused for a tuple whose hash, as a dictionary's key, would overflow the stack or take for ever.
+
+    A tuple's size here doubles with every level of nesting, and counts repeated values again. `stack` holds the sizes
+    of the values that an unpickler would have on its stack; None is a mark.
+    """
+    stack: list[int | None] = []
+    memo: dict[int, int | None] = {}
     names = set()
-    for op, argument, _ in pickletools.genops(pickled):
-        if op.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
-            names.add(f"{_RENAMED_MODULES.get(module, module)}.{name}")
+    for op, argument, _ in pickletools.genops(file):
+        if op.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif op.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif op.name == "MARK":
+            stack.append(None)
+        else:
+            if op.name == "GLOBAL":
+                module, _, name = argument.partition(" ")
+                names.add(f"{_RENAMED_MODULES.get(module, module)}.{name}")
+            parts = []
+            for kind in reversed(op.stack_before):
+                if kind is pickletools.stackslice:  # all down to the mark
+                    while stack[-1] is not None:
+                        parts.append(stack.pop())
+                else:
+                    parts.append(stack.pop() or 0)  # 0: of the mark
+            size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
+            if size > _LARGEST_TUPLE:
+                raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
+            stack += [size] * len(op.stack_after)
     return names
 
 
