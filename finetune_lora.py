@@ -825,6 +825,7 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
         multiply_in_8_bits(model)
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
+    share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model
 
@@ -1040,7 +1041,6 @@ class FineTuning(RunState):
         cached: Splits | None = None,
     ):
         super().__init__(args, plan.device, plan.dtype)
-        share_statistics(model, plan.device)
         self.model = model
         self.network = model  # what computes on what the loaders have: images, or features that are cached of them
         self.report = report

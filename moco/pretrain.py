@@ -148,7 +148,7 @@ class Pretraining(RunState):
         self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
-            share_statistics(self.model, device)
+            share_statistics(self.model)
         base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)

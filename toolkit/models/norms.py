@@ -1,4 +1,7 @@
-"""BatchNorms that stay in eval mode while they are frozen, and BatchNorms over the images of all processes."""
+"""BatchNorms that stay in eval mode while they are frozen, and BatchNorms over the images of all processes.
+
+With the latter several processes train as one does, to rounding. PyTorch's SyncBatchNorm does this on GPUs alone.
+"""
 
 import contextlib
 import functools
@@ -7,6 +10,7 @@ from collections.abc import Iterator, MutableMapping
 from contextvars import ContextVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,9 +22,30 @@ from toolkit.devices import is_traced
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
+class _Extended:
+    """A BatchNorm of any class, such as timm's with an activation, that does something more."""
+
+    def __reduce_ex__(self, protocol):  # pickle cannot find a class by name that was made at run time
+        return _new, (type(self).extends, type(self).mixin), vars(self)
+
+
+@functools.cache
+def _extended(stock: type[_BatchNorm], mixin: type[_Extended]) -> type[_BatchNorm]:
+    """The class of BatchNorms with this mixin in front."""
+    return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"extends": stock, "mixin": mixin})
+
+
+def _new(stock: type[_BatchNorm], mixin: type[_Extended]) -> _BatchNorm:
+    """An empty module for `pickle` and `deepcopy`."""
+    return object.__new__(_extended(stock, mixin))
+
+
 def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
-    """The class of a BatchNorm before it was made freezable."""
-    return norm.stock if isinstance(norm, Freezable) else type(norm)
+    """The class of a BatchNorm before it was made freezable or shared."""
+    kind = type(norm)
+    while issubclass(kind, _Extended):
+        kind = kind.extends
+    return kind
 
 
 class _ConstantNorm(torch.autograd.Function):
@@ -38,17 +63,14 @@ class _ConstantNorm(torch.autograd.Function):
         return (gy * scale).to(gy.dtype), None
 
 
-class Freezable:
-    """A BatchNorm, of PyTorch or timm, that stays in eval mode while it is `frozen`, whatever `train()` says.
+class Freezable(_Extended):
+    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says.
 
     It is then a constant scale and shift, whose input PyTorch keeps for backward all the same. Here nothing is kept but
     what the activation in one of timm's keeps: of a ReLU the output, which the next layer keeps anyway.
     """
 
     frozen = False
-
-    def __reduce_ex__(self, protocol):  # pickle cannot find a class by name that was made at run time
-        return _empty, (self.stock,), vars(self)
 
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
@@ -69,23 +91,13 @@ class Freezable:
         return self.act(self.drop(y)) if has_activation else y
 
 
-@functools.cache
-def _freezable(stock: type[_BatchNorm]) -> type[_BatchNorm]:
-    return type(f"Freezable{stock.__name__}", (Freezable, stock), {"stock": stock})
-
-
-def _empty(stock: type[_BatchNorm]) -> _BatchNorm:
-    """A freezable module without attributes, for `pickle` and `deepcopy`."""
-    return object.__new__(_freezable(stock))
-
-
-FreezableBatchNorm2d = _freezable(nn.BatchNorm2d)
+FreezableBatchNorm2d = _extended(nn.BatchNorm2d, Freezable)
 
 
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
     """Freeze a BatchNorm in eval mode, or let it follow `train()` again, starting with `training`; nothing else."""
     if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
-        norm.__class__ = _freezable(type(norm))
+        norm.__class__ = _extended(type(norm), Freezable)
     if isinstance(norm, Freezable):
         norm.frozen = freeze
         norm.train(training)
@@ -139,22 +151,59 @@ def _scale_and_shift(
     return scale, torch.addcmul(norm.bias, shift, scale)
 
 
-def share_statistics(model: nn.Module, device: torch.device) -> None:
+def share_statistics(model: nn.Module) -> None:
     """Make every BatchNorm that is not `frozen` normalise by the statistics of all processes in training, in place.
 
-    With a single process nothing changes. Raises InputError on CPUs, for which PyTorch has no such BatchNorm, and if a
-    BatchNorm computes more than PyTorch's own, as those of some timm models do.
+    With a single process nothing changes. Every process must call the model equally often, with an image or more.
+    Raises InputError if a BatchNorm computes more than PyTorch's own, as those of some timm models do.
     """
     if distributed.world_size() == 1:
         return
     for module in model.modules():
-        if not isinstance(module, _BatchNorm) or getattr(module, "frozen", False):
+        is_shared = isinstance(module, SharedStatistics)
+        if not isinstance(module, _BatchNorm) or is_shared or getattr(module, "frozen", False):
             continue
-        if stock_norm(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        if stock_norm(module).forward is not _BatchNorm.forward:
             remedy = "train in one, or freeze the norms (--freeze-backbone, no --norms train)"
             raise InputError(f"{type(module).__name__} cannot take statistics over several processes: {remedy}")
-        if device.type != "cuda":
-            remedy = "train in one (in stage 1 also with --moco-version 2), or freeze the norms"
-            raise InputError(f"BatchNorms that train take statistics over several processes on GPUs alone: {remedy}")
-        module.__class__ = nn.SyncBatchNorm
-        module.process_group = None  # all processes
+        module.__class__ = _extended(type(module), SharedStatistics)
+
+
+class SharedStatistics(_Extended):
+    """A BatchNorm whose statistics are, in training, those of all processes. x: (N, C, ...), N may differ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        all_but_channels = [0, *range(2, x.dim())]
+        sums = values.sum(all_but_channels)
+        sums = _Sum.apply(torch.cat([sums, sums.new_full((1,), x.numel() / x.shape[1])]))
+        count = sums[-1].detach()
+        mean = (sums[:-1] / count).view(1, -1, *[1] * (x.dim() - 2))
+        centred = values - mean
+        variance = _Sum.apply((centred**2).sum(all_but_channels, keepdim=True)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), momentum)
+            self.running_var.lerp_(variance.flatten() * count / (count - 1), momentum)
+        normalized = centred * (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            normalized = normalized * self.weight.view_as(mean) + self.bias.view_as(mean)
+        return normalized.to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose losses add up: so its gradient is their sum too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gy):
+        return _Sum.apply(gy)
