@@ -16,7 +16,7 @@ needs the layer's input, which full fine-tuning saves as well. There are two way
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
 layers. A convolution's kernel is mostly small next to its input, and then merged in low precision too: see
-`_kernel_merges` and `_exceeds`.
+`_kernel_merges` and `_scales_output`.
 """
 
 import math
@@ -323,10 +323,14 @@ PLAIN = Geometry()
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants):
-        weight, scaling, geometry, relu, dtype, merges = constants
+        weight, scaling, geometry, relu, dtype = constants
         ctx.constants = constants
         ctx.follows = log_scale is not None
         ctx.drops = adapter_x is not None
+        scale = row_scale if _scales_output(weight, row_scale, x) else None  # of the output
+        if scale is not None:
+            row_scale = None
+        ctx.side_path = ctx.drops or scale is not None or not _kernel_merges(weight, row_scale, dtype)
         x = x.to(dtype)
         adapter_x = adapter_x.to(dtype) if ctx.drops else x
         if bias is not None:
@@ -336,26 +340,34 @@ class _LoRAConv2d(torch.autograd.Function):
         if row_scale is not None:
             ctx.factors = (row_scale * scaling)[:, None]
         sB = B * ctx.factors
-        if merges:
+        if ctx.side_path:
+            added = bias if scale is None else None
+            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), added, *geometry)  # g W x + b
+            _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
+            if scale is not None:
+                y.mul_(scale[:, None, None])
+                if bias is not None:
+                    y.add_(bias[:, None, None])
+            if residual is not None:
+                y.add_(residual)
+            if relu:
+                y.relu_()
+        else:
             kernel = _folded_kernel(weight, A, sB, row_scale, dtype)  # g (W + s B A)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
-        else:
-            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)  # g W x + b
-            _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
-            backends.added_and_rectified(y, residual, relu)
 
         if not ctx.follows:  # the derivative of log g alone reads these
             bias = residual = None
         kept = y if relu or ctx.follows else None
         # Backward builds the kernel again: saved, all layers' would be in memory at once.
-        ctx.save_for_backward(adapter_x, A, sB, row_scale, kept, bias, residual)
+        ctx.save_for_backward(adapter_x, A, sB, row_scale, scale, kept, bias, residual)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, A, sB, row_scale, y, bias, residual = ctx.saved_tensors
-        weight, _, geometry, relu, dtype, merges = ctx.constants
+        adapter_x, A, sB, row_scale, scale, y, bias, residual = ctx.saved_tensors
+        weight, _, geometry, relu, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(dtype)
         if relu:
@@ -369,17 +381,19 @@ class _LoRAConv2d(torch.autograd.Function):
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
         g_residual = gy if need_residual else None
+        if scale is not None:
+            gy = (gy * scale[:, None, None]).to(dtype)
 
-        need_input = need_adapter_x or (need_x and not merges and not ctx.drops)
+        need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
         gA, gB, g_adapter_x = _conv_gradients(
             gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, need_input
         )
         gx = None
         if need_x:
-            if merges:
-                kernel = _folded_kernel(weight, A, sB, row_scale, dtype)
-            else:
+            if ctx.side_path:
                 kernel = _scaled_kernel(weight, row_scale, dtype)
+            else:
+                kernel = _folded_kernel(weight, A, sB, row_scale, dtype)
             gx = backends.conv2d_gradient(gy, adapter_x, kernel, geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.drops:
                 gx = gx.add_(g_adapter_x)
@@ -387,10 +401,12 @@ class _LoRAConv2d(torch.autograd.Function):
         return gx, g_adapter_x, gA, gB * ctx.factors, g_bias, g_residual, None, g_log_scale, None
 
 
-def _exceeds(weight: Tensor | NF4Weight, x: Tensor) -> bool:
-    """Is the kernel larger than its input?"""
-    any_number = isinstance(x.numel(), torch.SymInt)  # as torch.export has it where the batch may be of any size
-    return not any_number and math.prod(weight.shape) > x.numel()
+def _scales_output(weight: Tensor | NF4Weight, row_scale: Tensor | None, x: Tensor) -> bool:
+    """Is the output to be multiplied by g, and not the kernel, which is larger than its input?"""
+    numel = x.numel()
+    if row_scale is None or isinstance(numel, torch.SymInt):  # as torch.export has it where the batch may be any
+        return False
+    return math.prod(weight.shape) > numel
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -499,23 +515,13 @@ def lora_conv2d(
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients; of W, if it trains, by autograd."""
     dtype = compute_dtype(x)
-    trains = _is_trainable(weight)
-    scales_kernel = row_scale is None or not _exceeds(weight, x)  # else the output, in which g scales fewer numbers
-    if not trains:
+    if not _is_trainable(weight):
         backends.refuse_jit()
-    if not trains and scales_kernel:
-        merges = adapter_x is None and _kernel_merges(weight, row_scale, dtype)
-        constants = (weight, scaling, geometry, relu, dtype, merges)
+        constants = (weight, scaling, geometry, relu, dtype)
         return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants)
     if log_scale is not None:  # its gradient, for automatic differentiation
         row_scale = row_scale * (log_scale - log_scale.detach()).exp()
-    if not trains:
-        constants = (weight, scaling, geometry, False, dtype, False)
-        y = _LoRAConv2d.apply(x, adapter_x, A, B, None, None, None, None, constants)
-        y.mul_(row_scale[:, None, None])
-        if bias is not None:
-            y.add_(bias.to(dtype)[:, None, None])
-    elif adapter_x is None and dtype not in LOW_PRECISION:
+    if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:
         seen = x if adapter_x is None else adapter_x

@@ -45,7 +45,7 @@ RUNS = {
     "fp16": Run(354, "", "fp16", 0.3),
     "bf16": Run(376, "--clip-grad-norm 1", "bf16", 0.1),
     "frozen norms": Run(463, RESNET + " --norms frozen"),
-    "norms that follow": Run(1728, RESNET + " --norms follow"),
+    "norms that follow": Run(1692, RESNET + " --norms follow"),
     "trained norms": Run(536, RESNET + " --norms train"),
     "multilabel": Run(255, "--task multilabel --data-list {hospital}/labels.csv " + PATIENTS),
     "regression": Run(247, "--task regression --data-list {hospital}/numbers.csv " + PATIENTS),
