@@ -391,3 +391,25 @@ def test_classification_computes_what_a_run_always_computed():
     assert task.first_temperature(Net(), features, labels, False).at(1.0) >= 1
     numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
     assert numbers.first_temperature(*[None] * 4) == probe.HeadTemperature()
+
+
+def test_a_weighted_micro_ap_weighs_each_answer_as_its_image():
+    """As scikit-learn does, where some labels of an image are not known."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(9, 3, generator=generator)
+    targets = (torch.rand(9, 3, generator=generator) > 0.5).float()
+    targets[[0, 4, 8], [1, 2, 0]] = torch.nan
+    weights = torch.tensor([[3, 0, 1, 2, 1, 1, 0, 4, 1]])
+    known = ~targets.isnan()
+    each = weights.T.expand(9, 3)[known]
+    expected = metrics.average_precision_score(targets[known], values[known], sample_weight=each)
+    assert multilabel.LabelAnswers(0.0, values, targets).figures(weights)[0, 1].item() == pytest.approx(expected)
+
+
+def test_what_was_chosen_for_labels_is_taken_from_the_file():
+    chosen = tasks.MultiLabel(["a", "b"])
+    chosen.thresholds = torch.tensor([0.25, 0.75])
+    chosen.temperature = 3.0
+    again = tasks.MultiLabel(["a", "b"])
+    again.take_chosen(chosen.chosen())
+    assert again.thresholds.tolist() == [0.25, 0.75] and again.temperature == 3.0
