@@ -254,6 +254,9 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
         for path in (tmp_path / "my_labelled_images" / str(i % 10), tmp_path / "new_images"):
             path.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path / f"{i}.png")
+    with of_few_images():
+        whole = "--lora-rank 0 --no-freeze-backbone --output-dir checkpoints/full"
+        finetune_lora.main([*SMALL[2:], *whole.split()])
     for command in commands(AFTER_TRAINING):
         needed = {".onnx": ("onnx", "onnxscript"), "--to peft": ("peft",)}
         if all(word not in command or all_installed(*packages) for word, packages in needed.items()):
