@@ -1358,6 +1358,7 @@ class FineTuning(RunState):
         both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
         self.task.end_by_unlabelled(self.model, *both, unlabelled)
         self.kept_outputs = None
+        print("unlabelled: the head is estimated once more, so that the result is not the last epoch's")
         return True
 
     def calibrate(self) -> bool:

@@ -389,7 +389,7 @@ def test_a_head_whose_change_was_not_kept_whole_stays(taught):
     assert not taught.estimate_head()
 
 
-def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finetune, images, monkeypatch):
+def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finetune, images, monkeypatch, capsys):
     """Calibrated, as it is evaluated."""
     constant = unlabelled.Probe(torch.zeros(3, 192), torch.tensor([0.0, 3.0, 0.0]), 0.1)
     monkeypatch.setattr("toolkit.answers.classification.last_head", lambda *_: constant)
@@ -399,3 +399,4 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     file = read_adapter_file(results["folder"] / "lora.pth")
     [bias] = (tensor for name, tensor in file["tensors"].items() if name.endswith("bias"))
     assert bias.tolist() == [0, 3, 0]
+    assert "unlabelled: the head is estimated once more" in capsys.readouterr().out
