@@ -164,7 +164,7 @@ def memory_format(request):
 
 
 # Of dropout, the scale of a BatchNorm, an addition and a ReLU.
-OPTIONS = [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 1), (0, 1, 1, 1), (1, 1, 1, 1), (0, 0, 1, 0), (1, 1, 0, 0)]
+OPTIONS = [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 1, 1), (1, 1, 1, 1), (0, 0, 1, 0)]
 STORAGES = [
     (s, *p) for s in ("frozen", "trained", "4 bits") for p in PRECISIONS if s != "4 bits" or p[0] == torch.float32
 ]
@@ -437,9 +437,7 @@ def test_4_bits_are_nf4_in_blocks_of_64_whose_flat_scales_are_those_of_the_neste
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "options", [(3, 2, 1), (2, 2), ((3, 2), (1, 2), (1, 0)), (3, 2, 1, 2), (2, 2, 0, 1, True)], ids=str
-)
+@pytest.mark.parametrize("options", [((3, 2), (1, 2), (1, 0)), (3, 2, 1, 2), (2, 2, 0, 1, True)], ids=str)
 def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format, options):
     x = torch.randn(2, 3, 17, 14, dtype=dtype, device=device).to(memory_format=memory_format)
     x[0, 0] = -1.0  # nothing positive in any window

@@ -81,26 +81,6 @@ def test_backward_inside_autocast_computes_as_forward_did(stock, shape):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
 
 
-PLAIN = [
-    (nn.Linear(8, 5), 1),
-    (nn.Conv2d(8, 5, 3), 1),
-    (nn.MultiheadAttention(8, 2), 3),
-]  # and how many inputs each has
-
-
-@pytest.mark.parametrize("stock, count", PLAIN)
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("enabled", [True, False], ids=["on", "off"])
-def test_integers_are_refused(stock, count, four_bits, enabled):
-    """As by stock layers. A weight in 4 bits is of bytes, and some models convert their input to its weight's dtype."""
-    layer = adapted(stock, four_bits)
-    layer.lora_enabled = enabled
-    x = torch.randint(9, (2, 8, 8, 8)[count > 1 :], dtype=torch.uint8)
-    for module in (stock, layer):
-        with torch.no_grad(), pytest.raises((RuntimeError, InputError)):
-            module(*[x] * count)
-
-
 def in_one(y: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """What a layer returns, as one tensor."""
     return torch.cat([t.flatten() for t in y]) if isinstance(y, tuple) else y
@@ -109,18 +89,12 @@ def in_one(y: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
 # fmt: off
 CONVOLUTIONS = {
     "1x1": {"kernel_size": 1},
-    "3x3": {"kernel_size": 3, "padding": 1},
     "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
     "lopsided everything": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 3)},
     "kernel as large as the input": {"kernel_size": (9, 8)},
-    "valid": {"kernel_size": 3, "padding": "valid"},
     "same": {"kernel_size": 3, "padding": "same"},
     "same, even kernel": {"kernel_size": 4, "padding": "same"},
-    "same, lopsided": {"kernel_size": (2, 5), "padding": "same", "dilation": (3, 2)},
     "same, even kernel, reflect": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
-    "circular": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular", "stride": 2},
-    "replicate": {"kernel_size": (3, 5), "padding": 2, "padding_mode": "replicate"},
-    "valid, circular": {"kernel_size": 3, "padding": "valid", "padding_mode": "circular"},
     "groups, circular, dilation": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2,
                                    "padding_mode": "circular"},
     "depthwise": {"kernel_size": 3, "padding": "same", "padding_mode": "circular", "groups": 8, "out_channels": 8},
@@ -140,7 +114,6 @@ LINEAR = {
     "one row": (24,),
     "few rows": (3, 24),
     "many rows": (2, 50, 24),
-    "rows of a map": (2, 3, 20, 24),
 }
 CASES = [*LINEAR, "no bias", *CONVOLUTIONS, "one image", "self", "key is value", "all different"]
 # How the weight is stored, and whether autocast computes in bfloat16.
@@ -150,7 +123,6 @@ STORAGES = {
     "float64, autocast": {"autocast": True, "dtype": torch.float64},  # which leaves float64 alone
     "bf16": {"dtype": torch.bfloat16},
     "bf16 base": {"base_dtype": torch.bfloat16},
-    "bf16 base, autocast": {"base_dtype": torch.bfloat16, "autocast": True},
     "4 bits": {"four_bits": True},
     "4 bits, autocast": {"four_bits": True, "autocast": True},
 }
@@ -201,7 +173,7 @@ def test_a_convolution_s_geometry_is_read_at_each_call():
     compare_with_dense(stock, layer, [torch.randn(2, 8, 9, 8)], FP32)
 
 
-@pytest.mark.parametrize("name", ["a linear layer", *CONVOLUTIONS])
+@pytest.mark.parametrize("name", ["a linear layer", "lopsided everything", "same, even kernel, reflect", "depthwise"])
 def test_dropout_acts_on_what_the_adapter_sees(name):
     """y = W x + s B A dropout(x), with the mask that the seed gives, and a convolution's own padding of both."""
     stock = nn.Linear(8, 12) if name == "a linear layer" else convolution(name)
@@ -246,14 +218,9 @@ ATTENTION_CALLS = {
     "plain": {},
     "without weights": {"need_weights": False},
     "weights of every head": {"average_attn_weights": False},
-    "bool mask": {"attn_mask": lambda L, S: mask(L, S)},
     "bool mask, without weights": {"attn_mask": lambda L, S: mask(L, S), "need_weights": False},
-    "float mask": {"attn_mask": lambda L, S: torch.randn(L, S)},
-    "mask for every head": {"attn_mask": lambda L, S: mask(N * H, L, S)},
     "float mask for every head, without weights": {"attn_mask": lambda L, S: torch.randn(N * H, L, S),
                                                    "need_weights": False},
-    "key padding": {"key_padding_mask": lambda L, S: padding(S)},
-    "key padding, without weights": {"key_padding_mask": lambda L, S: padding(S), "need_weights": False},
     "float key padding and float mask": {"key_padding_mask": lambda L, S: torch.randn(N, S),
                                          "attn_mask": lambda L, S: torch.randn(L, S)},
     "key padding and mask for every head": {"key_padding_mask": lambda L, S: padding(S), "need_weights": False,
@@ -263,7 +230,6 @@ ATTENTION_KINDS = {
     "packed": {},
     "sequence first": {"batch_first": False},
     "no bias": {"bias": False},
-    "no bias, sequence first": {"bias": False, "batch_first": False},
 }
 # fmt: on
 INPUTS = ("self", "key is value", "all different")
@@ -292,13 +258,11 @@ def attention_inputs(stock: nn.MultiheadAttention, inputs: str, batched: bool = 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_attention(kind, inputs):
-    """With every mask where there is nothing else to it, else with a few of them."""
     lengths = L, L if inputs == "self" else S
-    few = ("plain", "bool mask, without weights", "float key padding and float mask")
-    for call in ATTENTION_CALLS if (kind, inputs) == ("packed", "all different") else few:
+    for call in ATTENTION_CALLS.values():
         stock = attention(**ATTENTION_KINDS[kind])
         x = attention_inputs(stock, inputs)
-        options = {k: v(*lengths) if callable(v) else v for k, v in ATTENTION_CALLS[call].items()}
+        options = {k: v(*lengths) if callable(v) else v for k, v in call.items()}
         for training in (True, False):
             layer = adapted(stock).train(training)
             compare_with_dense(
@@ -391,13 +355,12 @@ def encoder_layer(**options) -> nn.TransformerEncoderLayer:
 @pytest.mark.parametrize("targets", [None, "linear1", "self_attn"], ids=["all", "linear1", "self_attn"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "key padding"])
 @pytest.mark.parametrize("layers", [0, 2], ids=["layer", "encoder"])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-def test_the_fast_path_of_encoders_does_not_bypass_the_adapters(layers, padded, targets, four_bits):
+def test_the_fast_path_of_encoders_does_not_bypass_the_adapters(layers, padded, targets):
     """In eval mode without gradients PyTorch hands the raw weights to one fused kernel; again without adapters."""
     stock = encoder_layer().eval() if layers == 0 else nn.TransformerEncoder(encoder_layer(), layers).eval()
     targets = targets and (targets if layers == 0 else rf"layers\.\d\.{targets}")
-    model = frozen(copy.deepcopy(stock), 0.3, target_modules=targets, use_qlora=four_bits)
-    twin = dense_twin(rounded(stock, model) if four_bits else stock, model)
+    model = frozen(copy.deepcopy(stock), 0.3, target_modules=targets)
+    twin = dense_twin(stock, model)
     x = torch.randn(N, L, E)
     options = {"src_key_padding_mask": padding(L)} if padded else {}
     visible = ~padding(L) if padded else slice(None)

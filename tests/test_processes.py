@@ -31,7 +31,6 @@ from toolkit import InputError, devices, distributed
 from toolkit.answers import evaluation, predictions
 from toolkit.files import read_checkpoint
 from toolkit.images import cache, data
-from toolkit.images.sources import load_splits
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
 from toolkit.run import guard, optim, output_folder, run_state, runs, training
 
@@ -226,67 +225,11 @@ def test_torchrun_starts_them(options, tmp_path):
     assert done.stdout.count("epoch 1: training loss") == 1 and len(timeless(tmp_path / "out")) == 1
 
 
-def note_images() -> None:
-    """Each process writes down which images it trained on, and the gradients that it exchanged."""
-    real_begin = finetune_lora.FineTuning.begin_epoch
-    real_parallel = distributed.parallel
-    log = Path(os.environ["NOTES"]).with_suffix(f".{os.environ['RANK']}.txt")
-
-    def begin_epoch(run):
-        real_steps = run.loaders.steps
-
-        def noted(batches):
-            for images, labels in batches:
-                sums = images.double().sum((1, 2, 3))[labels >= 0].tolist()
-                with open(log, "a") as file:
-                    file.write("".join(f"{number:.3f}\n" for number in sums))
-                yield images, labels
-
-        def steps(epoch, start=0):
-            for step in real_steps(epoch, start):
-                yield step._replace(batches=noted(step.batches))
-
-        run.loaders.steps = steps
-        return real_begin(run)
-
-    finetune_lora.FineTuning.begin_epoch = begin_epoch
-
-    def parallel(model: nn.Module, device):
-        module = real_parallel(model, device)
-
-        def hook(_, bucket):
-            with open(log.with_suffix(".travelled"), "a") as file:
-                file.write(f"{bucket.buffer().numel()}\n")
-            exchange = distributed.dist.all_reduce(bucket.buffer(), async_op=True)
-            return exchange.get_future().then(lambda done: done.value()[0] / 2)
-
-        module.register_comm_hook(None, hook)
-        return module
-
-    distributed.parallel = parallel
-
-
-@pytest.mark.slow
-def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp_path):
-    environment = {"NOTES": str(tmp_path / "notes")}
-    argv = options("lora") + " --augmentation none --epochs 1 --accumulation-steps 1"
-    completed("finetune_lora", argv, tmp_path / "log", before=note_images, environment=environment)
-    parts = [(tmp_path / f"notes.{rank}.txt").read_text().split() for rank in (0, 1)]
-    assert [len(part) for part in parts] == [13, 8]  # of four batches of 5 and one of 1
-    splits = load_splits("imagefolder", argv.split()[1])
-    transform = finetune_lora.eval_transform(16)
-    assert sorted(parts[0] + parts[1]) == sorted(f"{transform(image).double().sum():.3f}" for image, _ in splits.train)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    travelled = [int(line) for line in (tmp_path / "notes.0.travelled").read_text().split()]
-    assert sum(travelled) == (5 + 5) * results["trainable_parameters"]  # first for the gradient that adapters start at
-
-
 def pretrain_both(
     argv: str, folder: Path, before=None, name: str = "moco_stage1_epoch_2.pth", tolerance: float = 1e-3
 ) -> dict:
     """The model of two processes, with their files in `out`, which is that of one, in `alone`."""
-    note = {"NOTES": str(folder / "notes")}
-    completed("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before, note)
+    completed("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before)
     pretrain.main(f"{argv} --output-dir {folder}/alone".split())
     read = tensors if name == "moco_lora.pth" else lambda path: read_checkpoint(path)["model"]
     ours, theirs = (read(folder / of / name) for of in ("out", "alone"))
@@ -335,12 +278,9 @@ def compute_in_float64() -> None:
 
 
 @pytest.mark.slow
-def test_stage_1_in_adapters_in_two_processes_is_that_in_one_and_they_alone_travel(options, base, tmp_path):
+def test_stage_1_in_adapters_in_two_processes_is_that_in_one(options, base, tmp_path):
     argv = f"{options('pretrain')} --checkpoint {base} --lora-rank 2 --image-size 16"
-    ours = pretrain_both(argv, tmp_path, note_images, "moco_lora.pth")
-    travelled = [int(line) for line in (tmp_path / "notes.0.travelled").read_text().split()]
-    projector = 192 * 192 + 192 + 8 * 192 + 8
-    assert sum(travelled) == 6 * (projector + sum(tensor.numel() for tensor in ours.values()))  # in six steps
+    pretrain_both(argv, tmp_path, name="moco_lora.pth")
 
 
 def keep_every_queue() -> None:
