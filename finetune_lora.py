@@ -320,7 +320,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     self-attention the three are one product. Dropout draws one mask for each distinct input.
     """
 
-    keeps_weights = True  # are attention's weights saved for backward? see `attend`
     weight_name = "in_proj_weight"
     _linear_kind = LoRALinear
 
@@ -404,7 +403,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             key_padding_mask = key_padding_mask[None]
         mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
         dropout = self.dropout * self.training
-        attended, weights = attention.attend(q, k, v, self.num_heads, mask, dropout, need_weights, self.keeps_weights)
+        attended, weights = attention.attend(q, k, v, self.num_heads, mask, dropout, need_weights)
         output = self.out_proj(attended)  # (N, L, E)
         if need_weights and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
@@ -470,7 +469,6 @@ class QLoRAConv2d(_FourBits, LoRAConv2d):
 class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
     """`LoRAMultiheadAttention` over a 4-bit base, the output projection's included."""
 
-    keeps_weights = False  # 4 bits are for whoever lacks memory
     _linear_kind = QLoRALinear
 
 

@@ -58,7 +58,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora import attention, backends, functional, fusion
+from lora import backends, functional, fusion
 from lora.adapted import choose_layers
 from lora.followed_norms import follow_statistics
 from lora.fusion import set_gradient_checkpointing
@@ -324,8 +324,6 @@ for name, title, models, precision, *undone in (
     ("side_path", "W + s B A never built", "vit", "fp32", functional, "_merge_pays", _never),
     ("merged", "W + s B A always built", "vit", "bf16", functional, "_merge_pays", _always),
     ("mkl", "MKL's products", "vit", "fp32", backends, "PREFERS_ONEDNN_LINEAR", False),
-    ("pytorch_attention", "PyTorch's attention", "vit", "bf16", attention, "PREFERS_BATCHED_ATTENTION", False),
-    ("weights_again", "attention's weights computed again", "vit", "bf16", attention, "MOST_KEYS_KEPT", 0),
     ("tiny_leak", "rectified activations at 1e-30", "resnet", "fp32", backends, "LEAK", 1e-30),
     ("unfolded", "BatchNorm not folded", "resnet", "", fusion, "folds", _never),
     ("kernel_side_path", "kernels never merged", "resnet", "", functional, "_kernel_merges", _never),

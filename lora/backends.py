@@ -156,10 +156,9 @@ def max_pool2d(x: Tensor, *options) -> tuple[Tensor, Tensor]:
     return y.contiguous(), indices.contiguous()
 
 
-# The input's gradient from the output's: (gy, y, 0); (gy, y, dimension, dtype); (gy, x, approximate, grad_input), of
-# which the last is written into; (gy, x, shape, mean, 1 / deviation, weight, bias, which of three gradients), a tuple.
+# The input's gradient from the output's: (gy, y, 0); (gy, x, approximate, grad_input), of which the last is written
+# into; (gy, x, shape, mean, 1 / deviation, weight, bias, which of three gradients), a tuple.
 relu_gradient = torch.ops.aten.threshold_backward
-softmax_gradient = torch.ops.aten._softmax_backward_data
 gelu_gradient = torch.ops.aten.gelu_backward.grad_input
 layer_norm_gradient = torch.ops.aten.native_layer_norm_backward
 # (gy, x, *options, indices) as of `max_pool2d`: the input's gradient, for which x's shape and memory format are read.

@@ -30,7 +30,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
-from lora import attention, fusion
+from lora import fusion
 from lora_utils import LoRAManager
 from toolkit.models import norms
 from toolkit.models.norms import NORMS, constants_kept
@@ -383,10 +383,8 @@ def test_the_encoder_alone_and_what_is_in_the_place_of_the_first_dropout_have_ev
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
-def test_a_vit_in_low_precision(monkeypatch, device, batched):
+def test_a_vit_in_low_precision(device):
     """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
-    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", batched)
     stock = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device)
     compare_with_dense(stock, frozen(copy.deepcopy(stock)), [images(64, 4).to(device)], 5e-2, autocast=True)
 
@@ -417,10 +415,9 @@ FROZEN_ATTENTION = {
 
 
 @pytest.mark.parametrize("way", FROZEN_ATTENTION)
-@pytest.mark.parametrize("dtype, batched", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
-def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, batched):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
     """Outputs and gradients; and no product is made for each token."""
-    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", batched)
     model = vit().train()
     x = images(16)
     FROZEN_ATTENTION[way](model)
@@ -435,12 +432,12 @@ def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, 
 
     with Operations() as operations:
         found = run()
-    assert batched or operations.count("bmm") == 0
+    assert operations.count("bmm") == 0
     blocks = [m for m in model.modules() if type(m) is fusion.FusedEncoderBlock]
     assert any(fusion.is_frozen_attention(block.self_attention) for block in blocks)
     for module in model.modules():  # from here on the blocks are torchvision's
         module.__class__ = fusion.STOCK.get(type(module), type(module))
-    limit = FP32 if dtype == torch.float32 else BF16 * (3 if batched else 1)  # batched, they round differently
+    limit = FP32 if dtype == torch.float32 else BF16
     for ours, theirs in zip(found, run(), strict=True):
         assert_close(ours, theirs, limit)
 

@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import BF16, DEVICES, EXACT, FP32, Operations, assert_close, relative_error, saved_storages
+from dense import BF16, DEVICES, EXACT, FP32, Operations, assert_close, saved_storages
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora import attention, backends, functional
-from lora.attention import attend
+from lora import backends, functional
 from lora.functional import Geometry, effective_kernel, lora_conv2d, lora_linear, max_pool2d_relu, merged_weight
 from lora.nf4 import NF4Weight, bitsandbytes_functional
 
@@ -328,89 +327,6 @@ def test_merging_rounds_once():
     assert_close(merged_weight(stored, A, B, 2.0), stored.dequantize(torch.float32) + 2 * B @ A, FP32)
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
-
-H = 3
-
-
-@pytest.mark.parametrize("at_a_time", [3 * H * 15, H * 15, 15], ids=["images", "image", "head"])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("keep", [False, True], ids=["", "weights kept"])
-def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch, at_a_time, autocast, keep):
-    """Attention in bfloat16 by products over all heads, in parts: outputs and gradients, peaked attention too."""
-    monkeypatch.setattr(attention, "SCORES_AT_A_TIME", at_a_time)
-    errors = {}
-    for batched in (False, True):
-        monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", batched)
-        torch.manual_seed(0)
-        precise = [2 * torch.randn(50, 5, H * 8, dtype=torch.float64) for _ in range(3)]
-        precise[0] = precise[0][:, :3]  # fewer queries than keys
-        gradient = torch.randn(50, 3, H * 8, dtype=torch.float64)
-        results = []
-        for dtype in (torch.float64, torch.bfloat16):
-            qkv = [t.to(dtype, copy=True).requires_grad_() for t in precise]
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
-                attended, _ = attend(*qkv, H, keep_weights=keep)
-            assert ("_Attention" in _function_names(attended)) == (batched and dtype == torch.bfloat16)
-            attended.backward(gradient.to(dtype))
-            results.append([attended.detach(), *(t.grad for t in qkv)])
-            assert all(t.dtype == dtype for t in results[-1])
-        errors[batched] = [((low - high).norm() / high.norm()).item() for high, low in zip(*results, strict=True)]
-    for ours, theirs in zip(errors[True], errors[False], strict=True):
-        assert 0 < ours < 1.15 * theirs < 0.02
-
-
-def test_what_the_values_have_in_common_is_not_rounded():
-    """It changes no score's gradient, but is large beside what does."""
-    q = random(4, 2, 50, 8).bfloat16()
-    k = random(4, 2, 50, 8).bfloat16()
-    v = (random(4, 2, 50, 8) + 8).bfloat16()
-    gradient = random(4, 2, 50, 8).bfloat16()
-    errors = []
-    for function in (attention._Attention.apply, F.scaled_dot_product_attention):
-        low = q.clone().requires_grad_()
-        high = q.double().requires_grad_()
-        function(low, k, v).backward(gradient)
-        F.scaled_dot_product_attention(high, k.double(), v.double()).backward(gradient.double())
-        errors.append(relative_error(low.grad, high.grad))
-    assert errors[0] < 0.5 * errors[1]
-
-
-def _function_names(tensor: torch.Tensor) -> str:
-    names, nodes = [], [tensor.grad_fn]
-    while nodes:
-        names.append(nodes[-1].name())
-        nodes = [*nodes[:-1], *(node for node, _ in nodes.pop().next_functions if node is not None)]
-    return " ".join(names)
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
-    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
-    q = random(number, 4, 8).bfloat16()
-    v = random(number, 4, 8).bfloat16()
-    attended, _ = attend(q, q, v, 2)
-    expected, _ = attend(q.float(), q.float(), v.float(), 2)
-    torch.testing.assert_close(attended.float(), expected, rtol=0.02, atol=0.02)
-
-
-def test_batched_attention_leaves_dropout_to_pytorch(monkeypatch):
-    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
-    ones = torch.ones(1, 4, 8).bfloat16()
-    dropped, _ = attend(ones, ones, ones, 2, None, 0.5)
-    assert (dropped.float() - 1).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("keys, keep, kept_sizes", [(5, False, []), (5, True, [2 * 2 * 5 * 5]), (17, True, [])])
-def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, keys, keep, kept_sizes):
-    """Heads of 4 numbers: the weights of 16 keys would be four times q."""
-    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
-    qkv = random(2, keys, 24, dtype=torch.bfloat16, requires_grad=True)
-    saved = saved_storages(lambda: attend(*qkv.chunk(3, -1), 2, keep_weights=keep))
-    assert saved.pop(qkv.data_ptr())
-    assert [size // 2 for size in saved.values()] == kept_sizes
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
@@ -491,7 +407,6 @@ ONCE = {
     "linear": lambda x: lora_linear(x, random(6, 4), random(2, 4), random(6, 2)),
     "convolution": lambda x: lora_conv2d(x, random(6, 3, 2, 2), random(2, 12), random(6, 2)),
     "pooling": lambda x: max_pool2d_relu(x, 2, 2),
-    "attention": lambda x: attention._Attention.apply(*[x.bfloat16()] * 3),
 }
 
 
