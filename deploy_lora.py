@@ -858,24 +858,18 @@ def _convert_to_peft(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         peft_format.write_peft(model, Path(scratch))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        error = _difference(theirs, model, metadata["image_size"], tolerance)
+        shape = 2, input_channels(model), metadata["image_size"], metadata["image_size"]
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = model(images)
+            error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+        if not error <= tolerance:
+            raise InputError(f"the installed PEFT's logits with this adapter differ by {error:.1e} of their size")
         files.make_folder(args.output)
         for name in (peft_format.CONFIG, peft_format.WEIGHTS):
             with files.open_atomically(args.output / name) as file:
                 file.write(Path(scratch, name).read_bytes())
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
-
-
-@torch.no_grad()
-def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: float) -> float:
-    """The largest difference of the logits for random images, relative to the largest logit."""
-    shape = 2, input_channels(ours), image_size, image_size
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = ours(images)
-    error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-    if not error <= tolerance:
-        raise InputError(f"the installed PEFT answers otherwise with this adapter, by {error:.1e} of the logits' size")
-    return error
 
 
 # ------------------------------------------------------------------------------------------------------- command line

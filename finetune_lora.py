@@ -31,7 +31,6 @@ if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: hel
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -84,6 +83,7 @@ class LoRALayer:
     """
 
     weight_name = "weight"
+    parts = ("",)  # of the weight, one below the other, that have an A and a B each: how the names of these end
     # SHA-256 of the weight, by its name, before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
     _int8_shape: torch.Size | None = None  # of the weight if its parameter holds an `Int8Weight`
@@ -116,7 +116,6 @@ class LoRALayer:
         self.followed = None
         self._base_data = None
         self._create_adapters()
-        self.reset_lora_parameters()
         self._store_base(base_dtype)
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
@@ -132,24 +131,17 @@ class LoRALayer:
             weight.data = weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
-        self._add_adapter()
-
-    def _add_adapter(self, suffix: str = "", fan_out: int | None = None) -> None:
-        shape = self.base().shape
+        """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
         stored = self._parameters[self.weight_name]
         dtype = torch.promote_types(stored.dtype, torch.float32)
-        A = torch.empty(self.r, math.prod(shape[1:]), dtype=dtype, device=stored.device)
-        B = torch.empty(fan_out or shape[0], self.r, dtype=dtype, device=stored.device)
-        for name, factor in (("lora_A", A), ("lora_B", B)):
-            self.register_parameter(name + suffix, nn.Parameter(factor, requires_grad=self.r > 0))
-
-    def reset_lora_parameters(self) -> None:
-        """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
-        for name, factor in adapted.adapter_parameters(self).items():
-            if name.startswith("lora_B"):
-                nn.init.zeros_(factor)
-            elif self.r > 0:  # PyTorch warns of an empty A
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        fan_out, *fan_in = self.base().shape
+        for part in self.parts:
+            A = torch.empty(self.r, math.prod(fan_in), dtype=dtype, device=stored.device)
+            B = torch.zeros(fan_out // len(self.parts), self.r, dtype=dtype, device=stored.device)
+            if self.r > 0:  # PyTorch warns of an empty A
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            for name, factor in (("lora_A", A), ("lora_B", B)):
+                self.register_parameter(name + part, nn.Parameter(factor, requires_grad=self.r > 0))
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
@@ -174,9 +166,14 @@ class LoRALayer:
     def _base_to_merge(self) -> Tensor:
         return dense_weight(self.base(), torch.float32) if self.float_digests else self.base()
 
+    def _factors(self, letter: str, parts: slice = slice(None)) -> Tensor:
+        """A or B of some parts of the weight, one below the other."""
+        return functional.stacked([self._parameters[f"lora_{letter}{part}"] for part in self.parts[parts]])
+
     def effective_weight(self) -> Tensor:
         """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
-        return functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)
+        base = self._base_to_merge()
+        return functional.merged_weight(base, self._factors("A"), self._factors("B"), self.scaling, len(self.parts))
 
     @property
     def base_bits(self) -> int:
@@ -321,30 +318,17 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """
 
     weight_name = "in_proj_weight"
+    parts = ("_q", "_k", "_v")
     _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
         self._linear_kind.adapt(self.out_proj, settings, base_dtype)
         super()._init_adapters(settings, base_dtype)
 
-    def _create_adapters(self) -> None:
-        for projection in "qkv":
-            self._add_adapter(f"_{projection}", self.embed_dim)
-
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it, and its output projection, back into the stock layers: see `LoRALayer.remove_lora`."""
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
-
-    def _factors(self, letter: str) -> list[Tensor]:
-        """A or B of q, k and v."""
-        return [self._parameters[f"lora_{letter}_{projection}"] for projection in "qkv"]
-
-    def effective_weight(self) -> Tensor:
-        """The packed weight of q, k and v, (3 E, E)."""
-        A = torch.cat(self._factors("A"))
-        B = torch.cat(self._factors("B"))
-        return functional.merged_weight(self._base_to_merge(), A, B, self.scaling, groups=3)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
@@ -362,13 +346,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         self, first: int, count: int, x: Tensor, adapter_x: Tensor | None, prologue: Callable | None
     ) -> Tensor:
         """The product of x with `count` of q, k and v from the `first` on, (N, L, count * embed_dim)."""
-        end = first + count
-        rows = slice(first * self.embed_dim, end * self.embed_dim)
+        parts = slice(first, first + count)
+        rows = slice(parts.start * self.embed_dim, parts.stop * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
-        A = functional.stacked(self._factors("A")[first:end])
-        B = functional.stacked(self._factors("B")[first:end])
+        A = self._factors("A", parts)
+        B = self._factors("B", parts)
         return functional.lora_linear(x, self.base()[rows], A, B, bias, self.scaling, count, adapter_x, prologue)
 
     def forward(
@@ -1051,8 +1035,8 @@ class FineTuning(RunState):
         self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
-            if followers(model):  # files are to say so, since `auto` is another thing on a GPU
-                plan = replace(plan, norms="follow")
+            # Files are to say what was done, since `auto` is another thing on a GPU.
+            plan = replace(plan, norms="follow" if followers(model) else "frozen")
         self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)
 
@@ -1194,12 +1178,7 @@ class FineTuning(RunState):
             raise InputError(
                 f"--keep-best: the best adapter is next to {path}; resume with that folder as --output-dir"
             )
-        free = options.FREE_TO_CHANGE
-        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
-            norms = {self.plan.norms, run_state.recorded_setting(path, "norms")}
-            if "train" not in norms:  # else LayerNorms train
-                free = (*free, "finetune.norms")
-        self.resume(path, free)
+        self.resume(path, options.FREE_TO_CHANGE)
 
     # Its rates
 

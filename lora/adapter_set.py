@@ -109,7 +109,12 @@ class AdapterSet:
         """Note the base: the head, and the layers that may be adapted, as they are without an adapter."""
         self.has_begun = True
         for name in head_names(model):
-            self.base.heads[name] = _stock_head(model.get_submodule(name))
+            head = model.get_submodule(name)
+            if adapted_layers(head):  # the base's has none
+                head = copy.deepcopy(head)
+                for layer in adapted_layers(head).values():
+                    layer.remove_lora()
+            self.base.heads[name] = head
         for path, layer in model.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and not in_head(model, path):
                 self.base.layers[path] = LayerState.of(layer).without_adapter()
@@ -208,14 +213,6 @@ def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
 
 def _places(module: nn.Module) -> set[tuple[torch.device, torch.dtype]]:
     return {(parameter.device, parameter.dtype) for parameter in module.parameters()}
-
-
-def _stock_head(head: nn.Module) -> nn.Module:
-    """The head without adapters: a copy, or the head itself if it has none."""
-    head = copy.deepcopy(head) if adapted_layers(head) else head
-    for layer in adapted_layers(head).values():
-        layer.remove_lora()
-    return head
 
 
 def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:

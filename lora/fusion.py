@@ -325,24 +325,19 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Give each block the class, fused or stock, that what is adapted and frozen now asks for: see `_differs`."""
+    """Give each block the class, fused or stock, that what is adapted and frozen now asks for."""
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
         if stock in FUSED:
-            block.__class__ = stock
-            if _differs(block, stock):
-                block.__class__ = FUSED[stock]
+            inside = block.modules() if stock is VisionTransformer else block.children()
+            gains = (
+                any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
+                or (stock is MLPBlock and not _trains(block))
+                or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
+                or "checkpointing" in vars(block)
+            )
+            block.__class__ = FUSED[stock] if gains else stock
     _set_fast_paths(model)
-
-
-def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
-    inside = block.modules() if stock is VisionTransformer else block.children()
-    return (
-        any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
-        or (stock is MLPBlock and not _trains(block))
-        or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-        or "checkpointing" in vars(block)
-    )
 
 
 def unfuse(model: nn.Module) -> None:

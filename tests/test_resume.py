@@ -118,7 +118,7 @@ def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
 
 def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypatch):
     """Its LayerNorms would train from here on. Norms that are frozen, as those of a ResNet on a GPU, are none."""
-    with pytest.raises(InputError, match="norms was auto, is train"):
+    with pytest.raises(InputError, match="norms was frozen, is train"):
         finetune("--epochs 1 --norms train --resume")
     monkeypatch.setattr(finetune_lora, "settled_norms", lambda *_: "frozen")
     assert finetune("--epochs 1 --resume")["epochs"] == 1

@@ -217,7 +217,7 @@ class Plan:
     precision: str  # by which this dtype was chosen; auto on a GPU
     image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
     normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
-    norms: str  # frozen, follow, train; auto where no BatchNorm can follow
+    norms: str  # frozen, follow, train; auto until it is known whether any can follow, and where everything trains
 
     def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
         """The options, with what is settled, in the sections of a YAML file: a resumed run has to have the same."""
