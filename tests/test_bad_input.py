@@ -177,7 +177,6 @@ def adapter(title: str, content, *names: str, command: str = "deploy_lora evalua
 
 
 FLAGS = [
-    case("a misspelt flag", "finetune --epoch 3", "--epoch: no such option", "did you mean --epochs?"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
     case("a flag without its value", "finetune --epochs", "--epochs: expected a value, got none"),
     case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora", "ignored explicit argument"),
@@ -217,13 +216,12 @@ FLAGS = [
     case("a checkpoint that timm lacks", "finetune --checkpoint timm:resnet1", "--checkpoint timm:resnet1: "),
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
-    case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),
     case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
     case("an image size between patches", "finetune --image-size 17", "17 is not a multiple of vit_mini's patch", "16"),
     case("an image size for no memory", "finetune --image-size 100000", "image size is 100000", "at most 4096"),
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
-         " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train", "'gpu'",
-         "absent: no such folder", "gone.pth: file not found"),
+         " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train",
+         "'gpu' is not available", "--device cpu", "absent: no such folder", "gone.pth: file not found"),
     case("a bad checkpoint is told before images", "finetune --data-dir mine --checkpoint theirs.pth",
          "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
 ]  # fmt: skip
@@ -232,7 +230,6 @@ CONFIGS = [
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
     config("a key in the wrong section", "model: {epochs: 3}", "model.epochs: no such key", "section finetune"),
-    config("a section that is a value", "finetune: 3", "finetune: expected a section"),
     config("a list", "- epochs", "expected the sections model, data"),
     config("tabs", "finetune:\n\tepochs: 3", "my.yaml: cannot be read as YAML", "line 2"),
     config("a checkpoint for a config", lambda: Path("base.pth").read_bytes(), "my.yaml: cannot be read as YAML"),
@@ -241,7 +238,6 @@ CONFIGS = [
     config("a huge number for a key", f"finetune:\n  ? 0x{'f' * 9000}\n  : 1", "finetune.a number too long"),
     config("a list that holds itself", "finetune: &f {target_modules: [*f]}", "target_modules: expected a value"),
     config("deep nesting", nested(5000), "my.yaml: cannot be read as YAML: RecursionError"),
-    config("a tag that would run code", "finetune: !!python/object/apply:os.mkdir [ran]", "the tag", "os.mkdir"),
     config("everything wrong", "finetune: {epochs: null, lora_rank: -2, seed: [1], batch_size: yes, use_qlora: 1,"
            " target_modules: mlp, rank: 3}\nmodle:\ndata: 3", "finetune.epochs: expected a value, got none",
            "finetune.lora_rank: expected a whole number, 0 or more", "finetune.seed: expected a value, got [1]",
@@ -254,11 +250,9 @@ CONFIGS = [
 ]  # fmt: skip
 
 TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
-HTML = "<!DOCTYPE html><html><body>404 not found</body></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 IMAGES = [
-    case("a missing folder", "finetune --data-dir absent", "--data-dir absent: no such folder"),
     case("your own images without a checkpoint", "bare-finetune --data-dir images", "--data-dir without --checkpoint",
          "handwritten digits alone", "moco-v2-800ep", "--checkpoint shipped"),
     case("columns of no list", "finetune --label-columns cat,dog", "only a --data-list of classes, labels or numbers"),
@@ -375,13 +369,9 @@ def huge_png() -> bytes:
 
 
 CHECKPOINTS = [
-    case("a missing checkpoint", "finetune --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
-    checkpoint("a web page saved as a checkpoint", HTML, "theirs.pth", "a web page", "download the file itself"),
     checkpoint("a pointer of git-lfs", LFS, "theirs.pth", "git-lfs", "git lfs pull"),
     checkpoint("heads of a ResNet", resnet, "6 heads are not for resnet18", "drop --heads", options="--heads 6"),
     case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
-    checkpoint("a checkpoint that diverged", changed("base.pth", lambda c: next(iter(c["state_dict"].values())).fill_(
-        float("nan"))), "NaN", "use an earlier epoch"),
     checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "state_dict hold no tensors"),
     case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
     case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
@@ -423,9 +413,7 @@ ADAPTERS = [
     case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
          "that the adapter lacks: cat, dog", files=classes("cat", "dog")),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
-    adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
     adapter("a scaling beyond float32", recorded(scaling=1e299), "theirs.pth is damaged"),
-    adapter("another kind of layer", recorded(kind="LoRAConv2d"), "has kind LoRAConv2d in the file, LoRALinear here"),
     adapter("a surplus layer", changed("lora.pth", lambda c: c["layers"].update({"(a+)+$": next(iter(
         c["layers"].values()))})), "no layer to adapt is named (a+)+$"),
     adapter("a class too many", described(class_names=list("abcd")), "for its 4 classes heads.head.weight is (3, 192)"),
@@ -454,6 +442,12 @@ ADAPTERS = [
     case("a table of sure answers", "deploy_lora predict lora.pth images --output p.csv --abstain 0.6",
          "--probabilities, --window and --abstain are for a map, map.tif"),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
+    case("paths in place of a list", "deploy_lora embed lora.pth f_paths.csv --output f.npy",
+         "f_paths.csv is read by this very command; name another file", files={"f_paths.csv": "path\n"}),
+    case("answers in place of a list", "deploy_lora evaluate lora.pth r_answers.csv --output r.json",
+         "r_answers.csv is read by this very command", files={"r_answers.csv": "path\n"}),
+    case("PEFT's file in place of itself", "deploy_lora convert p/adapter_model.safetensors --output p",
+         "p/adapter_model.safetensors is read by this very command", files={"p/adapter_model.safetensors": ""}),
     case("answers in one file that go on", "deploy_lora predict lora.pth images --output p.csv --resume",
          "--resume is for answers in a folder, which --output is to name"),
     case("a choice from an empty folder", "deploy_lora choose base.pth mine --output o", "mine: no images",

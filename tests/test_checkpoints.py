@@ -269,7 +269,6 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(narrow, saved):
 
 BAD_CONTENTS = {
     "zero match: a prefix nobody knows": (lambda r: under("model.encoder.", r), "belongs to a known backbone"),
-    "partial match": (lambda r: dict(list(r.items())[:40]), "40 of its 120 backbone tensors match"),
     "only the key encoder": (lambda r: under("module.encoder_k.", r), "belongs to a known backbone"),
     "only a head beside the encoder": (lambda r: {"encoder_q.fc.weight": torch.zeros(2)}, "known backbone"),
     "module prefix on a part only": (lambda r: r | {"module.bn1.weight": r["bn1.weight"]}, "not expected: module.bn1"),

@@ -14,7 +14,7 @@ from torch import nn
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, rows_of, tensors, writes_nothing
+from tests.run_folders import assert_same_tensors, metrics, tensors, writes_nothing
 from toolkit.answers import probe
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
@@ -144,22 +144,10 @@ def test_with_masks_a_run_that_would_end_with_nothing_to_keep_goes_back(kind, ve
     assert judge.after_epoch(worse, worse, math.inf) == verdict
 
 
-def test_with_masks_adapters_learn_at_a_bounded_rate(finetune, pairs, monkeypatch, capsys):
-    """At 24 times the rate that a head of pixels wants they collapse. A retreat lowers both."""
-    after_step = Guard.after_step
-
-    def collapses_once(judge: Guard) -> Keep | GoBack:
-        return after_step(judge) if judge.retreats else GoBack("training collapsed")
-
-    monkeypatch.setattr(Guard, "after_step", collapses_once)
-    results = finetune(f"--task segmentation --data-dir {pairs} --augmentation crop --workers 0 --epochs 1")
-    printed = capsys.readouterr().out
-    assert "learning rate: head 1e-3, adapters 3e-3 (3x: they start at the gradient)" in printed
-    assert "back to epoch 0, learning rate 1.3e-04" in printed
-    assert results["head_learning_rate"] == pytest.approx(1e-3 / 8)
-    assert results["adapter_learning_rate"] == pytest.approx(3e-3 / 8)
-    [row] = rows_of(results["folder"] / "metrics.csv")
-    assert float(row["adapter_learning_rate"]) == pytest.approx(3 * float(row["learning_rate"]))
+def test_with_masks_adapters_learn_at_a_bounded_rate(start, pairs):
+    """At 24 times the rate that a head of pixels wants they collapse."""
+    run = start(f"--task segmentation --data-dir {pairs} --augmentation crop --workers 0")
+    assert (run.rate, run.adapter_rate) == (1e-2, pytest.approx(3e-3))
 
 
 def test_what_a_guard_has_noted_comes_back_with_its_state():
@@ -421,7 +409,10 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
     rates = []
     for epoch, row in enumerate(metrics(results["folder"])):
         rates.append(row["learning_rate"] / (0.5 + 0.5 * math.cos(math.pi * epoch / 4)))
+        assert row["adapter_learning_rate"] == pytest.approx(24 * row["learning_rate"])
     assert rates == pytest.approx([1e-3, 1e-3 / 8, 1e-3 / 64, 1e-3 / 64])
+    assert results["head_learning_rate"] == pytest.approx(1e-3 / 64)
+    assert results["adapter_learning_rate"] == pytest.approx(24e-3 / 64)
     told = capsys.readouterr().out
     assert "epoch 2: training collapsed; back to epoch 1, learning rate 1.3e-04" in told
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told

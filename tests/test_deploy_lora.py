@@ -6,10 +6,8 @@ What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
-import types
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +25,7 @@ from finetune_lora import add_lora_to_model, load_finetuned
 from lora import functional
 from lora_utils import LoRAManager
 from tests.image_files import tar_of
+from tests.pages import preparation
 from tests.run_folders import column, rows_of
 from toolkit import InputError
 from toolkit.answers import predictions
@@ -347,16 +346,6 @@ def test_a_small_file_stays_small(adapter_for_images, tmp_path):
 # ------------------------------------------------------------------------------------ what serves without it
 
 
-@pytest.fixture(scope="module")
-def prepare() -> types.ModuleType:
-    """The page's prepare.py."""
-    page = Path(deploy_lora.__file__).parent / "docs/deploy.md"
-    (code,) = re.findall(r"^```python\n# prepare.py\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    module = types.ModuleType("prepare")
-    exec(code, vars(module))
-    return module
-
-
 def an_image(kind: str, path: Path) -> Path:
     random = np.random.RandomState(0)
     if kind in ("13 bands", "chosen bands"):
@@ -410,14 +399,14 @@ def answers_of(outputs: torch.Tensor, about: dict) -> list[float]:
     return (outputs * torch.tensor(about["output_std"]) + torch.tensor(about["output_mean"]))[0].tolist()
 
 
-def test_a_server_answers_as_predict(served, prepare, tmp_path):
+def test_a_server_answers_as_predict(served, tmp_path):
     adapter, image = served
     run("merge", adapter, "--output", tmp_path / "merged.pth")
     about = json.loads((tmp_path / "merged.json").read_text())
     model = build_backbone(about["arch"], len(about["class_names"]), about["image_size"], channels=about["channels"])
     model.load_state_dict(torch.load(tmp_path / "merged.pth"))
     with torch.no_grad():
-        found = answers_of(model.eval()(prepare.prepared(image, about)), about)
+        found = answers_of(model.eval()(preparation().prepared(image, about)), about)
     (row,) = run("predict --device cpu", adapter, image, "--output", tmp_path / "predictions.csv")
     columns = {name: name for name in about["class_names"]}
     if about["activation"] == "softmax":
@@ -436,7 +425,7 @@ def test_a_server_answers_as_predict(served, prepare, tmp_path):
     [("13 bands", ["--normalise"]), pytest.param("numbers", [], marks=pytest.mark.slow)],
     indirect=["served"],
 )
-def test_a_graph_and_its_preparation_answer_as_predict(served, prepare, normalise, tmp_path):
+def test_a_graph_and_its_preparation_answer_as_predict(served, normalise, tmp_path):
     """For one image and for several. What is said of this file is not said of another one beside it."""
     adapter, image = served
     run("export", adapter, "--output", tmp_path / "model.pt2", *normalise)
@@ -448,13 +437,14 @@ def test_a_graph_and_its_preparation_answer_as_predict(served, prepare, normalis
     notes = {"class_names": ""}
     graph = torch.export.load(tmp_path / "model.pt2", extra_files=notes).module()
     assert json.loads(notes["class_names"]) == list(CLASSES)
-    one = prepare.prepared(image, about)
+    prepared = preparation().prepared
+    one = prepared(image, about)
     found = torch.cat([graph(one), graph(one.repeat(4, 1, 1, 1))])
     assert about["outputs"] == {"softmax": "logits", "none": "numbers"}[about["activation"]]
     if about["activation"] == "softmax":
         found = found.softmax(1)
     with torch.no_grad():
-        expected = answers_of(load_finetuned(adapter)[0](prepare.prepared(image, merged)), merged)
+        expected = answers_of(load_finetuned(adapter)[0](prepared(image, merged)), merged)
     assert len(found) == 5
     for answer in found.tolist():
         assert answer == pytest.approx(expected, abs=1e-5, rel=1e-4)
@@ -533,22 +523,6 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words
         with pytest.raises(InputError, match=f"^{name} is there, and no earlier {words.split()[0]} like this wrote it"):
             read_options(words.split())
         Path(name).unlink()
-
-
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        ("embed lora.pth f_paths.csv --output f.npy", "f_paths.csv"),
-        ("evaluate lora.pth r_answers.csv --output r.json", "r_answers.csv"),
-        ("convert peft/adapter_model.safetensors --output peft", "peft/adapter_model.safetensors"),
-    ],
-)
-def test_what_is_read_is_not_replaced(tmp_path, monkeypatch, words, name):
-    monkeypatch.chdir(tmp_path)
-    Path("peft").mkdir()
-    Path(name).write_text("path\n")
-    with pytest.raises(InputError, match=f"{name} is read by this very command; name another file"):
-        read_options(words.split())
 
 
 @pytest.mark.parametrize("command", ["predict", "embed", "explain"])

@@ -7,15 +7,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from toolkit.models.backbones import build_backbone
+from tests.pages import DOCS, blocks, save_moco_v2
 
 pytestmark = pytest.mark.slow
-DOCS = Path(finetune_lora.__file__).parent / "docs"
 SMALL = "--image-size 32 --epochs 1 --batch-size 4 --device cpu --workers 0 --lora-rank 2"
 RUN = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.main}
 
@@ -25,18 +23,14 @@ def folder(tmp_path, monkeypatch) -> Path:
     """An empty folder with a ResNet-18 in the place of the ResNet-50, as if it had been downloaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    checkpoint = tmp_path / "hub/checkpoints/moco_v2_800ep_pretrain.pth.tar"
-    checkpoint.parent.mkdir(parents=True)
-    state = build_backbone("resnet18", 10).state_dict()
-    keys = {f"module.encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    torch.save({"epoch": 800, "arch": "resnet18", "state_dict": keys}, checkpoint)
+    save_moco_v2(tmp_path)
     matplotlib.use("agg")
     return tmp_path
 
 
 def run_page(name: str) -> None:
     """Every command of the page, fewer epochs of small images, and every block of Python, in their order."""
-    for block in re.findall(r"^```text\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL):
+    for block in blocks("text", (DOCS / name).read_text()):
         if block.startswith(("import", "from")):
             exec(compile(block, name, "exec"), {})
             continue

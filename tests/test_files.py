@@ -89,7 +89,7 @@ def flipped(path):
 UNREADABLE = {
     "empty": (lambda path: path.write_bytes(b""), "it is empty"),
     "one byte": (lambda path: path.write_bytes(b"P"), "not a PyTorch checkpoint"),
-    "a web page": (lambda path: path.write_text("\n<html>404</html>" * 40), "a web page"),
+    "a web page": (lambda path: path.write_text("\n<html>404</html>" * 40), "a web page.*download the file itself"),
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
     "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
     "no pickle": (

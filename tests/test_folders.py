@@ -8,7 +8,6 @@ from pathlib import Path, PurePath
 import pytest
 from PIL import Image
 
-from moco import pretrain
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.images import data, folders, shards, sources
@@ -100,13 +99,11 @@ def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     assert batches.shuffled(3).tolist() == order != batches.shuffled(4).tolist()
 
 
-def test_archives_without_labels_pretrain_a_backbone(tmp_path, capsys):
-    write_set(tmp_path / "set", 16, labels=False)
-    assert not sources.has_labels(tmp_path / "set")
-    flags = f"--data-dir {tmp_path / 'set'} --output-dir {tmp_path / 'out'} --epochs 1 --batch-size 8 --dim 8"
-    results = pretrain.main([*flags.split(), "--mlp-dim", "8", "--workers", "1"])
-    assert results["knn_accuracy"] is None and 1 < results["effective_rank"] <= 16
-    assert "16 images" in capsys.readouterr().out
+def test_archives_without_labels_are_read_by_workers(tmp_path):
+    write_set(tmp_path, 16, labels=False)
+    assert not sources.has_labels(tmp_path)
+    loader = data.build_loader(data.Transformed(sources.load_unlabelled(tmp_path), level), 8, workers=1)
+    assert [read for levels, _ in loader for read in levels.tolist()] == list(range(16))
 
 
 def test_what_is_wrong_with_an_archive_is_told(tmp_path):

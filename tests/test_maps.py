@@ -1,7 +1,6 @@
 """Masks and maps from adapter files: whole runs on tiny pairs, and what is made of their adapters; scenes in rows."""
 
 import json
-import re
 import shutil
 import sys
 import tracemalloc
@@ -17,6 +16,7 @@ from PIL import Image
 import deploy_lora
 from finetune_lora import load_finetuned
 from tests.checkpoint_files import narrow_resnet, save_base
+from tests.pages import DOCS, blocks, preparation
 from toolkit import InputError
 from toolkit.answers.classification import Classification
 from toolkit.answers.predictions import Maps
@@ -306,20 +306,16 @@ def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, c
 @pytest.fixture
 def run_of_page(tmp_path, monkeypatch):
     """run_of_page("def mask_of", (16, 16)) runs this block of docs/deploy.md on an image of this size."""
-    page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "prepare", types.ModuleType("prepare"))
-
-    def block(words: str, variables: dict) -> dict:
-        exec(next(block for block in blocks if words in block), variables)
-        return variables
+    monkeypatch.setitem(sys.modules, "prepare", preparation())
 
     def run(words: str, size: tuple[int, int]) -> dict:
         Image.fromarray(levels(*size, 3, np.uint8)).save("image.png")
-        return block(words, {})
+        [code] = [block for block in blocks("python", (DOCS / "deploy.md").read_text()) if words in block]
+        variables = {}
+        exec(code, variables)
+        return variables
 
-    block("# prepare.py", vars(sys.modules["prepare"]))
     return run
 
 

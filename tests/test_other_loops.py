@@ -94,15 +94,6 @@ def unload(model: nn.Module) -> None:
     LoRAManager(model).unload(merge=True)
 
 
-def test_a_layer_can_be_exported():
-    """For batches of any size. tests/test_deploy_lora.py exports whole models."""
-    model = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
-    x = images(8)
-    answer = model(x)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    assert_close(program(torch.cat([x] * 20)), torch.cat([answer] * 20), FP32)
-
-
 @STORED
 def test_jit_refuses_adapters(four_bits):
     model = frozen(vit(), use_qlora=four_bits).eval()

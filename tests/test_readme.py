@@ -23,7 +23,8 @@ import deploy_lora
 import example_lora_usage as examples
 import finetune_lora
 from moco import pretrain
-from tests.checkpoint_files import narrow_resnet, under, without_head
+from tests.checkpoint_files import narrow_resnet
+from tests.pages import blocks, commands, save_moco_v2
 from toolkit.answers import parts
 from toolkit.models.backbones import build_backbone
 
@@ -37,19 +38,6 @@ LONGEST_README = 199  # lines: it is read in five minutes
 SMALL = ["--labels-per-class", "2", "--epochs", "1", "--batch-size", "10"]
 # A newcomer lacks them.
 EXTRAS = ("peft", "onnx", "onnxscript", "onnxruntime", "accelerate", "pytorch_lightning")
-
-
-def blocks(language: str, text: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def commands(text: str) -> list[str]:
-    """Each command of the shell blocks on a line of its own; comments are left out."""
-    found = []
-    for line in re.sub(r"\\\n *", "", "".join(blocks("bash", text))).splitlines():
-        if not line.startswith("#"):
-            found += [part.strip() for part in line.split("&&") if part.strip()]
-    return found
 
 
 def commands_of(*starts: str) -> list[str]:
@@ -97,26 +85,10 @@ def newcomer(whole_vit_mini, small_backbones, tmp_path_factory):
     Image.new("L", (8, 8), 200).save(folder / "image.png")
     (folder / "labels.csv").write_text("".join(labels))
     (folder / "numbers.csv").write_text("".join(numbers))
-    (folder / "hub" / "checkpoints").mkdir(parents=True)
-    save_moco_v2("resnet18", folder / "hub" / "checkpoints")  # as if downloaded before
-    shutil.copy(folder / "hub" / "checkpoints" / OFFICIAL, folder)
+    shutil.copy(save_moco_v2(folder), folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder))
         yield folder
-
-
-OFFICIAL = "moco_v2_800ep_pretrain.pth.tar"
-
-
-def save_moco_v2(arch: str, folder: Path) -> None:
-    """A random backbone in the layout of the official file, under its name."""
-    backbone = without_head(build_backbone(arch, 10).state_dict())
-    keys = under("module.encoder_q.", backbone)
-    width = backbone["layer4.1.bn2.weight"].numel()
-    for layer, rows in ((0, width), (2, 128)):
-        keys[f"module.encoder_q.fc.{layer}.weight"] = torch.zeros(rows, width)
-        keys[f"module.encoder_q.fc.{layer}.bias"] = torch.zeros(rows)
-    torch.save({"epoch": 800, "arch": arch, "state_dict": keys}, folder / OFFICIAL)
 
 
 @pytest.fixture
@@ -124,8 +96,7 @@ def own_folder(tmp_path, small_backbones, monkeypatch):
     """A folder of the test's own, with the official file as if downloaded: a narrow ResNet-18 for its ResNet-50."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    save_moco_v2("resnet18", tmp_path / "hub" / "checkpoints")
+    save_moco_v2(tmp_path)
     return tmp_path
 
 

@@ -103,10 +103,9 @@ def argv(base: Path, folder: Path, options: str) -> list[str]:
     return f"--checkpoint {base} --epochs 1 --device cpu --workers 0 --output-dir {folder} {options}".split()
 
 
-@pytest.mark.parametrize("where", ["data-list {}/list.csv", "data-dir {}/shards", "data-dir {}/images"])
-def test_pretraining_reads_lists_archives_and_folders(place, tmp_path, where):
+def test_pretraining_reads_folders(place, tmp_path):
     shape = "--arch vit_mini --image-size 16 --batch-size 4 --dim 8 --mlp-dim 8 --epochs 1 --device cpu --workers 0"
-    results = pretrain.main([*f"--{where} {shape}".format(place).split(), "--output-dir", str(tmp_path / "out")])
+    results = pretrain.main(f"--data-dir {place}/images {shape} --output-dir {tmp_path}/out".split())
     assert results["checkpoint"].exists()
 
 
@@ -180,11 +179,7 @@ def test_an_archive_is_indexed_in_few_reads(monkeypatch):
     ("path", "message"),
     [
         ("memory://place/none.csv", "none.csv: cannot read it: "),
-        ("https://me:secret@somewhere/list.csv", "https://somewhere/list.csv: a password, signature or further"),
-        (
-            "https://somewhere/list.csv?key=secret",
-            "https://somewhere/list.csv: a password, signature or further",
-        ),
+        ("https://somewhere/list.csv?key=secret", "https://somewhere/list.csv: a password, signature or further"),
         ("nosuch://place/list.csv", "nosuch://place/list.csv cannot be read: Protocol not known"),
     ],
 )

@@ -268,7 +268,6 @@ FEWER = " use fewer --workers"
         (RuntimeError("CUDA error: out of memory"), "out of memory on meta: lower it"),
         (OSError(24, "Too many open files"), f"ulimit -n.*{FEWER}"),
         (RuntimeError("received 0 items of ancdata"), f"ulimit -n.*{FEWER}"),
-        (RuntimeError("Caught OSError in DataLoader worker 0.\n[Errno 24] Too many open files"), f"ulimit -n.*{FEWER}"),
         (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), f"/dev/shm.*{FEWER}"),
         (OSError(28, "No space left on device"), f"/dev/shm.*{FEWER}"),  # of a lock, which a loading process needs
         (RuntimeError("DataLoader worker (pid 1) is killed: Bus error. ... shared memory ..."), f"/dev/shm.*{FEWER}"),

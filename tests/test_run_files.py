@@ -309,7 +309,6 @@ def values_to_type(action: argparse.Action) -> list[str]:
 
 
 RUNS = {
-    "adapters": "--data-dir {images}",
     "of a high rank": "--data-dir {images} --lora-rank 32 --learning-rate auto --precision fp32",
     "of all weights": "--data-dir {images} --checkpoint none --arch vit_mini --no-freeze-backbone --head-init probe",
     "masks": "--data-dir {pairs} --task segmentation",

@@ -1,6 +1,5 @@
 """Tiles of Sentinel-2: their bands, and the page that leads from them to a map."""
 
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
+from tests.pages import DOCS, blocks, commands
 from tests.run_folders import rows_of
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
@@ -62,12 +62,11 @@ SMALL = {"finetune_lora.py": f"{FEWER} --lora-rank 2", "moco.pretrain": f"{FEWER
 @pytest.mark.slow
 def test_the_page_on_sentinel_2_runs_from_top_to_bottom(eurosat, capsys):
     pytest.importorskip("onnxscript")
-    page = (Path(finetune_lora.__file__).parent / "docs" / "sentinel-2.md").read_text()
-    code = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    commands = [line for block in code for line in re.sub(r"\\\n *", "", block).splitlines()]
+    page = (DOCS / "sentinel-2.md").read_text()
+    code = blocks("text", page)
     run = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.main, "moco.pretrain": pretrain.main}
     told = {}
-    for command in (command.replace("-m ", "") for command in commands if command.startswith("python ")):
+    for command in (line.replace("-m ", "") for line in commands(page, "text") if line.startswith("python ")):
         _, script, *argv = shlex.split(command)
         run[script]([*argv, *SMALL.get(script, "").split()])
         told[command] = capsys.readouterr().out

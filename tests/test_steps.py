@@ -56,7 +56,7 @@ def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dic
     return figures, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", ["", "--label-smoothing 0.2 --clip-grad-norm 0.01", "--use-qlora"])
+@pytest.mark.parametrize("options", ["", "--label-smoothing 0.2 --clip-grad-norm 0.01"])
 def test_accumulated_batches_are_one_big_batch(start, options):
     # Of unequal sizes too: the last batch of an epoch is smaller, and its images count like any others.
     runs = [start(options), start(options)]

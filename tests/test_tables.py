@@ -12,7 +12,7 @@ import pytest
 
 import finetune_lora
 from benchmarks import tables
-from tests.test_readme import commands
+from tests.pages import commands
 
 BOOK = Path(tables.__file__).parent / "RESULTS.md"
 LONGEST_BOOK = 300  # lines: who looks for a figure finds it in seconds
