@@ -14,8 +14,10 @@ import torchvision
 from PIL import Image
 
 import deploy_lora
-from finetune_lora import load_finetuned
+from finetune_lora import add_lora_to_model, load_base, load_finetuned
+from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base
+from tests.dense import randomize_adapters
 from tests.pages import DOCS, blocks, preparation
 from toolkit import InputError
 from toolkit.answers.classification import Classification
@@ -319,10 +321,15 @@ def run_of_page(tmp_path, monkeypatch):
     return run
 
 
-def test_the_page_makes_the_mask_with_plain_pytorch(trained, pairs, tmp_path, monkeypatch, run_of_page):
+def test_the_page_makes_the_mask_with_plain_pytorch(tmp_path, monkeypatch, run_of_page):
     """With a narrow network in the place of the ResNet-50; the image is one window."""
     base = save_base(tmp_path / "base.pth", "resnet18", 32)
-    adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
+    model, report = load_base(base, None, 2, image_size=32, per_pixel=True)
+    randomize_adapters(add_lora_to_model(model, r=2), std=0.05)
+    torch.nn.init.normal_(model.head.linear.weight, std=0.1)
+    about = {"arch": report["arch"], "class_names": ["dark", "bright"], "image_size": 32, "checkpoint": str(base)}
+    adapter = tmp_path / "lora.pth"
+    LoRAManager(model).save_lora_checkpoint(adapter, about | {"task": {"kind": "segmentation", "values": [0, 1]}})
     deploy("merge", adapter, "--output", "merged.pth")
     monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
     found = run_of_page("head.linear.weight", (32, 32))
