@@ -297,7 +297,7 @@ def explain(args: argparse.Namespace) -> list[Path]:
             return path
 
         written = _write_for_each(deployed, images, [".png"], {"--label": args.label}, draw)
-    print(f"wrote {args.output}: {len(written)} pictures of what decided")
+    print(f"wrote {args.output}: what decided, of {len(written)} image{'s' * (len(written) != 1)}")
     return written
 
 

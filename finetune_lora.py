@@ -55,7 +55,7 @@ from toolkit.images.data import Remembered, end_workers
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import block_names, headless, in_head, name_head, record_of
-from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest
+from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest, value_at
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, constant_scale_and_shift, constants_kept, freeze_statistics, share_statistics
@@ -901,7 +901,8 @@ def started_run(*of_run: Any) -> "FineTuning":
 
 def resumed_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
     """The run that `--resume` goes on with, of the arguments of `FineTuning`."""
-    run = FineTuning(args, *of_run, teaches=run_state.has_entry(args.resume, "teacher"))
+    teaches = value_at(read_checkpoint(args.resume), "teacher") is not None
+    run = FineTuning(args, *of_run, teaches=teaches)
     run.go_on_from(args.resume)
     return run
 
@@ -1122,15 +1123,16 @@ class FineTuning(RunState):
             answers = distributed.gather(found.answers)[0]  # elsewhere the last bits may differ
             about = found._asdict()
             del about["probe"], about["answers"]
+            about["shares"] = dict(zip(self.task.names, found.shares.tolist(), strict=True))
+            about |= {"images": len(answers), "trained": self.teacher is not None}
             self.by_unlabelled = about | {"certainty": answers.amax(1).mean().item()}
             if self.teacher is not None:
                 self.teacher.first_answers = answers
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
             trained_on = self.loaders.features(self.network, self.task, self.dtype)
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
-        _, of_probe = tasks.baseline_keys(self.task)
-        if self.baseline[of_probe] is None and self.args.head_init == "probe":
-            self.baseline[of_probe] = self.evaluate(self.loaders.val).score
+        if self.baseline["probe"] is None and self.args.head_init == "probe":
+            self.baseline["probe"] = self.evaluate(self.loaders.val).score
         self.task.soften(self.model, self.temperature)
         self.start_adapters()
         return features

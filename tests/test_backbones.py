@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from toolkit.models.backbones import block_names, build_backbone, forward_features, head_name
+from toolkit.models.backbones import block_names, build_backbone, head_name, headless
 from toolkit.models.names import ARCHS, default_image_size
 
 WIDTHS = dict(zip(ARCHS, (512, 512, 2048, 2048, 192, 384, 768, 1024, 384, 768), strict=True))
@@ -23,14 +23,14 @@ def test_maps_images_of_the_default_size_to_logits_and_features(arch):
             assert shapes(model) == shapes(getattr(torchvision.models, arch)(num_classes=7))
         images = torch.empty(2, 3, default_image_size(arch), default_image_size(arch))
         assert model(images).shape == (2, 7)
-        assert forward_features(model, images).shape == (2, WIDTHS[arch])
+        assert headless(model)(images).shape == (2, WIDTHS[arch])
 
 
 def test_features_leave_the_head_alone_and_carry_gradients():
     model = build_backbone("resnet18", 10)
     model.fc = nn.Sequential(nn.Linear(512, 64), nn.BatchNorm1d(64))  # a projector in training mode
     projector = model.fc
-    forward_features(model, torch.randn(2, 3, 32, 32)).sum().backward()
+    headless(model)(torch.randn(2, 3, 32, 32)).sum().backward()
     assert model.fc is projector
     assert projector[1].num_batches_tracked == 0
     assert model.conv1.weight.grad is not None
@@ -41,7 +41,7 @@ def test_a_model_without_a_head_gives_its_output():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     images = torch.randn(2, 3, 2, 2)
     assert head_name(model) is None
-    assert torch.equal(forward_features(model, images), model(images))
+    assert torch.equal(headless(model)(images), model(images))
 
 
 def test_blocks_are_a_resnet_s_stages_and_a_vit_s_encoder_blocks():

@@ -30,7 +30,7 @@ from tests.run_folders import column, rows_of
 from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.answers.measures import share_interval
-from toolkit.models.backbones import build_backbone, forward_features
+from toolkit.models.backbones import build_backbone, headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run.commands import files_written, read_options
 
@@ -212,7 +212,7 @@ def test_features_are_what_the_head_receives(trained, images, tmp_path):
     paths = column(rows_of(tmp_path / "f_paths.csv"), "path")
     model, info = load_finetuned(trained)
     with torch.no_grad():
-        expected = forward_features(model, torch.stack([info["transform"](Image.open(path)) for path in paths]))
+        expected = headless(model)(torch.stack([info["transform"](Image.open(path)) for path in paths]))
     assert written.dtype == np.float32 and written.shape == (15, 192)
     assert_close(torch.from_numpy(written), expected, FP32)
     assert torch.equal(torch.from_numpy(written), returned)

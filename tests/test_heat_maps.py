@@ -123,7 +123,9 @@ def test_explain_draws_each_image_and_leaves_out_what_is_none(once, tmp_path, ca
     explain = ["explain", str(once / "lora.pth"), "--output"]
     [written] = deploy_lora.main([*explain, str(tmp_path / "out"), str(folder)])
     assert written == tmp_path / "out" / "inner" / "black.png" and Image.open(written).size == (720, 408)
-    assert f"left out: {folder}/broken.jpg: not a readable image" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"left out: {folder}/broken.jpg: not a readable image" in printed
+    assert f"wrote {tmp_path / 'out'}: what decided, of 1 image\n" in printed
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives/0.tar").write_bytes(tar_of({"../../victim/notes.png": picture}))
     [written] = deploy_lora.main([*explain, str(tmp_path / "other"), str(tmp_path / "archives")])

@@ -516,7 +516,6 @@ def test_a_part_of_a_set(tmp_path):
     assert torch.equal(part.targets, images.targets[[3, 1]])
     assert part.digest != images.subset([1, 3]).digest
     assert part.picture(0, None).shape == (6, 8, 3) and 0.5 < part.picture(0, None).max() <= 1
-    assert part.palette.shape == (2, 3)
 
 
 def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):

@@ -161,8 +161,9 @@ def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
 
 def chance(measure, images: int, clusters=None, bounds=measures.UNBOUNDED) -> tuple[tuple[float, float], float]:
     """The interval of a measure of weights (..., N), and its p."""
-    found = measures.jackknife(lambda weights: measure(weights)[:, None], images, clusters, [bounds])
-    return found.intervals[0], found.p[0]
+    found = measures.jackknife(lambda weights: {"it": measure(weights)}, images, clusters, {"it": bounds})
+    [figure] = found["it"]
+    return figure.interval, figure.p
 
 
 def measured_mean(values: torch.Tensor, clusters=None, bounds=measures.UNBOUNDED) -> tuple[tuple[float, float], float]:
@@ -240,8 +241,9 @@ def test_the_intervals_of_a_label_are_of_its_own_answers():
     report = tasks.MultiLabel(list("abcde")).report(answers)
     for i in range(5):
         alone = multilabel.LabelAnswers(0.0, answers.values[:, i : i + 1], answers.targets[:, i : i + 1])
-        found = measures.jackknife(alone.figures, 60).intervals
-        assert report.label_intervals(i) == [pytest.approx(found[0]), pytest.approx(found[2])]  # AP, AUROC
+        found = measures.jackknife(alone.figures, 60)
+        expected = [found[name][0].interval for name in ("macro_ap", "macro_auroc")]
+        assert report.label_intervals(i) == list(map(pytest.approx, expected))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_a_label_whose_only_positive_is_left_out_is_not_in_the_mean_f1():
     answers = multilabel.LabelAnswers(0.0, torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1], [0.9, 0.1]]), positive)
     report = tasks.MultiLabel(["once", "twice"]).report(answers)
     weights = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
-    assert report.measure(weights)[:, 3].tolist() == pytest.approx([(1 + 2 / 3) / 2, 2 / 3])
+    assert report.measure(weights)["macro_f1"].tolist() == pytest.approx([(1 + 2 / 3) / 2, 2 / 3])
 
 
 def test_intervals_count_patients_and_not_the_copies_of_their_images():
@@ -304,9 +306,9 @@ def test_intervals_count_patients_and_not_the_copies_of_their_images():
     patients = torch.arange(60).repeat_interleave(4)
     copies = multilabel.LabelAnswers(0.0, once.values[patients], once.targets[patients])
     task = tasks.MultiLabel(list("abcde"))
-    expected = task.report(once).intervals
-    for found, alone in zip(task.report(copies, patients).intervals, expected, strict=True):
-        assert found == pytest.approx(alone)
+    expected = task.report(once).headlines()
+    for found, alone in zip(task.report(copies, patients).headlines(), expected, strict=True):
+        assert found.interval == pytest.approx(alone.interval)
 
 
 def test_numbers_of_any_size_are_measured():
@@ -441,7 +443,7 @@ def test_intervals_of_clusters_of_one_image_are_those_of_images():
 def test_each_part_is_left_out_once_and_clusters_as_a_whole():
     clusters = torch.tensor([0, 0, 1, 2, 2, 2])
     seen = []
-    measures.jackknife(lambda weights: seen.append(weights) or weights[:, :1].double(), 6, clusters)
+    measures.jackknife(lambda weights: seen.append(weights) or {"it": weights[:, 0]}, 6, clusters)
     everything, *without = seen[0].tolist()
     assert everything == [True] * 6
     expected = [(clusters != left_out).tolist() for left_out in range(3)]

@@ -19,7 +19,7 @@ from lora.peft_format import CONFIG, WEIGHTS, _packed_factors, obstacles
 from lora_utils import LoRAManager, read_adapter_file
 from tests.run_folders import names_in
 from toolkit import InputError
-from toolkit.models.backbones import forward_features
+from toolkit.models.backbones import headless
 from toolkit.models.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
@@ -173,4 +173,4 @@ def test_what_peft_has_trained_is_a_checkpoint_once_it_is_merged(peft, kind, bas
     here, _ = load_backbone(tmp_path / "from_peft.pth", len(NAMES), image_size=SIZES[kind])
     images = torch.randn(2, 3, SIZES[kind], SIZES[kind])
     with torch.no_grad():
-        assert_close(forward_features(here.eval(), images), forward_features(merged, images), FP32)
+        assert_close(headless(here.eval())(images), headless(merged)(images), FP32)

@@ -142,10 +142,11 @@ def test_images_without_labels(run, flat, capsys):
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsys, labels):
-    def collapsed(model, x):
-        return torch.ones(len(x), 8) + 1e-6 * x.flatten(1)[:, :1]
+    class Collapsed(torch.nn.Module):
+        def forward(self, x):
+            return torch.ones(len(x), 8) + 1e-6 * x.flatten(1)[:, :1]
 
-    monkeypatch.setattr(pretrain.evaluation, "forward_features", collapsed)
+    monkeypatch.setattr(pretrain.evaluation, "headless", lambda model: Collapsed())
     results = run(f"--data-dir {folder if labels else flat} --epochs 1")
     assert results["effective_rank"] == pytest.approx(1, abs=0.1)
     assert "the features have collapsed: lower --learning-rate" in capsys.readouterr().out

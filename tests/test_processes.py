@@ -193,6 +193,12 @@ def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp
         assert children[0].output.count("wrote") == 1
 
 
+def test_a_page_is_shown_by_one_process(tmp_path):
+    """Two would wait for each other without a word."""
+    demo = completed("deploy_lora", f"demo {tmp_path / 'lora.pth'}", tmp_path / "log", codes=2)
+    assert "torchrun starts several: start it with python" in the_error(demo)
+
+
 def write_texts_late() -> None:
     """As on a slow drive: the other process must not look for what the first one is about to write."""
     real = predictions.write_text

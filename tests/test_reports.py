@@ -53,10 +53,10 @@ def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
     """Leaving out some of them changes nothing: the interval is at least that of the mean of both classes' shares."""
     labels = torch.tensor([0] * 95 + [1] * 5)
     answers = Evaluation(0.1, 1.0, labels, labels, torch.full((100,), 0.5))
-    low, high = TASK.report(answers).intervals[1]
+    _, (low, high), _ = TASK.report(answers).headlines()[1]
     assert (low, high) == pytest.approx(mean_interval(torch.ones(2), torch.tensor([95, 5])))
-    by_patient, _ = TASK.report(answers, torch.arange(100) // 5).intervals[1]
-    assert by_patient == pytest.approx(mean_interval(torch.ones(2), torch.tensor([19, 1]))[0])
+    _, by_patient, _ = TASK.report(answers, torch.arange(100) // 5).headlines()[1]
+    assert by_patient[0] == pytest.approx(mean_interval(torch.ones(2), torch.tensor([19, 1]))[0])
 
 
 def test_means_over_classes_have_the_intervals_of_the_jackknife():
@@ -66,10 +66,10 @@ def test_means_over_classes_have_the_intervals_of_the_jackknife():
     answers = Evaluation(0.1, 0.0, said, labels, torch.full((90,), 0.5))
     figures = Classification([*NAMES, "owl"]).report(answers).figures()
     assert figures["accuracy_per_class"]["owl"] is None and json.dumps(figures, allow_nan=False)
-    found = jackknife(answers.class_means, 90)
-    for name, value, (low, high) in zip(("balanced_accuracy", "macro_f1"), found.values, found.intervals, strict=True):
-        assert figures[name] == pytest.approx(value)
-        assert figures[f"{name}_interval"] == pytest.approx([low, high], abs=0.02)
+    found = jackknife(lambda weights: {"means": answers.class_means(weights)}, 90)["means"]
+    for name, figure in zip(("balanced_accuracy", "macro_f1"), found, strict=True):
+        assert figures[name] == pytest.approx(figure.value)
+        assert figures[f"{name}_interval"] == pytest.approx(figure.interval, abs=0.02)
 
 
 def size(path) -> tuple[int, int]:
@@ -138,7 +138,7 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     task = MultiLabel(["cat", "dog"])
     targets = torch.full((9, 2), torch.nan)
     report = task.report(multilabel.LabelAnswers(0.1, torch.rand(9, 2), targets))
-    baseline = {"knn_macro_ap": math.nan, "probe_macro_ap": math.nan}
+    baseline = {"knn": math.nan, "probe": math.nan}
     of_run = {"learning_rate": 1e-4}
     of_run |= {"kept_share": 0.5, "val_macro_ap_interval": None, "probe_macro_ap_before": None}
     rows = summary(task, report, baseline, tmp_path, "macro-ap", **of_run)
@@ -178,13 +178,13 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
     run.wise_ft.share = 0.25
-    run.baseline = {"probe_accuracy": 0.9}
+    run.baseline = {"probe": 0.9}
     worse = "\n  the linear probe still answers training images better than this epoch does: "
     mixed = "saved and evaluated is the model 25% of the way from the linear probe to this epoch"
     assert reports.describe_epoch(run).endswith(worse + mixed)
     run.wise_ft.share = 0
     assert reports.describe_epoch(run).endswith(f"{worse}the linear probe is saved and evaluated")
-    run.baseline = {"probe_accuracy": None}  # of a random head
+    run.baseline = {"probe": None}  # of a random head
     assert reports.describe_epoch(run).endswith("than this epoch does: the start is saved and evaluated")
 
 

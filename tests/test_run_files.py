@@ -185,6 +185,13 @@ def test_metrics_has_a_row_per_epoch(finished):
     assert 0 < rates[3] < peak
 
 
+def test_what_was_not_measured_is_an_empty_field_of_metrics(tmp_path):
+    run = run_state.RunState(argparse.Namespace(output_dir=tmp_path), torch.device("cpu"), torch.float32)
+    run.history = [{"epoch": 1, "adapter_learning_rate": None, "loss": 0.0}]
+    run.save_metrics(("epoch", "adapter_learning_rate", "loss"))
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["1,,0.0"]
+
+
 def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):
     results = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3")
     temperature = results["temperature"]

@@ -225,8 +225,8 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch)
     splits, model, report, plan = prepare(args, CPU)
     run = FineTuning(args, plan, model, report, splits, [])
     run.start()
-    assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe_miou"], abs=1e-5)
-    assert run.baseline["knn_miou"] is None and run.baseline["probe_miou"] > 0.3
+    assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe"], abs=1e-5)
+    assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     sizes = {len(images) for images, _ in run.loaders.val}
     assert sizes == {1} and run.loaders.train.batch_sampler.batch_size == 4

@@ -194,7 +194,7 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     frozen = start(resnet)
     frozen.start()
     assert torch.equal(frozen.model.bn1.running_mean, narrow["bn1.running_mean"])
-    assert trains.baseline["knn_accuracy"] == frozen.baseline["knn_accuracy"]
+    assert trains.baseline["knn"] == frozen.baseline["knn"]
 
 
 def test_the_gradient_chooses_the_blocks_and_the_run_is_that_of_their_number(finetune, monkeypatch, capsys):
@@ -250,7 +250,7 @@ def test_the_rates_of_each_group(start):
 def test_a_random_head_is_compared_with_its_neighbours_alone(start):
     run = start("--head-init random")
     run.start()
-    assert run.baseline == {"probe_accuracy": None, "knn_accuracy": 1.0}
+    assert run.baseline == {"probe": None, "knn": 1.0}
 
 
 @pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --norms train"])

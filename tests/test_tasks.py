@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
         known = ~targets[:, k].isnan()
         pairs.append((targets[known, k].numpy(), answers.values[known, k].numpy()))
     precisions = [metrics.average_precision_score(*pair) for pair in pairs]
-    assert answers.figures()[3 : 3 + 3].tolist() == pytest.approx(precisions, abs=1e-12)
+    assert answers.figures()["average_precision"].tolist() == pytest.approx(precisions, abs=1e-12)
     assert answers.score == answers.measured()["macro_ap"] == pytest.approx(np.mean(precisions), abs=1e-12)
     areas = [metrics.roc_auc_score(*pair) for pair in pairs]
     assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
@@ -289,6 +290,20 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     assert task.probe_score(model, features, targets) == pytest.approx(score, abs=0.02)
 
 
+@pytest.mark.parametrize("asked", ["none", "balanced"])
+def test_the_head_starts_at_a_probe_that_weighs_classes_as_the_loss_does(asked):
+    """Of 30 images 24 are cats, and nothing in the features tells: so balanced answers differ."""
+    features = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0] * 24 + [1] * 3 + [2] * 3)
+    args = SimpleNamespace(class_weights=asked, label_smoothing=0.0)
+    task = tasks.Classification.of_run(NAMES, SimpleNamespace(labels=labels.tolist()), args)
+    model = Net()
+    task.start(model, features, labels)
+    shares = model.fc(features).softmax(1).mean(0)
+    expected = {"none": [0.8, 0.1, 0.1], "balanced": [1 / 3] * 3}[asked]
+    assert shares.tolist() == pytest.approx(expected, abs=0.05)
+
+
 def test_a_table_of_predictions_has_the_likeliest_classes_or_the_labels_above_their_thresholds():
     outputs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]).log()
     columns = tasks.Classification(NAMES).columns(outputs)
@@ -403,7 +418,8 @@ def test_a_weighted_micro_ap_weighs_each_answer_as_its_image():
     known = ~targets.isnan()
     each = weights.T.expand(9, 3)[known]
     expected = metrics.average_precision_score(targets[known], values[known], sample_weight=each)
-    assert multilabel.LabelAnswers(0.0, values, targets).figures(weights)[0, 1].item() == pytest.approx(expected)
+    [found] = multilabel.LabelAnswers(0.0, values, targets).figures(weights)["micro_ap"].tolist()
+    assert found == pytest.approx(expected)
 
 
 def test_what_was_chosen_for_labels_is_taken_from_the_file():

@@ -20,8 +20,8 @@ from toolkit.models import names
 from toolkit.models.backbones import (
     build_backbone,
     first_convolution,
-    forward_features,
     head_name,
+    headless,
     in_head,
     normalization,
     record_of,
@@ -94,7 +94,7 @@ def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation(name):
     assert normalization(f"timm:{name}") == {"mean": config["mean"], "std": config["std"]}
     x = images(160)
     head = model.eval().get_submodule(HEADS[name])
-    features = forward_features(model, x)
+    features = headless(model)(x)
     assert features.shape == (2, head.in_features)
     assert_close(head(features), model(x), FP32)
     tagged = "timm:vit_base_patch16_224."  # the tag chooses
@@ -110,7 +110,7 @@ def test_only_the_classifier_trains():
     assert count_parameters(model)["lora"] > 0
     set_head(model, fit_linear_probe(torch.randn(20, 64), torch.arange(20) % 5, 5))
     assert not hasattr(model.head.fc, "lora_A")
-    assert forward_features(timm.create_model("test_vit", num_classes=0), images(160)).shape == (2, 64)  # it has none
+    assert headless(timm.create_model("test_vit", num_classes=0))(images(160)).shape == (2, 64)  # it has none
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_checkpoint_in_the_model_s_own_keys(name, wrap, suffix, checkpoint):
     assert report["family"] == "timm" and report["arch"] == f"timm:{name}" and report["image_size"] == 160
     assert {key.split(".")[-2] for key in report["dropped"]} == {HEADS[name].split(".")[-1]}  # the classifier alone
     x = images(160)
-    assert torch.equal(forward_features(model.eval(), x), forward_features(theirs, x))
+    assert torch.equal(headless(model.eval())(x), headless(theirs)(x))
     assert base_digests(model) == record_of(model).base_digests == base_digests(theirs)
 
 
@@ -351,7 +351,7 @@ def test_a_position_embedding_says_its_image_size_and_is_interpolated_to_another
     model, report = load_backbone(path, 5, "timm:test_vit")
     assert report["image_size"] == 64
     x = images(64)
-    assert torch.equal(forward_features(model.eval(), x), forward_features(theirs, x))
+    assert torch.equal(headless(model.eval())(x), headless(theirs)(x))
 
     larger, report = load_backbone(path, 5, "timm:test_vit", 96)
     resampled = timm.layers.resample_abs_pos_embed(theirs.pos_embed, [6, 6], num_prefix_tokens=1)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -88,6 +89,14 @@ def make_folder(path: Path) -> None:
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a file of JSON; an empty one for a file that has none, or cannot be read."""
+    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
+        if path.is_file():  # a pipe has no end
+            return {**json.loads(path.read_text(encoding="utf-8"))}
+    return {}
 
 
 def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool = False) -> Any:

@@ -42,7 +42,8 @@ class Report:
     """
 
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
-    measure: Callable[[Tensor], Tensor]  # of weights of the images (n, N): the headlines, and other shares after them
+    # Of weights of the images (n, N): the headlines, (n,), and shares of each class or label, (n, K), by name
+    measure: Callable[[Tensor], Mapping[str, Tensor]]
     printed: Callable[[], list[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
     sections: Callable[[Path], list[str]]  # for the page, in HTML, with the picture that `draw` has drawn
     draw: Callable[[Path], None]
@@ -56,28 +57,30 @@ class Report:
         self.answers = answers
         self.names = task.names
         self.clusters = torch.arange(len(answers.targets)) if clusters is None else clusters
-        bounds = [headline.bounds for headline in self.HEADLINES.values()]
-        found = measures.jackknife(self.measure, len(answers.targets), self.clusters, bounds)
-        self.values = found.values.tolist()
-        self.intervals = found.intervals
+        bounds = {name: headline.bounds for name, headline in self.HEADLINES.items()}
+        self.found = measures.jackknife(self.measure, len(answers.targets), self.clusters, bounds)
+
+    def headlines(self) -> list[measures.Figure]:
+        return [self.found[name][0] for name in self.HEADLINES]
 
     def figures(self) -> dict[str, Any]:
         """For `results.json`: the score and the rest by name, intervals of 95% as `NAME_interval`."""
         figures: dict[str, Any] = {}
-        for name, value, interval in zip(self.HEADLINES, self.values, self.intervals, strict=False):
-            figures[name] = finite(value)
-            figures[f"{name}_interval"] = finite_interval(interval)
+        for name, figure in zip(self.HEADLINES, self.headlines(), strict=True):
+            figures[name] = finite(figure.value)
+            figures[f"{name}_interval"] = finite_interval(figure.interval)
         return figures
 
     def title(self) -> str:
         headline = next(iter(self.HEADLINES.values()))
-        score = "not defined" if math.isnan(self.values[0]) else f"{self.values[0]:{headline.form}}"
+        value = self.headlines()[0].value
+        score = "not defined" if math.isnan(value) else f"{value:{headline.form}}"
         return f"{headline.title} {score} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
         """The headlines for people, (name, value) each, of which the first is the score."""
         rows = []
-        for headline, value, ends in zip(self.HEADLINES.values(), self.values, self.intervals, strict=False):
+        for headline, (value, ends, _) in zip(self.HEADLINES.values(), self.headlines(), strict=True):
             text = f"{value:{headline.form}} ({interval_text(*ends, headline.form_of_ends)})"
             if math.isnan(value):
                 text = f"not defined: {headline.undefined}"

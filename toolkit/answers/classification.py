@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,17 +33,20 @@ class ClassReport(Report):
 
     def __init__(self, task: Task, answers: Evaluation, clusters: Tensor | None = None):
         super().__init__(task, answers, clusters)
-        self.values[0] = answers.accuracy
-        self.intervals[0] = measures.share_interval(answers.labels == answers.predictions, clusters)
+        right = answers.labels == answers.predictions
+        self.found["accuracy"] = [measures.Figure(answers.accuracy, measures.share_interval(right, clusters))]
         right, images, _ = answers.class_counts()
         independent = images * (int(self.clusters.max()) + 1) / len(self.clusters)
         low, high = measures.mean_interval((right / images)[images > 0], independent[images > 0])
         # Where a class has all right, leaving out images of it changes nothing, and yet its share is not sure.
-        self.intervals[1] = min(low, self.intervals[1][0]), max(high, self.intervals[1][1])
+        [balanced] = self.found["balanced_accuracy"]
+        interval = min(low, balanced.interval[0]), max(high, balanced.interval[1])
+        self.found["balanced_accuracy"] = [balanced._replace(interval=interval)]
 
-    def measure(self, weights: Tensor) -> Tensor:
+    def measure(self, weights: Tensor) -> dict[str, Tensor]:
+        """The means over classes; of the accuracy there is a better interval."""
         means = measures.by_rows(self.answers.class_means, weights, len(self.answers.labels))
-        return torch.cat([means[:, :1], means], 1)  # of the accuracy there is a better interval
+        return {"balanced_accuracy": means[:, 0], "macro_f1": means[:, 1]}
 
     def figures(self) -> dict[str, Any]:
         right, images, _ = self.answers.class_counts(len(self.names))
@@ -53,13 +55,14 @@ class ClassReport(Report):
         return super().figures() | self.calibration_figures() | by_class
 
     def rows(self) -> list[tuple[str, str]]:
-        accuracy, balanced, f1 = self.values
+        accuracy, balanced, f1 = self.headlines()
         images = len(self.answers.labels)
         digits = int(images >= 200)  # more would be chance's own
-        chance = answer_reports.interval_text(*self.intervals[0], f".{digits}%")
+        chance = answer_reports.interval_text(*accuracy.interval, f".{digits}%")
+        right = round(accuracy.value * images)
         return [
-            ("accuracy", f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({chance})"),
-            ("balanced over classes", f"{balanced:.2%}, macro F1 {f1:.2%}"),
+            ("accuracy", f"{right:,} of {images:,} images, {accuracy.value:.2%} ({chance})"),
+            ("balanced over classes", f"{balanced.value:.2%}, macro F1 {f1.value:.2%}"),
             *self.calibration_rows(),
         ]
 
@@ -137,7 +140,6 @@ class Classification(SoftmaxObjective):
     counts_images = True
     Report = ClassReport
 
-    probe_score = staticmethod(probe.head_accuracy)
     knn_score = staticmethod(evaluation.knn_accuracy)
     answers = staticmethod(Evaluation.of)
 

@@ -19,17 +19,21 @@ from toolkit.answers.regression import NumberAnswers
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
 from toolkit.answers.tasks import TASKS
 from toolkit.config import flat
-from toolkit.files import write_cells
+from toolkit.files import read_json, write_cells
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
 from toolkit.models.checkpoints import value_at
 
 IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
 GROUP = "group"
-# The figures that are compared, by how the columns of answers end: the first of the answers' `figures`.
-SHOWN = {PROBABILITY: ("macro AP", "micro AP", "macro AUROC"), ANSWER: ("R2", "mean absolute error")}
 PIXELS, *_ = COUNTED
-SHOWN[PIXELS] = tuple(headline.title for headline in PixelReport.HEADLINES.values())
+# The figures that are compared, and their titles, by how the columns of answers end; None: these are classes
+SHOWN = {
+    None: {"accuracy": "accuracy"},
+    PROBABILITY: {"macro_ap": "macro AP", "micro_ap": "micro AP", "macro_auroc": "macro AUROC"},
+    ANSWER: {"r2": "R2", "mae": "mean absolute error"},
+    PIXELS: {name: headline.title for name, headline in PixelReport.HEADLINES.items()},
+}
 
 
 def answers_path(results: Path) -> Path:
@@ -123,7 +127,6 @@ def _differences(
     tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
 ) -> list[Difference]:
     """Compare two runs by figures of the same parts of the images: what is easy for both blurs no difference."""
-    names = ("accuracy",) if kind is None else SHOWN[kind]
     if kind is None:
         figures = _accuracy
         runs = [torch.from_numpy(table["class"] == table["answer"]) for table in tables]
@@ -136,26 +139,27 @@ def _differences(
         answered = [title + kind for title in truth]
         runs = [answers(0.0, _numbers(table, answered), _numbers(table, truth)) for table in tables]
 
-    def differences(weights: Tensor) -> Tensor:
-        """(n, 3 measures): how the runs differ, then the figures of each."""
-        before, after = (figures(run, weights)[:, : len(names)] for run in runs)
-        return torch.cat([after - before, before, after], 1)
+    def differences(weights: Tensor) -> dict[str, Tensor]:
+        """How the runs differ in each figure, and the figures of both: (n, 3)."""
+        before, after = (figures(run, weights) for run in runs)
+        return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
 
-    found = measures.jackknife(differences, len(tables[0][truth[0]]), clusters, [measures.UNBOUNDED] * 3 * len(names))
-    _, before, after = found.values.view(3, -1).tolist()
-    chances = [measures.mcnemar(*runs, clusters)] if kind is None else found.p
-    columns = zip(names, before, after, found.intervals, chances, strict=False)  # the differences come first
-    return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
-
-
-def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
-    return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
+    bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)
+    compared = []
+    for name, found in measures.jackknife(differences, len(tables[0][truth[0]]), clusters, bounds).items():
+        difference, before, after = found
+        p = difference.p if kind is not None else measures.mcnemar(*runs, clusters)
+        compared.append(Difference(SHOWN[kind][name], before.value, after.value, *difference.interval, p))
+    return compared
 
 
-def _figures_of_pixels(columns: Tensor, weights: Tensor) -> Tensor:
-    """The headlines (n, 3) of all columns of answers with masks, (N, 3 K): class by class what COUNTED names."""
-    figures = pixel_figures(measures.weighted_sum(columns, weights).unflatten(1, (-1, len(COUNTED))).mT)
-    return torch.stack([figures[name] for name in PixelReport.HEADLINES], 1)
+def _accuracy(right: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    return {"accuracy": measures.weighted_sum(right, weights) / weights.sum(1)}
+
+
+def _figures_of_pixels(columns: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The figures of all columns of answers with masks, (N, 3 K): class by class what COUNTED names."""
+    return pixel_figures(measures.weighted_sum(columns, weights).unflatten(1, (-1, len(COUNTED))).mT)
 
 
 def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
@@ -171,7 +175,7 @@ def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
 def table(differences: Sequence[Difference], first: Path, second: Path) -> list[tuple[str, str]]:
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
-        form = ".4g" if measure in SHOWN[ANSWER] else ".2%"  # a share in per cent
+        form = ".4g" if measure in SHOWN[ANSWER].values() else ".2%"  # a share in per cent
         interval = interval_text(low, high, f"+{form}")
         rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows
@@ -215,10 +219,7 @@ def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["task"] in TASKS:
-            return results
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{path} is no results.json of a run, nor of evaluate --output")
+    results = read_json(path)
+    if str(results.get("task")) not in TASKS:
+        raise InputError(f"{path} is no results.json of a run, nor of evaluate --output")
+    return results

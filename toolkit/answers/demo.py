@@ -17,7 +17,7 @@ from toolkit.answers.predictions import Maps
 from toolkit.answers.report_page import html_table
 from toolkit.files import make_folder, write_text
 from toolkit.images.folders import ImageFiles
-from toolkit.images.masks import coloured, palette
+from toolkit.images.masks import coloured
 from toolkit.images.scenes import open_scene
 
 GRADIO = "6.31.0"  # the release that a Space runs, which the page was tried with
@@ -64,20 +64,16 @@ class Demo:
         if of is None:
             of = int(shares.argmax())
         picture = picture / 255 if bands is None else bands.picture(torch.from_numpy(picture).movedim(2, 0))
-        mask = coloured(torch.from_numpy(classes[::step, ::step]), self.colours())
+        mask = coloured(torch.from_numpy(classes[::step, ::step]), self.task.palette())
         _, heat, _ = self.explainer.explain(image, of)
         rows = [(name, f"{share:.1%} of the pixels") for name, share in zip(names, shares, strict=True)]
         return rows, _levels(0.4 * picture + 0.6 * mask), _levels(heat)
-
-    def colours(self) -> np.ndarray:
-        """Those of the classes in a mask, (K, 3) from 0 to 1."""
-        return palette(len(self.task.names), self.task.record().get("colours"))
 
     def table(self, rows: list[tuple[str, str]]) -> str:
         """The rows in HTML, each class of a mask with its colour."""
         table = html_table(rows)
         if self.maps is not None:
-            for colour in _levels(self.colours()).tolist():
+            for colour in _levels(self.task.palette()).tolist():
                 table = table.replace("<tr><td>", f'<tr><td style="border-left: 1em solid rgb{tuple(colour)}">', 1)
         return table
 

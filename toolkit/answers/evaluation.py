@@ -1,7 +1,6 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toolkit import distributed
 from toolkit.answers import measures
 from toolkit.devices import autocast, to_device
-from toolkit.models.backbones import forward_features
+from toolkit.models.backbones import headless
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
 NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
@@ -90,34 +89,32 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
 
 
 @torch.no_grad()
-def over_loader(
-    loader: Iterable, device: torch.device, dtype: torch.dtype, model: nn.Module, answer: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The answers for a loader's batches, in float32, and the targets, on `device`; `model` is in eval mode meanwhile.
+def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The outputs of a model in eval mode for a loader's batches, in float32, and the targets, both on `device`.
 
     Each process computes its share, and all return the whole.
     """
-    answers = []
+    outputs = []
     targets = []
     with eval_mode(model):
         for images, its_targets in loader:
-            answers.append(computed(answer, images, device, dtype).float())
+            outputs.append(computed(model, images, device, dtype).float())
             targets.append(to_device(its_targets, device))
-    return distributed.interleave(torch.cat(answers)), distributed.interleave(torch.cat(targets))
+    return distributed.interleave(torch.cat(outputs)), distributed.interleave(torch.cat(targets))
 
 
 def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The features that the head of `model` receives, float32 (N, D), and labels (N,), both on `device`."""
-    return over_loader(loader, device, dtype, model, functools.partial(forward_features, model))
+    return over_loader(headless(model), loader, device, dtype)
 
 
 def all_outputs(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The outputs of a model, float32 (N, K), and the targets, both on the CPU."""
-    outputs, targets = over_loader(loader, device, dtype, model, model)
+    outputs, targets = over_loader(model, loader, device, dtype)
     return outputs.cpu(), targets.cpu()
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -192,25 +192,28 @@ WIDEST = 100  # times the distance to the one end of a scale: an interval that r
 STEADY = 1e-12  # by its size: a figure that changes less where images are left out changes by rounding alone
 
 
-class Jackknifed(NamedTuple):
-    """Figures of a set of images, in columns."""
+class Figure(NamedTuple):
+    """A figure of a set of images."""
 
-    values: Tensor
-    intervals: list[Interval]  # of 95%; NaN is no interval
-    p: list[float]  # two-sided, of a figure that is truly 0; 1 where there is no interval
+    value: float
+    interval: Interval  # of 95%; NaN is no interval
+    p: float = 1.0  # two-sided, of a figure that is truly 0; 1 where there is no interval
 
 
 def jackknife(
-    measure: Callable[[Tensor], Tensor], images: int, clusters: Tensor | None = None, bounds: Sequence[Interval] = ()
-) -> Jackknifed:
-    """A measure's columns with 95% intervals by the delete-a-group jackknife; none where nothing changes.
+    measure: Callable[[Tensor], Mapping[str, Tensor]],
+    images: int,
+    clusters: Tensor | None = None,
+    bounds: Mapping[str, Interval] | None = None,
+) -> dict[str, list[Figure]]:
+    """Figures by name with 95% intervals by the delete-a-group jackknife; none where nothing changes.
 
     The middle is the mean of the pseudo-values, which have no bias (Quenouille, Biometrika 43, 1956): the AP of few
     positives flatters. Their spread is the error (Kott, Journal of Official Statistics 17, 2001). Both are carried to a
     scale without ends, such as the logit of a share.
 
-    `measure` takes weights (n, images), each 0 or 1, and returns (n, columns). The images of a cluster, see
-    `share_interval`, are left out together. `bounds` are the ends of each column, never reached; of further ones 0, 1.
+    `measure` takes weights (n, images), each 0 or 1, and returns (n,), or (n, K), for each name. The images of a
+    cluster, see `share_interval`, are left out together. `bounds` are ends that are never reached; by default 0, 1.
     """
     from scipy.special import stdtr, stdtrit  # Student's t, without the second that importing scipy.stats takes
 
@@ -219,19 +222,21 @@ def jackknife(
     parts = min(PARTS, units)
     part = (torch.randperm(units, generator=torch.Generator().manual_seed(0)) % parts)[clusters]
     kept = torch.cat([torch.ones(1, images, dtype=torch.bool), part != torch.arange(parts)[:, None]])
-    values, without = measure(kept).double().split([1, parts])
-    values = values[0]
-    if parts < 2:
-        return Jackknifed(values, [(math.nan, math.nan)] * len(values), [1.0] * len(values))
-    middles = parts * values - (parts - 1) * without.mean(0)
-    errors = without.std(0, correction=0) * (parts - 1) ** 0.5
-    halves = errors * stdtrit(parts - 1, 0.975)
-    bounds = [*bounds, *[SHARE] * (len(values) - len(bounds))]
-    columns = zip(values.tolist(), middles.tolist(), halves.tolist(), bounds, strict=True)
-    intervals = [_between(*column) for column in columns]
-    varies = errors > STEADY * values.abs()
-    chances = 2 * stdtr(parts - 1, -(middles / errors).abs().where(varies, 0.0).numpy())
-    return Jackknifed(values, intervals, chances.tolist())
+    figures = {}
+    for name, found in measure(kept).items():
+        values, without = found.double().view(1 + parts, -1).tensor_split([1])
+        if parts < 2:
+            figures[name] = [Figure(value, (math.nan, math.nan)) for value in values[0].tolist()]
+            continue
+        middles = parts * values[0] - (parts - 1) * without.mean(0)
+        errors = without.std(0, correction=0) * (parts - 1) ** 0.5
+        varies = errors > STEADY * values[0].abs()
+        chances = 2 * stdtr(parts - 1, -(middles / errors).abs().where(varies, 0.0).numpy())
+        halves = errors * stdtrit(parts - 1, 0.975)
+        ends = (bounds or {}).get(name, SHARE)
+        columns = zip(values[0].tolist(), middles.tolist(), halves.tolist(), chances.tolist(), strict=True)
+        figures[name] = [Figure(value, _between(value, middle, half, ends), p) for value, middle, half, p in columns]
+    return figures
 
 
 def _between(value: float, middle: float, half: float, bounds: Interval) -> Interval:

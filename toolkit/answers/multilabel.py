@@ -32,14 +32,14 @@ class LabelAnswers(ColumnAnswers):
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
-    def figures(self, weights: Tensor | None = None) -> Tensor:
-        """(3 + 2 K,), or (n, 3 + 2 K): means over the labels that have one, then the APs and the AUROCs of all."""
+    def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Means over the labels that have one, and the AP and the AUROC of each label, (K,), or (n, K)."""
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
         micro = measures.ranking(self.values[known], self.targets[known], images, weights)
-        by_label = torch.stack([measures.ranking(*column, weights) for column in self.known()], -1)
-        macro_ap, macro_auroc = by_label.nanmean(-1, keepdim=True).unbind(-2)
-        return torch.cat([macro_ap, micro[..., :1], macro_auroc, by_label.flatten(-2)], -1)
+        ap, auroc = torch.stack([measures.ranking(*column, weights) for column in self.known()], -1).unbind(-2)
+        means = {"macro_ap": ap.nanmean(-1), "micro_ap": micro[..., 0], "macro_auroc": auroc.nanmean(-1)}
+        return means | {"average_precision": ap, "auroc": auroc}
 
     def reliability(self) -> Tensor:
         known = ~self.targets.isnan()
@@ -85,29 +85,25 @@ class LabelReport(ColumnReport):
     }
 
     def columns(self) -> dict[str, list[float]]:
-        labels = len(self.names)
         thresholds = self.task.thresholds
-        first = len(self.HEADLINES)
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),
             "unknown": self.answers.targets.isnan().sum(0).tolist(),
-            "average_precision": self.values[first : first + labels],
-            "auroc": self.values[first + labels :],
+            "average_precision": [figure.value for figure in self.found["average_precision"]],
+            "auroc": [figure.value for figure in self.found["auroc"]],
             **{name: rate.tolist() for name, rate in self.answers.rates(thresholds).items()},
             "threshold": thresholds.tolist(),
         }
 
-    def measure(self, weights: Tensor) -> Tensor:
-        """The headlines, then the AP of each label and the AUROC of each."""
-        means, by_label = self.answers.figures(weights).tensor_split([len(self.answers.MEASURED)], 1)
-        macro_f1 = self.answers.rates(self.task.thresholds, weights)["f1"].nanmean(-1, keepdim=True)
-        return torch.cat([means, macro_f1, by_label], 1)
+    def measure(self, weights: Tensor) -> dict[str, Tensor]:
+        f1 = self.answers.rates(self.task.thresholds, weights)["f1"]
+        return self.answers.figures(weights) | {"macro_f1": f1.nanmean(-1)}
 
     def label_intervals(self, i: int) -> list[measures.Interval]:
         """The intervals of a label's AP and AUROC; NaN where few images, or clusters, are positive, or negative."""
         if min(len(self.clusters[self.answers.targets[:, i] == value].unique()) for value in (0, 1)) < FEWEST_POSITIVES:
             return [(math.nan, math.nan)] * 2
-        return self.intervals[len(self.HEADLINES) + i :: len(self.names)]
+        return [self.found[name][i].interval for name in ("average_precision", "auroc")]
 
     def rate_intervals(self, i: int) -> list[measures.Interval]:
         """Of a label's sensitivity and specificity at its threshold; NaN where no image has it, or none lacks it."""
@@ -286,9 +282,6 @@ class MultiLabel(Task):
     def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
         loss = self.plain_loss(outputs, targets).item() / len(targets)
         return LabelAnswers(loss, outputs.sigmoid(), targets)
-
-    def probe_score(self, model, features, targets) -> float:
-        return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
 
     def constant_score(self, images: LabelledImages) -> float:
         return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score

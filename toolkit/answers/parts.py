@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from toolkit.answers.answer_reports import Report
 from toolkit.choices import KEEP_BEST, TRUTHS
 from toolkit.images.bands import are_numbers
 from toolkit.images.data import LabelledImages
-from toolkit.images.masks import MaskReader
+from toolkit.images.masks import MaskReader, palette
 
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
 
@@ -29,18 +30,19 @@ class ColumnAnswers:
     """Answers to K questions on each image, each of which counts where its target is known."""
 
     MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
-    # Of weights of the images (n, N): a row of these figures, and maybe others, for each; of None: their one row
-    figures: ClassVar[Callable[..., Tensor]]
+    # Of weights of the images (n, N) these figures, (n,), and maybe others, by name; of None: of all images, ()
+    figures: ClassVar[Callable[..., Mapping[str, Tensor]]]
     loss: float
     values: Tensor  # (N, K)
     targets: Tensor  # (N, K), NaN where unknown
 
     @property
     def score(self) -> float:
-        return self.figures()[0].item()
+        return self.measured()[self.MEASURED[0]]
 
     def measured(self) -> dict[str, float]:
-        return dict(zip(self.MEASURED, self.figures().tolist(), strict=False))
+        figures = self.figures()
+        return {name: figures[name].item() for name in self.MEASURED}
 
     def known(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each column the images of which it is known, (M,): their values, their targets, and which they are."""
@@ -116,7 +118,10 @@ class Task:
         return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
 
     def probe_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:
-        """Of the head's answers for features; None: ask `evaluate`."""
+        """Of the head's answers for features; None where these are of pixels: ask `evaluate`."""
+        if self.per_pixel:
+            return None
+        return self.answers(probe.head_outputs(model, features).cpu(), targets.cpu()).score
 
     def knn_score(self, train_features, train_targets, features, targets) -> float | None:
         """Of answers taken from the most similar training images; None: they say nothing."""
@@ -176,6 +181,10 @@ class Task:
         """The titles of `columns`, and for each image what stands in them."""
         columns = self.columns(outputs)
         return list(columns), zip(*columns.values(), strict=True)
+
+    def palette(self) -> np.ndarray:
+        """The colours of the classes in masks and maps, (K, 3) from 0 to 1."""
+        return palette(len(self.names), None if self.masks is None else self.masks.colours)
 
     def output_layer(self) -> nn.Module:
         """What an exported graph ends with, so that its outputs mean something by themselves."""

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from toolkit import InputError, listed
 from toolkit.answers.parts import Task
-from toolkit.files import make_folder, open_atomically, write_cells, write_text
+from toolkit.files import make_folder, open_atomically, read_json, write_cells, write_text
 from toolkit.images.data import LabelledImages
 from toolkit.images.folders import places_below
 from toolkit.images.maps import NO_CLASS, write_map, write_mask
-from toolkit.images.masks import palette
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
@@ -40,7 +39,9 @@ def begin_folder(
     path = folder / MANIFEST
     is_begun = os.path.lexists(path)
     if is_begun:
-        earlier = _read_manifest(path)
+        earlier = read_json(path)
+        if not earlier:
+            raise InputError(f"{path} is damaged: name another folder")
         if not resume:
             raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
         differing = [name for name, value in about.items() if earlier.get(name) != value]
@@ -57,15 +58,6 @@ def begin_folder(
         make_folder(inside)
     write_text(json.dumps(about, indent=2), path)
     return found
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        if path.is_file():  # a pipe has no end
-            return {**json.loads(path.read_text())}
-    except (OSError, TypeError, ValueError, RecursionError):
-        pass
-    raise InputError(f"{path} is damaged: name another folder")
 
 
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
@@ -131,10 +123,7 @@ class Maps:
             total = math.ceil(scene.height / step)
         parts = bar(self.parts(scene), total=total)
         names = self.task.names
-        colours = None
-        if self.has_classes:
-            record = self.task.record() or {}
-            colours = palette(len(names), record.get("colours"))
+        colours = self.task.palette() if self.has_classes else None
         is_tiff = path.suffix in (".tif", ".tiff")
         if not self.writes:
             deque(parts, maxlen=0)
@@ -153,25 +142,25 @@ class Maps:
         return path
 
     def parts(self, scene: Scene) -> Iterator[np.ndarray]:
-        """What the map of a scene has, from above, a few rows at a time."""
-        return self._pixels(scene) if self.task.per_pixel else self._windows(scene)
+        """What the map of a scene has, from above, a few rows at a time.
 
-    def _pixels(self, scene: Scene) -> Iterator[np.ndarray]:
-        def read(first: int, last: int) -> Tensor:
-            return self.transform(_image(scene.rows(first, last), scene))
+        For answers of windows these lie side by side; at the scene's borders its last pixels fill them up.
+        """
 
-        for logits in answers_by_rows(read, scene.height, scene.width, self.window, self.answer):
-            yield self._values(logits.movedim(0, 2))
+        def seen(rows: np.ndarray) -> Tensor:
+            return self.transform(Image.fromarray(np.ascontiguousarray(rows)) if scene.bands is None else rows)
 
-    def _windows(self, scene: Scene) -> Iterator[np.ndarray]:
-        """Rows of answers for windows side by side. At the scene's borders its last pixels fill them up."""
+        if self.task.per_pixel:
+            size = scene.height, scene.width, self.window
+            for logits in answers_by_rows(lambda first, last: seen(scene.rows(first, last)), *size, self.answer):
+                yield self._values(logits.movedim(0, 2))
+            return
         for top in range(0, scene.height, self.window):
             rows = scene.rows(top, min(top + self.window, scene.height))
             missing = (0, -len(rows) % self.window), (0, -scene.width % self.window), (0, 0)
             rows = np.pad(rows, missing, "edge")
-            parts = (rows[:, left : left + self.window] for left in range(0, scene.width, self.window))
-            images = [self.transform(_image(part, scene)) for part in parts]
-            yield self._values(self.answer(torch.stack(images))[None])
+            windows = [seen(rows[:, left : left + self.window]) for left in range(0, scene.width, self.window)]
+            yield self._values(self.answer(torch.stack(windows))[None])
 
     def _values(self, outputs: Tensor) -> np.ndarray:
         """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of floats."""
@@ -184,7 +173,3 @@ class Maps:
             return outputs.softmax(2).numpy()
         numbers = self.task.output_layer()(outputs).numpy()  # float64 where float32 could not tell them apart
         return numbers[..., 0] if numbers.shape[2] == 1 else numbers
-
-
-def _image(rows: np.ndarray, scene: Scene) -> Image.Image | np.ndarray:
-    return Image.fromarray(np.ascontiguousarray(rows)) if scene.bands is None else rows

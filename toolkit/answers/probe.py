@@ -108,11 +108,6 @@ def head_outputs(model: nn.Module, features: Tensor) -> Tensor:
     return linear_head(model)(features)
 
 
-def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
-    """The accuracy (0 to 1) of the head of `model` on features (N, D) with labels (N,)."""
-    return (head_outputs(model, features).argmax(1) == labels).float().mean().item()
-
-
 class Scaled(NamedTuple):
     """Features as they are fitted, and the scaling of a linear head: (x - mean) / scale."""
 

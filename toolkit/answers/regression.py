@@ -34,9 +34,9 @@ class NumberAnswers(ColumnAnswers):
 
     MEASURED = tuple(MEASURES)
 
-    def figures(self, weights: Tensor | None = None) -> Tensor:
-        """(4,), or (n, 4): means over the numbers that have one."""
-        return torch.stack([self.by_number(name, weights).nanmean(-1) for name in MEASURES], -1)
+    def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Means over the numbers that have one."""
+        return {name: self.by_number(name, weights).nanmean(-1) for name in MEASURES}
 
     def by_number(self, name: str, weights: Tensor | None = None) -> Tensor:
         """One of MEASURES for each number, (K,), or (n, K) for weights of the images (n, N)."""
@@ -79,7 +79,7 @@ class NumberReport(ColumnReport):
         "spearman": Headline("rank correlation", NOTHING_DIFFERS, measures.CORRELATION, ".4g", ".4g"),
     }
 
-    def measure(self, weights: Tensor) -> Tensor:
+    def measure(self, weights: Tensor) -> dict[str, Tensor]:
         return self.answers.figures(weights)
 
     def columns(self) -> dict[str, list[float]]:
@@ -205,9 +205,6 @@ class Regression(Task):
     def answers(self, outputs: Tensor, targets: Tensor) -> NumberAnswers:
         loss = self.loss(outputs, targets).item() / len(targets)
         return NumberAnswers(loss, self.in_units(outputs), targets)
-
-    def probe_score(self, model, features, targets) -> float:
-        return NumberAnswers(0.0, self.in_units(probe.head_outputs(model, features)), targets.cpu()).score
 
     def constant_score(self, images: LabelledImages) -> float:
         return 0.0

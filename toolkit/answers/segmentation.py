@@ -108,21 +108,16 @@ class PixelReport(Report):
         "pixel_accuracy": Headline("pixel accuracy", NO_PIXEL),
     }
 
-    def measure(self, weights: Tensor) -> Tensor:
-        summed = measures.weighted_sum(counted(self.answers.confusion).flatten(1), weights).unflatten(1, (3, -1))
-        return torch.cat([figure.view(len(weights), -1) for figure in pixel_figures(summed).values()], 1)
-
-    def _of_classes(self, columns: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        """IoU and Dice of each class, from what `measure` has in its columns."""
-        first = len(self.HEADLINES)
-        return columns[first : first + len(self.names)], columns[first + len(self.names) :]
+    def measure(self, weights: Tensor) -> dict[str, Tensor]:
+        summed = measures.weighted_sum(counted(self.answers.confusion).flatten(1), weights)
+        return pixel_figures(summed.unflatten(1, (3, -1)))
 
     def figures(self) -> dict[str, Any]:
         by_class = {}
-        pairs = zip(self._of_classes(self.values), self._of_classes(self.intervals), strict=True)
-        for name, (values, intervals) in zip(("iou_per_class", "dice_per_class"), pairs, strict=True):
-            by_class[name] = dict(zip(self.names, map(finite, values), strict=True))
-            by_class[f"{name}_interval"] = dict(zip(self.names, map(finite_interval, intervals), strict=True))
+        for name in ("iou", "dice"):
+            values, intervals, _ = zip(*self.found[name], strict=True)
+            by_class[f"{name}_per_class"] = dict(zip(self.names, map(finite, values), strict=True))
+            by_class[f"{name}_per_class_interval"] = dict(zip(self.names, map(finite_interval, intervals), strict=True))
         return super().figures() | by_class | self.calibration_figures()
 
     def rows(self) -> list[tuple[str, str]]:
@@ -131,12 +126,12 @@ class PixelReport(Report):
     def by_class(self) -> list[tuple[str, str, str, str]]:
         """(class, share of the pixels, IoU, Dice), the worst first; classes that are nowhere last."""
         pixels = self.answers.confusion.sum((0, 2)).double()
-        ious, dices = self._of_classes(self.values)
-        columns = (pixels / pixels.sum(), ious, dices, self._of_classes(self.intervals)[0])
+        shares = pixels / pixels.sum()
         rows = []
-        for i in worst_first(ious):
-            share, iou, dice, chance = (column[i] for column in columns)
-            cells = (f"{share:.1%}", f"{iou:.1%} ({answer_reports.interval_text(*chance)})", f"{dice:.1%}")
+        for i in worst_first([figure.value for figure in self.found["iou"]]):
+            iou, chance, _ = self.found["iou"][i]
+            dice = self.found["dice"][i].value
+            cells = (f"{shares[i]:.1%}", f"{iou:.1%} ({answer_reports.interval_text(*chance)})", f"{dice:.1%}")
             if math.isnan(iou):
                 cells = ("0.0%", "nowhere", "nowhere")
             rows.append((self.names[i], *cells))
@@ -168,6 +163,7 @@ class PixelReport(Report):
         from matplotlib.patches import Patch
 
         [chosen] = self.mistakes().values()
+        palette = self.task.palette()
         figure = new_figure(11, 0.8 + 3.0 * max(1, len(chosen)))
         rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False, subplot_kw=PICTURE_ALONE)
         for (image, text), row in zip(chosen, rows, strict=False):
@@ -179,9 +175,9 @@ class PixelReport(Report):
             file = drawn(Path(images.name(image)).name, 40)
             layers = {f"{file}: {drawn(text)}": None, "truth": truth, "answer": answer}
             for (title, classes), axes in zip(layers.items(), row, strict=True):
-                axes.imshow(picture if classes is None else 0.4 * picture + 0.6 * coloured(classes, images.palette))
+                axes.imshow(picture if classes is None else 0.4 * picture + 0.6 * coloured(classes, palette))
                 axes.set_title(title, fontsize=9)
-        patches = [Patch(color=images.palette[i], label=drawn(name)) for i, name in enumerate(self.names)]
+        patches = [Patch(color=palette[i], label=drawn(name)) for i, name in enumerate(self.names)]
         figure.legend(handles=patches[:40], loc="outside lower center", ncols=6, fontsize=8)
         save_figure(figure, path)
 

@@ -40,17 +40,16 @@ def start_head(
         clusters: of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
         unlabelled: features (M, D) of images without labels, which may know a better head than the probe.
 
-    Returns the scores by `baseline_keys` (None: not measured), the head's temperature, and what the images without
-    labels say, if there are any.
+    Returns the scores of k-NN (`knn`) and of the `probe` (None: not measured), the head's temperature, and what the
+    images without labels say, if there are any.
     """
     train, queries, *augmented = features
-    of_knn, of_probe = baseline_keys(task)
-    baseline: dict[str, float | None] = {of_knn: task.knn_score(*train, *queries), of_probe: None}
+    baseline: dict[str, float | None] = {"knn": task.knn_score(*train, *queries), "probe": None}
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature(), None
     both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
     started = task.start(model, *both, views=2, clusters=clusters)
-    baseline[of_probe] = task.probe_score(model, *queries)
+    baseline["probe"] = task.probe_score(model, *queries)
     found = None
     if unlabelled is not None:
         found = task.start_by_unlabelled(model, *both, unlabelled, started, views=2, clusters=clusters)
@@ -76,10 +75,6 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
     unseen = task.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
     unseen **= len(targets) / (len(targets) + SURE_IMAGES)
     return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
-
-
-def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
-    return f"knn_{task.score}", f"probe_{task.score}"
 
 
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:

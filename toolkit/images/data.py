@@ -392,16 +392,15 @@ def end_workers(loaders: list[DataLoader]) -> None:
 def _leave_stopping_to_the_main_process(worker: int) -> None:
     # A terminal sends Ctrl-C, and some schedulers SIGTERM, to every process. The main process then finishes its step,
     # in which the sudden end of a worker would be an error; so a worker ends on its main process's SIGTERM alone.
+    def end_when_told() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told_by, args=(multiprocessing.parent_process().pid,), daemon=True).start()
-
-
-def _end_when_told_by(process: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != process:
-        pass
-    os._exit(0)
+        threading.Thread(target=end_when_told, daemon=True).start()
 
 
 REMEMBERED_BYTES = 2**27  # at the most, of the batches of a loader that stay in memory

@@ -301,11 +301,6 @@ class MaskedImages(LabelledImages):
             return image / 255
         return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
-    @property
-    def palette(self) -> np.ndarray:
-        """The colours of the classes, (K, 3) from 0 to 1."""
-        return palette(self.targets.shape[1], self.source.read.colours)
-
 
 def load_pairs(
     data_dir: str | Path | None,

@@ -25,6 +25,7 @@ from toolkit.images.transforms import to_rgb
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 NUMBER_STRATA = 5
 MOST_UNLABELLED = 10_000  # images without labels that are read
+Named = tuple[LabelledImages, list[str]]  # images, and the names of their classes, or of their labels or numbers
 MOST_COMPARED = 20_000  # files; to read more of equal size would take seconds to minutes at each start
 
 
@@ -110,12 +111,13 @@ def load_splits(
     left_alone = val_dir or [images.path for images in lists[1:]]
     if left_alone and not needs_val and not for_training_only:
         print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
-    _tell(train, val, truth, class_names, for_training_only)
+    _tell(train, val, truth, class_names, compares=not for_training_only)
     if labels_per_class is not None:
         train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
+    splits = Splits(train, val, class_names)
     if unlabelled is None:
-        return Splits(train, val, class_names)
-    return Splits(train, val, class_names, _unlabelled(Path(unlabelled), train, val, bands, skip_unreadable))
+        return splits
+    return splits._replace(unlabelled=_unlabelled(Path(unlabelled), splits, bands, skip_unreadable))
 
 
 def _group(parts: Sequence[LabelledImages], lists: Sequence[ImageList], by: str, truth: str) -> None:
@@ -158,15 +160,13 @@ def _divide(
     return train, val
 
 
-def _tell(
-    train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str], for_training_only: bool
-) -> None:
-    """Print which classes nothing trains, and which evaluation images are training images too."""
+def _tell(train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str], compares: bool) -> None:
+    """Print which classes nothing trains, and which evaluation images are training images too, if it `compares`."""
     if truth == "class" and (gone := set(val.labels) - set(train.labels)):
         print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
     if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
         print(f"no training mask has pixels of {_names(gone, names)}")
-    if for_training_only or not train.in_files or not distributed.is_main():
+    if not compares or not train.in_files or not distributed.is_main():
         return
     if len(train) + len(val) > MOST_COMPARED:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
@@ -196,9 +196,7 @@ def load_unlabelled(
     return readable(images) if skip_unreadable else images
 
 
-def _unlabelled(
-    place: Path, train: LabelledImages, val: LabelledImages, bands: Bands | None, skip_unreadable: bool
-) -> LabelledImages:
+def _unlabelled(place: Path, splits: Splits, bands: Bands | None, skip_unreadable: bool) -> LabelledImages:
     """At most MOST_UNLABELLED images of a folder or list, without those that are evaluated on or train with a label."""
     if remote.is_folder(place):
         found = load_unlabelled(place, None, skip_unreadable, bands)
@@ -207,8 +205,8 @@ def _unlabelled(
     else:
         raise InputError(f"--unlabelled {remote.address(place)}: no such folder or list of images")
     some = found.at_most(MOST_UNLABELLED)
-    evaluated = among(some, val)
-    labelled = among(some, train) & ~evaluated
+    evaluated = among(some, splits.val)
+    labelled = among(some, splits.train) & ~evaluated
     images = some.subset(np.flatnonzero(~evaluated & ~labelled))
     images.labels = list(range(len(images)))
     of_all = "" if len(some) == len(found) else f", of a random {len(some):,} of {len(found):,}"
@@ -296,9 +294,7 @@ def _existing(option: str, folder: str | Path | None) -> Path:
     raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
-def in_folder(
-    folder: Path, bands: Bands | None, known: Sequence[str] = (), other: Any = ""
-) -> tuple[LabelledImages, list[str]]:
+def in_folder(folder: Path, bands: Bands | None, known: Sequence[str] = (), other: Any = "") -> Named:
     """The images in class folders or archives, and the names of their classes: those `known` of `other`, or their own.
 
     Raises InputError for other classes than are known.
@@ -337,9 +333,7 @@ def _lists(
     return [ImageList(Path(path), folder, group_by, label_columns) for path in data_list]
 
 
-def in_list(
-    images: ImageList, bands: Bands | None, truth: str, known: Sequence[str] = (), other: Any = ""
-) -> tuple[LabelledImages, list[str]]:
+def in_list(images: ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
     """The images of a list, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
 
     `truth` is one of `choices.TRUTHS`, but no mask. Raises InputError for other names than are known.
@@ -361,9 +355,7 @@ def in_list(
     return LabelledImages(ImageFiles(images.folder, targets.paths, bands), labels, targets.values), targets.names
 
 
-def _by_class(
-    files: ImageFiles, labels: Sequence[str], place: Path, known: Sequence[str], other: Any
-) -> tuple[LabelledImages, list[str]]:
+def _by_class(files: ImageFiles, labels: Sequence[str], place: Path, known: Sequence[str], other: Any) -> Named:
     """Images whose labels are text, and the names of their classes, as for `in_list`."""
     class_names = list(known) or in_order(set(labels))
     if len(class_names) < 2:

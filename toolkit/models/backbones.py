@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision import models
@@ -182,13 +181,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The features that the classifier head receives: images (N, C, H, W) -> (N, D). The model is not changed."""
-    return headless(model)(images)
-
-
 def headless(model: nn.Module) -> nn.Module:
     """A shallow copy of the model without its classifier head, sharing every layer; the model itself if it has no head.
+
+    It maps images (N, C, H, W) to the features that the head receives, (N, D).
 
     A head whose output was merely ignored would still run, and a projector's BatchNorm would update its statistics.
     """

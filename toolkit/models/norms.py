@@ -139,10 +139,8 @@ def constant_scale_and_shift(
     return constants
 
 
-def _scale_and_shift(
-    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    scale = torch.rsqrt(variance + norm.eps)
+def _scale_and_shift(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
     shift = -mean if bias is None else bias - mean

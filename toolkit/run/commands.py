@@ -197,6 +197,8 @@ def check(args: argparse.Namespace) -> list[str]:
     if args.command in ("info", "compare"):
         return []
     if args.command == "demo":
+        if args.write is None and os.environ.get("WORLD_SIZE", "1") != "1":
+            return ["demo: the page is shown by one process, and torchrun starts several: start it with python"]
         return [f"--write {args.write}: is there; name another folder"] if os.path.lexists(args.write or "") else []
     problems = check_output(args)
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):

@@ -3,11 +3,12 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from toolkit.choices import TRUTHS
 from toolkit.run.options import FineTuneOptions, TuneOptions
@@ -52,6 +53,21 @@ def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
     return per_class / (per_class + IMAGES_WORTH_THE_START) if few_help else 1.0
 
 
+@contextlib.contextmanager
+@torch.no_grad()
+def weights_replaced(weights: Mapping[str, Tensor], others: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Within this block some of a model's weights, by name, have other values."""
+    before = {}
+    try:
+        for name, other in others:
+            before[name] = weights[name].clone()
+            weights[name].copy_(other)
+        yield
+    finally:
+        for name, weight in before.items():
+            weights[name].copy_(weight)
+
+
 class WiseFT:
     """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903).
 
@@ -73,18 +89,10 @@ class WiseFT:
         if self.alpha < 1:
             self.start = {name: weight.clone() for name, weight in self.weights.items()}
 
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> contextlib.AbstractContextManager:
         """Within this block the model has the weights that are saved in place of those that train."""
-        trained = {name: self.weights[name].clone() for name in self.start}
-        try:
-            for name, start in self.start.items():
-                self.weights[name].copy_(torch.lerp(start, trained[name], self.share))
-            yield
-        finally:
-            for name, weight in trained.items():
-                self.weights[name].copy_(weight)
+        kept = ((name, start.lerp(self.weights[name], self.share)) for name, start in self.start.items())
+        return weights_replaced(self.weights, kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {"share": self.share, "start": self.start}
@@ -130,9 +138,7 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     return steps if steps < total_steps else total_steps // 2
 
 
-def lr_schedule(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
+def lr_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
     """The learning rate's course: a linear warm-up, then a cosine that falls to 0."""
     # Steps that float16 cannot hold are left out, and the first may be one: see `take_step`.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -143,10 +149,10 @@ def lr_schedule(
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)
 
 
-def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> None:
+def lower_rates(schedule: LambdaLR, divisor: float) -> None:
     """Divide the learning rates, now and for the rest of the schedule."""
     for number, group in enumerate(schedule.optimizer.param_groups):
         group["lr"] /= divisor

@@ -33,24 +33,9 @@ BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in col
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = (
-    "data_dir",
-    "task",
-    "checkpoint",
-    "arch",
-    "image_size",
-    "output_dir",
-    "epochs",
-    "learning_rate",
-    "lora_rank",
-    "lora_alpha",
-    "batch_size",
-    "use_qlora",
-    "precision",
-    "augmentation",
-    "class_weights",
-    "norms",
-    "adapt_last",
-    "resume",
+    *("data_dir", "task", "checkpoint", "arch", "image_size", "output_dir"),
+    *("epochs", "learning_rate", "lora_rank", "lora_alpha", "batch_size", "use_qlora"),
+    *("precision", "augmentation", "class_weights", "norms", "adapt_last", "resume"),
 )
 
 SAVES_MEMORY = (

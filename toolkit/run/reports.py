@@ -16,7 +16,7 @@ from toolkit.answers.answer_reports import PICTURES, Report, finite
 from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.answers.tasks import TASKS, Answers, Task, baseline_keys
+from toolkit.answers.tasks import TASKS, Answers, Task
 from toolkit.config import flat
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
@@ -33,7 +33,7 @@ from toolkit.run.teacher import LEAST_LABELS
 from toolkit.run.training import best_epoch
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
-BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
+BASELINES = {"knn": "k-NN", "probe": "linear probe"}  # what is measured before training
 
 
 def duration(seconds: float) -> str:
@@ -70,13 +70,12 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
 def describe_start(run: FineTuned) -> str:
     """A line on how good the backbone is before training, and what else is to be known of the start."""
     task = run.task
-    _, of_probe = baseline_keys(task)
-    scores = zip(BASELINES, map(run.baseline.get, baseline_keys(task)), strict=True)
-    measured = [f"{title} {task.reported(score)}" for title, score in scores if score is not None]
+    scores = run.baseline.items()
+    measured = [f"{BASELINES[name]} {task.reported(score)}" for name, score in scores if score is not None]
     lines = f"before training: {', '.join(measured) or 'nothing to compare with'}"
     if not task.counts_images:
         lines += f" ({task.score_title})"
-    elif run.baseline[of_probe] == 1:
+    elif run.baseline["probe"] == 1:
         images = len(run.splits.val)
         lines += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
     return lines if run.by_unlabelled is None else f"{lines}\n{describe_unlabelled(run)}"
@@ -93,8 +92,7 @@ def describe_unlabelled(run: FineTuned) -> str:
         few = len(run.splits.train) < LEAST_LABELS * len(run.splits.class_names)
         why = f"below {LEAST_LABELS} labels a class" if few else "of which the start knows too little"
         line += f"; images without labels, {why}, do not train"
-    shares = zip(run.splits.class_names, found["shares"].tolist(), strict=True)
-    answers = listed([f"{printable(name)} {share:.0%}" for name, share in shares], 12)
+    answers = listed([f"{printable(name)} {share:.0%}" for name, share in found["shares"].items()], 12)
     return f"{line}\n  they are taken for {answers}; {found['foreign']:.0%} resemble no class"
 
 
@@ -134,7 +132,7 @@ def describe_epoch(run: FineTuned) -> str:
 
 
 def _name_of_start(run: FineTuned) -> str:
-    return "start" if run.baseline[baseline_keys(run.task)[1]] is None else "linear probe"
+    return "start" if run.baseline["probe"] is None else "linear probe"
 
 
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
@@ -148,7 +146,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
     stage1 = run.args.stage1_adapter
     score = f"val_{run.task.score}"
-    last = run.history[-1][score] if run.history else run.baseline[baseline_keys(run.task)[1]]
+    last = run.history[-1][score] if run.history else run.baseline["probe"]
     task = run.task.record()
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
@@ -179,7 +177,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         "head_learning_rate": run.rate,
         "adapter_learning_rate": run.adapter_rate,
         "chosen_by": _chosen_by(run),
-        "unlabelled": _by_unlabelled(run),
+        "unlabelled": run.by_unlabelled,  # what such images did; None where there were none
         "kept_share": kept["kept_share"],
         "retreats": run.guard.retreats,
         "epochs": len(run.history),
@@ -288,8 +286,7 @@ def _made() -> list[tuple[str, str]]:
 
 def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
     score = f"val_{run.task.score}"
-    of_knn, of_probe = baseline_keys(run.task)
-    best = {"epoch": 0, score: run.baseline[of_probe]}  # where no epoch did well
+    best = {"epoch": 0, score: run.baseline["probe"]}  # where no epoch did well
     if run.history:
         best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
     interval = f"{run.task.score}_interval"
@@ -304,19 +301,10 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         # It was chosen on the images that it is measured on, so it is no number to publish.
         "best_epoch": best["epoch"],
         f"best_{score}": finite(best[score]),
-        f"{of_knn}_before": finite(run.baseline[of_knn]),
-        f"{of_probe}_before": finite(run.baseline[of_probe]),
+        f"knn_{run.task.score}_before": finite(run.baseline["knn"]),
+        f"probe_{run.task.score}_before": finite(run.baseline["probe"]),
         **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
     }
-
-
-def _by_unlabelled(run: FineTuned) -> dict[str, Any] | None:
-    """What images without labels did: see `toolkit.answers.unlabelled.Start`; None where there were none."""
-    if run.by_unlabelled is None:
-        return None
-    shares = dict(zip(run.splits.class_names, run.by_unlabelled["shares"].tolist(), strict=True))
-    about = {"images": len(run.splits.unlabelled), "trained": run.teacher is not None}
-    return about | run.by_unlabelled | {"shares": shares}
 
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
@@ -347,9 +335,10 @@ def plot_finetuning(
     losses.set(ylabel=task.loss_title, title="Loss")
     factor, unit = task.axis
     scores.plot(epochs, [factor * row[f"val_{task.score}"] for row in history], "s--", color=ORANGE, label="evaluation")
-    for name, label, style in zip(baseline_keys(task), BASELINES, (":", "-."), strict=True):
+    for name, style in (("knn", ":"), ("probe", "-.")):
         if baseline[name] is not None:
-            scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=f"{label} before training")
+            label = f"{BASELINES[name]} before training"
+            scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=label)
     scores.set(ylabel=f"{task.score_title}{unit}", title=task.score_title[0].upper() + task.score_title[1:])
     for axes in (losses, scores):
         _by_epoch(axes)
@@ -381,10 +370,9 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
 def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     task = run.task
-    knn, probe = (run.baseline[name] for name in baseline_keys(task))
     folder = run.args.output_dir
     (title, headline), *others = report.rows()
-    before = {f"k-NN {task.score_title} before": knn, "linear probe before": probe}
+    before = {f"k-NN {task.score_title} before": run.baseline["knn"], "linear probe before": run.baseline["probe"]}
     rows = [(name, task.reported(score)) for name, score in before.items() if score is not None]
     rows.append((f"{title} after", headline))
     rows += [("", note) for note in _notes(run, results)]

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class RunState:
     Attributes:
         trained_entries: what training changes, by key of `last.pth`.
         other_entries: what else a resumed run needs.
-        identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is (`check_same_run`).
+        identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is.
     """
 
     def __init__(self, args: RunOptions, device: torch.device, dtype: torch.dtype):
@@ -60,7 +60,7 @@ class RunState:
         self.trained_entries: dict[str, StateEntry] = {}
         self.other_entries = {
             "history": StateEntry.attribute(self, "history"),
-            "before": StateEntry.attribute(self, "baseline"),
+            "baseline": StateEntry.attribute(self, "baseline"),
             "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
             "progress": StateEntry(
                 save=lambda: vars(self.progress) if self.progress else None,
@@ -114,15 +114,12 @@ class RunState:
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
-            rows = [[row.get(name, "") for name in columns] for row in self.history]
+            rows = [[row[name] for name in columns] for row in self.history]
             write_cells(rows, columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
-        """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
-        state = read_checkpoint(path, mapped=False)
-        if not isinstance(state, dict) or state.keys() != self.state().keys():
-            raise of_other_version(path)
-        check_same_run(self.args, path, state, self.identity, free)
+        """Go on where `last.pth` was written. Raises InputError as `state_of_same_run`."""
+        state = state_of_same_run(self.args, path, self.state().keys(), self.identity, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
             entry.load(state[key])
@@ -161,14 +158,17 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
-def of_other_version(path: Path) -> InputError:
-    return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+def state_of_same_run(
+    args: Any, path: Path, keys: Collection[str], own: Mapping[str, Any], free: Container[str]
+) -> dict[str, Any]:
+    """The content of a `last.pth`, which has these keys.
 
-
-def check_same_run(
-    args: Any, path: Path, state: Mapping[str, Any], own: Mapping[str, Any], free: Container[str]
-) -> None:
-    """Raise InputError for a state under other settings, but those in `free`, of other images or another base."""
+    Raises InputError for one of another version, under other settings, but those in `free`, of other images or of
+    another base than a run's `own`.
+    """
+    state = read_checkpoint(path, mapped=False)
+    if not isinstance(state, dict) or state.keys() != keys:
+        raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
     then = flat(state["config"])
     now = flat(own["config"])
     changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
@@ -181,6 +181,7 @@ def check_same_run(
     if state["base"] != own["base"]:
         base = f"another base than {args.checkpoint}"
         raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
+    return state
 
 
 def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any]) -> None:
@@ -194,7 +195,3 @@ def recorded_setting(path: Path | None, name: str) -> Any:
     if path is None or not path.exists():
         return None
     return value_at(read_checkpoint(path), f"config/finetune/{name}")
-
-
-def has_entry(path: Path, key: str) -> bool:
-    return value_at(read_checkpoint(path), key) is not None

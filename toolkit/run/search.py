@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from toolkit.files import read_checkpoint
 from toolkit.images import sources
 from toolkit.run import run_state
 from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
@@ -70,8 +69,5 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
 
 def resumed(args: FineTuneOptions, settings: dict[str, Any]) -> list[Trial]:
     """The trials of the search to resume, which has to be one with the same settings."""
-    state = read_checkpoint(args.resume)
-    if not isinstance(state, dict) or state.keys() != {"trials", *settings}:
-        raise run_state.of_other_version(args.resume)
-    run_state.check_same_run(args, args.resume, state, settings, FREE_TO_CHANGE)
+    state = run_state.state_of_same_run(args, args.resume, {"trials", *settings}, settings, FREE_TO_CHANGE)
     return [Trial(*trial) for trial in state["trials"]]

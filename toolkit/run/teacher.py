@@ -5,7 +5,6 @@ is that of Mean Teacher (1703.01780), and how sure is sure enough follows FreeMa
 """
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from toolkit import distributed
 from toolkit.answers import evaluation
 from toolkit.images.sources import Splits
+from toolkit.run.optim import weights_replaced
 
 LEAST_LABELS = 5  # a class: with fewer, training on other images may harm
 LEAST_KNOWN = 0.1  # of the way from chance to certainty: how far the answers at the start have to be
@@ -66,18 +66,9 @@ class Teacher:
         certainty = self.first_answers.amax(1).mean().item()
         return certainty - chance >= LEAST_KNOWN * (1 - chance)
 
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> contextlib.AbstractContextManager:
         """Within this block the model has the averages in place of the weights that train."""
-        trained = {name: weight.clone() for name, weight in self.weights.items()}
-        try:
-            for name, weight in self.weights.items():
-                weight.copy_(self.average[name])
-            yield
-        finally:
-            for name, weight in self.weights.items():
-                weight.copy_(trained[name])
+        return weights_replaced(self.weights, self.average.items())
 
     @torch.no_grad()
     def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> Tensor:
