@@ -40,24 +40,18 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
     hook = model.get_submodule(blocks[-1]).register_forward_hook(keep)
     with hook, eval_mode(model), torch.enable_grad():
         outputs = model(images.clone().requires_grad_())
-        [gradient] = torch.autograd.grad(_score(outputs, of), kept[-1:])  # a block may be called several times
+        scores = outputs.amax(1) if of is None else outputs[:, of]
+        if of is not None and scores.dim() > 1:
+            answered = (outputs.argmax(1) == of).float()
+            is_answered = answered.amax((1, 2), keepdim=True)
+            scores = scores * (answered + 1 - is_answered)
+        [gradient] = torch.autograd.grad(scores.sum(), kept[-1:])  # a block may be called several times
     features = _in_places(kept[-1].detach().float())
     shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
     heat = enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]
     heat = heat - heat.amin((1, 2), keepdim=True)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)
     return heat.cpu(), outputs.detach().float().cpu()
-
-
-def _score(outputs: Tensor, of: int | None) -> Tensor:
-    if of is None:
-        return outputs.amax(1).sum()
-    scores = outputs[:, of]
-    if scores.dim() == 1:
-        return scores.sum()
-    answered = (outputs.argmax(1) == of).float()
-    is_answered = answered.amax((1, 2), keepdim=True)
-    return (scores * (answered + 1 - is_answered)).sum()
 
 
 def _in_places(features: Tensor) -> Tensor:

@@ -273,11 +273,15 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         known = normalization(arch)
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
-    scale = 255.0
-    if bands is None:
-        _warn_of_dark(images.at_most(4))
-    else:
+    if bands is not None:
         scale = bands.scale
+    else:
+        scale = 255.0
+        few = images.at_most(4)
+        with suppress(InputError):  # of a file that cannot be read, which is told when its turn comes
+            if max(np.asarray(few[i][0]).max() for i in range(len(few))) < DARK:
+                dark = f"images: no level of {len(few)} training images is above {DARK} of 255, as with 12 bits"
+                print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
     if bands is not None or scaling.normalise:
         some = images.at_most(MEASURED_IMAGES)
         found = measured(np.asarray(some[i][0]) for i in range(len(some)))
@@ -295,13 +299,6 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         print(f"images: {channels} channels{chosen}, divided by {bands.scale:g}; {then}")
         _check_values(found, bands, std)
     return {"mean": mean, "std": std, "bands": bands}
-
-
-def _warn_of_dark(images: Any) -> None:
-    with suppress(InputError):  # of a file that cannot be read, which is told when its turn comes
-        if max(np.asarray(images[i][0]).max() for i in range(len(images))) < DARK:
-            dark = f"images: no level of {len(images)} training images is above {DARK} of 255, as with 12 bits"
-            print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
 
 
 def _distinct(numbers: Sequence[float]) -> str:

@@ -145,7 +145,7 @@ def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence
 def _divide(
     parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None
 ) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the evaluation images of one part or of two."""
+    """The training and the evaluation images of one part or of two. Raises InputError for a group in both."""
     train, val = parts[0], parts[-1]
     if folds is not None:
         number, count = splitting.read_folds(folds)
@@ -154,7 +154,12 @@ def _divide(
     elif len(parts) == 1:
         train, val = validation_part(train)
     elif group_by is not None and eval_split != "validation":
-        splitting.check_apart(train.groups, val.groups, group_by)
+        shared = np.intersect1d(train.groups, val.groups)
+        if len(shared):
+            count = np.isin(val.groups, shared).sum()
+            both = f"{listed(shared)} on both sides, with {count} of {len(val)} evaluation images"
+            problem = f"{both}; move each group to one side, or give all as one set"
+            raise InputError(f"--group-by {printable(group_by)}: {problem}")
     if eval_split == "validation":
         train, val = validation_part(train)
     return train, val

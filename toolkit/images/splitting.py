@@ -121,15 +121,6 @@ def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
     return np.array(found)
 
 
-def check_apart(groups: np.ndarray, others: np.ndarray, by: str) -> None:
-    """Raise InputError where evaluation images are of groups that train."""
-    shared = np.intersect1d(groups, others)
-    if len(shared):
-        count = np.isin(others, shared).sum()
-        both = f"{listed(shared)} on both sides, with {count} of {len(others)} evaluation images"
-        raise InputError(f"--group-by {printable(by)}: {both}; move each group to one side, or give all as one set")
-
-
 def read_folds(text: str) -> tuple[int | None, int]:
     """(number of the part to evaluate on, number of parts) of '2/5'; (None, 5) of '5', which is all of them in turn."""
     number, slash, count = text.rpartition("/")

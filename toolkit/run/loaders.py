@@ -102,27 +102,14 @@ class Loaders:
     def open(self, norms_train: bool, teaches: bool = False) -> None:
         """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
 
-        With `norms_train` each process needs some images of a batch. With `teaches` images without labels train.
+        With `norms_train` each process needs some images of a batch. With `teaches` images without labels train: each
+        batch has as many as of others.
         """
         if norms_train:
             self.answered_at_once = self.args.batch_size
         self.val = self.add_loader(self.images.val, self.eval_transform)
         if not self.has_masks:  # which come with images of any size
             self.val = Remembered(self.val)
-        self.open_for_training(norms_train, teaches)
-        some = self.images.train.at_most(guard.WATCHED_VIEWS)
-        self.watched_images = some.subset([*range(len(some))] * (guard.WATCHED_VIEWS // len(some)))
-        self.statistics: Remembered | None = None
-        if norms_train:
-            self.watched_images = self.without_small_rest(self.watched_images)
-            some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
-            self.statistics = self.add_same_views(some, self.plain_view)
-        self.watched = self.add_same_views(self.watched_images, self.augmentation)
-        # They calibrate the head, and start it unless there are more training images.
-        self.augmented = self.add_same_views(self.images.train.at_most(CALIBRATION_IMAGES), self.augmentation)
-
-    def open_for_training(self, norms_train: bool, teaches: bool) -> None:
-        """The loaders of what trains: of images without labels, if they do, each batch has as many as of others."""
         loading = {"shuffle": True, "seed": self.args.seed}
         self.unlabelled: DataLoader | None = None
         if teaches:
@@ -135,6 +122,16 @@ class Loaders:
         elif norms_train:
             loading["drop_last"] = self.has_small_rest(self.images.train, self.args.batch_size)
         self.train = self.add_loader(self.images.train, self.augmentation, **loading)
+        some = self.images.train.at_most(guard.WATCHED_VIEWS)
+        self.watched_images = some.subset([*range(len(some))] * (guard.WATCHED_VIEWS // len(some)))
+        self.statistics: Remembered | None = None
+        if norms_train:
+            self.watched_images = self.without_small_rest(self.watched_images)
+            some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
+            self.statistics = self.add_same_views(some, self.plain_view)
+        self.watched = self.add_same_views(self.watched_images, self.augmentation)
+        # They calibrate the head, and start it unless there are more training images.
+        self.augmented = self.add_same_views(self.images.train.at_most(CALIBRATION_IMAGES), self.augmentation)
 
     def unlabelled_views(self, places: Tensor) -> Remembered:
         """A loader of the images without labels at these places, as they are."""

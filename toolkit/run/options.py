@@ -312,7 +312,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
                 problems.append(f"{words} with {other}: {reason}; drop one of the two")
-    return [*problems, *shared_problems(args, typed), *_task_problems(args, typed), *_run_problems(args)]
+    return [*problems, *shared_problems(args, typed), *_own_problems(args, typed)]
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -387,8 +387,8 @@ def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
         yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"
 
 
-def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
-    """What --task lacks, one line each."""
+def _own_problems(args: Any, typed: Container[str]) -> Iterator[str]:
+    """What --task lacks, and what is wrong with how a run would train besides CLASHES, one line each."""
     best_by = KEEP_BEST[args.task]
     truth = choices.TRUTHS[args.task]
     if args.keep_best is not None and args.keep_best not in best_by:
@@ -406,10 +406,6 @@ def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     form = {"numbers": "`path,3.5` lines", "labels": '`path,"a,b"` lines, or a column for each label'}
     if truth in form and not args.data_list:
         yield f"--task {args.task} needs --data-list with {form[truth]}: folders say one class for each image"
-
-
-def _run_problems(args: Any) -> Iterator[str]:
-    """What is wrong with how a run would train, besides CLASHES, one line each."""
     if args.stage1_adapter is not None and not os.path.exists(args.stage1_adapter):
         yield f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
     if is_none(args.checkpoint) and args.freeze_backbone:

@@ -131,19 +131,15 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     if not distributed.is_main():
         return
     try:
-        names = [name for name in files if _is_of_a_run(folder / name)]
+        names = [name for name in files if os.path.lexists(folder / name)]
+        card = folder / CARD
+        if CARD in names and not (card.is_file() and CARD_LINE in card.read_text(encoding="utf-8", errors="replace")):
+            names.remove(CARD)  # a user's own
         is_due = names or os.path.lexists(folder / MOVING)
         if is_due and (resumed is None or resumed.resolve().parent != folder.resolve()):
             _move_aside(folder, names)
     except OSError as error:
         raise _unusable(folder, error) from None
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Is there a file or folder with this name of a run's, and no README.md that a user wrote?"""
-    if path.name != CARD:
-        return os.path.lexists(path)
-    return path.is_file() and CARD_LINE in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _move_aside(folder: Path, names: list[str]) -> None:

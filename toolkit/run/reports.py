@@ -29,7 +29,7 @@ from toolkit.models.checkpoints import state_digest, stored_checkpoint
 from toolkit.run import verdict
 from toolkit.run.loaders import KNN_IMAGES
 from toolkit.run.options import DataOptions, lora_options
-from toolkit.run.teacher import LEAST_LABELS
+from toolkit.run.teacher import LEAST_LABELS, trains
 from toolkit.run.training import best_epoch
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
@@ -89,8 +89,7 @@ def describe_unlabelled(run: FineTuned) -> str:
         gained = f"log loss {-found['gain_loss']:+.3f}, accuracy {100 * found['gain_accuracy']:+.1f} points"
         line = f"unlabelled: the head starts at {found['name']}, for labelled images held out better: {gained}"
     if run.teacher is None:
-        few = len(run.splits.train) < LEAST_LABELS * len(run.splits.class_names)
-        why = f"below {LEAST_LABELS} labels a class" if few else "of which the start knows too little"
+        why = "of which the start knows too little" if trains(run.splits) else f"below {LEAST_LABELS} labels a class"
         line += f"; images without labels, {why}, do not train"
     answers = listed([f"{printable(name)} {share:.0%}" for name, share in found["shares"].items()], 12)
     return f"{line}\n  they are taken for {answers}; {found['foreign']:.0%} resemble no class"
