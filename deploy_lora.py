@@ -116,7 +116,6 @@ class Deployed:
     about: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
-    loaders: list[DataLoader]  # whose processes end with the command
 
     def __post_init__(self):
         self.task = _task_of(self.about)
@@ -137,8 +136,7 @@ class Deployed:
             loading["collate"] = collate_pairs
             if images.dataset.source.largest > self.model.window**2:  # whole images, as in a run
                 loading["batch_size"] = 1
-        self.loaders.append(build_loader(images, **loading))
-        return self.loaders[-1]
+        return build_loader(images, **loading)
 
     def explainer(self) -> heat_maps.Explainer:
         values = from_metadata(self.about) | {"window": self.model.window if self.task.per_pixel else None}
@@ -155,14 +153,14 @@ def _deployed(args: argparse.Namespace) -> Iterator[Deployed]:
     device = devices.select_device(args.device)
     devices.check_arithmetic(args.arithmetic, device)
     distributed.join(device)
-    with faults_explained(device, "lower --batch-size") as loaders:
+    with faults_explained(device, "lower --batch-size"):
         model, about = _loaded(args)
         if args.arithmetic == "int8":
             multiply_in_8_bits(model)
         else:
             LoRAManager(model).merge_lora_weights()
         dtype = devices.select_precision(args.precision, device)
-        yield Deployed(args, devices.place(model, device), about, device, dtype, loaders)
+        yield Deployed(args, devices.place(model, device), about, device, dtype)
 
 
 def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -804,7 +802,7 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
     if is_none(metadata["checkpoint"]):
         raise InputError(f"{args.adapter} began at random weights, so there is no checkpoint to put adapters on")
     base = find_base(args.adapter, metadata, args.checkpoint)
-    model, _ = load_base(*base, *model_shape(metadata), per_pixel=_task_of(metadata).per_pixel)
+    model, _ = load_base(*base, **model_shape(metadata), per_pixel=_task_of(metadata).per_pixel)
     highest = max((record["r"] for record in layers.values()), default=full_rank(model))
     if args.rank >= highest:
         raise InputError(f"--rank {args.rank}: {args.adapter} has rank {highest}; give a lower one")
@@ -848,7 +846,7 @@ def _convert_to_peft(args: argparse.Namespace) -> None:
     obstacles = list(peft_format.obstacles(model, read_adapter_file(args.adapter)["tensors"]))
     if obstacles:
         raise InputError(f"{args.adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
-    base, _ = load_base(*find_base(args.adapter, metadata, args.checkpoint), *model_shape(metadata))
+    base, _ = load_base(*find_base(args.adapter, metadata, args.checkpoint), **model_shape(metadata))
     tolerance = ROUNDING
     if any(is_adapted(module) and module.base_bits == 4 for module in model.modules()):
         tolerance = torch.inf

@@ -31,7 +31,6 @@ if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: hel
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora_utils
@@ -114,7 +113,6 @@ class LoRALayer:
             vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True  # False: compute as without an adapter, merged or not
         self.followed = None
-        self._base_data = None
         self._create_adapters()
         self._store_base(base_dtype)
 
@@ -640,38 +638,31 @@ def load_finetuned(
     adapter_file.check_metadata(adapter_path, metadata, content["tensors"])
     base, stage1 = adapter_file.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
     per_pixel = tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path).per_pixel
-    model, _ = load_base(base, stage1, *adapter_file.model_shape(metadata), per_pixel=per_pixel)
+    model, _ = load_base(base, stage1, **adapter_file.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
     transform = eval_transform(None if per_pixel else metadata["image_size"], **bands.from_metadata(metadata))
     return model.eval(), {**metadata, "transform": transform}
 
 
 def load_base(
-    checkpoint: str | Path,
-    stage1_adapter: Path | None,
-    num_classes: int,
-    arch: str | None = None,
-    image_size: int | None = None,
-    heads: int | None = None,
-    channels: int | None = None,
-    channel_fit: str | None = None,
-    per_pixel: bool = False,
+    checkpoint: str | Path, stage1_adapter: Path | None, num_classes: int, *, per_pixel: bool = False, **shape: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, with the stage-1 adapter of `moco.pretrain`, if any, merged; that knows its heads and channels.
 
-    With `per_pixel` it is a `DenseModel`. Returns the model and the report of `load_backbone`. Raises InputError if a
-    file cannot be read, or the adapter is of another base or other channels.
+    With `per_pixel` it is a `DenseModel`. `shape`: what else `load_backbone` takes. Returns the model and the report of
+    `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base or other channels.
     """
     if stage1_adapter is not None:
         about = read_adapter_file(stage1_adapter)["metadata"]
         trained_on = about.get("channels") or 3
-        if channels not in (None, trained_on):
-            is_for = f"is for images of {printable(trained_on)} channels, not {channels}"
+        asked = shape.get("channels")
+        if asked not in (None, trained_on):
+            is_for = f"is for images of {printable(trained_on)} channels, not {asked}"
             raise InputError(f"{stage1_adapter} {is_for}: leave out --channels")
-        heads = adapter_file.heads_of(about) if heads is None else heads
-        channels = trained_on
-        channel_fit = about.get("channel_fit")
-    model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
+        if shape.get("heads") is None:
+            shape["heads"] = adapter_file.heads_of(about)
+        shape |= {"channels": trained_on, "channel_fit": about.get("channel_fit")}
+    model, report = load_backbone(checkpoint, num_classes, **shape)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
         LoRAManager(model).merge_into_base()
@@ -717,18 +708,18 @@ def main(
         return cross_validate(main, argv, after_epoch, args)
     asked = config.stored_sections(options.YAML_SECTIONS, args, sources)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
-    with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
+    with runs.faults_explained(device, options.SAVES_MEMORY), held as begin:
         read = config.stored(args.config) or "defaults"
         print(f"settings: {read} and what was typed; all are in {args.output_dir / 'config.yaml'}")
         if args.adapt_last == "auto":
-            args = replace(args, adapt_last=blocks_to_adapt(args, device, opened))
+            args = replace(args, adapt_last=blocks_to_adapt(args, device))
         splits, model, report, plan = prepare(args, device)
         print(reports.describe_data(args, splits), describe_base(report), sep="\n")
         print(f"device: {device}, precision: {plan.dtype}")
         if args.learning_rate == "auto":
-            args = with_rate_found(args, plan, model, splits, opened, begin)
+            args = with_rate_found(args, plan, model, splits, begin)
         begun = resumed_run if args.resume else started_run
-        run = begun(args, plan, devices.place(model, device), report, splits, opened)
+        run = begun(args, plan, devices.place(model, device), report, splits)
         print(reports.describe_rates(run))
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
@@ -812,7 +803,7 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     return model
 
 
-def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[DataLoader]) -> int | None:
+def blocks_to_adapt(args: FineTuneOptions, device: torch.device) -> int | None:
     """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
     if args.resume:
         return run_state.recorded_setting(args.resume, "adapt_last")
@@ -821,9 +812,9 @@ def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[Da
     adapts_all = replace(args, cache_features="none")
     if args.learning_rate == "auto":
         adapts_all = replace(adapts_all, learning_rate=search.DEFAULT_RATE)
-    run = FineTuning(adapts_all, plan, devices.place(model, device), report, splits, opened)
+    run = FineTuning(adapts_all, plan, devices.place(model, device), report, splits)
     run.start()
-    end_workers(opened)
+    end_workers()
     number = initialization.blocks_with_most(model, run.gradient_energies)
     if number is None and args.cache_features != "none":
         raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
@@ -833,7 +824,7 @@ def blocks_to_adapt(args: FineTuneOptions, device: torch.device, opened: list[Da
 
 
 def with_rate_found(
-    args: FineTuneOptions, plan: Plan, model: nn.Module, splits: Splits, opened: list[DataLoader], begin: Callable
+    args: FineTuneOptions, plan: Plan, model: nn.Module, splits: Splits, begin: Callable
 ) -> FineTuneOptions:
     """`--learning-rate auto`: the options with the best rate of trials, or with that of the run to go on with."""
     rate = run_state.recorded_setting(args.resume, "learning_rate")
@@ -853,7 +844,7 @@ def with_rate_found(
     print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs on {images}")
     of_first = None, None  # features and cached images of the first trial, for all of them
     for rate in rates[len(trials) :]:
-        trial, of_first = try_rate(replace(own, learning_rate=rate), plan, parts, opened, of_first)
+        trial, of_first = try_rate(replace(own, learning_rate=rate), plan, parts, of_first)
         trials.append(trial)
         score = task.reported(trial.val_score)
         print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
@@ -869,22 +860,20 @@ def with_rate_found(
     return replace(args, learning_rate=rate, resume=None)
 
 
-def try_rate(
-    args: FineTuneOptions, plan: Plan, parts: Splits, opened: list[DataLoader], of_first: tuple
-) -> tuple[search.Trial, tuple]:
+def try_rate(args: FineTuneOptions, plan: Plan, parts: Splits, of_first: tuple) -> tuple[search.Trial, tuple]:
     """How a run ends on the parts of a search. Takes and returns `Loaders.features` and `Loaders.images`."""
     features, cached = of_first
     devices.seed_everything(args.seed)
     model, report = build_model(args, plan.dtype, len(parts.class_names))
     training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
-    run = TrialRun(args, plan, devices.place(model, plan.device), report, parts, opened, cached=cached)
+    run = TrialRun(args, plan, devices.place(model, plan.device), report, parts, cached=cached)
     features = run.start(features)
     score, loss = 0.0, math.inf
     with contextlib.suppress(Collapsed), contextlib.redirect_stdout(io.StringIO()):
         train(run)
         last = run.history[-1]
         score, loss = last[f"val_{run.task.score}"], last["val_loss"]
-    end_workers(opened)
+    end_workers()
     return search.Trial(args.learning_rate, score, loss), (features, run.loaders.images)
 
 
@@ -893,7 +882,7 @@ def started_run(*of_run: Any) -> "FineTuning":
     run = FineTuning(*of_run)
     features = run.start()
     if run.teacher is not None and not run.teacher.knows_enough():
-        end_workers(run.loaders.opened)
+        end_workers()
         run = FineTuning(*of_run, teaches=False)
         run.start(features)
     return run
@@ -1007,7 +996,6 @@ class FineTuning(RunState):
     Args:
         plan: what is settled besides the options, `args`.
         model, report: what `build_model` returns; the model is on its device.
-        opened: a list to which all loaders are added, so that their processes can be ended.
         teaches: whether images without labels may train, where there are enough with.
         cached: the images of another run's loaders, which may be cached features.
     """
@@ -1019,7 +1007,6 @@ class FineTuning(RunState):
         model: nn.Module,
         report: dict[str, Any],
         splits: Splits,
-        opened: list[DataLoader],
         teaches: bool = True,
         cached: Splits | None = None,
     ):
@@ -1028,7 +1015,7 @@ class FineTuning(RunState):
         self.network = model  # what computes on what the loaders have: images, or features that are cached of them
         self.report = report
         self.splits = splits
-        self.loaders = Loaders(args, plan, cached or splits, report["image_size"], opened, self.meter)
+        self.loaders = Loaders(args, plan, cached or splits, report["image_size"], self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)

@@ -109,7 +109,7 @@ def read_features(args: argparse.Namespace) -> tuple[Pool, Pool, int]:
     """The features of the training and of the evaluation images, and the number of classes."""
     splits = load_splits("digits" if args.data_dir is None else "imagefolder", args.data_dir)
     classes = len(splits.class_names)
-    model, report = load_base(args.checkpoint, None, classes, args.arch, args.image_size)
+    model, report = load_base(args.checkpoint, None, classes, arch=args.arch, image_size=args.image_size)
     values = normalization(report["arch"])
     plain = eval_transform(report["image_size"], **values)
     augmented = train_transform(report["image_size"], args.augmentation, **values)

@@ -151,9 +151,8 @@ def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
     """The held-out accuracies of linear probes on the frozen features, by labels per class, one for each draw."""
     args, _ = finetune_lora.read_options(flags)
     splits = load_splits(**options.image_sources(args) | {"eval_split": "held-out"})
-    model, report = load_base(
-        args.checkpoint, args.stage1_adapter, len(splits.class_names), args.arch, args.image_size, args.heads
-    )
+    shape = {"arch": args.arch, "image_size": args.image_size, "heads": args.heads}
+    model, report = load_base(args.checkpoint, args.stage1_adapter, len(splits.class_names), **shape)
     device = devices.select_device(args.device)
     model.to(device)
     images = [Transformed(part, eval_transform(report["image_size"])) for part in splits[:2]]

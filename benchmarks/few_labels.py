@@ -118,7 +118,7 @@ def cached_features(args: argparse.Namespace, passed_on: list[str]) -> dict[str,
     splits, model, report, plan = finetune_lora.prepare(options, device)
     train = splits.train.at_most(args.pool or len(splits.train))
     splits = splits._replace(train=train, val=splits.val.at_most(args.held_out or len(splits.val)))
-    loaders = Loaders(options, plan, splits, report["image_size"], [], LoadingMeter())
+    loaders = Loaders(options, plan, splits, report["image_size"], LoadingMeter())
     loaders.open(norms_train=False)
     task = tasks.task_of_run(options, splits, device)
     (plain, labels), (held_out, held_out_labels), (view, _) = loaders.features(model, task, plan.dtype)

@@ -268,7 +268,7 @@ def small_adapter(folder: Path, per_pixel: bool) -> Path:
     """An adapter on a random backbone: a ResNet-18 of 224 pixels for masks, else vit_mini of 8."""
     arch, size = ("resnet18", 224) if per_pixel else ("vit_mini", 8)
     torch.save(build_backbone(arch, 2, image_size=size).state_dict(), folder / "base.pth")
-    model, _ = load_base(folder / "base.pth", None, len(NAMES), arch, size, per_pixel=per_pixel)
+    model, _ = load_base(folder / "base.pth", None, len(NAMES), arch=arch, image_size=size, per_pixel=per_pixel)
     about = {"arch": arch, "class_names": list(NAMES), "image_size": size, "checkpoint": str(folder / "base.pth")}
     if per_pixel:
         about["task"] = TASKS["segmentation"](NAMES, masks=MaskReader(Classes(NAMES))).record()

@@ -110,16 +110,16 @@ def find_base(
     return base, found
 
 
-def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
+def model_shape(metadata: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `load_backbone` after the path. Older files have the arch's own heads, and RGB images."""
-    return (
-        len(metadata["class_names"]),
-        metadata["arch"],
-        metadata["image_size"],
-        heads_of(metadata),
-        metadata.get("channels") or 3,
-        metadata.get("channel_fit"),
-    )
+    return {
+        "num_classes": len(metadata["class_names"]),
+        "arch": metadata["arch"],
+        "image_size": metadata["image_size"],
+        "heads": heads_of(metadata),
+        "channels": metadata.get("channels") or 3,
+        "channel_fit": metadata.get("channel_fit"),
+    }
 
 
 def heads_of(metadata: dict[str, Any]) -> int | None:
@@ -143,11 +143,13 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
     task = tasks.from_record(metadata.get("task"), metadata["class_names"], path)
-    classes, arch, *shape, _ = model_shape(metadata)
+    shape = model_shape(metadata)
+    del shape["channel_fit"]  # of the weights, which are not looked at
+    classes = shape["num_classes"]
     with torch.device("meta"):  # takes no memory, whatever a file asks for
-        model = build_backbone(arch, classes, *shape)
+        model = build_backbone(**shape)
         if task.per_pixel:
-            model = DenseModel(model, classes, metadata["image_size"], metadata.get("channels") or 3)
+            model = DenseModel(model, classes, shape["image_size"], shape["channels"])
     head = head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"

@@ -275,14 +275,8 @@ def lora_linear(
 # ----------------------------------------------------------------------------------------------------- convolution
 
 
-def effective_kernel(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None, in_place: bool = False
-) -> Tensor:
-    """`effective_weight` of a kernel, ``g (W + s B A)``, in the memory format of W; see `lora_conv2d`."""
-    if row_scale is not None:
-        weight = weight * row_scale[:, None, None, None]
-        B = B * row_scale[:, None]
-        in_place = True
+def effective_kernel(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool = False) -> Tensor:
+    """`effective_weight` of a kernel, in the memory format of W."""
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     if channels_last:  # permute the small factor, so that the product comes out in the kernel's own order
         W = weight.permute(0, 2, 3, 1).flatten(1)  # a view
@@ -521,11 +515,14 @@ def lora_conv2d(
         return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants)
     if log_scale is not None:  # its gradient, for automatic differentiation
         row_scale = row_scale * (log_scale - log_scale.detach()).exp()
+    sB = scaling * B
+    if row_scale is not None:
+        sB = row_scale[:, None] * sB
     if adapter_x is None and dtype not in LOW_PRECISION:
-        y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
+        y = F.conv2d(x, _folded_kernel(weight, A, sB, row_scale, dtype), bias, *geometry)
     else:
         seen = x if adapter_x is None else adapter_x
-        delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
+        delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, sB, 1.0, in_place=True).to(dtype)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
         y = y + F.conv2d(seen.to(dtype), delta, None, *geometry)
     return backends.added_and_rectified(y, residual, relu)

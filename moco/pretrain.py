@@ -75,9 +75,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     distributed.join(device)
     devices.seed_everything(args.seed)
     held = output_folder.held(args.output_dir, written(args), args.resume)
-    with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
+    with runs.faults_explained(device, SAVES_MEMORY), held as begin:
         run = Pretraining(args, device, dtype)
-        loaders += [run.loader, *run.measuring_loaders]
         if args.resume:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:

@@ -211,7 +211,7 @@ def start(base, images, tmp_path):
         args, _ = read_options([*argv.split(), "--learning-rate", "1e-2", *options.split()])
         seed_everything(args.seed)
         splits, model, report, plan = prepare(args, torch.device("cpu"))
-        return FineTuning(args, plan, model.train(), report, splits, [])
+        return FineTuning(args, plan, model.train(), report, splits)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "STEPS_TO_TRAIN", 1)

@@ -223,7 +223,7 @@ def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch)
     args, _ = read_options([*argv.split(), "--workers", "0", "--batch-size", "4"])
     seed_everything(0)
     splits, model, report, plan = prepare(args, CPU)
-    run = FineTuning(args, plan, model, report, splits, [])
+    run = FineTuning(args, plan, model, report, splits)
     run.start()
     assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe"], abs=1e-5)
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -334,6 +335,9 @@ def fixed_order_batch(batch_size: int) -> int:
     return -(-batch_size // distributed.world_size()) * distributed.world_size()
 
 
+OPEN_LOADERS: weakref.WeakSet[DataLoader] = weakref.WeakSet()  # whose processes may be waiting
+
+
 def build_loader(
     dataset: Transformed,
     batch_size: int,
@@ -367,7 +371,7 @@ def build_loader(
     archives = None
     if shuffle and isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
         archives = images.source.places[images.indices, 0]
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives, batches),
         num_workers=workers,
@@ -377,16 +381,18 @@ def build_loader(
         collate_fn=collate,
         generator=torch.Generator(),  # an iterator draws a number nobody needs: not from the global generator
     )
+    OPEN_LOADERS.add(loader)
+    return loader
 
 
-def end_workers(loaders: list[DataLoader]) -> None:
-    """End the processes that wait for the next pass over these loaders, and empty the list.
+def end_workers() -> None:
+    """End the processes that wait for the next pass over a loader.
 
     Python's collector of cycles would end them late and take five seconds for each: it closes their queues first.
     """
-    for loader in loaders:
+    for loader in OPEN_LOADERS:
         loader._iterator = None  # PyTorch has no public name for it
-    loaders.clear()
+    OPEN_LOADERS.clear()
 
 
 def _leave_stopping_to_the_main_process(worker: int) -> None:
@@ -430,4 +436,4 @@ class Remembered:
             yield batch
         if needed <= REMEMBERED_BYTES:
             self.batches = batches
-            end_workers([self.loader])
+            self.loader._iterator = None  # its processes end: see `end_workers`

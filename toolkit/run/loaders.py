@@ -39,23 +39,11 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
 
 
 class Loaders:
-    """The images of a run, their views in images of `image_size` pixels, and what reads them.
+    """The images of a run, their views in images of `image_size` pixels, and what reads them."""
 
-    `opened` is a list to which all loaders are added, so that their processes can be ended.
-    """
-
-    def __init__(
-        self,
-        args: FineTuneOptions,
-        plan: Plan,
-        splits: Splits,
-        image_size: int,
-        opened: list[DataLoader],
-        meter: LoadingMeter,
-    ):
+    def __init__(self, args: FineTuneOptions, plan: Plan, splits: Splits, image_size: int, meter: LoadingMeter):
         self.args = args
         self.device = plan.device
-        self.opened = opened
         self.meter = meter
         self.images = splits
         self.image_size = image_size
@@ -153,8 +141,7 @@ class Loaders:
             loading["collate"] = masks.collate_pairs
             if transform is self.eval_transform and images.source.largest > self.image_size**2:
                 loading["batch_size"] = 1  # a whole image may have thousands of pixels along each side
-        self.opened.append(build_loader(Transformed(images, transform), **loading))
-        return self.opened[-1]
+        return build_loader(Transformed(images, transform), **loading)
 
     def add_same_views(self, images: LabelledImages, transform: Callable) -> Remembered:
         """A loader with the same views in each pass."""

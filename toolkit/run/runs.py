@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from toolkit import InputError, distributed, printable
-from toolkit.images.data import end_workers
+from toolkit.images.data import OPEN_LOADERS, end_workers
 from toolkit.images.folders import UnreadableImage
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
@@ -90,11 +89,10 @@ LACKS = {
 
 
 @contextlib.contextmanager
-def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
-    """Turn a lack of memory, a killed worker and a lost process into an InputError. Loaders in the list end with it."""
-    loaders: list[DataLoader] = []
+def faults_explained(device: torch.device, saves_memory: str) -> Iterator[None]:
+    """Turn a lack of memory, a killed worker and a lost process into an InputError; all workers end with the block."""
     try:
-        yield loaders
+        yield
     except UnreadableImage as error:
         # A DataLoader worker's error arrives with the worker's traceback as text before the message.
         raise InputError(str(error).rpartition("UnreadableImage: ")[2].strip()) from None
@@ -111,14 +109,14 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             raise InputError(f"another process of this run has ended: {remedy}") from None
         named = "DataLoader worker" in str(error) or "Pin memory thread" in str(error)
         # A worker that is killed while it hands over a batch breaks the connection.
-        broken = any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
+        broken = any(loader.num_workers for loader in OPEN_LOADERS) and isinstance(error, ConnectionError | EOFError)
         if not named and not broken:
             raise
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
         killed = f"a process that loads images was killed ({reason})"
         raise InputError(f"{killed}: memory may have run out; use fewer --workers, or --workers 0") from None
     finally:
-        end_workers(loaders)
+        end_workers()
 
 
 def keep_freed_memory() -> None:
