@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lora import backends
 from lora.backends import LOW_PRECISION, compute_dtype
-from lora.int8 import Int8Weight
+from lora.int8 import Int8Weight, multiplies_exactly
 from lora.nf4 import NF4Weight, dense_weight
 
 # On a CPU the gradient through a recomputed LayerNorm is computed in up to PARTS parts, of PART_NUMEL numbers or more.
@@ -96,9 +96,10 @@ def merged_weight(
 
 
 def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> FloatWeight | Int8Weight:
-    """The weight as products take it: on a CPU in 8 bits as it is, else dense in ``dtype``."""
-    on_cpu = isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu"
-    return weight if on_cpu else FloatWeight(dense_weight(weight, dtype))
+    """The weight as products take it: in 8 bits as it is where they are exact, else dense in ``dtype``."""
+    if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, *weight.shape):
+        return weight
+    return FloatWeight(dense_weight(weight, dtype))
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
