@@ -57,7 +57,7 @@ from toolkit.models.backbones import block_names, headless, in_head, name_head, 
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest, value_at
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
-from toolkit.models.norms import NORMS, constant_scale_and_shift, constants_kept, freeze_statistics, share_statistics
+from toolkit.models.norms import NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
@@ -161,17 +161,17 @@ class LoRALayer:
         base = self._base_data if self.merged else self._parameters[self.weight_name]
         return base if self._int8_shape is None else Int8Weight.unpacked(base, self._int8_shape)
 
-    def _base_to_merge(self) -> Tensor:
-        return dense_weight(self.base(), torch.float32) if self.float_digests else self.base()
-
     def _factors(self, letter: str, parts: slice = slice(None)) -> Tensor:
         """A or B of some parts of the weight, one below the other."""
         return functional.stacked([self._parameters[f"lora_{letter}{part}"] for part in self.parts[parts]])
 
     def effective_weight(self) -> Tensor:
         """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
-        base = self._base_to_merge()
-        return functional.merged_weight(base, self._factors("A"), self._factors("B"), self.scaling, len(self.parts))
+        base = dense_weight(self.base(), torch.float32) if self.float_digests else self.base()
+        A = self._factors("A")
+        B = self._factors("B")
+        dense = base.to(B.dtype)  # a small update would vanish if it were added in bfloat16
+        return functional.effective_weight(dense, A, B, self.scaling, len(self.parts)).to(base.dtype)
 
     @property
     def base_bits(self) -> int:
@@ -190,16 +190,17 @@ class LoRALayer:
             return
         if self.followed is not None:
             self.followed.merge(self)
-        merged = self.effective_weight() if self.r > 0 else self._base_to_merge()
+        merged = self.effective_weight()
         self._base_data = self._parameters[self.weight_name].data
         self._parameters[self.weight_name].data = merged
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit: it was stored, nothing is subtracted."""
-        if self.followed is not None and self.merged:
+        if not self.merged:
+            return
+        if self.followed is not None:
             self.followed.unmerge()
-        if self.merged:
-            self._parameters[self.weight_name].data = self._base_data
+        self._parameters[self.weight_name].data = self._base_data
         self._base_data = None
 
     @property
@@ -292,14 +293,12 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             return backends.added_and_rectified(y, residual, relu)
         padded, padding = functional.pad_for_conv2d(x, self)
         geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+        row_scale, log_scale, bias = folded_norm(self, batch_norm)
         if not self._is_active:
-            own = batch_norm.running_mean, batch_norm.running_var  # merged, these are the adapter's
-            scale, shift = constant_scale_and_shift(batch_norm, *own, self.bias)
             weight = self._weight_without_adapter(x)
-            return functional.frozen_conv2d(padded, weight, shift, scale, geometry, residual, relu)
+            return functional.frozen_conv2d(padded, weight, bias, row_scale, geometry, residual, relu)
         A = self.lora_A
         B = self.lora_B
-        row_scale, log_scale, bias = folded_norm(self, batch_norm)
         adapter_x = self._adapter_input(x)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self)

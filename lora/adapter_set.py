@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, recorded_settings, stock_class
@@ -206,13 +205,9 @@ def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = head
     head.train(former.training)
-    places = _places(former)
-    if len(places) == 1 and places != _places(head):
+    places = {(parameter.device, parameter.dtype) for parameter in former.parameters()}
+    if len(places) == 1:
         head.to(*places.pop())
-
-
-def _places(module: nn.Module) -> set[tuple[torch.device, torch.dtype]]:
-    return {(parameter.device, parameter.dtype) for parameter in module.parameters()}
 
 
 def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:

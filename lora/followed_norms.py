@@ -195,7 +195,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
         return None, None, conv.bias
     mean = norm.running_mean
     variance = norm.running_var
-    if conv.followed is not None and conv.followed.norm is norm:
+    if conv._is_active and conv.followed is not None and conv.followed.norm is norm:  # merged, the norm itself has them
         mean, variance = conv.followed.statistics(conv)
     scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
     if not variance.requires_grad:

@@ -75,24 +75,22 @@ def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None)
 def effective_weight(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place: bool = False
 ) -> Tensor:
-    """``W + s B A`` of (out, in), (out, r) and (groups r, in), as a fresh tensor, or in place of a temporary."""
-    W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
+    """``W + s B A`` of (out, in), or a kernel in its memory format, (out, r) and (groups r, fan_in).
+
+    It is a fresh tensor, or stands in place of a temporary.
+    """
+    W = weight
+    permuted = not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last)
+    if permuted:  # permute the small factor too, so that the product comes out in the kernel's own order
+        A = A.view(len(A), *W.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        W = W.permute(0, 2, 3, 1)
+    shape = W.shape
+    W, A, B = (t.flatten(1).unflatten(0, (groups, -1)) for t in (W, A, B))
     if not in_place:
         W = W.clone()
     # In place, since autocast would round the operands of any other product.
-    return W.baddbmm_(B, A, alpha=scaling).flatten(0, 1)
-
-
-def merged_weight(
-    weight: Tensor | NF4Weight | Int8Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1
-) -> Tensor:
-    """The weight or kernel after merging, in the weight's dtype, or the adapter's if that has 4 or 8 bits."""
-    dense = dense_weight(weight, B.dtype)  # a small update would vanish if it were added in bfloat16
-    if dense.dim() == 2:
-        merged = effective_weight(dense, A, B, scaling, groups)
-    else:
-        merged = effective_kernel(dense, A, B, scaling)
-    return merged.to(weight.dtype) if isinstance(weight, Tensor) else merged
+    W = W.baddbmm_(B, A, alpha=scaling).reshape(shape)
+    return W.permute(0, 3, 1, 2) if permuted else W
 
 
 def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> FloatWeight | Int8Weight:
@@ -276,23 +274,6 @@ def lora_linear(
 # ----------------------------------------------------------------------------------------------------- convolution
 
 
-def effective_kernel(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool = False) -> Tensor:
-    """`effective_weight` of a kernel, in the memory format of W."""
-    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    if channels_last:  # permute the small factor, so that the product comes out in the kernel's own order
-        W = weight.permute(0, 2, 3, 1).flatten(1)  # a view
-        A = A.view(len(A), *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-    else:
-        W = weight.flatten(1)
-    if not in_place:
-        W = W.clone()
-    W = W.addmm_(B, A, alpha=scaling)  # in place, as in `effective_weight`
-    if channels_last:
-        out, channels, kh, kw = weight.shape
-        return W.view(out, kh, kw, channels).permute(0, 3, 1, 2)
-    return W.view(weight.shape)
-
-
 def pad_for_conv2d(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """Pad x where `F.conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers."""
     if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
@@ -438,7 +419,7 @@ def _folded_kernel(
     """``g W + (s g B) A``, rounded once to ``dtype``; sB is s g B."""
     precise = torch.promote_types(dtype, torch.float32)
     W = _scaled_kernel(weight, row_scale, precise)
-    return effective_kernel(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
+    return effective_weight(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
 
 
 def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape: torch.Size, geometry: Geometry):
@@ -523,7 +504,7 @@ def lora_conv2d(
         y = F.conv2d(x, _folded_kernel(weight, A, sB, row_scale, dtype), bias, *geometry)
     else:
         seen = x if adapter_x is None else adapter_x
-        delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, sB, 1.0, in_place=True).to(dtype)
+        delta = effective_weight(torch.zeros_like(weight, dtype=A.dtype), A, sB, 1.0, in_place=True).to(dtype)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
         y = y + F.conv2d(seen.to(dtype), delta, None, *geometry)
     return backends.added_and_rectified(y, residual, relu)

@@ -66,7 +66,7 @@ def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) 
             y = y.clone()
         return y
     z = conv(x)
-    if followed is None or followed.norm is not norm or conv.merged or not conv.lora_enabled:
+    if followed is None or followed.norm is not norm or not conv._is_active:
         return norm(z)
     return followed.normalize(conv, z)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import adapter_parameters, in_last_blocks, unwrap_for_editing
+from lora.adapted import adapted_layers, adapter_parameters, in_last_blocks, unwrap_for_editing
 from toolkit import distributed, dotted
 from toolkit.models.backbones import block_names
 
@@ -121,7 +121,7 @@ def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | N
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The name of each adapter's layer, its A (r, fan_in) and its B (fan_out, r)."""
-    for layer_name, layer in model.named_modules():
+    for name, layer in adapted_layers(model).items():
         factors = adapter_parameters(layer)
-        for name in filter(lambda name: name.startswith("lora_A"), factors):
-            yield layer_name, factors[name], factors[name.replace("lora_A", "lora_B")]
+        for part in layer.parts:
+            yield name, factors[f"lora_A{part}"], factors[f"lora_B{part}"]

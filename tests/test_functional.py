@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune_lora import LoRAConv2d, LoRALinear
 from lora import backends, functional
-from lora.functional import Geometry, effective_kernel, lora_conv2d, lora_linear, max_pool2d_relu, merged_weight
+from lora.functional import Geometry, effective_weight, lora_conv2d, lora_linear, max_pool2d_relu
 from lora.nf4 import NF4Weight, bitsandbytes_functional
 
 SCALING = 1.7
@@ -225,7 +226,7 @@ def test_channels_last_stays_channels_last():
     W = random(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     A = random(2, 36, requires_grad=True)
     B = random(6, 2, requires_grad=True)
-    assert effective_kernel(W, A, B, SCALING).is_contiguous(memory_format=torch.channels_last)
+    assert effective_weight(W, A, B, SCALING).is_contiguous(memory_format=torch.channels_last)
     y = lora_conv2d(x, W, A, B)
     y.square().sum().backward()
     for t in (y, x.grad):
@@ -312,19 +313,23 @@ def test_no_image_through_a_pointwise_convolution():
 
 def test_merging_rounds_once():
     """In bfloat16 1 + 1/300 is 1: only in the adapter's precision do three such updates become visible."""
-    A = torch.ones(3, 8)
-    B = torch.full((16, 3), 1 / 300)
-    W = torch.ones(16, 8).bfloat16()
-    expected = (W.float() + B @ A).bfloat16()
-    assert expected[0, 0] > 1
-    assert torch.equal(merged_weight(W, A, B, 1.0), expected)
-    assert torch.equal(merged_weight(W[..., None, None], A, B, 1.0).flatten(1), expected)
-    assert W.eq(1).all()
-    expected = W.float() + 0.5 * B @ A
-    with torch.autocast("cpu", torch.bfloat16):  # which rounds nothing here
-        assert_close(merged_weight(W.float(), A, B, 0.5), expected, 1e-6)
-    stored = NF4Weight.quantize(random(16, 8))  # 4 bits merge into float
-    assert_close(merged_weight(stored, A, B, 2.0), stored.dequantize(torch.float32) + 2 * B @ A, FP32)
+    for layer in (LoRALinear(8, 16, r=3, lora_alpha=3), LoRAConv2d(8, 16, 1, r=3, lora_alpha=3)):
+        layer.weight.data = torch.ones_like(layer.weight).bfloat16()
+        nn.init.ones_(layer.lora_A)
+        nn.init.constant_(layer.lora_B, 1 / 300)
+        expected = (layer.weight.float().flatten(1) + layer.lora_B @ layer.lora_A).bfloat16()
+        assert expected[0, 0] > 1
+        assert torch.equal(layer.effective_weight().flatten(1), expected)
+        assert layer.weight.eq(1).all()
+
+
+def test_no_autocast_rounds_the_effective_weight():
+    W = random(16, 8)
+    A = random(3, 8)
+    B = random(16, 3)
+    expected = W + 0.5 * B @ A
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(effective_weight(W, A, B, 0.5), expected, 1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
