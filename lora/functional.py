@@ -324,10 +324,7 @@ class _LoRAConv2d(torch.autograd.Function):
                 y.mul_(scale[:, None, None])
                 if bias is not None:
                     y.add_(bias[:, None, None])
-            if residual is not None:
-                y.add_(residual)
-            if relu:
-                y.relu_()
+            y = backends.added_and_rectified(y, residual, relu)
         else:
             kernel = _folded_kernel(weight, A, sB, row_scale, dtype)  # g (W + s B A)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
