@@ -168,6 +168,8 @@ class LoRALayer:
     def effective_weight(self) -> Tensor:
         """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         base = dense_weight(self.base(), torch.float32) if self.float_digests else self.base()
+        if self.r == 0:
+            return base
         A = self._factors("A")
         B = self._factors("B")
         dense = base.to(B.dtype)  # a small update would vanish if it were added in bfloat16
