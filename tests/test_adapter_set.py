@@ -286,6 +286,20 @@ def test_weights_that_trained_are_not_read_into_fewer_bits(arch, tmp_path):
         LoRAManager(stored).load_lora_checkpoint(path)
 
 
+def test_layers_in_16_bits_without_an_adapter_merge_under_any_adapter(tmp_path):
+    """Below `adapt_last` they are stored only: the adapter that comes into use leaves them no factors at all."""
+    model = frozen(base("vit"), adapt_last=1, base_dtype=torch.bfloat16)
+    manager = LoRAManager(model)
+    manager.save_lora_checkpoint(tmp_path / "lora.pth")
+    manager.load_lora_checkpoint(tmp_path / "lora.pth", name="again")
+    manager.use("again")
+    x = torch.randn(4, 3, 16, 16)
+    expected = model(x)
+    manager.merge_lora_weights()
+    assert model.encoder.layers[0].mlp[0].weight.dtype == torch.float32
+    assert_close(model(x), expected, FP32)
+
+
 def test_a_base_that_trained_with_its_adapter_is_not_shared(arch, tmp_path):
     saved(trained(arch, "cars"), "cars", tmp_path)
     model = trained(arch, "pets")
