@@ -16,7 +16,7 @@ needs the layer's input, which full fine-tuning saves as well. There are two way
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
 layers. A convolution's kernel is mostly small next to its input, and then merged in low precision too: see
-`_kernel_merges` and `_scales_output`.
+`_kernel_merges`.
 """
 
 import math
@@ -303,8 +303,10 @@ class _LoRAConv2d(torch.autograd.Function):
         ctx.constants = constants
         ctx.follows = log_scale is not None
         ctx.drops = adapter_x is not None
-        scale = row_scale if _scales_output(weight, row_scale, x) else None  # of the output
-        if scale is not None:
+        scale = None  # of the output, instead of a kernel that is larger than its input
+        any_number = isinstance(x.numel(), torch.SymInt)  # as torch.export has it where the batch may be of any size
+        if row_scale is not None and not any_number and math.prod(weight.shape) > x.numel():
+            scale = row_scale
             row_scale = None
         ctx.side_path = ctx.drops or scale is not None or not _kernel_merges(weight, row_scale, dtype)
         x = x.to(dtype)
@@ -372,14 +374,6 @@ class _LoRAConv2d(torch.autograd.Function):
                 gx = gx.add_(g_adapter_x)
                 g_adapter_x = None
         return gx, g_adapter_x, gA, gB * ctx.factors, g_bias, g_residual, None, g_log_scale, None
-
-
-def _scales_output(weight: Tensor | NF4Weight, row_scale: Tensor | None, x: Tensor) -> bool:
-    """Is the output to be multiplied by g, and not the kernel, which is larger than its input?"""
-    numel = x.numel()
-    if row_scale is None or isinstance(numel, torch.SymInt):  # as torch.export has it where the batch may be any
-        return False
-    return math.prod(weight.shape) > numel
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
