@@ -193,7 +193,8 @@ def start(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
     is_labelled = torch.zeros(len(features["plain"]), dtype=torch.bool)
     is_labelled[chosen] = True
     probe = fit_linear_probe(rows, labels, classes, views=2)
-    found = unlabelled.start(rows, labels, features["plain"][~is_labelled], classes, probe, views=2)
+    seen = unlabelled.seen(rows, labels, features["plain"][~is_labelled], classes)
+    found = unlabelled.start(*seen, probe, views=2)
     told = {name: getattr(found, name) for name in ("name", "gain_loss", "gain_accuracy", "foreign")}
     right = (found.answers.argmax(1) == features["labels"][~is_labelled]).float().mean().item()
     return {"accuracy": accuracy(features, found.probe), "unlabelled_accuracy": right, **told}

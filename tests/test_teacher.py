@@ -365,8 +365,10 @@ def test_the_change_shrinks_where_sure_answers_were_lost(taught):
 
 def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taught, monkeypatch):
     """By plain and changed views of images with labels, and by those without; no evaluation image is looked at."""
-    asked = mock.Mock(return_value=unlabelled.Probe(torch.full((3, 192), 2.0), torch.ones(3), 0.1))
-    monkeypatch.setattr("toolkit.answers.classification.last_head", asked)
+    constant = unlabelled.Probe(torch.full((3, 192), 2.0), torch.ones(3), 0.1)
+    asked = mock.Mock(wraps=unlabelled.seen)
+    monkeypatch.setattr("toolkit.answers.classification.seen", asked)
+    monkeypatch.setattr("toolkit.answers.classification.last_head", lambda *_: constant)
     monkeypatch.setattr(taught.loaders, "val", None)
     taught.task.class_weights = torch.ones(3)
     assert taught.estimate_head()

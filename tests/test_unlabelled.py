@@ -43,7 +43,7 @@ def started(draw, per_class: int = 5) -> tuple[unlabelled.Start, probe.Probe]:
     """The start by labelled images and such without labels, see `draws`; and the plain probe."""
     features, labels, others = draws(draw, per_class)
     plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
-    return unlabelled.start(features, labels, others, CLASSES, plain, views=2), plain
+    return unlabelled.start(*unlabelled.seen(features, labels, others, CLASSES), plain, views=2), plain
 
 
 def accuracy(head: probe.Probe, draw) -> float:
@@ -103,7 +103,7 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
     monkeypatch.setattr(unlabelled, "candidates", candidates)
     features, labels, others = draws(clustered, 10)
     plain = probe.fit_linear_probe(features, labels, CLASSES, views=2, clusters=patients)
-    unlabelled.start(features, labels, others, CLASSES, plain, views=2, clusters=patients)
+    unlabelled.start(*unlabelled.seen(features, labels, others, CLASSES), plain, views=2, clusters=patients)
     assert len(shown) == 2 * probe.FOLDS
     of = torch.cat([patients, patients])
     for places in shown:
@@ -241,7 +241,7 @@ def test_a_candidate_with_a_smaller_loss_must_not_be_right_less_often(monkeypatc
     answers = torch.zeros(2, 6, CLASSES)
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: dict.fromkeys(losses, answers))
     monkeypatch.setattr(unlabelled, "judge", judge)
-    found = unlabelled.start(features, labels, clustered(60, seed=3)[0], CLASSES, plain)
+    found = unlabelled.start(*unlabelled.seen(features, labels, clustered(60, seed=3)[0], CLASSES), plain)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 
 
@@ -249,7 +249,7 @@ def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_ou
     """Clusters far apart: a head by them is nearly perfect, where that of three labels is not."""
     features, labels, others = draws(clustered, 3)
     monkeypatch.setattr(unlabelled, "held_out_answers", None)
-    found = unlabelled.last_head(features, labels, others, CLASSES)
+    found = unlabelled.last_head(*unlabelled.seen(features, labels, others, CLASSES))
     images = unlabelled.placed(torch.cat([features, others]))
     answers = unlabelled.k_means(images, known_of(labels)).softmax(1)
     weight, bias = unlabelled.distilled(images, known_of(labels), answers)
@@ -262,6 +262,7 @@ def test_the_last_head_weighs_classes_as_it_is_asked_to():
     features, labels, others = draws(clustered, 4)
     rare = torch.cat([torch.arange(12)[labels[:12] > 0], torch.tensor([0])])  # one image of class 0
     rows = torch.cat([rare, rare + 12])
-    heads = [unlabelled.last_head(features[rows], labels[rows], others, CLASSES, how) for how in (None, "balanced")]
+    ways = (unlabelled.seen(features[rows], labels[rows], others, CLASSES, how) for how in (None, "balanced"))
+    heads = [unlabelled.last_head(*way) for way in ways]
     alike, balanced = [(others @ head.weight.T + head.bias).softmax(1).mean(0)[0] for head in heads]
     assert balanced > alike

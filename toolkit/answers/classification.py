@@ -15,7 +15,7 @@ from toolkit.answers.answer_reports import PICTURES, Headline, Report, finite, w
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.parts import SoftmaxObjective, Task
 from toolkit.answers.report_page import html_picture, html_table
-from toolkit.answers.unlabelled import Start, last_head, start
+from toolkit.answers.unlabelled import Start, last_head, seen, start
 from toolkit.images.data import LabelledImages
 
 TOP = 5  # classes of each image in a table of predictions
@@ -178,17 +178,15 @@ class Classification(SoftmaxObjective):
             self.contradicted = choosing.contradicted(fitted.held_out, labels)
         return probe.set_head(model, fitted)
 
-    def start_by_unlabelled(
-        self, model, features, targets, unlabelled, fitted: probe.Probe, views=1, clusters=None
-    ) -> Start:
+    def start_by_unlabelled(self, model, features, targets, unlabelled, fitted: probe.Probe, views, clusters) -> Start:
         """Set the head of `model` to the probe that was fitted, or to what `toolkit.answers.unlabelled.start` finds."""
-        found = start(features, targets, unlabelled, len(self.names), fitted, views, self.balance, clusters=clusters)
+        found = start(*seen(features, targets, unlabelled, len(self.names), self.balance), fitted, views, clusters)
         probe.set_head(model, found.probe)
         return found
 
     def end_by_unlabelled(self, model, features, targets, unlabelled) -> None:
         """Set the head of `model`, which has trained on images without labels, to the one that their features show."""
-        probe.set_head(model, last_head(features, targets, unlabelled, len(self.names), self.balance))
+        probe.set_head(model, last_head(*seen(features, targets, unlabelled, len(self.names), self.balance)))
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)

@@ -78,30 +78,31 @@ class Judged(NamedTuple):
     hits: Tensor
 
 
-def start(
-    features: Tensor,
-    labels: Tensor,
-    unlabelled: Tensor,
-    num_classes: int,
-    plain: Probe,
-    views: int = 1,
-    class_weights: str | None = None,
-    clusters: Tensor | None = None,
-) -> Start:
+def seen(
+    features: Tensor, labels: Tensor, unlabelled: Tensor, num_classes: int, class_weights: str | None = None
+) -> tuple[Images, Labelled]:
+    """All images, those with labels first, and what is known of these.
+
+    `unlabelled` are features (M, D) of the others, as they are; the rest is as for `fit_linear_probe`.
+    """
+    rows = torch.cat([features, unlabelled]).detach().cpu().float()
+    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
+    return placed(rows), known
+
+
+def start(images: Images, known: Labelled, plain: Probe, views: int = 1, clusters: Tensor | None = None) -> Start:
     """The head to start from: the best candidate if it gains over the probe in cross-validation, else the probe.
 
-    Args:
-        features, labels, num_classes, views, class_weights, clusters: as for `fit_linear_probe`.
-        unlabelled: features (M, D) of images without labels, as they are.
-        plain: what `fit_linear_probe` returned for these.
+    The images are as `seen` has them, `plain` is what `fit_linear_probe` returned for those with labels, and views and
+    clusters are as for that.
 
     The best candidate has the smallest log loss of what is held out, each at the temperature that fits it. It is taken
     if that is below the probe's by more than MARGIN standard errors, over images or clusters, and the accuracy is no
     worse. With one label a class nothing is held out, and the probe is kept.
     """
-    images, known = seen(features, labels, unlabelled, num_classes, class_weights)
+    labels = known.targets.argmax(1)
     answers = held_out_answers(images, known, plain, views, clusters)
-    judged = {name: judge(logits, labels.cpu(), views) for name, logits in answers.items()}
+    judged = {name: judge(logits, labels, views) for name, logits in answers.items()}
     name = min(judged, key=lambda name: judged[name].losses.nanmean())
     gains = judged["probe"].losses - judged[name].losses
     gain_accuracy = (judged[name].hits - judged["probe"].hits).nanmean().item()
@@ -121,25 +122,13 @@ def start(
     return Start(head, name, shares, *gains, shares.mean(0), foreign_share(images, known, answers["k-means"][0]))
 
 
-def last_head(
-    features: Tensor, labels: Tensor, unlabelled: Tensor, num_classes: int, class_weights: str | None = None
-) -> Probe:
+def last_head(images: Images, known: Labelled) -> Probe:
     """The head for features that images without labels have trained: what k-means answers, distilled.
 
     Training draws the images of a class together, so that at its end clusters tell more than the head that trained.
-    Nothing can be held out, for all labels have trained. The arguments are as for `start`.
+    Nothing can be held out, for all labels have trained.
     """
-    images, known = seen(features, labels, unlabelled, num_classes, class_weights)
     return Probe(*distilled(images, known, k_means(images, known).softmax(1)), DISTILLED)
-
-
-def seen(
-    features: Tensor, labels: Tensor, unlabelled: Tensor, num_classes: int, class_weights: str | None
-) -> tuple[Images, Labelled]:
-    """All images, those with labels (N,) first, and what is known of these."""
-    rows = torch.cat([features, unlabelled]).detach().cpu().float()
-    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
-    return placed(rows), known
 
 
 def held_out_answers(

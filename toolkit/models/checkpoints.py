@@ -139,7 +139,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     Their tensors, if any, have their names in the modules of `moco.builder`.
     """
     tensors, info = _find_state_dict(path)
-    layout, encoder, dropped = _recognise(path, tensors, info)
+    layout, encoder, dropped = _recognise(tensors, info)
     if layout.family not in ("moco_v1", "moco_v2", "moco_v3", "moco_stage1"):
         return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
@@ -263,7 +263,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
             raise InputError(f"{names.NO_ARCH}: give an arch")
         return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
     tensors, info = _find_state_dict(path)
-    layout, encoder, dropped = _recognise(path, tensors, info)
+    layout, encoder, dropped = _recognise(tensors, info)
     arch = wanted or _BY_TIMM.get(str(info.get("arch")), str(info.get("arch")))
     is_timm = arch.startswith(TIMM)
     head = _HEADS
@@ -362,9 +362,7 @@ def _weights_of_timm(arch: str) -> dict[str, torch.Tensor]:
         raise InputError(f"{arch} cannot be loaded ({why}): {remedy}") from None
 
 
-def _recognise(
-    path: str | os.PathLike, tensors: Collection[str], info: Mapping
-) -> tuple[_Layout, dict[str, str], list[str]]:
+def _recognise(tensors: Collection[str], info: Mapping) -> tuple[_Layout, dict[str, str], list[str]]:
     """The file's layout, the backbone's tensors (name without the prefix -> name in the file), and all other names."""
     wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
@@ -551,7 +549,7 @@ MOST_CANDIDATES = 40  # of timm's models that are built to compare them with a f
 def _hint_of_timm(path: str | os.PathLike) -> str:
     """Which models of timm a file may be of, by its tensors; empty if none is found."""
     tensors, info = _find_state_dict(path)
-    _, encoder, _ = _recognise(path, tensors, info)
+    _, encoder, _ = _recognise(tensors, info)
     shapes = {key: tuple(tensors[full].shape) for key, full in encoder.items()}
     fitting = []
     for name in names.timm_candidates(path, shapes)[:MOST_CANDIDATES]:
