@@ -187,9 +187,9 @@ def test_metrics_has_a_row_per_epoch(finished):
 
 def test_what_was_not_measured_is_an_empty_field_of_metrics(tmp_path):
     run = run_state.RunState(argparse.Namespace(output_dir=tmp_path), torch.device("cpu"), torch.float32)
-    run.history = [{"epoch": 1, "adapter_learning_rate": None, "loss": 0.0}]
-    run.save_metrics(("epoch", "adapter_learning_rate", "loss"))
-    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["1,,0.0"]
+    run.history = [{"epoch": 1, "loss": 0.0}, {"epoch": 2, "loss": 0.5, "effective_rank": None}]
+    run.save_metrics(("epoch", "effective_rank", "loss"))
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["1,,0.0", "2,,0.5"]
 
 
 def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):

@@ -132,29 +132,20 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
-    recorded = record_of(model).head
-    if recorded is None:
-        return tuple(filter(None, [_found_head(model)]))
-    return recorded
+    """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found.
 
-
-def head_name(model: nn.Module) -> str | None:
-    """The name of the classifier head, the last if there are several; None if it is not clear which module it is."""
-    return next(reversed(head_names(model)), None)
-
-
-def _found_head(model: nn.Module) -> str | None:
-    """The child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'.
-
-    In a module that holds a model, as one of Lightning, it is the one of such a name with which the parameters end.
+    That is the child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'. In a module that holds
+    a model, as one of Lightning, it is the one of such a name with which the parameters end.
     """
+    recorded = record_of(model).head
+    if recorded is not None:
+        return recorded
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
-        return name
+        return (name,)
     for name in HEAD_NAMES:
         if name in model._modules:
-            return name
+            return (name,)
     found = []
     for name, module in model.named_modules():
         inside = found and f"{name}.".startswith(f"{found[-1]}.")
@@ -163,8 +154,13 @@ def _found_head(model: nn.Module) -> str | None:
     if len(found) == 1:
         *_, (last, _) = model.named_parameters()
         if last.startswith(f"{found[0]}."):
-            return found[0]
-    return None
+            return tuple(found)
+    return ()
+
+
+def head_name(model: nn.Module) -> str | None:
+    """The name of the classifier head, the last if there are several; None if it is not clear which module it is."""
+    return next(reversed(head_names(model)), None)
 
 
 def in_head(model: nn.Module, name: str) -> bool:

@@ -78,10 +78,28 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """Images (N, C, H, W) -> maps (N, D, h, w): of a ResNet's first layer and stages, or of some blocks of a ViT."""
+    maps = []
     if isinstance(backbone, ResNet):
-        return _of_resnet(backbone, images)
+        is_fused = hasattr(backbone, "first_layer")  # with adapters, in which BatchNorm is folded
+        x = backbone.first_layer(images) if is_fused else backbone.bn1(backbone.conv1(images))
+        maps.append(backbone.relu(x))
+        x = backbone.maxpool(maps[0])
+        for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
     if isinstance(backbone, VisionTransformer):
-        return _of_vit(backbone, images)
+        grid = [side // backbone.patch_size for side in images.shape[2:]]
+        x = backbone._process_input(images)
+        x = torch.cat([backbone.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, D)
+        encoder = backbone.encoder
+        x = encoder.dropout(x + encoder.pos_embedding)
+        read = _spread(len(encoder.layers))
+        for number, block in enumerate(encoder.layers):
+            x = block(x)
+            if number in read:
+                maps.append(encoder.ln(x)[:, 1:].transpose(1, 2).unflatten(2, grid))
+        return maps
     if hasattr(backbone, "forward_intermediates"):  # timm's
         return backbone.forward_intermediates(images, indices=_read(backbone), norm=True, intermediates_only=True)
     remedy = "take a ResNet, a ViT, or one of timm's models that has forward_intermediates"
@@ -100,32 +118,6 @@ def _read(backbone: nn.Module) -> list[int]:
 def _spread(blocks: int) -> list[int]:
     """The numbers of MAPS blocks, evenly spaced up to the last."""
     return [round(blocks * (i + 1) / MAPS) - 1 for i in range(MAPS)]
-
-
-def _of_resnet(backbone: ResNet, images: Tensor) -> list[Tensor]:
-    is_fused = hasattr(backbone, "first_layer")  # with adapters, in which BatchNorm is folded
-    x = backbone.first_layer(images) if is_fused else backbone.bn1(backbone.conv1(images))
-    maps = [backbone.relu(x)]
-    x = backbone.maxpool(maps[0])
-    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-        x = stage(x)
-        maps.append(x)
-    return maps
-
-
-def _of_vit(backbone: VisionTransformer, images: Tensor) -> list[Tensor]:
-    grid = [side // backbone.patch_size for side in images.shape[2:]]
-    x = backbone._process_input(images)
-    x = torch.cat([backbone.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, D)
-    encoder = backbone.encoder
-    x = encoder.dropout(x + encoder.pos_embedding)
-    maps = []
-    read = _spread(len(encoder.layers))
-    for number, block in enumerate(encoder.layers):
-        x = block(x)
-        if number in read:
-            maps.append(encoder.ln(x)[:, 1:].transpose(1, 2).unflatten(2, grid))
-    return maps
 
 
 def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:

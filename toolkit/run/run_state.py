@@ -114,7 +114,7 @@ class RunState:
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
-            rows = [[row[name] for name in columns] for row in self.history]
+            rows = [[row.get(name) for name in columns] for row in self.history]
             write_cells(rows, columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
