@@ -1093,19 +1093,15 @@ class FineTuning(RunState):
 
     # How it starts
 
-    def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
+    def start(self, features: tasks.Features | None = None) -> tasks.Features:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Loaders.features`."""
         if features is None:
             features = self.loaders.features(self.network, self.task, self.dtype)
         clusters = self.loaders.probe_images.clusters()
         if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
             clusters = torch.arange(len(self.loaders.probe_images))
-        of_labelled = features
-        unlabelled = None
-        if self.splits.unlabelled is not None:
-            *of_labelled, (unlabelled, _) = features
         self.baseline, self.head_temperature, found = tasks.start_head(
-            self.task, self.model, of_labelled, self.args, clusters, unlabelled
+            self.task, self.model, features, self.args, clusters
         )
         if found is not None:
             answers = distributed.gather(found.answers)[0]  # elsewhere the last bits may differ
@@ -1321,8 +1317,8 @@ class FineTuning(RunState):
         """Set the head anew, as the images without labels show it, if they trained and all of the change is kept."""
         if self.teacher is None or self.wise_ft.share < self.wise_ft.alpha:
             return False
-        train, _, *augmented, (unlabelled, _) = self.loaders.features(self.network, self.task, self.dtype, False)
-        both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
+        train, _, augmented, (unlabelled, _) = self.loaders.features(self.network, self.task, self.dtype, False)
+        both = [torch.cat(views) for views in zip(train, augmented, strict=True)]
         self.task.end_by_unlabelled(self.model, *both, unlabelled)
         self.kept_outputs = None
         print("unlabelled: the head is estimated once more, so that the result is not the last epoch's")

@@ -121,7 +121,7 @@ def cached_features(args: argparse.Namespace, passed_on: list[str]) -> dict[str,
     loaders = Loaders(options, plan, splits, report["image_size"], LoadingMeter())
     loaders.open(norms_train=False)
     task = tasks.task_of_run(options, splits, device)
-    (plain, labels), (held_out, held_out_labels), (view, _) = loaders.features(model, task, plan.dtype)
+    (plain, labels), (held_out, held_out_labels), (view, _), _ = loaders.features(model, task, plan.dtype)
     found = {"plain": plain, "view": view, "labels": labels, "held_out": held_out, "held_out_labels": held_out_labels}
     found |= {"classes": list(splits.class_names), "made_with": made_with}
     torch.save(found, path)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import finetune_lora
 from benchmarks import MEASURED, finished_runs
-from toolkit.answers import probe
 from toolkit.answers.segmentation import Segmentation
 from toolkit.config import positive_int
 from toolkit.devices import peak_memory_bytes
@@ -87,7 +86,7 @@ def run_one(job: tuple[str, float, int, str], options: list[str], answers: Any) 
     if decoder is not None:
         finetune_lora.DenseModel = lambda *args: Decoder(decoder, *args)
         # A decoder has no linear layer that a temperature could divide.
-        probe.soften_head = lambda model, temperature: None
+        Segmentation.soften = lambda self, model, temperature: None
         finetune_lora.FineTuning.calibrate = lambda run: False
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

@@ -255,7 +255,7 @@ def assert_figures_of_file(results: dict, images: Path) -> None:
 def test_the_views_that_the_head_started_from_calibrate_it_unless_that_takes_fewer(start, monkeypatch, most, loaded):
     monkeypatch.setattr(loaders, "CALIBRATION_IMAGES", most)
     run = start("--augmentation crop")
-    _, _, (features, _) = run.start()
+    features, _ = run.start().augmented_views
     assert len(features) == 21
     with mock.patch.object(Transformed, "__getitem__", autospec=True, side_effect=Transformed.__getitem__) as load:
         assert run.calibrate()

@@ -236,13 +236,14 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
 def test_a_head_is_softened_towards_a_constant_answer():
     features, targets = several_labels()
     model = Net(8, 3)
-    constant = torch.tensor([0.0, -1.0, -2.5])
+    task = tasks.MultiLabel(["a", "b", "c"])
+    task.constant_logits = constant = torch.tensor([0.0, -1.0, -2.5])
     probe.set_head(model, probe.fit_one_vs_rest(features, targets))
     before = model.fc(features)
-    probe.soften_head(model, 2.0, constant)
-    probe.soften_head(model, 1.5, constant)  # as after a retreat: one after the other is both at once
+    task.soften(model, 2.0)
+    task.soften(model, 1.5)  # as after a retreat: one after the other is both at once
     torch.testing.assert_close(model.fc(features), (before - constant) / 3 + constant, rtol=1e-3, atol=1e-3)
-    probe.soften_head(model, 1e6, constant)
+    task.soften(model, 1e6)
     torch.testing.assert_close(model.fc(features), constant.expand(120, 3), rtol=1e-3, atol=1e-3)
 
 

@@ -33,11 +33,13 @@ class ClassReport(Report):
 
     def __init__(self, task: Task, answers: Evaluation, clusters: Tensor | None = None):
         super().__init__(task, answers, clusters)
-        right = answers.labels == answers.predictions
-        self.found["accuracy"] = [measures.Figure(answers.accuracy, measures.share_interval(right, clusters))]
-        right, images, _ = answers.class_counts()
-        independent = images * (int(self.clusters.max()) + 1) / len(self.clusters)
-        low, high = measures.mean_interval((right / images)[images > 0], independent[images > 0])
+        hits = answers.labels == answers.predictions
+        self.found["accuracy"] = [measures.Figure(answers.accuracy, measures.share_interval(hits, clusters))]
+        self.right, self.images, _ = answers.class_counts(len(self.names))  # of each class
+        self.shares = self.right / self.images  # NaN for a class without images
+        independent = self.images * (int(self.clusters.max()) + 1) / len(self.clusters)
+        is_there = self.images > 0
+        low, high = measures.mean_interval(self.shares[is_there], independent[is_there])
         # Where a class has all right, leaving out images of it changes nothing, and yet its share is not sure.
         [balanced] = self.found["balanced_accuracy"]
         interval = min(low, balanced.interval[0]), max(high, balanced.interval[1])
@@ -49,8 +51,7 @@ class ClassReport(Report):
         return {"balanced_accuracy": means[:, 0], "macro_f1": means[:, 1]}
 
     def figures(self) -> dict[str, Any]:
-        right, images, _ = self.answers.class_counts(len(self.names))
-        shares = map(finite, (right / images).tolist())  # None for a class without images
+        shares = map(finite, self.shares.tolist())
         by_class = {"accuracy_per_class": dict(zip(self.names, shares, strict=True))}
         return super().figures() | self.calibration_figures() | by_class
 
@@ -81,12 +82,10 @@ class ClassReport(Report):
 
     def by_class(self) -> list[tuple[str, int, int, str]]:
         """(class, images, right answers, their share), the worst first; classes without images last."""
-        right, images, _ = self.answers.class_counts(len(self.names))
-        shares = right / images
         rows = []
-        for i in worst_first(shares):
-            share = f"{shares[i]:.1%}" if images[i] else "no images"
-            rows.append((self.names[i], int(images[i]), int(right[i]), share))
+        for i in worst_first(self.shares):
+            share = f"{self.shares[i]:.1%}" if self.images[i] else "no images"
+            rows.append((self.names[i], int(self.images[i]), int(self.right[i]), share))
         return rows
 
     def most_confused(self) -> list[tuple[str, str, int, str]]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit import distributed
 from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
 from toolkit.choices import KEEP_BEST, TRUTHS
@@ -117,10 +118,8 @@ class Task:
     def evaluate(self, model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Answers:
         return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
 
-    def probe_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:
-        """Of the head's answers for features; None where these are of pixels: ask `evaluate`."""
-        if self.per_pixel:
-            return None
+    def probe_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float:
+        """Of the head's answers for features of whole images."""
         return self.answers(probe.head_outputs(model, features).cpu(), targets.cpu()).score
 
     def knn_score(self, train_features, train_targets, features, targets) -> float | None:
@@ -134,8 +133,13 @@ class Task:
         """The square of the standard error of a score that is measured on this many images: here a share's."""
         return score * (1 - score) / images
 
+    @torch.no_grad()
     def soften(self, model: nn.Module, temperature: float) -> None:
-        probe.soften_head(model, temperature, self.constant_logits)
+        """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls."""
+        head = probe.linear_head(model)
+        head.weight.div_(temperature)
+        head.bias.sub_(self.constant_logits).div_(temperature).add_(self.constant_logits)
+        distributed.broadcast([head.weight, head.bias])
 
     def softened(self, outputs: Tensor, temperature: float) -> Tensor:
         """What outputs (N, K) become where the head is softened so."""

@@ -85,18 +85,6 @@ def choose_temperature(
     return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
 
 
-@torch.no_grad()
-def soften_head(model: nn.Module, temperature: float, towards: Tensor | float = 0.0) -> None:
-    """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls.
-
-    `towards` (K,) are the logits at an infinite temperature, if not 0: a constant answer's.
-    """
-    head = linear_head(model)
-    head.weight.div_(temperature)
-    head.bias.sub_(towards).div_(temperature).add_(towards)
-    distributed.broadcast([head.weight, head.bias])
-
-
 def linear_head(model: nn.Module) -> nn.Linear:
     [head] = (m for m in model.get_submodule(head_name(model)).modules() if isinstance(m, nn.Linear))
     return head

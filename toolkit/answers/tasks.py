@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,41 +24,44 @@ TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, 
 SURE_IMAGES = 500  # from this many on a temperature fitted in cross-validation says more than that it should be 1
 
 
+class Features(NamedTuple):
+    """Features (N, D) of images, and their targets, as `Task.features` has them."""
+
+    training_images: tuple[Tensor, Tensor]
+    evaluation_images: tuple[Tensor, Tensor] | None = None  # None: they are not measured by
+    augmented_views: tuple[Tensor, Tensor] | None = None  # of the training images, for a probe
+    images_without_labels: tuple[Tensor, Tensor] | None = None  # which may know a better head than the probe
+
+
 def start_head(
-    task: Task,
-    model: nn.Module,
-    features: list[tuple[Tensor, Tensor]],
-    args: argparse.Namespace,
-    clusters: Tensor | None = None,
-    unlabelled: Tensor | None = None,
+    task: Task, model: nn.Module, features: Features, args: argparse.Namespace, clusters: Tensor | None
 ) -> tuple[dict[str, float | None], probe.HeadTemperature, Start | None]:
     """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
 
-    Args:
-        features: of training images, of evaluation images and, for a probe, of augmented training images, (N, D) each,
-            with their targets.
-        clusters: of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
-        unlabelled: features (M, D) of images without labels, which may know a better head than the probe.
+    `clusters` are of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
 
     Returns the scores of k-NN (`knn`) and of the `probe` (None: not measured), the head's temperature, and what the
     images without labels say, if there are any.
     """
-    train, queries, *augmented = features
-    baseline: dict[str, float | None] = {"knn": task.knn_score(*train, *queries), "probe": None}
+    train, queries, augmented, others = features
+    baseline: dict[str, float | None] = {"knn": None, "probe": None}
+    if queries is not None:
+        baseline["knn"] = task.knn_score(*train, *queries)
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature(), None
-    both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
+    both = [torch.cat(views) for views in zip(train, augmented, strict=True)]
     started = task.start(model, *both, views=2, clusters=clusters)
-    baseline["probe"] = task.probe_score(model, *queries)
+    if queries is not None:
+        baseline["probe"] = task.probe_score(model, *queries)
     found = None
-    if unlabelled is not None:
-        found = task.start_by_unlabelled(model, *both, unlabelled, started, views=2, clusters=clusters)
+    if others is not None:
+        found = task.start_by_unlabelled(model, *both, others[0], started, views=2, clusters=clusters)
         started = found.probe
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
-    temperature = task.first_temperature(model, *augmented[0], features_train)
+    temperature = task.first_temperature(model, *augmented, features_train)
     if started.held_out is not None:
-        temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented[0]))
+        temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented))
     return baseline, temperature, found
 
 

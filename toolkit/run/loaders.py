@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
-from toolkit.answers.parts import Task
+from toolkit.answers.tasks import Features, Task
 from toolkit.choices import TRUTHS
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
@@ -185,29 +185,23 @@ class Loaders:
         """The training images for k-NN and the linear probe."""
         return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
-    def features(
-        self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of augmented views.
+    def features(self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True) -> Features:
+        """Features of `probe_images` and of what else there is; of the evaluation images to measure by them.
 
-        Images without labels come last. With masks the evaluation images are left out: their scores are of whole masks.
-        So they are unless there is something `to_evaluate`.
+        With masks their scores are of whole masks.
         """
-        to_evaluate = to_evaluate and not self.has_masks
         train = self.probe_images
-        loaders = {"training images": self.add_loader(train, self.plain_view, keep_workers=False)}
-        if to_evaluate:
-            loaders["evaluation images"] = self.val
+        loaders = {"training_images": self.add_loader(train, self.plain_view, keep_workers=False)}
+        if to_evaluate and not self.has_masks:
+            loaders["evaluation_images"] = self.val
         if self.args.head_init == "probe":
-            loaders["augmented views"] = self.augmented
+            loaders["augmented_views"] = self.augmented
             if self.has_masks or len(train) > CALIBRATION_IMAGES:
-                loaders["augmented views"] = self.add_loader(train, self.augmentation, keep_workers=False)
+                loaders["augmented_views"] = self.add_loader(train, self.augmentation, keep_workers=False)
         if (without := self.images.unlabelled) is not None:
-            loaders["images without labels"] = self.add_loader(without, self.plain_view, keep_workers=False)
-        found = []
+            loaders["images_without_labels"] = self.add_loader(without, self.plain_view, keep_workers=False)
+        found = {}
         for what, loader in loaders.items():
-            bar = runs.progress_bar(loader, f"features: {what}")
-            found.append(task.features(network, bar, self.device, dtype, len(train)))
-        if not to_evaluate:
-            found.insert(1, (found[0][0][:0], found[0][1][:0]))
-        return found
+            bar = runs.progress_bar(loader, f"features: {what.replace('_', ' ')}")
+            found[what] = task.features(network, bar, self.device, dtype, len(train))
+        return Features(**found)
