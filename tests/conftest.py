@@ -24,6 +24,7 @@ from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from tests.image_files import bytes_of
 from toolkit import devices
+from toolkit.answers import segmentation
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images import sources
@@ -251,10 +252,12 @@ def no_pictures():
 def few_views():
     """After each epoch a run looks at each of the 21 training images once; usually it looks at 128 views.
 
-    No run measures whether this processor is faster in bf16, which it is not for so little.
+    A probe of masks is of fewer pixels too. No run measures whether this processor is faster in bf16, which it is not
+    for so little.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guard, "WATCHED_VIEWS", 21)
+        patch.setattr(segmentation, "PROBE_ROWS", 1000)
         patch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
         yield
 

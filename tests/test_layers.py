@@ -94,6 +94,7 @@ CONVOLUTIONS = {
     "kernel as large as the input": {"kernel_size": (9, 8)},
     "same": {"kernel_size": 3, "padding": "same"},
     "same, even kernel": {"kernel_size": 4, "padding": "same"},
+    "same, lopsided": {"kernel_size": (2, 5), "padding": "same", "dilation": (3, 2)},
     "same, even kernel, reflect": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
     "groups, circular, dilation": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2,
                                    "padding_mode": "circular"},

@@ -1,6 +1,6 @@
-"""What other people's loops do with a model: copies, averages, whole files, exporters.
+"""What other people's loops do with a model: copies, whole files, exporters.
 
-docs/python.md's snippets, for accelerate and Lightning too, are run in `test_readme.py`.
+docs/python.md's snippets, for accelerate, Lightning and moving averages too, are run in `test_readme.py`.
 """
 
 import copy
@@ -10,9 +10,8 @@ import pytest
 import torch
 from dense import FP32, assert_close, frozen, images, resnet, vit
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lora_utils import LoRAManager, base_digests
+from lora_utils import LoRAManager
 from tests.run_folders import assert_same
 
 MODELS = pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
@@ -48,42 +47,6 @@ def test_a_whole_model_can_be_saved(build, side, four_bits):
     for one in (model, loaded):
         train_a_step(one, x)
     assert_same(lora_of(loaded), lora_of(model))
-
-
-def moving_average(average: torch.Tensor, weight: torch.Tensor, steps: int) -> torch.Tensor:
-    """As in docs/python.md: weights in 4 bits are bytes, of which there is no average."""
-    return average.lerp(weight, 0.25) if weight.is_floating_point() else weight
-
-
-@MODELS
-@pytest.mark.parametrize(
-    "four_bits, options",
-    [
-        (False, {"multi_avg_fn": get_ema_multi_avg_fn(0.75)}),
-        (False, {"avg_fn": moving_average}),
-        (True, {"avg_fn": moving_average}),
-    ],
-    ids=["PyTorch's", "float", "4 bits"],
-)
-def test_an_average_is_of_what_trains_alone(build, side, four_bits, options, tmp_path):
-    """The base stays bit for bit, so the average is an adapter file like any other."""
-    model = frozen(build(), use_qlora=four_bits)
-    x = images(side)
-    average = AveragedModel(model, **options)
-    expected = None
-    base = base_digests(model)
-    for _ in range(3):
-        train_a_step(model, x)
-        average.update_parameters(model)
-        now = lora_of(model)  # the first is copied
-        expected = now if expected is None else {n: 0.75 * t + 0.25 * now[n] for n, t in expected.items()}
-    for name, tensor in lora_of(average.module).items():
-        assert_close(tensor, expected[name], FP32, name)
-    assert base_digests(average.module) == base
-    LoRAManager(average.module).save_lora_checkpoint(tmp_path / "average.pth")
-    answer = average.eval()(x)
-    LoRAManager(model).load_lora_checkpoint(tmp_path / "average.pth")
-    assert torch.equal(model.eval()(x), answer)
 
 
 def merge(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from moco.builder import MoCoV3, shuffled
 from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, tensors
 from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed
-from toolkit.answers import evaluation, predictions
+from toolkit.answers import evaluation, predictions, segmentation
 from toolkit.files import read_checkpoint
 from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
@@ -99,6 +99,7 @@ def with_sgd() -> None:
 
     optim.build_optimizer = build_optimizer
     guard.WATCHED_VIEWS = 21  # as in this process
+    segmentation.PROBE_ROWS = 1000
 
 
 def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
