@@ -15,10 +15,17 @@ from torch import nn
 
 from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
+from toolkit.models import checkpoints
 from toolkit.models.backbones import build_backbone, record_of
 from toolkit.models.checkpoints import load_backbone, tensor_digest
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
+
+
+@pytest.fixture(autouse=True)
+def no_candidates(monkeypatch):
+    """Which models of timm a file could be of takes seconds, and is told in tests/test_timm.py."""
+    monkeypatch.setattr(checkpoints, "MOST_CANDIDATES", 0)
 
 
 def conv_stem():
@@ -273,7 +280,7 @@ BAD_CONTENTS = {
     "only a head beside the encoder": (lambda r: {"encoder_q.fc.weight": torch.zeros(2)}, "known backbone"),
     "module prefix on a part only": (lambda r: r | {"module.bn1.weight": r["bn1.weight"]}, "not expected: module.bn1"),
     "the same tensor twice": (lambda r: r | {"0.weight": r["conv1.weight"]}, "twice"),
-    "diverged": (lambda r: r | {"bn1.bias": torch.full((16,), math.nan)}, "NaN.*bn1.bias"),
+    "diverged": (lambda r: r | {"bn1.bias": torch.full((16,), math.nan)}, "NaN.*bn1.bias; use an earlier epoch"),
     "integers for weights": (lambda r: r | {"bn1.bias": torch.zeros(16, dtype=torch.long)}, "not real.*bn1.bias"),
     "8-bit floats": (lambda r: r | {"bn1.bias": torch.zeros(16).to(torch.float8_e5m2)}, "bn1.bias.*float8_e5m2"),
     "sparse weights": (lambda r: r | {"bn1.bias": torch.zeros(16).to_sparse()}, "bn1.bias.*sparse_coo"),
