@@ -4,18 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import deploy_lora
-from finetune_lora import load_finetuned
-from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
+from lora_utils import read_adapter_file, write_adapter_file
 from tests.run_folders import assert_same, rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
-from toolkit.answers.tasks import TASKS, from_record
-from toolkit.images.transforms import eval_transform
-from toolkit.models.checkpoints import load_backbone
+from toolkit.answers.tasks import TASKS
 
 KINDS = ("multilabel", "regression")
 
@@ -141,26 +137,6 @@ def test_labels_of_which_none_is_no_are_no_measure(trained, lists):
     (lists / "celeba.csv").write_text((lists / "multilabel_val.csv").read_text().replace(",0", ",-1"))
     with pytest.raises(InputError, match=r"celeba\.csv: no answer is 0 for no; -1 and nothing are unknown"):
         deploy_lora.main(["evaluate", str(trained["multilabel"]["folder"] / "lora.pth"), str(lists / "celeba.csv")])
-
-
-def test_adapters_of_every_task_share_a_base(trained, once, base, lists):
-    """Each answers as it does alone, in whatever order they are used, and knows what its answers mean."""
-    folders = {kind: results["folder"] for kind, results in trained.items()} | {"classification": once}
-    model, report = load_backbone(base, 1)
-    manager = LoRAManager(model.eval())
-    for kind, folder in folders.items():
-        manager.load_lora_checkpoint(folder / "lora.pth", name=kind)
-    image = eval_transform(report["image_size"])(Image.open(lists / "val0.png"))[None]
-    for kind in (*folders, "multilabel"):
-        info = manager.use(kind)
-        task = from_record(info.get("task"), info["class_names"], kind)
-        alone, _ = load_finetuned(folders[kind] / "lora.pth")
-        with torch.no_grad():
-            ours = model(image)
-            theirs = alone(image)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert task.kind == kind
-        assert [list(row) for row in task.table(ours)[1]] == [list(row) for row in task.table(theirs)[1]]
 
 
 def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(train, lists, tmp_path):
