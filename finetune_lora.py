@@ -1317,9 +1317,9 @@ class FineTuning(RunState):
         """Set the head anew, as the images without labels show it, if they trained and all of the change is kept."""
         if self.teacher is None or self.wise_ft.share < self.wise_ft.alpha:
             return False
-        train, _, augmented, (unlabelled, _) = self.loaders.features(self.network, self.task, self.dtype, False)
-        both = [torch.cat(views) for views in zip(train, augmented, strict=True)]
-        self.task.end_by_unlabelled(self.model, *both, unlabelled)
+        features = self.loaders.features(self.network, self.task, self.dtype, False)
+        rows, targets, views = features.for_probe()
+        self.task.end_by_unlabelled(self.model, rows, targets, features.images_without_labels[0], views)
         self.kept_outputs = None
         print("unlabelled: the head is estimated once more, so that the result is not the last epoch's")
         return True

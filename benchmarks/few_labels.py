@@ -40,7 +40,7 @@ from toolkit.answers.probe import Probe, fit_linear_probe
 from toolkit.config import positive_int
 from toolkit.images.data import LoadingMeter
 from toolkit.images.splitting import some_of_each
-from toolkit.run.loaders import Loaders
+from toolkit.run.loaders import MOST_VIEWS, Loaders, probed_views
 from toolkit.run.runs import run_script
 
 TITLES = {
@@ -106,7 +106,7 @@ def key_of(run: dict[str, Any]) -> tuple[int, int, str]:
 
 
 def cached_features(args: argparse.Namespace, passed_on: list[str]) -> dict[str, Any]:
-    """Features of the pool, of an augmented view of it and of the held-out images, as a run computes them."""
+    """Features of the pool, of its augmented views (views, N, D) and of the held-out images, as a run computes them."""
     path = args.output_dir / "features.pt"
     made_with = [*passed_on, str(args.pool), str(args.held_out)]
     if path.exists():
@@ -121,8 +121,10 @@ def cached_features(args: argparse.Namespace, passed_on: list[str]) -> dict[str,
     loaders = Loaders(options, plan, splits, report["image_size"], LoadingMeter())
     loaders.open(norms_train=False)
     task = tasks.task_of_run(options, splits, device)
-    (plain, labels), (held_out, held_out_labels), (view, _), _ = loaders.features(model, task, plan.dtype)
-    found = {"plain": plain, "view": view, "labels": labels, "held_out": held_out, "held_out_labels": held_out_labels}
+    loaders.augmented = loaders.add_same_views(train.subset([*range(len(train))] * MOST_VIEWS), loaders.augmentation)
+    (plain, labels), (held_out, held_out_labels), (views, _), _ = loaders.features(model, task, plan.dtype)
+    found = {"plain": plain, "labels": labels, "held_out": held_out, "held_out_labels": held_out_labels}
+    found["views"] = views.view(MOST_VIEWS, *plain.shape)
     found |= {"classes": list(splits.class_names), "made_with": made_with}
     torch.save(found, path)
     return found
@@ -136,10 +138,10 @@ def drawn(features: dict[str, Any], count: int, draw: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def both_views(features: dict[str, Any], chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The features (2 N, D) and the labels (2 N,) that a probe is fitted to."""
-    rows = torch.cat([features["plain"][chosen], features["view"][chosen]])
-    return rows, features["labels"][chosen].repeat(2)
+def with_views(features: dict[str, Any], chosen: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """The features ((1 + views) N, D) and the labels that a probe is fitted to: plain, and so many augmented views."""
+    rows = torch.cat([features["plain"][chosen], *features["views"][:views, chosen]])
+    return rows, features["labels"][chosen].repeat(1 + views)
 
 
 def accuracy(features: dict[str, Any], probe: Probe) -> float:
@@ -148,14 +150,14 @@ def accuracy(features: dict[str, Any], probe: Probe) -> float:
 
 
 def probe_before(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
-    """A probe on features that are divided by their deviations, with the best decade of C."""
+    """A probe on features that are divided by their deviations, with the best decade of C and one augmented view."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rows, labels = (part.numpy() for part in both_views(features, chosen))
+    rows, labels = (part.numpy() for part in with_views(features, chosen, 1))
     one_view = labels[: len(chosen)]
     folds = min(3, np.bincount(one_view).min())
     parts = []
@@ -182,19 +184,20 @@ def probe_before(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str,
 
 
 def probe_now(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
-    rows, labels = both_views(features, chosen)
-    probe = fit_linear_probe(rows, labels, len(features["classes"]), views=2)
+    views = probed_views(len(chosen))
+    probe = fit_linear_probe(*with_views(features, chosen, views), len(features["classes"]), views=1 + views)
     return {"accuracy": accuracy(features, probe), "scaling": probe.scaling, "strength": probe.strength}
 
 
 def start(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
-    rows, labels = both_views(features, chosen)
+    views = probed_views(len(chosen))
+    rows, labels = with_views(features, chosen, views)
     classes = len(features["classes"])
     is_labelled = torch.zeros(len(features["plain"]), dtype=torch.bool)
     is_labelled[chosen] = True
-    probe = fit_linear_probe(rows, labels, classes, views=2)
-    seen = unlabelled.seen(rows, labels, features["plain"][~is_labelled], classes)
-    found = unlabelled.start(*seen, probe, views=2)
+    probe = fit_linear_probe(rows, labels, classes, views=1 + views)
+    seen = unlabelled.seen(rows, labels, features["plain"][~is_labelled], classes, 1 + views)
+    found = unlabelled.start(*seen, probe, views=1 + views)
     told = {name: getattr(found, name) for name in ("name", "gain_loss", "gain_accuracy", "foreign")}
     right = (found.answers.argmax(1) == features["labels"][~is_labelled]).float().mean().item()
     return {"accuracy": accuracy(features, found.probe), "unlabelled_accuracy": right, **told}
@@ -232,7 +235,9 @@ def table(runs: list[dict[str, Any]], rows: list[str]) -> str:
 def gain(own: list[float], others: list[float]) -> str:
     """The mean difference of pairs in points, and its standard error."""
     differences = [100 * (a - b) for a, b in zip(own, others, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    if len(differences) == 1:
+        return f"{differences[0]:+.1f}"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
     return f"{statistics.mean(differences):+.1f} ± {error:.1f}"
 
 

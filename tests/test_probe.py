@@ -93,6 +93,33 @@ def positive(images: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([telling, 0.02 * torch.rand(3 * images, 100, generator=generator)], 1), labels
 
 
+def test_an_image_counts_as_much_as_all_its_augmented_views():
+    labels = torch.tensor([0, 1, 1]).repeat(5)
+    _, counts = probe.one_hot(labels, 2, 5, None)
+    assert counts[:, 0].tolist() == 3 * [1.0] + 12 * [0.25]
+    _, balanced = probe.one_hot(labels, 2, 5, "balanced")
+    assert balanced[:6, 0].tolist() == [1.5, 0.75, 0.75, 0.375, 0.1875, 0.1875]
+    for views in (1, 2):
+        assert (probe.one_hot(labels[: 3 * views], 2, views, None)[1] == 1).all()
+
+
+@pytest.mark.parametrize("fit", ["classes", "labels"])
+def test_a_view_that_is_there_three_times_is_there_once(fit):
+    features, labels = clusters(2, spread=2.0)
+    view = features + 0.5
+    targets = labels if fit == "classes" else torch.stack([labels, 1 - labels], 1).float()
+    found = []
+    for times in (1, 3):
+        rows = torch.cat([features, *[view] * times]), torch.cat([targets] * (1 + times))
+        if fit == "classes":
+            found.append(probe.fit_linear_probe(*rows, 2, views=1 + times))
+        else:
+            found.append(probe.fit_one_vs_rest(*rows, views=1 + times))
+    once, thrice = found
+    assert (once.scaling, once.strength) == (thrice.scaling, thrice.strength)
+    torch.testing.assert_close(thrice.weight, once.weight, rtol=0.05, atol=0.01)
+
+
 def test_features_of_one_length_are_scikit_learns_regression_without_intercept(monkeypatch):
     """The answers of the linear head for each image are the same, with the norms' mean in place of its own norm."""
     monkeypatch.setattr(probe, "SCALINGS", {"length": probe.SCALINGS["length"]})

@@ -374,13 +374,27 @@ def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taugh
     assert taught.estimate_head()
     head = probe.linear_head(taught.model)
     assert (head.weight == 2).all() and (head.bias == 1).all()
-    [features, labels, others, classes, balance] = asked.call_args.args
-    assert (len(features), len(others), classes, balance) == (30, 6, 3, "balanced")
+    [features, labels, others, classes, views, balance] = asked.call_args.args
+    assert (len(features), len(others), classes, views, balance) == (30, 6, 3, 2, "balanced")
     assert labels.tolist() == 2 * taught.loaders.images.train.labels
     expected, _ = evaluation.all_outputs(
         taught.model, taught.loaders.unlabelled_views(torch.arange(6)), CPU, torch.float32
     )
     torch.testing.assert_close(others @ torch.full((3, 192), 2.0).T + 1, expected)
+
+
+@pytest.mark.parametrize(("labels", "views"), [(5, 6), (3, 8)])
+def test_the_fewer_images_have_labels_the_more_views_of_each_start_the_head(start, images, monkeypatch, labels, views):
+    """Up to PROBED_VIEWS in all and MOST_VIEWS of each, of which the first is the one that many images have."""
+    monkeypatch.setattr("toolkit.run.loaders.PROBED_VIEWS", 100)  # of 15 and of 9 images
+    run = start(f"--labels-per-class {labels} --unlabelled {images} --augmentation crop")
+    [(rows, _), _, (augmented, labels), _] = run.loaders.features(run.network, run.task, run.dtype)
+    assert len(augmented) == views * len(rows) and labels.tolist() == views * run.loaders.images.train.labels
+    assert len(augmented.unique(dim=0)) > 0.9 * len(augmented)
+    monkeypatch.setattr("toolkit.run.loaders.PROBED_VIEWS", 1)
+    run.loaders.open(norms_train=False)
+    [_, _, (once, _), _] = run.loaders.features(run.network, run.task, run.dtype)
+    torch.testing.assert_close(augmented[: len(rows)], once)
 
 
 def test_a_head_whose_change_was_not_kept_whole_stays(taught):

@@ -52,7 +52,7 @@ def accuracy(head: probe.Probe, draw) -> float:
 
 
 def known_of(labels: Tensor) -> unlabelled.Labelled:
-    return unlabelled.Labelled(torch.arange(len(labels)), *probe.one_hot(labels, CLASSES, None))
+    return unlabelled.Labelled(torch.arange(len(labels)), *probe.one_hot(labels, CLASSES, 1, None))
 
 
 def test_clusters_of_images_without_labels_move_the_head():
@@ -262,7 +262,7 @@ def test_the_last_head_weighs_classes_as_it_is_asked_to():
     features, labels, others = draws(clustered, 4)
     rare = torch.cat([torch.arange(12)[labels[:12] > 0], torch.tensor([0])])  # one image of class 0
     rows = torch.cat([rare, rare + 12])
-    ways = (unlabelled.seen(features[rows], labels[rows], others, CLASSES, how) for how in (None, "balanced"))
+    ways = (unlabelled.seen(features[rows], labels[rows], others, CLASSES, 1, how) for how in (None, "balanced"))
     heads = [unlabelled.last_head(*way) for way in ways]
     alike, balanced = [(others @ head.weight.T + head.bias).softmax(1).mean(0)[0] for head in heads]
     assert balanced > alike

@@ -179,13 +179,15 @@ class Classification(SoftmaxObjective):
 
     def start_by_unlabelled(self, model, features, targets, unlabelled, fitted: probe.Probe, views, clusters) -> Start:
         """Set the head of `model` to the probe that was fitted, or to what `toolkit.answers.unlabelled.start` finds."""
-        found = start(*seen(features, targets, unlabelled, len(self.names), self.balance), fitted, views, clusters)
+        images = seen(features, targets, unlabelled, len(self.names), views, self.balance)
+        found = start(*images, fitted, views, clusters)
         probe.set_head(model, found.probe)
         return found
 
-    def end_by_unlabelled(self, model, features, targets, unlabelled) -> None:
+    def end_by_unlabelled(self, model, features, targets, unlabelled, views) -> None:
         """Set the head of `model`, which has trained on images without labels, to the one that their features show."""
-        probe.set_head(model, last_head(*seen(features, targets, unlabelled, len(self.names), self.balance)))
+        images = seen(features, targets, unlabelled, len(self.names), views, self.balance)
+        probe.set_head(model, last_head(*images))
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)

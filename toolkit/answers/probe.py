@@ -152,7 +152,7 @@ def fit_linear_probe(
     """A multinomial logistic regression on scaled features; its strength is scikit-learn's C.
 
     Args:
-        features: (views * N, D): the same N images once for each view, such as once as they are and once augmented.
+        features: (views * N, D): N images as they are, and behind them the same images once for each augmented view.
         labels: (views * N,), from 0 to K - 1.
         class_weights: 'balanced': every class counts alike, however many images it has; None: every image.
         clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
@@ -164,16 +164,23 @@ def fit_linear_probe(
     y = labels.cpu()
     classes = y[: len(y) // views].numpy()
     held_out = parts(class_folds(classes, clusters), views, classes)
-    return _fitted(features, *one_hot(y, num_classes, class_weights), held_out, ONE_CLASS)
+    return _fitted(features, *one_hot(y, num_classes, views, class_weights), held_out, ONE_CLASS)
 
 
-def one_hot(labels: Tensor, num_classes: int, class_weights: str | None) -> tuple[Tensor, Tensor]:
-    """Targets (N, K) of labels (N,), and how much each image counts, (N, 1)."""
-    counts = torch.ones(len(labels), 1, dtype=torch.float64)
+def one_hot(labels: Tensor, num_classes: int, views: int, class_weights: str | None) -> tuple[Tensor, Tensor]:
+    """Targets (views * N, K) of labels (views * N,), and how much each row counts, (views * N, 1)."""
+    counts = shares_of_views(len(labels), views)
     if class_weights is not None:
         images = labels.bincount(minlength=num_classes)
-        counts[:, 0] = len(labels) / (images > 0).sum() / images[labels]
+        counts[:, 0] *= len(labels) / (images > 0).sum() / images[labels]
     return F.one_hot(labels, num_classes).double(), counts
+
+
+def shares_of_views(rows: int, views: int) -> Tensor:
+    """How much each row counts, (views * N, 1): an image as it is 1, and its augmented views, behind all images, 1."""
+    counts = torch.ones(rows, 1, dtype=torch.float64)
+    counts[rows // views :] /= max(1, views - 1)
+    return counts
 
 
 def class_folds(classes: np.ndarray, clusters: Tensor | None, turn: int = 0) -> np.ndarray:
@@ -332,9 +339,9 @@ def fit_one_vs_rest(
         features, clusters: as for `fit_linear_probe`.
     """
     Y = targets.detach().cpu().double()
-    counts = torch.ones_like(Y)
+    counts = shares_of_views(len(Y), views).repeat(1, Y.shape[1])
     if weights is not None:
-        counts = torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu()).double()
+        counts *= torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu())
     counts.masked_fill_(Y.isnan(), 0)
     held_out = parts(_folds(strata(Y[: len(Y) // views]).tolist(), clusters), views)
     return _fitted(features, Y.nan_to_num(), counts, held_out, EACH_LABEL)

@@ -29,8 +29,13 @@ class Features(NamedTuple):
 
     training_images: tuple[Tensor, Tensor]
     evaluation_images: tuple[Tensor, Tensor] | None = None  # None: they are not measured by
-    augmented_views: tuple[Tensor, Tensor] | None = None  # of the training images, for a probe
+    augmented_views: tuple[Tensor, Tensor] | None = None  # for a probe: one of each training image, then the next
     images_without_labels: tuple[Tensor, Tensor] | None = None  # which may know a better head than the probe
+
+    def for_probe(self) -> tuple[Tensor, Tensor, int]:
+        """Features and targets of training images and, behind them, of their views; and how often each is there."""
+        rows, targets = map(torch.cat, zip(self.training_images, self.augmented_views, strict=True))
+        return rows, targets, len(targets) // len(self.training_images[1])
 
 
 def start_head(
@@ -49,13 +54,13 @@ def start_head(
         baseline["knn"] = task.knn_score(*train, *queries)
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature(), None
-    both = [torch.cat(views) for views in zip(train, augmented, strict=True)]
-    started = task.start(model, *both, views=2, clusters=clusters)
+    rows, targets, views = features.for_probe()
+    started = task.start(model, rows, targets, views, clusters)
     if queries is not None:
         baseline["probe"] = task.probe_score(model, *queries)
     found = None
     if others is not None:
-        found = task.start_by_unlabelled(model, *both, others[0], started, views=2, clusters=clusters)
+        found = task.start_by_unlabelled(model, rows, targets, others[0], started, views, clusters)
         started = found.probe
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
@@ -70,13 +75,15 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
 
     The temperature of a trained head is that factor times the one that fits its training views, whose confidence is too
     high. Few images say less of it than that it is 1, since the probe's strength was chosen by the same answers.
-    `held_out`, `Probe.held_out`, is for the images and for their views, (2 N, K); the features (N, D) are of the views.
+    `held_out`, `Probe.held_out`, is for N images and behind them for their V views, (N + V N, K); the features (V N, D)
+    are of the views.
     """
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
+    images = len(held_out) - len(targets)
     known = held_out.isfinite().all(1)
-    unseen = task.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
-    unseen **= len(targets) / (len(targets) + SURE_IMAGES)
+    unseen = task.fitted_temperature(held_out[known], torch.cat([targets[:images], targets])[known])
+    unseen **= images / (images + SURE_IMAGES)
     return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
 
 

@@ -79,14 +79,19 @@ class Judged(NamedTuple):
 
 
 def seen(
-    features: Tensor, labels: Tensor, unlabelled: Tensor, num_classes: int, class_weights: str | None = None
+    features: Tensor,
+    labels: Tensor,
+    unlabelled: Tensor,
+    num_classes: int,
+    views: int = 1,
+    class_weights: str | None = None,
 ) -> tuple[Images, Labelled]:
     """All images, those with labels first, and what is known of these.
 
     `unlabelled` are features (M, D) of the others, as they are; the rest is as for `fit_linear_probe`.
     """
     rows = torch.cat([features, unlabelled]).detach().cpu().float()
-    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, class_weights))
+    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, views, class_weights))
     return placed(rows), known
 
 

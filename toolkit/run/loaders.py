@@ -24,6 +24,8 @@ from toolkit.run.options import FineTuneOptions, Plan, image_sources
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
+PROBED_VIEWS = 512  # of few training images together, up to MOST_VIEWS of each
+MOST_VIEWS = 8
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
 ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images wait for the weights, not for memory
 PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
@@ -36,6 +38,11 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = image_sources(args, read)
     return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
+
+
+def probed_views(images: int) -> int:
+    """How many augmented views of each image a probe is fitted to: of few images one view is a matter of chance."""
+    return min(MOST_VIEWS, max(1, PROBED_VIEWS // images))
 
 
 class Loaders:
@@ -119,7 +126,10 @@ class Loaders:
             self.statistics = self.add_same_views(some, self.plain_view)
         self.watched = self.add_same_views(self.watched_images, self.augmentation)
         # They calibrate the head, and start it unless there are more training images.
-        self.augmented = self.add_same_views(self.images.train.at_most(CALIBRATION_IMAGES), self.augmentation)
+        some = self.images.train.at_most(CALIBRATION_IMAGES)
+        varies = self.args.augmentation != "none" and TRUTHS[self.args.task] in ("class", "labels")
+        views = probed_views(len(some)) if varies else 1
+        self.augmented = self.add_same_views(some.subset([*range(len(some))] * views), self.augmentation)
 
     def unlabelled_views(self, places: Tensor) -> Remembered:
         """A loader of the images without labels at these places, as they are."""
