@@ -258,6 +258,12 @@ def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_ou
     assert accuracy(found, clustered) > accuracy(plain, clustered) + 0.02
 
 
+def test_the_views_of_an_image_weigh_against_other_images_as_one():
+    """However many views of three images there are, images without labels count for as much."""
+    images, known = unlabelled.seen(torch.randn(12, 4), torch.tensor([0, 1, 2] * 4), torch.randn(5, 4), 3, 4, None)
+    assert known.counts[:, 0].tolist() == pytest.approx([1.0] * 3 + [1 / 3] * 9) and len(images.rows) == 17
+
+
 def test_the_last_head_weighs_classes_as_it_is_asked_to():
     features, labels, others = draws(clustered, 4)
     rare = torch.cat([torch.arange(12)[labels[:12] > 0], torch.tensor([0])])  # one image of class 0
