@@ -130,7 +130,8 @@ def summary(task, report, baseline: dict, folder, keep_best: str | None = None, 
     usual = {"kept_share": 1, "kept_epoch": 1, "epochs": 1, "task": task.kind, "device": "cpu", "chosen_by": {}}
     results = usual | results
     options = argparse.Namespace(output_dir=folder, keep_best=keep_best)
-    return reports.summary(argparse.Namespace(task=task, args=options, baseline=baseline), results, report)
+    run = argparse.Namespace(task=task, args=options, baseline=baseline, by_unlabelled=None)
+    return reports.summary(run, results, report)
 
 
 def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
@@ -178,14 +179,17 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
     run.wise_ft.share = 0.25
-    run.baseline = {"probe": 0.9}
+    run.baseline, run.by_unlabelled = {"probe": 0.9}, None
     worse = "\n  the linear probe still answers training images better than this epoch does: "
     mixed = "saved and evaluated is the model 25% of the way from the linear probe to this epoch"
     assert reports.describe_epoch(run).endswith(worse + mixed)
     run.wise_ft.share = 0
     assert reports.describe_epoch(run).endswith(f"{worse}the linear probe is saved and evaluated")
-    run.baseline = {"probe": None}  # of a random head
-    assert reports.describe_epoch(run).endswith("than this epoch does: the start is saved and evaluated")
+    for run.baseline, run.by_unlabelled in (
+        ({"probe": None}, None),  # of a random head
+        ({"probe": 0.9}, {"name": "mix"}),  # the start is better than the probe, whose accuracy stands above
+    ):
+        assert reports.describe_epoch(run).endswith("than this epoch does: the start is saved and evaluated")
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def describe_epoch(run: FineTuned) -> str:
 
 
 def _name_of_start(run: FineTuned) -> str:
-    return "start" if run.baseline["probe"] is None else "linear probe"
+    return "start" if run.by_unlabelled or run.baseline["probe"] is None else "linear probe"
 
 
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
