@@ -3,7 +3,6 @@
 They are forked from a server that has imported the scripts already: a run begins at once and is real in all else.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -25,16 +24,6 @@ if ON_GPUS in sys.modules:  # they come before PyTorch
 SERVER.set_forkserver_preload(PRELOADED)
 
 
-@functools.cache
-def start_server() -> None:
-    """Begin the server, and wait until it has imported everything: no run's seconds are spent on that."""
-    first = SERVER.Process(target=int)
-    # Once bitsandbytes has seen a GPU, no fork may use CUDA.
-    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}):
-        first.start()
-    first.join()
-
-
 class Child:
     """A run of `finetune_lora` or `moco.pretrain`, leader of its own process group, with its output in a file.
 
@@ -44,8 +33,9 @@ class Child:
     def __init__(self, module: str, options: str, log: Path, before: Callable | None = None, environment=None):
         self.log = log
         self.process = SERVER.Process(target=_run, args=(module, options.split(), log, before, environment or {}))
-        start_server()
-        self.process.start()
+        # For the server, which starts with the first child: once bitsandbytes has seen a GPU, no fork may use CUDA.
+        with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}):
+            self.process.start()
 
     @property
     def output(self) -> str:
