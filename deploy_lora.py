@@ -210,7 +210,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         mistakes = Path(folder) / "mistakes.png"
         picture = Path(folder) / report.picture
         report.draw(picture)
-        report.draw_mistakes(images, mistakes, deployed.transform.bands, explainer)
+        report.draw_mistakes(images, mistakes, explainer)
         sections = report.sections(picture)
         named = report.named_mistakes(images)
         write_page(page, report.title(), rows, sections, mistakes, named)
@@ -415,7 +415,7 @@ def choose(args: argparse.Namespace) -> list[str]:
             chosen = choosing.least_sure(features, count, logits)
     images = images.subset(chosen)
     if distributed.is_main():
-        choosing.write_chosen(images, deployed.transform.bands, args.output)
+        choosing.write_chosen(images, args.output)
     print(f"wrote {args.output}: {count} images to label, {how}")
     return list(map(images.name, range(count)))
 

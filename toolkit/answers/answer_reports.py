@@ -14,7 +14,6 @@ from toolkit import printable
 from toolkit.answers import measures
 from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, small_picture
-from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 
 TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
@@ -87,10 +86,8 @@ class Report:
             rows.append((headline.title, text))
         return rows
 
-    def draw_mistakes(
-        self, images: LabelledImages, path: Path, bands: Bands | None = None, explainer: Explainer | None = None
-    ) -> None:
-        """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
+    def draw_mistakes(self, images: LabelledImages, path: Path, explainer: Explainer | None = None) -> None:
+        """Pictures of the worst answers, and next to each what decided, if there is an explainer."""
         groups = self.mistakes()
         wide = 1 if explainer is None else 2  # columns for an image, and for what decided
         rows = [max(1, math.ceil(wide * len(chosen) / COLUMNS)) for chosen in groups.values()]
@@ -103,7 +100,7 @@ class Report:
                 row, column = divmod(wide * place, COLUMNS)
                 file = drawn(Path(images.name(i)).name, 26)
                 said = drawn("\n".join(textwrap.wrap(text, 20)))
-                place_picture(axes, row, column, small_picture(images, i, 192, bands), said, file)
+                place_picture(axes, row, column, small_picture(images, i, 192), said, file)
                 if explainer is not None:
                     seen = explainer.explain(images.undecoded(i)[0])[1]
                     place_picture(axes, row, column + 1, seen, "what decided")

@@ -13,7 +13,6 @@ from toolkit.answers.report_page import html_pictures, write_html
 from toolkit.choices import TO_LABEL
 from toolkit.files import make_folder, write_cells
 from toolkit.images import remote
-from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 
 # Measured, see benchmarks/RESULTS.md.
@@ -56,7 +55,7 @@ def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
     return candidates[sorted(chosen)].tolist()
 
 
-def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> None:
+def write_chosen(images: LabelledImages, folder: Path) -> None:
     """Write a list to add labels to, and a page with the pictures; not what a model says, which people would follow."""
     make_folder(folder)
     names = list(map(images.name, range(len(images))))
@@ -64,7 +63,7 @@ def write_chosen(images: LabelledImages, bands: Bands | None, folder: Path) -> N
     rows = [(name if remote.is_remote(name) else os.path.abspath(name), "") for name in names]
     page = (folder / TO_LABEL).with_suffix(".html")
     todo = f"<p>Write the label of each into {TO_LABEL}, and delete the lines without one.</p>"
-    write_html(page, f"{len(images)} images to label", [todo, html_pictures(images, shown, bands)])
+    write_html(page, f"{len(images)} images to label", [todo, html_pictures(images, shown)])
     write_cells(rows, ["path", "label"], folder / TO_LABEL)
 
 

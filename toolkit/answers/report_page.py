@@ -15,7 +15,6 @@ from PIL import Image
 
 from toolkit import MADE_BY
 from toolkit.files import open_atomically, write_text
-from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 from toolkit.images.transforms import View, whole_along
 
@@ -107,18 +106,18 @@ def html_picture(content: bytes, described: str, kind: str = "png") -> str:
     return f'<img alt="{described}" src="data:image/{kind};base64,{data}">'
 
 
-def small_picture(images: LabelledImages, i: int, side: int, bands: Bands | None = None) -> Image.Image | np.ndarray:
-    """A picture of an image, `side` pixels along its shorter side, as matplotlib takes it; `bands` as for reading."""
+def small_picture(images: LabelledImages, i: int, side: int) -> Image.Image | np.ndarray:
+    """A picture of an image, `side` pixels along its shorter side, as matplotlib takes it."""
     # To show a large photograph from its every pixel takes long.
     shrunk = View(partial(whole_along, side, enlarges=False))(images.undecoded(i)[0])
-    return bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk
+    return images.bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk
 
 
-def html_pictures(images: LabelledImages, shown: Sequence[tuple[int, str]], bands: Bands | None = None) -> str:
+def html_pictures(images: LabelledImages, shown: Sequence[tuple[int, str]]) -> str:
     """Small pictures of images, and under each what is said of it: (image, text)."""
     figures = []
     for i, text in shown:
-        picture = small_picture(images, i, SIDE, bands)
+        picture = small_picture(images, i, SIDE)
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray((255 * picture).astype(np.uint8))
         picture.thumbnail((SIDE, SIDE))

@@ -158,7 +158,7 @@ class PixelReport(Report):
         shares = {image: _share_right(self.answers.confusion[image]).item() for image in self.answers.maps}
         return {"Fewest right pixels first": [(i, f"{share:.0%} of the pixels right") for i, share in shares.items()]}
 
-    def draw_mistakes(self, images, path, bands=None, explainer=None) -> None:
+    def draw_mistakes(self, images, path, explainer=None) -> None:
         """A row for each of the worst images: it, and over it its mask and the answers; then the colours' meaning."""
         from matplotlib.patches import Patch
 
@@ -170,7 +170,7 @@ class PixelReport(Report):
             truth = images.mask(image)
             step = 1 + max(truth.shape) // 1_000  # of a scene matplotlib would hold every pixel, in float64
             truth = truth[::step, ::step]
-            picture = images.picture(image, bands, step)  # (H, W, 3), from 0 to 1
+            picture = images.picture(image, step)  # (H, W, 3), from 0 to 1
             answer = self.answers.maps[image][::step, ::step].long().where(truth != NO_LABEL, NO_LABEL)
             file = drawn(Path(images.name(image)).name, 40)
             layers = {f"{file}: {drawn(text)}": None, "truth": truth, "answer": answer}

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from toolkit import distributed
+from toolkit.images.bands import Bands
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.shards import ShardedImages
 from toolkit.images.transforms import TwoCrops, View, to_rgb
@@ -94,6 +95,11 @@ class LabelledImages(Dataset):
     @property
     def in_files(self) -> bool:
         return isinstance(self.source, ImageFiles)
+
+    @property
+    def bands(self) -> Bands | None:
+        """What is read of their files; None: they are RGB photographs."""
+        return self.source.bands if self.in_files else None
 
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""

@@ -294,12 +294,12 @@ class MaskedImages(LabelledImages):
         mask = self.source.read(self.source.mask_path(self.indices[i]))
         return torch.from_numpy(mask.astype(np.int64))
 
-    def picture(self, i: int, bands: Bands | None, step: int = 1) -> np.ndarray:
+    def picture(self, i: int, step: int) -> np.ndarray:
         """The image as a picture (H, W, 3) from 0 to 1, of every `step`-th pixel."""
         image = np.asarray(self[i][0])[::step, ::step]
-        if bands is None:
+        if self.bands is None:
             return image / 255
-        return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
+        return self.bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
 
 def load_pairs(

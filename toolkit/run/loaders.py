@@ -196,9 +196,9 @@ class Loaders:
         return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True) -> Features:
-        """Features of `probe_images` and of what else there is; of the evaluation images to measure by them.
+        """Features of `probe_images`, and of what else there is; of evaluation images only if there is to evaluate.
 
-        With masks their scores are of whole masks.
+        With masks they are left out: scores are of whole masks.
         """
         train = self.probe_images
         loaders = {"training_images": self.add_loader(train, self.plain_view, keep_workers=False)}

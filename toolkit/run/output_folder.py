@@ -23,13 +23,11 @@ HALVES = ".*.[0-9]*.tmp"  # what a killed one left in `open_atomically`
 MOVING = ".moving"  # a folder in it while an earlier run is moved aside
 CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
 CARD_LINE = "## Settings, of version "
-_ANSWERS = ("results_answers.csv", "labels_to_check.csv")
-_TABLES = ("metrics.csv", "results.json", "learning_rates.csv", *_ANSWERS)
-_CURVES = ("training_curves.png", "precision_recall.png")
-_PICTURES = (*_CURVES, "mistakes.png", "confusion_matrix.png", "scatter.png")
-_PAGES = ("report.html", "lora_evaluation.html", CARD)
-_RUN = ("lora.pth", "last.pth", "config.yaml", "folds")
-FINE_TUNING_FILES = (*_RUN, *_TABLES, *_PICTURES, *_PAGES)
+FINE_TUNING_FILES = (
+    *("lora.pth", "last.pth", "config.yaml", "folds", "report.html", "lora_evaluation.html", CARD),
+    *("metrics.csv", "results.json", "learning_rates.csv", "results_answers.csv", "labels_to_check.csv"),
+    *("training_curves.png", "mistakes.png", "confusion_matrix.png", "precision_recall.png", "scatter.png"),
+)
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:

@@ -204,7 +204,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     if run.task.counts_images and block_names(run.model):
         view = eval_transform(run.report["image_size"], **normalization)
         explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
-    report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"], explainer)
+    report.draw_mistakes(run.splits.val, run.path("mistakes.png"), explainer)
     images = run.task.counts(run.splits.train)
     adapter = shlex.quote(str(run.path("lora.pth")))
     found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
@@ -262,8 +262,7 @@ def labels_to_check(run: FineTuned) -> list[str]:
         f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for another "
         "class, and is surest of these; labels_to_check.csv has them all.</p>"
     )
-    pictures = html_pictures(images, shown[:PICTURES], run.plan.normalization["bands"])
-    return ["<h2>Labels to look at</h2>", explained, pictures]
+    return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]
 
 
 def _known_at_start(results: Mapping[str, Any]) -> list[tuple[str, str]]:
