@@ -137,6 +137,8 @@ class LoRAManager:
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
+        if self.names and self.in_use is None:
+            raise InputError(f"no adapter is in use: call use(name) first; there are: {listed(self.names, 12)}")
         for layer in self._layers_to_merge().values():
             layer.merge()
 
@@ -355,6 +357,8 @@ class LoRAManager:
         """The differences between a file and the adapter in use, one line each."""
         if any(layer.merged for layer in adapted_layers(self.model).values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
+        if content["layers"] and not self._layers_in_file():
+            return ["no adapter is in use here: load the file with a name and call use(name), or adapt the model first"]
         if problems := self._different_layers(content["layers"]) or self._different_tensors(content["tensors"]):
             return problems
         now = base_digests(self.model)

@@ -358,7 +358,7 @@ OTHERS = {
     "classes": (lambda: adapted(base(classes=7)), r"heads\.head\.weight is \(5, 16\) in the file, \(7, 16\) here"),
     "4-bit base": (lambda: adapted(base(seed=2), use_qlora=True), "trained over another base"),  # known by its floats
     "merged": (lambda: merged(adapted(base())), r"merged: call unmerge_lora_weights\(\) first"),
-    "no adapters": (base, "is adapted in the file but not here"),
+    "no adapters": (base, r"no adapter is in use here: load the file with a name and call use\(name\), or adapt"),
 }
 
 
