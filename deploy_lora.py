@@ -219,11 +219,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluated(deployed: Deployed) -> tuple[LabelledImages, str, Any]:
-    """The labelled images of the options, a description of where they are, and the answers for them."""
+    """The labelled images of the options, how many they are and where, and the answers for them."""
     images, where = _labelled_images(deployed.args.images, deployed.about)
     images = sources.readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
+    where = f"{len(images):,} {where}"
+    if images.groups is not None:
+        where += f", in {len(set(images.groups)):,} groups; intervals are over groups"
     bar = progress_bar(deployed.loader(Transformed(images, deployed.transform)), "evaluate")
     return images, where, deployed.task.evaluate(deployed.model, bar, deployed.device, deployed.dtype)
 
@@ -240,7 +243,7 @@ def threshold(args: argparse.Namespace) -> Task:
     task.thresholds = task.thresholds.where(unknown, chosen)
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
-        content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, {where}"}
+        content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, in {args.images}"}
         write_adapter_file(content, args.output)
         report = task.report(result, images.clusters())
         kept = [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]

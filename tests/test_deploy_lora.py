@@ -232,7 +232,7 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
     assert json.loads((tmp_path / "r.json").read_text()) == results
     assert results["accuracy_interval"] == pytest.approx(share_interval(hits))
     assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
-    assert f"{'images':<22}in {images}/val\n" in told
+    assert f"{'images':<22}15 in {images}/val\n" in told
     for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
         text = page.read_text()
         assert f"accuracy {results['accuracy']:.2%} on 15 images" in text and "By class" in text
@@ -279,10 +279,10 @@ def test_a_list_is_evaluated_over_the_groups_of_the_run(adapter_for_images, imag
     settings = {"dataset": "imagefolder", "data_list": [str(table)], "group_by": "who"}
     grouped = with_settings(adapter_for_images, settings)
     assert run("evaluate --device cpu", grouped, table)["accuracy_interval"] != expected["accuracy_interval"]
-    capsys.readouterr()
+    assert f" 15 in {table}, in 5 groups; intervals are over groups\n" in capsys.readouterr().out
     again = run("evaluate --device cpu", grouped, plain)
     assert again["accuracy_interval"] == expected["accuracy_interval"]
-    assert f"{plain}, without groups by who\n" in capsys.readouterr().out
+    assert f" 15 in {plain}, without groups by who\n" in capsys.readouterr().out
     plain.write_text(f"{images / 'val/dark/0.png'},eel\n")
     for path, problem in ((table, "the line .* is not a path and a label"), (plain, "that the adapter lacks: eel")):
         with pytest.raises(InputError, match=problem):
