@@ -47,8 +47,10 @@ def test_a_card_of_labels_has_the_figures_of_each_and_its_groups():
         "b": {"auroc": None, "threshold": 1.0},
     }
     results = {"val_images": 35, "val_groups": 18, "train_images": 70, "macro_f1": 0.5, "macro_f1_interval": [0.4, 0.6]}
+    results |= {"val_macro_ap": 1.0, "val_macro_ap_interval": None}
     text = write_card(about, results | {"labels": by_label}, "flowers", "lora.pth")
     assert "On 35 evaluation images in 18 groups, over which the intervals are, after training on 70:" in text
+    assert "| macro_f1 | 0.5 | 0.4 to 0.6 |\n| macro_ap | 1 | none |" in text
     assert "| label | auroc | threshold |\n|---|---|---|\n| a | 0.9 | 0.25 |\n| b |  | 1 |" in text
 
 
@@ -62,6 +64,9 @@ def test_a_card_names_a_published_base_and_its_licence():
     about["checkpoint"] = "/mine/moco-v2-of-my-own.pth"
     text = write_card(about | {"class_names": ["a", "b"]}, {}, "flowers", "lora.pth")
     assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"
+    about |= {"class_names": ["a", "b"], "thresholds chosen": "for f1, in /mine/list.csv"}
+    text = write_card(about, {}, "flowers", "lora.pth")
+    assert "Not measured since the thresholds were chosen anew, for f1: `threshold` below is the run's." in text
 
 
 @pytest.mark.parametrize(

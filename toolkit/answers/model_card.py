@@ -49,7 +49,7 @@ place or time the figures below do not hold: measure there first.
 
 ## Results
 
-{_table(figures, results)}
+{_table(figures, results, metadata)}
 {_by_name(task, results)}
 ## To use it
 
@@ -70,19 +70,21 @@ def _yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _figures(results: Mapping[str, Any]) -> list[tuple[str, float, list[float]]]:
-    """(name, value, its 95% interval) of each figure of a run that has an interval."""
+def _figures(results: Mapping[str, Any]) -> list[tuple[str, float, list[float] | None]]:
+    """(name, value, its 95% interval) of each figure of a run; None where chance cannot be told from the answers."""
     found = []
     for key, interval in results.items():
         value = results.get(key.removesuffix("_interval"))
-        if key.endswith("_interval") and isinstance(value, int | float) and isinstance(interval, list):
+        if key.endswith("_interval") and isinstance(value, int | float) and isinstance(interval, list | None):
             found.append((key.removesuffix("_interval").removeprefix("val_"), value, interval))
     return found
 
 
-def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, Any]) -> str:
+def _table(figures: list[tuple], results: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     if not figures:
-        return "Not measured."
+        goal, *_ = str(metadata.get("thresholds chosen", "")).split(",")  # then follows the path of the images
+        changed = f" since the thresholds were chosen anew, {goal}: `threshold` below is the run's" if goal else ""
+        return f"Not measured{changed}."
     about = f"On {results['val_images']:,} evaluation images"
     if "val_groups" in results:
         about += f" in {results['val_groups']:,} groups, over which the intervals are"
@@ -93,7 +95,9 @@ def _table(figures: list[tuple[str, float, list[float]]], results: Mapping[str, 
     if "epoch" in results.get("chosen_by", {}):
         about += ", which chose the epoch: on others the figures are lower"
     rows = [f"{about}:", "", "| | | 95% interval |", "|---|---|---|"]
-    rows += [f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |" for name, value, (low, high) in figures]
+    for name, value, interval in figures:
+        ends = "none" if interval is None else "{:.4g} to {:.4g}".format(*interval)
+        rows.append(f"| {name} | {value:.4g} | {ends} |")
     score, *_ = figures[0]
     before = results.get(f"probe_{score}_before")
     if before is not None:
