@@ -88,7 +88,7 @@ def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, mon
     """Without adapters there is nothing that --lora-init could start: it is refused."""
     monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 80)
     told = reports.describe_rates(start(options))
-    assert f"so few steps cannot correct what a high rate does ({remedy}: as typed)" in told
+    assert f"so few steps cannot correct what a high rate does (with {remedy} it stays as typed)" in told
     assert start(f"{options} {remedy}").rate == 1e-2
 
 

@@ -108,7 +108,7 @@ def describe_rates(run: FineTuned) -> str:
     asked = run.args.learning_rate
     if run.rate < asked:
         remedy = "--head-init random" if run.adapter_rate is None else "--lora-init random"
-        why = f"so few steps cannot correct what a high rate does ({remedy}: as typed)"
+        why = f"so few steps cannot correct what a high rate does (with {remedy} it stays as typed)"
         if run.guard.retreats:
             why = "lowered where training collapsed or gained nothing"
         reported[-1] += f"; {100 * run.rate / asked:.3g}% of {short_rate(asked)}: {why}"
