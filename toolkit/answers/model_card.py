@@ -113,8 +113,7 @@ def _by_name(task: Task, results: Mapping[str, Any]) -> str:
             by_name = {name: {key: value} for name, value in results[key].items()}
     if not isinstance(by_name, Mapping):
         return ""
-    first = next(iter(by_name.values()))
-    columns = [key for key in first if not key.endswith("_interval")]
+    columns = [key for key in next(iter(by_name.values())) if not key.endswith("_interval")]
     lines = [f"| {task.outputs_are[0]} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, row in by_name.items():
         cells = ["" if row.get(key) is None else f"{row[key]:.4g}" for key in columns]
