@@ -57,7 +57,7 @@ place or time the figures below do not hold: measure there first.
 python deploy_lora.py predict {file} my_images --output {task.predicted_into} --checkpoint BASE
 ```
 
-`BASE` is the file of `{base}`{needs}. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
+`BASE` is the path of `{base}`{needs}. In Python: `model, info = load_finetuned('{file}', 'BASE')`.
 
 ## Settings, of version {metadata.get("version", VERSION)} of the toolkit
 
