@@ -891,9 +891,12 @@ def started_run(*of_run: Any) -> "FineTuning":
 
 def resumed_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
     """The run that `--resume` goes on with, of the arguments of `FineTuning`."""
-    teaches = value_at(read_checkpoint(args.resume), "teacher") is not None
+    path = args.resume
+    if args.keep_best and path.resolve().parent != args.output_dir.resolve():
+        raise InputError(f"--keep-best: the best adapter is next to {path}; resume with that folder as --output-dir")
+    teaches = value_at(read_checkpoint(path), "teacher") is not None
     run = FineTuning(args, *of_run, teaches=teaches)
-    run.go_on_from(args.resume)
+    run.resume(path, options.FREE_TO_CHANGE)
     return run
 
 
@@ -1157,14 +1160,6 @@ class FineTuning(RunState):
                         logits = self.parallel(images)
                     loss = self.task.loss(logits.float(), labels)
                     self.scaler.scale(loss * factor).backward()
-
-    def go_on_from(self, path: Path) -> None:
-        """Go on with the run that wrote this `last.pth`: see `RunState.resume`."""
-        if self.args.keep_best and path.resolve().parent != self.args.output_dir.resolve():
-            raise InputError(
-                f"--keep-best: the best adapter is next to {path}; resume with that folder as --output-dir"
-            )
-        self.resume(path, options.FREE_TO_CHANGE)
 
     # Its rates
 

@@ -18,10 +18,10 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 _CORES = Path("/proc/cpuinfo")  # Linux alone has it
-PROCESSOR = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets
+_PROCESSOR = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # its maker among others
 # The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
 # MKL. MKL keeps its fastest code for Intel's processors.
-_IS_AMD_WITH_AVX512 = "AuthenticAMD" in PROCESSOR and "AVX512" in torch.backends.cpu.get_cpu_capability()
+_IS_AMD_WITH_AVX512 = "AuthenticAMD" in _PROCESSOR and "AVX512" in torch.backends.cpu.get_cpu_capability()
 PREFERS_ONEDNN_LINEAR = _IS_AMD_WITH_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
 ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()

@@ -75,9 +75,9 @@ def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None)
 def effective_weight(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place: bool = False
 ) -> Tensor:
-    """``W + s B A`` of (out, in), or a kernel in its memory format, (out, r) and (groups r, fan_in).
+    """``W + s B A`` of a weight (out, in), or of a kernel in its memory format. B: (out, r), A: (groups r, fan_in).
 
-    It is a fresh tensor, or stands in place of a temporary.
+    It is a fresh tensor; with `in_place` it may take the memory of the weight, a temporary.
     """
     W = weight
     permuted = not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last)
