@@ -232,16 +232,17 @@ def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_other_weights(name,
 # ------------------------------------------------------------------------------------------- what else may be there
 
 
-def test_adapters_without_a_name_are_the_default(alone, manager, tmp_path):
-    model = copy.deepcopy(alone["cars"])
+@pytest.mark.parametrize("name", ["cars", "head"])
+def test_adapters_without_a_name_are_the_default(alone, manager, tmp_path, name):
+    model = copy.deepcopy(alone[name])
     second = LoRAManager(model)
     second.load_lora_checkpoint(tmp_path / "pets.pth", name="pets")
     assert second.names == ["default", "pets"] and LoRAManager(model).in_use == "default"
-    assert_same(model, alone["cars"])
+    assert_same(model, alone[name])
     second.use("pets")
     assert_same(model, alone["pets"])
     LoRAManager(model).use("default")  # any manager of the model knows them
-    assert_same(model, alone["cars"])
+    assert_same(model, alone[name])
     second.use(None)
     add_lora_to_model(model, r=1)
     with pytest.raises(InputError, match="adapters without a name"):

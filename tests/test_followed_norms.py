@@ -110,6 +110,10 @@ def test_a_convolution_that_cannot_fold_its_norm_gives_it_the_same_statistics(pa
     hook = norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x), wanted)
     assert len(seen) == 1
+    conv.lora_enabled = False
+    base = norm(conv(x)).relu()  # by the BatchNorm's own statistics, which are the base's
+    torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x), base)
+    conv.lora_enabled = True
     hook.remove()
     norm.weight.requires_grad_()
     y = conv_bn_relu(conv, norm, nn.ReLU(), x)
@@ -456,6 +460,8 @@ class Adapters:
                 base = stock()
                 base.fc = oracle.fc
                 torch.testing.assert_close(model(self.x), base(self.x))
+                with torch.no_grad():
+                    torch.testing.assert_close(model(self.x), base(self.x))
 
     def switch(self) -> None:
         self.used = random.choice([*self.manager.names, None])

@@ -110,6 +110,13 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     assert_same_answers(theirs.merge_and_unload(), load_finetuned(adapter)[0], SIZES[kind])
 
 
+def test_a_release_of_peft_that_answers_otherwise_is_refused(peft, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy_lora, "ROUNDING", -1.0)
+    with pytest.raises(InputError, match=r"the installed PEFT's logits with this adapter differ by \d"):
+        convert(saved(base, 16, tmp_path, r=2), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
     """PEFT's answers are those of a float model with these adapters; what was in 4 bits below them is no adapter."""
     last = 1

@@ -16,15 +16,15 @@ from PIL import Image
 from torch import nn
 
 import deploy_lora
-from finetune_lora import load_base, load_finetuned
-from lora_utils import read_adapter_file
+from finetune_lora import add_lora_to_model, load_base, load_finetuned
+from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, stop
 from toolkit import InputError, config
 from toolkit.answers.measures import share_interval
 from toolkit.files import read_checkpoint
 from toolkit.images import data, sources
-from toolkit.models.backbones import build_backbone
+from toolkit.models.backbones import build_backbone, headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import runs, training
 
@@ -349,6 +349,14 @@ def adapt(run, base):
         return run(f"--checkpoint {base} --lora-rank 2 --image-size 16 --learning-rate 1e-2 {options}", output)
 
     return adapt
+
+
+def test_a_stage_1_adapter_knows_the_heads_of_its_vit(base, tmp_path):
+    backbone, report = load_backbone(base, 1, heads=1)
+    about = {name: report[name] for name in ("arch", "image_size", "heads")}
+    LoRAManager(add_lora_to_model(headless(backbone), r=1)).save_lora_checkpoint(tmp_path / "moco_lora.pth", about)
+    model, _ = load_base(base, tmp_path / "moco_lora.pth", 4)
+    assert model.encoder.layers[0].self_attention.num_heads == 1
 
 
 def test_adapters_alone_are_the_result(adapt, tmp_path, base, capsys):

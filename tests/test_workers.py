@@ -8,7 +8,9 @@ import pytest
 
 import deploy_lora
 from moco import pretrain
-from toolkit.images.data import OPEN_LOADERS
+from toolkit.images.data import OPEN_LOADERS, Transformed, build_loader, end_workers
+from toolkit.images.sources import load_splits
+from toolkit.images.transforms import eval_transform
 
 LISTED = "--data-dir {hospital} --group-by Patient --data-list {hospital}/"
 RUNS = {
@@ -34,6 +36,15 @@ def test_what_loaders_of_a_run_hold_can_be_pickled(start, hospital, pairs, image
     for loader in opened:
         pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
     assert loaders.train in opened and len(opened) >= 3
+
+
+def test_processes_that_wait_for_the_next_pass_end():
+    before = set(multiprocessing.active_children())
+    loader = build_loader(Transformed(load_splits("digits").val.at_most(4), eval_transform(8)), 2, workers=1)
+    assert len(list(loader)) == 2
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    end_workers()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.fixture
