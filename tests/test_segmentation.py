@@ -29,7 +29,7 @@ from toolkit.answers.segmentation import (
 )
 from toolkit.devices import seed_everything
 from toolkit.images.data import LabelledImages, Transformed, build_loader
-from toolkit.images.masks import collate_pairs, pair_transforms
+from toolkit.images.masks import Classes, MaskReader, collate_pairs, pair_transforms
 from toolkit.images.sources import load_splits
 from toolkit.models import dense
 from toolkit.models.backbones import build_backbone
@@ -438,6 +438,12 @@ def test_the_temperature_is_fitted_to_training_crops_and_not_to_whole_images(sta
     run = start("--augmentation crop")
     run.loaders.open(norms_train=False)
     views = torch.cat([images for images, _ in run.loaders.augmented])
-    plain = torch.stack([Transformed(run.splits.train, run.loaders.eval_transform)[i][0] for i in range(len(views))])
+    train = Transformed(run.splits.train, run.loaders.eval_transform)
+    plain = torch.stack([train[i % len(train)][0] for i in range(len(views))])  # several views of each
     changed = (views - plain).flatten(1).abs().amax(1) > 0.1
     assert changed.float().mean() > 0.8
+
+
+def test_a_task_has_the_colours_of_its_masks():
+    reader = MaskReader(Classes(("sea", "land"), colours=((0, 0, 255), (0, 255, 0))))
+    assert Segmentation(["sea", "land"], masks=reader).palette().tolist() == [[0, 0, 1], [0, 1, 0]]

@@ -291,6 +291,17 @@ def taught(start, images):
     return run
 
 
+def test_the_results_say_by_class_what_images_without_labels_are_taken_for(start, images, monkeypatch):
+    def started(*given) -> unlabelled.Start:
+        return unlabelled.start(*given)._replace(shares=torch.tensor([0.5, 0.25, 0.25]))
+
+    monkeypatch.setattr("toolkit.answers.classification.start", started)
+    run = start(f"--labels-per-class 5 --unlabelled {images}")
+    run.start()
+    assert run.by_unlabelled["shares"] == dict(zip(CLASSES, (0.5, 0.25, 0.25), strict=True))
+    assert run.by_unlabelled["images"] == 6 and run.by_unlabelled["trained"]
+
+
 def test_an_epoch_has_at_least_twelve_steps_half_of_which_have_labels(taught):
     steps = list(taught.loaders.steps(1))
     assert len(steps) == 12 and taught.steps_per_epoch == 12 and steps[-1].is_last
