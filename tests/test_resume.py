@@ -220,7 +220,7 @@ def end_a_script() -> None:
 def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path, argv, code, end):
     """In a newcomer's environment Python buffers what it prints into a file. The end is not behind a bar."""
     child = Child("finetune_lora", argv, tmp_path / "log", before=end_a_script)
-    assert child.wait() == code
+    assert child.wait() == code, child.output
     lines = (tmp_path / "log").read_bytes().decode().split("\n")  # as text, a bar's returns would be lines
     assert lines[:3] == ["epoch 1", "a warning", r"caf\udce9.jpg"]
     assert lines[-2:] == [end, ""] and ("epoch:" in "".join(lines)) == ("bar" in argv)
