@@ -251,12 +251,14 @@ def assert_figures_of_file(results: dict, images: Path) -> None:
     assert found.loss == pytest.approx(results["val_loss"], rel=1e-2 if results["precision"] == "bfloat16" else 1e-4)
 
 
-@pytest.mark.parametrize(("most", "loaded"), [(21, 0), (9, 9)])
-def test_the_views_that_the_head_started_from_calibrate_it_unless_that_takes_fewer(start, monkeypatch, most, loaded):
+@pytest.mark.parametrize(("most", "started", "loaded"), [(21, 8 * 21, 0), (9, 21, 8 * 9)])
+def test_the_views_that_the_head_started_from_calibrate_it_unless_that_takes_fewer(
+    start, monkeypatch, most, started, loaded
+):
     monkeypatch.setattr(loaders, "CALIBRATION_IMAGES", most)
     run = start("--augmentation crop")
     features, _ = run.start().augmented_views
-    assert len(features) == 21
+    assert len(features) == started
     with mock.patch.object(Transformed, "__getitem__", autospec=True, side_effect=Transformed.__getitem__) as load:
         assert run.calibrate()
     assert load.call_count == loaded

@@ -13,9 +13,9 @@ from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 
 WAYS = {
-    "lora": "--lora-rank 2 --lora-dropout 0.1",
+    "lora": "--lora-rank 2 --lora-dropout 0.1 --learning-rate 1e-4",
     "qlora": "--lora-rank 2 --use-qlora",
-    "norms": "--lora-rank 2 --norms train",
+    "norms": "--lora-rank 2 --norms train --learning-rate 1e-4",
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
     "from scratch": "--checkpoint none --arch vit_mini --image-size 16 --seed 1 --lora-rank 0 --no-freeze-backbone",
@@ -72,7 +72,7 @@ def test_each_way_trains_what_it_should(ways, base):
 def test_part_of_the_change_is_evaluated_and_saved(ways, way):
     """Of the adapters, the head and what else trains; training itself goes on from all of it."""
     results = ways[way]
-    assert results["kept_share"] == 0.25
+    assert results["kept_share"] == 0.25 and not results["retreats"]
     saved = tensors(results["folder"] / "lora.pth")
     end = results["end"]
     for name, start in results["start"].items():
@@ -88,7 +88,7 @@ def test_every_way_comes_back_from_its_file_and_merges_into_plain_torchvision(wa
     results = ways[way]
     again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), str(images / "val"), "--device", "cpu"])
     assert again["accuracy"] == results["val_accuracy"]
-    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-5)
+    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-5, abs=1e-7)
     adapter = ways[way]["folder"] / "lora.pth"
     merged = tmp_path / "merged.pth"
     deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
