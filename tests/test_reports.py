@@ -464,6 +464,8 @@ CHOOSE = "more labels, of those images that teach most: "
 CHOOSE += "python deploy_lora.py choose lora.pth new_images --output to_label"
 LABELLED = "more labelled images"
 FEW_LABELS = {"per_class": 25, "probe": 0.8}
+FROM_LIST = {"unlabelled": {}, "config": {"data": {"data_list": ["my list.csv", "val.csv"]}}}
+FEW_BELOW = {"per_class": 5, "probe": 0.9, "lowered": 8}
 
 
 @pytest.mark.parametrize(
@@ -479,9 +481,13 @@ FEW_LABELS = {"per_class": 25, "probe": 0.8}
         ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], AGAIN("--learning-rate 3e-04")),
         ({"probe": 0.9, "unlabelled": {}}, [], AGAIN("--learning-rate 3e-04")),
         ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, [COLLAPSED("12%")], AGAIN("--learning-rate auto")),
+        # Images without labels need steps, also where labels are few
+        (FEW_BELOW | {"unlabelled": {}}, [FEW(5, "class"), FEW_STEPS("12%")], AGAIN("--epochs 8")),
+        (FEW_BELOW, [FEW(5, "class"), FEW_STEPS("12%")], AGAIN("--learning-rate auto")),
         # With few labels what helps there; both ways are for one class an image
         (FEW_LABELS, [FEW(25, "class")], f"{CHOOSE}; or images without labels: {AGAIN('--unlabelled FOLDER')}"),
         (FEW_LABELS | {"unlabelled": {"images": 900}}, [FEW(25, "class")], CHOOSE),
+        (FEW_LABELS | FROM_LIST, [FEW(25, "class")], f"{CHOOSE} --labelled 'my list.csv' val.csv"),
         # Of those also where much was gained
         ({"per_class": 5, "unlabelled": {}, "losses": OVERFITTED}, [FEW(5, "class"), OVERFITTING], CHOOSE),
         ({"per_class": 5, "task": MultiLabel, "losses": OVERFITTED}, [FEW(5, "label"), OVERFITTING], LABELLED),

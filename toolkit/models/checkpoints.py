@@ -531,7 +531,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         if better := [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]:
             found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
         elif is_path(source.path) and (hint := _hint_of_timm(source.path)):
-            found += f"; {hint}"
+            found = hint
         raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
     broken = []
     for key, value in weights.items():

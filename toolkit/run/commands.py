@@ -70,7 +70,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(
         ["demo"], "--write", "nothing starts: write what a Space of the Hugging Face Hub needs into a folder", type=Path
     )
-    add(of_adapters - {"info", "evaluate", "demo"}, "--output", "the file to write (required)", type=Path)
+    add(of_adapters - {"info", "evaluate", "demo"}, "--output", "the file or folder to write (required)", type=Path)
     add(of_adapters - {"info", "card"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other
     computing = (*ON_IMAGES, "demo")

@@ -3,6 +3,7 @@
 It looks at the evaluation images: whoever follows it has used them, and a number to publish needs others.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def judge(
     }
 
     gained, is_worse, may_be_chance = _compared(results, task, probe)
-    is_short = lowered > LOWERED and not results.get("retreats") and not has_few
+    has_more_steps = not has_few or results["unlabelled"] is not None  # a longer run with few labels alone fits these
+    is_short = lowered > LOWERED and not results.get("retreats") and has_more_steps
     is_photograph = TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
@@ -60,6 +62,8 @@ def judge(
     longer = f"{again} --epochs {2 * max(1, results['epochs'])}"
     label = f"more labels, of those images that teach most: {typed('deploy')} choose {adapter} new_images "
     label += "--output to_label"
+    if lists := value_at(results, "config/data/data_list"):
+        label += f" --labelled {shlex.join(map(str, lists))}"
     if results["unlabelled"] is None:
         label += f"; or images without labels: {again} --unlabelled FOLDER"
     lacks_labels = has_few and (may_be_chance or is_overfitted)
