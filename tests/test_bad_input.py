@@ -622,7 +622,8 @@ def test_pretraining_reads_images_as_it_goes(workplace, capsys):
         ("-m moco.pretrain --help", 0, ["python -m moco.pretrain --config", "--moco-version"]),
         ("-m moco.pretrain --optimizer adam --knn-dir b", 2, ["did you mean adamw?", "--knn-dir b: no such folder"]),
         ("deploy_lora.py predict --help", 0, ["--window"]),
-        ("deploy_lora.py predict a.pth b --ouput c", 2, ["--output: expected a value", "--ouput: no such option"]),
+        ("deploy_lora.py predict a.pth b --ouput c", 2, ["error: --ouput: no such option", "--output: expected"]),
+        ("deploy_lora.py chose a.pth b --output c", 2, ["error: chose: no such command (did you mean choose?)"]),
     ],
 )
 def test_help_and_mistakes_do_not_wait_for_pytorch(command, code, names, tmp_path):

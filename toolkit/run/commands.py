@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, same_file
+from toolkit import VERSION, InputError, did_you_mean, printable, same_file
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
@@ -23,7 +24,7 @@ COMMANDS = {  # and the help of each
     "choose": "which images to label next, as a list and a page of their pictures",
     "explain": "which parts of each image decided the answer, as pictures",
     "demo": "a page in the browser on which an image is dropped and answered",
-    "merge": "base and adapter as one state_dict that plain torchvision loads",
+    "merge": "base and adapter as one state_dict that torchvision or timm loads",
     "export": "the merged model as a graph for onnxruntime or torch.export",
     "convert": "to the adapter format of PEFT, or to an adapter of a lower rank",
     "card": "a model card: what it is, its figures, and how to load it",
@@ -61,7 +62,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     some = {"type": Path, "nargs": "+"}
     switch = {"action": "store_true"}
     add(of_adapters - {"choose"}, "adapter", "adapter file, .pth or .safetensors", type=Path)
-    add(["choose"], "adapter", "adapter file, or a checkpoint: a file, or moco-v2-800ep", type=checkpoint_path)
+    add(["choose"], "adapter", "adapter file; or a checkpoint: a file, timm:NAME, moco-v2-800ep", type=checkpoint_path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
     add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=Path)
     add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
@@ -98,8 +99,11 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
 def read_options(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
     """The command and its options. Raises InputError with all that is wrong with them."""
     parser, parsers = make_parser(description)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
+        raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
     args, rest = parser.parse_known_args(argv)
-    problems = check(args) + unknown_words(parsers[args.command], rest)
+    problems = unknown_words(parsers[args.command], rest) + check(args)
     if problems:
         raise InputError("\n".join(problems))
     if "checkpoint" in args:
