@@ -62,7 +62,8 @@ class MoCo(MomentumContrast):
 
     def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2):
         width = feature_dim(backbone)
-        super().__init__(backbone, nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim)), m, T)
+        last = nn.Linear(width, dim)  # drawn first: a seed's start stays as it was
+        super().__init__(backbone, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last), m, T)
         self.K = K
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
