@@ -118,7 +118,8 @@ def test_a_view_that_is_there_three_times_is_there_once(fit):
             found.append(probe.fit_one_vs_rest(*rows, views=1 + times))
     once, thrice = found
     assert (once.scaling, once.strength) == (thrice.scaling, thrice.strength)
-    torch.testing.assert_close(thrice.weight, once.weight, rtol=0.05, atol=0.01)
+    answers = [features @ found.weight.T + found.bias for found in (once, thrice)]
+    torch.testing.assert_close(*answers, rtol=0, atol=0.3)  # the mean of all rows moves
 
 
 def test_features_of_one_length_are_scikit_learns_regression_without_intercept(monkeypatch):

@@ -338,8 +338,9 @@ def test_the_optimism_is_how_much_surer_the_probe_is_of_images_that_trained_it()
     held_out = torch.cat([outputs, outputs])
     held_out[7] = math.nan  # not known
     once, twice = (tasks.optimism(task, model, times * held_out, features, labels) for times in (1, 2))
-    views = features.repeat(3, 1), labels.repeat(3)
-    assert tasks.optimism(task, model, held_out.repeat(2, 1), *views) == pytest.approx(once, rel=1e-3)
+    views = features.repeat(3, 1), labels.repeat(3)  # of what is held out, the first counts
+    more = torch.cat([held_out, torch.zeros(600, outputs.shape[1])])
+    assert tasks.optimism(task, model, more, *views) == pytest.approx(once, rel=1e-3)
     assert twice / once == pytest.approx(2 ** (300 / (300 + tasks.SURE_IMAGES)), rel=1e-3)
     views = task.fitted_temperature(outputs, labels, smoothing=parts.VIEW_SMOOTHING)
     unseen = task.fitted_temperature(held_out[8:], torch.cat([labels, labels])[8:])

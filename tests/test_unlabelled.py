@@ -245,6 +245,22 @@ def test_a_candidate_with_a_smaller_loss_must_not_be_right_less_often(monkeypatc
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 
 
+def test_what_is_held_out_is_judged_as_it_is_and_by_one_view(monkeypatch):
+    """Seven more views, which nobody can tell, would make the answers for plain images look unsure."""
+    features, labels, others = draws(clustered, 6)
+    images, known = unlabelled.seen(features, labels, others, CLASSES, 2)
+    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
+    answers = unlabelled.held_out_answers(images, known, plain, 2, None)
+    expected = unlabelled.start(images, known, plain, views=2)
+    n = len(labels) // 2
+    more = torch.cat([features, features[n:].repeat(7, 1)]), torch.cat([labels, labels[n:].repeat(7)])
+    blurred = {name: torch.cat([of, torch.zeros(2, 7 * n, CLASSES)], 1) for name, of in answers.items()}
+    monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: blurred)
+    found = unlabelled.start(*unlabelled.seen(*more, others, CLASSES, 9), plain, views=9)
+    assert found.name == expected.name and found.gain_loss == pytest.approx(expected.gain_loss)
+    assert found.foreign > 0  # else all were as sure as what nobody can tell
+
+
 def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_out(monkeypatch):
     """Clusters far apart: a head by them is nearly perfect, where that of three labels is not."""
     features, labels, others = draws(clustered, 3)

@@ -75,14 +75,15 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
 
     The temperature of a trained head is that factor times the one that fits its training views, whose confidence is too
     high. Few images say less of it than that it is 1, since the probe's strength was chosen by the same answers.
-    `held_out`, `Probe.held_out`, is for N images and behind them for their V views, (N + V N, K); the features (V N, D)
-    are of the views.
+    `held_out`, `Probe.held_out`, is for N images and behind them for their V views, (N + V N, K), of which the first
+    counts; the features (V N, D) are of the views.
     """
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
     images = len(held_out) - len(targets)
+    held_out = held_out[: 2 * images]
     known = held_out.isfinite().all(1)
-    unseen = task.fitted_temperature(held_out[known], torch.cat([targets[:images], targets])[known])
+    unseen = task.fitted_temperature(held_out[known], torch.cat([targets[:images]] * 2)[known])
     unseen **= images / (images + SURE_IMAGES)
     return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
 

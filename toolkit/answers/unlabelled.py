@@ -107,7 +107,8 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
     """
     labels = known.targets.argmax(1)
     answers = held_out_answers(images, known, plain, views, clusters)
-    judged = {name: judge(logits, labels, views) for name, logits in answers.items()}
+    judging = min(views, 2) * len(labels) // views  # images and one view of each: answers are for images as they are
+    judged = {name: judge(of[:, :judging], labels[:judging], min(views, 2)) for name, of in answers.items()}
     name = min(judged, key=lambda name: judged[name].losses.nanmean())
     gains = judged["probe"].losses - judged[name].losses
     gain_accuracy = (judged[name].hits - judged["probe"].hits).nanmean().item()
@@ -124,7 +125,9 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
         outputs = others @ weight.T + bias
     shares = outputs.softmax(1)
     gains = (0.0, 0.0) if name == "probe" else (gains.nanmean().item(), gain_accuracy)
-    return Start(head, name, shares, *gains, shares.mean(0), foreign_share(images, known, answers["k-means"][0]))
+    return Start(
+        head, name, shares, *gains, shares.mean(0), foreign_share(images, known, answers["k-means"][0, :judging])
+    )
 
 
 def last_head(images: Images, known: Labelled) -> Probe:
