@@ -129,7 +129,13 @@ class Loaders:
         some = self.images.train.at_most(CALIBRATION_IMAGES)
         varies = self.args.augmentation != "none" and TRUTHS[self.args.task] in ("class", "labels")
         views = probed_views(len(some)) if varies else 1
-        self.augmented = self.add_same_views(some.subset([*range(len(some))] * views), self.augmentation)
+        seed = self.args.seed
+        if (
+            views > 1
+        ):  # new to the guard's views: a head that was fitted to these would seem to be harmed by all training
+            seed += 1
+        repeated = some.subset([*range(len(some))] * views)
+        self.augmented = Remembered(self.add_loader(repeated, self.augmentation, seed=seed, keep_workers=False))
 
     def unlabelled_views(self, places: Tensor) -> Remembered:
         """A loader of the images without labels at these places, as they are."""
