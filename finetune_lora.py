@@ -1309,8 +1309,12 @@ class FineTuning(RunState):
         return self.task.answers(self.task.softened(outputs, temperature), targets)
 
     def estimate_head(self) -> bool:
-        """Set the head anew, as the images without labels show it, if they trained and all of the change is kept."""
-        if self.teacher is None or self.wise_ft.share < self.wise_ft.alpha:
+        """Set the head anew, as the images without labels show it, if they trained at the full rate and all is kept.
+
+        What trained at a lower rate, as in a short run, has drawn no classes together.
+        """
+        is_whole = self.wise_ft.share == self.wise_ft.alpha and self.rate == self.args.learning_rate
+        if self.teacher is None or not is_whole:
             return False
         features = self.loaders.features(self.network, self.task, self.dtype, False)
         rows, targets, views = features.for_probe()

@@ -406,10 +406,13 @@ def test_the_fewer_images_have_labels_the_more_views_of_each_start_the_head(star
     assert not torch.equal(watched[0], seen[0])
 
 
-def test_a_head_whose_change_was_not_kept_whole_stays(taught):
+def test_a_head_whose_change_was_not_kept_whole_or_trained_at_a_lowered_rate_stays(taught):
     taught.wise_ft.share = taught.wise_ft.alpha / 2
     assert not taught.estimate_head()
     taught.wise_ft.share = taught.wise_ft.alpha
+    taught.rate /= 2
+    assert not taught.estimate_head()
+    taught.rate *= 2
     taught.teacher = None
     assert not taught.estimate_head()
 

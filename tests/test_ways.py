@@ -14,7 +14,7 @@ from toolkit.models.checkpoints import load_backbone
 
 WAYS = {
     "lora": "--lora-rank 2 --lora-dropout 0.1 --learning-rate 1e-4",
-    "qlora": "--lora-rank 2 --use-qlora",
+    "qlora": "--lora-rank 2 --use-qlora --learning-rate 1e-4",
     "norms": "--lora-rank 2 --norms train --learning-rate 1e-4",
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
