@@ -137,10 +137,14 @@ class LoRAManager:
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
-        if self.names and self.in_use is None:
-            raise InputError(f"no adapter is in use: call use(name) first; there are: {listed(self.names, 12)}")
+        self._check_in_use()
         for layer in self._layers_to_merge().values():
             layer.merge()
+
+    def _check_in_use(self) -> None:
+        """Raises InputError where there are named adapters and none is in use: to merge would do nothing."""
+        if self.names and self.in_use is None:
+            raise InputError(f"no adapter is in use: call use(name) first; there are: {listed(self.names, 12)}")
 
     def unmerge_lora_weights(self) -> None:
         """Undo `merge_lora_weights`; the base weights come back bit for bit."""
@@ -178,7 +182,9 @@ class LoRAManager:
             if layer.base_bits < 32 and not (merge and layers):
                 remedy = f"take the merged weights with {how}, or load the checkpoint again"
                 raise InputError(f"{name} is in {layer.base_bits} bits, its float weight is gone: {remedy}")
-        if self.names and not merge:
+        if merge:
+            self._check_in_use()
+        elif self.names:
             self.unmerge_lora_weights()
             self.use(None)
         self.record.adapters = AdapterSet()

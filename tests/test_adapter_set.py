@@ -155,8 +155,10 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, tmp_path):
     manager.use("pets")
     assert_same(manager.model, alone["pets"])
     manager.use(None)
-    with pytest.raises(InputError, match=r"no adapter is in use: call use\(name\) first; there are: .*cars"):
-        manager.merge_lora_weights()
+    for merge in (manager.merge_lora_weights, lambda: manager.unload(merge=True)):
+        with pytest.raises(InputError, match=r"no adapter is in use: call use\(name\) first; there are: .*cars"):
+            merge()
+    assert manager.names
 
 
 @pytest.mark.parametrize("in_use", ["pets", "cars"])
