@@ -9,9 +9,10 @@
 
 The training images of --data-dir are the pool. Each draw takes so many of each class with their labels, and the rest
 without. The held-out images judge, and choose nothing. Rows: the probe as it was until November 2026 (features divided
-by their deviations, decades of C), the probe of today, the start that `toolkit.answers.unlabelled` finds, and, if asked
-for, whole runs of `finetune_lora.py` on the same labels. Features and finished measurements are kept in --output-dir;
-the same command goes on where it stopped. Options that are not this script's go to `finetune_lora.py`.
+by their deviations, decades of C), the probe of today, the same with one augmented view of each image, the start that
+`toolkit.answers.unlabelled` finds, and, if asked for, whole runs of `finetune_lora.py` on the same labels. Features and
+finished measurements are kept in --output-dir; the same command goes on where it stopped. Options that are not this
+script's go to `finetune_lora.py`.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from toolkit.run.runs import run_script
 
 TITLES = {
     "before": "probe before",
+    "one_view": "probe of one augmented view",
     "probe": "probe",
     "unlabelled": "start with unlabelled images",
     "trained": "after training",
@@ -184,7 +186,14 @@ def probe_before(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str,
 
 
 def probe_now(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
-    views = probed_views(len(chosen))
+    return probe_of(features, chosen, probed_views(len(chosen)))
+
+
+def probe_of_one_view(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
+    return probe_of(features, chosen, 1)
+
+
+def probe_of(features: dict[str, Any], chosen: Tensor, views: int) -> dict[str, Any]:
     probe = fit_linear_probe(*with_views(features, chosen, views), len(features["classes"]), views=1 + views)
     return {"accuracy": accuracy(features, probe), "scaling": probe.scaling, "strength": probe.strength}
 
@@ -214,7 +223,13 @@ def trained(
     return {"accuracy": results["val_accuracy"], "probe": results["probe_accuracy_before"]}
 
 
-ROWS: dict[str, Callable] = {"before": probe_before, "probe": probe_now, "unlabelled": start, "trained": trained}
+ROWS: dict[str, Callable] = {
+    "before": probe_before,
+    "one_view": probe_of_one_view,
+    "probe": probe_now,
+    "unlabelled": start,
+    "trained": trained,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -42,10 +43,12 @@ def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
 
 def test_heads_with_few_labels(tmp_path, capsys, base):
     """Every row of a draw has the same labels, and what is measured once is not measured again."""
-    command = f"--checkpoint {base} --labels 2 --draws 2 --pool 60 --held-out 30 --output-dir {tmp_path}".split()
+    rows = ["before", "one_view", "probe", "unlabelled"]
+    command = f"--checkpoint {base} --labels 2 --draws 2 --pool 60 --held-out 30 --output-dir {tmp_path} --rows".split()
+    command += rows
     runs = few_labels.main(command)
-    assert [(run["labels"], run["draw"]) for run in runs] == [(2, 0)] * 3 + [(2, 1)] * 3
-    assert [run["row"] for run in runs] == ["before", "probe", "unlabelled"] * 2
+    assert [(run["labels"], run["draw"], run["row"]) for run in runs] == list(itertools.product([2], [0, 1], rows))
+    assert runs[1]["accuracy"] != runs[2]["accuracy"]  # of eight views
     kept = (tmp_path / "runs.jsonl").read_text()
     assert few_labels.main(command) == runs == [json.loads(line) for line in kept.splitlines()]
     assert (tmp_path / "runs.jsonl").read_text() == kept
