@@ -29,7 +29,9 @@ class Features(NamedTuple):
 
     training_images: tuple[Tensor, Tensor]
     evaluation_images: tuple[Tensor, Tensor] | None = None  # None: they are not measured by
-    augmented_views: tuple[Tensor, Tensor] | None = None  # for a probe: one of each training image, then the next
+    augmented_views: tuple[Tensor, Tensor] | None = (
+        None  # for a probe: all training images in one view, then in the next
+    )
     images_without_labels: tuple[Tensor, Tensor] | None = None  # which may know a better head than the probe
 
     def for_probe(self) -> tuple[Tensor, Tensor, int]:

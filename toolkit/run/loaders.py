@@ -24,7 +24,7 @@ from toolkit.run.options import FineTuneOptions, Plan, image_sources
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
-PROBED_VIEWS = 512  # of few training images together, up to MOST_VIEWS of each
+PROBED_VIEWS = 512  # of few training images together, at the most; and MOST_VIEWS of each
 MOST_VIEWS = 8
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
 ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images wait for the weights, not for memory
@@ -130,9 +130,7 @@ class Loaders:
         varies = self.args.augmentation != "none" and TRUTHS[self.args.task] in ("class", "labels")
         views = probed_views(len(some)) if varies else 1
         seed = self.args.seed
-        if (
-            views > 1
-        ):  # new to the guard's views: a head that was fitted to these would seem to be harmed by all training
+        if views > 1:  # other views than the guard's: training would seem to harm a head that was fitted to these
             seed += 1
         repeated = some.subset([*range(len(some))] * views)
         self.augmented = Remembered(self.add_loader(repeated, self.augmentation, seed=seed, keep_workers=False))
