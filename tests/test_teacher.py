@@ -428,3 +428,12 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     [bias] = (tensor for name, tensor in file["tensors"].items() if name.endswith("bias"))
     assert bias.tolist() == [0, 3, 0]
     assert "unlabelled: the head is estimated once more" in capsys.readouterr().out
+
+
+def test_numbers_and_plain_views_start_a_head_by_one_view(start, hospital):
+    """Of numbers all rows count alike, and without an augmentation all views are the same."""
+    numbers = f"--task regression --data-dir {hospital} --data-list {hospital}/numbers.csv --group-by Patient"
+    numbers += " --augmentation crop"
+    for told in (numbers, "--labels-per-class 3 --augmentation none"):
+        loaders = start(told).loaders
+        assert len(loaders.augmented.loader.dataset) == len(loaders.images.train)
