@@ -41,8 +41,6 @@ class Report:
     """
 
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
-    # Of weights of the images (n, N): the headlines, (n,), and shares of each class or label, (n, K), by name
-    measure: Callable[[Tensor], Mapping[str, Tensor]]
     printed: Callable[[], list[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
     sections: Callable[[Path], list[str]]  # for the page, in HTML, with the picture that `draw` has drawn
     draw: Callable[[Path], None]
@@ -58,6 +56,10 @@ class Report:
         self.clusters = torch.arange(len(answers.targets)) if clusters is None else clusters
         bounds = {name: headline.bounds for name, headline in self.HEADLINES.items()}
         self.found = measures.jackknife(self.measure, len(answers.targets), self.clusters, bounds)
+
+    def measure(self, weights: Tensor) -> Mapping[str, Tensor]:
+        """The headlines, (n,), and shares of each class or label, (n, K), by name, of weights of the images (n, N)."""
+        return self.answers.figures(weights)
 
     def headlines(self) -> list[measures.Figure]:
         return [self.found[name][0] for name in self.HEADLINES]
@@ -141,12 +143,8 @@ class ColumnReport(Report):
     """The report on `toolkit.answers.parts.ColumnAnswers`."""
 
     plural: str  # what K of them are called in the figures
-    columns: Callable[[], dict[str, list[float]]]  # figures by name, of each of them (K,)
+    by: Mapping[str, Sequence[float]]  # figures by name, of each of them (K,)
     suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of the truths
-
-    def __init__(self, task: Any, answers: Any, clusters: Tensor | None = None):
-        super().__init__(task, answers, clusters)
-        self.by = self.columns()
 
     def figures(self) -> dict[str, Any]:
         by_name = {}

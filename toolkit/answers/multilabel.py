@@ -84,7 +84,8 @@ class LabelReport(ColumnReport):
         "macro_f1": Headline("macro F1", NO_POSITIVE),
     }
 
-    def columns(self) -> dict[str, list[float]]:
+    @functools.cached_property
+    def by(self) -> dict[str, list[float]]:
         thresholds = self.task.thresholds
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),

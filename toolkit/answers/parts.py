@@ -21,21 +21,14 @@ from toolkit.images.masks import MaskReader, palette
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
 
 
-# The result of `Task.evaluate`: `loss`, the mean plain loss of an image, `targets`, `score`, and `measured()`, figures
-# by the names in `Task.measured`.
-Answers = Any
-
-
-@dataclass
-class ColumnAnswers:
-    """Answers to K questions on each image, each of which counts where its target is known."""
+class Answers:
+    """The result of `Task.evaluate`; of a classification it is an `Evaluation`, which has the same."""
 
     MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
     # Of weights of the images (n, N) these figures, (n,), and maybe others, by name; of None: of all images, ()
     figures: ClassVar[Callable[..., Mapping[str, Tensor]]]
-    loss: float
-    values: Tensor  # (N, K)
-    targets: Tensor  # (N, K), NaN where unknown
+    loss: float  # the mean plain loss of an image
+    targets: Tensor  # (N, ...)
 
     @property
     def score(self) -> float:
@@ -44,6 +37,15 @@ class ColumnAnswers:
     def measured(self) -> dict[str, float]:
         figures = self.figures()
         return {name: figures[name].item() for name in self.MEASURED}
+
+
+@dataclass
+class ColumnAnswers(Answers):
+    """Answers to K questions on each image, each of which counts where its target is known."""
+
+    loss: float
+    values: Tensor  # (N, K)
+    targets: Tensor  # (N, K), NaN where unknown
 
     def known(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each column the images of which it is known, (M,): their values, their targets, and which they are."""

@@ -1,5 +1,6 @@
 """Numbers: the squared error of what is left when the training images' mean and spread are taken out."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,10 +80,8 @@ class NumberReport(ColumnReport):
         "spearman": Headline("rank correlation", NOTHING_DIFFERS, measures.CORRELATION, ".4g", ".4g"),
     }
 
-    def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        return self.answers.figures(weights)
-
-    def columns(self) -> dict[str, list[float]]:
+    @functools.cached_property
+    def by(self) -> dict[str, list[float]]:
         known = (~self.answers.targets.isnan()).sum(0)
         return {"images": known.tolist()} | {name: self.answers.by_number(name).tolist() for name in MEASURES}
 

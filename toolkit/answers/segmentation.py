@@ -21,7 +21,7 @@ from toolkit import InputError, distributed
 from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.parts import SoftmaxObjective
+from toolkit.answers.parts import Answers, SoftmaxObjective
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.devices import to_device
 from toolkit.images.data import LabelledImages
@@ -35,8 +35,10 @@ COUNTED = (": pixels", ": answered", ": right")  # of each image, by class: how 
 
 
 @dataclass
-class PixelAnswers:
+class PixelAnswers(Answers):
     """Answers for the pixels of N images."""
+
+    MEASURED = ("miou", "macro_dice", "pixel_accuracy")
 
     loss: float  # cross-entropy, the mean over an image's known pixels and over images
     confusion: Tensor  # (N, K, K), of truth (rows) and answers: numbers of known pixels
@@ -47,16 +49,12 @@ class PixelAnswers:
     def targets(self) -> Tensor:
         return self.confusion
 
-    @property
-    def score(self) -> float:
-        return self.measured()["miou"]
-
     def reliability(self) -> Tensor:
         return self.bins
 
-    def measured(self) -> dict[str, float]:
-        figures = pixel_figures(counted(self.confusion).double().sum(0)[None])
-        return {name: figures[name].item() for name in PixelReport.HEADLINES}
+    def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        summed = measures.weighted_sum(counted(self.confusion).flatten(1), weights)
+        return pixel_figures(summed.unflatten(-1, (3, -1)))
 
 
 def counted(matrices: Tensor) -> Tensor:
@@ -65,12 +63,12 @@ def counted(matrices: Tensor) -> Tensor:
 
 
 def pixel_figures(counts: Tensor) -> dict[str, Tensor]:
-    """The figures of pixels that are `counted`, (n, 3, K), by name: (n,), and of each class (n, K)."""
-    truths, answers, right = counts.unbind(1)
+    """The figures of pixels that are `counted`, (..., 3, K), by name: (...,), and of each class (..., K)."""
+    truths, answers, right = counts.unbind(-2)
     iou = right / (truths + answers - right)  # NaN, and in no mean, for a class that is neither there nor answered
     dice = 2 * right / (truths + answers)
-    accuracy = right.sum(1) / truths.sum(1)
-    return {"miou": iou.nanmean(1), "macro_dice": dice.nanmean(1), "pixel_accuracy": accuracy, "iou": iou, "dice": dice}
+    means = {"miou": iou.nanmean(-1), "macro_dice": dice.nanmean(-1), "pixel_accuracy": right.sum(-1) / truths.sum(-1)}
+    return means | {"iou": iou, "dice": dice}
 
 
 def _counted(parts: Iterable[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,10 +105,6 @@ class PixelReport(Report):
         "macro_dice": Headline("mean Dice", NO_PIXEL),
         "pixel_accuracy": Headline("pixel accuracy", NO_PIXEL),
     }
-
-    def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        summed = measures.weighted_sum(counted(self.answers.confusion).flatten(1), weights)
-        return pixel_figures(summed.unflatten(1, (3, -1)))
 
     def figures(self) -> dict[str, Any]:
         by_class = {}
@@ -198,7 +192,7 @@ class Segmentation(SoftmaxObjective):
     score_title = "mean IoU"
     loss_title = "cross-entropy of a pixel"
     outputs_are = ("class", "classes")
-    measured = tuple(PixelReport.HEADLINES)
+    measured = PixelAnswers.MEASURED
     predicted_into = "maps"
     pipeline = "image-segmentation"
     Report = PixelReport
