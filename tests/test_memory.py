@@ -1,4 +1,4 @@
-"""What is kept for backward: gradient checkpointing, second derivatives, a model's two halves."""
+"""What is kept for backward: gradient checkpointing, second derivatives."""
 
 import copy
 
@@ -21,13 +21,10 @@ from dense import (
 )
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchvision.models.swin_transformer import SwinTransformer
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
-from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
-from toolkit.models.backbones import head_name
 
 
 @pytest.mark.parametrize(
@@ -154,34 +151,3 @@ def test_second_derivatives_are_refused_or_those_of_the_dense_model(build, side)
     LoRAManager(model).unload(merge=True)
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU PyTorch's own kernel refuses them as well
         assert_close(hessian_vector_product(x, model(x), vector), hessian_vector_product(x, twin(x), vector), EXACT)
-
-
-# ------------------------------------------------------------------------------------------------- a model's two halves
-
-
-@pytest.mark.parametrize("last", [None, 1, 2])
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-def test_the_halves_of_a_model_are_the_model(build, side, last):
-    """Outputs and gradients, whether its blocks are adapted or stock; the halves share its layers."""
-    stock = build().double().eval()
-    x = images(side, dtype=torch.float64)
-    for model in (stock, frozen(copy.deepcopy(stock), adapt_last=last).eval()):
-        lower, upper = split_model(model, last)
-        assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
-        with torch.no_grad():
-            features = lower(x)
-        above = list(model.get_submodule(head_name(model)).parameters())
-        if last is not None and model is not stock:
-            above = [p for p in model.parameters() if p.requires_grad]
-        results = []
-        for output in (model(x), upper(features)):
-            results.append((output, *torch.autograd.grad(output.square().sum(), above)))
-        for ours, theirs in zip(*results, strict=True):
-            assert_close(ours, theirs, EXACT)
-
-
-def test_another_model_has_no_halves():
-    model = SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5)
-    with pytest.raises(InputError, match="not SwinTransformer"):
-        split_model(model, 1)
-    assert split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)

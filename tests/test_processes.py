@@ -30,7 +30,6 @@ from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed
 from toolkit.answers import evaluation, predictions, segmentation
 from toolkit.files import read_checkpoint
-from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
 from toolkit.run import guard, optim, output_folder, run_state, runs, training
 
@@ -42,7 +41,7 @@ WAYS = {
     "lora": "--label-smoothing 0.1",
     # At random: the last directions of the gradient of so small a model are rounding, which processes add up otherwise.
     "unlabelled": "--labels-per-class 5 --unlabelled {images}",
-    "features": "--adapt-last 1 --cache-features disk --use-qlora --lora-init random --gradient-checkpointing full",
+    "4 bits": "--adapt-last 1 --use-qlora --lora-init random --gradient-checkpointing full",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
 PRETRAINING += " --optimizer sgd --learning-rate 0.03"  # AdamW would blow up the rounding of gradients that are zero
@@ -120,10 +119,9 @@ def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     "way",
-    ["lora", pytest.param("unlabelled", marks=pytest.mark.slow), pytest.param("features", marks=pytest.mark.slow)],
+    ["lora", pytest.param("unlabelled", marks=pytest.mark.slow), pytest.param("4 bits", marks=pytest.mark.slow)],
 )
-def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_two_processes_fine_tune_as_one(options, tmp_path, way):
     results, alone = run_both(options(way), tmp_path)
     for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
@@ -372,8 +370,7 @@ def find_together() -> None:
 def found(tmp_path_factory) -> list[dict]:
     """What each of two processes found, by the name of the function."""
     folder = tmp_path_factory.mktemp("together")
-    here = {"XDG_CACHE_HOME": str(folder)}
-    completed("moco.pretrain", str(folder), folder / "log", before=find_together, environment=here)
+    completed("moco.pretrain", str(folder), folder / "log", before=find_together)
     return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
 
 
@@ -510,18 +507,6 @@ def test_both_compute_in_one_precision(found):
     assert [each["precision"] for each in found] == [torch.float32] * 2
 
 
-def cached(rank: int) -> list:
-    """The features of six images in two views, of which each process computed its share of batches of four."""
-    views = [torch.arange(6.0)[:, None], 10 * torch.arange(6.0)[:, None]]
-    shares = [[view[start : start + 4][rank::2] for start in (0, 4)] for view in views]
-    images = data.LabelledImages([], [0] * 6)
-    return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
-
-
-def test_each_process_finds_the_features_that_the_other_one_cached(found):
-    assert [each["cached"] for each in found] == [[[i, 10 * i] for i in range(6)]] * 2
-
-
 SHARES = (5, 3)  # of eight images
 KINDS = {
     "2d": (lambda: nn.BatchNorm2d(4, eps=0.1), (8, 4, 3, 5)),
@@ -568,7 +553,7 @@ def normalised(rank: int) -> dict:
     return found
 
 
-TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, cached, normalised)
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, normalised)
 
 
 def test_two_processes_normalise_as_one(found):

@@ -51,15 +51,13 @@ WAYS = {
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
     " --adapt-last 1",
-    "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, way, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, way):
     """It stopped at the first step of its second epoch, and has other workers from then on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = WAYS[way].format(hospital=hospital, pairs=pairs)
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):

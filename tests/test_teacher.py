@@ -179,7 +179,7 @@ def test_below_five_labels_a_class_they_do_not_train(start, images):
 def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
     """A teacher of a linear network of two inputs and three classes, for four images."""
     network = nn.Linear(2, 3)
-    found = Teacher(network, network, 4, 3, CPU, torch.float32)
+    found = Teacher(network, 4, 3, CPU, torch.float32)
     found.first_answers = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.4, 0.3, 0.3]])
     found.begin(2.0)
     found.certainty = torch.tensor(certainty)
@@ -190,24 +190,24 @@ def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
 def test_it_begins_with_the_weights_and_the_answers_of_the_start():
     found = teacher_of()
     found.begin(1.0)
-    assert all(torch.equal(found.average[name], weight) for name, weight in found.network.state_dict().items())
+    assert all(torch.equal(found.average[name], weight) for name, weight in found.model.state_dict().items())
     assert found.certainty.item() == pytest.approx((0.6 + 0.8 + 0.6 + 0.4) / 4)
     assert found.shares.tolist() == pytest.approx([1.3 / 4, 1.6 / 4, 1.1 / 4])
 
 
 def test_its_weights_are_a_moving_average_of_those_that_train():
     found = teacher_of()
-    first = found.network.weight.detach().clone()
+    first = found.model.weight.detach().clone()
     with torch.no_grad():
-        found.network.weight += 1
+        found.model.weight += 1
     found.seen += 1
     for _ in range(7):
         found.after_step()
         found.seen += 1
     torch.testing.assert_close(found.average["weight"], first + 1 - 0.95**7)
     with found.in_place():
-        assert torch.equal(found.network.weight, found.average["weight"])
-    torch.testing.assert_close(found.network.weight, first + 1)
+        assert torch.equal(found.model.weight, found.average["weight"])
+    torch.testing.assert_close(found.model.weight, first + 1)
 
 
 def test_a_class_that_is_rare_in_the_answers_needs_less_certainty():
@@ -241,14 +241,14 @@ def test_it_answers_by_its_own_weights_as_sure_as_before_the_head_was_softened()
     found = teacher_of(certainty=0.0)
     with torch.no_grad():
         found.average["weight"].copy_(torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]))
-        found.network.weight.zero_()
+        found.model.weight.zero_()
     places = torch.tensor([3, 0])
     asked = mock.Mock(return_value=torch.tensor([0, NO_LABEL]))
     found.sure_labels = asked
     labels = found.extend(torch.tensor([1]), torch.eye(2), places)
     assert labels.tolist() == [1, 0, NO_LABEL]
     [logits, first] = asked.call_args.args
-    torch.testing.assert_close(logits, 2 * (9 * torch.eye(2, 3) + found.network.bias.detach()))
+    torch.testing.assert_close(logits, 2 * (9 * torch.eye(2, 3) + found.model.bias.detach()))
     assert torch.equal(first, found.first_answers[places])
 
 
@@ -399,7 +399,7 @@ def test_the_fewer_images_have_labels_the_more_views_of_each_start_the_head(star
     """Up to PROBED_VIEWS in all and MOST_VIEWS of each, of which the guard watches none: it would be sure of them."""
     monkeypatch.setattr("toolkit.run.loaders.PROBED_VIEWS", 100)  # of 15 and of 9 images
     run = start(f"--labels-per-class {labels} --unlabelled {images} --augmentation crop")
-    [(rows, _), _, (augmented, labels), _] = run.loaders.features(run.network, run.task, run.dtype)
+    [(rows, _), _, (augmented, labels), _] = run.loaders.features(run.model, run.task, run.dtype)
     assert len(augmented) == views * len(rows) and labels.tolist() == views * run.loaders.images.train.labels
     assert len(augmented.unique(dim=0)) > 0.9 * len(augmented)
     [watched, *_], [seen, *_] = [next(iter(loader)) for loader in (run.loaders.watched, run.loaders.augmented)]

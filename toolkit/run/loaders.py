@@ -14,7 +14,6 @@ from toolkit.answers.tasks import Features, Task
 from toolkit.choices import TRUTHS
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
-from toolkit.images.cache import CACHED_VIEWS, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
@@ -68,31 +67,7 @@ class Loaders:
             self.strong_view = self.augmentation
             if args.augmentation == "crop" and normalization["bands"] is None:
                 self.strong_view = train_transform(image_size, "trivial", **normalization)
-        self.workers = args.workers
         self.plain_view: Callable = self.augmentation if self.has_masks else self.eval_transform
-
-    def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
-        """`--cache-features`: run the frozen blocks, `lower` in eval mode, once on each image and view."""
-
-        @torch.no_grad()
-        def features(loader: DataLoader) -> Iterator[Tensor]:
-            for batch, _ in runs.progress_bar(loader, "blocks below"):
-                yield evaluation.computed(lower, batch, self.device, dtype)
-
-        def cached(images: LabelledImages, views: int = 0) -> LabelledImages:
-            if isinstance(images.source, Tensor):  # another run's
-                return images
-            plain = self.add_loader(images, self.plain_view, keep_workers=False)
-            # Each pass over this loader draws new views.
-            augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
-            batches = [features(loader) for loader in (plain, *[augmented] * views)]
-            return cache_features(images, batches, plain.batch_sampler.batch_size)
-
-        train = cached(self.images.train, 0 if self.args.augmentation == "none" else CACHED_VIEWS)
-        self.images = self.images._replace(train=train, val=cached(self.images.val))
-        self.eval_transform = self.plain_view = plain_view
-        self.augmentation = drawn_view
-        self.workers = 0  # there is nothing to decode
 
     def open(self, norms_train: bool, teaches: bool = False) -> None:
         """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
@@ -150,7 +125,7 @@ class Loaders:
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         batch_size = self.args.batch_size if "shuffle" in loading else self.answered_at_once
-        loading = {"batch_size": batch_size, "workers": self.workers, "device": self.device} | loading
+        loading = {"batch_size": batch_size, "workers": self.args.workers, "device": self.device} | loading
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
             if transform is self.eval_transform and images.source.largest > self.image_size**2:
@@ -192,7 +167,7 @@ class Loaders:
         seeded = list(enumerate(range(len(some))))  # views for `Transformed`: a resumed run's are to be the same
         views = Transformed(some, self.plain_view)
         loader = DataLoader(views, self.args.batch_size, sampler=seeded, generator=torch.Generator())
-        return (devices.to_device(images, self.device).float() for images, _ in loader)  # cached in 16 bits, maybe
+        return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
     def probe_images(self) -> LabelledImages:

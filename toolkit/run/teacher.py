@@ -34,14 +34,13 @@ class Teacher:
     """Labels for images without any.
 
     Args:
-        model: whose trained weights it averages.
-        network: computes the logits (N, K) of a batch by them.
+        model: computes the logits (N, K) of a batch. Its trained weights are averaged.
         images: how many have no label, M.
         classes: how many there are, K.
     """
 
-    def __init__(self, model: nn.Module, network: nn.Module, images: int, classes: int, device: torch.device, dtype):
-        self.network = network
+    def __init__(self, model: nn.Module, images: int, classes: int, device: torch.device, dtype):
+        self.model = model
         self.device = device
         self.dtype = dtype
         self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -73,8 +72,8 @@ class Teacher:
     @torch.no_grad()
     def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> Tensor:
         """Labels with, behind them, those of images (N, C, H, W) at these places among all: `sure_labels`."""
-        with self.in_place(), evaluation.eval_mode(self.network):
-            logits = evaluation.computed(self.network, views, self.device, self.dtype).float()
+        with self.in_place(), evaluation.eval_mode(self.model):
+            logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
         return torch.cat([labels, self.sure_labels(logits * self.temperature, self.first_answers[places])])
 
     def sure_labels(self, logits: Tensor, first_answers: Tensor) -> Tensor:
