@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned, multiply_in_8_bits
 from lora_utils import LoRAManager
-from toolkit import devices
+from toolkit import choices, devices
 from toolkit.config import positive_int
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.folders import image_names
@@ -160,8 +160,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--batch-size", type=positive_int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float")
-    parser.add_argument("--precision", choices=devices.PRECISIONS, default="fp32")
+    parser.add_argument("--arithmetic", choices=choices.ARITHMETICS, default="float")
+    parser.add_argument("--precision", choices=choices.PRECISIONS, default="fp32")
     args = parser.parse_args(argv)
     paths = [f"{args.data_dir}/{name}" for name in image_names(args.data_dir)[: args.images]]
     result = {}

@@ -26,7 +26,7 @@ from lora import int8
 from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager
 from toolkit import InputError, devices
-from toolkit.devices import ARITHMETICS
+from toolkit.choices import ARITHMETICS
 
 ROOT = Path(__file__).parents[1]
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers

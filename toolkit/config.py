@@ -1,7 +1,7 @@
-"""Reads options: argparse is their schema; defaults, a YAML file and the command line give the values.
+"""Reads options: argparse is their schema; defaults < a YAML file < the command line give the values.
 
 An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name; its options' names
-(`dest`) are the keys. Precedence: defaults < YAML < command line. All problems are reported in one message.
+(`dest`) are the keys.
 """
 
 import argparse
@@ -27,9 +27,7 @@ SETTLED = "settled"  # in the config.yaml of a run: what it made of its options,
 
 # --------------------------------------------------------- option values: types for flags and YAML values alike
 
-# The largest values accepted. Tensors, loaders and generators can take such an int; the product of a few such floats is
-# finite in float32.
-LARGEST = {int: 2**31 - 1, float: 1_000_000}
+LARGEST = {int: 2**31 - 1, float: 1_000_000}  # what generators take, and what is finite in float32 if multiplied
 
 
 def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
@@ -127,38 +125,37 @@ def parse_args(
 
     Args:
         parser: has `--config`. Options outside the groups of the YAML sections are for the command line only.
-        default_config: from the command line's values, unconverted and by `dest`, the YAML file if they name none.
-        check: from what this function returns, which it may complete, and the names of the options that the command
-            line changes, what is wrong with the options together. One that is wrong by itself has its default there.
+        default_config: the YAML file if the command line, whose unconverted values it gets by `dest`, names none.
+        check: what is wrong with the options together. It gets what this function returns, which it may complete, and
+            the names of the options that the command line changes. One that is wrong by itself has its default.
         ignored: by section, the keys of the file that are options of the other script alone.
 
-    Returns the options (`config` is the file used, or None), and the source of each value: 'default', 'config' or
-    'command line'. Raises InputError with every problem of both the command line and the file, one per line.
+    Returns the options, and the source of each: 'default', 'config' (the file is `config`) or 'command line'. Raises
+    InputError with every problem of both the command line and the file, one per line.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     typed, problems = _read_command_line(parser, argv)
-    values = {dest: action.default for dest, action in actions.items()}
+    args = argparse.Namespace(**{dest: action.default for dest, action in actions.items()})
     sources = dict.fromkeys(actions, "default")
 
     def take(dest: str, value: Any, source: str, name: str) -> None:
         if value is not None:  # `key: null` asks for nothing
             sources[dest] = source
         try:
-            values[dest] = _convert(actions[dest], value)
+            setattr(args, dest, _convert(actions[dest], value))
         except (argparse.ArgumentTypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
 
     if "config" in typed:
         take("config", typed.pop("config"), "command line", "--config")
     else:
-        values["config"] = default_config(typed)
-    if values["config"] is not None:
-        for section, dest, value in _read_config(parser, Path(values["config"]), problems, ignored or {}):
+        args.config = default_config(typed)
+    if args.config is not None:
+        for section, dest, value in _read_config(parser, args.config, problems, ignored or {}):
             take(dest, value, "config", f"{section}.{dest}")
     for dest, value in typed.items():
-        take(dest, value, "command line", actions[dest].option_strings[0])
-    args = argparse.Namespace(**values)
-    changed = {dest for dest in typed if sources[dest] == "command line" and values[dest] != actions[dest].default}
+        take(dest, value, "command line", flag(dest))
+    changed = {dest for dest in typed if getattr(args, dest) != actions[dest].default}
     problems += check(args, sources, changed)
     if problems:
         raise InputError("\n".join(problems))
@@ -264,9 +261,9 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"expected true or false, got {printable(repr(value))}")
         return value
-    if action.nargs is None or action.nargs == "?":
+    if action.nargs in (None, "?"):
         return _convert_one(action, value)
-    if not value and action.nargs == "+":
+    if not value:
         raise ValueError("expected at least one value")
     if not isinstance(value, list):
         raise ValueError(f"expected a list, got {printable(repr(value))}")

@@ -1,7 +1,6 @@
 """Seeds, device, precision and memory: what a run computes on."""
 
 import contextlib
-import functools
 import os
 import random
 import time
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from toolkit import InputError, distributed
-from toolkit.choices import ARITHMETICS, PRECISIONS  # noqa: F401 - what this file computes in
 
 
 def seed_everything(seed: int) -> None:
@@ -40,10 +38,7 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that exists. Each of several processes gets its own GPU, or the CPU.
-
-    Raises InputError for a device that does not exist here.
-    """
+    """'auto' is the first of cuda, mps and cpu that exists; several processes get a GPU each. Else InputError."""
     several = distributed.launched()
     if name == "auto":
         name = "cpu"
@@ -75,17 +70,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
+    """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to. Raises InputError for fp16 on the CPU.
 
-    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere; fine-tuning
-    on a CPU measures first: see `faster_dtype`.
-    Raises InputError for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
+    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere; fine-tuning on a CPU
+    measures first: see `faster_dtype`.
     """
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif name == "auto":
+    if name == "auto":
         name = "fp32"
-    if name == "fp16" and device.type == "cpu":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if name == "fp16" and device.type == "cpu":  # where it is slow
         raise InputError("--precision fp16 needs a GPU; on the CPU use --precision bf16 or fp32")
     return DTYPES[name]
 
@@ -106,15 +100,15 @@ def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> t
     """
     images = to_device(images, CPU)
 
-    def step(model: nn.Module, dtype: torch.dtype) -> None:
-        with autocast(CPU, dtype):
-            outputs = model(images)
-        outputs.float().square().mean().backward()
-
     def seconds_in(dtype: torch.dtype) -> float:
         model = place(build(dtype), CPU).train()
-        [seconds] = distributed.all_sum(shortest_seconds(functools.partial(step, model, dtype)))
-        return seconds
+
+        def step() -> None:
+            with autocast(CPU, dtype):
+                outputs = model(images)
+            outputs.float().square().mean().backward()
+
+        return distributed.all_sum(shortest_seconds(step))[0]
 
     with torch.random.fork_rng(devices=[]):
         in_float32 = seconds_in(torch.float32)
@@ -148,8 +142,8 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
     On a CPU that is measured to help ResNets; on a GPU each convolution would copy its kernel into that format.
     """
-    is_resnet = any(isinstance(module, ResNet) for module in model.modules())
     model.to(device)
+    is_resnet = any(isinstance(module, ResNet) for module in model.modules())
     if device.type == "cuda" or (is_resnet and device.type == "cpu"):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -158,19 +152,15 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """Move a batch to the device. Images (N, 3, H, W) get channels_last, in which a ResNet is up to twice as fast.
-
-    On MPS asynchronous copies of pageable memory may be corrupt, and channels_last crashes BatchNorm's backward. It has
-    no float64: such numbers stay on the CPU, until `toolkit.answers.regression` has standardised them.
-    """
-    if device.type == "mps" and batch.dtype == torch.float64:
+    """Move a batch to the device. Images (N, 3, H, W) get channels_last, in which a ResNet is up to twice as fast."""
+    if device.type == "mps" and batch.dtype == torch.float64:  # it has none: `regression` standardises on the CPU
         return batch
+    # On MPS asynchronous copies of pageable memory may be corrupt, and channels_last crashes BatchNorm's backward.
     layout = torch.channels_last if batch.dim() == 4 and device.type != "mps" else torch.preserve_format
     return batch.to(device, non_blocking=device.type == "cuda", memory_format=layout)
 
 
-# CUDA's context and the code of the kernels. Assumed, not measured: others report 300 to 500 MB, by card and driver.
-CUDA_CONTEXT_BYTES = 450_000_000
+CUDA_CONTEXT_BYTES = 450_000_000  # and the kernels' code; assumed: others report 300 to 500 MB, by card and driver
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -1,8 +1,4 @@
-"""Reads and writes files: writes them whole or not at all, and runs no code that they contain.
-
-`read_checkpoint` adds three things to `torch.load(weights_only=True)`, which runs no code: one clear line for each kind
-of wrong file, a comparison with the checksums, which `torch.load` skips for a mapped file, and `_check_pickle`.
-"""
+"""Reads and writes files: writes them whole or not at all, and runs no code that they contain."""
 
 import argparse
 import contextlib
@@ -29,10 +25,7 @@ from toolkit import SHIPPED, TOOLKIT, InputError, check_file, found_path, printa
 
 @contextlib.contextmanager
 def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends, or leaves no trace if anything fails.
-
-    Raises InputError if the disk is full, the folder is missing or cannot be written to.
-    """
+    """A binary file that takes the place of `path` when the block ends, or leaves no trace; InputError if it cannot."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"cannot write {path}: it is a device or the like; name a file")
@@ -64,7 +57,7 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:
-    """A text file in UTF-8, written whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all."""
     try:
         content = text.encode(errors="surrogateescape")  # names of files need not be UTF-8
     except UnicodeEncodeError:  # nor need names of classes be text: a half of a pair of UTF-16 is no character
@@ -100,13 +93,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool = False) -> Any:
-    """The content of a `torch.save` file, tensors on the CPU, without running anything in it.
+    """The content of a `torch.save` file, tensors on the CPU, without running anything in it; or InputError.
 
-    Reads what `torch.load(weights_only=True)` reads, in the format of before PyTorch 1.6 too, and numpy numbers and
-    argparse.Namespace. With `mapped` the tensors of a zip file stay on disk until they are used; with `objects` objects
-    of other classes in a dictionary become empty `ForeignObject`s.
-
-    Raises InputError if the file cannot be read, is damaged, or holds something else.
+    Reads what `torch.load(weights_only=True)` reads, and numpy numbers and argparse.Namespace; but compares checksums,
+    also with `mapped`: then the tensors of a zip file stay on disk until they are used. With `objects` objects of other
+    classes in a dictionary become empty `ForeignObject`s.
     """
     path = Path(path)
     check_file(path)
@@ -151,7 +142,7 @@ def _load(path: Path, mapped: bool, names: set[str]) -> Any:
     try:
         return load(_SAFE_GLOBALS)
     except pickle.UnpicklingError:
-        if 0 < len(names) <= _MOST_CLASSES:
+        if 0 < len(names) <= 1_000:  # torch searches all of them for each object
             names -= {name for _, name in _SAFE_GLOBALS}
             stand_ins = [(type("Stand-in", (ForeignObject,), {"kind": name}), name) for name in names]
             with contextlib.suppress(Exception):
@@ -159,9 +150,6 @@ def _load(path: Path, mapped: bool, names: set[str]) -> Any:
                 if isinstance(content, dict):
                     return content
         raise
-
-
-_MOST_CLASSES = 1_000  # torch searches all of them for each object
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
@@ -204,6 +192,10 @@ def describe_header(header: bytes) -> str:
     return f"it starts with {header[:12]!r}"
 
 
+_PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_PLAIN_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+
 def is_plain_tensor(value: Any) -> bool:
     """Can the value be copied into a parameter or buffer? 8-bit floats cannot: without scales they mean nothing."""
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # such as meta, which holds no numbers
@@ -211,26 +203,20 @@ def is_plain_tensor(value: Any) -> bool:
     return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
 
 
-_PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_PLAIN_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
-
-
 class _Refused(Exception):
     """The file is understood, but not accepted."""
 
 
-# torch.save's first format, in use until 1.6 and in the official MoCo v1 and v2 files, starts with this number.
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-
-
 def _check_format(path: Path) -> tuple[bool, set[str]]:
     """Is the file a zip file (else a legacy one); and the names of the classes and functions that it needs."""
+    # torch.save's first format, in use until 1.6 and in the official MoCo v1 and v2 files, starts with this number.
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
     with open(path, "rb") as file:
-        header = file.read(len(_LEGACY_MAGIC))
+        header = file.read(len(magic))
         file.seek(0)
         if header.startswith(b"PK\x03\x04"):
             return True, _check_zip(file)
-        if header == _LEGACY_MAGIC:
+        if header == magic:
             # Magic number, format version, byte order, content, storage keys; then the storages.
             return False, set().union(*(_check_pickle(file) for _ in range(5)))
     raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
@@ -253,17 +239,13 @@ def _check_zip(file: IO[bytes]) -> set[str]:
             return _check_pickle(pickled)
 
 
-_LARGEST_TUPLE = 10_000_000
-
-
 def _check_pickle(file: IO[bytes]) -> set[str]:
     """Walk through the next pickle in `file` without loading it; return the classes and functions that it names.
 
     Raises _Refused for a tuple whose hash, as a dictionary's key, would overflow the stack or take for ever.
-
-    A tuple's size here doubles with every level of nesting, and counts repeated values again. `stack` holds the sizes
-    of the values that an unpickler would have on its stack; None is a mark.
     """
+    # The sizes of the values that an unpickler would have on its stack; None is a mark. A tuple's doubles with every
+    # level of nesting, and counts repeated values again.
     stack: list[int | None] = []
     memo: dict[int, int | None] = {}
     names = set()
@@ -286,7 +268,7 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
                 else:
                     parts.append(stack.pop() or 0)  # 0: of the mark
             size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
-            if size > _LARGEST_TUPLE:
+            if size > 10_000_000:
                 raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)
     return names

@@ -1,11 +1,12 @@
 """The command line of `deploy_lora.py`: its commands, their options, and what is wrong with these."""
 
 import argparse
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,7 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
 
 
 # What else a command writes, by what follows the name of --output without its own ending.
-ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,)}
-ALSO |= dict.fromkeys(("merge", "export"), (".json",))
+ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,), "merge": (".json",), "export": (".json",)}
 # What stands in the first megabyte of a file that a command wrote. Weights, graphs and arrays have nothing of the kind:
 # the file next to them tells.
 WROTE = {
@@ -156,44 +156,36 @@ def not_its_own(args: argparse.Namespace) -> Path | None:
     return there[0]
 
 
-def check_output(args: argparse.Namespace) -> list[str]:
-    """What is wrong with --output, before anything is computed."""
-    if args.output is not None:
-        problems = _problems_of_name(args)
-        if problems:
-            return problems
-    elif args.command != "evaluate":
-        return ["--output: expected a value, the file to write"]
-    read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
-    images = getattr(args, "images", None)
-    read += images if isinstance(images, list) else [images]
-    for path in files_written(args):
-        if any(same_file(path, other) for other in read):
-            return [f"--output {args.output}: {path} is read by this very command; name another file"]
-    path = not_its_own(args)
-    if path is not None:
-        return [f"{path} is there, and no earlier {args.command} like this wrote it: move it, or name another --output"]
-    return []
-
-
-def _problems_of_name(args: argparse.Namespace) -> list[str]:
+def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with --output, before anything is computed: the first counts, and the rest builds on it."""
     suffixes = SUFFIXES.get(args.command, ())
     takes_folder = args.command in ANSWERING
     if args.command == "convert" and args.rank is None:
         suffixes = ()
         takes_folder = True
-    if os.path.isdir(args.output) and not takes_folder:
-        return [f"--output {args.output}: a folder; name a file"]
-    if suffixes and args.output.suffix not in suffixes:
+    if args.output is None:
+        if args.command != "evaluate":
+            yield "--output: expected a value, the file to write"
+    elif os.path.isdir(args.output) and not takes_folder:
+        yield f"--output {args.output}: a folder; name a file"
+    elif suffixes and args.output.suffix not in suffixes:
         endings = " or ".join(filter(None, suffixes))
         if "" in suffixes:
             endings += ", or be a folder's"
-        return [f"--output {args.output}: the name must end in {endings}"]
-    if "" in suffixes and not args.output.suffix and os.path.isfile(args.output):
-        return [f"--output {args.output}: a file; name a folder"]
-    if not os.path.isdir(args.output.parent):
-        return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
-    return []
+        yield f"--output {args.output}: the name must end in {endings}"
+    elif "" in suffixes and not args.output.suffix and os.path.isfile(args.output):
+        yield f"--output {args.output}: a file; name a folder"
+    elif not os.path.isdir(args.output.parent):
+        yield f"--output {args.output}: there is no folder {args.output.parent}; make it first"
+    read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
+    images = getattr(args, "images", None)
+    read += images if isinstance(images, list) else [images]
+    for path in files_written(args):
+        if any(same_file(path, other) for other in read):
+            yield f"--output {args.output}: {path} is read by this very command; name another file"
+    path = not_its_own(args)
+    if path is not None:
+        yield f"{path} is there, and no earlier {args.command} like this wrote it: move it, or name another --output"
 
 
 def check(args: argparse.Namespace) -> list[str]:
@@ -204,7 +196,7 @@ def check(args: argparse.Namespace) -> list[str]:
         if args.write is None and os.environ.get("WORLD_SIZE", "1") != "1":
             return ["demo: the page is shown by one process, and torchrun starts several: start it with python"]
         return [f"--write {args.write}: is there; name another folder"] if os.path.lexists(args.write or "") else []
-    problems = check_output(args)
+    problems = list(itertools.islice(problems_of_output(args), 1))
     if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):
         problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")
     if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:

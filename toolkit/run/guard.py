@@ -104,10 +104,8 @@ class Guard:
     ) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch, by the watched images, with all of the trained change and with a part of it.
 
-        The part is smaller by `divisor`, one of SHARE_DIVISORS. Adapters may die without a collapse: a run that leaves
-        nothing to keep, and no lower loss than at the start, goes back after two such epochs. With masks, of which few
-        images have labels enough to judge by, so does one that would end with nothing to keep. `still_sure`: are images
-        without labels?
+        The part is smaller by `divisor`, one of SHARE_DIVISORS. `still_sure`: are images without labels? Adapters may
+        die without a collapse, so after two barren epochs the run goes back; with masks also if it would end barren.
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
@@ -116,19 +114,17 @@ class Guard:
         does_harm = kept.score < self.scores[0] - HARMLESS_LOSS or not still_sure
         if divisor < math.inf and does_harm:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
-        may_go_back = len(self.retreats) < RETREATS
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS
         if self.has_masks and trained.loss < self.start_loss:  # later epochs may mend it
             is_due = len(self.scores) == self.epochs
-        if may_go_back and self.is_barren(trained, divisor) and is_due:
+        if len(self.retreats) < RETREATS and self.is_barren(trained, divisor) and is_due:
             return GoBack("training gains nothing")
         return Keep()
 
     def has_collapsed(self, score: float, loss: float) -> bool:
-        """Has the score lost a quarter of its best lead over a constant answer, by more than two standard errors?
+        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?
 
-        In the first half of a run nine tenths. On very few images, where no loss of accuracy exceeds two standard
-        errors, a score no better than a constant answer's, with a higher loss, counts as well.
+        On very few images no loss is so large: there a constant answer's score, with a higher loss, counts as well.
         """
         best = max(self.scores, default=0.0)
         least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it

@@ -36,8 +36,7 @@ def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) ->
     scaler.update()
 
 
-# At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.
-IMAGES_WORTH_THE_START = 5.0
+IMAGES_WORTH_THE_START = 5.0  # a class: half of the trained change is saved. Measured, see benchmarks/RESULTS.md
 
 
 def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
@@ -48,9 +47,10 @@ def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
     """
     if args.wise_ft != "auto":
         return args.wise_ft
+    if args.head_init != "probe" or not args.freeze_backbone:
+        return 1.0
     per_class = sum(images.values()) / len(images)
-    few_help = args.head_init == "probe" and args.freeze_backbone
-    return per_class / (per_class + IMAGES_WORTH_THE_START) if few_help else 1.0
+    return per_class / (per_class + IMAGES_WORTH_THE_START)
 
 
 @contextlib.contextmanager
@@ -75,11 +75,10 @@ class WiseFT:
     """
 
     def __init__(self, model: nn.Module, alpha: float):
-        self.weights = {  # the model's own, which training changes in place
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A")
-        }
+        self.weights: dict[str, Tensor] = {}  # the model's own, which training changes in place
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A"):
+                self.weights[name] = parameter.detach()
         self.alpha = alpha
         self.share = alpha  # may be lowered for an epoch
         self.start: dict[str, Tensor] = {}
@@ -98,15 +97,12 @@ class WiseFT:
         return {"share": self.share, "start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo everything since `state_dict()` returned this."""
         self.share = state["share"]
         self.start = {name: start.clone().to(self.weights[name]) for name, start in state["start"].items()}
 
 
-# A run of this many steps trains at the given learning rate, a shorter one at a lower rate, up to 60 steps at most at
-# SAFE_RATE. Measured, see benchmarks/RESULTS.md.
-STEPS_TO_TRAIN = 80
-SAFE_RATE = 1e-4
+STEPS_TO_TRAIN = 80  # of a run at the given learning rate; a shorter one has a lower rate: see benchmarks/RESULTS.md
+SAFE_RATE = 1e-4  # the most that up to 60 steps have
 COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
 MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times what a head of pixels wants they collapse
@@ -126,8 +122,7 @@ def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> flo
     # So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
     if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or TRUTHS[args.task] == "mask":
         return 1.0
-    counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
-    return rate_divisor(rate, counted)
+    return rate_divisor(rate, steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch))
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:

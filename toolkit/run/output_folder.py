@@ -61,8 +61,8 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable[[], None]]:
     """Within this block the folder exists, and no other run or command writes to it; else InputError in every process.
 
-    A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
-    Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
+    Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing. A new
+    folder is removed again if nothing is.
     """
     from toolkit import distributed  # here: it loads PyTorch
 
@@ -94,15 +94,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Create a file that this process alone holds until it ends, however it ends; return the descriptor, or InputError.
-
-    Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
-    """
+    """Create a file that this process alone holds until it ends, however it ends; its descriptor, or InputError."""
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
             if fcntl is not None:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked loading processes do not inherit it
         except (BlockingIOError, PermissionError):
             owner = printable(os.read(handle, 200).decode(errors="replace"))
             os.close(handle)
@@ -141,15 +138,13 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
 
 
 def _move_aside(folder: Path, names: list[str]) -> None:
-    """Move these files to the first of `lora-1`, `lora-2`, ... next to the folder `lora` that is free, and say so.
-
-    They stay together if this is killed: their folder gets its name at the end, and the next run adds the rest.
-    """
-    named = folder.name not in ("", "..") and not folder.is_symlink()
-    place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
+    """Move these files to the first of `lora-1`, `lora-2`, ... next to the folder `lora` that is free, and say so."""
+    place = folder
+    if folder.name in ("", "..") or folder.is_symlink():
+        place = folder.resolve()  # on the same disk
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
     aside = next(path for path in numbered if not os.path.lexists(path))
-    moving = folder / MOVING
+    moving = folder / MOVING  # gets its name at the end: if this is killed, the next run adds the rest
     moving.mkdir(exist_ok=True)
     for name in sorted(names, key=lambda name: name != "last.pth"):
         if os.path.lexists(moving / name):

@@ -72,10 +72,7 @@ class RunState:
     def begin_training(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int
     ) -> None:
-        """Set up optimizer, schedule and scaler for the module that steps call.
-
-        From here on each process draws random numbers of its own.
-        """
+        """Set up optimizer, schedule and scaler; from here on each process draws random numbers of its own."""
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
         self.steps_read_together = STEPS_READ_TOGETHER.get(self.device.type, 1)
@@ -161,11 +158,7 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 def state_of_same_run(
     args: Any, path: Path, keys: Collection[str], own: Mapping[str, Any], free: Container[str]
 ) -> dict[str, Any]:
-    """The content of a `last.pth`, which has these keys.
-
-    Raises InputError for one of another version, under other settings, but those in `free`, of other images or of
-    another base than a run's `own`.
-    """
+    """The content of a `last.pth`; InputError if its keys, settings but those in `free`, images or base differ."""
     state = read_checkpoint(path, mapped=False)
     if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
@@ -185,7 +178,7 @@ def state_of_same_run(
 
 
 def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any]) -> None:
-    """Write what was asked for, which `--config` reads, and to be looked at what the run has settled of it."""
+    """Write what was asked for, which `--config` reads, and what the run has settled of it, to be looked at."""
     if distributed.is_main():
         write_text(yaml.safe_dump({**asked, SETTLED: settled}, sort_keys=False), path)
 

@@ -1,8 +1,7 @@
 """Finds a learning rate: trains at up to seven rates over three decades, on a part of the training images.
 
-The trials are as long as the run itself, up to MOST_TRIAL_EPOCHS. Shorter ones, as in successive halving, favour rates
-that are too low: a head that starts as a linear probe is good at once, and the gain of a higher rate shows only in the
-last epochs. Each trial is saved when it ends, so a stopped search can be resumed.
+The trials are as long as the run itself, up to MOST_TRIAL_EPOCHS: the gain of a higher rate over a head that starts as
+a linear probe shows only in the last epochs. Each is saved when it ends, so a stopped search can be resumed.
 """
 
 import math
@@ -40,17 +39,16 @@ class Trial(NamedTuple):
 
 def usual_rate(args: FineTuneOptions) -> float:
     """The rate that suits most runs like this one."""
-    is_full = args.lora_rank == 0 and not args.freeze_backbone
-    return FULL_RATE if is_full else DEFAULT_RATE
+    return FULL_RATE if args.lora_rank == 0 and not args.freeze_backbone else DEFAULT_RATE
 
 
 def choose(trials: Sequence[Trial], variance: Callable[[float], float], usual: float) -> float:
     """Return the rate nearest to the usual one among those within one standard error of the best score.
 
-    A few hundred images cannot show which of the best rates is best. (The rule of one standard error: Breiman et al.,
-    Classification and Regression Trees, 1984, section 3.4.3.) A trial that has collapsed is never the best, though R2
-    may be below its 0.
+    A few hundred images cannot show which of these is best (Breiman et al., Classification and Regression Trees, 1984,
+    section 3.4.3).
     """
+    # A trial that has collapsed is never the best, though R2 may be below its 0.
     trials = [trial for trial in trials if math.isfinite(trial.val_loss)] or trials
     scored = [trial for trial in trials if not math.isnan(trial.val_score)]
     if not scored:

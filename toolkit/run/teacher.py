@@ -31,13 +31,7 @@ def trains(splits: Splits) -> bool:
 
 
 class Teacher:
-    """Labels for images without any.
-
-    Args:
-        model: computes the logits (N, K) of a batch. Its trained weights are averaged.
-        images: how many have no label, M.
-        classes: how many there are, K.
-    """
+    """Labels for M `images` that have none, of K `classes`, by a model whose trained weights it averages."""
 
     def __init__(self, model: nn.Module, images: int, classes: int, device: torch.device, dtype):
         self.model = model
@@ -77,9 +71,9 @@ class Teacher:
         return torch.cat([labels, self.sure_labels(logits * self.temperature, self.first_answers[places])])
 
     def sure_labels(self, logits: Tensor, first_answers: Tensor) -> Tensor:
-        """The classes by logits and answers at the start, (N, K) each, (N,); NO_LABEL where their mean is not sure.
+        """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if it is not sure.
 
-        It is the geometric mean. Notes how sure it is, for `after_step`.
+        Notes how sure it is, for `after_step`.
         """
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
         answers = ((logits.log_softmax(1) + first) / 2).softmax(1)
@@ -102,10 +96,7 @@ class Teacher:
         return torch.cat(found)
 
     def still_sure(self, logits: Tensor) -> bool:
-        """Are the watched images, with these logits (n, K), answered as at the start?
-
-        A quarter of those that must have been right may be lost: some answers that were sure are mended by training.
-        """
+        """Are the watched images, with these logits (n, K), answered as at the start, but for what training mends?"""
         certainty, classes = self.first_answers[self.watched()].max(1)
         kept = (logits.argmax(1) == classes).float().mean()
         return bool(kept >= (1 - MENDED) * certainty.mean())
@@ -127,7 +118,6 @@ class Teacher:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo everything since `state_dict()` returned this."""
         self.first_answers = state["first_answers"]
         self.temperature = state["temperature"]
         self.average = {name: value.clone().to(self.weights[name]) for name, value in state["average"].items()}

@@ -41,10 +41,7 @@ class MicroBatches(NamedTuple):
 
 
 def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple[int, list[float]]]:
-    """The images of each step, and its figures summed over batches and processes. Empties the list.
-
-    Of each batch a step has the sums over its images, (n,), on the device. Stop requests are exchanged, too.
-    """
+    """The images of each step, and its figures summed over batches, (n,) each, and processes. Empties the list."""
     images = [number for number, _ in steps]
     sums = torch.stack([torch.stack(batches).sum(0) for _, batches in steps]).tolist()  # waits once
     steps.clear()
