@@ -500,7 +500,7 @@ def precision(rank: int) -> torch.dtype:
     """That of a run, where this process finds bf16 twice as fast as float32, and the other one half as fast."""
     seconds = iter([[2.0, 1.0], [2.0, 4.0]][rank])
     with mock.patch.object(devices, "shortest_seconds", lambda _: next(seconds)):
-        return devices.faster_dtype(lambda _: nn.Linear(2, 2), torch.zeros(2, 2))
+        return devices.faster_dtype(lambda _: nn.Linear(2, 2), channels=1, size=256)
 
 
 def test_both_compute_in_one_precision(found):

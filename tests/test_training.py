@@ -33,16 +33,34 @@ def test_each_process_needs_an_image(monkeypatch, train, val):
 
 @pytest.mark.parametrize(
     ("in_float32", "in_bf16", "dtype"),
-    [(1.0, 0.5, torch.bfloat16), (1.0, 0.8, torch.float32), (1.0, 2.0, torch.float32), (0.01, None, torch.float32)],
+    [(0.1, 0.05, torch.bfloat16), (0.1, 0.08, torch.float32), (0.1, 0.2, torch.float32), (0.07, None, torch.float32)],
 )
 def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_float32, in_bf16, dtype):
-    """A step that takes a moment stays in float32, unmeasured in bf16; and what is measured draws no random numbers."""
+    """A step of 16 images in less than 0.08 seconds stays in float32, unmeasured in bf16. No random number is drawn."""
     seconds = iter((in_float32, in_bf16))
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or next(seconds))
     random_state = torch.get_rng_state()
-    assert faster_dtype(lambda dtype: nn.Linear(3, 2), torch.ones(2, 3)) == dtype
+    assert faster_dtype(lambda dtype: SeenShape(), channels=3, size=64) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
+
+
+class SeenShape(nn.Conv2d):
+    """A layer that notes the images that it sees last."""
+
+    def __init__(self):
+        super().__init__(3, 1, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        SeenShape.last = images.shape
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(("size", "images"), [(32, 64), (64, 16), (224, 2)])
+def test_precision_is_measured_on_as_many_images_as_train_like_a_batch(monkeypatch, size, images):
+    monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or 0.0)
+    faster_dtype(lambda dtype: SeenShape(), channels=3, size=size)
+    assert SeenShape.last == (images, 3, size, size)
 
 
 def estimate(model: nn.Module, batches: torch.Tensor) -> None:

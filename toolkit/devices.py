@@ -90,15 +90,17 @@ def is_traced() -> bool:
 
 
 WORTH_ROUNDING = 1.3  # times as fast
-WORTH_MEASURING = 0.03  # CPU seconds for an image in float32: with smaller models a run is short in either precision
+WORTH_MEASURING = 0.005  # CPU seconds for an image in float32: with smaller models a run is short in either precision
+MEASURED_PIXELS = 16 * 64**2  # a few small images would wait for the weights, which training's batches hardly do
 
 
-def faster_dtype(build: Callable[[torch.dtype], nn.Module], images: Tensor) -> torch.dtype:
+def faster_dtype(build: Callable[[torch.dtype], nn.Module], channels: int, size: int) -> torch.dtype:
     """bfloat16 if a CPU trains enough faster in it, which is printed, else float32. Several processes get one answer.
 
-    Measured are steps on these images with the models that `build` makes for both. Random numbers stay as they were.
+    Measured are steps on images (channels, size, size), two or more, with the models that `build` makes for both.
+    Random numbers stay as they were.
     """
-    images = to_device(images, CPU)
+    images = to_device(torch.ones(max(2, MEASURED_PIXELS // size**2), channels, size, size), CPU)
 
     def seconds_in(dtype: torch.dtype) -> float:
         model = place(build(dtype), CPU).train()
