@@ -10,8 +10,9 @@ from dense import randomize_adapters
 from PIL import Image
 
 import deploy_lora
-from finetune_lora import add_lora_to_model, load_finetuned
+from finetune_lora import add_lora_to_model
 from lora_utils import LoRAManager
+from tests.conftest import CLASSES
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
 from toolkit.answers.heat_maps import Explainer, grad_cam
@@ -44,6 +45,13 @@ def adapted(arch: str, size: int, plain: bool = False) -> torch.nn.Module:
     return LoRAManager(model).unload(merge=True).eval() if plain else model.eval()
 
 
+def assert_decided(model: torch.nn.Module, images: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> None:
+    """Its heat maps are those of these features, of which the plain model makes these logits."""
+    heat, outputs = grad_cam(model, images)
+    torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(heat, enlarged(by_hand(features, logits), images.shape[-1]), rtol=1e-3, atol=1e-3)
+
+
 def test_of_a_resnet_it_is_that_of_its_last_stage():
     images = torch.randn(3, 3, 96, 96)
     net = adapted("resnet18", 96, plain=True)
@@ -51,9 +59,7 @@ def test_of_a_resnet_it_is_that_of_its_last_stage():
     features = net.layer4(net.layer3(net.layer2(net.layer1(x)))).requires_grad_()
     logits = net.fc(net.avgpool(features).flatten(1))
     model = adapted("resnet18", 96)
-    heat, outputs = grad_cam(model, images)
-    torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(heat, enlarged(by_hand(features, logits), 96), rtol=1e-3, atol=1e-3)
+    assert_decided(model, images, features, logits)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -69,20 +75,7 @@ def test_of_a_vit_it_is_that_of_the_patches_which_the_last_block_receives():
     features = x[:, 1:].movedim(1, 2).reshape(2, -1, side, side).detach().requires_grad_()
     tokens = torch.cat([x[:, :1], features.flatten(2).movedim(2, 1)], 1)
     logits = net.heads(net.encoder.ln(last(tokens))[:, 0])
-    heat, outputs = grad_cam(adapted("vit_mini", 16), images)
-    torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(heat, enlarged(by_hand(features, logits), 16), rtol=1e-3, atol=1e-3)
-
-
-def test_another_output_than_the_highest_can_be_asked_for():
-    """Its map is that of a model whose other outputs are lower than any."""
-    images = torch.randn(3, 3, 64, 64)
-    model = adapted("resnet18", 64, plain=True)
-    heat, outputs = grad_cam(model, images, of=0)
-    with torch.no_grad():
-        model.fc.bias[1:] -= 1e6
-    torch.testing.assert_close(heat, grad_cam(model, images)[0])
-    assert (outputs.argmax(1) != 0).any()
+    assert_decided(adapted("vit_mini", 16), images, features, logits)
 
 
 @pytest.mark.parametrize("answered", [True, False])
@@ -113,41 +106,48 @@ def test_a_model_without_blocks_is_one_line():
         grad_cam(torch.nn.Linear(3, 2), torch.zeros(1, 3))
 
 
-def test_explain_draws_each_image_and_leaves_out_what_is_none(once, tmp_path, capsys):
+@pytest.fixture
+def explain(once):
+    """explain("out", "images") has such images explained into a folder; the pictures."""
+    return lambda output, *words: deploy_lora.main(
+        ["explain", str(once / "lora.pth"), "--output", *map(str, (output, *words))]
+    )
+
+
+def test_explain_draws_each_image_and_leaves_out_what_is_none(explain, tmp_path, capsys):
     """And writes nothing outside its folder, whatever an archive names."""
     folder = tmp_path / "some"
     (folder / "inner").mkdir(parents=True)
     picture = bytes_of(Image.new("RGB", (30, 20)).save, "png")
     (folder / "inner" / "black.png").write_bytes(picture)
     (folder / "broken.jpg").write_bytes(b"no image")
-    explain = ["explain", str(once / "lora.pth"), "--output"]
-    [written] = deploy_lora.main([*explain, str(tmp_path / "out"), str(folder)])
+    [written] = explain(tmp_path / "out", folder)
     assert written == tmp_path / "out" / "inner" / "black.png" and Image.open(written).size == (720, 408)
     printed = capsys.readouterr().out
     assert f"left out: {folder}/broken.jpg: not a readable image" in printed
     assert f"wrote {tmp_path / 'out'}: what decided, of 1 image\n" in printed
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives/0.tar").write_bytes(tar_of({"../../victim/notes.png": picture}))
-    [written] = deploy_lora.main([*explain, str(tmp_path / "other"), str(tmp_path / "archives")])
+    [written] = explain(tmp_path / "other", tmp_path / "archives")
     assert written == tmp_path / "other/0.tar/victim/notes.png"
 
 
-def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(once, tmp_path):
+def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(explain, tmp_path):
+    images = tmp_path / "mine" / "list.csv"
     for patient in ("p1", "p2"):
         (tmp_path / "mine" / patient).mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(tmp_path / "mine" / patient / "1.png")
-    (tmp_path / "mine" / "list.csv").write_text("p1/1.png\np2/1.png\n")
-    explain = ["explain", str(once / "lora.pth"), str(tmp_path / "mine" / "list.csv"), "--output"]
-    written = deploy_lora.main([*explain, str(tmp_path / "out")])
+    images.write_text("p1/1.png\np2/1.png\n")
+    written = explain(tmp_path / "out", images)
     assert written == [tmp_path / "out" / patient / "1.png" for patient in ("p1", "p2")]
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
-        deploy_lora.main([*explain, str(tmp_path / "mine")])
-    assert deploy_lora.main([*explain, str(tmp_path / "out"), "--resume"]) == written
+        explain(tmp_path / "mine", images)
+    assert explain(tmp_path / "out", images, "--resume") == written
     with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
-        deploy_lora.main([*explain, str(tmp_path / "out"), "--batch-size", "8", "--workers", "2"])  # one by one
+        explain(tmp_path / "out", images, "--batch-size", 8, "--workers", 2)  # one by one
 
 
-def test_the_name_and_the_answer_stand_over_a_picture_whole(once, tmp_path, monkeypatch):
+def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(
         deploy_lora, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()) or path.touch()
@@ -155,19 +155,17 @@ def test_the_name_and_the_answer_stand_over_a_picture_whole(once, tmp_path, monk
     asked = []
     explain_one = Explainer.explain
     monkeypatch.setattr(Explainer, "explain", lambda self, image, of: asked.append(of) or explain_one(self, image, of))
-    labels = load_finetuned(once / "lora.pth")[1]["class_names"]
     name = "a-name-that-is-as-long-as-names-of-images-with-their-date-and-place-sometimes-are.png"
     Image.new("RGB", (20, 20)).save(tmp_path / name)
-    explain = ["explain", str(once / "lora.pth"), str(tmp_path / name), "--output"]
-    deploy_lora.main([*explain, str(tmp_path / "out")])
-    deploy_lora.main([*explain, str(tmp_path / "three"), "--label", "dark"])
+    explain(tmp_path / "out", tmp_path / name)
+    explain(tmp_path / "three", tmp_path / name, "--label", "dark")
     for title in titles:
         assert title.replace("\n", "").startswith(f"{name}:")
         assert len(re.findall(r"probability(_\d)? [01]\.\d{4}", title.replace("\n", " "))) == 3
     assert "dark:" in titles[1]
-    assert asked == [None, labels.index("dark")]
+    assert asked == [None, CLASSES.index("dark")]
     with pytest.raises(InputError, match=r"--label drak: no such class, label or number: did you mean.*dark"):
-        deploy_lora.main([*explain, str(tmp_path / "none"), "--label", "drak"])
+        explain(tmp_path / "none", tmp_path / name, "--label", "drak")
 
 
 @pytest.mark.slow

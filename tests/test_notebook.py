@@ -42,9 +42,9 @@ print(json.dumps({
 """
 
 
-def read_notebook() -> dict[str, Any]:
-    """The notebook as it is committed; texts are lists of lines."""
-    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+def committed() -> list[dict[str, Any]]:
+    """The cells as they are committed; texts are lists of lines."""
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
 def outputs(cells) -> list:
@@ -137,26 +137,20 @@ def test_files_and_merged_weights_give_the_same_answers(computed, folder):
 
 @pytest.mark.slow
 def test_it_draws_what_is_committed_and_no_bars(executed):
-    assert len(pictures(executed.cells)) == len(pictures(read_notebook()["cells"]))
+    assert len(pictures(executed.cells)) == len(pictures(committed()))
     assert [output for output in outputs(executed.cells) if output.get("name") == "stderr"] == []
 
 
 def test_nine_sections_with_their_pictures_are_committed_as_executed():
-    cells = read_notebook()["cells"]
-    for number, (part, title) in enumerate(zip(sections(cells), SECTIONS, strict=True), 1):
+    for number, (part, title) in enumerate(zip(sections(committed()), SECTIONS, strict=True), 1):
         assert texts(part[:1]).splitlines()[0] == f"## {number}. {title}"
         assert bool(pictures(part)) == (number in WITH_PICTURES)
-    assert NOTEBOOK.stat().st_size < 1e6
-    count = 0
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            count += 1
-            assert cell["execution_count"] == count
-            assert "execution" not in cell["metadata"]  # times: noise in every diff
+    code = [cell for cell in committed() if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
 
 
 def test_what_is_committed_shows_a_gain_and_says_each_number_once():
-    cells = read_notebook()["cells"]
+    cells = committed()
     shown = printed(cells)
     [before, after] = re.findall(r"\| (?:linear probe|this run).*? \| ([\d.]+%) \| \d+ of 359 \|", shown)
     assert float(after[:-1]) >= float(before[:-1]) + 5
@@ -167,10 +161,11 @@ def test_what_is_committed_shows_a_gain_and_says_each_number_once():
 
 
 def test_no_litter_in_what_is_committed():
-    cells = read_notebook()["cells"]
-    for cell in cells:
+    for cell in committed():
+        assert "execution" not in cell["metadata"]  # times: noise in every diff
         kinds = [output.get("name", output["output_type"]) for output in cell.get("outputs", [])]
         assert "error" not in kinds and "stderr" not in kinds
         assert kinds.count("stdout") <= 1  # else each line would stand in a box of its own
-    shown = printed(cells)
+    shown = printed(committed())
     assert len(shown.splitlines()) < 150 and not LITTER.search(shown)
+    assert NOTEBOOK.stat().st_size < 1e6
