@@ -1,4 +1,4 @@
-"""Images with masks, a class for every pixel: finding the pairs, checking all masks, and one draw of a crop for both.
+"""Images with masks, a class for every pixel: finding and checking the pairs, and one draw of a crop for both.
 
 The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that do not count.
 """
@@ -146,21 +146,22 @@ class MaskReader:
         self.names = classes and classes.names
         classes = classes or Classes(tuple(map(str, range(MOST_CLASSES))))
         self.colours = classes.colours
-        self.remedy = ""  # where the masks seem to be read otherwise than they are meant
         if unknown is None:
             unknown = [] if 255 in (classes.values or ()) else [255]
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
                 raise InputError(f"{printable(name)} has the value {value}, which counts as unknown")
         if self.colours is not None:
-            self.classes = np.full(2**24, _MISSING, np.int16)  # of each code
+            size = 2**24
             marks = self.colours
             not_counted = classes.unknown
+            self.remedy = ""  # where the masks seem to be read otherwise than they are meant
         else:
-            self.classes = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
+            size = _BEYOND[1] - _BEYOND[0] + 1
             marks = classes.values or range(len(classes.names))
             not_counted = [*classes.unknown, *(value for value in unknown if value % 1 == 0)]  # masks have no others
             self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
+        self.classes = np.full(size, _MISSING, np.int16)  # of each code
         for number, mark in enumerate(marks):
             self.classes[self._codes(np.array(mark, float))] = number
         for mark in not_counted:
@@ -172,8 +173,7 @@ class MaskReader:
     @staticmethod
     def from_record(record: Mapping[str, Any], names: Sequence[str]) -> "MaskReader":
         """What read the masks that an adapter was trained on, from its file."""
-        marks = record.get("unknown_marks") or ()
-        classes = Classes(names, record.get("values"), record.get("colours"), marks)
+        classes = Classes(names, record.get("values"), record.get("colours"), record.get("unknown_marks") or ())
         return MaskReader(classes, list(record.get("unknown", [255])))
 
     def _codes(self, marks: np.ndarray) -> np.ndarray:
@@ -259,7 +259,14 @@ class PairFiles(folders.ImageFiles):
         try:
             mask = self.read(path)
             with folders.named_faults(self.path(i)):
-                height, width = self._upright_size(i)
+                image = self[i]
+                if isinstance(image, np.ndarray):
+                    height, width = image.shape[:2]
+                else:
+                    # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
+                    if (image.format != "PNG" or "exif" in image.info) and orientation(image) != 1:
+                        image = to_rgb(image)
+                    width, height = image.size
         except InputError as error:
             return error
         if mask.shape != (height, width):
@@ -271,24 +278,12 @@ class PairFiles(folders.ImageFiles):
             return InputError(f"{path}: all pixels are unknown", f"; remove it{self.read.remedy}")
         return pixels
 
-    def _upright_size(self, i: int) -> tuple[int, int]:
-        """(height, width) of an image as it is read. Of a photograph the header says it, if it is upright."""
-        image = self[i]
-        if isinstance(image, np.ndarray):
-            return image.shape[:2]
-        # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        if has_exif and orientation(image) != 1:
-            image = to_rgb(image)
-        return image.height, image.width
-
 
 class MaskedImages(LabelledImages):
     """(image as `LabelledImages` has it, mask (H, W) int64) of `PairFiles`. `targets` (N, K) count pixels by class."""
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, Tensor]:
-        image, _ = super().undecoded(i)
-        return image, self.mask(i)
+        return super().undecoded(i)[0], self.mask(i)
 
     def mask(self, i: int) -> Tensor:
         mask = self.source.read(self.source.mask_path(self.indices[i]))
@@ -302,82 +297,69 @@ class MaskedImages(LabelledImages):
         return self.bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
 
-def load_pairs(
-    data_dir: str | Path | None,
-    val_dir: str | Path | None,
-    lists: Sequence[ImageList],
-    needs_val: bool,
-    bands: Bands | None,
-    read: MaskReader,
-    skip_unreadable: bool,
-) -> tuple[list[MaskedImages], list[str]]:
-    """The images with masks in one part that is yet to be split, or in two; and the names of the classes.
+Place = ImageList | tuple[Path, Path]  # where pairs are: in a list, or in the folders of the images and of the masks
 
-    They are in a folder (see `_LAYOUTS`), or else in one list or two.
+
+def load_pairs(
+    places: Sequence[Place], bands: Bands | None, read: MaskReader, skip_unreadable: bool
+) -> tuple[list[MaskedImages], list[str]]:
+    """The images with masks of each place, and the names of the classes.
+
     Raises InputError if there are no pairs, if one cannot be used, or if all masks are of one class.
     """
-    if lists:
-        files = [PairFiles(images.folder, images.folder, images.pairs(), bands, read) for images in lists]
-        divided = len(files) > 1
-    else:
-        places, divided = _places(data_dir, val_dir, needs_val)
-        files = [_in_folders(*place, bands, read, skip_unreadable) for place in places]
-    parts, names = _masked(files[: 1 + needs_val], skip_unreadable)
+    parts, names = _masked(places, bands, read, skip_unreadable)
     seen = torch.cat([part.targets for part in parts]).sum(0).nonzero().flatten().tolist()
     if len(seen) == 1:
-        where = f"{files[0].mask_folder}: all known pixels are of one class"
+        where = f"{parts[0].source.mask_folder}: all known pixels are of one class"
         raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
-    if divided and not needs_val:
-        parts.append(parts[0].subset([]))
     return parts, names
 
 
 def pairs_in(place: str | Path | ImageList, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """The pairs in a folder, of one in parts those to evaluate on, or in a list. Says which pairs it leaves out."""
-    if isinstance(place, ImageList):
-        files = PairFiles(place.folder, place.folder, place.pairs(), bands, read)
-    else:
-        places, _ = _places(place, None, needs_val=True)
-        files = _in_folders(*places[-1], bands, read, skip_unreadable=True)
-    [images], _ = _masked([files], skip_unreadable=True)
+    if not isinstance(place, ImageList):
+        place = pair_places(place, None, needs_val=True)[-1]
+    [images], _ = _masked([place], bands, read, skip_unreadable=True)
     return images
 
 
-def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[MaskedImages], list[str]]:
-    """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
-    found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
+def _masked(
+    places: Sequence[Place], bands: Bands | None, read: MaskReader, skip_unreadable: bool
+) -> tuple[list[MaskedImages], list[str]]:
+    parts = [_pairs(place, bands, read, skip_unreadable) for place in places]
+    found = []
     problems = []
-    largest = 0
-    for looked_at in found:
+    for files in parts:
+        looked_at = look_at_each(files.pixels, len(files), "mask")
         wrong = [pixels for pixels in looked_at if isinstance(pixels, InputError)]
         if len(wrong) == len(looked_at):
             raise InputError(f"none of the pairs can be used, such as {wrong[0].problem}", *wrong[0].args[1:])
         problems += wrong
-        largest = max(largest, *(len(pixels) - 1 for pixels in looked_at if not isinstance(pixels, InputError)))
+        found.append({i: pixels for i, pixels in enumerate(looked_at) if not isinstance(pixels, InputError)})
+        files.largest = max(map(np.sum, found[-1].values()))
     _tell(problems, skip_unreadable)
-    names = list(parts[0].read.names or map("class {}".format, range(largest)))
+    classes = max(len(pixels) - 1 for pixels in itertools.chain(*map(dict.values, found)))
+    names = list(read.names or map("class {}".format, range(classes)))
     images = []
-    for files, looked_at in zip(parts, found, strict=True):
+    for files, usable in zip(parts, found, strict=True):
         targets = torch.zeros(len(files), len(names))
-        for i, pixels in enumerate(looked_at):
-            if not isinstance(pixels, InputError):
-                targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
-                files.largest = max(files.largest, int(pixels.sum()))
+        for i, pixels in usable.items():
+            targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
-        images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
+        images.append(masked.subset(list(usable)))
     return images, names
 
 
 def _tell(problems: Sequence[InputError], skip_unreadable: bool) -> None:
     """Say which pairs are left out. Raises InputError if none is to be."""
-    if problems and not skip_unreadable:
-        advice = "".join(problems[0].args[1:])
-        advice += f" (--skip-unreadable leaves out such pairs, {len(problems)} here)"
-        raise InputError(problems[0].problem, advice)
-    if problems:
-        print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
-        for error in problems:
-            print(f"  {error.problem}")
+    if not problems:
+        return
+    if not skip_unreadable:
+        others = f" (--skip-unreadable leaves out such pairs, {len(problems)} here)"
+        raise InputError(*problems[0].args, others)
+    print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
+    for error in problems:
+        print(f"  {error.problem}")
 
 
 # -------------------------------------------------------------------------------------------------------- finding pairs
@@ -402,10 +384,8 @@ def pair_folders(folder: Path) -> tuple[Path, Path]:
     return folder, folder
 
 
-def _places(
-    data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool
-) -> tuple[list[tuple[Path, Path]], bool]:
-    """The folders of images and masks for training, and for evaluation if there are some; and: is the set divided?"""
+def pair_places(data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool) -> list[Place | None]:
+    """The folders of pairs to train on, and of a divided set those to evaluate on; None if these are not needed."""
     if data_dir is None or not remote.is_folder(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder; {_LAYOUTS}")
     images, masks = pair_folders(Path(data_dir))
@@ -416,19 +396,23 @@ def _places(
         return images / name, masks / name
 
     training = [name for name in _TRAINING_NAMES if remote.is_folder(images / name)]
-    places = [part(training[0]) if training else (images, masks)]
-    divided = val_dir is not None or bool(training)
-    if val_dir is not None and needs_val:
+    places: list[Place | None] = [(images, masks)]
+    if training:
+        places = [part(training[0])]
+    if (training or val_dir is not None) and not needs_val:
+        places.append(None)
+    elif val_dir is not None:
         places.append(pair_folders(Path(val_dir)))
-    elif divided and needs_val:
+    elif training:
         places.append(part(folders.evaluation_folder(images).name))
-    return places, divided
+    return places
 
 
-def _in_folders(
-    folder: Path, mask_folder: Path, bands: Bands | None, read: MaskReader, skip_unreadable: bool = False
-) -> PairFiles:
-    """The pairs of two folders, or of one. Raises InputError for an image or a mask without the other."""
+def _pairs(place: Place, bands: Bands | None, read: MaskReader, skip_unreadable: bool) -> PairFiles:
+    """The files of a place. Raises InputError for an image or a mask without the other."""
+    if isinstance(place, ImageList):
+        return PairFiles(place.folder, place.folder, place.pairs(), bands, read)
+    folder, mask_folder = place
     others: Counter = Counter()
     names = folders.image_names(folder, others=others, bands=bands)
     masks = folders.image_names(mask_folder, bands=_WITH_ARRAYS)

@@ -18,7 +18,7 @@ from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages, among, copies, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.lists import ImageList, in_order, like, look_like_numbers
-from toolkit.images.masks import MaskReader, load_pairs, pair_folders
+from toolkit.images.masks import MaskReader, load_pairs, pair_folders, pair_places
 from toolkit.images.shards import read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
@@ -87,8 +87,10 @@ def load_splits(
     truth = TRUTHS[task]
     lists = _lists(data_list or (), data_dir, group_by, label_columns)
     if truth == "mask":
-        read = masks or MaskReader(None)
-        parts, class_names = load_pairs(data_dir, val_dir, lists, needs_val, bands, read, skip_unreadable)
+        places = lists or pair_places(data_dir, val_dir, needs_val)
+        parts, class_names = load_pairs(places[: 1 + needs_val], bands, masks or MaskReader(None), skip_unreadable)
+        if len(places) > 1 and not needs_val:
+            parts.append(parts[0].subset([]))
     elif lists:
         parts = []
         class_names = []

@@ -20,8 +20,8 @@ from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to RGB: upright by its EXIF data, over white, 16-bit levels and floats to 1 as 8 bits.
 
-    What `Image.open` returns is decoded first; an InputError names a file that cannot be decoded, or whose numbers do
-    not say what is white. Transparency of TIFF and JPEG 2000 is left out: GDAL calls a band of near-infrared so.
+    Transparency of TIFF and JPEG 2000 is left out: GDAL calls a band of near-infrared so. Raises InputError for a file
+    that cannot be decoded, or whose numbers do not say what is white.
     """
     name = _name(image)
     has_bands = image.format in ("TIFF", "JPEG2000")
@@ -52,8 +52,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
     with named_faults(_name(image)):
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in range(1, 9) else 1
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    return found if found in range(1, 9) else 1
 
 
 def _name(image: Image.Image) -> str:
@@ -101,14 +101,13 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     places = [view.place(width, height) for view in views]
     reduction = 1
     if is_jpeg:
-        # The strongest reduction that leaves each box large enough.
-        room = 8.0
+        room = 8.0  # the strongest reduction that leaves each box large enough
         for (left, top, right, bottom), size, margin in places:
             room = min(room, (right - left) / size[0] / margin, (bottom - top) / size[1] / margin)
-        # By these factors libjpeg can shrink an image while it decodes. Of an image that is turned, pixels at the end
-        # become the first ones: the last block has to be whole.
-        fits = [n for n in (1, 2, 4, 8) if turned == 1 or width % n == height % n == 0]
-        reduction = max(n for n in fits if n <= max(1, room))
+        for factor in (2, 4, 8):  # by which libjpeg can shrink an image while it decodes
+            # Of an image that is turned, pixels at the end become the first ones: the last block has to be whole.
+            if factor <= room and (turned == 1 or width % factor == height % factor == 0):
+                reduction = factor
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
         image = to_rgb(image)
@@ -130,8 +129,8 @@ def _resized(
     return image.resize(size, Image.Resampling.BILINEAR, box=inner)
 
 
-# Places for `View`: a rectangle (left, top, right, bottom) of an image of this width and height, the size to resize it
-# to, and how many times as large decoding has to leave it.
+# For a `View`: a rectangle (left, top, right, bottom), the size to resize it to, and how many times as large decoding
+# has to leave it.
 Place = tuple[tuple[float, ...], tuple[int, int], int]
 
 
