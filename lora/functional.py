@@ -41,25 +41,12 @@ def _is_trainable(weight: Tensor | NF4Weight | Int8Weight) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
 
 
-class FloatWeight(NamedTuple):
-    """A frozen weight (out, in) of floats, with the products that `Int8Weight` has too."""
-
-    dense: Tensor
-
-    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b``, (N, in) -> (N, out)."""
-        return backends.linear(x, self.dense, bias)
-
-    def back(self, gy: Tensor) -> Tensor:
-        """``gy W``, (N, out) -> (N, in)."""
-        return backends.linear(gy, self.dense.T)
-
-
-def _merge_pays(weight: FloatWeight | Int8Weight, output_numel: int) -> bool:
+def _merge_pays(W: Tensor | Int8Weight, output_numel: int) -> bool:
     """Merged or side path? In full precision what passes over fewer elements; else the latter: rounding costs more."""
+    if isinstance(W, Int8Weight) or W.dtype in LOW_PRECISION:
+        return False
     any_number = isinstance(output_numel, torch.SymInt)  # as torch.export has it where the batch may be of any size
-    floats = isinstance(weight, FloatWeight) and weight.dense.dtype not in LOW_PRECISION
-    return floats and (any_number or weight.dense.numel() <= output_numel)
+    return any_number or W.numel() <= output_numel
 
 
 def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -93,11 +80,11 @@ def effective_weight(
     return W.permute(0, 3, 1, 2) if permuted else W
 
 
-def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> FloatWeight | Int8Weight:
+def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
     """The weight as products take it: in 8 bits as it is where they are exact, else dense in ``dtype``."""
     if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, *weight.shape):
         return weight
-    return FloatWeight(dense_weight(weight, dtype))
+    return dense_weight(weight, dtype)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,14 +93,13 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
+def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -> None:
     """``y += s h B^T``, in place. y: (N, out), h: (N, groups r), B: (out, r)."""
     width = y.shape[1] // groups
     if h.shape[1] > 0:  # in a layer of rank 0 adding nothing would read and write y as well
         for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
             # (N, r) -> (N, out / groups), in a slice, since torch.export lets no chunk be changed.
             y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
-    return y
 
 
 def _adapter_gradients(
@@ -154,11 +140,15 @@ class _LoRALinear(torch.autograd.Function):
         h = None
         W = _operand(weight, dtype)
         if not ctx.drops and _merge_pays(W, rows.shape[0] * weight.shape[0]):
-            merged = effective_weight(W.dense, A, B, scaling, groups, in_place=W.dense is not weight)  # W + s B A
+            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
             y = backends.linear(rows, merged, bias)  # x (W + s B A)^T + b
         else:
             h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
-            y = _add_update_(W.times(rows, bias), h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
+            if isinstance(W, Int8Weight):
+                y = W.times(rows, bias)
+            else:
+                y = backends.linear(rows, W, bias)
+            _add_update_(y, h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
         if prologue is None:
             summands = [adapter_rows.view(x.shape)]
@@ -182,10 +172,13 @@ class _LoRALinear(torch.autograd.Function):
         if need_x:
             W = _operand(weight, dtype)
             if not ctx.drops and _merge_pays(W, gy.shape[0] * weight.shape[1]):
-                merged = effective_weight(W.dense, A, B, scaling, groups, in_place=W.dense is not weight)
+                merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
                 gx = backends.linear(gy, merged.T)  # gy (W + s B A)
             else:
-                gx = W.back(gy)  # gy W
+                if isinstance(W, Int8Weight):
+                    gx = W.back(gy)  # gy W
+                else:
+                    gx = backends.linear(gy, W.T)
                 if not ctx.drops:  # else the adapter's share reaches x through the dropout
                     gx.addmm_(gh, A)  # + (s gy B) A
             gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)
