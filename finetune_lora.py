@@ -82,12 +82,13 @@ class LoRALayer:
 
     weight_name = "weight"
     parts = ("",)  # of the weight, one below the other, that have an A and a B each: how the names of these end
+    in_4_bits = False  # the base is NF4 (QLoRA, arXiv 2305.14314): `weight` has the packed bytes
+    base_bits = 32  # that the base weight is stored in: 16, 8 or 4 if it was rounded
     # SHA-256 of the weight, by its name, before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
-    _int8_shape: torch.Size | None = None  # of the weight if its parameter holds an `Int8Weight`
     _base_data: Tensor | None = None  # while merged: the weight as it was
     followed: AdapterStatistics | None = None  # what a BatchNorm behind it has with this adapter; None: the base's
-    _STORAGE = ("float_digests", "_nf4_state", "_int8_shape", "_base_data")
+    _STORAGE = ("base_bits", "float_digests", "_packed_shape", "_nf4_state", "_base_data")
     _STATE = (*NO_ADAPTER, *_STORAGE, "lora_enabled", "stock_class", "followed")
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -117,14 +118,25 @@ class LoRALayer:
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
         weight = self._parameters[self.weight_name]
-        if not adapted.rounds(self, dtype) or weight.dtype != torch.float32:
+        if self.in_4_bits:
+            rounds = self.base_bits == 32
+        else:
+            rounds = adapted.rounds(self, dtype) and weight.dtype == torch.float32
+        if not rounds:
             return
         self.float_digests = {self.weight_name: tensor_digest(weight)}
-        if dtype == torch.int8:
-            self._int8_shape = weight.shape
+        self._packed_shape = weight.shape
+        if self.in_4_bits:
+            self.base_bits = 4
+            nf4 = NF4Weight.quantize(weight)
+            self._nf4_state = nf4.state
+            self._parameters[self.weight_name] = nn.Parameter(nf4.packed, requires_grad=False)
+        elif dtype == torch.int8:
+            self.base_bits = 8
             weight.requires_grad_(False)  # integers have no gradient
             weight.data = Int8Weight.quantize(weight).packed()
         else:
+            self.base_bits = 16
             weight.data = weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
@@ -142,13 +154,13 @@ class LoRALayer:
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
-        if self.float_digests and not merge:
+        if self.base_bits < 32 and not merge:
             raise InputError("a layer stored in fewer bits cannot become float again: load the checkpoint once more")
         if merge:
             self.merge()
+            self.base_bits = 32  # once merged, its weight is a float's
         else:
             self.unmerge()
-        vars(self).pop("float_digests", None)  # once merged, its weight is a float's
         LayerState.of(self).without_adapter().apply_to(self)
 
     def adapted_state(self) -> dict[str, Any]:
@@ -157,8 +169,12 @@ class LoRALayer:
 
     def base(self) -> Tensor | NF4Weight | Int8Weight:
         """The weight without the adapter, merged or not."""
-        base = self._base_data if self.merged else self._parameters[self.weight_name]
-        return base if self._int8_shape is None else Int8Weight.unpacked(base, self._int8_shape)
+        stored = self._base_data if self.merged else self._parameters[self.weight_name]
+        if self.base_bits == 4:
+            return NF4Weight(stored, self._nf4_state, self._packed_shape)
+        if self.base_bits == 8:
+            return Int8Weight.unpacked(stored, self._packed_shape)
+        return stored
 
     def _factors(self, letter: str, parts: slice = slice(None)) -> Tensor:
         """A or B of some parts of the weight, one below the other."""
@@ -166,18 +182,15 @@ class LoRALayer:
 
     def effective_weight(self) -> Tensor:
         """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
-        base = dense_weight(self.base(), torch.float32) if self.float_digests else self.base()
+        base = self.base()
+        if self.base_bits < 32:
+            base = dense_weight(base, torch.float32)
         if self.r == 0:
             return base
         A = self._factors("A")
         B = self._factors("B")
         dense = base.to(B.dtype)  # a small update would vanish if it were added in bfloat16
         return functional.effective_weight(dense, A, B, self.scaling, len(self.parts)).to(base.dtype)
-
-    @property
-    def base_bits(self) -> int:
-        """The bits that the base weight is stored in: 4, 8, 16 or, for one that was not rounded, 32."""
-        return adapted.base_bits(vars(self))
 
     @property
     def merged(self) -> bool:
@@ -211,7 +224,7 @@ class LoRALayer:
     def _weight_without_adapter(self, x: Tensor) -> Tensor:
         """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
         weight = self._parameters[self.weight_name] if self.merged and self.lora_enabled else self.base()
-        if not self.float_digests or isinstance(weight, Int8Weight):
+        if self.base_bits == 32 or isinstance(weight, Int8Weight):
             return weight
         return dense_weight(weight, functional.compute_dtype(x))
 
@@ -227,27 +240,11 @@ class LoRALayer:
         super()._apply(fn, recurse)
         if self.merged:
             self._base_data = fn(self._base_data)
+        if self.base_bits == 4:
+            self._nf4_state.to(self._parameters[self.weight_name].device)
         if self.followed is not None:
             self.followed.apply(fn)
         return self
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        name = prefix + self.weight_name
-        if self.merged:  # unmerging would discard the loaded weight and put the stored base back
-            errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
-            return
-        rounded = self.float_digests and name in state_dict
-        before = dense_weight(self.base(), torch.float32) if rounded else None
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self._load_constants(state_dict, prefix, strict, missing, unexpected)
-        now = dense_weight(self.base(), torch.float32) if rounded else None
-        if rounded and not torch.equal(now, before):  # one that changes is no longer its former base
-            loaded = state_dict[name]  # in 4 bits its bytes alone do not determine the values
-            # In place: adapters that share the base share these.
-            self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
-
-    def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
-        """What a weight in 4 bits needs besides its bytes."""
 
     def _replicate_for_data_parallel(self):
         raise InputError("nn.DataParallel cannot copy adapted layers: start a process per GPU with torchrun")
@@ -257,6 +254,36 @@ class LoRALayer:
         if self.merged:  # a merged layer has exactly the keys of the layer it adapts
             for name in adapted.adapter_parameters(self):
                 destination.pop(prefix + name)
+        elif self.base_bits == 4:  # the constants of the bytes, under the names that bitsandbytes gives them
+            for key, value in self._nf4_state.as_dict(packed=True).items():
+                destination[f"{prefix}{self.weight_name}.{key}"] = value
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        name = prefix + self.weight_name
+        if self.merged:  # unmerging would discard the loaded weight and put the stored base back
+            errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
+            return
+        rounded = self.base_bits < 32 and name in state_dict
+        before = dense_weight(self.base(), torch.float32) if rounded else None
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.base_bits == 4:
+            self._load_nf4_state(state_dict, name, strict, missing, unexpected)
+        now = dense_weight(self.base(), torch.float32) if rounded else None
+        # In place, here and there: adapters that share the base share these.
+        if rounded and not torch.equal(now, before):  # one that changes is no longer its former base
+            loaded = state_dict[name]  # in 4 bits its bytes alone do not determine the values
+            self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
+
+    def _load_nf4_state(self, state_dict, name, strict, missing, unexpected) -> None:
+        state = self._nf4_state
+        keys = {f"{name}.{key}": key for key in state.as_dict(packed=True)}
+        absent = [key for key in keys if key not in state_dict]
+        if not absent:
+            constants = {key: state_dict[full] for full, key in keys.items()}
+            state.__dict__ = type(state).from_dict(constants, self._parameters[self.weight_name].device).__dict__
+        elif strict:
+            missing += absent
+        unexpected[:] = [key for key in unexpected if key not in keys]
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -330,28 +357,28 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
-        products = [(0, 1), (1, 1), (2, 1)]  # the first of q, k and v, and how many of them
+        products = [(0, 1), (1, 2), (2, 3)]  # which of q, k and v: from, to
         if key is value:
-            products = [(0, 3)] if query is key else [(0, 1), (1, 2)]
+            products = [(0, 3)] if query is key else [(0, 1), (1, 3)]
         if prologue is not None and (self._drops or not self._is_active or len(products) == 3):
             query, key, value = attention.once_each(prologue, query, key, value)
             prologue = None
         inputs = (query, key, value)
         adapter_inputs = attention.once_each(self._adapter_input, *inputs)
-        return [self._product(i, count, inputs[i], adapter_inputs[i], prologue) for i, count in products]
-
-    def _product(
-        self, first: int, count: int, x: Tensor, adapter_x: Tensor | None, prologue: Callable | None
-    ) -> Tensor:
-        """The product of x with `count` of q, k and v from the `first` on, (N, L, count * embed_dim)."""
-        parts = slice(first, first + count)
-        rows = slice(parts.start * self.embed_dim, parts.stop * self.embed_dim)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        if not self._is_active:
-            return functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
-        A = self._factors("A", parts)
-        B = self._factors("B", parts)
-        return functional.lora_linear(x, self.base()[rows], A, B, bias, self.scaling, count, adapter_x, prologue)
+        projected = []
+        for i, end in products:
+            x = inputs[i]
+            rows = slice(i * self.embed_dim, end * self.embed_dim)
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+            if self._is_active:
+                W = self.base()[rows]
+                A = self._factors("A", slice(i, end))
+                B = self._factors("B", slice(i, end))
+                y = functional.lora_linear(x, W, A, B, bias, self.scaling, end - i, adapter_inputs[i], prologue)
+            else:
+                y = functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
+            projected.append(y)
+        return projected
 
     def forward(
         self,
@@ -394,63 +421,22 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
 
-class _FourBits:
-    """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` has the packed bytes, which each product dequantises anew."""
-
-    _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
-
-    def _store_base(self, dtype: torch.dtype | None) -> None:
-        if self._nf4_state:
-            return
-        weight = self._parameters[self.weight_name]
-        self.float_digests = {self.weight_name: tensor_digest(weight)}
-        nf4 = NF4Weight.quantize(weight)
-        self._nf4_state = {self.weight_name: (nf4.state, nf4.shape)}
-        self._parameters[self.weight_name] = nn.Parameter(nf4.packed, requires_grad=False)
-
-    def base(self) -> Tensor | NF4Weight:
-        """The weight without the adapter: in 4 bits, or as it is before it is quantised."""
-        base = super().base()
-        return NF4Weight(base, *self._nf4_state[self.weight_name]) if self._nf4_state else base
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        for name, (state, _) in self._nf4_state.items():
-            state.to(self._parameters[name].device)
-        return self
-
-    # The quantisation constants travel with the bytes, under the names that bitsandbytes gives them.
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.merged:
-            for name, (state, _) in self._nf4_state.items():
-                for key, value in state.as_dict(packed=True).items():
-                    destination[f"{prefix}{name}.{key}"] = value
-
-    def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
-        for name, (state, shape) in self._nf4_state.items():
-            keys = {f"{prefix}{name}.{key}": key for key in state.as_dict(packed=True)}
-            absent = [key for key in keys if key not in state_dict]
-            if not absent:
-                constants = {key: state_dict[full] for full, key in keys.items()}
-                self._nf4_state[name] = type(state).from_dict(constants, self._parameters[name].device), shape
-            elif strict:
-                missing += absent
-            unexpected[:] = [key for key in unexpected if key not in keys]
-
-
-class QLoRALinear(_FourBits, LoRALinear):
+class QLoRALinear(LoRALinear):
     """`LoRALinear` over a 4-bit base."""
 
+    in_4_bits = True
 
-class QLoRAConv2d(_FourBits, LoRAConv2d):
+
+class QLoRAConv2d(LoRAConv2d):
     """`LoRAConv2d` over a 4-bit base."""
 
+    in_4_bits = True
 
-class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
+
+class QLoRAMultiheadAttention(LoRAMultiheadAttention):
     """`LoRAMultiheadAttention` over a 4-bit base, the output projection's included."""
 
+    in_4_bits = True
     _linear_kind = QLoRALinear
 
 

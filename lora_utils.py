@@ -24,6 +24,8 @@ from toolkit import InputError, did_you_mean, dotted, listed, printable
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
+DEFAULT = "default"  # the name that an adapter without a name gets
+
 
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`.
@@ -275,8 +277,15 @@ class LoRAManager:
                 remedy = "save the adapter, load the checkpoint again, and then the saved file with a name"
                 raise InputError(f"the base has trained with the adapter in use ({listed(changed)}): {remedy}")
             self.record.adapters.begin(self.model)
-        self.record.adapters.adopt(layers, self.model)
-        return self.record.adapters
+        adapter_set = self.record.adapters
+        if layers and adapter_set.in_use is None:  # it has no name yet
+            if DEFAULT in adapter_set.named:
+                remedy = "save and unload() them, then load them with one"
+                raise InputError(f"the model has adapters without a name: {remedy}")
+            adapter_set.named[DEFAULT] = Adapter(self.record.metadata)
+            adapter_set.in_use = DEFAULT
+            self.record.metadata = {}
+        return adapter_set
 
     def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
         """Add a file's adapter under a name. Raises InputError if it does not fit the base."""

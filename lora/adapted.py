@@ -76,15 +76,6 @@ def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {n: factor for n, factor in layer._parameters.items() if n.startswith("lora_") and is_adapted(layer)}
 
 
-def base_bits(state: Mapping[str, Any]) -> int:
-    """The bits of the base weight of a layer with this `adapted_state`; 32: it was not rounded, whatever its dtype."""
-    if not state.get("float_digests"):
-        return 32
-    if "_nf4_state" in state:
-        return 4
-    return 8 if "_int8_shape" in state else 16
-
-
 def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
     """Was the layer of this record in an adapter file over 4-bit weights? The name of its kind says so."""
     return record["kind"].startswith("QLoRA")

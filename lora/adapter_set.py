@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, recorded_settings, stock_class
+from lora.adapted import ADAPTED, adapted_layers, is_adapted, recorded_settings, stock_class
 from lora.followed_norms import statistics_in_file
 from lora.fusion import fuse
 from toolkit import InputError
-from toolkit.models.backbones import head_names, in_head, record_of
-
-DEFAULT = "default"  # the name that an adapter without a name gets
+from toolkit.models.backbones import head_names, in_head
 
 
 class LayerState(NamedTuple):
@@ -43,7 +41,7 @@ class LayerState(NamedTuple):
 
     @property
     def base_bits(self) -> int:
-        return base_bits(self.attributes)
+        return self.attributes.get("base_bits", 32)
 
     def without_adapter(self) -> "LayerState":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
@@ -118,17 +116,6 @@ class AdapterSet:
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and not in_head(model, path):
                 self.base.layers[path] = LayerState.of(layer).without_adapter()
 
-    def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
-        if not layers or self.in_use is not None:
-            return
-        if DEFAULT in self.named:
-            raise InputError("the model has adapters without a name: save and unload() them, then load them with one")
-        record = record_of(model)
-        self.named[DEFAULT] = Adapter(record.metadata)
-        record.metadata = {}
-        self.in_use = DEFAULT
-
     def use(self, name: str | None, model: nn.Module) -> None:
         """Switch to another adapter of `named`, or with None to the base."""
         if name == self.in_use:
@@ -157,7 +144,13 @@ class AdapterSet:
                 self.base.tensors.setdefault(path, stock[path])
                 owner, leaf = _owner(model, path)
                 adapter.tensors[path] = owner[leaf] = copy.deepcopy(stock[path])
-        self._share_4_bits(records, modules)
+        for other in self.named.values():  # an earlier adapter may have made 4-bit weights from the float base
+            for path, shared in other.layers.items():
+                if path in records and shared.base_bits < 32 and shared.kind.__name__ == records[path]["kind"]:
+                    state = shared.without_adapter()
+                    # The biases stay this file's: they may be among the tensors that training moved.
+                    own = {n: p for n, p in modules[path]._parameters.items() if n != state.kind.weight_name}
+                    state._replace(parameters=state.parameters | own).apply_to(modules[path])
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in modules:  # in the model's order: attention comes before its output projection
             if path in records:
@@ -168,16 +161,6 @@ class AdapterSet:
             if path not in records and needs_record:
                 problems.append(f"{path} is stored in fewer bits here but is not in the file")
         return problems
-
-    def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-        """Give these layers the 4-bit weights that an earlier 4-bit adapter made from the float base."""
-        for other in self.named.values():
-            for path, shared in other.layers.items():
-                if path in records and shared.base_bits < 32 and shared.kind.__name__ == records[path]["kind"]:
-                    state = shared.without_adapter()
-                    # The biases stay this file's: they may be among the tensors that training moved.
-                    own = {n: p for n, p in modules[path]._parameters.items() if n != state.kind.weight_name}
-                    state._replace(parameters=state.parameters | own).apply_to(modules[path])
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -19,6 +19,7 @@ them only while the adapter is merged. An adapter file has them under the BatchN
 import contextlib
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -159,12 +160,10 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
     batches = list(batches) if norm_of else []
-    if not batches:
-        return
-    number = -(-PATCHES // len(batches))
-    patches = {conv: [] for conv in norm_of}
+    patches = defaultdict(list)
 
     def keep_some(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        number = math.ceil(PATCHES / len(batches))
         patches[conv].append(patches_of(conv, inputs[0].to(conv.lora_A.dtype), number))
 
     with contextlib.ExitStack() as hooks, eval_mode(model):
@@ -172,9 +171,8 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
             hooks.enter_context(conv.register_forward_pre_hook(keep_some))
         for batch in batches:
             model(batch)
-    for conv, norm in norm_of.items():
-        if patches[conv]:
-            conv.followed = FollowedNorm(conv, norm, torch.cat(patches[conv]))
+    for conv, own in patches.items():
+        conv.followed = FollowedNorm(conv, norm_of[conv], torch.cat(own))
 
 
 def followers(model: nn.Module) -> list[nn.Conv2d]:
@@ -213,12 +211,11 @@ def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
 @torch.no_grad()
 def named_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The statistics that belong to the adapters, by the names that they have in adapter files."""
-    followed = {conv.followed.norm: conv for conv in followers(model)}
+    names = {module: name for name, module in model.named_modules()}
     tensors = {}
-    for name, module in model.named_modules():
-        if conv := followed.get(module):
-            own = [dotted(name, leaf) for leaf in STATISTICS]
-            tensors |= zip(own, conv.followed.statistics(conv), strict=True)
+    for conv in followers(model):
+        own = [dotted(names[conv.followed.norm], leaf) for leaf in STATISTICS]
+        tensors |= zip(own, conv.followed.statistics(conv), strict=True)
     return tensors
 
 
@@ -227,13 +224,13 @@ def statistics_in_file(
 ) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d, str, str]]:
     """Yield (convolution, BatchNorm, names of mean and variance) if a file has the adapter's statistics for them."""
     names = {module: name for name, module in model.named_modules()}
-    tensors = content["tensors"]
+    in_file = content["tensors"].keys()
     for conv, norm in _pairs(model):
         is_adapted = content["layers"].get(names[conv], {"r": 0})["r"] > 0
-        # A BatchNorm that trained has one of these in the file too, and is the base's.
-        trained = {dotted(names[norm], leaf) for leaf in ("weight", "bias", "num_batches_tracked")}
-        mean, variance = (dotted(names[norm], leaf) for leaf in STATISTICS)
-        if is_adapted and not {mean, variance}.isdisjoint(tensors) and trained.isdisjoint(tensors):
+        leaves = (*STATISTICS, "weight", "bias", "num_batches_tracked")
+        mean, variance, *trained = (dotted(names[norm], leaf) for leaf in leaves)
+        # A BatchNorm that trained has one of the others in the file too, and is the base's.
+        if is_adapted and in_file & {mean, variance} and in_file.isdisjoint(trained):
             yield conv, norm, mean, variance
 
 

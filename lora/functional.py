@@ -9,14 +9,11 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
     gx = gy (W + s B A)             gA = gh^T x         (r x in)
                                     gB = s gy^T h       (out x r)
 
-The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. Backward
-needs the layer's input, which full fine-tuning saves as well. There are two ways to y and gx:
+The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. There are two
+ways to y and gx, between which `_merge_pays` and `_kernel_merges` choose; with dropout it is always the latter:
 
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
-Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
-layers. A convolution's kernel is mostly small next to its input, and then merged in low precision too: see
-`_kernel_merges`.
 """
 
 import math
@@ -67,17 +64,15 @@ def effective_weight(
     It is a fresh tensor; with `in_place` it may take the memory of the weight, a temporary.
     """
     W = weight
-    permuted = not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last)
-    if permuted:  # permute the small factor too, so that the product comes out in the kernel's own order
+    if not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last):
+        # Permute the small factor too, so that the product comes out in the kernel's own order.
         A = A.view(len(A), *W.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        W = W.permute(0, 2, 3, 1)
-    shape = W.shape
+        return effective_weight(W.permute(0, 2, 3, 1), A, B, scaling, groups, in_place).permute(0, 3, 1, 2)
     W, A, B = (t.flatten(1).unflatten(0, (groups, -1)) for t in (W, A, B))
     if not in_place:
         W = W.clone()
     # In place, since autocast would round the operands of any other product.
-    W = W.baddbmm_(B, A, alpha=scaling).reshape(shape)
-    return W.permute(0, 3, 1, 2) if permuted else W
+    return W.baddbmm_(B, A, alpha=scaling).reshape(weight.shape)
 
 
 def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
@@ -144,10 +139,7 @@ class _LoRALinear(torch.autograd.Function):
             y = backends.linear(rows, merged, bias)  # x (W + s B A)^T + b
         else:
             h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
-            if isinstance(W, Int8Weight):
-                y = W.times(rows, bias)
-            else:
-                y = backends.linear(rows, W, bias)
+            y = W.times(rows, bias) if isinstance(W, Int8Weight) else backends.linear(rows, W, bias)
             _add_update_(y, h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
         if prologue is None:
@@ -175,10 +167,7 @@ class _LoRALinear(torch.autograd.Function):
                 merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
                 gx = backends.linear(gy, merged.T)  # gy (W + s B A)
             else:
-                if isinstance(W, Int8Weight):
-                    gx = W.back(gy)  # gy W
-                else:
-                    gx = backends.linear(gy, W.T)
+                gx = W.back(gy) if isinstance(W, Int8Weight) else backends.linear(gy, W.T)  # gy W
                 if not ctx.drops:  # else the adapter's share reaches x through the dropout
                     gx.addmm_(gh, A)  # + (s gy B) A
             gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)

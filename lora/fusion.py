@@ -1,12 +1,8 @@
 """Blocks in which an adapted layer and its neighbour are one computation, and what is recomputed in backward.
 
-A frozen BatchNorm behind a convolution becomes part of the kernel and the bias; the residual's addition and the ReLU
-behind it go along. A LayerNorm in front of attention or of the MLP, and GELU, are recomputed in backward. A ResNet's
-stem is pooled before its ReLU. The last block of a ViT computes the class token alone. docs/how-it-works.md says why.
-
-The block that holds both decides, at each call: if a child was replaced, trains, has a hook, or is of a subclass, the
-block computes what the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize`
-does: the objects, their children and their keys stay as they are.
+docs/how-it-works.md says what, and why. The block that holds both decides, at each call: if a child was replaced,
+trains, has a hook, or is of a subclass, the block computes what the stock block computes. `fuse` gives blocks their
+fused classes, as `torch.nn.utils.parametrize` does: the objects, their children and their keys stay as they are.
 """
 
 import contextlib
