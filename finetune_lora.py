@@ -336,18 +336,16 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
-    """Attention with adapters on the q, k, v and output projections; called exactly as `nn.MultiheadAttention`.
+    """Attention with an adapter each for q, k and v (`lora_A_q`, `lora_B_q`, ...); the output projection has its own.
 
-    q, k and v have an adapter each (`lora_A_q`, `lora_B_q`, ...), the output projection is a `LoRALinear`. On
-    self-attention the three are one product. Dropout draws one mask for each distinct input.
+    On self-attention the three are one product. Dropout draws one mask for each distinct input.
     """
 
     weight_name = "in_proj_weight"
     parts = ("_q", "_k", "_v")
-    _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
-        self._linear_kind.adapt(self.out_proj, settings, base_dtype)
+        ADAPTED[nn.Linear][self.in_4_bits].adapt(self.out_proj, settings, base_dtype)
         super()._init_adapters(settings, base_dtype)
 
     def remove_lora(self, merge: bool = False) -> None:
@@ -392,10 +390,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         is_causal: bool = False,
         prologue: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same.
-
-        `prologue` is applied to query, key and value first; see `lora_linear`.
-        """
+        """As `nn.MultiheadAttention.forward`, of `prologue` of query, key and value; see `lora_linear`."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask as well")
         if query.is_nested:
@@ -437,7 +432,6 @@ class QLoRAMultiheadAttention(LoRAMultiheadAttention):
     """`LoRAMultiheadAttention` over a 4-bit base, the output projection's included."""
 
     in_4_bits = True
-    _linear_kind = QLoRALinear
 
 
 # Which layer becomes what, over a float base and over a 4-bit one: the table that `lora.adapted` holds for everybody.
@@ -504,13 +498,9 @@ def adapt_layers(
 ) -> nn.Module:
     """Put adapters on exactly the layers named, in place, and return the model. No other layer is adapted afterwards.
 
-    Args:
-        settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
-            attention, with the same settings unless its own name is among these. None: only stored as theirs are.
-        use_qlora, base_dtype: see `add_lora_to_model`.
-
-    Raises:
-        InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
+    The names are as `choose_layers` returns them. An attention's output projection is adapted with the attention, with
+    the same settings unless its own name is among these. Settings of None: only stored as the others are, see
+    `add_lora_to_model`. It raises InputError as that does, or for a name that is no layer to adapt.
     """
     wrapped = model
     model = adapted.unwrap_for_editing(model)
@@ -571,10 +561,8 @@ def freeze_backbone_params(
 
     The BatchNorms of a frozen backbone stay in eval mode: their statistics belong to the base. With `train_norms` the
     normalisation layers train too, and BatchNorm's statistics; those that followed the adapters follow no more. Weights
-    stored in 4 or 16 bits never train. `head`: see `add_lora_to_model`.
-
-    Raises:
-        InputError: all is to train but the adapters are merged, or the base is to train and several adapters share it.
+    stored in 4 or 16 bits never train. `head`: see `add_lora_to_model`. Raises InputError if all is to train but the
+    adapters are merged, or if the base is to train and several adapters share it.
     """
     model = adapted.unwrap_for_editing(model)
     name_head(model, head)
@@ -608,16 +596,10 @@ def load_finetuned(
         logits = model(info["transform"](Image.open("image.png"))[None])
         print(info["class_names"][logits.argmax()])
 
-    Args:
-        adapter_path: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
-        checkpoint, stage1_adapter: the base, and what is merged into it, if they are not where they were at training.
-
-    Returns:
-        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W). A
-        model with a class for every pixel answers for an image by `toolkit.models.dense.answers_for`.
-
-    Raises:
-        InputError: a file that is not what it should be, or another base than the one trained on.
+    `checkpoint` and `stage1_adapter` are the base, and what is merged into it, if they are not where they were at
+    training. Returns the model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to
+    (C, H, W). A model with a class for every pixel answers for an image by `toolkit.models.dense.answers_for`. Raises
+    InputError for a file that is not what it should be, or another base than the one trained on.
     """
     content = read_adapter_file(adapter_path)
     metadata = content["metadata"]
@@ -680,12 +662,9 @@ def main(
 ) -> dict[str, Any]:
     """Fine-tune as the options say. Raises InputError for anything wrong with the options, the data or the files.
 
-    Args:
-        argv: the command line, `sys.argv[1:]` when None.
-        after_epoch: called with the run after each of its epochs, in every process: to log, or to draw its `history`.
-
-    Returns:
-        The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds see `cross_validate`.
+    `argv` is the command line, None: `sys.argv[1:]`. `after_epoch` is called with the run after each of its epochs, in
+    every process: to log, or to draw its `history`. Returns the content of `results.json`, such as `val_accuracy` (0 to
+    1); with --folds see `cross_validate`.
     """
     args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
@@ -892,9 +871,8 @@ def resumed_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
 def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
     """Train the remaining epochs of a run; after each, write its files and call `after_epoch`.
 
-    Raises:
-        Collapsed: the training has collapsed `guard.RETREATS` times and does so again.
-        Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+    Raises Collapsed if training collapses more than `guard.RETREATS` times, and Stopped after Ctrl-C or SIGTERM, when
+    the step is done and `last.pth` is written.
     """
     args = run.args
     run.save_start()
@@ -983,10 +961,8 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
 
-    Args:
-        plan: what is settled besides the options, `args`.
-        model, report: what `build_model` returns; the model is on its device.
-        teaches: whether images without labels may train, where there are enough with.
+    `plan` is what is settled besides the options, `args`. `model`, on its device, and `report` are what `build_model`
+    returns. `teaches`: may images without labels train, where there are enough with?
     """
 
     def __init__(
@@ -1288,10 +1264,7 @@ class FineTuning(RunState):
         return self.task.answers(self.task.softened(outputs, temperature), targets)
 
     def estimate_head(self) -> bool:
-        """Set the head anew, as the images without labels show it, if they trained at the full rate and all is kept.
-
-        What trained at a lower rate, as in a short run, has drawn no classes together.
-        """
+        """Set the head anew, as the images without labels show it, if they trained at the full rate and all is kept."""
         is_whole = self.wise_ft.share == self.wise_ft.alpha and self.rate == self.args.learning_rate
         if self.teacher is None or not is_whole:
             return False
@@ -1305,8 +1278,7 @@ class FineTuning(RunState):
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.
 
-        For several labels it also chooses the thresholds. False where there is nothing to do: for numbers, and for
-        classes if the head did not start as a probe.
+        For several labels it also chooses the thresholds. False: for numbers, or a head that was no probe.
         """
         optimism = self.head_temperature.optimism
         if optimism is None and not self.task.always_calibrates:

@@ -30,8 +30,7 @@ DEFAULT = "default"  # the name that an adapter without a name gets
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`.
 
-    The same on every machine: of values before rounding to 4 or 16 bits, and of a position embedding's in the
-    checkpoint.
+    The same on every machine: of values before rounding, and of a position embedding's in the checkpoint.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     record = record_of(model)
@@ -173,9 +172,8 @@ class LoRAManager:
     def unload(self, merge: bool = False) -> nn.Module:
         """Remove all adapters, in use or not, and return the model with its stock layers and blocks.
 
-        Frozen parameters stay frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in
-        backward. With `merge` the weights are ``W + s B A``. Otherwise the base weights come back, bit for bit; layers
-        in fewer bits, whose float weights are gone, then raise InputError, before anything is changed.
+        Frozen parameters stay frozen, but BatchNorms follow `model.train()` again. With `merge` the weights are
+        ``W + s B A``. Otherwise the base weights come back, bit for bit; InputError if their floats are gone.
         """
         layers = adapted_layers(self.model)
         stored = layers | self.record.adapters.base.layers
@@ -242,9 +240,8 @@ class LoRAManager:
     def use(self, name: str | None) -> dict[str, Any]:
         """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
 
-        Layers that it does not adapt become stock layers. Each adapter has its own head and trainable parameters, and
-        so needs an optimizer of its own. Threads that share a model must take turns. Raises InputError if no adapter
-        has this name, or if the adapters are merged or switched off.
+        Each adapter has its own head and trainable parameters, and so needs an optimizer of its own. Threads that share
+        a model must take turns. InputError if no adapter has this name, or the adapters are merged or switched off.
         """
         adapter_set = self._adapter_set()
         if name is not None and name not in adapter_set.named:
@@ -374,7 +371,8 @@ class LoRAManager:
             return ["its adapters are merged: call unmerge_lora_weights() first"]
         if content["layers"] and not self._layers_in_file():
             return ["no adapter is in use here: load the file with a name and call use(name), or adapt the model first"]
-        if problems := self._different_layers(content["layers"]) or self._different_tensors(content["tensors"]):
+        problems = list(self._different_layers(content["layers"])) or list(self._different_tensors(content["tensors"]))
+        if problems:
             return problems
         now = base_digests(self.model)
         older = now | self.record.resized_digests  # of files that hash the interpolated embedding
@@ -382,42 +380,38 @@ class LoRAManager:
             return []
         return ["it was trained over another base: load the checkpoint that it names, with as many heads"]
 
-    def _different_layers(self, records: dict[str, dict[str, Any]]) -> list[str]:
+    def _different_layers(self, records: dict[str, dict[str, Any]]) -> Iterator[str]:
         layers = self._layers_in_file()
-        problems = []
         for name in records.keys() | layers.keys():
             if name not in layers:
-                problems.append(f"{name} is adapted in the file but not here")
+                yield f"{name} is adapted in the file but not here"
             elif name in records:
                 here = _layer_record(layers[name])
                 for field in ("kind", "r"):
                     if here[field] != records[name][field]:
-                        problems.append(f"{name} has {field} {records[name][field]} in the file, {here[field]} here")
+                        yield f"{name} has {field} {records[name][field]} in the file, {here[field]} here"
             elif layers[name].r:
-                problems.append(f"{name} is adapted here but not in the file")
+                yield f"{name} is adapted here but not in the file"
             else:
-                problems.append(f"{name} is frozen in 4 bits here but not in the file: use load_finetuned")
-        return problems
+                yield f"{name} is frozen in 4 bits here but not in the file: use load_finetuned"
 
-    def _different_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
+    def _different_tensors(self, tensors: dict[str, Tensor]) -> Iterator[str]:
         own = self._own_tensors()
         here = {**self.model.state_dict(keep_vars=True), **own}
         rounded = {name for name, _, known in _stock_tensors(self.model) if known}
-        problems = []
         for name in tensors.keys() | own.keys():
             theirs = tensors.get(name)
             ours = here.get(name)
             if theirs is None:
-                problems.append(f"tensor {name} is missing in the file")
+                yield f"tensor {name} is missing in the file"
             elif ours is None:
-                problems.append(f"tensor {name} is unknown here")
+                yield f"tensor {name} is unknown here"
             elif name in rounded:
-                problems.append(f"{name} has trained in the file, but is in fewer bits here")
+                yield f"{name} has trained in the file, but is in fewer bits here"
             elif theirs.shape != ours.shape:
-                problems.append(f"{name} is {tuple(theirs.shape)} in the file, {tuple(ours.shape)} here")
+                yield f"{name} is {tuple(theirs.shape)} in the file, {tuple(ours.shape)} here"
             elif theirs.is_floating_point() != ours.is_floating_point():
-                problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
-        return problems
+                yield f"{name} is {theirs.dtype} in the file, {ours.dtype} here"
 
 
 def _refuse(path: str | Path, problems: list[str]) -> None:

@@ -127,10 +127,7 @@ class AdapterSet:
         fuse(model)
 
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
-        """Build the layers and tensors that an adapter file names over the base. Returns what does not fit, by lines.
-
-        The caller then reads the file's numbers and calls `adapter.snapshot`; in any case it calls `base.install`.
-        """
+        """Build the layers and tensors that an adapter file names over the base. Returns what does not fit."""
         if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records = content["layers"]

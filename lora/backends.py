@@ -19,8 +19,7 @@ torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 _CORES = Path("/proc/cpuinfo")  # Linux alone has it
 _PROCESSOR = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # its maker among others
-# The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
-# MKL. MKL keeps its fastest code for Intel's processors.
+# What `torch.compile` calls on CPUs is the only way to oneDNN's float32 product. MKL's is slower on other processors.
 _IS_AMD_WITH_AVX512 = "AuthenticAMD" in _PROCESSOR and "AVX512" in torch.backends.cpu.get_cpu_capability()
 PREFERS_ONEDNN_LINEAR = _IS_AMD_WITH_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
@@ -53,8 +52,7 @@ def refuse_jit() -> None:
 def first_derivative(backward):
     """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast.
 
-    PyTorch's `once_differentiable` would take gradients without a graph, as of a sum, for constants: a penalty on them
-    would train nothing.
+    By PyTorch's `once_differentiable` a penalty on gradients without a graph, as of a sum, would train nothing.
     """
 
     @functools.wraps(backward)
@@ -77,8 +75,7 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
 
     On an AMD processor with AVX-512 oneDNN is up to 20% faster in float32 than MKL, which PyTorch chooses; elsewhere
-    MKL is. In bfloat16 all are oneDNN's, but PyTorch copies the bias first. ``torch.backends.mkldnn.enabled = False``:
-    always MKL.
+    MKL is. In bfloat16 all are oneDNN's, but PyTorch copies the bias first.
     """
     on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others

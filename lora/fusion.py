@@ -344,19 +344,14 @@ def _set_fast_paths(model: nn.Module) -> None:
 
     These are PyTorch's encoders in eval mode, and timm's BEiT, EVA-02 and Swin v2.
     """
+    without = {"activation_relu_or_gelu": False, "use_nested_tensor": False, "qkv_bias_separate": True}
     for module in model.modules():
-        flag = "qkv_bias_separate"
-        if isinstance(module, nn.TransformerEncoderLayer):
-            flag = "activation_relu_or_gelu"
-        elif isinstance(module, nn.TransformerEncoder):
-            flag = "use_nested_tensor"
-        elif flag not in vars(module):
-            continue
-        if any(map(is_adapted, module.modules())):
-            vars(module).setdefault("stock_fast_path", getattr(module, flag))
-            setattr(module, flag, flag == "qkv_bias_separate")
-        elif "stock_fast_path" in vars(module):
-            setattr(module, flag, vars(module).pop("stock_fast_path"))
+        for flag in without.keys() & vars(module).keys():
+            if any(map(is_adapted, module.modules())):
+                vars(module).setdefault("stock_fast_path", getattr(module, flag))
+                setattr(module, flag, without[flag])
+            elif "stock_fast_path" in vars(module):
+                setattr(module, flag, vars(module).pop("stock_fast_path"))
 
 
 WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck)

@@ -5,8 +5,7 @@ layer can change. Random directions contain a share of about r / fan_in of the g
 directions are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1).
 
 G is never formed. If A is zero and B is any matrix Q, the model computes what its base computes, and the gradient of A
-is ``s Q^T G``. For a random Q this is a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm
-4.1). It takes the time and memory of a few training steps with adapters, for every kind of layer and base.
+is ``s Q^T G``: for a random Q a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.1).
 """
 
 import itertools
@@ -46,11 +45,9 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
         start_at_gradient(model, backward)
 
-    Call it after the head has its starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. A
-    few hundred images are enough. An adapter without a finite gradient is left unchanged; all are if `backward` raises.
-    The parameters' `.grad` are restored in any case. `seed` is the random Q's.
-
-    Returns the energy of each adapted layer's gradient, ``||G||^2``, up to one factor if all layers have one scaling.
+    Call it after the head has its starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An
+    adapter without a finite gradient is left unchanged; all are if `backward` raises. `seed` is the random Q's. Returns
+    the energy of each adapted layer's gradient, ``||G||^2``, up to one factor if all layers have one scaling.
     """
     named = [(name, A, B) for name, A, B in adapter_pairs(model) if A.requires_grad]
     if not named:
