@@ -230,7 +230,7 @@ def test_the_intervals_of_a_label_are_of_its_own_answers():
         alone = multilabel.LabelAnswers(0.0, answers.values[:, i : i + 1], answers.targets[:, i : i + 1])
         found = measures.jackknife(alone.figures, 60)
         expected = [found[name][0].interval for name in ("macro_ap", "macro_auroc")]
-        assert report.label_intervals(i) == list(map(pytest.approx, expected))
+        assert [report.intervals(i)[name] for name in RANKINGS] == list(map(pytest.approx, expected))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,8 @@ def test_few_positives_or_negatives_have_no_interval_however_many_images_their_p
     positive = torch.arange(60)[:, None] < positives
     answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive.double())
     report = tasks.MultiLabel(["rare"]).report(answers, torch.arange(60) // size)
-    assert np.isfinite(report.label_intervals(0)).all() == has_one
+    intervals = report.intervals(0)
+    assert all(np.isfinite(intervals[name]).all() == has_one for name in RANKINGS)
 
 
 def test_what_a_threshold_reaches_is_told_with_wilsons_intervals():
@@ -259,7 +260,7 @@ def test_what_a_threshold_reaches_is_told_with_wilsons_intervals():
     assert report.printed()[-1] == ("rare", told)
     assert report.by_label()[0][6:8] == ["80.0% (49.0% to 94.3%)", "75.0% (53.1% to 88.8%)"]
     patients = torch.arange(30) // 5  # two have the label, whose images are alike
-    low, high = task.report(answers, patients).rate_intervals(0)[0]
+    low, high = task.report(answers, patients).intervals(0)["sensitivity"]
     assert (low, high) == measures.share_interval(is_answer[:10], patients[:10])
     assert low < 0.4 and high > 0.95
 

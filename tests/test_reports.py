@@ -315,8 +315,8 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
     assert all("positives" in text for _, text in labels.printed()[1 : 1 + len(NAMES)])
     by_name = labels.figures()["labels"]
     for i, name in enumerate(NAMES):
-        told = [by_name[name]["average_precision_interval"], by_name[name]["auroc_interval"]]
-        assert told == list(map(answer_reports.finite_interval, labels.label_intervals(i)))
+        for figure, interval in labels.intervals(i).items():
+            assert by_name[name][f"{figure}_interval"] == answer_reports.finite_interval(interval)
 
 
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path):

@@ -35,10 +35,7 @@ class Headline(NamedTuple):
 
 
 class Report:
-    """The report on the answers to a task. Annotated: what a derived class adds.
-
-    Answers that are probabilities have `reliability`. Intervals are over `clusters`: see `measures.share_interval`.
-    """
+    """The report on the answers to a task, intervals over `clusters`. Annotated: what a derived class adds."""
 
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
     printed: Callable[[], list[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
@@ -186,6 +183,11 @@ def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> list[t
 def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
     """The places of shares (K,), the lowest first; those that are not defined last."""
     return torch.as_tensor(shares, dtype=torch.float64).nan_to_num(2.0).argsort(stable=True).tolist()
+
+
+def cell(value: float, form: str) -> str:
+    """A figure in a table; nothing for NaN."""
+    return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def interval_text(low: float, high: float, form: str = ".1%") -> str:

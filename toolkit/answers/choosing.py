@@ -24,8 +24,7 @@ CANDIDATES = 10  # the least sure images, for each that is chosen
 def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
     """The positions of the `count` images, with features (N, D), that are nearest to the centres of k-means.
 
-    There is a part for each image that is chosen or labelled already, with features (M, D); the largest comes first. A
-    part with a labelled image has its turn when all others have had theirs.
+    A part whose centre has a labelled image, with features (M, D), has its turn last; else the largest comes first.
     """
     from sklearn.cluster import KMeans
 
@@ -45,10 +44,7 @@ def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
 
 
 def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
-    """The positions of `count` images, with features (N, D) and logits (N, K), that are not alike: the least sure.
-
-    Of the images whose likeliest class leads least they are nearest to centres of k-means (Zhdanov, arXiv 1901.05954).
-    """
+    """The positions of `count` images, (N, D) and (N, K), whose likeliest class leads least (arXiv 1901.05954)."""
     first, second = logits.softmax(1).topk(2, 1).values.T
     candidates = (first - second).argsort(stable=True)[: CANDIDATES * count]
     chosen = most_typical(features[candidates], count, features[:0])

@@ -134,7 +134,7 @@ class Classification(SoftmaxObjective):
     score_title = "accuracy"
     loss_title = "cross-entropy"
     outputs_are = ("class", "classes")
-    measured = ("accuracy", "balanced_accuracy", "macro_f1")
+    measured = tuple(ClassReport.HEADLINES)
     pipeline = "image-classification"
     counts_images = True
     Report = ClassReport
@@ -156,9 +156,6 @@ class Classification(SoftmaxObjective):
 
     def record(self) -> None:
         return None  # a file without a task is of this one
-
-    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.argmax(1) == targets).sum()
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)

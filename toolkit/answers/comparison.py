@@ -127,17 +127,22 @@ def _differences(
     tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
 ) -> list[Difference]:
     """Compare two runs by figures of the same parts of the images: what is easy for both blurs no difference."""
-    if kind is None:
-        figures = _accuracy
-        runs = [torch.from_numpy(table["class"] == table["answer"]) for table in tables]
-    elif kind == PIXELS:
-        figures = _figures_of_pixels
-        runs = [_numbers(table, list(table)) for table in tables]
-    else:
-        answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
-        figures = answers.figures
-        answered = [title + kind for title in truth]
-        runs = [answers(0.0, _numbers(table, answered), _numbers(table, truth)) for table in tables]
+    runs: list[Any] = []
+    for table in tables:
+        if kind is None:
+            runs.append(torch.from_numpy(table["class"] == table["answer"]))
+        elif kind == PIXELS:
+            runs.append(_numbers(table, list(table)))  # class by class what COUNTED names
+        else:
+            answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
+            runs.append(answers(0.0, _numbers(table, [title + kind for title in truth]), _numbers(table, truth)))
+
+    def figures(run: Any, weights: Tensor) -> dict[str, Tensor]:
+        if kind is None:
+            return {"accuracy": measures.weighted_sum(run, weights) / weights.sum(1)}
+        if kind == PIXELS:
+            return pixel_figures(measures.weighted_sum(run, weights).unflatten(1, (-1, len(COUNTED))).mT)
+        return run.figures(weights)
 
     def differences(weights: Tensor) -> dict[str, Tensor]:
         """How the runs differ in each figure, and the figures of both: (n, 3)."""
@@ -151,15 +156,6 @@ def _differences(
         p = difference.p if kind is not None else measures.mcnemar(*runs, clusters)
         compared.append(Difference(SHOWN[kind][name], before.value, after.value, *difference.interval, p))
     return compared
-
-
-def _accuracy(right: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    return {"accuracy": measures.weighted_sum(right, weights) / weights.sum(1)}
-
-
-def _figures_of_pixels(columns: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """The figures of all columns of answers with masks, (N, 3 K): class by class what COUNTED names."""
-    return pixel_figures(measures.weighted_sum(columns, weights).unflatten(1, (-1, len(COUNTED))).mT)
 
 
 def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
@@ -182,10 +178,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
 
 
 def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """(score, what has it) of many `results.json`, the best first.
-
-    Runs that differ by their seed alone, or by the part of a cross-validation, share a row.
-    """
+    """(score, what has it) of many `results.json`, the best first; of runs that differ by seed or fold alone a row."""
     kinds = set()
     groups: dict[str, list[tuple[Path, float]]] = {}
     for path in dict.fromkeys(paths):

@@ -58,10 +58,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> None:
-    """Set the running statistics of every BatchNorm that trains to the mean over a loader's batches.
-
-    Moving averages belong to earlier weights (precise BatchNorm: Wu and Johnson, arXiv 2105.07576, section 3).
-    """
+    """Set the statistics of each BatchNorm that trains to the mean over a loader (arXiv 2105.07576, section 3)."""
     norms = training_norms(model)
     momenta = [norm.momentum for norm in norms]
     with eval_mode(model):
@@ -90,10 +87,7 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
 
 @torch.no_grad()
 def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The outputs of a model in eval mode for a loader's batches, in float32, and the targets, both on `device`.
-
-    Each process computes its share, and all return the whole.
-    """
+    """The outputs of a model for a loader, of all processes, in float32, and the targets, both on `device`."""
     outputs = []
     targets = []
     with eval_mode(model):
@@ -119,10 +113,7 @@ def all_outputs(
 
 
 def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> float:
-    """The accuracy (0 to 1) of the k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
-
-    Each neighbour votes with weight exp(similarity / NEIGHBOUR_TEMPERATURE). Features are (N, D), with labels (N,).
-    """
+    """The accuracy (0 to 1) of a vote of nearest neighbours, by features (N, D) and labels (N,) (1805.01978, 3.4)."""
     train = F.normalize(train_features.float(), dim=1)
     classes = int(train_labels.max()) + 1
     answers = []

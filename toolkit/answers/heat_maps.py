@@ -77,10 +77,7 @@ class Explainer:
     window: int | None = None  # of which only the middle is seen, in pixels
 
     def explain(self, image: Image.Image | np.ndarray, of: int | None = None) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """What the model sees, in grey under its heat map too, both (S, S, 3) from 0 to 1; and its outputs (1, K, ...).
-
-        `of` is the number of the output that the map is for; None: the highest.
-        """
+        """What the model sees, in grey under a heat map too, both (S, S, 3), 0 to 1; and its outputs (1, K, ...)."""
         import matplotlib
 
         normalised = self.view(image)

@@ -14,6 +14,7 @@ from torch import Tensor
 # Names in the metrics, and titles. The first is `toolkit.answers.evaluation.knn_accuracy`, which needs labels.
 TITLES = {"knn_accuracy": "k-NN", "effective_rank": "effective rank"}
 Interval = tuple[float, float]
+NO_INTERVAL = (math.nan, math.nan)
 NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 
 
@@ -24,6 +25,8 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     with the same variance, and wider where clusters are few (Korn and Graubard, Survey Methodology 24, 1998).
     """
     images = len(right)
+    if not images:
+        return NO_INTERVAL
     share = right.double().sum().item() / images
     effective = images
     if clusters is not None:
@@ -226,7 +229,7 @@ def jackknife(
     for name, found in measure(kept).items():
         values, without = found.double().view(1 + parts, -1).tensor_split([1])
         if parts < 2:
-            figures[name] = [Figure(value, (math.nan, math.nan)) for value in values[0].tolist()]
+            figures[name] = [Figure(value, NO_INTERVAL) for value in values[0].tolist()]
             continue
         middles = parts * values[0] - (parts - 1) * without.mean(0)
         errors = without.std(0, correction=0) * (parts - 1) ** 0.5
@@ -243,7 +246,7 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     """The interval of `half` on both sides of the middle, on a scale on which the bounds are infinitely far away."""
     low, high = bounds
     if not half > STEADY * abs(value) or not low < value < high:
-        return math.nan, math.nan
+        return NO_INTERVAL
     if bounds == UNBOUNDED:
         return middle - half, middle + half
     middle = min(max(middle, (value + low) / 2), (value + high) / 2)  # a correction ends half way to a bound
@@ -309,10 +312,7 @@ def calibration_error_by_chance(bins: Tensor) -> float:
 
 
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """The temperature by which logits are divided for the smallest loss (arXiv 1706.04599, section 4.2).
-
-    It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same.
-    """
+    """What divides logits for the smallest loss (arXiv 1706.04599, section 4.2); 1 if they are all the same."""
     from scipy.optimize import minimize_scalar
 
     logits = logits.double()  # rounding of the loss would blur its smallest value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from toolkit import listed, printable
 from toolkit.answers import measures, probe
-from toolkit.answers.answer_reports import ColumnReport, Headline, finite_interval, shortened, worst_first
+from toolkit.answers.answer_reports import ColumnReport, Headline, cell, finite_interval, shortened, worst_first
 from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
@@ -23,6 +23,9 @@ from toolkit.images.lists import PROBABILITY
 NO_POSITIVE = "no evaluation image has a label"
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
 CURVES = 10  # labels in the pictures of precision by recall and of ROC
+RANKINGS = ("average_precision", "auroc")
+AT_THRESHOLD = {"f1": "F1", "sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
+SHARES = {"average_precision": "AP", "auroc": "AUROC", **AT_THRESHOLD}  # figures of a label, and their titles
 FEWEST_POSITIVES = 5  # images or clusters, and negatives, of a label whose figures have intervals: these cover
 
 
@@ -46,10 +49,7 @@ class LabelAnswers(ColumnAnswers):
         return measures.calibration(self.values[known], self.targets[known])
 
     def rates(self, thresholds: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """F1, sensitivity, specificity, PPV and NPV of answers above the thresholds, (K,), or (n, K) of weights (n, N).
-
-        NaN where there are no images that a rate is of, for F1 no positives.
-        """
+        """F1, sensitivity, specificity, PPV and NPV above the thresholds, (K,), or (n, K); NaN without such images."""
         positive = self.targets == 1
         negative = self.targets == 0
         above = self.values > thresholds
@@ -75,8 +75,7 @@ class LabelReport(ColumnReport):
     in_summary = True
     plural = "labels"
     suffix = PROBABILITY
-    AT_THRESHOLD = ("F1", "sensitivity", "specificity", "PPV", "NPV")
-    TITLES = ("label", "positives", "unknown", "AP", "AUROC", *AT_THRESHOLD, "threshold")
+    TITLES = ("label", "positives", "unknown", *SHARES.values(), "threshold")
     HEADLINES: Mapping[str, Headline] = {
         "macro_ap": Headline("macro AP", NO_POSITIVE),
         "micro_ap": Headline("micro AP", NO_POSITIVE),
@@ -90,8 +89,7 @@ class LabelReport(ColumnReport):
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),
             "unknown": self.answers.targets.isnan().sum(0).tolist(),
-            "average_precision": [figure.value for figure in self.found["average_precision"]],
-            "auroc": [figure.value for figure in self.found["auroc"]],
+            **{name: [figure.value for figure in self.found[name]] for name in RANKINGS},
             **{name: rate.tolist() for name, rate in self.answers.rates(thresholds).items()},
             "threshold": thresholds.tolist(),
         }
@@ -100,41 +98,30 @@ class LabelReport(ColumnReport):
         f1 = self.answers.rates(self.task.thresholds, weights)["f1"]
         return self.answers.figures(weights) | {"macro_f1": f1.nanmean(-1)}
 
-    def label_intervals(self, i: int) -> list[measures.Interval]:
-        """The intervals of a label's AP and AUROC; NaN where few images, or clusters, are positive, or negative."""
-        if min(len(self.clusters[self.answers.targets[:, i] == value].unique()) for value in (0, 1)) < FEWEST_POSITIVES:
-            return [(math.nan, math.nan)] * 2
-        return [self.found[name][i].interval for name in ("average_precision", "auroc")]
-
-    def rate_intervals(self, i: int) -> list[measures.Interval]:
-        """Of a label's sensitivity and specificity at its threshold; NaN where no image has it, or none lacks it."""
-        targets = self.answers.targets[:, i]
+    def intervals(self, i: int) -> dict[str, measures.Interval]:
+        """Of figures of a label: of rankings NaN where few images, or clusters, have it, or lack it; of rates: none."""
+        found = {name: self.found[name][i].interval for name in RANKINGS}
         is_answer = self.answers.values[:, i] > self.task.thresholds[i]
-        found = []
-        for value in (1, 0):
-            some = targets == value
-            if some.any():
-                groups, clusters = self.clusters[some].unique(return_inverse=True)
-                right = is_answer[some] == bool(value)
-                found.append(measures.share_interval(right, clusters if len(groups) < len(right) else None))
-            else:
-                found.append((math.nan, math.nan))
+        for rate, value in {"sensitivity": 1, "specificity": 0}.items():
+            some = self.answers.targets[:, i] == value
+            right = is_answer[some] == bool(value)
+            groups, clusters = self.clusters[some].unique(return_inverse=True)
+            found[rate] = measures.share_interval(right, clusters if len(groups) < len(right) else None)
+            if len(groups) < FEWEST_POSITIVES:
+                found |= dict.fromkeys(RANKINGS, measures.NO_INTERVAL)
         return found
 
     def figures(self) -> dict[str, Any]:
         figures = super().figures() | self.calibration_figures()
-        names = ("average_precision", "auroc", "sensitivity", "specificity")
         for i, by_name in enumerate(figures[self.plural].values()):
-            intervals = [*self.label_intervals(i), *self.rate_intervals(i)]
-            for name, interval in zip(names, intervals, strict=True):
+            for name, interval in self.intervals(i).items():
                 by_name[f"{name}_interval"] = finite_interval(interval)
         return figures
 
     def rows(self) -> list[tuple[str, str]]:
         *rows, (title, text) = super().rows()
         rows.append((title, f"{text}, at the stored thresholds"))
-        precisions = zip(self.names, self.by["average_precision"], strict=True)
-        missing = [name for name, value in precisions if math.isnan(value)]
+        missing = [name for name, positives in zip(self.names, self.by["positives"], strict=True) if not positives]
         if missing:
             rows.insert(1, ("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
         return rows + self.calibration_rows()
@@ -143,12 +130,12 @@ class LabelReport(ColumnReport):
         """Rows of TITLES, the lowest AP first; labels without positives last."""
         rows = []
         for i in worst_first(self.by["average_precision"]):
-            positives, unknown, *shares, threshold = (values[i] for values in self.by.values())
-            cells = ["" if math.isnan(share) else f"{share:.1%}" for share in shares]
-            intervals = dict(zip((0, 1, 3, 4), [*self.label_intervals(i), *self.rate_intervals(i)], strict=True))
-            for place, (low, high) in intervals.items():
-                cells[place] += "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
-            rows.append([self.names[i], positives, unknown, *cells, f"{threshold:.2f}"])
+            *counts, threshold = (self.by[name][i] for name in ("positives", "unknown", "threshold"))
+            cells = {name: cell(self.by[name][i], ".1%") for name in SHARES}
+            for name, (low, high) in self.intervals(i).items():
+                if not math.isnan(low):
+                    cells[name] += f" ({low:.1%} to {high:.1%})"
+            rows.append([self.names[i], *counts, *cells.values(), f"{threshold:.2f}"])
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
@@ -179,12 +166,12 @@ class LabelReport(ColumnReport):
         columns = list(self.answers.known())
         for i in worst_first(self.by["average_precision"])[:CURVES]:
             scores, targets, _ = columns[i]
+            name = drawn(printable(self.names[i], 24))
             if targets.any():
                 precision, recall, _ = precision_recall_curve(targets, scores)
-                precisions.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
+                precisions.plot(recall, precision, label=name, drawstyle="steps-post")
             if targets.any() and not targets.all():
                 alarms, hits, _ = roc_curve(targets, scores)
-                name = drawn(printable(self.names[i], 24))
                 [line] = rocs.plot(alarms, hits, label=f"{name} {self.by['auroc'][i]:.1%}")
                 chosen = 1 - self.by["specificity"][i], self.by["sensitivity"][i]
                 rocs.plot(*chosen, "o", color=line.get_color())
@@ -209,10 +196,9 @@ class LabelReport(ColumnReport):
 
 
 class MultiLabel(Task):
-    """Several labels an image, for the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
+    """Several labels an image, by the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
 
-    `balanced`: of each label its positives count as much as its negatives, together as much as they all did. Labels
-    whose probability is above their threshold, of (K,), are answers. For the goal see `measures.threshold_for`.
+    `balanced`: a label's positives count as much as its negatives. Probabilities above thresholds, (K,), are answers.
     """
 
     kind = "multilabel"
@@ -239,8 +225,8 @@ class MultiLabel(Task):
     ):
         super().__init__(names)
         labels = len(names)
-        targets = torch.full((1, labels), math.nan) if targets is None else targets
-        self.balanced = balanced
+        if targets is None:
+            targets = torch.full((1, labels), math.nan)
         known = (~targets.isnan()).sum(0)
         self.positives = targets.nansum(0)  # (K,)
         self.shares = self.positives / known.clamp_min(1)
@@ -295,8 +281,7 @@ class MultiLabel(Task):
         return score * (1 - score) * (1 / (images * seen).clamp_min(1)).mean().item() / len(seen)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        weights = self.weights if self.balanced else None
-        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights, clusters))
+        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, self.weights, clusters))
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(self.loss, targets=targets)

@@ -55,10 +55,7 @@ class ColumnAnswers(Answers):
 
 
 class Task:
-    """What is minimised, what the K outputs of a head mean and how it starts. Annotated: what a derived class adds.
-
-    Outputs are (N, K); targets are as a loader has them.
-    """
+    """What is minimised, what outputs (N, K) of a head mean and how it starts. Annotated: what a derived class adds."""
 
     kind: str  # its name in --task, in adapter files and in the tables of toolkit/choices.py
     score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
@@ -109,19 +106,17 @@ class Task:
     def to(self, device: torch.device) -> None:
         """Put what the loss needs onto the device."""
 
-    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The number of right answers, for a progress bar; 0 if answers are not right or wrong."""
-        return outputs.new_zeros(())
-
     def progress(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The figures of a training batch: `plain_loss` and `hits`."""
-        return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
+        """The `plain_loss` of a training batch, and its right answers; 0 if answers are not right or wrong."""
+        hits = outputs.new_zeros(())
+        if self.counts_images:
+            hits = (outputs.argmax(1) == targets).sum().float()
+        return self.plain_loss(outputs, targets), hits
 
     def evaluate(self, model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Answers:
         return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
 
     def probe_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float:
-        """Of the head's answers for features of whole images."""
         return self.answers(probe.head_outputs(model, features).cpu(), targets.cpu()).score
 
     def knn_score(self, train_features, train_targets, features, targets) -> float | None:

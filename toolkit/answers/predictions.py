@@ -33,8 +33,7 @@ def begin_folder(
 ) -> dict[Path, list[Path]]:
     """Begin a folder of answers, or go on with it; return the finished files of each place, with one of the `endings`.
 
-    A file that is there is whole. What the answers depend on, `about`, is in a file of the folder. Raises InputError if
-    answers are there that are others or are not to be gone on with (`resume`), and for files that would be replaced.
+    Raises InputError if there are answers by other settings than `about`, or any without `resume`, or files of a user.
     """
     path = folder / MANIFEST
     is_begun = os.path.lexists(path)
@@ -72,10 +71,7 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
 
 
 def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
-    """Where what is made of each image goes, without its ending: within `output` as the image within its folder.
-
-    `given` are the images and folders that a user named. Raises InputError as `places_below`.
-    """
+    """Where what is made of each image goes, without its ending: below `output` as the image below what is `given`."""
     names = [Path(images.name(i)) for i in range(len(images))]
     within = []
     for name in names:
@@ -111,10 +107,7 @@ class Maps:
             raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
-        """Write the map of a scene at `path`, and return where: its suffix is added, by what it has.
-
-        A .tif, never whole in memory, if the scene is a TIFF or `path` ends so; else .png of classes, .npy of numbers.
-        """
+        """Write the map of a scene at `path` and a suffix: .tif if either is a TIFF, else .png of classes, or .npy."""
         if self.task.per_pixel:
             step = 1
             total = len(window_starts(scene.height, self.window))
@@ -142,10 +135,7 @@ class Maps:
         return path
 
     def parts(self, scene: Scene) -> Iterator[np.ndarray]:
-        """What the map of a scene has, from above, a few rows at a time.
-
-        For answers of windows these lie side by side; at the scene's borders its last pixels fill them up.
-        """
+        """A scene's map from above, some rows at a time. Windows of answers lie side by side, the last filled up."""
 
         def seen(rows: np.ndarray) -> Tensor:
             return self.transform(Image.fromarray(np.ascontiguousarray(rows)) if scene.bands is None else rows)

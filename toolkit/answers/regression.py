@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toolkit import InputError, printable
 from toolkit.answers import measures, probe
-from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
+from toolkit.answers.answer_reports import ColumnReport, Headline, cell, shortened
 from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
@@ -31,7 +31,7 @@ FAR = 1e4  # standard deviations from zero, where float32 begins to blur what di
 
 @dataclass
 class NumberAnswers(ColumnAnswers):
-    """Answers that are numbers in their own units; the loss is in units of the training images' deviations, squared."""
+    """Answers that are numbers in their own units; the loss is of standardised ones."""
 
     MEASURED = tuple(MEASURES)
 
@@ -91,9 +91,10 @@ class NumberReport(ColumnReport):
 
     def by_number(self) -> list[tuple]:
         """(number, images, R2, MAE, RMSE, Spearman)."""
-        images, *others = self.by.values()
-        columns = [["" if math.isnan(value) else f"{value:.4g}" for value in values] for values in others]
-        return list(zip(self.names, images, *columns, strict=True))
+        rows = []
+        for name, images, *figures in zip(self.names, *self.by.values(), strict=True):
+            rows.append((name, images, *(cell(figure, ".4g") for figure in figures)))
+        return rows
 
     def printed(self) -> list[tuple[str, str]]:
         rows = []
@@ -136,10 +137,7 @@ class NumberReport(ColumnReport):
 
 
 class Regression(Task):
-    """The squared error of numbers standardised by the `mean` and `std`, (K,), of training images' targets (N, K).
-
-    InputError if a number never varies.
-    """
+    """The squared error of numbers standardised by the mean and std, (K,), of targets (N, K), each of which varies."""
 
     kind = "regression"
     score = "r2"

@@ -80,10 +80,7 @@ def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str
 
 
 def drawn(text: str, longest: int | None = None) -> str:
-    """The text as matplotlib draws it literally: no formulas between dollars, no bytes that are no character.
-
-    Of a long one ... stands for the beginning: of files that is what their names share.
-    """
+    """The text as matplotlib draws it literally, without formulas between dollars; of a long one its end."""
     if longest is not None and len(text) > longest:
         text = f"...{text[3 - longest :]}"
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")

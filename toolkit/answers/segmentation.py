@@ -72,10 +72,7 @@ def pixel_figures(counts: Tensor) -> dict[str, Tensor]:
 
 
 def _counted(parts: Iterable[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The confusion matrix, mean loss and `PixelAnswers.bins` of an image's known pixels, and its answers (H, W).
-
-    `parts` are its logits (K, rows, W) from the top downwards: all at once they would fill the memory.
-    """
+    """Confusion matrix, loss, `PixelAnswers.bins` and answers (H, W) of an image, by parts of logits (K, rows, W)."""
     columns = []
     for logits in parts:
         rows, mask = mask.tensor_split((logits.shape[1],))
@@ -182,10 +179,7 @@ class PixelReport(Report):
 
 
 class Segmentation(SoftmaxObjective):
-    """A class for every pixel: logits (N, K, H, W), linear in the features of the pixel, and masks (N, H, W).
-
-    `class_weights` (K,) say how much each class counts, in the loss and for the head's start.
-    """
+    """A class for every pixel: logits (N, K, H, W), masks (N, H, W), and weights (K,) of classes in loss and start."""
 
     kind = "segmentation"
     score = "miou"
@@ -310,8 +304,7 @@ class Segmentation(SoftmaxObjective):
         return torch.multinomial(weights, pixels, replacement=True, generator=draws)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        """The probe without its held-out answers: what a probe of few pixels gets wrong in others says little of a
-        head that trains on all of them, and a temperature by it made probabilities worse."""
+        """The probe without its held-out answers: of few pixels, they say little of a head that trains on all."""
         per_image = len(targets) // views // len(clusters)
         of_rows = clusters.cpu().repeat_interleave(per_image).repeat(views)
         known = (targets != NO_LABEL).cpu()
@@ -323,10 +316,7 @@ class Segmentation(SoftmaxObjective):
 
 
 def rare_class_weights(pixels: Tensor) -> Tensor:
-    """How much a pixel of each class counts, (K,), by the root of its frequency in the numbers of pixels (N, K).
-
-    Their mean over the pixels is 1. By the frequency itself a class of a few pixels would outweigh all others.
-    """
+    """Weights (K,) by the root of each class's frequency in numbers of pixels (N, K); the mean over the pixels is 1."""
     totals = pixels.sum(0).double()
     weights = totals.clamp_min(1).rsqrt()
     return (weights * totals.sum() / (weights * totals).sum()).float()

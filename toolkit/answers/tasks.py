@@ -43,12 +43,10 @@ class Features(NamedTuple):
 def start_head(
     task: Task, model: nn.Module, features: Features, args: argparse.Namespace, clusters: Tensor | None
 ) -> tuple[dict[str, float | None], probe.HeadTemperature, Start | None]:
-    """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
-
-    `clusters` are of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
+    """Make the head of `model` its linear probe (--head-init), and measure what the backbone knows before training.
 
     Returns the scores of k-NN (`knn`) and of the `probe` (None: not measured), the head's temperature, and what the
-    images without labels say, if there are any.
+    images without labels say, if there are any. `clusters` are as for `toolkit.answers.probe.fit_linear_probe`.
     """
     train, queries, augmented, others = features
     baseline: dict[str, float | None] = {"knn": None, "probe": None}
@@ -75,10 +73,8 @@ def start_head(
 def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, targets: Tensor) -> float:
     """How much softer the head of `model`, a probe, has to be for unseen images than for its training images: a factor.
 
-    The temperature of a trained head is that factor times the one that fits its training views, whose confidence is too
-    high. Few images say less of it than that it is 1, since the probe's strength was chosen by the same answers.
-    `held_out`, `Probe.held_out`, is for N images and behind them for their V views, (N + V N, K), of which the first
-    counts; the features (V N, D) are of the views.
+    Few images say less of it than that it is 1: the probe's strength was chosen by the same answers. `held_out` is for
+    N images and their V views, (N + V N, K), of which the first counts; the features (V N, D) are of the views.
     """
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
