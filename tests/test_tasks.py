@@ -365,7 +365,7 @@ def test_labels_get_the_goal_and_the_balance_that_a_run_asks_for():
 def test_numbers_are_not_calibrated_and_no_head_without_a_probe():
     outputs, targets = drawn()
     task = tasks.Regression(NAMES, targets)
-    task.calibrate(outputs, targets, optimism=2.0)
+    task.calibrate(outputs, targets, optimism=None)
     assert task.temperature == 1
     task = tasks.MultiLabel(NAMES, targets)
     task.calibrate(outputs.detach(), targets, optimism=None)

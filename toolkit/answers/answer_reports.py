@@ -25,8 +25,6 @@ WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
 
 
 class Headline(NamedTuple):
-    """How people are shown a figure that has an interval."""
-
     title: str
     undefined: str = ""  # why there may be no figure
     bounds: tuple[float, float] = measures.SHARE  # see `measures.jackknife`
@@ -71,8 +69,7 @@ class Report:
 
     def title(self) -> str:
         headline = next(iter(self.HEADLINES.values()))
-        value = self.headlines()[0].value
-        score = "not defined" if math.isnan(value) else f"{value:{headline.form}}"
+        score = cell(self.headlines()[0].value, headline.form) or "not defined"
         return f"{headline.title} {score} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
@@ -137,8 +134,6 @@ def place_picture(axes: Any, row: int, column: int, picture: Any, above: str, be
 
 
 class ColumnReport(Report):
-    """The report on `toolkit.answers.parts.ColumnAnswers`."""
-
     plural: str  # what K of them are called in the figures
     by: Mapping[str, Sequence[float]]  # figures by name, of each of them (K,)
     suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of the truths

@@ -90,12 +90,11 @@ class ClassReport(Report):
 
     def most_confused(self) -> list[tuple[str, str, int, str]]:
         """The most frequent wrong answers: (true class, answer, images, share of the class)."""
-        labels = self.answers.labels.tolist()
-        totals = Counter(labels)
+        pairs = Counter(zip(self.answers.labels.tolist(), self.answers.predictions.tolist(), strict=True))
         rows = []
-        for (true, answer), count in Counter(zip(labels, self.answers.predictions.tolist(), strict=True)).most_common():
+        for (true, answer), count in pairs.most_common():
             if true != answer:
-                rows.append((self.names[true], self.names[answer], count, f"{count / totals[true]:.1%}"))
+                rows.append((self.names[true], self.names[answer], count, f"{count / self.images[true]:.1%}"))
         return rows[:CONFUSIONS]
 
     def draw(self, path: Path) -> None:

@@ -35,8 +35,6 @@ deploy_lora.main({words})
 
 @dataclass
 class Demo:
-    """The answers for image files, as they stand on the page."""
-
     task: Task
     explainer: Explainer
     maps: Maps | None  # of a class for every pixel

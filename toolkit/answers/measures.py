@@ -196,8 +196,6 @@ STEADY = 1e-12  # by its size: a figure that changes less where images are left 
 
 
 class Figure(NamedTuple):
-    """A figure of a set of images."""
-
     value: float
     interval: Interval  # of 95%; NaN is no interval
     p: float = 1.0  # two-sided, of a figure that is truly 0; 1 where there is no interval
@@ -211,12 +209,10 @@ def jackknife(
 ) -> dict[str, list[Figure]]:
     """Figures by name with 95% intervals by the delete-a-group jackknife; none where nothing changes.
 
-    The middle is the mean of the pseudo-values, which have no bias (Quenouille, Biometrika 43, 1956): the AP of few
-    positives flatters. Their spread is the error (Kott, Journal of Official Statistics 17, 2001). Both are carried to a
-    scale without ends, such as the logit of a share.
-
+    The middle is the mean of the pseudo-values (Quenouille, Biometrika 43, 1956), their spread the error (Kott, Journal
+    of Official Statistics 17, 2001), on a scale on which the `bounds` (by default 0, 1) are infinitely far away.
     `measure` takes weights (n, images), each 0 or 1, and returns (n,), or (n, K), for each name. The images of a
-    cluster, see `share_interval`, are left out together. `bounds` are ends that are never reached; by default 0, 1.
+    cluster, see `share_interval`, are left out together.
     """
     from scipy.special import stdtr, stdtrit  # Student's t, without the second that importing scipy.stats takes
 

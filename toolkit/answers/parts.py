@@ -94,6 +94,8 @@ class Task:
     start: Callable[..., probe.Probe]
     # The temperature before training, by features and targets; do features train? See `probe.choose_temperature`
     first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
+    # What divides outputs for the smallest plain loss, by them, targets, and smoothing, which bounds it
+    fitted_temperature: Callable[..., float]
     # A table of predictions, for outputs: what stands in each column, for each image
     columns: Callable[[Tensor], Mapping[str, Sequence[str]]]
 
@@ -143,17 +145,15 @@ class Task:
         constant = torch.as_tensor(self.constant_logits, dtype=outputs.dtype, device=outputs.device)
         return torch.lerp(constant, outputs, 1 / temperature)
 
-    def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
-        """What divides outputs for the smallest plain loss, bounded by smoothing; None if they are no probabilities."""
-
     def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
         """Choose the temperature, and all that depends on it: see `believable_temperature`."""
         self.temperature = self.believable_temperature(outputs, targets, optimism)
 
     def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
         """What makes probabilities believable, by outputs for training views; 1 if the head's optimism is unknown."""
-        views = None if optimism is None else self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
-        return 1.0 if views is None else optimism * views
+        if optimism is None:
+            return 1.0
+        return optimism * self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
 
     def record(self) -> dict[str, Any] | None:
         """What an adapter file says of the task: what `from_record` reads; None: it is classification."""

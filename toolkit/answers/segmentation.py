@@ -36,8 +36,6 @@ COUNTED = (": pixels", ": answered", ": right")  # of each image, by class: how 
 
 @dataclass
 class PixelAnswers(Answers):
-    """Answers for the pixels of N images."""
-
     MEASURED = ("miou", "macro_dice", "pixel_accuracy")
 
     loss: float  # cross-entropy, the mean over an image's known pixels and over images

@@ -25,13 +25,9 @@ SURE_IMAGES = 500  # from this many on a temperature fitted in cross-validation 
 
 
 class Features(NamedTuple):
-    """Features (N, D) of images, and their targets, as `Task.features` has them."""
-
-    training_images: tuple[Tensor, Tensor]
+    training_images: tuple[Tensor, Tensor]  # features (N, D) and targets, as `Task.features` has them
     evaluation_images: tuple[Tensor, Tensor] | None = None  # None: they are not measured by
-    augmented_views: tuple[Tensor, Tensor] | None = (
-        None  # for a probe: all training images in one view, then in the next
-    )
+    augmented_views: tuple[Tensor, Tensor] | None = None  # for a probe: all images in one view, then in the next
     images_without_labels: tuple[Tensor, Tensor] | None = None  # which may know a better head than the probe
 
     def for_probe(self) -> tuple[Tensor, Tensor, int]:
