@@ -41,7 +41,8 @@ class Report:
     draw: Callable[[Path], None]
     picture: str  # the file that it writes
     in_summary = False  # a run's summary has what is `printed`
-    mistakes: Callable[[], Mapping[str, Sequence[tuple[int, str]]]]  # under a title each: (image, what is said of it)
+    worst_title: str  # of the picture of `mistakes`
+    mistakes: Callable[[], Sequence[tuple[int, str]]]  # (image, what is said of it), the worst first
     answer_columns: Callable[[], dict[str, Sequence[Any]]]  # of `results_answers.csv`: what is true, and was answered
 
     def __init__(self, task: Any, answers: Any, clusters: Tensor | None = None):
@@ -84,28 +85,26 @@ class Report:
 
     def draw_mistakes(self, images: LabelledImages, path: Path, explainer: Explainer | None = None) -> None:
         """Pictures of the worst answers, and next to each what decided, if there is an explainer."""
-        groups = self.mistakes()
+        chosen = self.mistakes()
         wide = 1 if explainer is None else 2  # columns for an image, and for what decided
-        rows = [max(1, math.ceil(wide * len(chosen) / COLUMNS)) for chosen in groups.values()]
-        figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
-        parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
-        for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
-            part.suptitle(title if chosen else f"{title}: none")
-            axes = part.subplots(subplot_kw=PICTURE_ALONE)  # one for all: each takes longer than a picture in it
-            for place, (i, text) in enumerate(chosen):
-                row, column = divmod(wide * place, COLUMNS)
-                file = drawn(Path(images.name(i)).name, 26)
-                said = drawn("\n".join(textwrap.wrap(text, 20)))
-                place_picture(axes, row, column, small_picture(images, i, 192), said, file)
-                if explainer is not None:
-                    seen = explainer.explain(images.undecoded(i)[0])[1]
-                    place_picture(axes, row, column + 1, seen, "what decided")
-            axes.set(xlim=(0, COLUMNS), ylim=(height * CELL, 0))
+        rows = max(1, math.ceil(wide * len(chosen) / COLUMNS))
+        figure = new_figure(1.7 * COLUMNS, 2.2 * rows)
+        figure.suptitle(self.worst_title if chosen else f"{self.worst_title}: none")
+        axes = figure.subplots(subplot_kw=PICTURE_ALONE)  # one for all: each takes longer than a picture in it
+        for place, (i, text) in enumerate(chosen):
+            row, column = divmod(wide * place, COLUMNS)
+            file = drawn(Path(images.name(i)).name, 26)
+            said = drawn("\n".join(textwrap.wrap(text, 20)))
+            place_picture(axes, row, column, small_picture(images, i, 192), said, file)
+            if explainer is not None:
+                seen = explainer.explain(images.undecoded(i)[0])[1]
+                place_picture(axes, row, column + 1, seen, "what decided")
+        axes.set(xlim=(0, COLUMNS), ylim=(rows * CELL, 0))
         save_figure(figure, path)
 
     def named_mistakes(self, images: LabelledImages) -> list[tuple[str, str]]:
         """What `draw_mistakes` shows, for the page: (the image's name, what is said of it)."""
-        return [(images.name(i), text) for chosen in self.mistakes().values() for i, text in chosen]
+        return [(images.name(i), text) for i, text in self.mistakes()]
 
     def calibration_figures(self) -> dict[str, float]:
         """The expected calibration error (0 to 1) and, where a run has just been calibrated, the temperature."""

@@ -25,6 +25,7 @@ CONFUSIONS = 30  # rows in the table of what is taken for what
 
 class ClassReport(Report):
     picture = "confusion_matrix.png"
+    worst_title = "Wrong, most confident first"
     HEADLINES: Mapping[str, Headline] = {
         "accuracy": Headline("accuracy"),
         "balanced_accuracy": Headline("balanced accuracy"),
@@ -106,7 +107,7 @@ class ClassReport(Report):
         per_row = f", {size} classes per row" if size > 1 else ""
         answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
-    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
+    def mistakes(self) -> list[tuple[int, str]]:
         answers = self.answers
         ranked = answers.confidences.argsort(descending=True, stable=True)
         wrong = ranked[answers.predictions[ranked] != answers.labels[ranked]]
@@ -114,7 +115,7 @@ class ClassReport(Report):
         for i in wrong[:PICTURES].tolist():
             taken_for = self.names[answers.predictions[i]]
             found.append((i, f"{self.names[answers.labels[i]]}, taken for {taken_for} ({answers.confidences[i]:.0%})"))
-        return {"Wrong, most confident first": found}
+        return found
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         answers = self.answers

@@ -72,6 +72,7 @@ class LabelAnswers(ColumnAnswers):
 
 class LabelReport(ColumnReport):
     picture = "precision_recall.png"
+    worst_title = "Wrong, most confident first"
     in_summary = True
     plural = "labels"
     suffix = PROBABILITY
@@ -184,7 +185,7 @@ class LabelReport(ColumnReport):
                 axes.legend(fontsize=8)
         save_figure(figure, path)
 
-    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
+    def mistakes(self) -> list[tuple[int, str]]:
         values = self.answers.values
         targets = self.answers.targets
         is_wrong = (values > self.task.thresholds) != (targets == 1)
@@ -192,7 +193,7 @@ class LabelReport(ColumnReport):
         for image, label in self.worst((values - targets).abs() * is_wrong):
             is_there = "is there" if targets[image, label] == 1 else "is not there"
             found.append((image, f"{self.names[label]} {is_there}: {values[image, label]:.0%}"))
-        return {"Wrong, most confident first": found}
+        return found
 
 
 class MultiLabel(Task):

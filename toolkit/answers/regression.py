@@ -71,6 +71,7 @@ class InUnits(nn.Module):
 
 class NumberReport(ColumnReport):
     picture = "scatter.png"
+    worst_title = "The largest errors"
     plural = "numbers"
     suffix = ANSWER
     HEADLINES: Mapping[str, Headline] = {
@@ -125,7 +126,7 @@ class NumberReport(ColumnReport):
             place.grid(alpha=0.3)
         save_figure(figure, path)
 
-    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
+    def mistakes(self) -> list[tuple[int, str]]:
         answers = self.answers
         spreads = self.task.std
         found = []
@@ -133,7 +134,7 @@ class NumberReport(ColumnReport):
             pair = (answers.targets[image, number], answers.values[image, number])
             true, said = (number_text(value.item(), spreads[number].item(), 4) for value in pair)
             found.append((image, f"{self.names[number]} {true}, answered {said}"))
-        return {"The largest errors": found}
+        return found
 
 
 class Regression(Task):

@@ -143,15 +143,15 @@ class PixelReport(Report):
         shares = (matrix / matrix.sum(1, keepdim=True)).nan_to_num()
         answer_reports.plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
 
-    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        shares = {image: _share_right(self.answers.confusion[image]).item() for image in self.answers.maps}
-        return {"Fewest right pixels first": [(i, f"{share:.0%} of the pixels right") for i, share in shares.items()]}
+    def mistakes(self) -> list[tuple[int, str]]:
+        matrices = self.answers.confusion
+        return [(i, f"{_share_right(matrices[i]):.0%} of the pixels right") for i in self.answers.maps]
 
     def draw_mistakes(self, images, path, explainer=None) -> None:
         """A row for each of the worst images: it, and over it its mask and the answers; then the colours' meaning."""
         from matplotlib.patches import Patch
 
-        [chosen] = self.mistakes().values()
+        chosen = self.mistakes()
         palette = self.task.palette()
         figure = new_figure(11, 0.8 + 3.0 * max(1, len(chosen)))
         rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False, subplot_kw=PICTURE_ALONE)
