@@ -196,9 +196,8 @@ def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
         if value is not None:  # else it is not defined on these images
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
     if len(kinds) > 1:
-        raise InputError(
-            f"these results are of {listed(sorted(kinds))}: compare results of one task over the same images"
-        )
+        found = listed(sorted(kinds))
+        raise InputError(f"these results are of {found}: compare results of one task over the same images")
     every = [json.loads(key) for key in groups]
     rows = []
     for own, members in zip(every, groups.values(), strict=True):

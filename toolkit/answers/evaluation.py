@@ -104,9 +104,7 @@ def extract_features(
     return over_loader(headless(model), loader, device, dtype)
 
 
-def all_outputs(
-    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def all_outputs(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor]:
     """The outputs of a model, float32 (N, K), and the targets, both on the CPU."""
     outputs, targets = over_loader(model, loader, device, dtype)
     return outputs.cpu(), targets.cpu()

@@ -24,10 +24,9 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
     The output is that with the number `of`; None: the highest of each image. Of a model with a class for every pixel
     it is the sum over the pixels whose answer that class is, or over all if none is (arXiv 2002.11434, equation 2).
 
-    A heat map is ``relu(sum_k a_k F_k)``, with F the features of the last block and a_k the mean of the output's
-    gradient to F_k over all places (equations 1 and 2). Of a ViT, F are the tokens that the last block receives: of
-    those that it returns, the head may read one alone. The images (N, C, S, S) are normalised, on the model's device.
-    Raises InputError if the model has no blocks, or its features have no places.
+    A heat map is ``relu(sum_k a_k F_k)``, with F the features of the last block, of a ViT the tokens that it receives,
+    and a_k the mean of the output's gradient to F_k over all places (equations 1 and 2). The images (N, C, S, S) are
+    normalised, on the model's device. Raises InputError if the model has no blocks.
     """
     blocks = block_names(model)
     if not blocks:

@@ -171,14 +171,15 @@ def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> T
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
     from scipy.stats import spearmanr
 
+    if weights is None:
+        return spearman(answers, truth, torch.ones(1, len(truth)))[0]
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where all are equal
-        for times in torch.ones(1, len(truth), dtype=int) if weights is None else weights.long():
-            pair = (numbers.repeat_interleave(times) for numbers in (answers, truth))
+        for times in weights.long():
+            pair = answers.repeat_interleave(times), truth.repeat_interleave(times)
             found.append(spearmanr(*pair).statistic)
-    correlations = torch.tensor(found, dtype=torch.float64)
-    return correlations[0] if weights is None else correlations
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

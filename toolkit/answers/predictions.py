@@ -108,14 +108,12 @@ class Maps:
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene at `path` and a suffix: .tif if either is a TIFF, else .png of classes, or .npy."""
+        step = self.window
+        total = math.ceil(scene.height / step)
         if self.task.per_pixel:
             step = 1
             total = len(window_starts(scene.height, self.window))
-        else:
-            step = self.window
-            total = math.ceil(scene.height / step)
         parts = bar(self.parts(scene), total=total)
-        names = self.task.names
         colours = self.task.palette() if self.has_classes else None
         is_tiff = path.suffix in (".tif", ".tiff")
         if not self.writes:
@@ -124,7 +122,7 @@ class Maps:
         if is_tiff or scene.like is not None:
             path = path if is_tiff else path.with_name(f"{path.name}.tif")
             size = math.ceil(scene.height / step), math.ceil(scene.width / step)
-            write_map(path, parts, *size, scene.like, colours, names, step)
+            write_map(path, parts, *size, scene.like, colours, self.task.names, step)
         elif self.has_classes:
             path = path.with_name(f"{path.name}.png")
             write_mask(path, np.concatenate(list(parts)), colours)
