@@ -73,11 +73,9 @@ def choose_temperature(
 ) -> HeadTemperature:
     """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D).
 
-    - `least`, 1 or more, has the smallest loss on augmented training images (Guo et al., arXiv 1706.04599): training is
-      not to begin by taking back the probe's confidence.
-    - `per_rate` is DRIFT_STEPS * (standard deviation of the logits) / LOGIT_DRIFT: Adam moves every weight by about the
-      rate in each step, and the larger the head's weights, the more that does to the loss. 0 if the features do not
-      train.
+    `least`, 1 or more, has the smallest loss on augmented training images (arXiv 1706.04599): training is not to begin
+    by taking back the probe's confidence. `per_rate`, 0 if the features do not train: Adam moves every weight by about
+    the rate in each step, and the larger the head's weights, the more that does to the loss.
     """
     logits = linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
@@ -113,9 +111,9 @@ def _standardised(X: Tensor) -> Scaled:
 
 
 def _of_one_length(X: Tensor) -> Scaled:
-    """Centred features, each divided by its own norm: a few images say little of the deviation of a thousand features.
+    """Centred features, each divided by its norm: a few images say little of the deviation of a thousand features.
 
-    A linear head knows no norms and divides by their mean. Without an intercept that never changes an answer.
+    A linear head divides by the mean of the norms, which without an intercept never changes an answer.
     """
     mean = X.mean(0)
     length = X.shape[1] ** 0.5
@@ -155,11 +153,10 @@ def fit_linear_probe(
         features: (views * N, D): N images as they are, and behind them the same images once for each augmented view.
         labels: (views * N,), from 0 to K - 1.
         class_weights: 'balanced': every class counts alike, however many images it has; None: every image.
-        clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
+        clusters: (N,), the number of each image's cluster, such as a patient, which is held out as one, as views are.
 
-    The scaling and C have the smallest cross-validated log loss, all views of an image and all images of a cluster
-    being held out together. Where there is nothing to validate on, as with a single image of a class, C is 1, and
-    features without negative numbers, as ReLU gives them, are of one length.
+    The scaling and C have the smallest cross-validated log loss. Where there is nothing to validate on, as with a
+    single image of a class, C is 1, and features without negative numbers, as ReLU gives them, are of one length.
     """
     y = labels.cpu()
     classes = y[: len(y) // views].numpy()
@@ -313,10 +310,7 @@ def parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> li
 
 
 def _folds(alike: Sequence[int], clusters: Tensor | None, turn: int = 0) -> np.ndarray:
-    """The number of the part that each image belongs to, (N,). Each turn deals anew.
-
-    Clusters are dealt so that each part has its share of the images that are `alike`; images without any, at random.
-    """
+    """The number of each image's part, (N,), by `turn`: clusters are dealt by the images that are `alike`."""
     if clusters is None:
         draws = torch.randperm(len(alike), generator=torch.Generator().manual_seed(turn))
         return (draws % min(FOLDS, len(alike))).numpy()
@@ -333,10 +327,8 @@ def fit_one_vs_rest(
 ) -> Probe:
     """A logistic regression for each of K labels, fitted together: with one scaling and C, as `fit_linear_probe`.
 
-    Args:
-        targets: (views * N, K), 0 or 1; NaN leaves the image out of that label's fit.
-        weights: (2, K): how much a negative and a positive of each label count; None: 1.
-        features, clusters: as for `fit_linear_probe`.
+    Targets (views * N, K) are 0 or 1, or NaN where an image says nothing of a label; `weights` (2, K) say how much its
+    negatives and its positives count.
     """
     Y = targets.detach().cpu().double()
     counts = shares_of_views(len(Y), views).repeat(1, Y.shape[1])
@@ -348,10 +340,9 @@ def fit_one_vs_rest(
 
 
 def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None) -> Probe:
-    """A ridge regression of K numbers on standardised features; its strength is the penalty.
+    """A ridge regression of K numbers, or NaN, on standardised features, as `fit_linear_probe` takes them.
 
-    The penalty has the smallest squared error in cross-validation, of all numbers together. An unknown number leaves
-    its image out of that number's fit. `clusters` are as for `fit_linear_probe`.
+    Its strength is the penalty that has the smallest squared error in cross-validation, of all numbers together.
     """
     scaled = _standardised(features.detach().cpu().float())
     X = scaled.rows.double()

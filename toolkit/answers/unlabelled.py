@@ -30,8 +30,6 @@ MARGIN = 2.0  # standard errors by which the log loss of what is held out has to
 
 
 class Start(NamedTuple):
-    """Where the head starts."""
-
     probe: Probe  # the head: the plain probe, bit for bit, or one distilled from a candidate
     name: str  # of the candidate that was taken; 'probe': none
     answers: Tensor  # (M, K), for the images without labels: how probable each class is
@@ -50,7 +48,6 @@ class Images(NamedTuple):
 
 
 def placed(rows: Tensor) -> Images:
-    """The points of features (R, D)."""
     centred = rows - rows.mean(0)
     standard = probe.SCALINGS["deviation"](rows).rows
     variances, directions = torch.linalg.eigh((standard.T @ standard / len(rows)).double())
@@ -60,8 +57,6 @@ def placed(rows: Tensor) -> Images:
 
 
 class Labelled(NamedTuple):
-    """What is known of some images."""
-
     places: Tensor  # (n,), their rows
     targets: Tensor  # (n, K), one of them 1
     counts: Tensor  # (n, 1), how much each counts
@@ -86,24 +81,18 @@ def seen(
     views: int = 1,
     class_weights: str | None = None,
 ) -> tuple[Images, Labelled]:
-    """All images, those with labels first, and what is known of these.
-
-    `unlabelled` are features (M, D) of the others, as they are; the rest is as for `fit_linear_probe`.
-    """
+    """All images, those with labels first, the others with features (M, D), and what is known of these."""
     rows = torch.cat([features, unlabelled]).detach().cpu().float()
     known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, views, class_weights))
     return placed(rows), known
 
 
 def start(images: Images, known: Labelled, plain: Probe, views: int = 1, clusters: Tensor | None = None) -> Start:
-    """The head to start from: the best candidate if it gains over the probe in cross-validation, else the probe.
+    """The head to start from: the best candidate if it gains over the `plain` probe in cross-validation, else that.
 
-    The images are as `seen` has them, `plain` is what `fit_linear_probe` returned for those with labels, and views and
-    clusters are as for that.
-
-    The best candidate has the smallest log loss of what is held out, each at the temperature that fits it. It is taken
-    if that is below the probe's by more than MARGIN standard errors, over images or clusters, and the accuracy is no
-    worse. With one label a class nothing is held out, and the probe is kept.
+    The best has the smallest log loss of what is held out, each at the temperature that fits it. It is taken if that is
+    below the probe's by more than MARGIN standard errors, over images or clusters, and the accuracy is no worse. With
+    one label a class nothing is held out, and the probe is kept. Views and clusters are as for `fit_linear_probe`.
     """
     labels = known.targets.argmax(1)
     answers = held_out_answers(images, known, plain, views, clusters)
@@ -125,9 +114,8 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
         outputs = others @ weight.T + bias
     shares = outputs.softmax(1)
     gains = (0.0, 0.0) if name == "probe" else (gains.nanmean().item(), gain_accuracy)
-    return Start(
-        head, name, shares, *gains, shares.mean(0), foreign_share(images, known, answers["k-means"][0, :judging])
-    )
+    foreign = foreign_share(images, known, answers["k-means"][0, :judging])
+    return Start(head, name, shares, *gains, shares.mean(0), foreign)
 
 
 def last_head(images: Images, known: Labelled) -> Probe:
