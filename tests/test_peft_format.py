@@ -1,7 +1,4 @@
-"""Adapters in PEFT's format: PEFT itself loads what is written.
-
-Its answers are compared with the model's. Everything here needs PEFT, apart from the message that says so.
-"""
+"""Adapters in PEFT's format: PEFT itself loads what is written, and answers as the model does."""
 
 import sys
 from dataclasses import replace
@@ -23,7 +20,6 @@ from toolkit.models.backbones import headless
 from toolkit.models.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
-BLOCK = "encoder.layers.encoder_layer_1."
 
 
 @pytest.fixture
@@ -76,10 +72,8 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
 
 def test_an_output_projection_may_have_a_scaling_of_its_own():
     """PEFT has one for the whole attention: the difference goes into B."""
-    attention = add_lora_to_model(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2, lora_alpha=4, target_modules=[".*"])[
-        0
-    ]
-    randomize_adapters(attention)
+    network = add_lora_to_model(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2, lora_alpha=4, target_modules=[".*"])
+    attention = randomize_adapters(network)[0]
     attention.out_proj.scaling = 5.0
     factors = _packed_factors(attention, times_projected=2)
     B = factors["base_layer.out_proj.lora_B.weight"]

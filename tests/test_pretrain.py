@@ -51,6 +51,9 @@ def arguments(folder: Path, output: Path, options: str = "") -> list[str]:
     return [*argv.split(), *options.split()]
 
 
+IN_ADAPTERS = "--checkpoint {} --lora-rank 2 --image-size 16 --learning-rate 1e-2"
+
+
 def after_an_epoch(output: Path) -> Path:
     """The state of a run after its first epoch: see `kept`."""
     return output.with_name(f"{output.name}-1.pth")
@@ -76,13 +79,24 @@ def run(folder, tmp_path):
     return lambda options="", output="out": pretrain.main(arguments(folder, tmp_path / output, options))
 
 
-@pytest.fixture(scope="module")
-def done(folder, tmp_path_factory, kept) -> tuple[dict, Path, str]:
-    """A run without options: its results, its folder, and what it has printed."""
-    output = tmp_path_factory.mktemp("done")
+def finished(argv: list[str]) -> tuple[dict, Path, str]:
+    """The results of a run, its folder, and what it has printed."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        return pretrain.main(arguments(folder, output)), output, told.getvalue()
+        results = pretrain.main(argv)
+    return results, results["metrics"].parent, told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory, kept) -> tuple[dict, Path, str]:
+    """A run without options."""
+    return finished(arguments(folder, tmp_path_factory.mktemp("done")))
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, base, tmp_path_factory, kept) -> tuple[dict, Path, str]:
+    """A run in adapters over `base`."""
+    return finished(arguments(folder, tmp_path_factory.mktemp("adapted"), IN_ADAPTERS.format(base)))
 
 
 def test_the_files_of_a_run(done):
@@ -103,7 +117,7 @@ def test_the_files_of_a_run(done):
     assert written["config"]["data_dir"] and written["images"] == results["images"]
 
 
-def test_stage_1_ends_with_what_was_gained_and_the_next_command(done, adapt, folder, tmp_path, base, capsys):
+def test_stage_1_ends_with_what_was_gained_and_the_next_command(done, adapted, base):
     results, output, told = done
     last = told.partition("\nk-NN after")[2]
     low, high = results["knn_interval"]
@@ -113,10 +127,10 @@ def test_stage_1_ends_with_what_was_gained_and_the_next_command(done, adapt, fol
     assert f"{output}/: moco_stage1_epoch_2.pth, metrics.csv" in last
     assert last.endswith(f"finetune_lora.py --data-dir my_images --checkpoint {results['checkpoint']}\n")
 
-    results = adapt(f"--data-dir {folder}")
-    last = capsys.readouterr().out.partition("\nk-NN before")[2]
+    results, output, told = adapted
+    last = told.partition("\nk-NN before")[2]
     assert last.splitlines()[1].startswith("k-NN after") and f"{results['before']['knn_accuracy']:.1%} of 4" in last
-    command = f"--checkpoint {base} --stage1-adapter {tmp_path}/out/moco_lora.pth\n"
+    command = f"--checkpoint {base} --stage1-adapter {output}/moco_lora.pth\n"
     assert last.endswith(f"finetune_lora.py --data-dir my_images {command}")
 
 
@@ -185,16 +199,14 @@ def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
     assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
 
 
-@pytest.mark.parametrize("options", ["", "--moco-version 2 --optimizer sgd"])
-def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch, options):
+def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch):
     """And counts the images of the whole run."""
-    straight = run(options, "straight")["checkpoint"].parent if options else done[1]
     counts = []
     results = data.LoadingMeter.results
     monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
-    run(f"{options} --resume {after_an_epoch(straight)}", "resumed")
+    run(f"--resume {after_an_epoch(done[1])}", "resumed")
     assert counts[-1] == 32  # two epochs of 16
-    ends = [torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (straight, tmp_path / "resumed")]
+    ends = [torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (done[1], tmp_path / "resumed")]
     assert ends[0]["model"].keys() == ends[1]["model"].keys()
     for name, tensor in ends[0]["model"].items():
         assert torch.equal(tensor, ends[1]["model"][name]), name
@@ -344,11 +356,7 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
 @pytest.fixture
 def adapt(run, base):
     """Stage 1 in adapters over `base`: main's results."""
-
-    def adapt(options: str = "", output: str = "out"):
-        return run(f"--checkpoint {base} --lora-rank 2 --image-size 16 --learning-rate 1e-2 {options}", output)
-
-    return adapt
+    return lambda options="", output="out": run(f"{IN_ADAPTERS.format(base)} {options}", output)
 
 
 def test_a_stage_1_adapter_knows_the_heads_of_its_vit(base, tmp_path):
@@ -359,12 +367,11 @@ def test_a_stage_1_adapter_knows_the_heads_of_its_vit(base, tmp_path):
     assert model.encoder.layers[0].self_attention.num_heads == 1
 
 
-def test_adapters_alone_are_the_result(adapt, tmp_path, base, capsys):
-    results = adapt()
-    assert "projector fresh; predictor fresh" in capsys.readouterr().out  # none is in the file
+def test_adapters_alone_are_the_result(adapted, base):
+    results, output, told = adapted
+    assert "projector fresh; predictor fresh" in told  # none is in the file
     files = {"metrics.csv", "moco_lora.pth", "pretraining_curves.png", "results.json"}
-    assert names_in(tmp_path / "out") == files
-    assert results["checkpoint"] == tmp_path / "out/moco_lora.pth"
+    assert names_in(output) == files and results["checkpoint"] == output / "moco_lora.pth"
     content = read_adapter_file(results["checkpoint"])
     assert content["tensors"] and all(".lora_" in name for name in content["tensors"])
     assert all(tensor.any() for tensor in content["tensors"].values())
@@ -380,7 +387,7 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base, capsys):
         load_finetuned(results["checkpoint"])
 
 
-def test_adapters_resume_to_the_same_bits(adapt, tmp_path):
+def test_adapters_resume_to_the_same_bits_over_the_same_base_alone(adapt, base, tmp_path):
     options = "--moco-version 2 --use-qlora --lora-dropout 0.2"
     straight = adapt(options, "straight")
     half = after_an_epoch(tmp_path / "straight")
@@ -391,20 +398,11 @@ def test_adapters_resume_to_the_same_bits(adapt, tmp_path):
     assert "queue" in state
     assert_same_tensors(straight["checkpoint"], resumed["checkpoint"])
     assert straight["loss"] == resumed["loss"] and straight["before"] == resumed["before"]
-
-
-def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "train", lambda run: run.begin())
-    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # last.pth of the beginning stays
-    monkeypatch.setattr(pretrain.Pretraining, "results", lambda self: {})
-    monkeypatch.setattr(pretrain.reports, "plot_pretraining", lambda *_: None)
-    monkeypatch.setattr(pretrain, "summary", lambda _: [])
-    adapt()
     content = torch.load(base)
     content["state_dict"]["module.base_encoder.class_token"] += 1
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"last\.pth was trained over another base than .*other\.pth"):
-        adapt(f"--checkpoint {tmp_path / 'other.pth'} --resume {tmp_path / 'out/last.pth'}")
+    with pytest.raises(InputError, match=r"straight-1\.pth was trained over another base than .*other\.pth"):
+        adapt(f"{options} --checkpoint {tmp_path / 'other.pth'} --resume {half}", "elsewhere")
 
 
 @pytest.mark.slow

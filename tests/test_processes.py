@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -31,7 +30,7 @@ from toolkit import InputError, devices, distributed
 from toolkit.answers import evaluation, predictions, segmentation
 from toolkit.files import read_checkpoint
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
-from toolkit.run import guard, optim, output_folder, run_state, runs, training
+from toolkit.run import guard, optim, output_folder, run_state, training
 
 CPU = torch.device("cpu")
 
@@ -70,10 +69,6 @@ def assert_close(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
     for name, tensor in ours.items():
         size = theirs[name].abs().max().item() if tensor.numel() else 0.0  # of rank 0
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance * (size + 1e-3), msg=f"{name} differs")
-
-
-def assert_alike(ours: dict, theirs: dict, *names: str) -> None:
-    assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-3)
 
 
 def completed(*started, codes: int = 0, **options) -> list[Child]:
@@ -134,7 +129,8 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, way):
 def test_two_processes_answer_for_every_pixel_as_one(base, pairs, tmp_path):
     argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu"
     results, alone = run_both(argv, tmp_path)
-    assert_alike(results, alone, "val_miou", "probe_miou_before", "val_loss", "calibration_error", "pixel_accuracy")
+    for name in ("val_miou", "probe_miou_before", "val_loss", "calibration_error", "pixel_accuracy"):
+        assert results[name] == pytest.approx(alone[name], abs=1e-3), name
 
 
 @pytest.mark.slow
@@ -148,30 +144,29 @@ def test_two_processes_train_batch_norm_as_one(narrow, images, tmp_path, norms):
     assert "layer1.0.bn1.running_mean" in saved and ("bn1.weight" in saved) == (norms == "train")
 
 
-@pytest.mark.parametrize(("part", "files"), [(3, 4), pytest.param(16, 1, marks=pytest.mark.slow)])
-def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_path, part, files, monkeypatch):
-    """Of 7 images one is broken; with two in a batch, the last part or batch is of a single one."""
+def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_path, monkeypatch):
+    """Of 7 images in parts of 3 one is broken; with two in a batch, the last batch and the last part are of one."""
     folder = tmp_path / "mine"
     shutil.copytree(images / "val" / CLASSES[0], folder)
     (folder / "2.png").write_bytes(b"no image")
     shutil.copyfile(images / "val" / CLASSES[1] / "0.png", folder / "a.png")
     shutil.copyfile(images / "val" / CLASSES[1] / "1.png", folder / "b.png")
     argv = f"predict {adapter_for_images} {folder} --batch-size 2 --device cpu --workers 0 --output {tmp_path}"
-    monkeypatch.setattr(deploy_lora, "PART_IMAGES", part)
-    children = completed("deploy_lora", f"{argv}/out", tmp_path / "log", before=partial(in_parts_of, part))
-    assert f"1 of {2 if files > 1 else 7} images cannot be read" in children[0].output
-    assert not any("wrote" in child.output for child in children[1:])  # one of the two speaks
+    monkeypatch.setattr(deploy_lora, "PART_IMAGES", 3)
+    children = completed("deploy_lora", f"{argv}/out", tmp_path / "log", before=in_parts_of_three)
+    assert "1 of 2 images cannot be read" in children[0].output
+    assert "wrote" not in children[1].output  # one of the two speaks
     deploy_lora.main(f"{argv}/alone".split())
     names = names_in(tmp_path / "alone")
-    assert names == names_in(tmp_path / "out") and len(names) == files + 1
+    assert names == names_in(tmp_path / "out") and len(names) == 5
     for name in names - {"_parts.json"}:
         for ours, theirs in zip(rows_of(tmp_path / "out" / name), rows_of(tmp_path / "alone" / name), strict=True):
             assert ours["path"] == theirs["path"]
             assert float(ours["probability"]) == pytest.approx(float(theirs["probability"]), abs=1e-4)
 
 
-def in_parts_of(part: int) -> None:
-    deploy_lora.PART_IMAGES = part
+def in_parts_of_three() -> None:
+    deploy_lora.PART_IMAGES = 3
 
 
 @pytest.mark.slow
@@ -184,12 +179,10 @@ def test_two_processes_embed_as_one(adapter_for_images, images, tmp_path):
     assert (tmp_path / "out_paths.csv").read_text() == (tmp_path / "alone_paths.csv").read_text()
 
 
-@pytest.mark.parametrize("words", ["info {}", "merge {} --output {}.safetensors"])
-def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp_path, words):
-    children = completed("deploy_lora", words.format(adapter_for_images, tmp_path / "out"), tmp_path / "log")
-    assert children[1].output == "" != children[0].output
-    if "--output" in words:
-        assert children[0].output.count("wrote") == 1
+def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp_path):
+    merge = f"merge {adapter_for_images} --output {tmp_path}/out.safetensors"
+    children = completed("deploy_lora", merge, tmp_path / "log")
+    assert children[0].output.count("wrote") == 1 and children[1].output == ""
 
 
 def test_a_page_is_shown_by_one_process(tmp_path):
@@ -332,16 +325,9 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("way", "more", "message"),
-    [
-        ("lora", "--lora-rank 0 --epochs -1", "--epochs: expected a whole number above 0"),
-        ("pretrain", "--batch-size 5", "--batch-size 5: not a multiple of the 2 processes"),
-    ],
-)
-def test_what_all_find_wrong_is_said_once(options, tmp_path, way, more, message):
-    module = "moco.pretrain" if way == "pretrain" else "finetune_lora"
-    assert message in the_error(completed(module, f"{options(way)} {more}", tmp_path / "log", codes=2))
+def test_what_all_find_wrong_is_said_once(options, tmp_path):
+    children = completed("moco.pretrain", f"{options('pretrain')} --batch-size 5", tmp_path / "log", codes=2)
+    assert "--batch-size 5: not a multiple of the 2 processes" in the_error(children)
 
 
 def test_both_leave_a_folder_alone_in_which_a_run_is_going_on(options, tmp_path):
@@ -395,10 +381,13 @@ def fail() -> None:
     raise InputError("the first cannot do it")
 
 
-def test_both_have_what_each_brought(found):
-    expected = {"in order": [0, 1, 2, 3, 4], "broadcast": [0], "sums": [2, 10], "problem": "the first cannot do it"}
-    for each in found:
-        assert each["exchanged"] == expected | {"gathered": [{"rank": 0}, {"rank": 1}]}
+EXCHANGED = {
+    "in order": [0, 1, 2, 3, 4],
+    "broadcast": [0],
+    "sums": [2, 10],
+    "gathered": [{"rank": 0}, {"rank": 1}],
+    "problem": "the first cannot do it",
+}
 
 
 class NotesImages(nn.Module):
@@ -439,19 +428,18 @@ def test_queries_are_compared_with_the_keys_of_both(found):
     assert np.mean([each["contrasted"] for each in found]) == pytest.approx(contrasted(0, slice(None)))
 
 
-def taught(rank: int) -> tuple[float, list[float]]:
+def taught(rank: int) -> list[float]:
     """How sure a teacher's answers are, and their shares, after a step of which this process saw one or two images."""
     teacher = teacher_of(certainty=0.8)
     teacher.seen.copy_(torch.tensor([[0.9, 0.1, 0.0, 0.9, 1.0], [0.5, 1.5, 0.0, 1.2, 2.0]])[rank])
     teacher.after_step()
-    return teacher.certainty.item(), teacher.shares.tolist()
+    return [teacher.certainty.item(), *teacher.shares.tolist()]
 
 
-def test_a_teacher_is_as_sure_as_the_answers_of_both_processes(found):
-    for each in found:
-        certainty, shares = each["taught"]
-        assert certainty == pytest.approx(0.95 * 0.8 + 0.05 * 2.1 / 3)
-        assert shares == pytest.approx([0.95 * 0.5 + 0.05 * 1.4 / 3, 0.95 * 0.25 + 0.05 * 1.6 / 3, 0.95 * 0.25])
+TAUGHT = [
+    *(0.95 * 0.8 + 0.05 * 2.1 / 3, 0.95 * 0.5 + 0.05 * 1.4 / 3),
+    *(0.95 * 0.25 + 0.05 * 1.6 / 3, 0.95 * 0.25),
+]
 
 
 def read(rank: int) -> tuple[list, bool]:
@@ -461,19 +449,11 @@ def read(rank: int) -> tuple[list, bool]:
     return training.read_figures(steps, stop), stop.others_asked
 
 
-def test_figures_are_added_up_and_a_signal_to_one_stops_both(found):
-    assert [each["read"] for each in found] == [([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)] * 2
-
-
 def worst(rank: int) -> float:
     """The loss of the worst of two batches, which the processes share."""
     batches = [[[1.0], [2.0]], [[0.0]]] if rank == 0 else [[[6.0]], [[8.0]]]
     loader = [(torch.tensor(batch), torch.zeros(len(batch))) for batch in batches]
     return evaluation.worst_batch_loss(nn.Identity(), loader, CPU, torch.float32, lambda outputs, _: outputs.sum())
-
-
-def test_the_loss_of_a_batch_is_that_of_all_its_images(found):
-    assert [each["worst"] for each in found] == [4.0, 4.0]
 
 
 def drawn(rank: int) -> tuple[float, float, float]:
@@ -503,8 +483,18 @@ def precision(rank: int) -> torch.dtype:
         return devices.faster_dtype(lambda _: nn.Linear(2, 2), channels=1, size=256)
 
 
-def test_both_compute_in_one_precision(found):
-    assert [each["precision"] for each in found] == [torch.float32] * 2
+@pytest.mark.parametrize(
+    ("find", "expected"),
+    [
+        (exchanged, EXCHANGED),
+        (taught, pytest.approx(TAUGHT)),
+        (read, ([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)),
+        (worst, 4.0),
+        (precision, torch.float32),
+    ],
+)
+def test_both_find_the_same(found, find, expected):
+    assert [each[find.__name__] for each in found] == [expected] * 2
 
 
 SHARES = (5, 3)  # of eight images
@@ -564,10 +554,12 @@ def test_two_processes_normalise_as_one(found):
         close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
         first, second = (part[kind, dtype] for part in parts)
         for name, whole in expected.items():
-            together_ = torch.cat([first[name], second[name]]) if name in ("y", "gx", "y in eval mode") else first[name]
+            ours = first[name]
+            if name in ("y", "gx", "y in eval mode"):
+                ours = torch.cat([ours, second[name]])
             if name.startswith("gradient"):
-                together_ = first[name] + second[name]
-            torch.testing.assert_close(together_.to(whole.dtype), whole, **close, msg=f"{kind}, {dtype}: {name}")
+                ours = ours + second[name]
+            torch.testing.assert_close(ours.to(whole.dtype), whole, **close, msg=f"{kind}, {dtype}: {name}")
 
 
 def test_frozen_norms_and_a_single_process_are_left_alone(monkeypatch):
@@ -606,10 +598,3 @@ def test_a_norm_that_computes_more_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(InputError, match=r"NormAndReLU cannot take statistics.*train in one"):
         share_statistics(nn.Sequential(NormAndReLU(2)))
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_the_first_process_alone_draws_bars(is_main, monkeypatch):
-    monkeypatch.setattr(distributed, "is_main", lambda: is_main)
-    with runs.progress_bar([1]) as bar:
-        assert bar.disable != is_main

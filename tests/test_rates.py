@@ -1,11 +1,11 @@
 """The learning rates of a run: the default, the schedule, and the search for one."""
 
-import copy
 import math
 from unittest import mock
 
 import pytest
 import torch
+import yaml
 
 import finetune_lora
 from lora import initialization
@@ -35,28 +35,6 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 
-def test_steps_are_those_of_adamw_tensor_by_tensor():
-    """Of a bias without weight decay and of adapters at a rate of their own."""
-    ours = torch.nn.Linear(3, 2)
-    ours.lora_A = torch.nn.Parameter(torch.ones(2, 3))
-    theirs = copy.deepcopy(ours)
-    groups = [
-        {"params": [theirs.weight], "lr": 0.1, "weight_decay": 0.5},
-        {"params": [theirs.bias], "lr": 0.1, "weight_decay": 0.0},
-        {"params": [theirs.lora_A], "lr": 0.2, "weight_decay": 0.5},
-    ]
-    steps = [(ours, optim.build_optimizer(ours, 0.1, 2.0, 0.5)), (theirs, torch.optim.AdamW(groups, foreach=False))]
-    for seed in range(3):
-        for model, optimizer in steps:
-            torch.manual_seed(seed)
-            for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape)
-            optimizer.step()
-    assert steps[0][1].defaults["fused"]
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter, theirs.get_parameter(name))
-
-
 def test_more_passes_over_few_images_do_not_raise_the_rate():
     """Of an epoch of n steps, 5 n passes count."""
 
@@ -77,12 +55,6 @@ def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_ra
     assert optim.run_divisor(FineTuneOptions(epochs=1, **other), rate=1e-2, steps_per_epoch=2) == 1
 
 
-def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(start, monkeypatch):
-    monkeypatch.setattr(optim, "rate_divisor", lambda rate, steps: 50.0)
-    assert start("--head-init random").rate == 1e-2
-    assert start().rate == pytest.approx(2e-4)
-
-
 @pytest.mark.parametrize(("options", "remedy"), [("", "--lora-init random"), ("--lora-rank 0", "--head-init random")])
 def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, monkeypatch, options, remedy):
     """Without adapters there is nothing that --lora-init could start: it is refused."""
@@ -94,7 +66,7 @@ def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, mon
 
 @pytest.mark.parametrize("norms", ["follow", "frozen"])
 def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, start, saved, narrow):
-    resnet = start(f"--checkpoint {saved(narrow, 'resnet.pth')} --image-size 32 --norms {norms}")
+    resnet = start(f"--checkpoint {saved(narrow)} --image-size 32 --norms {norms} --labels-per-class 2")
     vit = start()
     assert (resnet.adapter_lr_factor, vit.adapter_lr_factor) == (48, 24)
     for run in (resnet, vit):
@@ -148,36 +120,39 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
     assert search.rates_that_differ(lambda rate: rate) == list(RATES)
 
 
-def test_a_stopped_search_goes_on_and_its_run_is_that_of_the_rate_typed(finetune, monkeypatch, tmp_path):
+def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, monkeypatch, tmp_path, capsys):
     """Bit for bit, also where the gradient chooses the blocks, which draws random numbers in a whole run alone."""
 
     def highest(trials, variance, usual):
         assert usual == USUAL
-        assert variance(0.5) == pytest.approx(0.25 / 5)  # of the five images that judge
+        assert variance(0.5) == pytest.approx(0.25 / 4)  # of the four images that judge
         return trials[-1].learning_rate
 
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "choose", highest)
     monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)  # which the last block alone has
-    common = "--epochs 1 --lora-dropout 0.2 --adapt-last auto"
-    whole = finetune(f"{common} --lr auto --keep-best f1", "whole")
-    assert list(whole["chosen_by"]) == ["learning rate", "epoch"]
+    common = "--epochs 1 --labels-per-class 4 --lora-dropout 0.2 --adapt-last"
+    whole = finetune(f"{common} auto --lr auto", "whole")
+    assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
+    assert whole["config"]["finetune"]["adapt_last"] == 1
+    assert yaml.safe_load((whole["folder"] / "config.yaml").read_text())["finetune"]["adapt_last"] == "auto"
     save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
-        finetune(f"{common} --lr auto", "stopped")
+        finetune(f"{common} auto --lr auto", "stopped")
     with pytest.raises(InputError, match=r"belongs to a run with other settings \(finetune\.batch_size was 8, is 4\)"):
-        finetune(f"{common} --lr auto --batch-size 4 --resume", "stopped")
+        finetune(f"{common} auto --lr auto --batch-size 4 --resume", "stopped")
+    monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again
     trial = finetune_lora.TrialRun
     with mock.patch.object(trial, "start", autospec=True, side_effect=trial.start) as trials:
-        resumed = finetune(f"{common} --lr auto --resume", "stopped")
+        resumed = finetune(f"{common} auto --lr auto --resume", "stopped")
     assert trials.call_count == 1
-    typed = finetune(f"{common} --lr 1e-3", "typed")
+    typed = finetune(f"{common} 1 --lr 1e-3", "typed")
     for results in (resumed, typed):
         assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
         assert results["learning_rate"] == results["config"]["finetune"]["learning_rate"] == 1e-3
     tables = [rows_of(results["folder"] / "learning_rates.csv") for results in (whole, resumed)]
     assert tables[0] == tables[1] and [float(row["learning_rate"]) for row in tables[0]] == [1e-4, 1e-3]
-    elsewhere = finetune(f"{common} --lr auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
+    elsewhere = finetune(f"{common} auto --lr auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
     assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
 
 
@@ -201,16 +176,16 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(f
     monkeypatch.setattr(finetune_lora, "train", note)
     loaders = finetune_lora.Loaders
     with mock.patch.object(loaders, "features", autospec=True, side_effect=loaders.features) as features:
-        finetune("--learning-rate auto")
+        finetune("--learning-rate auto --labels-per-class 4")
     assert features.call_count == 2  # the trials share theirs
     assert [(len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made] == [
-        (16, 1, 7 / 12),
-        (16, 1, 7 / 12),
-        (21, 2, 7 / 12),
+        (8, 1, 4 / 9),
+        (8, 1, 4 / 9),
+        (12, 2, 4 / 9),
     ]
     assert (tmp_path / "out-1/learning_rates.csv").read_text() == "an earlier run's"
     told = capsys.readouterr().out
-    assert "searching for a learning rate: 2 runs of 1 epochs on 16 training images, judged by 5 others of them" in told
+    assert "searching for a learning rate: 2 runs of 1 epochs on 8 training images, judged by 4 others of them" in told
     assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: ") == 1
     assert "learning rate 1e-3 chosen by trials on a part of the training images" in told
 

@@ -115,6 +115,7 @@ def load(where: str, **options) -> Splits:
     return load_splits("imagefolder", Path(where), **options)
 
 
+@pytest.mark.parametrize("place", ["http"], indirect=True)
 def test_a_run_reads_folders_as_it_reads_those_of_this_machine(place, here, base, tmp_path):
     at_place = finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/photos"))
     alone = finetune_lora.main(argv(base, tmp_path / "alone", f"--data-dir {here}/photos"))

@@ -15,6 +15,9 @@ from torchvision.models.resnet import Bottleneck
 from finetune_lora import set_gradient_checkpointing
 from lora_utils import LoRAManager
 
+RESNET = partial(resnet, layers=(1, 1, 0, 0))  # a block as such, and one that halves its maps
+in_both = pytest.mark.parametrize("build, side", [(RESNET, 32), (vit, 16)], ids=["resnet", "vit"])
+
 
 def put(**children: nn.Module):
     """Set children of a module, in whose names __ stands for a dot."""
@@ -38,7 +41,7 @@ IN_A_RESNET = {
 @pytest.mark.parametrize("change", IN_A_RESNET.values(), ids=IN_A_RESNET)
 def test_replaced_modules_in_a_resnet(change):
     """A block looks its children up at each call."""
-    stock = resnet().double().eval()
+    stock = RESNET().double().eval()
     x = images(dtype=torch.float64)
     model = frozen(copy.deepcopy(stock)).eval()
     twin = dense_twin(stock, model)
@@ -82,7 +85,7 @@ def test_replaced_modules_in_a_vit(change, mode):
     assert_close(ours.grad, theirs.grad, EXACT)
 
 
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@in_both
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
     """On any module, alone or on all at once: both the input and the output."""
@@ -118,7 +121,7 @@ def doubled(module: nn.Module) -> None:
     module.forward = forward
 
 
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@in_both
 @pytest.mark.parametrize("options", [{}, {"target_modules": r".*(conv1|mlp\.0)"}], ids=["all adapted", "some adapted"])
 def test_a_forward_that_replaces_a_module_s_own_is_called(build, side, options):
     stock = build().double().eval()
@@ -143,7 +146,7 @@ def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):
     assert seen
 
 
-@pytest.mark.parametrize("build", [resnet, vit])
+@pytest.mark.parametrize("build", [RESNET, vit], ids=["resnet", "vit"])
 def test_a_copied_layer_is_a_layer(build):
     """And not the model around it: nothing of the model can be reached from one of its layers."""
     model = frozen(build())
@@ -155,7 +158,7 @@ def test_a_copied_layer_is_a_layer(build):
             assert file.tell() < held + 10_000
 
 
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@in_both
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_deleted_model_is_gone(build, side, mode):
     """At once, without the garbage collector: on a GPU the next model needs the memory."""
@@ -175,7 +178,7 @@ def test_a_deleted_model_is_gone(build, side, mode):
 
 
 @pytest.mark.parametrize("made_inside", [True, False], ids=["made inside", "made outside"])
-@pytest.mark.parametrize("build, side", [(partial(resnet, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("build, side", [(partial(RESNET, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_networks_in_inference_mode(build, side, mode, made_inside):
     """One that was made outside of it then trains there; both merge inside."""

@@ -19,7 +19,7 @@ from children import Child
 import deploy_lora
 import finetune_lora
 from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, names_in, stop, tensors
+from tests.run_folders import assert_same_tensors, metrics, names_in, stop
 from toolkit import InputError, devices
 from toolkit.files import read_checkpoint
 from toolkit.run import optim, output_folder, reports, runs
@@ -32,33 +32,21 @@ def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finet
     assert "temperature" not in results and "temperature" not in read_adapter_file(once / "lora.pth")["metadata"]
 
 
-@pytest.mark.slow
-def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
-        patch.setattr(runs.StopRequests, "check", stop)
-        finetune(output="first")
-    moved = (tmp_path / "first" / "last.pth").rename(tmp_path / "last.pth")
-    whole = finetune(output="whole")
-    results = finetune(f"--resume {moved}", output="second")
-    assert names_in(results["folder"]) == names_in(whole["folder"])
-    assert len(metrics(results["folder"])) == 2
-    assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
-
-
 WAYS = {
     "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
     "4 bits": "--use-qlora --label-smoothing 0.1",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
     " --adapt-last 1",
+    "norms that follow": "--checkpoint {resnet} --image-size 32 --labels-per-class 2 --norms follow",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, way):
+def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, saved, narrow, way):
     """It stopped at the first step of its second epoch, and has other workers from then on."""
-    options = WAYS[way].format(hospital=hospital, pairs=pairs)
+    options = WAYS[way].format(hospital=hospital, pairs=pairs, resnet=saved(narrow))
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
@@ -73,18 +61,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, way):
 def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
     """Measured once: by a resumed run no more, whatever the processor."""
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.bfloat16)
-    folder = finetune("--epochs 1")["folder"]
+    options = "--epochs 1 --labels-per-class 2"
+    folder = finetune(options)["folder"]
     assert read_adapter_file(folder / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "bf16"
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
-    assert finetune("--epochs 1 --resume")["precision"] == "bfloat16"
-
-
-def test_a_resumed_run_reports_times_and_images_of_the_whole_run(finetune, finished_once, once):
-    seen = []
-    again = finetune("--epochs 1 --resume", after_epoch=lambda run: seen.append(run.meter.images))
-    assert seen == []  # nothing was left to do
-    for name in ("seconds", "images_per_second", "waiting_share"):
-        assert again[name] == finished_once[name] > 0, name
+    assert finetune(f"{options} --resume")["precision"] == "bfloat16"
 
 
 def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
@@ -97,21 +78,22 @@ def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
         finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")
 
 
-def test_a_resumed_run_keeps_its_rates(finetune, once, monkeypatch):
-    """They are in the optimizer's state, whatever this version would choose; the head's temperature depends on them."""
+def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, finished_once, once, monkeypatch):
+    """Rates are the optimizer's, whatever this version would choose; the head's temperature depends on them."""
     resumed = []
     train = finetune_lora.train
     monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
     monkeypatch.setattr(optim, "run_divisor", lambda *_: 5.0)
     monkeypatch.setattr(finetune_lora, "train", lambda run, *args: resumed.append(run) or train(run, *args))
-    finetune("--epochs 1 --resume")
+    again = finetune("--epochs 1 --resume", after_epoch=lambda run: pytest.fail("nothing was left to do"))
     assert (resumed[0].adapter_lr_factor, resumed[0].rate) == (24, 1e-3)
+    for name in ("seconds", "images_per_second", "waiting_share"):
+        assert again[name] == finished_once[name] > 0, name
 
 
-def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
-    results = finetune("--epochs 1 --keep-best accuracy")
+def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune, once):
     with pytest.raises(InputError, match=r"the best adapter is next to .*resume with that folder as --output-dir"):
-        finetune(f"--epochs 1 --keep-best accuracy --resume {results['folder'] / 'last.pth'}", output="elsewhere")
+        finetune(f"--epochs 1 --keep-best accuracy --resume {once / 'last.pth'}", output="elsewhere")
 
 
 def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypatch):
@@ -122,51 +104,31 @@ def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypat
     assert finetune("--epochs 1 --resume")["epochs"] == 1
 
 
-@pytest.mark.slow
-def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypatch, saved, narrow):
-    options = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 2 --epochs 2"
-    whole = finetune(f"{options} --norms follow", output="whole")
-    with pytest.raises(runs.Stopped):  # at the first step of the second epoch
-        finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
-    with monkeypatch.context() as on_a_gpu:  # where `auto` is another thing, and the message names what it was
-        on_a_gpu.setattr(finetune_lora, "settled_norms", lambda *_: "frozen")
-        with pytest.raises(InputError, match="norms was follow, is frozen"):
-            finetune(f"{options} --resume", output="stopped")
-    again = finetune(f"{options} --norms follow --resume", output="stopped")
-    files = [results["folder"] / "lora.pth" for results in (again, whole)]
-    assert "layer1.0.bn1.running_var" in tensors(files[0])
-    assert_same_tensors(*files)
-
-
 def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
-    """The guard has judged the epoch, which it judges again."""
-    options = "--epochs 2 --wise-ft 1"
+    """The guard has judged the epoch, which it judges again. It may go on in another folder, with all its files."""
+    options = "--epochs 2 --labels-per-class 2 --wise-ft 1"
     whole = finetune(options, "whole")
     with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
         patch.setattr(runs.StopRequests, "checked", stop)
         finetune(options)
     state = read_checkpoint(tmp_path / "out/last.pth")
     assert state["history"] == [] and len(state["guard"]["scores"]) == 1
-    resumed = finetune(f"{options} --resume")
+    resumed = finetune(f"{options} --resume {tmp_path / 'out/last.pth'}", "elsewhere")
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    assert names_in(resumed["folder"]) == names_in(whole["folder"]) and len(metrics(resumed["folder"])) == 2
     scores = [read_checkpoint(of["folder"] / "last.pth")["guard"]["scores"] for of in (whole, resumed)]
     assert scores[0] == scores[1]
 
 
 def test_a_stop_after_the_last_step_stops_too(finetune):
     """Of a cross-validation the next part would begin otherwise."""
-
-    def interrupt(run):
-        os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(runs.Stopped, match="1 of 1 epochs are saved"):
-        finetune("--epochs 1", after_epoch=interrupt)
-    assert finetune("--epochs 1 --resume")["epochs"] == 1
+        finetune("--epochs 1 --labels-per-class 2", after_epoch=lambda run: os.kill(os.getpid(), signal.SIGINT))
 
 
 def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monkeypatch):
     """A run killed between its calibrated lora.pth and its results leaves the same file when it goes on."""
-    options = "--epochs 1 --keep-best accuracy"
+    options = "--epochs 1 --labels-per-class 2 --keep-best accuracy"
     whole = finetune(options, output="whole")
     with monkeypatch.context() as patch:
         patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
@@ -274,25 +236,27 @@ FEWER = " use fewer --workers"
 def test_what_the_system_lacks_becomes_a_line_with_a_remedy(error, told):
     with pytest.raises(InputError, match=told), runs.faults_explained(torch.device("meta"), "lower it"):
         raise error
-
-
-def test_another_error_of_the_system_stays_what_it_is():
     with pytest.raises(OSError, match="Input/output error"), runs.faults_explained(None, ""):
-        raise OSError(5, "Input/output error")
+        raise OSError(5, "Input/output error")  # another stays what it is
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_ctrl_c_ends_without_a_word_while_packages_load(ignored):
+@pytest.mark.parametrize(("handler", "code", "told"), [("default_int_handler", 130, ""), ("SIG_IGN", 0, "went on\n")])
+def test_ctrl_c_ends_without_a_word_while_packages_load(handler, code, told):
     """Unless it is ignored, as of a command that nohup has started."""
-    code = "import os, signal\nfrom toolkit import config\n"
-    code += f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if ignored else 'default_int_handler'})\n"
-    code += "config.check_command_line(lambda *_: None, '')\nos.kill(os.getpid(), signal.SIGINT)\nprint('went on')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    expected = (0, "went on\n", "") if ignored else (130, "", "")
-    assert (done.returncode, done.stdout, done.stderr) == expected
+    script = f"import os, signal\nfrom toolkit import config\nsignal.signal(signal.SIGINT, signal.{handler})\n"
+    script += "config.check_command_line(lambda *_: None, '')\nos.kill(os.getpid(), signal.SIGINT)\nprint('went on')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (code, told, "")
 
 
 # --------------------- toolkit/run/output_folder.py: what a run may write where, and how nothing of another run is lost
+
+
+def write(folder: Path, *names: str) -> None:
+    """Files that hold their own names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(name)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -321,12 +285,10 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
     folder = tmp_path / "lora"
 
     def left(resumed: Path | None, *more: str) -> set[str]:
-        for name in ("lora.pth", "last.pth", "notes.txt", *more):
-            (folder / name).write_text(name)
+        write(folder, "lora.pth", "last.pth", "notes.txt", *more)
         output_folder.begin_folder(folder, ("lora.pth", "last.pth", "results.json"), resumed)
         return names_in(folder)
 
-    folder.mkdir()
     assert left(folder / "last.pth") == {"lora.pth", "last.pth", "notes.txt"} and capsys.readouterr().out == ""
     assert left(None, "results.json") == {"notes.txt"}
     assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
@@ -343,9 +305,7 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp
     """Between two files, or before the folder gets its name: the next run moves the rest to the same place."""
     names = ("config.yaml", "lora.pth", "last.pth", "results.json")
     folder = tmp_path / "lora"
-    folder.mkdir()
-    for name in names:
-        (folder / name).write_text(name)
+    write(folder, *names)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         done = [mock.DEFAULT] * moves
         patch.setattr(os, "rename", mock.Mock(wraps=os.rename, side_effect=[*done, KeyboardInterrupt]))
@@ -355,28 +315,25 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp
     assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
     assert list(folder.iterdir()) == [] and names_in(tmp_path) == {"lora", "lora-1"}
     assert contents(tmp_path / "lora-1") == {name: name.encode() for name in names}
-    for place in (folder, folder / output_folder.MOVING):
-        place.mkdir(exist_ok=True)
-        (place / "lora.pth").write_text(str(place))
+    write(folder, "lora.pth")
+    write(folder / output_folder.MOVING, "lora.pth")
     with pytest.raises(InputError, match=r"lora\.pth is there already; name another"):
         output_folder.begin_folder(folder, names)
 
 
-def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once, images):
+def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):
     """And a README.md of the user's own stays."""
-    adapter = once / "lora.pth"
-    deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
-    deploy_lora.main(["card", str(adapter), "--output", str(once / "README.md")])
-    card = (once / "README.md").read_text()
-    (once / "notes.txt").write_text("mine")
+    deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(once / "README.md")])
+    card = (once / "README.md").read_bytes()
+    write(once, "notes.txt", "lora_evaluation.html")
     output_folder.begin_folder(once, output_folder.FINE_TUNING_FILES)
-    assert contents(once) == {"notes.txt": b"mine"}
+    assert names_in(once) == {"notes.txt"}
     aside = contents(once.with_name("out-1"))
-    assert {"lora.pth", "lora_evaluation.html"} < aside.keys() and aside["README.md"] == card.encode()
+    assert {"lora.pth", "lora_evaluation.html"} < aside.keys() and aside["README.md"] == card
     (once / "README.md").write_text("# My experiments\n\n## Settings\n")
-    (once / "lora.pth").touch()
+    write(once, "lora.pth")
     output_folder.begin_folder(once, output_folder.FINE_TUNING_FILES)
-    assert contents(once).keys() == {"notes.txt", "README.md"}
+    assert names_in(once) == {"notes.txt", "README.md"}
 
 
 def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):
@@ -390,15 +347,17 @@ def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_pat
         assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
 
 
-def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
+def test_a_folder_is_locked_while_it_is_used_and_has_then_what_is_whole(tmp_path):
+    """Nothing remains of a new one into which nothing was written, and nothing of what a killed run left halfway."""
     folder = tmp_path / "new" / "deeper"
     with pytest.raises(InputError, match="bad image"), output_folder.held(folder):
         assert (folder / output_folder.LOCK).exists()
         raise InputError("bad image")
     assert list(tmp_path.iterdir()) == []
+    write(folder, "last.pth", ".lora.pth.4711.tmp")
     with output_folder.held(folder):
-        (folder / "last.pth").touch()
-    assert [path.name for path in folder.iterdir()] == ["last.pth"]
+        assert names_in(folder) == {"last.pth", output_folder.LOCK}
+    assert names_in(folder) == {"last.pth"}
 
 
 def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
@@ -426,13 +385,3 @@ def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monke
     monkeypatch.setattr(fcntl, "lockf", slow)
     with output_folder.held(tmp_path):
         assert (tmp_path / output_folder.LOCK).read_text().startswith("process ")
-
-
-def test_what_a_killed_run_left_halfway_goes(tmp_path):
-    folder = tmp_path / "lora"
-    folder.mkdir()
-    (folder / "last.pth").write_bytes(b"state")
-    (folder / ".lora.pth.4711.tmp").write_bytes(b"half of it")
-    with output_folder.held(folder):
-        assert not list(folder.glob(".*.tmp"))
-    assert contents(folder) == {"last.pth": b"state"}

@@ -15,19 +15,11 @@ from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
 import deploy_lora
-from finetune_lora import FineTuning, add_lora_to_model, load_finetuned, prepare, read_options
+from finetune_lora import add_lora_to_model, load_finetuned, read_options
 from toolkit import InputError
 from toolkit.answers import segmentation
 from toolkit.answers.evaluation import NO_LABEL
-from toolkit.answers.segmentation import (
-    PixelAnswers,
-    Segmentation,
-    _counted,
-    counted,
-    pixel_figures,
-    rare_class_weights,
-)
-from toolkit.devices import seed_everything
+from toolkit.answers.segmentation import PixelAnswers, Segmentation, rare_class_weights
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.masks import Classes, MaskReader, collate_pairs, pair_transforms
 from toolkit.images.sources import load_splits
@@ -94,7 +86,7 @@ def test_figures_and_reliability_are_over_all_known_pixels():
 
 def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency():
     matrices = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
-    figures = pixel_figures(counted(matrices))
+    figures = segmentation.pixel_figures(segmentation.counted(matrices))
     assert figures["miou"].item() == pytest.approx((3 / 4 + 4 / 5) / 2) and figures["iou"][0, 2].isnan()
     pixels = torch.tensor([[900.0, 90.0], [0.0, 10.0]])
     weights = rare_class_weights(pixels)
@@ -166,39 +158,35 @@ def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture
-def segment(finetune, pairs):
-    """segment("--lora-rank 2") trains an epoch on the pairs; its results, with the folder as `folder`."""
+@pytest.fixture(scope="module")
+def segmented(finetune_into, pairs, tmp_path_factory) -> dict:
+    """A run on the pairs, with what else masks can do: a base in 4 bits, adapters in a block, balanced weights."""
     argv = f"--task segmentation --data-dir {pairs} --augmentation crop --workers 0 --batch-size 4 --epochs 1"
-    return lambda options: finetune(f"{argv} {options}")
+    argv += " --use-qlora --lora-rank 2 --adapt-last 1 --class-weights balanced --keep-best miou"
+    return finetune_into(tmp_path_factory.mktemp("segmented") / "out", argv)
 
 
-def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment):
-    """With what else masks can do: a base in 4 bits, adapters in the last block, balanced weights."""
-    options = "--use-qlora --lora-rank 2 --adapt-last 1 --class-weights balanced --keep-best miou"
-    results = segment(options)
+def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segmented):
     named = {"val_miou", "probe_miou_before", "val_miou_interval", "iou_per_class", "dice_per_class", "pixel_accuracy"}
-    assert named <= results.keys()
-    assert results["task"] == "segmentation" and list(results["iou_per_class"]) == ["class 0", "class 1"]
-    assert json.loads((results["folder"] / "results.json").read_text())["val_miou"] == results["val_miou"]
-    model, info = load_finetuned(results["folder"] / "lora.pth")
+    assert named <= segmented.keys()
+    assert segmented["task"] == "segmentation" and list(segmented["iou_per_class"]) == ["class 0", "class 1"]
+    assert json.loads((segmented["folder"] / "results.json").read_text())["val_miou"] == segmented["val_miou"]
+    model, info = load_finetuned(segmented["folder"] / "lora.pth")
     assert isinstance(model, DenseModel) and info["task"]["kind"] == "segmentation"
-    assert 0 < results["temperature"] == info["temperature"] != 1
+    assert 0 < segmented["temperature"] == info["temperature"] != 1
 
 
-def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segment, pairs, tmp_path, capsys):
+def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmented, pairs, tmp_path, capsys):
     """An image that is none, a mask of which nothing is known, one of a class that is none, and one without an image.
 
     What is said is nothing of training's options, and the groups are those of the pairs that are left.
     """
-    own = shutil.copytree(pairs, tmp_path / "own")
-    adapter = segment(f"--lora-rank 0 --data-dir {own}")["folder"] / "lora.pth"
-    mine = own / "val"
+    adapter = segmented["folder"] / "lora.pth"
+    mine = shutil.copytree(pairs / "val", tmp_path / "mine")
     (mine / "images/1.png").write_text("nothing")
     Image.fromarray(np.full((20, 28), 255, np.uint8)).save(mine / "masks/2.png")
     Image.fromarray(np.full((20, 28), 7, np.uint8)).save(mine / "masks/3.png")
     shutil.copy(mine / "masks/0.png", mine / "masks/lone.png")
-    capsys.readouterr()
     assert deploy_lora.main(["evaluate", str(adapter), str(mine)])["images"] == 3
     told = capsys.readouterr().out
     for named in ("masks/2.png: ", "masks/3.png: ", "images/1.png: not a readable", "lone.png: there is no image"):
@@ -217,12 +205,8 @@ def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmen
     assert "--" not in str(raised.value)
 
 
-def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path, monkeypatch):
-    argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path} --device cpu"
-    args, _ = read_options([*argv.split(), "--workers", "0", "--batch-size", "4"])
-    seed_everything(0)
-    splits, model, report, plan = prepare(args, CPU)
-    run = FineTuning(args, plan, model, report, splits)
+def test_a_run_starts_as_the_probe_of_pixels(start, pairs, monkeypatch):
+    run = start(f"--task segmentation --data-dir {pairs} --workers 0 --batch-size 4 --augmentation crop")
     run.start()
     assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe"], abs=1e-5)
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
@@ -340,7 +324,7 @@ def test_figures_of_rows_are_those_of_the_whole_image():
     logits = torch.randn(3, 50, 20)
     mask = torch.randint(3, (50, 20))
     mask[40:] = NO_LABEL
-    *figures, answers = _counted(logits.split(7, 1), mask)
+    *figures, answers = segmentation._counted(logits.split(7, 1), mask)
     confusion, loss, bins = figures
     known = mask != NO_LABEL
     assert torch.equal(answers, logits.argmax(0).to(torch.uint8))
@@ -395,14 +379,6 @@ def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
     assert shares[0] + 0.2 < shares[1]
 
 
-class PassesThrough(torch.nn.Module):
-    """A backbone whose map is the image."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = torch.nn.Identity()
-
-
 def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     """The map has each pixel's column and row, and its class is told by the column. Images draw other pixels."""
     monkeypatch.setattr(segmentation, "feature_maps", lambda backbone, images: [backbone(images)])
@@ -411,10 +387,9 @@ def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([columns, rows]).float()
     mask = (columns >= 13).long()
-    head = Segmentation(["left", "right"])
-    features, classes = head.features(
-        PassesThrough(), [(image.expand(3, -1, -1, -1), mask.expand(3, -1, -1))], CPU, None, 3
-    )
+    passes_through = torch.nn.ModuleDict({"backbone": torch.nn.Identity()})
+    batches = [(image.expand(3, -1, -1, -1), mask.expand(3, -1, -1))]
+    features, classes = Segmentation(["left", "right"]).features(passes_through, batches, CPU, None, 3)
     pixels = segmentation.PROBE_ROWS // 6
     assert features.shape == (3 * pixels, 2)
     torch.testing.assert_close(features, features.round(), atol=1e-3, rtol=0)
@@ -430,17 +405,6 @@ def test_the_loss_of_a_constant_answer_is_over_images_not_over_pixels():
     known = torch.tensor([[9.0, 1.0], [10.0, 90.0]])
     images = LabelledImages([None] * 2, [0, 1], targets=known)
     assert Segmentation(["left", "right"]).constant_loss(images) == pytest.approx(math.log(2))
-
-
-def test_the_temperature_is_fitted_to_training_crops_and_not_to_whole_images(start):
-    """Views for the calibration are those that trained: of images as they are evaluated a head is too sure."""
-    run = start("--augmentation crop")
-    run.loaders.open(norms_train=False)
-    views = torch.cat([images for images, _ in run.loaders.augmented])
-    train = Transformed(run.splits.train, run.loaders.eval_transform)
-    plain = torch.stack([train[i % len(train)][0] for i in range(len(views))])  # several views of each
-    changed = (views - plain).flatten(1).abs().amax(1) > 0.1
-    assert changed.float().mean() > 0.8
 
 
 def test_a_task_has_the_colours_of_its_masks():

@@ -16,16 +16,8 @@ from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adap
 from toolkit import InputError
 from toolkit.answers.heat_maps import grad_cam
 from toolkit.answers.probe import fit_linear_probe, set_head
-from toolkit.models import names
-from toolkit.models.backbones import (
-    build_backbone,
-    first_convolution,
-    head_name,
-    headless,
-    in_head,
-    normalization,
-    record_of,
-)
+from toolkit.models import backbones, names
+from toolkit.models.backbones import build_backbone, head_name, headless, normalization, record_of
 from toolkit.models.checkpoints import describe_base, load_backbone
 from toolkit.models.names import default_image_size, model_problems
 from toolkit.models.norms import freeze_statistics
@@ -106,7 +98,7 @@ def test_only_the_classifier_trains():
     model = build_backbone("timm:test_convnext", 5)
     freeze_backbone_params(add_lora_to_model(model, r=2))
     trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert trains == {"head.fc.weight", "head.fc.bias"} and not in_head(model, "head.norm")
+    assert trains == {"head.fc.weight", "head.fc.bias"} and not backbones.in_head(model, "head.norm")
     assert count_parameters(model)["lora"] > 0
     set_head(model, fit_linear_probe(torch.randn(20, 64), torch.arange(20) % 5, 5))
     assert not hasattr(model.head.fc, "lora_A")
@@ -197,15 +189,18 @@ def test_a_name_without_published_weights_is_refused_before_anything_is_read():
     assert model_problems("timm:test_vit", None, None) == []
 
 
-def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune, images):
+def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune, images, tmp_path):
+    """And images to label are chosen by it."""
     hub("test_vit")
-    results = finetune("--checkpoint timm:test_vit --image-size 32 --epochs 1")
+    results = finetune("--checkpoint timm:test_vit --image-size 32 --epochs 1 --labels-per-class 2")
     adapter = results["folder"] / "lora.pth"
     metadata = read_adapter_file(adapter)["metadata"]
     assert (metadata["checkpoint"], metadata["arch"]) == ("timm:test_vit", "timm:test_vit")
     assert metadata["mean"] == [0.5, 0.5, 0.5]
     evaluated = deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
     assert evaluated["accuracy"] == results["val_accuracy"]
+    command = f"choose timm:test_vit {images / 'train'} --count 2 --image-size 32 --output {tmp_path / 'chosen'}"
+    assert len(deploy_lora.main([*command.split(), "--device", "cpu"])) == 2
 
 
 @pytest.mark.slow
@@ -213,12 +208,6 @@ def test_folds_of_a_named_checkpoint_know_it_by_its_name(hub, finetune):
     hub("test_vit")
     options = "--checkpoint timm:test_vit --image-size 32 --epochs 1 --folds 2"
     assert len(finetune(options)["folds"]) == 2
-
-
-def test_images_are_chosen_by_a_named_checkpoint(hub, images, tmp_path):
-    hub("test_vit")
-    command = f"choose timm:test_vit {images / 'train'} --count 2 --image-size 32 --output {tmp_path / 'out'}"
-    assert len(deploy_lora.main([*command.split(), "--device", "cpu"])) == 2
 
 
 @pytest.mark.parametrize(
@@ -339,7 +328,7 @@ def test_a_first_layer_is_fitted_as_timm_does(name, channels, checkpoint):
 
     path, theirs = checkpoint(name)
     model, report = load_backbone(path, 5, f"timm:{name}", channels=channels, channel_fit="timm")
-    first = f"{first_convolution(model)}.weight"
+    first = f"{backbones.first_convolution(model)}.weight"
     assert torch.equal(model.state_dict()[first], adapt_input_conv(channels, theirs.state_dict()[first]))
     assert (report["channels"], report["channel_fit"]) == (channels, "timm")
     with pytest.raises(InputError, match=rf"for images of 3 channels, not {channels}.*channel_fit=.timm"):

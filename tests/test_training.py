@@ -1,6 +1,5 @@
 """toolkit/run/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
-import copy
 import math
 from collections import Counter
 
@@ -63,12 +62,6 @@ def test_precision_is_measured_on_as_many_images_as_train_like_a_batch(monkeypat
     assert SeenShape.last == (images, 3, size, size)
 
 
-def estimate(model: nn.Module, batches: torch.Tensor) -> None:
-    """By batches (count, N, D)."""
-    loader = DataLoader(TensorDataset(batches.flatten(0, 1), torch.zeros(batches.shape[:2].numel())), batches.shape[1])
-    evaluation.estimate_statistics(model, loader, torch.device("cpu"), torch.float32)
-
-
 def test_statistics_are_those_of_the_loaders_images():
     """Of all batches alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are.
 
@@ -79,37 +72,12 @@ def test_statistics_are_those_of_the_loaders_images():
     model[2].frozen = True
     frozen = snapshot(model[2])
     batches = torch.randn(4, 8, 3) * 5 + 2
-    estimate(model, batches)
+    loader = DataLoader(TensorDataset(batches.flatten(0, 1), torch.zeros(32)), batch_size=8)
+    evaluation.estimate_statistics(model, loader, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(model[0].running_mean, batches.mean((0, 1)))
     torch.testing.assert_close(model[0].running_var, batches.var(1).mean(0))
     assert model.training and model[0].training and model[0].momentum == 0.01
     assert_unchanged(frozen, model[2])
-
-
-def test_a_share_of_the_change_is_kept():
-    """Weights lie on the line from where training began to where it is. Statistics are not interpolated."""
-    model = nn.BatchNorm1d(2)
-    wise_ft = optim.WiseFT(model, alpha=0.25)
-    nn.init.constant_(model.weight, 3.0)
-    wise_ft.begin()
-    with wise_ft.in_place():
-        assert model.weight.tolist() == [3.0, 3.0]
-    nn.init.constant_(model.weight, 5.0)
-    model(torch.rand(4, 2))
-    trained = snapshot(model)
-    with wise_ft.in_place():
-        assert model.weight.tolist() == [3.5, 3.5]
-        assert torch.equal(model.running_mean, trained["running_mean"])
-    assert_unchanged(trained, model)
-    wise_ft.share = 0.0
-    with wise_ft.in_place():
-        assert model.weight.tolist() == [3.0, 3.0]
-    wise_ft.share = 0.125
-    resumed = optim.WiseFT(model, alpha=0.25)
-    resumed.load_state_dict(copy.deepcopy(wise_ft.state_dict()))
-    with resumed.in_place():
-        assert model.weight.tolist() == [3.25, 3.25]
-    assert resumed.alpha == 0.25
 
 
 def test_weights_come_back_after_a_failure_and_a_as_it_trains():

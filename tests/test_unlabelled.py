@@ -113,8 +113,9 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_images_that_resemble_no_class_are_counted(share):
+def test_images_that_resemble_no_class_are_counted(share, monkeypatch):
     """One in ten of the others is less sure than nine in ten of the labelled ones; all foreign ones are."""
+    monkeypatch.setattr(unlabelled, "STEPS", 1)  # of a candidate that is not asked
     features, labels = clustered(60, 1, apart=2.0)
     own, _ = clustered(300, 3, apart=2.0)
     foreign = 3 * normal(int(300 * share / (1 - share)), 30, seed=7)
