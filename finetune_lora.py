@@ -82,7 +82,7 @@ class LoRALayer:
 
     weight_name = "weight"
     parts = ("",)  # of the weight, one below the other, that have an A and a B each: how the names of these end
-    in_4_bits = False  # the base is NF4 (QLoRA, arXiv 2305.14314): `weight` has the packed bytes
+    in_4_bits = False  # the kinds called QLoRA... have their base in NF4 (arXiv 2305.14314): `weight` is packed bytes
     base_bits = 32  # that the base weight is stored in: 16, 8 or 4 if it was rounded
     # SHA-256 of the weight, by its name, before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
@@ -417,20 +417,14 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
 
 class QLoRALinear(LoRALinear):
-    """`LoRALinear` over a 4-bit base."""
-
     in_4_bits = True
 
 
 class QLoRAConv2d(LoRAConv2d):
-    """`LoRAConv2d` over a 4-bit base."""
-
     in_4_bits = True
 
 
 class QLoRAMultiheadAttention(LoRAMultiheadAttention):
-    """`LoRAMultiheadAttention` over a 4-bit base, the output projection's included."""
-
     in_4_bits = True
 
 
@@ -884,9 +878,8 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             unread = []  # the images of each step, and these sums: see `training.read_figures`
             run.model.train()
             title = f"epoch {epoch}/{args.epochs}"
-            bar = runs.progress_bar(
-                title=title, total=run.loaders.train.batch_sampler.drawn, initial=progress.images, unit="img"
-            )
+            total = run.loaders.train.batch_sampler.drawn
+            bar = runs.progress_bar(title=title, total=total, initial=progress.images, unit="img")
             with progress.timed(), bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
@@ -926,13 +919,12 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     verdict = run.guard.after_epoch(trained, kept, verdict.divisor, run.still_sure)
                 if isinstance(verdict, Keep):
                     result = run.evaluate_kept(run.stop.checked(run.loaders.val))
-            match verdict:
-                case Keep():
-                    run.end_epoch(trained, result)
-                    if after_epoch is not None:
-                        after_epoch(run)
-                case GoBack(why):
-                    run.go_back(why)
+            if isinstance(verdict, GoBack):
+                run.go_back(verdict.why)
+            else:
+                run.end_epoch(trained, result)
+                if after_epoch is not None:
+                    after_epoch(run)
 
 
 def finish(run: "FineTuning") -> dict[str, Any]:
@@ -966,13 +958,7 @@ class FineTuning(RunState):
     """
 
     def __init__(
-        self,
-        args: FineTuneOptions,
-        plan: Plan,
-        model: nn.Module,
-        report: dict[str, Any],
-        splits: Splits,
-        teaches: bool = True,
+        self, args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits, teaches: bool = True
     ):
         super().__init__(args, plan.device, plan.dtype)
         self.model = model
@@ -1058,9 +1044,8 @@ class FineTuning(RunState):
         clusters = self.loaders.probe_images.clusters()
         if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
             clusters = torch.arange(len(self.loaders.probe_images))
-        self.baseline, self.head_temperature, found = tasks.start_head(
-            self.task, self.model, features, self.args, clusters
-        )
+        started = tasks.start_head(self.task, self.model, features, self.args, clusters)
+        self.baseline, self.head_temperature, found = started
         if found is not None:
             answers = distributed.gather(found.answers)[0]  # elsewhere the last bits may differ
             about = found._asdict()

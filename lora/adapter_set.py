@@ -131,12 +131,13 @@ class AdapterSet:
         if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records = content["layers"]
+        tensors = content["tensors"]
         modules = dict(model.named_modules())
         for name, head in self.base.heads.items():
-            _replace_head(model, name, _resized_head(head, name, content["tensors"]))
+            _replace_head(model, name, _resized_head(head, name, tensors))
         stock = dict(model.named_parameters()) | dict(model.named_buffers())
         followed = {name for _, _, *own in statistics_in_file(model, content) for name in own}
-        for path in content["tensors"]:  # the tensors of the base that the file has become the adapter's own
+        for path in tensors:  # the tensors of the base that the file has become the adapter's own
             if path in stock and path not in followed and not in_head(model, path):
                 self.base.tensors.setdefault(path, stock[path])
                 owner, leaf = _owner(model, path)
@@ -149,28 +150,26 @@ class AdapterSet:
                     own = {n: p for n, p in modules[path]._parameters.items() if n != state.kind.weight_name}
                     state._replace(parameters=state.parameters | own).apply_to(modules[path])
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
+        kinds = {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}
         for path in modules:  # in the model's order: attention comes before its output projection
-            if path in records:
-                problems += _adapt(model.get_submodule(path), path, records[path], content["tensors"])
+            if path not in records:
+                continue
+            layer = model.get_submodule(path)
+            record = records[path]
+            kind = kinds.get(record["kind"])
+            ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
+            if kind is None or type(layer) not in (kind, stock_class(kind)):
+                problems.append(f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here")
+            elif ranks != {(record["r"],)}:  # checked before memory is allocated for this rank
+                problems.append(f"{path} has r {record['r']} in the file, and tensors of another rank")
+            else:
+                kind.adapt(layer, recorded_settings(record))
         for path, state in self.base.layers.items():
             # Files do not record that a rank-0 layer is stored in 16 bits.
             needs_record = state.base_bits == 4 or (state.base_bits < 32 and state.attributes["r"] > 0)
             if path not in records and needs_record:
                 problems.append(f"{path} is stored in fewer bits here but is not in the file")
         return problems
-
-
-def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Adapt one layer as its record in a file says. Returns what does not fit, one line each."""
-    kinds = {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}
-    kind = kinds.get(record["kind"])
-    if kind is None or type(layer) not in (kind, stock_class(kind)):
-        return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
-    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
-    if ranks != {(record["r"],)}:  # checked before memory is allocated for this rank
-        return [f"{path} has r {record['r']} in the file, and tensors of another rank"]
-    kind.adapt(layer, recorded_settings(record))
-    return []
 
 
 def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
