@@ -92,9 +92,8 @@ class LoRALayer:
     _STATE = (*NO_ADAPTER, *_STORAGE, "lora_enabled", "stock_class", "followed")
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
-        settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__(*args, **kwargs)
-        self._init_adapters(settings)
+        self._init_adapters(LoRASettings(r, lora_alpha, lora_dropout, use_rslora))
 
     @classmethod
     def adapt(cls, layer: nn.Module, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> nn.Module:
@@ -296,10 +295,9 @@ class LoRALinear(LoRALayer, nn.Linear):
             prologue = None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x), self.bias)
+        W = self.base()
         adapter_x = self._adapter_input(x)
-        return functional.lora_linear(
-            x, self.base(), self.lora_A, self.lora_B, self.bias, self.scaling, adapter_x=adapter_x, prologue=prologue
-        )
+        return functional.lora_linear(x, W, self.lora_A, self.lora_B, self.bias, self.scaling, 1, adapter_x, prologue)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -508,7 +506,10 @@ def adapt_layers(
     unknown = settings.keys() - candidates.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
-    adapted.check_ranks(settings, full_rank(model))
+    highest = full_rank(model)
+    for name, own in settings.items():
+        if own is not None and own.r > highest:
+            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
     adapted.check_shared_weights(model, chosen)
     adapted.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
@@ -611,8 +612,8 @@ def load_base(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, with the stage-1 adapter of `moco.pretrain`, if any, merged; that knows its heads and channels.
 
-    With `per_pixel` it is a `DenseModel`. `shape`: what else `load_backbone` takes. Returns the model and the report of
-    `load_backbone`. Raises InputError if a file cannot be read, or the adapter is of another base or other channels.
+    With `per_pixel` it is a `DenseModel`. `shape` and what is returned are as of `load_backbone`. Raises InputError if
+    a file cannot be read, or the adapter is of another base or other channels.
     """
     if stage1_adapter is not None:
         about = read_adapter_file(stage1_adapter)["metadata"]
@@ -693,8 +694,7 @@ def main(
 def finetune(after_epoch: Callable[["FineTuning"], None] | None = None, **asked: Any) -> dict[str, Any]:
     """`main` by keywords, as ``finetune(data_dir="my_images", checkpoint="moco-v2-800ep", epochs=20)``.
 
-    Each option is named as in a YAML file: `learning_rate`, not `--lr`. A list or tuple has several values, None asks
-    for nothing. Raises InputError as `main` does.
+    Options are named as in a YAML file: `learning_rate`, not `--lr`. A list has several values, None asks for nothing.
     """
     return main(config.as_typed(asked), after_epoch)
 
@@ -732,8 +732,7 @@ def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
 def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
 
-    `dtype` is the products', by autocast; frozen weights are stored in it, unless in 8 bits. None: bf16 where a CPU
-    is faster in it. The report has it.
+    `dtype` is the products' and, unless in 8 bits, the frozen weights'. None: bf16 where a CPU is faster in it.
     """
     per_pixel = TRUTHS[args.task] == "mask"
     shape = options.backbone_shape(args)

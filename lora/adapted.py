@@ -166,13 +166,6 @@ def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> N
             raise InputError(f"{name} shares its weight with another layer: leave it out by target_modules")
 
 
-def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> None:
-    """Raise InputError for a rank above the highest that any layer of the model can use."""
-    for name, own in settings.items():
-        if own is not None and own.r > highest:
-            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
-
-
 def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
     """Do layers of this kind store their weights rounded to this `base_dtype`? In 8 bits linear ones and attention."""
     return isinstance(layer, nn.Linear | nn.MultiheadAttention) if dtype == torch.int8 else dtype in LOW_PRECISION

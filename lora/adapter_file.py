@@ -88,10 +88,7 @@ def _is_layer_record(name: Any, record: Any) -> bool:
 
 
 def find_base(
-    path: str | Path,
-    metadata: dict[str, Any],
-    checkpoint: str | Path | None = None,
-    stage1_adapter: str | Path | None = None,
+    path: str | Path, metadata: dict, checkpoint: str | Path | None = None, stage1_adapter: str | Path | None = None
 ) -> tuple[Path, Path | None]:
     """Find a file's base and the stage-1 adapter merged into it, if any: where they are now, or where metadata say."""
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)

@@ -19,16 +19,14 @@ def once_each(function: Callable, *tensors: Tensor) -> list:
     return [results[id(tensor)] for tensor in tensors]
 
 
-def attention_mask(
-    q: Tensor, k: Tensor, num_heads: int, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
-) -> Tensor | None:
+def attention_mask(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
     """Combine the two masks of `nn.MultiheadAttention` into one to add to the scores, broadcastable to (N, H, L, S)."""
     N, L, _ = q.shape
     S = k.shape[1]
-    mask = _additive("attn_mask", attn_mask, q.dtype, (L, S), (N * num_heads, L, S))
-    padding = _additive("key_padding_mask", key_padding_mask, q.dtype, (N, S))
+    mask = _additive("attn_mask", mask, q.dtype, (L, S), (N * heads, L, S))
+    padding = _additive("key_padding_mask", padding, q.dtype, (N, S))
     if mask is not None and mask.dim() == 3:
-        mask = mask.unflatten(0, (N, num_heads))
+        mask = mask.unflatten(0, (N, heads))
     if padding is None:
         return mask
     padding = padding[:, None, None]  # (N, 1, 1, S)

@@ -1,7 +1,7 @@
 """BatchNorms whose statistics follow the adapters: training through them at almost no cost.
 
-LoRA over a frozen BatchNorm lacks a gradient through the statistics, which keeps the activations in range. Taken from
-the batch, these cost passes over the convolution's output. But for given inputs they are a function of the kernel K:
+LoRA over a frozen BatchNorm lacks a gradient through the statistics, which keeps the activations in range. But for
+given inputs they are a function of the kernel K:
 
     mean = K m        var = diag(K C K^T)        (m and C: mean and covariance of the patches that K is applied to)
 
@@ -12,8 +12,7 @@ With the inputs that the base network has on some training images, K = W + s B A
 C is held by its few principal components, so that this costs products of A with k rows. The gradient through it is that
 of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch.
 
-The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm has
-them only while the adapter is merged. An adapter file has them under the BatchNorm's names.
+The statistics belong to the adapter: its convolution's `followed` has them, and the BatchNorm only while it is merged.
 """
 
 import contextlib
@@ -219,9 +218,7 @@ def named_statistics(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def statistics_in_file(
-    model: nn.Module, content: Mapping[str, Any]
-) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d, str, str]]:
+def statistics_in_file(model: nn.Module, content: dict) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d, str, str]]:
     """Yield (convolution, BatchNorm, names of mean and variance) if a file has the adapter's statistics for them."""
     names = {module: name for name, module in model.named_modules()}
     in_file = content["tensors"].keys()

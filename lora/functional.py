@@ -29,12 +29,13 @@ from lora.backends import LOW_PRECISION, compute_dtype
 from lora.int8 import Int8Weight, multiplies_exactly
 from lora.nf4 import NF4Weight, dense_weight
 
+Weight = Tensor | NF4Weight | Int8Weight  # of floats, or frozen in 4 or 8 bits
 # On a CPU the gradient through a recomputed LayerNorm is computed in up to PARTS parts, of PART_NUMEL numbers or more.
 PARTS = 8
 PART_NUMEL = 2**17
 
 
-def _is_trainable(weight: Tensor | NF4Weight | Int8Weight) -> bool:
+def _is_trainable(weight: Weight) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
 
 
@@ -56,26 +57,23 @@ def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None)
     return backends.linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], W.shape[0])
 
 
-def effective_weight(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place: bool = False
-) -> Tensor:
+def effective_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place=False) -> Tensor:
     """``W + s B A`` of a weight (out, in), or of a kernel in its memory format. B: (out, r), A: (groups r, fan_in).
 
     It is a fresh tensor; with `in_place` it may take the memory of the weight, a temporary.
     """
-    W = weight
     if not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last):
         # Permute the small factor too, so that the product comes out in the kernel's own order.
         A = A.view(len(A), *W.shape[1:]).permute(0, 2, 3, 1).flatten(1)
         return effective_weight(W.permute(0, 2, 3, 1), A, B, scaling, groups, in_place).permute(0, 3, 1, 2)
-    W, A, B = (t.flatten(1).unflatten(0, (groups, -1)) for t in (W, A, B))
+    matrices, A, B = (t.flatten(1).unflatten(0, (groups, -1)) for t in (W, A, B))
     if not in_place:
-        W = W.clone()
+        matrices = matrices.clone()
     # In place, since autocast would round the operands of any other product.
-    return W.baddbmm_(B, A, alpha=scaling).reshape(weight.shape)
+    return matrices.baddbmm_(B, A, alpha=scaling).reshape(W.shape)
 
 
-def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
+def _operand(weight: Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
     """The weight as products take it: in 8 bits as it is where they are exact, else dense in ``dtype``."""
     if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, *weight.shape):
         return weight
@@ -97,9 +95,7 @@ def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -
             y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
 
 
-def _adapter_gradients(
-    gy: Tensor, rows: Tensor, h: Tensor | None, A: Tensor, B: Tensor, scaling: float, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adapter_gradients(gy, rows, h, A, B, scaling, groups):
     """gh (N, groups r), gA (groups r, in) and gB (out, r). h is computed if it is None."""
     # The thin matrices lie transposed, with the long dimension contiguous: up to six times faster.
     h = backends.product(A, rows.T) if h is None else h.T.contiguous()  # (groups r, N)
@@ -187,7 +183,10 @@ class RecomputedNorm(NamedTuple):
         return self.norm(x)
 
 
-def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+Prologue = nn.LayerNorm | nn.GELU
+
+
+def _evaluate(prologue: Prologue | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """``prologue(x)`` and what its derivative needs besides x: for a LayerNorm each row's mean and 1 / deviation."""
     if prologue is None:
         return x, []
@@ -199,9 +198,7 @@ def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tenso
     return y, statistics
 
 
-def _pull_back(
-    prologue: nn.LayerNorm | nn.GELU | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
-) -> Tensor:
+def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
     """The gradient of x from the one of ``prologue(x)``, (N, in), in the same memory if it fits."""
     if prologue is None:
         return gradient
@@ -224,7 +221,7 @@ def _pull_back(
 
 def lora_linear(
     x: Tensor,  # (..., in)
-    weight: Tensor | NF4Weight | Int8Weight,  # (out, in)
+    weight: Weight,  # (out, in)
     A: Tensor,  # (groups * r, in)
     B: Tensor,  # (out, r)
     bias: Tensor | None = None,  # (out,)
@@ -232,7 +229,7 @@ def lora_linear(
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
     adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
     # What is to be applied to x first; its output is not saved but recomputed. Not with adapter_x, which would need it.
-    prologue: nn.LayerNorm | nn.GELU | RecomputedNorm | None = None,
+    prologue: Prologue | RecomputedNorm | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B, b, and for W if it is not frozen, which is slower."""
     dtype = compute_dtype(x)
@@ -386,9 +383,7 @@ def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     return (weight * row_scale.to(precise)[:, None, None, None]).to(dtype)  # 16 bits times 32, in one pass
 
 
-def _folded_kernel(
-    weight: Tensor | NF4Weight, A: Tensor, sB: Tensor, row_scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _folded_kernel(weight: Weight, A: Tensor, sB: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``g W + (s g B) A``, rounded once to ``dtype``; sB is s g B."""
     precise = torch.promote_types(dtype, torch.float32)
     W = _scaled_kernel(weight, row_scale, precise)

@@ -68,12 +68,7 @@ def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) 
 
 
 def conv_bn_relu(
-    conv: nn.Module,
-    norm: nn.Module,
-    relu: nn.Module,
-    x: Tensor,
-    input: Tensor | None = None,
-    downsample: nn.Module | None = None,
+    conv: nn.Module, norm: nn.Module, relu: nn.Module, x: Tensor, input: Tensor | None = None, downsample=None
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
@@ -321,7 +316,7 @@ def fuse(model: nn.Module) -> None:
                 any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
                 or (stock is MLPBlock and not _trains(block))
                 or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-                or "checkpointing" in vars(block)
+                or vars(block).get("checkpointing", False)
             )
             block.__class__ = FUSED[stock] if gains else stock
     _set_fast_paths(model)
@@ -375,7 +370,5 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     if full and not by_itself and not blocks:
         raise InputError("gradient checkpointing full finds nothing to recompute in this model")
     for block in blocks:
-        vars(block).pop("checkpointing", None)
-        if full:
-            block.checkpointing = True
+        block.checkpointing = full
     fuse(model)

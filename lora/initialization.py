@@ -8,7 +8,6 @@ G is never formed. If A is zero and B is any matrix Q, the model computes what i
 is ``s Q^T G``: for a random Q a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.1).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -19,8 +18,7 @@ from lora.adapted import adapted_layers, adapter_parameters, in_last_blocks, unw
 from toolkit import distributed, dotted
 from toolkit.models.backbones import block_names
 
-# Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
-# then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
+# How many times faster than everything else adapters with this start learn: benchmarks/RESULTS.md has the measurements.
 ADAPTER_LR_FACTOR = 24.0  # up to rank 8
 RESNET_LR_FACTOR = 2.0  # further, in a ResNet: measured in benchmarks/RESULTS.md, why is not known
 GRADIENT_IMAGES = 256  # enough for a good gradient
@@ -88,13 +86,13 @@ def start_at_change(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     Returns the energy of each layer's change, ``||W' - W||^2``: the part that the adapter keeps, and all of it.
     """
     energies = {}
-    for name, found in itertools.groupby(adapter_pairs(model), key=lambda pair: pair[0]):
-        pairs = list(found)
-        layer = model.get_submodule(name)
+    for name, layer in adapted_layers(model).items():
         change = (trained[dotted(name, layer.weight_name)] - layer.base()).flatten(1)  # (out, fan_in)
         kept = 0.0
-        for part, (_, A, B) in zip(change.chunk(len(pairs)), pairs, strict=True):  # attention's q, k and v
-            U, S, Vh = torch.linalg.svd(part, full_matrices=False)
+        for part, own in zip(layer.parts, change.chunk(len(layer.parts)), strict=True):  # attention's q, k and v
+            A = layer.get_parameter(f"lora_A{part}")
+            B = layer.get_parameter(f"lora_B{part}")
+            U, S, Vh = torch.linalg.svd(own, full_matrices=False)
             S = S[: len(A)]
             rank = len(S)  # below r in a layer as small as this
             B.zero_()

@@ -65,13 +65,11 @@ class Int8Weight:
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
-        codes, scale = quantize_rows(x)
-        return _multiplied(x.dtype, codes, scale, self.codes.T, self.scale, bias)
+        return _multiplied(x, None, self.codes.T, self.scale, bias)
 
     def back(self, gy: Tensor) -> Tensor:
         """``gy W``, (N, out) -> (N, in), in gy's dtype."""
-        codes, scale = quantize_rows(gy, self.scale)
-        return _multiplied(gy.dtype, codes, scale, self.codes, None, None)
+        return _multiplied(gy, self.scale, self.codes, None, None)
 
 
 @torch.compiler.assume_constant_result
@@ -111,16 +109,15 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def _multiplied(
-    dtype: torch.dtype, codes: Tensor, scale: Tensor, matrix: Tensor, columns: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8."""
-    y = scale.new_empty(codes.shape[0], matrix.shape[1], dtype=dtype)
+def _multiplied(x: Tensor, before: Tensor | None, matrix: Tensor, after: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``((x before) matrix) after + bias``, (N, k) -> (N, n), with x's rows as codes. matrix: (k, n), int8."""
+    codes, scale = quantize_rows(x, before)
+    y = scale.new_empty(len(x), matrix.shape[1], dtype=x.dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
-        sums = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        sums = part if x.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         sums.copy_(_product(its_codes, matrix))
-        if columns is not None:
-            sums.mul_(columns)
+        if after is not None:
+            sums.mul_(after)
         if bias is None:
             torch.mul(sums, its_scale, out=part)
         else:

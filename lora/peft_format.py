@@ -7,9 +7,7 @@ Both libraries compute ``W + s B A``, so an adapter's values stay as they are; o
 - **Attention**: here q, k and v have a pair each; PEFT has one pair for their packed weight. A pair of three times the
   rank holds ours: ``A = [A_q; A_k; A_v]`` and ``B = diag(B_q, B_k, B_v)``. In PEFT the output projection has the same
   rank, so its factors are padded with zeros. PEFT up to 0.21 adds the projection's update twice (its pull request
-  3774): `_times_projected` tests the installed release, and the factors are made for that one.
-
-An adapter that PEFT would compute differently is refused, with the reason: see `obstacles`.
+  3774): the factors are made for the installed release.
 """
 
 import logging

@@ -220,9 +220,8 @@ def test_it_is_exported_for_batches_of_any_size():
 @exact_products
 def test_sums_are_as_exact_as_float32():
     """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them."""
-    codes = torch.tensor([[127, 127, 1]], dtype=torch.int8)
-    bias = torch.tensor([-32258.0])
-    y = int8._multiplied(torch.bfloat16, codes, torch.ones(1, 1), codes.T, None, bias)
+    x = torch.tensor([[127, 127, 1]], dtype=torch.bfloat16)
+    y = int8._multiplied(x, None, x.T.to(torch.int8), None, torch.tensor([-32258.0]))
     assert y.item() == 1
 
 
