@@ -76,8 +76,7 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    The constructor takes the stock layer's arguments and the fields of `LoRASettings`. A kind of layer says which
-    weight it adapts (`weight_name`), with what (`_create_adapters`) and what it becomes (`effective_weight`).
+    The constructor takes the stock layer's arguments and the fields of `LoRASettings`.
     """
 
     weight_name = "weight"
@@ -460,9 +459,8 @@ def add_lora_to_model(
         head: the names of the modules that no checkpoint has, such as a classifier: they train and are saved whole.
             None: the module called fc, heads, head or classifier, see `toolkit.models.backbones.head_name`.
 
-    Raises:
-        InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
-            a weight that two layers share, or layers in fewer bits that would become float. The model is as it was.
+    Raises InputError, and leaves the model as it was: a bad value, a rank above the full rank of its largest layer, a
+    target that matches nothing, a weight that two layers share, or layers in fewer bits that would become float.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
     inner = adapted.unwrap_for_editing(model)

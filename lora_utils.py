@@ -247,7 +247,12 @@ class LoRAManager:
         if name is not None and name not in adapter_set.named:
             hint = f"{did_you_mean(name, self.names)} there are: {listed(self.names, 12) or 'none'}"
             raise InputError(f"no adapter is named {name!r}: {hint.lstrip()}")
-        adapter_set.use(name, self.model)
+        if name != adapter_set.in_use:
+            if adapter_set.in_use is not None:
+                adapter_set.named[adapter_set.in_use].snapshot(self.model)
+            adapter_set.base.install(self.model, adapter_set.named.get(name))
+            adapter_set.in_use = name
+            fuse(self.model)
         return {} if name is None else adapter_set.named[name].metadata
 
     def remove(self, name: str) -> None:
@@ -283,24 +288,6 @@ class LoRAManager:
             adapter_set.in_use = DEFAULT
             self.record.metadata = {}
         return adapter_set
-
-    def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
-        """Add a file's adapter under a name. Raises InputError if it does not fit the base."""
-        adapter_set = self._adapter_set()
-        adapter = Adapter(content["metadata"])
-        if not isinstance(name, str) or not name or name in adapter_set.named:
-            raise InputError(f"an adapter cannot be named {name!r}: give another name, or remove the one that has it")
-        before = adapter_set.in_use
-        self.use(None)
-        try:
-            _refuse(path, adapter_set.build(adapter, content, self.model))
-            self._read(content, path)
-            adapter.snapshot(self.model)
-        finally:
-            adapter_set.base.install(self.model)
-            fuse(self.model)
-            self.use(before)
-        adapter_set.named[name] = adapter
 
     def save_lora_checkpoint(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Write the adapter file, `.pth` or `.safetensors`. InputError if that fails; an earlier file stays as it is.
@@ -339,12 +326,26 @@ class LoRAManager:
         InputError, which says all that does not fit; the model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
-        if name is not None:
-            self._add(name, content, path)
-        else:
+        if name is None:
             self._read(content, path)
             self._in_use_or_unnamed().metadata = content["metadata"]
-        return content["metadata"]
+            return content["metadata"]
+        adapter_set = self._adapter_set()
+        if not isinstance(name, str) or not name or name in adapter_set.named:
+            raise InputError(f"an adapter cannot be named {name!r}: give another name, or remove the one that has it")
+        adapter = Adapter(content["metadata"])
+        before = adapter_set.in_use
+        self.use(None)
+        try:
+            _refuse(path, adapter_set.build(adapter, content, self.model))
+            self._read(content, path)
+            adapter.snapshot(self.model)
+        finally:
+            adapter_set.base.install(self.model)
+            fuse(self.model)
+            self.use(before)
+        adapter_set.named[name] = adapter
+        return adapter.metadata
 
     def _in_use_or_unnamed(self) -> Adapter | ModelRecord:
         """What has the metadata of the adapter in use."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lora.adapted import ADAPTED, adapted_layers, is_adapted, recorded_settings, stock_class
 from lora.followed_norms import statistics_in_file
-from lora.fusion import fuse
 from toolkit import InputError
 from toolkit.models.backbones import head_names, in_head
 
@@ -93,14 +92,14 @@ class Adapter:
             owner[leaf] = tensor
 
 
+@dataclass
 class AdapterSet:
     """The adapters that share a model: `adapters` of its record."""
 
-    def __init__(self):
-        self.base = Adapter()
-        self.has_begun = False  # is the base known?
-        self.named: dict[str, Adapter] = {}
-        self.in_use: str | None = None
+    base: Adapter = field(default_factory=Adapter)
+    has_begun: bool = False  # is the base known?
+    named: dict[str, Adapter] = field(default_factory=dict)
+    in_use: str | None = None
 
     def begin(self, model: nn.Module) -> None:
         """Note the base: the head, and the layers that may be adapted, as they are without an adapter."""
@@ -115,16 +114,6 @@ class AdapterSet:
         for path, layer in model.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and not in_head(model, path):
                 self.base.layers[path] = LayerState.of(layer).without_adapter()
-
-    def use(self, name: str | None, model: nn.Module) -> None:
-        """Switch to another adapter of `named`, or with None to the base."""
-        if name == self.in_use:
-            return
-        if self.in_use is not None:
-            self.named[self.in_use].snapshot(model)
-        self.base.install(model, self.named.get(name))
-        self.in_use = name
-        fuse(model)
 
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
         """Build the layers and tensors that an adapter file names over the base. Returns what does not fit."""
