@@ -44,15 +44,12 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple
 
 
 def attend(
-    q: Tensor,  # (N, L, E)
-    k: Tensor,  # (N, S, E), as v
-    v: Tensor,
-    num_heads: int,
-    mask: Tensor | None = None,  # as `attention_mask` returns it
-    dropout: float = 0.0,
-    need_weights: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None, dropout=0.0, need_weights=False
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for."""
+    """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
+
+    q: (N, L, E), k and v: (N, S, E), the mask as `attention_mask` returns it.
+    """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     weights = None
     if need_weights:

@@ -28,9 +28,8 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
     ONEDNN_DTYPES = (torch.float32,)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         ONEDNN_DTYPES += (torch.bfloat16,)
-# The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
-# this size is zero next to any number that float32 adds it to. Numbers below float32's normal range are slow on Intel's
-# processors: with 1e-30 products with gradients, with 1e-15 Adam's squares for channels rectified everywhere.
+# The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak, next to zero in float32,
+# NaN stays. Subnormal numbers are slow: at 1e-30 products with gradients would be, at 1e-15 squares in Adam.
 LEAK = 1e-20
 
 

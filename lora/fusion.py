@@ -316,7 +316,7 @@ def fuse(model: nn.Module) -> None:
                 any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
                 or (stock is MLPBlock and not _trains(block))
                 or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-                or vars(block).get("checkpointing", False)
+                or "checkpointing" in vars(block)
             )
             block.__class__ = FUSED[stock] if gains else stock
     _set_fast_paths(model)
@@ -370,5 +370,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     if full and not by_itself and not blocks:
         raise InputError("gradient checkpointing full finds nothing to recompute in this model")
     for block in blocks:
-        block.checkpointing = full
+        vars(block).pop("checkpointing", None)
+        if full:
+            block.checkpointing = True
     fuse(model)

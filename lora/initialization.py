@@ -37,15 +37,10 @@ def adapter_lr_factor(r: int, most: float = math.inf) -> float:
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> dict[str, float]:
     """Start the adapters of `model` at its gradient, in place, without changing the model's output: B becomes zero.
 
-        def backward():
-            for images, labels in first_batches:
-                F.cross_entropy(model(images), labels).backward()
-
-        start_at_gradient(model, backward)
-
-    Call it after the head has its starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An
-    adapter without a finite gradient is left unchanged; all are if `backward` raises. `seed` is the random Q's. Returns
-    the energy of each adapted layer's gradient, ``||G||^2``, up to one factor if all layers have one scaling.
+    `backward` adds up the gradients of a few hundred images: see docs/python.md. Call it after the head has its
+    starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An adapter without a finite
+    gradient is left unchanged; all are if `backward` raises. Returns the energy of each adapted layer's gradient,
+    ``||G||^2``, up to one factor if all layers have one scaling.
     """
     named = [(name, A, B) for name, A, B in adapter_pairs(model) if A.requires_grad]
     if not named:

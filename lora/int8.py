@@ -8,9 +8,8 @@ Both products with a frozen weight, forward and to the input, are sums of intege
     y  = x W^T  = (xq Wq^T) sx d            (N, out)
     gx = gy W   = ((gy d)q Wq) s            (N, in)
 
-gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. What an
-adapter adds is not rounded. Only CPUs that do it exactly multiply in 8 bits; elsewhere the weight is made dense for
-each product.
+gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. Only CPUs
+that do it exactly multiply in 8 bits; elsewhere the weight is made dense for each product.
 """
 
 import functools
