@@ -7,6 +7,7 @@ The few examples of a normal run are always the same. A longer search with new o
 
 import argparse
 import contextlib
+import copy
 import io
 import math
 import os
@@ -112,28 +113,19 @@ TENSORS = st.builds(
 ODD = st.one_of(PLAIN, TENSORS)
 
 
-def places_in(content, path=()) -> list[tuple]:
-    """The path to every entry of nested dictionaries."""
-    found = []
-    for key, value in content.items():
-        found.append((*path, key))
-        if isinstance(value, dict):
-            found += places_in(value, (*path, key))
-    return found
-
-
 def edited(content: dict, changes) -> dict:
     """A copy with some entries replaced, renamed or removed. A change: where (0 to 1), what, the new value."""
-    content = {key: edited(value, []) if isinstance(value, dict) else value for key, value in content.items()}
+    content = copy.deepcopy(content)
     for place, kind, value in changes:
-        places = places_in(content)
-        if not places:
+        entries = []
+        folders = [content]
+        for folder in folders:  # which grows
+            entries += [(folder, key) for key in folder]
+            folders += [inner for inner in folder.values() if isinstance(inner, dict)]
+        if not entries:
             break
-        *path, key = places[int(place * len(places))]
-        parent = content
-        for step in path:
-            parent = parent[step]
-        old = parent.pop(key) if kind != "replace" else None
+        parent, key = entries[int(place * len(entries))]
+        old = parent.pop(key)
         if kind == "replace":
             parent[key] = value
         elif kind == "rename":

