@@ -138,29 +138,6 @@ def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
             read(tmp_path / name)
 
 
-class RunsCode:
-    """A pickle of this creates a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(legacy, tmp_path):
-    path = tmp_path / "malicious.pth"
-    trace = tmp_path / "ran"
-    content = {"state_dict": {"conv1.weight": torch.zeros(3)}, "optimizer": RunsCode(trace)}
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InputError, match=r"needs (posix|nt)\.mkdir.*may run code"):
-        load_backbone(path, num_classes=2)
-    assert not trace.exists()
-    torch.load(path, weights_only=False)  # the danger is real
-    assert trace.exists()
-
-
 def rezipped(source, target, change=lambda name, data: data, **options):
     """Copies a torch file record by record, changed."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
