@@ -125,7 +125,7 @@ def summary(task, report, baseline: dict, folder, keep_best: str | None = None, 
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     usual = {"kept_share": 1, "kept_epoch": 1, "epochs": 1, "task": task.kind, "device": "cpu", "chosen_by": {}}
     results = usual | results
-    options = argparse.Namespace(output_dir=folder, keep_best=keep_best)
+    options = argparse.Namespace(output_dir=folder, keep_best=keep_best, group_by="patient")
     run = argparse.Namespace(task=task, args=options, baseline=baseline, by_unlabelled=None)
     return reports.summary(run, results, report)
 
@@ -269,12 +269,11 @@ def images(count: int) -> LabelledImages:
     return LabelledImages([Image.new("RGB", (8, 8))] * count, [0] * count)
 
 
-def test_intervals_over_groups_are_said_to_be():
-    run = argparse.Namespace(args=argparse.Namespace(keep_best=None, group_by="patient"))
-    told = "35 images in 18 groups (patient); intervals are over groups"
-    results = {"val_images": 35, "chosen_by": {}}
-    assert reports._notes(run, results | {"val_groups": 18}) == [told]
-    assert reports._notes(run, results) == []
+def test_intervals_over_groups_are_said_to_be(tmp_path):
+    told = ("", "35 images in 18 groups (patient); intervals are over groups")
+    of_run = TASK, TASK.report(evaluation([0, 1], [1, 0])), {"knn": None, "probe": None}, tmp_path
+    assert told in summary(*of_run, val_images=35, val_groups=18)
+    assert "groups" not in str(summary(*of_run, val_images=35))
 
 
 def test_a_label_that_no_image_has_is_left_out_and_said(labels):

@@ -334,10 +334,7 @@ def shown_default(default: Any) -> str:
 def stored_sections(
     sections: Mapping[str, type], args: Any, sources: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The options in the sections of a YAML file, given by the dataclass of each.
-
-    With `sources` those that were typed or are in a YAML file: a default may follow from other options.
-    """
+    """The options in the sections of a YAML file; with `sources` those that were typed, or are in one, alone."""
     found: dict[str, dict[str, Any]] = {}
     for title, section in sections.items():
         found[title] = {}

@@ -1,8 +1,6 @@
-"""One run in several processes, as `torchrun` starts them: each process takes its share of every batch.
+"""One run in several processes, as `torchrun` starts them: of W, process k has the images k, k + W, k + 2 W, ...
 
-    torchrun --nproc-per-node=2 finetune_lora.py --data-dir my_images        # a GPU each, or two processes on the CPU
-
-With W processes, process k has the images k, k + W, k + 2 W, ... With one process nothing here does anything.
+With one process nothing here does anything.
 """
 
 import contextlib
@@ -40,12 +38,6 @@ def join(device: torch.device) -> None:
         raise InputError(f"cannot reach the other processes of torchrun: {' '.join(str(error).split())}") from None
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-
-
-def leave() -> None:
-    """Disconnect from the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def claim_report() -> bool:

@@ -54,28 +54,21 @@ class Loaders:
         self.images = splits
         self.image_size = image_size
         self.has_masks = isinstance(splits.train, masks.MaskedImages)
-        self.answered_at_once = args.batch_size  # with masks whole images are of any size
-        if not self.has_masks:
-            self.answered_at_once = max(args.batch_size, min(128, ANSWERED_PIXELS // image_size**2))
-        normalization = plan.normalization
+        self.answered_at_once = args.batch_size
+        values = plan.normalization
         if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
-            pairs = masks.pair_transforms(image_size, args.augmentation, **normalization)
-            self.augmentation, self.eval_transform = pairs
+            self.augmentation, self.eval_transform = masks.pair_transforms(image_size, args.augmentation, **values)
+            self.plain_view = self.augmentation
         else:
-            self.augmentation = train_transform(image_size, args.augmentation, **normalization)
-            self.eval_transform = eval_transform(image_size, **normalization)
-            self.strong_view = self.augmentation
-            if args.augmentation == "crop" and normalization["bands"] is None:
-                self.strong_view = train_transform(image_size, "trivial", **normalization)
-        self.plain_view: Callable = self.augmentation if self.has_masks else self.eval_transform
+            self.answered_at_once = max(args.batch_size, min(128, ANSWERED_PIXELS // image_size**2))
+            self.augmentation = self.strong_view = train_transform(image_size, args.augmentation, **values)
+            if args.augmentation == "crop" and values["bands"] is None:
+                self.strong_view = train_transform(image_size, "trivial", **values)
+            self.eval_transform = self.plain_view = eval_transform(image_size, **values)
 
     def open(self, norms_train: bool, teaches: bool = False) -> None:
-        """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
-
-        With `norms_train` each process needs some images of a batch. With `teaches` images without labels train: each
-        batch has as many as of others.
-        """
-        if norms_train:
+        """Make the loaders. With `teaches` images without labels train: each batch has as many as of others."""
+        if norms_train:  # each process needs some images of a batch
             self.answered_at_once = self.args.batch_size
         self.val = self.add_loader(self.images.val, self.eval_transform)
         if not self.has_masks:  # which come with images of any size
@@ -175,13 +168,10 @@ class Loaders:
         return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True) -> Features:
-        """Features of `probe_images`, and of what else there is; of evaluation images only if there is to evaluate.
-
-        With masks they are left out: scores are of whole masks.
-        """
+        """Features of `probe_images`, and of what else there is; of evaluation images only if there is to evaluate."""
         train = self.probe_images
         loaders = {"training_images": self.add_loader(train, self.plain_view, keep_workers=False)}
-        if to_evaluate and not self.has_masks:
+        if to_evaluate and not self.has_masks:  # with masks scores are of whole images
             loaders["evaluation_images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented_views"] = self.augmented

@@ -109,10 +109,8 @@ MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times wh
 
 
 def rate_divisor(rate: float, steps: int) -> float:
-    """The divisor of the learning rate of adapters that begin at the gradient: above 1 if the run has few steps.
-
-    Adam's first steps harm what the probe knows, later ones mend that. The power is measured: benchmarks/RESULTS.md.
-    """
+    """The divisor of the learning rate of adapters that begin at the gradient: above 1 if the run has few steps."""
+    # Adam's first steps harm what the probe knows, later ones mend that. The power is measured: benchmarks/RESULTS.md.
     share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
     return max(1.0, rate * (1 - share) / SAFE_RATE) / share
 

@@ -217,7 +217,6 @@ OF_FINE_TUNING = {
     "data": inspect.get_annotations(DataOptions).keys(),
 }
 
-# What a run reads.
 PATHS = ("data_dir", "val_dir", "data_list", "unlabelled", "knn_dir", "checkpoint", "stage1_adapter")
 
 # These may differ when a run is resumed: the digest of the images catches a changed data set.

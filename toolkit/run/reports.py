@@ -164,10 +164,71 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
 
 def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
     """Write and print the results of the model that was saved, and return the content of `results.json`."""
-    normalization = run.plan.normalization
     report = run.task.report(result, run.splits.val.clusters())
-    results = {
-        **_scores(run, result, report.figures(), kept["epoch"]),
+    results = _results(run, result, report.figures(), kept, counts)
+    comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
+    curves = run.path("training_curves.png")
+    plot_finetuning(run.history, run.baseline, curves, run.task)
+    report.draw(run.path(report.picture))
+    explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
+    if run.task.counts_images and block_names(run.model):
+        normalization = run.plan.normalization
+        view = eval_transform(run.report["image_size"], **normalization)
+        explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
+    mistakes = run.path("mistakes.png")
+    report.draw_mistakes(run.splits.val, mistakes, explainer)
+    images = run.task.counts(run.splits.train)
+    adapter = shlex.quote(str(run.path("lora.pth")))
+    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
+    results["verdict"] = found._asdict()
+    meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
+    meaning.append(("next", found.next_step))
+    predict = verdict.predict_command(run.task, adapter)
+    if predict != found.next_step:
+        meaning.append(("or use it", predict))
+    if run.args.stage1_adapter is not None:
+        gained = gained_by_stage_1(run.path("results.json"), results["config"])
+        meaning.append(("gained by stage 1", gained))
+        results["verdict"]["gained_by_stage_1"] = gained
+    rows = summary(run, results, report)
+    number = f"{results['train_images']:,} to train, {results['val_images']:,} to evaluate"
+    backbone = results["backbone"]
+    about = [backbone["arch"], f"from {backbone['name']}", backbone["source"]]
+    about.append(f"licence: {backbone['licence'] or 'see its publisher'}")
+    shown = [*meaning, *rows, ("images", number), ("backbone", ", ".join(filter(None, about)))]
+    shown += [describe_rates(run).split(": ", 1), *_made()]
+    sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
+    named = report.named_mistakes(run.splits.val)
+    write_page(run.path("report.html"), report.title(), shown, sections, mistakes, named, curves, results["config"])
+    write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
+    by_label = report.printed() if report.in_summary else []
+    print(f"\n{table([*rows, *by_label, *meaning])}")
+    return results
+
+
+def _results(
+    run: FineTuned, result: Answers, figures: dict[str, Any], kept: dict[str, Any], counts: dict[str, int]
+) -> dict[str, Any]:
+    """The content of `results.json`, but for the verdict."""
+    score = f"val_{run.task.score}"
+    best = {"epoch": 0, score: run.baseline["probe"]}  # where no epoch did well
+    if run.history:
+        best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
+    adapter = run.path("lora.pth")
+    return {
+        "task": run.task.kind,
+        score: figures.pop(run.task.score),
+        "val_loss": result.loss,
+        "val_images": len(result.targets),
+        f"{score}_interval": figures.pop(f"{run.task.score}_interval"),
+        "eval_split": run.args.eval_split,
+        "kept_epoch": kept["epoch"],  # of which `lora.pth` and these accuracies are
+        # It was chosen on the images that it is measured on, so it is no number to publish.
+        "best_epoch": best["epoch"],
+        f"best_{score}": finite(best[score]),
+        f"knn_{run.task.score}_before": finite(run.baseline["knn"]),
+        f"probe_{run.task.score}_before": finite(run.baseline["probe"]),
+        **figures,
         **run.splits.counts(),
         "class_names": run.task.names,
         "backbone": {"arch": run.report["arch"], **published.described(run.args.checkpoint, run.report["licence"])},
@@ -185,54 +246,21 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
         "total_parameters": counts["total"],
         "lora_parameters": counts["lora"],
         "peak_memory_bytes": peak_memory_bytes(run.device),
-        "adapter_bytes": run.path("lora.pth").stat().st_size,
-        "adapter_digest": state_digest(read_checkpoint(run.path("lora.pth"))["tensors"]),
+        "adapter_bytes": adapter.stat().st_size,
+        "adapter_digest": state_digest(read_checkpoint(adapter)["tensors"]),
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "arithmetic": run.args.arithmetic,
         "version": VERSION,
         "images": run.identity["images"],
-        "normalization": recorded(normalization, run.report),
+        "normalization": recorded(run.plan.normalization, run.report),
         "config": run.identity["config"],
     }
-    comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
-    plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
-    report.draw(run.path(report.picture))
-    explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
-    if run.task.counts_images and block_names(run.model):
-        view = eval_transform(run.report["image_size"], **normalization)
-        explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
-    report.draw_mistakes(run.splits.val, run.path("mistakes.png"), explainer)
-    images = run.task.counts(run.splits.train)
-    adapter = shlex.quote(str(run.path("lora.pth")))
-    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
-    results["verdict"] = found._asdict()
-    meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
-    meaning.append(("next", found.next_step))
-    predict = verdict.predict_command(run.task, adapter)
-    if predict != found.next_step:
-        meaning.append(("or use it", predict))
-    if run.args.stage1_adapter is not None:
-        meaning.append(("gained by stage 1", gained_by_stage_1(run.path("results.json"), results["config"])))
-        results["verdict"]["gained_by_stage_1"] = meaning[-1][1]
-    rows = summary(run, results, report)
-    sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
-    shown = [*meaning, *rows, *_known_at_start(results), describe_rates(run).split(": ", 1), *_made()]
-    mistakes = run.path("mistakes.png"), report.named_mistakes(run.splits.val)
-    curves = run.path("training_curves.png")
-    write_page(run.path("report.html"), report.title(), shown, sections, *mistakes, curves, results["config"])
-    write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
-    by_label = report.printed() if report.in_summary else []
-    print(f"\n{table([*rows, *by_label, *meaning])}")
-    return results
 
 
 def gained_by_stage_1(mine: Path, config: Mapping[str, Any]) -> str:
-    """Compare a run with one that lies beside it and differs in the stage-1 adapter alone; or say how to, without one.
-
-    `mine` is the results.json of the run, which may be yet to be written; the answers beside it are there.
-    """
+    """Compare a run, by the answers next to its results.json to be, with one beside it without stage 1; or say how."""
     own = flat(config)
     for path in sorted(mine.absolute().parent.parent.glob("*/results.json")):
         with contextlib.suppress(InputError):
@@ -264,44 +292,12 @@ def labels_to_check(run: FineTuned) -> list[str]:
     return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]
 
 
-def _known_at_start(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """For the page: the images, and the backbone with its source and licence."""
-    images = f"{results['train_images']:,} to train, {results['val_images']:,} to evaluate"
-    backbone = results["backbone"]
-    about = [backbone["arch"], f"from {backbone['name']}", backbone["source"]]
-    about.append(f"licence: {backbone['licence'] or 'see its publisher'}")
-    return [("images", images), ("backbone", ", ".join(filter(None, about)))]
-
-
 def _made() -> list[tuple[str, str]]:
     """When and by what a page was made: version and command, unless Python called the script."""
     made = [("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
     if Path(sys.argv[0]).name.startswith(("finetune_lora.py", "moco-lora-finetune")):
         made.append(("command", f"{typed('finetune')} {shlex.join(sys.argv[1:])}"))
     return made
-
-
-def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
-    score = f"val_{run.task.score}"
-    best = {"epoch": 0, score: run.baseline["probe"]}  # where no epoch did well
-    if run.history:
-        best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
-    interval = f"{run.task.score}_interval"
-    return {
-        "task": run.task.kind,
-        score: figures[run.task.score],
-        "val_loss": result.loss,
-        "val_images": len(result.targets),
-        f"val_{interval}": figures[interval],
-        "eval_split": run.args.eval_split,
-        "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
-        # It was chosen on the images that it is measured on, so it is no number to publish.
-        "best_epoch": best["epoch"],
-        f"best_{score}": finite(best[score]),
-        f"knn_{run.task.score}_before": finite(run.baseline["knn"]),
-        f"probe_{run.task.score}_before": finite(run.baseline["probe"]),
-        **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
-    }
 
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
@@ -372,7 +368,16 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
     before = {f"k-NN {task.score_title} before": run.baseline["knn"], "linear probe before": run.baseline["probe"]}
     rows = [(name, task.reported(score)) for name, score in before.items() if score is not None]
     rows.append((f"{title} after", headline))
-    rows += [("", note) for note in _notes(run, results)]
+    if "val_groups" in results:
+        groups = f"{results['val_images']:,} images in {results['val_groups']:,} groups"
+        rows.append(("", f"{groups} ({run.args.group_by}); intervals are over groups"))
+    for what, images in results["chosen_by"].items():
+        of_epoch = f"{results['kept_epoch']} of {results['epochs']}"
+        value = of_epoch if what == "epoch" else short_rate(results["learning_rate"])
+        rows.append(("", f"{what} {value} chosen by {images}"))
+    if run.args.keep_best and "epoch" not in results["chosen_by"]:
+        undefined = "what --keep-best chooses by is not defined on the evaluation images"
+        rows.append(("", f"the last epoch is kept: {undefined}"))
     rows += others
     trained = results["trainable_parameters"]
     total = results["total_parameters"]
@@ -393,17 +398,3 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
     ]
-
-
-def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
-    notes = []
-    if "val_groups" in results:
-        groups = f"{results['val_images']:,} images in {results['val_groups']:,} groups"
-        notes.append(f"{groups} ({run.args.group_by}); intervals are over groups")
-    for what, images in results["chosen_by"].items():
-        of_epoch = f"{results['kept_epoch']} of {results['epochs']}"
-        value = of_epoch if what == "epoch" else short_rate(results["learning_rate"])
-        notes.append(f"{what} {value} chosen by {images}")
-    if run.args.keep_best and "epoch" not in results["chosen_by"]:
-        notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
-    return notes

@@ -138,7 +138,8 @@ def run_script(main: Callable[[], Any]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-        distributed.leave()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except InputError as error:
         sys.stdout.flush()
         if distributed.claim_report():

@@ -43,11 +43,7 @@ def usual_rate(args: FineTuneOptions) -> float:
 
 
 def choose(trials: Sequence[Trial], variance: Callable[[float], float], usual: float) -> float:
-    """Return the rate nearest to the usual one among those within one standard error of the best score.
-
-    A few hundred images cannot show which of these is best (Breiman et al., Classification and Regression Trees, 1984,
-    section 3.4.3).
-    """
+    """The rate nearest to the usual one within one standard error of the best score (Breiman, CART, 1984, 3.4.3)."""
     # A trial that has collapsed is never the best, though R2 may be below its 0.
     trials = [trial for trial in trials if math.isfinite(trial.val_loss)] or trials
     scored = [trial for trial in trials if not math.isnan(trial.val_score)]
