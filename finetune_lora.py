@@ -664,7 +664,7 @@ def main(
     distributed.join(device)
     if options.all_folds(args):
         return cross_validate(main, argv, after_epoch, args)
-    asked = config.stored_sections(options.YAML_SECTIONS, args, sources)
+    asked = options.stored_sections(args, sources)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY), held as begin:
         read = config.stored(args.config) or "defaults"
@@ -1005,7 +1005,7 @@ class FineTuning(RunState):
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
-        self.begin_training(model, optimizer, steps, warmup)
+        self.begin_training(optimizer, steps, warmup)
         optim.lower_rates(self.schedule, divisor)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),

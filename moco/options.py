@@ -71,11 +71,10 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> tu
 
 def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    problems = options.complete_shared(args, sources)
+    problems = options.complete_shared(args, sources, typed)
     problems += options.environment_problems(args, written(args))
     if args.knn_dir and not remote.is_folder(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.shared_problems(args, typed)
     if "crop_min" in typed and args.two_crops == "digits":
         problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
     if args.checkpoint is None and args.lora_rank > 0:

@@ -150,7 +150,7 @@ class Pretraining(RunState):
             share_statistics(self.model)
         base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
-        self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
+        self.begin_training(build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
         self.trained_entries["model"] = StateEntry(self.model_state, restore)

@@ -459,9 +459,9 @@ def worst(rank: int) -> float:
 def drawn(rank: int) -> tuple[float, float, float]:
     """What a run draws after it has begun, then, and once more when its state is restored."""
     run = run_state.RunState(SimpleNamespace(seed=0, epochs=1), CPU, torch.float32)
-    network = nn.Linear(2, 2)
+    run.model = nn.Linear(2, 2)
     torch.manual_seed(0)
-    run.begin_training(network, torch.optim.SGD(network.parameters()), 1, 0)
+    run.begin_training(torch.optim.SGD(run.model.parameters()), 1, 0)
     first = torch.rand(()).item()
     entry = run.trained_entries["rng"]
     state = entry.save()

@@ -24,7 +24,7 @@ from toolkit import VERSION, InputError, config, files
 from toolkit.answers.measures import share_interval
 from toolkit.files import read_checkpoint
 from toolkit.run import optim, options, run_state, verdict
-from toolkit.run.options import OF_FINE_TUNING, YAML_SECTIONS, Plan
+from toolkit.run.options import OF_FINE_TUNING, Plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -271,7 +271,7 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     assert shared == {"model", "data"} == OF_FINE_TUNING.keys()
     for section in shared:
         assert fine_tuning[section] - stage1[section] == OF_FINE_TUNING[section], section
-    settings = config.stored_sections(YAML_SECTIONS, finetune_lora.read_options([])[0])
+    settings = options.stored_sections(finetune_lora.read_options([])[0])
     settings["model"]["arch"] = "vit_mini"  # stage 1 cannot leave it to a checkpoint
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     args, _ = pretrain.read_options(["--config", str(tmp_path / "config.yaml")])
@@ -341,7 +341,7 @@ def test_the_config_of_a_run_with_a_changed_option_is_its_command_with_that_opti
     places = {"images": images, "pairs": pairs, "file": tmp_path / "my.yaml"}
     command = [f"--checkpoint={base}", *RUNS[run].format(**places).split()]
     args, sources = read_options(command)
-    asked = config.stored_sections(YAML_SECTIONS, args, sources)
+    asked = options.stored_sections(args, sources)
     run_state.write_config(path, asked, settled().settings(args))
     accepted = set()
     for action in finetune_lora.make_parser()._actions:

@@ -105,7 +105,7 @@ def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
 def test_float16s_scale_comes_back_with_the_state(start):
     run = start()
     run.dtype = torch.float16
-    run.begin_training(run.model, run.optimizer, 3, 0)
+    run.begin_training(run.optimizer, 3, 0)
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
     state = run.trained()
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 1})

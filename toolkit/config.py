@@ -331,19 +331,6 @@ def shown_default(default: Any) -> str:
 # ------------------------------------------------------------------------------------------------ the settings of a run
 
 
-def stored_sections(
-    sections: Mapping[str, type], args: Any, sources: Mapping[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """The options in the sections of a YAML file; with `sources` those that were typed, or are in one, alone."""
-    found: dict[str, dict[str, Any]] = {}
-    for title, section in sections.items():
-        found[title] = {}
-        for field in dataclasses.fields(section):
-            if sources is None or sources[field.name] != "default":
-                found[title][field.name] = stored(getattr(args, field.name))
-    return found
-
-
 def stored(value: Any) -> Any:
     """An option's value as a file can hold it."""
     if isinstance(value, list | tuple):

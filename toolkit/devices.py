@@ -97,8 +97,7 @@ MEASURED_PIXELS = 16 * 64**2  # a few small images would wait for the weights, w
 def faster_dtype(build: Callable[[torch.dtype], nn.Module], channels: int, size: int) -> torch.dtype:
     """bfloat16 if a CPU trains enough faster in it, which is printed, else float32. Several processes get one answer.
 
-    Measured are steps on images (channels, size, size), two or more, with the models that `build` makes for both.
-    Random numbers stay as they were.
+    Measured are steps on two or more images (channels, size, size), with the models that `build` makes for both.
     """
     images = to_device(torch.ones(max(2, MEASURED_PIXELS // size**2), channels, size, size), CPU)
 
@@ -140,11 +139,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model to the device, in place, and its kernels into the memory format of the images from `to_device`.
-
-    On a CPU that is measured to help ResNets; on a GPU each convolution would copy its kernel into that format.
-    """
+    """Move a model to the device, in place, and its kernels into the memory format of the images from `to_device`."""
     model.to(device)
+    # On a CPU that is measured to help ResNets; on a GPU each convolution would copy its kernel into that format.
     is_resnet = any(isinstance(module, ResNet) for module in model.modules())
     if device.type == "cuda" or (is_resnet and device.type == "cpu"):
         for module in model.modules():

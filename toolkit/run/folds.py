@@ -13,10 +13,7 @@ from toolkit.run.options import FineTuneOptions
 
 
 def cross_validate(
-    run: Callable[[list[str], Callable | None], dict[str, Any]],
-    argv: Sequence[str] | None,
-    after_epoch: Callable | None,
-    args: FineTuneOptions,
+    run: Callable, argv: Sequence[str] | None, after_epoch: Callable | None, args: FineTuneOptions
 ) -> dict[str, Any]:
     """Run each part in turn, in a folder of its own; print the mean of their scores, and return `folds`, their results.
 

@@ -9,8 +9,8 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +192,17 @@ YAML_SECTIONS = {"model": ModelOptions, "data": DataOptions, "finetune": TuneOpt
 FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
 
 
+def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The options in the sections of a YAML file; with `sources` those that were typed, or are in one, alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for title, section in YAML_SECTIONS.items():
+        found[title] = {}
+        for field in fields(section):
+            if sources is None or sources[field.name] != "default":
+                found[title][field.name] = config.stored(getattr(args, field.name))
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """What options leave open, settled by the machine, the checkpoint and the images."""
@@ -205,7 +216,7 @@ class Plan:
 
     def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
         """The options, with what is settled, in the sections of a YAML file: a resumed run has to have the same."""
-        settings = config.stored_sections(YAML_SECTIONS, args)
+        settings = stored_sections(args)
         settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
         settings["finetune"] |= {"precision": self.precision, "norms": self.norms}
         return settings
@@ -249,8 +260,8 @@ def _default_config(typed: dict[str, Any]) -> Path | None:
 # -------------------------------------------------------------------- what follows from options, before they are frozen
 
 
-def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
-    """Fill in what follows from options that both scripts have; return what is wrong with the images' own."""
+def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Container[str]) -> list[str]:
+    """Fill in what follows from options that both scripts have; return what is wrong with them, one line each."""
     if args.lora_alpha is None:  # without adapters the usual rank's
         args.lora_alpha = 2.0 * (args.lora_rank or 8)
     if args.resume == Path():  # the flag alone
@@ -274,6 +285,18 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str]) -> list[s
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
+    if args.lora_rank == 0:
+        always = ("use_qlora", "adapt_last")
+        # A configuration may have the others for its runs with adapters, so they are refused only if they are typed.
+        for name in (*always, "lora_alpha", "lora_dropout", "target_modules", "lora_init"):
+            if name in typed or (name in always and getattr(args, name)):
+                problems.append(f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank")
+    if args.warmup_epochs > args.epochs:
+        warmup = f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
+        problems.append(f"{warmup}: no step would have the peak rate; lower it")
+    if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
+        missing = f"--resume {args.resume}: no such file, so there is nothing to go on with"
+        problems.append(f"{missing}; start without --resume")
     return problems
 
 
@@ -288,7 +311,7 @@ def unlabelled_problems(args: Any) -> Iterator[str]:
 def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], typed: set[str]) -> list[str]:
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
     args.label_columns = scaling.split_names(args.label_columns)
-    problems = complete_shared(args, origins)
+    problems = complete_shared(args, origins, typed)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
         seen = "the backbone that comes with the toolkit has seen handwritten digits alone"
@@ -310,7 +333,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
                 problems.append(f"{words} with {other}: {reason}; drop one of the two")
-    return [*problems, *shared_problems(args, typed), *_own_problems(args, typed)]
+    return [*problems, *_own_problems(args, typed)]
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -363,21 +386,6 @@ def _is_given(args: Any, words: str) -> bool:
         return not getattr(args, name.removeprefix("no_"))
     now = getattr(args, name)
     return str(now) == value if value else now not in (None, False, "none")
-
-
-def shared_problems(args: Any, typed: Container[str]) -> Iterator[str]:
-    """What is wrong with options that both scripts have, one line each. `typed`: see `parse_args`."""
-    if args.lora_rank == 0:
-        always = ("use_qlora", "adapt_last")
-        # A configuration may have the others for its runs with adapters, so they are refused only if they are typed.
-        for name in (*always, "lora_alpha", "lora_dropout", "target_modules", "lora_init"):
-            if name in typed or (name in always and getattr(args, name)):
-                yield f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank"
-    if args.warmup_epochs > args.epochs:
-        warmup = f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
-        yield f"{warmup}: no step would have the peak rate; lower it"
-    if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
-        yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"
 
 
 def _own_problems(args: Any, typed: Container[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from toolkit.answers.answer_reports import PICTURES, Report, finite
 from toolkit.answers.heat_maps import Explainer
 from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.answers.tasks import TASKS, Answers, Task
+from toolkit.answers.tasks import TASKS, Answers
 from toolkit.config import flat
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
@@ -168,7 +168,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     results = _results(run, result, report.figures(), kept, counts)
     comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
     curves = run.path("training_curves.png")
-    plot_finetuning(run.history, run.baseline, curves, run.task)
+    plot_finetuning(run, curves)
     report.draw(run.path(report.picture))
     explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
     if run.task.counts_images and block_names(run.model):
@@ -316,10 +316,10 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
 
-def plot_finetuning(
-    history: list[dict[str, float]], baseline: dict[str, float | None], path: Path, task: Task | type[Task]
-) -> None:
-    """Losses and score by epoch, both losses without label smoothing. A score of `baseline` is None if not measured."""
+def plot_finetuning(run: FineTuned, path: Path) -> None:
+    """Losses and score by epoch, both losses without label smoothing."""
+    task = run.task
+    history = run.history
     figure = new_figure(9, 3.6)
     losses, scores = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -329,9 +329,9 @@ def plot_finetuning(
     factor, unit = task.axis
     scores.plot(epochs, [factor * row[f"val_{task.score}"] for row in history], "s--", color=ORANGE, label="evaluation")
     for name, style in (("knn", ":"), ("probe", "-.")):
-        if baseline[name] is not None:
+        if run.baseline[name] is not None:
             label = f"{BASELINES[name]} before training"
-            scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=label)
+            scores.axhline(factor * run.baseline[name], color="0.4", linestyle=style, label=label)
     scores.set(ylabel=f"{task.score_title}{unit}", title=task.score_title[0].upper() + task.score_title[1:])
     for axes in (losses, scores):
         _by_epoch(axes)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch import nn
 
 from toolkit import InputError, distributed
 from toolkit.config import SETTLED, flat
@@ -43,6 +42,7 @@ class RunState:
     """What a run has done so far, and what it needs to resume, on a CPU bit for bit. Both scripts derive from it.
 
     Attributes:
+        model: which is called in training, and is for them to set.
         trained_entries: what training changes, by key of `last.pth`.
         other_entries: what else a resumed run needs.
         identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is.
@@ -69,16 +69,14 @@ class RunState:
         }
         self.identity: dict[str, Any] = {}
 
-    def begin_training(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int
-    ) -> None:
+    def begin_training(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int) -> None:
         """Set up optimizer, schedule and scaler; from here on each process draws random numbers of its own."""
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
         self.steps_read_together = STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parallel = distributed.parallel(network, self.device)
+        self.parallel = distributed.parallel(self.model, self.device)
         if distributed.rank() > 0:
             seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {

@@ -71,7 +71,7 @@ class Teacher:
         return torch.cat([labels, self.sure_labels(logits * self.temperature, self.first_answers[places])])
 
     def sure_labels(self, logits: Tensor, first_answers: Tensor) -> Tensor:
-        """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if it is not sure."""
+        """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if not sure."""
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
         answers = ((logits.log_softmax(1) + first) / 2).softmax(1)
         certainty, classes = answers.max(1)
