@@ -20,8 +20,6 @@ import torch
 
 from toolkit import SHIPPED, TOOLKIT, InputError, check_file, found_path, printable, same_file, stored_path  # noqa: F401
 
-# --- Writing ---------------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
@@ -79,9 +77,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
-
-
-# --- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:

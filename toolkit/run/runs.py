@@ -80,7 +80,7 @@ class StopRequests:
 
 
 # What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
-NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+NO_MEMORY_ON_GPU = "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 # What an OSError says, or PyTorch in the place of one, where the system lacks something; "ancdata" are open files.
 LACKS = {
     "Too many open files|ancdata": "too many files are open: raise their limit (ulimit -n 4096)",
@@ -100,7 +100,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[None]:
         for said, remedy in LACKS.items():
             if re.search(said, str(error)):
                 raise InputError(f"{remedy}, or use fewer --workers") from None
-        on_device = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY_ON_GPU)
+        on_device = isinstance(error, torch.OutOfMemoryError) or re.search(NO_MEMORY_ON_GPU, str(error))
         if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise InputError(f"out of memory on {device if on_device else 'cpu'}: {saves_memory}") from None
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):

@@ -85,11 +85,9 @@ class Teacher:
     def watched(self) -> Tensor:
         """The places of the images that were answered most surely at the start, (n,): as many of each class."""
         certainty, classes = self.first_answers.max(1)
-        found = []
-        for label in range(self.first_answers.shape[1]):
-            places = (classes == label).nonzero().flatten()
-            order = certainty[places].argsort(descending=True, stable=True)
-            found.append(places[order[: max(1, WATCHED // self.first_answers.shape[1])]])
+        surest = certainty.argsort(descending=True, stable=True)
+        number = self.first_answers.shape[1]
+        found = [surest[classes[surest] == label][: max(1, WATCHED // number)] for label in range(number)]
         return torch.cat(found)
 
     def still_sure(self, logits: Tensor) -> bool:

@@ -32,8 +32,7 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
 class MicroBatches(NamedTuple):
     """The batches of one optimizer step, read one at a time."""
 
-    # Images (N, 3, S, S) and labels (N,): this process's share. Or with as many images behind those with a label, and
-    # what `teacher.Teacher.extend` takes to label them.
+    # This process's share, (N, 3, S, S), and labels (N,). Images without labels follow: see `Teacher.extend`.
     batches: Iterator[tuple[Tensor, ...]]
     number: int
     images: int  # with a label, of all processes together
