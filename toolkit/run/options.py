@@ -69,8 +69,6 @@ class ShapeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ShapeOptions):
-    """Section `model`."""
-
     checkpoint: Path = option(
         SHIPPED, "a file, or a name: moco-v2-800ep, timm:NAME, shipped; none: random", type=checkpoint_path
     )
@@ -106,8 +104,6 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(ImageOptions):
-    """Section `data`."""
-
     task: str = option(
         choices.DEFAULT_TASK,
         "a class per image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
@@ -141,8 +137,6 @@ class AdapterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(AdapterOptions):
-    """Section `finetune`."""
-
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option(
         "auto", "of a ResNet. auto: they follow the adapters, and are frozen on a GPU; train: slow", choices=NORM_MODES
