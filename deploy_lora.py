@@ -410,7 +410,9 @@ def choose(args: argparse.Namespace) -> list[str]:
         classes = deployed.about["class_names"]
         if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
             how = "the most typical first"
-            [(known, _)] = _answered(backbone, labelled, [range(len(labelled))])
+            known = features[:0]
+            if len(labelled):
+                [(known, _)] = _answered(backbone, labelled, [range(len(labelled))])
             chosen = choosing.most_typical(features, count, known)
         else:
             how = "the adapter is least sure of them"

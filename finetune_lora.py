@@ -668,7 +668,7 @@ def main(
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY), held as begin:
         read = config.stored(args.config) or "defaults"
-        print(f"settings: {read} and what was typed; all are in {args.output_dir / 'config.yaml'}")
+        print(f"settings: {read} and what was typed; all go into {args.output_dir / 'config.yaml'}")
         if args.adapt_last == "auto":
             args = replace(args, adapt_last=blocks_to_adapt(args, device))
         splits, model, report, plan = prepare(args, device)

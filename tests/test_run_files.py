@@ -136,7 +136,7 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path, capsys):
     assert yaml.safe_load(config.read_text())["settled"] == first["config"]
     capsys.readouterr()
     again = finetune_lora.main(f"--config {config} --output-dir {tmp_path / 'again'} --device cpu".split())
-    said = f"settings: {config} and what was typed; all are in {tmp_path}/again/config.yaml"
+    said = f"settings: {config} and what was typed; all go into {tmp_path}/again/config.yaml"
     assert capsys.readouterr().out.splitlines()[0] == said
     assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]
     assert_same_tensors(first["folder"] / "lora.pth", tmp_path / "again/lora.pth")
