@@ -19,6 +19,8 @@ from toolkit.answers.heat_maps import Explainer, grad_cam
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseModel
 
+pytestmark = pytest.mark.usefixtures("small_backbones")
+
 
 def by_hand(features: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Equations 1 and 2 of the paper, for features (N, D, h, h) of which the outputs (N, K) were computed."""

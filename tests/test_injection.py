@@ -131,11 +131,10 @@ def test_targets(targets, expected):
 
 
 def test_an_adapted_head_is_merged_but_no_part_of_the_base_and_not_rounded():
-    model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"])
-    LoRAManager(randomize_adapters(model)).merge_into_base()
+    model = frozen(vit(), target_modules=["mlp", "heads"])
+    LoRAManager(model).merge_into_base()
     assert not adapted_names(model) and not any(name.startswith("heads") for name in record_of(model).base_digests)
-    model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"], base_dtype=torch.bfloat16)
-    freeze_backbone_params(model)
+    model = frozen(vit(), target_modules=["mlp", "heads"], base_dtype=torch.bfloat16)
     head = model.heads.head
     assert isinstance(head, LoRALinear) and head.weight.dtype == torch.float32 and head.weight.requires_grad
     assert model.encoder.layers[0].mlp[0].weight.dtype == torch.bfloat16
@@ -270,8 +269,7 @@ def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
 def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, side, four_bits):
     """They start as the base model, and the record of the base stays: by it an adapter file knows what has trained."""
-    model = add_lora_to_model(build(), use_qlora=four_bits).eval()
-    freeze_backbone_params(model)
+    model = frozen(build(), std=0.0, use_qlora=four_bits).eval()
     x = images(side)
     expected = model(x)
     base = {name: tensor for name, tensor in snapshot(model).items() if "lora_" not in name}
@@ -283,8 +281,7 @@ def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, side,
             with pytest.raises(InputError, match="call unmerge_lora_weights"):  # which would discard what is learned
                 freeze_backbone_params(model, freeze=False)
         assert not torch.allclose(model(x), expected, atol=1e-2)
-        add_lora_to_model(model, r=3, use_qlora=four_bits)
-        freeze_backbone_params(model)
+        frozen(model, std=0.0, r=3, use_qlora=four_bits)
         assert record_of(model).base_digests == digests
         assert {A.shape[0] for layer in model.modules() for _, _, A, _ in adapters(layer)} == {3}
         assert_unchanged(base, model, base)
@@ -336,16 +333,14 @@ def test_counts_are_of_elements():
     head = 16 * 5 + 5
     assert count_parameters(model) == {"total": total, "trainable": total, "frozen": 0, "lora": 0}
     for four_bits in (False, True):
-        freeze_backbone_params(add_lora_to_model(model, use_qlora=four_bits))
+        frozen(model, r=8, use_qlora=four_bits)
         counts = {"total": total + lora, "trainable": lora + head, "frozen": total - head, "lora": lora}
         assert count_parameters(model) == counts
 
 
 def test_statistics_of_a_frozen_batch_norm_stay():
     """Whatever train() says (peft issue 1732); until it is unfrozen, and but for those of the head."""
-    layers = resnet(), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(5, 4), nn.BatchNorm1d(4)
-    model = add_lora_to_model(nn.Sequential(*layers))
-    freeze_backbone_params(model)
+    model = frozen(nn.Sequential(resnet(), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(5, 4), nn.BatchNorm1d(4)))
     before = snapshot(model)
     model.eval().train()
     model(images(count=4))
@@ -358,11 +353,9 @@ def test_statistics_of_a_frozen_batch_norm_stay():
         freeze_backbone_params(model.train(training))
         freeze_backbone_params(model, freeze=False)
         assert {module.training for module in model.modules()} == {training}
-    head = nn.Module()
-    head.backbone = nn.Linear(4, 4)
-    head.head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
-    freeze_backbone_params(add_lora_to_model(head, r=2))
-    assert head.train().head[0].training and head.head[0].weight.requires_grad
+    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    frozen(nn.Sequential(OrderedDict(backbone=nn.Linear(4, 4), head=head))).train()
+    assert head[0].training and head[0].weight.requires_grad
 
 
 STORAGE = {"float": {}, "4 bits": {"use_qlora": True}, "bfloat16": {"base_dtype": torch.bfloat16}}
@@ -414,8 +407,7 @@ class ReadsWeight(nn.Module):
 
 
 def test_adapters_that_no_gradient_reaches_are_named():
-    model = add_lora_to_model(ReadsWeight(), r=1)
-    freeze_backbone_params(model)
+    model = frozen(ReadsWeight())
     assert unused_adapters(model) == ["called", "read", "spare"]  # nothing was computed yet
     model(images(4)).sum().backward()
     assert unused_adapters(model) == ["read", "spare"]
@@ -460,8 +452,7 @@ def test_the_statistics_of_batch_norm_s_subclasses_freeze_as_well(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4), nn.Conv2d(4, 2, 3))
     stock = copy.deepcopy(model).eval()
     x = images(8)
-    add_lora_to_model(model, r=1)
-    freeze_backbone_params(model)
+    frozen(model, std=0.0)
     torch.save(model, tmp_path / "model.pth")
     for frozen_model in (model, copy.deepcopy(model), torch.load(tmp_path / "model.pth", weights_only=False)):
         assert_close(frozen_model.train()(x), stock(x), FP32)
@@ -480,11 +471,9 @@ def with_own_head() -> nn.Module:
 
 @pytest.mark.parametrize("head", ["cls", ["cls"]])
 def test_a_head_of_any_name_trains_and_is_saved_whole(head, tmp_path):
-    model = add_lora_to_model(with_own_head(), r=2, head=head)
+    model = frozen(with_own_head(), head=head)
     x = torch.randn(4, 6)
-    freeze_backbone_params(model)
     assert type(model.cls) is nn.Linear and model.cls.weight.requires_grad and not model.body[0].weight.requires_grad
-    randomize_adapters(model)
     LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth")
     again = add_lora_to_model(with_own_head(), r=2, head=head)
     LoRAManager(again).load_lora_checkpoint(tmp_path / "a.pth")
@@ -506,8 +495,7 @@ def with_hidden_fc() -> nn.Module:
 def test_a_last_layer_that_is_no_head_is_reported(build, last, options):
     model = build()
     with pytest.warns(UserWarning, match=f"last layer, {last}, .* with the backbone: if it is new, give head='{last}'"):
-        add_lora_to_model(model, r=2, **options)
-    freeze_backbone_params(model)
+        frozen(model, **options)
     assert not model.get_submodule(last).weight.requires_grad
 
 
@@ -518,10 +506,9 @@ def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
     headless = vit()
     headless.heads = nn.Identity()
     add_lora_to_model(headless, r=2, target_modules="self_attention")  # the last layer is one of many alike
-    holder = nn.Module()
-    holder.model = resnet()
-    freeze_backbone_params(add_lora_to_model(holder, r=2))  # its head is found in another module
-    assert type(holder.model.fc) is nn.Linear and holder.model.fc.weight.requires_grad
+    inside = resnet()
+    frozen(nn.Sequential(inside))  # its head is found in another module
+    assert type(inside.fc) is nn.Linear and inside.fc.weight.requires_grad
     with pytest.raises(InputError, match=r"no module is named 'clss', so it cannot be the classifier head: did you"):
         add_lora_to_model(with_own_head(), r=2, head="clss")
 

@@ -116,12 +116,7 @@ def test_a_layer_is_near_the_dense_one(layer, shape, autocast):
     for parameter in stock.parameters():
         nn.init.normal_(parameter, std=0.1)
     for mode in (True, False):
-        model = in_8_bits(stock).train(mode)
-        compare_with_dense(stock, model, [torch.randn(shape)], IN_8_BITS, autocast=autocast)
-
-
-def attend(attention: nn.Module, *inputs: Tensor):
-    return attention(*inputs, need_weights=False)[0]
+        compare_with_dense(stock, in_8_bits(stock).train(mode), [torch.randn(shape)], IN_8_BITS, autocast=autocast)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -131,7 +126,7 @@ def test_attention_is_near_the_dense_one(count):
     model = in_8_bits(stock)
     own = [torch.randn(5, 9, 64) for _ in range(3)]
     inputs = own if count == 3 else [own[0], own[count - 1], own[count - 1]]
-    compare_with_dense(stock, model, inputs, 5e-2, attend)
+    compare_with_dense(stock, model, inputs, 5e-2, lambda model, *inputs: model(*inputs, need_weights=False)[0])
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

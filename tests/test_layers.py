@@ -24,32 +24,17 @@ from dense import (
 from torch import nn
 from torch.func import functional_call
 
-from finetune_lora import (
-    LoRAConv2d,
-    LoRALinear,
-    LoRAMultiheadAttention,
-    LoRASettings,
-    QLoRAConv2d,
-    QLoRALinear,
-    QLoRAMultiheadAttention,
-    add_lora_to_model,
-    freeze_backbone_params,
-)
+from finetune_lora import LoRASettings, add_lora_to_model, freeze_backbone_params
+from lora.adapted import ADAPTED
 from lora.nf4 import dense_weight
 from lora_utils import LoRAManager, base_digests
 from toolkit import InputError
-
-KINDS = {
-    nn.Linear: (LoRALinear, QLoRALinear),
-    nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
-    nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
-}
 
 
 def adapted(stock: nn.Module, four_bits: bool = False, base_dtype: torch.dtype | None = None, **options) -> nn.Module:
     """The layer with a random update; what is not an adapter is frozen, but for biases, which show their gradients."""
     settings = LoRASettings(**{"r": 4, "lora_alpha": 6, **options})
-    layer = KINDS[type(stock)][four_bits].adapt(copy.deepcopy(stock), settings, base_dtype)
+    layer = ADAPTED[type(stock)][four_bits].adapt(copy.deepcopy(stock), settings, base_dtype)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_("lora_" in name or "bias" in name)
     return randomize_adapters(layer)

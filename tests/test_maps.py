@@ -399,13 +399,10 @@ def in_rows(path, bands, height=23):
 
 
 WRITTEN = {
-    "one strip": {},
     "strips": {"rowsperstrip": 16},
     "compressed strips": {"rowsperstrip": 7, "compression": "deflate"},
-    "one compressed strip": {"rowsperstrip": 5000, "compression": "deflate"},
     "tiles": {"tile": (32, 48)},
     "compressed tiles": {"tile": (64, 32), "compression": "deflate", "predictor": True},
-    "BigTIFF": {"tile": (32, 32), "bigtiff": True, "compression": "deflate"},
     "big-endian": {"byteorder": ">", "tile": (32, 32)},
     "big-endian strips": {"byteorder": ">", "rowsperstrip": 16},
     "pixels without data": {"extratags": [(42113, "s", 0, "7", True)]},
