@@ -144,7 +144,6 @@ class ColumnReport(Report):
         return super().figures() | {self.plural: by_name}
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
-        """The truth and the answer of each label or number: the shortest text of each value, nothing for NaN."""
         columns = {}
         for name, truth, values in zip(self.names, self.answers.targets.T, self.answers.values.T, strict=True):
             columns[name] = list(map(shortest_text, truth.numpy()))

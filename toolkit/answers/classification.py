@@ -151,7 +151,6 @@ class Classification(SoftmaxObjective):
 
     @property
     def balance(self) -> str | None:
-        """How the probe weighs the classes."""
         return None if self.class_weights is None else "balanced"
 
     def record(self) -> None:

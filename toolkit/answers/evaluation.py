@@ -34,7 +34,6 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
 
 
 def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:
-    """A function of images (N, C, H, W), on a device and in a precision."""
     with autocast(device, dtype):
         return function(to_device(images, device))
 

@@ -158,7 +158,6 @@ class LabelReport(ColumnReport):
         return ["<h2>By label</h2>", explained, table, shown]
 
     def draw(self, path: Path) -> None:
-        """Precision by recall, and the ROC, of the ten labels with the lowest AP."""
         from sklearn.metrics import precision_recall_curve, roc_curve
 
         figure = new_figure(11, 4.5)

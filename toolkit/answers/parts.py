@@ -175,7 +175,6 @@ class Task:
         return {"temperature": self.temperature} | ({} if record is None else {"task": record})
 
     def take_chosen(self, metadata: Mapping[str, Any]) -> None:
-        """Take what `calibrate` once chose, from the metadata of an adapter file."""
         self.temperature = metadata["temperature"]
 
     def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:

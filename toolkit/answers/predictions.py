@@ -51,8 +51,7 @@ def begin_folder(
         files = [place.with_name(place.name + ending) for ending in endings]
         found[place] = list(filter(os.path.lexists, files))
         if found[place] and not is_begun:
-            there = found[place][0]
-            raise InputError(f"--output {folder}: what is written would replace {there}; name another folder")
+            raise InputError(f"--output {folder}: what is written would replace {found[place][0]}; name another folder")
     for inside in {place.parent for place in places}:
         make_folder(inside)
     write_text(json.dumps(about, indent=2), path)
@@ -72,9 +71,9 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
 
 def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
     """Where what is made of each image goes, without its ending: below `output` as the image below what is `given`."""
-    names = [Path(images.name(i)) for i in range(len(images))]
     within = []
-    for name in names:
+    for i in range(len(images)):
+        name = Path(images.name(i))
         inside = Path(name.name)
         for path in given:
             folder = path.parent if path.suffix.lower() in LIST_SUFFIXES else path
@@ -86,8 +85,6 @@ def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path
 
 @dataclass
 class Maps:
-    """Maps of scenes: the classes, or numbers, that a model answers with."""
-
     task: Task
     answer: Callable[[Tensor], Tensor]  # images (n, C, S, S) -> outputs of float32, (n, K, S, S) or (n, K)
     transform: Callable[[Any], Tensor]  # an image or part of one, as `transforms` takes it -> (C, H, W), normalised

@@ -36,7 +36,6 @@ class NumberAnswers(ColumnAnswers):
     MEASURED = tuple(MEASURES)
 
     def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Means over the numbers that have one."""
         return {name: self.by_number(name, weights).nanmean(-1) for name in MEASURES}
 
     def by_number(self, name: str, weights: Tensor | None = None) -> Tensor:
@@ -109,7 +108,6 @@ class NumberReport(ColumnReport):
         return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
 
     def draw(self, path: Path) -> None:
-        """The answer for each image by the truth, a panel for each of the first six numbers."""
         shown = self.names[:PANELS]
         across = min(ROW, len(shown))
         down = math.ceil(len(shown) / across)

@@ -61,9 +61,6 @@ class Labelled(NamedTuple):
     targets: Tensor  # (n, K), one of them 1
     counts: Tensor  # (n, 1), how much each counts
 
-    def some(self, rows: Tensor) -> "Labelled":
-        return Labelled(self.places[rows], self.targets[rows], self.counts[rows])
-
 
 class Judged(NamedTuple):
     """Answers for labelled images that were held out, at the temperature that fits them, by image: (N,) each."""
@@ -108,14 +105,15 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
     if name == "probe":
         head = plain
         outputs = (others @ plain.weight.T + plain.bias) / temperature
+        gained = 0.0, 0.0
     else:
         weight, bias = distilled(images, known, (candidates(images, known)[name] / temperature).softmax(1))
         head = Probe(weight, bias, DISTILLED, answers[name][0] / temperature)
         outputs = others @ weight.T + bias
+        gained = gains.nanmean().item(), gain_accuracy
     shares = outputs.softmax(1)
-    gains = (0.0, 0.0) if name == "probe" else (gains.nanmean().item(), gain_accuracy)
     foreign = foreign_share(images, known, answers["k-means"][0, :judging])
-    return Start(head, name, shares, *gains, shares.mean(0), foreign)
+    return Start(head, name, shares, *gained, shares.mean(0), foreign)
 
 
 def last_head(images: Images, known: Labelled) -> Probe:
@@ -140,7 +138,7 @@ def held_out_answers(
     for turn in range(TURNS):
         fold = probe.class_folds(classes, clusters, turn)
         for rest, part in probe.parts(fold, views, classes):
-            some = known.some(torch.from_numpy(rest))
+            some = Labelled(known.places[rest], known.targets[rest], known.counts[rest])
             weight, bias = probe.fitted_at(images.rows[rest], some.targets, some.counts, *how)
             found["probe"][turn, part] = images.rows[part] @ weight.T + bias
             for name, logits in candidates(images, some).items():
