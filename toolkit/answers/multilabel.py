@@ -302,10 +302,6 @@ class MultiLabel(Task):
         answers = LabelAnswers(0.0, self.softened(outputs, self.temperature).sigmoid(), targets)
         self.thresholds = answers.thresholds_for(self.goal).nan_to_num(THRESHOLD)
 
-    def take_chosen(self, metadata) -> None:
-        super().take_chosen(metadata)
-        self.thresholds = torch.tensor(metadata["task"]["thresholds"])
-
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         probabilities = outputs.sigmoid()
         said = (probabilities > self.thresholds).tolist()

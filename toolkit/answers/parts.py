@@ -176,6 +176,8 @@ class Task:
 
     def take_chosen(self, metadata: Mapping[str, Any]) -> None:
         self.temperature = metadata["temperature"]
+        for name in self.recorded:
+            setattr(self, name, getattr(self, name).new_tensor(metadata["task"][name]))
 
     def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The titles of `columns`, and for each image what stands in them."""
@@ -212,12 +214,9 @@ class SoftmaxObjective(Task):
             self.class_weights = self.class_weights.to(device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.cross_entropy(outputs, targets, self.class_weights, self.label_smoothing)
+        return self.plain_loss(outputs, targets, self.class_weights, self.label_smoothing)
 
-    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.cross_entropy(outputs, targets, None, 0.0)
-
-    def cross_entropy(self, outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing=0.0) -> Tensor:
         """Summed over images. What smoothing spreads counts by the true class's weight, not by those it goes to."""
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
         if weights is not None:
