@@ -10,8 +10,10 @@ import pytest
 import torch
 from dense import FP32, assert_close, classes, frozen, resnet, snapshot, vit
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params
+from lora.followed_norms import follow_statistics, followers
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from toolkit import InputError
 from toolkit.models.backbones import record_of
@@ -38,11 +40,18 @@ def base(arch: str, classes: int = 2) -> nn.Module:
 
 
 def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:
-    """The base with one adapter of OPTIONS alone."""
+    """The base with one adapter of OPTIONS alone. A ResNet's BatchNorms follow pets, food and head."""
     options, classes = OPTIONS[name]
     with torch.random.fork_rng():
         torch.manual_seed(len(name) + classes)
-        return frozen(base(arch, classes), 0.1, use_qlora=four_bits, **options)
+        model = frozen(base(arch, classes), 0.1, use_qlora=four_bits, **options)
+        if name != "cars":
+            follow_statistics(model, [images()])
+        return model
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Path:
@@ -60,11 +69,14 @@ def arch(request):
 def originals(arch, tmp_path_factory) -> tuple[Path, dict[str, nn.Module], nn.Module]:
     """A folder with the files of OPTIONS, name -> a model with that adapter alone, and one frozen base with all."""
     folder = tmp_path_factory.mktemp(arch)
-    models = {name: trained(arch, name) for name in OPTIONS}
+    models = {}
     model = base(arch)
     freeze_backbone_params(model)
-    for name in OPTIONS:
-        LoRAManager(model).load_lora_checkpoint(saved(models[name], name, folder), name=name)
+    for name, (options, number) in OPTIONS.items():
+        path = saved(trained(arch, name), name, folder)
+        models[name] = frozen(base(arch, number), **options)
+        LoRAManager(models[name]).load_lora_checkpoint(path)
+        LoRAManager(model).load_lora_checkpoint(path, name=name)
     return folder, models, model
 
 
@@ -79,11 +91,6 @@ def alone(originals, tmp_path):
 def manager(alone, originals):
     """One base, frozen, with all adapters of OPTIONS."""
     return LoRAManager(copy.deepcopy(originals[2]))
-
-
-def images() -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(3, 3, 16, 16)
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -115,6 +122,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def test_each_adapter_computes_what_it_computes_alone(manager, alone):
     assert manager.names == list(OPTIONS) and manager.in_use is None
+    assert isinstance(manager.model, VisionTransformer) or followers(alone["pets"])
     for name in ("cars", "pets", "head", "food", "cars", "head", "pets"):
         info = manager.use(name)
         assert manager.in_use == name and info["class_names"][0] == f"{name} 0"

@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    choose,
-    compare_peers,
-    few_labels,
-    model_zoo,
-    quality,
-    roofline,
-    stages,
-    time_to_accuracy,
-)
+from benchmarks import choose, compare_peers, few_labels, model_zoo, quality, roofline, stages, time_to_accuracy
 from toolkit import InputError
 from toolkit.run import optim
 
