@@ -35,6 +35,8 @@ from lora_utils import LoRAManager
 from toolkit.models import norms
 from toolkit.models.norms import NORMS, constants_kept
 
+bottleneck = partial(resnet, Bottleneck)
+
 
 def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
     with Operations() as operations:
@@ -62,16 +64,23 @@ def test_a_resnet_with_folded_batch_norms_equals_the_stock_model(block, memory_f
     assert_equals_dense(stock, model, x, EXACT)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("names, folds", [("conv2.weight", True), (("bn1.weight", "bn1.bias"), False)], ids=str)
-def test_what_trains_beside_the_adapters_gets_its_gradients_in_evaluation_mode(names, folds, memory_format):
-    """A BatchNorm is constant then, and folds into a kernel that trains, but not where its own scale does."""
-    stock = resnet(Bottleneck).double().eval()
-    x = images(dtype=torch.float64).to(memory_format=memory_format)
-    model = frozen(copy.deepcopy(stock).to(memory_format=memory_format)).eval()
+@pytest.mark.parametrize(
+    "build, names, folded",
+    [
+        (bottleneck, ("conv2.weight",), True),  # a constant BatchNorm folds into a kernel that trains
+        (bottleneck, ("bn1.weight", "bn1.bias"), False),  # but not where its own scale does
+        (vit, ("ln_1.weight",), True),
+        (vit, ("ln_2.bias",), True),
+        (vit, ("in_proj_weight", "mlp.0.weight", "mlp.3.weight"), True),  # behind a LayerNorm that does not train
+    ],
+)
+def test_what_trains_beside_the_adapters_gets_its_gradients(build, names, folded):
+    stock = build().double().eval()
+    x = images(16 if build is vit else 32, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).train(build is vit)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name.endswith(names))
-    assert (batch_norms_computed(model, x) == 0) == folds
+    assert (batch_norms_computed(model, x) == 0) == folded
     compare_with_dense(stock, model, [x], EXACT)
 
 
@@ -115,7 +124,7 @@ def test_a_batch_norm_that_normalises_by_the_batch_is_not_folded():
 
 
 @pytest.mark.parametrize(
-    "build, side", [(resnet, 32), (partial(resnet, Bottleneck), 32), (vit, 16)], ids=["resnet", "bottleneck", "vit"]
+    "build, side", [(resnet, 32), (bottleneck, 32), (vit, 16)], ids=["resnet", "bottleneck", "vit"]
 )
 def test_norms_that_train_beside_the_adapters(build, side):
     """Scales and shifts get their gradients, and a BatchNorm normalises by the batch and counts it."""
@@ -316,18 +325,6 @@ def test_a_norm_s_constants_are_of_the_rows_that_are_given_of_what_trains_now_an
 
 
 # ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths
-
-
-@pytest.mark.parametrize(
-    "names", [("ln_1.weight",), ("ln_2.bias",), ("in_proj_weight", "mlp.0.weight", "mlp.3.weight")], ids=str
-)
-def test_what_trains_beside_the_adapters_gets_its_gradients(names):
-    """A LayerNorm, or weights behind one that does not train."""
-    stock = vit().double()
-    model = frozen(copy.deepcopy(stock))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or name.endswith(names))
-    compare_with_dense(stock, model, [images(16, dtype=torch.float64)], EXACT)
 
 
 def test_a_sequence_without_batch_dimension_is_refused():

@@ -33,17 +33,25 @@ def written(folder: Path, reports: list[answer_reports.Report], groups=None, nam
     return paths
 
 
+def class_report(right: torch.Tensor) -> answer_reports.Report:
+    labels = torch.zeros(len(right), dtype=torch.long)
+    result = Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))
+    return tasks.Classification(["cat", "dog"]).report(result)
+
+
+def label_report(names: list[str], truth: torch.Tensor, logits: torch.Tensor) -> answer_reports.Report:
+    return tasks.MultiLabel(names, truth).report(multilabel.LabelAnswers(0.1, logits.sigmoid(), truth))
+
+
+def number_report(names: list[str], truth: torch.Tensor, answers: torch.Tensor) -> answer_reports.Report:
+    return tasks.Regression(names, truth).report(regression.NumberAnswers(0.1, answers, truth))
+
+
 @pytest.fixture
 def classes(tmp_path):
-    """Results of two runs over 300 images of two classes, of which the second has more right."""
-    labels = torch.randint(0, 2, (300,))
-    reports = []
-    wrong = []
-    for share in (0.3, 0.15):
-        wrong.append(torch.rand(300) < share)
-        result = Evaluation(0.1, 0.0, labels ^ wrong[-1], labels, torch.full((300,), 0.5))
-        reports.append(tasks.Classification(["cat", "dog"]).report(result))
-    return written(tmp_path, reports), wrong
+    """Results of two runs over 300 images of two classes, of which the second has more right, and which are wrong."""
+    wrong = [torch.rand(300) < share for share in (0.3, 0.15)]
+    return written(tmp_path, [class_report(~of_run) for of_run in wrong]), wrong
 
 
 def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
@@ -108,30 +116,18 @@ def test_accuracies_are_compared_by_the_exact_test_in_any_order(classes, capsys)
 
 
 @pytest.mark.parametrize(
-    ("kind", "measure", "figure"), [("multilabel", "macro AP", "macro_ap"), ("regression", "R2", "r2")]
+    ("report", "measure", "figure"), [(label_report, "macro AP", "macro_ap"), (number_report, "R2", "r2")]
 )
-def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind, measure, figure):
+def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measure, figure):
     truth = (torch.rand(200, 2) < 0.4).float()
     truth[0, 0] = math.nan
     reports = []
     for strength in (2.0, 0.7):
-        answers = truth.nan_to_num() + strength * torch.randn(200, 2)
-        if kind == "multilabel":
-            found = multilabel.LabelAnswers(0.1, answers.sigmoid(), truth)
-            reports.append(tasks.MultiLabel(["cat", "dog"], truth).report(found))
-        else:
-            found = regression.NumberAnswers(0.1, answers, truth)
-            reports.append(tasks.Regression(["cat", "dog"], truth).report(found))
+        reports.append(report(["cat", "dog"], truth, truth.nan_to_num() + strength * torch.randn(200, 2)))
     differences = comparison.compare(*written(tmp_path, reports))
     [found] = (difference for difference in differences if difference.measure == measure)
     assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
-
-
-def class_report(right: torch.Tensor) -> answer_reports.Report:
-    labels = torch.zeros(len(right), dtype=torch.long)
-    result = Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))
-    return tasks.Classification(["cat", "dog"]).report(result)
 
 
 def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
@@ -159,8 +155,7 @@ def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, na
     truth = (torch.rand(40, 2) < 0.4).float().repeat(6, 1)
     reports = []
     for strength in (1.2, 1.0):
-        answers = (truth[:40] + strength * torch.randn(40, 2)).sigmoid().repeat(6, 1)
-        reports.append(tasks.MultiLabel(names, truth).report(multilabel.LabelAnswers(0.1, answers, truth)))
+        reports.append(label_report(names, truth, (truth[:40] + strength * torch.randn(40, 2)).repeat(6, 1)))
     of_images = comparison.compare(*written(tmp_path, reports))[0]
     of_patients = comparison.compare(*written(tmp_path, reports, patients))[0]
     assert of_patients[:3] == of_images[:3]

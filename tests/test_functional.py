@@ -333,24 +333,18 @@ def test_no_autocast_rounds_the_effective_weight():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
-    stored = NF4Weight.quantize(random(33, 40, device=device))
-    precise = stored.dequantize(torch.float32)
-    with Operations() as seen:
-        low = stored.dequantize(dtype)
-    assert torch.equal(low, precise.to(dtype)) and not seen.count("_to_copy")  # no float copy of its size
-    assert torch.equal(stored.dequantize(torch.float32), precise)  # no trace of it is left
-
-
-def test_4_bits_are_nf4_in_blocks_of_64_whose_flat_scales_are_those_of_the_nested_ones():
-    functional = bitsandbytes_functional()
-    weight = NF4Weight.quantize(random(48, 80))
-    assert (weight.state.quant_type, weight.state.blocksize, weight.state.nested) == ("nf4", 64, True)
-    for _ in range(2):  # the second time from the scales that are kept
-        dense = weight.dequantize(torch.float32)
-        assert torch.equal(dense, functional.dequantize_4bit(weight.packed, weight.state).flatten().view(48, 80))
-    assert torch.equal(weight[8:16].dequantize(torch.bfloat16), dense[8:16].bfloat16())
+def test_4_bits_are_nf4_in_blocks_of_64_whose_numbers_in_16_bits_are_rounded_once(device):
+    """By the flat scales, which are those of the nested ones, the second time from what is kept; no copy in between."""
+    stored = NF4Weight.quantize(random(48, 80, device=device))
+    assert (stored.state.quant_type, stored.state.blocksize, stored.state.nested) == ("nf4", 64, True)
+    expected = bitsandbytes_functional().dequantize_4bit(stored.packed, stored.state).flatten().view(48, 80)
+    for _ in range(2):
+        assert torch.equal(stored.dequantize(torch.float32), expected)
+        for dtype in (torch.bfloat16, torch.float16):
+            with Operations() as seen:
+                low = stored.dequantize(dtype)
+            assert torch.equal(low, expected.to(dtype)) and not seen.count("_to_copy")
+    assert torch.equal(stored[8:16].dequantize(torch.bfloat16), expected[8:16].bfloat16())
 
 
 # ------------------------------------------------------------------------------------------------------------- pooling
