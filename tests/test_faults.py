@@ -200,16 +200,6 @@ def test_a_full_disk(start, tmp_path, way, size):
         assert len(outcome(child.folder)["metrics"]) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_a_folder_that_vanishes(start, tmp_path, way):
-    child = start(way)
-    child.wait_for((child.folder / "last.pth").exists)
-    child.folder.rename(tmp_path / "elsewhere")
-    assert_one_line(child, f"cannot write {child.folder}", "No such file or directory", "check the folder")
-    read_checkpoint(tmp_path / "elsewhere" / "last.pth")
-
-
 def kill_a_worker_at_an_image() -> None:
     """As the kernel does where memory runs out."""
     real = folders.open_image
