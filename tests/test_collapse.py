@@ -378,6 +378,13 @@ def test_what_gains_anything_is_left_alone(divisor, loss):
     assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
 
 
+def test_epochs_without_a_gain_in_the_first_half_of_a_run_may_be_mended_by_later_ones():
+    judge = guard_that_may_shrink()
+    judge.epochs = 7
+    assert [verdict_on(judge, 1.1, math.inf) for _ in range(3)] == [Keep()] * 3
+    assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
+
+
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
     judge = guard_that_may_shrink()
     for _ in range(3):

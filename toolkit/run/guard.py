@@ -18,7 +18,7 @@ RETREAT_FACTOR = 8.0  # divides the learning rate each time
 WATCHED_VIEWS = 128  # of training images, repeated if there are few, which are evaluated after each epoch
 SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
 LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more has collapsed
-EARLY_LOST_SHARE = 0.9  # in the first half of a run: later epochs mend what the first steps harm
+EARLY_LOST_SHARE = 0.9  # in the first half of a run
 HARMLESS_LOSS = 0.01  # of the score before training: about one view, of which the probe was fitted to all
 LOSS_DECAY = 0.8  # per step, of the moving average of the loss
 EXPLODED_RATIO = 2.0  # of the recent loss to a constant answer's
@@ -105,7 +105,8 @@ class Guard:
         """What is to become of an epoch, by the watched images, with all of the trained change and with a part of it.
 
         The part is smaller by `divisor`, one of SHARE_DIVISORS. `still_sure`: are images without labels? Adapters may
-        die without a collapse, so after two barren epochs the run goes back; with masks also if it would end barren.
+        die without a collapse, so after two barren epochs in a row, if later ones may hardly mend them, the run goes
+        back; with masks also if it would end barren.
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
@@ -114,7 +115,7 @@ class Guard:
         does_harm = kept.score < self.scores[0] - HARMLESS_LOSS or not still_sure
         if divisor < math.inf and does_harm:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
-        is_due = self.barren_epochs + 1 >= BARREN_EPOCHS
+        is_due = self.barren_epochs + 1 >= BARREN_EPOCHS and not self.is_early
         if self.has_masks and trained.loss < self.start_loss:  # later epochs may mend it
             is_due = len(self.scores) == self.epochs
         if len(self.retreats) < RETREATS and self.is_barren(trained, divisor) and is_due:
@@ -129,8 +130,13 @@ class Guard:
         best = max(self.scores, default=0.0)
         least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
         useless = least > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
-        share = EARLY_LOST_SHARE if 2 * len(self.scores) <= self.epochs else LOST_SHARE
+        share = EARLY_LOST_SHARE if self.is_early else LOST_SHARE
         return useless or not math.isfinite(loss) or self._lost(score, share, errors=2)
+
+    @property
+    def is_early(self) -> bool:
+        """Is the epoch in the first half of the run? Later ones mend what the first steps harm."""
+        return 2 * len(self.scores) <= self.epochs
 
     def is_barren(self, trained: Answers, divisor: float) -> bool:
         """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""
