@@ -39,7 +39,11 @@ def judge(
     probe = results[f"probe_{task.score}_before"]
     lowered = results["learning_rate"] / results["head_learning_rate"]
     has_few = images_per_class <= FEW_IMAGES
-    is_rising = _rises([row[f"val_{task.score}"] for row in history], probe)
+    scores = [row[f"val_{task.score}"] for row in history]
+    is_rising = False
+    if len(scores) >= 4 and probe is not None:
+        earlier = max(scores[: -(len(scores) // 4)])
+        is_rising = scores[-1] > probe and scores[-1] - earlier > RISING * (scores[-1] - probe)
     last = history[-1] if history else {"val_loss": 0.0, "train_loss": 0.0}
     has_room = results[f"val_{task.score}"] < ALMOST_PERFECT
     is_overfitted = has_room and last["val_loss"] > OVERFITTED * last["train_loss"]
@@ -112,11 +116,3 @@ def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float 
 
 def predict_command(task: Task | type[Task], adapter: str) -> str:
     return f"{typed('deploy')} predict {adapter} new_images --output {task.predicted_into}"
-
-
-def _rises(scores: Sequence[float], probe: float | None) -> bool:
-    """Whether the last quarter of the epochs has brought a good part of the gain."""
-    if len(scores) < 4 or probe is None:
-        return False
-    earlier = max(scores[: -(len(scores) // 4)])
-    return scores[-1] > probe and scores[-1] - earlier > RISING * (scores[-1] - probe)
