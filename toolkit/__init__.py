@@ -18,16 +18,14 @@ SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the b
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message names the thing and the remedy; scripts print it and exit with 2.
-
-    A second argument is advice by options of training: commands that do not train say the first alone, the `problem`.
-    """
+    """The user's input is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
 
     def __str__(self) -> str:
         return "".join(self.args)
 
     @property
     def problem(self) -> str:
+        """The message without a second argument, which is advice by options that training alone has."""
         return self.args[0]
 
 

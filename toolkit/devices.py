@@ -95,10 +95,7 @@ MEASURED_PIXELS = 16 * 64**2  # a few small images would wait for the weights, w
 
 
 def faster_dtype(build: Callable[[torch.dtype], nn.Module], channels: int, size: int) -> torch.dtype:
-    """bfloat16 if a CPU trains enough faster in it, which is printed, else float32. Several processes get one answer.
-
-    Measured are steps on two or more images (channels, size, size), with the models that `build` makes for both.
-    """
+    """bfloat16, which is printed, if a CPU trains enough faster in it; else float32. All processes get the same one."""
     images = to_device(torch.ones(max(2, MEASURED_PIXELS // size**2), channels, size, size), CPU)
 
     def seconds_in(dtype: torch.dtype) -> float:

@@ -235,12 +235,9 @@ def _check_zip(file: IO[bytes]) -> set[str]:
 
 
 def _check_pickle(file: IO[bytes]) -> set[str]:
-    """Walk through the next pickle in `file` without loading it; return the classes and functions that it names.
-
-    Raises _Refused for a tuple whose hash, as a dictionary's key, would overflow the stack or take for ever.
-    """
+    """The classes and functions that the next pickle names. Refused are tuples whose hash would take for ever."""
     # The sizes of the values that an unpickler would have on its stack; None is a mark. A tuple's doubles with every
-    # level of nesting, and counts repeated values again.
+    # level of nesting, and counts repeated values again: so its hash overflows the stack, or does not end.
     stack: list[int | None] = []
     memo: dict[int, int | None] = {}
     names = set()

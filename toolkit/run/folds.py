@@ -15,10 +15,9 @@ from toolkit.run.options import FineTuneOptions
 def cross_validate(
     run: Callable, argv: Sequence[str] | None, after_epoch: Callable | None, args: FineTuneOptions
 ) -> dict[str, Any]:
-    """Run each part in turn, in a folder of its own; print the mean of their scores, and return `folds`, their results.
+    """Run each part in turn, as `--folds 2/5`, in a folder of its own; print their mean, and return their results.
 
-    With `--resume` each part goes on; a finished one is only evaluated again. `run` is `finetune_lora.main`; a part is
-    the same command with `--folds 2/5`.
+    `run` is `finetune_lora.main`. With `--resume` each part goes on; a finished one is only evaluated again.
     """
     own_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own_option.add_argument("--resume", nargs="?")  # of the parts each has its own

@@ -123,11 +123,9 @@ class Guard:
         return Keep()
 
     def has_collapsed(self, score: float, loss: float) -> bool:
-        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?
-
-        On very few images no loss is so large: there a constant answer's score, with a higher loss, counts as well.
-        """
+        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?"""
         best = max(self.scores, default=0.0)
+        # On very few images no loss is so large: there a constant answer's score, with a higher loss, counts as well.
         least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
         useless = least > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
         share = EARLY_LOST_SHARE if self.is_early else LOST_SHARE
