@@ -133,13 +133,9 @@ def split(train: tuple[str, ...], val: tuple[str, ...]) -> dict[str, bytes]:
     return classes(*train, folder="mine/train") | classes(*val, folder="mine/val")
 
 
-def resnet() -> bytes:
-    return torch_file(build_backbone("resnet18", 2).state_dict())
-
-
-def other_base() -> bytes:
-    """The same architecture, other weights."""
-    return torch_file(build_backbone("vit_mini", 2, 16).state_dict())
+def backbone(arch: str):
+    """A random one, as a torch file."""
+    return lambda: torch_file(build_backbone(arch, 2).state_dict())
 
 
 def nested(depth: int) -> str:
@@ -358,7 +354,8 @@ def huge_png() -> bytes:
 
 CHECKPOINTS = [
     checkpoint("a pointer of git-lfs", LFS, "theirs.pth", "git-lfs", "git lfs pull"),
-    checkpoint("heads of a ResNet", resnet, "6 heads are not for resnet18", "drop --heads", options="--heads 6"),
+    checkpoint("heads of a ResNet", backbone("resnet18"), "6 heads are not for resnet18", "drop --heads",
+               options="--heads 6"),
     case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
     checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "state_dict hold no tensors"),
     case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
@@ -382,7 +379,7 @@ ADAPTERS = [
     case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a last.pth of this version"),
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
     case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
-         files={"o.pth": other_base}),
+         files={"o.pth": backbone("vit_mini")}),
     case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
          "that the adapter lacks: cat, dog", files=classes("cat", "dog")),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
@@ -698,13 +695,9 @@ def declared_safetensors() -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def long_header() -> bytes:
-    return (2**40).to_bytes(8, "little") + b"{}"
-
-
 GREEDY = {
     "a.safetensors": declared_safetensors,
-    "header.safetensors": long_header,
+    "header.safetensors": (2**40).to_bytes(8, "little") + b"{}",
     "rank.pth": recorded(r=2**31),
     "classes.pth": described(class_names=["a"] * 1_000_000),
     "size.pth": described(image_size=2**20),

@@ -19,8 +19,6 @@ from toolkit.answers.report_page import html_pictures
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
 
-NONE = torch.zeros(0, 8)
-
 
 def blob(axis: int, *spread: float) -> torch.Tensor:
     """Features of an image for each number, which says how far it is from the middle of its kind."""
@@ -35,7 +33,7 @@ KINDS = torch.cat([blob(0, -2, -1, 0, 1, 2), blob(1, -1, 0, 1), blob(2, 0)])
 
 
 def test_the_most_typical_image_of_each_kind_comes_first_and_the_largest_kind_before_others():
-    assert choosing.most_typical(KINDS, 3, NONE) == [2, 6, 8]
+    assert choosing.most_typical(KINDS, 3, torch.zeros(0, 8)) == [2, 6, 8]
 
 
 def test_a_kind_of_which_an_image_is_labelled_has_its_turn_later():

@@ -3,7 +3,6 @@
 import itertools
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,6 @@ from sklearn.datasets import load_digits
 
 from toolkit import InputError
 from toolkit.images import data, sources, transforms
-
-ROOT = Path(__file__).parents[1]
 
 
 def numbers(count: int) -> list[str]:

@@ -53,19 +53,15 @@ def pair(request):
     return conv, norm
 
 
-def by_formulas(conv, norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The kernel, mean and variance by the formulas of the module, of what `FollowedNorm` has sampled."""
+def dense(conv, norm, x, residual=None):
+    """What convolution, BatchNorm and ReLU are to compute, one after the other, by the formulas of the module."""
     followed = conv.followed
     W = conv.base().flatten(1)
     C = followed.inputs.T @ followed.inputs
     K = W + conv.scaling * conv.lora_B @ conv.lora_A
     v = [(kernel @ C @ kernel.T).diagonal() + 0.01 * norm.running_var for kernel in (W, K)]
-    return K, norm.running_mean + (K - W) @ followed.centre, norm.running_var * v[1] / v[0]
-
-
-def dense(conv, norm, x, residual=None):
-    """What convolution, BatchNorm and ReLU are to compute, one after the other."""
-    K, mean, variance = by_formulas(conv, norm)
+    mean = norm.running_mean + (K - W) @ followed.centre
+    variance = norm.running_var * v[1] / v[0]
     padding = conv.padding
     if conv.padding_mode == "reflect":
         x = F.pad(x, [1] * 4, "reflect")
