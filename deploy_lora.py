@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ import reprlib
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ from toolkit.images.bands import from_metadata, settle
 from toolkit.images.data import LabelledImages, TolerantImages, Transformed, among, build_loader, fixed_order_batch
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.lists import ImageList
-from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
@@ -75,6 +73,10 @@ from toolkit.models.names import TIMM, is_none
 from toolkit.run import commands, output_folder, reports
 from toolkit.run.options import FineTuneOptions, backbone_shape, known_image_values
 from toolkit.run.runs import faults_explained, progress_bar, run_script
+
+PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
+SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
+ROUNDING = 1e-3  # the largest difference of PEFT's answers, relative to their size, that rounding explains
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -121,10 +123,6 @@ class Deployed:
         self.task = _task_of(self.about)
         self.transform = self.about["transform"]
 
-    def features(self) -> "Deployed":
-        """The same, whose outputs are the features that the classifier head receives."""
-        return replace(self, model=headless(self.model))
-
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Tensor:
         """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
@@ -133,7 +131,7 @@ class Deployed:
     def loader(self, images: Transformed) -> DataLoader:
         loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
         if self.task.per_pixel:
-            loading["collate"] = collate_pairs
+            loading["collate"] = masks.collate_pairs
             if images.dataset.source.largest > self.model.window**2:  # whole images, as in a run
                 loading["batch_size"] = 1
         return build_loader(images, **loading)
@@ -166,7 +164,7 @@ def _deployed(args: argparse.Namespace) -> Iterator[Deployed]:
 def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The model of an adapter file, or of a checkpoint to choose by, which has no classes; and what is known of it."""
     if args.command != "choose" or holds_adapter(args.adapter):
-        if getattr(args, "arch", None) or getattr(args, "image_size", None):
+        if args.command == "choose" and (args.arch or args.image_size):
             raise InputError(f"--arch and --image-size are for checkpoints; {args.adapter} has its own")
         return load_finetuned(args.adapter, args.checkpoint)
     settings = FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
@@ -188,10 +186,7 @@ def _refuse_pixels(about: dict[str, Any], command: str) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate the adapter on labelled images: print the measures, write a page about them, and return them.
-
-    The page is `lora_evaluation.html` next to `lora.pth` or, with `--output results.json`, `results.html`.
-    """
+    """Evaluate the adapter on labelled images: print the measures, write a page about them, and return them."""
     with _deployed(args) as deployed:
         task = deployed.task
         images, where, result = _evaluated(deployed)
@@ -211,9 +206,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         picture = Path(folder) / report.picture
         report.draw(picture)
         report.draw_mistakes(images, mistakes, explainer)
-        sections = report.sections(picture)
-        named = report.named_mistakes(images)
-        write_page(page, report.title(), rows, sections, mistakes, named)
+        write_page(page, report.title(), rows, report.sections(picture), mistakes, report.named_mistakes(images))
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 
@@ -221,12 +214,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluated(deployed: Deployed) -> tuple[LabelledImages, str, Any]:
     """The labelled images of the options, how many they are and where, and the answers for them."""
     images, where = _labelled_images(deployed.args.images, deployed.about)
-    images = sources.readable(images)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
-    where = f"{len(images):,} {where}"
-    if images.groups is not None:
-        where += f", in {len(set(images.groups)):,} groups; intervals are over groups"
     bar = progress_bar(deployed.loader(Transformed(images, deployed.transform)), "evaluate")
     return images, where, deployed.task.evaluate(deployed.model, bar, deployed.device, deployed.dtype)
 
@@ -264,10 +253,7 @@ def compare(args: argparse.Namespace) -> list[Any]:
 
 
 def explain(args: argparse.Namespace) -> list[Path]:
-    """Write for each image what of it decided the answer, as a picture in the folder --output; return their paths.
-
-    The answer is --label. Without it, that is the likeliest class, the most probable label or the largest number.
-    """
+    """Write for each image what of it decided the answer, or --label, as a picture; return the pictures' paths."""
     with _deployed(args) as deployed:
         task = deployed.task
         if args.label is None and task.per_pixel:
@@ -313,8 +299,7 @@ def demo(args: argparse.Namespace) -> None:
     with _deployed(args) as deployed:
         maps = None
         if deployed.task.per_pixel:
-            answer = deployed.windows_answered
-            maps = predictions.Maps(deployed.task, answer, deployed.transform, deployed.model.window)
+            maps = predictions.Maps(deployed.task, deployed.windows_answered, deployed.transform, deployed.model.window)
         page = demo_page.Demo(deployed.task, deployed.explainer(), maps).page(f"What {args.adapter.name} answers")
         # In a Space gradio knows the address.
         address = {} if "SPACE_ID" in os.environ else {"server_name": "127.0.0.1", "share": False}
@@ -331,11 +316,10 @@ def predict(args: argparse.Namespace) -> list[Any]:
     """
     with _deployed(args) as deployed:
         task = deployed.task
-        writes_maps = task.per_pixel or args.output.suffix in MAP_SUFFIXES
         answers = f"--output {args.output}: the adapter answers for"
         if task.per_pixel and (args.output.suffix == ".csv" or args.window is not None):
             raise InputError(f"{answers} every pixel: name a folder, or map.tif for one image; drop --window")
-        if writes_maps:
+        if task.per_pixel or args.output.suffix in MAP_SUFFIXES:
             return _predict_maps(deployed)
         if args.probabilities or args.window is not None or args.abstain is not None:
             raise InputError(f"{answers} whole images: --probabilities, --window and --abstain are for a map, map.tif")
@@ -354,15 +338,16 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
     def answer(windows: Tensor) -> Tensor:
         if not is_file:
             return deployed.windows_answered(windows)
-        share = windows[distributed.rank() :: distributed.world_size()].split(args.batch_size)
-        return _answers(deployed, [(some, []) for some in share if len(some)], torch.zeros_like(windows[0]))[0]
+        share = windows[distributed.rank() :: distributed.world_size()]
+        if len(share) == 0:  # fewer windows than processes
+            return distributed.interleave(deployed.windows_answered(windows[:1])[:0])
+        return distributed.interleave(deployed.windows_answered(share))
 
     def write(i: int, place: Path) -> Path:
         with open_scene(images.name(i), deployed.transform.bands) as scene:
             return maps.write(scene, place, bar)
 
-    hidden = not is_file or not distributed.is_main()
-    bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=hidden)
+    bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
     window = deployed.model.window if task.per_pixel else args.window or deployed.about["image_size"]
     maps = predictions.Maps(task, answer, deployed.transform, window, args.probabilities, args.abstain)
     if is_file:
@@ -377,14 +362,13 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
 
 
 def embed(args: argparse.Namespace) -> Any:
-    """Write the features that the classifier head receives for images, and return them: float32, (N, D).
+    """Write the features that the classifier head receives for images, and return them, float32 (N, D).
 
-    `features_paths.csv` next to `--output features.npy` has the image's path for each row. With a folder as --output
-    both are in parts, of which the names are returned.
+    With a folder as --output they are in parts, of which the names are returned.
     """
     with _deployed(args) as deployed:
         _refuse_pixels(deployed.about, "embed")
-        return _write_answers(deployed.features(), _write_features)
+        return _write_answers(replace(deployed, model=headless(deployed.model)), _write_features)
 
 
 def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Tensor:
@@ -396,17 +380,26 @@ def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Ten
 
 
 def choose(args: argparse.Namespace) -> list[str]:
-    """Write which images to label next into the folder --output, and return their names, the most worth first.
-
-    They are the most typical ones while labels are few; then those that the adapter is least sure of.
-    """
+    """Write which images to label next into the folder --output, and return their names, the most worth first."""
     with _deployed(args) as deployed:
         if not deployed.task.counts_images:
             raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
-        images, labelled = _to_choose_from(args, deployed.about)
-        backbone = deployed.features()
+        images = _images_in_files(args, deployed.about)
+        labelled = images.subset([])
+        if args.labelled:
+            labelled = _images(args.labelled, deployed.about)
+            images = images.subset(np.flatnonzero(~among(images, labelled)))
+        count = args.count
+        if len(images) < count:
+            raise InputError(f"--count {count}: {len(images)} images are not labelled yet; ask for fewer or name more")
+        most = choosing.MOST_IMAGES
+        if len(images) > most:
+            print(f"{len(images):,} images: {most:,} of them, drawn at random, are looked at")
+        images = images.at_most(max(most, count))
+        labelled = labelled.at_most(most)
+        backbone = replace(deployed, model=headless(deployed.model))
         [(features, images)] = _answered(backbone, images, [range(len(images))])
-        count = min(args.count, len(images))
+        count = min(count, len(images))  # that can be read
         classes = deployed.about["class_names"]
         if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
             how = "the most typical first"
@@ -425,31 +418,13 @@ def choose(args: argparse.Namespace) -> list[str]:
     return list(map(images.name, range(count)))
 
 
-def _to_choose_from(args: argparse.Namespace, about: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:
-    """The images of the options without those that are labelled already, and the latter; of many images, some."""
-    images = _images_in_files(args, about)
-    labelled = images.subset([])
-    if args.labelled:
-        labelled = _images(args.labelled, about)
-        images = images.subset(np.flatnonzero(~among(images, labelled)))
-    if len(images) < args.count:
-        raise InputError(f"--count {args.count}: {len(images)} images are not labelled yet; ask for fewer or name more")
-    most = choosing.MOST_IMAGES
-    if len(images) > most:
-        print(f"{len(images):,} images: {most:,} of them, drawn at random, are looked at")
-    return images.at_most(max(most, args.count)), labelled.at_most(most)
-
-
 # ------------------------------------------------------------------------------------------------- answers into files
-
-PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 
 
 def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, Path], Any]) -> Any:
-    """Answer for images, of which each process takes a share, and write the answers into the file --output.
+    """Write the answers for images into the file --output, or in parts into a folder, and return the parts' paths.
 
-    Returns what `write` returns, which takes outputs (n, ...), their images, and a path. Or into parts in the folder
-    --output, and returns their paths.
+    `write` takes outputs (n, ...), their images and a path; what it returns of the one file is returned.
     """
     args = deployed.args
     images = _images(args.images, deployed.about)
@@ -461,11 +436,9 @@ def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, 
     batch_size = fixed_order_batch(args.batch_size)
     size = max(1, PART_IMAGES // batch_size) * batch_size  # no batch is in two parts, whenever a command is stopped
     parts = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-    ending = SUFFIXES[args.command][0]
-    paths = [args.output / f"part-{number:05d}{ending}" for number in range(len(parts))]
-    settings = {"--batch-size or number of processes": size}
+    paths = [args.output / f"part-{number:05d}{SUFFIXES[args.command][0]}" for number in range(len(parts))]
     count = 0
-    with _folder_of_answers(deployed, images, paths, [""], settings) as finished:
+    with _folder_of_answers(deployed, images, paths, [""], {"--batch-size or number of processes": size}) as finished:
         missing = {path: part for path, part in zip(paths, parts, strict=True) if not finished[path]}
         answered = _answered(deployed, images, list(missing.values()), may_be_none=True)
         for path, (outputs, kept) in zip(missing, answered, strict=True):
@@ -532,26 +505,18 @@ def _answered(
     loader = deployed.loader(TolerantImages(chosen, deployed.transform, zeros))
     batches = iter(progress_bar(loader, args.command))
     for part in parts:
-        of_part = itertools.islice(batches, math.ceil(len(part) / fixed_order_batch(args.batch_size)))
-        outputs, problems = _answers(deployed, of_part, zeros)
-        kept = sources.without_problem(problems, may_be_none)
-        yield outputs[kept], images.subset(part).subset(kept)
-
-
-def _answers(
-    deployed: Deployed, batches: Iterable[tuple[Tensor, list[str]]], zeros: Tensor
-) -> tuple[Tensor, list[str]]:
-    """The outputs for the images of all processes, float32 on the CPU, (N, ...); and what is wrong with each, or ""."""
-    problems = []
-    outputs = []
-    for images, found in batches:
-        outputs.append(deployed.outputs(images))
-        problems += found
-    if not outputs:  # fewer images than processes
-        outputs.append(deployed.outputs(zeros[None])[:0])
-    shares = itertools.zip_longest(*distributed.gather(problems))
-    in_order = [problem for several in shares for problem in several if problem is not None]
-    return distributed.interleave(torch.cat(outputs)).cpu(), in_order
+        outputs = []
+        problems = []
+        for some, found in itertools.islice(batches, math.ceil(len(part) / fixed_order_batch(args.batch_size))):
+            outputs.append(deployed.outputs(some))
+            problems += found
+        if not outputs:  # fewer images than processes
+            outputs.append(deployed.outputs(zeros[None])[:0])
+        answers = distributed.interleave(torch.cat(outputs)).cpu()  # of all processes
+        shares = itertools.zip_longest(*distributed.gather(problems))
+        in_order = [problem for problem in itertools.chain(*shares) if problem is not None]
+        kept = sources.without_problem(in_order, may_be_none)
+        yield answers[kept], images.subset(part).subset(kept)
 
 
 # ----------------------------------------------------------------------------------------------- which images are meant
@@ -587,7 +552,7 @@ def _images_in_files(args: argparse.Namespace, about: dict[str, Any]) -> Labelle
 
 
 def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages, str]:
-    """Labelled images, and a description of where they were found.
+    """The labelled images that can be read, and a description of how many they are and where.
 
     The place is a list, or a folder with a folder for each class, or with images/ and masks/, itself or in its val/.
     """
@@ -612,8 +577,11 @@ def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages
     elif by:  # not a column that other lists have, nor with fewer folders than the run's images lie in
         with contextlib.suppress(InputError):
             images.groups = splitting.folder_level(images.relative_names(), by)
-    where = f"in {place}"
-    if images.groups is None and by:  # intervals are over images then
+    images = sources.readable(images)
+    where = f"{len(images):,} in {place}"
+    if images.groups is not None:
+        where += f", in {len(set(images.groups)):,} groups; intervals are over groups"
+    elif by:
         where += f", without groups by {printable(by)}"
     return images, where
 
@@ -634,10 +602,7 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
-    """Write base and adapter as one state_dict with the stock model's own keys, and `merged.json`.
-
-    Returns the adapter's metadata. A head for every pixel is `head.linear.weight` and `head.linear.bias`.
-    """
+    """Write base and adapter as one state_dict with the stock model's own keys; return the adapter's metadata."""
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(files.same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
@@ -679,12 +644,7 @@ def card(args: argparse.Namespace) -> str:
 def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     """What a server needs to know to compute the answers of `predict` with a merged model, as plain values.
 
-    - `channels`; `bands`: those that are read from each file, none for all of them; null: RGB photographs of 8 bits.
-    - `resize`, the argument of torchvision's Resize; then the central `image_size` pixels are cut out. Or, for a class
-      of every pixel, `per_pixel`: the image keeps its size, and is read in windows of `image_size` pixels.
-    - The network sees (levels / `scale` - `mean`) / `std`.
-    - `activation` is left to apply to its outputs, in the order of `class_names`. A label is an answer above its
-      `thresholds`. A number in its own unit is the output times `output_std` plus `output_mean`.
+    What each means, and a server that needs no more, is in docs/deploy.md.
     """
     values = from_metadata(metadata)
     bands = values["bands"]
@@ -713,13 +673,11 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
-    The graph's input is `images`, float32 (N, C, S, S), normalised as in training. With --normalise the graph does this
-    itself: its input has values from 0 to 1, or the files' own if these are not RGB photographs. The output is
-    `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units; or `probabilities`
-    for every pixel, (N, classes, H, W), of images (N, C, H, W) that may be larger than S where the model is a ResNet.
+    Its input is `images`, float32 (N, C, S, S), normalised as in training; with --normalise of values from 0 to 1, or
+    of the files' own if these are not RGB photographs. Its output is the task's `output_name`, (N, classes), or
+    (N, classes, H, W) for images (N, C, H, W), which may be larger than S where the model is a ResNet.
 
-    `model.json` says what is left to do around the graph, as `usage` does. The same values are written into
-    the file as its metadata, each as JSON, and returned.
+    Returns, each as JSON, what the file's metadata and `model.json` say is left to do around it, as `usage` does.
     """
     if args.output.suffix == ".onnx":
         optional_package("onnxscript", f"--output {args.output}", "onnx onnxscript")
@@ -747,20 +705,19 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         about.pop("output_std", None)
     notes = {key: json.dumps(value) for key, value in about.items()}
     program = _graph(nn.Sequential(model, output_layer).eval(), metadata["image_size"], channels, any_size)
-    with files.open_atomically(args.output) as file:
+    with files.open_atomically(args.output) as file, warnings.catch_warnings():
         if args.output.suffix == ".onnx":
-            file.write(_as_onnx(program, notes, task.output_name))
+            warnings.simplefilter("ignore")  # the exporter warns of its own future changes
+            titles = {"input_names": ["images"], "output_names": [task.output_name]}
+            graph = torch.onnx.export(program, dynamo=True, verbose=False, **titles)
+            graph.model.metadata_props.update(notes)
+            file.write(graph.model_proto.SerializeToString())
         else:
-            content = io.BytesIO()
-            torch.export.save(program, content, extra_files=notes)
-            file.write(content.getvalue())
+            torch.export.save(program, file, extra_files=notes)
     files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
     what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
     print(f"wrote {args.output}: {what}; its metadata: {', '.join(notes)}")
     return notes
-
-
-SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
 
 
 def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> torch.export.ExportedProgram:
@@ -777,25 +734,7 @@ def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> 
         torch.backends.mha.set_fastpath_enabled(with_fast_path)
 
 
-def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str], output: str) -> bytes:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own future changes
-        graph = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[output])
-    graph.model.metadata_props.update(about)
-    return graph.model_proto.SerializeToString()
-
-
 # ------------------------------------------------------------------------------------------------------- PEFT's format
-
-ROUNDING = 1e-3  # the largest difference of answers, relative to their size, that rounding explains
-
-
-def convert(args: argparse.Namespace) -> None:
-    """Write the adapter in PEFT's format or, with --rank, as an adapter file of a lower rank."""
-    if args.rank is None:
-        _convert_to_peft(args)
-    else:
-        _cut_to_rank(args)
 
 
 def _cut_to_rank(args: argparse.Namespace) -> None:
@@ -811,40 +750,37 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
     highest = max((record["r"] for record in layers.values()), default=full_rank(model))
     if args.rank >= highest:
         raise InputError(f"--rank {args.rank}: {args.adapter} has rank {highest}; give a lower one")
-    energies = _take_main_part(model, LoRAManager(trained).unload(merge=True).state_dict(), args.rank)
+    state = LoRAManager(trained).unload(merge=True).state_dict()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])}
+    adapted = {}
+    for name, layer in adaptable_layers(model).items():
+        weights = [dotted(name, own) for own, parameter in layer.named_parameters() if parameter.dim() > 1]
+        if not in_head(model, name) and not changed.isdisjoint(weights):
+            adapted[name] = LoRASettings(args.rank, 2 * args.rank)
+            changed.difference_update(weights)
+    adapt_layers(model, adapted)
+    energies = initialization.start_at_change(model, state)
+    model.load_state_dict({name: state[name] for name in changed}, strict=False)
     if not energies:
         raise InputError(f"{args.adapter}: only its head has trained, so there is no change to cut to a rank")
     kept, total = map(sum, zip(*energies.values(), strict=True))
-    worst = min(energies, key=lambda name: energies[name][0] / energies[name][1])
-    least = energies[worst][0] / energies[worst][1]
+    worst, (part, whole) = min(energies.items(), key=lambda item: item[1][0] / item[1][1])
     metadata = {key: value for key, value in metadata.items() if key != "transform" and not key.startswith("val_")}
     metadata["lora"] = {"r": args.rank, "lora_alpha": 2 * args.rank}
     metadata["cut to rank"] = f"{args.rank}, {kept / total:.1%} of the change's energy kept"
     LoRAManager(model).save_lora_checkpoint(args.output, metadata)
     of_layers = f"{len(energies)} layers keep {kept / total:.1%} of the energy of their change"
-    print(f"wrote {args.output}: {of_layers}, {worst} the least, {least:.1%}; compare both by evaluate")
+    print(f"wrote {args.output}: {of_layers}, {worst} the least, {part / whole:.1%}; compare both by evaluate")
 
 
-def _take_main_part(model: nn.Module, trained: dict[str, Tensor], r: int) -> dict[str, tuple[float, float]]:
-    """Turn a base into the trained model with adapters of rank r for its weights; see `start_at_change`."""
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, trained[name])}
-    adapted = {}
-    for name, layer in adaptable_layers(model).items():
-        weights = [dotted(name, own) for own, parameter in layer.named_parameters() if parameter.dim() > 1]
-        if not in_head(model, name) and not changed.isdisjoint(weights):
-            adapted[name] = LoRASettings(r, 2 * r)
-            changed.difference_update(weights)
-    adapt_layers(model, adapted)
-    energies = initialization.start_at_change(model, trained)
-    model.load_state_dict({name: trained[name] for name in changed}, strict=False)
-    return energies
-
-
-def _convert_to_peft(args: argparse.Namespace) -> None:
-    """Write the adapter as a folder --output that `peft.PeftModel.from_pretrained(base, folder)` reads.
+def convert(args: argparse.Namespace) -> None:
+    """Write an adapter file of a lower --rank, or a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     `base` is the torchvision model with the base's weights, in float, and a head of any weights for the classes.
     """
+    if args.rank is not None:
+        _cut_to_rank(args)
+        return
     peft = peft_format.import_peft()
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     _refuse_pixels(metadata, "convert")

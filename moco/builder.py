@@ -21,11 +21,8 @@ from toolkit.models.backbones import head_name
 class MomentumContrast(nn.Module):
     """The part that both versions share: encoder_q, and encoder_k, its moving average, which gets no gradient.
 
-    Args:
-        backbone: a torchvision model; `projector` (features -> embeddings) replaces its classifier head. Both encoders
-            share its frozen parameters: over a frozen backbone with adapters, encoder_k is a second set of adapters.
-        m: momentum, the weight of the old encoder_k in each update.
-        T: temperature of the softmax.
+    `projector` (features -> embeddings) replaces the backbone's classifier head. Both encoders share frozen parameters:
+    over a frozen backbone with adapters, encoder_k is a second set of adapters. `T`: temperature of the softmax.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, m: float, T: float):
@@ -41,7 +38,7 @@ class MomentumContrast(nn.Module):
         self.T = T
 
     def momentum(self, progress: float) -> float:
-        """The momentum at this share (0 to 1) of the training; a constant here."""
+        """The momentum at this share (0 to 1) of the training."""
         return self.m
 
     @torch.no_grad()
@@ -101,7 +98,7 @@ class MoCoV3(MomentumContrast):
     def __init__(self, backbone, dim: int = 256, mlp_dim: int = 4096, m: float = 0.99, T: float = 0.2):
         hidden = [mlp_dim]
         if isinstance(backbone, VisionTransformer):
-            hidden = [mlp_dim, mlp_dim]
+            hidden *= 2
             if backbone.encoder.pos_embedding.requires_grad:
                 fix_positions(backbone)
             if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
@@ -138,11 +135,9 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Encode the images of all W processes, (N, 3, S, S) each, in random processes: (W N, dim).
-
-    Without a BatchNorm that takes statistics of the batch nothing leaks, and each process encodes its own images.
-    """
-    if distributed.world_size() == 1 or not any(isinstance(m, _BatchNorm) and m.training for m in encoder.modules()):
+    """Encode the images of all W processes, (N, 3, S, S) each, in random processes: (W N, dim)."""
+    leaks = any(isinstance(module, _BatchNorm) and module.training for module in encoder.modules())
+    if distributed.world_size() == 1 or not leaks:
         return distributed.interleave(encoder(images))
     everyones = distributed.interleave(images)
     order = torch.randperm(len(everyones)).to(images.device)

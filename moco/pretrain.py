@@ -46,12 +46,9 @@ from toolkit.models.norms import constants_kept, share_statistics
 from toolkit.run import optim, options, output_folder, reports, runs, training
 from toolkit.run.run_state import RunState, StateEntry
 
-# Options that may differ when a run is resumed, because they do not change what is computed.
-FREE_TO_CHANGE = (
-    *("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir"),
-    "checkpoint",  # a digest catches another base
-    *options.PLACES_OF_IMAGES,
-)
+# Options that may differ when a run is resumed: they do not change what is computed, and a digest catches another base.
+FREE_TO_CHANGE = ("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "checkpoint")
+FREE_TO_CHANGE += options.PLACES_OF_IMAGES
 OF_ONE_VERSION = {"queue_size": 2, "mlp_dim": 3}  # options that the other version of MoCo has no use for
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
@@ -65,9 +62,8 @@ SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --imag
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain as the options say, and return the content of `results.json`.
 
-    From the last epoch it has `loss`, `knn_accuracy` (0 to 1; None without labels) and `effective_rank`; in `before`
-    the same measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
-    `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
+    It has `loss`, `knn_accuracy` (0 to 1; None without labels) and `effective_rank` of the last epoch, in `before` the
+    same measures of a checkpoint before any step, and the paths `checkpoint` and `metrics`.
     """
     args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
@@ -92,11 +88,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 print(f"{config.flag(name)} has no effect: it is for MoCo v{version}")
         begin()  # an earlier run's checkpoints stay if this run does not write them
         train(run)
+        results = run.results()
         if distributed.is_main():
-            write_text(json.dumps(run.results(), indent=2, default=str), run.path("results.json"))
+            write_text(json.dumps(results, indent=2, default=str), run.path("results.json"))
             reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
-            print(f"\n{reports.table(summary(run))}")
-        return run.results()
+            print(f"\n{reports.table(summary(run, results))}")
+        return results
 
 
 def train(run: "Pretraining") -> None:
@@ -242,14 +239,19 @@ class Pretraining(RunState):
             print("  the features have collapsed: lower --learning-rate or warm up longer")
 
     def save_epoch(self) -> None:
-        """Save the adapters; and the state to resume or, at the end, the checkpoint."""
-        if self.args.lora_rank > 0:
-            self.save_adapters()
-        if self.epoch < self.args.epochs:
+        """Save the adapters, for --stage1-adapter; and the state to resume or, at the end, the checkpoint."""
+        args = self.args
+        if args.lora_rank > 0 and distributed.is_main():
+            about = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
+            about |= self.about_adapters | {"lora": options.lora_options(args)}
+            about["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
+            about |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
+            LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), about)
+        if self.epoch < args.epochs:
             self.save_state()
-        elif self.args.lora_rank == 0 and distributed.is_main():  # half as large: without what only resuming needs
+        elif args.lora_rank == 0 and distributed.is_main():  # half as large: without what only resuming needs
             state = {"model": self.model_state(), "optimizer": {}, "history": self.history} | self.about()
-            save_atomically(state, self.path(checkpoint_name(self.args)))
+            save_atomically(state, self.path(checkpoint_name(args)))
 
     def measure(self) -> dict[str, float]:
         """Measure the features before the projector, by labels if there are any: training never sees these."""
@@ -269,17 +271,6 @@ class Pretraining(RunState):
             return None
         share = torch.tensor([measured["knn_accuracy"]], dtype=torch.float64)
         return measures.mean_interval(share, len(self.measuring_loaders[1].dataset))
-
-    def save_adapters(self) -> None:
-        """Write `moco_lora.pth`, which `finetune_lora.py --stage1-adapter` reads."""
-        args = self.args
-        if not distributed.is_main():
-            return
-        metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
-        metadata |= self.about_adapters | {"lora": options.lora_options(args)}
-        metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
-        metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
-        LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint: all, or with adapters only those that change, in both encoders."""
@@ -313,7 +304,7 @@ class Pretraining(RunState):
         }
 
 
-def summary(run: Pretraining) -> list[tuple[str, str]]:
+def summary(run: Pretraining, results: dict[str, Any]) -> list[tuple[str, str]]:
     """The table printed at the end of stage 1: (name, value) of each row."""
     rows = []
     for when, measured in (("before", run.baseline), ("after", run.history[-1])):
@@ -323,7 +314,6 @@ def summary(run: Pretraining) -> list[tuple[str, str]]:
         elif measured:
             rank = f"{measured['effective_rank']:.1f}; --knn-dir, class folders, would show what that is worth"
             rows.append((f"effective rank {when}", rank))
-    results = run.results()
     path = results["checkpoint"]
     base = shlex.quote(str(path))
     if run.args.lora_rank > 0:
@@ -361,9 +351,9 @@ def check_batch_size(args: PretrainOptions, images: int) -> None:
 def load_images(
     args: PretrainOptions, read: bands.Bands | None
 ) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
-    """The training images; and bank and queries with labels, or an empty tuple if no image has a label.
+    """The training images; and of them bank and queries with labels, or an empty tuple if no image has a label.
 
-    Bank and queries are parts of the training split: stage 1 never reads the held-out split, not even to measure.
+    Stage 1 never reads the held-out split, not even to measure.
     """
     is_own = args.dataset == "imagefolder"
     if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):
@@ -381,9 +371,7 @@ def load_images(
 
 
 def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module, PretrainOptions, dict[str, Any]]:
-    """Build MoCo around a new backbone or a checkpoint's. Returns the model; the options, with those that follow from
-    the checkpoint; and what `load_backbone` reports, with a line on where the weights come from as `origin`.
-    """
+    """Build MoCo; return it, the options with what follows from the checkpoint, and the report of `load_backbone`."""
     version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]

@@ -59,11 +59,12 @@ def build_backbone(
 ) -> nn.Module:
     """A randomly initialised model: images (N, channels, image_size, image_size) -> logits (N, num_classes).
 
-    `image_size` and `heads`, of the attention of a torchvision ViT, are by default the arch's own.
-    Raises InputError for an unknown arch, for numbers that do not fit it, and if timm is needed and missing.
+    `heads`: of the attention of a torchvision ViT. Raises InputError for an unknown arch, for numbers that do not fit
+    it, and if timm is needed and missing.
     """
-    own_size = names.default_image_size(arch)  # raises for an unknown arch
-    size = own_size if image_size is None else image_size
+    size = names.default_image_size(arch)  # raises for an unknown arch
+    if image_size is not None:
+        size = image_size
     names.check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
@@ -134,17 +135,15 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found.
 
-    That is the child of a name in HEAD_NAMES, unless timm's model states another, as 'head.fc'. In a module that holds
-    a model, as one of Lightning, it is the one of such a name with which the parameters end.
+    That is what timm's model states, as 'head.fc', or the child of a name in HEAD_NAMES. In a module that holds a
+    model, as one of Lightning, it is the one of such a name with which the parameters end.
     """
     recorded = record_of(model).head
     if recorded is not None:
         return recorded
-    name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
-    if isinstance(name, str) and name.split(".")[0] in model._modules:
-        return (name,)
-    for name in HEAD_NAMES:
-        if name in model._modules:
+    stated = (vars(model).get("pretrained_cfg") or {}).get("classifier")
+    for name in (stated, *HEAD_NAMES):
+        if isinstance(name, str) and name.split(".")[0] in model._modules:
             return (name,)
     found = []
     for name, module in model.named_modules():
@@ -180,9 +179,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def headless(model: nn.Module) -> nn.Module:
     """A shallow copy of the model without its classifier head, sharing every layer; the model itself if it has no head.
 
-    It maps images (N, C, H, W) to the features that the head receives, (N, D).
-
-    A head whose output was merely ignored would still run, and a projector's BatchNorm would update its statistics.
+    It maps images (N, C, H, W) to features (N, D). A projector would go on updating the statistics of its BatchNorms.
     """
 
     def without(module: nn.Module, name: str) -> nn.Module:

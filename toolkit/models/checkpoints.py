@@ -47,22 +47,20 @@ def load_backbone(
         channels: the images' channels; by default those that the file's first layer takes.
         channel_fit: how to convert the first layer for another number, 'timm' (`_fitted_to_channels`); None: refuse.
 
-    Returns the model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
-    `channel_fit` (None if the first layer is the file's own), `file_channels`, `epoch` (None if unknown), `loaded`
-    (names in the model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
-    `record_of(model).base_digests` has the SHA-256 of each tensor, by which adapter files identify their base.
-
-    Raises InputError if the file cannot be read, lacks tensors of the backbone or has others, or was trained on images
-    with another number of channels.
+    Returns the model and a report, whose `loaded` are names in the model, `dropped` in the file: projector, predictor,
+    key encoder, queue, classifier. `record_of(model).base_digests` has the SHA-256 of each tensor, by which adapter
+    files identify their base. Raises InputError if the file cannot be read, lacks tensors of the backbone or has
+    others, or was trained on images with another number of channels.
     """
     source = _identify(path, arch)
     arch = source.arch
     if image_size is None:
-        image_size = _find_image_size(source, arch)
+        image_size = _find_image_size(source)
     if heads is None:
-        heads = _find_heads(source, arch)
-    first, own_channels = _find_channels(source.weights, arch)
-    channels = own_channels if channels is None else channels
+        heads = _find_heads(source)
+    first, own_channels = _find_channels(source)
+    if channels is None:
+        channels = own_channels
     if channels == own_channels or is_none(path):
         channel_fit = None
     elif channel_fit is None:
@@ -76,13 +74,13 @@ def load_backbone(
         # No checkpoint has these weights, so an adapter file stores all of them.
         backbones.record_of(model).base_digests = {}
     else:
-        _check_match(source, weights, model, arch)
-        model.load_state_dict({**model.state_dict(), **weights})
+        _check_match(source, weights, model)
+        model.load_state_dict(weights, strict=False)
         record = backbones.record_of(model)
         state = _backbone_state(model)
         record.base_digests = {name: tensor_digest(state[name]) for name in state} | backbones.other_heads(model)
-        for name in _POSITIONS:
-            if name in state and weights.get(name) is not source.weights.get(name):  # it was interpolated
+        for name in weights.keys() & _POSITIONS:
+            if weights[name] is not source.weights[name]:  # it was interpolated
                 record.resized_digests[name] = record.base_digests[name]
                 record.base_digests[name] = tensor_digest(source.weights[name].float())
     return model, {
@@ -93,7 +91,7 @@ def load_backbone(
         "channels": channels,
         "channel_fit": channel_fit,
         "file_channels": own_channels,
-        "epoch": source.epoch,
+        "epoch": _whole_number(source.info, "epoch"),
         "licence": None if is_path(path) or is_none(path) else names.timm_config(str(path)).license,
         "loaded": list(weights),
         "dropped": source.dropped,
@@ -103,22 +101,24 @@ def load_backbone(
 def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, dict[str, Any]]:
     """The channels that a checkpoint's first layer takes; and its metadata on images, as `bands.recorded` has them."""
     source = _identify(path, arch)
-    _, channels = _find_channels(source.weights, source.arch)
-    if source.images:
-        source.images["arch"] = source.arch
-    return channels, source.images
+    _, channels = _find_channels(source)
+    about = source.info.get("normalization")  # of this toolkit's pretraining
+    norms = source.info.get("norms")  # of CEM500K's: mean and std of grey
+    if isinstance(norms, list) and len(norms) == 2:
+        about = {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0}
+    if not about or not isinstance(about, Mapping):
+        return channels, {}
+    return channels, {**about, "arch": source.arch}
 
 
-def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
-    """The name of the first convolution's weight, and its input channels; the arch's own if its shape does not fit."""
-    model = _meta_model(arch)
+def _find_channels(source: "_Source") -> tuple[str | None, int]:
+    """The name of the first convolution's weight, and its input channels; without one, None and the arch's own."""
+    model = _meta_model(source.arch)
     name = f"{backbones.first_convolution(model)}.weight"
-    found, own = weights.get(name), model.state_dict().get(name)
-    if own is None or found is None or found.dim() != 4:
+    kernel = source.weights.get(name)
+    if kernel is None or kernel.dim() != 4 or kernel.shape[1] == 0:
         return None, backbones.input_channels(model)
-    if (len(found), found.shape[2:]) != (len(own), own.shape[2:]) or found.shape[1] == 0:
-        found = own
-    return name, found.shape[1]
+    return name, kernel.shape[1]
 
 
 def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
@@ -129,18 +129,14 @@ def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
     if channels == 1:
         return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
     found = kernel.shape[1]
-    turns = -(-channels // found)
-    return (kernel.float().repeat(1, turns, 1, 1)[:, :channels] * (found / channels)).to(kernel.dtype)
+    return (kernel[:, torch.arange(channels) % found].float() * (found / channels)).to(kernel.dtype)
 
 
 def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
-    """The version of MoCo that wrote a checkpoint, 2 (for 1, too), 3 or None, and its `projector` and `predictor`.
-
-    Their tensors, if any, have their names in the modules of `moco.builder`.
-    """
+    """The version of MoCo that wrote a checkpoint, 2 (for 1, too), 3 or None, and its `projector` and `predictor`."""
     tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(tensors, info)
-    if layout.family not in ("moco_v1", "moco_v2", "moco_v3", "moco_stage1"):
+    if not layout.family.startswith("moco_"):
         return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
     projector = {key.partition(".")[2]: tensors[full] for key, full in encoder.items() if key.startswith(_HEADS)}
@@ -248,10 +244,7 @@ class _Source:
     path: str | os.PathLike
     layout: _Layout
     arch: str  # the one that was asked for, or that the file names, or else that its tensors' shapes imply
-    epoch: int | None = None
-    image_size: int | None = None
-    heads: int | None = None
-    images: dict[str, Any] = field(default_factory=dict)  # the file's metadata about the images
+    info: Mapping[str, Any] = field(default_factory=dict)  # what the file has around the tensors
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
@@ -283,18 +276,9 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
             raise InputError(f"{path}: some tensors are there twice, under two projects' names")
         weights[name] = tensors[full]
     _check_tensors(path, weights)
-    return _Source(
-        path=path,
-        layout=layout,
-        # The official code has other names, such as vit_base: there the shapes tell.
-        arch=arch if wanted or is_timm or arch in ARCHS else _likely_arch(path, weights),
-        epoch=_whole_number(info, "epoch"),
-        image_size=_whole_number(info, "config/image_size"),  # this toolkit's pretraining stores it
-        heads=_whole_number(info, "config/heads"),
-        images=_image_metadata(info),
-        weights=weights,
-        dropped=dropped,
-    )
+    if not wanted and not is_timm and arch not in ARCHS:  # the official code has other names, such as vit_base
+        arch = _likely_arch(path, weights)
+    return _Source(path, layout, arch, info, weights, dropped)
 
 
 def value_at(content: Any, place: str) -> Any:
@@ -309,15 +293,6 @@ def value_at(content: Any, place: str) -> Any:
 def _whole_number(info: Mapping, place: str) -> int | None:
     value = value_at(info, place)
     return value if type(value) is int else None
-
-
-def _image_metadata(info: Mapping) -> dict[str, Any]:
-    """The metadata about images from this toolkit's pretraining, or from CEM500K's `norms`: mean and std of grey."""
-    norms = info.get("norms")
-    if isinstance(norms, list) and len(norms) == 2:
-        return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0}
-    recorded = info.get("normalization")
-    return dict(recorded) if isinstance(recorded, Mapping) else {}
 
 
 def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Mapping]:
@@ -335,17 +310,14 @@ def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
         problem = f"{path}: no state_dict at its top, at 'state_dict' or at 'model'; {listed(foreign)} hold no tensors"
         for key in foreign:
             if isinstance(tensors[key], ForeignObject):
-                kind = printable(tensors[key].kind)
-                problem += f"; {printable(key)} is a {kind}: save its state_dict() from where the file was made"
+                problem += f"; {printable(key)} is a {printable(tensors[key].kind)}: "
+                problem += "save its state_dict() from where the file was made"
         raise InputError(problem)
     return dict(tensors), info
 
 
 def _weights_of_timm(arch: str) -> dict[str, torch.Tensor]:
-    """The tensors of ``timm.create_model(NAME, pretrained=True)``: timm keeps the file in the cache of the Hub.
-
-    Raises InputError, which says what to fetch elsewhere, if they cannot be had.
-    """
+    """The tensors of ``timm.create_model(NAME, pretrained=True)``; an InputError says what to fetch elsewhere."""
     config = names.timm_config(arch)
     import timm  # here: few have it
 
@@ -391,8 +363,7 @@ _TO_TORCHVISION: _Renames = (
     (r"cls_token$", "class_token"),
     (r"pos_embed$", "encoder.pos_embedding"),
     (r"patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
-    *((rf"patch_embed\.proj\.{3 * i}\.", f"conv_proj.conv_bn_relu_{i}.0.") for i in range(4)),
-    *((rf"patch_embed\.proj\.{3 * i + 1}\.", f"conv_proj.conv_bn_relu_{i}.1.") for i in range(4)),
+    *((rf"patch_embed\.proj\.{3 * i + j}\.", f"conv_proj.conv_bn_relu_{i}.{j}.") for i in range(4) for j in range(2)),
     (r"patch_embed\.proj\.12\.", "conv_proj.conv_last."),
     (r"blocks\.(\d+)\.norm([12])\.", _LAYER + r"ln_\2."),
     (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", _LAYER + r"self_attention.in_proj_\2"),
@@ -447,14 +418,14 @@ def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
 
 
-def _find_image_size(source: _Source, arch: str) -> int:
-    """The image size of the pretraining: a ViT's position embedding implies it, a ResNet's file may state it."""
-    for name in source.weights.keys() & set(_POSITIONS):
-        patch, tokens = _patch_and_tokens(_meta_model(arch))
+def _find_image_size(source: _Source) -> int:
+    """A ViT's position embedding implies the image size of the pretraining; this toolkit's file of a ResNet has it."""
+    for name in source.weights.keys() & _POSITIONS:
+        patch, tokens = _patch_and_tokens(_meta_model(source.arch))
         side = _grid(source.weights[name], tokens)
         if patch and side:
             return side * patch
-    return source.image_size or names.default_image_size(arch)
+    return _whole_number(source.info, "config/image_size") or names.default_image_size(source.arch)
 
 
 def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
@@ -479,7 +450,7 @@ def _grid(positions: torch.Tensor, tokens: int) -> int:
 def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Interpolate a position embedding to the model's image size, as torchvision or timm does."""
     state = model.state_dict()
-    for name in weights.keys() & state.keys() & set(_POSITIONS):
+    for name in weights.keys() & _POSITIONS & state.keys():
         _, tokens = _patch_and_tokens(model)
         positions = weights[name].float()
         if positions.shape == state[name].shape or not _grid(positions, tokens):
@@ -492,13 +463,14 @@ def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dic
     return weights
 
 
-def _find_heads(source: _Source, arch: str) -> int | None:
+def _find_heads(source: _Source) -> int | None:
     """The number of heads of a torchvision ViT. No tensor shows it: for a ViT-S it may be a guess, with a warning.
 
     MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     """
-    if arch != "vit_small" or source.heads:
-        return source.heads or default_heads(arch)
+    recorded = _whole_number(source.info, "config/heads")
+    if source.arch != "vit_small" or recorded:
+        return recorded or default_heads(source.arch)
     if source.layout.family == "deit" and "vit_small_patch16" in os.path.basename(source.path):  # timm's, or torchgeo's
         return 6
     heads_if_fixed, heads = source.layout.heads
@@ -512,7 +484,7 @@ def _find_heads(source: _Source, arch: str) -> int | None:
     return heads
 
 
-def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Module, arch: str) -> None:
+def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Raise InputError, with all differences, unless the file holds the whole backbone and nothing else."""
     expected = _backbone_state(model)
     # Files from before PyTorch 0.4.1 lack BatchNorm's counter, which no output depends on.
@@ -528,11 +500,12 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
-        if better := [other for other in ARCHS if other != arch and _shapes(other) == shapes_of(source.weights)]:
-            found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
+        likely = [arch for arch in ARCHS if arch != source.arch and _shapes(arch) == shapes_of(source.weights)]
+        if likely:
+            found += f"; it looks like {likely[0]}: give the --checkpoint of a {source.arch}, or leave out --arch"
         elif is_path(source.path) and (hint := _hint_of_timm(source.path)):
             found = hint
-        raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
+        raise InputError(f"{source.path} ({source.layout.family}) does not hold a {source.arch}: {found}")
     broken = []
     for key, value in weights.items():
         is_of_kind = value.is_floating_point() == expected[key].is_floating_point()

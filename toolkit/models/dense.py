@@ -30,17 +30,15 @@ class DenseHead(nn.Module):
         self.linear = nn.Linear(sum(widths), classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        size = finest(maps)
         logits = self.linear.bias[:, None, None]
         for features, weight in zip(maps, self.linear.weight.split(self.widths, 1), strict=True):
-            logits = logits + enlarged(F.conv2d(features, weight[..., None, None]), size)
+            logits = logits + enlarged(F.conv2d(features, weight[..., None, None]), finest(maps))
         return logits
 
 
 class DenseModel(nn.Module):
-    """A backbone that answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S).
+    """A backbone that answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S). It loses its head.
 
-    It is a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`, and loses its head.
     Raises InputError if it has no maps that can be read.
     """
 
@@ -125,11 +123,10 @@ def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
 
     `points` are the centres of the pixels, (P, 2), by column and row, as shares of the image from 0 to 1.
     """
-    size = finest(maps)
     grid = (2 * points - 1)[None, :, None]  # (1, P, 1, 2)
     taken = []
     for features in maps:  # one at a time: all of them, enlarged, would be the peak of memory
-        whole = enlarged(features, size).float()
+        whole = enlarged(features, finest(maps)).float()
         # The interpolation of `enlarged`: at the border the outermost cells count alone.
         taken.append(F.grid_sample(whole, grid, mode="bilinear", padding_mode="border", align_corners=False))
     return torch.cat(taken, 1)[0, :, :, 0].T

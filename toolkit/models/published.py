@@ -61,9 +61,9 @@ MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors, as the Hub writ
 
 
 def described(checkpoint: str | Path, licence: str | None = None) -> dict[str, str | None]:
-    """The name of a checkpoint, of which files tell no folder; the address if it is published; and what licence it has.
+    """The name of a checkpoint, without its folder; its address if it is published; and its licence, if known.
 
-    `licence` is what its publisher says of it, if that is known; None: look it up here.
+    `licence` is what timm says of it.
     """
     name = Path(str(checkpoint)).name
     for known, (url, _) in PUBLISHED.items():
