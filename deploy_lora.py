@@ -362,10 +362,7 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
 
 
 def embed(args: argparse.Namespace) -> Any:
-    """Write the features that the classifier head receives for images, and return them, float32 (N, D).
-
-    With a folder as --output they are in parts, of which the names are returned.
-    """
+    """Write the features that the classifier head receives for images, float32 (N, D); return them or their parts."""
     with _deployed(args) as deployed:
         _refuse_pixels(deployed.about, "embed")
         return _write_answers(replace(deployed, model=headless(deployed.model)), _write_features)
@@ -642,10 +639,7 @@ def card(args: argparse.Namespace) -> str:
 
 
 def usage(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What a server needs to know to compute the answers of `predict` with a merged model, as plain values.
-
-    What each means, and a server that needs no more, is in docs/deploy.md.
-    """
+    """What a server needs to know to answer as `predict` with a merged model, explained in docs/deploy.md."""
     values = from_metadata(metadata)
     bands = values["bands"]
     task = _task_of(metadata)
@@ -774,10 +768,7 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write an adapter file of a lower --rank, or a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
-
-    `base` is the torchvision model with the base's weights, in float, and a head of any weights for the classes.
-    """
+    """Write an adapter file of a lower --rank, or a folder for `peft.PeftModel.from_pretrained(base, folder)`."""
     if args.rank is not None:
         _cut_to_rank(args)
         return

@@ -230,10 +230,7 @@ class Pretraining(RunState):
             row |= self.measure()
             self.save_epoch()  # again, with the measures
         self.save_metrics(METRICS)
-        figures = f"loss {row['loss']:.3f}"
-        if measured := describe_measures(row):
-            figures += f", {measured}"
-        print(f"epoch {self.epoch}: {figures}; {reports.describe_times(self.history, self.args.epochs)}")
+        print(f"epoch {self.epoch}: {describe_measures(row)}; {reports.describe_times(self.history, self.args.epochs)}")
         rank = row.get("effective_rank")
         if rank and rank < COLLAPSED_RANK:
             print("  the features have collapsed: lower --learning-rate or warm up longer")
@@ -325,12 +322,12 @@ def summary(run: Pretraining, results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
-    """The measures of the features in words; empty if none was taken."""
+    """The loss and the measures of the features in words, as far as they are known."""
+    forms = {"loss": ".3f", "effective_rank": ".2f", "knn_accuracy": ".1%"}
     shown = []
-    for name, title in measures.TITLES.items():
+    for name, title in {"loss": "loss", **measures.TITLES}.items():
         if row.get(name) is not None:
-            form = ".1%" if name == "knn_accuracy" else ".2f"
-            shown.append(f"{title} {row[name]:{form}}")
+            shown.append(f"{title} {row[name]:{forms[name]}}")
     return ", ".join(shown)
 
 
@@ -351,10 +348,7 @@ def check_batch_size(args: PretrainOptions, images: int) -> None:
 def load_images(
     args: PretrainOptions, read: bands.Bands | None
 ) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
-    """The training images; and of them bank and queries with labels, or an empty tuple if no image has a label.
-
-    Stage 1 never reads the held-out split, not even to measure.
-    """
+    """The training images, and of them, never of the held-out split, bank and queries; () if no image has a label."""
     is_own = args.dataset == "imagefolder"
     if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):
         if problems := list(options.unlabelled_problems(args)):  # only now it may be known that there are no labels

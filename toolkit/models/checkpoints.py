@@ -277,7 +277,12 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
         weights[name] = tensors[full]
     _check_tensors(path, weights)
     if not wanted and not is_timm and arch not in ARCHS:  # the official code has other names, such as vit_base
-        arch = _likely_arch(path, weights)
+        found = shapes_of(weights)
+        arch = max(ARCHS, key=lambda own: len(found & _shapes(own)))  # a ResNet-18 is a part of a 34, which comes later
+        if not found & _shapes(arch):
+            known = _hint_of_timm(path) or f"known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
+            none = f"none of its {len(weights)} tensors belongs to a known backbone ({listed(weights)})"
+            raise InputError(f"{path}: {none}; {known}")
     return _Source(path, layout, arch, info, weights, dropped)
 
 
@@ -383,17 +388,6 @@ def _renamed(key: str, renames: _Renames) -> str:
         if re.match(pattern, key):
             return re.sub(pattern, replacement, key, count=1)
     return key
-
-
-def _likely_arch(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -> str:
-    """The arch that shares the most tensors with a file."""
-    found = shapes_of(weights)
-    best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
-    if not found & _shapes(best):
-        known = _hint_of_timm(path) or f"known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
-        none = f"none of its {len(weights)} tensors belongs to a known backbone ({listed(weights)})"
-        raise InputError(f"{path}: {none}; {known}")
-    return best
 
 
 @functools.cache

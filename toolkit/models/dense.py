@@ -37,10 +37,7 @@ class DenseHead(nn.Module):
 
 
 class DenseModel(nn.Module):
-    """A backbone that answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S). It loses its head.
-
-    Raises InputError if it has no maps that can be read.
-    """
+    """A backbone, which loses its head, answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S)."""
 
     def __init__(self, backbone: nn.Module, classes: int, image_size: int, channels: int = 3):
         super().__init__()

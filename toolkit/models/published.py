@@ -1,7 +1,4 @@
-"""Backbones that MoCo's authors and users have published, by name: `--checkpoint moco-v2-800ep`.
-
-A file is downloaded once, into the folder of `torch.hub`, and only if its name was typed.
-"""
+"""Backbones that are published, by name: `--checkpoint moco-v2-800ep` downloads one, once, into torch.hub's folder."""
 
 import hashlib
 from pathlib import Path
@@ -61,10 +58,7 @@ MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors, as the Hub writ
 
 
 def described(checkpoint: str | Path, licence: str | None = None) -> dict[str, str | None]:
-    """The name of a checkpoint, without its folder; its address if it is published; and its licence, if known.
-
-    `licence` is what timm says of it.
-    """
+    """The name of a checkpoint, without its folder, its address if it is published, and its licence, else timm's."""
     name = Path(str(checkpoint)).name
     for known, (url, _) in PUBLISHED.items():
         if Path(url).name == name:
