@@ -50,8 +50,8 @@ RUNS = {
     "multilabel": Run(255, "--task multilabel --data-list {hospital}/labels.csv " + PATIENTS),
     "regression": Run(247, "--task regression --data-list {hospital}/numbers.csv " + PATIENTS),
     "segmentation": Run(236, "--task segmentation --data-dir {pairs} --augmentation crop"),
-    "folds": Run(241, "--folds 2 --data-list {hospital}/all.csv " + PATIENTS, losses=4),
-    "search": Run(241, "--learning-rate auto"),
+    "folds": Run(242, "--folds 2 --data-list {hospital}/all.csv " + PATIENTS, losses=4),
+    "search": Run(242, "--learning-rate auto"),
 }
 QUICK = ("qlora", "fp16", "segmentation")
 STAGE_1 = "--arch vit_mini --image-size 16 --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0"

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import changed, snapshot
+from dense import changed, frozen, rounded, snapshot
 from torch import nn
 
-from finetune_lora import LoRALinear, add_lora_to_model, freeze_backbone_params
+from finetune_lora import LoRALinear, add_lora_to_model
 from lora.initialization import adapter_lr_factor, adapter_pairs, blocks_with_most, start_at_gradient
-from lora_utils import LoRAManager
 from toolkit.models.backbones import build_backbone
 
 R = 4
@@ -34,25 +33,22 @@ class Layers(nn.Module):
 
 
 def adapted(stock: nn.Module, **options) -> nn.Module:
-    model = add_lora_to_model(copy.deepcopy(stock), r=R, **options)
-    freeze_backbone_params(model)
-    return model.eval()
+    return frozen(copy.deepcopy(stock), std=0.0, r=R, **options).eval()
 
 
-def batch(images: int = 6, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(images, 3, size, size, generator=generator), torch.arange(images) % 5
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
 
 
-def backward(model: nn.Module, images: int = 6):
-    x, labels = batch(images)
+def backward(model: nn.Module):
+    x, labels = batch()
     return lambda: F.cross_entropy(model(x), labels).backward()
 
 
-def dense_gradients(stock: nn.Module, images: int = 6) -> dict[str, torch.Tensor]:
+def dense_gradients(stock: nn.Module) -> dict[str, torch.Tensor]:
     """Of each weight, (fan_out, fan_in); q, k and v apart."""
     model = copy.deepcopy(stock)
-    backward(model, images)()
+    backward(model)()
     gradients = {name: p.grad.flatten(1) for name, p in model.named_parameters() if p.dim() > 1}
     q, k, v = gradients.pop("attention.in_proj_weight").chunk(3)
     return gradients | {"attention.q": q, "attention.k": k, "attention.v": v}
@@ -78,11 +74,8 @@ def test_a_starts_at_the_main_directions_of_the_dense_gradient(use_qlora):
     """A sketch of r rows holds nearly as much as the best r directions, and much more than random ones."""
     stock = Layers()
     model = adapted(stock, use_qlora=use_qlora)
-    if use_qlora:  # the gradient is that of the rounded weights
-        dense = copy.deepcopy(model)
-        LoRAManager(dense).merge_into_base()
-        stock.load_state_dict(dense.state_dict())
-    random, gradients = starts(copy.deepcopy(model)), dense_gradients(stock)
+    random = starts(copy.deepcopy(model))
+    gradients = dense_gradients(rounded(stock, model))
     start_at_gradient(model, backward(model))
     assert starts(model).keys() == random.keys() and len(random) == 7
     for name, A in starts(model).items():
@@ -155,8 +148,7 @@ def test_a_rank_above_the_layer_s_inputs():
     """The rows beyond stay random."""
     stock = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Flatten(), nn.Linear(64 * 64, 9))
     model = add_lora_to_model(stock, r=8, target_modules="0")
-    x, labels = batch()
-    start_at_gradient(model, lambda: F.cross_entropy(model(x), labels).backward())
+    start_at_gradient(model, backward(model))
     A = model[0].lora_A.detach()
     torch.testing.assert_close(3 * A[:3] @ A[:3].T, torch.eye(3))
     assert A[3:].any(1).all()
@@ -168,8 +160,7 @@ def test_it_estimates_the_energy_of_each_layer_s_gradient():
     model = adapted(stock, lora_alpha=2 * R)
     sums: dict[str, float] = {}
     for seed in range(60):
-        again = copy.deepcopy(model)
-        for name, energy in start_at_gradient(again, backward(again), seed).items():
+        for name, energy in start_at_gradient(model, backward(model), seed).items():
             sums[name] = sums.get(name, 0.0) + energy / 2**2 / 60
     dense = {name: gradient.square().sum().item() for name, gradient in dense_gradients(stock).items()}
     attention = sum(dense[f"attention.{part}"] for part in "qkv")

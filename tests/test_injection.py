@@ -484,16 +484,15 @@ def test_a_head_of_any_name_trains_and_is_saved_whole(head, tmp_path):
     torch.testing.assert_close(manager.model(x), model(x))
 
 
-def with_hidden_fc() -> nn.Module:
-    """Its last layer is new; the one before it has the name of a classifier head."""
-    return nn.Sequential(OrderedDict(body=nn.Linear(6, 8), fc=nn.Linear(8, 8), out=nn.Linear(8, 3)))
+HIDDEN_FC = {"body": nn.Linear(6, 8), "fc": nn.Linear(8, 8), "out": nn.Linear(8, 3)}
 
 
 @pytest.mark.parametrize(
-    "build, last, options", [(with_own_head, "cls", {}), (with_hidden_fc, "out", {"target_modules": "body"})]
+    "model, last, options",
+    [(with_own_head(), "cls", {}), (nn.Sequential(OrderedDict(HIDDEN_FC)), "out", {"target_modules": "body"})],
 )
-def test_a_last_layer_that_is_no_head_is_reported(build, last, options):
-    model = build()
+def test_a_last_layer_that_is_no_head_is_reported(model, last, options):
+    """Whatever the name of the one before it."""
     with pytest.warns(UserWarning, match=f"last layer, {last}, .* with the backbone: if it is new, give head='{last}'"):
         frozen(model, **options)
     assert not model.get_submodule(last).weight.requires_grad

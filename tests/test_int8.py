@@ -1,13 +1,11 @@
 """Weights in 8 bits: near the dense stock computation, and equal to the same arithmetic written out in float64."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from dense import (
     assert_close,
-    compare_with_dense,
     dense_twin,
     expected_gradients,
     frozen,
@@ -27,7 +25,6 @@ from lora_utils import LoRAManager
 from toolkit import InputError, devices
 from toolkit.choices import ARITHMETICS
 
-ROOT = Path(__file__).parents[1]
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
 exact_products = pytest.mark.skipif(
@@ -99,36 +96,6 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
 # --------------------------------------------------------------------------------------------------------- layers
 
 
-LAYERS = {
-    "linear": (nn.Linear(72, 48), (100, 72)),
-    "odd widths": (nn.Linear(65, 33), (100, 65)),
-    "no bias": (nn.Linear(48, 40, bias=False), (100, 48)),
-    "one row": (nn.Linear(64, 64), (1, 64)),
-    "tokens": (nn.Linear(64, 64), (4, 20, 64)),
-}
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("layer, shape", LAYERS.values(), ids=LAYERS)
-def test_a_layer_is_near_the_dense_one(layer, shape, autocast):
-    """Forward and all gradients."""
-    stock = nn.Sequential(copy.deepcopy(layer))
-    for parameter in stock.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    for mode in (True, False):
-        compare_with_dense(stock, in_8_bits(stock).train(mode), [torch.randn(shape)], IN_8_BITS, autocast=autocast)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_attention_is_near_the_dense_one(count):
-    """For self-attention, and with keys and values of their own."""
-    stock = nn.MultiheadAttention(64, 4, batch_first=True)
-    model = in_8_bits(stock)
-    own = [torch.randn(5, 9, 64) for _ in range(3)]
-    inputs = own if count == 3 else [own[0], own[count - 1], own[count - 1]]
-    compare_with_dense(stock, model, inputs, 5e-2, lambda model, *inputs: model(*inputs, need_weights=False)[0])
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_vit_is_near_the_dense_one(autocast, mode):
@@ -162,15 +129,6 @@ def test_switched_off_it_computes_with_the_same_base():
     assert_close(x.grad, stock[0].weight.sum(0).expand(30, -1), IN_8_BITS)
 
 
-def test_layers_below_the_last_blocks_are_in_8_bits_too_but_no_convolution():
-    model = in_8_bits(vit(num_layers=3), adapt_last=1)
-    stored = {name for name, layer in model.named_modules() if getattr(layer, "base_bits", 32) == 8}
-    assert {f"encoder.layers.encoder_layer_{i}.mlp.0" for i in range(3)} < stored
-    assert model.conv_proj.weight.dtype == model.heads.head.weight.dtype == torch.float32
-    assert LoRAManager(model).get_lora_info()["num_layers"] == 4  # attention with its projection, and the MLP
-    assert model(images(16)).isfinite().all()
-
-
 def test_a_convolution_and_other_dtypes_stay_as_they_are():
     both = add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), r=2, base_dtype=torch.int8)
     assert [layer.base_bits for layer in both] == [32, 8]
@@ -179,18 +137,6 @@ def test_a_convolution_and_other_dtypes_stay_as_they_are():
     for dtype in (torch.float64, torch.bfloat16):
         with pytest.raises(InputError, match=r"0 is in torch\.\w+, 8 bits are made of float32"):
             add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).to(dtype), r=2, base_dtype=torch.int8)
-
-
-def test_it_is_loaded_copied_and_cast_like_any_parameter():
-    stock = nn.Sequential(nn.Linear(64, 48))
-    model = in_8_bits(stock)
-    other = in_8_bits(nn.Sequential(nn.Linear(64, 48)))
-    x = torch.randn(30, 64)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
-    assert_close(copy.deepcopy(model).double()(x.double()), model(x), ROUNDING)
-    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
-        model.load_state_dict(stock.state_dict(), strict=False)
 
 
 @pytest.mark.slow

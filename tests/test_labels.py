@@ -99,18 +99,19 @@ def test_predictions_are_what_the_evaluation_had(trained, lists, kind, tmp_path)
 
 def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_path):
     """On the evaluation images each label then has the sensitivity that was asked for, and nothing else changes."""
-    folder = trained["multilabel"]["folder"]
-    argv = ["threshold", str(folder / "lora.pth"), str(lists / "multilabel_val.csv"), "--goal", "sensitivity=0.9"]
+    adapter = trained["multilabel"]["folder"] / "lora.pth"
+    images = lists / "multilabel_val.csv"
+    chosen = tmp_path / "lora90.pth"
     for _ in range(2):  # the second file replaces the first
-        deploy_lora.main([*argv, "--output", str(tmp_path / "lora90.pth")])
-    before = read_adapter_file(folder / "lora.pth")
-    after = read_adapter_file(tmp_path / "lora90.pth")
+        deploy_lora.main(f"threshold {adapter} {images} --goal sensitivity=0.9 --output {chosen}".split())
+    before = read_adapter_file(adapter)
+    after = read_adapter_file(chosen)
     thresholds = after["metadata"]["task"].pop("thresholds")
     assert thresholds != before["metadata"]["task"].pop("thresholds")
-    assert after["metadata"].pop("thresholds chosen") == f"for sensitivity=0.9, in {lists / 'multilabel_val.csv'}"
+    assert after["metadata"].pop("thresholds chosen") == f"for sensitivity=0.9, in {images}"
     assert after["metadata"] == before["metadata"] and after["base_hash"] == before["base_hash"]
     assert_same(after["tensors"], before["tensors"])
-    labels = deploy_lora.main(["evaluate", str(tmp_path / "lora90.pth"), str(lists / "multilabel_val.csv")])["labels"]
+    labels = deploy_lora.main(f"evaluate {chosen} {images}".split())["labels"]
     assert [label["threshold"] for label in labels.values()] == pytest.approx(thresholds)
     assert all(label["sensitivity"] >= 0.9 for label in labels.values())
     with pytest.raises(InputError, match="has no thresholds: only adapters with several labels have them"):

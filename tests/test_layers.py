@@ -90,10 +90,10 @@ def convolution(name: str) -> nn.Conv2d:
 
 
 LINEAR = {
-    "no rows": (0, 24),
-    "one row": (24,),
-    "few rows": (3, 24),
-    "many rows": (2, 50, 24),
+    "no rows": (0, 22),
+    "one row": (22,),
+    "few rows": (3, 22),
+    "many rows": (2, 50, 22),
 }
 CASES = [*LINEAR, "no bias", *CONVOLUTIONS, "one image", "self", "key is value", "all different"]
 # How the weight is stored, and whether autocast computes in bfloat16.
@@ -103,6 +103,8 @@ STORAGES = {
     "float64, autocast": {"autocast": True, "dtype": torch.float64},  # which leaves float64 alone
     "bf16": {"dtype": torch.bfloat16},
     "bf16 base": {"base_dtype": torch.bfloat16},
+    "8 bits": {"base_dtype": torch.int8},  # but for convolutions; inputs and gradients are rounded by rows, too
+    "8 bits, autocast": {"base_dtype": torch.int8, "autocast": True},
     "4 bits": {"four_bits": True},
     "4 bits, autocast": {"four_bits": True, "autocast": True},
 }
@@ -113,8 +115,8 @@ def stock_and_inputs(case: str, device: str, dtype: torch.dtype) -> tuple[nn.Mod
         stock = attention()
         inputs = attention_inputs(stock, case)
     elif case in LINEAR or case == "no bias":
-        stock = nn.Linear(24, 40, bias=case != "no bias")
-        inputs = [torch.randn(LINEAR.get(case, (50, 24)))]
+        stock = nn.Linear(22, 41, bias=case != "no bias")
+        inputs = [torch.randn(LINEAR.get(case, (50, 22)))]
     else:
         stock = convolution("same, even kernel" if case == "one image" else case)
         inputs = [torch.randn((2, 8, 9, 8)[case == "one image" :])]
@@ -135,6 +137,8 @@ def test_a_layer_is_the_stock_one_with_the_update_in_its_weight(case, storage, d
     tolerance = FP32
     if dtype == torch.bfloat16 or (autocast and dtype != torch.float64):
         tolerance = CHAINED_BF16 if case in INPUTS else BF16
+    if storage.startswith("8 bits"):
+        tolerance = IN_8_BITS if case in INPUTS else IN_8_BITS / 2
     for training in (True, False):
         layer = adapted(stock, **how).train(training)
         masters = torch.promote_types(dtype, torch.float32)
@@ -178,6 +182,7 @@ def test_dropout_acts_on_what_the_adapter_sees(name):
 # ----------------------------------------------------------------------------------------------------------- attention
 
 E, H, L, S, N = 16, 4, 5, 7, 3
+IN_8_BITS = 5e-2
 CHAINED_BF16 = 4 * BF16  # four products, each rounded: the stock layer's own gradients are up to 3 % off
 
 
@@ -375,19 +380,26 @@ def test_a_4_bit_model_s_state_comes_back_from_a_file(tmp_path):
         second.load_state_dict({**state, "0.weight_surplus": torch.zeros(1)})
 
 
-def test_a_4_bit_layer_can_be_copied_converted_and_moved():
-    layer = adapted(nn.Linear(24, 40), four_bits=True)
+@pytest.mark.parametrize("storage", ["bf16 base", "8 bits", "4 bits"])
+def test_a_layer_in_fewer_bits_is_copied_loaded_and_cast_like_any_other(storage):
+    layer = adapted(nn.Linear(24, 40), **STORAGES[storage])
+    other = adapted(nn.Linear(24, 40), **STORAGES[storage])
     x = torch.randn(50, 24)
     expected = layer(x)
+    stored = layer.weight.dtype
     twin = copy.deepcopy(layer)
+    other.load_state_dict(layer.state_dict())
     nn.init.zeros_(layer.lora_B)
     layer.weight.data.zero_()
-    assert torch.equal(twin(x), expected)
+    assert torch.equal(twin(x), expected) and torch.equal(other(x), expected)
     twin.to(torch.bfloat16)
-    assert twin.weight.dtype == torch.uint8 and twin.lora_A.dtype == torch.bfloat16
+    assert twin.weight.dtype == stored and twin.lora_A.dtype == torch.bfloat16
     assert_close(twin(x.bfloat16()), expected, BF16)
     with pytest.raises(InputError, match="fewer bits cannot become float"):
         twin.remove_lora()
+    if storage != "bf16 base":
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            other.load_state_dict(nn.Linear(24, 40).state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bf16", "4 bits"])

@@ -39,17 +39,14 @@ BLACK_LAST = Classes(("cell", "ground"), colours=((255, 255, 255), (0, 0, 0)))
 IN_COLOURS = Classes(("sea", "land", "ice"), colours=COLOURS, unknown=((9, 9, 9),))
 
 
-def write_image(path: Path, size: tuple[int, int] = (4, 3), seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    levels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(levels).save(path)
-    return path
-
-
 def write_mask(path: Path, levels: np.ndarray = LEVELS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(levels).save(path)
     return path
+
+
+def write_image(path: Path, size: tuple[int, int] = (4, 3), seed: int = 0) -> None:
+    write_mask(path, np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def write_pairs(root: Path, masks: list[np.ndarray]) -> None:
@@ -64,10 +61,9 @@ def load_pairs(data_dir=None, data_list=None, classes=None, unknown=None, **more
     return load_splits("imagefolder", data_dir, data_list=data_list, task="segmentation", masks=reader, **more)
 
 
-def rgb(levels: np.ndarray = LEVELS) -> np.ndarray:
-    table = np.full((256, 3), 9, np.uint8)
-    table[:3] = COLOURS
-    return table[levels]
+TABLE = np.full((256, 3), 9, np.uint8)
+TABLE[:3] = COLOURS
+RGB = TABLE[LEVELS]
 
 
 def pal(colours: np.ndarray) -> Image.Image:
@@ -90,8 +86,8 @@ def save_with_overview(path: Path) -> None:
 
 
 FORMATS = {
-    "l.png": lambda path: Image.fromarray(LEVELS).save(path),
-    "l.tif": lambda path: Image.fromarray(LEVELS).save(path),
+    "l.png": write_mask,
+    "l.tif": write_mask,
     "p.png": lambda path: pal(np.random.RandomState(0).randint(0, 256, (256, 3))).save(path),
     "16.png": lambda path: Image.fromarray(LEVELS.astype(np.uint16)).save(path),
     "signed.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int16)),
@@ -115,26 +111,26 @@ def test_masks_of_all_formats(name, tmp_path):
         assert np.array_equal(found, EXPECTED)
 
 
-@pytest.mark.parametrize("make", [rgb, lambda: np.dstack([rgb(), np.full((3, 4), 255, np.uint8)])])
-def test_colours_of_rgb_masks(make, tmp_path):
-    for rows in (slice(None), slice(1)):
-        Image.fromarray(make()[rows]).save(tmp_path / "m.png")
-        assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(tmp_path / "m.png")), EXPECTED[rows])
+RGBA = np.dstack([RGB, np.full((3, 4), 255, np.uint8)])
+# The image in the file, the classes, and what is read.
+IMAGES = {
+    "rgb": (Image.fromarray(RGB), IN_COLOURS, EXPECTED),
+    "a row": (Image.fromarray(RGB[:1]), IN_COLOURS, EXPECTED[:1]),
+    "a row with alpha": (Image.fromarray(RGBA[:1]), IN_COLOURS, EXPECTED[:1]),
+    "alpha": (Image.fromarray(RGBA), IN_COLOURS, EXPECTED),
+    "a palette": (pal(TABLE), IN_COLOURS, EXPECTED),
+    "a palette of the colours that there are": (Image.fromarray(RGB).quantize(8), IN_COLOURS, EXPECTED),
+    "one bit": (Image.fromarray(LEVELS == 2), None, LEVELS == 2),
+    "black and white": (Image.fromarray(LEVELS == 2), BLACK_LAST, LEVELS != 2),
+    "greys": (Image.fromarray((LEVELS == 2) * np.uint8(255)), BLACK_LAST, LEVELS != 2),
+}
 
 
-def test_colours_of_palettes_and_masks_of_one_bit(tmp_path):
-    """The colour says the class, whatever its number; greys are colours, too."""
-    colours = np.full((256, 3), 9)
-    colours[:3] = COLOURS
-    pal(colours).save(tmp_path / "voc.png")
-    assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(tmp_path / "voc.png")), EXPECTED)
-    Image.fromarray(rgb()).quantize(8).save(tmp_path / "quantised.png")
-    assert np.array_equal(MaskReader(IN_COLOURS, [])(str(tmp_path / "quantised.png")), EXPECTED)
-    Image.fromarray(LEVELS == 2).save(tmp_path / "1.png")
-    assert np.array_equal(MaskReader(None, [255])(str(tmp_path / "1.png")), LEVELS == 2)
-    assert np.array_equal(MaskReader(BLACK_LAST)(str(tmp_path / "1.png")), LEVELS != 2)
-    write_mask(tmp_path / "l.png", (LEVELS == 2) * np.uint8(255))
-    assert np.array_equal(MaskReader(BLACK_LAST)(str(tmp_path / "l.png")), LEVELS != 2)
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_colour_says_the_class_whatever_its_number(name, tmp_path):
+    image, classes, expected = IMAGES[name]
+    image.save(tmp_path / "m.png")
+    assert np.array_equal(MaskReader(classes)(str(tmp_path / "m.png")), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -172,9 +168,9 @@ def test_values_that_are_no_numbers_of_classes(tmp_path, levels, unknown, expect
 # What the mask is, the classes, and what the message says besides the name of the mask.
 FAULTS = {
     "jpeg": (lambda path: Image.fromarray(LEVELS).save(path, format="JPEG"), None, "format JPEG"),
-    "rgb": (lambda path: Image.fromarray(rgb()).save(path), THREE, "`name r g b`"),
-    "rgb without classes": (lambda path: Image.fromarray(rgb()).save(path), None, "`name r g b`"),
-    "colour": (lambda path: Image.fromarray(rgb() // 2).save(path), IN_COLOURS, "colour 0 0 127, which is no class's"),
+    "rgb": (lambda path: write_mask(path, RGB), THREE, "`name r g b`"),
+    "rgb without classes": (lambda path: write_mask(path, RGB), None, "`name r g b`"),
+    "colour": (lambda path: write_mask(path, RGB // 2), IN_COLOURS, "colour 0 0 127, which is no class's"),
     "value": (lambda path: write_mask(path, LEVELS % 254 + 5), THREE, "value 5, which is no class's"),
     "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "--unknown-value -1"),
     "large": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.int64(999)), None, "`NAME 999`"),
@@ -193,7 +189,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
     make, classes, message = FAULTS[fault]
-    write_pairs(tmp_path, [rgb() if classes is IN_COLOURS else LEVELS] * 3)
+    write_pairs(tmp_path, [RGB if classes is IN_COLOURS else LEVELS] * 3)
     (tmp_path / "masks/1.png").unlink()
     make(tmp_path / "masks/1.png")
     with pytest.raises(InputError, match=r"masks.1\.(png|npy|tif): ") as raised:
@@ -400,34 +396,32 @@ def test_one_set_is_split_by_the_rarest_class(image, mask, tmp_path):
     assert len(few) == 7 and (few.targets[:, 2] > 0).any()
 
 
-def without_groups(folder: Path, name: str, rows: list[str]) -> Path:
-    path = folder / f"{name}.txt"
-    path.write_text("".join(row.rpartition(",")[0] + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def listed(tmp_path) -> list[str]:
-    """The lines of twenty pairs, of which the third column is the field; the images of each fifth lie in one folder."""
+    """The lines of twenty pairs; the images of each fifth lie in one folder."""
     rows = []
     for i in range(20):
         write_pair(tmp_path, f"x/f{i % 5}/{i}.png", f"y/{i}.tif", i)
-        rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif,field{i % 4}\n")
+        rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif")
     return rows
 
 
 def test_pairs_of_a_list_are_split_by_groups(tmp_path, listed):
-    (tmp_path / "all.csv").write_text("image,mask,field\n" + "".join(listed))
+    with_fields = [f"{row},field{i % 4}" for i, row in enumerate(listed)]
+    (tmp_path / "all.csv").write_text("\n".join(["image,mask,field", *with_fields]))
     splits = load_pairs(None, [tmp_path / "all.csv"], group_by="field")
     assert splits.train.source.largest == 48 > splits.train.targets.sum(1).max()  # with unknown pixels
     assert len(splits.train) + len(splits.val) == 20
     assert not set(splits.train.groups) & set(splits.val.groups)
-    by_folder = load_pairs(tmp_path, [without_groups(tmp_path, "all", listed)], group_by="2")
+    (tmp_path / "all.txt").write_text("\n".join(listed))
+    by_folder = load_pairs(tmp_path, [tmp_path / "all.txt"], group_by="2")
     assert set(by_folder.train.groups) | set(by_folder.val.groups) == {f"f{i}" for i in range(5)}
 
 
 def test_two_lists_are_two_sets(tmp_path, listed, capsys):
-    lists = [without_groups(tmp_path, "train", listed[:15]), without_groups(tmp_path, "val", listed[15:])]
+    lists = [tmp_path / "train.txt", tmp_path / "val.txt"]
+    lists[0].write_text("\n".join(listed[:15]))
+    lists[1].write_text("\n".join(listed[15:]))
     splits = load_pairs(None, lists)
     assert (len(splits.train), len(splits.val)) == (15, 5)
     assert len(pairs_in(ImageList(lists[1]), None, MaskReader(None, [255]))) == 5
@@ -455,11 +449,9 @@ def test_lists_of_no_pairs(tmp_path, listed, text, problem):
 
 def test_a_list_names_masks_as_the_file_system_does(tmp_path):
     name = unicodedata.normalize("NFD", "forêt, 1.png")  # as a Mac writes it; on Linux another name than in NFC
-    for i in range(5):
-        write_pair(tmp_path, f"x/{i}_{name}", f"y/{i}_{name}", i)
-    lines = [f'"x/{i}_{name}","y/{i}_{name}"\n' for i in range(5)]
-    (tmp_path / "all.csv").write_text("".join(lines), encoding="utf-8")
-    assert len(pairs_in(ImageList(tmp_path / "all.csv"), None, MaskReader(None))) == 5
+    write_pair(tmp_path, f"x/{name}", f"y/{name}", 0)
+    (tmp_path / "all.csv").write_text(f'"x/{name}","y/{name}"\n', encoding="utf-8")
+    assert len(pairs_in(ImageList(tmp_path / "all.csv"), None, MaskReader(None))) == 1
 
 
 def test_a_folder_for_evaluation_elsewhere(tmp_path):

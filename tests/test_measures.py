@@ -47,34 +47,26 @@ def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tens
 RANKINGS = {"average_precision": metrics.average_precision_score, "auroc": metrics.roc_auc_score}
 
 
-def ranked(name: str, scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None):
-    """AP or AUROC of one label."""
-    return measures.ranking(scores, positive, weights=weights)[..., list(RANKINGS).index(name)]
-
-
-average_precision = functools.partial(ranked, "average_precision")
-auroc = functools.partial(ranked, "auroc")
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", RANKINGS)
 def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
-    scores, positive, times = scored_labels(seed)
-    ours = functools.partial(ranked, name)
+    column = list(RANKINGS).index(name)
     theirs = RANKINGS[name]
-    assert ours(scores, positive).item() == pytest.approx(theirs(positive, scores), abs=1e-12)
-    assert ours(-scores, positive).item() == pytest.approx(theirs(positive, -scores), abs=1e-12)
+    scores, positive, times = scored_labels(seed)
+    for way in (scores, -scores):
+        assert measures.ranking(way, positive)[column].item() == pytest.approx(theirs(positive, way), abs=1e-12)
     repeated = theirs(positive, scores, sample_weight=times.numpy())
-    assert ours(scores, positive, torch.stack([times, 2 * times])).tolist() == pytest.approx([repeated] * 2, abs=1e-12)
+    found = measures.ranking(scores, positive, weights=torch.stack([times, 2 * times]))
+    assert found[:, column].tolist() == pytest.approx([repeated] * 2, abs=1e-12)
 
 
 def test_what_is_the_same_everywhere_has_no_figure():
     """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
     scores = torch.rand(9)
     ones = torch.ones(9)
-    assert average_precision(scores, 0 * ones).isnan() and auroc(scores, 0 * ones).isnan()
-    assert average_precision(scores, ones) == metrics.average_precision_score(ones, scores) == 1
-    assert auroc(scores, ones).isnan()
+    assert measures.ranking(scores, 0 * ones).isnan().all()
+    assert measures.ranking(scores, ones)[0] == metrics.average_precision_score(ones, scores) == 1
+    assert measures.ranking(scores, ones)[1].isnan()
     assert math.isnan(measures.threshold_for(scores, 0 * ones, "f1"))
     assert measures.r2(torch.rand(5), torch.full((5,), 3e8)).isnan()
     assert measures.spearman(torch.rand(5), torch.ones(5)).isnan()
@@ -160,15 +152,19 @@ def measured_mean(values: torch.Tensor, clusters=None, bounds=measures.UNBOUNDED
     return chance(mean, len(values), clusters, bounds)
 
 
-def test_the_interval_of_a_mean_and_its_chance_are_students():
-    """With as many parts as images the jackknife of a mean is exact, far from all bounds."""
-    values = torch.from_numpy(1e3 + np.random.RandomState(0).randn(40))
-    half = student.ppf(0.975, 39) * values.std().item() / 40**0.5
-    expected = (values.mean().item() - half, values.mean().item() + half)
-    assert measured_mean(values, bounds=measures.POSITIVE)[0] == pytest.approx(expected, abs=1e-3)
-    values = values - 1e3 + 0.3
-    expected = student.sf(values.mean().item() / values.std().item() * 40**0.5, 39) * 2
-    assert measured_mean(values)[1] == pytest.approx(expected)
+@pytest.mark.parametrize("patients", [2, 4, 7, 40])
+def test_the_interval_of_a_mean_over_patients_and_its_chance_are_students(patients):
+    """Each patient has as many images. With as many parts as patients the jackknife of a mean is exact."""
+    by_patient = torch.from_numpy(np.random.RandomState(1).randn(patients))
+    clusters = torch.arange(patients).repeat_interleave(3)
+    interval, p = measured_mean(by_patient[clusters], clusters)
+    mean = by_patient.mean().item()
+    error = by_patient.std().item() / patients**0.5
+    half = student.ppf(0.975, patients - 1) * error
+    assert interval == pytest.approx((mean - half, mean + half))
+    assert p == pytest.approx(2 * student.sf(abs(mean) / error, patients - 1))
+    low, high = measured_mean(1e9 + by_patient[clusters], clusters, measures.POSITIVE)[0]
+    assert (low - 1e9, high - 1e9) == pytest.approx((mean - half, mean + half), abs=1e-3)  # far from all bounds
 
 
 @pytest.mark.parametrize(
@@ -207,9 +203,9 @@ def test_answers_that_are_all_right_have_no_interval():
     scores = torch.linspace(0, 1, 30)
     positive = (torch.arange(30) > 20).double()
     one = (torch.arange(30) == 7).double()
-    for measure, of in ((average_precision, positive), (auroc, positive), (average_precision, one)):
-        interval, _ = chance(functools.partial(measure, scores, of), 30)
-        assert np.isnan(interval).all()
+    for of in (positive, one):
+        found = measures.jackknife(lambda weights, of=of: {"it": measures.ranking(scores, of, weights=weights)}, 30)
+        assert np.isnan([figure.interval for figure in found["it"]]).all()
     assert measured_mean(torch.zeros(20))[1] == 1
     interval, p = measured_mean(torch.arange(20), clusters=torch.zeros(20, dtype=torch.long))
     assert np.isnan(interval).all() and p == 1
@@ -302,9 +298,8 @@ def test_numbers_of_any_size_are_measured():
 
 def test_a_label_of_which_nothing_is_known_has_no_figure():
     nothing = torch.empty(0)
-    for measure in (average_precision, auroc):
-        assert measure(nothing, nothing).isnan()
-        assert measure(nothing, nothing, torch.ones(3, 0)).isnan().tolist() == [True] * 3
+    assert measures.ranking(nothing, nothing).isnan().all()
+    assert measures.ranking(nothing, nothing, weights=torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3
     answers = several_labels(labels=2)
     answers.targets[:, 1] = math.nan
     report = tasks.MultiLabel(["known", "unknown"]).report(answers)
@@ -323,16 +318,6 @@ def test_the_bias_of_a_figure_is_taken_from_the_middle_of_its_interval():
 
     (low, high), _ = chance(square, 12)
     assert (low + high) / 2 == pytest.approx((values.mean().square() - values.var() / 12).item())
-
-
-@pytest.mark.parametrize("patients", [2, 4, 7])
-def test_intervals_over_few_patients_are_students(patients):
-    """Each patient has the same number of images, so a mean over images is one of patients."""
-    by_patient = torch.from_numpy(np.random.RandomState(1).randn(patients))
-    clusters = torch.arange(patients).repeat_interleave(3)
-    (low, high), _ = measured_mean(by_patient[clusters], clusters)
-    half = student.ppf(0.975, patients - 1) * by_patient.std().item() / patients**0.5
-    assert (low, high) == pytest.approx((by_patient.mean().item() - half, by_patient.mean().item() + half))
 
 
 @pytest.mark.parametrize("hits", [[9, 8, 6, 3], [5, 6, 5, 6, 5, 6]], ids=["unlike", "more alike than chance"])

@@ -13,11 +13,10 @@ from dense import FP32, assert_close, changed, frozen, images, resnet, snapshot,
 from lora_utils import LoRAManager
 from tests.run_folders import assert_same
 
-MODELS = pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
 STORED = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
-@MODELS
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
 @STORED
 def test_a_whole_model_can_be_saved(build, side, four_bits):
     """`torch.save(model)` keeps adapters, merged weights' bases, frozen statistics and 4-bit constants."""
