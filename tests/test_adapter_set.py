@@ -108,7 +108,9 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert trained_state(model).keys() == trained_state(expected).keys()
     x = images()
     for mode in (True, False):
-        assert torch.equal(model.train(mode)(x), expected.train(mode)(x))
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                assert torch.equal(model.train(mode)(x), expected.train(mode)(x))
         assert_equal(gradients(model, x), gradients(expected, x))
 
 
@@ -151,8 +153,9 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_p
     setattr(stock, head, getattr(manager.model, head))
     for change in (lambda: None, manager.merge_lora_weights):
         change()
-        with manager.disable_lora():
-            assert_close(manager.model(images()), stock(images()), FP32)
+        for gradients in (True, False):
+            with manager.disable_lora(), torch.set_grad_enabled(gradients):
+                assert_close(manager.model(images()), stock(images()), FP32)
     LoRAManager(alone["cars"]).merge_lora_weights()
     assert_equal(manager.model.state_dict(), alone["cars"].state_dict())
     for switch in (
