@@ -108,8 +108,8 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert trained_state(model).keys() == trained_state(expected).keys()
     x = images()
     for mode in (True, False):
-        for gradients in (True, False):
-            with torch.set_grad_enabled(gradients):
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
                 assert torch.equal(model.train(mode)(x), expected.train(mode)(x))
         assert_equal(gradients(model, x), gradients(expected, x))
 
@@ -153,8 +153,9 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_p
     setattr(stock, head, getattr(manager.model, head))
     for change in (lambda: None, manager.merge_lora_weights):
         change()
-        for gradients in (True, False):
-            with manager.disable_lora(), torch.set_grad_enabled(gradients):
+        assert base_digests(manager.model) == base_digests(base(arch))
+        for enabled in (True, False):
+            with manager.disable_lora(), torch.set_grad_enabled(enabled):
                 assert_close(manager.model(images()), stock(images()), FP32)
     LoRAManager(alone["cars"]).merge_lora_weights()
     assert_equal(manager.model.state_dict(), alone["cars"].state_dict())
