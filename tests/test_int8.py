@@ -4,16 +4,7 @@ import copy
 
 import pytest
 import torch
-from dense import (
-    assert_close,
-    dense_twin,
-    expected_gradients,
-    frozen,
-    images,
-    relative_error,
-    resnet,
-    vit,
-)
+from dense import assert_close, dense_twin, expected_gradients, frozen, images, relative_error, resnet, vit
 from torch import Tensor, nn
 
 import deploy_lora

@@ -3,24 +3,11 @@
 import copy
 import io
 
+import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import (
-    BF16,
-    DEVICES,
-    FP32,
-    adapters,
-    assert_close,
-    assert_unchanged,
-    compare_with_dense,
-    dense_twin,
-    frozen,
-    randomize_adapters,
-    rounded,
-    snapshot,
-    vit,
-)
+from dense import BF16, FP32, assert_close, compare_with_dense, dense_twin, frozen, randomize_adapters, rounded
 from torch import nn
 from torch.func import functional_call
 
@@ -89,12 +76,7 @@ def convolution(name: str) -> nn.Conv2d:
 # ------------------------------------------------------------------ every kind of layer, however its weight is stored
 
 
-LINEAR = {
-    "no rows": (0, 22),
-    "one row": (22,),
-    "few rows": (3, 22),
-    "many rows": (2, 50, 22),
-}
+LINEAR = {"no rows": (0, 22), "one row": (22,), "few rows": (3, 22), "many rows": (2, 50, 22)}
 CASES = [*LINEAR, "no bias", *CONVOLUTIONS, "one image", "self", "key is value", "all different"]
 # How the weight is stored, and whether autocast computes in bfloat16.
 STORAGES = {
@@ -125,7 +107,7 @@ def stock_and_inputs(case: str, device: str, dtype: torch.dtype) -> tuple[nn.Mod
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", dense.DEVICES)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_is_the_stock_one_with_the_update_in_its_weight(case, storage, device):
@@ -142,7 +124,7 @@ def test_a_layer_is_the_stock_one_with_the_update_in_its_weight(case, storage, d
     for training in (True, False):
         layer = adapted(stock, **how).train(training)
         masters = torch.promote_types(dtype, torch.float32)
-        assert all(A.dtype == masters for _, _, A, _ in adapters(layer))
+        assert all(A.dtype == masters for _, _, A, _ in dense.adapters(layer))
         compare_with_dense(rounded(stock, layer), layer, inputs, tolerance, autocast=autocast)
     if not how:  # two-stage and full fine-tuning: the base trains beside its adapter
         compare_with_dense(stock, layer.requires_grad_(True), inputs, tolerance, autocast=autocast)
@@ -423,14 +405,14 @@ def test_merging(case, storage):
     with manager.disable_lora():
         assert_close(in_one(layer(*inputs)), in_one(stock(*inputs)), tolerance)
     manager.merge_lora_weights()
-    merged = snapshot(layer)
+    merged = dense.snapshot(layer)
     assert list(merged) == list(stock.state_dict())
     for name, tensor in twin.state_dict().items():
         assert merged[name].dtype == dtype
         # In low precision: W + s B A rounded once, so to half a unit of the last place.
         assert_close(merged[name], tensor, 1e-6 if dtype == torch.float32 else 2.0**-8, name)
     manager.merge_lora_weights()
-    assert_unchanged(merged, layer)
+    dense.assert_unchanged(merged, layer)
     moved = {id(x): x.double() for x in inputs}
     y = in_one(layer.train()(*inputs))
     assert_close(y, in_one(twin(*(moved[id(x)] for x in inputs))), tolerance)
@@ -487,7 +469,7 @@ def test_a_bias_trains_beside_a_merged_or_a_disabled_adapter(stock, x):
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 16), (torch.int8, 8)])
 def test_a_base_in_fewer_bits_is_identified_merged_and_kept(dtype, bits, tmp_path):
     """The adapter file is that over a float base, merging gives float weights, unmerging those stored."""
-    stock = vit(hidden_dim=64, mlp_dim=128).eval()
+    stock = dense.vit(hidden_dim=64, mlp_dim=128).eval()
     x = torch.randn(4, 3, 16, 16)
     model = frozen(copy.deepcopy(stock), base_dtype=dtype)
     if dtype == torch.bfloat16:  # 8 bits round the inputs of a product too
@@ -521,8 +503,8 @@ def test_a_base_in_fewer_bits_is_identified_merged_and_kept(dtype, bits, tmp_pat
 def test_another_base_in_fewer_bits_is_not_known_as_the_one_before(four_bits, tmp_path):
     """As after loading a full fine-tuning: an adapter file must not name a base that its adapters never had."""
     storage = {"use_qlora": True} if four_bits else {"base_dtype": torch.bfloat16}
-    first = vit(hidden_dim=64)
-    second = vit(hidden_dim=64)
+    first = dense.vit(hidden_dim=64)
+    second = dense.vit(hidden_dim=64)
     model = add_lora_to_model(copy.deepcopy(first), r=2, **storage)
     other = add_lora_to_model(copy.deepcopy(second), r=2, **storage)
     known = base_digests(model)

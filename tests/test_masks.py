@@ -17,16 +17,7 @@ from toolkit.images import masks
 from toolkit.images.bands import Bands
 from toolkit.images.data import Transformed
 from toolkit.images.lists import ImageList
-from toolkit.images.masks import (
-    UNKNOWN,
-    Classes,
-    MaskReader,
-    coloured,
-    pair_transforms,
-    pairs_in,
-    palette,
-    read_classes,
-)
+from toolkit.images.masks import UNKNOWN, Classes, MaskReader, pair_transforms, pairs_in, palette, read_classes
 from toolkit.images.sources import Splits, load_splits
 
 tifffile = pytest.importorskip("tifffile")
@@ -322,7 +313,7 @@ def test_colours_are_apart_and_what_is_unknown_is_grey():
     assert np.array_equal(palette(9), many[:9])
     distances = np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)
     assert distances.min() > 0.07
-    picture = coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
+    picture = masks.coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
     assert picture.shape == (1, 3, 3) and np.array_equal(picture[0, 2], many[2])
     assert len(set(picture[0, 1])) == 1
     assert np.array_equal(palette(2, [(255, 0, 0), (0, 0, 51)]), [[1, 0, 0], [0, 0, 0.2]])

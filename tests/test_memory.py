@@ -4,18 +4,7 @@ import copy
 
 import pytest
 import torch
-from dense import (
-    FP32,
-    Operations,
-    assert_close,
-    classes,
-    frozen,
-    images,
-    loss_and_gradients,
-    resnet,
-    saved_bytes,
-    vit,
-)
+from dense import FP32, Operations, assert_close, classes, frozen, images, loss_and_gradients, resnet, saved_bytes, vit
 from torch import nn
 
 from finetune_lora import freeze_backbone_params, set_gradient_checkpointing
