@@ -27,8 +27,7 @@ from toolkit import InputError
 from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, settle
 from toolkit.images.data import LabelledImages
-from toolkit.images.shards import read_shards
-from toolkit.images.sources import load_splits
+from toolkit.images.sources import in_folder, load_splits, load_unlabelled
 from toolkit.images.transforms import eval_transform, to_rgb
 from toolkit.models.backbones import build_backbone, input_channels
 
@@ -261,10 +260,14 @@ def test_a_file_with_other_bands_is_not_called_unreadable(bands, shape, reason, 
 
 
 def test_images_in_archives_have_bands_too(tiffs, tmp_path):
-    contents = [path.read_bytes() for path in (tiffs / "val").rglob("*.tif")]
-    (tmp_path / "0.tar").write_bytes(tar_of({f"{i}.tif": content for i, content in enumerate(contents)}))
-    for image, content in zip(read_shards(tmp_path, Bands(13))[0], contents, strict=True):
-        assert np.array_equal(image, decoded(content))
+    paths = list((tiffs / "val").rglob("*.tif"))
+    files = {}
+    for number, path in enumerate(paths):
+        files |= {f"{number}.tif": path.read_bytes(), f"{number}.cls": path.parent.name.encode()}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    for archived in (in_folder(tmp_path, Bands(13))[0], load_unlabelled(tmp_path, bands=Bands(13))):
+        for (image, _), path in zip(archived, paths, strict=True):
+            assert np.array_equal(image, decoded(path.read_bytes()))
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

@@ -335,9 +335,9 @@ def test_no_autocast_rounds_the_effective_weight():
 @pytest.mark.parametrize("device", DEVICES)
 def test_4_bits_are_nf4_in_blocks_of_64_whose_numbers_in_16_bits_are_rounded_once(device):
     """By the flat scales, which are those of the nested ones, the second time from what is kept; no copy in between."""
-    stored = NF4Weight.quantize(random(48, 80, device=device))
+    stored = NF4Weight.quantize(random(33, 40, device=device))  # the last block is not full
     assert (stored.state.quant_type, stored.state.blocksize, stored.state.nested) == ("nf4", 64, True)
-    expected = bitsandbytes_functional().dequantize_4bit(stored.packed, stored.state).flatten().view(48, 80)
+    expected = bitsandbytes_functional().dequantize_4bit(stored.packed, stored.state).flatten()[: 33 * 40].view(33, 40)
     for _ in range(2):
         assert torch.equal(stored.dequantize(torch.float32), expected)
         for dtype in (torch.bfloat16, torch.float16):
