@@ -250,7 +250,7 @@ def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
         on_its_side.save(tmp_path / "images" / f"{i}.jpg", exif=exif, quality=95)
     images = load_pairs(tmp_path).train
     for augmentation in ("none", "crop"):
-        crop, whole = pair_transforms(32, augmentation, (0,) * 3, (1,) * 3)
+        crop, whole = pair_transforms(32, augmentation, mean=(0,) * 3, std=(1,) * 3)
         for transform, size in ((crop, (32, 32)), (whole, (64, 96))):
             image, mask = Transformed(images, transform)[0, 1]
             assert image.shape[1:] == mask.shape == size
@@ -486,7 +486,7 @@ def test_digests_follow_names_of_images_and_pixels_of_masks(tmp_path):
 
 def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
     images = load_pairs(pair_folder(tmp_path), classes=THREE).train
-    whole = Transformed(images, pair_transforms(4, "crop", (0.5,) * 3, (0.5,) * 3)[1])
+    whole = Transformed(images, pair_transforms(4, "crop", mean=(0.5,) * 3, std=(0.5,) * 3)[1])
     for i in range(len(images)):
         image, mask = whole[i]
         levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
@@ -519,7 +519,7 @@ def test_image_and_mask_stay_together(channels, height, width, augmentation):
         bands = Bands(5, scale=10.0)
         image = np.stack([levels] * 5, axis=2)
         scale = 10
-    crop = pair_transforms(32, augmentation, (0.1,) * channels, (0.25,) * channels, bands)[0]
+    crop = pair_transforms(32, augmentation, mean=(0.1,) * channels, std=(0.25,) * channels, bands=bands)[0]
     flipped = set()
     for seed in range(16):
         torch.manual_seed(seed)
@@ -546,7 +546,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
     mask = torch.full((300, 200), UNKNOWN)
     for row, column in ((0, 0), (299, 199), (150, 20)):
         mask[row : row + 3, column : column + 3] = 1
-    crop = pair_transforms(32, augmentation, (0,) * 2, (1,) * 2, Bands(2))[0]
+    crop = pair_transforms(32, augmentation, mean=(0,) * 2, std=(1,) * 2, bands=Bands(2))[0]
     image = (mask == 1).float().numpy()[..., None].repeat(2, 2)
     torch.manual_seed(0)
     columns = []
@@ -562,7 +562,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
 def test_places_and_zooms_vary():
     _, mask = ramp(100, 120)
     image = np.stack([mask.numpy().astype(np.float32)] * 2, axis=2)
-    crop = pair_transforms(32, "crop", (0,) * 2, (1,) * 2, Bands(2))[0]
+    crop = pair_transforms(32, "crop", mean=(0,) * 2, std=(1,) * 2, bands=Bands(2))[0]
     spans = []
     corners = []
     torch.manual_seed(0)
@@ -586,7 +586,7 @@ def test_a_batch_of_images_of_several_sizes_is_a_list():
 
 def test_a_crop_of_known_pixels_stays_where_it_is_drawn():
     """Only one that shows nothing known is drawn anew: else pixels in the middle would be seen more often."""
-    crop = pair_transforms(16, "none", (0,) * 2, (1,) * 2, Bands(2))[0]
+    crop = pair_transforms(16, "none", mean=(0,) * 2, std=(1,) * 2, bands=Bands(2))[0]
     rows, columns = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
     image = torch.stack([rows, columns], 2).float().numpy()
     for seed in range(5):

@@ -228,6 +228,6 @@ def test_crop_min_is_the_least_share_of_an_image_that_is_shown():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (200, 1)))
     for share, least in ((1.0, 195), (0.05, 0)):
         torch.manual_seed(0)
-        crop = transforms.train_transform(64, "crop", (0, 0, 0), (1, 1, 1), share)
+        crop = transforms.train_transform(64, "crop", share, mean=(0, 0, 0), std=(1, 1, 1))
         spans = [float(np.ptp(crop(ramp).numpy()) * 255) for _ in range(30)]
         assert min(spans) >= least and (share == 1.0 or min(spans) < 100)

@@ -1,7 +1,7 @@
 """Images other than RGB photographs: which bands are read from their files, and what their numbers mean.
 
 Such an image is an array (H, W, bands) of float32 with the unchanged numbers of its file. The network sees
-``(numbers / scale - mean) / std``. This module measures, checks and records scale, mean and std.
+``(numbers / scale - mean) / std``.
 """
 
 import importlib
@@ -77,8 +77,8 @@ class Bands:
             count = array.shape[2]
             if missing := [band for band in self.chosen if not band.isdecimal() or int(band) > count]:
                 raise WrongBands(f"it has no band {listed(missing)}, but 1 to {count}")
-            zeros = np.zeros((*array.shape[:2], 1), np.float32)
-            array = np.concatenate([zeros, array], axis=2)[..., list(map(int, self.chosen))]
+            with_zeros = np.pad(array, ((0, 0), (0, 0), (1, 0)))  # band 0 is ZEROS
+            array = with_zeros[..., list(map(int, self.chosen))]
         return self._checked(array)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
@@ -139,10 +139,7 @@ def import_tifffile() -> ModuleType:
 
 
 def decoded(content: bytes) -> np.ndarray:
-    """The content of an image file as (H, W, bands), float32.
-
-    Raises InputError if a package is missing, ValueError or a library's own error if the file is damaged.
-    """
+    """The content of an image file as (H, W, bands), float32. Raises ValueError or a library's own error."""
     nodata = _NOT_A_NUMBER
     if content.startswith((b"PK", b"\x93NUMPY")):
         array = _bands_last(array_of(content))
@@ -223,9 +220,7 @@ def floats(array: np.ndarray, nodata: float = _NOT_A_NUMBER) -> np.ndarray:
 
 
 def bands_of(scaling: Scaling, channels: int) -> Bands | None:
-    """The `Bands` that are read for a network of `channels`; None: RGB photographs, which three channels are
-    without --bands and --scale. Raises InputError if an option does not have one value for each channel.
-    """
+    """What is read for a network of `channels`; None: RGB photographs. Raises InputError for too many or few values."""
     for name, numbers in (("mean", scaling.mean), ("std", scaling.std)):
         if numbers and len(numbers) not in (1, channels):
             raise InputError(f"--{name}: {len(numbers)} numbers; give one, or one for each of {channels}")
@@ -264,8 +259,8 @@ def measured(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.n
 def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str, Any]:
     """Decide how the images of a run are normalised: `mean` and `std` of each channel, and `bands` (None: photographs).
 
-    What `scaling` says takes precedence over the values of the arch. Measures some of the training `images`, and prints
-    the result. Raises InputError if their values after normalisation are far from any that networks are trained on.
+    What `scaling` says takes precedence over the values of the arch. Prints the result. Raises InputError if some
+    training `images` have values after normalisation that are far from any that networks are trained on.
     """
     bands = bands_of(scaling, channels)
     known = {"mean": (0.0,), "std": (1.0,)}
@@ -273,10 +268,7 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         known = normalization(arch)
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
-    if bands is not None:
-        scale = bands.scale
-    else:
-        scale = 255.0
+    if bands is None:
         few = images.at_most(4)
         with suppress(InputError):  # of a file that cannot be read, which is told when its turn comes
             if max(np.asarray(few[i][0]).max() for i in range(len(few))) < DARK:
@@ -288,6 +280,7 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     source = ""
     if scaling.normalise:
         source = f", measured on {len(some)} training images"
+        scale = 255.0 if bands is None else bands.scale
         level, deviation, *_ = found
         varies = deviation > 1e-6 * np.maximum(1, np.abs(level))
         mean = level / scale

@@ -32,7 +32,6 @@ class LabelledImages(Dataset):
     """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`.
 
     With `targets` (N, K), a row of them takes the label's place; `labels` then say which are alike: `splitting.strata`.
-    Without labels each is UNLABELLED.
     """
 
     def __init__(self, source: Sequence[Any], labels: Sequence[int] | None = None, targets: torch.Tensor | None = None):
@@ -163,8 +162,7 @@ def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]
 class Transformed(Dataset):
     """(transform(image), label) of a data set of (image, label).
 
-    An index may come with a seed, as (i, seed): what the transform draws from PyTorch then depends on that alone, and
-    nobody else's draws depend on the transform's.
+    An index may come with a seed, as (i, seed): the transform's draws from PyTorch then depend on that alone.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any]):
@@ -211,14 +209,13 @@ class Batches(Sampler):
     """This process's share of the positions of each batch, in an order that depends on (seed, epoch) alone.
 
     Each position comes with a seed, as `Transformed` takes it, from (seed, epoch, position): neither the number of
-    workers or processes nor an interruption changes an epoch. Every pass is the next epoch. Set `epoch` and `start` to
-    choose: `start` batches are left out. Of images in archives a shuffled order takes a few archives at a time.
+    workers or processes nor an interruption changes an epoch. Every pass is the next epoch, from batch `start` on.
 
     Process k of W gets the positions k, k + W, ... of each batch. If a batch has fewer than W images, a process without
     one skips the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.
     """
 
-    ARCHIVES_AT_A_TIME: ClassVar[int] = 8
+    ARCHIVES_AT_A_TIME: ClassVar[int] = 8  # of which a shuffled order takes images
     count: int
     batch_size: int
     shuffle: bool = False
@@ -362,12 +359,10 @@ def build_loader(
     Args:
         batch_size: images at a time, of all processes together. In fixed order it is rounded up to a multiple of their
             number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
-        shuffle: a new order each epoch, and augmentations that can be repeated.
         workers: processes that load images; 'auto' for as many as are likely to help.
         batches: with `shuffle`, of an epoch, which may be less or more than a pass.
         device: what the batches are for: on the way to a GPU they wait in pinned memory.
         keep_workers: they wait for the next pass. Without fork (macOS, Windows) each start would take seconds.
-        collate: makes a batch of its items; None: PyTorch's own way.
     """
     if not shuffle:
         batch_size = fixed_order_batch(batch_size)
@@ -392,10 +387,8 @@ def build_loader(
 
 
 def end_workers() -> None:
-    """End the processes that wait for the next pass over a loader.
-
-    Python's collector of cycles would end them late and take five seconds for each: it closes their queues first.
-    """
+    """End the processes that wait for the next pass over a loader."""
+    # Python's collector of cycles would end them late and take five seconds for each: it closes their queues first.
     for loader in OPEN_LOADERS:
         loader._iterator = None  # PyTorch has no public name for it
     OPEN_LOADERS.clear()

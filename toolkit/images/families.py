@@ -51,9 +51,8 @@ FAMILIES = {
 def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path | None) -> Scaling:
     """The values of the checkpoint's pretraining, which are printed, where the options give none; else `given`.
 
-    A family's name in `given.normalise` is replaced by the family's values. `metadata` are the file's, as
-    `bands.recorded` writes them, and its `arch`. Raises InputError if the family is for other `channels` than the
-    network's, or the metadata are damaged.
+    `metadata` are the file's, as `bands.recorded` writes them, and its `arch`. InputError if they are damaged, or if
+    the family that `given.normalise` names is for other `channels`.
     """
     if given.normalise in FAMILIES:
         expected = FAMILIES[given.normalise].channels

@@ -180,11 +180,11 @@ def without_suffix(name: str) -> str:
 def places_below(folder: Path, names: Iterable[PurePath]) -> list[Path]:
     """Where what is made of images goes: below `folder` as their names say, without the suffix of an image.
 
-    What would lead upwards or to the root is left out: anybody may have named images in a list or archive. Raises
-    InputError where two images have one place, and where a link leads out of the folder.
+    Raises InputError where two images have one place, and where a link leads out of the folder.
     """
     places = []
     for name in names:
+        # Anybody may have named images in a list or archive.
         parts = [part for part in name.parts if part not in ("..", name.anchor)]
         places.append(folder.joinpath(*parts[:-1], without_suffix(parts[-1])))
     twice = [place for place, count in Counter(places).items() if count > 1]

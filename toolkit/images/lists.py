@@ -36,13 +36,12 @@ class Targets(NamedTuple):
 class ImageList:
     """A text or CSV file in UTF-8 with commas or tabs between its columns, and a line for each image.
 
+    Its first line may name the columns. Each of the methods raises InputError for a file that is none of what it reads.
+
     Args:
-        path: its first line may name the columns.
         folder: what relative paths are relative to; without it, the list's own folder.
         group_by: a column that is no label but names the group, such as a patient, if it is a column.
         label_columns: what columns are labels or numbers, by their titles, `A..B` for all from A to B; None: all.
-
-    Each of the methods raises InputError for a file that is none of what it reads.
     """
 
     def __init__(
@@ -62,10 +61,7 @@ class ImageList:
 
     @staticmethod
     def as_in_run(path: Path, data: Mapping[str, Any]) -> "ImageList":
-        """A list for the adapter of a run, by the run's section `data`, of which the list may lack the group's column.
-
-        Its paths are relative to its own folder or, where only that has the first of them, to the run's.
-        """
+        """A list for the adapter of a run with this section `data`; its paths may be relative to the run's folder."""
         found = ImageList(path, None, data.get("group_by"), data.get("label_columns"))
         if found.group_by not in found.titles[1:]:
             found.group_by = None
@@ -307,16 +303,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) -> Targets:
-    """The same with its columns in the order of these names. Raises InputError for others, or if numbers are missing.
-
-    A label without a column is unknown; one that a list of names never names is no.
-    """
+    """The same in the order of these names. Raises InputError for other columns, or if numbers are missing."""
     if surplus := sorted(set(targets.names) - set(names)):
         raise InputError(f"{path}: it has {listed(surplus)}, which {other} lacks")
     missing = [name for name in names if name not in targets.names]
     if missing and targets.values.dtype == torch.float64:
         raise InputError(f"{path}: it has no column {listed(missing)}, which {other} has; add it")
-    fill = math.nan if targets.in_columns else 0.0
+    fill = math.nan if targets.in_columns else 0.0  # a label without a column is unknown; one never named is no
     values = targets.values.new_full((len(targets.values), len(names)), fill)
     values[:, list(map(names.index, targets.names))] = targets.values
     return targets._replace(names=list(names), values=values)

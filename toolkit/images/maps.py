@@ -102,14 +102,11 @@ def write_map(
 
 
 def _tiles(rows: np.ndarray, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The tiles of a map, row by row; those at its borders are filled up with zeros."""
+    """The tiles of a map, row by row; tifffile fills up those at its borders."""
     for part in itertools.chain(parts, [None]):
         while len(rows) >= _TILE or (part is None and len(rows)):
             for left in range(0, rows.shape[1], _TILE):
-                tile = np.zeros((_TILE, _TILE, *rows.shape[2:]), rows.dtype)
-                found = rows[:_TILE, left : left + _TILE]
-                tile[: found.shape[0], : found.shape[1]] = found
-                yield tile
+                yield rows[:_TILE, left : left + _TILE]
             rows = rows[_TILE:]
         if part is not None:
             rows = np.concatenate([rows, part])

@@ -505,11 +505,9 @@ def _drawn(length: int, side: int, pixel: int | None = None) -> int:
     return torch.randint(low, high + 1, ()).item()
 
 
-def pair_transforms(
-    image_size: int, augmentation: str, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None
-) -> tuple[PairCrop, View]:
+def pair_transforms(image_size: int, augmentation: str, **normalization: Any) -> tuple[PairCrop, View]:
     """The transforms of pairs for training (augmentation 'crop': `PairCrop` varies), and of images for evaluation."""
-    whole = eval_transform(None, mean, std, bands)
+    whole = eval_transform(None, **normalization)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 
 

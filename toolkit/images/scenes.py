@@ -53,10 +53,9 @@ class Scene:
 
 @contextmanager
 def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
-    """Open an image, to read it in rows.
+    """Open an image, to read it in rows. Raises InputError for what is no image, or has other bands.
 
-    A TIFF that is not compressed is read where it lies; other files are decoded at once, into temporary ones. Raises
-    InputError for what is no image, or has other bands.
+    A TIFF that is not compressed is read where it lies; other files are decoded at once, into temporary ones.
     """
     path = os.fspath(path)
     with tempfile.TemporaryFile() as scratch:

@@ -23,8 +23,7 @@ from toolkit.images.folders import ImageFiles, image_names, looked_for, one_spel
 def shard_names(folder: Path) -> list[str]:
     """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
     shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
-    images = image_names(folder) if shards else []
-    if images:
+    if shards and (images := image_names(folder)):
         both = f"{folder} has both archives, as {shards[0]}, and image files, as {images[0]}"
         raise InputError(f"{both}: move those that are not meant elsewhere")
     return shards
@@ -52,8 +51,7 @@ class ShardedImages(ImageFiles):
 def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
     """The images in a folder's archives, and their labels as text; an empty list if no image has one.
 
-    Only the archives' headers and the labels are read. Raises InputError for what is no tar archive, or is compressed,
-    for images with and without a label, and where there are none.
+    Raises InputError for what is no tar archive, or is compressed, for images with and without a label, and for none.
     """
     shards = shard_names(folder)
     names: list[str] = []

@@ -74,14 +74,13 @@ def load_splits(
 
     Args:
         data_dir: also what relative paths in lists are relative to; without it that is the list's folder.
-        eval_split: what `val` is. 'validation': the `validation_part` of the training split.
+        eval_split: 'validation': `val` is the `validation_part` of the training split.
         seed: draws the images of `labels_per_class`; the splits themselves never depend on it.
         for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: what is read of files that are no RGB photographs.
         masks: how masks are read, where they are the truth. All of them are, once.
 
-    Raises InputError for what is missing, empty, unreadable or too little, for a group that is among the training and
-    the evaluation images, and for a mask that is none of its image.
+    Raises InputError for what is missing, empty, unreadable or too little, and for a group on both sides.
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
     truth = TRUTHS[task]
@@ -108,7 +107,10 @@ def load_splits(
     if group_by is not None:
         _group(parts, lists, group_by, truth)
     if skip_unreadable:
-        parts = _readable_parts(parts, truth, class_names)
+        labels = set(parts[0].labels)
+        parts = list(map(readable, parts))
+        if truth == "class" and (gone := labels - set(parts[0].labels)):
+            raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
     train, val = _divide(parts, eval_split, folds, group_by)
     left_alone = val_dir or [images.path for images in lists[1:]]
     if left_alone and not needs_val and not for_training_only:
@@ -133,15 +135,6 @@ def _group(parts: Sequence[LabelledImages], lists: Sequence[ImageList], by: str,
             images.groups = splitting.folder_level(images.relative_names(), by)
     if by == "1" and truth == "class" and not lists:
         raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
-
-
-def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
-    """The images of each part that can be read. Raises InputError where a class loses all its training images."""
-    kept = list(map(readable, parts))
-    gone = set(parts[0].labels) - set(kept[0].labels)
-    if gone and truth == "class":
-        raise InputError(f"no training image of {_names(gone, names)} can be read: repair or drop the class")
-    return kept
 
 
 def _divide(
@@ -302,10 +295,7 @@ def _existing(option: str, folder: str | Path | None) -> Path:
 
 
 def in_folder(folder: Path, bands: Bands | None, known: Sequence[str] = (), other: Any = "") -> Named:
-    """The images in class folders or archives, and the names of their classes: those `known` of `other`, or their own.
-
-    Raises InputError for other classes than are known.
-    """
+    """The images in class folders or archives, and the names of their classes: `known` of `other`, or their own."""
     if shard_names(folder):
         files, labels = read_shards(folder, bands)
         if not labels:
@@ -384,9 +374,8 @@ def check_classes(place: Any, names: Iterable[str], other: Any, known: Iterable[
 def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) -> tuple[LabelledImages, LabelledImages]:
     """Split a part off: (rest, part). `part` has about this share of each class, always the same images.
 
-    Of files, the paths within their folder decide, so that an added file changes the place of no other (but may in a
-    class of a few images that all fell to one side). Groups stay whole; an added file may then change others' places.
-    Raises InputError if every class has only one image, which stays in `rest`, or all are in one group.
+    Of files, the paths within their folder decide, so that an added file hardly changes the place of another. Groups
+    stay whole. Raises InputError if every class has only one image, which stays in `rest`, or all are in one group.
     """
     if images.groups is not None:
         in_part = splitting.by_groups(_alike(images), images.groups, share, images.times_split)

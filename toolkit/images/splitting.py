@@ -84,8 +84,7 @@ def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int
 def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0) -> np.ndarray:
     """The number of the part, from 0 to count - 1, that each image belongs to: equal keys share one, (N,).
 
-    Each part gets its share of each label, as well as the keys allow: the largest groups are dealt first, each to the
-    part that has least of what it brings.
+    The largest groups are dealt first, each to the part that has least of the labels that it brings.
     """
     names, group = np.unique(np.asarray(list(keys)), return_inverse=True)
     if len(names) < count:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,10 +156,6 @@ def whole_along(shorter: int, width: int, height: int, enlarges: bool = True) ->
     return (0, 0, width, height), (int(shorter * width / side), int(shorter * height / side)), 2
 
 
-def _tensor(mean: Sequence[float], std: Sequence[float], bands: Bands | None) -> list[Callable]:
-    return [T.ToTensor() if bands is None else bands.scaled, T.Normalize(mean, std, inplace=True)]
-
-
 SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle
 
 
@@ -179,6 +176,12 @@ def eval_transform(
     return View(partial(whole_along, shorter_side(image_size)), T.CenterCrop(image_size), *tensor, bands=bands)
 
 
+def _tensor(
+    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, bands: Bands | None = None
+) -> list[Callable]:
+    return [T.ToTensor() if bands is None else bands.scaled, T.Normalize(mean, std, inplace=True)]
+
+
 def shorter_side(image_size: int) -> int:
     """To how many pixels evaluation resizes the shorter side of an image, before it takes the centre."""
     return round(image_size * 256 / 224)
@@ -189,12 +192,7 @@ CROP_MIN = 0.75
 
 
 def train_transform(
-    image_size: int,
-    augmentation: str = "crop",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    crop_min: float = CROP_MIN,
-    bands: Bands | None = None,
+    image_size: int, augmentation: str = "crop", crop_min: float = CROP_MIN, **normalization: Any
 ) -> View:
     """Any PIL image -> (3, image_size, image_size), for fine-tuning; `mean`, `std`, `bands` as for `eval_transform`.
 
@@ -202,8 +200,9 @@ def train_transform(
     (the same and TrivialAugment, arXiv 2103.10158; not for bands), 'affine' (a little rotation, shift and scale, for
     digits and documents) or 'none'.
     """
+    bands = normalization.get("bands")
     if augmentation == "none":
-        return eval_transform(image_size, mean, std, bands)
+        return eval_transform(image_size, **normalization)
     place = partial(random_crop, image_size, (crop_min, 1.0))
     changes = [T.RandomHorizontalFlip()]
     if augmentation == "affine":
@@ -213,24 +212,18 @@ def train_transform(
         if bands is not None:
             raise InputError("--augmentation trivial is for RGB photographs; use crop")
         changes.append(T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    return View(place, *changes, *_tensor(mean, std, bands), bands=bands)
+    return View(place, *changes, *_tensor(**normalization), bands=bands)
 
 
-def two_crops(
-    image_size: int,
-    augmentation: str,
-    crop_min: float = 0.2,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    bands: Bands | None = None,
-) -> TwoCrops:
+def two_crops(image_size: int, augmentation: str, crop_min: float = 0.2, **normalization: Any) -> TwoCrops:
     """The views that MoCo contrasts; `mean`, `std` and `bands` as for `eval_transform`.
 
     `augmentation` is 'moco_v2' (2003.04297), 'moco_v3' (2104.02057: blur and solarisation differ between the two
     views), each with crops of at least `crop_min` of the area, or 'digits' (a little rotation, shift and scale, and
     noise: no flip, no colour). With bands, their brightness varies instead of colour and grey.
     """
-    levels, normalize = _tensor(mean, std, bands)
+    bands = normalization.get("bands")
+    levels, normalize = _tensor(**normalization)
     if augmentation == "digits":
         affine = T.RandomAffine(10, (0.1, 0.1), (0.88, 1.12), interpolation=InterpolationMode.BILINEAR)
         view = View(partial(whole, image_size), affine, levels, partial(grey_noise, 0.05), normalize, bands=bands)
