@@ -299,11 +299,7 @@ def _distinct(numbers: Sequence[float]) -> str:
 
 
 def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float]) -> None:
-    """Raise InputError if the network would see values far from any that networks are trained on.
-
-    One channel that varies too much is enough, or most channels varying too little. Only a warning is printed for few
-    channels that hardly vary: Sentinel-2's B10 divided by 10000, as in SSL4EO-S12, has a standard deviation of 0.0005.
-    """
+    """Raise InputError if one channel that the network would see varies far too much, or most far too little."""
     mean, deviation, low, high = found
     seen = deviation / (bands.scale * np.asarray(std))
     is_read = np.array([band != ZEROS for band in bands.chosen] or [True] * bands.channels)
@@ -320,7 +316,7 @@ def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float
             f"(mean {mean[worst]:.4g}, std {deviation[worst]:.4g}), and are divided by {bands.scale:g}; "
             f"--scale {likely} is likely, or measure mean and std with --normalise data"
         )
-    for i in weak:
+    for i in weak:  # as Sentinel-2's B10, which in SSL4EO-S12 has a standard deviation of 0.0005
         spread = f"{seen[i]:.2g} after normalisation (in the files {deviation[i]:.3g})"
         remedy = "if it should count, use --normalise data"
         print(f"channel {i + 1} hardly varies: its standard deviation is {spread}; {remedy}")

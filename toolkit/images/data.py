@@ -222,7 +222,7 @@ class Batches(Sampler):
     seed: int = 0
     drop_last: bool = False
     archives: np.ndarray | None = None  # the number of each image's archive, if the images are in archives
-    batches: int | None = None  # of an epoch, a piece of an endless row of shuffled passes; None: one pass
+    batches: int | None = None  # of an epoch, if shuffled: a piece of an endless row of passes; None: one pass
     epoch: int = 0
     start: int = 0
 
@@ -346,13 +346,11 @@ def build_loader(
     batch_size: int,
     *,
     shuffle: bool = False,
-    seed: int = 0,
     workers: int | str = 0,
-    drop_last: bool = False,
-    batches: int | None = None,
     device: torch.device | None = None,
     keep_workers: bool = True,
     collate: Callable[[list], Any] | None = None,
+    **order: Any,
 ) -> DataLoader:
     """A DataLoader over `Batches`, which is its `batch_sampler`: what it yields depends on `seed` and the epoch alone.
 
@@ -360,21 +358,20 @@ def build_loader(
         batch_size: images at a time, of all processes together. In fixed order it is rounded up to a multiple of their
             number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
         workers: processes that load images; 'auto' for as many as are likely to help.
-        batches: with `shuffle`, of an epoch, which may be less or more than a pass.
         device: what the batches are for: on the way to a GPU they wait in pinned memory.
         keep_workers: they wait for the next pass. Without fork (macOS, Windows) each start would take seconds.
+        order: `seed`, `drop_last` and `batches` of `Batches`.
     """
     if not shuffle:
         batch_size = fixed_order_batch(batch_size)
     if workers == "auto":
         workers = _helpful_workers(dataset, device)
     images = dataset.dataset
-    archives = None
-    if shuffle and isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
-        archives = images.source.places[images.indices, 0]
+    if isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
+        order["archives"] = images.source.places[images.indices, 0]
     loader = DataLoader(
         dataset,
-        batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives, batches),
+        batch_sampler=Batches(len(dataset), batch_size, shuffle, **order),
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
         pin_memory=device is not None and device.type == "cuda",

@@ -5,6 +5,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -33,31 +34,23 @@ class Targets(NamedTuple):
     in_columns: bool = True  # else an image's labels are named in one column, and it has no others
 
 
+@dataclass
 class ImageList:
     """A text or CSV file in UTF-8 with commas or tabs between its columns, and a line for each image.
 
     Its first line may name the columns. Each of the methods raises InputError for a file that is none of what it reads.
-
-    Args:
-        folder: what relative paths are relative to; without it, the list's own folder.
-        group_by: a column that is no label but names the group, such as a patient, if it is a column.
-        label_columns: what columns are labels or numbers, by their titles, `A..B` for all from A to B; None: all.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        folder: Path | None = None,
-        group_by: str | None = None,
-        label_columns: Sequence[str] | None = None,
-    ):
-        self.path = path
-        self.folder = path.parent if folder is None else folder
-        self.titles, self.rows = _rows(path)
-        self.group_by = group_by
-        if group_by is not None and group_by.isdecimal():
+    path: Path
+    folder: Path | None = None  # what relative paths are relative to; without it, the list's own folder
+    group_by: str | None = None  # a column that is no label but names the group, such as a patient, if it is a column
+    label_columns: Sequence[str] | None = None  # are labels or numbers, by their titles, `A..B` from A to B; None: all
+
+    def __post_init__(self) -> None:
+        self.folder = self.folder or self.path.parent
+        self.titles, self.rows = _rows(self.path)
+        if self.group_by is not None and self.group_by.isdecimal():
             self.group_by = None  # it is a level of folders
-        self.label_columns = label_columns
 
     @staticmethod
     def as_in_run(path: Path, data: Mapping[str, Any]) -> "ImageList":

@@ -117,7 +117,7 @@ def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.nd
         return np.array(colours, dtype=float) / 255
     first = np.array([tuple(bytes.fromhex(colour)) for colour in _OKABE_ITO]) / 255
     # Then a sequence that fills the cube of colours evenly: of 256 no two are closer than 0.07, and none is grey.
-    others = (0.55 + np.arange(len(first), max(count, len(first)))[:, None] * [0.8191725, 0.6710436, 0.5497005]) % 1
+    others = (0.55 + np.arange(len(first), count)[:, None] * [0.8191725, 0.6710436, 0.5497005]) % 1
     return np.concatenate([first, others])[:count]
 
 
@@ -456,6 +456,7 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
 LARGEST_ZOOM = 2.0  # of crops; the smallest is its inverse
 
 
+@dataclass
 class PairCrop:
     """For training: (image, mask (H, W)) -> ((C, S, S), normalised; (S, S)), one draw of a square for both.
 
@@ -464,11 +465,9 @@ class PairCrop:
     """
 
     takes_label = True  # see `Transformed`
-
-    def __init__(self, size: int, varied: bool, whole: View):
-        self.size = size
-        self.varied = varied
-        self.whole = whole
+    size: int
+    varied: bool
+    whole: View
 
     def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
         zoom = 1.0

@@ -84,7 +84,7 @@ def load_splits(
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
     truth = TRUTHS[task]
-    lists = _lists(data_list or (), data_dir, group_by, label_columns)
+    lists = _lists(data_list or (), data_dir, group_by=group_by, label_columns=label_columns)
     if truth == "mask":
         places = lists or pair_places(data_dir, val_dir, needs_val)
         parts, class_names = load_pairs(places[: 1 + needs_val], bands, masks or MaskReader(None), skip_unreadable)
@@ -317,17 +317,12 @@ def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
     return folder
 
 
-def _lists(
-    data_list: Sequence[str | Path],
-    data_dir: str | Path | None,
-    group_by: str | None = None,
-    label_columns: Sequence[str] | None = None,
-) -> list[ImageList]:
+def _lists(data_list: Sequence[str | Path], data_dir: str | Path | None, **columns: Any) -> list[ImageList]:
     """One list or two."""
     if len(data_list) > 2:
         raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
     folder = _existing("--data-dir", data_dir) if data_list and data_dir else None
-    return [ImageList(Path(path), folder, group_by, label_columns) for path in data_list]
+    return [ImageList(Path(path), folder, **columns) for path in data_list]
 
 
 def in_list(images: ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
