@@ -26,7 +26,7 @@ from torchvision.io import ImageReadMode, decode_png
 
 from toolkit import InputError, listed, optional_package, printable
 from toolkit.images import dicom, remote
-from toolkit.images.scaling import Scaling, option_problems, split_names  # noqa: F401
+from toolkit.images.scaling import Scaling
 from toolkit.models.backbones import normalization
 from toolkit.models.names import check_channels
 
@@ -146,7 +146,7 @@ def decoded(content: bytes) -> np.ndarray:
     elif content[:4] in TIFF_BEGINS:
         array, nodata = levels_of_tiff(content)
     elif content[128:132] == b"DICM":
-        array = dicom.levels(content)
+        array, _ = dicom.read(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
         width, height, _, colours = struct.unpack(">IIBB", content[16:26])
         remote.check_size(2 * width * height * _SAMPLES_OF_PNG.get(colours, 4), len(content))

@@ -36,7 +36,7 @@ def is_bare_dicom(path: str | os.PathLike) -> bool:
 
 def picture(content: bytes, path: str | os.PathLike) -> Image.Image:
     """A file's first image in grey or RGB, of 8 bits: through the window that it names, or in the range of its bits."""
-    levels, greys = _read(content)
+    levels, greys = read(content)
     if levels.ndim == 2:
         levels = (255 * greys).round()
     image = Image.fromarray(levels.astype(np.uint8))
@@ -44,13 +44,11 @@ def picture(content: bytes, path: str | os.PathLike) -> Image.Image:
     return image
 
 
-def levels(content: bytes) -> np.ndarray:
-    """The numbers of a file's first image in their own unit, (H, W), or RGB, (H, W, 3): Hounsfield units of a CT."""
-    return _read(content)[0]
+def read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A file's first image: numbers in their own unit, as Hounsfield's of a CT, and greys from 0 to 1; or RGB for both.
 
-
-def _read(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers, and their greys from 0 to 1, both with high numbers bright. Raises pydicom's errors."""
+    Both are (H, W), with high numbers bright; RGB is (H, W, 3). Raises pydicom's errors.
+    """
     pydicom = optional_package("pydicom", "a DICOM file", _INSTALL)
     pixels = optional_package("pydicom.pixels", "a DICOM file", _INSTALL)  # from its release 3 on
     if _DEFLATED in content:
