@@ -564,11 +564,10 @@ def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages
         found = ImageList.as_in_run(place, data)
     if task.per_pixel:
         images = masks.pairs_in(found or place, read, task.masks)
-    elif found is None:
-        place = sources.part_to_evaluate(place, task.names)
-        images, _ = sources.in_folder(place, read, task.names, "the adapter")
     else:
-        images, _ = sources.in_list(found, read, task.truth, task.names, "the adapter")
+        if found is None:
+            place = sources.part_to_evaluate(place, task.names)
+        images, _ = sources.labelled(found or place, read, task.truth, task.names, "the adapter")
     if found is not None and found.group_by is not None:
         images.groups = found.groups()[images.indices]
     elif by:  # not a column that other lists have, nor with fewer folders than the run's images lie in

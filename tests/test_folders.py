@@ -216,7 +216,7 @@ def test_two_spellings_of_a_class_are_one_class(tmp_path):
     assert names == ["caf\u00e9", "test"]
     files, labels = folders.labelled_files(tmp_path, names)
     assert list(files.names)[:3] == ["cafe\u0301/b.png", "caf\u00e9/a.png", "test/c.png"]
-    assert labels == [0, 0, 1, 1]
+    assert labels == [names[0], names[0], names[1], names[1]]
     (tmp_path / "test").rename(tmp_path / ".test")
     with pytest.raises(InputError, match="found only caf\u00e9"):
         folders.class_folders(tmp_path)

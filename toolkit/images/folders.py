@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -141,9 +141,9 @@ def one_spelling(name: str) -> str:
 
 
 def labelled_files(
-    folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None
-) -> tuple[ImageFiles, list[int]]:
-    """All images below class folders, and the number of the class of each; reports other files.
+    folder: Path, class_names: Sequence[str], every: bool = True, bands: Bands | None = None
+) -> tuple[ImageFiles, list[str]]:
+    """All images below class folders, and the class of each; reports other files.
 
     Raises InputError if all folders are empty or, with `every`, one of them is.
     """
@@ -151,15 +151,14 @@ def labelled_files(
     stray = [name for name in visible_names(folder)[1] if name.lower().endswith(suffixes(bands))]
     others = Counter(["next to the class folders"] * len(stray))
     names = []
-    labels = []
+    labels: list[str] = []
     empty = []
-    for label, class_name in enumerate(class_names):
-        before = len(names)
+    for class_name in class_names:
         for inner in folders.get(class_name, ()):
             names += image_names(folder, inner, others, bands)
-        if len(names) == before:
+        if len(names) == len(labels):
             empty.append(class_name)
-        labels += [label] * (len(names) - before)
+        labels += [class_name] * (len(names) - len(labels))
     if not names or (every and empty):
         raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others, bands)}")
     report_others(folder, others)

@@ -46,6 +46,9 @@ class ImageList:
     group_by: str | None = None  # a column that is no label but names the group, such as a patient, if it is a column
     label_columns: Sequence[str] | None = None  # are labels or numbers, by their titles, `A..B` from A to B; None: all
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def __post_init__(self) -> None:
         self.folder = self.folder or self.path.parent
         self.titles, self.rows = _rows(self.path)

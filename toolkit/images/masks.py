@@ -396,16 +396,14 @@ def pair_places(data_dir: str | Path | None, val_dir: str | Path | None, needs_v
         return images / name, masks / name
 
     training = [name for name in _TRAINING_NAMES if remote.is_folder(images / name)]
-    places: list[Place | None] = [(images, masks)]
-    if training:
-        places = [part(training[0])]
-    if (training or val_dir is not None) and not needs_val:
-        places.append(None)
-    elif val_dir is not None:
-        places.append(pair_folders(Path(val_dir)))
-    elif training:
-        places.append(part(folders.evaluation_folder(images).name))
-    return places
+    trained = part(training[0]) if training else (images, masks)
+    if not training and val_dir is None:
+        return [trained]
+    if not needs_val:
+        return [trained, None]
+    if val_dir is not None:
+        return [trained, pair_folders(Path(val_dir))]
+    return [trained, part(folders.evaluation_folder(images).name)]
 
 
 def _pairs(place: Place, bands: Bands | None, read: MaskReader, skip_unreadable: bool) -> PairFiles:

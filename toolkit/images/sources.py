@@ -88,22 +88,22 @@ def load_splits(
     if truth == "mask":
         places = lists or pair_places(data_dir, val_dir, needs_val)
         parts, class_names = load_pairs(places[: 1 + needs_val], bands, masks or MaskReader(None), skip_unreadable)
-        if len(places) > 1 and not needs_val:
-            parts.append(parts[0].subset([]))
-    elif lists:
+    elif truth != "class" and not lists:
+        raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
+    elif dataset == "digits" and not lists:
+        places = []
+        parts, class_names = _digits(data_dir)
+    elif dataset == "imagefolder" or lists:
+        places = lists or _folders(data_dir, val_dir, needs_val)
         parts = []
         class_names = []
-        for images in lists:
-            part, class_names = in_list(images, bands, truth, class_names, lists[0].path)
+        for place in filter(None, places):
+            part, class_names = labelled(place, bands, truth, class_names, places[0])
             parts.append(part)
-    elif truth != "class":
-        raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
-    elif dataset == "digits":
-        parts, class_names = _digits(data_dir)
-    elif dataset == "imagefolder":
-        parts, class_names = _image_folder(data_dir, val_dir, needs_val, bands)
     else:
         raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
+    if len(parts) < len(places):  # the evaluation images of a divided set are not needed
+        parts.append(parts[0].subset([]))
     if group_by is not None:
         _group(parts, lists, group_by, truth)
     if skip_unreadable:
@@ -250,24 +250,20 @@ def _digits(data_dir: str | Path | None) -> tuple[list[LabelledImages], list[str
     return [LabelledImages(list(map(Image.fromarray, pixels)), rows[:, -1])], list("0123456789")
 
 
-def _image_folder(
-    data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
-) -> tuple[list[LabelledImages], list[str]]:
-    """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
+def _folders(data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool) -> list[Path | None]:
+    """The folder to train on and, of a divided set, the one to evaluate on; None if that is not needed."""
     root = _existing("--data-dir", data_dir)
     train = _train_folder(root)
-    images, class_names = in_folder(train, bands)
-    parts = [images]
     if val_dir is not None:
-        parts.append(in_folder(_existing("--val-dir", val_dir), bands, class_names, train)[0])
-    elif needs_val and train != root:
-        place = folders.evaluation_folder(root)
-        if place.name == "test":
-            print("  to leave that for the last number, add a val/, or --eval-split validation")
-        parts.append(in_folder(place, bands, class_names, train)[0])
-    elif train != root:
-        parts.append(images.subset([]))
-    return parts, class_names
+        return [train, _existing("--val-dir", val_dir)]
+    if train == root:
+        return [train]
+    if not needs_val:
+        return [train, None]
+    evaluated = folders.evaluation_folder(root)
+    if evaluated.name == "test":
+        print("  to leave that for the last number, add a val/, or --eval-split validation")
+    return [train, evaluated]
 
 
 def _train_folder(root: Path) -> Path:
@@ -294,21 +290,6 @@ def _existing(option: str, folder: str | Path | None) -> Path:
     raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
-def in_folder(folder: Path, bands: Bands | None, known: Sequence[str] = (), other: Any = "") -> Named:
-    """The images in class folders or archives, and the names of their classes: `known` of `other`, or their own."""
-    if shard_names(folder):
-        files, labels = read_shards(folder, bands)
-        if not labels:
-            unlabelled = f"{folder}: the images in its archives have no labels, a .cls next to each .jpg"
-            raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
-        return _by_class(files, labels, folder, known, other)
-    names = folders.class_folders(folder, at_least=1 if known else 2)
-    class_names = list(known) or names
-    check_classes(folder, names, other, class_names)
-    files, labels = folders.labelled_files(folder, class_names, every=not known, bands=bands)
-    return LabelledImages(files, labels), class_names
-
-
 def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
     """The val/ or test/ in a folder that has such parts; else the folder itself, where a class may be called so."""
     inside = folders.folders_by_class(folder).keys()
@@ -325,42 +306,51 @@ def _lists(data_list: Sequence[str | Path], data_dir: str | Path | None, **colum
     return [ImageList(Path(path), folder, **columns) for path in data_list]
 
 
-def in_list(images: ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
-    """The images of a list, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
+def labelled(
+    place: Path | ImageList, bands: Bands | None, truth: str, known: Sequence[str] = (), other: Any = ""
+) -> Named:
+    """The images of a place, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
 
-    `truth` is one of `choices.TRUTHS`, but no mask. Raises InputError for other names than are known.
+    A place is a list, or a folder with class folders or with archives. `truth` is one of `choices.TRUTHS`, but no mask.
+    Raises InputError for other names than are known.
     """
-    if truth == "class":
-        names, labels = images.labels()
+    if isinstance(place, ImageList):
+        if truth != "class":
+            return _of_several(place, bands, truth, known, other)
+        names, labels = place.labels()
         if not known and look_like_numbers(labels):
-            number = printable(labels[0])
-            raise InputError(f"{images.path}: the labels are numbers, as {number}", "; use --task regression")
-        return _by_class(ImageFiles(images.folder, names, bands), labels, images.path, known, other)
-    targets = images.targets(truth)
-    if known:
-        targets = like(targets, known, images.path, other)
-    if truth == "labels" and not (targets.values == 0).any():  # every answer yes would be right
-        raise InputError(f"{images.path}: no answer is 0 for no; -1 and nothing are unknown")
-    labels = [0] * len(targets.paths)
-    if truth == "labels":
-        labels = splitting.strata(targets.values).tolist()
-    return LabelledImages(ImageFiles(images.folder, targets.paths, bands), labels, targets.values), targets.names
-
-
-def _by_class(files: ImageFiles, labels: Sequence[str], place: Path, known: Sequence[str], other: Any) -> Named:
-    """Images whose labels are text, and the names of their classes, as for `in_list`."""
-    class_names = list(known) or in_order(set(labels))
+            raise InputError(f"{place}: the labels are numbers, as {printable(labels[0])}", "; use --task regression")
+        files = ImageFiles(place.folder, names, bands)
+        own = in_order(set(labels))
+    elif shard_names(place):
+        files, labels = read_shards(place, bands)
+        if not labels:
+            unlabelled = f"{place}: the images in its archives have no labels, a .cls next to each .jpg"
+            raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
+        own = in_order(set(labels))
+    else:
+        own = folders.class_folders(place, at_least=1 if known else 2)
+        files, labels = folders.labelled_files(place, known or own, every=not known, bands=bands)
+    class_names = list(known) or own
     if len(class_names) < 2:
         raise InputError(f"{place}: expected at least two classes, found only {printable(*class_names)}")
-    check_classes(place, labels, other, class_names)
+    if unknown := set(own) - set(class_names):
+        raise InputError(f"{place} has classes that {other} lacks: {listed(sorted(unknown))}")
     numbers = {name: number for number, name in enumerate(class_names)}
     return LabelledImages(files, [numbers[label] for label in labels]), class_names
 
 
-def check_classes(place: Any, names: Iterable[str], other: Any, known: Iterable[str]) -> None:
-    """Raise InputError for names of classes that are not known."""
-    if unknown := set(names) - set(known):
-        raise InputError(f"{place} has classes that {other} lacks: {listed(sorted(unknown))}")
+def _of_several(images: ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
+    """The same of a list with several labels of an image, or numbers."""
+    targets = images.targets(truth)
+    if known:
+        targets = like(targets, known, images.path, other)
+    labels = [0] * len(targets.paths)
+    if truth == "labels":
+        if not (targets.values == 0).any():  # every answer yes would be right
+            raise InputError(f"{images}: no answer is 0 for no; -1 and nothing are unknown")
+        labels = splitting.strata(targets.values).tolist()
+    return LabelledImages(ImageFiles(images.folder, targets.paths, bands), labels, targets.values), targets.names
 
 
 # --------------------------------------------------------------------------------------------------------------- splits
