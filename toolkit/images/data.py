@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -153,10 +154,8 @@ def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]
     with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
         bar = tqdm(pool.imap(look, share, chunksize=16), f"{what}s", len(share), **shown)
         shares = distributed.gather(list(bar))
-    found: list[Any] = [None] * count
-    for rank, part in enumerate(shares):
-        found[rank :: len(shares)] = part
-    return found
+    in_turn = itertools.zip_longest(*shares)  # the last turn may lack some
+    return list(itertools.chain.from_iterable(in_turn))[:count]
 
 
 class Transformed(Dataset):
@@ -271,7 +270,6 @@ class Batches(Sampler):
 
 
 def _derive_seed(*numbers: int) -> int:
-    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -327,7 +325,6 @@ def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
 
 
 def usable_cores() -> int:
-    """The processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

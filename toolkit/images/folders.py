@@ -243,7 +243,6 @@ def looked_for(others: Counter, bands: Bands | None = None) -> str:
 
 
 def report_others(folder: str | Path, others: Counter) -> None:
-    """Say how many files of which kinds are not read."""
     if others:
         print(f"{folder}: files that are not read as images: {_counted(others)}")
 

@@ -100,7 +100,6 @@ class ImageList:
         return self._checked(names, labels), labels
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The path of each image, and of its mask."""
         names, masks = self.labels("image,mask")
         return list(zip(names, self._checked(masks, (), "; write `image,mask` lines"), strict=True))
 
@@ -177,7 +176,6 @@ class ImageList:
         return chosen[0], chosen[1:]
 
     def _check_widths(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Raise InputError for a line with more or fewer cells than there are titles."""
         for row in rows:
             if len(row) != len(titles):
                 raise self._error(f"the line '{_shown(row)}' has {len(row)} columns and not {len(titles)}")
@@ -198,7 +196,6 @@ class ImageList:
     def _columns(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable[[str], float | None], expected: str
     ) -> Targets:
-        """What stands in the columns behind the paths. Raises InputError where a cell cannot be read."""
         names = list(map(one_spelling, titles[1:]))
         ending = ANSWER if read is _number else PROBABILITY
         taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`

@@ -35,8 +35,6 @@ MOST_CLASSES = 255
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of masks."""
-
     names: Sequence[str]
     values: Sequence[int] | None = None  # of each in the files of masks, where these are not 0, 1, 2, ...
     colours: Sequence[Sequence[int]] | None = None  # of each in RGB masks, 0 to 255
@@ -136,7 +134,7 @@ _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and ab
 
 
 class MaskReader:
-    """Reads the file of a mask as class numbers, (H, W) int16. Raises InputError if a class has an unknown value.
+    """Reads the file of a mask as class numbers, (H, W) int16. Raises InputError for a file that is no such mask.
 
     Without classes a pixel's class is its value. What is `unknown` does not count; None: 255, unless it is a class's.
     Where the classes have colours, a mask is read as a picture in them, and `unknown` has no meaning.
@@ -183,7 +181,6 @@ class MaskReader:
         return marks.astype(np.int64) @ np.array([2**16, 2**8, 1])
 
     def __call__(self, path: str) -> np.ndarray:
-        """Raises InputError for a file that is no mask of these classes."""
         with folders.named_faults(path):
             marks = _decoded(path, self.colours is not None)
         if self.colours is None and marks.ndim == 3:
@@ -337,7 +334,7 @@ def _masked(
         problems += wrong
         found.append({i: pixels for i, pixels in enumerate(looked_at) if not isinstance(pixels, InputError)})
         files.largest = max(map(np.sum, found[-1].values()))
-    _tell(problems, skip_unreadable)
+    _leave_out(problems, skip_unreadable)
     classes = max(len(pixels) - 1 for pixels in itertools.chain(*map(dict.values, found)))
     names = list(read.names or map("class {}".format, range(classes)))
     images = []
@@ -350,8 +347,7 @@ def _masked(
     return images, names
 
 
-def _tell(problems: Sequence[InputError], skip_unreadable: bool) -> None:
-    """Say which pairs are left out. Raises InputError if none is to be."""
+def _leave_out(problems: Sequence[InputError], skip_unreadable: bool) -> None:
     if not problems:
         return
     if not skip_unreadable:
@@ -435,7 +431,7 @@ def _pairs(place: Place, bands: Bands | None, read: MaskReader, skip_unreadable:
         raise InputError(f"{folder}: no pairs of images and masks; {_LAYOUTS}")
     for name in mask_of.values():
         problems.append(InputError(f"{mask_folder / name}: there is no image of its name in {folder}; remove it"))
-    _tell(problems, skip_unreadable)
+    _leave_out(problems, skip_unreadable)
     return PairFiles(folder, mask_folder, pairs, bands, read)
 
 

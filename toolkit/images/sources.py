@@ -299,7 +299,6 @@ def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
 
 
 def _lists(data_list: Sequence[str | Path], data_dir: str | Path | None, **columns: Any) -> list[ImageList]:
-    """One list or two."""
     if len(data_list) > 2:
         raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
     folder = _existing("--data-dir", data_dir) if data_list and data_dir else None
