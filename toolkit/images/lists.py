@@ -242,25 +242,22 @@ def _shown(row: Sequence[str]) -> str:
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """A list's titles, if its first line has some, and its lines, in cells."""
     rows = []
-    number = 0
     try:
-        with io.StringIO(remote.read(path).decode("utf-8-sig"), newline=None) as file:
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            for line in file:
-                number += 1
-                # Each line by itself: a quotation mark without its other would make one cell of all behind it.
-                [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
-                cells = list(map(str.strip, cells))
-                if any(cells):
-                    rows.append(cells)
+        lines = io.StringIO(remote.read(path).decode("utf-8-sig"), newline=None).readlines()
+        delimiter = "\t" if "\t" in "".join(lines[:1]) else ","
+        for line in lines:
+            # Each line by itself: a quotation mark without its other would make one cell of all behind it.
+            [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+            cells = list(map(str.strip, cells))
+            if any(cells):
+                rows.append(cells)
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file of `path,label` lines: {printable(error)}") from None
     except csv.Error as error:
         marks = f"look at its quotation marks: '{printable(line.strip())}'"
-        raise InputError(f"{path}: line {number} is not `path,label` ({error}); {marks}") from None
+        raise InputError(f"{path}: line {lines.index(line) + 1} is not `path,label` ({error}); {marks}") from None
     titles = []
     if rows:
         first = rows[0][0]
