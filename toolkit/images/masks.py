@@ -297,32 +297,21 @@ class MaskedImages(LabelledImages):
 Place = ImageList | tuple[Path, Path]  # where pairs are: in a list, or in the folders of the images and of the masks
 
 
-def load_pairs(
-    places: Sequence[Place], bands: Bands | None, read: MaskReader, skip_unreadable: bool
-) -> tuple[list[MaskedImages], list[str]]:
-    """The images with masks of each place, and the names of the classes.
-
-    Raises InputError if there are no pairs, if one cannot be used, or if all masks are of one class.
-    """
-    parts, names = _masked(places, bands, read, skip_unreadable)
-    seen = torch.cat([part.targets for part in parts]).sum(0).nonzero().flatten().tolist()
-    if len(seen) == 1:
-        where = f"{parts[0].source.mask_folder}: all known pixels are of one class"
-        raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
-    return parts, names
-
-
 def pairs_in(place: str | Path | ImageList, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """The pairs in a folder, of one in parts those to evaluate on, or in a list. Says which pairs it leaves out."""
     if not isinstance(place, ImageList):
         place = pair_places(place, None, needs_val=True)[-1]
-    [images], _ = _masked([place], bands, read, skip_unreadable=True)
+    [images], _ = load_pairs([place], bands, read, skip_unreadable=True, trains=False)
     return images
 
 
-def _masked(
-    places: Sequence[Place], bands: Bands | None, read: MaskReader, skip_unreadable: bool
+def load_pairs(
+    places: Sequence[Place], bands: Bands | None, read: MaskReader, skip_unreadable: bool, trains: bool = True
 ) -> tuple[list[MaskedImages], list[str]]:
+    """The images with masks of each place, and the names of the classes.
+
+    Raises InputError if there are no pairs, if one cannot be used, or if masks that train are all of one class.
+    """
     parts = [_pairs(place, bands, read, skip_unreadable) for place in places]
     found = []
     problems = []
@@ -344,6 +333,10 @@ def _masked(
             targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         images.append(masked.subset(list(usable)))
+    seen = torch.cat([part.targets for part in images]).sum(0).nonzero().flatten().tolist()
+    if trains and len(seen) == 1:
+        where = f"{parts[0].mask_folder}: all known pixels are of one class"
+        raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
     return images, names
 
 
