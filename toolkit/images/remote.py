@@ -114,24 +114,18 @@ def read(path: str | os.PathLike, start: int = 0, end: int | None = None) -> byt
     last = min(end or sys.maxsize, start + LARGEST_AT_ADDRESS + 1)
     with _at(path, reads=True) as (system, place):
         if place.startswith(_WEB):
-            content = _streamed(system, place, start, last)
+            headers = {**system.kwargs.get("headers", {}), "Range": f"bytes={start}-{last - 1}"}
+            content = bytearray()
+            # With blocks of size 0, and any size of its own, fsspec asks once, and hands on what comes.
+            with system.open(place, "rb", block_size=0, size=1, headers=headers) as file:
+                while len(content) < last and (block := file.read(2**16)):
+                    content += block
         else:
             content = system.cat_file(place, start=start, end=last)
         if len(content) > last - start:  # of a server that knows no ranges
             content = content[start:last]
         if len(content) > LARGEST_AT_ADDRESS:
             raise OSError(f"more than {LARGEST_AT_ADDRESS:,} bytes are not read at once")
-    return content
-
-
-def _streamed(system: Any, place: str, start: int, end: int) -> bytes:
-    """What a web server sends for the bytes from `start` to `end`: these, or all up to `end` if it knows no ranges."""
-    headers = {**system.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
-    content = bytearray()
-    # With blocks of size 0, and any size of its own, fsspec asks once, and hands on what comes.
-    with system.open(place, "rb", block_size=0, size=1, headers=headers) as file:
-        while len(content) < end and (block := file.read(2**16)):
-            content += block
     return bytes(content)
 
 
