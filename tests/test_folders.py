@@ -41,7 +41,7 @@ def test_masks_beside_images_are_no_images(tmp_path, capsys):
     """As in BUSI's class folders: to a classifier, or to pretraining, they would be images of the class."""
     kept = ["sick/a.png", "well/b.jpg", "well/c_mask.png"]  # the last one is beside no image
     touch(tmp_path, *kept, "sick/a_mask.png", "sick/a_mask_1.png", "well/b_mask.png")
-    assert folders.labelled_files(tmp_path, ["sick", "well"])[0].names == kept
+    assert folders.labelled_files(tmp_path)[0].names == kept
     assert "files that are not read as images: 3 masks" in capsys.readouterr().out
     assert sources.load_unlabelled(tmp_path).source.names == kept
     assert len(folders.image_names(tmp_path)) == 6  # for pairs of images and masks in one folder
@@ -212,22 +212,21 @@ def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
 def test_two_spellings_of_a_class_are_one_class(tmp_path):
     """The letter and its accent as one character, or as two, as a Mac may write them. A class may be called test."""
     touch(tmp_path, "caf\u00e9/a.png", "cafe\u0301/b.png", "test/c.png", "test/p1/d.png")
-    names = folders.class_folders(tmp_path)
+    files, labels, names = folders.labelled_files(tmp_path)
     assert names == ["caf\u00e9", "test"]
-    files, labels = folders.labelled_files(tmp_path, names)
     assert list(files.names)[:3] == ["cafe\u0301/b.png", "caf\u00e9/a.png", "test/c.png"]
     assert labels == [names[0], names[0], names[1], names[1]]
     (tmp_path / "test").rename(tmp_path / ".test")
     with pytest.raises(InputError, match="found only caf\u00e9"):
-        folders.class_folders(tmp_path)
+        folders.labelled_files(tmp_path)
 
 
 def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
     """Not what systems leave among images, nor thumbnails of them."""
     touch(tmp_path / "cat", "a.png", "b.HEIC", "c.heic", "deep/d.heic", "e.avif", "README", ".f.heic", "@eaDir/b.jpg")
     touch(tmp_path, "@eaDir/b.jpg", "__MACOSX/b.jpg", "#recycle/b.jpg", "dog/b.gif", "beside.png", "notes.txt")
-    assert folders.class_folders(tmp_path) == ["cat", "dog"]
-    assert list(folders.labelled_files(tmp_path, ["cat", "dog"])[0].names) == ["cat/a.png", "dog/b.gif"]
+    files, _, names = folders.labelled_files(tmp_path)
+    assert names == ["cat", "dog"] and files.names == ["cat/a.png", "dog/b.gif"]
     place, kinds = capsys.readouterr().out.strip().split(": files that are not read as images: ")
     assert place == str(tmp_path) and kinds.startswith("3 .heic, ")
     assert sorted(kinds.split(", ")) == ["1 .avif", "1 next to the class folders", "1 without suffix", "3 .heic"]

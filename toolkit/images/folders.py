@@ -98,22 +98,6 @@ def evaluation_folder(root: Path) -> Path:
     return found[0]
 
 
-def class_folders(folder: Path, at_least: int = 2) -> list[str]:
-    """The sorted names of the class folders in a folder. Raises InputError for fewer, or for parts (train, val)."""
-    names = list(folders_by_class(folder))
-    parts = [name for name in names if name.lower() in _PART_NAMES]
-    known = Counter(names)
-    for part in parts:
-        known.update(folders_by_class(folder / part).keys())
-    if parts and (parts == names or max(known.values()) > 1):  # else a class may be called so
-        problem = f"{folder}: {', '.join(parts)} are parts, not classes; put the classes into train and val"
-        raise InputError(problem, ", in lower case, or --data-dir and --val-dir")
-    if len(names) < at_least:
-        found = f"only {names[0]}" if names else "none"
-        raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
-    return names
-
-
 def folders_by_class(folder: Path) -> dict[str, list[str]]:
     """The names of the folders of each class, by the class's, sorted."""
     found: dict[str, list[str]] = {}
@@ -141,28 +125,40 @@ def one_spelling(name: str) -> str:
 
 
 def labelled_files(
-    folder: Path, class_names: Sequence[str], every: bool = True, bands: Bands | None = None
-) -> tuple[ImageFiles, list[str]]:
-    """All images below class folders, and the class of each; reports other files.
+    folder: Path, known: Sequence[str] = (), bands: Bands | None = None
+) -> tuple[ImageFiles, list[str], list[str]]:
+    """The images below class folders, the class of each, and the names of the folders' classes; reports other files.
 
-    Raises InputError if all folders are empty or, with `every`, one of them is.
+    Images are of the classes `known`, or of all. Raises InputError for parts (train, val) instead of classes, for no
+    images, and where no classes are known for fewer than two, or one without images.
     """
-    folders = folders_by_class(folder)
+    inside = folders_by_class(folder)
+    own = list(inside)
+    parts = [name for name in own if name.lower() in _PART_NAMES]
+    counted = Counter(own)
+    for part in parts:
+        counted.update(folders_by_class(folder / part).keys())
+    if parts and (parts == own or max(counted.values()) > 1):  # else a class may be called so
+        problem = f"{folder}: {', '.join(parts)} are parts, not classes; put the classes into train and val"
+        raise InputError(problem, ", in lower case, or --data-dir and --val-dir")
+    if not own or (len(own) == 1 and not known):
+        found = f"only {own[0]}" if own else "none"
+        raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
     stray = [name for name in visible_names(folder)[1] if name.lower().endswith(suffixes(bands))]
     others = Counter(["next to the class folders"] * len(stray))
     names = []
     labels: list[str] = []
     empty = []
-    for class_name in class_names:
-        for inner in folders.get(class_name, ()):
+    for class_name in known or own:
+        for inner in inside.get(class_name, ()):
             names += image_names(folder, inner, others, bands)
         if len(names) == len(labels):
             empty.append(class_name)
         labels += [class_name] * (len(names) - len(labels))
-    if not names or (every and empty):
+    if not names or (empty and not known):
         raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others, bands)}")
     report_others(folder, others)
-    return ImageFiles(folder, names, bands), labels
+    return ImageFiles(folder, names, bands), labels, own
 
 
 def suffixes(bands: Bands | None = None) -> tuple[str, ...]:

@@ -328,8 +328,7 @@ def labelled(
             raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
         own = in_order(set(labels))
     else:
-        own = folders.class_folders(place, at_least=1 if known else 2)
-        files, labels = folders.labelled_files(place, known or own, every=not known, bands=bands)
+        files, labels, own = folders.labelled_files(place, known, bands)
     class_names = list(known) or own
     if len(class_names) < 2:
         raise InputError(f"{place}: expected at least two classes, found only {printable(*class_names)}")
