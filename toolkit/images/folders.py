@@ -201,35 +201,31 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
     Links are followed. `others` counts what is no image, by suffix, and masks, x_mask.png next to x.jpg, which without
     it are among the images. Raises InputError for a folder it cannot list.
     """
-    found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
-    names = [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
+    known = suffixes(bands)
+    found = []
+    strange: Counter = Counter()
+    waiting: list[tuple[str, tuple[str, ...]]] = [(within, ())]
+    while waiting:
+        inner, above = waiting.pop()
+        here = os.path.realpath(folder / inner)
+        if here in above:
+            continue  # a link to a folder around it
+        inside, files = visible_names(folder / inner)
+        for name in files:
+            if name.lower().endswith(known) or dicom.is_bare_dicom(folder / inner / name):
+                found.append((inner, name))
+            else:
+                strange[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+        for name in inside:
+            waiting.append((posixpath.join(inner, name), (*above, here)))
+    names = [posixpath.join(*place) for place in sorted(found)]
     if others is None:
         return names
     stems = set(map(without_suffix, names))
     masks = {name: re.fullmatch(r"(.+)_mask(_\d+)?\.[^./]*", name, re.DOTALL) for name in names}
     kept = [name for name, mask in masks.items() if mask is None or mask[1] not in stems]
-    others += Counter({"masks": len(names) - len(kept)})
+    others += strange + Counter({"masks": len(names) - len(kept)})
     return kept
-
-
-def _image_folders(
-    folder: Path, within: str, above: tuple[str, ...], others: Counter, bands: Bands | None
-) -> Iterator[tuple[str, list[str]]]:
-    """(path relative to `folder`, names of its images) for a folder and for each below it."""
-    folders, files = visible_names(folder / within)
-    here = os.path.realpath(folder / within)
-    if here in above:
-        return  # a link to a folder around it
-    known = suffixes(bands)
-    names = []
-    for name in files:
-        if name.lower().endswith(known) or dicom.is_bare_dicom(folder / within / name):
-            names.append(name)
-        else:
-            others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-    yield within, names
-    for name in folders:
-        yield from _image_folders(folder, posixpath.join(within, name), (*above, here), others, bands)
 
 
 def looked_for(others: Counter, bands: Bands | None = None) -> str:
