@@ -49,9 +49,7 @@ _VALUES = range(-(2**15), 2**16)
 def read_classes(given: Sequence[str] | None) -> Classes | None:
     """The classes of --classes: names, or the path of a text or CSV file with a line for each class.
 
-    A line is `name`, `name value` or `name r g b`, with spaces, tabs or commas between. A value or colour that is
-    called `unknown` is no class: its pixels do not count.
-
+    A line is `name`, `name value` or `name r g b`; pixels of a value or colour that is called `unknown` do not count.
     Raises InputError for a file that is none of this, fewer than two classes, or two with one name, value or colour.
     """
     if not given:

@@ -1,7 +1,6 @@
 """Images in tar archives, as the webdataset library writes them: `000123.jpg` and, if it has a label, `000123.cls`.
 
-A million small files are slow to list and to open on network storage; a few hundred archives are not. They are not
-streamed, as in webdataset, but indexed, so that an epoch uses each image once and can be resumed in the middle.
+They are not streamed, as in webdataset, but indexed: an epoch uses each image once and can be resumed in the middle.
 """
 
 import os

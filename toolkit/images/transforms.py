@@ -24,7 +24,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Transparency of TIFF and JPEG 2000 is left out: GDAL calls a band of near-infrared so. Raises InputError for a file
     that cannot be decoded, or whose numbers do not say what is white.
     """
-    name = _name(image)
+    name = getattr(image, "filename", "") or "an image"
     has_bands = image.format in ("TIFF", "JPEG2000")
     with named_faults(name):
         image.load()
@@ -52,13 +52,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
-    with named_faults(_name(image)):
+    with named_faults(getattr(image, "filename", "") or "an image"):
         found = image.getexif().get(ExifTags.Base.Orientation)
     return found if found in range(1, 9) else 1
-
-
-def _name(image: Image.Image) -> str:
-    return getattr(image, "filename", "") or "an image"
 
 
 class View:
@@ -253,17 +249,14 @@ def band_brightness(strength: float, image: torch.Tensor) -> torch.Tensor:
 
 
 class GaussianBlur(T.GaussianBlur):
-    """torchvision's GaussianBlur to within one level of 256, in a fifth of the time.
-
-    It makes one pass along each dimension, without the weights beyond four standard deviations, in sum 6e-5.
-    """
+    """torchvision's GaussianBlur to within one level of 256, in a fifth of the time: a pass along each dimension."""
 
     def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
         if isinstance(image, Image.Image):
             levels = self.forward(torch.from_numpy(np.array(image)).permute(2, 0, 1).float())
             return Image.fromarray(levels.round_().to(torch.uint8).permute(1, 2, 0).numpy())
         sigma = self.get_params(*self.sigma)
-        width = 2 * min(self.kernel_size[0] // 2, math.ceil(4 * sigma)) + 1
+        width = 2 * min(self.kernel_size[0] // 2, math.ceil(4 * sigma)) + 1  # the weights beyond are in sum 6e-5
         across = functional.gaussian_blur(image, [width, 1], [sigma, sigma])
         return functional.gaussian_blur(across, [1, width], [sigma, sigma])
 
