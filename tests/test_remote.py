@@ -171,7 +171,8 @@ def test_an_archive_is_indexed_in_few_reads(monkeypatch):
 
     system = SimpleNamespace(open=lambda place, mode, block_size: Bare(tree()["shards/part-0.tar"]))
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (system, url))
-    monkeypatch.setattr(shards, "shard_names", lambda folder: ["part-0.tar"])
+    monkeypatch.setattr(shards, "visible_names", lambda folder: ([], ["part-0.tar"]))
+    monkeypatch.setattr(shards, "image_names", lambda folder: [])
     images, labels = shards.read_shards(Path("gs://place/shards"))
     assert len(images) == len(labels) == 6 and len(reads) <= 2
 

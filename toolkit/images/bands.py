@@ -51,17 +51,13 @@ class Bands:
     chosen: tuple[str, ...] = ()
     scale: float = 1.0  # by which all values are divided
 
-    def read(self, content: bytes) -> np.ndarray:
-        """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
-        return self.picked(decoded(content))
-
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
         """An image as (H, W, channels): a file's chosen bands, or an array with as many. Else raises InputError."""
         name = ""
         try:
             if isinstance(image, str | os.PathLike):
                 name = image
-                return self.read(remote.read(image))
+                return self.picked(decoded(remote.read(image)))
             if isinstance(image, Image.Image):
                 name = getattr(image, "filename", "")
                 image = _pixels(image)

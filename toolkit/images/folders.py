@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from toolkit import InputError, listed, printable
 from toolkit.choices import EVALUATION_NAMES
 from toolkit.images import dicom, remote
-from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image
+from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, decoded, open_image
 
 # The first frame of an animated file is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
@@ -42,10 +42,9 @@ class ImageFiles(Dataset):
         with named_faults(self.path(i)):
             if self.bands is None:
                 return self.opened(i)
-            return self.bands.read(self.content(i))
+            return self.bands.picked(decoded(self.content(i)))
 
     def opened(self, i: int) -> Image.Image:
-        """A photograph, not yet decoded."""
         return open_image(self.path(i))
 
     def path(self, i: int) -> str:

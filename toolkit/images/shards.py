@@ -19,15 +19,6 @@ from toolkit.images.bands import Bands, picture_of
 from toolkit.images.folders import ImageFiles, image_names, looked_for, one_spelling, suffixes, visible_names
 
 
-def shard_names(folder: Path) -> list[str]:
-    """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
-    shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
-    if shards and (images := image_names(folder)):
-        both = f"{folder} has both archives, as {shards[0]}, and image files, as {images[0]}"
-        raise InputError(f"{both}: move those that are not meant elsewhere")
-    return shards
-
-
 class ShardedImages(ImageFiles):
     """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive."""
 
@@ -47,12 +38,18 @@ class ShardedImages(ImageFiles):
         return remote.read(os.path.join(self.folder, self.shards[shard]), offset, offset + size)
 
 
-def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
-    """The images in a folder's archives, and their labels as text; an empty list if no image has one.
+def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]] | None:
+    """The images in a folder's archives, and their labels as text, none if no image has one; None without archives.
 
-    Raises InputError for what is no tar archive, or is compressed, for images with and without a label, and for none.
+    Raises InputError for what is no tar archive, or is compressed, for image files next to archives, for images with
+    and without a label, and for no images.
     """
-    shards = shard_names(folder)
+    shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
+    if not shards:
+        return None
+    if images := image_names(folder):
+        both = f"{folder} has both archives, as {shards[0]}, and image files, as {images[0]}"
+        raise InputError(f"{both}: move those that are not meant elsewhere")
     names: list[str] = []
     places: list[tuple[int, int, int]] = []
     texts: list[str | None] = []

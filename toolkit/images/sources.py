@@ -19,7 +19,7 @@ from toolkit.images.data import LabelledImages, among, copies, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.lists import ImageList, in_order, like, look_like_numbers
 from toolkit.images.masks import MaskReader, load_pairs, pair_folders, pair_places
-from toolkit.images.shards import read_shards, shard_names
+from toolkit.images.shards import read_shards
 from toolkit.images.transforms import to_rgb
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
@@ -220,8 +220,8 @@ def _unlabelled(place: Path, splits: Splits, bands: Bands | None, skip_unreadabl
 def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
     """All images below a folder, or else in its archives; says which other files are there. Raises InputError."""
     others = Counter()
-    if shard_names(folder):  # which refuses a folder that has images as well
-        return read_shards(folder, bands)[0]
+    if archived := read_shards(folder, bands):
+        return archived[0]
     names = folders.image_names(folder, "", others, bands)
     if not names:
         raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
@@ -234,7 +234,9 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     if data_list:
         return ImageList(Path(data_list[0])).has_labels()
     folder = _train_folder(_existing("--data-dir", data_dir))
-    return bool(read_shards(folder)[1]) if shard_names(folder) else len(folders.folders_by_class(folder)) > 1
+    if archived := read_shards(folder):
+        return bool(archived[1])
+    return len(folders.folders_by_class(folder)) > 1
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -321,8 +323,8 @@ def labelled(
             raise InputError(f"{place}: the labels are numbers, as {printable(labels[0])}", "; use --task regression")
         files = ImageFiles(place.folder, names, bands)
         own = in_order(set(labels))
-    elif shard_names(place):
-        files, labels = read_shards(place, bands)
+    elif archived := read_shards(place, bands):
+        files, labels = archived
         if not labels:
             unlabelled = f"{place}: the images in its archives have no labels, a .cls next to each .jpg"
             raise InputError(f"{unlabelled}; if each archive is a class, as in ImageNet, unpack each into a folder")
