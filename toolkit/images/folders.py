@@ -128,8 +128,8 @@ def labelled_files(
 ) -> tuple[ImageFiles, list[str], list[str]]:
     """The images below class folders, the class of each, and the names of the folders' classes; reports other files.
 
-    Images are of the classes `known`, or of all. Raises InputError for parts (train, val) instead of classes, for no
-    images, and where no classes are known for fewer than two, or one without images.
+    Those `known` come first, and may have no images. Raises InputError for parts (train, val) instead of classes, for
+    no images, and where no classes are known for fewer than two, or one without images.
     """
     inside = folders_by_class(folder)
     own = list(inside)
@@ -148,7 +148,7 @@ def labelled_files(
     names = []
     labels: list[str] = []
     empty = []
-    for class_name in known or own:
+    for class_name in dict.fromkeys((*known, *own)):
         for inner in inside.get(class_name, ()):
             names += image_names(folder, inner, others, bands)
         if len(names) == len(labels):
