@@ -3,13 +3,14 @@
 import gzip
 import sys
 import tarfile
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
+from toolkit.answers import predictions
 from toolkit.images import data, folders, shards, sources
 
 
@@ -175,26 +176,31 @@ def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
     assert folders.image_names(tmp_path / "cat")[:2] == ["a.JPG", "b.png"]
 
 
+def places_of(output: Path, *names: str) -> list[Path]:
+    images = data.LabelledImages(folders.ImageFiles("/given", names))
+    return predictions.places_of_images(images, [Path("/given")], output)
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [
         ("a/b.jpg", "a/b"),
         ("../pics/b.JPG", "pics/b"),  # of a list
         ("0.tar/../../victim/notes.png", "0.tar/victim/notes"),  # of an archive
-        ("/etc/b.npy", "etc/b"),
+        ("/etc/b.npy", "b"),
         ("1.2.840.100", "1.2.840.100"),  # DICOM files are called so
         ("1.2.840.100.dcm", "1.2.840.100"),
         ("b.2024.tif", "b.2024"),
     ],
 )
 def test_what_is_made_of_an_image_stays_below_its_folder(tmp_path, name, place):
-    assert folders.places_below(tmp_path, [PurePath(name)]) == [tmp_path / place]
+    assert places_of(tmp_path, name) == [tmp_path / place]
 
 
 def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
     def refused(*names: str) -> str:
         with pytest.raises(InputError) as found:
-            folders.places_below(tmp_path / "out", list(map(PurePath, names)))
+            places_of(tmp_path / "out", *names)
         return str(found.value)
 
     assert "several images would be written to" in refused("a/b.png", "../a/b.jpg", "c.png")
@@ -205,7 +211,7 @@ def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
     assert f"{tmp_path}/out/link/deep is a link to a place outside" in refused("link/deep/b.png")
     assert "cannot write to" in refused("loop/b.png")
     assert "cannot write to" in refused("a\0b/b.png")
-    assert len(folders.places_below(tmp_path / "out", [PurePath("inner/b.png")])) == 1
+    assert len(places_of(tmp_path / "out", "inner/b.png")) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")

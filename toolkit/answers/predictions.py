@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit import InputError, listed
+from toolkit import InputError, listed, printable
 from toolkit.answers.parts import Task
 from toolkit.files import make_folder, open_atomically, read_json, write_cells, write_text
 from toolkit.images.data import LabelledImages
-from toolkit.images.folders import places_below
+from toolkit.images.folders import without_suffix
 from toolkit.images.maps import NO_CLASS, write_map, write_mask
 from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
@@ -70,8 +70,11 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
 
 
 def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
-    """Where what is made of each image goes, without its ending: below `output` as the image below what is `given`."""
-    within = []
+    """Where what is made of each image goes, without its ending: below `output` as the image below what is `given`.
+
+    Raises InputError where two images have one place, and where a link leads out of the folder.
+    """
+    places = []
     for i in range(len(images)):
         name = Path(images.name(i))
         inside = Path(name.name)
@@ -79,8 +82,19 @@ def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path
             folder = path.parent if path.suffix.lower() in LIST_SUFFIXES else path
             if name != path and name.is_relative_to(folder):
                 inside = name.relative_to(folder)
-        within.append(inside)
-    return places_below(output, within)
+        parts = [part for part in inside.parts if part != ".."]  # anybody may have named images in a list or archive
+        places.append(output.joinpath(*parts[:-1], without_suffix(parts[-1])))
+    twice = [place for place, count in Counter(places).items() if count > 1]
+    if twice:
+        raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
+    for inside in dict.fromkeys(place.parent for place in places):
+        try:
+            leads_outside = not inside.resolve().is_relative_to(output.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
+            raise InputError(f"--output {output}: cannot write to {printable(inside)}: {printable(error)}") from None
+        if leads_outside:
+            raise InputError(f"--output {output}: {inside} is a link to a place outside; name another folder")
+    return places
 
 
 @dataclass

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -169,29 +169,6 @@ def without_suffix(name: str) -> str:
     """A name without the suffix of an image, if it has one: 1.2.840.100, as DICOM files are called, has none."""
     stem, suffix = posixpath.splitext(name)
     return stem if suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) else name
-
-
-def places_below(folder: Path, names: Iterable[PurePath]) -> list[Path]:
-    """Where what is made of images goes: below `folder` as their names say, without the suffix of an image.
-
-    Raises InputError where two images have one place, and where a link leads out of the folder.
-    """
-    places = []
-    for name in names:
-        # Anybody may have named images in a list or archive.
-        parts = [part for part in name.parts if part not in ("..", name.anchor)]
-        places.append(folder.joinpath(*parts[:-1], without_suffix(parts[-1])))
-    twice = [place for place, count in Counter(places).items() if count > 1]
-    if twice:
-        raise InputError(f"--output {folder}: several images would be written to {listed(twice)}; name them apart")
-    for inside in dict.fromkeys(place.parent for place in places):
-        try:
-            leads_outside = not inside.resolve().is_relative_to(folder.resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
-            raise InputError(f"--output {folder}: cannot write to {printable(inside)}: {printable(error)}") from None
-        if leads_outside:
-            raise InputError(f"--output {folder}: {inside} is a link to a place outside; name another folder")
-    return places
 
 
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
