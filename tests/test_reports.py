@@ -324,6 +324,20 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
     assert size(tmp_path / "none.png")[1] < size(tmp_path / "mistakes.png")[1]
 
 
+def test_each_number_has_intervals_that_come_of_its_own_errors(numbers):
+    """As in a report on that number alone."""
+    alone = Regression(["age"], numbers.answers.targets[:, :1])
+    of_one = alone.report(regression.NumberAnswers(0.1, numbers.answers.values[:, :1], numbers.answers.targets[:, :1]))
+    age, weight = numbers.figures()["numbers"].values()
+    for name in ("r2", "mae"):
+        assert age[f"{name}_interval"] == pytest.approx(of_one.figures()[f"{name}_interval"])
+    low, high = age["mae_interval"]
+    assert 0 < low < age["mae"] < high < weight["mae"]
+    told = dict(numbers.printed())
+    assert told["by number"] == "in their own units, with 95% intervals:"
+    assert f"mean absolute error {age['mae']:.4g} ({low:.4g} to {high:.4g})" in told["age"]
+
+
 def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbers):
     truth = torch.tensor([[2.0, 3.0]] * 4)
     report = regression.NumberReport(numbers, regression.NumberAnswers(0.1, truth + 1, truth))

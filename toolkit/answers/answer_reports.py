@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +50,8 @@ class Report:
         self.answers = answers
         self.names = task.names
         self.clusters = torch.arange(len(answers.targets)) if clusters is None else clusters
-        bounds = {name: headline.bounds for name, headline in self.HEADLINES.items()}
-        self.found = measures.jackknife(self.measure, len(answers.targets), self.clusters, bounds)
+        self.bounds = {name: headline.bounds for name, headline in self.HEADLINES.items()}
+        self.found = measures.jackknife(self.measure, len(answers.targets), self.clusters, self.bounds)
 
     def measure(self, weights: Tensor) -> Mapping[str, Tensor]:
         """The headlines, (n,), and shares of each class or label, (n, K), by name, of weights of the images (n, N)."""
@@ -136,12 +136,23 @@ class ColumnReport(Report):
     plural: str  # what K of them are called in the figures
     by: Mapping[str, Sequence[float]]  # figures by name, of each of them (K,)
     suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of the truths
+    intervals: Callable[[int], dict[str, measures.Interval]]  # of 95%, by name, of some figures of one of them
 
     def figures(self) -> dict[str, Any]:
         by_name = {}
-        for name, *row in zip(self.names, *self.by.values(), strict=True):
+        for i, (name, *row) in enumerate(zip(self.names, *self.by.values(), strict=True)):
             by_name[name] = dict(zip(self.by, map(finite, row), strict=True))
+            for figure, interval in self.intervals(i).items():
+                by_name[name][f"{figure}_interval"] = finite_interval(interval)
         return super().figures() | {self.plural: by_name}
+
+    def cells(self, i: int, names: Iterable[str], form: str) -> dict[str, str]:
+        """Some figures of one of them for a table, with their intervals in brackets."""
+        cells = {name: cell(self.by[name][i], form) for name in names}
+        for name, (low, high) in self.intervals(i).items():
+            if math.isfinite(high - low):
+                cells[name] += f" ({low:{form}} to {high:{form}})"
+        return cells
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         columns = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from toolkit import listed, printable
 from toolkit.answers import measures, probe
-from toolkit.answers.answer_reports import ColumnReport, Headline, cell, finite_interval, shortened, worst_first
+from toolkit.answers.answer_reports import ColumnReport, Headline, shortened, worst_first
 from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
@@ -113,11 +113,7 @@ class LabelReport(ColumnReport):
         return found
 
     def figures(self) -> dict[str, Any]:
-        figures = super().figures() | self.calibration_figures()
-        for i, by_name in enumerate(figures[self.plural].values()):
-            for name, interval in self.intervals(i).items():
-                by_name[f"{name}_interval"] = finite_interval(interval)
-        return figures
+        return super().figures() | self.calibration_figures()
 
     def rows(self) -> list[tuple[str, str]]:
         *rows, (title, text) = super().rows()
@@ -132,10 +128,7 @@ class LabelReport(ColumnReport):
         rows = []
         for i in worst_first(self.by["average_precision"]):
             *counts, threshold = (self.by[name][i] for name in ("positives", "unknown", "threshold"))
-            cells = {name: cell(self.by[name][i], ".1%") for name in SHARES}
-            for name, (low, high) in self.intervals(i).items():
-                if not math.isnan(low):
-                    cells[name] += f" ({low:.1%} to {high:.1%})"
+            cells = self.cells(i, SHARES, ".1%")
             rows.append([self.names[i], *counts, *cells.values(), f"{threshold:.2f}"])
         return rows
 

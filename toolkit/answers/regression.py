@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toolkit import InputError, printable
 from toolkit.answers import measures, probe
-from toolkit.answers.answer_reports import ColumnReport, Headline, cell, shortened
+from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
 from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
@@ -23,6 +23,7 @@ MEASURES = {
     "rmse": measures.root_mean_squared_error,
     "spearman": measures.spearman,
 }
+WITH_INTERVALS = ("r2", "mae")  # also of each number
 NOTHING_DIFFERS = "nothing differs between the evaluation images"
 PANELS = 6  # numbers that are drawn
 ROW = 3  # panels in a row
@@ -85,6 +86,16 @@ class NumberReport(ColumnReport):
         known = (~self.answers.targets.isnan()).sum(0)
         return {"images": known.tolist()} | {name: self.answers.by_number(name).tolist() for name in MEASURES}
 
+    @functools.cached_property
+    def found_by_number(self) -> dict[str, list[measures.Figure]]:
+        def measure(weights: Tensor) -> dict[str, Tensor]:
+            return {name: self.answers.by_number(name, weights) for name in WITH_INTERVALS}
+
+        return measures.jackknife(measure, len(self.answers.targets), self.clusters, self.bounds)
+
+    def intervals(self, i: int) -> dict[str, measures.Interval]:
+        return {name: self.found_by_number[name][i].interval for name in WITH_INTERVALS}
+
     def rows(self) -> list[tuple[str, str]]:
         mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
         return [(title, text + mean) for title, text in super().rows()]
@@ -92,20 +103,25 @@ class NumberReport(ColumnReport):
     def by_number(self) -> list[tuple]:
         """(number, images, R2, MAE, RMSE, Spearman)."""
         rows = []
-        for name, images, *figures in zip(self.names, *self.by.values(), strict=True):
-            rows.append((name, images, *(cell(figure, ".4g") for figure in figures)))
+        for i, (name, images) in enumerate(zip(self.names, self.by["images"], strict=True)):
+            rows.append((name, images, *self.cells(i, MEASURES, ".4g").values()))
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
         rows = []
         for name, _, of_r2, mae, *_ in self.by_number():
             rows.append((name, f"R2 {of_r2 or 'not defined'}, mean absolute error {mae or 'not defined'}"))
-        return shortened("by number", "in their own units:", rows) if len(rows) > 1 else []
+        return shortened("by number", "in their own units, with 95% intervals:", rows) if len(rows) > 1 else []
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
         shown = html_picture(picture.read_bytes(), "the answer for each image by what is true")
-        return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
+        return [
+            "<h2>Answers and truth</h2>",
+            "<p>In brackets 95% intervals.</p>",
+            html_table(self.by_number(), titles),
+            shown,
+        ]
 
     def draw(self, path: Path) -> None:
         shown = self.names[:PANELS]
