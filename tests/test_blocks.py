@@ -105,9 +105,7 @@ def test_a_batch_norm_that_normalises_by_the_batch_is_not_folded():
     assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
 
 
-@pytest.mark.parametrize(
-    "build, side", [(resnet, 32), (bottleneck, 32), (vit, 16)], ids=["resnet", "bottleneck", "vit"]
-)
+@pytest.mark.parametrize("build, side", [(resnet, 32), (bottleneck, 32), (vit, 16)], ids=["basic", "bottleneck", "vit"])
 def test_norms_that_train_beside_the_adapters(build, side):
     """Scales and shifts get their gradients, and a BatchNorm normalises by the batch and counts it."""
     stock = build().double()

@@ -194,9 +194,7 @@ def test_results_that_cannot_be_compared(classes, change, problem):
     with pytest.raises(InputError, match=problem):
         comparison.compare(*paths)
     path.unlink()
-    with pytest.raises(
-        InputError, match="No such file or directory; a run, or evaluate --output, writes answers there"
-    ):
+    with pytest.raises(InputError, match=r"No such file .*; a run, or evaluate --output, writes answers there"):
         comparison.compare(*paths)
 
 

@@ -19,53 +19,46 @@ from toolkit.images.transforms import to_rgb
 pydicom = pytest.importorskip("pydicom")
 
 
+def tagged(**tags) -> pydicom.Dataset:
+    dataset = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
 def file_of(pixels: np.ndarray, **tags) -> bytes:
     """A DICOM file of 16-bit greys (H, W), or frames of them, with these tags."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     usual = {"SamplesPerPixel": 1, "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 0}
     usual |= {"Rows": pixels.shape[-2], "Columns": pixels.shape[-1], "PhotometricInterpretation": "MONOCHROME2"}
     if pixels.ndim == 3:
         usual["NumberOfFrames"] = len(pixels)
-    for name, value in (usual | tags).items():
-        setattr(dataset, name, value)
+    dataset = tagged(**usual | tags)
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     dataset.PixelData = pixels.astype(np.uint16).tobytes()
     return bytes_of(dataset.save_as, enforce_file_format=True)
 
 
 RAMP = np.arange(0, 4000, 40).reshape(10, 10)
+SIGNED = {"BitsStored": 13, "PixelRepresentation": 1}  # -4096 to 4095, and -4095 to 4096 with the sign exchanged
+WINDOW = {"WindowCenter": 1500, "WindowWidth": 1001}  # from 1000 to 2000
+WIDE = {"WindowCenter": 0, "WindowWidth": 10001}  # no pixel reaches its dark end
+INVERTED = {"PhotometricInterpretation": "MONOCHROME1"}
 
 
 @pytest.mark.parametrize(
     ("tags", "greys"),
     [
         ({"BitsStored": 12, "HighBit": 11}, 255 * RAMP / 4095),
-        # From 1000 to 2000 of the numbers 2 x - 1000.
-        (
-            {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 1500, "WindowWidth": 1001},
-            255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1),
-        ),
-        ({"BitsStored": 12, "PhotometricInterpretation": "MONOCHROME1"}, 255 - 255 * RAMP / 4095),
-        # The range of 13 bits with a sign is -4096 to 4095, and -4095 to 4096 with the sign exchanged.
-        ({"BitsStored": 13, "PixelRepresentation": 1}, 255 * (RAMP + 4096) / 8191),
-        (
-            {"BitsStored": 13, "PixelRepresentation": 1, "RescaleSlope": -1, "RescaleIntercept": 0},
-            255 * (4095 - RAMP) / 8191,
-        ),
-        # From 1000 to 2000 of the numbers 4000 - x.
-        (
-            {"RescaleSlope": -1, "RescaleIntercept": 4000, "WindowCenter": 1500, "WindowWidth": 1001},
-            255 * np.clip((3000.0 - RAMP) / 1000, 0, 1),
-        ),
-        # A window whose dark end no pixel reaches; and the same of an inverted image.
-        ({"WindowCenter": 0, "WindowWidth": 10001}, 255 * (RAMP + 5000) / 10000),
-        (
-            {"WindowCenter": 0, "WindowWidth": 10001, "PhotometricInterpretation": "MONOCHROME1"},
-            255 - 255 * (RAMP + 5000) / 10000,
-        ),
+        (WINDOW | {"RescaleSlope": 2, "RescaleIntercept": -1000}, 255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1)),
+        (INVERTED | {"BitsStored": 12}, 255 - 255 * RAMP / 4095),
+        (SIGNED, 255 * (RAMP + 4096) / 8191),
+        (SIGNED | {"RescaleSlope": -1, "RescaleIntercept": 0}, 255 * (4095 - RAMP) / 8191),
+        (WINDOW | {"RescaleSlope": -1, "RescaleIntercept": 4000}, 255 * np.clip((3000.0 - RAMP) / 1000, 0, 1)),
+        (WIDE, 255 * (RAMP + 5000) / 10000),
+        (WIDE | INVERTED, 255 - 255 * (RAMP + 5000) / 10000),
     ],
     ids=["bits", "window", "inverted", "sign", "negative slope", "window of that", "wide window", "inverted window"],
 )
@@ -75,38 +68,26 @@ def test_a_picture_is_seen_through_the_window_of_its_file_or_by_its_bits(tags, g
     assert np.asarray(to_rgb(image)).shape == (10, 10, 3)
 
 
-def table_of(entries: list[int], bits: int) -> pydicom.Dataset:
-    table = pydicom.Dataset()
-    table.LUTDescriptor = [len(entries), 0, bits]
-    table.LUTData = np.array(entries, np.uint16).tobytes()
-    return table
-
-
 def test_a_table_in_the_place_of_a_window_has_the_range_of_its_bits():
-    squares = [x * x // 4000 for x in range(4000)]
-    image = dicom.picture(file_of(RAMP, VOILUTSequence=[table_of(squares, 12)]), "old.dcm")
-    np.testing.assert_allclose(np.asarray(image), 255 * (RAMP * RAMP // 4000) / 4095, atol=1)
+    squares = np.arange(4000) ** 2 // 4000
+    table = tagged(LUTDescriptor=[4000, 0, 12], LUTData=squares.astype(np.uint16).tobytes())
+    image = dicom.picture(file_of(RAMP, VOILUTSequence=[table]), "old.dcm")
+    np.testing.assert_allclose(np.asarray(image), 255 * squares[RAMP] / 4095, atol=1)
 
 
 def test_numbers_are_in_their_own_unit():
-    tags = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowWidth": 10, "WindowCenter": 5}
+    tags = WINDOW | {"RescaleSlope": 2, "RescaleIntercept": -1000}
     array = bands.decoded(file_of(np.stack([RAMP, RAMP + 7]), **tags))
     np.testing.assert_array_equal(array[..., 0], 2 * RAMP - 1000)  # of the first frame
-    inverted = bands.decoded(file_of(RAMP, BitsStored=12, PhotometricInterpretation="MONOCHROME1"))
+    inverted = bands.decoded(file_of(RAMP, BitsStored=12, **INVERTED))
     np.testing.assert_array_equal(inverted[..., 0], 4095 - RAMP)
 
 
 def test_frames_share_their_unit_and_window():
     """As in enhanced CT and MR, where these stand in sequences."""
-    unit = pydicom.Dataset()
-    unit.RescaleSlope = 2
-    unit.RescaleIntercept = -1000
-    window = pydicom.Dataset()
-    window.WindowCenter = 1500
-    window.WindowWidth = 1001
     group = pydicom.Dataset()
-    group.PixelValueTransformationSequence = [unit]
-    group.FrameVOILUTSequence = [window]
+    group.PixelValueTransformationSequence = [tagged(RescaleSlope=2, RescaleIntercept=-1000)]
+    group.FrameVOILUTSequence = [tagged(**WINDOW)]
     content = file_of(np.stack([RAMP, RAMP + 7]), SharedFunctionalGroupsSequence=[group])
     np.testing.assert_array_equal(bands.decoded(content)[..., 0], 2 * RAMP - 1000)
     greys = 255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1)

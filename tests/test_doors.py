@@ -124,9 +124,7 @@ def test_a_server_that_stalls_is_not_waited_for(server, monkeypatch, name):
         remote.read(f"{server}/{name}")
 
 
-@pytest.mark.parametrize(
-    "place", ["simplecache::https://me:secret@host/a.csv", "zip://a.csv::https://me:secret@host/b"]
-)
+@pytest.mark.parametrize("place", ["simplecache::https://me:secret@host/a.csv", "zip://a::https://me:secret@host/b"])
 def test_an_address_within_another_is_refused_without_its_password(place, tmp_path):
     for read in (remote.read, remote.exists, lambda place: lists.ImageList(Path(place)).paths()):
         with pytest.raises(InputError, match=r"https:/+host/.*: a password, signature or further address in") as error:

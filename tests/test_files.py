@@ -73,8 +73,12 @@ def test_plain_data_of_official_files_is_read(saved):
         assert type(read["best_acc1"]) is float
 
 
-def truncated(path, zipped=True):
-    torch.save({"weight": torch.randn(100)}, path, _use_new_zipfile_serialization=zipped)
+LEGACY = {"_use_new_zipfile_serialization": False}
+NEEDS_LINEAR = r"needs.*torch\.nn\.modules\.linear\.Linear"
+
+
+def truncated(path, **options):
+    torch.save({"weight": torch.randn(100)}, path, **options)
     path.write_bytes(path.read_bytes()[:-50])
 
 
@@ -92,23 +96,14 @@ UNREADABLE = {
     "a web page": (lambda path: path.write_text("\n<html>404</html>" * 40), "a web page.*download the file itself"),
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
     "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
-    "no pickle": (
-        lambda path: pickled(path, b"\x80\x02I1\n.", True),
-        r"damaged or cut short \(\w+: [^;]{1,70}\); download",
-    ),
+    "no pickle": (lambda path: pickled(path, b"\x80\x02I1\n.", True), r"cut short \(\w+: [^;]{1,70}\); download"),
     "truncated": (truncated, "damaged or cut short"),
-    "truncated, legacy": (lambda path: truncated(path, False), "cut short"),
+    "truncated, legacy": (lambda path: truncated(path, **LEGACY), "cut short"),
     "one bit flipped": (flipped, "does not match its checksum"),
-    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), r"needs.*torch\.nn\.modules\.linear\.Linear"),
-    "a whole model, legacy": (
-        lambda path: torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
-        r"needs.*torch\.nn\.modules\.linear\.Linear",
-    ),
+    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), NEEDS_LINEAR),
+    "a whole model, legacy": (lambda path: torch.save(nn.Linear(2, 2), path, **LEGACY), NEEDS_LINEAR),
     "an array": (lambda path: torch.save(np.zeros(3), path), "needs numpy.*_reconstruct"),
-    "TorchScript": (
-        lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path),
-        "as torch.save writes it",
-    ),
+    "TorchScript": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), "as torch.save writes it"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
 }
 
