@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -706,7 +707,9 @@ def export(args: argparse.Namespace) -> dict[str, str]:
             graph.model.metadata_props.update(notes)
             file.write(graph.model_proto.SerializeToString())
         else:
-            torch.export.save(program, file, extra_files=notes)
+            content = io.BytesIO()  # on a full disk torch's own writer would end the process
+            torch.export.save(program, content, extra_files=notes)
+            file.write(content.getvalue())
     files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
     what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
     print(f"wrote {args.output}: {what}; its metadata: {', '.join(notes)}")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -198,6 +199,17 @@ def test_a_full_disk(start, tmp_path, way, size):
         resumed = start(way, "--resume", log="resumed")
         assert resumed.wait() == 0, resumed.output
         assert len(outcome(child.folder)["metrics"]) == 2
+
+
+def end_files_at_20_kb() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+
+def test_a_graph_on_a_full_disk_is_one_line(adapter_for_images, tmp_path):
+    """PyTorch's own writer of graphs would end the process with what C++ says."""
+    options = f"export {adapter_for_images} --output {tmp_path}/model.pt2"
+    assert_one_line(Child("deploy_lora", options, tmp_path / "log", end_files_at_20_kb), f"cannot write {tmp_path}")
 
 
 def kill_a_worker_at_an_image() -> None:
