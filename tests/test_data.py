@@ -354,31 +354,22 @@ def test_another_seed_draws_another_order_and_other_views():
         assert i == j and first != second
 
 
-class Clock:
-    """time.perf_counter, for which time passes only when it is told."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_the_meter_tells_waiting_from_working(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(data.time, "perf_counter", clock)
+    clock = [100.0]  # for which time passes only when it is told
+    monkeypatch.setattr(data.time, "perf_counter", lambda: clock[0])
 
     def loader():
         for size in (4, 4, 2):
-            clock.now += 0.5  # it takes the loader to bring a batch
+            clock[0] += 0.5  # it takes the loader to bring a batch
             yield torch.zeros(size, 3), torch.zeros(size)
-        clock.now += 5.0  # nobody waits for the end
+        clock[0] += 5.0  # nobody waits for the end
 
     meter = data.LoadingMeter()
     assert meter.results() == {"images_per_second": 0, "waiting_share": 0}
     for _ in range(2):  # two epochs
         for _ in meter.watched(loader()):
-            clock.now += 3.0  # it takes the loop to use it
-        clock.now += 50.0  # evaluation is not counted
+            clock[0] += 3.0  # it takes the loop to use it
+        clock[0] += 50.0  # evaluation is not counted
     assert meter.results() == pytest.approx({"images_per_second": 20 / 21, "waiting_share": 3 / 21})
     assert meter.shown() == {"waiting for images": "14%"}
     assert data.LoadingMeter(20, waited=1, seconds=21).shown() == {}  # nothing to mend
@@ -389,7 +380,7 @@ def test_the_meter_tells_waiting_from_working(monkeypatch):
     batches = meter.watched([(torch.zeros(4, 3), torch.zeros(4))])
     next(batches)
     assert meter.shown() == {}  # not yet known
-    clock.now += 2.0
+    clock[0] += 2.0
     batches.close()
     assert meter.results() == {"images_per_second": 4, "waiting_share": 0}
 
