@@ -6,7 +6,6 @@ Noise on 13 bands stands for Sentinel-2's images: three bands carry the class.
 import copy
 import itertools
 import json
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -27,7 +26,7 @@ from toolkit import InputError
 from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, settle
 from toolkit.images.data import LabelledImages
-from toolkit.images.sources import in_folder, load_splits, load_unlabelled
+from toolkit.images.sources import in_folder, load_unlabelled
 from toolkit.images.transforms import eval_transform, to_rgb
 from toolkit.models.backbones import build_backbone, input_channels
 
@@ -229,16 +228,10 @@ def tiff_of_many_pages(count: int) -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tiffs, tmp_path, capsys):
-    folder = tmp_path / "images"
-    shutil.copytree(tiffs, folder)
-    (folder / "train" / "1" / "broken.npy").write_bytes(content() if callable(content) else content)
-    train = load_splits("imagefolder", folder, bands=Bands(13)).train
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tmp_path):
+    (tmp_path / "broken.npy").write_bytes(content() if callable(content) else content)
     with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
-        list(train)
-    assert len(load_splits("imagefolder", folder, bands=Bands(13), skip_unreadable=True).train) == 15
-    assert "1 of 16 images cannot be read" in (told := capsys.readouterr().out)
-    assert "broken.npy: not a readable image" in told
+        folders.ImageFiles(tmp_path, ["broken.npy"], Bands(13))[0]
 
 
 @pytest.mark.parametrize(
