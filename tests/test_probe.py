@@ -305,18 +305,17 @@ def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(monkeypatch, by_dev
     features, labels = clusters(classes, spread=4.0)
     patients = torch.arange(len(labels)) // 6 if grouped else None
     found = probe.fit_linear_probe(features, labels, classes, clusters=patients)
-    strength = found.strength
-    held_out = found.held_out
     parts = StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels)
     if grouped:
         fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
         parts = [(fold != number, fold == number) for number in range(3)]
         assert not any(np.intersect1d(patients[rest], patients[part]).size for rest, part in parts)
     X = StandardScaler().fit_transform(features.numpy())
+    strength = of_scikit_learn(found.strength, classes)
     for rest, part in parts:
-        reference = LogisticRegression(C=of_scikit_learn(strength, classes), max_iter=200).fit(X[rest], labels[rest])
+        reference = LogisticRegression(C=strength, max_iter=200).fit(X[rest], labels[rest])
         expected = reference.predict_proba(X[part])
-        np.testing.assert_allclose(held_out[part].softmax(1).numpy(), expected, atol=1e-3)
+        np.testing.assert_allclose(found.held_out[part].softmax(1).numpy(), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -340,16 +339,14 @@ def test_a_class_of_one_patient_is_left_out_of_the_validation():
     features, labels = clusters(3, spread=2.0)
     patients = torch.where(labels == 2, 30, torch.arange(90) // 3)
     found = probe.fit_linear_probe(features, labels, 3, clusters=patients)
-    strength = found.strength
-    held_out = found.held_out
-    unknown = held_out.isnan().any(1)
-    assert torch.equal(unknown, labels == 2) and strength in probe.STRENGTHS
-    of_others = held_out[~unknown]
+    unknown = found.held_out.isnan().any(1)
+    assert torch.equal(unknown, labels == 2) and found.strength in probe.STRENGTHS
+    of_others = found.held_out[~unknown]
     assert (of_others.argmax(1) == labels[~unknown]).float().mean() > 0.6
     task = tasks.Classification(["a", "b", "c"])
     model = Net(8, 3)
-    probe.set_head(model, probe.fit_linear_probe(features, labels, 3, clusters=patients))
-    twice = torch.cat([held_out, held_out])
+    probe.set_head(model, found)
+    twice = found.held_out.repeat(2, 1)
     assert 0 < tasks.optimism(task, model, twice, features, labels) < math.inf
 
 

@@ -7,8 +7,7 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -26,20 +25,18 @@ CONTENT = bytes(range(256)) * 4
 DIGEST = hashlib.md5(CONTENT).hexdigest()[:8]
 
 
-class Server(SimpleHTTPRequestHandler):
-    """Serves `web`, refuses HEAD, stalls in stalls.pth, breaks off in breaks.pth, says no size of endless.pth."""
+class Server(BaseHTTPRequestHandler):
+    """Answers GET alone, stalls in stalls.pth, breaks off in breaks.pth, says no size of endless.pth."""
 
-    ended = threading.Event()
-    wanted: list[str] = []  # noqa: RUF012 - the paths that were asked for, emptied for each test
+    folder: Path
+    ended: threading.Event
+    wanted: list[str]  # the paths that were asked for
 
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self.send_error(403)
-
     def do_GET(self):
-        path = Path(self.translate_path(self.path))
+        path = self.folder / self.path[1:]
         self.wanted.append(self.path)
         if not path.exists():
             return self.send_error(404)
@@ -60,10 +57,11 @@ class Server(SimpleHTTPRequestHandler):
 def web(tmp_path, monkeypatch):
     """The folder of a server's files, to which `publish` gives names. torch.hub's folder is tmp_path/hub."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(Server, "ended", threading.Event())
-    monkeypatch.setattr(Server, "wanted", [])
+    Server.folder = tmp_path / "web"
+    Server.ended = threading.Event()
+    Server.wanted = []
     (tmp_path / "web").mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=tmp_path / "web")) as running:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         published.PUBLISHED["moco-v9"] = ("", "")
         yield types.SimpleNamespace(folder=tmp_path / "web", url=f"http://127.0.0.1:{running.server_port}")

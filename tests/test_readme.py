@@ -365,9 +365,6 @@ def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
     assert "../README.md" in links(page)
 
 
-# ------------------------------------------------------------- the examples run, and what they print is what they found
-
-
 def test_set_up_replaces_adapters_and_counts_them(capsys):
     examples.example_1_setup()
     printed = capsys.readouterr().out

@@ -174,9 +174,6 @@ def test_a_deleted_model_is_gone(build, side, mode):
         gc.enable()
 
 
-# ----------------------------------------------------------------------------------------------------- inference mode
-
-
 @pytest.mark.parametrize("made_inside", [True, False], ids=["made inside", "made outside"])
 @pytest.mark.parametrize("build, side", [(partial(RESNET, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
 @pytest.mark.parametrize("mode", ["none", "full"])

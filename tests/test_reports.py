@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,8 @@ def test_macro_f1_and_balanced_accuracy_are_scikit_learns():
 
 def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
     """Leaving out some of them changes nothing: the interval is at least that of the mean of both classes' shares."""
-    labels = torch.tensor([0] * 95 + [1] * 5)
-    answers = Evaluation(0.1, 1.0, labels, labels, torch.full((100,), 0.5))
+    labels = [0] * 95 + [1] * 5
+    answers = evaluation(labels, labels)
     _, (low, high), _ = TASK.report(answers).headlines()[1]
     assert (low, high) == pytest.approx(mean_interval(torch.ones(2), torch.tensor([95, 5])))
     _, by_patient, _ = TASK.report(answers, torch.arange(100) // 5).headlines()[1]
@@ -57,9 +58,7 @@ def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
 
 def test_means_over_classes_have_the_intervals_of_the_jackknife():
     """A class without images has no share."""
-    labels = torch.arange(90) % 3
-    said = torch.where(torch.arange(90) % 5 > 0, labels, 0)
-    answers = Evaluation(0.1, 0.0, said, labels, torch.full((90,), 0.5))
+    answers = evaluation([0, 1, 2] * 30, [0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 2, 0, 1, 2, 0] * 6)
     figures = Classification([*NAMES, "owl"]).report(answers).figures()
     assert figures["accuracy_per_class"]["owl"] is None and json.dumps(figures, allow_nan=False)
     found = jackknife(lambda weights: {"means": answers.class_means(weights)}, 90)["means"]
@@ -75,15 +74,11 @@ def size(path) -> tuple[int, int]:
 
 
 def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
-    source = [Image.new("RGB", (20, 10), (10 * i, 0, 0)) for i in range(20)]
-    images = LabelledImages(source, [0, 1] * 10)
     drawn = []
     real = LabelledImages.undecoded
     monkeypatch.setattr(LabelledImages, "undecoded", lambda self, i: drawn.append(i) or real(self, i))
-    confidences = [0.9 - 0.01 * i for i in range(20)]
-    result = evaluation([i % 2 for i in range(20)], [1] * 20, confidences)
-    report = Classification(["cat", "a dog with a very long name"]).report(result)
-    report.draw_mistakes(images, tmp_path / "some.png")
+    result = evaluation([0, 1] * 10, [1] * 20, [0.9 - 0.01 * i for i in range(20)])
+    TASK.report(result).draw_mistakes(images(20), tmp_path / "some.png")
     assert drawn == [*range(0, 20, 2)]
 
 
@@ -120,14 +115,11 @@ def test_names_are_drawn_as_they_are(tmp_path):
     report.draw(tmp_path / "matrix.png")
 
 
-def summary(task, report, baseline: dict, folder, keep_best: str | None = None, **results) -> list[tuple[str, str]]:
-    results |= dict.fromkeys(("trainable_parameters", "total_parameters", "seconds"), 1)
-    results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
-    usual = {"kept_share": 1, "kept_epoch": 1, "epochs": 1, "task": task.kind, "device": "cpu", "chosen_by": {}}
-    results = usual | results
-    options = argparse.Namespace(output_dir=folder, keep_best=keep_best, group_by="patient")
+def summary(task, report, baseline: dict, folder, **results) -> list[tuple[str, str]]:
+    """Of a run of which any other number is 1."""
+    options = argparse.Namespace(output_dir=folder, keep_best="macro-ap", group_by="patient")
     run = argparse.Namespace(task=task, args=options, baseline=baseline, by_unlabelled=None)
-    return reports.summary(run, results, report)
+    return reports.summary(run, defaultdict(lambda: 1, device="cpu", chosen_by={}, **results), report)
 
 
 def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
@@ -136,9 +128,7 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     targets = torch.full((9, 2), torch.nan)
     report = task.report(multilabel.LabelAnswers(0.1, torch.rand(9, 2), targets))
     baseline = {"knn": math.nan, "probe": math.nan}
-    of_run = {"learning_rate": 1e-4}
-    of_run |= {"kept_share": 0.5, "val_macro_ap_interval": None, "probe_macro_ap_before": None}
-    rows = summary(task, report, baseline, tmp_path, "macro-ap", **of_run)
+    rows = summary(task, report, baseline, tmp_path, kept_share=0.5)
     shown = "\n".join(map("".join, rows))
     assert "nan" not in shown and dict(rows)["linear probe before"] == "not defined"
     assert dict(rows)["macro AP after"] == "not defined: no evaluation image has a label"
@@ -152,8 +142,7 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
 @pytest.mark.parametrize("right, of, share", [(12, 24, "50.00% (95% interval 31% to 69%)"),
                                               (356, 359, "99.16% (95% interval 97.6% to 99.7%)")])  # fmt: skip
 def test_an_accuracy_is_told_as_counted_images_with_its_interval(right, of, share):
-    said = (torch.arange(of) < right).long()
-    result = Evaluation(0.1, right / of, said, torch.ones(of).long(), torch.full((of,), 0.5))
+    result = evaluation([1] * of, [1] * right + [0] * (of - right))
     assert Classification(NAMES).report(result).rows()[0] == ("accuracy", f"{right} of {of} images, {share}")
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
-from torchvision.models import resnet18
-from torchvision.models.vision_transformer import VisionTransformer
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned, read_options
+from tests.dense import resnet, vit
 from toolkit import InputError
 from toolkit.answers import segmentation
 from toolkit.answers.evaluation import NO_LABEL
@@ -32,37 +32,21 @@ CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
 
 
-def masks(shape: tuple[int, ...], classes: int = 3, seed: int = 0) -> torch.Tensor:
+def masks(*shape: int) -> torch.Tensor:
     """Random classes, a tenth of them unknown."""
-    draws = torch.Generator().manual_seed(seed)
-    found = torch.randint(0, classes, shape, generator=draws)
-    return found.where(torch.rand(shape, generator=draws) > 0.1, NO_LABEL)
-
-
-class Fixed(torch.nn.Module):
-    """Answers with given logits, whatever it is shown: one image after the other."""
-
-    window = 8
-
-    def __init__(self, logits: torch.Tensor):
-        super().__init__()
-        self.logits = logits
-        self.taken = 0
-
-    def forward(self, images):
-        self.taken += len(images)
-        return self.logits[self.taken - len(images) : self.taken]
+    return torch.randint(0, 3, shape).where(torch.rand(shape) > 0.1, NO_LABEL)
 
 
 def answered(logits: torch.Tensor, truth: torch.Tensor, task: Segmentation):
-    batches = [(torch.zeros(4, 3, 8, 8), truth[:4]), (torch.zeros(2, 3, 8, 8), truth[4:])]
-    return task.evaluate(Fixed(logits), batches, CPU)
+    """The answers of a network that has these outputs, in two batches."""
+    network = torch.nn.Identity()  # its images are its outputs
+    network.window = 8
+    return task.evaluate(network, [(logits[:4], truth[:4]), (logits[4:], truth[4:])], CPU)
 
 
 def test_figures_and_reliability_are_over_all_known_pixels():
-    torch.manual_seed(0)
     logits = torch.randn(6, 3, 8, 8)
-    truth = masks((6, 8, 8))
+    truth = masks(6, 8, 8)
     found = answered(logits, truth, Segmentation(NAMES))
     known = truth != NO_LABEL
     true = truth[known].numpy()
@@ -94,19 +78,17 @@ def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of
     assert (weights * pixels.sum(0)).sum() / pixels.sum() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0])])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)])
 def test_the_loss_is_the_mean_over_an_images_known_pixels(weights):
-    torch.manual_seed(0)
     logits = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    truth = masks((4, 5, 5))
+    truth = masks(4, 5, 5)
     truth[3] = NO_LABEL  # an image of which nothing is known
-    dtype_weights = None if weights is None else weights.double()
-    loss = Segmentation(NAMES, dtype_weights).loss(logits, truth)
+    loss = Segmentation(NAMES, weights).loss(logits, truth)
     expected = 0.0
     for image, mask in zip(logits, truth, strict=True):
         known = mask != NO_LABEL
         if known.any():
-            losses = F.cross_entropy(image[:, known].T, mask[known], dtype_weights, reduction="none")
+            losses = F.cross_entropy(image[:, known].T, mask[known], weights, reduction="none")
             expected = expected + losses.sum() / known.sum()
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (loss, expected))
@@ -128,9 +110,8 @@ def test_smoothing_never_makes_a_rare_class_the_best_answer():
 
 
 def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
-    torch.manual_seed(0)
     logits = torch.randn(6, 3, 8, 8)
-    truth = masks((6, 8, 8))
+    truth = masks(6, 8, 8)
     truth[2] = NO_LABEL
     task = Segmentation(NAMES)
     found = answered(logits, truth, task)
@@ -177,10 +158,7 @@ def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(se
 
 
 def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmented, pairs, tmp_path, capsys):
-    """An image that is none, a mask of which nothing is known, one of a class that is none, and one without an image.
-
-    What is said is nothing of training's options, and the groups are those of the pairs that are left.
-    """
+    """Nothing is said of training's options, and the groups are those of the pairs that are left."""
     adapter = segmented["folder"] / "lora.pth"
     mine = shutil.copytree(pairs / "val", tmp_path / "mine")
     (mine / "images/1.png").write_text("nothing")
@@ -233,21 +211,13 @@ def test_a_configuration_crops_masks_or_not_as_it_says(pairs, tmp_path):
 # ---------------------------------------------------------------------------------------------- toolkit/models/dense.py
 
 
-def backbone(arch: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    if arch == "resnet18":
-        return resnet18(num_classes=4)
-    return VisionTransformer(32, 8, num_layers=4, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=4)
-
-
-@pytest.fixture(params=["resnet18", "vit"])
+@pytest.fixture(params=[resnet, partial(vit, image_size=32, num_layers=4)], ids=["resnet", "vit"])
 def model(request):
-    return DenseModel(backbone(request.param), classes=5, image_size=32).double().eval()
+    return DenseModel(request.param(), classes=5, image_size=32).double().eval()
 
 
 def test_the_head_is_linear_in_the_features_of_all_maps():
     """The wide map that is never made gives the same logits."""
-    torch.manual_seed(0)
     maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4), torch.randn(2, 2, 2, 2)]
     head = DenseHead([3, 5, 2], 4)
     wide = torch.cat([F.interpolate(m, size=(8, 8), mode="bilinear") for m in maps], 1)
@@ -267,21 +237,26 @@ def test_features_at_pixels_are_what_the_logits_are_linear_in(model):
     torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch, sides", [("timm:test_efficientnet", [16, 8, 4, 2, 1]), ("timm:test_vit", [10] * 4)])
-def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch, sides):
+@pytest.mark.parametrize(
+    ("arch", "size", "read", "sides"),
+    [
+        ("timm:test_efficientnet", 32, [0, 1, 2, 3, 4], [16, 8, 4, 2, 1]),
+        ("timm:test_vit", 160, [2, 3, 4, 5], [10] * 4),  # of six blocks
+    ],
+)
+def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch, size, read, sides):
     """A network's first stage, at half the image's size, is where thin things such as membranes are seen."""
-    size = 32 if len(sides) == 5 else 160
     model = DenseModel(build_backbone(arch, 5), classes=5, image_size=size).eval()
     maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
     assert [features.shape[2] for features in maps] == sides
     assert model.head.widths == [features.shape[1] for features in maps]
-    assert dense._read(model.backbone) == ([0, 1, 2, 3, 4] if len(sides) == 5 else [2, 3, 4, 5])  # of six blocks
+    assert dense._read(model.backbone) == read
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_resnet_is_read_from_its_first_layer_on(adapted):
     """As torchvision computes it; with adapters, which change nothing yet, through folded BatchNorms."""
-    plain = backbone("resnet18").eval()
+    plain = resnet().eval()
     model = copy.deepcopy(plain)
     if adapted:
         add_lora_to_model(model, r=2)
@@ -320,7 +295,6 @@ def test_windows_cover_an_image_of_any_size(height, width):
 
 def test_figures_of_rows_are_those_of_the_whole_image():
     """What is counted part by part, for memory's sake, is what all logits at once have."""
-    torch.manual_seed(0)
     logits = torch.randn(3, 50, 20)
     mask = torch.randint(3, (50, 20))
     mask[40:] = NO_LABEL

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,9 +189,16 @@ def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospit
 class Runs:
     """Stands in for `finetune_lora.main`: writes what a run leaves, and stops or collapses where it is told to."""
 
-    def __init__(self):
+    stops_at = collapses_at = None
+
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.parts: list[str] = []  # which were run, with an r for those that went on
-        self.stops_at = self.collapses_at = None
+
+    def validate(self, options: str = "") -> dict:
+        """Cross-validate over three parts."""
+        command = [*shlex.split(options), "--folds", "3", "--output-dir", str(self.folder), "--device", "cpu"]
+        return folds.cross_validate(self, command, None, finetune_lora.read_options(command)[0])
 
     def __call__(self, command: list[str], after_epoch) -> dict:
         args, _ = finetune_lora.read_options(command)
@@ -210,57 +218,46 @@ class Runs:
 
 
 @pytest.fixture
-def stand_in():
-    return Runs()
-
-
-@pytest.fixture
-def validate(stand_in, tmp_path):
-    """validate("--epochs 3") cross-validates over three parts with the runs that stand in."""
-
-    def run(options: str = "") -> dict:
-        command = [*shlex.split(options), "--folds", "3", "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
-        return folds.cross_validate(stand_in, command, None, finetune_lora.read_options(command)[0])
-
-    return run
+def runs(tmp_path):
+    return Runs(tmp_path / "out")
 
 
 @pytest.mark.parametrize("way", ["--resume", "--resume {}", "--resume={}", "--resume last.pth"])
-def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path, way, capsys):
+def test_a_stopped_cross_validation_goes_on(runs, tmp_path, way, capsys):
     """A finished part goes on as well, and has nothing left to train."""
     with pytest.raises(InputError, match="has no parts to go on with; start without it"):
-        validate("--resume")
-    stand_in.stops_at = "2/3"
+        runs.validate("--resume")
+    runs.stops_at = "2/3"
     with pytest.raises(KeyboardInterrupt):
-        validate()
-    stand_in.stops_at = None
-    found = validate(f"--workers 1 {way.format(tmp_path / 'out/last.pth')}")
-    assert stand_in.parts == ["1/3", "2/3", "1/3 r", "2/3 r", "3/3"]
+        runs.validate()
+    runs.stops_at = None
+    found = runs.validate(f"--workers 1 {way.format(tmp_path / 'out/last.pth')}")
+    assert runs.parts == ["1/3", "2/3", "1/3 r", "2/3 r", "3/3"]
     assert [part["val_accuracy"] for part in found["folds"]] == [0.1, 0.2, 0.3]
     assert f"0.2000 ± 0.1000       3 of {tmp_path}/out/folds/1/results.json; " in capsys.readouterr().out
 
 
-def test_a_part_that_collapses_counts_and_the_others_run(validate, stand_in, capsys):
-    stand_in.collapses_at = "2/3"
-    assert len(validate()["folds"]) == 3 and stand_in.parts == ["1/3", "2/3", "3/3"]
+def test_a_part_that_collapses_counts_and_the_others_run(runs, capsys):
+    runs.collapses_at = "2/3"
+    assert len(runs.validate()["folds"]) == 3 and runs.parts == ["1/3", "2/3", "3/3"]
     printed = capsys.readouterr().out
     assert "training collapses in epoch 1" in printed and "0.2000 ± 0.1000" in printed
 
 
-def test_a_new_cross_validation_moves_what_was_there_aside(validate, tmp_path, capsys):
+def test_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/lora.pth").touch()
-    validate()
+    runs.validate()
     assert (tmp_path / "out-1/lora.pth").exists() and not (tmp_path / "out/lora.pth").exists()
     assert "unfinished" in capsys.readouterr().out
-    validate("--epochs 3")
+    runs.validate("--epochs 3")
     assert names_in(tmp_path / "out-2") == {"folds"}
     assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/last.pth").exists()
 
 
-def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(validate, stand_in, tmp_path, monkeypatch):
+def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path, monkeypatch):
     """The first of several processes moves them aside, and may be slow: the others wait at the next exchange."""
-    validate()
+    runs.validate()
     begun = []
     monkeypatch.setattr(output_folder, "begin_folder", lambda *_: begun.append("by the first process"))
 
@@ -271,5 +268,5 @@ def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(validate, stan
 
     monkeypatch.setattr(distributed, "gather", gather)
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    validate()
-    assert stand_in.parts == ["1/3", "2/3", "3/3"] * 2
+    runs.validate()
+    assert runs.parts == ["1/3", "2/3", "3/3"] * 2

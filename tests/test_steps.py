@@ -19,13 +19,11 @@ from toolkit.answers.evaluation import evaluate
 from toolkit.files import read_checkpoint
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
+from toolkit.models.backbones import headless
 from toolkit.run import runs
 from toolkit.run.training import MicroBatches
 
 CPU = torch.device("cpu")
-
-
-# ------------------------------------------------------------------------------------------------------------ one step
 
 
 def test_a_step_trains_on_its_images_and_reports_the_loss_without_weights_and_smoothing(start, monkeypatch):
@@ -74,15 +72,15 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1 --warmup-epochs 0")
     images, labels = default_collate([run.loaders.train.dataset[i] for i in range(6)])
     head = run.model.heads.head
+    torch.nn.init.normal_(head.weight)
+    torch.nn.init.normal_(head.bias)
     weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
     with torch.no_grad():
-        features = run.model.eval()._process_input(images)
-        features = torch.cat([run.model.class_token.expand(6, -1, -1), features], dim=1)
-        features = run.model.encoder(features)[:, 0]
-    run.model.train()
+        features = headless(run.model)(images)
     log_p = F.log_softmax(features @ weight.T + bias, dim=1)
     expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
-    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=0.1)
+    groups = [{"params": weight, "weight_decay": 0.1}, {"params": bias, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
     expected.backward()
     optimizer.step()
     loss, _ = train_on(run, MicroBatches(iter([(images, labels)]), 1, 6, True))
@@ -170,10 +168,7 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
 
 
 def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, narrow, images):
-    """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training.
-
-    What the backbone knows before training is told as the file has it.
-    """
+    """With a file's own it would not fit what BatchNorm gives it in training; k-NN before is as the file has them."""
     resnet = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 0 --batch-size 7"
     trains = start(f"{resnet} --norms train")
     trains.start()
@@ -224,12 +219,6 @@ def test_the_rates_of_each_group(start):
     assert start("--lora-init random --warmup-epochs 0").optimizer.param_groups[0]["lr"] == 0.01
 
 
-def test_a_random_head_is_compared_with_its_neighbours_alone(start):
-    run = start("--head-init random")
-    run.start()
-    assert run.baseline == {"probe": None, "knn": 1.0}
-
-
 @pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --norms train"])
 def test_adapters_start_at_the_gradient_that_the_first_images_have(start, options):
     """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
@@ -252,11 +241,13 @@ def test_adapters_start_at_the_gradient_that_the_first_images_have(start, option
     assert run.model.training
 
 
-@pytest.mark.parametrize("options", ["--lora-init random", "--head-init random"])
-def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options):
+@pytest.mark.parametrize(("options", "probe"), [("--lora-init random", 1.0), ("--head-init random", None)])
+def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options, probe):
+    """And a random head is compared with the neighbours of images alone."""
     run = start(options)
     before = snapshot(run.model)
     run.start()
+    assert run.baseline == {"probe": probe, "knn": 1.0}
     assert_unchanged(before, run.model, [name for name in before if "lora_" in name])
 
 

@@ -94,17 +94,9 @@ def test_of_many_a_random_choice_is_read_which_is_said(images, others, monkeypat
     assert read(images, others) == chosen
 
 
-# ----------------------------------------------------------------------------------------------------- in which batches
-
-
-def endless(count=5, batch_size=3, batches=4):
-    images = LabelledImages([None] * count, range(count))
-    loader = build_loader(Transformed(images, None), batch_size, shuffle=True, batches=batches)
-    return loader.batch_sampler
-
-
 def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():
-    sampler = endless()
+    images = LabelledImages([None] * 5, range(5))
+    sampler = build_loader(Transformed(images, None), batch_size=3, shuffle=True, batches=4).batch_sampler
     draws = []
     for _ in range(5):  # epochs of 4 batches of 3
         draws += itertools.chain(*sampler)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -61,18 +62,12 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def hub(monkeypatch, checkpoint):
     """hub(name): timm finds `checkpoint(name)` where it looks for files of the Hub. Returns the file's path."""
-    wanted = {}
-
-    def load(repository: str, *_, **__) -> dict:
-        return torch.load(wanted[repository], weights_only=True)
 
     def publish(name: str):
-        config = timm.get_pretrained_cfg(name)
-        path, _ = checkpoint(name, num_classes=config.num_classes)
-        wanted[config.hf_hub_id] = path
+        path, _ = checkpoint(name, num_classes=timm.get_pretrained_cfg(name).num_classes)
+        monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: torch.load(path))
         return path
 
-    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", load)
     return publish
 
 
@@ -203,13 +198,6 @@ def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune, imag
     assert len(deploy_lora.main([*command.split(), "--device", "cpu"])) == 2
 
 
-@pytest.mark.slow
-def test_folds_of_a_named_checkpoint_know_it_by_its_name(hub, finetune):
-    hub("test_vit")
-    options = "--checkpoint timm:test_vit --image-size 32 --epochs 1 --folds 2"
-    assert len(finetune(options)["folds"]) == 2
-
-
 @pytest.mark.parametrize(
     ("config", "place"),
     [
@@ -224,10 +212,7 @@ def test_without_a_connection_one_line_says_what_to_fetch(config, place, monkeyp
     vars(known).update(config)
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: known)
 
-    def fail(*_, **__):
-        raise OSError("no connection\nand much more")
-
-    monkeypatch.setattr(timm, "create_model", fail)
+    monkeypatch.setattr(timm, "create_model", mock.Mock(side_effect=OSError("no connection\nand much more")))
     with pytest.raises(InputError) as error:
         load_backbone("timm:test_vit", 5)
     remedy = f"fetch {place} elsewhere and give its path as --checkpoint, and when training add --arch timm:test_vit"

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,34 +39,23 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     seconds = iter((in_float32, in_bf16))
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or next(seconds))
     random_state = torch.get_rng_state()
-    assert faster_dtype(lambda dtype: SeenShape(), channels=3, size=64) == dtype
+    assert faster_dtype(lambda dtype: nn.Conv2d(3, 1, 1), channels=3, size=64) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
-
-
-class SeenShape(nn.Conv2d):
-    """A layer that notes the images that it sees last."""
-
-    def __init__(self):
-        super().__init__(3, 1, 1)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        SeenShape.last = images.shape
-        return super().forward(images)
 
 
 @pytest.mark.parametrize(("size", "images"), [(32, 64), (64, 16), (224, 2)])
 def test_precision_is_measured_on_as_many_images_as_train_like_a_batch(monkeypatch, size, images):
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or 0.0)
-    faster_dtype(lambda dtype: SeenShape(), channels=3, size=size)
-    assert SeenShape.last == (images, 3, size, size)
+    layer = nn.Conv2d(3, 1, 1)
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    faster_dtype(lambda dtype: layer, channels=3, size=size)
+    assert seen[-1] == (images, 3, size, size)
 
 
 def test_statistics_are_those_of_the_loaders_images():
-    """Of all batches alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are.
-
-    Of what a norm saw when its weights were others nothing is left.
-    """
+    """Of these alone and alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are."""
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01), nn.Dropout(0.5), nn.BatchNorm1d(3))
     model(torch.randn(8, 3) * 4 - 7)
     model[2].frozen = True
@@ -80,7 +69,8 @@ def test_statistics_are_those_of_the_loaders_images():
     assert_unchanged(frozen, model[2])
 
 
-def test_weights_come_back_after_a_failure_and_a_as_it_trains():
+def test_weights_come_back_after_a_failure_and_their_share_with_its_state():
+    """Of an adapter A stays as it trains."""
     model = LoRALinear(2, 2, r=1)
     model.weight.requires_grad_(False)
     wise_ft = optim.WiseFT(model, alpha=0.5)
@@ -92,6 +82,11 @@ def test_weights_come_back_after_a_failure_and_a_as_it_trains():
         assert (model.lora_A == 4).all() and (model.lora_B == 2).all()
         raise KeyError
     assert (model.lora_A == 4).all() and (model.lora_B == 4).all()
+    wise_ft.share = 0.25
+    resumed = optim.WiseFT(model, alpha=0.5)
+    resumed.load_state_dict(wise_ft.state_dict())
+    with resumed.in_place():
+        assert (model.lora_B == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -126,22 +121,17 @@ def test_features_are_exact_and_leave_the_mode():
     assert model.training and model[1].training and not model[0].training
 
 
-def test_knn_accuracy_agrees_with_a_vote_counted_by_hand(monkeypatch):
+def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(40, 5, generator=generator)
     labels = torch.arange(40) % 4
     queries = torch.randn(30, 5, generator=generator)
     targets = torch.arange(30) % 4
-    correct = 0
-    for query, target in zip(queries, targets, strict=True):
-        similarity = F.cosine_similarity(bank, query[None])
-        votes = [0.0] * 4
-        for i in similarity.argsort(descending=True)[:7]:
-            votes[labels[i]] += float(torch.exp(similarity[i] / 0.1))
-        correct += votes.index(max(votes)) == target
+    votes = KNeighborsClassifier(7, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.1))
     monkeypatch.setattr(evaluation, "NEIGHBOUR_TEMPERATURE", 0.1)
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 7)
-    assert evaluation.knn_accuracy(bank, labels, queries, targets) == correct / 30
+    expected = votes.fit(bank, labels).score(queries, targets)
+    assert evaluation.knn_accuracy(bank, labels, queries, targets) == pytest.approx(expected)
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 1)
     assert evaluation.knn_accuracy(bank, labels, bank * 3, labels) == 1.0
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 1000)
@@ -169,8 +159,7 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
     """And after a resume."""
 
     def adamw() -> torch.optim.AdamW:
-        head = {"params": torch.zeros(1, requires_grad=True), "lr": 1.0}
-        return torch.optim.AdamW([head, {"params": torch.zeros(1, requires_grad=True), "lr": 0.1}])
+        return torch.optim.AdamW([{"params": torch.zeros(1, requires_grad=True), "lr": rate} for rate in (1.0, 0.1)])
 
     optimizer = adamw()
     schedule = optim.lr_schedule(optimizer, 10, 2)

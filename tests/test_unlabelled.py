@@ -2,6 +2,7 @@
 
 import functools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def draws(draw, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
     return features, labels.repeat(2), others
 
 
+def placed(labelled: int, others: int = 300) -> tuple[unlabelled.Images, unlabelled.Labelled, Tensor]:
+    """Images, of which so many have labels; what is known of these, and the classes of the others."""
+    features, labels = clustered(labelled, seed=1)
+    more, truth = clustered(others, seed=3)
+    return *unlabelled.seen(features, labels, more, CLASSES), truth
+
+
 @functools.cache
 def started(draw, per_class: int = 5) -> tuple[unlabelled.Start, probe.Probe]:
     """The start by labelled images and such without labels, see `draws`; and the plain probe."""
@@ -49,10 +57,6 @@ def started(draw, per_class: int = 5) -> tuple[unlabelled.Start, probe.Probe]:
 def accuracy(head: probe.Probe, draw) -> float:
     features, labels = draw(600, seed=4)
     return ((features @ head.weight.T + head.bias).argmax(1) == labels).float().mean().item()
-
-
-def known_of(labels: Tensor) -> unlabelled.Labelled:
-    return unlabelled.Labelled(torch.arange(len(labels)), *probe.one_hot(labels, CLASSES, 1, None))
 
 
 def test_clusters_of_images_without_labels_move_the_head():
@@ -119,8 +123,7 @@ def test_images_that_resemble_no_class_are_counted(share, monkeypatch):
     features, labels = clustered(60, 1, apart=2.0)
     own, _ = clustered(300, 3, apart=2.0)
     foreign = 3 * normal(int(300 * share / (1 - share)), 30, seed=7)
-    images = unlabelled.placed(torch.cat([features, own, foreign]))
-    known = known_of(labels)
+    images, known = unlabelled.seen(features, labels, torch.cat([own, foreign]), CLASSES)
     plain = probe.fit_linear_probe(features, labels, CLASSES)
     held_out = unlabelled.held_out_answers(images, known, plain, 1, None)["k-means"][0]
     counted = unlabelled.foreign_share(images, known, held_out)
@@ -149,16 +152,12 @@ def test_gains_of_one_patient_are_one_gain():
 
 
 def test_answers_that_are_not_sure_teach_the_head_nothing():
-    features, labels = clustered(30, seed=1)
-    others, truth = clustered(90, seed=3)
-    images = unlabelled.placed(torch.cat([features, others]))
+    images, known, truth = placed(30, others=90)
     answers = torch.full((120, CLASSES), 1 / CLASSES)
-    known = known_of(labels)
     answers[30:60] = torch.eye(CLASSES)[truth[:30]]
     weight, bias = unlabelled.distilled(images, known, answers)
-    unsure = images.rows.clone()
     targets = torch.cat([known.targets, answers[30:60].double()])
-    scaled = probe.SCALINGS["deviation"](unsure)
+    scaled = probe.SCALINGS["deviation"](images.rows.clone())
     counts = torch.cat([torch.ones(30, 1), torch.full((30, 1), unlabelled.OTHERS)]).double()
     fitted = probe.logistic(
         scaled.rows[:60], targets, counts, unlabelled.DISTILLED, probe.ONE_CLASS, intercept=True
@@ -168,29 +167,25 @@ def test_answers_that_are_not_sure_teach_the_head_nothing():
 
 
 def test_k_means_begins_at_the_means_of_the_classes_and_ends_at_the_clusters(monkeypatch):
-    features, labels = clustered(6, seed=1)
-    others, truth = clustered(300, seed=3)
-    images = unlabelled.placed(torch.cat([features, others]))
+    images, known, truth = placed(6)
     right = []
     for rounds in (1, 10):
         monkeypatch.setattr(unlabelled, "ROUNDS", rounds)
-        answers = unlabelled.k_means(images, known_of(labels))
+        answers = unlabelled.k_means(images, known)
         right.append((answers[6:].argmax(1) == truth).float().mean())
     centres = torch.nn.functional.normalize(images.whitened[:3] + images.whitened[3:6], dim=1)
     monkeypatch.setattr(unlabelled, "ROUNDS", 1)
     logits = unlabelled.SHARPNESS * images.whitened @ centres.T + 0.5 * math.log(1 / CLASSES)
-    torch.testing.assert_close(unlabelled.k_means(images, known_of(labels)), logits)
+    torch.testing.assert_close(unlabelled.k_means(images, known), logits)
     assert right[1] > right[0] + 0.05 and right[1] > 0.9
 
 
 def test_answers_that_tell_most_are_sure_and_of_all_classes(monkeypatch):
-    features, labels = clustered(6, seed=1)
-    others, _ = clustered(300, seed=3)
-    images = unlabelled.placed(torch.cat([features, others]))
+    images, known, _ = placed(6)
     told = []
     for weight in (0.0, unlabelled.INFORMATION):
         monkeypatch.setattr(unlabelled, "INFORMATION", weight)
-        answers = unlabelled.most_information(images, known_of(labels)).softmax(1)
+        answers = unlabelled.most_information(images, known).softmax(1)
         told.append((answers.amax(1).mean(), answers.mean(0).amin()))
     assert told[1][0] > told[0][0] + 0.05 and told[1][1] > 0.2
 
@@ -210,8 +205,8 @@ def test_a_class_with_few_labels_is_not_forgotten():
     labels = torch.tensor([0] * 12 + [1, 2])
     features = 0.6 * normal(CLASSES, 30, seed=0)[labels] + normal(14, 30, seed=1)
     others, _ = clustered(300, seed=3)
-    images = unlabelled.placed(torch.cat([features, others]))
-    shares = unlabelled.most_information(images, known_of(labels)).softmax(1)[14:].mean(0)
+    images, known = unlabelled.seen(features, labels, others, CLASSES)
+    shares = unlabelled.most_information(images, known).softmax(1)[14:].mean(0)
     assert shares.amax() < 0.75 and shares.amin() > 0.1
 
 
@@ -219,8 +214,8 @@ def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
     """By which the head is distilled, and from which the temperature at the end of a run follows."""
     found, plain = started(clustered)
     features, labels, others = draws(clustered, 5)
-    images = unlabelled.placed(torch.cat([features, others]))
-    answers = unlabelled.held_out_answers(images, known_of(labels), plain, 2, None)[found.name]
+    images, known = unlabelled.seen(features, labels, others, CLASSES)
+    answers = unlabelled.held_out_answers(images, known, plain, 2, None)[found.name]
     temperature = unlabelled.judge(answers, labels, 2).temperature
     assert not 0.9 < temperature < 1.1
     torch.testing.assert_close(found.probe.held_out, answers[0] / temperature)
@@ -229,19 +224,13 @@ def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
 @pytest.mark.parametrize(("hits", "taken"), [([1.0, 1.0, 0.0, 1.0], True), ([1.0, 0.0, 0.0, 1.0], False)])
 def test_a_candidate_with_a_smaller_loss_must_not_be_right_less_often(monkeypatch, hits, taken):
     """The probe has three of four right, and so has the first candidate; the second has two."""
-    losses = {"probe": torch.full((4,), 1.0), "k-means": torch.tensor([0.1, 0.2, 0.1, 0.2])}
-    right = {"probe": torch.tensor([1.0, 1.0, 1.0, 0.0]), "k-means": torch.tensor(hits)}
-    names = iter(losses)
-
-    def judge(*_) -> unlabelled.Judged:
-        name = next(names)
-        return unlabelled.Judged(1.0, losses[name], right[name])
-
+    of_probe = unlabelled.Judged(1.0, torch.full((4,), 1.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    of_k_means = unlabelled.Judged(1.0, torch.tensor([0.1, 0.2, 0.1, 0.2]), torch.tensor(hits))
+    answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 6, CLASSES))
+    monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: answers)
+    monkeypatch.setattr(unlabelled, "judge", mock.Mock(side_effect=[of_probe, of_k_means]))
     features, labels = clustered(6, seed=1)
     plain = probe.fit_linear_probe(features, labels, CLASSES)
-    answers = torch.zeros(2, 6, CLASSES)
-    monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: dict.fromkeys(losses, answers))
-    monkeypatch.setattr(unlabelled, "judge", judge)
     found = unlabelled.start(*unlabelled.seen(features, labels, clustered(60, seed=3)[0], CLASSES), plain)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 
@@ -266,10 +255,9 @@ def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_ou
     """Clusters far apart: a head by them is nearly perfect, where that of three labels is not."""
     features, labels, others = draws(clustered, 3)
     monkeypatch.setattr(unlabelled, "held_out_answers", None)
-    found = unlabelled.last_head(*unlabelled.seen(features, labels, others, CLASSES))
-    images = unlabelled.placed(torch.cat([features, others]))
-    answers = unlabelled.k_means(images, known_of(labels)).softmax(1)
-    weight, bias = unlabelled.distilled(images, known_of(labels), answers)
+    images, known = unlabelled.seen(features, labels, others, CLASSES)
+    found = unlabelled.last_head(images, known)
+    weight, bias = unlabelled.distilled(images, known, unlabelled.k_means(images, known).softmax(1))
     assert torch.equal(found.weight, weight) and torch.equal(found.bias, bias)
     plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
     assert accuracy(found, clustered) > accuracy(plain, clustered) + 0.02

@@ -12,8 +12,24 @@ CAPABILITY = os.environ.get("CUDA_ON_CPU_CAPABILITY", "9.0")  # 7.5: a card with
 NCCL = "cuda:gloo,privateuseone:gloo"  # see `by_gloo` in cuda_on_cpu.cpp
 
 
-class Stream:
-    """Work is done when it is asked for: there is nothing to order."""
+class Event:
+    """Work is done when it is asked for: there is nothing to wait for."""
+
+    def __init__(self, **_): ...
+    def record(self, stream=None): ...
+    def wait(self, stream=None): ...
+    def synchronize(self):
+        emulated.wait()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _) -> float:
+        return 1.0
+
+
+class Stream(Event):
+    """As `Event`: there is nothing to order."""
 
     stream_id = cuda_stream = 0
 
@@ -28,28 +44,6 @@ class Stream:
     def wait_event(self, _): ...
     def record_event(self, event=None):
         return event or Event()
-
-    def synchronize(self):
-        emulated.wait()
-
-    def query(self) -> bool:
-        return True
-
-
-class Event:
-    """As `Stream`."""
-
-    def __init__(self, **_): ...
-    def record(self, stream=None): ...
-    def wait(self, stream=None): ...
-    def synchronize(self):
-        emulated.wait()
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _) -> float:
-        return 1.0
 
 
 def install() -> None:
