@@ -44,12 +44,12 @@ def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
     return operations.count("batch_norm")
 
 
-def seen(model: nn.Module, least: float = 0.5, most: float = 2) -> nn.Module:
+def seen(model: nn.Module) -> nn.Module:
     """Its BatchNorms have statistics as if they had seen something."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_()
-            module.running_var.uniform_(least, most)
+            module.running_var.uniform_(0.5, 2)
     return model
 
 
