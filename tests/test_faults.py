@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from children import Child
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import get_worker_info
 
 import finetune_lora
@@ -66,19 +67,14 @@ def outcome(folder: Path) -> dict:
     return found
 
 
-def assert_same(ours, theirs, where: str = "") -> None:
+def assert_same(ours, theirs) -> None:
     """Bitwise."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}/{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}/{i}")
-    else:
-        assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs, where
+    found, structure = tree_flatten(ours)
+    expected, other = tree_flatten(theirs)
+    assert structure == other
+    for own, wanted in zip(found, expected, strict=True):
+        assert type(own) is type(wanted)
+        assert torch.equal(own, wanted) if torch.is_tensor(own) else own == wanted
 
 
 def assert_end_alike(*children: Child) -> None:
