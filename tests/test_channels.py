@@ -224,7 +224,7 @@ def tiff_of_many_pages(count: int) -> bytes:
         (b"II*\0 and nothing more", ""),
         (lambda: bytes_of(np.savez_compressed, np.zeros((2**14 + 1, 2**14), np.uint8)), "more than its bytes can hold"),
         (tiff_of_many_pages(5000), "it has 5000 pages"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n", "cannot identify"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tmp_path):
