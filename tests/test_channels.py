@@ -26,7 +26,7 @@ from toolkit import InputError
 from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, settle
 from toolkit.images.data import LabelledImages
-from toolkit.images.sources import in_folder, load_unlabelled
+from toolkit.images.sources import load_splits, load_unlabelled
 from toolkit.images.transforms import eval_transform, to_rgb
 from toolkit.models.backbones import build_backbone, input_channels
 
@@ -256,8 +256,10 @@ def test_images_in_archives_have_bands_too(tiffs, tmp_path):
     files = {}
     for number, path in enumerate(paths):
         files |= {f"{number}.tif": path.read_bytes(), f"{number}.cls": path.parent.name.encode()}
-    (tmp_path / "0.tar").write_bytes(tar_of(files))
-    for archived in (in_folder(tmp_path, Bands(13))[0], load_unlabelled(tmp_path, bands=Bands(13))):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/0.tar").write_bytes(tar_of(files))
+    splits = load_splits("imagefolder", tmp_path, for_training_only=True, bands=Bands(13))
+    for archived in (splits.train, load_unlabelled(tmp_path, bands=Bands(13))):
         for (image, _), path in zip(archived, paths, strict=True):
             assert np.array_equal(image, decoded(path.read_bytes()))
 
