@@ -5,45 +5,21 @@ import math
 from collections import OrderedDict
 from functools import partial
 
+import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import (
-    FP32,
-    adapters,
-    assert_close,
-    assert_unchanged,
-    classes,
-    compare_with_dense,
-    dense_twin,
-    frozen,
-    images,
-    randomize_adapters,
-    resnet,
-    rounded,
-    snapshot,
-    trained,
-    vit,
-)
+from dense import FP32, assert_close, compare_with_dense, dense_twin, frozen, images, resnet, rounded, vit
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 
-from finetune_lora import (
-    LoRALinear,
-    LoRASettings,
-    QLoRALinear,
-    QLoRAMultiheadAttention,
-    adapt_layers,
-    add_lora_to_model,
-    count_parameters,
-    freeze_backbone_params,
-    set_gradient_checkpointing,
-)
-from lora.adapted import ADAPTED, adapted_layers, choose_layers
+from finetune_lora import LoRALinear, QLoRALinear, adapt_layers, add_lora_to_model, freeze_backbone_params
+from lora.adapted import ADAPTED, LoRASettings, adapted_layers, choose_layers
 from lora.adapter_set import LayerState
-from lora_utils import LoRAManager, unused_adapters
+from lora.fusion import set_gradient_checkpointing
+from lora_utils import LoRAManager, count_parameters, unused_adapters
 from toolkit import InputError
 from toolkit.models.backbones import block_names, record_of
 
@@ -51,13 +27,13 @@ BLOCK = "encoder.layers.encoder_layer_0.self_attention"
 
 
 def adapted_names(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if any(adapters(module))}
+    return {name for name, module in model.named_modules() if any(dense.adapters(module))}
 
 
 def trained_names(model: nn.Module) -> set[str]:
     """What trains when the base is frozen."""
     freeze_backbone_params(model)
-    return set(trained(model))
+    return set(dense.trained(model))
 
 
 # -------------------------------------------------------------------------------------------------- which layers
@@ -159,14 +135,14 @@ def test_an_adapted_head_is_merged_but_no_part_of_the_base_and_not_rounded():
 )
 def test_bad_input_is_refused_and_leaves_the_model_as_it_was(options, message):
     for model in (vit(), add_lora_to_model(vit(), r=3)):
-        before = snapshot(model)
-        kinds = classes(model)
+        before = dense.snapshot(model)
+        kinds = dense.classes(model)
         with pytest.raises(InputError, match=message):
             if "settings" in options:
                 adapt_layers(model, {"heads.head": LoRASettings(r=2), options["settings"]: LoRASettings()})
             add_lora_to_model(model, **options)
-        assert classes(model) == kinds
-        assert_unchanged(before, model)
+        assert dense.classes(model) == kinds
+        dense.assert_unchanged(before, model)
 
 
 def test_layers_that_compute_something_else_are_left_alone():
@@ -196,7 +172,7 @@ def test_layers_that_a_block_reads_without_calling_them_are_left_alone():
     model(images()).sum().backward()
     names = adapted_names(model)
     assert names and not any("attn" in name for name in names)
-    assert all(p.grad is not None for p in trained(model).values())
+    assert all(p.grad is not None for p in dense.trained(model).values())
 
 
 def test_a_weight_that_layers_share_is_refused():
@@ -222,7 +198,7 @@ def test_a_layer_used_twice_is_adapted_once():
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     stock = copy.deepcopy(model)
-    randomize_adapters(add_lora_to_model(model, r=2))
+    dense.randomize_adapters(add_lora_to_model(model, r=2))
     assert count_parameters(model)["lora"] == 2 * (4 + 4)
     compare_with_dense(stock, model, [torch.randn(3, 4)], FP32)
 
@@ -242,8 +218,8 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
             layer = model.get_submodule(name)
             assert LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) == own
             assert layer.scaling == own.scaling
-            assert isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
-            assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in adapters(layer))
+            assert layer.base_bits == (4 if four_bits else 32)
+            assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in dense.adapters(layer))
     del settings[f"{BLOCK}.out_proj"]  # then it follows its attention
     adapt_layers(model, settings, four_bits)
     assert model.get_submodule(f"{BLOCK}.out_proj").r == 3
@@ -272,10 +248,10 @@ def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, side,
     model = frozen(build(), std=0.0, use_qlora=four_bits).eval()
     x = images(side)
     expected = model(x)
-    base = {name: tensor for name, tensor in snapshot(model).items() if "lora_" not in name}
+    base = {name: tensor for name, tensor in dense.snapshot(model).items() if "lora_" not in name}
     digests = dict(record_of(model).base_digests)
     for merged in (False, True):
-        randomize_adapters(model)
+        dense.randomize_adapters(model)
         if merged:
             LoRAManager(model).merge_lora_weights()
             with pytest.raises(InputError, match="call unmerge_lora_weights"):  # which would discard what is learned
@@ -283,8 +259,8 @@ def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, side,
         assert not torch.allclose(model(x), expected, atol=1e-2)
         frozen(model, std=0.0, r=3, use_qlora=four_bits)
         assert record_of(model).base_digests == digests
-        assert {A.shape[0] for layer in model.modules() for _, _, A, _ in adapters(layer)} == {3}
-        assert_unchanged(base, model, base)
+        assert {A.shape[0] for layer in model.modules() for _, _, A, _ in dense.adapters(layer)} == {3}
+        dense.assert_unchanged(base, model, base)
         assert_close(model(x), expected, FP32)
 
 
@@ -314,11 +290,11 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
         assert type(ours) is type(theirs)
         assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
     assert list(model.state_dict()) == list(stock.state_dict())
-    assert set(trained(model)) == {name for name in trains if "lora_" not in name}
+    assert set(dense.trained(model)) == {name for name in trains if "lora_" not in name}
     if merge:
         assert_close(model.eval()(x), twin(x), 1e-12)
     else:
-        assert_unchanged(snapshot(stock), model)
+        dense.assert_unchanged(dense.snapshot(stock), model)
     assert all(module.training for module in model.train().modules())
 
 
@@ -341,10 +317,10 @@ def test_counts_are_of_elements():
 def test_statistics_of_a_frozen_batch_norm_stay():
     """Whatever train() says (peft issue 1732); until it is unfrozen, and but for those of the head."""
     model = frozen(nn.Sequential(resnet(), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(5, 4), nn.BatchNorm1d(4)))
-    before = snapshot(model)
+    before = dense.snapshot(model)
     model.eval().train()
     model(images(count=4))
-    assert_unchanged(before, model)
+    dense.assert_unchanged(before, model)
     freeze_backbone_params(model, freeze=False)
     model(images(count=4))
     for name, count in model.state_dict().items():
@@ -382,16 +358,16 @@ def test_the_last_blocks_alone_are_adapted_and_what_is_below_is_stored_as_they_a
     assert not given[0].requires_grad
     if storage == "float":
         return
-    before = snapshot(model)
+    before = dense.snapshot(model)
     manager = LoRAManager(model)
     with pytest.raises(InputError, match=r"is in \d+ bits.*take the merged weights with merge=True"):
         manager.unload()
     manager.merge_lora_weights()
     assert list(model.state_dict()) == list(stock.state_dict())
     manager.unmerge_lora_weights()
-    assert_unchanged(before, model)
+    dense.assert_unchanged(before, model)
     manager.unload(merge=True)
-    assert classes(model) == classes(stock)
+    assert dense.classes(model) == dense.classes(stock)
     assert_close(model(x), twin(x.double()), FP32)
 
 

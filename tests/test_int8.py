@@ -1,4 +1,4 @@
-"""Weights in 8 bits: near the dense stock computation, and equal to the same arithmetic written out in float64."""
+"""Weights in 8 bits: equal to the same arithmetic written out in float64. tests/test_layers.py has them in layers."""
 
 import copy
 
@@ -21,10 +21,6 @@ ROUNDING = 1e-5  # float32's
 exact_products = pytest.mark.skipif(
     not int8.multiplies_exactly("cpu", 64, 64), reason="products in 8 bits overflow on a CPU without VNNI or AMX"
 )
-
-
-def in_8_bits(model: nn.Module, r: int = 2, **options) -> nn.Module:
-    return frozen(copy.deepcopy(model), r=r, base_dtype=torch.int8, **options)
 
 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +80,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
     assert not y[1:3].isfinite().any()
 
 
-# --------------------------------------------------------------------------------------------------------- layers
+# --------------------------------------------------------------------------------------------------------- models
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -92,7 +88,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
 def test_a_vit_is_near_the_dense_one(autocast, mode):
     """With LayerNorm, GELU and attention computed again in backward, and the last block on the class token."""
     stock = vit(hidden_dim=128, mlp_dim=256, image_size=32).eval()
-    model = in_8_bits(stock).train()
+    model = frozen(copy.deepcopy(stock), base_dtype=torch.int8).train()
     set_gradient_checkpointing(model, mode)
     x = images(32, 8)
     twin = dense_twin(stock, model)
@@ -111,7 +107,7 @@ def test_a_vit_is_near_the_dense_one(autocast, mode):
 def test_switched_off_it_computes_with_the_same_base():
     stock = nn.Sequential(nn.Linear(64, 48))
     x = torch.randn(30, 64, requires_grad=True)
-    model = in_8_bits(stock)
+    model = frozen(copy.deepcopy(stock), base_dtype=torch.int8)
     expected = Int8Weight.quantize(stock[0].weight).times(x.detach(), stock[0].bias)
     with LoRAManager(model).disable_lora():
         y = model(x)
@@ -133,7 +129,8 @@ def test_a_convolution_and_other_dtypes_stay_as_they_are():
 @pytest.mark.slow
 def test_it_is_exported_for_batches_of_any_size():
     """And compiled into one graph. Both compute what the model does."""
-    model, x = in_8_bits(vit(hidden_dim=64)).eval(), images(16)
+    model = frozen(vit(hidden_dim=64), base_dtype=torch.int8).eval()
+    x = images(16)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
     for batch in (x, images(16, 5), images(16, 40)):
         assert_close(program(batch), model(batch), 1e-3)

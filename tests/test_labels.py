@@ -22,20 +22,19 @@ def lists(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled")
     random = np.random.RandomState(0)
     for part, count in (("train", 24), ("val", 16)):
-        rows = {"multilabel": [["path", "up", "left"]], "regression": [["path", "upper light", "left light"]]}
+        labels = ["path,up,left"]
+        numbers = ["path,upper light,left light"]
         for i in range(count):
-            light = random.randint(0, 120, 2)
+            up, left = random.randint(0, 120, 2)
             pixels = random.randint(0, 60, (16, 16, 3))
-            pixels[:8] += light[0]
-            pixels[:, :8] += light[1]
+            pixels[:8] += up
+            pixels[:, :8] += left
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{part}{i}.png")
-            answers = [str(int(value > 60)) for value in light]
-            if part == "train" and i % 8 == 0:
-                answers[0] = "-1"
-            rows["multilabel"].append([f"{part}{i}.png", *answers])
-            rows["regression"].append([f"{part}{i}.png", *map(str, light)])
-        for kind, lines in rows.items():
-            (folder / f"{kind}_{part}.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+            is_unknown = part == "train" and i % 8 == 0
+            labels.append(f"{part}{i}.png,{-1 if is_unknown else int(up > 60)},{int(left > 60)}")
+            numbers.append(f"{part}{i}.png,{up},{left}")
+        (folder / f"multilabel_{part}.csv").write_text("\n".join(labels) + "\n")
+        (folder / f"regression_{part}.csv").write_text("\n".join(numbers) + "\n")
     return folder
 
 

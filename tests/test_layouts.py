@@ -8,6 +8,7 @@ import re
 import sys
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -294,18 +295,14 @@ def test_moco_cxrs_densenet_without_timm_or_a_name_says_what_to_do(densenet, sav
 
 
 @contextlib.contextmanager
-def classes_of(module, **classes):
-    """Classes that seem to come from an installed package, for as long as a file is written."""
+def class_of(module, kind):
+    """A class that seems to come from an installed package, for as long as a file is written."""
     parents = [module.rsplit(".", depth)[0] for depth in range(module.count(".") + 1)]
     created = {name: types.ModuleType(name) for name in parents}
-    for name, kind in classes.items():
-        kind.__module__ = module
-        kind.__qualname__ = name
-        setattr(created[module], name, kind)
-    sys.modules.update(created)
-    yield
-    for name in created:
-        del sys.modules[name]
+    kind.__module__ = module
+    setattr(created[module], kind.__name__, kind)
+    with mock.patch.dict(sys.modules, created):
+        yield
 
 
 class Buffer:
@@ -323,7 +320,7 @@ class Buffer:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_objects_beside_the_tensors_are_left_aside_and_run_nothing(legacy, narrow, saved):
     content = RESNETS["mmpretrain, MoCo v2"][1](narrow)
-    with classes_of("openmmlab.logging.history_buffer", Buffer=Buffer):
+    with class_of("openmmlab.logging.history_buffer", Buffer):
         content["message_hub"] = {"log_scalars": {"loss": Buffer()}, "runtime_info": {}}
         path = saved(content, _use_new_zipfile_serialization=not legacy)
     model, report = load_backbone(path, num_classes=2)
@@ -340,7 +337,7 @@ class Config(dict):
 
 
 def test_a_dictionary_of_another_class_is_refused_with_the_way_to_convert_it(narrow, saved):
-    with classes_of("theirs.config", Config=Config):
+    with class_of("theirs.config", Config):
         path = saved({"state_dict": narrow, "hyper_parameters": Config(model="resnet18")})
     with pytest.raises(InputError, match=r"needs theirs\.config\.Config.*torch\.save\(torch\.load\(FILE") as raised:
         load_backbone(path, num_classes=2)

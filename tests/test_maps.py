@@ -22,6 +22,7 @@ from toolkit import InputError
 from toolkit.answers.classification import Classification
 from toolkit.answers.predictions import Maps
 from toolkit.answers.regression import Regression
+from toolkit.images import masks
 from toolkit.images.bands import Bands, open_image
 from toolkit.images.maps import write_map, write_mask
 from toolkit.images.scenes import open_scene
@@ -109,8 +110,7 @@ def deploy(command: str, *argv) -> object:
     return deploy_lora.main([command, *map(str, argv), *more])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Masks and maps
+# ------------------------------------------------------------------------------------------------------- masks and maps
 
 
 def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_tiffs, tiffs):
@@ -247,8 +247,7 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
     assert [float(text) for [text] in task.table(outputs)[1]] == pytest.approx(found.ravel().tolist(), abs=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path):
@@ -272,8 +271,8 @@ def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path,
         mask[:2, : i + 2] = [[0], [1]]
         Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
     found = []
-    collate = deploy_lora.collate_pairs
-    monkeypatch.setattr(deploy_lora, "collate_pairs", lambda batch: [found.append(len(batch)), *collate(batch)][1:])
+    collate = masks.collate_pairs
+    monkeypatch.setattr(masks, "collate_pairs", lambda batch: [found.append(len(batch)), *collate(batch)][1:])
     results = deploy("evaluate", of_pairs, tmp_path, "--batch-size", "4", "--output", tmp_path / "results.json")
     assert found == sizes and results["images"] == 6
 
@@ -288,8 +287,7 @@ def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
         deploy("evaluate", of_tiffs, tmp_path / "list.csv")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that serve without this toolkit
+# -------------------------------------------------------------------------------- files that serve without this toolkit
 
 
 def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, capsys):
@@ -522,8 +520,7 @@ def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     assert held[-1] < held[10] + 100_000
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Maps
+# ----------------------------------------------------------------------------------------------------------------- maps
 
 COLOURS = np.array([[0, 0, 0], [1, 0.5, 0], [0, 0, 1]])
 
