@@ -16,8 +16,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 
 from finetune_lora import LoRALinear, QLoRALinear, adapt_layers, add_lora_to_model, freeze_backbone_params
-from lora.adapted import ADAPTED, LoRASettings, adapted_layers, choose_layers
-from lora.adapter_set import LayerState
+from lora.adapted import LoRASettings, adapted_layers, choose_layers
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, count_parameters, unused_adapters
 from toolkit import InputError
@@ -488,7 +487,7 @@ def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
         add_lora_to_model(with_own_head(), r=2, head="clss")
 
 
-# -------------------- the settings of an adapter, and what each kind of adapted layer offers to the rest of the toolkit
+# ------------------------------------------------------------------------------------------- the settings of an adapter
 
 
 @pytest.mark.parametrize(
@@ -503,29 +502,3 @@ def test_impossible_settings(name, wrong):
     for value in wrong:
         with pytest.raises(InputError, match=f"^{name} is {value!r}; give"):
             LoRASettings(**{name: value})
-
-
-STOCK = {
-    "linear": lambda: nn.Linear(8, 6),
-    "conv": lambda: nn.Conv2d(4, 6, 3),
-    "attention": lambda: nn.MultiheadAttention(8, 2),
-}
-
-
-@pytest.mark.parametrize("kind", STOCK)
-@pytest.mark.parametrize(
-    "four_bits, dtype, bits", [(False, None, 32), (False, torch.bfloat16, 16), (False, torch.int8, 8), (True, None, 4)]
-)
-def test_the_bits_of_the_base(kind, four_bits, dtype, bits):
-    """Merged or not, with an adapter or without; a merged weight whose adapter is gone is a float's."""
-    if (kind, bits) == ("conv", 8):
-        bits = 32  # no convolution is stored in 8 bits
-    for settings in (LoRASettings(), None):
-        stock = STOCK[kind]()
-        layer = ADAPTED[type(stock)][four_bits].adapt(stock, settings, dtype)
-        state = LayerState.of(layer)
-        assert layer.base_bits == state.base_bits == state.without_adapter().base_bits == bits
-        layer.merge()
-        assert layer.base_bits == bits
-        layer.remove_lora(merge=True)
-        assert LayerState.of(layer).base_bits == 32
