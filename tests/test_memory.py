@@ -9,6 +9,7 @@ from torch import nn
 
 from finetune_lora import freeze_backbone_params, set_gradient_checkpointing
 from toolkit import InputError
+from toolkit.models import norms
 
 
 def all_trains() -> nn.Module:
@@ -79,6 +80,22 @@ def test_checkpointing_where_there_is_nothing_to_recompute():
     ):
         with pytest.raises(InputError, match=message):
             set_gradient_checkpointing(model, mode)
+
+
+def test_checkpointing_norms_with_the_statistics_of_all_processes(monkeypatch):
+    """They, too, count a batch once. This process is alone, and its sums are those of all."""
+    monkeypatch.setattr(norms.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(norms.dist, "all_reduce", lambda sums: None)
+    plain = resnet().train()
+    norms.share_statistics(plain)
+    model = copy.deepcopy(plain)
+    set_gradient_checkpointing(model, "full")
+    x = images(32, 8)
+    _, wanted = loss_and_gradients(plain, x)
+    for name, gradient in loss_and_gradients(model, x)[1].items():
+        assert_close(gradient, wanted[name], 1e-5, name)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
 
 
 def kept_by_a_block(**options) -> int:

@@ -174,7 +174,8 @@ class SharedStatistics(_Extended):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        self.num_batches_tracked.add_(1)
+        if self.num_batches_tracked is not None:  # a block that is recomputed counts its batch once
+            self.num_batches_tracked.add_(1)
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [0, *range(2, x.dim())]
