@@ -351,7 +351,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         super().remove_lora(merge)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
-        """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
+        """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads."""
         products = [(0, 1), (1, 2), (2, 3)]  # which of q, k and v: from, to
         if key is value:
             products = [(0, 3)] if query is key else [(0, 1), (1, 3)]
@@ -372,7 +372,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
                 y = functional.lora_linear(x, W, A, B, bias, self.scaling, end - i, adapter_inputs[i], prologue)
             else:
                 y = functional.frozen_linear(x, self._weight_without_adapter(x)[rows], bias)
-            projected.append(y)
+            projected += y.split(self.embed_dim, -1)
         return projected
 
     def forward(
@@ -398,8 +398,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             inputs = attention.once_each(lambda x: x[None], *inputs)
         elif not self.batch_first:  # (L, N, E) -> (N, L, E)
             inputs = attention.once_each(lambda x: x.transpose(0, 1), *inputs)
-        projected = self._project(*inputs, prologue)
-        q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
+        q, k, v = self._project(*inputs, prologue)
         if key_padding_mask is not None and not is_batched:
             key_padding_mask = key_padding_mask[None]
         mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
