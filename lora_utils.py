@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -353,7 +353,17 @@ class LoRAManager:
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
         """Copy a file's tensors and settings into the layers that are adapted now. Raises InputError if they differ."""
-        _refuse(path, self._differences(content))
+        if any(layer.merged for layer in adapted_layers(self.model).values()):
+            _refuse(path, ["its adapters are merged: call unmerge_lora_weights() first"])
+        if content["layers"] and not self._layers_in_file():
+            remedy = "load the file with a name and call use(name), or adapt the model first"
+            _refuse(path, [f"no adapter is in use here: {remedy}"])
+        _refuse(path, self._different_layers(content["layers"]))
+        _refuse(path, self._different_tensors(content["tensors"]))
+        now = base_digests(self.model)
+        older = now | self.record.resized_digests  # of files that hash the interpolated embedding
+        if content["base_hash"] not in (_hash(now, content["tensors"]), _hash(older, content["tensors"])):
+            _refuse(path, ["it was trained over another base: load the checkpoint that it names, with as many heads"])
         broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
         if broken:
             raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use an earlier epoch's")
@@ -365,21 +375,6 @@ class LoRAManager:
         for name, layer in self._layers_in_file().items():
             record = content["layers"][name]
             vars(layer).update({field: record[field] for field in LAYER_FIELDS[2:]})  # its kind and rank are the same
-
-    def _differences(self, content: dict[str, Any]) -> list[str]:
-        """The differences between a file and the adapter in use, one line each."""
-        if any(layer.merged for layer in adapted_layers(self.model).values()):
-            return ["its adapters are merged: call unmerge_lora_weights() first"]
-        if content["layers"] and not self._layers_in_file():
-            return ["no adapter is in use here: load the file with a name and call use(name), or adapt the model first"]
-        problems = list(self._different_layers(content["layers"])) or list(self._different_tensors(content["tensors"]))
-        if problems:
-            return problems
-        now = base_digests(self.model)
-        older = now | self.record.resized_digests  # of files that hash the interpolated embedding
-        if content["base_hash"] in (_hash(now, content["tensors"]), _hash(older, content["tensors"])):
-            return []
-        return ["it was trained over another base: load the checkpoint that it names, with as many heads"]
 
     def _different_layers(self, records: dict[str, dict[str, Any]]) -> Iterator[str]:
         layers = self._layers_in_file()
@@ -415,11 +410,12 @@ class LoRAManager:
                 yield f"{name} is {theirs.dtype} in the file, {ours.dtype} here"
 
 
-def _refuse(path: str | Path, problems: list[str]) -> None:
+def _refuse(path: str | Path, problems: Iterable[str]) -> None:
+    """Raise InputError if there are any problems, with the first four."""
     shown = sorted(map(printable, problems))
     if len(shown) > 4:
         shown[4:] = [f"and {len(shown) - 4} more"]
-    if problems:
+    if shown:
         raise InputError(f"{path} does not fit this model: {'; '.join(shown)}")
 
 

@@ -46,7 +46,7 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         content = files.read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
-    wrong = _of_another_type(content, _FIELDS)
+    wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]
     if not wrong:
         wrong = [name for name, tensor in content["tensors"].items() if not files.is_plain_tensor(tensor)]
         wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
@@ -68,10 +68,6 @@ def holds_adapter(path: str | Path) -> bool:
         return "adapter" in files.read_safetensors(path)[1]
     content = files.read_checkpoint(path)
     return isinstance(content, dict) and {"layers", "tensors"} <= content.keys()
-
-
-def _of_another_type(values: dict[str, Any], kinds: dict[str, type]) -> list[str]:
-    return [key for key, kind in kinds.items() if type(values.get(key)) is not kind]
 
 
 def _is_layer_record(name: Any, record: Any) -> bool:
@@ -130,10 +126,10 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
     if "moco_version" in metadata:
         raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
-    lacking = list(filter(lambda key: key not in metadata, kinds))
+    lacking = [key for key in kinds if key not in metadata]
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
-    wrong = _of_another_type(metadata, kinds)
+    wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
     wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
     if metadata.get("channel_fit") not in (None, "timm"):
         wrong.append("channel_fit")
