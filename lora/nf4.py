@@ -48,20 +48,16 @@ class NF4Weight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A fresh dense tensor of the weight's shape."""
-        written = dtype if dtype in LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
-        blocks = backends.dequantize_nf4(self.packed, self._scales(), self.BLOCK, self.state.shape, written)
-        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)  # the last may not be full
-        return dense[self._rows].to(dtype)
-
-    def _scales(self) -> Tensor:
-        """The scale of each block in float32, (blocks,), kept at half a bit a value: it takes three operators."""
         state = self.state
-        scales = vars(state).get("flat_scales")
+        scales = vars(state).get("flat_scales")  # (blocks,), kept at half a bit a value: they take three operators
         if scales is None or scales.device != self.packed.device:
             scales = bitsandbytes_functional().dequantize_blockwise(state.absmax, state.state2) + state.offset
             if not backends.is_traced():  # a compiler lets no tensor leave its graph so
                 state.flat_scales = scales
-        return scales
+        written = dtype if dtype in LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
+        blocks = backends.dequantize_nf4(self.packed, scales, self.BLOCK, state.shape, written)
+        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)  # the last may not be full
+        return dense[self._rows].to(dtype)
 
 
 def bitsandbytes_functional():
