@@ -349,6 +349,9 @@ def test_metadata_are_those_of_the_file_that_was_read_last(alone, arch, tmp_path
     assert read_adapter_file(tmp_path / "again.pth")["metadata"]["class_names"] == ["others"]
     manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
     assert manager.use("default") == {"class_names": ["others"]}
+    manager.use(None)
+    manager.save_lora_checkpoint(tmp_path / "base.pth")
+    assert read_adapter_file(tmp_path / "base.pth")["metadata"] == {}
 
 
 def test_what_is_in_use_is_saved_with_its_own_metadata_and_unload_leaves_the_base_alone(manager, arch, tmp_path):

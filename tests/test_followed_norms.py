@@ -354,5 +354,6 @@ def test_norms_that_train_after_they_followed_keep_what_they_learn(x, options, t
     loaded = adapted_resnet()
     LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth")
     assert_alike(answers(loaded, x), wanted)
+    assert not followers(loaded)  # what they have learned is the base's
     LoRAManager(model).merge_lora_weights()
     assert_alike(answers(model, x), wanted)
