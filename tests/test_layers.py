@@ -448,9 +448,7 @@ def test_a_merged_layer_takes_no_state(four_bits):
     assert torch.equal(layer.weight, before if four_bits else before.bfloat16())
 
 
-@pytest.mark.parametrize(
-    "stock, x", [(nn.Linear(16, 8), torch.ones(3, 16)), (nn.Conv2d(2, 4, 3), torch.ones(1, 2, 5, 5))]
-)
+@pytest.mark.parametrize("stock, x", [(nn.Linear(16, 8), torch.ones(3, 16)), (nn.Conv2d(2, 4, 3), torch.ones(2, 5, 5))])
 def test_a_bias_trains_beside_a_merged_or_a_disabled_adapter(stock, x):
     """Also where neither the input nor the weight needs a gradient."""
     layer = adapted(stock)
