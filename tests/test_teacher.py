@@ -286,8 +286,8 @@ def test_an_epoch_has_at_least_twelve_steps_half_of_which_have_labels(taught):
 
 def test_more_labels_make_an_epoch_longer_as_ever(start, images, monkeypatch):
     monkeypatch.setattr(teacher, "LEAST_STEPS", 2)
-    run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 4 --accumulation-steps 1")
-    assert run.steps_per_epoch == 4  # 15 images in batches of 4
+    run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 2 --accumulation-steps 2")
+    assert run.steps_per_epoch == 4  # 15 images by 4
     assert len(list(run.loaders.steps(1))) == 4
 
 
