@@ -1,6 +1,7 @@
 """Every way to fine-tune: what trains, what the file holds, and what merging makes of it."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,37 +79,36 @@ def test_part_of_the_change_is_evaluated_and_saved(ways, way):
     assert any(not torch.equal(start, end[name]) for name, start in results["start"].items())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_comes_back_from_its_file_and_merges_into_plain_torchvision(ways, way, images, tmp_path):
-    results = ways[way]
-    again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), str(images / "val"), "--device", "cpu"])
-    assert again["accuracy"] == results["val_accuracy"]
-    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-5, abs=1e-7)
-    adapter = ways[way]["folder"] / "lora.pth"
-    merged = tmp_path / "merged.pth"
-    deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
-    plain = build_backbone("vit_mini", 3, 16).eval()
-    plain.load_state_dict(torch.load(merged, weights_only=True), strict=True)
+def merged(adapter: Path, arch: str, size: int) -> torch.nn.Module:
+    """The stock model with the merged weights, which answers as the adapter does."""
+    path = adapter.with_name("merged.pth")
+    deploy_lora.main(["merge", str(adapter), "--output", str(path)])
+    plain = build_backbone(arch, 3, size).eval()
+    plain.load_state_dict(torch.load(path, weights_only=True), strict=True)
     model, _ = load_finetuned(adapter)
-    x = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(x)
         found = plain(x)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(found.argmax(1), expected.argmax(1)) and expected.std() > 1e-3
+    return plain
 
 
-def test_a_resnet_goes_the_same_way(finetune, saved, narrow, tmp_path, capsys):
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_comes_back_from_its_file_and_merges_into_plain_torchvision(ways, way, images):
+    results = ways[way]
+    adapter = results["folder"] / "lora.pth"
+    again = deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
+    assert again["accuracy"] == results["val_accuracy"]
+    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-5, abs=1e-7)
+    merged(adapter, "vit_mini", 16)
+
+
+def test_a_resnet_goes_the_same_way(finetune, saved, narrow, capsys):
     results = finetune(f"--checkpoint {saved(narrow)} --image-size 32 --epochs 1 --labels-per-class 2 --lora-rank 2")
     assert "BatchNorms follow the adapters (--norms follow)" in capsys.readouterr().out
-    deploy_lora.main(["merge", str(results["folder"] / "lora.pth"), "--output", str(tmp_path / "merged.pth")])
-    plain = build_backbone("resnet18", 3).eval()
-    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
-    model, info = load_finetuned(results["folder"] / "lora.pth")
-    assert info["arch"] == "resnet18" and info["image_size"] == 32
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
+    plain = merged(results["folder"] / "lora.pth", "resnet18", 32)
     assert not torch.equal(plain.layer1[0].bn1.running_var, narrow["layer1.0.bn1.running_var"])
     assert torch.equal(plain.bn1.weight, narrow["bn1.weight"])
 
