@@ -87,6 +87,7 @@ def test_weights_come_back_after_a_failure_and_their_share_with_its_state():
     resumed.load_state_dict(wise_ft.state_dict())
     with resumed.in_place():
         assert (model.lora_B == 1).all()
+    assert optim.WiseFT(nn.BatchNorm1d(2), alpha=0.5).weights.keys() == {"weight", "bias"}  # no statistics
 
 
 @pytest.mark.parametrize(
