@@ -193,26 +193,14 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
         deploy(*predict, tmp_path / "answers", "--window", 24)
 
 
-class Grid:
-    """A scene of one band whose numbers are given."""
-
-    bands = Bands(1)
-    like = None
-
-    def __init__(self, levels: np.ndarray):
-        self.levels = levels[..., None]
-        self.height, self.width = levels.shape
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        return self.levels[first:last]
-
-
 def test_windows_over_the_border_are_filled_with_the_last_pixels(tmp_path):
     """The mean of each 4 x 4 window of a scene of 5 x 6 pixels."""
     levels = np.random.default_rng(0).random((5, 6)).astype(np.float32)
     task = Regression(["height"], torch.tensor([[-1.0], [1.0]]))
     maps = Maps(task, lambda windows: windows.mean((2, 3)), lambda rows: torch.from_numpy(rows).permute(2, 0, 1), 4)
-    path = maps.write(Grid(levels), tmp_path / "map", lambda parts, total: parts)
+    np.save(tmp_path / "scene.npy", levels[..., None])
+    with open_scene(tmp_path / "scene.npy", Bands(1)) as scene:
+        path = maps.write(scene, tmp_path / "map", lambda parts, total: parts)
     filled = np.pad(levels, ((0, 3), (0, 2)), "edge")
     expected = filled.reshape(2, 4, 2, 4).mean((1, 3))
     np.testing.assert_allclose(np.load(path), expected, rtol=1e-5)
@@ -239,7 +227,9 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
     outputs = torch.tensor([[1.71420], [-0.25]])
     maps = Maps(task, lambda windows: outputs, lambda image: torch.zeros(3, 8, 8), window=8)
     place = tmp_path / f"map{suffix if suffix == '.tif' else ''}"
-    path = maps.write(Grid(np.zeros((8, 16))), place, lambda parts, total: parts)
+    np.save(tmp_path / "scene.npy", np.zeros((8, 16, 1)))
+    with open_scene(tmp_path / "scene.npy", Bands(1)) as scene:
+        path = maps.write(scene, place, lambda parts, total: parts)
     found = np.load(path) if suffix == ".npy" else tifffile.imread(path)
     assert path.suffix == suffix and found.dtype == dtype
     shown = [f"{number:.3f}" for number in found.ravel()]
@@ -342,16 +332,13 @@ def test_the_page_makes_the_mask_of_a_graph_in_onnx_by_windows(of_pairs, monkeyp
     """For a ViT, whose windows cannot be larger; the model stands in for its graph."""
     model, info = load_finetuned(of_pairs)
 
-    class Session:
-        def __init__(self, _path):
-            pass
+    def run(_names, inputs):
+        assert inputs["images"].dtype == np.float32
+        with torch.no_grad():
+            return [model(torch.from_numpy(inputs["images"])).softmax(1).numpy()]
 
-        def run(self, _names, inputs):
-            assert inputs["images"].dtype == np.float32
-            with torch.no_grad():
-                return [model(torch.from_numpy(inputs["images"])).softmax(1).numpy()]
-
-    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=Session))
+    session = types.SimpleNamespace(run=run)
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=lambda _path: session))
     Path("model.json").write_text(json.dumps(deploy_lora.usage(info)))
     found = run_of_page("def mask_of", size)
     with Image.open("image.png") as image:
