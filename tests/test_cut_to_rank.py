@@ -81,22 +81,28 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, 
     before = copy.deepcopy(expected.state_dict())
     after = LoRAManager(load_finetuned(path)[0]).unload(merge=True).state_dict()
     kept = total = 0.0
+    shares = {}  # of each layer
     for name, tensor in after.items():
         is_weight = tensor.dim() > 1 and not name.startswith(("fc", "heads", "class_token", "encoder.pos"))
         if is_weight and not torch.equal(tensor, before[name]):
             expected.state_dict()[name].copy_(truncated_weight(name, before[name], tensor, 2))
-            kept += (expected.state_dict()[name] - before[name]).double().square().sum().item()
-            total += (tensor - before[name]).double().square().sum().item()
+            part = (expected.state_dict()[name] - before[name]).double().square().sum().item()
+            whole = (tensor - before[name]).double().square().sum().item()
+            kept += part
+            total += whole
+            shares[name.rpartition(".")[0]] = part / whole
         else:
             expected.state_dict()[name].copy_(tensor)
     images = torch.randn(4, 3, SIZES[kind], SIZES[kind])
     found, about = load_finetuned(tmp_path / "lora2.pth")
     assert_close(found(images), expected.eval()(images), FP32)
     assert about["cut to rank"] == f"2, {kept / total:.1%} of the change's energy kept" and kept < 0.9 * total
-    assert f"keep {kept / total:.1%} of the energy" in capsys.readouterr().out
+    worst = min(shares, key=shares.get)
+    told = f"keep {kept / total:.1%} of the energy of their change, {worst} the least, {shares[worst]:.1%};"
+    assert told in capsys.readouterr().out
     assert "val_accuracy" not in about and about["lora"]["r"] == 2  # what is said of the file holds for this one
     layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
-    assert {record["r"] for record in layers.values()} == {2}
+    assert {(record["r"], record["lora_alpha"]) for record in layers.values()} == {(2, 4)}
     LoRAManager(found).merge_lora_weights()
     assert_close(found(images), expected(images), FP32)
 

@@ -109,6 +109,8 @@ def test_the_files_of_a_run(done):
     assert float(rows[1]["loss"]) == results["loss"]
     assert float(rows[1]["learning_rate"]) == pytest.approx(5e-4)
     assert "data: 16 images\nmodel: vit_mini, MoCo v3\n" in told
+    measured = f"k-NN {results['knn_accuracy']:.1%}, effective rank {results['effective_rank']:.2f}"
+    assert f"epoch 2: loss {results['loss']:.3f}, {measured}; " in told
     written = json.loads((output / "results.json").read_text())
     assert written.keys() == results.keys() and written["loss"] == results["loss"]
     assert 0 < written["waiting_share"] < 1
