@@ -91,6 +91,7 @@ def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, 
     monkeypatch.setattr(classification, "MOST_ROWS", 2)
     report.draw(tmp_path / "pairs.png")
     assert drawn == [[[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[3, 0], [1, 0]]]
+    assert report.most_confused() == [("a", "b", 1, "50.0%"), ("c", "a", 1, "100.0%")]
 
 
 def test_a_picture_fills_its_cell_as_far_as_its_shape_allows():
@@ -271,7 +272,8 @@ def test_a_label_that_no_image_has_is_left_out_and_said(labels):
     both = [figures["labels"][name]["average_precision"] for name in NAMES[:2]]
     assert figures["macro_ap"] == pytest.approx(sum(both) / 2)
     assert ("", "no evaluation image has eel: left out of the means") in labels.rows()
-    assert labels.by_label()[-1][0] == "eel" and figures["labels"]["cat"]["unknown"] == 1
+    assert labels.by_label()[-1][:5] == ["eel", 0, 0, "", ""] and figures["labels"]["cat"]["unknown"] == 1
+    assert figures["labels"]["eel"]["sensitivity_interval"] is None
 
 
 def test_the_worst_answer_is_shown_first_and_all_are_columns(labels, numbers):
@@ -302,15 +304,19 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
             assert by_name[name][f"{figure}_interval"] == answer_reports.finite_interval(interval)
 
 
-def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path):
+def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path, monkeypatch):
     many = Classification([f"class {i}" for i in range(100)]).report(evaluation(list(range(100)), list(range(100))))
     for report in (labels, numbers, many):
         report.draw(tmp_path / report.picture)
         assert size(tmp_path / report.picture)[0] > 300
+    real = answer_reports.save_figure
+    titles = []
+    monkeypatch.setattr(answer_reports, "save_figure", lambda *f: titles.append(f[0].texts[0].get_text()) or real(*f))
     numbers.draw_mistakes(images(20), tmp_path / "mistakes.png")
     numbers.mistakes = lambda: []
     numbers.draw_mistakes(images(20), tmp_path / "none.png")
     assert size(tmp_path / "none.png")[1] < size(tmp_path / "mistakes.png")[1]
+    assert titles == ["The largest errors", "The largest errors: none"]
 
 
 def test_each_number_has_intervals_that_come_of_its_own_errors(numbers):
@@ -332,7 +338,8 @@ def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbe
     report = regression.NumberReport(numbers, regression.NumberAnswers(0.1, truth + 1, truth))
     figures = report.figures()
     assert figures["r2"] is None and figures["r2_interval"] is None and figures["mae"] == pytest.approx(1)
-    assert json.dumps(figures, allow_nan=False) and report.rows() and report.by_number()
+    assert json.dumps(figures, allow_nan=False) and report.rows()
+    assert [row[:4] for row in report.by_number()] == [("age", 4, "", "1"), ("weight", 4, "", "1")]
 
 
 # ----------------------------------------------------------------------------------------------------- report.html

@@ -52,7 +52,7 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     true = truth[known].numpy()
     answer = logits.argmax(1)[known].numpy()
     measured = found.measured()
-    assert measured["miou"] == pytest.approx(jaccard_score(true, answer, average="macro"))
+    assert found.score == measured["miou"] == pytest.approx(jaccard_score(true, answer, average="macro"))
     assert measured["macro_dice"] == pytest.approx(f1_score(true, answer, average="macro"))
     assert measured["pixel_accuracy"] == pytest.approx((true == answer).mean())
     figures = Segmentation(NAMES).report(found).figures()
