@@ -21,14 +21,14 @@ from toolkit.images.masks import MaskReader, palette
 VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
 
 
+@dataclass
 class Answers:
-    """The result of `Task.evaluate`; of a classification it is an `Evaluation`, which has the same."""
+    """The result of `Task.evaluate`, which has `targets`, too; an `Evaluation` of a classification has the same."""
 
     MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
     # Of weights of the images (n, N) these figures, (n,), and maybe others, by name; of None: of all images, ()
     figures: ClassVar[Callable[..., Mapping[str, Tensor]]]
-    loss: float  # the mean plain loss of an image
-    targets: Tensor  # (N, ...)
+    loss: float  # plain, the mean over images
 
     @property
     def score(self) -> float:
@@ -43,7 +43,6 @@ class Answers:
 class ColumnAnswers(Answers):
     """Answers to K questions on each image, each of which counts where its target is known."""
 
-    loss: float
     values: Tensor  # (N, K)
     targets: Tensor  # (N, K), NaN where unknown
 

@@ -38,7 +38,6 @@ COUNTED = (": pixels", ": answered", ": right")  # of each image, by class: how 
 class PixelAnswers(Answers):
     MEASURED = ("miou", "macro_dice", "pixel_accuracy")
 
-    loss: float  # cross-entropy, the mean over an image's known pixels and over images
     confusion: Tensor  # (N, K, K), of truth (rows) and answers: numbers of known pixels
     bins: Tensor  # (BINS, 3): `toolkit.answers.measures.calibration` of the pixels
     maps: Mapping[int, Tensor] = field(default_factory=dict)  # the answers (H, W) of the worst images, by their number
