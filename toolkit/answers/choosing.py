@@ -44,7 +44,7 @@ def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
 
 
 def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
-    """The positions of `count` images, (N, D) and (N, K), whose likeliest class leads least (arXiv 1901.05954)."""
+    """The positions of `count` images that differ and are least sure, by features (N, D), logits (N, K): 1901.05954."""
     first, second = logits.softmax(1).topk(2, 1).values.T
     candidates = (first - second).argsort(stable=True)[: CANDIDATES * count]
     chosen = most_typical(features[candidates], count, features[:0])

@@ -100,7 +100,7 @@ class LabelReport(ColumnReport):
         return self.answers.figures(weights) | {"macro_f1": f1.nanmean(-1)}
 
     def intervals(self, i: int) -> dict[str, measures.Interval]:
-        """Of figures of a label: of rankings NaN where few images, or clusters, have it, or lack it; of rates: none."""
+        """The intervals of a label's figures; of rankings NaN where few images, or clusters, have it or lack it."""
         found = {name: self.found[name][i].interval for name in RANKINGS}
         is_answer = self.answers.values[:, i] > self.task.thresholds[i]
         for rate, value in {"sensitivity": 1, "specificity": 0}.items():
