@@ -116,6 +116,13 @@ def test_switched_off_it_computes_with_the_same_base():
     assert_close(x.grad, stock[0].weight.sum(0).expand(30, -1), IN_8_BITS)
 
 
+def test_layers_below_the_last_blocks_are_in_8_bits_too():
+    model = frozen(vit(), base_dtype=torch.int8, adapt_last=1)
+    stored = [name for name, layer in model.named_modules() if getattr(layer, "base_bits", 32) == 8]
+    assert len(stored) == 2 * 4  # in each block attention with its projection, and the MLP
+    assert LoRAManager(model).get_lora_info()["num_layers"] == 4
+
+
 def test_a_convolution_and_other_dtypes_stay_as_they_are():
     both = add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), r=2, base_dtype=torch.int8)
     assert [layer.base_bits for layer in both] == [32, 8]
