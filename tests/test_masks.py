@@ -400,6 +400,8 @@ def listed(tmp_path) -> list[str]:
 def test_pairs_of_a_list_are_split_by_groups(tmp_path, listed):
     with_fields = [f"{row},field{i % 4}" for i, row in enumerate(listed)]
     (tmp_path / "all.csv").write_text("\n".join(["image,mask,field", *with_fields]))
+    write_image(tmp_path / "x/f0/0.png")  # of 12 pixels
+    tifffile.imwrite(tmp_path / "y/0.tif", LEVELS)
     splits = load_pairs(None, [tmp_path / "all.csv"], group_by="field")
     assert splits.train.source.largest == 48 > splits.train.targets.sum(1).max()  # with unknown pixels
     assert len(splits.train) + len(splits.val) == 20
