@@ -192,13 +192,20 @@ def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, monkeypat
     assert any(max(size) <= 605 for size in decoded)
 
 
-def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, monkeypatch):
-    photograph(tmp_path / "large.jpg", size=(256, 256))
+@pytest.mark.parametrize(
+    ("size", "orientation", "shrunk"),
+    [((256, 256), 1, (128, 128)), ((257, 256), 3, (257, 256)), ((256, 257), 3, (256, 257))],
+)
+def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, monkeypatch, size, orientation, shrunk):
+    """But all pixels where an image is turned whose last block is not whole."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    photograph(tmp_path / "large.jpg", size, exif=exif)
     decoded = []
     load = transforms.to_rgb
     monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
     transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
-    assert decoded == [(128, 128)]
+    assert decoded == [shrunk]
 
 
 @pytest.mark.parametrize("orientation", [9, 65535, "6", b"\x06"])
