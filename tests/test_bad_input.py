@@ -400,6 +400,7 @@ ADAPTERS = [
     case("merge into a description", "deploy_lora merge lora.pth --output m.json", "must end in .pth or .pt or .bin"),
     case("merge onto the adapter itself", "deploy_lora merge lora.pth --output ./lora.pth", "name another file"),
     case("merge onto the base", "deploy_lora merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
+    case("nowhere to convert to", "deploy_lora convert lora.pth", "--output: expected a value, the file to write"),
     case("merge into a folder that is not there", "deploy_lora merge lora.pth --output no/m.pth", "there is no folder"),
     case("predictions without images", "deploy_lora predict lora.pth --output p.csv", "error:", "images"),
     case("predictions for an empty folder", "deploy_lora predict lora.pth mine --output p.csv", "mine: no images",

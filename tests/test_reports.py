@@ -259,11 +259,15 @@ def images(count: int) -> LabelledImages:
     return LabelledImages([Image.new("RGB", (8, 8))] * count, [0] * count)
 
 
-def test_intervals_over_groups_are_said_to_be(tmp_path):
+def test_groups_of_an_interval_and_what_images_chose_are_said(tmp_path):
     told = ("", "35 images in 18 groups (patient); intervals are over groups")
     of_run = TASK, TASK.report(evaluation([0, 1], [1, 0])), {"knn": None, "probe": None}, tmp_path
     assert told in summary(*of_run, val_images=35, val_groups=18)
     assert told not in summary(*of_run, val_images=35)
+    chosen = {"learning rate": "trials", "epoch": "the evaluation images"}
+    rows = summary(*of_run, chosen_by=chosen, kept_epoch=2, epochs=3, learning_rate=1e-3)
+    assert ("", "learning rate 1e-3 chosen by trials") in rows
+    assert ("", "epoch 2 of 3 chosen by the evaluation images") in rows
 
 
 def test_a_label_that_no_image_has_is_left_out_and_said(labels):

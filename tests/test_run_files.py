@@ -186,6 +186,7 @@ def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_
     folder = results["folder"]
     assert temperature < 1  # it was softened
     assert results["chosen_by"] == {"epoch": "the evaluation images"}
+    assert not {"accuracy", "accuracy_interval"} & results.keys()  # they are of the evaluation images: val_...
     content = read_adapter_file(folder / "lora.pth")
     assert content["metadata"]["temperature"] == temperature
     start = read_checkpoint(folder / "last.pth")["wise_ft"]["start"]["heads.head.weight"]

@@ -20,6 +20,11 @@ from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions, read_options
 
 
+def test_products_are_in_float32_on_a_cpu_unless_asked():
+    asked = {name: devices.select_precision(name, devices.CPU) for name in ("auto", "bf16")}
+    assert asked == {"auto": torch.float32, "bf16": torch.bfloat16}
+
+
 @pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
 def test_each_process_needs_an_image(monkeypatch, train, val):
     model = nn.Linear(2, 2)
