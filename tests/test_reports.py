@@ -120,7 +120,7 @@ def summary(task, report, baseline: dict, folder, **results) -> list[tuple[str, 
     """Of a run of which any other number is 1."""
     options = argparse.Namespace(output_dir=folder, keep_best="macro-ap", group_by="patient")
     run = argparse.Namespace(task=task, args=options, baseline=baseline, by_unlabelled=None)
-    return reports.summary(run, defaultdict(lambda: 1, device="cpu", chosen_by={}, **results), report)
+    return reports.summary(run, defaultdict(lambda: 1, {"device": "cpu", "chosen_by": {}} | results), report)
 
 
 def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
