@@ -15,9 +15,10 @@ from torch import nn
 
 from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
+from toolkit.files import read_checkpoint
 from toolkit.models import checkpoints
 from toolkit.models.backbones import build_backbone, record_of
-from toolkit.models.checkpoints import load_backbone, tensor_digest
+from toolkit.models.checkpoints import load_backbone, load_contrast, tensor_digest
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
 
@@ -116,6 +117,42 @@ def test_resnet_comes_out_of_every_family(family, narrow, saved):
     assert report["image_size"] == (32 if family == "moco_stage1" else 224)
     assert set(report["loaded"]) == set(narrow)
     check_dropped(report["dropped"], content.get("state_dict", content.get("model", content)))
+
+
+@pytest.mark.parametrize(("family", "version"), [("moco_v2", 2), ("moco_v3", 3), ("moco_stage1", 3), ("lightly", None)])
+def test_a_pretraining_goes_on_with_the_projector_of_every_version_of_moco(family, version, narrow, saved):
+    path = saved(RESNET_FILES[family](narrow))
+    content = read_checkpoint(path)
+    projector = {}
+    for key, tensor in (content.get("model") or content["state_dict"]).items():
+        if name := re.search(r"(encoder_q|base_encoder)\.fc\.(.*)", key):
+            projector[name[2]] = tensor
+    found, parts = load_contrast(path)
+    assert found == version and bool(projector) == (version is not None)
+    assert parts["projector"].keys() == projector.keys()
+    assert all(torch.equal(parts["projector"][name], tensor) for name, tensor in projector.items())
+    assert ("0.weight" in parts["predictor"]) == (version == 3)
+
+
+def test_the_heads_that_this_toolkit_s_pretraining_states_are_the_model_s(saved):
+    content = {
+        "model": under("encoder_q.", build_backbone("vit_mini", 2, heads=6).state_dict()),
+        "config": {"heads": 6},
+    }
+    _, report = load_backbone(saved(content), num_classes=2)
+    assert (report["arch"], report["heads"]) == ("vit_mini", 6)
+
+
+def test_a_first_layer_is_fitted_to_other_channels_by_turns(narrow, saved):
+    """By timm's rule; one that is no kernel of a convolution is named."""
+    kernel = narrow["conv1.weight"]
+    model, _ = load_backbone(saved(narrow), 2, channels=5, channel_fit="timm")
+    assert torch.equal(model.conv1.weight, kernel[:, [0, 1, 2, 0, 1]] * (3 / 5))
+    model, _ = load_backbone(saved(narrow), 2, channels=1, channel_fit="timm")
+    assert torch.equal(model.conv1.weight, kernel.sum(1, keepdim=True))
+    with pytest.raises(InputError, match=r"conv1\.weight \(16,\) instead of \(16, 5, 7, 7\)"):
+        wrong = saved(narrow | {"conv1.weight": torch.zeros(16)})
+        load_backbone(wrong, 2, "resnet18", channels=5, channel_fit="timm")
 
 
 def check_dropped(dropped, state):
