@@ -30,12 +30,6 @@ from toolkit.run.training import MicroBatches
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """Where the head starts is not what these tests are of."""
-    monkeypatch.setattr(unlabelled, "STEPS", 3)
-
-
 # ------------------------------------------------------------------------------------------------------ which are read
 
 

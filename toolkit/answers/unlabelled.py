@@ -1,8 +1,7 @@
 """Say by images without labels where the classifier head starts: at the linear probe, or at a head that is better.
 
-Candidates answer for all images at once: `most_information` and `k_means` see where images lie close together, which a
-probe of a few labelled ones cannot. Where classes are no clusters they harm. So each has to be better than the probe
-in cross-validation over the labelled images.
+`k_means` sees where images lie close together, which a probe of a few labelled ones cannot. Where classes are no
+clusters it harms. So it has to be better than the probe in cross-validation over the labelled images.
 """
 
 import math
@@ -15,13 +14,9 @@ from torch import Tensor
 from toolkit.answers import measures, probe
 from toolkit.answers.probe import Probe
 
-NAMES = ("tim", "k-means", "mix")  # of the candidates
 TURNS = 2  # of the cross-validation, each over other parts
-# What candidates consist of, measured: see benchmarks/RESULTS.md
+# Measured: see benchmarks/RESULTS.md
 DIRECTIONS = 128  # of the features, of the largest variance, in which k-means works
-LENGTH = 10.0  # of the features for `most_information`
-STEPS = 100
-INFORMATION = 0.3  # how much the information counts beside the labels
 SHARPNESS = 15.0  # of k-means' answers
 ROUNDS = 10
 DISTILLED = 0.1  # C of the distilled head
@@ -30,30 +25,28 @@ MARGIN = 2.0  # standard errors by which the log loss of what is held out has to
 
 
 class Start(NamedTuple):
-    probe: Probe  # the head: the plain probe, bit for bit, or one distilled from a candidate
-    name: str  # of the candidate that was taken; 'probe': none
+    probe: Probe  # the head: the plain probe, bit for bit, or one distilled from k-means
+    name: str  # 'k-means' or 'probe'
     answers: Tensor  # (M, K), for the images without labels: how probable each class is
-    gain_loss: float  # what the candidate gained over the probe in cross-validation: log loss, positive is better
+    gain_loss: float  # what k-means gained over the probe in cross-validation: log loss, positive is better
     gain_accuracy: float  # and accuracy
     shares: Tensor  # (K,), of the classes in `answers`
     foreign: float  # the share of the images without labels that resemble no class
 
 
 class Images(NamedTuple):
-    """Features of all images: rows (R, D) as they are, and as points in two spaces, whatever their labels."""
+    """Features of all images: rows (R, D) as they are, and as points in another space, whatever their labels."""
 
     rows: Tensor
-    points: Tensor  # (R, D): centred, of one length
     whitened: Tensor  # (R, DIRECTIONS): of one length, and about the same spread in each direction
 
 
 def placed(rows: Tensor) -> Images:
-    centred = rows - rows.mean(0)
     standard = probe.SCALINGS["deviation"](rows).rows
     variances, directions = torch.linalg.eigh((standard.T @ standard / len(rows)).double())
     spread = variances[-DIRECTIONS:].clamp_min(1e-12).sqrt()
     whitening = directions[:, -DIRECTIONS:] / (spread + 0.3 * spread.mean())  # directions of noise stay small
-    return Images(rows, F.normalize(centred, dim=1), F.normalize(standard @ whitening.float(), dim=1))
+    return Images(rows, F.normalize(standard @ whitening.float(), dim=1))
 
 
 class Labelled(NamedTuple):
@@ -85,32 +78,31 @@ def seen(
 
 
 def start(images: Images, known: Labelled, plain: Probe, views: int = 1, clusters: Tensor | None = None) -> Start:
-    """The head to start from: the best candidate if it gains over the `plain` probe in cross-validation, else that.
+    """The head to start from: by k-means if that gains over the `plain` probe in cross-validation, else that.
 
-    The best has the smallest log loss of what is held out, each at the temperature that fits it. It is taken if that is
-    below the probe's by more than MARGIN standard errors, over images or clusters, and the accuracy is no worse. With
-    one label a class nothing is held out, and the probe is kept. Views and clusters are as for `fit_linear_probe`.
+    It is taken if the log loss of what is held out, each at the temperature that fits it, is below the probe's by more
+    than MARGIN standard errors, over images or clusters, and the accuracy is no worse. With one label a class nothing
+    is held out, and the probe is kept. Views and clusters are as for `fit_linear_probe`.
     """
     labels = known.targets.argmax(1)
     answers = held_out_answers(images, known, plain, views, clusters)
     judging = min(views, 2) * len(labels) // views  # images and one view of each: answers are for images as they are
-    judged = {name: judge(of[:, :judging], labels[:judging], min(views, 2)) for name, of in answers.items()}
-    name = min(judged, key=lambda name: judged[name].losses.nanmean())
-    gains = judged["probe"].losses - judged[name].losses
-    gain_accuracy = (judged[name].hits - judged["probe"].hits).nanmean().item()
-    if gains.nanmean() <= MARGIN * standard_error(gains, clusters) or gain_accuracy < 0:
-        name = "probe"
-    temperature = judged[name].temperature
+    of_probe = judge(answers["probe"][:, :judging], labels[:judging], min(views, 2))
+    of_k_means = judge(answers["k-means"][:, :judging], labels[:judging], min(views, 2))
+    gains = of_probe.losses - of_k_means.losses
+    gained = gains.nanmean().item(), (of_k_means.hits - of_probe.hits).nanmean().item()
     others = images.rows[len(labels) :]
-    if name == "probe":
-        head = plain
-        outputs = (others @ plain.weight.T + plain.bias) / temperature
-        gained = 0.0, 0.0
-    else:
-        weight, bias = distilled(images, known, (candidates(images, known)[name] / temperature).softmax(1))
+    if gained[0] > MARGIN * standard_error(gains, clusters) and gained[1] >= 0:
+        name = "k-means"
+        temperature = of_k_means.temperature
+        weight, bias = distilled(images, known, (k_means(images, known) / temperature).softmax(1))
         head = Probe(weight, bias, DISTILLED, answers[name][0] / temperature)
         outputs = others @ weight.T + bias
-        gained = gains.nanmean().item(), gain_accuracy
+    else:
+        name = "probe"
+        gained = 0.0, 0.0
+        head = plain
+        outputs = (others @ plain.weight.T + plain.bias) / of_probe.temperature
     shares = outputs.softmax(1)
     foreign = foreign_share(images, known, answers["k-means"][0, :judging])
     return Start(head, name, shares, *gained, shares.mean(0), foreign)
@@ -128,21 +120,20 @@ def last_head(images: Images, known: Labelled) -> Probe:
 def held_out_answers(
     images: Images, known: Labelled, plain: Probe, views: int, clusters: Tensor | None
 ) -> dict[str, Tensor]:
-    """What the probe and each candidate answer for labelled images whose labels they do not know: (TURNS, n, K) each.
+    """What the probe and k-means answer for labelled images whose labels they do not know: (TURNS, n, K) each.
 
     The images themselves are among those without labels. NaN: of a class that the others lack.
     """
     classes = known.targets[: len(known.places) // views].argmax(1).numpy()
     how = (plain.scaling, plain.strength, probe.ONE_CLASS)
-    found = {name: torch.full((TURNS, *known.targets.shape), torch.nan) for name in ("probe", *NAMES)}
+    found = {name: torch.full((TURNS, *known.targets.shape), torch.nan) for name in ("probe", "k-means")}
     for turn in range(TURNS):
         fold = probe.class_folds(classes, clusters, turn)
         for rest, part in probe.parts(fold, views, classes):
             some = Labelled(known.places[rest], known.targets[rest], known.counts[rest])
             weight, bias = probe.fitted_at(images.rows[rest], some.targets, some.counts, *how)
             found["probe"][turn, part] = images.rows[part] @ weight.T + bias
-            for name, logits in candidates(images, some).items():
-                found[name][turn, part] = logits[part]
+            found["k-means"][turn, part] = k_means(images, some)[part]
     return found
 
 
@@ -192,45 +183,6 @@ def foreign_share(images: Images, known: Labelled, held_out: Tensor) -> float:
         return 0.0
     of_others = k_means(images, known)[len(known.places) :].softmax(1).amax(1)
     return (of_others < sure.quantile(0.1)).float().mean().item()
-
-
-# --------------------------------------------------------------------------------------------------------- candidates
-# Each takes the images and what is known of some of them, and returns logits (R, K).
-
-
-def candidates(images: Images, known: Labelled) -> dict[str, Tensor]:
-    """The logits of each candidate; the mix has the product of the probabilities, but for its sharpness."""
-    by_information = most_information(images, known)
-    by_clusters = k_means(images, known)
-    return {"tim": by_information, "k-means": by_clusters, "mix": (by_information + by_clusters) / 2}
-
-
-@torch.enable_grad()
-def most_information(images: Images, known: Labelled) -> Tensor:
-    """A logistic regression whose answers for all images tell most of them (TIM, arXiv 2008.11297).
-
-    The information is the entropy of the mean answer less the mean entropy of the answers: each answer becomes sure,
-    and all classes are among them. It counts up to 95% of the most, so that classes need not be of one size.
-    """
-    X = LENGTH * images.points
-    fitted = probe.logistic(X[known.places], known.targets, known.counts, 1.0, probe.ONE_CLASS, True).float()
-    weights = fitted.requires_grad_()
-    targets = known.targets.float()
-    counts = known.counts[:, 0].float()
-    enough = 0.95 * math.log(known.targets.shape[1])
-    optimizer = torch.optim.Adam([weights], lr=0.02 * fitted[:, :-1].std().item())
-    for _ in range(STEPS):
-        logits = X @ weights[:, :-1].T + weights[:, -1]
-        answers = logits.softmax(1)
-        doubt = -(answers * logits.log_softmax(1)).sum(1).mean()
-        mean = answers.mean(0)
-        variety = -(mean * (mean + 1e-9).log()).sum()
-        loss = (counts * F.cross_entropy(logits[known.places], targets, reduction="none")).mean()
-        loss = loss + INFORMATION * (doubt - variety.clamp_max(enough))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return logits.detach()
 
 
 def k_means(images: Images, known: Labelled) -> Tensor:
