@@ -41,6 +41,7 @@ from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistic
 from lora.fusion import fuse, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
+from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
@@ -767,12 +768,15 @@ def blocks_to_adapt(args: FineTuneOptions, device: torch.device) -> int | None:
         return run_state.recorded_setting(args.resume, "adapt_last")
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself says what it reads
         splits, model, report, plan = prepare(args, device)
+    adapts_all = replace(args, cache_features="none")
     if args.learning_rate == "auto":
-        args = replace(args, learning_rate=search.DEFAULT_RATE)
-    run = FineTuning(args, plan, devices.place(model, device), report, splits)
+        adapts_all = replace(adapts_all, learning_rate=search.DEFAULT_RATE)
+    run = FineTuning(adapts_all, plan, devices.place(model, device), report, splits)
     run.start()
     end_workers()
     number = initialization.blocks_with_most(model, run.gradient_energies)
+    if number is None and args.cache_features != "none":
+        raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
     part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
     print(f"adapters: {part}, by the share of the gradient")
     return number
@@ -958,12 +962,17 @@ class FineTuning(RunState):
     ):
         super().__init__(args, plan.device, plan.dtype)
         self.model = model
+        self.network = model  # what computes on what the loaders have: images, or features that are cached of them
         self.report = report
         self.splits = splits
         self.loaders = Loaders(args, plan, splits, report["image_size"], self.meter)
+        if args.cache_features != "none":
+            with evaluation.eval_mode(model):
+                lower, self.network = split_model(model, args.adapt_last)
+                self.loaders.cache_features(lower, plan.dtype)
         self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
-            follow_statistics(model, self.loaders.followed_batches(), required=plan.norms == "follow")
+            follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
             # Files are to say what was done, since `auto` is another thing on a GPU.
             plan = replace(plan, norms="follow" if followers(model) else "frozen")
         self.plan = plan
@@ -1036,7 +1045,7 @@ class FineTuning(RunState):
     def start(self, features: tasks.Features | None = None) -> tasks.Features:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Loaders.features`."""
         if features is None:
-            features = self.loaders.features(self.model, self.task, self.dtype)
+            features = self.loaders.features(self.network, self.task, self.dtype)
         clusters = self.loaders.probe_images.clusters()
         if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
             clusters = torch.arange(len(self.loaders.probe_images))
@@ -1052,7 +1061,7 @@ class FineTuning(RunState):
             if self.teacher is not None:
                 self.teacher.first_answers = answers
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
-            trained_on = self.loaders.features(self.model, self.task, self.dtype)
+            trained_on = self.loaders.features(self.network, self.task, self.dtype)
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         if self.baseline["probe"] is None and self.args.head_init == "probe":
             self.baseline["probe"] = self.evaluate(self.loaders.val).score
@@ -1072,7 +1081,7 @@ class FineTuning(RunState):
         if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's
             images = self.loaders.watched
             loss = self.task.plain_loss
-            worst_loss = evaluation.worst_batch_loss(self.model, images, self.device, self.dtype, loss)
+            worst_loss = evaluation.worst_batch_loss(self.network, images, self.device, self.dtype, loss)
         self.guard.note_start(worst_loss, self.evaluate_watched())
 
     def begin_averages(self) -> None:
@@ -1209,12 +1218,12 @@ class FineTuning(RunState):
         """Give BatchNorms that train the statistics for the present weights. Does any train?"""
         if self.loaders.statistics is None:
             return False
-        evaluation.estimate_statistics(self.model, self.loaders.statistics, self.device, self.dtype)
+        evaluation.estimate_statistics(self.network, self.loaders.statistics, self.device, self.dtype)
         return True
 
     def evaluate(self, batches: Iterable) -> tasks.Answers:
         """Evaluate batches with the weights that the model has now."""
-        return self.task.evaluate(self.model, batches, self.device, self.dtype)
+        return self.task.evaluate(self.network, batches, self.device, self.dtype)
 
     def evaluate_watched(self, divisor: float = 1) -> tasks.Answers:
         """Evaluate the guard's images, always in the same views, with ``wise_ft.alpha / divisor`` of the change."""
@@ -1223,11 +1232,11 @@ class FineTuning(RunState):
             if self.teacher is not None:
                 if self.sure_images is None:
                     self.sure_images = self.loaders.unlabelled_views(self.teacher.watched())
-                logits, _ = evaluation.all_outputs(self.model, self.sure_images, self.device, self.dtype)
+                logits, _ = evaluation.all_outputs(self.network, self.sure_images, self.device, self.dtype)
                 self.still_sure = self.teacher.still_sure(logits)
             if self.loaders.has_masks:
                 return self.evaluate(self.loaders.watched)
-            self.watched_outputs = evaluation.all_outputs(self.model, self.loaders.watched, self.device, self.dtype)
+            self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)
             return self.task.answers(*self.watched_outputs)
 
     def evaluate_kept(self, batches: Iterable) -> tasks.Answers:
@@ -1235,7 +1244,7 @@ class FineTuning(RunState):
         with self.kept_weights():
             if self.loaders.has_masks:
                 return self.evaluate(batches)
-            self.kept_outputs = evaluation.all_outputs(self.model, batches, self.device, self.dtype)
+            self.kept_outputs = evaluation.all_outputs(self.network, batches, self.device, self.dtype)
         optimism = self.head_temperature.optimism
         return self.kept_answers(self.task.believable_temperature(*self.watched_outputs, optimism))
 
@@ -1249,7 +1258,7 @@ class FineTuning(RunState):
         is_whole = self.wise_ft.share == self.wise_ft.alpha and self.rate == self.args.learning_rate
         if self.teacher is None or not is_whole:
             return False
-        features = self.loaders.features(self.model, self.task, self.dtype, False)
+        features = self.loaders.features(self.network, self.task, self.dtype, False)
         rows, targets, views = features.for_probe()
         self.task.end_by_unlabelled(self.model, rows, targets, features.images_without_labels[0], views)
         self.kept_outputs = None
@@ -1269,7 +1278,7 @@ class FineTuning(RunState):
                 self.model, self.loaders.watched, self.device, self.dtype, len(self.loaders.watched_images)
             )
         else:
-            outputs, targets = evaluation.all_outputs(self.model, self.loaders.augmented, self.device, self.dtype)
+            outputs, targets = evaluation.all_outputs(self.network, self.loaders.augmented, self.device, self.dtype)
         self.task.calibrate(outputs, targets, optimism)
         self.task.soften(self.model, self.task.temperature)
         return True

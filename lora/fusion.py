@@ -213,10 +213,7 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return resnet_from_stage(self, self.stem(x))
 
     def first_layer(self, x: Tensor) -> Tensor:
         return conv_bn(self.conv1, self.bn1, x)
@@ -227,6 +224,13 @@ class FusedResNet(ResNet):
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         return pool(relu(x))
+
+
+def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
+    """The model's output from the input of one of its stages; 0 is the first."""
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4)[first:]:
+        x = stage(x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 class FusedMLPBlock(MLPBlock):
@@ -286,11 +290,16 @@ class FusedVisionTransformer(VisionTransformer):
         encoder = self.encoder
         if not reads_class_token_alone(encoder):
             return self.heads(encoder(x)[:, 0])
-        x = encoder.dropout(x + encoder.pos_embedding)
-        *blocks, last = encoder.layers
-        for block in blocks:
-            x = block(x)
-        return self.heads(encoder.ln(last(x, tokens=1))[:, 0])
+        return vit_from_block(self, encoder.dropout(x + encoder.pos_embedding))
+
+
+def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tensor:
+    """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first."""
+    *blocks, last = list(model.encoder.layers)[first:]
+    for block in blocks:
+        x = block(x)
+    x = last(x, tokens=1) if reads_class_token_alone(model.encoder) else last(x)
+    return model.heads(model.encoder.ln(x)[:, 0])
 
 
 FUSED = {

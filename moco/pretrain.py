@@ -139,7 +139,7 @@ class Pretraining(RunState):
         known, read = options.known_image_values(args, args.checkpoint)
         args = replace(args, **vars(known))
         super().__init__(args, device, dtype)
-        self.model = model
+        self.model = self.network = model
         normalization = self.open_loaders(read)
         self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:

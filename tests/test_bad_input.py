@@ -211,6 +211,8 @@ FLAGS = [
            "lora-dropout", "target-modules", "lora-init"))),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
     case("the smallest of no crops in stage 1", "pretrain --two-crops digits --crop-min 0.5", "--two-crops digits"),
+    case("features that change", "finetune --cache-features disk",
+         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch"),
     case("random weights of no architecture", "finetune --checkpoint none", "--checkpoint none", "with --arch"),
     case("a random backbone that is frozen", "finetune --checkpoint none --arch vit_mini", "--checkpoint none with a",
          "add --no-freeze-backbone"),
@@ -550,7 +552,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys
 OF_TRUTHS = {f"--task {task}": TASK_CLASHES[truth] for task, truth in TRUTHS.items()}
 EXCLUSIVE = [(other, words) for other, clashing in (CLASHES | OF_TRUTHS).items() for words in clashing]
 NEEDED = {  # values for options that stand for any value
-    "--gradient-checkpointing": "full", "--stage1-adapter": "lora.pth", "--folds": "5",
+    "--cache-features": "disk", "--gradient-checkpointing": "full", "--stage1-adapter": "lora.pth", "--folds": "5",
     "--unlabelled": "images", "--labels-per-class": "3", "--label-smoothing": "0.1",
 }  # fmt: skip
 

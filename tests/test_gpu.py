@@ -42,6 +42,7 @@ RUNS = {
     "qlora": Run(258, "--use-qlora"),
     "full": Run(169, "--lora-rank 0 --no-freeze-backbone"),
     "upper half": Run(151, "--adapt-last 1"),
+    "cached features": Run(138, "--adapt-last 1 --cache-features disk"),
     "fp16": Run(354, "", "fp16", 0.3),
     "bf16": Run(376, "--clip-grad-norm 1", "bf16", 0.1),
     "frozen norms": Run(463, RESNET + " --norms frozen"),
@@ -62,6 +63,7 @@ STAGE_1 += " --mlp-dim 32 --two-crops digits --precision fp32"
 def run_on(finetune, hospital, pairs, narrow, tmp_path, monkeypatch):
     """run_on("cuda", "--epochs 1", ...): the losses of such a run."""
     torch.save(narrow, tmp_path / "resnet.pth")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
 
     def run_on(device: str, told: str, precision: str = "fp32") -> list[float]:

@@ -1,15 +1,30 @@
-"""What is kept for backward: gradient checkpointing."""
+"""What is kept for backward: gradient checkpointing, a model's two halves."""
 
 import copy
 
 import pytest
 import torch
-from dense import FP32, Operations, assert_close, classes, frozen, images, loss_and_gradients, resnet, saved_bytes, vit
+from dense import (
+    EXACT,
+    FP32,
+    Operations,
+    assert_close,
+    classes,
+    frozen,
+    images,
+    loss_and_gradients,
+    resnet,
+    saved_bytes,
+    vit,
+)
 from torch import nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 from finetune_lora import freeze_backbone_params, set_gradient_checkpointing
+from lora.split import split_model
 from toolkit import InputError
 from toolkit.models import norms
+from toolkit.models.backbones import head_name
 
 
 def all_trains() -> nn.Module:
@@ -116,3 +131,34 @@ def test_what_a_block_keeps():
         low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
         factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions
         assert kept_by_a_block() == 8 * 5 * (4 * width + low + 4 * heads) + 2 * factors  # log-sum-exps in float32
+
+
+# ------------------------------------------------------------------------------------------------- a model's two halves
+
+
+@pytest.mark.parametrize("last", [None, 1, 2])
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_the_halves_of_a_model_are_the_model(build, side, last):
+    """Outputs and gradients, whether its blocks are adapted or stock; the halves share its layers."""
+    stock = build().double().eval()
+    x = images(side, dtype=torch.float64)
+    for model in (stock, frozen(copy.deepcopy(stock), adapt_last=last).eval()):
+        lower, upper = split_model(model, last)
+        assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
+        with torch.no_grad():
+            features = lower(x)
+        above = list(model.get_submodule(head_name(model)).parameters())
+        if last is not None and model is not stock:
+            above = [p for p in model.parameters() if p.requires_grad]
+        results = []
+        for output in (model(x), upper(features)):
+            results.append((output, *torch.autograd.grad(output.square().sum(), above)))
+        for ours, theirs in zip(*results, strict=True):
+            assert_close(ours, theirs, EXACT)
+
+
+def test_another_model_has_no_halves():
+    model = SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5)
+    with pytest.raises(InputError, match="not SwinTransformer"):
+        split_model(model, 1)
+    assert split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)

@@ -29,6 +29,7 @@ from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed
 from toolkit.answers import evaluation, predictions, segmentation
 from toolkit.files import read_checkpoint
+from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
 from toolkit.run import guard, optim, output_folder, run_state, training
 
@@ -40,7 +41,7 @@ WAYS = {
     "lora": "--label-smoothing 0.1",
     # At random: the last directions of the gradient of so small a model are rounding, which processes add up otherwise.
     "unlabelled": "--labels-per-class 5 --unlabelled {images}",
-    "4 bits": "--adapt-last 1 --use-qlora --lora-init random --gradient-checkpointing full",
+    "features": "--adapt-last 1 --cache-features disk --use-qlora --lora-init random --gradient-checkpointing full",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
 PRETRAINING += " --optimizer sgd --learning-rate 0.03"  # AdamW would blow up the rounding of gradients that are zero
@@ -114,9 +115,10 @@ def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     "way",
-    ["lora", pytest.param("unlabelled", marks=pytest.mark.slow), pytest.param("4 bits", marks=pytest.mark.slow)],
+    ["lora", pytest.param("unlabelled", marks=pytest.mark.slow), pytest.param("features", marks=pytest.mark.slow)],
 )
-def test_two_processes_fine_tune_as_one(options, tmp_path, way):
+def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     results, alone = run_both(options(way), tmp_path)
     for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
@@ -353,7 +355,8 @@ def find_together() -> None:
 def found(tmp_path_factory) -> list[dict]:
     """What each of two processes found, by the name of the function."""
     folder = tmp_path_factory.mktemp("together")
-    completed("moco.pretrain", str(folder), folder / "log", before=find_together)
+    here = {"XDG_CACHE_HOME": str(folder)}
+    completed("moco.pretrain", str(folder), folder / "log", before=find_together, environment=here)
     return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
 
 
@@ -426,7 +429,7 @@ def worst(rank: int) -> float:
 def drawn(rank: int) -> tuple[float, float, float]:
     """What a run draws after it has begun, then, and once more when its state is restored."""
     run = run_state.RunState(SimpleNamespace(seed=0, epochs=1), CPU, torch.float32)
-    run.model = nn.Linear(2, 2)
+    run.model = run.network = nn.Linear(2, 2)
     torch.manual_seed(0)
     run.begin_training(torch.optim.SGD(run.model.parameters()), 1, 0)
     first = torch.rand(()).item()
@@ -462,6 +465,18 @@ def precision(rank: int) -> torch.dtype:
 )
 def test_both_find_the_same(found, find, expected):
     assert [each[find.__name__] for each in found] == [expected] * 2
+
+
+def cached(rank: int) -> list:
+    """The features of six images in two views, of which each process computed its share of batches of four."""
+    views = [torch.arange(6.0)[:, None], 10 * torch.arange(6.0)[:, None]]
+    shares = [[view[start : start + 4][rank::2] for start in (0, 4)] for view in views]
+    images = data.LabelledImages([], [0] * 6)
+    return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
+
+
+def test_each_process_finds_the_features_that_the_other_one_cached(found):
+    assert [each["cached"] for each in found] == [[[i, 10 * i] for i in range(6)]] * 2
 
 
 SHARES = (5, 3)  # of eight images
@@ -510,7 +525,7 @@ def normalised(rank: int) -> dict:
     return found
 
 
-TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, normalised)
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, cached, normalised)
 
 
 def test_two_processes_normalise_as_one(found):

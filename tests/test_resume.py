@@ -38,14 +38,16 @@ WAYS = {
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
     " --adapt-last 1",
+    "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
     "norms that follow": "--checkpoint {resnet} --image-size 32 --labels-per-class 2 --norms follow",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, saved, narrow, way):
+def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, saved, narrow, way, tmp_path, monkeypatch):
     """It stopped at the first step of its second epoch, and has other workers from then on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = WAYS[way].format(hospital=hospital, pairs=pairs, resnet=saved(narrow))
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):

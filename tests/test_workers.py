@@ -19,7 +19,13 @@ RUNS = {
     "several labels": f"--task multilabel {LISTED}labels.csv",
     "numbers": f"--task regression {LISTED}numbers.csv",
     "masks": "--task segmentation --data-dir {pairs} --augmentation crop",
+    "cached features": "--adapt-last 1 --cache-features disk",
 }
+
+
+@pytest.fixture(autouse=True)
+def features_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -52,7 +58,7 @@ def forkserver():
 
 @pytest.mark.slow
 def test_scripts_read_images_by_processes_that_are_not_forked(forkserver, finetune, images, tmp_path):
-    results = finetune("--adapt-last 1 --workers 1 --epochs 1")
+    results = finetune("--adapt-last 1 --cache-features disk --workers 1 --epochs 1")
     adapter = results["folder"] / "lora.pth"
     rows = deploy_lora.main(f"predict {adapter} {images}/val --workers 1 --output {tmp_path}/rows.csv".split())
     assert len(rows) == 15

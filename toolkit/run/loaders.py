@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from toolkit.answers.tasks import Features, Task
 from toolkit.choices import TRUTHS
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
+from toolkit.images.cache import CACHED_VIEWS, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
@@ -65,6 +67,26 @@ class Loaders:
             if args.augmentation == "crop" and values["bands"] is None:
                 self.strong_view = train_transform(image_size, "trivial", **values)
             self.eval_transform = self.plain_view = eval_transform(image_size, **values)
+
+    @torch.no_grad()
+    def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        """`--cache-features`: run the frozen blocks, `lower` in eval mode, once on each image and view."""
+
+        def features(loader: DataLoader) -> Iterator[Tensor]:
+            for batch, _ in runs.progress_bar(loader, "blocks below"):
+                yield evaluation.computed(lower, batch, self.device, dtype)
+
+        def cached(images: LabelledImages, views: int) -> LabelledImages:
+            plain = self.add_loader(images, self.plain_view, keep_workers=False)
+            augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
+            loaders = [plain, *[augmented] * views]  # each pass draws new views
+            return cache_features(images, list(map(features, loaders)), plain.batch_sampler.batch_size)
+
+        views = 0 if self.args.augmentation == "none" else CACHED_VIEWS
+        self.images = self.images._replace(train=cached(self.images.train, views), val=cached(self.images.val, 0))
+        self.eval_transform = self.plain_view = plain_view
+        self.augmentation = drawn_view
+        self.args = replace(self.args, workers=0)  # there is nothing to decode
 
     def open(self, norms_train: bool, teaches: bool = False) -> None:
         """Make the loaders. With `teaches` images without labels train: each batch has as many as of others."""
@@ -160,7 +182,7 @@ class Loaders:
         seeded = list(enumerate(range(len(some))))  # views for `Transformed`: a resumed run's are to be the same
         views = Transformed(some, self.plain_view)
         loader = DataLoader(views, self.args.batch_size, sampler=seeded, generator=torch.Generator())
-        return (devices.to_device(images, self.device) for images, _ in loader)
+        return (devices.to_device(images, self.device).float() for images, _ in loader)  # cached in 16 bits, maybe
 
     @property
     def probe_images(self) -> LabelledImages:

@@ -119,6 +119,7 @@ class DataOptions(ImageOptions):
     labels_per_class: int | None = option(None, "train on only this many images of each class", type=positive_int)
     unlabelled: Path | None = option(None, "folder or list of images without labels, which help few labels", type=Path)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
+    cache_features: str = option("none", "disk: run blocks below --adapt-last once per view", choices=("none", "disk"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +335,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
 
 _ONE_CLASS = "it is for images of one class"
 _NO_MASKS = "it is not possible with masks"
+_CHANGES = "cached features must be the same in every epoch"
 _FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
 # Options that exclude each other, as they are typed, and why. One without its value means any value but off.
@@ -344,10 +346,12 @@ CLASHES = {
         "--norms train": "everything trains",
         "--norms frozen": "everything trains",
         "--norms follow": "only frozen BatchNorms follow adapters",
+        "--cache-features": _CHANGES,
     },
     "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
+    "--cache-features": {"--norms train": _CHANGES},
     "--checkpoint none": {"--use-qlora": _NO_FILE, "--arithmetic int8": _NO_FILE},
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
@@ -356,6 +360,7 @@ CLASHES = {
         "--no-freeze-backbone": _FROM_A_PROBE,
         "--norms train": _FROM_A_PROBE,
         "--learning-rate auto": "few labels cannot tell rates apart",
+        "--cache-features": "images without labels come in new views each time",
     },
 }
 _NOT_OF_ONE = {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS, "--unlabelled": _ONE_CLASS}
@@ -366,6 +371,7 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
     "mask": {
         "--augmentation trivial": _NO_MASKS,
         "--augmentation affine": _NO_MASKS,
+        "--cache-features": _NO_MASKS,
         "--labels-per-class": _NO_MASKS,
         "--unlabelled": _NO_MASKS,
     },
@@ -405,6 +411,8 @@ def _own_problems(args: Any, typed: Container[str]) -> Iterator[str]:
         yield f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
     if is_none(args.checkpoint) and args.freeze_backbone:
         yield "--checkpoint none with a frozen backbone trains nothing useful; add --no-freeze-backbone"
+    if args.cache_features != "none" and args.lora_rank > 0 and args.adapt_last is None:
+        yield f"--cache-features needs --adapt-last, or --lora-rank 0: {_CHANGES}"
     if args.norms == "train" and args.adapt_last and args.use_qlora:
         yield "--norms train with --adapt-last and --use-qlora: backward would hold 4-bit weights as floats; drop one"
     if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":

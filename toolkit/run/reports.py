@@ -27,6 +27,7 @@ from toolkit.models import published
 from toolkit.models.backbones import block_names
 from toolkit.models.checkpoints import state_digest, stored_checkpoint
 from toolkit.run import verdict
+from toolkit.run.loaders import KNN_IMAGES
 from toolkit.run.options import DataOptions, lora_options
 from toolkit.run.teacher import LEAST_LABELS, trains
 from toolkit.run.training import best_epoch
@@ -276,7 +277,7 @@ def labels_to_check(run: FineTuned) -> list[str]:
     found = run.task.contradicted
     if found is None:
         return []
-    images = run.loaders.probe_images
+    images = run.splits.train.at_most(KNN_IMAGES)  # which the probe is of; of cached features there are no pictures
     names = run.task.names
     rows = []
     shown = []

@@ -42,7 +42,7 @@ class RunState:
     """What a run has done so far, and what it needs to resume, on a CPU bit for bit. Both scripts derive from it.
 
     Attributes:
-        model: which is called in training, and is for them to set.
+        network: which is called in training, and is for them to set.
         trained_entries: what training changes, by key of `last.pth`.
         other_entries: what else a resumed run needs.
         identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is.
@@ -76,7 +76,7 @@ class RunState:
         self.steps_read_together = STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parallel = distributed.parallel(self.model, self.device)
+        self.parallel = distributed.parallel(self.network, self.device)
         if distributed.rank() > 0:
             seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {

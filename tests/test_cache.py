@@ -1,0 +1,145 @@
+"""toolkit/images/cache.py: fine-tuning over cached features is what it is over images."""
+
+import errno
+import itertools
+import os
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.vision_transformer import VisionTransformer
+
+from lora import initialization
+from lora.split import split_model
+from tests.run_folders import tensors
+from toolkit import InputError
+from toolkit.answers import evaluation
+from toolkit.images import cache, data, transforms
+from toolkit.run import search
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+    """Where the features of these tests are cached."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "moco-images"
+
+
+def cached_three() -> data.LabelledImages:
+    return cache.cache_features(data.LabelledImages([], [0, 1, 0]), [[torch.zeros(3, 5)]], 3)
+
+
+def test_places_that_cannot_be_used(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
+        with pytest.raises(InputError, match="several machines share no file; use --cache-features none"):
+            cached_three()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot make .*Not a directory.* set XDG_CACHE_HOME"):
+        cached_three()
+
+
+def test_no_file_is_left_where_the_features_cannot_be_opened(place, monkeypatch):
+    """As after a stop while the other processes open it."""
+    monkeypatch.setattr(torch, "from_file", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cached_three()
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved")
+def test_room_for_features_is_reserved(place, tmp_path, monkeypatch):
+    """Where another process takes it meanwhile, writing to the tensor would end this one without a word."""
+    cache._reserve(tmp_path / "features", 100_000)
+    assert (tmp_path / "features").stat().st_blocks * 512 >= 100_000
+    reserve = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    with pytest.raises(InputError, match=r"a file of 0\.00 GB in .*No space left.* use --cache-features none"):
+        cached_three()
+    assert reserve.call_args.args[2] == 3 * 5 * 4
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--adapt-last 1", pytest.param("--lora-rank 0", marks=pytest.mark.slow)])
+def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, flags, place, capsys, monkeypatch):
+    """To rounding, as batches of other sizes round, while what is below sees each of the 21 + 15 images once."""
+    plain = finetune(flags, "plain")
+    calls = []
+    embed = VisionTransformer._process_input
+
+    def embedded(vit, x):
+        calls.append((len(x), vit.training))
+        return embed(vit, x)
+
+    monkeypatch.setattr(VisionTransformer, "_process_input", embedded)
+    cached = finetune(f"{flags} --cache-features disk", "cached")
+    assert calls == [(21, False), (15, False)]
+    assert capsys.readouterr().out.count("caching features in") == 2
+    assert cached["knn_accuracy_before"] == plain["knn_accuracy_before"]
+    assert cached["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (cached, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert list(place.iterdir()) == []
+
+
+def test_what_goes_with_an_image_goes_with_its_features():
+    images = data.LabelledImages([], [0, 1, 0], targets=torch.eye(3))
+    images.groups = np.array(["a", "b", "a"])
+    cached = cache.cache_features(images, [[torch.zeros(3, 5)], [torch.ones(3, 5)]], 3)
+    features, target = cached[1]
+    assert cache.plain_view(features).tolist() == [0] * 5 and cache.drawn_view(features).tolist() == [1] * 5
+    assert target.tolist() == [0, 1, 0] and cached.groups.tolist() == ["a", "b", "a"]
+
+
+def test_norms_follow_over_cached_features_in_16_bits(finetune, narrow, tmp_path):
+    """Of so narrow a network 16 bits round the loss by a tenth or two; wrong features would have chance's 1.1."""
+    torch.save(narrow, tmp_path / "resnet.pth")
+    told = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --learning-rate 1e-5 --epochs 1"
+    told += " --norms follow --adapt-last 1 --precision bf16"
+    plain = finetune(told, "plain")
+    cached = finetune(f"{told} --cache-features disk", "cached")
+    assert cached["val_loss"] == pytest.approx(plain["val_loss"], abs=0.3)
+
+
+def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
+    """First of each image as it is, then as four epochs would draw it; an epoch takes one of those four."""
+    found = []
+
+    def look(run) -> None:
+        assert run.loaders.train.num_workers == 0  # there is nothing to decode
+        plain = transforms.eval_transform(16, **run.plan.normalization)
+        drawn = transforms.train_transform(16, "crop", **run.plan.normalization)
+        loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
+        loaders += loaders[1:] * 3
+        with evaluation.eval_mode(run.model), torch.no_grad():
+            below = split_model(run.model, 1)[0]
+            expected = [below(images) for loader in loaders for images, _ in loader]
+        cached = run.loaders.images.train.source
+        found.append((cached, next(iter(run.loaders.train))[0], expected))
+
+    finetune("--adapt-last 1 --augmentation crop --cache-features disk --epochs 1 --workers 1", after_epoch=look)
+    [(cached, taken, views)] = found
+    torch.testing.assert_close(cached, torch.stack(views, 1))
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(views, 2))
+    distances = torch.stack([(taken[:, None] - view[None]).abs().amax((2, 3)).amin(1) for view in views])
+    assert (distances[1:].amin(0) < 1e-5).all() and (distances[1:].amax(1) > 1e-3).all()  # all, and nothing else
+
+
+def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
+    """They would be the start's, so that no adapter would train. The gradient that chooses is of images."""
+    monkeypatch.setattr(initialization, "ENERGY_SHARE", 1.1)  # which no number of blocks has
+    with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
+        finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
+    assert not (tmp_path / "cached").exists()
+
+
+def test_the_trials_of_a_search_train_on_cached_features(finetune, monkeypatch):
+    calls = []
+    embed = VisionTransformer._process_input
+    monkeypatch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
+    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
+    finetune("--adapt-last 1 --cache-features disk --learning-rate auto --epochs 1")
+    assert sum(calls) == 21 + 21 + 21 + 15  # each trial's parts of the training images, and for the run both splits
