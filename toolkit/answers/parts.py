@@ -109,10 +109,10 @@ class Task:
 
     def progress(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The `plain_loss` of a training batch, and its right answers; 0 if answers are not right or wrong."""
-        hits = outputs.new_zeros(())
-        if self.counts_images:
-            hits = (outputs.argmax(1) == targets).sum().float()
-        return self.plain_loss(outputs, targets), hits
+        loss = self.plain_loss(outputs, targets)
+        if not self.counts_images:
+            return loss, outputs.new_zeros(())
+        return loss, (outputs.argmax(1) == targets).sum().float()
 
     def evaluate(self, model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Answers:
         return self.answers(*evaluation.all_outputs(model, loader, device, dtype))
