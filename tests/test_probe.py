@@ -73,6 +73,12 @@ def test_noise_is_fitted_with_a_stronger_penalty(by_deviation):
     assert probe.fit_ridge(features, exact)[2] < probe.fit_ridge(features, noise)[2]
 
 
+def test_images_that_tell_nothing_are_told_apart_all_the_same():
+    """By C of 0.001: below, what is held out loses even less, and a weak backbone's few images are taken by chance."""
+    features = torch.randn(60, 100, generator=torch.Generator().manual_seed(4))
+    assert probe.fit_linear_probe(features, torch.arange(60) % 3, 3).strength == pytest.approx(1e-3)
+
+
 def test_the_views_of_an_image_are_held_out_together(by_deviation):
     """Noise that an image has in both its views is no help with others: the regularisation must be as strong."""
     features, labels = clusters(3, images=8, spread=4.0)
