@@ -337,6 +337,15 @@ def test_each_number_has_intervals_that_come_of_its_own_errors(numbers):
     assert f"mean absolute error {age['mae']:.4g} ({low:.4g} to {high:.4g})" in told["age"]
 
 
+def test_intervals_of_each_number_are_over_groups(numbers):
+    """Ten images of each of two patients tell less than twenty of twenty."""
+    patients = torch.arange(20) // 10
+    of_patients = regression.NumberReport(numbers.task, numbers.answers, patients)
+    assert of_patients.intervals(0) != numbers.intervals(0)
+    alone = regression.NumberReport(numbers.task, numbers.answers, torch.arange(20))
+    assert alone.intervals(0) == numbers.intervals(0)
+
+
 def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbers):
     truth = torch.tensor([[2.0, 3.0]] * 4)
     report = regression.NumberReport(numbers, regression.NumberAnswers(0.1, truth + 1, truth))
