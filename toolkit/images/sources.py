@@ -95,11 +95,7 @@ def load_splits(
         parts, class_names = _digits(data_dir)
     elif dataset == "imagefolder" or lists:
         places = lists or _folders(data_dir, val_dir, needs_val)
-        parts = []
-        class_names = []
-        for place in filter(None, places):
-            part, class_names = labelled(place, bands, truth, class_names, places[0])
-            parts.append(part)
+        parts, class_names = _labelled_parts(places, bands, truth)
     else:
         raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
     if len(parts) < len(places):  # the evaluation images of a divided set are not needed
@@ -107,10 +103,7 @@ def load_splits(
     if group_by is not None:
         _group(parts, lists, group_by, truth)
     if skip_unreadable:
-        labels = set(parts[0].labels)
-        parts = list(map(readable, parts))
-        if truth == "class" and (gone := labels - set(parts[0].labels)):
-            raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
+        parts = _readable_parts(parts, truth, class_names)
     train, val = _divide(parts, eval_split, folds, group_by)
     left_alone = val_dir or [images.path for images in lists[1:]]
     if left_alone and not needs_val and not for_training_only:
@@ -122,6 +115,27 @@ def load_splits(
     if unlabelled is None:
         return splits
     return splits._replace(unlabelled=_unlabelled(Path(unlabelled), splits, bands, skip_unreadable))
+
+
+def _labelled_parts(
+    places: Sequence[Path | ImageList | None], bands: Bands | None, truth: str
+) -> tuple[list[LabelledImages], list[str]]:
+    """The images of lists or folders, None passed over, and the names of their classes: those of the first."""
+    parts = []
+    class_names: list[str] = []
+    for place in filter(None, places):
+        part, class_names = labelled(place, bands, truth, class_names, places[0])
+        parts.append(part)
+    return parts, class_names
+
+
+def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
+    """The images of each part that can be read. Raises InputError where a class loses all its training images."""
+    kept = list(map(readable, parts))
+    gone = set(parts[0].labels) - set(kept[0].labels)
+    if gone and truth == "class":
+        raise InputError(f"no training image of {_names(gone, names)} can be read: repair or drop the class")
+    return kept
 
 
 def _group(parts: Sequence[LabelledImages], lists: Sequence[ImageList], by: str, truth: str) -> None:
