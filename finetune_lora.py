@@ -82,7 +82,7 @@ class LoRALayer:
 
     weight_name = "weight"
     parts = ("",)  # of the weight, one below the other, that have an A and a B each: how the names of these end
-    in_4_bits = False  # the kinds called QLoRA... have their base in NF4 (arXiv 2305.14314): `weight` is packed bytes
+    in_4_bits = False  # True in classes named QLoRA...: their `weight` holds the packed bytes of NF4 (arXiv 2305.14314)
     base_bits = 32  # that the base weight is stored in: 16, 8 or 4 if it was rounded
     # SHA-256 of the weight, by its name, before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
@@ -268,7 +268,7 @@ class LoRALayer:
         if self.base_bits == 4:
             self._load_nf4_state(state_dict, name, strict, missing, unexpected)
         now = dense_weight(self.base(), torch.float32) if rounded else None
-        # In place, here and there: adapters that share the base share these.
+        # Digests and constants change in place, since adapters that share the base share them.
         if rounded and not torch.equal(now, before):  # one that changes is no longer its former base
             loaded = state_dict[name]  # in 4 bits its bytes alone do not determine the values
             self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
@@ -692,7 +692,8 @@ def main(
 def finetune(after_epoch: Callable[["FineTuning"], None] | None = None, **asked: Any) -> dict[str, Any]:
     """`main` by keywords, as ``finetune(data_dir="my_images", checkpoint="moco-v2-800ep", epochs=20)``.
 
-    Options are named as in a YAML file: `learning_rate`, not `--lr`. A list has several values, None asks for nothing.
+    Options are named as in a YAML file: `learning_rate`, not `--lr`. A list has several values, None leaves an option
+    at its default. Raises InputError as `main` does.
     """
     return main(config.as_typed(asked), after_epoch)
 

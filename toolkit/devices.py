@@ -38,7 +38,7 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that exists; several processes get a GPU each. Else InputError."""
+    """'auto' is the first of cuda, mps and cpu that is there; several processes get a GPU each. InputError for none."""
     several = distributed.launched()
     if name == "auto":
         name = "cpu"

@@ -23,7 +23,7 @@ VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be
 
 @dataclass
 class Answers:
-    """The result of `Task.evaluate`, which has `targets`, too; an `Evaluation` of a classification has the same."""
+    """The result of `Task.evaluate`. It has `targets` too. An `Evaluation` of a classification is alike."""
 
     MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
     # Of weights of the images (n, N) these figures, (n,), and maybe others, by name; of None: of all images, ()
@@ -93,7 +93,7 @@ class Task:
     start: Callable[..., probe.Probe]
     # The temperature before training, by features and targets; do features train? See `probe.choose_temperature`
     first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
-    # What divides outputs for the smallest plain loss, by them, targets, and smoothing, which bounds it
+    # The temperature of outputs with the smallest plain loss, by outputs, targets and a label smoothing that bounds it
     fitted_temperature: Callable[..., float]
     # A table of predictions, for outputs: what stands in each column, for each image
     columns: Callable[[Tensor], Mapping[str, Sequence[str]]]

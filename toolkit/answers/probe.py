@@ -15,7 +15,8 @@ from toolkit import distributed
 from toolkit.images.splitting import folds, strata
 from toolkit.models.backbones import head_name
 
-STRENGTHS = 10.0 ** np.arange(-3, 1.5, 0.5)  # of scikit-learn's C; below, a weak backbone's few images tell nothing
+# Of scikit-learn's C, from strong regularisation to weak. By stronger ones a weak backbone's few images get chance.
+STRENGTHS = 10.0 ** np.arange(-3, 1.5, 0.5)
 RIDGES = 10.0 ** np.arange(-2, 7)  # penalties
 FOLDS = 3
 STEPS = 200  # of a fit, at the most
