@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import config
+from toolkit import config, typed
 from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.images import remote
@@ -57,7 +57,7 @@ SECTIONS = {"run": options.RunOptions, "model": BackboneOptions, "data": options
 
 def make_parser(description: str = "") -> argparse.ArgumentParser:
     """The command line, whose groups are the sections of the configuration file."""
-    parser = config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=description)
+    parser = config.make_parser(SECTIONS, prog=typed("pretrain"), description=description)
     parser.set_defaults(output_dir=Path("checkpoints/pretrain"))
     return parser
 

@@ -67,9 +67,11 @@ def optional_package(name: str, who: str, install: str | None = None) -> ModuleT
 
 
 def typed(script: str) -> str:
-    """How `finetune` or `deploy` is started where this process was: as an installed command, or by its path."""
+    """How `finetune`, `deploy` or `pretrain` is started where this process was: installed, or by its path."""
     if Path(sys.argv[0]).name.startswith("moco-lora-"):
         return f"moco-lora-{script}"
+    if script == "pretrain":
+        return "python -m moco.pretrain"
     path = TOOLKIT / f"{script}_lora.py"
     return f"python {path.name if Path.cwd() == TOOLKIT else shlex.quote(str(path))}"
 
