@@ -31,6 +31,8 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak, next to zero in float32,
 # NaN stays. Subnormal numbers are slow: at 1e-30 products with gradients would be, at 1e-15 squares in Adam.
 LEAK = 1e-20
+# oneDNN's gradient of a wider depthwise kernel takes ten times as long as its output, in bf16 forty times.
+WIDEST_FAST_KERNEL = 3
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -126,11 +128,28 @@ def added_and_rectified(y: Tensor, residual: Tensor | None, relu: bool) -> Tenso
 def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_weight: bool) -> Tensor:
     """One of the two gradients of ``conv2d(x, kernel)``: the kernel's or the input's."""
     stride, padding, dilation, groups = geometry
+    is_depthwise = groups == x.shape[1] == len(kernel)
+    if is_depthwise and x.device.type == "cpu" and x.numel() > 0 and not is_traced():
+        if of_weight and max(kernel.shape[2:]) > WIDEST_FAST_KERNEL:
+            return _depthwise_kernel_gradient(gy, x, kernel.shape, geometry)
+        if not of_weight and max(stride) > 1 and gy.dtype == torch.bfloat16:
+            return conv2d_gradient(gy.float(), x.float(), kernel.float(), geometry, of_weight).bfloat16()
     wanted = [not of_weight, of_weight, False]
     gradients = torch.ops.aten.convolution_backward(
         gy, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, wanted
     )
     return gradients[int(of_weight)]
+
+
+def _depthwise_kernel_gradient(gy: Tensor, x: Tensor, shape: torch.Size, geometry: tuple) -> Tensor:
+    """The kernel's gradient of a depthwise convolution: each channel of each image, convolved with its ``gy``."""
+    stride, padding, dilation, _ = geometry
+    channels = gy.shape[0] * gy.shape[1]
+    images = x.reshape(1, channels, *x.shape[2:])
+    kernels = gy.reshape(channels, 1, *gy.shape[2:])
+    gradients = F.conv2d(images, kernels, None, dilation, padding, stride, channels)
+    gradients = gradients[:, :, : shape[2], : shape[3]]  # where the stride leaves rows out, there are more
+    return gradients.view(len(x), *shape).sum(0)
 
 
 def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,10 @@ GEOMETRIES = {
     "3x2 stride dilation": ((6, 4, 3, 2), Geometry((2, 1), (1, 0), (1, 2))),
     "groups": ((6, 2, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
     "depthwise": ((4, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 4)),
+    "depthwise stride": ((4, 1, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 4)),
+    "wide groups": ((6, 2, 5, 5), Geometry((1, 1), (2, 2), (1, 1), 2)),
+    "wide depthwise": ((4, 1, 5, 5), Geometry((1, 1), (2, 2), (1, 1), 4)),
+    "wide depthwise stride dilation": ((4, 1, 4, 5), Geometry((1, 2), (1, 2), (2, 1), 4)),
 }
 
 
@@ -218,6 +222,16 @@ def test_a_convolution_equals_the_dense_one(device, geometry, storage, dtype, au
         assert_close(y, expected.relu() if relu else expected, 2 * tolerance)
         # Where an output is near zero, rounding decides whether it is positive: the same outputs are rectified here.
         compare([*ours.values()], y, [*theirs.values()], expected * (y > 0) if relu else expected, 2 * tolerance)
+
+
+def test_a_batch_without_an_image_has_zero_gradients():
+    """As a process gets it that has no share of the last batch; of a depthwise kernel, whose way is another."""
+    shape, geometry = GEOMETRIES["wide depthwise"]
+    A = random(2, 25, requires_grad=True)
+    B = random(4, 2, requires_grad=True)
+    y = lora_conv2d(torch.zeros(0, 4, 6, 6), random(*shape), A, B, None, SCALING, geometry)
+    y.sum().backward()
+    assert not A.grad.any() and not B.grad.any()
 
 
 def test_channels_last_stays_channels_last():
