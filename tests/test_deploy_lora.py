@@ -429,7 +429,7 @@ def test_a_graph_and_its_preparation_answer_as_predict(served, normalise, tmp_pa
     adapter, image = served
     run("export", adapter, "--output", tmp_path / "model.pt2", *normalise)
     about = json.loads((tmp_path / "model.json").read_text())
-    with pytest.raises(InputError, match=r"model\.json is there, and no earlier merge like this wrote it"):
+    with pytest.raises(InputError, match=r"model\.json is there, not known to be of an earlier merge"):
         run("merge", adapter, "--output", tmp_path / "model.pth")  # whose images would be normalised twice
     run("merge", adapter, "--output", tmp_path / "merged.pth")
     merged = json.loads((tmp_path / "merged.json").read_text())
@@ -485,6 +485,7 @@ def test_a_command_writes_the_files_that_it_says_and_again_the_next_day(
         assert sorted(set(os.listdir()) - {"lora.pth"}) == said
 
 
+PAGE_OF_A_RUN = '<!doctype html>\n<meta content="moco-lora 1.0">\n<h1>run</h1>\n<table><tr><td>limited by</td>'
 RESULTS_OF_A_RUN = '{\n  "task": "classification",\n  "val_accuracy": 0.9'
 
 
@@ -495,8 +496,12 @@ RESULTS_OF_A_RUN = '{\n  "task": "classification",\n  "val_accuracy": 0.9'
         ("evaluate lora.pth images --output r.json", "r_answers.csv", "image,class,answer\r\n"),
         ("evaluate lora.pth images --output r.json", "r.html", "mine"),
         ("evaluate lora.pth images", "lora_evaluation.html", "mine"),
+        ("evaluate lora.pth images --output report.json", "report.html", PAGE_OF_A_RUN),
         ("threshold lora.pth list.csv --output new.pth", "new.pth", "weights"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,label\n"),
+        ("predict lora.pth images --output p.csv", "p.csv", "path,label\r\n"),
+        ("predict lora.pth images --output p.csv", "p.csv", "path,class\r\n"),
+        ("predict lora.pth images --output p.csv", "p.csv", "path,labels\r\n"),
+        ("predict lora.pth images --output p.csv", "p.csv", "path,age\r\n"),
         ("predict lora.pth images --output map.tif", "map.tif", "II*"),
         ("embed lora.pth images --output f.npy", "f.npy", "numbers"),
         ("embed lora.pth images --output f.npy", "f_paths.csv", "path,label\r\n"),
@@ -505,7 +510,7 @@ RESULTS_OF_A_RUN = '{\n  "task": "classification",\n  "val_accuracy": 0.9'
         ("export lora.pth --output g.pt2", "g.pt2", "a graph"),
         ("card lora.pth --output README.md", "README.md", "# My project"),
         ("convert lora.pth --rank 2 --output mine.pth", "mine.pth", "weights"),
-        ("convert lora.pth --output .", "adapter_config.json", "{}"),
+        ("convert lora.pth --output .", "adapter_config.json", '{\n  "peft_type": "LORA",\n  "rank_pattern": {}\n}'),
     ],
 )
 def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words, name, content):
@@ -518,9 +523,15 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words
         lambda: os.mkfifo(name),
     ):
         put()
-        with pytest.raises(InputError, match=f"^{name} is there, and no earlier {words.split()[0]} like this wrote it"):
+        with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier {words.split()[0]}"):
             read_options(words.split())
         Path(name).unlink()
+
+
+def test_a_table_of_labels_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.csv").write_text('path,labels,cat probability,"a,b probability"\r\n', newline="")
+    read_options(["predict", "lora.pth", "images", "--output", "p.csv"])
 
 
 @pytest.mark.parametrize("command", ["predict", "embed", "explain"])

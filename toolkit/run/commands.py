@@ -117,12 +117,12 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
 # What else a command writes, by what follows the name of --output without its own ending.
 ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,), "merge": (".json",), "export": (".json",)}
 # What stands in the first megabyte of a file that a command wrote. Weights, graphs and arrays have nothing of the kind:
-# the file next to them tells.
+# the file next to them tells. A table of numbers looks like a list of images with numbers, so it tells nothing.
 WROTE = {
-    "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |\A<!doctype html>[^\n]*\n[^\n]*content="moco-lora ',
+    "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |</h1>\n<table><tr><td>adapter</td>',
     "threshold": rb"thresholds chosen",
-    "convert": rb'cut to rank|"peft_type": ',
-    "predict": rb"\A(image_)?path,[^\n]*\r\n|moco-lora \d",
+    "convert": rb'cut to rank|"rank_pattern": \{\s+"\^',
+    "predict": rb"\Apath,(class,probability|labels,[^\n]* probability)|moco-lora \d",
     "embed": rb"\Apath\r\n",
     "card": rb"\n## Settings, of version .* of the toolkit\n",
 } | dict.fromkeys(("merge", "export"), rb'\A\{\s+"file": ')
@@ -185,7 +185,7 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
             yield f"--output {args.output}: {path} is read by this very command; name another file"
     path = not_its_own(args)
     if path is not None:
-        yield f"{path} is there, and no earlier {args.command} like this wrote it: move it, or name another --output"
+        yield f"{path} is there, not known to be of an earlier {args.command}: move it, or name another --output"
 
 
 def check(args: argparse.Namespace) -> list[str]:
