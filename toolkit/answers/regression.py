@@ -97,8 +97,15 @@ class NumberReport(ColumnReport):
         return {name: self.found_by_number[name][i].interval for name in WITH_INTERVALS}
 
     def rows(self) -> list[tuple[str, str]]:
-        mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
-        return [(title, text + mean) for title, text in super().rows()]
+        rows = super().rows()
+        if len(self.names) == 1:
+            return rows
+        means = []
+        for name, (title, text) in zip(MEASURES, rows, strict=True):
+            undefined = sum(map(math.isnan, self.by[name]))
+            some = f"{len(self.names) - undefined} of " if undefined else ""
+            means.append((title, f"{text}, the mean of {some}{len(self.names)} numbers"))
+        return means
 
     def by_number(self) -> list[tuple]:
         """(number, images, R2, MAE, RMSE, Spearman)."""
