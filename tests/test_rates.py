@@ -106,7 +106,7 @@ USUAL = search.DEFAULT_RATE
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_usual_one_is_taken():
-    accuracies = [0.5, 0.88, 0.84, 0.88, 0.9, 0.89, 0.0]
+    accuracies = [0.5, 0.88, 0.85, 0.88, 0.9, 0.89, 0.0]
     trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
     assert [choose(trials, variance_on(images), USUAL) for images in (20, 100, 10_000)] == [1e-4, 3e-4, 1e-3]
     alike = [Trial(rate, 1.0, 0.0) for rate in RATES]
@@ -137,7 +137,8 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
     peaks = [rate / optim.run_divisor(FineTuneOptions(epochs=2), rate, steps_per_epoch=2) for rate in RATES]
     distinct = search.rates_that_differ(dict(zip(RATES, peaks, strict=True)).get)
     assert distinct == [1e-5, 3e-5, 1e-4]
-    assert search.rates_that_differ(lambda rate: rate) == list(RATES)
+    assert search.rates_that_differ(lambda rate: rate**0.4) == list(RATES)  # at least 3^0.4 = 1.55 apart
+    assert search.rates_that_differ(lambda rate: rate**0.35) == list(RATES[::2])  # 3^0.35 = 1.47
 
 
 def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, monkeypatch, tmp_path, capsys):

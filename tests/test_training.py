@@ -169,6 +169,7 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
 
     optimizer = adamw()
     schedule = optim.lr_schedule(optimizer, 10, 2)
+    assert schedule.get_last_lr() == [0.5, 0.05]  # the first of two steps of a warm-up
     for _ in range(5):
         optimizer.step()
         schedule.step()
