@@ -97,6 +97,7 @@ def drop(adapter, monkeypatch):
 def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, image, drop, tmp_path):
     [said, (picture, _), (heat, _)], [_, _, (of_dark, _)] = drop((str(image), None), (str(image), 1)).answers
     argv = ["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "answers.csv")]
+    options = deploy_lora.read_options(argv)
     [row] = deploy_lora.main(argv)
     _, *rows = row.items()
     if "class" in row:
@@ -104,7 +105,7 @@ def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, i
     assert said == html_table(list(rows))
     assert picture.shape == heat.shape == (32, 32, 3) and picture.dtype == heat.dtype == np.uint8
     assert picture[:, :14].mean() > 2 * picture[:, 18:].mean()  # the left half is the bright one
-    with deploy_lora._deployed(deploy_lora.read_options(argv)) as deployed:
+    with deploy_lora._deployed(options) as deployed:
         _, expected, _ = deployed.explainer().explain(Image.open(image), 1)
     assert abs(of_dark - 255 * expected).max() <= 0.5
     assert (of_dark != heat).any()
@@ -185,6 +186,18 @@ def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path
     assert (tmp_path / "space/moco_lora.pth").read_text() == "moco_lora.pth"
     assert "timm>=1.0" in (tmp_path / "space/requirements.txt").read_text().split()
     assert "deploy_lora.main(['demo', 'lora.pth'])" in (tmp_path / "space/app.py").read_text()
+
+
+def test_two_files_of_a_space_with_one_name_are_refused(tmp_path):
+    """Of a base that is called as its adapter one would replace the other."""
+    adapter = tmp_path / "ours/model.pth"
+    base = tmp_path / "theirs/model.pth"
+    for path in (adapter, base):
+        path.parent.mkdir()
+        path.write_text("weights")
+    with pytest.raises(InputError, match=rf"{adapter}, {base}: in a Space two of them would have one name; rename one"):
+        demo.write_space(tmp_path / "space", adapter, base, None, {"arch": "resnet18", "class_names": []})
+    assert not (tmp_path / "space").exists()
 
 
 # In the place of gradio: it drops an image on the page that is launched.

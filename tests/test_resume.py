@@ -323,6 +323,18 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp
         output_folder.begin_folder(folder, names)
 
 
+def test_an_earlier_run_that_cannot_be_moved_aside_stays_as_it_is(tmp_path, monkeypatch):
+    """As where the folder is a disk of its own."""
+    folder = tmp_path / "lora"
+    write(folder, "lora.pth", "last.pth")
+    to_another_disk = OSError(errno.EXDEV, "Invalid cross-device link")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="Invalid cross-device link; name another"):
+        steps = [mock.DEFAULT, mock.DEFAULT, to_another_disk, mock.DEFAULT, mock.DEFAULT]
+        patch.setattr(os, "rename", mock.Mock(wraps=os.rename, side_effect=steps))
+        output_folder.begin_folder(folder, output_folder.FINE_TUNING_FILES)
+    assert contents(folder) == {"lora.pth": b"lora.pth", "last.pth": b"last.pth"}
+
+
 def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):
     """And a README.md of the user's own stays."""
     deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(once / "README.md")])

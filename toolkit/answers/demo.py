@@ -101,15 +101,17 @@ def _levels(picture: np.ndarray) -> np.ndarray:
 
 def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, metadata: Mapping[str, Any]) -> None:
     """Write a folder that is a Space: the page of an adapter, with the toolkit, and its base if that is a file."""
-    make_folder(folder)
-    for name in PACKAGES:
-        shutil.copytree(TOOLKIT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    needed = [adapter, *filter(None, [stage1]), *(TOOLKIT / name for name in FILES)]
+    needed = [adapter, *filter(None, [stage1])]
     words = ["demo", adapter.name]
     if base.is_file():
         needed.append(base)
         words += ["--checkpoint", base.name]
-    for path in needed:
+    if len({path.name for path in needed}) < len(needed):
+        raise InputError(f"{listed(needed)}: in a Space two of them would have one name; rename one")
+    make_folder(folder)
+    for name in PACKAGES:
+        shutil.copytree(TOOLKIT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*needed, *(TOOLKIT / name for name in FILES)):
         shutil.copyfile(path, folder / path.name)
     requirements = (TOOLKIT / "requirements.txt").read_text() + "gradio>=6\n"
     if str(metadata["arch"]).startswith("timm:"):

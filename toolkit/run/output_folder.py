@@ -151,6 +151,12 @@ def _move_aside(folder: Path, names: list[str]) -> None:
             raise FileExistsError(f"{moving / name} is there already")
         os.rename(folder / name, moving / name)
     is_unfinished = {"results.json", "folds"}.isdisjoint(os.listdir(moving))
-    os.rename(moving, aside)
+    try:
+        os.rename(moving, aside)
+    except OSError:  # the folder is a disk of its own, or nothing may be written next to it: the run stays what it was
+        for name in os.listdir(moving):
+            os.rename(moving / name, folder / name)
+        moving.rmdir()
+        raise
     unfinished = ", unfinished (--resume with this --output-dir goes on with it)" if is_unfinished else ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")
