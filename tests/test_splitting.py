@@ -210,7 +210,8 @@ class Runs:
             raise KeyboardInterrupt
         accuracy = int(args.folds.partition("/")[0]) / 10
         results = {"task": "classification", "val_images": 7, "val_accuracy": accuracy}
-        results["config"] = {"data": {"folds": args.folds}, "finetune": {"lora_rank": 8}}
+        settled = len(self.parts)  # by each part, as of --adapt-last auto
+        results["config"] = {"data": {"folds": args.folds}, "finetune": {"adapt_last": settled}}
         (args.output_dir / "results.json").write_text(json.dumps(results))
         if args.folds == self.collapses_at:
             raise Collapsed(1, 1e-3, 0, args.output_dir / "lora.pth", results)

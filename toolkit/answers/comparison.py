@@ -177,8 +177,11 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     return rows
 
 
-def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """(score, what has it) of many `results.json`, the best first; of runs that differ by seed or fold alone a row."""
+def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[str, str]]:
+    """(score, what has it) of many `results.json`, the best first; of runs that differ by seed or fold alone a row.
+
+    A row also where they `are_parts` of one cross-validation, each of which settles anew what is `auto`.
+    """
     kinds = set()
     groups: dict[str, list[tuple[Path, float]]] = {}
     for path in dict.fromkeys(paths):
@@ -193,6 +196,8 @@ def table_of_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
             settings["finetune.learning_rate"] = "auto"
         for of_one_run in ("finetune.seed", "data.folds"):
             settings.pop(of_one_run, None)
+        if are_parts:
+            settings.clear()
         if value is not None:  # else it is not defined on these images
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
     if len(kinds) > 1:

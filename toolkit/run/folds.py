@@ -43,5 +43,5 @@ def cross_validate(
                 found.append(stopped.results)
     if distributed.is_main():
         paths = [parts / str(number) / "results.json" for number in range(1, count + 1)]
-        print(f"\n{reports.table(table_of_runs(paths))}")
+        print(f"\n{reports.table(table_of_runs(paths, are_parts=True))}")
     return {"folds": found}
