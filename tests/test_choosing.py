@@ -45,8 +45,8 @@ def test_a_kind_of_which_an_image_is_labelled_has_its_turn_later():
 def test_of_the_least_sure_images_one_of_each_kind_is_chosen(monkeypatch):
     leads = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
     logits = torch.stack([torch.full((9,), 0.05), (0.95 + leads) / 2, (0.95 - leads) / 2], 1).log()  # of three classes
-    monkeypatch.setattr(choosing, "CANDIDATES", 4)  # 8, 6, 2, 7, 3, 1, 0, 5
-    assert choosing.least_sure(KINDS, 2, logits)[0] == 6
+    monkeypatch.setattr(choosing, "CANDIDATES", 3)  # all of them
+    assert choosing.least_sure(KINDS, 3, logits) == [8, 6, 2]
     monkeypatch.setattr(choosing, "CANDIDATES", 1)
     assert choosing.least_sure(KINDS, 2, logits) == [8, 6]
 
@@ -136,10 +136,10 @@ def test_an_image_that_cannot_be_read_is_left_out_and_of_many_some_are_looked_at
 
 
 def test_labels_that_held_out_answers_contradict_come_worst_first():
-    """Two views of four images: one is right, one a little wrong, one very, and the last was not held out."""
-    view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3])
-    other = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 7], [torch.nan] * 3])
-    found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0]))
+    """Two views of five images: one is right, one a little wrong, one very, one not held out, and the last a draw."""
+    view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3, [1, 1, 0]])
+    other = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 7], [torch.nan] * 3, [1, 1, 0]])
+    found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0, 0]))
     assert [(i, answer) for i, answer, _ in found] == [(2, 2), (1, 0)]
     assert [times for *_, times in found] == pytest.approx([np.exp(5), np.exp(1)])
 

@@ -124,10 +124,15 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measu
     reports = []
     for strength in (2.0, 0.7):
         reports.append(report(["cat", "dog"], truth, truth.nan_to_num() + strength * torch.randn(200, 2)))
-    differences = comparison.compare(*written(tmp_path, reports))
+    paths = written(tmp_path, reports)
+    differences = comparison.compare(*paths)
     [found] = (difference for difference in differences if difference.measure == measure)
     assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
+    truth[1, 1] += 1.0
+    _, other = written(tmp_path, [report(["cat", "dog"], truth, truth.nan_to_num())] * 2, name="other.json")
+    with pytest.raises(InputError, match="do not agree on what is true: look at the column dog"):
+        comparison.compare(paths[0], other)
 
 
 def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):

@@ -33,6 +33,10 @@ def test_the_interval_of_a_share_is_wilsons(hits, images):
     assert found == pytest.approx(tuple(expected), abs=1e-9)
     assert hits > 0 or found[0] == 0  # exactly
     assert hits < images or found[1] == 1
+    share = hits / images
+    low, high = measures.mean_interval(torch.tensor([share, share], dtype=torch.float64), images)
+    halves = (share - found[0]) / 2**0.5, (found[1] - share) / 2**0.5  # of the mean of two that are as sure
+    assert (share - low, high - share) == pytest.approx(halves)
 
 
 def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,8 +118,22 @@ def test_thresholds_reach_their_goal_and_no_more_than_that(seed, share):
         assert found[kind] >= share - 1e-6
         best = max(figures(t)[other] for t in others if figures(t)[kind] >= share - 1e-6)
         assert found[other] == pytest.approx(best)
-    assert 0 <= measures.threshold_for(scores, positive, "sensitivity=1e-12") <= 1
     assert math.isnan(measures.threshold_for(scores, torch.zeros_like(positive), f"sensitivity={share}"))
+
+
+@pytest.mark.parametrize(
+    ("positive", "goal", "threshold"),
+    [
+        ([1, 0, 0, 1], "f1", 0.7),  # the higher one: below all scores it is as good
+        ([0, 1, 1, 0], "specificity=1", 0.9),  # above all scores
+        ([0, 1, 1, 0], "sensitivity=1e-12", 0.5),  # of one positive at least
+        ([1] * 25, "sensitivity=0.28", 18.5 / 26),  # of 7 positives, though 0.28 x 25 is a little more
+    ],
+)
+def test_the_threshold_of_scores_at_equal_distances(positive, goal, threshold):
+    """The first is the highest, of n / (n + 1)."""
+    scores = torch.arange(len(positive), 0, -1) / (len(positive) + 1)
+    assert measures.threshold_for(scores, torch.tensor(positive), goal) == pytest.approx(threshold)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -132,7 +150,8 @@ def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
     }
     repeated = torch.arange(50).repeat_interleave(times)
     for ours, theirs in pairs.items():
-        assert ours(answers, truth).item() == pytest.approx(theirs(truth, answers), abs=1e-9)
+        for way in (answers, -answers):
+            assert ours(way, truth).item() == pytest.approx(theirs(truth, way), abs=1e-9)
         of_repeated = theirs(truth[repeated], answers[repeated])
         assert ours(answers, truth, times[None]).item() == pytest.approx(of_repeated, abs=1e-9)
 
@@ -162,8 +181,9 @@ def test_the_interval_of_a_mean_over_patients_and_its_chance_are_students(patien
     half = student.ppf(0.975, patients - 1) * error
     assert interval == pytest.approx((mean - half, mean + half))
     assert p == pytest.approx(2 * student.sf(abs(mean) / error, patients - 1))
-    low, high = measured_mean(1e9 + by_patient[clusters], clusters, measures.POSITIVE)[0]
+    (low, high), p = measured_mean(1e9 + by_patient[clusters], clusters, measures.POSITIVE)
     assert (low - 1e9, high - 1e9) == pytest.approx((mean - half, mean + half), abs=1e-3)  # far from all bounds
+    assert p < 1e-8
 
 
 @pytest.mark.parametrize(
@@ -179,8 +199,9 @@ def test_the_interval_of_a_mean_over_patients_and_its_chance_are_students(patien
 def test_an_interval_ends_before_what_cannot_be(bounds, middle, half, expected):
     low, high = measures._between(middle, middle, half, bounds)
     assert (low, high) == pytest.approx(expected, abs=1e-4)
-    low, high = measures._between(middle, 2.0 * middle + 1.0, 10.0, bounds)  # a correction out of all bounds
+    low, high = measures._between(middle, 2.0 * middle + 1.0, 1e3, bounds)  # a correction out of all bounds
     assert bounds[0] <= low < high <= bounds[1]
+    assert np.isnan(measures._between(bounds[1], middle, half, bounds)).all()  # no interval of a figure at its end
 
 
 @pytest.mark.parametrize(("bounds", "middle"), [(measures.BELOW_1, 0.8755), (measures.POSITIVE, 3.0)])
@@ -246,12 +267,12 @@ def test_what_a_threshold_reaches_is_told_with_wilsons_intervals():
     positive = (torch.arange(30)[:, None] < 10).double()
     is_answer = torch.cat([torch.arange(10) < 8, torch.arange(20) < 5])
     answers = multilabel.LabelAnswers(0.0, torch.where(is_answer, 0.45, 0.3)[:, None], positive)
-    task = tasks.MultiLabel(["rare"], thresholds=torch.tensor([0.4]))
+    task = tasks.MultiLabel(["rare"], thresholds=torch.tensor([0.3]))  # above which is an answer
     report = task.report(answers)
     by_name = report.figures()["labels"]["rare"]
     assert by_name["sensitivity_interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert by_name["specificity_interval"] == pytest.approx([0.5313, 0.8881], abs=1e-4)
-    told = "0.40: sensitivity 80.0% (49.0% to 94.3%), specificity 75.0% (53.1% to 88.8%)"
+    told = "0.30: sensitivity 80.0% (49.0% to 94.3%), specificity 75.0% (53.1% to 88.8%)"
     assert report.printed()[-1] == ("rare", told)
     assert report.by_label()[0][6:8] == ["80.0% (49.0% to 94.3%)", "75.0% (53.1% to 88.8%)"]
     patients = torch.arange(30) // 5  # two have the label, whose images are alike
@@ -289,6 +310,8 @@ def test_numbers_of_any_size_are_measured():
     expected = measures.r2(answers, truth).item()
     assert measures.r2(answers + 1.7e9, truth + 1.7e9).item() == pytest.approx(expected, abs=1e-6)
     assert measures.r2(answers, torch.full((100,), 1.7e9, dtype=torch.float64)).isnan()
+    far = torch.tensor([0.0, 1.0, 1000.0])  # left out once, and the others differ by little
+    assert measures.r2(far + 0.25, far, torch.tensor([[1, 1, 0]])).item() == pytest.approx(1 - 0.0625 / 0.25)
     errors = torch.from_numpy(1e-20 * (1 + np.random.RandomState(0).rand(60)))
     measure = functools.partial(measures.mean_absolute_error, errors, torch.zeros(60))
     (low, high), _ = chance(measure, 60, bounds=measures.POSITIVE)
@@ -319,9 +342,9 @@ def test_the_bias_of_a_figure_is_taken_from_the_middle_of_its_interval():
     assert (low + high) / 2 == pytest.approx((values.mean().square() - values.var() / 12).item())
 
 
-@pytest.mark.parametrize("hits", [[9, 8, 6, 3], [5, 6, 5, 6, 5, 6]], ids=["unlike", "more alike than chance"])
+@pytest.mark.parametrize("hits", [[9, 8, 6, 3], [9, 6], [5, 6, 5, 6, 5, 6]], ids=["unlike", "two", "alike"])
 def test_a_share_over_few_patients_counts_as_few_images_and_as_no_more_than_there_are(hits):
-    """Of ten images of each patient so many are right: Korn and Graubard's number of images."""
+    """Of ten images of each patient so many are right: Korn and Graubard's number of images, of two patients too."""
     patients = len(hits)
     right = (torch.arange(10) < torch.tensor(hits)[:, None]).flatten()
     share = sum(hits) / (10 * patients)
@@ -353,12 +376,13 @@ def test_the_exact_test_of_two_runs_is_a_binomial_one_and_by_patients_one_of_sig
 
 
 def test_what_chance_allows_of_a_calibration_error_in_closed_form():
-    """100 images in one bin: the distance is half-normal, with the deviation 4 of a binomial number."""
+    """100 images in each of two bins: distances are half-normal, with the deviations 4 and 3 of binomial numbers."""
     bins = torch.zeros(15, 3, dtype=torch.float64)
     bins[11] = torch.tensor([80.0, 78.0, 100.0])
-    mean = 4 * math.sqrt(2 / math.pi)
-    deviation = 4 * math.sqrt(1 - 2 / math.pi)
-    assert measures.calibration_error_by_chance(bins) == pytest.approx((mean + norm.ppf(0.95) * deviation) / 100, 1e-4)
+    bins[14] = torch.tensor([90.0, 70.0, 100.0])
+    mean = (4 + 3) * math.sqrt(2 / math.pi)
+    deviation = 5 * math.sqrt(1 - 2 / math.pi)
+    assert measures.calibration_error_by_chance(bins) == pytest.approx((mean + norm.ppf(0.95) * deviation) / 200, 1e-4)
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_share_right():

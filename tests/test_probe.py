@@ -103,7 +103,7 @@ def test_an_image_counts_as_much_as_all_its_augmented_views():
     labels = torch.tensor([0, 1, 1]).repeat(5)
     _, counts = probe.one_hot(labels, 2, 5, None)
     assert counts[:, 0].tolist() == 3 * [1.0] + 12 * [0.25]
-    _, balanced = probe.one_hot(labels, 2, 5, "balanced")
+    _, balanced = probe.one_hot(labels, 3, 5, "balanced")  # of the third there is none
     assert balanced[:6, 0].tolist() == [1.5, 0.75, 0.75, 0.375, 0.1875, 0.1875]
     for views in (1, 2):
         assert (probe.one_hot(labels[: 3 * views], 2, views, None)[1] == 1).all()
@@ -172,6 +172,24 @@ def test_where_nothing_is_held_out_relus_features_are_of_one_length():
     features, labels = positive(1)
     assert probe.fit_linear_probe(features, labels, 3).scaling == "length"
     assert probe.fit_linear_probe(features - 0.1, labels, 3).scaling == "deviation"
+
+
+def test_the_search_for_a_strength_ends_at_the_second_in_a_row_that_is_worse(monkeypatch):
+    """The third is better than the first, though the second is not. Each fit starts at the last one's weights."""
+    starts = []
+
+    def logistic(*given) -> torch.Tensor:
+        starts.append(given[6])
+        return torch.full((2, 3), float(len(starts)))
+
+    losses = iter([3.0, 4.0, 2.0, 5.0, 2.5, 0.1])
+    monkeypatch.setattr(probe, "logistic", logistic)
+    monkeypatch.setattr(probe.Link, "loss", lambda *_: torch.tensor(next(losses)))
+    X, Y = torch.randn(4, 2), torch.eye(2).repeat(2, 1)
+    parts = [(np.array([0, 1]), np.array([2, 3]))]
+    found = probe._search(X, probe.SCALINGS["deviation"](X), Y, torch.ones(4, 1), parts, probe.ONE_CLASS)
+    assert (found.loss, found.strength) == (2.0, probe.STRENGTHS[2])
+    assert starts[0] is None and [int(start[0, 0]) for start in starts[1:]] == [1, 2, 3, 4]
 
 
 def test_images_that_are_all_alike_give_a_finite_head():
@@ -347,6 +365,8 @@ def test_a_class_of_one_patient_is_left_out_of_the_validation():
     found = probe.fit_linear_probe(features, labels, 3, clusters=patients)
     unknown = found.held_out.isnan().any(1)
     assert torch.equal(unknown, labels == 2) and found.strength in probe.STRENGTHS
+    [(rest, part)] = probe.parts(np.array([0, 1, 0]), 2, np.array([0, 0, 1]))  # the other one's rest knows one class
+    assert (rest.tolist(), part.tolist()) == ([0, 2, 3, 5], [1, 4])  # in both views
     of_others = found.held_out[~unknown]
     assert (of_others.argmax(1) == labels[~unknown]).float().mean() > 0.6
     task = tasks.Classification(["a", "b", "c"])
@@ -387,6 +407,7 @@ def test_a_feature_that_is_constant_but_for_rounding_is_no_feature():
     nearly = torch.where(targets > 0, torch.tensor(1000.0).nextafter(torch.tensor(2000.0)), torch.tensor(1000.0))
     for fit in (probe.fit_one_vs_rest, probe.fit_ridge):
         assert fit(torch.cat([useful, nearly], 1), targets).weight[0, 1].abs() < 0.1
+    assert probe.SCALINGS["length"](nearly.expand(40, 9)).rows.abs().max() < 0.1  # nor are images alike but for that
 
 
 def test_the_probe_of_numbers_is_chosen_over_groups():

@@ -5,19 +5,20 @@ import json
 import math
 import shutil
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import f1_score, jaccard_score
+from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned, read_options
 from tests.dense import resnet, vit
 from toolkit import InputError
-from toolkit.answers import segmentation
+from toolkit.answers import probe, segmentation
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.segmentation import PixelAnswers, Segmentation, rare_class_weights
 from toolkit.images.data import LabelledImages, Transformed, build_loader
@@ -55,6 +56,7 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     assert found.score == measured["miou"] == pytest.approx(jaccard_score(true, answer, average="macro"))
     assert measured["macro_dice"] == pytest.approx(f1_score(true, answer, average="macro"))
     assert measured["pixel_accuracy"] == pytest.approx((true == answer).mean())
+    assert found.confusion.sum(0).tolist() == confusion_matrix(true, answer).tolist()
     figures = Segmentation(NAMES).report(found).figures()
     expected = jaccard_score(true, answer, average=None)
     assert list(figures["iou_per_class"].values()) == pytest.approx(expected.tolist())
@@ -68,10 +70,16 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     assert bins[:, 0].sum() == pytest.approx(confidences.sum().item(), rel=1e-5)
 
 
-def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency():
+def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency(monkeypatch, pictures):
     matrices = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
     figures = segmentation.pixel_figures(segmentation.counted(matrices))
     assert figures["miou"].item() == pytest.approx((3 / 4 + 4 / 5) / 2) and figures["iou"][0, 2].isnan()
+    drawn = []
+    monkeypatch.setattr(segmentation.answer_reports, "plot_confusion", lambda shares, *_: drawn.append(shares.tolist()))
+    report = Segmentation(NAMES).report(PixelAnswers(0.0, matrices, torch.ones(15, 3)))
+    assert [row[:2] for row in report.by_class()] == [("sky", "50.0%"), ("wall", "50.0%"), ("tree", "0.0%")]
+    report.draw(None)
+    assert drawn == [[[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
     pixels = torch.tensor([[900.0, 90.0], [0.0, 10.0]])
     weights = rare_class_weights(pixels)
     assert weights[1] / weights[0] == pytest.approx(3.0)
@@ -117,6 +125,7 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
     found = answered(logits, truth, task)
     shares = (found.confusion.diagonal(dim1=1, dim2=2).sum(1) / found.confusion.sum((1, 2))).nan_to_num(1.0)
     assert list(found.maps) == shares.argsort(stable=True).tolist() and list(found.maps)[-1] == 2
+    assert math.isfinite(found.loss)
     assert "nan" not in str(task.report(found).mistakes())
 
 
@@ -323,8 +332,10 @@ def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
     targets[75:] = 2  # of the last of four images, in the second view
     targets[30:35] = NO_LABEL  # and in the first one these are not known
     features[torch.arange(80), targets.clamp_min(0)] += 6
-    Segmentation(NAMES).start(model, features, targets, views=2, clusters=torch.arange(4))
+    with mock.patch.object(probe, "fit_linear_probe", wraps=probe.fit_linear_probe) as fit:
+        Segmentation(NAMES).start(model, features, targets, views=2, clusters=torch.arange(4))
     known = targets != NO_LABEL
+    assert torch.equal(fit.call_args.kwargs["clusters"], torch.arange(4).repeat_interleave(10).repeat(2)[known])
     assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9
 
 
@@ -354,13 +365,13 @@ def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
 
 
 def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
-    """The map has each pixel's column and row, and its class is told by the column. Images draw other pixels."""
+    """The map has each pixel's column and row, and its class is told by the column. Images draw other known pixels."""
     monkeypatch.setattr(segmentation, "feature_maps", lambda backbone, images: [backbone(images)])
     height = 12
     width = 20
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([columns, rows]).float()
-    mask = (columns >= 13).long()
+    mask = (columns >= 13).long().where(rows >= 3, NO_LABEL)
     passes_through = torch.nn.ModuleDict({"backbone": torch.nn.Identity()})
     batches = [(image.expand(3, -1, -1, -1), mask.expand(3, -1, -1))]
     features, classes = Segmentation(["left", "right"]).features(passes_through, batches, CPU, None, 3)
@@ -368,16 +379,16 @@ def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     assert features.shape == (3 * pixels, 2)
     torch.testing.assert_close(features, features.round(), atol=1e-3, rtol=0)
     column, row = features.round().long().T
-    assert column.max() == width - 1 and row.max() == height - 1
+    assert column.max() == width - 1 and (row.min(), row.max()) == (3, height - 1)
     assert torch.equal(classes, (column >= 13).long())
     first, second, third = features.split(pixels)
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
 def test_the_loss_of_a_constant_answer_is_over_images_not_over_pixels():
-    """An image of ten known pixels says as much as one of a hundred."""
-    known = torch.tensor([[9.0, 1.0], [10.0, 90.0]])
-    images = LabelledImages([None] * 2, [0, 1], targets=known)
+    """An image of ten known pixels says as much as one of a hundred, and one without any says nothing."""
+    known = torch.tensor([[9.0, 1.0], [10.0, 90.0], [0.0, 0.0]])
+    images = LabelledImages([None] * 3, [0, 1, 0], targets=known)
     assert Segmentation(["left", "right"]).constant_loss(images) == pytest.approx(math.log(2))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from toolkit import InputError, choices, devices
-from toolkit.answers import evaluation, multilabel, parts, probe, regression, tasks
+from toolkit.answers import evaluation, measures, multilabel, parts, probe, regression, tasks
 from toolkit.images.data import LabelledImages
 from toolkit.run import training
 
@@ -54,7 +54,7 @@ def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
     torch.testing.assert_close(loss, stock)
     torch.testing.assert_close(gradient, expected)
     assert gradient[~known].eq(0).all()
-    nothing = torch.full_like(targets, math.nan)
+    nothing = evaluation.no_labels(targets)
     assert tasks.MultiLabel(NAMES, targets).loss(outputs, nothing) == 0
 
 
@@ -65,6 +65,7 @@ def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
     positive = targets == 1
     ratio = (known.sum(0) - positive.sum(0)) / positive.sum(0)
     torch.testing.assert_close(task.weights[1] / task.weights[0], ratio)  # PyTorch's pos_weight
+    assert task.constant_logits.abs().max() < 0.05  # where all count alike no answer is likelier
     weights = torch.where(positive, task.weights[1], task.weights[0]) * known
     torch.testing.assert_close(weights.sum(0), known.sum(0).float())
     stock = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="sum") / 3
@@ -88,6 +89,7 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
     micro = [np.concatenate(part) for part in zip(*pairs, strict=True)]
     assert answers.measured()["micro_ap"] == pytest.approx(metrics.average_precision_score(*micro), abs=1e-12)
+    assert answers.reliability()[:, 2].sum() == (~targets.isnan()).sum()
     thresholds = answers.thresholds_for("f1")
     rates = answers.rates(thresholds)
     assert rates["f1"].mean() >= answers.rates(torch.full((3,), 0.5))["f1"].mean()
@@ -113,6 +115,12 @@ def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_s
     assert task.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
     torch.testing.assert_close(task.constant_logits, shares.logit(), atol=0.1, rtol=0)
     assert task.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
+    classes = LabelledImages([None] * 4, [0, 2, 2, 2])
+    assert tasks.Classification(NAMES).constant_score(classes) == 3 / 4
+    assert tasks.Classification(NAMES).constant_loss(classes) == pytest.approx(math.log(4) - 0.75 * math.log(3))
+    pixels = images_of(torch.tensor([[8.0, 0, 1], [4, 0, 3]]))  # of which one class is nowhere: its IoU is in no mean
+    assert tasks.TASKS["segmentation"](NAMES).constant_score(pixels) == pytest.approx(12 / 16 / 2)
+    assert tasks.TASKS["segmentation"](NAMES).counts(pixels) == {0: 2, 1: 0, 2: 2}
 
 
 def test_the_variance_of_a_score_in_closed_form():
@@ -122,6 +130,8 @@ def test_the_variance_of_a_score_in_closed_form():
     targets[:2, 1] = 1  # the third has no positive, and no part
     labels = tasks.MultiLabel(NAMES, targets)
     assert labels.variance(0.8, 50) == pytest.approx(0.8 * 0.2 * (1 / 25 + 1 / 10) / 2 / 2)
+    assert labels.variance(0.8, 2) == pytest.approx(0.8 * 0.2 / 2)  # of one positive each at least
+    assert tasks.MultiLabel(NAMES).variance(0.8, 50) == math.inf
     numbers = tasks.Regression(["age"], torch.tensor([[0.0], [1.0]]))
     assert numbers.variance(0.9, 100) == pytest.approx(4 * 0.9 * 0.1**2 / 100)
     assert numbers.variance(-3.0, 100) == numbers.variance(0.01, 100)  # of one near 0 that of 1 / images
@@ -151,23 +161,34 @@ def test_a_believable_temperature_is_that_of_the_views_times_the_optimism(kind):
     if kind == "classes":
         task = tasks.Classification(NAMES)
         targets = (outputs.argmax(1) + (torch.arange(200) % 5 == 0)) % 3
-    views = task.believable_temperature(outputs.detach(), targets, 1.0)
-    assert views != pytest.approx(1.0, abs=0.05)
-    assert task.believable_temperature(outputs.detach(), targets, 2.0) == pytest.approx(2 * views)
-    assert task.believable_temperature(outputs.detach(), targets, None) == 1.0
+    outputs = outputs.detach()
+    constant = task.constant_logits
+
+    def loss(shown: torch.Tensor) -> torch.Tensor:
+        if kind == "labels":
+            smoothed = targets * (1 - parts.VIEW_SMOOTHING) + parts.VIEW_SMOOTHING / 2
+            return F.binary_cross_entropy_with_logits(shown + constant, smoothed.double())
+        return F.cross_entropy(shown, targets, label_smoothing=parts.VIEW_SMOOTHING)
+
+    views = measures.fit_temperature(outputs - constant, loss)
+    assert task.believable_temperature(outputs, targets, 1.0) == pytest.approx(views, rel=1e-3)
+    assert task.believable_temperature(outputs, targets, 2.0) == pytest.approx(2 * views, rel=1e-3)
+    assert task.believable_temperature(outputs, targets, None) == 1.0
 
 
 def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
     """Its logits were divided by the temperature: thresholds of other probabilities reach less or more."""
     outputs, targets = drawn(400, unknown=0.0)
     outputs = 8 * outputs.detach()
+    targets[:, 2] = 0.0  # a label that nothing has keeps its threshold
     task = tasks.MultiLabel(NAMES, targets, goal="sensitivity=0.95")
     task.calibrate(outputs, targets, 1.5)
     assert task.temperature > 4
     constant = task.constant_logits
     kept = ((outputs - constant) / task.temperature + constant).sigmoid()
-    reached = task.answers(kept.logit(), targets).rates(task.thresholds)["sensitivity"]
-    positives = targets.sum(0)
+    assert task.thresholds[2] == 0.5
+    reached = task.answers(kept.logit(), targets).rates(task.thresholds)["sensitivity"][:2]
+    positives = targets.sum(0)[:2]
     assert (reached >= 0.95).all() and (reached < 0.95 + 1.01 / positives).all()
 
 
@@ -190,7 +211,7 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     gradients = [torch.autograd.grad(value, outputs)[0] for value in (loss, stock)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     assert gradients[0][~known].eq(0).all()
-    assert task.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
+    assert task.constant_loss(images_of(targets + 70)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
     assert task.constant_score(images_of(targets)) == 0
     in_units = task.in_units(task.standardised(targets))
     torch.testing.assert_close(in_units.float(), targets, equal_nan=True)
@@ -221,9 +242,10 @@ def test_numbers_far_from_zero_are_told_from_each_other():
 
 
 def test_numbers_are_measured_in_their_own_units():
-    truth = torch.tensor([[10.0, 1], [20, math.nan], [40, 3], [30, 5]])
-    answers = regression.NumberAnswers(0.0, torch.tensor([[12.0, 2], [18, 9], [40, 3], [30, 4]]), truth)
-    assert answers.measured()["mae"] == pytest.approx((1 + 2 / 3) / 2)
+    """The mean is of the numbers that have a figure: the last one never varies here."""
+    truth = torch.tensor([[10.0, 1, 7], [20, math.nan, 7], [40, 3, 7], [30, 5, 7]])
+    answers = regression.NumberAnswers(0.0, torch.tensor([[12.0, 2, 8], [18, 9, 6], [40, 3, 7], [30, 4, 7]]), truth)
+    assert answers.measured()["mae"] == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
     assert answers.score == pytest.approx((1 - 8 / 500 + 1 - 2 / 8) / 2)
     assert answers.measured()["spearman"] == pytest.approx(1)
 
@@ -271,9 +293,10 @@ def test_the_head_starts_at_a_probe_that_weighs_classes_as_the_loss_does(asked, 
     args = SimpleNamespace(class_weights=asked, label_smoothing=0.0)
     task = tasks.Classification.of_run(NAMES, SimpleNamespace(labels=labels.tolist()), args)
     model = network()
-    task.start(model, features, labels)
+    task.start(model, features.repeat(2, 1), labels.repeat(2), views=2)
     shares = model.fc(features).softmax(1).mean(0)
     assert shares.tolist() == pytest.approx(expected, abs=0.05)
+    assert {image for image, *_ in task.contradicted} <= set(range(30))  # each once, whatever its views
 
 
 def test_a_table_of_predictions_has_the_likeliest_classes_or_the_labels_above_their_thresholds():

@@ -15,7 +15,7 @@ from finetune_lora import LoRALinear
 from tests.dense import assert_unchanged, resnet, snapshot, vit
 from toolkit import InputError, devices
 from toolkit.answers import evaluation
-from toolkit.devices import faster_dtype
+from toolkit.devices import CPU, faster_dtype
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions, read_options
 
@@ -72,6 +72,18 @@ def test_statistics_are_those_of_the_loaders_images():
     torch.testing.assert_close(model[0].running_var, batches.var(1).mean(0))
     assert model.training and model[0].training and model[0].momentum == 0.01
     assert_unchanged(frozen, model[2])
+
+
+def test_the_worst_batch_is_normalised_by_itself_and_is_of_all_processes(monkeypatch):
+    """Here of two: in each batch the other one has two images, whose losses are 3 each."""
+    monkeypatch.setattr(evaluation.distributed, "all_sum", lambda total, number: [total + 6.0, number + 2])
+    batches = [(torch.tensor(rows)[:, None], torch.zeros(len(rows))) for rows in ([10.0, 12.0], [0.0, 0.0, 0.0, 4.0])]
+    norm = nn.BatchNorm1d(1, eps=1e-12).eval()
+    of_first = (1 + 1 + 6) / 4  # two numbers of the deviation 1
+    of_other = (3 * 3**-0.5 + 3**0.5 + 6) / 6
+    assert of_first > of_other
+    found = evaluation.worst_batch_loss(norm, batches, CPU, torch.float32, lambda outputs, _: outputs.abs().sum())
+    assert found == pytest.approx(of_first)
 
 
 def test_weights_come_back_after_a_failure_and_their_share_with_its_state():
@@ -132,12 +144,12 @@ def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
     bank = torch.randn(40, 5, generator=generator)
     labels = torch.arange(40) % 4
     queries = torch.randn(30, 5, generator=generator)
-    targets = torch.arange(30) % 4
+    targets = torch.arange(30) % 3  # of fewer classes than the bank has
     votes = KNeighborsClassifier(7, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.1))
     monkeypatch.setattr(evaluation, "NEIGHBOUR_TEMPERATURE", 0.1)
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 7)
     expected = votes.fit(bank, labels).score(queries, targets)
-    assert evaluation.knn_accuracy(bank, labels, queries, targets) == pytest.approx(expected)
+    assert evaluation.knn_accuracy(bank, labels, 20 * queries, targets) == pytest.approx(expected)
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 1)
     assert evaluation.knn_accuracy(bank, labels, bank * 3, labels) == 1.0
     monkeypatch.setattr(evaluation, "NEIGHBOURS", 1000)
@@ -157,7 +169,7 @@ def test_balanced_weights_are_scikit_learns():
     labels = [0] * 6 + [1] * 3 + [3]
     weights = evaluation.balanced_weights(Counter(labels), 4)
     expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
-    assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist())
+    assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist()) and weights[2].isfinite()
     assert weights[labels].mean().item() == pytest.approx(1)
 
 

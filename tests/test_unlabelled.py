@@ -122,17 +122,18 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
     assert not torch.equal(shown[0], shown[probe.FOLDS])  # another turn deals anew
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
-def test_images_that_resemble_no_class_are_counted(share):
-    """One in ten of the others is less sure than nine in ten of the labelled ones; all foreign ones are."""
-    features, labels = clustered(60, 1, apart=2.0)
-    own, _ = clustered(300, 3, apart=2.0)
-    foreign = 3 * normal(int(300 * share / (1 - share)), 30, seed=7)
-    images, known = unlabelled.seen(features, labels, torch.cat([own, foreign]), CLASSES)
-    plain = probe.fit_linear_probe(features, labels, CLASSES)
-    held_out = unlabelled.held_out_answers(images, known, plain, 1, None)["k-means"][0]
-    counted = unlabelled.foreign_share(images, known, held_out)
-    assert counted == pytest.approx(0.1 * (1 - share) + share, abs=0.1)
+def test_images_that_resemble_no_class_are_counted(monkeypatch):
+    """Nine in ten of the labelled ones that are held out are as sure as 0.61, which two of four others are not."""
+
+    def logits(*sure: float) -> Tensor:
+        return torch.tensor([[math.log(share), math.log(1 - share)] for share in sure])
+
+    held_out = torch.cat([logits(*(0.6 + 0.01 * i for i in range(11))), torch.full((1, 2), math.nan)])
+    images, known, _ = placed(12, others=4)
+    monkeypatch.setattr(
+        unlabelled, "k_means", lambda *_: torch.cat([logits(*[0.5] * 12), logits(0.6, 0.609, 0.611, 0.9)])
+    )
+    assert unlabelled.foreign_share(images, known, held_out) == 0.5
 
 
 def test_held_out_answers_are_judged_at_the_temperature_that_fits():
@@ -157,13 +158,18 @@ def test_gains_of_one_patient_are_one_gain():
 
 
 def test_answers_that_are_not_sure_teach_the_head_nothing():
+    """Others count by how sure they are, here of a class or of (0.8, 0.1, 0.1), all together thrice as labels do."""
     images, known, truth = placed(30, others=90)
+    known = known._replace(counts=torch.full((30, 1), 2.0).double())
     answers = torch.full((120, CLASSES), 1 / CLASSES)
     answers[30:60] = torch.eye(CLASSES)[truth[:30]]
+    answers[45:60] = 0.1 + 0.7 * answers[45:60]
+    sure = torch.ones(30, 1)
+    sure[15:] = 1 + (0.8 * math.log(0.8) + 0.2 * math.log(0.1)) / math.log(3)
     weight, bias = unlabelled.distilled(images, known, answers)
     targets = torch.cat([known.targets, answers[30:60].double()])
     scaled = probe.SCALINGS["deviation"](images.rows.clone())
-    counts = torch.cat([torch.ones(30, 1), torch.full((30, 1), unlabelled.OTHERS)]).double()
+    counts = torch.cat([known.counts, 3.0 * 60 * sure / sure.sum()])
     fitted = probe.logistic(
         scaled.rows[:60], targets, counts, unlabelled.DISTILLED, probe.ONE_CLASS, intercept=True
     ).float()
@@ -182,6 +188,12 @@ def test_k_means_begins_at_the_means_of_the_classes_and_ends_at_the_clusters(mon
     monkeypatch.setattr(unlabelled, "ROUNDS", 1)
     logits = unlabelled.SHARPNESS * images.whitened @ centres.T + 0.5 * math.log(1 / CLASSES)
     torch.testing.assert_close(unlabelled.k_means(images, known), logits)
+    monkeypatch.setattr(unlabelled, "ROUNDS", 2)  # of an image of each class, and one between them
+    points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]])
+    labelled = unlabelled.Labelled(torch.arange(2), torch.eye(2).double(), torch.ones(2, 1).double())
+    centre = torch.nn.functional.normalize(torch.tensor([2 + 0.5 * 0.5**0.5, 0.5 * 0.5**0.5]), dim=0)
+    expected = 15 * centre[0] + 0.5 * math.log(0.5)
+    torch.testing.assert_close(unlabelled.k_means(unlabelled.Images(points, points), labelled)[0, 0], expected)
     assert right[1] > right[0] + 0.05 and right[1] > 0.9
 
 
@@ -194,6 +206,16 @@ def test_points_have_one_length_whatever_a_feature_is_measured_in():
     torch.testing.assert_close(scaled.whitened @ scaled.whitened.T, similar, atol=1e-2, rtol=0)
 
 
+def test_directions_have_about_the_same_spread_and_those_of_noise_stay_small():
+    """Spreads of two directions, and of 126 in which nothing varies; in closed form."""
+    spreads = torch.tensor([1.8, 0.2]).sqrt()
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    rows = torch.nn.functional.pad(torch.cat([signs, -signs]) * spreads @ signs / 2**0.5, (0, 138))
+    first, second, *_ = unlabelled.placed(rows).whitened
+    p, q = (spreads / (spreads + 0.3 * (spreads.sum() + 126e-6) / 128)).square()
+    torch.testing.assert_close(first @ second, (p - q) / (p + q), atol=1e-4, rtol=0)
+
+
 def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
     """By which the head is distilled, and from which the temperature at the end of a run follows."""
     found, plain = started(clustered)
@@ -203,6 +225,8 @@ def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
     temperature = unlabelled.judge(answers, labels, 2).temperature
     assert not 0.9 < temperature < 1.1
     torch.testing.assert_close(found.probe.held_out, answers[0] / temperature)
+    distilled, _ = unlabelled.distilled(images, known, (unlabelled.k_means(images, known) / temperature).softmax(1))
+    torch.testing.assert_close(found.probe.weight, distilled)
 
 
 @pytest.mark.parametrize(("hits", "taken"), [([1.0, 1.0, 0.0, 1.0], True), ([1.0, 0.0, 0.0, 1.0], False)])

@@ -130,7 +130,7 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
         half_f1 = hits / (hits + len(scores) - rejections).double()
         place = len(levels) - int(half_f1.flip(0).argmax())
     else:
-        needed = max(1, math.ceil(float(share) * images - 1e-9))  # 19, of 0.95 x 20 too
+        needed = max(1, math.ceil(float(share) * images - 1e-9))  # 7, of 0.28 x 25 too
         place = int((hits >= needed).sum()) - 1 if kind == "sensitivity" else int((rejections < needed).sum())
     edges = F.pad(levels, (1, 1))
     edges[-1] = 1.0
@@ -162,8 +162,7 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     centred = truth - truth.mean()  # first, lest the squares of large numbers leave nothing of the differences
     left = _weighted_mean((answers.double() - truth).square(), weights)
     variance = _weighted_mean(centred.square(), weights) - _weighted_mean(centred, weights).square()
-    rounding = 100 * torch.finfo(torch.float64).eps ** 2 * truth.square().mean()
-    least = torch.maximum(1e-12 * centred.square().mean(), rounding)
+    least = 1e-12 * centred.square().mean()  # of rounding
     return torch.where(variance > least, 1 - left / variance, torch.nan)
 
 

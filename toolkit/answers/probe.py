@@ -374,7 +374,7 @@ def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         turned = vectors.T @ (truth if wide else rows.T @ truth)
         for (weight, bias), penalty in zip(found, penalties, strict=True):
-            solved = vectors @ (turned / (values.clamp_min(0) + penalty)[:, None])
+            solved = vectors @ (turned / (values + penalty)[:, None])
             weight[columns] = (rows.T @ solved if wide else solved).T
             bias[columns] = mean - weight[columns] @ centre
     return found

@@ -230,7 +230,7 @@ class Regression(Task):
 
     def variance(self, score: float, images: int) -> float:
         """Of R2 (Olkin and Finn, Psychological Bulletin 118, 1995, table 1); of one near 0 as of 1 / images."""
-        share = min(1.0, max(1 / images, score))
+        share = max(1 / images, score)
         return 4 * share * (1 - share) ** 2 / images
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
