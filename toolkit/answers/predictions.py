@@ -72,8 +72,12 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
 def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
     """Where what is made of each image goes, without its ending: below `output` as the image below what is `given`.
 
-    Raises InputError where two images have one place, and where a link leads out of the folder.
+    Raises InputError where two images have one place, where a link leads out of the folder, and where it lies among
+    the images: the next command would answer for what this one has made.
     """
+    for path in given:
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"--output {output} is among the images in {path}: name a folder outside")
     places = []
     for i in range(len(images)):
         name = Path(images.name(i))

@@ -47,9 +47,10 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
 
 
 def _places_of_images(args: Any) -> Iterator[Path]:
-    """The folders in which a new folder would be taken for a class, and its pictures for images of that class."""
+    """The folders in which a new folder would be taken for a class, or its pictures for images."""
     reads_folder = args.dataset in ("imagefolder", UNLABELLED_SET) and args.data_list is None
-    for root in (getattr(args, "knn_dir", None), args.data_dir if reads_folder else None):
+    others = (getattr(args, name, None) for name in ("knn_dir", "unlabelled"))
+    for root in (*others, args.data_dir if reads_folder else None):
         if root is not None:
             parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
             yield from parts if os.path.isdir(parts[0]) else [root]
