@@ -7,6 +7,7 @@ import pickle
 import re
 import resource
 import struct
+import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -46,6 +47,14 @@ def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_a_file_whose_name_is_not_utf_8_is_read(tmp_path):
+    """PyTorch maps none such: a run with such a folder would fail when it is finished."""
+    path = tmp_path / "caf\udce9.pth"
+    save_atomically({"weight": torch.ones(3)}, path)
+    assert read_checkpoint(path)["weight"].tolist() == [1, 1, 1]
 
 
 def test_plain_data_of_official_files_is_read(saved):

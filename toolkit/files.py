@@ -96,6 +96,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     """
     path = Path(path)
     check_file(path)
+    mapped &= str(path) == str(path).encode(errors="ignore").decode()  # PyTorch maps no file whose name is not UTF-8
     try:
         is_zip, names = _check_format(path)
         return _load(path, is_zip and mapped, names if objects else set())
