@@ -126,6 +126,8 @@ def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
     before = copy.deepcopy(judge.state_dict())
     assert judge.after_epoch(trained, kept, divisor) == judge.after_epoch(trained, kept, divisor) == verdict
     assert judge.state_dict() == before
+    if verdict == Keep() and divisor == 1:  # where sure answers to images without labels are lost
+        assert judge.after_epoch(trained, kept, divisor, still_sure=False) == ShrinkTo(2)
 
 
 @pytest.mark.parametrize(

@@ -79,18 +79,6 @@ def test_images_that_tell_nothing_are_told_apart_all_the_same():
     assert probe.fit_linear_probe(features, torch.arange(60) % 3, 3).strength == pytest.approx(1e-3)
 
 
-def test_the_views_of_an_image_are_held_out_together(by_deviation):
-    """Noise that an image has in both its views is no help with others: the regularisation must be as strong."""
-    features, labels = clusters(3, images=8, spread=4.0)
-    strength = probe.fit_linear_probe(features, labels, 3)[2]
-    twice = features.repeat(2, 1), labels.repeat(2), 3
-    assert probe.fit_linear_probe(*twice, views=2)[2] <= strength < probe.fit_linear_probe(*twice)[2]
-    features, targets = several_labels(spread=4.0)
-    strength = probe.fit_one_vs_rest(features, targets)[2]
-    twice = features.repeat(2, 1), targets.repeat(2, 1)
-    assert probe.fit_one_vs_rest(*twice, views=2)[2] <= strength < probe.fit_one_vs_rest(*twice)[2]
-
-
 def positive(images: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, 120), none negative, of which twenty say the class and the others hardly vary."""
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +87,7 @@ def positive(images: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([telling, 0.02 * torch.rand(3 * images, 100, generator=generator)], 1), labels
 
 
-def test_an_image_counts_as_much_as_all_its_augmented_views():
+def test_an_image_counts_as_much_as_all_its_augmented_views(monkeypatch):
     labels = torch.tensor([0, 1, 1]).repeat(5)
     _, counts = probe.one_hot(labels, 2, 5, None)
     assert counts[:, 0].tolist() == 3 * [1.0] + 12 * [0.25]
@@ -107,25 +95,10 @@ def test_an_image_counts_as_much_as_all_its_augmented_views():
     assert balanced[:6, 0].tolist() == [1.5, 0.75, 0.75, 0.375, 0.1875, 0.1875]
     for views in (1, 2):
         assert (probe.one_hot(labels[: 3 * views], 2, views, None)[1] == 1).all()
-
-
-@pytest.mark.parametrize("fit", ["classes", "labels"])
-def test_a_view_that_is_there_three_times_is_there_once(fit):
-    features, labels = clusters(2, spread=2.0)
-    view = features.clone()
-    view[::3] = features.roll(1, 0)[::3]  # of the other class
-    targets = labels if fit == "classes" else torch.stack([labels, 1 - labels], 1).float()
-    found = []
-    for times in (1, 3):
-        rows = torch.cat([features, *[view] * times]), torch.cat([targets] * (1 + times))
-        if fit == "classes":
-            found.append(probe.fit_linear_probe(*rows, 2, views=1 + times))
-        else:
-            found.append(probe.fit_one_vs_rest(*rows, views=1 + times))
-    once, thrice = found
-    assert (once.scaling, once.strength) == (thrice.scaling, thrice.strength)
-    answers = [features @ found.weight.T + found.bias for found in (once, thrice)]
-    torch.testing.assert_close(*answers, rtol=0, atol=0.3)  # the mean of all rows moves
+    monkeypatch.setattr(probe, "_fitted", lambda features, Y, counts, *_: counts)
+    targets = torch.tensor([[0.0, 1], [1, 0], [1, math.nan]]).repeat(5, 1)
+    counts = probe.fit_one_vs_rest(torch.randn(15, 2), targets, 5, torch.tensor([[3.0, 4], [5, 6]]))
+    assert counts[:4].tolist() == [[3, 6], [5, 4], [5, 0], [0.75, 1.5]]
 
 
 def test_features_of_one_length_are_scikit_learns_regression_without_intercept(monkeypatch):
@@ -308,17 +281,6 @@ PROBES = {
     "labels": (lambda: several_labels(spread=4.0), probe.fit_one_vs_rest),
     "numbers": (lambda: several_labels(spread=4.0), probe.fit_ridge),
 }
-
-
-@pytest.mark.parametrize("kind", PROBES)
-def test_the_images_of_a_patient_are_held_out_together(by_deviation, kind):
-    """What images of one patient have in common is no help with other patients: regularisation must be stronger."""
-    drawn, fit = PROBES[kind]
-    twice = [of.repeat(2, *[1] * (of.dim() - 1)) for of in drawn()]
-    patients = torch.arange(len(twice[0]) // 2).repeat(2)
-    by_patient, by_image = (fit(*twice, clusters=of).strength for of in (patients, None))
-    ratio = by_patient / by_image if kind == "numbers" else by_image / by_patient
-    assert ratio >= 10
 
 
 @pytest.mark.parametrize("grouped", [False, True])

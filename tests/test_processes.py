@@ -367,7 +367,7 @@ def exchanged(rank: int) -> list:
     with pytest.raises(InputError) as raised:
         distributed.first_does(mock.Mock(side_effect=InputError("the first cannot do it")))
     images = distributed.interleave(torch.arange(5.0)[rank::2]).tolist()
-    sums = distributed.all_sum(1.0, 10.0 * rank)
+    sums = distributed.all_sum(1.0, 1e9 + rank)
     return [images, tensor.unique().tolist(), sums, distributed.gather({"rank": rank}), str(raised.value)]
 
 
@@ -456,7 +456,7 @@ def precision(rank: int) -> torch.dtype:
 @pytest.mark.parametrize(
     ("find", "expected"),
     [
-        (exchanged, [[0, 1, 2, 3, 4], [0], [2, 10], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
+        (exchanged, [[0, 1, 2, 3, 4], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
         (taught, pytest.approx(TAUGHT)),
         (read, ([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)),
         (worst, 4.0),

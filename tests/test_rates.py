@@ -27,17 +27,6 @@ def test_few_images_keep_less_of_a_change_over_a_probe(given, share):
     assert optim.wise_ft_alpha(FineTuneOptions(**given), {0: 5, 1: 15}) == pytest.approx(share)
 
 
-def test_of_an_adapter_a_share_of_b_is_kept_and_all_of_a():
-    weights = torch.nn.ParameterDict({name: torch.zeros(1) for name in ("lora_A", "lora_B", "bias")})
-    kept = optim.WiseFT(weights, 0.25)
-    kept.begin()
-    for weight in weights.values():
-        weight.data.fill_(8.0)
-    with kept.in_place():
-        assert {name: weight.item() for name, weight in weights.items()} == {"lora_A": 8, "lora_B": 2, "bias": 2}
-    assert all(weight.item() == 8 for weight in weights.values())
-
-
 def test_a_short_run_trains_at_a_lower_rate():
     """From 80 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""
     assert optim.rate_divisor(1e-2, 80) == optim.rate_divisor(1e-4, 1000) == 1

@@ -23,7 +23,6 @@ from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.run import reports, runs, teacher
-from toolkit.run.guard import Keep, ShrinkTo
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
 
@@ -320,12 +319,6 @@ def test_a_step_is_the_dense_gradient_of_both_losses(taught):
 
 def test_the_share_of_the_change_that_is_kept_counts_all_images(taught):
     assert taught.wise_ft.alpha == pytest.approx(7 / 12)  # (15 + 6) / 3 images a class, of these and five more
-
-
-def test_the_change_shrinks_where_sure_answers_were_lost(taught):
-    answers = taught.evaluate_watched()
-    assert taught.guard.after_epoch(answers, answers, 1, taught.still_sure) == Keep()
-    assert taught.guard.after_epoch(answers, answers, 1, still_sure=False) == ShrinkTo(2)
 
 
 # ------------------------------------------------------------------------------------------------- the head at the end

