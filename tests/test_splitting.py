@@ -268,6 +268,15 @@ def test_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsy
     assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/last.pth").exists()
 
 
+def test_the_parts_read_the_settings_of_the_run_that_was_there(runs, tmp_path):
+    """Which has them still, where it is moved aside."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.yaml").write_text("finetune: {epochs: 3}\n")
+    assert len(runs.validate(f"--config {tmp_path / 'out/config.yaml'}")["folds"]) == 3
+    for folder in ("out", "out-1"):
+        assert (tmp_path / folder / "config.yaml").read_text() == "finetune: {epochs: 3}\n"
+
+
 def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path, monkeypatch):
     """The first of several processes moves them aside, and may be slow: the others wait at the next exchange."""
     runs.validate()

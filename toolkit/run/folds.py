@@ -6,6 +6,7 @@ from typing import Any
 
 from toolkit import InputError, distributed
 from toolkit.answers.comparison import table_of_runs
+from toolkit.files import open_atomically
 from toolkit.images.splitting import read_folds
 from toolkit.run import output_folder, reports
 from toolkit.run.guard import Collapsed
@@ -28,7 +29,11 @@ def cross_validate(
         raise InputError(f"--resume: {args.output_dir} has no parts to go on with; start without it")
     found = []
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
+        settings = args.config and args.config.read_bytes()  # maybe an earlier run's of this folder, which moves aside
         begin()
+        if settings is not None and distributed.is_main() and not args.config.exists():
+            with open_atomically(args.config) as file:
+                file.write(settings)
         distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for their files
         for number in range(1, count + 1):
             print(f"\npart {number} of {count}")
