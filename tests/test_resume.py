@@ -368,10 +368,11 @@ def test_a_folder_is_locked_while_it_is_used_and_has_then_what_is_whole(tmp_path
         assert (folder / output_folder.LOCK).exists()
         raise InputError("bad image")
     assert list(tmp_path.iterdir()) == []
-    write(folder, "last.pth", ".lora.pth.4711.tmp")
+    others = {"last.pth", ".running", ".notes.4711.tmp"}  # hidden ones are other programs'
+    write(folder, ".lora.pth.4711.half", *others)
     with output_folder.held(folder):
-        assert names_in(folder) == {"last.pth", output_folder.LOCK}
-    assert names_in(folder) == {"last.pth"}
+        assert names_in(folder) == others | {output_folder.LOCK}
+    assert contents(folder) == {name: name.encode() for name in others}
 
 
 def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):

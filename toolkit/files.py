@@ -27,7 +27,7 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"cannot write {path}: it is a device or the like; name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename cannot cross file systems
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.half")  # same folder: a rename cannot cross file systems
     try:
         with open(temporary, "wb") as file:
             yield file

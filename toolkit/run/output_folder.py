@@ -18,8 +18,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK = ".running"  # a file in the folder while a run writes there
-HALVES = ".*.[0-9]*.tmp"  # what a killed one left in `open_atomically`
+LOCK = ".moco-lora-runs"  # a file in the folder while a run writes there
+HALVES = ".*.[0-9]*.half"  # what a killed one left in `open_atomically`
 MOVING = ".moving"  # a folder in it while an earlier run is moved aside
 CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
 CARD_LINE = "## Settings, of version "
