@@ -888,11 +888,11 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
                         images = devices.to_device(images, run.device)
                         known = devices.to_device(labels, run.device)
-                        labels = known if run.teacher is None else run.teacher.extend(known, *unlabelled)
+                        labels = (known,) if run.teacher is None else run.teacher.extend(known, *unlabelled)
                         with distributed.exchanging(run.parallel, is_last=number == step.number):
                             with devices.autocast(run.device, run.dtype):
                                 logits = run.parallel(images)  # (N, outputs)
-                            loss = run.task.loss(logits.float(), labels)
+                            loss = run.task.loss(logits.float(), *labels)
                             # Gradients are averaged over processes; it is their sum that belongs to all the images.
                             run.scaler.scale(loss * (distributed.world_size() / step.images)).backward()
                         figures = run.task.progress(logits[: len(known)].detach().float(), known)
@@ -1100,11 +1100,11 @@ class FineTuning(RunState):
             for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
                 images = devices.to_device(images, self.device)
                 labels = devices.to_device(labels, self.device)
-                labels = labels if self.teacher is None else self.teacher.extend(labels, *unlabelled)
+                labels = (labels,) if self.teacher is None else self.teacher.extend(labels, *unlabelled)
                 with distributed.exchanging(self.parallel, is_last=number == step.number):
                     with devices.autocast(self.device, self.dtype):
                         logits = self.parallel(images)
-                    loss = self.task.loss(logits.float(), labels)
+                    loss = self.task.loss(logits.float(), *labels)
                     self.scaler.scale(loss * factor).backward()
 
     # Its rates

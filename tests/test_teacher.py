@@ -200,9 +200,11 @@ def test_it_labels_what_both_answers_together_are_sure_of():
     odds = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4], [1e-6, 1.0, 1e-9]])
     # sqrt of the products: 0.9 for the first; no more than 0.45 for the second, of two minds; 0.45 for the third; and
     # 0.909 for the last, where 0 at the start is no proof
-    assert found.sure_labels(odds.log(), first).tolist() == [0, NO_LABEL, 2, 1]
+    labels, counts = found.sure_labels(odds.log(), first)
+    assert labels.tolist() == [0, NO_LABEL, 2, 1]
+    assert counts.tolist() == pytest.approx([0.85, 0.171, 0.174, 0.864], abs=1e-3)  # 0.9 is 0.85 of the way from 1/3
     found.certainty = torch.tensor(0.91)
-    assert found.sure_labels(odds.log(), first).tolist() == [NO_LABEL] * 4  # class 2 from 0.455 on
+    assert found.sure_labels(odds.log(), first)[0].tolist() == [NO_LABEL] * 4  # class 2 from 0.455 on
 
 
 def test_it_answers_by_its_own_weights_as_sure_as_before_the_head_was_softened():
@@ -211,12 +213,13 @@ def test_it_answers_by_its_own_weights_as_sure_as_before_the_head_was_softened()
         found.average["weight"].copy_(torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]))
         found.model.weight.zero_()
     places = torch.tensor([3, 0])
-    asked = mock.Mock(return_value=torch.tensor([0, NO_LABEL]))
+    asked = mock.Mock(return_value=(torch.tensor([0, NO_LABEL]), torch.tensor([0.5, 0.25])))
     found.sure_labels = asked
     modes = []
     found.model.register_forward_hook(lambda model, *_: modes.append(model.training))
-    labels = found.extend(torch.tensor([1]), torch.eye(2), places)
+    labels, counts = found.extend(torch.tensor([1]), torch.eye(2), places)
     assert labels.tolist() == [1, 0, NO_LABEL] and modes == [False]
+    assert counts.tolist() == [1, 0.5, 0.25]
     [logits, first] = asked.call_args.args
     torch.testing.assert_close(logits, 2 * (9 * torch.eye(2, 3) + found.model.bias.detach()))
     assert torch.equal(first, found.first_answers[places])
@@ -232,9 +235,9 @@ def test_it_watches_the_surest_answers_of_each_class(monkeypatch):
 def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
     found = teacher_of()
     # 0.4 is a tenth of the way from 1/3 to 1
-    found.first_answers = torch.tensor([[0.39, 0.31, 0.3], [0.3, 0.39, 0.31]])
+    found.first_answers = torch.tensor([[0.43, 0.28, 0.29], [0.3, 0.36, 0.34]])
     assert not found.knows_enough()
-    found.first_answers[0] = torch.tensor([0.42, 0.29, 0.29])
+    found.first_answers[0] = torch.tensor([0.45, 0.27, 0.28])
     assert found.knows_enough()
 
 
@@ -296,19 +299,19 @@ def test_strong_views_of_photographs_have_one_more_change(start, images):
 
 
 def test_a_step_is_the_dense_gradient_of_both_losses(taught):
-    """Of FixMatch: the mean over images with a label, and the sum over sure ones divided by all without."""
+    """The mean over images with a label, and the weighted sum over sure ones divided by all without."""
     [(views, labels, weak, places)] = next(iter(taught.loaders.steps(1))).batches
     taught.teacher.certainty = torch.tensor(0.0)  # sure of all but the first
-    sure = taught.teacher.extend(labels, weak, places)
+    sure, _ = taught.teacher.extend(labels, weak, places)
     sure[4] = NO_LABEL
+    counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.9, 0.1, 0.5, 0.7])
     model = copy.deepcopy(taught.model)
     model.zero_grad()
     logits = model(views)
-    chosen = logits[5:]
-    expected = F.cross_entropy(logits[:4], labels) + F.cross_entropy(chosen, sure[5:], reduction="sum") / 4
-    expected.backward()
+    of_sure = counts[5:] @ F.cross_entropy(logits[5:], sure[5:], reduction="none")
+    (F.cross_entropy(logits[:4], labels) + of_sure / 4).backward()
     step = MicroBatches(iter([(views, labels, weak, places)]), 1, 4, True)
-    with mock.patch.object(taught.teacher, "extend", lambda *_: sure):
+    with mock.patch.object(taught.teacher, "extend", lambda *_: (sure, counts)):
         loss, _ = train_on(taught, step)
     assert loss == pytest.approx(F.cross_entropy(logits[:4], labels, reduction="sum").item(), rel=1e-4)
     gradients = {name: weight.grad for name, weight in taught.model.named_parameters() if weight.requires_grad}

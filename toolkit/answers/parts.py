@@ -212,16 +212,23 @@ class SoftmaxObjective(Task):
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(device)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.plain_loss(outputs, targets, self.class_weights, self.label_smoothing)
+    def loss(self, outputs: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Summed over images, of which each counts as much as `counts` (N,) says. None: all alike."""
+        losses = self.losses(outputs, targets, self.class_weights, self.label_smoothing)
+        if counts is not None:
+            losses = losses * counts
+        return losses.sum()
 
-    def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing=0.0) -> Tensor:
-        """Summed over images. What smoothing spreads counts by the true class's weight, not by those it goes to."""
+    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.losses(outputs, targets).sum()
+
+    def losses(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing=0.0) -> Tensor:
+        """Of each image. What smoothing spreads counts by the true class's weight, not by those it goes to."""
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
         if weights is not None:
             losses = losses * weights[targets.clamp_min(0)]
         known = (targets != evaluation.NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
-        return (losses.reshape(len(targets), -1).sum(1) / known).sum()
+        return losses.reshape(len(targets), -1).sum(1) / known
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.label_smoothing)

@@ -1,7 +1,8 @@
 """A teacher labels images that have none: a moving average of the weights that train.
 
 The network learns its answers on changed views where it is sure of plain ones (FixMatch, arXiv 2001.07685). The average
-is that of Mean Teacher (1703.01780), and how sure is sure enough follows FreeMatch (2205.07246, section 4.1).
+is that of Mean Teacher (1703.01780), and how sure is sure enough follows FreeMatch (2205.07246, section 4.1). A label
+counts by how far its answer is from chance: what a weak backbone answers is often wrong.
 """
 
 import contextlib
@@ -23,6 +24,11 @@ WATCHED = 120  # images that were answered most surely at the start
 MENDED = 0.25  # the most of their answers that training may change, beside those expected to be wrong
 KEPT = 0.95  # of the averages, in each step
 LEAST_PROBABILITY = 1e-4  # of a class in the answers at the start, which are a prior and no proof
+
+
+def above_chance(certainty: Tensor, classes: int) -> Tensor:
+    """How far answers of this certainty are from chance, 0, to certainty, 1."""
+    return (certainty - 1 / classes) / (1 - 1 / classes)
 
 
 def trains(splits: Splits) -> bool:
@@ -55,28 +61,34 @@ class Teacher:
 
     def knows_enough(self) -> bool:
         """Are the answers at the start, which are as sure as held-out labels allow, better than chance?"""
-        chance = 1 / self.first_answers.shape[1]
-        certainty = self.first_answers.amax(1).mean().item()
-        return certainty - chance >= LEAST_KNOWN * (1 - chance)
+        return above_chance(self.first_answers.amax(1).mean(), self.first_answers.shape[1]).item() >= LEAST_KNOWN
 
     def in_place(self) -> contextlib.AbstractContextManager:
         """Within this block the model has the averages in place of the weights that train."""
         return weights_replaced(self.weights, self.average.items())
 
     @torch.no_grad()
-    def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> Tensor:
-        """Labels with, behind them, those of images (N, C, H, W) at these places among all: `sure_labels`."""
+    def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels, behind them the `sure_labels` of images (N, C, H, W) at these places among all; how much each counts.
+
+        An image that has its label counts 1.
+        """
         with self.in_place(), evaluation.eval_mode(self.model):
             logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
-        return torch.cat([labels, self.sure_labels(logits * self.temperature, self.first_answers[places])])
+        found, counts = self.sure_labels(logits * self.temperature, self.first_answers[places])
+        return torch.cat([labels, found]), torch.cat([counts.new_ones(len(labels)), counts])
 
-    def sure_labels(self, logits: Tensor, first_answers: Tensor) -> Tensor:
-        """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if not sure."""
+    def sure_labels(self, logits: Tensor, first_answers: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if not sure.
+
+        Also how much each counts: how far its answer is from chance.
+        """
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
         answers = ((logits.log_softmax(1) + first) / 2).softmax(1)
         certainty, classes = answers.max(1)
         self.seen += torch.cat([answers.sum(0), certainty.sum()[None], certainty.new_tensor([len(answers)])])
-        return classes.where(certainty >= self.thresholds()[classes], evaluation.NO_LABEL)
+        is_sure = certainty >= self.thresholds()[classes]
+        return classes.where(is_sure, evaluation.NO_LABEL), above_chance(certainty, answers.shape[1])
 
     def thresholds(self) -> Tensor:
         """How sure an answer has to be, (K,): as the mean one, and for a class that is rare in the answers less."""
