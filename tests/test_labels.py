@@ -12,6 +12,7 @@ from tests.run_folders import assert_same, rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import TASKS
+from toolkit.images.lists import ImageList
 
 KINDS = ("multilabel", "regression")
 
@@ -137,6 +138,15 @@ def test_labels_of_which_none_is_no_are_no_measure(trained, lists):
     (lists / "celeba.csv").write_text((lists / "multilabel_val.csv").read_text().replace(",0", ",-1"))
     with pytest.raises(InputError, match=r"celeba\.csv: no answer is 0 for no; -1 and nothing are unknown"):
         deploy_lora.main(["evaluate", str(trained["multilabel"]["folder"] / "lora.pth"), str(lists / "celeba.csv")])
+
+
+def test_a_label_that_has_no_column_in_another_list_is_unknown_there(tmp_path):
+    """Also where the run was told which columns are labels: it was told of its own list."""
+    (tmp_path / "a.png").touch()
+    (tmp_path / "list.csv").write_text("path,Sex,Edema\na.png,F,1\n")
+    for columns in (["Edema", "Effusion"], ["Effusion", "Edema..Edema"]):
+        targets = ImageList.as_in_run(tmp_path / "list.csv", {"label_columns": columns}).targets("labels")
+        assert targets.names == ["Edema"] and targets.in_columns
 
 
 def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(train, lists, tmp_path):

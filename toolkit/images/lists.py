@@ -58,7 +58,9 @@ class ImageList:
     @staticmethod
     def as_in_run(path: Path, data: Mapping[str, Any]) -> "ImageList":
         """A list for the adapter of a run with this section `data`; its paths may be relative to the run's folder."""
-        found = ImageList(path, None, data.get("group_by"), data.get("label_columns"))
+        found = ImageList(path, None, data.get("group_by"))
+        known = data.get("label_columns") or ()  # a label that has no column here is unknown
+        found.label_columns = [entry for entry in known if ".." in entry or entry in found.titles[1:]]
         if found.group_by not in found.titles[1:]:
             found.group_by = None
         other = data.get("data_dir")
