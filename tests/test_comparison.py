@@ -129,6 +129,8 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measu
     [found] = (difference for difference in differences if difference.measure == measure)
     assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
+    told = f"{found.first:.2%}" if measure == "macro AP" else f"{found.first:.4g}"
+    assert comparison.table([found], *paths)[2][1].startswith(told)
     truth[1, 1] += 1.0
     _, other = written(tmp_path, [report(["cat", "dog"], truth, truth.nan_to_num())] * 2, name="other.json")
     with pytest.raises(InputError, match="do not agree on what is true: look at the column dog"):
@@ -152,6 +154,11 @@ def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
     assert of_patients.high - of_patients.low > 4 * (of_images.high - of_images.low)
     [either] = comparison.compare(grouped[0], alone[1])  # one file that knows the groups is enough
     assert either == of_patients
+
+
+def test_a_number_may_be_called_as_the_answers_of_a_label():
+    columns = ["cat", "cat answer", "cat probability", "cat probability answer"]
+    assert comparison._truth(columns) == (["cat", "cat probability"], " answer")
 
 
 @pytest.mark.parametrize("names", [["cat", "dog"], ["group", "image"]])

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from dense import EXACT, assert_close, randomize_adapters, resnet
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora import followed_norms
 from lora.followed_norms import FollowedNorm, follow_statistics, followers, patches_of, principal_components
 from lora.fusion import conv_bn, conv_bn_relu, set_gradient_checkpointing
 from lora_utils import LoRAManager, read_adapter_file
@@ -158,6 +160,15 @@ def test_patches_are_what_the_kernel_is_applied_to(kind, later):
     products = products if conv.bias is None else products + conv.bias
     distances = (products[:, None] - outputs[None]).abs().amax(-1).amin(1)
     assert distances.max() < 1e-12
+    assert torch.equal(patches_of(conv, x, 20), patches_of(conv, x, 20))
+
+
+def test_patches_are_of_all_batches(monkeypatch):
+    """As many of each of three: 512 / 3, rounded up."""
+    seen = []
+    monkeypatch.setattr(followed_norms, "FollowedNorm", lambda conv, norm, patches: seen.append(len(patches)))
+    follow_statistics(adapted_resnet(), torch.randn(3, 2, 3, 32, 32))
+    assert set(seen) == {3 * 171}
 
 
 def test_directions_without_variance_do_no_harm():
@@ -287,13 +298,16 @@ def test_a_batch_norm_behind_a_layer_that_is_only_stored_in_fewer_bits_has_nothi
 
 
 def test_a_network_without_such_batch_norms_is_refused():
-    """Outside torchvision's blocks, which call each layer by itself, statistics would have no gradient."""
-    model = add_lora_to_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), r=2, target_modules="0")
-    freeze_backbone_params(model)
-    follow_statistics(model, iter(()))
-    assert followers(model) == []
-    with pytest.raises(InputError, match="no adapted convolution of a ResNet has a frozen BatchNorm behind it"):
-        follow_statistics(model, [torch.randn(2, 3, 4, 4)], required=True)
+    """Outside torchvision's blocks, which call each layer by itself, statistics have no gradient; nor in groups."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    grouped = resnet(Bottleneck)
+    grouped.layer1[0].conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+    for model, adapted in ((plain, "0"), (grouped, r"layer1\.0\.conv2")):
+        freeze_backbone_params(add_lora_to_model(model, r=2, target_modules=adapted))
+        follow_statistics(model, iter(()))
+        assert followers(model) == []
+        with pytest.raises(InputError, match="no adapted convolution of a ResNet has a frozen BatchNorm behind it"):
+            follow_statistics(model, [torch.randn(2, 3, 32, 32)], required=True)
 
 
 def statistics(tensors) -> set[str]:

@@ -340,6 +340,8 @@ def test_the_bias_of_a_figure_is_taken_from_the_middle_of_its_interval():
 
     (low, high), _ = chance(square, 12)
     assert (low + high) / 2 == pytest.approx((values.mean().square() - values.var() / 12).item())
+    pseudo = 12 * values.mean().square() - 11 * ((values.sum() - values) / 11).square()
+    assert (high - low) / 2 == pytest.approx(student.ppf(0.975, 11) * pseudo.std().item() / 12**0.5)
 
 
 @pytest.mark.parametrize("hits", [[9, 8, 6, 3], [9, 6], [5, 6, 5, 6, 5, 6]], ids=["unlike", "two", "alike"])

@@ -79,6 +79,18 @@ def test_images_that_tell_nothing_are_told_apart_all_the_same():
     assert probe.fit_linear_probe(features, torch.arange(60) % 3, 3).strength == pytest.approx(1e-3)
 
 
+def test_the_views_of_an_image_are_held_out_together(monkeypatch):
+    """Ten rows are five images in two views; `parts` are of images."""
+    seen = []
+    monkeypatch.setattr(probe, "parts", lambda fold, views, *_: seen.append((len(fold), views)) or [])
+    features = torch.randn(10, 3)
+    labels = torch.tensor([0, 1, 0, 1, 0]).repeat(2)
+    probe.fit_linear_probe(features, labels, 2, views=2)
+    for fit in (probe.fit_one_vs_rest, probe.fit_ridge):
+        fit(features, labels[:, None].float(), views=2)
+    assert seen == [(5, 2)] * 3
+
+
 def positive(images: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, 120), none negative, of which twenty say the class and the others hardly vary."""
     generator = torch.Generator().manual_seed(0)

@@ -336,6 +336,16 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
     assert titles == ["The largest errors", "The largest errors: none"]
 
 
+def test_answers_are_drawn_over_the_truth(numbers, monkeypatch, pictures):
+    drawn = []
+    monkeypatch.setattr(regression, "save_figure", lambda figure, _: drawn.extend(figure.axes))
+    numbers.draw(None)
+    points, line = drawn[1].lines
+    answers = numbers.answers
+    assert points.get_xydata().tolist() == torch.stack([answers.targets[:, 1], answers.values[:, 1]], 1).tolist()
+    assert list(line.get_xdata()) == list(line.get_ydata()) == [1, 39]
+
+
 def test_each_number_has_intervals_that_come_of_its_own_errors(numbers):
     """As in a report on that number alone."""
     alone = Regression(["age"], numbers.answers.targets[:, :1])

@@ -66,7 +66,7 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     confidences = logits.softmax(1).amax(1)[known].double()
     bins = found.reliability()
-    assert bins[:, 2].sum() == known.sum()
+    assert (bins[:, 1].sum(), bins[:, 2].sum()) == ((true == answer).sum(), known.sum())
     assert bins[:, 0].sum() == pytest.approx(confidences.sum().item(), rel=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_smoothing_never_makes_a_rare_class_the_best_answer():
     assert loss.item() == pytest.approx((entropy * weights[:2]).mean().item())
 
 
-def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
+def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst(monkeypatch):
     logits = torch.randn(6, 3, 8, 8)
     truth = masks(6, 8, 8)
     truth[2] = NO_LABEL
@@ -127,6 +127,8 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
     assert list(found.maps) == shares.argsort(stable=True).tolist() and list(found.maps)[-1] == 2
     assert math.isfinite(found.loss)
     assert "nan" not in str(task.report(found).mistakes())
+    monkeypatch.setattr(segmentation, "WORST_SHOWN", 2)
+    assert list(answered(logits, truth, task).maps) == list(found.maps)[:2]
 
 
 def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):

@@ -127,6 +127,7 @@ def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
     queries = torch.randn(30, 5, generator=generator)
     targets = torch.arange(30) % 3  # of fewer classes than the bank has
     monkeypatch.setattr(evaluation, "NEIGHBOUR_TEMPERATURE", 0.1)
+    monkeypatch.setattr(evaluation, "QUERIES_AT_ONCE", 8)
     for neighbours, there_are in ((7, 7), (1000, 40)):
         monkeypatch.setattr(evaluation, "NEIGHBOURS", neighbours)
         votes = KNeighborsClassifier(

@@ -96,6 +96,18 @@ def test_it_is_the_same_each_time_and_leaves_the_seed_alone():
     assert torch.equal(first.probe.weight, again.probe.weight) and torch.equal(first.answers, again.answers)
 
 
+def test_where_features_lie_changes_no_answer():
+    features, labels, others = draws(clustered, 5)
+    found = []
+    for moved in (0.0, 10.0):
+        plain = probe.fit_linear_probe(features + moved, labels, CLASSES, views=2)
+        images, known = unlabelled.seen(features + moved, labels, others + moved, CLASSES)
+        held_out = unlabelled.held_out_answers(images, known, plain, 2, None)
+        found.append([*held_out.values(), unlabelled.start(images, known, plain, views=2).answers])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, atol=0.1, rtol=0)
+
+
 def test_one_image_a_class_leaves_nothing_to_check():
     found, plain = started(clustered, per_class=1)
     assert found.probe is plain and (found.name, found.gain_loss, found.foreign) == ("probe", 0, 0)
