@@ -167,12 +167,16 @@ def test_the_search_for_a_strength_ends_at_the_second_in_a_row_that_is_worse(mon
         starts.append(given[6])
         return torch.full((2, 3), float(len(starts)))
 
+    def loss(link: probe.Link, logits: torch.Tensor, Y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        assert counts.flatten().tolist() == [3, 4]  # of what is held out
+        return torch.tensor(next(losses))
+
     losses = iter([3.0, 4.0, 2.0, 5.0, 2.5, 0.1])
     monkeypatch.setattr(probe, "logistic", logistic)
-    monkeypatch.setattr(probe.Link, "loss", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(probe.Link, "loss", loss)
     X, Y = torch.randn(4, 2), torch.eye(2).repeat(2, 1)
     parts = [(np.array([0, 1]), np.array([2, 3]))]
-    found = probe._search(X, probe.SCALINGS["deviation"](X), Y, torch.ones(4, 1), parts, probe.ONE_CLASS)
+    found = probe._search(X, probe.SCALINGS["deviation"](X), Y, torch.arange(1, 5)[:, None], parts, probe.ONE_CLASS)
     assert (found.loss, found.strength) == (2.0, probe.STRENGTHS[2])
     assert starts[0] is None and [int(start[0, 0]) for start in starts[1:]] == [1, 2, 3, 4]
 
