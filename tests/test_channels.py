@@ -107,7 +107,7 @@ def test_a_stage_1_adapter_knows_the_channels_that_its_base_was_fitted_to(base, 
     assert "loaded, the first layer fitted from 3 channels, in their order" in capsys.readouterr().out
     run(base, tiffs, tmp_path / "out", f"--stage1-adapter {stage1}", scale="")
     assert load_finetuned(tmp_path / "out" / "lora.pth")[1]["channels"] == 13
-    assert deploy_lora.main(["evaluate", f"{tmp_path}/out/lora.pth", str(tiffs), *ON_CPU])["accuracy"] >= 0
+    deploy_lora.main(["evaluate", f"{tmp_path}/out/lora.pth", str(tiffs), *ON_CPU])
     with pytest.raises(InputError, match=r"moco_lora.pth is for images of 13 channels, not 5: leave out --channels"):
         run(base, tiffs, tmp_path / "other", f"--stage1-adapter {stage1} --channels 5")
 

@@ -323,7 +323,6 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
     end = torch.load(results["checkpoint"])["model"]
     fixed = {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}  # as MoCo v3 keeps them
     assert {n for n in start if torch.equal(start[n], end[f"encoder_q.{n}"]) and not n.startswith("heads")} == fixed
-    assert 0 <= results["before"]["knn_accuracy"] <= 1
 
 
 @pytest.mark.usefixtures("small_backbones")
