@@ -464,6 +464,8 @@ OUTPUTS = [
          files={"mine/0.png": PNG}),
     case("pictures among images", "deploy_lora explain lora.pth images/val --output images/val/seen",
          "--output images/val/seen is among the images in images/val: name a folder outside"),
+    case("pictures next to images", "deploy_lora explain lora.pth images/val --output images/val",
+         "--output images/val is among the images in images/val"),
     case("a checkpoint that its run would replace", "finetune --checkpoint out/last.pth", "would be overwritten: give",
          files={"out/last.pth": copy_of("base.pth")}),
     case("a base that pretraining would replace", "pretrain --checkpoint out/last.pth", "would be overwritten: give",

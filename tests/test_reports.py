@@ -378,12 +378,13 @@ def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbe
     assert [row[:4] for row in report.by_number()] == [("age", 4, "", "1"), ("weight", 4, "", "1")]
 
 
-def test_a_mean_says_of_how_many_numbers_it_is(numbers):
+def test_a_mean_says_of_how_many_numbers_it_is():
     """A number that is the same in these images has an error, and no R2."""
-    truth = torch.tensor([[1.0, 3.0], [2.0, 3.0], [4.0, 3.0], [5.0, 3.0]])
-    rows = dict(regression.NumberReport(numbers, regression.NumberAnswers(0.1, truth + 1, truth)).rows())
-    assert rows["R2"].endswith("), the mean of 1 of 2 numbers")
-    assert rows["mean absolute error"].endswith("), the mean of 2 numbers")
+    truth = torch.tensor([[1.0, 3.0, 1.0], [2.0, 3.0, 0.0], [4.0, 3.0, 0.0], [5.0, 3.0, 0.0]])
+    task = Regression(["age", "weight", "size"], torch.eye(3))
+    rows = dict(task.report(regression.NumberAnswers(0.1, truth + 1, truth)).rows())
+    assert rows["R2"].endswith("), the mean of 2 of 3 numbers")
+    assert rows["mean absolute error"].endswith("), the mean of 3 numbers")
     alone = Regression(["age"], truth[:, :1]).report(regression.NumberAnswers(0.1, truth[:, :1], truth[:, :1]))
     assert "mean of" not in str(alone.rows())
 

@@ -21,7 +21,7 @@ import finetune_lora
 from lora_utils import read_adapter_file
 from tests.run_folders import assert_same_tensors, metrics, names_in, stop
 from toolkit import InputError, devices
-from toolkit.files import read_checkpoint
+from toolkit.files import open_atomically, read_checkpoint
 from toolkit.run import optim, output_folder, reports, runs
 
 
@@ -370,6 +370,9 @@ def test_a_folder_is_locked_while_it_is_used_and_has_then_what_is_whole(tmp_path
     assert list(tmp_path.iterdir()) == []
     others = {"last.pth", ".running", ".notes.4711.tmp"}  # hidden ones are other programs'
     write(folder, ".lora.pth.4711.half", *others)
+    with open_atomically(folder / "lora.pth"):
+        assert len(list(folder.glob(output_folder.HALVES))) == 2
+    (folder / "lora.pth").unlink()
     with output_folder.held(folder):
         assert names_in(folder) == others | {output_folder.LOCK}
     assert contents(folder) == {name: name.encode() for name in others}

@@ -275,6 +275,9 @@ def test_the_parts_read_the_settings_of_the_run_that_was_there(runs, tmp_path):
     assert len(runs.validate(f"--config {tmp_path / 'out/config.yaml'}")["folds"]) == 3
     for folder in ("out", "out-1"):
         assert (tmp_path / folder / "config.yaml").read_text() == "finetune: {epochs: 3}\n"
+    before = (tmp_path / "out-1/config.yaml").stat()
+    runs.validate(f"--config {tmp_path / 'out-1/config.yaml'}")
+    assert (tmp_path / "out-1/config.yaml").stat() == before  # what stays is not written anew
 
 
 def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path, monkeypatch):
