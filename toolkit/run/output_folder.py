@@ -37,10 +37,12 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
         yield f"--output-dir {folder}: results are written on this machine; name a folder"
         return
     places = [folder / name for name in written]
-    for option in ("checkpoint", "stage1_adapter"):
-        path = getattr(args, option, None)
+    read = [("--data-list", path) for path in args.data_list or ()]
+    for option in ("checkpoint", "stage1_adapter", "unlabelled"):
+        read.append((f"--{option.replace('_', '-')}", getattr(args, option, None)))
+    for option, path in read:
         if any(same_file(place, path) for place in places):
-            yield f"--{option.replace('_', '-')} {path} would be overwritten: give another --output-dir"
+            yield f"{option} {path} would be overwritten: give another --output-dir"
     inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
     if inside:
         yield f"--output-dir {folder} is among the images in {inside[0]}: name a folder outside"
