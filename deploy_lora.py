@@ -571,7 +571,8 @@ def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages
         images, _ = sources.labelled(found or place, read, task.truth, task.names, "the adapter")
     if found is not None and found.group_by is not None:
         images.groups = found.groups()[images.indices]
-    elif by:  # not a column that other lists have, nor with fewer folders than the run's images lie in
+    elif by and (found is None) == (value_at(about, "config/data/data_list") is None):
+        # Levels of paths in a list are no levels of a folder. Images may lie in fewer folders than the run's.
         with contextlib.suppress(InputError):
             images.groups = splitting.folder_level(images.relative_names(), by)
     images = sources.readable(images)

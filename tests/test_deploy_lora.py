@@ -268,6 +268,19 @@ def test_lists_and_archives_are_answered_and_evaluated_as_folders_are(adapter_fo
         run("evaluate --device cpu", adapter_for_images, tmp_path / "mine/val")
 
 
+def test_levels_of_the_folder_of_a_run_are_none_of_the_paths_in_a_list(adapter_for_images, images, tmp_path, capsys):
+    """Of absolute paths, as `choose` writes them, all images would be one group."""
+    table = tmp_path / "list.csv"
+    table.write_text("\n".join(f"{path},{path.parent.name}" for path in sorted((images / "val").glob("*/*.png"))))
+    expected = run("evaluate --device cpu", adapter_for_images, table)["accuracy_interval"]
+    of_folder = {"dataset": "imagefolder", "data_dir": str(images), "group_by": "1"}
+    found = run("evaluate --device cpu", with_settings(adapter_for_images, of_folder), table)
+    assert found["accuracy_interval"] == expected
+    assert f" 15 in {table}, without groups by 1\n" in capsys.readouterr().out
+    run("evaluate --device cpu", with_settings(adapter_for_images, of_folder | {"data_list": [str(table)]}), table)
+    assert f" 15 in {table}, in 1 groups; intervals are over groups\n" in capsys.readouterr().out
+
+
 def test_a_list_is_evaluated_over_the_groups_of_the_run(adapter_for_images, images, tmp_path, capsys):
     table = tmp_path / "test.csv"
     plain = tmp_path / "plain.csv"
