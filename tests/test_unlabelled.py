@@ -120,12 +120,15 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
 
     def k_means(images: unlabelled.Images, known: unlabelled.Labelled) -> Tensor:
         shown.append(known.places)
+        assert torch.equal(known.counts[:, 0], 1.0 + known.places)  # each with its own weight
         return torch.zeros(len(images.rows), CLASSES)
 
     monkeypatch.setattr(unlabelled, "k_means", k_means)
     features, labels, others = draws(clustered, 10)
     plain = probe.fit_linear_probe(features, labels, CLASSES, views=2, clusters=patients)
-    unlabelled.start(*unlabelled.seen(features, labels, others, CLASSES), plain, views=2, clusters=patients)
+    images, known = unlabelled.seen(features, labels, others, CLASSES)
+    known = known._replace(counts=1.0 + torch.arange(60)[:, None])
+    unlabelled.start(images, known, plain, views=2, clusters=patients)
     assert len(shown) == 2 * probe.FOLDS + 1  # the last time it knows all, and says which images are foreign
     of = torch.cat([patients, patients])
     for places in shown:
