@@ -417,8 +417,20 @@ def test_a_frozen_batch_norm_keeps_at_most_its_output():
     assert kept == {None: 0, "none": 0, "relu": 1, "relu6": 1, "silu": 1}
 
 
-def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one():
-    stock, twin = frozen_norm("relu")
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_what_it_keeps_of_an_activation_that_clamps_is_the_output(activation):
+    """Which the next layer keeps anyway."""
+    x = torch.randn(8, 5, 16, 16, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = frozen_norm(activation)[1](x)
+    assert y.untyped_storage().data_ptr() in {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert sum(tensor.numel() >= x.numel() for tensor in kept) == 1
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one(activation):
+    stock, twin = frozen_norm(activation)
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
     seen = []
     twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -429,3 +441,10 @@ def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one():
     stock.weight.requires_grad_()
     stock(x).sum().backward()
     assert torch.equal(twin.weight.grad, stock.weight.grad)
+
+
+def test_a_layer_between_norm_and_activation_is_applied():
+    stock, twin = frozen_norm("relu6")
+    stock.drop = twin.drop = nn.Softplus()
+    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(twin(x), stock(x))

@@ -49,25 +49,32 @@ def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
 
 
 class _ConstantNorm(torch.autograd.Function):
-    """``batch_norm(x)`` by the running statistics. Differentiable twice."""
+    """``batch_norm(x)`` by the running statistics, and ReLU6 of that if it `clamps`. Differentiable twice."""
 
     @staticmethod
-    def forward(ctx, x, norm):
+    def forward(ctx, x, norm, clamps):
         scale, _ = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, None)
-        ctx.save_for_backward(scale.view(-1, *[1] * (x.dim() - 2)))
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        kept = None
+        if clamps:
+            kept = y.clamp_(0, 6)
+        ctx.save_for_backward(scale.view(-1, *[1] * (x.dim() - 2)), kept)
+        return y
 
     @staticmethod
     def backward(ctx, gy):
-        [scale] = ctx.saved_tensors
-        return (gy * scale).to(gy.dtype), None
+        scale, y = ctx.saved_tensors
+        if y is not None:
+            gy = torch.ops.aten.hardtanh_backward(gy, y, 0.0, 6.0)
+        return (gy * scale).to(gy.dtype), None, None
 
 
 class Freezable(_Extended):
     """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says.
 
     It is then a constant scale and shift, whose input PyTorch keeps for backward all the same. Here nothing is kept but
-    what the activation in one of timm's keeps: of a ReLU the output, which the next layer keeps anyway.
+    what the activation in one of timm's keeps: of a ReLU the output, which the next layer keeps anyway. Of a ReLU6
+    PyTorch keeps a copy of the input, even in place; here that is the output too.
     """
 
     frozen = False
@@ -87,8 +94,11 @@ class Freezable(_Extended):
         if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced():
             return super().forward(x)
         self._check_input_dim(x)
-        y = _ConstantNorm.apply(x, self)
-        return self.act(self.drop(y)) if has_activation else y
+        if not has_activation:
+            return _ConstantNorm.apply(x, self, False)
+        if type(self.act) is nn.ReLU6 and type(self.drop) is nn.Identity and not self.act._forward_hooks:
+            return _ConstantNorm.apply(x, self, True)
+        return self.act(self.drop(_ConstantNorm.apply(x, self, False)))
 
 
 FreezableBatchNorm2d = _extended(nn.BatchNorm2d, Freezable)
