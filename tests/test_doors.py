@@ -1,6 +1,7 @@
 """What comes in through the door is a file, has an end, comes soon, and stays small: hostile files and servers."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import lzma
@@ -203,6 +204,12 @@ def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
             rows = scene.rows(0, 8)
     np.testing.assert_array_equal(image[..., 0], levels)
     np.testing.assert_array_equal(rows[..., 0], levels)
+
+
+def test_what_inflates_a_strip_is_tifffiles_own_by_name():
+    """Versions of 2026 refuse the function of any other module."""
+    codecs = importlib.import_module(bands.import_tifffile().__name__ + "._imagecodecs")
+    assert {codecs.zlib_decode.__module__, codecs.lzma_decode.__module__} == {codecs.__name__}
 
 
 # ----------------------------------------------------------------------------------------------- what folders may have

@@ -209,7 +209,9 @@ def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
     (tmp_path / "out/loop").symlink_to(tmp_path / "out/loop")
     (tmp_path / "out/inner").symlink_to(tmp_path / "out")
     assert f"{tmp_path}/out/link/deep is a link to a place outside" in refused("link/deep/b.png")
+    (tmp_path / "out/gone").symlink_to(tmp_path / "out/not there")
     assert "cannot write to" in refused("loop/b.png")
+    assert "cannot write to" in refused("gone/b.png")
     assert "cannot write to" in refused("a\0b/b.png")
     assert len(places_of(tmp_path / "out", "inner/b.png")) == 1
 

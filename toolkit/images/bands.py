@@ -131,6 +131,8 @@ def import_tifffile() -> ModuleType:
     codecs = importlib.import_module("tifffile._imagecodecs")
     codecs.zlib_decode = lambda strip, out: zlib.decompressobj().decompress(strip, out)
     codecs.lzma_decode = lambda strip, out: lzma.LZMADecompressor().decompress(strip, out)
+    for codec in (codecs.zlib_decode, codecs.lzma_decode):
+        codec.__module__ = codecs.__name__  # those of 2026 refuse any other module's
     return tifffile
 
 

@@ -155,6 +155,8 @@ class Guard:
     @property
     def is_recoverable(self) -> bool:
         """Is the present state good enough to go back to? The start is, and any that has lost next to no score."""
+        if not self.scores:  # before a run has begun
+            return True
         return self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1)
 
     def _lost(self, score: float, share: float, errors: float) -> bool:
