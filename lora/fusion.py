@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
@@ -22,15 +21,7 @@ from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
-from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Does one of these have a hook, or a forward of its own? Each must see what it would see in the stock model."""
-    return _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in modules
-    )
+from toolkit.models.norms import Freezable, FreezableBatchNorm2d, is_hooked, stock_norm
 
 
 def _trains(module: nn.Module) -> bool:

@@ -433,9 +433,14 @@ def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one(activa
     stock, twin = frozen_norm(activation)
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
     seen = []
-    twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output))
     assert torch.equal(twin(x), stock(x))
     assert torch.equal(seen[0], stock(x))
+    hook.remove()
+    for layer in (twin.act, twin.drop):
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    assert torch.equal(twin(x), stock(x))
+    assert seen[1:] == [twin.drop, twin.act]
     twin.weight.requires_grad_()
     twin(x).sum().backward()
     stock.weight.requires_grad_()

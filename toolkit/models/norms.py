@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from toolkit import InputError, distributed
 from toolkit.devices import is_traced
@@ -46,6 +47,14 @@ def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
     while issubclass(kind, _Extended):
         kind = kind.extends
     return kind
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Does one of these have a hook, or a forward of its own? Each must see what it would see in the stock model."""
+    return _has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
 
 
 class _ConstantNorm(torch.autograd.Function):
@@ -96,7 +105,8 @@ class Freezable(_Extended):
         self._check_input_dim(x)
         if not has_activation:
             return _ConstantNorm.apply(x, self, False)
-        if type(self.act) is nn.ReLU6 and type(self.drop) is nn.Identity and not self.act._forward_hooks:
+        clamps = type(self.act) is nn.ReLU6 and type(self.drop) is nn.Identity
+        if clamps and not is_hooked(self.act, self.drop):
             return _ConstantNorm.apply(x, self, True)
         return self.act(self.drop(_ConstantNorm.apply(x, self, False)))
 
