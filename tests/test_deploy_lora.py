@@ -544,7 +544,7 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words
 def test_a_table_of_labels_is_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("p.csv").write_text('path,labels,cat probability,"a,b probability"\r\n', newline="")
-    read_options(["predict", "lora.pth", "images", "--output", "p.csv"])
+    assert read_options(["predict", "lora.pth", "images", "--output", "p.csv"]).output == Path("p.csv")
 
 
 @pytest.mark.parametrize("command", ["predict", "embed", "explain"])

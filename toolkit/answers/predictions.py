@@ -93,7 +93,7 @@ def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
     for inside in dict.fromkeys(place.parent for place in places):
         try:
-            place = inside.resolve(strict=inside.is_symlink())  # from Python 3.13 on only this sees a link to itself
+            place = inside.resolve(strict=inside.is_symlink())  # else Python 3.13 overlooks a link to itself
             leads_outside = not place.is_relative_to(output.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
             raise InputError(f"--output {output}: cannot write to {printable(inside)}: {printable(error)}") from None

@@ -132,7 +132,7 @@ def import_tifffile() -> ModuleType:
     codecs.zlib_decode = lambda strip, out: zlib.decompressobj().decompress(strip, out)
     codecs.lzma_decode = lambda strip, out: lzma.LZMADecompressor().decompress(strip, out)
     for codec in (codecs.zlib_decode, codecs.lzma_decode):
-        codec.__module__ = codecs.__name__  # those of 2026 refuse any other module's
+        codec.__module__ = codecs.__name__  # tifffile of November 2026 refuses functions of other modules
     return tifffile
 
 

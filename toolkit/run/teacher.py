@@ -69,9 +69,9 @@ class Teacher:
 
     @torch.no_grad()
     def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels, behind them the `sure_labels` of images (N, C, H, W) at these places among all; how much each counts.
+        """The labels, followed by the `sure_labels` of images (N, C, H, W) at these places; and how much each counts.
 
-        An image that has its label counts 1.
+        An image with a label of its own counts 1.
         """
         with self.in_place(), evaluation.eval_mode(self.model):
             logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
@@ -81,7 +81,7 @@ class Teacher:
     def sure_labels(self, logits: Tensor, first_answers: Tensor) -> tuple[Tensor, Tensor]:
         """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if not sure.
 
-        Also how much each counts: how far its answer is from chance.
+        The second tensor says how much each counts: as far as its answer is from chance.
         """
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
         answers = ((logits.log_softmax(1) + first) / 2).softmax(1)
