@@ -438,9 +438,10 @@ def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one(activa
     assert torch.equal(seen[0], stock(x))
     hook.remove()
     for layer in (twin.act, twin.drop):
-        layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
-    assert torch.equal(twin(x), stock(x))
-    assert seen[1:] == [twin.drop, twin.act]
+        hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+        assert torch.equal(twin(x), stock(x))
+        hook.remove()
+    assert seen[1:] == [twin.act, twin.drop]
     twin.weight.requires_grad_()
     twin(x).sum().backward()
     stock.weight.requires_grad_()
