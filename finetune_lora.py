@@ -669,8 +669,6 @@ def main(
     with runs.faults_explained(device, options.SAVES_MEMORY), held as begin:
         read = config.stored(args.config) or "defaults"
         print(f"settings: {read} and what was typed; all go into {args.output_dir / 'config.yaml'}")
-        if args.adapt_last == "auto":
-            args = replace(args, adapt_last=blocks_to_adapt(args, device))
         splits, model, report, plan = prepare(args, device)
         print(reports.describe_data(args, splits), describe_base(report), sep="\n")
         print(f"device: {device}, precision: {plan.dtype}")
@@ -761,26 +759,6 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model
-
-
-def blocks_to_adapt(args: FineTuneOptions, device: torch.device) -> int | None:
-    """`--adapt-last auto`: the number of blocks by the gradient at the start of a run that adapts everything."""
-    if args.resume:
-        return run_state.recorded_setting(args.resume, "adapt_last")
-    with contextlib.redirect_stdout(io.StringIO()):  # the run itself says what it reads
-        splits, model, report, plan = prepare(args, device)
-    adapts_all = replace(args, cache_features="none")
-    if args.learning_rate == "auto":
-        adapts_all = replace(adapts_all, learning_rate=search.DEFAULT_RATE)
-    run = FineTuning(adapts_all, plan, devices.place(model, device), report, splits)
-    run.start()
-    end_workers()
-    number = initialization.blocks_with_most(model, run.gradient_energies)
-    if number is None and args.cache_features != "none":
-        raise InputError("--adapt-last auto: by the gradient all layers are to change; drop --cache-features")
-    part = "all layers" if number is None else f"the last {number} of {len(block_names(model))} blocks"
-    print(f"adapters: {part}, by the share of the gradient")
-    return number
 
 
 def with_rate_found(
@@ -1075,8 +1053,7 @@ class FineTuning(RunState):
         self.begin_averages()  # by which the first images without labels are answered
         if self.args.lora_init == "gradient":
             with evaluation.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
-                seed = self.args.seed
-                self.gradient_energies = initialization.start_at_gradient(self.model, self._first_backward, seed)
+                initialization.start_at_gradient(self.model, self._first_backward, self.args.seed)
         self.begin_averages()
         worst_loss = None  # of the guard's batches, where BatchNorm makes losses depend on the batch
         if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's

@@ -49,7 +49,7 @@ METHODS = {
     "fp32": Method("the same in float32", ["--precision", "fp32"]),
     "bf16": Method("the same in bf16", ["--precision", "bf16"]),
     "int8": Method("the same, products in 8 bits", ["--arithmetic", "int8"]),
-    "last": Method("adapters where the gradient is", ["--adapt-last", "auto"]),
+    "last": Method("adapters in the last five blocks", ["--adapt-last", "5"]),  # of EfficientNet-Lite0's seven
     "qlora": Method("QLoRA", ["--use-qlora"]),
     "plain": Method("full fine-tuning, plain loop", ["--precision", "fp32"], is_plain=True),
     "plain_bf16": Method("full fine-tuning, plain loop in bf16", ["--precision", "bf16"], is_plain=True),

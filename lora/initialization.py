@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import adapted_layers, adapter_parameters, in_last_blocks, unwrap_for_editing
+from lora.adapted import adapted_layers, adapter_parameters
 from toolkit import distributed, dotted
-from toolkit.models.backbones import block_names
 
 # How many times faster than everything else adapters with this start learn: benchmarks/RESULTS.md has the measurements.
 ADAPTER_LR_FACTOR = 24.0  # up to rank 8
 RESNET_LR_FACTOR = 2.0  # further, in a ResNet: measured in benchmarks/RESULTS.md, why is not known
 GRADIENT_IMAGES = 256  # enough for a good gradient
-ENERGY_SHARE = 0.9  # of the gradient's energy: what the blocks that are worth adapting have together
 
 
 def adapter_lr_factor(r: int, most: float = math.inf) -> float:
@@ -34,43 +32,39 @@ def adapter_lr_factor(r: int, most: float = math.inf) -> float:
 
 
 @torch.no_grad()
-def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> dict[str, float]:
+def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
     """Start the adapters of `model` at its gradient, in place, without changing the model's output: B becomes zero.
 
     `backward` adds up the gradients of a few hundred images: see docs/python.md. Call it after the head has its
     starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An adapter without a finite
-    gradient is left unchanged; all are if `backward` raises. Returns the energy of each adapted layer's gradient,
-    ``||G||^2``, up to one factor if all layers have one scaling.
+    gradient is left unchanged; all are if `backward` raises.
     """
-    named = [(name, A, B) for name, A, B in adapter_pairs(model) if A.requires_grad]
-    if not named:
-        return {}
-    before = [(factor, factor.clone()) for _, *pair in named for factor in pair]
+    trained = [(A, B) for A, B in adapter_pairs(model) if A.requires_grad]
+    if not trained:
+        return
+    before = [(factor, factor.clone()) for pair in trained for factor in pair]
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
-    for _, A, B in named:
+    for A, B in trained:
         A.zero_()
         B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
     try:
         with torch.enable_grad():
             backward()
-        sketches = [A.grad for _, A, _ in named]
+        sketches = [A.grad for A, _ in trained]
     finally:
         for parameter, gradient in former_gradients:
             parameter.grad = gradient
         for factor, former in before:
             factor.copy_(former)
-    energies: dict[str, float] = {}
-    for (name, A, B), sketch in zip(named, sketches, strict=True):
+    for (A, B), sketch in zip(trained, sketches, strict=True):
         if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
             precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
-            energies[name] = energies.get(name, 0.0) + precise.square().sum().item() * len(B) / len(A)
             rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
             A[: len(rows)] = rows / math.sqrt(3)  # as long as a random start's
             B.zero_()
         distributed.broadcast([A])  # the last bits, or signs, may differ between machines
-    return energies
 
 
 @torch.no_grad()
@@ -98,20 +92,9 @@ def start_at_change(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     return energies
 
 
-def blocks_with_most(model: nn.Module, energies: Mapping[str, float]) -> int | None:
-    """How many of the last blocks have ENERGY_SHARE of `start_at_gradient`'s energies; None: all layers are needed."""
-    inner = unwrap_for_editing(model)
-    blocks = block_names(inner) if energies else []
-    for number in range(1, len(blocks) + 1):
-        held = sum(energy for name, energy in energies.items() if in_last_blocks(inner, name, number))
-        if held >= ENERGY_SHARE * sum(energies.values()):
-            return number
-    return None
-
-
-def adapter_pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The name of each adapter's layer, its A (r, fan_in) and its B (fan_out, r)."""
-    for name, layer in adapted_layers(model).items():
+def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The A (r, fan_in) and the B (fan_out, r) of each adapter."""
+    for layer in adapted_layers(model).values():
         factors = adapter_parameters(layer)
         for part in layer.parts:
-            yield name, factors[f"lora_A{part}"], factors[f"lora_B{part}"]
+            yield factors[f"lora_A{part}"], factors[f"lora_B{part}"]

@@ -203,6 +203,8 @@ FLAGS = [
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 2"),
+    case("a word for a number of blocks", "finetune --adapt-last auto",
+         "--adapt-last: expected a whole number above 0, got 'auto'"),
     case("norms below 4 bits", "finetune --adapt-last 2 --use-qlora --norms train",
          "--norms train with --adapt-last and --use-qlora"),
     case("settings of no adapters", "finetune --lora-rank 0 --use-qlora --adapt-last 2 --lora-alpha 8"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lora import initialization
 from lora.split import split_model
 from tests.run_folders import tensors
 from toolkit import InputError
@@ -126,14 +125,6 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(views, 2))
     distances = torch.stack([(taken[:, None] - view[None]).abs().amax((2, 3)).amin(1) for view in views])
     assert (distances[1:].amin(0) < 1e-5).all() and (distances[1:].amax(1) > 1e-3).all()  # all, and nothing else
-
-
-def test_no_features_are_cached_of_layers_that_are_all_to_change(finetune, monkeypatch, tmp_path):
-    """They would be the start's, so that no adapter would train. The gradient that chooses is of images."""
-    monkeypatch.setattr(initialization, "ENERGY_SHARE", 1.1)  # which no number of blocks has
-    with pytest.raises(InputError, match=r"--adapt-last auto: .* all layers .* drop --cache-features"):
-        finetune("--adapt-last auto --epochs 1 --labels-per-class 2 --cache-features disk", "cached")
-    assert not (tmp_path / "cached").exists()
 
 
 def test_the_trials_of_a_search_train_on_cached_features(finetune, monkeypatch):

@@ -8,7 +8,6 @@ import torch
 import yaml
 
 import finetune_lora
-from lora import initialization
 from tests.run_folders import assert_same_tensors, rows_of
 from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
@@ -130,8 +129,8 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
     assert search.rates_that_differ(lambda rate: rate**0.35) == list(RATES[::2])  # 3^0.35 = 1.47
 
 
-def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, monkeypatch, tmp_path, capsys):
-    """Bit for bit, also where the gradient chooses the blocks, which draws random numbers in a whole run alone."""
+def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, monkeypatch, tmp_path):
+    """Bit for bit."""
 
     def highest(trials, variance, usual):
         assert usual == USUAL
@@ -140,29 +139,25 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
 
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "choose", highest)
-    monkeypatch.setattr(initialization, "ENERGY_SHARE", 0.01)  # which the last block alone has
-    common = "--epochs 1 --labels-per-class 4 --lora-dropout 0.2 --adapt-last"
-    whole = finetune(f"{common} auto --lr auto", "whole")
-    assert "adapters: the last 1 of 2 blocks, by the share of the gradient" in capsys.readouterr().out
-    assert whole["config"]["finetune"]["adapt_last"] == 1
-    assert yaml.safe_load((whole["folder"] / "config.yaml").read_text())["finetune"]["adapt_last"] == "auto"
+    common = "--epochs 1 --labels-per-class 4 --lora-dropout 0.2 --lr"
+    whole = finetune(f"{common} auto", "whole")
+    assert yaml.safe_load((whole["folder"] / "config.yaml").read_text())["finetune"]["learning_rate"] == "auto"
     save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
-        finetune(f"{common} auto --lr auto", "stopped")
+        finetune(f"{common} auto", "stopped")
     with pytest.raises(InputError, match=r"belongs to a run with other settings \(finetune\.batch_size was 8, is 4\)"):
-        finetune(f"{common} auto --lr auto --batch-size 4 --resume", "stopped")
-    monkeypatch.setattr(initialization, "blocks_with_most", None)  # is not asked again
+        finetune(f"{common} auto --batch-size 4 --resume", "stopped")
     trial = finetune_lora.TrialRun
     with mock.patch.object(trial, "start", autospec=True, side_effect=trial.start) as trials:
-        resumed = finetune(f"{common} auto --lr auto --resume", "stopped")
+        resumed = finetune(f"{common} auto --resume", "stopped")
     assert trials.call_count == 1
-    typed = finetune(f"{common} 1 --lr 1e-3", "typed")
+    typed = finetune(f"{common} 1e-3", "typed")
     for results in (resumed, typed):
         assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
         assert results["learning_rate"] == results["config"]["finetune"]["learning_rate"] == 1e-3
     tables = [rows_of(results["folder"] / "learning_rates.csv") for results in (whole, resumed)]
     assert tables[0] == tables[1] and [float(row["learning_rate"]) for row in tables[0]] == [1e-4, 1e-3]
-    elsewhere = finetune(f"{common} auto --lr auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
+    elsewhere = finetune(f"{common} auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
     assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
 
 

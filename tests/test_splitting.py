@@ -222,8 +222,8 @@ class Runs:
             raise KeyboardInterrupt
         accuracy = int(args.folds.partition("/")[0]) / 10
         results = {"task": "classification", "val_images": 7, "val_accuracy": accuracy}
-        settled = len(self.parts)  # by each part, as of --adapt-last auto
-        results["config"] = {"data": {"folds": args.folds}, "finetune": {"adapt_last": settled}}
+        settled = len(self.parts)  # by each part, as of --precision auto
+        results["config"] = {"data": {"folds": args.folds}, "finetune": {"precision": settled}}
         (args.output_dir / "results.json").write_text(json.dumps(results))
         if args.folds == self.collapses_at:
             raise Collapsed(1, 1e-3, 0, args.output_dir / "lora.pth", results)

@@ -67,7 +67,6 @@ def or_word(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == word else convert(text)
 
 
-block_count = or_word("auto", _number(int, lambda x: x > 0, "a whole number above 0, or auto"))
 worker_count = or_word("auto", _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 

@@ -142,9 +142,6 @@ class TuneOptions(AdapterOptions):
     norms: str = option(
         "auto", "of a ResNet. auto: they follow the adapters, and are frozen on a GPU; train: slow", choices=NORM_MODES
     )
-    adapt_last: int | str | None = option(
-        None, "adapt the last blocks or stages alone; auto: by the gradient; default: all", type=config.block_count
-    )
     learning_rate: float | str = option(
         1e-4,
         "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
@@ -348,7 +345,6 @@ CLASHES = {
         "--norms follow": "only frozen BatchNorms follow adapters",
         "--cache-features": _CHANGES,
     },
-    "--adapt-last auto": {"--lora-init random": "adapters of a random start have asked for no gradient"},
     "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
     "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
     "--cache-features": {"--norms train": _CHANGES},
@@ -451,8 +447,6 @@ def lora_options(args: AdapterOptions) -> dict[str, Any]:
         return {}
     names = ("lora_alpha", "lora_dropout", "use_qlora", "adapt_last")
     known = {name: getattr(args, name) for name in names}
-    if args.adapt_last == "auto":  # all, until the gradient is known
-        known["adapt_last"] = None
     return known | {"r": args.lora_rank, "target_modules": list(args.target_modules or ()) or None}
 
 
