@@ -52,7 +52,8 @@ def test_no_file_is_left_where_the_features_cannot_be_opened(place, monkeypatch)
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved")
 def test_room_for_features_is_reserved(place, tmp_path, monkeypatch):
     """Where another process takes it meanwhile, writing to the tensor would end this one without a word."""
-    cache._reserve(tmp_path / "features", 100_000)
+    with open(tmp_path / "features", "wb") as file:
+        cache.reserve(file, 100_000)
     assert (tmp_path / "features").stat().st_blocks * 512 >= 100_000
     reserve = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", reserve)

@@ -63,7 +63,7 @@ INVERTED = {"PhotometricInterpretation": "MONOCHROME1"}
     ids=["bits", "window", "inverted", "sign", "negative slope", "window of that", "wide window", "inverted window"],
 )
 def test_a_picture_is_seen_through_the_window_of_its_file_or_by_its_bits(tags, greys):
-    image = dicom.picture(file_of(RAMP, **tags), "chest.dcm")
+    image = dicom.picture(file_of(RAMP, **tags))
     np.testing.assert_allclose(np.asarray(image), greys, atol=1)
     assert np.asarray(to_rgb(image)).shape == (10, 10, 3)
 
@@ -71,7 +71,7 @@ def test_a_picture_is_seen_through_the_window_of_its_file_or_by_its_bits(tags, g
 def test_a_table_in_the_place_of_a_window_has_the_range_of_its_bits():
     squares = np.arange(4000) ** 2 // 4000
     table = tagged(LUTDescriptor=[4000, 0, 12], LUTData=squares.astype(np.uint16).tobytes())
-    image = dicom.picture(file_of(RAMP, VOILUTSequence=[table]), "old.dcm")
+    image = dicom.picture(file_of(RAMP, VOILUTSequence=[table]))
     np.testing.assert_allclose(np.asarray(image), 255 * squares[RAMP] / 4095, atol=1)
 
 
@@ -91,7 +91,7 @@ def test_frames_share_their_unit_and_window():
     content = file_of(np.stack([RAMP, RAMP + 7]), SharedFunctionalGroupsSequence=[group])
     np.testing.assert_array_equal(bands.decoded(content)[..., 0], 2 * RAMP - 1000)
     greys = 255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1)
-    np.testing.assert_allclose(np.asarray(dicom.picture(content, "ct.dcm")), greys, atol=1)
+    np.testing.assert_allclose(np.asarray(dicom.picture(content)), greys, atol=1)
 
 
 def test_a_deflated_file_is_refused_before_it_is_inflated():

@@ -117,8 +117,9 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 def picture_of(content: bytes, path: str | os.PathLike) -> Image.Image:
     """What `open_image` returns, of a file's content. `path` is what messages call it."""
     if dicom.is_dicom(path, content):
-        return dicom.picture(content, path)
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = dicom.picture(content)
+    else:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     image.filename = os.fspath(path)
     return image
 

@@ -9,6 +9,7 @@ import platform
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # On Windows a file in use cannot lose its name.
         with tempfile.TemporaryDirectory(prefix="features-", dir=parent, ignore_cleanup_errors=True) as folder:
             if distributed.is_main():
-                _reserve(Path(folder, "features"), needed)
+                with open(Path(folder, "features"), "wb") as file:
+                    reserve(file, needed)
             path = Path(distributed.gather(folder)[0], "features")
             tensor = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
             distributed.all_sum(0)  # wait until all have opened it
@@ -69,8 +71,7 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _reserve(path: Path, size: int) -> None:
-    """Make a file with its space: if the disk filled up later, writing to the tensor would be a bus error."""
-    with open(path, "wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+def reserve(file: IO[bytes], size: int) -> None:
+    """Give a file its room: if the disk filled up later, writing into the mapped file would be a bus error."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)

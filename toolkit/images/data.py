@@ -1,5 +1,6 @@
 """Images with their labels, and the loaders that make batches of them."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -62,14 +63,13 @@ class LabelledImages(Dataset):
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
         positions = np.array(positions, dtype=int)
-        images = type(self)(self.source, [])
+        images = copy.copy(self)
         images.indices = self.indices[positions]
         images.labels = [self.labels[i] for i in positions]
         if self.targets is not None:
             images.targets = self.targets[positions]
         if self.groups is not None:
             images.groups = self.groups[positions]
-        images.times_split = self.times_split
         return images
 
     def split(self, in_part: np.ndarray) -> tuple["LabelledImages", "LabelledImages"]:
@@ -112,7 +112,7 @@ class LabelledImages(Dataset):
             return map(self.source.names.__getitem__, self.indices)
         return map(str, self.indices)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """Equal for sets of the same files with the same labels, or targets, in the same order."""
         hashed = hashlib.sha256()

@@ -28,20 +28,17 @@ def is_bare_dicom(path: str | os.PathLike) -> bool:
     # The one of this name lists the files of a disc.
     if os.path.splitext(name)[1].strip(".0123456789") or name.upper() == "DICOMDIR":
         return False
-    if remote.is_file(path):  # opening a pipe would wait for ever
-        with contextlib.suppress(OSError), remote.opened(path, at_once=_MARK.stop) as file:
-            return is_dicom(name, file.read(_MARK.stop))
+    with contextlib.suppress(OSError):  # of what is no file
+        return is_dicom(name, remote.read(path, 0, _MARK.stop))
     return False
 
 
-def picture(content: bytes, path: str | os.PathLike) -> Image.Image:
+def picture(content: bytes) -> Image.Image:
     """A file's first image in grey or RGB, of 8 bits: through the window that it names, or in the range of its bits."""
     levels, greys = read(content)
     if levels.ndim == 2:
         levels = (255 * greys).round()
-    image = Image.fromarray(levels.astype(np.uint8))
-    image.filename = os.fspath(path)  # what messages call it
-    return image
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def read(content: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import numpy as np
 from toolkit.images import bands as reading
 from toolkit.images import remote
 from toolkit.images.bands import Bands, import_tifffile
+from toolkit.images.cache import reserve
 from toolkit.images.folders import named_faults
 from toolkit.images.transforms import to_rgb
 
@@ -61,9 +62,8 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
     with tempfile.TemporaryFile() as scratch:
         with named_faults(path):
             scene = _in_tiff(path, bands, scratch) or _decoded(path, bands, scratch)
-            with remote.opened(path) as file:
-                if file.read(4) in reading.TIFF_BEGINS:
-                    scene.like = path
+            if remote.read(path, 0, 4) in reading.TIFF_BEGINS:
+                scene.like = path
         scene.rows(0, 1)
         yield scene
 
@@ -85,8 +85,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Scene | None:
             dtype = np.dtype(file.byteorder + series.dtype.char)
             return Scene(path, bands, path, series.shape, dtype, series.dataoffset, axis, nodata=page.nodata)
         remote.check_size(series.nbytes, source.seek(0, os.SEEK_END))
-        if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the map would be a bus error
-            os.posix_fallocate(scratch.fileno(), 0, series.nbytes)
+        reserve(scratch, series.nbytes)
         levels = np.memmap(scratch, series.dtype, "w+", shape=series.shape)
         series.asarray(out=levels, buffersize=_READ_AT_ONCE)
         return Scene(path, bands, scratch, series.shape, series.dtype, bands_axis=axis, nodata=page.nodata)
