@@ -39,6 +39,17 @@ def test_the_interval_of_a_share_is_wilsons(hits, images):
     assert (share - low, high - share) == pytest.approx(halves)
 
 
+def once(images: int) -> torch.Tensor:
+    """Weights, (1, N), by which each image counts once."""
+    return torch.ones(1, images)
+
+
+def ranked(scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """AP and AUROC of images by their scores (N,), (n, 2) for weights (n, N)."""
+    weights = once(len(scores)) if weights is None else weights
+    return measures.ranking(scores, positive, torch.arange(len(scores)), weights)
+
+
 def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores (N,) with many ties, who has the label, 0 or 1 (N,), and how often each image counts (N,)."""
     random = np.random.RandomState(seed)
@@ -57,9 +68,9 @@ def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
     theirs = RANKINGS[name]
     scores, positive, times = scored_labels(seed)
     for way in (scores, -scores):
-        assert measures.ranking(way, positive)[column].item() == pytest.approx(theirs(positive, way), abs=1e-12)
+        assert ranked(way, positive)[0, column].item() == pytest.approx(theirs(positive, way), abs=1e-12)
     repeated = theirs(positive, scores, sample_weight=times.numpy())
-    found = measures.ranking(scores, positive, weights=torch.stack([times, 2 * times]))
+    found = ranked(scores, positive, torch.stack([times, 2 * times]))
     assert found[:, column].tolist() == pytest.approx([repeated] * 2, abs=1e-12)
 
 
@@ -67,13 +78,13 @@ def test_what_is_the_same_everywhere_has_no_figure():
     """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
     scores = torch.rand(9)
     ones = torch.ones(9)
-    assert measures.ranking(scores, 0 * ones).isnan().all()
-    assert measures.ranking(scores, ones)[0] == metrics.average_precision_score(ones, scores) == 1
-    assert measures.ranking(scores, ones)[1].isnan()
+    assert ranked(scores, 0 * ones).isnan().all()
+    [[precision, area]] = ranked(scores, ones)
+    assert precision == metrics.average_precision_score(ones, scores) == 1 and area.isnan()
     assert math.isnan(measures.threshold_for(scores, 0 * ones, "f1"))
     assert math.isnan(measures.threshold_for(scores, ones, "specificity=0.9"))
-    assert measures.r2(torch.rand(5), torch.full((5,), 3e8)).isnan()
-    assert measures.spearman(torch.rand(5), torch.ones(5)).isnan()
+    assert measures.r2(torch.rand(5), torch.full((5,), 3e8), once(5)).isnan()
+    assert measures.spearman(torch.rand(5), torch.ones(5), once(5)).isnan()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -82,7 +93,7 @@ def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     scores = scores / 2
     threshold = measures.threshold_for(scores, positive, "f1")
     answers = multilabel.LabelAnswers(0.0, scores[:, None], positive[:, None])
-    reached = answers.rates(torch.tensor([threshold]))["f1"].item()
+    reached = answers.rates(torch.tensor([threshold]), once(60))["f1"].item()
     assert reached == pytest.approx(metrics.f1_score(positive, scores > threshold), abs=1e-12)
     others = [metrics.f1_score(positive, scores > other) for other in (-1, *scores.unique()[:-1])]
     assert reached == pytest.approx(max(others))
@@ -131,14 +142,15 @@ def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
     repeated = torch.arange(50).repeat_interleave(times)
     for ours, theirs in pairs.items():
         for way in (answers, -answers):
-            assert ours(way, truth).item() == pytest.approx(theirs(truth, way), abs=1e-9)
+            assert ours(way, truth, once(50)).item() == pytest.approx(theirs(truth, way), abs=1e-9)
         of_repeated = theirs(truth[repeated], answers[repeated])
         assert ours(answers, truth, times[None]).item() == pytest.approx(of_repeated, abs=1e-9)
 
 
 def chance(measure, images: int, clusters=None, bounds=measures.UNBOUNDED) -> tuple[tuple[float, float], float]:
     """The interval of a measure of weights (..., N), and its p."""
-    found = measures.jackknife(lambda weights: {"it": measure(weights)}, images, clusters, {"it": bounds})
+    clusters = torch.arange(images) if clusters is None else clusters
+    found = measures.jackknife(lambda weights: {"it": measure(weights)}, clusters, {"it": bounds})
     [figure] = found["it"]
     return figure.interval, figure.p
 
@@ -204,7 +216,7 @@ def test_answers_that_are_all_right_have_no_interval():
     positive = (torch.arange(30) > 20).double()
     one = (torch.arange(30) == 7).double()
     for of in (positive, one):
-        found = measures.jackknife(lambda weights, of=of: {"it": measures.ranking(scores, of, weights=weights)}, 30)
+        found = measures.jackknife(lambda weights, of=of: {"it": ranked(scores, of, weights)}, torch.arange(30), {})
         assert np.isnan([figure.interval for figure in found["it"]]).all()
     assert measured_mean(torch.zeros(20))[1] == 1
     interval, p = measured_mean(torch.arange(20), clusters=torch.zeros(20, dtype=torch.long))
@@ -224,7 +236,7 @@ def test_the_intervals_of_a_label_are_of_its_own_answers():
     report = tasks.MultiLabel(list("abcde")).report(answers)
     for i in range(5):
         alone = multilabel.LabelAnswers(0.0, answers.values[:, i : i + 1], answers.targets[:, i : i + 1])
-        found = measures.jackknife(alone.figures, 60)
+        found = measures.jackknife(alone.weighted, torch.arange(60), {})
         expected = [found[name][0].interval for name in ("macro_ap", "macro_auroc")]
         assert [report.intervals(i)[name] for name in RANKINGS] == list(map(pytest.approx, expected))
 
@@ -270,7 +282,7 @@ def test_the_roc_has_the_chosen_point_the_diagonal_and_the_auroc(tmp_path, monke
     diagonal, curve, point = drawn[0].lines
     assert list(zip(*diagonal.get_data(), strict=True)) == [(0, 0), (1, 1)]
     assert curve.get_label() == f"rare {report.by['auroc'][0]:.1%}"
-    rates = answers.rates(torch.tensor([0.6]))
+    rates = answers.rates(torch.tensor([0.6]), once(60))
     assert point.get_data() == ([1 - rates["specificity"].item()], [rates["sensitivity"].item()])
 
 
@@ -287,9 +299,9 @@ def test_numbers_of_any_size_are_measured():
     random = np.random.RandomState(0)
     truth = torch.from_numpy(random.rand(100) * 300)
     answers = truth + torch.from_numpy(random.randn(100))
-    expected = measures.r2(answers, truth).item()
-    assert measures.r2(answers + 1.7e9, truth + 1.7e9).item() == pytest.approx(expected, abs=1e-6)
-    assert measures.r2(answers, torch.full((100,), 1.7e9, dtype=torch.float64)).isnan()
+    expected = measures.r2(answers, truth, once(100)).item()
+    assert measures.r2(answers + 1.7e9, truth + 1.7e9, once(100)).item() == pytest.approx(expected, abs=1e-6)
+    assert measures.r2(answers, torch.full((100,), 1.7e9, dtype=torch.float64), once(100)).isnan()
     far = torch.tensor([0.0, 1.0, 1000.0])  # left out once, and the others differ by little
     assert measures.r2(far + 0.25, far, torch.tensor([[1, 1, 0]])).item() == pytest.approx(1 - 0.0625 / 0.25)
     errors = torch.from_numpy(1e-20 * (1 + np.random.RandomState(0).rand(60)))
@@ -300,8 +312,7 @@ def test_numbers_of_any_size_are_measured():
 
 def test_a_label_of_which_nothing_is_known_has_no_figure():
     nothing = torch.empty(0)
-    assert measures.ranking(nothing, nothing).isnan().all()
-    assert measures.ranking(nothing, nothing, weights=torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3
+    assert ranked(nothing, nothing, torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3
     answers = several_labels(labels=2)
     answers.targets[:, 1] = math.nan
     report = tasks.MultiLabel(["known", "unknown"]).report(answers)
@@ -343,12 +354,11 @@ def test_the_exact_test_of_two_runs_is_a_binomial_one_and_by_patients_one_of_sig
     second = torch.from_numpy(random.rand(300) < 0.8)
     wins = int((second & ~first).sum())
     losses = int((first & ~second).sum())
-    assert measures.mcnemar(first, second) == pytest.approx(binomtest(wins, wins + losses).pvalue)
-    assert measures.mcnemar(second, first) == measures.mcnemar(first, second)
-    assert measures.mcnemar(first, first) == 1
+    images = torch.arange(300)
+    found = measures.mcnemar(first, second, images)
+    assert found == measures.mcnemar(second, first, images) == pytest.approx(binomtest(wins, wins + losses).pvalue)
+    assert measures.mcnemar(first, first, images) == 1
     first, second = (torch.from_numpy(random.rand(60) < share) for share in (0.5, 0.75))
-    alone = measures.mcnemar(first, second, torch.arange(60))
-    assert alone == pytest.approx(measures.mcnemar(first, second), rel=1e-9)
     patients = torch.arange(60) // 5
     gains = (second.int() - first.int()).view(12, 5).sum(1)
     signs = torch.tensor(list(itertools.product([-1, 1], repeat=12)))

@@ -61,7 +61,7 @@ def test_means_over_classes_have_the_intervals_of_the_jackknife():
     answers = evaluation([0, 1, 2] * 30, [0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 2, 0, 1, 2, 0] * 6)
     figures = Classification([*NAMES, "owl"]).report(answers).figures()
     assert figures["accuracy_per_class"]["owl"] is None and json.dumps(figures, allow_nan=False)
-    found = jackknife(lambda weights: {"means": answers.class_means(weights)}, 90)["means"]
+    found = jackknife(lambda weights: {"means": answers.class_means(weights)}, torch.arange(90), {})["means"]
     for name, figure in zip(("balanced_accuracy", "macro_f1"), found, strict=True):
         assert figures[name] == pytest.approx(figure.value)
         assert figures[f"{name}_interval"] == pytest.approx(figure.interval)
@@ -500,7 +500,8 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
     """No interval of an accuracy below 1 has 1 in it, but by McNemar's test five images differ by chance."""
     score = 1 - wrong / 24
     found = judged(1.0, (score,), val_images=24, val_accuracy_interval=share_interval(torch.arange(24) >= wrong))
-    assert ("may be chance" in found.gained) == is_chance == (mcnemar(torch.ones(24), torch.arange(24) >= wrong) > 0.05)
+    p = mcnemar(torch.ones(24), torch.arange(24) >= wrong, torch.arange(24))
+    assert ("may be chance" in found.gained) == is_chance == (p > 0.05)
 
 
 OVERFITTED = (0.1, 0.6)

@@ -91,8 +91,9 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     assert answers.measured()["micro_ap"] == pytest.approx(metrics.average_precision_score(*micro), abs=1e-12)
     assert answers.reliability()[:, 2].sum() == (~targets.isnan()).sum()
     thresholds = answers.thresholds_for("f1")
-    rates = answers.rates(thresholds)
-    assert rates["f1"].mean() >= answers.rates(torch.full((3,), 0.5))["f1"].mean()
+    once = torch.ones(1, 80)
+    rates = answers.rates(thresholds, once)
+    assert rates["f1"].mean() >= answers.rates(torch.full((3,), 0.5), once)["f1"].mean()
     for k, (true, p) in enumerate(pairs):
         said = p > thresholds[k].item()
         expected = {
@@ -102,7 +103,7 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
             "ppv": metrics.precision_score(true, said),
             "npv": metrics.precision_score(1 - true, ~said),
         }
-        assert {name: rate[k].item() for name, rate in rates.items()} == pytest.approx(expected)
+        assert {name: rate[0, k].item() for name, rate in rates.items()} == pytest.approx(expected)
 
 
 def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_score():
@@ -188,7 +189,7 @@ def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
     constant = task.constant_logits
     kept = ((outputs - constant) / task.temperature + constant).sigmoid()
     assert task.thresholds[2] == 0.5
-    reached = task.answers(kept.logit(), targets).rates(task.thresholds)["sensitivity"][:2]
+    reached = task.answers(kept.logit(), targets).rates(task.thresholds, torch.ones(1, 400))["sensitivity"][0, :2]
     positives = targets.sum(0)[:2]
     assert (reached >= 0.95).all() and (reached < 0.95 + 1.01 / positives).all()
 
@@ -403,7 +404,7 @@ def test_a_weighted_micro_ap_weighs_each_answer_as_its_image():
     known = ~targets.isnan()
     each = weights.T.expand(9, 3)[known]
     expected = metrics.average_precision_score(targets[known], values[known], sample_weight=each)
-    [found] = multilabel.LabelAnswers(0.0, values, targets).figures(weights)["micro_ap"].tolist()
+    [found] = multilabel.LabelAnswers(0.0, values, targets).weighted(weights)["micro_ap"].tolist()
     assert found == pytest.approx(expected)
 
 

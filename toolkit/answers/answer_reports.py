@@ -50,12 +50,12 @@ class Report:
         self.answers = answers
         self.names = task.names
         self.clusters = torch.arange(len(answers.targets)) if clusters is None else clusters
-        self.bounds = {name: headline.bounds for name, headline in self.HEADLINES.items()}
-        self.found = measures.jackknife(self.measure, len(answers.targets), self.clusters, self.bounds)
+        bounds = {name: headline.bounds for name, headline in self.HEADLINES.items()}
+        self.found = measures.jackknife(self.measure, self.clusters, bounds)
 
     def measure(self, weights: Tensor) -> Mapping[str, Tensor]:
         """The headlines, (n,), and shares of each class or label, (n, K), by name, of weights of the images (n, N)."""
-        return self.answers.figures(weights)
+        return self.answers.weighted(weights)
 
     def headlines(self) -> list[measures.Figure]:
         return [self.found[name][0] for name in self.HEADLINES]

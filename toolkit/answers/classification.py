@@ -36,7 +36,9 @@ class ClassReport(Report):
         super().__init__(task, answers, clusters)
         hits = answers.labels == answers.predictions
         self.found["accuracy"] = [measures.Figure(answers.accuracy, measures.share_interval(hits, clusters))]
-        self.right, self.images, _ = answers.class_counts(len(self.names))  # of each class
+        classes = len(self.names)
+        self.right = answers.labels[hits].bincount(minlength=classes).double()  # of each class
+        self.images = answers.labels.bincount(minlength=classes).double()
         self.shares = self.right / self.images  # NaN for a class without images
         independent = self.images * (int(self.clusters.max()) + 1) / len(self.clusters)
         is_there = self.images > 0

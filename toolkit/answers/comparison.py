@@ -3,7 +3,7 @@
 import csv
 import json
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
     groups = [answered.groups for answered in (one, other) if answered.groups is not None]
     if len(groups) == 2 and (groups[0] != groups[1]).any():
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-    clusters = None
+    clusters = torch.arange(len(one.images))
     if groups:
         clusters = torch.from_numpy(np.unique(groups[0], return_inverse=True)[1])
     return _differences([one.columns, other.columns], truth, kind, clusters)
@@ -124,38 +124,39 @@ def _read(path: Path) -> Answered:
 
 
 def _differences(
-    tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
+    tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor
 ) -> list[Difference]:
     """Compare two runs by figures of the same parts of the images: what is easy for both blurs no difference."""
-    runs: list[Any] = []
-    for table in tables:
-        if kind is None:
-            runs.append(torch.from_numpy(table["class"] == table["answer"]))
-        elif kind == PIXELS:
-            runs.append(_numbers(table, list(table)))  # class by class what COUNTED names
-        else:
-            answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
-            runs.append(answers(0.0, _numbers(table, [title + kind for title in truth]), _numbers(table, truth)))
-
-    def figures(run: Any, weights: Tensor) -> dict[str, Tensor]:
-        if kind is None:
-            return {"accuracy": measures.weighted_sum(run, weights) / weights.sum(1)}
-        if kind == PIXELS:
-            return pixel_figures(measures.weighted_sum(run, weights).unflatten(1, (-1, len(COUNTED))).mT)
-        return run.figures(weights)
+    runs = [_answered(table, truth, kind) for table in tables]
 
     def differences(weights: Tensor) -> dict[str, Tensor]:
         """How the runs differ in each figure, and the figures of both: (n, 3)."""
-        before, after = (figures(run, weights) for run in runs)
+        before, after = (run(weights) for run in runs)
         return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
 
     bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)
     compared = []
-    for name, found in measures.jackknife(differences, len(tables[0][truth[0]]), clusters, bounds).items():
-        difference, before, after = found
-        p = difference.p if kind is not None else measures.mcnemar(*runs, clusters)
+    for name, (difference, before, after) in measures.jackknife(differences, clusters, bounds).items():
+        p = difference.p
+        if kind is None:
+            p = measures.mcnemar(*map(_hits, tables), clusters)
         compared.append(Difference(SHOWN[kind][name], before.value, after.value, *difference.interval, p))
     return compared
+
+
+def _answered(table: dict[str, np.ndarray], truth: Sequence[str], kind: str | None) -> Callable:
+    """What returns the figures of a run by weights of the images, as `Answers.weighted`."""
+    if kind is None:
+        return lambda weights: {"accuracy": measures.weighted_mean(_hits(table), weights)}
+    if kind == PIXELS:
+        counts = _numbers(table, list(table))  # class by class what COUNTED names
+        return lambda weights: pixel_figures(measures.weighted_sum(counts, weights).unflatten(1, (-1, len(COUNTED))).mT)
+    answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
+    return answers(0.0, _numbers(table, [title + kind for title in truth]), _numbers(table, truth)).weighted
+
+
+def _hits(table: dict[str, np.ndarray]) -> Tensor:
+    return torch.from_numpy(table["class"] == table["answer"])
 
 
 def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:

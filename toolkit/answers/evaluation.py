@@ -151,21 +151,17 @@ class Evaluation(NamedTuple):
         return self.labels
 
     def measured(self) -> dict[str, float]:
-        balanced_accuracy, macro_f1 = self.class_means().tolist()
+        [[balanced_accuracy, macro_f1]] = self.class_means(torch.ones(1, len(self.labels))).tolist()
         return {"accuracy": self.accuracy, "balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
 
-    def class_means(self, weights: Tensor | None = None) -> Tensor:
-        """The balanced accuracy and macro F1, (2,), or (n, 2) for weights of images (n, N): means over classes."""
-        right, images, answers = self.class_counts(weights=weights)
-        return torch.stack([(right / images).nanmean(-1), (2 * right / (images + answers)).nanmean(-1)], -1)
-
-    def class_counts(self, classes: int = 0, weights: Tensor | None = None) -> list[Tensor]:
-        """The numbers of right answers, of images and of answers of each class that occurs, or of this many."""
-        classes = max(classes, int(torch.cat([self.labels, self.predictions]).max()) + 1)
-        right = self.labels.where(self.labels == self.predictions, classes)  # a class more, which is left out
-        counts = torch.ones(len(self.labels)) if weights is None else weights
-        sums = torch.zeros(*counts.shape[:-1], classes + 1, dtype=torch.float64)
-        return [sums.index_add(-1, of, counts.double())[..., :-1] for of in (right, self.labels, self.predictions)]
+    def class_means(self, weights: Tensor) -> Tensor:
+        """The balanced accuracy and macro F1, means over classes, (n, 2), by weights of images (n, N)."""
+        classes = int(torch.cat([self.labels, self.predictions]).max()) + 1
+        hits = self.labels.where(self.labels == self.predictions, classes)  # a class more, which is left out
+        sums = torch.zeros(len(weights), classes + 1, dtype=torch.float64)
+        counts = [sums.index_add(1, of, weights.double()) for of in (hits, self.labels, self.predictions)]
+        right, images, answers = torch.stack(counts)[..., :-1]
+        return torch.stack([(right / images).nanmean(1), (2 * right / (images + answers)).nanmean(1)], 1)
 
 
 def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Evaluation:

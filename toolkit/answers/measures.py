@@ -63,8 +63,8 @@ def effective_rank(features: Tensor) -> float:
     return torch.special.entr(shares).sum().exp().item() if values.sum() > 0 else 1.0
 
 
-# Several labels an image. `positive` is 1 where an image has the label and 0 where not.
 # `weights`, (n, images), say in whole numbers how often each image counts: a row for each set of images.
+# Several labels an image: `positive` is 1 where an image has the label and 0 where not.
 
 NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB, which a cache may hold
 
@@ -75,14 +75,14 @@ def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) 
     return torch.cat([measure(part) for part in weights.split(rows)])
 
 
-def ranking(scores: Tensor, positive: Tensor, images: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """AP and AUROC of answers (M,) by score, (2,), or (n, 2) for weights (n, images).
+def ranking(scores: Tensor, positive: Tensor, images: Tensor, weights: Tensor) -> Tensor:
+    """AP and AUROC of answers (M,) by score, (n, 2); the answers are on `images` (M,), which have the weights.
 
     AP is scikit-learn's `average_precision_score`, NaN without a positive. AUROC is how often a positive scores
-    higher than a negative, ties counting half: NaN where all are alike. `images` (M,): whose weight each answer has.
+    higher than a negative, ties counting half: NaN where all are alike.
     """
     order = scores.argsort(descending=True)
-    images = order if images is None else images[order]
+    images = images[order]
     positives = positive[order].nonzero().flatten()
     ends = F.pad(scores[order].unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))  # of ranks, of equal scores
     rank = torch.searchsorted(ends, positives, right=True)
@@ -103,10 +103,7 @@ def ranking(scores: Tensor, positive: Tensor, images: Tensor | None = None, weig
         sums = torch.stack([(counts * precision).sum(1), (counts * below).sum(1)], 1)
         return sums / torch.cat([all_hits, all_hits * (all_answers - all_hits)], 1)
 
-    if weights is not None:
-        return by_rows(figures, weights, len(images))
-    known = int(images.max()) + 1 if len(images) else 0
-    return figures(torch.ones(1, known))[0]
+    return by_rows(figures, weights, len(images))
 
 
 def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
@@ -139,39 +136,41 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     return (middle if middle < high.float() else low).item()
 
 
-def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum of values (N, ...) over the images, (...), or (n, ...) for weights (n, N)."""
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """The sums of values (N, ...) over the images by weights (n, N): (n, ...)."""
     values = values.double()
-    return values.sum(0) if weights is None else by_rows(lambda some: some.double() @ values, weights, len(values))
+    return by_rows(lambda some: some.double() @ values, weights, len(values))
 
 
-# ---------------------------------------------------------------- numbers: answers and truth are (N,); weights as above
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return weighted_sum(values, weights) / weights.sum(1)
 
 
-def mean_absolute_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    return _weighted_mean((answers.double() - truth).abs(), weights)
+# ------------------------------------------------ numbers: answers and truth are (N,), weights (n, N), the figures (n,)
 
 
-def root_mean_squared_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    return _weighted_mean((answers.double() - truth).square(), weights).sqrt()
+def mean_absolute_error(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    return weighted_mean((answers.double() - truth).abs(), weights)
 
 
-def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+def root_mean_squared_error(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    return weighted_mean((answers.double() - truth).square(), weights).sqrt()
+
+
+def r2(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
     """The share of the variance that the answers explain: 1 at best, 0 for the mean; NaN if the truth never varies."""
     truth = truth.double()
     centred = truth - truth.mean()  # first, lest the squares of large numbers leave nothing of the differences
-    left = _weighted_mean((answers.double() - truth).square(), weights)
-    variance = _weighted_mean(centred.square(), weights) - _weighted_mean(centred, weights).square()
+    left = weighted_mean((answers.double() - truth).square(), weights)
+    variance = weighted_mean(centred.square(), weights) - weighted_mean(centred, weights).square()
     least = 1e-12 * centred.square().mean()  # of rounding
     return torch.where(variance > least, 1 - left / variance, torch.nan)
 
 
-def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+def spearman(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
     from scipy.stats import spearmanr
 
-    if weights is None:
-        return spearman(answers, truth, torch.ones(1, len(truth)))[0]
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where all are equal
@@ -179,10 +178,6 @@ def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> T
             pair = answers.repeat_interleave(times), truth.repeat_interleave(times)
             found.append(spearmanr(*pair).statistic)
     return torch.tensor(found, dtype=torch.float64)
-
-
-def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values.mean() if weights is None else weighted_sum(values, weights) / weights.sum(1)
 
 
 PARTS = 50  # of the images, of which each is left out once
@@ -202,25 +197,21 @@ class Figure(NamedTuple):
 
 
 def jackknife(
-    measure: Callable[[Tensor], Mapping[str, Tensor]],
-    images: int,
-    clusters: Tensor | None = None,
-    bounds: Mapping[str, Interval] | None = None,
+    measure: Callable[[Tensor], Mapping[str, Tensor]], clusters: Tensor, bounds: Mapping[str, Interval]
 ) -> dict[str, list[Figure]]:
     """Figures by name with 95% intervals by the delete-a-group jackknife; none where nothing changes.
 
     The middle is the mean of the pseudo-values (Quenouille, Biometrika 43, 1956), their spread the error (Kott, Journal
-    of Official Statistics 17, 2001), on a scale on which the `bounds` (by default 0, 1) are infinitely far away.
-    `measure` takes weights (n, images), each 0 or 1, and returns (n,), or (n, K), for each name. The images of a
-    cluster, see `share_interval`, are left out together.
+    of Official Statistics 17, 2001), on a scale on which the `bounds`, 0 and 1 where none are given, are infinitely
+    far away. `measure` takes weights (n, images), each 0 or 1, and returns (n,), or (n, K), for each name. The images
+    of a cluster, (images,), see `share_interval`, are left out together.
     """
     from scipy.special import stdtr, stdtrit  # Student's t, without the second that importing scipy.stats takes
 
-    clusters = torch.arange(images) if clusters is None else clusters
     units = int(clusters.max()) + 1
     parts = min(PARTS, units)
     part = (torch.randperm(units, generator=torch.Generator().manual_seed(0)) % parts)[clusters]
-    kept = torch.cat([torch.ones(1, images, dtype=torch.bool), part != torch.arange(parts)[:, None]])
+    kept = part != torch.arange(-1, parts)[:, None]  # the first row: all images
     figures = {}
     for name, found in measure(kept).items():
         values, without = found.double().view(1 + parts, -1).tensor_split([1])
@@ -232,7 +223,7 @@ def jackknife(
         varies = errors > STEADY * values[0].abs()
         chances = 2 * stdtr(parts - 1, -(middles / errors).abs().where(varies, 0.0).numpy())
         halves = errors * stdtrit(parts - 1, 0.975)
-        ends = (bounds or {}).get(name, SHARE)
+        ends = bounds.get(name, SHARE)
         columns = zip(values[0].tolist(), middles.tolist(), halves.tolist(), chances.tolist(), strict=True)
         figures[name] = [Figure(value, _between(value, middle, half, ends), p) for value, middle, half, p in columns]
     return figures
@@ -259,15 +250,14 @@ def _between(value: float, middle: float, half: float, bounds: Interval) -> Inte
     return high - (high - low) / (1 + odds / reach), high - (high - low) / (1 + odds * reach)
 
 
-def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> float:
+def mcnemar(first: Tensor, second: Tensor, clusters: Tensor) -> float:
     """The two-sided p of two runs whose answers (N,) are right or wrong: how likely equally good ones differ as much.
 
-    Each image that one of the two gets right is as likely for either (Psychometrika 12, 1947; exact); with clusters, as
+    Each image that one of the two gets right is as likely for either (Psychometrika 12, 1947; exact); in clusters, as
     for `share_interval`, what one gains in a cluster (Fisher's permutation test of paired differences, 1935; exact).
     """
     gains = second.long() - first.long()
-    if clusters is not None:
-        gains = torch.zeros(int(clusters.max()) + 1, dtype=torch.long).index_add_(0, clusters, gains)
+    gains = torch.zeros(int(clusters.max()) + 1, dtype=torch.long).index_add_(0, clusters, gains)
     sizes = gains.abs()
     chances = np.zeros(int(sizes.sum()) + 1)  # of each sum of those that are positive, where signs are by chance
     chances[0] = 1.0

@@ -35,21 +35,21 @@ class LabelAnswers(ColumnAnswers):
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
-    def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Means over the labels that have one, and the AP and the AUROC of each label, (K,), or (n, K)."""
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        """Means over the labels that have one, (n,), and the AP and the AUROC of each label, (n, K)."""
         known = ~self.targets.isnan()
-        images = torch.arange(len(known))[:, None].expand_as(known)[known]
+        images = known.nonzero()[:, 0]
         micro = measures.ranking(self.values[known], self.targets[known], images, weights)
-        ap, auroc = torch.stack([measures.ranking(*column, weights) for column in self.known()], -1).unbind(-2)
-        means = {"macro_ap": ap.nanmean(-1), "micro_ap": micro[..., 0], "macro_auroc": auroc.nanmean(-1)}
+        ap, auroc = torch.stack([measures.ranking(*column, weights) for column in self.known()], -1).unbind(1)
+        means = {"macro_ap": ap.nanmean(1), "micro_ap": micro[:, 0], "macro_auroc": auroc.nanmean(1)}
         return means | {"average_precision": ap, "auroc": auroc}
 
     def reliability(self) -> Tensor:
         known = ~self.targets.isnan()
         return measures.calibration(self.values[known], self.targets[known])
 
-    def rates(self, thresholds: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """F1, sensitivity, specificity, PPV and NPV above the thresholds, (K,), or (n, K); NaN without such images."""
+    def rates(self, thresholds: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """F1, sensitivity, specificity, PPV and NPV above the thresholds, (n, K); NaN without such images."""
         positive = self.targets == 1
         negative = self.targets == 0
         above = self.values > thresholds
@@ -86,18 +86,16 @@ class LabelReport(ColumnReport):
 
     @functools.cached_property
     def by(self) -> dict[str, list[float]]:
-        thresholds = self.task.thresholds
         return {
             "positives": self.answers.targets.nansum(0).long().tolist(),
             "unknown": self.answers.targets.isnan().sum(0).tolist(),
-            **{name: [figure.value for figure in self.found[name]] for name in RANKINGS},
-            **{name: rate.tolist() for name, rate in self.answers.rates(thresholds).items()},
-            "threshold": thresholds.tolist(),
+            **{name: [figure.value for figure in self.found[name]] for name in SHARES},
+            "threshold": self.task.thresholds.tolist(),
         }
 
     def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        f1 = self.answers.rates(self.task.thresholds, weights)["f1"]
-        return self.answers.figures(weights) | {"macro_f1": f1.nanmean(-1)}
+        rates = self.answers.rates(self.task.thresholds, weights)
+        return self.answers.weighted(weights) | rates | {"macro_f1": rates["f1"].nanmean(1)}
 
     def intervals(self, i: int) -> dict[str, measures.Interval]:
         """The intervals of a label's figures; of rankings NaN where few images, or clusters, have it or lack it."""

@@ -26,9 +26,14 @@ class Answers:
     """The result of `Task.evaluate`. It has `targets` too. An `Evaluation` of a classification is alike."""
 
     MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
-    # Of weights of the images (n, N) these figures, (n,), and maybe others, by name; of None: of all images, ()
-    figures: ClassVar[Callable[..., Mapping[str, Tensor]]]
+    # By weights of the images (n, N) these figures, (n,), and maybe others of each class or label, (n, K), by name
+    weighted: ClassVar[Callable[[Tensor], Mapping[str, Tensor]]]
     loss: float  # plain, the mean over images
+
+    def figures(self) -> dict[str, Tensor]:
+        """What `weighted` has, (), or (K,), of all images."""
+        every_image = torch.ones(1, len(self.targets))
+        return {name: figure[0] for name, figure in self.weighted(every_image).items()}
 
     @property
     def score(self) -> float:

@@ -36,15 +36,13 @@ class NumberAnswers(ColumnAnswers):
 
     MEASURED = tuple(MEASURES)
 
-    def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        return {name: self.by_number(name, weights).nanmean(-1) for name in MEASURES}
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        return {name: self.by_number(name, weights).nanmean(1) for name in MEASURES}
 
-    def by_number(self, name: str, weights: Tensor | None = None) -> Tensor:
-        """One of MEASURES for each number, (K,), or (n, K) for weights of the images (n, N)."""
-        found = []
-        for values, targets, images in self.known():
-            found.append(MEASURES[name](values, targets, None if weights is None else weights[:, images]))
-        return torch.stack(found, -1)
+    def by_number(self, name: str, weights: Tensor) -> Tensor:
+        """One of MEASURES for each number, (n, K), by weights of the images (n, N)."""
+        measure = MEASURES[name]
+        return torch.stack([measure(values, truth, weights[:, images]) for values, truth, images in self.known()], 1)
 
 
 def number_text(number: float, spread: float, digits: int = 6) -> str:
@@ -83,18 +81,21 @@ class NumberReport(ColumnReport):
 
     @functools.cached_property
     def by(self) -> dict[str, list[float]]:
-        known = (~self.answers.targets.isnan()).sum(0)
-        return {"images": known.tolist()} | {name: self.answers.by_number(name).tolist() for name in MEASURES}
+        by = {"images": (~self.answers.targets.isnan()).sum(0).tolist()}
+        for name in MEASURES:
+            by[name] = [figure.value for figure in self.found[name][1:]]
+        return by
 
-    @functools.cached_property
-    def found_by_number(self) -> dict[str, list[measures.Figure]]:
-        def measure(weights: Tensor) -> dict[str, Tensor]:
-            return {name: self.answers.by_number(name, weights) for name in WITH_INTERVALS}
-
-        return measures.jackknife(measure, len(self.answers.targets), self.clusters, self.bounds)
+    def measure(self, weights: Tensor) -> dict[str, Tensor]:
+        """The means over the numbers, and behind each those numbers: (n, 1 + K)."""
+        found = {}
+        for name in MEASURES:
+            each = self.answers.by_number(name, weights)
+            found[name] = torch.cat([each.nanmean(1, keepdim=True), each], 1)
+        return found
 
     def intervals(self, i: int) -> dict[str, measures.Interval]:
-        return {name: self.found_by_number[name][i].interval for name in WITH_INTERVALS}
+        return {name: self.found[name][1 + i].interval for name in WITH_INTERVALS}
 
     def rows(self) -> list[tuple[str, str]]:
         rows = super().rows()

@@ -49,9 +49,9 @@ class PixelAnswers(Answers):
     def reliability(self) -> Tensor:
         return self.bins
 
-    def figures(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         summed = measures.weighted_sum(counted(self.confusion).flatten(1), weights)
-        return pixel_figures(summed.unflatten(-1, (3, -1)))
+        return pixel_figures(summed.unflatten(1, (3, -1)))
 
 
 def counted(matrices: Tensor) -> Tensor:
