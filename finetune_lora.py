@@ -1066,7 +1066,7 @@ class FineTuning(RunState):
         """Begin all averages of weights with the present ones."""
         self.wise_ft.begin()
         if self.teacher is not None:
-            self.teacher.begin(self.temperature)
+            self.teacher.begin()
 
     def _first_backward(self) -> None:
         """Add up the gradients of the loss, summed over the images of the first steps."""

@@ -146,7 +146,7 @@ def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
     network = nn.Linear(2, 3)
     found = Teacher(network, 4, 3, CPU, torch.float32)
     found.first_answers = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.4, 0.3, 0.3]])
-    found.begin(2.0)
+    found.begin()
     found.certainty = torch.tensor(certainty)
     found.shares = torch.tensor(shares)
     return found
@@ -155,7 +155,7 @@ def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
 def test_it_begins_with_the_weights_and_the_answers_of_the_start():
     found = teacher_of()
     found.seen += 1  # as where the adapters' first gradient asked for labels
-    found.begin(1.0)
+    found.begin()
     assert not found.seen.any()
     assert all(torch.equal(found.average[name], weight) for name, weight in found.model.state_dict().items())
     assert found.certainty.item() == pytest.approx((0.6 + 0.8 + 0.6 + 0.4) / 4)
@@ -183,11 +183,9 @@ def test_a_class_that_is_rare_in_the_answers_needs_less_certainty():
 
 def test_how_sure_answers_are_moves_with_those_of_each_step():
     found = teacher_of()
-    with torch.no_grad():
-        for rows in ([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]], [[0.0, 0.0, 4.0]]):  # in two batches of one step
-            found.sure_labels(torch.tensor(rows), torch.full((len(rows), 3), 1 / 3))
-    # Half of the logits of the network and half of what knows nothing:
-    answers = torch.tensor([[1.5, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]).softmax(1)
+    answers = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]])
+    for rows in (answers[:2], answers[2:]):  # in two batches of one step, now as at the start
+        found.sure_labels(rows.log(), rows)
     found.after_step()
     torch.testing.assert_close(found.certainty, 0.95 * torch.tensor(0.8) + 0.05 * answers.amax(1).mean())
     torch.testing.assert_close(found.shares, 0.95 * torch.tensor([0.5, 0.25, 0.25]) + 0.05 * answers.mean(0))
@@ -196,18 +194,35 @@ def test_how_sure_answers_are_moves_with_those_of_each_step():
 
 def test_it_labels_what_both_answers_together_are_sure_of():
     found = teacher_of(certainty=0.7, shares=(0.4, 0.4, 0.2))  # class 2 from 0.35 on
-    first = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])
-    odds = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4], [1e-6, 1.0, 1e-9]])
-    # sqrt of the products: 0.9 for the first; no more than 0.45 for the second, of two minds; 0.45 for the third; and
-    # 0.909 for the last, where 0 at the start is no proof
-    labels, counts = found.sure_labels(odds.log(), first)
-    assert labels.tolist() == [0, NO_LABEL, 2, 1]
-    assert counts.tolist() == pytest.approx([0.85, 0.171, 0.174, 0.864], abs=1e-3)  # 0.9 is 0.85 of the way from 1/3
+    first = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.3, 0.3, 0.4]])
+    now = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]])
+    # sqrt of the products: 0.9 for the first; no more than 0.45 for the second, of two minds; 0.4 for the third
+    labels, counts = found.sure_labels(now.log(), first)
+    assert labels.tolist() == [0, NO_LABEL, 2]
+    assert counts.tolist() == pytest.approx([0.85, 0.171, 0.1], abs=1e-3)  # 0.9 is 0.85 of the way from 1/3
     found.certainty = torch.tensor(0.91)
-    assert found.sure_labels(odds.log(), first)[0].tolist() == [NO_LABEL] * 4  # class 2 from 0.455 on
+    assert found.sure_labels(now.log(), first)[0].tolist() == [NO_LABEL] * 3  # class 2 from 0.455 on
 
 
-def test_it_answers_by_its_own_weights_as_sure_as_before_the_head_was_softened():
+def test_an_answer_of_0_at_the_start_is_no_proof():
+    _, counts = teacher_of().sure_labels(torch.tensor([[0.0, 5.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    # 1e-4 takes the place of 0, and now the second is as likely as the first was: 1, 1 and 1e-2, of 2.01
+    assert counts.item() == pytest.approx((1 / 2.01 - 1 / 3) * 3 / 2)
+
+
+def test_all_in_all_it_is_as_sure_as_the_start():
+    """Its own labels make it ever surer, whether they are right or not."""
+    first = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])  # a variance of 2 in each row
+    now = torch.tensor([[0.0, 0.0, 18.0], [0.0, 6.0, 0.0]])  # of 72 and 8, in the mean 40: that of 2 by sqrt(20)
+    answers = ((now / 20**0.5 + first) / 2).softmax(1)
+    for factor in (0.01, 1, 100):
+        _, counts = teacher_of().sure_labels(factor * now, first.softmax(1))
+        torch.testing.assert_close(counts, (answers.amax(1) - 1 / 3) * 3 / 2)
+    _, counts = teacher_of().sure_labels(torch.zeros(2, 3), first.softmax(1))  # that of a dead network is the start's
+    torch.testing.assert_close(counts, ((first / 2).softmax(1).amax(1) - 1 / 3) * 3 / 2)
+
+
+def test_it_answers_by_its_own_weights():
     found = teacher_of(certainty=0.0)
     with torch.no_grad():
         found.average["weight"].copy_(torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]))
@@ -221,7 +236,7 @@ def test_it_answers_by_its_own_weights_as_sure_as_before_the_head_was_softened()
     assert labels.tolist() == [1, 0, NO_LABEL] and modes == [False]
     assert counts.tolist() == [1, 0.5, 0.25]
     [logits, first] = asked.call_args.args
-    torch.testing.assert_close(logits, 2 * (9 * torch.eye(2, 3) + found.model.bias.detach()))
+    torch.testing.assert_close(logits, 9 * torch.eye(2, 3) + found.model.bias.detach())
     assert torch.equal(first, found.first_answers[places])
 
 

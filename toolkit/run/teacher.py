@@ -2,7 +2,8 @@
 
 The network learns its answers on changed views where it is sure of plain ones (FixMatch, arXiv 2001.07685). The average
 is that of Mean Teacher (1703.01780), and how sure is sure enough follows FreeMatch (2205.07246, section 4.1). A label
-counts by how far its answer is from chance: what a weak backbone answers is often wrong.
+counts by how far its answer is from chance: what a weak backbone answers is often wrong. All in all a teacher is as
+sure as the start was, which held-out labels have checked: its own labels would make it ever surer, right or wrong.
 """
 
 import contextlib
@@ -24,11 +25,17 @@ WATCHED = 120  # images that were answered most surely at the start
 MENDED = 0.25  # the most of their answers that training may change, beside those expected to be wrong
 KEPT = 0.95  # of the averages, in each step
 LEAST_PROBABILITY = 1e-4  # of a class in the answers at the start, which are a prior and no proof
+LEAST_SPREAD = 1e-6  # of logits, by which they are divided
 
 
 def above_chance(certainty: Tensor, classes: int) -> Tensor:
     """How far answers of this certainty are from chance, 0, to certainty, 1."""
     return (certainty - 1 / classes) / (1 - 1 / classes)
+
+
+def spread(logits: Tensor) -> Tensor:
+    """How far the logits of an image, (N, K), are from their mean: the root mean square over all of them."""
+    return logits.var(1, correction=0).mean().sqrt()
 
 
 def trains(splits: Splits) -> bool:
@@ -46,14 +53,12 @@ class Teacher:
         self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
         self.average: dict[str, Tensor] = {}
         self.first_answers = torch.full((images, classes), 1 / classes)  # (M, K): the probabilities at the start
-        self.temperature = 1.0  # by which the head was softened for training
         self.certainty = torch.tensor(1 / classes, device=device)  # of the mean answer, lately
         self.shares = torch.full((classes,), 1 / classes, device=device)  # of the classes in the answers, lately
         self.seen = torch.zeros(classes + 2, device=device)  # sums over the answers of a step: see `after_step`
 
-    def begin(self, temperature: float) -> None:
+    def begin(self) -> None:
         """Begin with the present weights, by which the images have the `first_answers`."""
-        self.temperature = temperature
         self.average = {name: weight.clone() for name, weight in self.weights.items()}
         self.certainty = self.first_answers.amax(1).mean().to(self.device)
         self.shares = self.first_answers.mean(0).to(self.device)
@@ -75,16 +80,18 @@ class Teacher:
         """
         with self.in_place(), evaluation.eval_mode(self.model):
             logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
-        found, counts = self.sure_labels(logits * self.temperature, self.first_answers[places])
+        found, counts = self.sure_labels(logits, self.first_answers[places])
         return torch.cat([labels, found]), torch.cat([counts.new_ones(len(labels)), counts])
 
     def sure_labels(self, logits: Tensor, first_answers: Tensor) -> tuple[Tensor, Tensor]:
         """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if not sure.
 
-        The second tensor says how much each counts: as far as its answer is from chance.
+        The answers now are as sure as at the start, all in all. The second tensor says how much each label counts: as
+        far as its answer is from chance.
         """
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
-        answers = ((logits.log_softmax(1) + first) / 2).softmax(1)
+        now = logits * (spread(first) / spread(logits).clamp_min(LEAST_SPREAD))
+        answers = ((now + first) / 2).softmax(1)
         certainty, classes = answers.max(1)
         self.seen += torch.cat([answers.sum(0), certainty.sum()[None], certainty.new_tensor([len(answers)])])
         is_sure = certainty >= self.thresholds()[classes]
@@ -121,12 +128,11 @@ class Teacher:
         self.seen.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("average", "first_answers", "temperature", "certainty", "shares")
+        names = ("average", "first_answers", "certainty", "shares")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_answers = state["first_answers"]
-        self.temperature = state["temperature"]
         self.average = {name: value.clone().to(self.weights[name]) for name, value in state["average"].items()}
         self.certainty = state["certainty"].clone().to(self.device)
         self.shares = state["shares"].clone().to(self.device)
