@@ -735,14 +735,13 @@ def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: i
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
     if dtype is None:
-
-        def build(dtype: torch.dtype) -> nn.Module:
-            return adapt_as_asked(copy.deepcopy(model), args, dtype)
-
-        dtype = devices.faster_dtype(build, report["channels"], report["image_size"])
+        shape = report["channels"], report["image_size"]
+        dtype = devices.faster_dtype(lambda dtype: adapt_as_asked(copy.deepcopy(model), args, dtype), *shape)
+    frozen_dtype = dtype
     if args.arithmetic == "int8":
         check_8_bits(model)
-    adapt_as_asked(model, args, torch.int8 if args.arithmetic == "int8" else dtype)
+        frozen_dtype = torch.int8
+    adapt_as_asked(model, args, frozen_dtype)
     return model, report | {"dtype": dtype}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 import finetune_lora
 from lora_utils import read_adapter_file
@@ -31,6 +32,16 @@ def assert_same_tensors(first, second) -> None:
 def assert_same(some: Mapping[str, torch.Tensor], among: Mapping[str, torch.Tensor]) -> None:
     """Tensors by name are among others, bit for bit."""
     assert [name for name, tensor in some.items() if not torch.equal(tensor, among[name])] == []
+
+
+def assert_identical(ours, theirs) -> None:
+    """Two states are the same in every tensor and every number, bit for bit."""
+    found, structure = tree_flatten(ours)
+    expected, other = tree_flatten(theirs)
+    assert structure == other
+    for own, wanted in zip(found, expected, strict=True):
+        assert type(own) is type(wanted)
+        assert torch.equal(own, wanted) if torch.is_tensor(own) else own == wanted
 
 
 def rows_of(path) -> list[dict[str, str]]:

@@ -13,16 +13,15 @@ from torch import nn
 
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
-from lora_utils import read_adapter_file
-from tests.run_folders import assert_same_tensors, metrics, tensors, writes_nothing
+from lora_utils import read_adapter_file, trained_state
+from tests.run_folders import assert_identical, assert_same_tensors, metrics, tensors, train_on, writes_nothing
 from toolkit.answers import probe
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.tasks import Classification, Regression
-from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
-from toolkit.run import guard, loaders, optim, runs, training
+from toolkit.run import guard, loaders, optim, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 
 
@@ -382,22 +381,21 @@ def verdict_on(judge: Guard, loss: float, divisor: float) -> Keep | GoBack:
     return verdict
 
 
+BARREN = (1.1, math.inf)
+
+
 @pytest.mark.parametrize(
-    ("divisor", "loss"), [pytest.param(8, 1.1, id="a little is kept"), pytest.param(math.inf, 0.9, id="the loss falls")]
+    ("epochs", "done"),
+    [
+        pytest.param(1, [BARREN, (1.1, 8), BARREN, BARREN], id="a little is kept"),
+        pytest.param(1, [BARREN, (0.9, math.inf), BARREN, BARREN], id="the loss falls"),
+        pytest.param(7, [BARREN] * 4, id="in the first half of a run, which later epochs may mend"),
+    ],
 )
-def test_what_gains_anything_is_left_alone(divisor, loss):
+def test_the_second_epoch_in_a_row_without_a_gain_is_undone(epochs, done):
     judge = guard_that_may_shrink()
-    assert verdict_on(judge, 1.1, math.inf) == Keep()
-    assert verdict_on(judge, loss, divisor) == Keep()
-    assert verdict_on(judge, 1.1, math.inf) == Keep()
-    assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
-
-
-def test_epochs_without_a_gain_in_the_first_half_of_a_run_may_be_mended_by_later_ones():
-    judge = guard_that_may_shrink()
-    judge.epochs = 7
-    assert [verdict_on(judge, 1.1, math.inf) for _ in range(3)] == [Keep()] * 3
-    assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
+    judge.epochs = epochs
+    assert [verdict_on(judge, *epoch) for epoch in done] == [Keep()] * 3 + [GoBack("training gains nothing")]
 
 
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
@@ -444,45 +442,38 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
     assert results["seconds"] > sum(row["seconds"] for row in metrics(results["folder"]))  # what is undone was spent
 
 
-@pytest.mark.slow
-def test_what_a_collapse_did_is_undone(finetune, watched):
+def test_what_a_collapse_did_is_undone(start):
     """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
-    watched([1.0, 0.87, 0.4, 1.0, 1.0, 1.0])  # the last three once it is back at the start
-    repeated = finetune("--epochs 2 --lora-dropout 0.2 --learning-rate 8e-3", output="repeated")
-    watched([1.0] * 3)
-    lower = finetune("--epochs 2 --lora-dropout 0.2 --learning-rate 1e-3", output="lower")
-    assert repeated["retreats"] and not lower["retreats"]
-    ours = tensors(repeated["folder"] / "lora.pth")
-    for name, tensor in tensors(lower["folder"] / "lora.pth").items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    losses = [read_checkpoint(of["folder"] / "last.pth")["guard"]["start_loss"] for of in (repeated, lower)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    run = start("--lora-dropout 0.2 --learning-rate 8e-3")
+    run.start()
+    train_on(run, next(run.loaders.steps(1)))
+    run.go_back("training collapsed")
+    random_state = torch.get_rng_state()
+    lower = start("--lora-dropout 0.2 --learning-rate 1e-3")
+    lower.start()
+    assert torch.equal(random_state, torch.get_rng_state()) and not run.optimizer.state
+    rates = [[group["lr"] for group in each.optimizer.param_groups] for each in (run, lower)]
+    assert rates[0] == pytest.approx(rates[1])
+    assert run.guard.start_loss == pytest.approx(lower.guard.start_loss, rel=1e-4)
+    weights = trained_state(run.model)
+    for name, tensor in trained_state(lower.model).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.slow
-def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched, monkeypatch, capsys):
-    """Also if it then collapses once more: the state to go back to is in last.pth. The rates that it prints are its."""
-    whole_run = [1.0, 1.0, 0.4, 0.4, 1.0]
-    watched(whole_run)
-    whole = finetune("--epochs 2", output="whole")
-    watched(whole_run[:3])
-    steps, real_note_steps = [], FineTuning.note_steps
-
-    def note_steps(run, *given):
-        steps.append(None)
-        if len(steps) == 8:  # the second step of the repeated second epoch
-            run.stop.signum = 2
-        return real_note_steps(run, *given)
-
-    monkeypatch.setattr(FineTuning, "note_steps", note_steps)
-    with pytest.raises(runs.Stopped):
-        finetune("--epochs 2", output="stopped")
-    watched(whole_run[3:])
-    capsys.readouterr()
-    resumed = finetune("--epochs 2 --resume", output="stopped")
-    assert "lowered where training collapsed" in capsys.readouterr().out.partition("back to epoch")[0]
-    assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
-    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(start, tmp_path):
+    """If it then collapses once more, the state to go back to is in last.pth."""
+    run = start()
+    run.start()
+    train_on(run, next(run.loaders.steps(1)))
+    run.go_back("training collapsed")
+    train_on(run, next(run.loaders.steps(1)))
+    FineTuning.save_state(run)
+    resumed = start()
+    resumed.resume(tmp_path / "last.pth", ())
+    for each in (run, resumed):
+        each.go_back("training collapsed")
+    assert len(resumed.guard.retreats) == 2 and resumed.guard.state_dict() == run.guard.state_dict()
+    assert_identical(resumed.trained(), run.trained())
 
 
 @pytest.mark.slow
@@ -503,23 +494,21 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, imag
     assert str(resumed.value) == str(ended.value)  # it has collapsed at the same rate again
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("last", "kept"),
-    [
-        ([[2, 2, 1, 2], [0, 0, 0, 0]], 3),  # the third epoch, trained again, is the best that is left
-        ([[0, 0, 0, 0], [0, 0, 0, 0]], 1),  # the first epoch is: its file comes back
-    ],
-)
-def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, watched, monkeypatch, last, kept):
-    """The third epoch is best by balanced accuracy, but has lost too much on training images to come back to."""
-    watched([1.0, 1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
-    labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
-    scripted = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2]
-    with_answers(monkeypatch, labels, [*scripted, *([0] * 16 + answer for answer in last)])
-    results = finetune("--epochs 4 --keep-best balanced --head-init random")
-    assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
-    assert results["kept_epoch"] == kept == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(start, tmp_path):
+    """The file of the best one before comes back."""
+    run = start("--keep-best accuracy")
+    run.start()
+    row = dict.fromkeys(training.metrics_columns(run.task.measured), 0.5)
+    kept = []
+    for epoch, accuracy in enumerate((0.9, 0.8, 1.0), 1):
+        run.progress = None
+        run.begin_epoch()
+        run.history.append(row | {"epoch": epoch, "val_accuracy": accuracy})
+        run.save()
+        kept.append(read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"])
+    run.go_back("training collapsed")
+    assert kept == [1, 1, 3] and len(run.history) == 2
+    assert read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"] == 1
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
@@ -540,21 +529,20 @@ def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("by", "kept"), [("balanced", 2), (None, 3)])
-def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept):
+def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys):
     """What `lora.pth` has is then what is evaluated at the end; a run that is resumed knows it too."""
     labels = torch.tensor([0, 0, 0, 0, 1, 2])  # right of them: five, of the frequent class; four, of all; three
     with_answers(monkeypatch, labels, [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]])
-    options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
+    options = "--epochs 3 --head-init random --keep-best balanced"
     results = finetune(options)
-    assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
-    assert (f"epoch {kept} of 3 chosen by the evaluation images" in capsys.readouterr().out) == (by is not None)
+    assert results["kept_epoch"] == results["best_epoch"] == 2
+    assert "epoch 2 of 3 chosen by the evaluation images" in capsys.readouterr().out
     adapter = results["folder"] / "lora.pth"
-    assert read_adapter_file(adapter)["metadata"]["epoch"] == kept
+    assert read_adapter_file(adapter)["metadata"]["epoch"] == 2
     assert_figures_of_file(results, images)
     again = finetune(f"{options} --resume")
     assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
-    assert again["kept_epoch"] == kept
+    assert again["kept_epoch"] == 2
 
 
 @pytest.mark.parametrize(("harmful", "options"), [(1, "--norms train"), (2, "")])

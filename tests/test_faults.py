@@ -15,13 +15,12 @@ from unittest import mock
 import pytest
 import torch
 from children import Child
-from torch.utils._pytree import tree_flatten
 from torch.utils.data import get_worker_info
 
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from tests.run_folders import rows_of
+from tests.run_folders import assert_identical, rows_of
 from toolkit import InputError
 from toolkit.files import read_checkpoint
 from toolkit.images import folders
@@ -67,19 +66,9 @@ def outcome(folder: Path) -> dict:
     return found
 
 
-def assert_same(ours, theirs) -> None:
-    """Bitwise."""
-    found, structure = tree_flatten(ours)
-    expected, other = tree_flatten(theirs)
-    assert structure == other
-    for own, wanted in zip(found, expected, strict=True):
-        assert type(own) is type(wanted)
-        assert torch.equal(own, wanted) if torch.is_tensor(own) else own == wanted
-
-
 def assert_end_alike(*children: Child) -> None:
     assert [child.wait() for child in children] == [0, 0], [child.output for child in children]
-    assert_same(*(outcome(child.folder) for child in children))
+    assert_identical(*(outcome(child.folder) for child in children))
 
 
 @pytest.mark.slow
@@ -130,7 +119,7 @@ def test_a_second_ctrl_c_stops_at_once(start):
     child.send(signal.SIGINT)
     assert child.wait(5) == 130
     assert child.output.strip().splitlines()[-1] == "interrupted"
-    assert_same(read_checkpoint(child.folder / "last.pth"), before)
+    assert_identical(read_checkpoint(child.folder / "last.pth"), before)
     assert not list(child.folder.glob(".*"))
 
 
