@@ -787,7 +787,7 @@ def with_rate_found(
         print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trial.val_loss:.4f}")
         begin()
         if distributed.is_main():
-            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, args.output_dir / "last.pth")
+            save_atomically({"trials": list(map(tuple, trials)), **settings}, args.output_dir / "last.pth")
     rate = search.choose(trials, lambda score: task.variance(score, len(parts.val)), search.usual_rate(args))
     begin()
     if distributed.is_main():

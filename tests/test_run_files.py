@@ -195,8 +195,8 @@ def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_
     assert start.norm() < content["tensors"]["heads.head.weight"].norm()
 
 
-def test_results_say_what_came_out(finished):
-    results, folder, _ = finished
+def test_results_and_a_short_summary_say_what_came_out(finished):
+    results, folder, printed = finished
     assert json.loads((folder / "results.json").read_text()) == results
     best = max(metrics(folder), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert results["best_epoch"] == best["epoch"] and results["best_val_accuracy"] == best["val_accuracy"]
@@ -204,21 +204,15 @@ def test_results_say_what_came_out(finished):
     assert (results["val_images"], results["eval_split"]) == (15, "held-out")
     right = torch.arange(15) < round(15 * results["val_accuracy"])
     assert results["val_accuracy_interval"] == pytest.approx(share_interval(right))
-    assert results["epochs"] == 4
     assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
     assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
     assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
     assert results["peak_memory_bytes"] > results["backbone_bytes"]
     assert list(results["accuracy_per_class"]) == ["bright", "dark", "striped"]
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
-
-
-def test_the_summary_is_short(finished):
-    results, _, printed = finished
-    table = printed.rpartition("\n\n")[2].splitlines()
-    assert len(table) <= 16
-    for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
-        assert expected in "\n".join(table)
+    table = printed.rpartition("\n\n")[2]
+    assert len(table.splitlines()) <= 16 and "trained parameters" in table
+    assert f"{results['val_accuracy']:.2%}" in table and f"{results['knn_accuracy_before']:.2%}" in table
 
 
 @pytest.mark.parametrize("few", [25, 0], ids=["more labels come next", "nothing else comes next"])

@@ -62,12 +62,12 @@ def threshold_goal(text: str) -> str:
     return text
 
 
-def or_word(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A converter that accepts a word as well, and leaves it as it is."""
-    return lambda text: text if text == word else convert(text)
+def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter that accepts `auto` as well, and leaves it as it is."""
+    return lambda text: text if text == "auto" else convert(text)
 
 
-worker_count = or_word("auto", _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
+worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 
 def folds(text: str) -> str:
@@ -88,9 +88,9 @@ def option(default: Any, meaning: str | None = None, *, flags: tuple[str, ...] =
     return dataclasses.field(default=default, metadata={"flags": flags, "help": meaning, **how})
 
 
-def several(default: Any, meaning: str | None = None, **how: Any) -> Any:
-    """A field that is an option with one or more values. Given twice, the values add up."""
-    return option(default, meaning, nargs="+", action="extend", **how)
+def several(meaning: str, **how: Any) -> Any:
+    """A field that is an option with one or more values, or None. Given twice, the values add up."""
+    return option(None, meaning, nargs="+", action="extend", **how)
 
 
 def make_parser(sections: Mapping[str, type], **how: Any) -> argparse.ArgumentParser:
@@ -283,7 +283,7 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
     if "\0" in text:
         raise ValueError("expected text without a NUL character")
     if action.choices is not None and converted not in action.choices:
-        names = [str(choice) for choice in action.choices]
+        names = list(map(str, action.choices))
         raise ValueError(f"{printable(repr(value))} is none of {', '.join(names)}{_hint(text, names)}")
     return converted
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit import SHIPPED, TOOLKIT, InputError, choices, config, found_path, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
-from toolkit.config import any_float, flag, option, or_word, positive_float, positive_int, positive_share, several
+from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.models.names import ARCHS, TIMM, checkpoint_path, fetched, is_none, model_problems
@@ -87,18 +87,18 @@ class ImageOptions:
     dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
-    data_list: tuple[Path, ...] | None = several(None, "list of `path,label` lines; 2nd: for evaluation", type=Path)
+    data_list: tuple[Path, ...] | None = several("list of `path,label` lines; 2nd: for evaluation", type=Path)
     eval_split: str = option(
         "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
     )
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
-    bands: tuple[str, ...] | None = several(None, "bands to read from a file, like 4,3,2; 0: zeros (default: all)")
+    bands: tuple[str, ...] | None = several("bands to read from a file, like 4,3,2; 0: zeros (default: all)")
     scale: float | None = option(None, "divisor of the files' values, like 10000", type=positive_float)
     mean: tuple[float, ...] | None = several(
-        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
+        "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
     )
-    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
+    std: tuple[float, ...] | None = several("standard deviations, given like --mean", type=any_float)
     normalise: str | None = option(None, "data: mean, std of training images; a family's", choices=("data", *FAMILIES))
 
 
@@ -110,12 +110,12 @@ class DataOptions(ImageOptions):
         choices=tuple(KEEP_BEST),
     )
     label_columns: tuple[str, ...] | None = several(
-        None, "columns of a list that are labels or numbers, like A,B,C or A..B; default: all but paths and groups"
+        "columns of a list that are labels or numbers, like A,B,C or A..B; default: all but paths and groups"
     )
     group_by: str | None = option(None, "column or folder level that names patients or fields; each stays on one side")
     folds: str | None = option(None, "cross-validate over this many parts; 2/5: the second of five", type=config.folds)
-    classes: tuple[str, ...] | None = several(None, "classes in masks: names, or a file with values or colours")
-    unknown_value: tuple[float, ...] | None = several(None, "unknown pixels in masks; 255 if no class", type=any_float)
+    classes: tuple[str, ...] | None = several("classes in masks: names, or a file with values or colours")
+    unknown_value: tuple[float, ...] | None = several("unknown pixels in masks; 255 if no class", type=any_float)
     labels_per_class: int | None = option(None, "train on only this many images of each class", type=positive_int)
     unlabelled: Path | None = option(None, "folder or list of images without labels, which help few labels", type=Path)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
@@ -132,7 +132,7 @@ class AdapterOptions:
     )
     lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=config.fraction)
     use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
-    target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
+    target_modules: tuple[str, ...] | None = several("layers to adapt: names, suffixes or regular expressions")
     adapt_last: int | None = option(None, "only this many last blocks or stages; default: all", type=positive_int)
 
 
@@ -145,7 +145,7 @@ class TuneOptions(AdapterOptions):
     learning_rate: float | str = option(
         1e-4,
         "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
-        type=or_word("auto", positive_float),
+        type=or_auto(positive_float),
         flags=("--lr",),
     )
     head_init: str = option("probe", "start of the classifier head", choices=("probe", "random"))
@@ -163,7 +163,7 @@ class TuneOptions(AdapterOptions):
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     wise_ft: float | str = option(
-        "auto", "share of the trained change to save; auto: by images per class", type=or_word("auto", positive_share)
+        "auto", "share of the trained change to save; auto: by images per class", type=or_auto(positive_share)
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
