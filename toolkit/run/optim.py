@@ -71,7 +71,7 @@ def weights_replaced(weights: Mapping[str, Tensor], others: Iterable[tuple[str, 
 class WiseFT:
     """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903).
 
-    Of an adapter this is B, which starts at zero; A stays. BatchNorm's statistics are estimated anew.
+    An adapter's B, which starts at zero, is mixed so; its A stays. BatchNorm's statistics are estimated anew.
     """
 
     def __init__(self, model: nn.Module, alpha: float):

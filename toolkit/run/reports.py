@@ -261,7 +261,7 @@ def _results(
 
 
 def gained_by_stage_1(mine: Path, config: Mapping[str, Any]) -> str:
-    """Compare a run, by the answers next to its results.json to be, with one beside it without stage 1; or say how."""
+    """Compare a run with one in a folder beside it that lacks stage 1, or say how. `mine`: its results.json to be."""
     own = flat(config)
     for path in sorted(mine.absolute().parent.parent.glob("*/results.json")):
         with contextlib.suppress(InputError):

@@ -64,7 +64,7 @@ class StopRequests:
 
     @property
     def is_due(self) -> bool:
-        """Was this process asked to stop? Of several, any, as soon as all know: they must all stop at the same step."""
+        """Was this process asked to stop? Or any of several, as soon as all know: they must stop at the same step."""
         return self.others_asked if distributed.world_size() > 1 else self.signum > 0
 
     def check(self) -> None:
