@@ -321,8 +321,9 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
         if not self._is_active:
-            weight = self._weight_without_adapter(x)
-            return functional.frozen_conv2d(padded, weight, bias, row_scale, geometry, residual, relu)
+            dtype = functional.compute_dtype(x)
+            kernel = functional.scaled_kernel(self._weight_without_adapter(x), row_scale, dtype)
+            return backends.conv2d(padded.to(dtype), kernel, bias.to(dtype), geometry, residual, relu)
         A = self.lora_A
         B = self.lora_B
         adapter_x = self._adapter_input(x)

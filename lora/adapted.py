@@ -175,12 +175,12 @@ def check_stored_bits(
     model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
 ) -> None:
     """Raise InputError if a layer cannot be stored in the bits asked for, or would have to change those that it has."""
-    for name, layer in chosen.items():
-        if use_qlora and in_head(model, name):
-            raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
-        if use_qlora and any(p.dtype == torch.float64 for p in layer.parameters()):
-            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
     if use_qlora:
+        for name, layer in chosen.items():
+            if in_head(model, name):
+                raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
+            if any(p.dtype == torch.float64 for p in layer.parameters()):
+                raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
         bitsandbytes_functional()
     in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
     if base_dtype == torch.int8 and not in_8_bits:

@@ -121,9 +121,9 @@ class AdapterSet:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records = content["layers"]
         tensors = content["tensors"]
-        modules = dict(model.named_modules())
         for name, head in self.base.heads.items():
             _replace_head(model, name, _resized_head(head, name, tensors))
+        modules = dict(model.named_modules())
         stock = dict(model.named_parameters()) | dict(model.named_buffers())
         followed = {name for _, _, *own in statistics_in_file(model, content) for name in own}
         for path in tensors:  # the tensors of the base that the file has become the adapter's own
@@ -140,10 +140,9 @@ class AdapterSet:
                     state._replace(parameters=state.parameters | own).apply_to(modules[path])
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         kinds = {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}
-        for path in modules:  # in the model's order: attention comes before its output projection
+        for path, layer in modules.items():  # in the model's order: attention comes before its output projection
             if path not in records:
                 continue
-            layer = model.get_submodule(path)
             record = records[path]
             kind = kinds.get(record["kind"])
             ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}

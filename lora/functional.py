@@ -299,7 +299,7 @@ class _LoRAConv2d(torch.autograd.Function):
         sB = B * ctx.factors
         if ctx.side_path:
             added = bias if scale is None else None
-            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), added, *geometry)  # g W x + b
+            y = F.conv2d(x, scaled_kernel(weight, row_scale, dtype), added, *geometry)  # g W x + b
             _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
             if scale is not None:
                 y.mul_(scale[:, None, None])
@@ -345,7 +345,7 @@ class _LoRAConv2d(torch.autograd.Function):
         gx = None
         if need_x:
             if ctx.side_path:
-                kernel = _scaled_kernel(weight, row_scale, dtype)
+                kernel = scaled_kernel(weight, row_scale, dtype)
             else:
                 kernel = _folded_kernel(weight, A, sB, row_scale, dtype)
             gx = backends.conv2d_gradient(gy, adapter_x, kernel, geometry, of_weight=False)
@@ -364,16 +364,7 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     return dtype not in LOW_PRECISION or not on_the_grid
 
 
-def frozen_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, row_scale: Tensor, geometry: Geometry, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """``relu(conv2d(x, g W, b) + residual)``, without a gradient; see `lora_conv2d`."""
-    dtype = compute_dtype(x)
-    kernel = _scaled_kernel(weight, row_scale, dtype)
-    return backends.conv2d(x.to(dtype), kernel, bias.to(dtype), geometry, residual, relu)
-
-
-def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``g W``, rounded once to ``dtype``: W itself if that is the same, else a temporary."""
     if row_scale is None:
         return dense_weight(weight, dtype)
@@ -386,7 +377,7 @@ def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
 def _folded_kernel(weight: Weight, A: Tensor, sB: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``g W + (s g B) A``, rounded once to ``dtype``; sB is s g B."""
     precise = torch.promote_types(dtype, torch.float32)
-    W = _scaled_kernel(weight, row_scale, precise)
+    W = scaled_kernel(weight, row_scale, precise)
     return effective_weight(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
 
 
@@ -473,7 +464,7 @@ def lora_conv2d(
     else:
         seen = x if adapter_x is None else adapter_x
         delta = effective_weight(torch.zeros_like(weight, dtype=A.dtype), A, sB, 1.0, in_place=True).to(dtype)
-        y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
+        y = F.conv2d(x, scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
         y = y + F.conv2d(seen.to(dtype), delta, None, *geometry)
     return backends.added_and_rectified(y, residual, relu)
 

@@ -129,11 +129,11 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is True."""
+    """Make a block's forward save only its input and run again in backward, if `set_gradient_checkpointing` says so."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if not self.checkpointing:
+        if "checkpointing" not in vars(self):
             return forward(self, *args, **kwargs)
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
@@ -162,8 +162,6 @@ def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
 class FusedBasicBlock(BasicBlock):
     """The block of ResNet-18 and 34, with its BatchNorms folded."""
 
-    checkpointing = False
-
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
         out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
@@ -172,8 +170,6 @@ class FusedBasicBlock(BasicBlock):
 
 class FusedBottleneck(Bottleneck):
     """The block of ResNet-50 and larger, with its BatchNorms folded."""
-
-    checkpointing = False
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
@@ -244,8 +240,6 @@ class FusedMLPBlock(MLPBlock):
 
 class FusedEncoderBlock(EncoderBlock):
     """The block of a ViT. Each LayerNorm is recomputed in backward by the adapted layer behind it."""
-
-    checkpointing = False
 
     @recomputable
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:

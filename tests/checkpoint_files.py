@@ -37,25 +37,17 @@ def without_head(tensors):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(("fc.", "head.", "heads."))}
 
 
-def mlp_head(prefix, layers, width=8):
-    """Keys of a projector: `layers` are the places of its Linear layers, BatchNorm follows each where v3 has one."""
-    return {f"{prefix}.{i}.weight": torch.randn(width, width) for i in layers}
-
-
 def sequential(tensors):
     """A ResNet as an nn.Sequential of its children names them."""
     places = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
     return {".".join([places[first], *rest]): v for k, v in tensors.items() for first, *rest in [k.split(".")]}
 
 
-# The weights of a block; each has a bias as well.
-TIMM_BLOCK = {
-    **{"norm1": (384,), "attn.qkv": (1152, 384), "attn.proj": (384, 384)},
-    **{"norm2": (384,), "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)},
-}
+TIMM_BLOCK = {"attn.qkv": (1152, 384), "attn.proj": (384, 384), "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)}
+TIMM_BLOCK |= {"norm1": (384,), "norm2": (384,)}  # the weights of a block; each has a bias as well
 
 
-def timm_vit(depth, stem, positions=None):
+def timm_vit(stem, depth=2):
     """A ViT-S backbone under timm's names."""
     shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
     for i in range(depth):
@@ -74,7 +66,3 @@ def timm_vit(depth, stem, positions=None):
             tensors[key] = noise / math.sqrt(math.prod(shape[1:]) or 1) if len(shape) > 1 else 0.1 * noise
     tensors["pos_embed"][:, 0] = 0  # MoCo v3 gives the class token no position
     return tensors
-
-
-def patch_stem():
-    return {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}

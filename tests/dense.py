@@ -62,8 +62,8 @@ def adapters(layer: nn.Module) -> Iterator[tuple[str, slice, nn.Parameter, nn.Pa
     own = dict(layer.named_parameters(recurse=False)) if getattr(layer, "r", 0) else {}
     if "lora_A" in own:
         yield "weight", slice(None), own["lora_A"], own["lora_B"]
-    elif "lora_A_q" in own:
-        for i, p in enumerate("qkv"):
+    for i, p in enumerate("qkv"):
+        if f"lora_A_{p}" in own:
             rows = slice(i * layer.embed_dim, (i + 1) * layer.embed_dim)
             yield "in_proj_weight", rows, own[f"lora_A_{p}"], own[f"lora_B_{p}"]
 
@@ -108,27 +108,20 @@ def compare_with_dense(
     device = inputs[0].device
     adapted.zero_grad()
     twin = dense_twin(stock, adapted)
-    ours = {}
-    theirs = {}
-    for x in inputs:
-        ours[id(x)] = x.detach().clone().requires_grad_()
-        theirs[id(x)] = x.detach().double().requires_grad_()
+    ours = {id(x): x.detach().clone().requires_grad_() for x in inputs}
+    theirs = {id(x): x.detach().double().requires_grad_() for x in inputs}
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         actual = call(adapted, *(ours[id(x)] for x in inputs))
     expected = call(twin, *(theirs[id(x)] for x in inputs))
     if not isinstance(actual, tuple):
-        actual = (actual,)
-        expected = (expected,)
-    loss = 0.0
-    wanted_loss = 0.0
+        actual, expected = (actual,), (expected,)
+    losses = []
     for i, (y, z) in enumerate(zip(actual, expected, strict=True)):
         assert_close(y, z, tolerance, f"output {i}")
         if z is not None:
             upstream = torch.randn_like(y).double()  # the same number for both
-            loss = loss + (y.double() * upstream).sum()
-            wanted_loss = wanted_loss + (z * upstream).sum()
-    loss.backward()
-    wanted_loss.backward()
+            losses += [(y.double() * upstream).sum(), (z * upstream).sum()]
+    torch.autograd.backward(losses)
     for i, key in enumerate(ours):
         assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
     for name, gradient, wanted in expected_gradients(twin, adapted):

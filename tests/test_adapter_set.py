@@ -1,6 +1,7 @@
 """Several adapters on one base: each computes what it would alone, and leaves nothing behind."""
 
 import copy
+import functools
 import gc
 import shutil
 import weakref
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import FP32, assert_close, classes, frozen, resnet, snapshot, vit
+from dense import FP32, assert_close, classes, frozen, loss_and_gradients, resnet, snapshot, vit
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -93,12 +94,6 @@ def manager(alone, originals):
     return LoRAManager(copy.deepcopy(originals[2]))
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
     """Bit for bit: keys, numbers, outputs and gradients in both modes, what trains, classes of all modules."""
     assert_equal(model.state_dict(), expected.state_dict())
@@ -111,7 +106,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled):
                 assert torch.equal(model.train(mode)(x), expected.train(mode)(x))
-        assert_equal(gradients(model, x), gradients(expected, x))
+        assert_equal(*(loss_and_gradients(network, x)[1] for network in (model, expected)))
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -122,28 +117,19 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------- switching
 
 
-def test_each_adapter_computes_what_it_computes_alone(manager, alone):
+def test_each_adapter_computes_what_it_computes_alone_and_switching_copies_no_weight(manager, alone):
     assert manager.names == list(OPTIONS) and manager.in_use is None
     assert isinstance(manager.model, VisionTransformer) or followers(alone["pets"])
+    before = {}
     for name in ("cars", "pets", "head", "food", "cars", "head", "pets"):
         info = manager.use(name)
         assert manager.in_use == name and info["class_names"][0] == f"{name} 0"
         assert_same(manager.model, alone[name])
-
-
-def test_switching_copies_no_weight(manager):
-    def storages(model):
-        return {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
-
-    before = {}
-    for name in (*OPTIONS, None):
-        manager.use(name)
-        before[name] = storages(manager.model)
-    for name in (None, *OPTIONS):
-        manager.use(name)
-        assert storages(manager.model) == before[name]
-    layer = next(key for key in before[None] if "layer" in key and key.endswith("weight"))
-    assert len({storage[layer] for storage in before.values()}) == 1
+        storages = {key: tensor.data_ptr() for key, tensor in manager.model.state_dict(keep_vars=True).items()}
+        assert before.setdefault(name, storages) == storages
+    layer = next(key for key in storages if "layer" in key and key.endswith("weight"))
+    manager.use(None)
+    assert {own[layer] for own in before.values()} == {manager.model.get_parameter(layer).data_ptr()}
 
 
 def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_path):
@@ -159,13 +145,10 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_p
                 assert_close(manager.model(images()), stock(images()), FP32)
     LoRAManager(alone["cars"]).merge_lora_weights()
     assert_equal(manager.model.state_dict(), alone["cars"].state_dict())
-    for switch in (
-        lambda: manager.use("pets"),
-        lambda: manager.remove("pets"),
-        lambda: manager.load_lora_checkpoint(tmp_path / "pets.pth", name="more"),
-    ):
+    load = functools.partial(manager.load_lora_checkpoint, tmp_path / "pets.pth")
+    for switch, name in ((manager.use, "pets"), (manager.remove, "pets"), (load, "more")):
         with pytest.raises(InputError, match=r"merged: call unmerge_lora_weights\(\) first"):
-            switch()
+            switch(name)
     assert manager.in_use == "cars" and manager.names == list(OPTIONS)
     manager.unmerge_lora_weights()
     with manager.disable_lora(), pytest.raises(InputError, match="switched off"):
@@ -253,7 +236,7 @@ def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_other_weights(name,
 
 
 @pytest.mark.parametrize("name", ["cars", "head"])
-def test_adapters_without_a_name_are_the_default(alone, manager, tmp_path, name):
+def test_adapters_without_a_name_are_the_default(alone, tmp_path, name):
     model = copy.deepcopy(alone[name])
     second = LoRAManager(model)
     second.load_lora_checkpoint(tmp_path / "pets.pth", name="pets")
@@ -317,11 +300,10 @@ def test_layers_in_16_bits_without_an_adapter_merge_under_any_adapter(tmp_path):
     manager.save_lora_checkpoint(tmp_path / "lora.pth")
     manager.load_lora_checkpoint(tmp_path / "lora.pth", name="again")
     manager.use("again")
-    x = torch.randn(4, 3, 16, 16)
-    expected = model(x)
+    expected = model(images())
     manager.merge_lora_weights()
     assert model.encoder.layers[0].mlp[0].weight.dtype == torch.float32
-    assert_close(model(x), expected, FP32)
+    assert_close(model(images()), expected, FP32)
 
 
 def test_a_base_that_trained_with_its_adapter_is_not_shared(arch, tmp_path):
@@ -334,30 +316,24 @@ def test_a_base_that_trained_with_its_adapter_is_not_shared(arch, tmp_path):
     assert LoRAManager(model).names == []
 
 
-@pytest.mark.parametrize("options", [{"freeze": False}, {"train_norms": True}], ids=str)
-def test_a_shared_base_does_not_train(manager, options):
-    manager.use("pets")
-    with pytest.raises(InputError, match="several adapters share this base"):
-        freeze_backbone_params(manager.model, **options)
+def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_use(alone, tmp_path):
+    def stored() -> dict:
+        manager.save_lora_checkpoint(tmp_path / "again.pth")
+        return read_adapter_file(tmp_path / "again.pth")["metadata"]
 
-
-def test_metadata_are_those_of_the_file_that_was_read_last(alone, arch, tmp_path):
     manager = LoRAManager(copy.deepcopy(alone["pets"]))
     LoRAManager(alone["pets"]).save_lora_checkpoint(tmp_path / "other.pth", {"class_names": ["others"]})
     manager.load_lora_checkpoint(tmp_path / "other.pth")
-    manager.save_lora_checkpoint(tmp_path / "again.pth")
-    assert read_adapter_file(tmp_path / "again.pth")["metadata"]["class_names"] == ["others"]
+    assert stored() == {"class_names": ["others"]}
     manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
+    assert manager.use("cars") == stored() == {"class_names": [f"cars {i}" for i in range(4)]}
     assert manager.use("default") == {"class_names": ["others"]}
     manager.use(None)
-    manager.save_lora_checkpoint(tmp_path / "base.pth")
-    assert read_adapter_file(tmp_path / "base.pth")["metadata"] == {}
+    assert stored() == {}
 
 
-def test_what_is_in_use_is_saved_with_its_own_metadata_and_unload_leaves_the_base_alone(manager, arch, tmp_path):
+def test_unload_leaves_the_base_alone(manager, arch):
     manager.use("cars")
-    manager.save_lora_checkpoint(tmp_path / "again.pth")
-    assert read_adapter_file(tmp_path / "again.pth")["metadata"]["class_names"][0] == "cars 0"
     state = manager.unload().state_dict()
     assert manager.names == [] and manager.in_use is None
     stock = base(arch).state_dict()
@@ -382,7 +358,7 @@ def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, arch, tmp
         (lambda tensors: tensors.update({n: t[:, :1] for n, t in tensors.items() if "lora_A" in n}), "in the file"),
         (lambda tensors: tensors.update({n: t.repeat(9, 1) for n, t in tensors.items() if "lora_A" in n}), "rank"),
     ):
-        broken = torch.load(tmp_path / "food.pth", weights_only=True)
+        broken = read_adapter_file(tmp_path / "food.pth")
         change(broken["tensors"])
         torch.save(broken, tmp_path / "broken.pth")
         with pytest.raises(InputError, match=message):
@@ -391,13 +367,16 @@ def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, arch, tmp
     assert_same(manager.model, expected)
 
 
-def test_names_that_cannot_be_or_are_not_there(manager, tmp_path):
+def test_names_that_cannot_be_or_are_not_there_and_a_shared_base_that_is_to_train(manager, tmp_path):
     for name in ("pets", "", 3):
         with pytest.raises(InputError, match="cannot be named"):
             manager.load_lora_checkpoint(tmp_path / "pets.pth", name=name)
     for call in (manager.use, manager.remove):
         with pytest.raises(InputError, match=r"no adapter is named 'pet': did you mean pets.* pets, cars, food, head"):
             call("pet")
+    for options in ({"freeze": False}, {"train_norms": True}):
+        with pytest.raises(InputError, match="several adapters share this base"):
+            freeze_backbone_params(manager.model, **options)
 
 
 @pytest.mark.parametrize("change", ["meta", torch.bfloat16], ids=str)

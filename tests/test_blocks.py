@@ -2,29 +2,12 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from functools import partial
 
+import dense
 import pytest
 import torch
-from dense import (
-    BF16,
-    DEVICES,
-    EXACT,
-    FP32,
-    Operations,
-    assert_close,
-    assert_equals_dense,
-    compare_with_dense,
-    dense_twin,
-    frozen,
-    images,
-    randomize_adapters,
-    relative_error,
-    resnet,
-    saved_bytes,
-    vit,
-)
+from dense import BF16, DEVICES, EXACT, FP32, assert_close, compare_with_dense, dense_twin, frozen, images, resnet, vit
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
@@ -39,7 +22,7 @@ bottleneck = partial(resnet, Bottleneck)
 
 
 def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
-    with Operations() as operations:
+    with dense.Operations() as operations:
         model(x)
     return operations.count("batch_norm")
 
@@ -53,15 +36,57 @@ def seen(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+class PreActivation(BasicBlock):
+    """conv1 is followed by bn2, and conv2 by nothing."""
+
+    def forward(self, x):
+        return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+
+
+def models() -> dict[str, tuple[nn.Module, int]]:
+    """Which layers stand in which order, and how many of the BatchNorms cannot be folded."""
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    norm = nn.BatchNorm2d(3)
+    relu = nn.ReLU()
+    stem = [ConvStemConfig(8, 3, 2), ConvStemConfig(16, 3, 2)]
+    return {
+        "basic blocks": (resnet(), 0),
+        "bottlenecks": (bottleneck(), 0),
+        "MoCo v3's convolutional stem": (vit(conv_stem_configs=stem, patch_size=4), 0),
+        "a pair": (nn.Sequential(conv, norm), 0),
+        "no scale": (nn.Sequential(conv, nn.BatchNorm2d(3, affine=False)), 0),
+        "no statistics": (
+            nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3, track_running_stats=False)),
+            1,
+        ),
+        "something between": (nn.Sequential(conv, nn.ReLU(), norm), 1),
+        "something between that is used before": (nn.Sequential(relu, conv, relu, norm), 1),
+        "a shared BatchNorm": (nn.Sequential(conv, norm, nn.Conv2d(3, 3, 3), norm), 0),
+        "a shared convolution": (nn.Sequential(conv, norm, conv), 0),
+        "a BatchNorm before": (nn.Sequential(norm, conv), 1),
+        "two BatchNorms": (nn.Sequential(conv, norm, nn.BatchNorm2d(3)), 1),
+        "a linear layer before": (nn.Sequential(nn.Linear(16, 16), norm), 1),
+        "a forward of its own": (PreActivation(3, 3), 2),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the last layer")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
-def test_a_resnet_with_folded_batch_norms_equals_the_stock_model(block, memory_format):
-    stock = resnet(block).double()
-    x = images(dtype=torch.float64).to(memory_format=memory_format)
-    model = frozen(copy.deepcopy(stock).to(memory_format=memory_format))
-    assert batch_norms_computed(model, x) == 0
+@pytest.mark.parametrize("case", models())
+def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case, memory_format):
+    """What is computed is what the stock model computes, also where the convolution's bias trains."""
+    stock, unfolded = models()[case]
+    stock = seen(stock).double().eval()
+    x = images(16, dtype=torch.float64).to(memory_format=memory_format)
+    options = {"target_modules": ["conv_proj", "mlp"]} if hasattr(stock, "conv_proj") else {}
+    model = frozen(copy.deepcopy(stock).to(memory_format=memory_format), **options)
+    assert batch_norms_computed(model, x) == unfolded
     assert [k for k in model.state_dict() if "lora_" not in k] == list(stock.state_dict())
-    assert_equals_dense(stock, model, x, EXACT)
+    dense.assert_equals_dense(stock, model, x, EXACT)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.requires_grad_()
+    compare_with_dense(stock, model, [x], EXACT)
 
 
 @pytest.mark.parametrize(
@@ -84,25 +109,13 @@ def test_what_trains_beside_the_adapters_gets_its_gradients(build, names, folded
     compare_with_dense(stock, model, [x], EXACT)
 
 
-def test_a_convolutional_stem_as_moco_v3_s_is_folded():
-    stem = [ConvStemConfig(8, 3, 2), ConvStemConfig(16, 3, 2)]
-    stock = seen(vit(conv_stem_configs=stem, patch_size=4).double().eval())
-    model = frozen(copy.deepcopy(stock), target_modules=["conv_proj", "mlp"])
-    x = images(16, dtype=torch.float64)
-    assert batch_norms_computed(model, x) == 0
-    assert_equals_dense(stock, model, x, EXACT)
-
-
 def test_a_batch_norm_that_normalises_by_the_batch_is_not_folded():
-    """Without parameters to train, only the mode tells it from a frozen one; without statistics it always does."""
+    """Without parameters to train, only the mode tells it from a frozen one."""
     # A bias before it would have no gradient but rounding, which no tolerance suits.
     stock = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)).double()
-    x = images(8, dtype=torch.float64)
-    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
-    compare_with_dense(stock, model, [x], EXACT)
+    model = dense.randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
+    compare_with_dense(stock, model, [images(8, dtype=torch.float64)], EXACT)
     assert model[1].num_batches_tracked == 1
-    stock[1] = nn.BatchNorm2d(4, track_running_stats=False).double()
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
 
 
 @pytest.mark.parametrize("build, side", [(resnet, 32), (bottleneck, 32), (vit, 16)], ids=["basic", "bottleneck", "vit"])
@@ -110,7 +123,7 @@ def test_norms_that_train_beside_the_adapters(build, side):
     """Scales and shifts get their gradients, and a BatchNorm normalises by the batch and counts it."""
     stock = build().double()
     x = images(side, 8, dtype=torch.float64)
-    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
+    model = dense.randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
     freeze_backbone_params(model, train_norms=True)
     compare_with_dense(stock.train(), model.train(), [x], EXACT)
     norms = [m for m in model.modules() if isinstance(m, NORMS)]
@@ -139,46 +152,11 @@ def test_a_folded_batch_norm_stays_exact_when_adapters_are_merged_or_off(gradien
         assert_close(model(x), expected, EXACT)
 
 
-class PreActivation(BasicBlock):
-    """conv1 is followed by bn2, and conv2 by nothing."""
-
-    def forward(self, x):
-        return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
-
-
-def chains() -> Iterator[tuple[str, nn.Module, int]]:
-    """What stands in which order, and how many BatchNorms of it cannot be folded."""
-    relu = nn.ReLU()
-    norm = nn.BatchNorm2d(4)
-    conv = nn.Conv2d(4, 4, 3, padding=1)
-    yield "a pair", nn.Sequential(conv, norm), 0
-    yield "no scale", nn.Sequential(conv, nn.BatchNorm2d(4, affine=False)), 0
-    yield "something between", nn.Sequential(conv, nn.ReLU(), norm), 1
-    yield "something between that is used before", nn.Sequential(relu, conv, relu, norm), 1
-    yield "a shared BatchNorm", nn.Sequential(conv, norm, nn.Conv2d(4, 4, 3), norm), 0
-    yield "a shared convolution", nn.Sequential(conv, norm, conv), 0
-    yield "a BatchNorm before", nn.Sequential(norm, conv), 1
-    yield "two BatchNorms", nn.Sequential(conv, norm, nn.BatchNorm2d(4)), 1
-    yield "a linear layer before", nn.Sequential(nn.Linear(9, 9), norm), 1
-    yield "a forward of its own", PreActivation(4, 4), 2
-
-
-@pytest.mark.parametrize("case", list(chains()), ids=lambda case: case[0])
-def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case):
-    """A bias of the convolution may train."""
-    stock = copy.deepcopy(case[1]).eval()
-    for module in stock.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.reset_parameters()  # from this test's seed
-    seen(stock)
-    x = torch.randn(2, 4, 9, 9)
-    model = frozen(copy.deepcopy(stock))
-    assert batch_norms_computed(model, x) == case[2]
-    assert_equals_dense(stock, model, x, FP32)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
-            module.bias.requires_grad_()
-    compare_with_dense(stock, model, [x], FP32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_vit_in_low_precision(device):
+    """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
+    stock = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device)
+    compare_with_dense(stock, frozen(copy.deepcopy(stock)), [images(64, 4).to(device)], 5e-2, autocast=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -194,36 +172,17 @@ def test_a_resnet_in_low_precision(device):
         with torch.autocast(device, torch.bfloat16, enabled=low):
             y = network(t)
         results.append((y, *torch.autograd.grad(y.double().square().sum(), t)))
-    for ours, dense, exact in zip(*results, strict=True):
-        assert relative_error(ours, exact) < 1.5 * relative_error(dense, exact) + 1e-3
+    for ours, stock_s, exact in zip(*results, strict=True):
+        assert dense.relative_error(ours, exact) < 1.5 * dense.relative_error(stock_s, exact) + 1e-3
 
 
 def test_the_largest_activation_of_a_resnet_is_not_saved():
     """Pooled first and rectified after. Who listens to one of the two gets the usual order."""
     model = frozen(resnet(Bottleneck))
     x = images()
-    without = saved_bytes(model, x)
+    without = dense.saved_bytes(model, x)
     model.relu.register_forward_hook(lambda *_: None)
-    assert saved_bytes(model, x) > without + 2 * 16 * 16 * 16 * 4  # (N, 16, H / 2, W / 2) floats
-
-
-OTHER_STEMS = {
-    "ELU": ("relu", nn.ELU()),
-    "unpooled": ("maxpool", nn.Identity()),  # as for images of 32 pixels
-    "rounded up": ("maxpool", nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
-}
-
-
-@pytest.mark.parametrize("name, module", OTHER_STEMS.values(), ids=OTHER_STEMS)
-def test_other_stems_stay_as_they_are(name, module):
-    stock = resnet(Bottleneck).double().eval()
-    setattr(stock, name, module)
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
-
-
-def with_more_numbers(norm: nn.BatchNorm2d) -> None:
-    """As buffers are that lie side by side in one storage."""
-    norm.running_mean = torch.arange(8.0)[4:]
+    assert dense.saved_bytes(model, x) > without + 2 * 16 * 16 * 16 * 4  # (N, 16, H / 2, W / 2) floats
 
 
 BEHIND_AUTOGRAD = "statistics behind autograd's back"
@@ -233,7 +192,7 @@ CHANGES = {
     "a state that is loaded": lambda norm: norm.load_state_dict({**norm.state_dict(), "running_var": torch.ones(4)}),
     BEHIND_AUTOGRAD: lambda norm: norm.running_mean.data.copy_(torch.ones(4)),
     "other data": lambda norm: setattr(norm.bias, "data", torch.ones(4)),
-    "another buffer": with_more_numbers,
+    "a buffer beside others in one storage": lambda norm: setattr(norm, "running_mean", torch.arange(8.0)[4:]),
     "another epsilon": lambda norm: setattr(norm, "eps", 0.5),
     "the weight alone trains": lambda norm: norm.weight.requires_grad_(),
 }
@@ -265,7 +224,7 @@ def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trai
     with constants_kept():
         with torch.inference_mode():
             model(images(8))
-        with Operations() as operations:
+        with dense.Operations() as operations:
             model(images(8)).sum().backward()  # takes what was computed where no gradients are
             model.double()(images(8).double())
         assert operations.count("rsqrt") == 1  # of the model in float64
@@ -273,12 +232,12 @@ def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trai
             built = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
             before = built(images(8))
             built[1].running_mean += 1
-            assert relative_error(before, built(images(8))) > 0.1
+            assert dense.relative_error(before, built(images(8))) > 0.1
         monkeypatch.setattr(norms, "is_traced", lambda: True)  # a graph would hold what is kept as it is now
-        with Operations() as operations:
+        with dense.Operations() as operations:
             model(images(8).double()), model(images(8).double())
         assert operations.count("rsqrt") == 2
-    with Operations() as operations:
+    with dense.Operations() as operations:
         model(images(8).double()), model(images(8).double())
     assert operations.count("rsqrt") == 2
 
@@ -298,7 +257,7 @@ def test_a_norm_s_constants_are_of_the_rows_that_are_given_of_what_trains_now_an
             scale.sum().backward()
             assert norm.weight.grad.tolist() == pytest.approx([step * expected] * 4)
     norm.requires_grad_(False)
-    with Operations() as operations:
+    with dense.Operations() as operations:
         for _ in range(2):
             norms.constant_scale_and_shift(norm, means[1], variance, None)
     assert operations.count("rsqrt") == 2
@@ -307,26 +266,19 @@ def test_a_norm_s_constants_are_of_the_rows_that_are_given_of_what_trains_now_an
 # ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths
 
 
-def test_a_sequence_without_batch_dimension_is_refused():
-    """As torchvision's block does, which attention alone would not."""
-    for block in (vit().encoder.layers[0], frozen(vit()).encoder.layers[0]):
-        with pytest.raises(AssertionError, match=r"Expected .batch_size, seq_length, hidden_dim. got"):
-            block(torch.randn(5, 16))
-
-
 def test_the_last_block_keeps_the_class_token_alone():
     """Behind keys and values. Who listens to the encoder gets every token."""
     model = frozen(vit())
     x = images(16, 8)
-    without = saved_bytes(model, x)
+    without = dense.saved_bytes(model, x)
     handle = model.encoder.register_forward_hook(lambda *_: None)
     patches = 4
     width = 16
     # Left out: the query, the attention's output, the residual's middle, the input of the last LayerNorm; and what the
     # MLP keeps, the input of GELU, which has two of the hidden size here.
-    assert saved_bytes(model, x) - without >= 8 * patches * (4 * width + 2 * width) * 4
+    assert dense.saved_bytes(model, x) - without >= 8 * patches * (4 * width + 2 * width) * 4
     handle.remove()
-    assert saved_bytes(model, x) == without
+    assert dense.saved_bytes(model, x) == without
 
 
 @pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
@@ -343,19 +295,16 @@ def test_the_class_token_s_block_equals_the_stock_model(targets, mode, device):
 
 
 def test_the_encoder_alone_and_what_is_in_the_place_of_the_first_dropout_have_every_token():
+    """And a sequence without batch dimension is refused as by torchvision's block, which attention alone would not."""
     stock = vit().double()
     model = frozen(copy.deepcopy(stock))
     tokens = torch.randn(2, 5, 16, dtype=torch.float64)
     compare_with_dense(stock, model, [tokens], EXACT, lambda network, x: network.encoder(x))
+    for network in (stock, model):
+        with pytest.raises(AssertionError, match=r"Expected .batch_size, seq_length, hidden_dim. got"):
+            network.encoder.layers[0](tokens[0])
     stock.encoder.dropout = nn.Hardtanh(-0.5, 0.5)
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(16, dtype=torch.float64), EXACT)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_vit_in_low_precision(device):
-    """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
-    stock = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device)
-    compare_with_dense(stock, frozen(copy.deepcopy(stock)), [images(64, 4).to(device)], 5e-2, autocast=True)
+    dense.assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(16, dtype=torch.float64), EXACT)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -390,7 +339,7 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
     model = vit().train()
     x = images(16)
     FROZEN_ATTENTION[way](model)
-    randomize_adapters(model)
+    dense.randomize_adapters(model)
 
     def run() -> list[torch.Tensor]:
         model.zero_grad()
@@ -399,47 +348,35 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
         logits.float().square().sum().backward()
         return [logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
-    with Operations() as operations:
+    with dense.Operations() as operations:
         found = run()
     assert operations.count("bmm") == 0
     blocks = [m for m in model.modules() if type(m) is fusion.FusedEncoderBlock]
     assert any(fusion.is_frozen_attention(block.self_attention) for block in blocks)
     for module in model.modules():  # from here on the blocks are torchvision's
         module.__class__ = fusion.STOCK.get(type(module), type(module))
-    limit = FP32 if dtype == torch.float32 else BF16
     for ours, theirs in zip(found, run(), strict=True):
-        assert_close(ours, theirs, limit)
+        assert_close(ours, theirs, FP32 if dtype == torch.float32 else BF16)
+    freeze_backbone_params(model)
+    assert type(model.encoder.layers[0]) is fusion.FusedEncoderBlock
+    freeze_backbone_params(model, freeze=False)  # what trains is torchvision's
+    assert type(model.encoder.layers[0]) is EncoderBlock or way != "a linear probe"
 
 
 @pytest.mark.parametrize("way", FROZEN_ATTENTION)
-def test_frozen_attention_drops_its_weights_in_training_alone(way):
+def test_frozen_attention_drops_its_weights_in_training_alone_and_a_hook_sees_the_stock_call(way):
+    """On a layer of a frozen MLP, too."""
     stock = vit(attention_dropout=0.5).eval()
     x = images(16)
     model = copy.deepcopy(stock)
     FROZEN_ATTENTION[way](model)
+    assert dense.relative_error(model.train()(x), stock(x)) > 1e-2
     assert_close(model.eval()(x), stock(x), FP32)
-    assert relative_error(model.train()(x), stock(x)) > 1e-2
-
-
-@pytest.mark.parametrize("way", FROZEN_ATTENTION)
-def test_a_hook_on_frozen_attention_or_on_a_layer_of_a_frozen_mlp_sees_the_stock_call(way):
-    model = vit()
-    x = images(16)
-    FROZEN_ATTENTION[way](model)
-    expected = model(x)
     block = model.encoder.layers[0]
     given = []
     outputs = []
     block.self_attention.register_forward_hook(lambda module, arguments, output: given.append(len(arguments)))
     block.mlp[0].register_forward_hook(lambda module, arguments, output: outputs.append(tuple(output.shape)))
-    assert_close(model(x), expected, FP32)
+    assert_close(model(x), stock(x), FP32)
     assert given == [3]  # query, key and value
     assert outputs == [(2, 5, 32)]
-
-
-def test_blocks_that_train_again_are_stock_ones():
-    model = vit()
-    freeze_backbone_params(model)
-    assert type(model.encoder.layers[0]) is fusion.FusedEncoderBlock
-    freeze_backbone_params(model, freeze=False)
-    assert type(model.encoder.layers[0]) is EncoderBlock

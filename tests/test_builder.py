@@ -6,25 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import (
-    EXACT,
-    FP32,
-    assert_close,
-    assert_unchanged,
-    dense_twin,
-    expected_gradients,
-    images,
-    randomize_adapters,
-    resnet,
-    rounded,
-    snapshot,
-    trained,
-    vit,
-)
+from dense import EXACT, FP32, assert_close, frozen, randomize_adapters, resnet, trained, vit
 from torch import nn
 
-from finetune_lora import add_lora_to_model, freeze_backbone_params
 from moco.builder import MoCo, MoCoV3
+from tests import dense
 from toolkit.models.backbones import build_backbone, head_name
 
 
@@ -40,8 +26,8 @@ class Tiny(nn.Module):
         return self.fc(self.body(images))
 
 
-def views(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(n, 3, 2, 2), torch.randn(n, 3, 2, 2)
+def views() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
 
 
 def move_apart(model: nn.Module) -> None:
@@ -101,10 +87,10 @@ def test_v3_loss_equals_a_dense_computation():
 
 def test_equal_parameters_stay_equal_to_the_bit():
     model = MoCoV3(Tiny(), dim=6, mlp_dim=7)
-    before = snapshot(model.encoder_k)
+    before = dense.snapshot(model.encoder_k)
     for _ in range(100):
         model.update_encoder_k(0.99)
-    assert_unchanged(before, model.encoder_k)
+    dense.assert_unchanged(before, model.encoder_k)
 
 
 def test_the_queue_is_first_in_first_out_and_wraps_around():
@@ -120,14 +106,11 @@ def test_the_queue_is_first_in_first_out_and_wraps_around():
 
 
 def test_resnets_get_the_published_projectors():
-    def names(model):
-        return {name for name, _ in model.encoder_q.fc.named_parameters()}
-
-    assert names(MoCo(build_backbone("resnet18", 1), K=8)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    v3 = MoCoV3(build_backbone("resnet18", 1), dim=6, mlp_dim=7)
-    assert names(v3) == {"0.weight", "1.weight", "1.bias", "3.weight"}
-    assert isinstance(v3.encoder_q.fc[4], nn.BatchNorm1d) and not v3.encoder_q.fc[4].affine
-    assert v3.encoder_q(torch.randn(2, 3, 32, 32)).shape == (2, 6)
+    v2, v3 = (contrast(version, build_backbone("resnet18", 1)).encoder_q for version in (2, 3))
+    assert trained(v2.fc).keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert trained(v3.fc).keys() == {"0.weight", "1.weight", "1.bias", "3.weight"}
+    assert isinstance(v3.fc[4], nn.BatchNorm1d) and not v3.fc[4].affine
+    assert v3(torch.randn(2, 3, 32, 32)).shape == (2, 6)
 
 
 def test_a_vit_keeps_its_positions_and_patch_embedding():
@@ -155,14 +138,10 @@ def contrast(version: int, backbone: nn.Module) -> MoCo | MoCoV3:
 
 def adapted(version: int, stock: nn.Module, use_qlora: bool = False) -> MoCo | MoCoV3:
     """MoCo over a frozen copy of the stock model, with adapters that differ between queries and keys."""
-    backbone = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=use_qlora)
-    freeze_backbone_params(backbone)
-    model = contrast(version, backbone)
+    model = contrast(version, frozen(copy.deepcopy(stock), use_qlora=use_qlora))
     if not use_qlora:
         model.double()
-    for encoder in (model.encoder_q, model.encoder_k):
-        randomize_adapters(encoder, std=0.05)
-    return model
+    return randomize_adapters(model, std=0.05)
 
 
 def ordinary(version: int, stock: nn.Module, model: nn.Module) -> nn.Module:
@@ -170,12 +149,12 @@ def ordinary(version: int, stock: nn.Module, model: nn.Module) -> nn.Module:
     twin = contrast(version, copy.deepcopy(stock)).double()
     for side in ("encoder_q", "encoder_k"):
         encoder = getattr(model, side)
-        dense, head = dense_twin(stock, encoder), head_name(encoder)
-        setattr(dense, head, copy.deepcopy(getattr(encoder, head)).double())
-        for module in dense.train().modules():  # the backbone's statistics are frozen, the projector's are not
+        own, head = dense.dense_twin(stock, encoder), head_name(encoder)
+        setattr(own, head, copy.deepcopy(getattr(encoder, head)).double())
+        for module in own.train().modules():  # the backbone's statistics are frozen, the projector's are not
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        setattr(twin, side, dense)
+        setattr(twin, side, own)
     twin.encoder_k.requires_grad_(False)
     if version == 3:
         twin.predictor = copy.deepcopy(model.predictor).double()
@@ -190,9 +169,8 @@ def ordinary(version: int, stock: nn.Module, model: nn.Module) -> nn.Module:
 def test_over_one_base_loss_and_gradients_are_those_of_two_dense_encoders(build, version, use_qlora):
     stock = build()
     model = adapted(version, stock, use_qlora).train()
-    twin = ordinary(version, rounded(stock, model.encoder_q) if use_qlora else stock, model)
-    x1 = images(count=4, side=16)
-    x2 = images(count=4, side=16)
+    twin = ordinary(version, dense.rounded(stock, model.encoder_q), model)
+    x1, x2 = dense.images(16, 4), dense.images(16, 4)
     dtype = torch.float32 if use_qlora else torch.float64
     loss = model(x1.to(dtype), x2.to(dtype), 1.0)  # m = 1: encoder_k stays as it is
     expected = twin(x1.double(), x2.double(), 1.0)
@@ -201,21 +179,19 @@ def test_over_one_base_loss_and_gradients_are_those_of_two_dense_encoders(build,
     # A ReLU may change its mind for a rounding error of float32.
     tolerance = 200 * FP32 if use_qlora else EXACT
     assert_close(loss, expected, tolerance)
-    gradients = list(expected_gradients(twin.encoder_q, model.encoder_q))
+    gradients = list(dense.expected_gradients(twin.encoder_q, model.encoder_q))
     assert len(gradients) > 10
-    for name, gradient, wanted in gradients:
-        assert_close(gradient, wanted, tolerance, name)
     if version == 3:
-        for (name, ours), theirs in zip(model.predictor.named_parameters(), twin.predictor.parameters(), strict=True):
-            assert_close(ours.grad, theirs.grad, tolerance, name)
+        both = zip(model.predictor.named_parameters(), twin.predictor.parameters(), strict=True)
+        gradients += [(name, ours.grad, theirs.grad) for (name, ours), theirs in both]
     else:
         assert_close(model.queue, twin.queue, tolerance)
+    for name, gradient, wanted in gradients:
+        assert_close(gradient, wanted, tolerance, name)
 
 
 def test_the_keys_take_no_copy_of_the_base():
-    backbone = add_lora_to_model(vit(), r=2, use_qlora=True)
-    freeze_backbone_params(backbone)
-    model = contrast(2, backbone)
+    model = contrast(2, frozen(vit(), use_qlora=True))
 
     def bytes_of(*modules: nn.Module) -> int:
         storages = {}

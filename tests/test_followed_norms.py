@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import EXACT, assert_close, randomize_adapters, resnet
+from dense import EXACT, assert_close, frozen, randomize_adapters, resnet
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -28,22 +28,14 @@ KINDS = {
 
 def layers(kind: dict, dtype=torch.float64) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, **kind).to(dtype)
-    norm = nn.BatchNorm2d(6, eps=0.1).to(dtype)
-    model = nn.Sequential(conv, norm)
+    conv, norm = model = nn.Sequential(nn.Conv2d(4, 6, **kind), nn.BatchNorm2d(6, eps=0.1)).to(dtype)
     nn.init.uniform_(norm.weight, -1, 1)  # a scale may be negative
     nn.init.normal_(norm.bias)
     norm.weight.data[0] = 0  # as the last BatchNorm of a block begins
     for _ in range(50):
         model(torch.randn(8, 4, 9, 7, dtype=dtype) + 0.5)
-    add_lora_to_model(model, r=2, lora_alpha=6, target_modules="0")
-    freeze_backbone_params(model)
+    frozen(model, std=0.0, lora_alpha=6, target_modules="0")
     return conv, norm
-
-
-def with_adapter(conv: nn.Conv2d) -> nn.Conv2d:
-    nn.init.normal_(conv.lora_B, std=0.3)
-    return conv
 
 
 @pytest.fixture(params=KINDS)
@@ -51,8 +43,7 @@ def pair(request):
     conv, norm = layers(KINDS[request.param])
     batches = [torch.randn(8, 4, 9, 7, dtype=torch.float64) + 0.5 for _ in range(2)]
     conv.followed = FollowedNorm(conv, norm, torch.cat([patches_of(conv, x, 256) for x in batches]))
-    with_adapter(conv)
-    return conv, norm
+    return randomize_adapters(conv), norm
 
 
 def dense(conv, norm, x, residual=None):
@@ -64,14 +55,9 @@ def dense(conv, norm, x, residual=None):
     v = [(kernel @ C @ kernel.T).diagonal() + 0.01 * norm.running_var for kernel in (W, K)]
     mean = norm.running_mean + (K - W) @ followed.centre
     variance = norm.running_var * v[1] / v[0]
-    padding = conv.padding
-    if conv.padding_mode == "reflect":
-        x = F.pad(x, [1] * 4, "reflect")
-        padding = 0
-    z = F.conv2d(x, K.view_as(conv.weight), conv.bias, conv.stride, padding, conv.dilation)
-    shape = (1, -1, 1, 1)
-    y = (z - mean.view(shape)) / (variance + norm.eps).sqrt().view(shape)
-    y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    z = nn.Conv2d._conv_forward(conv, x, K.view_as(conv.weight), conv.bias)
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    y = (z - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
     return F.relu(y if residual is None else y + residual)
 
 
@@ -127,7 +113,7 @@ def test_statistics_move_with_the_model():
     conv, norm = layers(KINDS["3x3"], torch.float32)
     x = torch.randn(8, 4, 9, 7) + 0.5
     conv.followed = FollowedNorm(conv, norm, patches_of(conv, x, 256))
-    nn.Sequential(with_adapter(conv), norm).double()
+    nn.Sequential(randomize_adapters(conv), norm).double()
     torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x.double()), dense(conv, norm, x.double()))
     conv.float(), norm.float()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -140,7 +126,7 @@ def test_a_variance_stays_positive_in_spite_of_rounding_and_of_channels_that_are
         conv.weight[0] = 0
         norm.running_var[0] = 0
     conv.followed = FollowedNorm(conv, norm, torch.randn(64, 36, dtype=torch.float64))
-    _, variance = conv.followed.statistics(with_adapter(conv))
+    _, variance = conv.followed.statistics(randomize_adapters(conv))
     assert variance.isfinite().all() and (variance[1:] > 0).all()
     conv.followed.spread /= 1e3  # as if v(W) had been rounded down
     conv.lora_B.data *= -0.01
@@ -161,14 +147,6 @@ def test_patches_are_what_the_kernel_is_applied_to(kind, later):
     distances = (products[:, None] - outputs[None]).abs().amax(-1).amin(1)
     assert distances.max() < 1e-12
     assert torch.equal(patches_of(conv, x, 20), patches_of(conv, x, 20))
-
-
-def test_patches_are_of_all_batches(monkeypatch):
-    """As many of each of three: 512 / 3, rounded up."""
-    seen = []
-    monkeypatch.setattr(followed_norms, "FollowedNorm", lambda conv, norm, patches: seen.append(len(patches)))
-    follow_statistics(adapted_resnet(), torch.randn(3, 2, 3, 32, 32))
-    assert set(seen) == {3 * 171}
 
 
 def test_directions_without_variance_do_no_harm():
@@ -198,11 +176,18 @@ def base_resnet() -> nn.Module:
 
 
 def adapted_resnet() -> nn.Module:
-    model = copy.deepcopy(base_resnet())
     torch.manual_seed(0)
-    add_lora_to_model(model, r=2)
+    model = add_lora_to_model(copy.deepcopy(base_resnet()), r=2)
     freeze_backbone_params(model)
     return model
+
+
+def test_patches_are_of_all_batches(monkeypatch):
+    """As many of each of three: 512 / 3, rounded up."""
+    seen = []
+    monkeypatch.setattr(followed_norms, "FollowedNorm", lambda conv, norm, patches: seen.append(len(patches)))
+    follow_statistics(adapted_resnet(), torch.randn(3, 2, 3, 32, 32))
+    assert set(seen) == {3 * 171}
 
 
 def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -250,29 +235,22 @@ def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statist
     """Of the first that follows, whose inputs stay: nearly those that BatchNorm measures on the sampled images."""
     model = adapted_resnet()
     x = F.interpolate(torch.randn(64, 3, 8, 8), 32, mode="bilinear")  # as smooth as photographs
-    with torch.no_grad():
-        before = model.eval()(x)
+    before = answers(model, x)
     follow_statistics(model, [x])
-    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answers(model, x), before, rtol=1e-4, atol=1e-4)
     conv, norm = model.layer1[0].conv1, model.layer1[0].bn1
     assert model.conv1.followed is None  # the stem stays frozen
     with torch.no_grad():
         x = model.stem(x)
-        stock = [t.clone() for t in measured(conv, x)]
+        stock = torch.var_mean(conv(x), (0, 2, 3))
         conv.lora_B.normal_(std=0.05)
-        changed = measured(conv, x)
+        changed = torch.var_mean(conv(x), (0, 2, 3))
     mean, variance = conv.followed.statistics(conv)
-    shifts = mean - norm.running_mean, changed[0] - stock[0]
-    ratios = variance / norm.running_var, changed[1] / stock[1]
+    shifts = mean - norm.running_mean, changed[1] - stock[1]
+    ratios = variance / norm.running_var, changed[0] / stock[0]
     assert (ratios[1] - 1).abs().mean() > 0.25  # there is something to follow
     assert (ratios[0] / ratios[1] - 1).abs().mean() < 0.1
     assert (shifts[0] - shifts[1]).abs().mean() < 0.2 * shifts[1].abs().mean()
-
-
-def measured(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of each channel of the output."""
-    z = conv(x)
-    return z.mean((0, 2, 3)), z.var((0, 2, 3))
 
 
 def trained(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -287,14 +265,12 @@ def trained(model: nn.Module, x: torch.Tensor) -> nn.Module:
 
 def test_a_batch_norm_behind_a_layer_that_is_only_stored_in_fewer_bits_has_nothing_to_follow(x, tmp_path):
     """Its statistics are the base's, and no part of the file."""
-    model = add_lora_to_model(resnet(), r=2, adapt_last=1, use_qlora=True)
-    freeze_backbone_params(model)
+    model = frozen(resnet(), std=0.0, adapt_last=1, use_qlora=True)
     follow_statistics(model, [x], required=True)
-    names = {name for name, module in model.named_modules() if module in followers(model)}
-    assert names and all(name.startswith("layer4") for name in names)
     LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth")
-    names = statistics(read_adapter_file(tmp_path / "lora.pth")["tensors"])
-    assert names and all(name.startswith("layer4") for name in names)
+    in_model = {name for name, module in model.named_modules() if module in followers(model)}
+    for names in (in_model, statistics(read_adapter_file(tmp_path / "lora.pth")["tensors"])):
+        assert names and all(name.startswith("layer4") for name in names)
 
 
 def test_a_network_without_such_batch_norms_is_refused():
@@ -303,7 +279,7 @@ def test_a_network_without_such_batch_norms_is_refused():
     grouped = resnet(Bottleneck)
     grouped.layer1[0].conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=2)
     for model, adapted in ((plain, "0"), (grouped, r"layer1\.0\.conv2")):
-        freeze_backbone_params(add_lora_to_model(model, r=2, target_modules=adapted))
+        frozen(model, target_modules=adapted)
         follow_statistics(model, iter(()))
         assert followers(model) == []
         with pytest.raises(InputError, match="no adapted convolution of a ResNet has a frozen BatchNorm behind it"):
@@ -320,13 +296,12 @@ def x() -> torch.Tensor:
     return torch.randn(8, 3, 32, 32)
 
 
+@torch.no_grad()
 def answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(x)
+    return model.eval()(x)
 
 
-def assert_alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+assert_alike = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_that_is_replaced_takes_its_statistics_along(x, tmp_path):

@@ -17,10 +17,7 @@ from lora.functional import Geometry, effective_weight, lora_conv2d, lora_linear
 from lora.nf4 import NF4Weight, bitsandbytes_functional
 
 SCALING = 1.7
-
-
 random = torch.randn
-
 
 # -------------------------------------------------------------------------------------------------------------- linear
 
@@ -69,11 +66,14 @@ def row_operations(width: int):
     ],
 )
 def test_a_recomputed_operation_equals_the_dense_one(device, name, prologue, dtype, autocast, x_dtype, monkeypatch):
-    """Evaluated once in backward, whose gradient passes a LayerNorm a few rows at a time; x itself is what is kept."""
+    """Evaluated once in backward, whose gradient passes a LayerNorm a few rows at a time; x itself is what is kept.
+
+    Inputs come permuted, as attention's do.
+    """
     monkeypatch.setattr(functional, "PART_NUMEL", 1)
     prologue = copy.deepcopy(prologue).to(device, dtype)
     W = random(6, 64, device=device, dtype=dtype)
-    x = (random(7, 5, 64, device=device) + 1).to(x_dtype).requires_grad_()
+    x = (random(5, 7, 64, device=device) + 1).to(x_dtype).transpose(0, 1).requires_grad_()
     A = random(2, 64, device=device, requires_grad=True)
     B = random(6, 2, device=device, requires_grad=True)
     outputs = []
@@ -87,38 +87,16 @@ def test_a_recomputed_operation_equals_the_dense_one(device, name, prologue, dty
     assert evaluations.count("aten.gelu.", "aten.native_layer_norm.") == 1
 
 
-@pytest.mark.parametrize("rows", [1, 7], ids=["side path", "merged"])
-def test_gradients_that_come_expanded_and_inputs_that_come_permuted(rows):
-    """The gradient of a sum has stride 0, attention's inputs are transposed: neither is a plain buffer."""
-    x = random(5, rows, 4).transpose(0, 1).requires_grad_()
-    W = random(6, 4)
-    A = random(2, 4)
-    B = random(6, 2)
-    lora_linear(x, W, A, B, None, SCALING).sum().backward()
-    assert_close(x.grad, (W + SCALING * B @ A).sum(0).expand(rows, 5, 4), FP32)
-
-
-def test_a_small_update_survives_low_precision():
-    """1 + 1/1000 is no bfloat16. The update shows in the output all the same, where it is not hidden by W x."""
-    W = torch.tensor([[1.0, -1.0]]).repeat(3, 1).bfloat16()
-    A, B = torch.tensor([[1.0, 0.0]]), torch.full((3, 1), 1e-3)
-    y = lora_linear(torch.ones(500, 2).bfloat16(), W, A, B)
-    assert_close(y, torch.full((500, 3), 1e-3), BF16)
-
-
 @pytest.mark.parametrize(
     "rows, autocast, h", [(10, False, 10 * 4 * 4), (50, False, 0), (10, True, 10 * 4 * 2), (50, True, 50 * 4 * 2)]
 )
 def test_only_the_input_and_what_is_thin_is_saved(rows, autocast, h):
     """At half the size under autocast. Thin is h = x A^T, which the side path keeps: `_merge_pays` for 50 float32."""
-    x = random(rows, 24, requires_grad=True)
-    A = random(4, 24, requires_grad=True)
-    B = random(36, 4, requires_grad=True)
+    x, A, B = (random(*size, requires_grad=True) for size in ((rows, 24), (4, 24), (36, 4)))
     W = random(36, 24)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         saved = saved_storages(lambda: lora_linear(x, W, A, B, None, SCALING))
-    size = 2 if autocast else 4
-    assert sum(saved.values()) == (x.numel() + A.numel() + B.numel()) * size + h
+    assert sum(saved.values()) == (x.numel() + A.numel() + B.numel()) * (2 if autocast else 4) + h
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -224,26 +202,25 @@ def test_a_convolution_equals_the_dense_one(device, geometry, storage, dtype, au
         compare([*ours.values()], y, [*theirs.values()], expected * (y > 0) if relu else expected, 2 * tolerance)
 
 
-def test_a_batch_without_an_image_has_zero_gradients():
-    """As a process gets it that has no share of the last batch; of a depthwise kernel, whose way is another."""
-    shape, geometry = GEOMETRIES["wide depthwise"]
-    A = random(2, 25, requires_grad=True)
-    B = random(4, 2, requires_grad=True)
-    y = lora_conv2d(torch.zeros(0, 4, 6, 6), random(*shape), A, B, None, SCALING, geometry)
+@pytest.mark.parametrize("name", ["1x1", "wide depthwise"])  # whose ways are others
+def test_a_batch_without_an_image_has_zero_gradients(name, memory_format):
+    """As a process gets it that has no share of the last batch."""
+    shape, geometry = GEOMETRIES[name]
+    x = torch.zeros(0, 4, 6, 6).contiguous(memory_format=memory_format).requires_grad_()
+    A = random(2, math.prod(shape[1:]), requires_grad=True)
+    B = random(shape[0], 2, requires_grad=True)
+    y = lora_conv2d(x, random(*shape), A, B, None, SCALING, geometry)
     y.sum().backward()
-    assert not A.grad.any() and not B.grad.any()
+    assert y.shape == (0, shape[0], 6, 6) and x.grad.shape == x.shape and not A.grad.any() and not B.grad.any()
 
 
 def test_channels_last_stays_channels_last():
     """Forward, the gradient and the kernel: one permuted copy costs more than the adapter."""
-    x = random(2, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    W = random(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    A = random(2, 36, requires_grad=True)
-    B = random(6, 2, requires_grad=True)
-    assert effective_weight(W, A, B, SCALING).is_contiguous(memory_format=torch.channels_last)
-    y = lora_conv2d(x, W, A, B)
+    x, W = (random(*size).contiguous(memory_format=torch.channels_last) for size in ((2, 4, 5, 5), (6, 4, 3, 3)))
+    A, B = random(2, 36, requires_grad=True), random(6, 2, requires_grad=True)
+    y = lora_conv2d(x.requires_grad_(), W, A, B)
     y.square().sum().backward()
-    for t in (y, x.grad):
+    for t in (y, x.grad, effective_weight(W, A, B, SCALING)):
         assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
@@ -315,35 +292,25 @@ def test_small_updates_survive_rounding_on_average():
         for scale in (None, torch.tensor([1.1])):
             y = lora_conv2d(signs.bfloat16(), weight, A, B, row_scale=scale)
             assert y.item() == pytest.approx(4.096 * (1 if scale is None else 1.1), rel=0.2)
+    y = lora_linear(torch.ones(500, 2).bfloat16(), torch.tensor([[1.0, -1.0]]).bfloat16(), A[:, :2].abs(), B)
+    assert_close(y, torch.full((500, 1), 2e-3), BF16)
 
 
-def test_no_image_through_a_pointwise_convolution():
-    x = torch.zeros(0, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
-    A = random(2, 3, requires_grad=True)
-    y = lora_conv2d(x, random(6, 3, 1, 1), A, random(6, 2))
-    y.sum().backward()
-    assert y.shape == (0, 6, 4, 4) and x.grad.shape == x.shape and not A.grad.any()
-
-
-def test_merging_rounds_once():
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "layer", [LoRALinear(8, 16, r=3, lora_alpha=3), LoRAConv2d(8, 16, 1, r=3, lora_alpha=3)], ids=str
+)
+def test_merging_rounds_once(layer, autocast):
     """In bfloat16 1 + 1/300 is 1: only in the adapter's precision do three such updates become visible."""
-    for layer in (LoRALinear(8, 16, r=3, lora_alpha=3), LoRAConv2d(8, 16, 1, r=3, lora_alpha=3)):
-        layer.weight.data = torch.ones_like(layer.weight).bfloat16()
-        nn.init.ones_(layer.lora_A)
-        nn.init.constant_(layer.lora_B, 1 / 300)
-        expected = (layer.weight.float().flatten(1) + layer.lora_B @ layer.lora_A).bfloat16()
-        assert expected[0, 0] > 1
-        assert torch.equal(layer.effective_weight().flatten(1), expected)
-        assert layer.weight.eq(1).all()
-
-
-def test_no_autocast_rounds_the_effective_weight():
-    W = random(16, 8)
-    A = random(3, 8)
-    B = random(16, 3)
-    expected = W + 0.5 * B @ A
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_close(effective_weight(W, A, B, 0.5), expected, 1e-6)
+    layer.weight.data = torch.ones_like(layer.weight).bfloat16()
+    nn.init.ones_(layer.lora_A)
+    nn.init.constant_(layer.lora_B, 1 / 300)
+    expected = layer.weight.float().flatten(1) + layer.lora_B @ layer.lora_A
+    assert expected.bfloat16()[0, 0] > 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(layer.effective_weight().flatten(1), expected.bfloat16())
+        assert_close(effective_weight(layer.weight.float(), layer.lora_A, layer.lora_B, 1.0).flatten(1), expected, 1e-6)
+    assert layer.weight.eq(1).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -367,32 +334,22 @@ def test_4_bits_are_nf4_in_blocks_of_64_whose_numbers_in_16_bits_are_rounded_onc
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [((3, 2), (1, 2), (1, 0)), (3, 2, 1, 2), (2, 2, 0, 1, True)], ids=str)
-def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format, options):
-    x = torch.randn(2, 3, 17, 14, dtype=dtype, device=device).to(memory_format=memory_format)
+@pytest.mark.parametrize("shape", [(17, 14), (9, 40_000), (300, 200)], ids=str)  # the latter two above 181 x 181
+def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format, options, shape):
+    """Also in maps of more positions than 16 bits count, as in stems on images above 362 pixels."""
+    x = torch.randn(2, 3, *shape, dtype=dtype, device=device).to(memory_format=memory_format)
     x[0, 0] = -1.0  # nothing positive in any window
     x[0, 1] = 1.0  # nothing but ties
     x[1, 2, 5, 5] = float("nan")
-    ours = x.clone().requires_grad_()
-    stock = x.clone().requires_grad_()
+    ours, stock = x.clone().requires_grad_(), x.clone().requires_grad_()
     y = max_pool2d_relu(ours, *options)
     expected = F.max_pool2d(F.relu(stock), *options)
     gradient = torch.randn_like(y)
     y.backward(gradient)
     expected.backward(gradient)
-    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
-    assert y.is_contiguous(memory_format=memory_format)
-    torch.testing.assert_close(ours.grad, stock.grad, rtol=0, atol=0, equal_nan=True)
-    assert ours.grad.is_contiguous(memory_format=memory_format)
-
-
-@pytest.mark.parametrize("shape", [(2, 40_000), (300, 200)], ids=str)
-def test_pooling_knows_positions_in_large_maps(shape):
-    """More positions than 16 bits count, as in maps above 181 x 181 (stems on images above 362 pixels)."""
-    ours = random(1, 1, *shape, requires_grad=True)
-    stock = ours.detach().clone().requires_grad_()
-    max_pool2d_relu(ours, 2, 2).sum().backward()
-    F.max_pool2d(stock, 2, 2).relu().sum().backward()
-    assert torch.equal(ours.grad, stock.grad)
+    for own, wanted in ((y, expected), (ours.grad, stock.grad)):
+        torch.testing.assert_close(own, wanted, rtol=0, atol=0, equal_nan=True)
+        assert own.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("device", DEVICES)

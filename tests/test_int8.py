@@ -32,10 +32,8 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 @exact_products
 def test_a_product_is_that_of_the_rounded_rows():
     """To the rounding of float32: the sums are integers, which float64 has too."""
-    x = torch.randn(301, 72)
-    W = torch.randn(48, 72)
+    x, W, gy = torch.randn(301, 72), torch.randn(48, 72), torch.randn(301, 48)
     bias = torch.randn(48)
-    gy = torch.randn(301, 48)
     weight = Int8Weight.quantize(W)
     codes, scale = rounded_rows(x)
     W_codes, d = rounded_rows(W)
@@ -58,8 +56,7 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
     bias = torch.randn(out, dtype=dtype)
     gy = torch.ones(rows, out, dtype=dtype)
     weight = Int8Weight.quantize(W)
-    y = weight.times(x, bias)
-    gx = weight.back(gy)
+    y, gx = weight.times(x, bias), weight.back(gy)
     assert y.dtype == gx.dtype == dtype and y.shape == gy.shape and gx.shape == x.shape
     if rows > 1 or width > 1:
         assert_close(y, x.double() @ W.double().T + bias, IN_8_BITS)
@@ -67,12 +64,17 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
 
 
 @exact_products
+def test_sums_are_as_exact_as_float32():
+    """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them."""
+    x = torch.tensor([[127, 127, 1]], dtype=torch.bfloat16)
+    assert int8._multiplied(x, None, x.T.to(torch.int8), None, torch.tensor([-32258.0])).item() == 1
+
+
+@exact_products
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     """Zeros give the bias exactly. What diverges must show, and only in its own row."""
     x = torch.randn(4, 8)
-    x[0] = 0
-    x[1, 3] = torch.nan
-    x[2, 3] = torch.inf
+    x[0], x[1, 3], x[2, 3] = 0, torch.nan, torch.inf
     weight = Int8Weight.quantize(torch.randn(16, 8))
     bias = torch.randn(16)
     y = weight.times(x, bias)
@@ -104,26 +106,23 @@ def test_a_vit_is_near_the_dense_one(autocast, mode):
             assert relative_error(gradient, wanted) < 0.1, name
 
 
+@pytest.mark.filterwarnings("ignore:the last layer")
 def test_switched_off_it_computes_with_the_same_base():
-    stock = nn.Sequential(nn.Linear(64, 48))
+    stock = nn.Linear(64, 48)
     x = torch.randn(30, 64, requires_grad=True)
     model = frozen(copy.deepcopy(stock), base_dtype=torch.int8)
-    expected = Int8Weight.quantize(stock[0].weight).times(x.detach(), stock[0].bias)
     with LoRAManager(model).disable_lora():
         y = model(x)
         y.sum().backward()
-    assert_close(y, expected, ROUNDING)
-    assert_close(x.grad, stock[0].weight.sum(0).expand(30, -1), IN_8_BITS)
+    assert_close(y, Int8Weight.quantize(stock.weight).times(x.detach(), stock.bias), ROUNDING)
+    assert_close(x.grad, stock.weight.sum(0).expand(30, -1), IN_8_BITS)
 
 
-def test_layers_below_the_last_blocks_are_in_8_bits_too():
+def test_layers_below_the_last_blocks_are_in_8_bits_too_and_convolutions_and_other_dtypes_never():
     model = frozen(vit(), base_dtype=torch.int8, adapt_last=1)
     stored = [name for name, layer in model.named_modules() if getattr(layer, "base_bits", 32) == 8]
     assert len(stored) == 2 * 4  # in each block attention with its projection, and the MLP
     assert LoRAManager(model).get_lora_info()["num_layers"] == 4
-
-
-def test_a_convolution_and_other_dtypes_stay_as_they_are():
     both = add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), r=2, base_dtype=torch.int8)
     assert [layer.base_bits for layer in both] == [32, 8]
     with pytest.raises(InputError, match="8 bits are for linear layers and attention"):
@@ -142,14 +141,6 @@ def test_it_is_exported_for_batches_of_any_size():
     for batch in (x, images(16, 5), images(16, 40)):
         assert_close(program(batch), model(batch), 1e-3)
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), 1e-3)
-
-
-@exact_products
-def test_sums_are_as_exact_as_float32():
-    """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them."""
-    x = torch.tensor([[127, 127, 1]], dtype=torch.bfloat16)
-    y = int8._multiplied(x, None, x.T.to(torch.int8), None, torch.tensor([-32258.0]))
-    assert y.item() == 1
 
 
 @pytest.mark.parametrize("run", [finetune_lora, deploy_lora], ids=["finetune", "deploy"])

@@ -1,15 +1,17 @@
-"""Layouts of the projects that pretrain with MoCo: each loads bit for bit, under its own name, or says why not.
+"""Layouts of MoCo's authors and of others who pretrain with it: each loads bit for bit, under its own name.
 
 The files are built here, with random numbers, from the names that these projects give to tensors.
 """
 
 import contextlib
+import itertools
 import re
 import sys
 import types
 import warnings
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -18,10 +20,11 @@ from torch import nn
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
-from tests.checkpoint_files import patch_stem, sequential, timm_vit, under, without_head
+from tests.checkpoint_files import sequential, timm_vit, under, without_head
 from tests.run_folders import assert_same
 from toolkit import InputError
 from toolkit.files import ForeignObject, read_checkpoint
+from toolkit.models import checkpoints
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone, load_contrast
 
@@ -52,7 +55,7 @@ def of_mmpretrain(tensors):
 @pytest.fixture(scope="module")
 def vit():
     """The state_dict of a ViT-S under timm's names, with MoCo v3's fixed position embedding: nothing at the class."""
-    return timm_vit(2, patch_stem())
+    return timm_vit({"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)})
 
 
 def learned(vit):
@@ -61,8 +64,38 @@ def learned(vit):
 
 
 def twice(first, second, tensors):
-    """An encoder and its momentum encoder, each under its prefix."""
-    return under(first, tensors) | under(second, tensors)
+    """An encoder and its momentum encoder, each under its prefix; of the latter nobody should look at the tensors."""
+    return under(first, tensors) | under(second, dict.fromkeys(tensors, torch.zeros(1)))
+
+
+def moco(tensors):
+    """The first two versions of MoCo."""
+    state = under("module.", twice("encoder_q.", "encoder_k.", tensors) | queue())
+    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {"param_groups": [{"lr": 0.03}]}}
+
+
+def moco_v3(tensors, head="fc", arch="resnet18"):
+    """Its third version; in a ViT the projector is called head."""
+    parts = twice("base_encoder.", "momentum_encoder.", tensors | mlp(head))
+    state = under(
+        "module.", parts | {"predictor.0.weight": torch.randn(8, 8), "predictor.1.running_mean": torch.ones(8)}
+    )
+    return {"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {}, "scaler": {"scale": 65536.0}}
+
+
+def linear_probe(tensors, arch="resnet18"):
+    state = under("module.", tensors | {"fc.weight": torch.randn(9, 512), "fc.bias": torch.randn(9)})
+    return {"epoch": 100, "arch": arch, "state_dict": state, "best_acc1": np.float64(67.5)}
+
+
+def own(r):
+    parts = twice("encoder_q.", "encoder_k.", r | mlp("fc")) | {"predictor.0.weight": torch.randn(8, 8)}
+    return {"model": parts, "epoch": 100, "arch": "resnet18", "config": {"image_size": 32}}
+
+
+def lightly(r):
+    state = twice("backbone.", "backbone_momentum.", r) | {"criterion.memory_bank.bank": torch.randn(4, 8)}
+    return {"epoch": 9, "state_dict": state | mlp("projection_head.layers", "projection_head_momentum.layers")}
 
 
 def torchgeo(r):
@@ -102,6 +135,14 @@ def vissl(r):
 
 
 RESNETS = {
+    "MoCo v1": ("moco_v1", lambda r: moco(r | {"fc.weight": torch.randn(128, 512), "fc.bias": torch.randn(128)})),
+    "MoCo v2": ("moco_v2", lambda r: moco(r | mlp("fc"))),
+    "MoCo v3": ("moco_v3", moco_v3),
+    "MoCo's linear probe": ("linear_probe", linear_probe),
+    "this toolkit's own": ("moco_stage1", own),
+    "torchvision": ("torchvision", lambda r: r | {"fc.weight": torch.full((2, 40), 7.0), "fc.bias": torch.ones(2)}),
+    "lightly": ("lightly", lightly),
+    "lightly, a ResNet as an nn.Sequential": ("lightly", lambda r: lightly(sequential(r))),
     "torchgeo's MoCo": ("torchgeo", torchgeo),
     "torchgeo's classifier": ("torchgeo", torchgeos_classifier),
     "another Lightning module": ("lightning", lambda r: lightning(under("model.", r))),
@@ -121,20 +162,35 @@ RESNETS = {
 def test_a_resnet_comes_out_bit_for_bit_with_the_channels_of_its_images(case, narrow, saved):
     family, build = RESNETS[case]
     tensors = narrow | {"conv1.weight": torch.randn(16, 13, 7, 7)}
-    model, report = load_backbone(saved(build(tensors)), num_classes=2)
+    content = build(tensors)
+    path = saved(content)
+    model, report = load_backbone(path, num_classes=2)
     assert (report["family"], report["arch"], report["heads"]) == (family, "resnet18", None)
-    assert (report["channels"], report["channel_fit"]) == (13, None)
+    assert (report["channels"], report["channel_fit"], report["epoch"]) == (13, None, content.get("epoch"))
+    assert report["image_size"] == (32 if case == "this toolkit's own" else 224)
+    in_file, _ = checkpoints._find_state_dict(path)
     assert set(report["loaded"]) == set(narrow)
+    assert set(report["dropped"]) < set(in_file) and len(report["dropped"]) == len(in_file) - len(narrow)
     assert type(model) is torchvision.models.ResNet
     assert_same(tensors, model.state_dict())
+    assert not (model.fc.weight == 7).any()  # fresh, though the file's would fit
     assert model(torch.randn(2, 13, 32, 32)).shape == (2, 2)
 
 
-@pytest.mark.parametrize(
-    "case", ["SeCo", "solo-learn, MoCo v2+", "mmpretrain, MoCo v2", "VISSL", "another Lightning module"]
-)
-def test_what_is_no_mocos_own_has_no_projector_to_go_on_with(case, narrow, saved):
-    assert load_contrast(saved(RESNETS[case][1](narrow))) == (None, {"projector": {}, "predictor": {}})
+VERSIONS = {"MoCo v1": 2, "MoCo v2": 2, "MoCo v3": 3, "this toolkit's own": 3}
+
+
+@pytest.mark.parametrize("case", RESNETS)
+def test_a_pretraining_goes_on_with_the_projector_of_every_version_of_moco_and_of_nobody_else(case, narrow, saved):
+    path = saved(RESNETS[case][1](narrow))
+    version, parts = load_contrast(path)
+    assert version == VERSIONS.get(case) and ("0.weight" in parts["predictor"]) == (version == 3)
+    projector = {}
+    for key, tensor in checkpoints._find_state_dict(path)[0].items():
+        if version and (name := re.search(r"(encoder_q|base_encoder)\.fc\.(.*)", key)):
+            projector[name[2]] = tensor
+    assert bool(projector) == bool(version) and parts["projector"].keys() == projector.keys()
+    assert_same(projector, parts["projector"])
 
 
 def solo_learn_v3(v):
@@ -146,9 +202,8 @@ def mmpretrain_v3(v):
     return {"meta": {}, "state_dict": parts | mlp("neck", "momentum_encoder.module.1", "head.predictor")}
 
 
-def moco_v3(v):
-    parts = under("module.base_encoder.", v | mlp("head")) | under("module.momentum_encoder.", v)
-    return {"epoch": 300, "arch": "vit_small", "state_dict": parts | mlp("module.predictor")}
+def moco_v3_of_vit(v, arch="vit_small"):
+    return moco_v3(v, "head", arch)
 
 
 def torchgeo_v3(v):
@@ -165,7 +220,7 @@ CERTAIN = {
     "mmpretrain, extracted": ("mmpretrain", of_mmpretrain, (12, 6)),
 }
 GUESSED = {
-    "MoCo v3, SSL4EO-S12": ("moco_v3", moco_v3, (12, 12)),
+    "MoCo v3, SSL4EO-S12": ("moco_v3", moco_v3_of_vit, (12, 12)),
     "timm's names, as torchgeo's weights": ("deit", lambda v: v, (12, 6)),
     "DeiT-converted": ("deit", lambda v: {"model": v}, (12, 6)),
     "another Lightning module": ("lightning", lambda v: lightning(under("model.", v)), (12, 12)),
@@ -191,16 +246,66 @@ def test_a_vit_comes_out_bit_for_bit_with_its_heads_and_guesses_are_told(case, v
         assert all("--heads" in str(warning.message) and "\n" not in str(warning.message) for warning in told)
 
 
+def conv_stem():
+    shapes = {}
+    for layer, (narrow, wide) in enumerate(itertools.pairwise(STEM)):
+        shapes[f"patch_embed.proj.{3 * layer}.weight"] = (wide, narrow, 3, 3)
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"patch_embed.proj.{3 * layer + 1}.{key}"] = (wide,)
+    return shapes | {"patch_embed.proj.12.weight": (384, 384, 1, 1), "patch_embed.proj.12.bias": (384,)}
+
+
+STEM = (3, 48, 96, 192, 384)  # the channels of MoCo v3's convolutional stem
+
+
+@pytest.fixture(scope="module")
+def vit_conv():
+    counters = {f"patch_embed.proj.{3 * i + 1}.num_batches_tracked": torch.tensor(5) for i in range(4)}
+    return timm_vit(conv_stem()) | counters
+
+
+def plain_vit(tensors, heads):
+    """timm's own, with MoCo v3's convolutional stem if that is there."""
+    model = pytest.importorskip("timm").create_model("vit_small_patch16_224", num_classes=0, num_heads=heads, depth=2)
+    if "patch_embed.proj.0.weight" in tensors:
+        layers = []
+        for narrow, wide in itertools.pairwise(STEM):
+            layers += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+        model.patch_embed.proj = nn.Sequential(*layers, nn.Conv2d(384, 384, 1))
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "family, build, arch, heads",
+    [
+        ("moco_v3", moco_v3_of_vit, "vit_small", 12),
+        ("moco_v3", moco_v3_of_vit, "vit_conv_small", 6),
+        ("deit", lambda tensors, arch: {"model": tensors}, "vit_small", 6),
+        ("linear_probe", linear_probe, "vit_conv_small", 12),
+    ],
+)
+@pytest.mark.filterwarnings("error")  # nothing is guessed
+def test_a_vit_computes_what_it_does_under_timm_s_names(family, build, arch, heads, vit, vit_conv, saved):
+    tensors = vit_conv if arch == "vit_conv_small" else vit
+    model, report = load_backbone(saved(build(tensors, arch)), num_classes=384, heads=heads)
+    assert [report[key] for key in ("family", "arch", "image_size", "heads")] == [family, arch, 224, heads]
+    with torch.no_grad():
+        model.heads.head.weight.copy_(torch.eye(384))  # the head hands on its input
+        images = torch.randn(1, 3, 224, 224)
+        features, expected = model.eval()(images), plain_vit(tensors, heads)(images)
+        others = plain_vit(tensors, 18 - heads)(images)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - others).abs().max() > 0.05  # the comparison would see the other number of heads
+
+
 @pytest.mark.filterwarnings("error")
 def test_torchgeos_file_of_a_vit_small_is_named_as_timms_with_6_heads(vit, saved):
-    """Its positions are MoCo v3's, whose own ViT-S has 12: `--checkpoint sentinel2-vit-small` would have them."""
+    """Its positions are MoCo v3's, whose own ViT-S has 12, whatever the name of a file in MoCo v3's own layout."""
     _, report = load_backbone(saved(vit, "vit_small_patch16_224_sentinel2_all_moco-67c9032d.pth"), num_classes=2)
     assert report["heads"] == 6
-
-
-def test_in_moco_v3s_own_layout_such_a_name_does_not_tell_the_heads(vit, saved):
     with pytest.warns(UserWarning, match="12 is a guess"):
-        _, report = load_backbone(saved(moco_v3(vit), "moco_v3_vit_small_patch16.pth"), num_classes=2)
+        _, report = load_backbone(saved(moco_v3_of_vit(vit), "moco_v3_vit_small_patch16.pth"), num_classes=2)
     assert report["heads"] == 12
 
 

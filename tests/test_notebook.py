@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "finetune_lora_notebook.ipynb"
 LITTER = re.compile(r"/(root|home|Users|tmp|var|usr|opt|mnt|work)/|[A-Z]:\\|[Ww]arning|lora-1")
 PERCENT = re.compile(r"\d+\.\d+%")
-SECTIONS = (
-    *("Set-up", "The data", "The MoCo backbone", "Adding LoRA", "Training"),
-    *("Visualization", "Evaluation", "Checkpoints", "QLoRA"),
-)
+SECTIONS = "Set-up, The data, The MoCo backbone, Adding LoRA, Training, Visualization, Evaluation, Checkpoints, QLoRA"
 WITH_PICTURES = {2, 3, 5, 6, 7, 8, 9}
 
 # In place of the cell tagged "parameters"; nothing else differs from what a reader runs.
@@ -42,16 +38,13 @@ print(json.dumps({
 """
 
 
-def committed() -> list[dict[str, Any]]:
+def committed() -> list[dict]:
     """The cells as they are committed; texts are lists of lines."""
     return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
 def outputs(cells) -> list:
-    found = []
-    for cell in cells:
-        found += cell.get("outputs", [])
-    return found
+    return [output for cell in cells for output in cell.get("outputs", [])]
 
 
 def printed(cells) -> str:
@@ -71,8 +64,7 @@ def pictures(cells) -> list[np.ndarray]:
     """Grey levels of every picture in the outputs."""
     found = []
     for output in outputs(cells):
-        png = output.get("data", {}).get("image/png")
-        if png:
+        if png := output.get("data", {}).get("image/png"):
             found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode("".join(png)))).convert("L")))
             assert found[-1].std() > 10  # not blank
     return found
@@ -90,16 +82,12 @@ def sections(cells) -> list[list]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("notebook")
-
-
-@pytest.fixture(scope="module")
-def executed(folder):
+def executed(tmp_path_factory):
     """The notebook, run from top to bottom in an empty folder on the CPU; its last cell prints REPORT."""
     import nbformat  # takes seconds, which nobody who collects the tests has to wait for
     from nbclient import NotebookClient
 
+    folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
@@ -107,16 +95,12 @@ def executed(folder):
     notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute(env=environment)
-    return notebook
-
-
-@pytest.fixture(scope="module")
-def computed(executed) -> dict[str, Any]:
-    return json.loads(executed.cells[-1].outputs[-1]["text"])
+    return folder, notebook.cells, json.loads(notebook.cells[-1].outputs[-1]["text"])
 
 
 @pytest.mark.slow
-def test_a_short_run_is_no_worse_than_its_probe_and_its_file_answers_as_it_did(computed):
+def test_a_short_run_is_no_worse_than_its_probe_and_its_file_answers_as_it_did(executed):
+    _, _, computed = executed
     run = computed["run"]
     assert run["train_images"] == 50 and run["unlabelled"]["trained"]
     assert run["unlabelled"]["images"] == 1797 - 50 - 359
@@ -126,7 +110,8 @@ def test_a_short_run_is_no_worse_than_its_probe_and_its_file_answers_as_it_did(c
 
 
 @pytest.mark.slow
-def test_files_and_merged_weights_give_the_same_answers(computed, folder):
+def test_files_and_merged_weights_give_the_same_answers(executed):
+    folder, _, computed = executed
     at_start, switched_off, reloaded, merged = computed["differences"]
     assert max(at_start, switched_off, reloaded) < 1e-5 and merged < 1e-3
     assert computed["same_answers"] == computed["run"]["val_images"] == 359
@@ -137,12 +122,13 @@ def test_files_and_merged_weights_give_the_same_answers(computed, folder):
 
 @pytest.mark.slow
 def test_it_draws_what_is_committed_and_no_bars(executed):
-    assert len(pictures(executed.cells)) == len(pictures(committed()))
-    assert [output for output in outputs(executed.cells) if output.get("name") == "stderr"] == []
+    _, cells, _ = executed
+    assert len(pictures(cells)) == len(pictures(committed()))
+    assert [output for output in outputs(cells) if output.get("name") == "stderr"] == []
 
 
 def test_nine_sections_with_their_pictures_are_committed_as_executed():
-    for number, (part, title) in enumerate(zip(sections(committed()), SECTIONS, strict=True), 1):
+    for number, (part, title) in enumerate(zip(sections(committed()), SECTIONS.split(", "), strict=True), 1):
         assert texts(part[:1]).splitlines()[0] == f"## {number}. {title}"
         assert bool(pictures(part)) == (number in WITH_PICTURES)
     code = [cell for cell in committed() if cell["cell_type"] == "code"]

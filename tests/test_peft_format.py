@@ -80,16 +80,15 @@ def test_an_output_projection_may_have_a_scaling_of_its_own():
     assert_close(2 * attention.scaling * B @ A, expected, FP32)
 
 
-@pytest.mark.parametrize(
-    "kind, options",
-    [
-        ("vit", {"r": 2, "lora_alpha": 5}),
-        ("vit", {"r": 4, "use_rslora": True, "ranks": {"self_attention": 2, "mlp.3": 8}}),
-        ("resnet", {"r": 2, "ranks": {".conv1": 5}}),
-        ("resnet", {"r": 2, "target_modules": r"conv[1]"}),  # others end in this name
-    ],
-    ids=["ViT", "ranks of a ViT", "ranks of a ResNet", "one name"],
-)
+WRITTEN = {
+    "ViT": ("vit", {"r": 2, "lora_alpha": 5}),
+    "ranks of a ViT": ("vit", {"r": 4, "use_rslora": True, "ranks": {"self_attention": 2, "mlp.3": 8}}),
+    "ranks of a ResNet": ("resnet", {"r": 2, "ranks": {".conv1": 5}}),
+    "a name in which others end": ("resnet", {"r": 2, "target_modules": r"conv[1]"}),
+}
+
+
+@pytest.mark.parametrize("kind, options", WRITTEN.values(), ids=WRITTEN)
 def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     adapter = saved(*bases[kind], tmp_path, **options)
     convert(adapter, tmp_path / "peft")
@@ -97,10 +96,10 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     deploy_lora.read_options(["convert", str(adapter), "--output", str(tmp_path / "peft")])  # may replace what it wrote
     assert "4-bit" not in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(stock(*bases[kind]), tmp_path / "peft").eval()
-    assert_same_answers(theirs, load_finetuned(adapter)[0], bases[kind][1])
-    adapted = [module for module in theirs.modules() if hasattr(module, "lora_A")]
-    assert len(adapted) == len(read_adapter_file(adapter)["layers"])
-    assert_same_answers(theirs.merge_and_unload(), load_finetuned(adapter)[0], bases[kind][1])
+    ours, _ = load_finetuned(adapter)
+    assert_same_answers(theirs, ours, bases[kind][1])
+    assert sum(hasattr(module, "lora_A") for module in theirs.modules()) == len(read_adapter_file(adapter)["layers"])
+    assert_same_answers(theirs.merge_and_unload(), ours, bases[kind][1])
 
 
 def test_a_release_of_peft_that_answers_otherwise_is_refused(peft, base, tmp_path, monkeypatch):
@@ -112,12 +111,11 @@ def test_a_release_of_peft_that_answers_otherwise_is_refused(peft, base, tmp_pat
 
 def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
     """PEFT's answers are those of a float model with these adapters; what was in 4 bits below them is no adapter."""
-    last = 1
-    adapter = saved(base, 16, tmp_path, r=2, use_qlora=True, adapt_last=last)
+    adapter = saved(base, 16, tmp_path, r=2, use_qlora=True, adapt_last=1)
     convert(adapter, tmp_path / "peft")
     assert "trained over 4-bit weights" in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(stock(base, 16), tmp_path / "peft").eval()
-    ours = add_lora_to_model(stock(base, 16), r=2, adapt_last=last).eval()
+    ours = add_lora_to_model(stock(base, 16), r=2, adapt_last=1).eval()
     tensors = {name: t for name, t in read_adapter_file(adapter)["tensors"].items() if t.numel()}
     assert ours.load_state_dict(tensors, strict=False).unexpected_keys == []
     assert_same_answers(theirs, ours, 16)
@@ -137,18 +135,17 @@ def test_what_peft_cannot_hold_is_named(peft, base, tmp_path):
     assert not (tmp_path / "peft").exists()
 
 
-@pytest.mark.parametrize(
-    "layer, expected",
-    [
-        (nn.Linear(4, 4), ""),
-        (nn.Conv2d(4, 4, 3, padding="same", stride=1), ""),
-        (nn.MultiheadAttention(4, 2), ""),
-        (nn.Conv2d(4, 4, 3, groups=2), "in groups"),
-        (nn.Conv2d(4, 4, 3, dilation=2), "dilation"),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding other than zeros"),
-    ],
-    ids=str,
-)
+OBSTACLES = [
+    (nn.Linear(4, 4), ""),
+    (nn.Conv2d(4, 4, 3, padding="same", stride=1), ""),
+    (nn.MultiheadAttention(4, 2), ""),
+    (nn.Conv2d(4, 4, 3, groups=2), "in groups"),
+    (nn.Conv2d(4, 4, 3, dilation=2), "dilation"),
+    (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding other than zeros"),
+]
+
+
+@pytest.mark.parametrize("layer, expected", OBSTACLES, ids=str)
 def test_layers_that_peft_computes_otherwise(layer, expected):
     found = list(obstacles(add_lora_to_model(nn.Sequential(layer), r=1, target_modules="0"), {}))
     assert len(found) == bool(expected) and expected in "".join(found)
@@ -164,10 +161,7 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch, tmp_path):
 def test_what_peft_has_trained_is_a_checkpoint_once_it_is_merged(peft, kind, bases, tmp_path):
     targets = {"vit": ["mlp.0", "self_attention"], "resnet": ["conv2"]}
     model = peft.get_peft_model(stock(*bases[kind]), peft.LoraConfig(r=3, target_modules=targets[kind]))
-    for name, parameter in model.eval().named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    merged = model.merge_and_unload()
+    merged = randomize_adapters(model.eval(), std=0.1).merge_and_unload()
     torch.save(merged.state_dict(), tmp_path / "from_peft.pth")
     _, size = bases[kind]
     here, _ = load_backbone(tmp_path / "from_peft.pth", len(NAMES), image_size=size)

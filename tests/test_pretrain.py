@@ -19,7 +19,9 @@ import deploy_lora
 from finetune_lora import add_lora_to_model, load_base, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
-from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, stop
+from tests.checkpoint_files import under, without_head
+from tests.dense import changed
+from tests.run_folders import assert_same, assert_same_tensors, metrics, names_in, rows_of, stop
 from toolkit import InputError, config
 from toolkit.answers.measures import share_interval
 from toolkit.files import read_checkpoint
@@ -79,24 +81,23 @@ def run(folder, tmp_path):
     return lambda options="", output="out": pretrain.main(arguments(folder, tmp_path / output, options))
 
 
-def finished(argv: list[str]) -> tuple[dict, Path, str]:
+def finished(folder: Path, output: Path, options: str = "") -> tuple[dict, Path, str]:
     """The results of a run, its folder, and what it has printed."""
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
-        results = pretrain.main(argv)
-    return results, results["metrics"].parent, told.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        results = pretrain.main(arguments(folder, output, options))
+    return results, output, told.getvalue()
 
 
 @pytest.fixture(scope="module")
 def done(folder, tmp_path_factory, kept) -> tuple[dict, Path, str]:
     """A run without options."""
-    return finished(arguments(folder, tmp_path_factory.mktemp("done")))
+    return finished(folder, tmp_path_factory.mktemp("done"))
 
 
 @pytest.fixture(scope="module")
 def adapted(folder, base, tmp_path_factory, kept) -> tuple[dict, Path, str]:
     """A run in adapters over `base`."""
-    return finished(arguments(folder, tmp_path_factory.mktemp("adapted"), IN_ADAPTERS.format(base)))
+    return finished(folder, tmp_path_factory.mktemp("adapted"), IN_ADAPTERS.format(base))
 
 
 def test_the_files_of_a_run(done):
@@ -157,7 +158,7 @@ def test_images_without_labels(run, flat, capsys):
 
 
 def test_features_that_have_collapsed_show(run, monkeypatch, capsys):
-    class Collapsed(torch.nn.Module):
+    class Collapsed(nn.Module):
         def forward(self, x):
             return torch.ones(len(x), 8) + 1e-6 * x.flatten(1)[:, :1]
 
@@ -194,9 +195,7 @@ def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
     assert checkpoint["optimizer"] == {}
     model, report = load_backbone(results["checkpoint"], num_classes=3)
     assert report["arch"] == "vit_mini" and report["epoch"] == 2
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("heads."):
-            assert torch.equal(tensor, checkpoint["model"][f"encoder_q.{name}"]), name
+    assert_same(under("encoder_q.", without_head(model.state_dict())), checkpoint["model"])
     _, report = load_backbone(after_an_epoch(done[1]), num_classes=3)  # so is a state before the last
     assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
 
@@ -208,11 +207,10 @@ def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch):
     monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
     run(f"--resume {after_an_epoch(done[1])}", "resumed")
     assert counts[-1] == 32  # two epochs of 16
-    ends = [torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (done[1], tmp_path / "resumed")]
-    assert ends[0]["model"].keys() == ends[1]["model"].keys()
-    for name, tensor in ends[0]["model"].items():
-        assert torch.equal(tensor, ends[1]["model"][name]), name
-    losses = [[row["loss"] for row in end["history"]] for end in ends]
+    first, second = (torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (done[1], tmp_path / "resumed"))
+    assert first["model"].keys() == second["model"].keys()
+    assert_same(first["model"], second["model"])
+    losses = [[row["loss"] for row in end["history"]] for end in (first, second)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
@@ -315,14 +313,13 @@ def test_shipped_configurations_are_valid(path):
 def test_without_adapters_it_goes_on_in_all_weights(run, base):
     args, _ = pretrain.read_options(["--checkpoint", str(base)])
     model, args, _ = pretrain.build_model(args, torch.device("cpu"))
-    start = model.encoder_q.state_dict()
+    start = without_head(model.encoder_q.state_dict())
     assert (args.arch, args.image_size, args.moco_version) == ("vit_mini", 16, 3)
-    for name, tensor in load_backbone(base, 1)[0].state_dict().items():
-        assert name.startswith("heads.") or torch.equal(start[name], tensor), name
+    assert_same(start, load_backbone(base, 1)[0].state_dict())
     results = run(f"--checkpoint {base} --image-size 16 --epochs 1")
     end = torch.load(results["checkpoint"])["model"]
     fixed = {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}  # as MoCo v3 keeps them
-    assert {n for n in start if torch.equal(start[n], end[f"encoder_q.{n}"]) and not n.startswith("heads")} == fixed
+    assert {name for name in start if torch.equal(start[name], end[f"encoder_q.{name}"])} == fixed
 
 
 @pytest.mark.usefixtures("small_backbones")
@@ -345,11 +342,10 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
     args = pretrain.read_options(flags)[0]
     ours, args, report = pretrain.build_model(args, torch.device("cpu"))
     assert (args.moco_version, args.dim, args.arch) == (version, 6, arch)
-    state = ours.state_dict()
-    for name in state:
+    for name, tensor in ours.state_dict().items():
         if "fc." in name or "heads." in name or name.startswith("predictor."):
             source = name.replace("encoder_k.", "encoder_q.")  # both start from the queries' own
-            assert torch.equal(state[name], theirs.state_dict()[source]), name
+            assert torch.equal(tensor, theirs.state_dict()[source]), name
     assert "projector taken over" in report["origin"]
     assert ("predictor taken over" in report["origin"]) == (version == 3)
 
@@ -362,8 +358,7 @@ def adapt(run, base):
 
 def test_a_stage_1_adapter_knows_the_heads_of_its_vit(base, tmp_path):
     backbone, report = load_backbone(base, 1, heads=1)
-    about = {name: report[name] for name in ("arch", "image_size", "heads")}
-    LoRAManager(add_lora_to_model(headless(backbone), r=1)).save_lora_checkpoint(tmp_path / "moco_lora.pth", about)
+    LoRAManager(add_lora_to_model(headless(backbone), r=1)).save_lora_checkpoint(tmp_path / "moco_lora.pth", report)
     model, _ = load_base(base, tmp_path / "moco_lora.pth", 4)
     assert model.encoder.layers[0].self_attention.num_heads == 1
 
@@ -378,12 +373,10 @@ def test_adapters_alone_are_the_result(adapted, base):
     assert all(tensor.any() for tensor in content["tensors"].values())
     assert content["metadata"]["moco_version"] == 3 and content["metadata"]["lora"]["r"] == 2
     merged = load_base(base, results["checkpoint"], 4)[0]
-    before = load_backbone(base, 4)[0].state_dict()
-    after = merged.state_dict()
-    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    before = without_head(load_backbone(base, 4)[0].state_dict())
     weights = {nn.MultiheadAttention: "in_proj_weight"}
     adapted = {f"{name}.{weights.get(type(merged.get_submodule(name)), 'weight')}" for name in content["layers"]}
-    assert {name for name in changed if not name.startswith("heads.")} == adapted
+    assert changed(before, merged) == adapted
     with pytest.raises(InputError, match=r"is of stage 1 and has no classifier: .* --stage1-adapter"):
         load_finetuned(results["checkpoint"])
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from dense import EXACT, FP32, assert_close, dense_twin, randomize_adapters, saved_bytes
+from dense import EXACT, FP32, assert_close, dense_twin, frozen, randomize_adapters, saved_storages
 from torch import nn
 
 import deploy_lora
@@ -90,8 +90,7 @@ def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation(name):
 
 
 def test_only_the_classifier_trains():
-    model = build_backbone("timm:test_convnext", 5)
-    freeze_backbone_params(add_lora_to_model(model, r=2))
+    model = frozen(build_backbone("timm:test_convnext", 5))
     trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trains == {"head.fc.weight", "head.fc.bias"} and not backbones.in_head(model, "head.norm")
     assert count_parameters(model)["lora"] > 0
@@ -117,15 +116,15 @@ def test_what_cannot_be_built(arch, options, message):
         build_backbone(arch, **{"num_classes": 5, **options})
 
 
-@pytest.mark.parametrize(
-    ("name", "wrap", "suffix"),
-    [
-        ("test_vit", lambda state: state, "pth"),
-        ("test_convnext", lambda state: state, "safetensors"),
-        ("test_vit", lambda state: {"state_dict": {f"module.{name}": t for name, t in state.items()}}, "pth"),
-        ("test_convnext", lambda state: {"model": state, "epoch": 3}, "pth"),
-    ],
-)
+WRAPPED = [
+    ("test_vit", lambda state: state, "pth"),
+    ("test_convnext", lambda state: state, "safetensors"),
+    ("test_vit", lambda state: {"state_dict": {f"module.{name}": t for name, t in state.items()}}, "pth"),
+    ("test_convnext", lambda state: {"model": state, "epoch": 3}, "pth"),
+]
+
+
+@pytest.mark.parametrize(("name", "wrap", "suffix"), WRAPPED)
 def test_a_checkpoint_in_the_model_s_own_keys(name, wrap, suffix, checkpoint):
     path, theirs = checkpoint(name, wrap, suffix)
     model, report = load_backbone(path, 5, f"timm:{name}")
@@ -298,19 +297,11 @@ def test_a_dino_is_exported(name, dino, tmp_path):
     assert_close(torch.tensor(answers), loaded(x), FP32)
 
 
-@pytest.mark.parametrize("name, channels", [("test_vit", 13), ("test_resnet", 1)])
-def test_a_checkpoint_says_how_many_channels_its_images_have(name, channels, checkpoint):
-    path, theirs = checkpoint(name, in_chans=channels)
-    model, report = load_backbone(path, 5, f"timm:{name}")
-    images = torch.randn(2, channels, report["image_size"], report["image_size"])
-    assert report["channels"] == channels
-    assert torch.equal(model.eval().forward_features(images), theirs.eval().forward_features(images))
-
-
 @pytest.mark.parametrize("name, channels", [("test_vit", 1), ("test_vit", 7), ("test_resnet", 2)])
 def test_a_first_layer_is_fitted_as_timm_does(name, channels, checkpoint):
     from timm.models import adapt_input_conv
 
+    """And a checkpoint says how many channels its own images have."""
     path, theirs = checkpoint(name)
     model, report = load_backbone(path, 5, f"timm:{name}", channels=channels, channel_fit="timm")
     first = f"{backbones.first_convolution(model)}.weight"
@@ -318,6 +309,8 @@ def test_a_first_layer_is_fitted_as_timm_does(name, channels, checkpoint):
     assert (report["channels"], report["channel_fit"]) == (channels, "timm")
     with pytest.raises(InputError, match=rf"for images of 3 channels, not {channels}.*channel_fit=.timm"):
         load_backbone(path, 5, f"timm:{name}", channels=channels)
+    path, _ = checkpoint(name, in_chans=channels)
+    assert load_backbone(path, 5, f"timm:{name}")[1]["channels"] == channels
 
 
 def test_a_position_embedding_says_its_image_size_and_is_interpolated_to_another(checkpoint):
@@ -353,26 +346,20 @@ def test_from_an_adapter_file_to_one_for_plain_timm(name, checkpoint, tmp_path, 
     assert_close(again(x), model.eval()(x), FP32)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name):
-    model = build_backbone(f"timm:{name}", 3)
-    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2)))
-    x = images()
+@pytest.mark.parametrize("name, block", [("test_vit", "blocks.0"), ("test_resnet", "layer1.0")])
+def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name, block):
+    model = frozen(build_backbone(f"timm:{name}", 3), 0.3)
     trained = [p for p in model.parameters() if p.requires_grad]
-    block = model.blocks[0] if name == "test_vit" else model.layer1[0]
-    calls = []
-    block.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing stops before the block ends
-
-    def gradients(mode: str) -> tuple[list[torch.Tensor], int]:
-        calls.clear()
-        set_gradient_checkpointing(model, mode)
-        return list(torch.autograd.grad(model(x).square().sum(), trained)), len(calls)
-
-    expected, once = gradients("none")
-    recomputed, twice = gradients("full")
-    assert (once, twice, gradients("none")[1]) == (1, 2, 1)
-    for gradient, wanted in zip(recomputed, expected, strict=True):
-        assert_close(gradient, wanted, FP32)
+    x = images()
+    calls = []  # before the block: recomputing stops before it ends
+    model.get_submodule(block).register_forward_pre_hook(lambda *_: calls.append(mode))
+    found = []
+    for mode in ("none", "full", "off"):
+        set_gradient_checkpointing(model, mode.replace("off", "none"))
+        found.append(torch.autograd.grad(model(x).square().sum(), trained))
+    assert calls == ["none", "full", "full", "off"]
+    for expected, gradient, _ in zip(*found, strict=True):
+        assert_close(gradient, expected, FP32)
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "none": nn.Identity}
@@ -408,49 +395,35 @@ def test_a_frozen_batch_norm_is_the_stock_one(activation, layout, dtype):
         assert torch.autograd.gradgradcheck(twin, x)
 
 
-def test_a_frozen_batch_norm_keeps_at_most_its_output():
+@pytest.mark.parametrize(
+    "activation, tensors, is_output",
+    [(None, 0, False), ("none", 0, False), ("relu", 1, True), ("relu6", 1, True), ("silu", 1, False)],
+)
+def test_a_frozen_batch_norm_keeps_at_most_its_output(activation, tensors, is_output):
+    """Of an activation that clamps that itself, which the next layer keeps anyway."""
     x = torch.randn(8, 5, 16, 16, dtype=torch.float64, requires_grad=True)
-    once = x.numel() * 8
-    kept = {}
-    for activation in (None, *ACTIVATIONS):
-        kept[activation] = round(saved_bytes(frozen_norm(activation)[1], x) / once)
-    assert kept == {None: 0, "none": 0, "relu": 1, "relu6": 1, "silu": 1}
-
-
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_what_it_keeps_of_an_activation_that_clamps_is_the_output(activation):
-    """Which the next layer keeps anyway."""
-    x = torch.randn(8, 5, 16, 16, dtype=torch.float64, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y = frozen_norm(activation)[1](x)
-    assert y.untyped_storage().data_ptr() in {tensor.untyped_storage().data_ptr() for tensor in kept}
-    assert sum(tensor.numel() >= x.numel() for tensor in kept) == 1
+    outputs = []
+    kept = saved_storages(lambda: outputs.append(frozen_norm(activation)[1](x)))
+    assert round(sum(kept.values()) / x.nbytes) == tensors
+    assert (outputs[0].untyped_storage().data_ptr() in kept) == is_output
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one(activation):
+    """And applies a layer between norm and activation."""
     stock, twin = frozen_norm(activation)
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
     seen = []
-    hook = twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert torch.equal(twin(x), stock(x))
-    assert torch.equal(seen[0], stock(x))
-    hook.remove()
+    with twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output)):
+        assert torch.equal(twin(x), stock(x)) and torch.equal(seen[0], stock(x))
     for layer in (twin.act, twin.drop):
-        hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
-        assert torch.equal(twin(x), stock(x))
-        hook.remove()
+        with layer.register_forward_pre_hook(lambda module, inputs: seen.append(module)):
+            assert torch.equal(twin(x), stock(x))
     assert seen[1:] == [twin.act, twin.drop]
-    twin.weight.requires_grad_()
-    twin(x).sum().backward()
-    stock.weight.requires_grad_()
-    stock(x).sum().backward()
+    for norm in (twin, stock):
+        norm.weight.requires_grad_()
+        norm(x).sum().backward()
     assert torch.equal(twin.weight.grad, stock.weight.grad)
-
-
-def test_a_layer_between_norm_and_activation_is_applied():
-    stock, twin = frozen_norm("relu6")
+    stock, twin = frozen_norm(activation)
     stock.drop = twin.drop = nn.Softplus()
-    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.equal(twin(x), stock(x))
