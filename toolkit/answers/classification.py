@@ -1,13 +1,11 @@
 """One class an image: softmax and cross-entropy, judged by the accuracy."""
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.answers import answer_reports, choosing, evaluation, measures, probe
@@ -110,13 +108,13 @@ class ClassReport(Report):
         answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
     def mistakes(self) -> list[tuple[int, str]]:
-        answers = self.answers
-        ranked = answers.confidences.argsort(descending=True, stable=True)
-        wrong = ranked[answers.predictions[ranked] != answers.labels[ranked]]
+        _, _, predictions, labels, confidences = self.answers
+        ranked = confidences.argsort(descending=True, stable=True)
+        wrong = ranked[predictions[ranked] != labels[ranked]]
         found = []
         for i in wrong[:PICTURES].tolist():
-            taken_for = self.names[answers.predictions[i]]
-            found.append((i, f"{self.names[answers.labels[i]]}, taken for {taken_for} ({answers.confidences[i]:.0%})"))
+            taken_for = self.names[predictions[i]]
+            found.append((i, f"{self.names[labels[i]]}, taken for {taken_for} ({confidences[i]:.0%})"))
         return found
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
@@ -186,10 +184,6 @@ class Classification(SoftmaxObjective):
         """Set the head of `model`, which has trained on images without labels, to the one that their features show."""
         images = seen(features, targets, unlabelled, len(self.names), views, self.balance)
         probe.set_head(model, last_head(*images))
-
-    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
-        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
-        return measures.fit_temperature(outputs, loss)
 
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)

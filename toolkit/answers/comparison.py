@@ -188,17 +188,12 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
     for path in dict.fromkeys(paths):
         results = read_results(path)
         images = results.get("val_images", results.get("images"))
-        of_parts = value_at(results, "config/data/folds") is not None
-        kinds.add(f"{results['task']} of {'parts of the' if of_parts else images} images")
+        if value_at(results, "config/data/folds") is not None:
+            images = "parts of the"
+        kinds.add(f"{results['task']} of {images} images")
         score = TASKS[results["task"]].score
         value = results.get(f"val_{score}", results.get(score))
-        settings = flat(results.get("config", {"file": str(path)}))  # results of `evaluate` stand alone
-        if "learning rate" in results.get("chosen_by", {}):
-            settings["finetune.learning_rate"] = "auto"
-        for of_one_run in ("finetune.seed", "data.folds"):
-            settings.pop(of_one_run, None)
-        if are_parts:
-            settings.clear()
+        settings = {} if are_parts else _settings(results, path)
         if value is not None:  # else it is not defined on these images
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
     if len(kinds) > 1:
@@ -214,6 +209,16 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         rows.append((mean, f"{mean:.4f}{spread}", f"{len(members)} of {members[0][0]}; {how}"))
     return [(score, what) for _, score, what in sorted(rows, reverse=True)]
+
+
+def _settings(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What was set of a run, but for its seed and its part; results of `evaluate` stand alone."""
+    settings = flat(results.get("config", {"file": str(path)}))
+    if "learning rate" in results.get("chosen_by", {}):
+        settings["finetune.learning_rate"] = "auto"
+    for of_one_run in ("finetune.seed", "data.folds"):
+        settings.pop(of_one_run, None)
+    return settings
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import distributed
-from toolkit.answers import evaluation, probe
+from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import Report
 from toolkit.choices import KEEP_BEST, TRUTHS
 from toolkit.images.bands import are_numbers
@@ -238,3 +238,7 @@ class SoftmaxObjective(Task):
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.label_smoothing)
         return probe.choose_temperature(model, features, loss, features_train)
+
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
+        return measures.fit_temperature(outputs, loss)

@@ -7,8 +7,7 @@ NO_LABEL where unknown; of a set of images they are the numbers of known pixels 
 import functools
 import itertools
 import math
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,16 @@ def pixel_figures(counts: Tensor) -> dict[str, Tensor]:
     dice = 2 * right / (truths + answers)
     means = {"miou": iou.nanmean(-1), "macro_dice": dice.nanmean(-1), "pixel_accuracy": right.sum(-1) / truths.sum(-1)}
     return means | {"iou": iou, "dice": dice}
+
+
+def _by_parts(images: Iterable[Tensor], window: int, answer: Callable[[Tensor], Tensor]) -> Iterator[Iterable[Tensor]]:
+    """Of each image its logits (K, rows, W) from above. Those of one window each are answered at once."""
+    if torch.is_tensor(images) and set(images.shape[2:]) == {window}:
+        for logits in answer(images):
+            yield [logits]
+        return
+    for image in images:
+        yield answers_by_rows(lambda first, last, of=image: of[:, first:last], *image.shape[1:], window, answer)
 
 
 def _counted(parts: Iterable[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,24 +242,18 @@ class Segmentation(SoftmaxObjective):
         worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it
         with evaluation.eval_mode(model):
             for images, masks in loader:
-                if torch.is_tensor(images) and set(images.shape[2:]) == {model.window}:
-                    parts: Iterable = ([logits] for logits in answer(images))
-                else:
-                    parts = (
-                        answers_by_rows(lambda a, b, image=image: image[:, a:b], *image.shape[1:], model.window, answer)
-                        for image in images
-                    )
+                parts = _by_parts(images, model.window, answer)
                 found = [_counted(rows, to_device(mask, device)) for rows, mask in zip(parts, masks, strict=True)]
                 shares = torch.stack([_share_right(confusion) for confusion, *_ in found]).tolist()
                 for share, (*figures, answers) in zip(shares, found, strict=True):
                     image = len(counted) * distributed.world_size() + distributed.rank()
                     counted.append(figures)
                     worst.append((share, image, answers))
-                worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+                worst = sorted(worst)[:WORST_SHOWN]  # no two have the same number
         columns = map(torch.stack, zip(*counted, strict=True))
         confusion, losses, bins = (distributed.interleave(column).cpu() for column in columns)
         worst = [(share, image, answers.cpu()) for share, image, answers in worst]
-        worst = sorted(itertools.chain(*distributed.gather(worst)), key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        worst = sorted(itertools.chain(*distributed.gather(worst)))[:WORST_SHOWN]
         return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), {i: answers for _, i, answers in worst})
 
     def constant_score(self, images: LabelledImages) -> float:
@@ -259,7 +262,7 @@ class Segmentation(SoftmaxObjective):
 
     def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
         """The temperature that fits pixels of training images: they are enough to fit others as well."""
-        return measures.fit_temperature(outputs, functools.partial(F.cross_entropy, target=targets))
+        return self.fitted_temperature(outputs, targets)
 
     def pixel_outputs(self, model, loader, device, dtype, images) -> tuple[Tensor, Tensor]:
         """Outputs (M, K) and classes (M,) of random known pixels of a loader's images, each class as often as it is."""
