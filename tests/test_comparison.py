@@ -17,19 +17,16 @@ from toolkit.images.data import LabelledImages
 from toolkit.run import reports
 
 
-def images(count: int, groups=None) -> LabelledImages:
-    found = LabelledImages([Image.new("RGB", (2, 2))] * count, [0] * count)
-    found.groups = None if groups is None else np.array([f"p{group}" for group in groups])
-    return found
-
-
 def written(folder: Path, reports: list[answer_reports.Report], groups=None, name: str = "results.json") -> list[Path]:
     """The results of two runs, of which the answers are there."""
     paths = []
+    count = len(reports[0].answers.targets)
+    images = LabelledImages([Image.new("RGB", (2, 2))] * count, [0] * count)
+    images.groups = None if groups is None else np.array([f"p{group}" for group in groups])
     for run, report in zip("ab", reports, strict=True):
         paths.append(folder / run / name)
         paths[-1].parent.mkdir(exist_ok=True)
-        comparison.write_answers(report.answer_columns(), images(len(report.answers.targets), groups), paths[-1])
+        comparison.write_answers(report.answer_columns(), images, paths[-1])
     return paths
 
 
@@ -61,15 +58,16 @@ def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
     own = {"model": {"stage1_adapter": "moco_lora.pth"}, "finetune": {"epochs": 2}}
 
     def write_results(path: Path, **settings) -> None:
-        path.parent.mkdir(exist_ok=True)
         content = {"task": "classification", "config": {**own, "model": {"stage1_adapter": None}, **settings}}
         path.write_text(json.dumps(content))
 
+    others = [tmp_path / name / "results.json" for name in ("0 other images", "1 stage 1 too", "2 broken")]
+    for path in others:
+        path.parent.mkdir()
     write_results(without, finetune={"epochs": 3})
-    write_results(tmp_path / "0 other images/results.json")  # and no answers
-    write_results(tmp_path / "1 stage 1 too/results.json", **own)
-    (tmp_path / "2").mkdir()
-    (tmp_path / "2/results.json").write_text("broken")
+    write_results(others[0])  # and no answers
+    write_results(others[1], **own)
+    others[2].write_text("broken")
     typed = f"compare RUN_WITHOUT_IT/results.json {mine}"
     assert reports.gained_by_stage_1(mine, own).endswith(typed)
     write_results(without)
@@ -81,13 +79,12 @@ def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
 def test_masks_are_compared_image_by_image(tmp_path, capsys):
     """The second run has more pixels right of each of 40 images, of which some are much harder than others."""
     truth = torch.randint(3, (40, 100))
-    draws = torch.rand(40, 100)
-    hardness = torch.rand(40, 1)
+    draws = torch.rand(40, 100) / torch.rand(40, 1)
     reports = []
     for share in (0.8, 0.7):
-        answered = torch.where(draws < share * hardness, (truth + 1) % 3, truth)
-        pairs = torch.nn.functional.one_hot(truth)[:, :, :, None] * torch.nn.functional.one_hot(answered)[:, :, None]
-        answers = segmentation.PixelAnswers(0.1, pairs.sum(1), torch.ones(10, 3))
+        pairs = 3 * truth + torch.where(draws < share, (truth + 1) % 3, truth)
+        confusion = torch.nn.functional.one_hot(pairs, 9).sum(1).view(40, 3, 3)
+        answers = segmentation.PixelAnswers(0.1, confusion, torch.ones(10, 3))
         reports.append(segmentation.Segmentation(["sea", "land", "sky: pixels"]).report(answers))
     found = deploy_lora.main(["compare", *map(str, written(tmp_path, reports))])
     before, after = (report.figures() for report in reports)
@@ -121,12 +118,11 @@ def test_accuracies_are_compared_by_the_exact_test_in_any_order(classes, capsys)
 def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measure, figure):
     truth = (torch.rand(200, 2) < 0.4).float()
     truth[0, 0] = math.nan
-    reports = []
-    for strength in (2.0, 0.7):
-        reports.append(report(["cat", "dog"], truth, truth.nan_to_num() + strength * torch.randn(200, 2)))
+    answers = [truth.nan_to_num() + strength * torch.randn(200, 2) for strength in (2.0, 0.7)]
+    reports = [report(["cat", "dog"], truth, of_run) for of_run in answers]
     paths = written(tmp_path, reports)
-    differences = comparison.compare(*paths)
-    [found] = (difference for difference in differences if difference.measure == measure)
+    found, *_ = comparison.compare(*paths)
+    assert found.measure == measure
     assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
     told = f"{found.first:.2%}" if measure == "macro AP" else f"{found.first:.4g}"
@@ -163,13 +159,11 @@ def test_a_number_may_be_called_as_the_answers_of_a_label():
 
 @pytest.mark.parametrize("names", [["cat", "dog"], ["group", "image"]])
 def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, names):
-    patients = torch.arange(40).repeat(6).tolist()
-    truth = (torch.rand(40, 2) < 0.4).float().repeat(6, 1)
-    reports = []
-    for strength in (1.2, 1.0):
-        reports.append(label_report(names, truth, (truth[:40] + strength * torch.randn(40, 2)).repeat(6, 1)))
-    of_images = comparison.compare(*written(tmp_path, reports))[0]
-    of_patients = comparison.compare(*written(tmp_path, reports, patients))[0]
+    truth = (torch.rand(40, 2) < 0.4).float()
+    answers = [truth + strength * torch.randn(40, 2) for strength in (1.2, 1.0)]
+    reports = [label_report(names, truth.repeat(6, 1), of_run.repeat(6, 1)) for of_run in answers]
+    of_images, *_ = comparison.compare(*written(tmp_path, reports))
+    of_patients, *_ = comparison.compare(*written(tmp_path, reports, list(range(40)) * 6))
     assert of_patients[:3] == of_images[:3]
     assert of_patients.high - of_patients.low > 1.8 * (of_images.high - of_images.low)
     assert of_patients.p > of_images.p
@@ -210,31 +204,29 @@ def test_results_that_cannot_be_compared(classes, change, problem):
         comparison.compare(*paths)
 
 
-def runs_of(folder: Path, **scores: float) -> list[Path]:
-    """A `results.json` for each run called `rank_seed`."""
-    paths = []
-    for name, score in scores.items():
-        _, rank, seed = name.split("_")
-        settings = {"model": {"arch": "vit_mini"}, "finetune": {"lora_rank": int(rank), "seed": int(seed)}}
-        results = {"task": "classification", "val_accuracy": score, "probe_accuracy_before": 0.5, "config": settings}
-        results["val_images"] = 30
-        paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps(results))
-    return paths
+@pytest.fixture
+def result(tmp_path):
+    """result("name", 0.7, lora_rank=8) writes such a result of a run over 30 images, and returns its path."""
+
+    def result(name: str, score: float | None, chosen_by: dict | None = None, **settings) -> Path:
+        found = {"task": "classification", "val_accuracy": score, "val_images": 30, "chosen_by": chosen_by or {}}
+        found["config"] = {"model": {"arch": "vit_mini"}, "finetune": settings}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        return tmp_path / f"{name}.json"
+
+    return result
 
 
-def test_a_searched_rate_is_told_from_a_typed_one(tmp_path):
-    paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8)
-    for path, chosen_by in zip(paths, ({}, {"learning rate": "trials"}), strict=True):
-        results = json.loads(path.read_text()) | {"chosen_by": chosen_by}
-        results["config"]["finetune"]["learning_rate"] = 1e-3
-        path.write_text(json.dumps(results))
-    told = [what.partition("; ")[2] for _, what in comparison.table_of_runs(paths)]
+def test_a_searched_rate_is_told_from_a_typed_one(result):
+    typed = result("typed", 0.7, seed=0, learning_rate=1e-3)
+    searched = result("searched", 0.8, {"learning rate": "trials"}, seed=1, learning_rate=1e-3)
+    told = [what.partition("; ")[2] for _, what in comparison.table_of_runs([typed, searched])]
     assert told == ["learning_rate auto", "learning_rate 0.001"]
 
 
-def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsys):
-    paths = runs_of(tmp_path, r_8_0=0.7, r_8_1=0.8, r_4_0=0.6)
+def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(result, tmp_path, capsys):
+    scores = {(8, 0): 0.7, (8, 1): 0.8, (4, 0): 0.6}
+    paths = [result(f"{rank} {seed}", score, lora_rank=rank, seed=seed) for (rank, seed), score in scores.items()]
     evaluated = tmp_path / "evaluated.json"
     evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 30}))
     rows = deploy_lora.main(["compare", *map(str, [*paths, evaluated])])
@@ -245,9 +237,7 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     ]
     assert "0.7500 ± 0.0707" in capsys.readouterr().out
     assert comparison.table_of_runs([paths[0], paths[0]]) == [("0.7000", f"1 of {paths[0]}; ")]  # one run, named twice
-    nothing = tmp_path / "nothing.json"
-    nothing.write_text(json.dumps({"task": "classification", "val_accuracy": None, "val_images": 30}))
-    assert len(comparison.table_of_runs([nothing, *paths])) == 2
+    assert len(comparison.table_of_runs([result("not defined", None), *paths])) == 2
     evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 31}))
     with pytest.raises(InputError, match="classification of 30 images, classification of 31 images: compare results"):
         comparison.table_of_runs([evaluated, *paths])

@@ -113,27 +113,25 @@ def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, i
 
 @pytest.mark.parametrize("adapter", ["masks"], indirect=True)
 def test_a_mask_lies_over_the_whole_image(adapter, image, drop, tmp_path):
-    [said, (picture, _), (heat, _)], *others = drop(*((str(image), of) for of in (None, 0, 1, 2))).answers
+    """Of a large one over some of its pixels."""
+    high = str(tmp_path / "high.png")
+    Image.new("RGB", (32, 2001)).save(high)
+    dropped = [(str(image), of) for of in (None, 0, 1, 2)]
+    [said, (picture, _), (heat, _)], *others, [_, (some, _), _] = drop(*dropped, (high, None)).answers
+    assert some.shape == (667, 11, 3)
     deploy_lora.main(["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "masks")])
     mask = np.asarray(Image.open(tmp_path / "masks/dropped.png"))
     over = 0.4 * np.asarray(Image.open(image)) + 0.6 * 255 * palette(3)[mask]
     assert picture.shape == (60, 80, 3) and abs(picture - over).max() <= 0.5
     shares = [(mask == number).mean() for number in range(3)]
-    rows = [(name, f"{share:.1%} of the pixels") for name, share in zip(CLASSES, shares, strict=True)]
-    colours = [f"rgb({r}, {g}, {b})" for r, g, b in np.round(255 * palette(3)).astype(int)]
-    found = re.findall(r'border-left: 1em solid (.*?)">(\w+)<', said)
-    assert found == list(zip(colours, CLASSES, strict=True))
-    assert re.sub(' style=".*?"', "", said) == html_table(rows)
+    table = html_table([(name, f"{share:.1%} of the pixels") for name, share in zip(CLASSES, shares, strict=True)])
+    for name, colour in zip(CLASSES, np.round(255 * palette(3)).astype(int).tolist(), strict=True):
+        border = f'<td style="border-left: 1em solid rgb{tuple(colour)}">{name}'
+        table = table.replace(f"<td>{name}", border)
+    assert said == table
     heats = [of_class for _, _, (of_class, _) in others]
     assert heat.shape == (32, 32, 3) and (heats[0] != heats[1]).any()
     assert (heat == heats[np.argmax(shares)]).all()
-
-
-@pytest.mark.parametrize("adapter", ["masks"], indirect=True)
-def test_of_a_large_image_with_a_mask_some_pixels_are_shown(adapter, drop, tmp_path):
-    Image.new("RGB", (32, 2001)).save(tmp_path / "high.png")
-    [[_, (picture, _), _]] = drop((str(tmp_path / "high.png"), None)).answers
-    assert picture.shape == (667, 11, 3)
 
 
 @pytest.mark.parametrize("adapter", ["classes"], indirect=True)
@@ -178,26 +176,20 @@ def test_a_space_has_what_the_hub_reads(space, tmp_path):
 
 
 def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path):
-    for name in ("lora.pth", "moco_lora.pth"):
-        (tmp_path / name).write_text(name)
-    about = {"arch": "timm:tf_efficientnet_lite0", "class_names": list(CLASSES)}
-    place = Path("timm:tf_efficientnet_lite0.in1k")
-    demo.write_space(tmp_path / "space", tmp_path / "lora.pth", place, tmp_path / "moco_lora.pth", about)
-    assert (tmp_path / "space/moco_lora.pth").read_text() == "moco_lora.pth"
-    assert "timm>=1.0" in (tmp_path / "space/requirements.txt").read_text().split()
-    assert "deploy_lora.main(['demo', 'lora.pth'])" in (tmp_path / "space/app.py").read_text()
-
-
-def test_two_files_of_a_space_with_one_name_are_refused(tmp_path):
     """Of a base that is called as its adapter one would replace the other."""
-    adapter = tmp_path / "ours/model.pth"
-    base = tmp_path / "theirs/model.pth"
-    for path in (adapter, base):
-        path.parent.mkdir()
-        path.write_text("weights")
+    adapter, stage1, base = (tmp_path / name for name in ("lora.pth", "moco_lora.pth", "theirs/lora.pth"))
+    base.parent.mkdir()
+    for path in (adapter, stage1, base):
+        path.write_text(path.name)
+    space = tmp_path / "space"
+    about = {"arch": "timm:tf_efficientnet_lite0", "class_names": list(CLASSES)}
     with pytest.raises(InputError, match=rf"{adapter}, {base}: in a Space two of them would have one name; rename one"):
-        demo.write_space(tmp_path / "space", adapter, base, None, {"arch": "resnet18", "class_names": []})
-    assert not (tmp_path / "space").exists()
+        demo.write_space(space, adapter, base, None, about)
+    assert not space.exists()
+    demo.write_space(space, adapter, Path("timm:tf_efficientnet_lite0.in1k"), stage1, about)
+    assert (space / "moco_lora.pth").read_text() == "moco_lora.pth"
+    assert "timm>=1.0" in (space / "requirements.txt").read_text().split()
+    assert "deploy_lora.main(['demo', 'lora.pth'])" in (space / "app.py").read_text()
 
 
 # In the place of gradio: it drops an image on the page that is launched.

@@ -24,12 +24,9 @@ pytestmark = pytest.mark.usefixtures("small_backbones")
 
 def by_hand(features: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Equations 1 and 2 of the paper, for features (N, D, h, h) of which the outputs (N, K) were computed."""
-    maps = []
-    for i, row in enumerate(outputs):
-        [gradient] = torch.autograd.grad(row.max(), features, retain_graph=True)
-        alpha = gradient[i].mean((1, 2))
-        maps.append(F.relu(sum(a * f for a, f in zip(alpha, features[i], strict=True))))
-    return torch.stack(maps).detach()
+    [gradient] = torch.autograd.grad(outputs.amax(1).sum(), features)
+    alpha = gradient.mean((2, 3), keepdim=True)
+    return F.relu((alpha * features).sum(1)).detach()
 
 
 def enlarged(maps: torch.Tensor, size: int) -> torch.Tensor:
@@ -95,12 +92,10 @@ def test_of_masks_the_pixels_count_that_the_class_answers_or_all(answered):
         logits = model(images)
     pixels = logits[0].argmax(0) == 1
     assert (0 < pixels.float().mean() < 1) == answered
-    score = logits[0, 1][pixels].sum() if answered else logits[0, 1].sum()
-    [gradient] = torch.autograd.grad(score, given)
+    [gradient] = torch.autograd.grad(logits[0, 1][pixels if answered else ~pixels].sum(), given)
     side = 16 // model.backbone.patch_size
-    alphas = gradient[0, 1:].mean(0)
-    by_hand = F.relu(given[0][0, 1:].detach() @ alphas).reshape(1, side, side)
-    torch.testing.assert_close(grad_cam(model, images, of=1)[0], enlarged(by_hand, 16), rtol=1e-3, atol=1e-3)
+    maps = F.relu(given[0][0, 1:].detach() @ gradient[0, 1:].mean(0)).reshape(1, side, side)
+    torch.testing.assert_close(grad_cam(model, images, of=1)[0], enlarged(maps, 16), rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_without_blocks_is_one_line():
@@ -121,10 +116,10 @@ def test_explain_draws_each_image_and_leaves_out_what_is_none(explain, tmp_path,
     folder = tmp_path / "some"
     (folder / "inner").mkdir(parents=True)
     picture = bytes_of(Image.new("RGB", (30, 20)).save, "png")
-    (folder / "inner" / "black.png").write_bytes(picture)
+    (folder / "inner/black.png").write_bytes(picture)
     (folder / "broken.jpg").write_bytes(b"no image")
     [written] = explain(tmp_path / "out", folder)
-    assert written == tmp_path / "out" / "inner" / "black.png" and Image.open(written).size == (720, 408)
+    assert written == tmp_path / "out/inner/black.png" and Image.open(written).size == (720, 408)
     printed = capsys.readouterr().out
     assert f"left out: {folder}/broken.jpg: not a readable image" in printed
     assert f"wrote {tmp_path / 'out'}: what decided, of 1 image\n" in printed
@@ -141,7 +136,7 @@ def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(explain, tmp_
         Image.new("RGB", (20, 20)).save(tmp_path / "mine" / patient / "1.png")
     images.write_text("p1/1.png\np2/1.png\n")
     written = explain(tmp_path / "out", images)
-    assert written == [tmp_path / "out" / patient / "1.png" for patient in ("p1", "p2")]
+    assert written == [tmp_path / "out/p1/1.png", tmp_path / "out/p2/1.png"]
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         explain(tmp_path / "mine", images)
     assert explain(tmp_path / "out", images, "--resume") == written

@@ -17,6 +17,10 @@ from toolkit.images.lists import ImageList
 KINDS = ("multilabel", "regression")
 
 
+def run(command: str):
+    return deploy_lora.main(command.split())
+
+
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory):
     """Images whose upper and left halves are bright, or not, some answers unknown; and how bright the halves are."""
@@ -61,7 +65,7 @@ def trained(train, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, kind, tmp_path, capsys):
     results = trained[kind]
-    folder = trained[kind]["folder"]
+    folder = results["folder"]
     score = TASKS[kind].score
     assert results["task"] == kind
     assert json.loads((folder / "results.json").read_text()) | {"folder": folder} == results
@@ -71,22 +75,15 @@ def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, ki
     assert content["format_version"] == 2 and content["metadata"]["task"]["kind"] == kind
     assert ("temperature" in content["metadata"]) == ("calibration_error" in results) == (kind == "multilabel")
 
-    evaluate = ["evaluate", str(folder / "lora.pth"), str(lists / f"{kind}_val.csv")]
-    evaluated = deploy_lora.main([*evaluate, "--output", str(tmp_path / "again.json")])
+    evaluated = run(f"evaluate {folder}/lora.pth {lists}/{kind}_val.csv --output {tmp_path}/again.json")
     assert evaluated[score] == pytest.approx(results[f"val_{score}"], abs=1e-4)
     assert f"{kind}_val.csv" in capsys.readouterr().out
     for figure in comparison.compare(folder / "results.json", tmp_path / "again.json"):
         assert figure.first == pytest.approx(figure.second, abs=1e-4)
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_predictions_are_what_the_evaluation_had(trained, lists, kind, tmp_path):
-    results = trained[kind]
-    folder = trained[kind]["folder"]
-    table = deploy_lora.main(["predict", str(folder / "lora.pth"), str(lists), "--output", str(tmp_path / "p.csv")])
+    table = run(f"predict {folder}/lora.pth {lists} --output {tmp_path}/p.csv")
     by_name = {row["path"].rpartition("/")[2]: row for row in table}
-    answers = rows_of(comparison.answers_path(folder / "results.json"))
-    for row in answers:
+    for row in rows_of(comparison.answers_path(folder / "results.json")):
         said = by_name[row["image"]]
         if kind == "regression":
             assert float(said["upper light"]) == pytest.approx(float(row["upper light answer"]), rel=1e-3)
@@ -103,7 +100,7 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
     images = lists / "multilabel_val.csv"
     chosen = tmp_path / "lora90.pth"
     for _ in range(2):  # the second file replaces the first
-        deploy_lora.main(f"threshold {adapter} {images} --goal sensitivity=0.9 --output {chosen}".split())
+        run(f"threshold {adapter} {images} --goal sensitivity=0.9 --output {chosen}")
     before = read_adapter_file(adapter)
     after = read_adapter_file(chosen)
     thresholds = after["metadata"]["task"].pop("thresholds")
@@ -111,11 +108,11 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
     assert after["metadata"].pop("thresholds chosen") == f"for sensitivity=0.9, in {images}"
     assert after["metadata"] == before["metadata"] and after["base_hash"] == before["base_hash"]
     assert_same(after["tensors"], before["tensors"])
-    labels = deploy_lora.main(f"evaluate {chosen} {images}".split())["labels"]
+    labels = run(f"evaluate {chosen} {images}")["labels"]
     assert [label["threshold"] for label in labels.values()] == pytest.approx(thresholds)
     assert all(label["sensitivity"] >= 0.9 for label in labels.values())
     with pytest.raises(InputError, match="has no thresholds: only adapters with several labels have them"):
-        deploy_lora.main(["threshold", str(once / "lora.pth"), "list.csv", "--output", str(tmp_path / "other.pth")])
+        run(f"threshold {once}/lora.pth list.csv --output {tmp_path}/other.pth")
 
 
 def test_a_label_that_no_image_shows_keeps_its_threshold(trained, lists, tmp_path, capsys):
@@ -123,8 +120,7 @@ def test_a_label_that_no_image_shows_keeps_its_threshold(trained, lists, tmp_pat
     adapter = trained["multilabel"]["folder"] / "lora.pth"
     rows = rows_of(lists / "multilabel_val.csv")
     (lists / "left.csv").write_text("\n".join(["path,left", *(f"{row['path']},{row['left']}" for row in rows)]))
-    argv = ["threshold", str(adapter), str(lists / "left.csv"), "--goal", "sensitivity=0.9"]
-    task = deploy_lora.main([*argv, "--output", str(tmp_path / "other.pth")])
+    task = run(f"threshold {adapter} {lists}/left.csv --goal sensitivity=0.9 --output {tmp_path}/other.pth")
     before = read_adapter_file(adapter)["metadata"]["task"]["thresholds"]
     after = read_adapter_file(tmp_path / "other.pth")["metadata"]["task"]["thresholds"]
     assert before[0] != 0.5 and after[0] == before[0] and after[1] != before[1]
@@ -137,7 +133,7 @@ def test_labels_of_which_none_is_no_are_no_measure(trained, lists):
     """As in CelebA's lists, where -1 is no: every figure would be perfect."""
     (lists / "celeba.csv").write_text((lists / "multilabel_val.csv").read_text().replace(",0", ",-1"))
     with pytest.raises(InputError, match=r"celeba\.csv: no answer is 0 for no; -1 and nothing are unknown"):
-        deploy_lora.main(["evaluate", str(trained["multilabel"]["folder"] / "lora.pth"), str(lists / "celeba.csv")])
+        run(f"evaluate {trained['multilabel']['folder']}/lora.pth {lists}/celeba.csv")
 
 
 def test_a_label_that_has_no_column_in_another_list_is_unknown_there(tmp_path):
@@ -160,13 +156,12 @@ def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(train, lis
     columns = "--group-by patient --label-columns No-Finding..Pleural-Effusion"
     results = train("multilabel", tmp_path / "out", columns, "chexpert")
     assert list(results["labels"]) == ["No-Finding", "Pleural-Effusion"]
-    adapter = str(results["folder"] / "lora.pth")
-    again = deploy_lora.main(["evaluate", adapter, str(lists / "chexpert_val.csv")])
-    assert again["macro_ap"] == pytest.approx(results["val_macro_ap"])
-    elsewhere = deploy_lora.main(["evaluate", adapter, str(lists / "chexpert_train.csv")])
+    adapter = results["folder"] / "lora.pth"
+    assert run(f"evaluate {adapter} {lists}/chexpert_val.csv")["macro_ap"] == pytest.approx(results["val_macro_ap"])
+    elsewhere = run(f"evaluate {adapter} {lists}/chexpert_train.csv")
     assert elsewhere["labels"]["Pleural-Effusion"]["unknown"] == 1
     content = read_adapter_file(adapter)
     content["metadata"]["config"]["data"]["label_columns"] = [3]  # damaged
     write_adapter_file(content, adapter)
     with pytest.raises(InputError, match=r"in the column Sex is not 1, 0, or -1 or nothing for unknown$"):
-        deploy_lora.main(["evaluate", adapter, str(lists / "chexpert_train.csv")])
+        run(f"evaluate {adapter} {lists}/chexpert_train.csv")

@@ -22,12 +22,9 @@ def test_a_card_has_the_figures_of_the_run_and_what_the_hub_reads(finished_once,
     low, high = finished_once["val_accuracy_interval"]
     assert f"| accuracy | {finished_once['val_accuracy']:.4g} | {low:.4g} to {high:.4g} |" in text
     assert f"| dark | {finished_once['accuracy_per_class']['dark']:.4g} |" in text
-    assert "lora_rank: 8" in text
     assert str(once.parent) not in text  # no path of this machine
-    assert finished_once["class_names"] == ["bright", "dark", "striped"]
-    assert finished_once["backbone"] == {"arch": "vit_mini", "name": "base.pth", "source": None, "licence": None}
-    assert "look it up on its publisher's page." in text
-    assert "On 15 evaluation images, after training on 21:" in text
+    about = ("lora_rank: 8", "look it up on its publisher's page.", "On 15 evaluation images, after training on 21:")
+    assert [words for words in about if words not in text] == []
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard(text)
     assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-classification")

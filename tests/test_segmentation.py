@@ -33,6 +33,10 @@ CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
 
 
+def vit_mini(classes: int) -> DenseModel:
+    return DenseModel(build_backbone("vit_mini", 2, 16), classes, 16)
+
+
 def masks(*shape: int) -> torch.Tensor:
     """Random classes, a tenth of them unknown."""
     return torch.randint(0, 3, shape).where(torch.rand(shape) > 0.1, NO_LABEL)
@@ -48,42 +52,39 @@ def answered(logits: torch.Tensor, truth: torch.Tensor, task: Segmentation):
 def test_figures_and_reliability_are_over_all_known_pixels():
     logits = torch.randn(6, 3, 8, 8)
     truth = masks(6, 8, 8)
-    found = answered(logits, truth, Segmentation(NAMES))
+    task = Segmentation(NAMES)
+    found = answered(logits, truth, task)
     known = truth != NO_LABEL
     true = truth[known].numpy()
     answer = logits.argmax(1)[known].numpy()
-    measured = found.measured()
-    assert found.score == measured["miou"] == pytest.approx(jaccard_score(true, answer, average="macro"))
-    assert measured["macro_dice"] == pytest.approx(f1_score(true, answer, average="macro"))
-    assert measured["pixel_accuracy"] == pytest.approx((true == answer).mean())
-    assert found.confusion.sum(0).tolist() == confusion_matrix(true, answer).tolist()
-    figures = Segmentation(NAMES).report(found).figures()
-    expected = jaccard_score(true, answer, average=None)
-    assert list(figures["iou_per_class"].values()) == pytest.approx(expected.tolist())
+    confusion = confusion_matrix(true, answer)
+    assert found.confusion.sum(0).tolist() == confusion.tolist()
+    of_classes = jaccard_score(true, answer, average=None).tolist()
+    expected = {"miou": np.mean(of_classes), "macro_dice": f1_score(true, answer, average="macro")}
+    expected["pixel_accuracy"] = (true == answer).mean()
+    assert found.measured() == pytest.approx(expected) and found.score == found.measured()["miou"]
+    figures = task.report(found).figures()
+    assert list(figures["iou_per_class"].values()) == pytest.approx(of_classes)
     low, high = figures["miou_interval"]
-    assert low < measured["miou"] < high
-    losses = [F.cross_entropy(logits[i : i + 1], truth[i : i + 1], ignore_index=NO_LABEL).item() for i in range(6)]
+    assert low < expected["miou"] < high
+    losses = [task.plain_loss(logits[i : i + 1], truth[i : i + 1]).item() for i in range(6)]
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    confidences = logits.softmax(1).amax(1)[known].double()
-    bins = found.reliability()
-    assert (bins[:, 1].sum(), bins[:, 2].sum()) == ((true == answer).sum(), known.sum())
-    assert bins[:, 0].sum() == pytest.approx(confidences.sum().item(), rel=1e-5)
+    confidences = logits.softmax(1).amax(1)[known].sum().item()
+    assert found.reliability().sum(0).tolist() == pytest.approx([confidences, confusion.trace(), known.sum().item()])
 
 
 def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency(monkeypatch, pictures):
     matrices = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
     figures = segmentation.pixel_figures(segmentation.counted(matrices))
     assert figures["miou"].item() == pytest.approx((3 / 4 + 4 / 5) / 2) and figures["iou"][0, 2].isnan()
-    drawn = []
-    monkeypatch.setattr(segmentation.answer_reports, "plot_confusion", lambda shares, *_: drawn.append(shares.tolist()))
+    plot = mock.Mock()
+    monkeypatch.setattr(segmentation.answer_reports, "plot_confusion", plot)
     report = Segmentation(NAMES).report(PixelAnswers(0.0, matrices, torch.ones(15, 3)))
     assert [row[:2] for row in report.by_class()] == [("sky", "50.0%"), ("wall", "50.0%"), ("tree", "0.0%")]
     report.draw(None)
-    assert drawn == [[[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
-    pixels = torch.tensor([[900.0, 90.0], [0.0, 10.0]])
-    weights = rare_class_weights(pixels)
-    assert weights[1] / weights[0] == pytest.approx(3.0)
-    assert (weights * pixels.sum(0)).sum() / pixels.sum() == pytest.approx(1.0)
+    assert plot.call_args.args[0].tolist() == [[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    weights = rare_class_weights(torch.tensor([[900.0, 90.0], [0.0, 10.0]]))
+    assert weights.tolist() == pytest.approx([1000 / 1200, 3000 / 1200])  # the mean over the pixels is 1
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)])
@@ -92,12 +93,8 @@ def test_the_loss_is_the_mean_over_an_images_known_pixels(weights):
     truth = masks(4, 5, 5)
     truth[3] = NO_LABEL  # an image of which nothing is known
     loss = Segmentation(NAMES, weights).loss(logits, truth)
-    expected = 0.0
-    for image, mask in zip(logits, truth, strict=True):
-        known = mask != NO_LABEL
-        if known.any():
-            losses = F.cross_entropy(image[:, known].T, mask[known], weights, reduction="none")
-            expected = expected + losses.sum() / known.sum()
+    losses = F.cross_entropy(logits, truth, weights, reduction="none")  # 0 where unknown
+    expected = (losses.sum((1, 2))[:3] / (truth[:3] != NO_LABEL).sum((1, 2))).sum()
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (loss, expected))
     torch.testing.assert_close(ours, theirs)
@@ -135,16 +132,14 @@ def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     """A picture of all of them, beside its mask and the answers for it, six times, would fill the memory."""
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
-    for i in range(5):
-        Image.fromarray(np.arange(2500 * 6, dtype=np.uint8).reshape(6, 2500)).save(tmp_path / f"images/{i}.png")
-        Image.fromarray(np.arange(2500 * 6, dtype=np.uint8).reshape(6, 2500) % 2).save(tmp_path / f"masks/{i}.png")
+        for i in range(5):
+            Image.fromarray(np.eye(6, 2500, dtype=np.uint8)).save(tmp_path / f"{kind}/{i}.png")
     images = load_splits("imagefolder", tmp_path, task="segmentation").train
     drawn = []
     monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
     answers = PixelAnswers(0.0, torch.ones(len(images), 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
     Segmentation(["even", "odd"]).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
-    sizes = {axes.images[0].get_array().shape for axes in drawn}
-    assert sizes == {(2, 834, 3)}
+    assert {axes.images[0].get_array().shape for axes in drawn} == {(2, 834, 3)}
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -309,13 +304,9 @@ def test_figures_of_rows_are_those_of_the_whole_image():
     logits = torch.randn(3, 50, 20)
     mask = torch.randint(3, (50, 20))
     mask[40:] = NO_LABEL
-    *figures, answers = segmentation._counted(logits.split(7, 1), mask)
-    confusion, loss, bins = figures
-    known = mask != NO_LABEL
-    assert torch.equal(answers, logits.argmax(0).to(torch.uint8))
-    assert confusion.sum() == bins[:, 2].sum() == known.sum()
-    assert confusion.diagonal().sum() == (answers[known] == mask[known]).sum()
-    assert loss.item() == pytest.approx(F.cross_entropy(logits[None], mask[None]).item())
+    by_rows = segmentation._counted(logits.split(7, 1), mask)
+    for ours, expected in zip(by_rows, segmentation._counted([logits], mask), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_probabilities_are_made_believable_by_training_pixels():
@@ -328,7 +319,7 @@ def test_probabilities_are_made_believable_by_training_pixels():
 
 def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
     """Views are of other pixels. A class of one image is in no part that is held out."""
-    model = DenseModel(build_backbone("vit_mini", 2, 16), 3, 16)
+    model = vit_mini(classes=3)
     features = torch.randn(80, model.head.linear.in_features)
     targets = torch.arange(80) % 2
     targets[75:] = 2  # of the last of four images, in the second view
@@ -341,12 +332,12 @@ def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
     assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9
 
 
-@pytest.mark.parametrize("only", [0, NO_LABEL])
-def test_a_probe_of_fewer_than_two_classes_is_refused(only):
+@pytest.mark.parametrize("shown", [[0], [NO_LABEL], [0, NO_LABEL]])
+def test_a_probe_of_fewer_than_two_classes_is_refused(shown):
     """As where the crops of a few large images show nothing of a rare class."""
-    model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16)
+    model = vit_mini(classes=2)
     features = torch.randn(12, model.head.linear.in_features)
-    targets = torch.full((12,), only)
+    targets = torch.tensor(shown).repeat(12 // len(shown))
     with pytest.raises(InputError, match="fewer than two classes: use --head-init random or a larger --image-size"):
         Segmentation(["ground", "ink"]).start(model, features, targets, views=2, clusters=torch.arange(3))
 
@@ -357,11 +348,10 @@ def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
     view, _ = pair_transforms(16, "none", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     loader = build_loader(Transformed(images, view), batch_size=4, workers=0, collate=collate_pairs)
     task = Segmentation(["ground", "ink"], class_weights=torch.tensor([0.5, 3.0]))
-    model = DenseModel(build_backbone("vit_mini", 2, 16), 2, 16).eval()
-    arguments = model, loader, torch.device("cpu"), torch.float32, len(images)
+    arguments = vit_mini(classes=2).eval(), loader, CPU, torch.float32, len(images)
     outputs, plain = task.pixel_outputs(*arguments)
     _, weighted = task.features(*arguments)
-    assert outputs.shape == (len(plain), 2)
+    assert outputs.shape == (len(plain), 2) and plain.min() == 0
     shares = [(classes == 1).sum() / (classes >= 0).sum() for classes in (plain, weighted)]
     assert shares[0] + 0.2 < shares[1]
 
@@ -369,21 +359,17 @@ def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh(pairs):
 def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     """The map has each pixel's column and row, and its class is told by the column. Images draw other known pixels."""
     monkeypatch.setattr(segmentation, "feature_maps", lambda backbone, images: [backbone(images)])
-    height = 12
-    width = 20
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(20), indexing="ij")
     image = torch.stack([columns, rows]).float()
     mask = (columns >= 13).long().where(rows >= 3, NO_LABEL)
     passes_through = torch.nn.ModuleDict({"backbone": torch.nn.Identity()})
     batches = [(image.expand(3, -1, -1, -1), mask.expand(3, -1, -1))]
     features, classes = Segmentation(["left", "right"]).features(passes_through, batches, CPU, None, 3)
-    pixels = segmentation.PROBE_ROWS // 6
-    assert features.shape == (3 * pixels, 2)
     torch.testing.assert_close(features, features.round(), atol=1e-3, rtol=0)
     column, row = features.round().long().T
-    assert column.max() == width - 1 and (row.min(), row.max()) == (3, height - 1)
+    assert (column.max(), row.min(), row.max()) == (19, 3, 11)
     assert torch.equal(classes, (column >= 13).long())
-    first, second, third = features.split(pixels)
+    first, second, third = features.split(segmentation.PROBE_ROWS // 6)
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 

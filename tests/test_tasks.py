@@ -1,6 +1,5 @@
 """toolkit/answers/tasks.py: each task against the dense stock computation, with gradients; what unknown targets do."""
 
-import argparse
 import math
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -35,9 +34,9 @@ def images_of(targets: torch.Tensor) -> LabelledImages:
     return LabelledImages([None] * len(targets), [0] * len(targets), targets=targets)
 
 
-def network(outputs: int = 3) -> nn.Module:
+def network() -> nn.Module:
     """A head over six features."""
-    return nn.Sequential(OrderedDict(fc=nn.Linear(6, outputs)))
+    return nn.Sequential(OrderedDict(fc=nn.Linear(6, 3)))
 
 
 # ------------------------------------------------------------------------------------------------------- several labels
@@ -60,7 +59,9 @@ def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
 
 def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
     outputs, targets = drawn(images=200)
-    task = tasks.MultiLabel(NAMES, targets, balanced=True)
+    args = SimpleNamespace(class_weights="balanced", threshold="sensitivity=0.9")
+    task = tasks.MultiLabel.of_run(NAMES, images_of(targets), args)
+    assert task.goal == "sensitivity=0.9"
     known = ~targets.isnan()
     positive = targets == 1
     ratio = (known.sum(0) - positive.sum(0)) / positive.sum(0)
@@ -77,33 +78,20 @@ def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
 
 def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     outputs, targets = drawn(images=80)
-    answers = multilabel.LabelAnswers(0.0, outputs.detach().sigmoid(), targets)
-    pairs = []
-    for k in range(3):
-        known = ~targets[:, k].isnan()
-        pairs.append((targets[known, k].numpy(), answers.values[known, k].numpy()))
+    values = outputs.detach().sigmoid()
+    answers = multilabel.LabelAnswers(0.0, values, targets)
+    known = ~targets.isnan()
+    pairs = [(targets[known[:, k], k], values[known[:, k], k]) for k in range(3)]
     precisions = [metrics.average_precision_score(*pair) for pair in pairs]
     assert answers.figures()["average_precision"].tolist() == pytest.approx(precisions, abs=1e-12)
     assert answers.score == answers.measured()["macro_ap"] == pytest.approx(np.mean(precisions), abs=1e-12)
     areas = [metrics.roc_auc_score(*pair) for pair in pairs]
     assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
-    micro = [np.concatenate(part) for part in zip(*pairs, strict=True)]
-    assert answers.measured()["micro_ap"] == pytest.approx(metrics.average_precision_score(*micro), abs=1e-12)
-    assert answers.reliability()[:, 2].sum() == (~targets.isnan()).sum()
-    thresholds = answers.thresholds_for("f1")
-    once = torch.ones(1, 80)
-    rates = answers.rates(thresholds, once)
-    assert rates["f1"].mean() >= answers.rates(torch.full((3,), 0.5), once)["f1"].mean()
-    for k, (true, p) in enumerate(pairs):
-        said = p > thresholds[k].item()
-        expected = {
-            "f1": metrics.f1_score(true, said),
-            "sensitivity": metrics.recall_score(true, said),
-            "specificity": metrics.recall_score(1 - true, ~said),
-            "ppv": metrics.precision_score(true, said),
-            "npv": metrics.precision_score(1 - true, ~said),
-        }
-        assert {name: rate[0, k].item() for name, rate in rates.items()} == pytest.approx(expected)
+    assert answers.reliability()[:, 2].sum() == known.sum()
+    weights = torch.stack([torch.ones(80), torch.arange(80) % 4])  # each answer weighs as its image
+    each = [row[:, None].expand(80, 3)[known] for row in weights]
+    expected = [metrics.average_precision_score(targets[known], values[known], sample_weight=of) for of in each]
+    assert answers.weighted(weights)["micro_ap"].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_score():
@@ -141,14 +129,10 @@ def test_the_variance_of_a_score_in_closed_form():
 
 def test_a_head_of_labels_that_gives_the_constant_answer_is_as_soft_as_it_can_be():
     """What counts for its temperature is how far its logits are from that answer, which of rare labels is not 0."""
-    targets = torch.zeros(20, 2)
-    targets[:2, 0] = 1
-    targets[:8, 1] = 1
-    head = tasks.MultiLabel(["cat", "dog"], targets)
-    model = network(outputs=2)
-    with torch.no_grad():
-        model.fc.weight.zero_()
-        model.fc.bias.copy_(head.constant_logits)
+    targets = (torch.arange(20)[:, None] < torch.tensor([2, 8, 10])).float()
+    head = tasks.MultiLabel(NAMES, targets)
+    model = network()
+    probe.set_head(model, probe.Probe(torch.zeros(3, 6), head.constant_logits, 1.0))
     assert model.fc.bias[0] < -1.5 and -1 < model.fc.bias[1] < 0
     assert head.first_temperature(model, torch.randn(20, 6), targets, True) == (1.0, pytest.approx(0, abs=1e-3), None)
     head.soften(model, 5.0)
@@ -198,16 +182,13 @@ def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
 
 
 def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
-    _, targets = drawn(images=30)
-    targets = 50 * torch.randn(30, 3, generator=torch.Generator().manual_seed(2)) + 1000 + 0 * targets
-    outputs = torch.randn(30, 3, requires_grad=True)
+    outputs, unknown = drawn(images=30)
+    targets = 50 * torch.randn(30, 3) + 1000 + 0 * unknown
     task = tasks.Regression(NAMES, targets)
     known = ~targets.isnan()
-    stock = 0.0
-    for k in range(3):
-        rows = targets[known[:, k], k]
-        wanted = (rows - rows.mean()) / rows.std(correction=0)
-        stock += F.mse_loss(outputs[known[:, k], k], wanted, reduction="sum") / 3
+    centred = targets - targets.nanmean(0)
+    wanted = centred / centred.square().nanmean(0).sqrt()
+    stock = F.mse_loss(outputs[known], wanted[known], reduction="sum") / 3
     loss = task.loss(outputs, targets)
     torch.testing.assert_close(loss, stock, rtol=1e-3, atol=1e-3)
     gradients = [torch.autograd.grad(value, outputs)[0] for value in (loss, stock)]
@@ -263,7 +244,7 @@ def features_for(kind: str) -> tuple[torch.Tensor, torch.Tensor, tasks.Task]:
         labels = outputs.detach().argmax(1)
         return features, labels, tasks.Classification(NAMES)
     if kind == "multilabel":
-        return features, targets, tasks.MultiLabel(NAMES, targets)
+        return features, targets, tasks.MultiLabel(NAMES, targets, thresholds=torch.tensor([0.25, 0.5, 0.75]))
     numbers = features[:, :3] * 7 + 100 + 0 * targets
     return features, numbers, tasks.Regression(NAMES, numbers)
 
@@ -336,15 +317,6 @@ def test_what_keeps_the_best_epoch_is_a_column_of_the_metrics(kind):
     assert {*choices.KEEP_BEST[kind].values()} <= {*columns}
 
 
-def test_labels_get_the_goal_and_the_balance_that_a_run_asks_for():
-    images = images_of(torch.tensor([[1.0, 0], [0, 0], [0, 1], [0, 1]]))
-    asked = argparse.Namespace(class_weights="balanced", threshold="sensitivity=0.9")
-    task = tasks.MultiLabel.of_run(["cat", "dog"], images, asked)
-    assert task.goal == "sensitivity=0.9"
-    negatives, positives = task.weights.tolist()
-    assert negatives == pytest.approx([4 / 6, 1.0]) and positives == pytest.approx([2.0, 1.0])
-
-
 def test_numbers_are_not_calibrated_and_no_head_without_a_probe():
     outputs, targets = drawn()
     task = tasks.Regression(NAMES, targets)
@@ -357,9 +329,14 @@ def test_numbers_are_not_calibrated_and_no_head_without_a_probe():
 
 @pytest.mark.parametrize("kind", tasks.TASKS)
 def test_a_record_is_read_as_it_was_written(kind):
+    """And what was chosen is taken from the file of the epoch that is kept."""
     *_, task = features_for(kind)
     again = tasks.from_record(task.record(), NAMES, "lora.pth")
     assert type(again) is type(task) and again.record() == task.record()
+    again = tasks.MultiLabel(NAMES) if kind == "multilabel" else again
+    task.temperature = 3.0
+    again.take_chosen(task.chosen())
+    assert again.chosen() == task.chosen()
 
 
 @pytest.mark.parametrize(
@@ -392,26 +369,3 @@ def test_classification_computes_what_a_run_always_computed():
     assert task.first_temperature(network(), features, labels, False).at(1.0) >= 1
     numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
     assert numbers.first_temperature(*[None] * 4) == probe.HeadTemperature()
-
-
-def test_a_weighted_micro_ap_weighs_each_answer_as_its_image():
-    """As scikit-learn does, where some labels of an image are not known."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(9, 3, generator=generator)
-    targets = (torch.rand(9, 3, generator=generator) > 0.5).float()
-    targets[[0, 4, 8], [1, 2, 0]] = torch.nan
-    weights = torch.tensor([[3, 0, 1, 2, 1, 1, 0, 4, 1]])
-    known = ~targets.isnan()
-    each = weights.T.expand(9, 3)[known]
-    expected = metrics.average_precision_score(targets[known], values[known], sample_weight=each)
-    [found] = multilabel.LabelAnswers(0.0, values, targets).weighted(weights)["micro_ap"].tolist()
-    assert found == pytest.approx(expected)
-
-
-def test_what_was_chosen_for_labels_is_taken_from_the_file():
-    chosen = tasks.MultiLabel(["a", "b"])
-    chosen.thresholds = torch.tensor([0.25, 0.75])
-    chosen.temperature = 3.0
-    again = tasks.MultiLabel(["a", "b"])
-    again.take_chosen(chosen.chosen())
-    assert again.thresholds.tolist() == [0.25, 0.75] and again.temperature == 3.0

@@ -1,6 +1,5 @@
 """Where the head starts by images without labels: hand-made clusters, and numbers in closed form."""
 
-import functools
 import math
 from unittest import mock
 
@@ -31,12 +30,22 @@ def contradicting(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return 2 * normal(3, 30, seed=0)[clusters] + normal(images, 30, seed=seed), labels
 
 
-def draws(draw, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labelled images of a drawn kind, in two views, their labels, and 300 images without labels."""
-    features, labels = draw(CLASSES * per_class, seed=1)
-    features = torch.cat([features, features + 0.1 * normal(*features.shape, seed=2)])
-    others, _ = draw(300, seed=3)
-    return features, labels.repeat(2), others
+class Drawn:
+    """Labelled images of a drawn kind, in two views, 300 images without labels, and the probe of the labelled ones."""
+
+    def __init__(self, draw, per_class: int, patients: Tensor | None = None):
+        features, labels = draw(CLASSES * per_class, seed=1)
+        self.features = torch.cat([features, features + 0.1 * normal(*features.shape, seed=2)])
+        self.labels = labels.repeat(2)
+        self.others, self.truth = draw(300, seed=3)
+        self.plain = probe.fit_linear_probe(self.features, self.labels, CLASSES, views=2, clusters=patients)
+        self.images, self.known = unlabelled.seen(self.features, self.labels, self.others, CLASSES)
+
+    def start(self) -> unlabelled.Start:
+        return unlabelled.start(self.images, self.known, self.plain, views=2)
+
+    def held_out(self) -> dict[str, Tensor]:
+        return unlabelled.held_out_answers(self.images, self.known, self.plain, 2, None)
 
 
 def placed(labelled: int, others: int = 300) -> tuple[unlabelled.Images, unlabelled.Labelled, Tensor]:
@@ -46,71 +55,67 @@ def placed(labelled: int, others: int = 300) -> tuple[unlabelled.Images, unlabel
     return *unlabelled.seen(features, labels, more, CLASSES), truth
 
 
-@functools.cache
-def started(draw, per_class: int = 5) -> tuple[unlabelled.Start, probe.Probe]:
-    """The start by labelled images and such without labels, see `draws`; and the plain probe."""
-    features, labels, others = draws(draw, per_class)
-    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
-    return unlabelled.start(*unlabelled.seen(features, labels, others, CLASSES), plain, views=2), plain
-
-
 def accuracy(head: probe.Probe, draw) -> float:
     features, labels = draw(600, seed=4)
     return ((features @ head.weight.T + head.bias).argmax(1) == labels).float().mean().item()
 
 
 def test_clusters_of_images_without_labels_move_the_head():
-    found, plain = started(clustered)
+    """With a head at the temperature that fits what is held out, from which that of a run's end follows."""
+    drawn = Drawn(clustered, 5)
+    found = drawn.start()
     assert found.name == "k-means" and found.gain_loss > 0 and found.gain_accuracy >= 0
-    assert accuracy(found.probe, clustered) > accuracy(plain, clustered) + 0.02
-    _, labels = clustered(300, seed=3)
-    assert (found.answers.argmax(1) == labels).float().mean() > 0.9
+    assert accuracy(found.probe, clustered) > accuracy(drawn.plain, clustered) + 0.02
+    assert (found.answers.argmax(1) == drawn.truth).float().mean() > 0.9
     torch.testing.assert_close(found.answers.sum(1), torch.ones(300))
     torch.testing.assert_close(found.shares, found.answers.mean(0))
-    known = found.probe.held_out.isfinite().all(1)
-    assert known.all() and len(known) == 2 * 5 * CLASSES
+    answers = drawn.held_out()["k-means"]
+    temperature = unlabelled.judge(answers, drawn.labels, 2).temperature
+    assert answers.isfinite().all() and not 0.9 < temperature < 1.1
+    torch.testing.assert_close(found.probe.held_out, answers[0] / temperature)
+    soft = (unlabelled.k_means(drawn.images, drawn.known) / temperature).softmax(1)
+    torch.testing.assert_close(found.probe.weight, unlabelled.distilled(drawn.images, drawn.known, soft)[0])
 
 
 def test_clusters_that_are_no_classes_leave_the_probe_as_it_is():
-    found, plain = started(contradicting, per_class=10)
-    assert found.probe is plain and found.name == "probe"
-    assert (found.gain_loss, found.gain_accuracy) == (0, 0)
-    features, labels, others = draws(contradicting, 10)
-    images, known = unlabelled.seen(features, labels, others, CLASSES)
-    held_out = unlabelled.held_out_answers(images, known, plain, 2, None)
-    temperature = unlabelled.judge(held_out["probe"], labels, 2).temperature
+    drawn = Drawn(contradicting, 10)
+    found = drawn.start()
+    assert found.probe is drawn.plain and (found.name, found.gain_loss, found.gain_accuracy) == ("probe", 0, 0)
+    held_out = drawn.held_out()
+    temperature = unlabelled.judge(held_out["probe"], drawn.labels, 2).temperature
     assert abs(math.log(temperature)) > 0.1  # as unsure as what is held out shows
-    logits = others @ plain.weight.T + plain.bias
+    logits = drawn.others @ drawn.plain.weight.T + drawn.plain.bias
     torch.testing.assert_close(found.answers, (logits / temperature).softmax(1))
-    foreign = unlabelled.foreign_share(images, known, held_out["k-means"][0])
-    assert found.foreign == foreign != unlabelled.foreign_share(images, known, held_out["probe"][0])
+    foreign = unlabelled.foreign_share(drawn.images, drawn.known, held_out["k-means"][0])
+    assert found.foreign == foreign != unlabelled.foreign_share(drawn.images, drawn.known, held_out["probe"][0])
 
 
 def test_it_is_the_same_each_time_and_leaves_the_seed_alone():
-    first, _ = started(clustered)
     torch.manual_seed(5)
-    drawn = torch.rand(1)
+    number = torch.rand(1)
     torch.manual_seed(5)
-    again, _ = started.__wrapped__(clustered)
-    assert torch.equal(drawn, torch.rand(1))
+    first, again = Drawn(clustered, 5).start(), Drawn(clustered, 5).start()
+    assert torch.equal(number, torch.rand(1))
     assert torch.equal(first.probe.weight, again.probe.weight) and torch.equal(first.answers, again.answers)
 
 
 def test_where_features_lie_changes_no_answer():
-    features, labels, others = draws(clustered, 5)
+
+    def elsewhere(images: int, seed: int) -> tuple[Tensor, Tensor]:
+        features, labels = clustered(images, seed)
+        return features + 10, labels
+
     found = []
-    for moved in (0.0, 10.0):
-        plain = probe.fit_linear_probe(features + moved, labels, CLASSES, views=2)
-        images, known = unlabelled.seen(features + moved, labels, others + moved, CLASSES)
-        held_out = unlabelled.held_out_answers(images, known, plain, 2, None)
-        found.append([*held_out.values(), unlabelled.start(images, known, plain, views=2).answers])
+    for drawn in (Drawn(clustered, 5), Drawn(elsewhere, 5)):
+        found.append([*drawn.held_out().values(), drawn.start().answers])
     for here, there in zip(*found, strict=True):
         torch.testing.assert_close(here, there, atol=0.1, rtol=0)
 
 
 def test_one_image_a_class_leaves_nothing_to_check():
-    found, plain = started(clustered, per_class=1)
-    assert found.probe is plain and (found.name, found.gain_loss, found.foreign) == ("probe", 0, 0)
+    drawn = Drawn(clustered, 1)
+    found = drawn.start()
+    assert found.probe is drawn.plain and (found.name, found.gain_loss, found.foreign) == ("probe", 0, 0)
 
 
 def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
@@ -124,11 +129,9 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
         return torch.zeros(len(images.rows), CLASSES)
 
     monkeypatch.setattr(unlabelled, "k_means", k_means)
-    features, labels, others = draws(clustered, 10)
-    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2, clusters=patients)
-    images, known = unlabelled.seen(features, labels, others, CLASSES)
-    known = known._replace(counts=1.0 + torch.arange(60)[:, None])
-    unlabelled.start(images, known, plain, views=2, clusters=patients)
+    drawn = Drawn(clustered, 10, patients)
+    known = drawn.known._replace(counts=1.0 + torch.arange(60)[:, None])
+    unlabelled.start(drawn.images, known, drawn.plain, views=2, clusters=patients)
     assert len(shown) == 2 * probe.FOLDS + 1  # the last time it knows all, and says which images are foreign
     of = torch.cat([patients, patients])
     for places in shown:
@@ -145,9 +148,7 @@ def test_images_that_resemble_no_class_are_counted(monkeypatch):
 
     held_out = torch.cat([logits(*(0.6 + 0.01 * i for i in range(11))), torch.full((1, 2), math.nan)])
     images, known, _ = placed(12, others=4)
-    monkeypatch.setattr(
-        unlabelled, "k_means", lambda *_: torch.cat([logits(*[0.5] * 12), logits(0.6, 0.609, 0.611, 0.9)])
-    )
+    monkeypatch.setattr(unlabelled, "k_means", lambda *_: logits(*[0.5] * 12, 0.6, 0.609, 0.611, 0.9))
     assert unlabelled.foreign_share(images, known, held_out) == 0.5
 
 
@@ -183,12 +184,10 @@ def test_answers_that_are_not_sure_teach_the_head_nothing():
     sure[15:] = 1 + (0.8 * math.log(0.8) + 0.2 * math.log(0.1)) / math.log(3)
     weight, bias = unlabelled.distilled(images, known, answers)
     targets = torch.cat([known.targets, answers[30:60].double()])
-    scaled = probe.SCALINGS["deviation"](images.rows.clone())
+    rows = probe.SCALINGS["deviation"](images.rows).rows
     counts = torch.cat([known.counts, 3.0 * 60 * sure / sure.sum()])
-    fitted = probe.logistic(
-        scaled.rows[:60], targets, counts, unlabelled.DISTILLED, probe.ONE_CLASS, intercept=True
-    ).float()
-    expected = scaled.rows @ fitted[:, :-1].T + fitted[:, -1]
+    fitted = probe.logistic(rows[:60], targets, counts, unlabelled.DISTILLED, probe.ONE_CLASS, intercept=True).float()
+    expected = rows @ fitted[:, :-1].T + fitted[:, -1]
     torch.testing.assert_close(images.rows @ weight.T + bias, expected, atol=0.02, rtol=0)
 
 
@@ -225,19 +224,6 @@ def test_directions_have_about_the_same_spread_and_those_of_noise_stay_small():
     torch.testing.assert_close(first @ second, (p - q) / (p + q), atol=1e-4, rtol=0)
 
 
-def test_the_held_out_answers_of_a_taken_head_are_at_its_temperature():
-    """By which the head is distilled, and from which the temperature at the end of a run follows."""
-    found, plain = started(clustered)
-    features, labels, others = draws(clustered, 5)
-    images, known = unlabelled.seen(features, labels, others, CLASSES)
-    answers = unlabelled.held_out_answers(images, known, plain, 2, None)[found.name]
-    temperature = unlabelled.judge(answers, labels, 2).temperature
-    assert not 0.9 < temperature < 1.1
-    torch.testing.assert_close(found.probe.held_out, answers[0] / temperature)
-    distilled, _ = unlabelled.distilled(images, known, (unlabelled.k_means(images, known) / temperature).softmax(1))
-    torch.testing.assert_close(found.probe.weight, distilled)
-
-
 @pytest.mark.parametrize(("hits", "taken"), [([1.0, 1.0, 0.0, 1.0], True), ([1.0, 0.0, 0.0, 1.0], False)])
 def test_k_means_with_a_smaller_loss_must_not_be_right_less_often(monkeypatch, hits, taken):
     """The probe has three of four right, k-means three or two."""
@@ -248,36 +234,33 @@ def test_k_means_with_a_smaller_loss_must_not_be_right_less_often(monkeypatch, h
     monkeypatch.setattr(unlabelled, "judge", mock.Mock(side_effect=[of_probe, of_k_means]))
     features, labels = clustered(6, seed=1)
     plain = probe.fit_linear_probe(features, labels, CLASSES)
-    found = unlabelled.start(*unlabelled.seen(features, labels, clustered(60, seed=3)[0], CLASSES), plain)
+    images, known, _ = placed(6, others=60)
+    found = unlabelled.start(images, known, plain)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 
 
 def test_what_is_held_out_is_judged_as_it_is_and_by_one_view(monkeypatch):
     """Seven more views, which nobody can tell, would make the answers for plain images look unsure."""
-    features, labels, others = draws(clustered, 6)
-    images, known = unlabelled.seen(features, labels, others, CLASSES, 2)
-    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
-    answers = unlabelled.held_out_answers(images, known, plain, 2, None)
-    expected = unlabelled.start(images, known, plain, views=2)
-    n = len(labels) // 2
-    more = torch.cat([features, features[n:].repeat(7, 1)]), torch.cat([labels, labels[n:].repeat(7)])
-    blurred = {name: torch.cat([of, torch.zeros(2, 7 * n, CLASSES)], 1) for name, of in answers.items()}
+    drawn = Drawn(clustered, 6)
+    expected = drawn.start()
+    n = len(drawn.labels) // 2
+    more = [torch.cat([of, *[of[n:]] * 7]) for of in (drawn.features, drawn.labels)]
+    blurred = {name: torch.cat([of, torch.zeros(2, 7 * n, CLASSES)], 1) for name, of in drawn.held_out().items()}
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: blurred)
-    found = unlabelled.start(*unlabelled.seen(*more, others, CLASSES, 9), plain, views=9)
+    found = unlabelled.start(*unlabelled.seen(*more, drawn.others, CLASSES, 9), drawn.plain, views=9)
     assert found.name == expected.name and found.gain_loss == pytest.approx(expected.gain_loss)
     assert found.foreign > 0  # else all were as sure as what nobody can tell
 
 
 def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_out(monkeypatch):
     """Clusters far apart: a head by them is nearly perfect, where that of three labels is not."""
-    features, labels, others = draws(clustered, 3)
     monkeypatch.setattr(unlabelled, "held_out_answers", None)
-    images, known = unlabelled.seen(features, labels, others, CLASSES)
-    found = unlabelled.last_head(images, known)
-    weight, bias = unlabelled.distilled(images, known, unlabelled.k_means(images, known).softmax(1))
+    drawn = Drawn(clustered, 3)
+    found = unlabelled.last_head(drawn.images, drawn.known)
+    soft = unlabelled.k_means(drawn.images, drawn.known).softmax(1)
+    weight, bias = unlabelled.distilled(drawn.images, drawn.known, soft)
     assert torch.equal(found.weight, weight) and torch.equal(found.bias, bias)
-    plain = probe.fit_linear_probe(features, labels, CLASSES, views=2)
-    assert accuracy(found, clustered) > accuracy(plain, clustered) + 0.02
+    assert accuracy(found, clustered) > accuracy(drawn.plain, clustered) + 0.02
 
 
 def test_the_views_of_an_image_weigh_against_other_images_as_one():
@@ -287,10 +270,11 @@ def test_the_views_of_an_image_weigh_against_other_images_as_one():
 
 
 def test_the_last_head_weighs_classes_as_it_is_asked_to():
-    features, labels, others = draws(clustered, 4)
-    rare = torch.cat([torch.arange(12)[labels[:12] > 0], torch.tensor([0])])  # one image of class 0
-    rows = torch.cat([rare, rare + 12])
-    ways = (unlabelled.seen(features[rows], labels[rows], others, CLASSES, 1, how) for how in (None, "balanced"))
-    heads = [unlabelled.last_head(*way) for way in ways]
-    alike, balanced = [(others @ head.weight.T + head.bias).softmax(1).mean(0)[0] for head in heads]
-    assert balanced > alike
+    features, labels = clustered(12, seed=1)
+    others, _ = clustered(300, seed=3)
+    rows = (labels > 0) | (torch.arange(12) == 0)  # one image of class 0
+    shares = []
+    for how in (None, "balanced"):
+        head = unlabelled.last_head(*unlabelled.seen(features[rows], labels[rows], others, CLASSES, 1, how))
+        shares.append((others @ head.weight.T + head.bias).softmax(1).mean(0)[0])
+    assert shares[1] > shares[0]

@@ -71,9 +71,6 @@ def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float
     logits = held_out.double().unflatten(0, (-1, len(labels))).mean(0)  # (N, K)
     own = labels[:, None]
     others, answers = logits.scatter(1, own, -torch.inf).max(1)
-    leads = others - logits.gather(1, own)[:, 0]
-    found = []
-    for i in leads.argsort(descending=True, stable=True).tolist():
-        if leads[i] > 0:  # NaN is not
-            found.append((i, int(answers[i]), float(leads[i].exp())))
-    return found
+    leads = (others - logits.gather(1, own)[:, 0]).nan_to_num(-1.0)
+    wrong = leads.argsort(descending=True, stable=True)[: int((leads > 0).sum())]
+    return list(zip(wrong.tolist(), answers[wrong].tolist(), leads[wrong].exp().tolist(), strict=True))

@@ -73,13 +73,10 @@ class ClassReport(Report):
         return answer_reports.shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
-        return [
-            "<h2>What is taken for what</h2>",
-            html_picture(picture.read_bytes(), "answers by true class"),
-            html_table(self.most_confused(), ("true class", "taken for", "images", "of the class")),
-            "<h2>By class</h2>",
-            html_table(self.by_class(), ("class", "images", "right", "share")),
-        ]
+        matrix = html_picture(picture.read_bytes(), "answers by true class")
+        confused = html_table(self.most_confused(), ("true class", "taken for", "images", "of the class"))
+        by_class = html_table(self.by_class(), ("class", "images", "right", "share"))
+        return ["<h2>What is taken for what</h2>", matrix, confused, "<h2>By class</h2>", by_class]
 
     def by_class(self) -> list[tuple[str, int, int, str]]:
         """(class, images, right answers, their share), the worst first; classes without images last."""

@@ -217,12 +217,9 @@ class SoftmaxObjective(Task):
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(device)
 
-    def loss(self, outputs: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Summed over images, of which each counts as much as `counts` (N,) says. None: all alike."""
-        losses = self.losses(outputs, targets, self.class_weights, self.label_smoothing)
-        if counts is not None:
-            losses = losses * counts
-        return losses.sum()
+    def loss(self, outputs: Tensor, targets: Tensor, counts: Tensor | float = 1.0) -> Tensor:
+        """Summed over images, of which each counts as much as `counts` (N,) says."""
+        return (counts * self.losses(outputs, targets, self.class_weights, self.label_smoothing)).sum()
 
     def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.losses(outputs, targets).sum()
@@ -237,7 +234,7 @@ class SoftmaxObjective(Task):
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.label_smoothing)
-        return probe.choose_temperature(model, features, loss, features_train)
+        return probe.choose_temperature(model, features, loss, features_train, self.constant_logits)
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)

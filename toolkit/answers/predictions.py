@@ -78,28 +78,32 @@ def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path
     for path in given:
         if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
             raise InputError(f"--output {output} is among the images in {path}: name a folder outside")
+    folders = [path.parent if path.suffix.lower() in LIST_SUFFIXES else path for path in given]
     places = []
     for i in range(len(images)):
         name = Path(images.name(i))
         inside = Path(name.name)
-        for path in given:
-            folder = path.parent if path.suffix.lower() in LIST_SUFFIXES else path
-            if name != path and name.is_relative_to(folder):
+        for folder in folders:
+            if folder in name.parents:
                 inside = name.relative_to(folder)
         parts = [part for part in inside.parts if part != ".."]  # anybody may have named images in a list or archive
         places.append(output.joinpath(*parts[:-1], without_suffix(parts[-1])))
     twice = [place for place, count in Counter(places).items() if count > 1]
     if twice:
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
-    for inside in dict.fromkeys(place.parent for place in places):
-        try:
-            place = inside.resolve(strict=inside.is_symlink())  # else Python 3.13 overlooks a link to itself
-            leads_outside = not place.is_relative_to(output.resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
-            raise InputError(f"--output {output}: cannot write to {printable(inside)}: {printable(error)}") from None
-        if leads_outside:
-            raise InputError(f"--output {output}: {inside} is a link to a place outside; name another folder")
+    for folder in dict.fromkeys(place.parent for place in places):
+        _check_inside(folder, output)
     return places
+
+
+def _check_inside(folder: Path, output: Path) -> None:
+    try:
+        place = folder.resolve(strict=folder.is_symlink())  # else Python 3.13 overlooks a link to itself
+        leads_outside = not place.is_relative_to(output.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
+        raise InputError(f"--output {output}: cannot write to {printable(folder)}: {printable(error)}") from None
+    if leads_outside:
+        raise InputError(f"--output {output}: {folder} is a link to a place outside; name another folder")
 
 
 @dataclass

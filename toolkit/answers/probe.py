@@ -66,17 +66,14 @@ def set_head(model: nn.Module, probe: Probe) -> Probe:
 
 @torch.no_grad()
 def choose_temperature(
-    model: nn.Module,
-    features: Tensor,
-    loss: Callable[[Tensor], Tensor],
-    features_train: bool,
-    towards: Tensor | float = 0.0,
+    model: nn.Module, features: Tensor, loss: Callable[[Tensor], Tensor], features_train: bool, towards: Tensor | float
 ) -> HeadTemperature:
     """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D).
 
     `least`, 1 or more, has the smallest loss on augmented training images (arXiv 1706.04599): training is not to begin
     by taking back the probe's confidence. `per_rate`, 0 if the features do not train: Adam moves every weight by about
-    the rate in each step, and the larger the head's weights, the more that does to the loss.
+    the rate in each step, and the larger the head's weights, the more that does to the loss. Logits are divided by it
+    as far as they are from `towards`.
     """
     logits = linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]

@@ -123,13 +123,9 @@ class NumberReport(ColumnReport):
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
+        table = html_table(self.by_number(), titles)
         shown = html_picture(picture.read_bytes(), "the answer for each image by what is true")
-        return [
-            "<h2>Answers and truth</h2>",
-            "<p>In brackets 95% intervals.</p>",
-            html_table(self.by_number(), titles),
-            shown,
-        ]
+        return ["<h2>Answers and truth</h2>", "<p>In brackets 95% intervals.</p>", table, shown]
 
     def draw(self, path: Path) -> None:
         shown = self.names[:PANELS]

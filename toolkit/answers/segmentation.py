@@ -139,12 +139,9 @@ class PixelReport(Report):
         return answer_reports.shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
-        return [
-            "<h2>By class</h2>",
-            html_table(self.by_class(), ("class", "of the pixels", "IoU", "Dice")),
-            "<h2>What is taken for what</h2>",
-            html_picture(picture.read_bytes(), "shares of each class's pixels by answer"),
-        ]
+        by_class = html_table(self.by_class(), ("class", "of the pixels", "IoU", "Dice"))
+        matrix = html_picture(picture.read_bytes(), "shares of each class's pixels by answer")
+        return ["<h2>By class</h2>", by_class, "<h2>What is taken for what</h2>", matrix]
 
     def draw(self, path: Path) -> None:
         matrix = self.answers.confusion.sum(0).double()

@@ -64,16 +64,11 @@ class Judged(NamedTuple):
 
 
 def seen(
-    features: Tensor,
-    labels: Tensor,
-    unlabelled: Tensor,
-    num_classes: int,
-    views: int = 1,
-    class_weights: str | None = None,
+    features: Tensor, labels: Tensor, unlabelled: Tensor, classes: int, views: int = 1, class_weights: str | None = None
 ) -> tuple[Images, Labelled]:
     """All images, those with labels first, the others with features (M, D), and what is known of these."""
     rows = torch.cat([features, unlabelled]).detach().cpu().float()
-    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), num_classes, views, class_weights))
+    known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), classes, views, class_weights))
     return placed(rows), known
 
 
