@@ -115,25 +115,24 @@ def test_a_stage_1_adapter_knows_the_channels_that_its_base_was_fitted_to(base, 
 def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(base13, tiffs, tmp_path, capsys):
     options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --checkpoint none --epochs 1"
     options += " --normalise data --arch vit_mini --image-size 16"
-    run(base13, tiffs, tmp_path, options, scale="")
+    told = run(base13, tiffs, tmp_path, options, scale="")["normalization"]
     assert "measured on 15 training images" in capsys.readouterr().out
     model, about = load_finetuned(tmp_path / "lora.pth")
     assert (input_channels(model), about["bands"]) == (2, ["4", "2"])
     stacked = np.stack([tifffile.imread(path) for path in (tiffs / "train").rglob("*.tif")])[..., [3, 1]].astype(float)
-    assert np.allclose(about["mean"], stacked.mean((0, 1, 2)))
-    assert np.allclose(about["std"], stacked.std((0, 1, 2)))
-    told = json.loads((tmp_path / "results.json").read_text())["normalization"]
-    assert (told["mean"], told["std"]) == (about["mean"], about["std"])
+    for name, measure in (("mean", np.mean), ("std", np.std)):
+        assert about[name] == told[name] == pytest.approx(measure(stacked, (0, 1, 2)))
 
 
 def test_what_is_measured_is_divided_by_the_scale():
+    """That of a photograph, of 8 bits, is 255."""
     array = np.random.RandomState(0).rand(6, 8, 2).astype(np.float32)
-    found = settle(Scaling(scale=0.01, normalise="data"), "resnet18", 2, LabelledImages([array]))
-    assert found["mean"] == pytest.approx(array.mean((0, 1)) * 100)
-    assert found["std"] == pytest.approx(array.std((0, 1)) * 100, rel=1e-5)
-    levels = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)  # a photograph, of 8 bits
-    found = settle(Scaling(normalise="data"), "resnet18", 3, LabelledImages([Image.fromarray(levels)]))
-    assert found["mean"] == pytest.approx(levels.mean((0, 1)) / 255)
+    photograph = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)
+    for image, levels, scale in ((array, array, 0.01), (Image.fromarray(photograph), photograph / 255, None)):
+        given = Scaling(scale=scale, normalise="data")
+        found = settle(given, "resnet18", levels.shape[2], LabelledImages([image]))
+        assert found["mean"] == pytest.approx(levels.mean((0, 1)) / (scale or 1))
+        assert found["std"] == pytest.approx(levels.std((0, 1)) / (scale or 1), rel=1e-5)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -221,6 +220,7 @@ def tiff_of_many_pages(count: int) -> bytes:
         (bytes_of(np.save, np.zeros((2, 8, 8, 13))), r"\(2, 8, 8, 13\)"),
         (bytes_of(np.save, np.array([{}], object)), "allow_pickle"),
         (bytes_of(tifffile.imwrite, np.zeros((8, 8, 13), np.uint16))[:150], ""),
+        (bytes_of(tifffile.imwrite, np.zeros((8, 8, 13)), compression="zlib").replace(b"\x78\x9c", b"\0\0"), "Error"),
         (b"II*\0 and nothing more", ""),
         (lambda: bytes_of(np.savez_compressed, np.zeros((2**14 + 1, 2**14), np.uint8)), "more than its bytes can hold"),
         (tiff_of_many_pages(5000), "it has 5000 pages"),
@@ -228,20 +228,20 @@ def tiff_of_many_pages(count: int) -> bytes:
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tmp_path):
-    (tmp_path / "broken.npy").write_bytes(content() if callable(content) else content)
-    with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
-        folders.ImageFiles(tmp_path, ["broken.npy"], Bands(13))[0]
+    """In a run, and where a transform is given its path."""
+    path = tmp_path / "broken.npy"
+    path.write_bytes(content() if callable(content) else content)
+    transform = eval_transform(8, bands=Bands(13))
+    for read in (lambda: folders.ImageFiles(tmp_path, [path.name], Bands(13))[0], lambda: transform(path)):
+        with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
+            read()
 
 
 @pytest.mark.parametrize(
     ("bands", "shape", "reason"),
     [
         (Bands(13), (8, 8, 4), r"it has 4 bands, and the network takes 13 \(training chooses by --bands\)"),
-        (
-            Bands(3, scale=4095.0),
-            (8, 8),
-            r"it has 1 band, and the network takes 3 \(training chooses by --bands 1,1,1\)",
-        ),
+        (Bands(3), (8, 8), r"it has 1 band, and the network takes 3 \(training chooses by --bands 1,1,1\)"),
         (Bands(2, ("1", "7")), (8, 8, 2), "it has no band 7, but 1 to 2"),
     ],
 )
@@ -268,25 +268,16 @@ def test_images_in_archives_have_bands_too(tiffs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (
-            "",
-            r"channel 1 has a standard deviation of \d+ .* from \d to 19\d\d .* divided by 1; --scale 10000 is likely",
-        ),
-        ("--scale 100000000", "largest is"),
-        ("--scale 1000000", "channel 1 has a standard deviation of 0.000.* --scale 10000 is likely"),
-        ("--scale 10000 --mean 1", "--mean and --std belong together"),
-        ("--scale 10000 --mean 0 --std 0", "--std: a standard deviation is above 0"),
-        ("--normalise data --mean 0 --std 1", "drop one of them"),
-        ("--scale 10000 --augmentation trivial", "trivial is for RGB photographs"),
-        ("--channels 5000", "5000 channels; give a whole number from 1 to 1024"),
-    ],
+    ("highest", "scale", "likely"),
+    [(1.5, 255, 1), (250, 1, 255), (9000, 1, 10000), (9000, 1e6, 10000), (60000, 1, 65535)],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_written(options, told, base13, tiffs, tmp_path):
-    with pytest.raises(InputError, match=told):
-        run(base13, tiffs, tmp_path / "out", options, scale="")
-    assert not (tmp_path / "out" / "lora.pth").exists()
+def test_a_scale_for_other_numbers_is_refused_and_the_likely_one_named(highest, scale, likely):
+    """Shares of 1, bytes, reflectances in ten thousandths, and 16 bits."""
+    array = np.random.RandomState(0).uniform(0, highest, (8, 8, 2)).astype(np.float32)
+    with pytest.raises(InputError, match="channel 1 has a standard deviation of ") as raised:
+        settle(Scaling(scale=scale), "resnet18", 2, LabelledImages([array]))
+    assert f"go from {array[..., 0].min():.4g} to {array[..., 0].max():.4g} (mean" in str(raised.value)
+    assert f"and are divided by {scale:g}; --scale {likely} is likely" in str(raised.value)
 
 
 @pytest.mark.parametrize(("most", "is_told"), [(4095, True), (10000, True), (65535, False)])

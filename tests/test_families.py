@@ -43,29 +43,48 @@ def test_the_name_of_a_published_file_tells_its_family(name, capsys):
     assert told.count("\n") == 1 and f"of {family} (" in told and f"which the name of {name} says" in told
 
 
+SENTINEL_2 = "resnet50_sentinel2_all_moco-df8b932e.pth"
+RGB = {"arch": "vit_mini", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+TWO = {"arch": "vit_mini", "channels": 2, "mean": [1.0, 2.0], "std": [3.0, 4.0], "scale": 5.0, "bands": ["4", "2"]}
+TWO |= {"show_bands": [1]}  # which files of earlier versions have
+
+
 @pytest.mark.parametrize(
-    ("channels", "name", "given"),
+    ("typed", "channels", "told", "name", "expected", "printed"),
     [
-        (13, "base.pth", {}),
-        (4, "resnet50_sentinel2_all_moco-df8b932e.pth", {}),  # fitted to other images
-        (13, "resnet50_sentinel2_all_moco-df8b932e.pth", {"scale": 1.0}),
-        (13, "resnet50_sentinel2_all_moco-df8b932e.pth", {"mean": [0.0], "std": [1.0]}),
-        (13, "resnet50_sentinel2_all_moco-df8b932e.pth", {"normalise": "data"}),
+        # What is not known, or typed, stays.
+        ({}, 13, {}, "base.pth", None, ""),
+        ({}, 4, {}, SENTINEL_2, None, ""),  # fitted to other images
+        ({"scale": 1.0}, 13, {}, SENTINEL_2, None, ""),
+        ({"mean": [0.0], "std": [1.0]}, 13, {}, SENTINEL_2, None, ""),
+        ({"normalise": "data"}, 13, {}, SENTINEL_2, None, ""),
+        ({"scale": 1.0, "mean": [0.0], "std": [1.0]}, 2, TWO, "stage1.pth", None, ""),
+        # A family goes by its name; config.yaml then holds the numbers.
+        ({"normalise": "ssl4eo-s12"}, 13, {}, "mine.pth", (10000, [0], [1], None), "of ssl4eo-s12 (torchgeo"),
+        # What the file says of its pretraining, unless photographs were normalised as ever.
+        ({}, 3, RGB, "stage1.pth", None, ""),
+        (
+            {},
+            3,
+            RGB | {"mean": [0.5] * 3},
+            "a.pth",
+            (None, [0.5] * 3, RGB["std"], None),
+            ": scale, mean, std and bands",
+        ),
+        ({}, 2, TWO, "stage1.pth", (5, [1, 2], [3, 4], ["4", "2"]), "as in the pretraining, which stage1.pth says"),
+        ({"bands": ["3", "1"]}, 2, TWO, "a.pth", (5, [1, 2], [3, 4], ["3", "1"]), "as in the pretraining"),
+        # The mean and std are those of reflectances, say, whatever the numbers in the files.
+        ({"scale": 1.0}, 2, TWO, "a.pth", (1, [1, 2], [3, 4], ["4", "2"]), "images: mean, std and bands as in"),
     ],
 )
-def test_what_is_not_known_or_was_typed_stays(channels, name, given, capsys):
-    assert known_scaling(Scaling(**given), channels, {}, name) == Scaling(**given)
-    assert not capsys.readouterr().out
-
-
-def test_a_family_goes_by_its_name_and_bands_by_what_is_typed(capsys):
-    found = known_scaling(Scaling(normalise="ssl4eo-s12"), 13, {}, "mine.pth")
-    assert values(found) == (10000, [0], [1], None)
-    assert found.normalise is None  # config.yaml then holds the numbers
-    assert "of ssl4eo-s12 (torchgeo" in capsys.readouterr().out
-    for typed, expected in ((None, ["4", "2"]), (["3", "1"], ["3", "1"])):
-        found = known_scaling(Scaling(bands=typed), 2, TOLD | {"bands": ["4", "2"]}, "stage1.pth")
-        assert values(found) == (5, [1, 2], [3, 4], expected)
+def test_what_counts_is_typed_or_told_by_the_file(typed, channels, told, name, expected, printed, capsys):
+    found = known_scaling(Scaling(**typed), channels, told, name)
+    if expected is None:
+        assert found == Scaling(**typed)
+    else:
+        assert (*values(found), found.normalise) == (*expected, None)
+    said = capsys.readouterr().out
+    assert printed in said and bool(said) == bool(printed)
 
 
 def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
@@ -79,17 +98,6 @@ def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
     assert "as in the pretraining, which any.pth.tar says" in capsys.readouterr().out
 
 
-TOLD = {"arch": "vit_mini", "channels": 2, "mean": [1.0, 2.0], "std": [3.0, 4.0], "scale": 5.0, "show_bands": [1]}
-
-
-def test_photographs_normalised_as_ever_need_no_word_and_others_do(capsys):
-    usual = {"arch": "vit_mini", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert known_scaling(Scaling(), 3, usual, "stage1.pth") == Scaling() and not capsys.readouterr().out
-    found = known_scaling(Scaling(), 3, usual | {"mean": [0.5, 0.5, 0.5]}, "stage1.pth")
-    assert values(found) == (None, [0.5] * 3, usual["std"], None)
-    assert "as in the pretraining" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_stage1_adapter_says_how_its_images_were_scaled(suffix, tmp_path):
     metadata = {"arch": "vit_mini", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "channels": 3}
@@ -101,16 +109,7 @@ def test_a_stage1_adapter_says_how_its_images_were_scaled(suffix, tmp_path):
     assert (known.mean, read) == ([0.1, 0.2, 0.3], Bands(3, (), 10000.0))
 
 
-def test_a_scale_of_other_files_leaves_the_mean_and_std_that_the_pretraining_recorded(capsys):
-    """They are those of reflectances, say, whatever the numbers in the files."""
-    told = {"arch": "resnet50", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "scale": 10000.0, "bands": []}
-    found = known_scaling(Scaling(scale=1.0), 3, told, "stage1.pth")
-    assert values(found) == (1, told["mean"], told["std"], None)
-    assert capsys.readouterr().out == "images: mean, std and bands as in the pretraining, which stage1.pth says\n"
-    assert known_scaling(Scaling(scale=1.0, mean=[0.0], std=[1.0]), 3, told, "stage1.pth").mean == [0.0]
-
-
 @pytest.mark.parametrize("damage", [{"std": [0.0, 1.0]}, {"mean": "x"}, {"channels": -1}, {"bands": 3}, {"scale": -1}])
 def test_a_file_that_is_damaged_there_is_one_line(damage):
     with pytest.raises(InputError, match=r"^stage1\.pth: "):
-        known_scaling(Scaling(), 2, TOLD | {"bands": []} | damage, "stage1.pth")
+        known_scaling(Scaling(), 2, TWO | damage, "stage1.pth")

@@ -13,7 +13,8 @@ from toolkit.images import lists
 
 @pytest.fixture(autouse=True)
 def files(tmp_path):
-    for name in ("a.png", "b.png", "c.png", "b c.png", "b,c.png", "a.dcm"):
+    for name in ("a.png", "b.png", "c.png", "b c.png", "b,c.png", "a.dcm", "disc/IM0001"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
 
 
@@ -33,6 +34,7 @@ def listed(tmp_path):
     [
         ("a.png,cat\nb c.png,dog\n", (["a.png", "b c.png"], ["cat", "dog"])),
         ("\ufeffPath,Label\r\na.png , cat\r\n\r\n", (["a.png"], ["cat"])),
+        ("\ufeffa.png,cat\n", (["a.png"], ["cat"])),
         ("a.png\tcat; black\n", (["a.png"], ["cat; black"])),
         ('"a.png", "cat"\n"b c.png","cat"\n', (["a.png", "b c.png"], ["cat", "cat"])),  # a space is no part of a name
         ("./a.png,caf\u00e9\n.//b c.png,cafe\u0301\n", (["a.png", "b c.png"], ["caf\u00e9", "caf\u00e9"])),
@@ -48,6 +50,7 @@ def test_lists(listed, text, expected):
 
 NAN = math.nan
 CLASSES = "classes"
+PAIRS = "pairs"
 LABELS = "labels"
 NUMBERS = "numbers"
 
@@ -102,6 +105,7 @@ def test_a_list_with_other_columns_says_which_are_labels(listed, columns, names,
 def test_one_column_may_be_the_label_or_the_number(listed):
     assert listed(CHEXPERT, label_columns=["Sex"]).labels()[1] == ["Female", "Male"]
     assert listed(CHEXPERT, label_columns=["Age"]).targets("numbers").values.tolist() == [[68], [87]]
+    assert listed(CHEXPERT, label_columns=["Sex..Age"], group_by="Sex").targets("numbers").names == ["Age"]
     with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*, which has Sex, Age"):
         listed(CHEXPERT, label_columns=["Edma"]).targets("labels")
 
@@ -109,7 +113,11 @@ def test_one_column_may_be_the_label_or_the_number(listed):
 @pytest.mark.parametrize("title", ["image_name", "id", "ID"])
 def test_a_first_line_without_an_image_names_the_columns(listed, title):
     assert listed(f"{title},cat\na.png,1\nb.png,0\n").targets("labels").names == ["cat"]
-    assert listed("a.dcm,cat\nb.png,dog\n").labels()[0] == ["a.dcm", "b.png"]
+
+
+@pytest.mark.parametrize("first", ["a.dcm", "disc/IM0001"])
+def test_a_first_line_with_an_image_is_no_title(listed, first):
+    assert listed(f"{first},cat\nb.png,dog\n").labels()[0] == [first, "b.png"]
 
 
 @pytest.mark.parametrize("text", ["a.png,1,0\n", "b.png\n", "path,age\na.png,3\nb.png,4\nb.png,4\n", 'a.png,"x,dog"\n'])
@@ -143,6 +151,9 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
         (CLASSES, "a.png,\n", "the line 'a.png,' is not a path and a label"),
         (CLASSES, "a.png\nb.png\n", "its images have no labels; write `path,label` lines"),
         (CLASSES, "a.png,cat\ngone.png,dog\nx/gone.png,dog\n", "2 of its files are not in .*: gone.png, x/gone.png"),
+        (PAIRS, "a.png,gone.png\n", "1 of its files are not in .*: gone.png; write `image,mask` lines"),
+        (PAIRS, "a.png\n", "its images have no masks; write `image,mask` lines"),
+        (PAIRS, "a.png,b.png,7\n", "the line 'a.png,b.png,7' is not a path and a mask, one for each image$"),
         (LABELS, "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put labels"),
         (LABELS, "a.png\n", "the line 'a.png' is not"),
         (LABELS, "path,x\na.png,Mass|Edema\nb.png,Edema\n", "'a.png,Mass.Edema' is not `path,\"a,b\"`; put"),
@@ -166,7 +177,7 @@ def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
 def test_lists_that_cannot_be_used(tmp_path, listed, task, content, problem):
     with pytest.raises(InputError, match=rf"list\.csv: .*{problem}"):
         found = listed(content.replace("{folder}", tmp_path.name))
-        found.labels() if task == CLASSES else found.targets(task)
+        {CLASSES: found.labels, PAIRS: found.pairs}.get(task, lambda: found.targets(task))()
 
 
 @pytest.mark.parametrize(

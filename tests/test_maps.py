@@ -160,17 +160,24 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("given", "output", "named"),
+    ("command", "given", "output", "named"),
     [
-        ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
-        ("val", "map.tif", "one map, and there are 12 images"),
-        ("val/images/0.png --window 16", "maps", "drop --window"),
-        ("val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
+        ("predict", "val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
+        ("predict", "val", "map.tif", "one map, and there are 12 images"),
+        ("predict", "val/images/0.png --window 16", "maps", "drop --window"),
+        ("predict", "val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
+        ("embed", "val", "a.npy", "embed is not for an adapter with a class for every pixel"),
     ],
 )
-def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, given, output, named):
+def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, command, given, output, named):
     with pytest.raises(InputError, match=named):
-        deploy("predict", of_pairs, *f"{pairs}/{given}".split(), "--output", tmp_path / output)
+        deploy(command, of_pairs, *f"{pairs}/{given}".split(), "--output", tmp_path / output)
+
+
+def test_an_adapter_for_every_pixel_is_none_of_peft(of_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy_lora.peft_format, "import_peft", lambda: None)
+    with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):
+        deploy("convert", of_pairs, "--to", "peft", "--output", tmp_path / "peft")
 
 
 def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_images):
@@ -193,24 +200,29 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
         deploy(*predict, tmp_path / "answers", "--window", 24)
 
 
+HEIGHT = Regression(["height"], torch.tensor([[-1.0], [1.0]]))
+
+
+def written(maps: Maps, levels: np.ndarray, path: Path) -> Path:
+    """The map of a scene of these levels (H, W)."""
+    np.save(path.with_name("scene.npy"), levels[..., None])
+    with open_scene(path.with_name("scene.npy"), Bands(1)) as scene:
+        return maps.write(scene, path, lambda parts, total: parts)
+
+
 def test_windows_over_the_border_are_filled_with_the_last_pixels(tmp_path):
     """The mean of each 4 x 4 window of a scene of 5 x 6 pixels."""
     levels = np.random.default_rng(0).random((5, 6)).astype(np.float32)
-    task = Regression(["height"], torch.tensor([[-1.0], [1.0]]))
-    maps = Maps(task, lambda windows: windows.mean((2, 3)), lambda rows: torch.from_numpy(rows).permute(2, 0, 1), 4)
-    np.save(tmp_path / "scene.npy", levels[..., None])
-    with open_scene(tmp_path / "scene.npy", Bands(1)) as scene:
-        path = maps.write(scene, tmp_path / "map", lambda parts, total: parts)
-    filled = np.pad(levels, ((0, 3), (0, 2)), "edge")
-    expected = filled.reshape(2, 4, 2, 4).mean((1, 3))
-    np.testing.assert_allclose(np.load(path), expected, rtol=1e-5)
+    maps = Maps(HEIGHT, lambda windows: windows.mean((2, 3)), lambda rows: torch.from_numpy(rows).permute(2, 0, 1), 4)
+    expected = np.pad(levels, ((0, 3), (0, 2)), "edge").reshape(2, 4, 2, 4).mean((1, 3))
+    np.testing.assert_allclose(np.load(written(maps, levels, tmp_path / "map")), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("task", "asked", "named"),
     [
-        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"probabilities": True}, "numbers have none"),
-        (Regression(["height"], torch.tensor([[1.0], [2.0]])), {"abstain": 0.6}, "--abstain is for maps of classes"),
+        (HEIGHT, {"probabilities": True}, "numbers have none"),
+        (HEIGHT, {"abstain": 0.6}, "--abstain is for maps of classes"),
         (Classification(["sea", "land"]), {"probabilities": True, "abstain": 0.6}, "drop it, or --probabilities"),
     ],
 )
@@ -226,10 +238,7 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
     task = Regression(["time"], mean=torch.tensor([mean], dtype=torch.float64), std=torch.tensor([30.0]).double())
     outputs = torch.tensor([[1.71420], [-0.25]])
     maps = Maps(task, lambda windows: outputs, lambda image: torch.zeros(3, 8, 8), window=8)
-    place = tmp_path / f"map{suffix if suffix == '.tif' else ''}"
-    np.save(tmp_path / "scene.npy", np.zeros((8, 16, 1)))
-    with open_scene(tmp_path / "scene.npy", Bands(1)) as scene:
-        path = maps.write(scene, place, lambda parts, total: parts)
+    path = written(maps, np.zeros((8, 16)), tmp_path / f"map{suffix.removesuffix('.npy')}")
     found = np.load(path) if suffix == ".npy" else tifffile.imread(path)
     assert path.suffix == suffix and found.dtype == dtype
     shown = [f"{number:.3f}" for number in found.ravel()]
@@ -357,18 +366,6 @@ def test_an_exported_resnet_takes_numbers_of_files_of_any_size(of_tiffs, tmp_pat
         torch.testing.assert_close(graph(numbers), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_what_has_no_meaning_for_pixels_is_refused(of_pairs, pairs, tmp_path, of_tiffs, monkeypatch):
-    with pytest.raises(InputError, match="embed is not for an adapter with a class for every pixel"):
-        deploy("embed", of_pairs, pairs / "val", "--output", tmp_path / "a.npy")
-    for name in ("a.tif", "a.tiff"):
-        write_tiff(tmp_path / name, 64, 64)
-    with pytest.raises(InputError, match=r"several images would be written to .*/a; name them apart"):
-        deploy("predict", of_tiffs, tmp_path / "a.tif", tmp_path / "a.tiff", "--output", tmp_path / "maps")
-    monkeypatch.setattr(deploy_lora.peft_format, "import_peft", lambda: None)
-    with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):
-        deploy("convert", of_pairs, "--to", "peft", "--output", tmp_path / "peft")
-
-
 # ------------------------------ scenes in rows are what whole images are, and maps have the georeference of their scene
 
 
@@ -455,10 +452,9 @@ def test_three_bands_of_16_bits_that_are_no_photograph_need_a_scale(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", levels(bands=3), photometric="minisblack", planarconfig="contig")
     with pytest.raises(InputError, match=r"a\.tif: .*training reads bands of more than 8 bits with --scale, as 65535"):
         in_rows(tmp_path / "a.tif", None)
+    with pytest.raises(InputError, match=r"a\.tif: .*has 3 bands, and the network takes 4"):
+        in_rows(tmp_path / "a.tif", Bands(4))
     assert np.array_equal(in_rows(tmp_path / "a.tif", Bands(3, scale=65535)), levels(bands=3))
-    wrong = pytest.raises(InputError, match=r"a\.tif: .*has 3 bands, and the network takes 4")
-    with wrong, open_scene(tmp_path / "a.tif", Bands(4)):
-        pass
 
 
 def test_a_compression_that_pillow_alone_knows(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
-from toolkit import InputError, listed, optional_package, printable
+from toolkit import InputError, listed, optional_package
 from toolkit.images import dicom, remote
 from toolkit.images.scaling import Scaling
 from toolkit.models.backbones import normalization
@@ -52,20 +52,12 @@ class Bands:
     scale: float = 1.0  # by which all values are divided
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
-        """An image as (H, W, channels): a file's chosen bands, or an array with as many. Else raises InputError."""
-        name = ""
-        try:
-            if isinstance(image, str | os.PathLike):
-                name = image
-                return self.picked(decoded(remote.read(image)))
-            if isinstance(image, Image.Image):
-                name = getattr(image, "filename", "")
-                image = _pixels(image)
-            return self._checked(floats(np.asarray(image)))
-        except InputError:
-            raise
-        except (ValueError, OSError) as error:
-            raise InputError(f"{name or 'an image'}: {printable(error)}") from None
+        """An image as (H, W, channels): a file's chosen bands, or an array with as many. Raises as `decoded`."""
+        if isinstance(image, str | os.PathLike):
+            return self.picked(decoded(remote.read(image)))
+        if isinstance(image, Image.Image):
+            image = _pixels(image)
+        return self._checked(floats(np.asarray(image)))
 
     def picked(self, array: np.ndarray) -> np.ndarray:
         """The chosen ones of an image's bands, (H, W, bands)."""

@@ -1,6 +1,7 @@
 """From a PIL image to a tensor: decoding, the crops and augmentations of both stages, and evaluation's transform."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Transparency of TIFF and JPEG 2000 is left out: GDAL calls a band of near-infrared so. Raises InputError for a file
     that cannot be decoded, or whose numbers do not say what is white.
     """
-    name = getattr(image, "filename", "") or "an image"
+    name = _name_of(image)
     has_bands = image.format in ("TIFF", "JPEG2000")
     with named_faults(name):
         image.load()
@@ -50,9 +51,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _name_of(image: Image.Image | np.ndarray | str | os.PathLike) -> str:
+    """What messages call an image."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    return getattr(image, "filename", "") or "an image"
+
+
 def orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
-    with named_faults(getattr(image, "filename", "") or "an image"):
+    with named_faults(_name_of(image)):
         found = image.getexif().get(ExifTags.Base.Orientation)
     return found if found in range(1, 9) else 1
 
@@ -86,7 +94,8 @@ class TwoCrops:
 def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     """Several views of an image, which is decoded once."""
     if views[0].bands is not None:
-        image = views[0].bands.array(image)
+        with named_faults(_name_of(image)):
+            image = views[0].bands.array(image)
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
         return [view.steps(_resized(image, *view.place(width, height)[:2])) for view in views]
