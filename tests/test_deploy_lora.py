@@ -61,7 +61,6 @@ def test_info_tells_what_is_in_the_file(adapter, capsys):
         "  encoder.layers.encoder_layer_1.mlp.0: LoRALinear, r=2, scaling=8",
         "  encoder.layers.encoder_layer_1.mlp.3: LoRALinear, r=2, scaling=8",
     ]
-    assert sum(tensor.numel() for tensor in content["tensors"].values()) == 4419
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -134,7 +134,7 @@ def files_written(args: argparse.Namespace) -> list[Path]:
     if args.command == "evaluate" and output is None:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
     if args.command == "convert" and args.rank is None:
-        return [output / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        return [output / "adapter_config.json", output / "adapter_model.safetensors"]
     if output is None or (args.command in ANSWERING and not output.suffix):
         return []
     return [output, *(output.with_name(output.stem + ending) for ending in ALSO.get(args.command, ()))]
@@ -142,7 +142,7 @@ def files_written(args: argparse.Namespace) -> list[Path]:
 
 def not_its_own(args: argparse.Namespace) -> Path | None:
     """A file that a command would replace, though no earlier call of it wrote it: none of its files says so."""
-    there = [path for path in files_written(args) if os.path.lexists(path)]
+    there = list(filter(os.path.lexists, files_written(args)))
     if not there or args.command not in WROTE:
         return None
     pattern = WROTE[args.command]

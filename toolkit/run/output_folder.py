@@ -36,7 +36,7 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     if is_remote(folder):
         yield f"--output-dir {folder}: results are written on this machine; name a folder"
         return
-    places = [folder / name for name in written]
+    places = list(map(folder.joinpath, written))
     read = [("--data-list", path) for path in args.data_list or ()]
     for option in ("checkpoint", "stage1_adapter", "unlabelled"):
         read.append((f"--{option.replace('_', '-')}", getattr(args, option, None)))
@@ -54,7 +54,7 @@ def _places_of_images(args: Any) -> Iterator[Path]:
     others = (getattr(args, name, None) for name in ("knn_dir", "unlabelled"))
     for root in (*others, args.data_dir if reads_folder else None):
         if root is not None:
-            parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
+            parts = list(map(root.joinpath, ("train", *EVALUATION_NAMES, "test")))
             yield from parts if os.path.isdir(parts[0]) else [root]
     if args.val_dir is not None:
         yield args.val_dir
@@ -146,7 +146,7 @@ def _move_aside(folder: Path, names: list[str]) -> None:
     if folder.name in ("", "..") or folder.is_symlink():
         place = folder.resolve()  # on the same disk
     numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
-    aside = next(path for path in numbered if not os.path.lexists(path))
+    aside = next(itertools.filterfalse(os.path.lexists, numbered))
     moving = folder / MOVING  # gets its name at the end: if this is killed, the next run adds the rest
     moving.mkdir(exist_ok=True)
     for name in sorted(names, key=lambda name: name != "last.pth"):
