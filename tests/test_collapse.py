@@ -201,7 +201,7 @@ def test_a_share_that_was_typed_is_no_verdict_on_training():
     [("--batch-size 5", 128), ("--batch-size 5 --image-size 128", 32), ("--batch-size 200", 200)],
 )
 def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them(start, options, at_once):
-    run = start(options)
+    run = start(f"{options} --workers 1")
     trained_at_once = run.args.batch_size
     for norms_train in (False, True):
         run.loaders.open(norms_train)
@@ -209,6 +209,8 @@ def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them
         assert run.loaders.train.batch_sampler.batch_size == trained_at_once
         for loader in (run.loaders.val.loader, run.loaders.watched.loader, run.loaders.augmented.loader):
             assert loader.batch_sampler.batch_size == expected
+    loaders = run.loaders.train, run.loaders.val.loader, run.loaders.watched.loader, run.loaders.augmented.loader
+    assert [loader.persistent_workers for loader in loaders] == [True, True, False, False]  # of a single pass
 
 
 @pytest.mark.parametrize(

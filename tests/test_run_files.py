@@ -181,8 +181,10 @@ def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_
     assert not {"accuracy", "accuracy_interval"} & finished_once.keys()  # of the evaluation images: val_...
     content = read_adapter_file(finished_once["folder"] / "lora.pth")
     assert content["metadata"]["temperature"] == finished_once["temperature"]
-    start = read_checkpoint(finished_once["folder"] / "last.pth")["wise_ft"]["start"]["heads.head.weight"]
-    assert start.norm() < content["tensors"]["heads.head.weight"].norm()
+    state = read_checkpoint(finished_once["folder"] / "last.pth")
+    head = "heads.head.weight"
+    kept = state["wise_ft"]["start"][head].lerp(state["model"][head], state["wise_ft"]["share"])
+    torch.testing.assert_close(content["tensors"][head] * finished_once["temperature"], kept)
 
 
 def test_results_and_a_short_summary_say_what_came_out(finished):

@@ -9,7 +9,7 @@ import torch
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
-from tests.run_folders import tensors
+from tests.run_folders import tensors, train_on
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 
@@ -122,13 +122,9 @@ def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(norms, device,
     assert finetune_lora.settled_norms(args, torch.device(device)) == settled
 
 
-def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):
-    def build(*args, **more):
-        model, report = build_model(*args, **more)
-        model.spare = finetune_lora.LoRALinear(4, 4)
-        return model, report
-
-    build_model = finetune_lora.build_model
-    monkeypatch.setattr(finetune_lora, "build_model", build)
-    finetune("--epochs 1 --labels-per-class 2 --lora-rank 2")
+def test_adapters_that_do_nothing_are_named_once(start, capsys):
+    run = start("--epochs 2 --labels-per-class 2 --batch-size 4 --learning-rate 1e-4")
+    run.model.spare = finetune_lora.LoRALinear(4, 4)
+    run.start()
+    train_on(run)
     assert capsys.readouterr().out.count("no gradient reaches the adapters of spare: leave them out") == 1

@@ -77,8 +77,8 @@ class Loaders:
                 yield evaluation.computed(lower, batch, self.device, dtype)
 
         def cached(images: LabelledImages, views: int) -> LabelledImages:
-            plain = self.add_loader(images, self.plain_view, keep_workers=False)
-            augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
+            plain = self.add_loader(images, self.plain_view)
+            augmented = self.add_loader(images, self.augmentation, seed=self.args.seed)
             loaders = [plain, *[augmented] * views]  # each pass draws new views
             return cache_features(images, list(map(features, loaders)), plain.batch_sampler.batch_size)
 
@@ -92,10 +92,10 @@ class Loaders:
         """Make the loaders. With `teaches` images without labels train: each batch has as many as of others."""
         if norms_train:  # each process needs some images of a batch
             self.answered_at_once = self.args.batch_size
-        self.val = self.add_loader(self.images.val, self.eval_transform)
+        self.val = self.add_loader(self.images.val, self.eval_transform, keep_workers=True)
         if not self.has_masks:  # which come with images of any size
             self.val = Remembered(self.val)
-        loading = {"shuffle": True, "seed": self.args.seed}
+        loading = {"shuffle": True, "seed": self.args.seed, "batch_size": self.args.batch_size, "keep_workers": True}
         self.unlabelled: DataLoader | None = None
         if teaches:
             of_step = self.args.batch_size * self.args.accumulation_steps
@@ -123,7 +123,7 @@ class Loaders:
         if views > 1:  # other views than the guard's: training would seem to harm a head that was fitted to these
             seed += 1
         repeated = some.subset([*range(len(some))] * views)
-        self.augmented = Remembered(self.add_loader(repeated, self.augmentation, seed=seed, keep_workers=False))
+        self.augmented = Remembered(self.add_loader(repeated, self.augmentation, seed=seed))
 
     def unlabelled_views(self, places: Tensor) -> Remembered:
         """A loader of the images without labels at these places, as they are."""
@@ -139,8 +139,9 @@ class Loaders:
         return images.subset(range(whole)) if self.has_small_rest(images, batch_size) else images
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
-        batch_size = self.args.batch_size if "shuffle" in loading else self.answered_at_once
-        loading = {"batch_size": batch_size, "workers": self.args.workers, "device": self.device} | loading
+        """A loader that answers in large batches and is read once, unless `loading` says otherwise."""
+        loading = {"batch_size": self.answered_at_once, "keep_workers": False} | loading
+        loading |= {"workers": self.args.workers, "device": self.device}
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
             if transform is self.eval_transform and images.source.largest > self.image_size**2:
@@ -149,7 +150,7 @@ class Loaders:
 
     def add_same_views(self, images: LabelledImages, transform: Callable) -> Remembered:
         """A loader with the same views in each pass."""
-        return Remembered(self.add_loader(images, transform, seed=self.args.seed, keep_workers=False))
+        return Remembered(self.add_loader(images, transform, seed=self.args.seed))
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """The optimizer steps of an epoch (1 is the first), from `start` on; the last may have fewer batches."""
@@ -192,15 +193,15 @@ class Loaders:
     def features(self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True) -> Features:
         """Features of `probe_images`, and of what else there is; of evaluation images only if there is to evaluate."""
         train = self.probe_images
-        loaders = {"training_images": self.add_loader(train, self.plain_view, keep_workers=False)}
+        loaders = {"training_images": self.add_loader(train, self.plain_view)}
         if to_evaluate and not self.has_masks:  # with masks scores are of whole images
             loaders["evaluation_images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented_views"] = self.augmented
             if self.has_masks or len(train) > CALIBRATION_IMAGES:
-                loaders["augmented_views"] = self.add_loader(train, self.augmentation, keep_workers=False)
+                loaders["augmented_views"] = self.add_loader(train, self.augmentation)
         if (without := self.images.unlabelled) is not None:
-            loaders["images_without_labels"] = self.add_loader(without, self.plain_view, keep_workers=False)
+            loaders["images_without_labels"] = self.add_loader(without, self.plain_view)
         found = {}
         for what, loader in loaders.items():
             bar = runs.progress_bar(loader, f"features: {what.replace('_', ' ')}")
