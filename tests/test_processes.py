@@ -32,6 +32,7 @@ from toolkit.files import read_checkpoint
 from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
 from toolkit.run import guard, optim, output_folder, run_state, training
+from toolkit.run.teacher import as_sure
 
 CPU = torch.device("cpu")
 
@@ -393,6 +394,20 @@ def taught(rank: int) -> list[float]:
     return [teacher.certainty.item(), *teacher.shares.tolist()]
 
 
+def scaled(rank: int, share: slice | None = None) -> list[float]:
+    """Logits that a teacher scales, of two images in the first process and of one in the other."""
+    generator = torch.Generator().manual_seed(0)
+    logits, first = torch.randn(2, 3, 4, generator=generator)
+    own = slice(rank, None, 2) if share is None else share
+    return as_sure(logits[own], first[own]).flatten().tolist()
+
+
+def test_a_teacher_is_as_sure_as_the_start_over_the_images_of_both(found):
+    images = torch.tensor(scaled(0, slice(None))).view(3, 4)
+    assert found[0]["scaled"] == pytest.approx(images[::2].flatten().tolist())
+    assert found[1]["scaled"] == pytest.approx(images[1].tolist())
+
+
 TAUGHT = [0.95 * 0.8 + 0.05 * 2.1 / 3, 0.95 * 0.5 + 0.05 * 1.4 / 3, 0.95 * 0.25 + 0.05 * 1.6 / 3, 0.95 * 0.25]
 
 
@@ -509,7 +524,7 @@ def normalised(rank: int) -> dict:
     return found
 
 
-TOGETHER = (exchanged, shuffled_keys, contrasted, taught, read, worst, drawn, precision, cached, normalised)
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, scaled, read, worst, drawn, precision, cached, normalised)
 
 
 def test_two_processes_normalise_as_one(found):

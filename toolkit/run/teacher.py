@@ -25,7 +25,7 @@ WATCHED = 120  # images that were answered most surely at the start
 MENDED = 0.25  # the most of their answers that training may change, beside those expected to be wrong
 KEPT = 0.95  # of the averages, in each step
 LEAST_PROBABILITY = 1e-4  # of a class in the answers at the start, which are a prior and no proof
-LEAST_SPREAD = 1e-6  # of logits, by which they are divided
+LEAST_SPREAD = 1e-12  # by which logits are divided: those of a dead network do not vary
 
 
 def above_chance(certainty: Tensor, classes: int) -> Tensor:
@@ -33,9 +33,13 @@ def above_chance(certainty: Tensor, classes: int) -> Tensor:
     return (certainty - 1 / classes) / (1 - 1 / classes)
 
 
-def spread(logits: Tensor) -> Tensor:
-    """How far the logits of an image, (N, K), are from their mean: the root mean square over all of them."""
-    return logits.var(1, correction=0).mean().sqrt()
+def as_sure(logits: Tensor, first: Tensor) -> Tensor:
+    """Scale logits, (N, K), until those of an image vary as `first` does, in the mean over images and processes."""
+    spread = torch.stack([first.var(1).sum(), logits.var(1).sum()])
+    if distributed.world_size() > 1:
+        dist.all_reduce(spread)
+    wanted, present = spread
+    return logits * (wanted / present.clamp_min(LEAST_SPREAD)).sqrt()
 
 
 def trains(splits: Splits) -> bool:
@@ -90,8 +94,7 @@ class Teacher:
         far as its answer is from chance.
         """
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
-        now = logits * (spread(first) / spread(logits).clamp_min(LEAST_SPREAD))
-        answers = ((now + first) / 2).softmax(1)
+        answers = ((as_sure(logits, first) + first) / 2).softmax(1)
         certainty, classes = answers.max(1)
         self.seen += torch.cat([answers.sum(0), certainty.sum()[None], certainty.new_tensor([len(answers)])])
         is_sure = certainty >= self.thresholds()[classes]
