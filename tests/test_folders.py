@@ -138,9 +138,10 @@ def test_what_is_damaged_is_named(tmp_path):
     with pytest.raises(InputError, match=r"shard-000\.tar: not a tar archive that can be read \(it is damaged"):
         sources.load_unlabelled(tmp_path)
     folder = tmp_path / "images"
-    write_shard(folder / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
+    cut = jpeg(9)[:-4]  # which is found out when it is decoded
+    write_shard(folder / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": cut, "3.jpg": jpeg(7)})
     images = sources.load_unlabelled(folder)
-    for i in (0, 1):
+    for i in (0, 1, 2):
         with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
             images[i]
     assert len(sources.readable(images)) == len(sources.load_unlabelled(folder, skip_unreadable=True)) == 1
