@@ -15,6 +15,7 @@ from lora_utils import LoRAManager
 from tests.conftest import CLASSES
 from tests.image_files import bytes_of, tar_of
 from toolkit import InputError
+from toolkit.answers import heat_maps
 from toolkit.answers.heat_maps import Explainer, grad_cam
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseModel
@@ -96,6 +97,11 @@ def test_of_masks_the_pixels_count_that_the_class_answers_or_all(answered):
     side = 16 // model.backbone.patch_size
     maps = F.relu(given[0][0, 1:].detach() @ gradient[0, 1:].mean(0)).reshape(1, side, side)
     torch.testing.assert_close(grad_cam(model, images, of=1)[0], enlarged(maps, 16), rtol=1e-3, atol=1e-3)
+
+
+def test_maps_with_their_channels_at_the_end_are_maps_as_well():
+    maps = torch.randn(2, 5, 4, 4)
+    assert torch.equal(heat_maps._in_places(maps.movedim(1, 3)), maps)
 
 
 def test_a_model_without_blocks_is_one_line():

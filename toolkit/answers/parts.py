@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import Report
+from toolkit.answers.answer_reports import Report, cell
 from toolkit.choices import KEEP_BEST, TRUTHS
 from toolkit.images.bands import are_numbers
 from toolkit.images.data import LabelledImages
@@ -202,7 +202,7 @@ class Task:
 
     @classmethod
     def reported(cls, score: float) -> str:
-        return "not defined" if score != score else f"{score:{cls.score_format}}"  # NaN is not itself
+        return cell(score, cls.score_format) or "not defined"
 
 
 class SoftmaxObjective(Task):
