@@ -305,7 +305,7 @@ assert_alike = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-
 
 
 def test_an_adapter_that_is_replaced_takes_its_statistics_along(x, tmp_path):
-    """By another, or by one of fewer layers."""
+    """By another, by one of fewer layers, or by a file that has none."""
     model = adapted_resnet()
     wanted = answers(model, x)
     head = copy.deepcopy(model.fc.state_dict())
@@ -320,9 +320,6 @@ def test_an_adapter_that_is_replaced_takes_its_statistics_along(x, tmp_path):
     assert_alike(answers(model, x), wanted)
     LoRAManager(model).save_lora_checkpoint(tmp_path / "fewer.pth")
     assert statistics(read_adapter_file(tmp_path / "fewer.pth")["tensors"]) == set()
-
-
-def test_a_file_without_statistics_leaves_the_base_s(x, tmp_path):
     other = randomize_adapters(adapted_resnet(), std=0.1)
     LoRAManager(other).save_lora_checkpoint(tmp_path / "other.pth")
     model = trained(adapted_resnet(), x)

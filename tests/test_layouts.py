@@ -76,10 +76,8 @@ def moco(tensors):
 
 def moco_v3(tensors, head="fc", arch="resnet18"):
     """Its third version; in a ViT the projector is called head."""
-    parts = twice("base_encoder.", "momentum_encoder.", tensors | mlp(head))
-    state = under(
-        "module.", parts | {"predictor.0.weight": torch.randn(8, 8), "predictor.1.running_mean": torch.ones(8)}
-    )
+    parts = twice("base_encoder.", "momentum_encoder.", tensors | mlp(head)) | mlp("predictor")
+    state = under("module.", parts)
     return {"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {}, "scaler": {"scale": 65536.0}}
 
 
@@ -89,7 +87,7 @@ def linear_probe(tensors, arch="resnet18"):
 
 
 def own(r):
-    parts = twice("encoder_q.", "encoder_k.", r | mlp("fc")) | {"predictor.0.weight": torch.randn(8, 8)}
+    parts = twice("encoder_q.", "encoder_k.", r | mlp("fc")) | mlp("predictor")
     return {"model": parts, "epoch": 100, "arch": "resnet18", "config": {"image_size": 32}}
 
 
@@ -246,6 +244,9 @@ def test_a_vit_comes_out_bit_for_bit_with_its_heads_and_guesses_are_told(case, v
         assert all("--heads" in str(warning.message) and "\n" not in str(warning.message) for warning in told)
 
 
+STEM = (3, 48, 96, 192, 384)  # the channels of MoCo v3's convolutional stem
+
+
 def conv_stem():
     shapes = {}
     for layer, (narrow, wide) in enumerate(itertools.pairwise(STEM)):
@@ -253,9 +254,6 @@ def conv_stem():
         for key in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"patch_embed.proj.{3 * layer + 1}.{key}"] = (wide,)
     return shapes | {"patch_embed.proj.12.weight": (384, 384, 1, 1), "patch_embed.proj.12.bias": (384,)}
-
-
-STEM = (3, 48, 96, 192, 384)  # the channels of MoCo v3's convolutional stem
 
 
 @pytest.fixture(scope="module")
@@ -370,33 +368,25 @@ def test_heads_that_are_none_or_damaged_in_a_file(base, tmp_path):
         assert load_finetuned(tmp_path / "lora.pth")[0].encoder.layers[0].num_heads == 3
 
 
-@pytest.fixture(scope="module")
-def densenet():
-    return torchvision.models.densenet121(num_classes=128).eval()
-
-
-def moco_cxr(densenet, **told):
-    return {"epoch": 20, **told, "state_dict": under("module.encoder_q.", densenet.state_dict()) | queue("module.")}
-
-
-def test_moco_cxrs_densenet_needs_no_arch(densenet, saved):
+def test_moco_cxrs_densenet_needs_no_arch_and_without_timm_or_a_name_says_what_to_do(saved, monkeypatch):
+    """Where timm is, tests/test_timm.py has what the message names."""
     pytest.importorskip("timm")
-    model, report = load_backbone(saved(moco_cxr(densenet, arch="densenet121")), num_classes=128)
+    densenet = torchvision.models.densenet121(num_classes=128).eval()
+    content = {"epoch": 20, "state_dict": under("module.encoder_q.", densenet.state_dict()) | queue("module.")}
+    unnamed = saved(content, "unnamed.pth")
+    named = saved({**content, "arch": "densenet121"})
+    model, report = load_backbone(named, num_classes=128)
     assert (report["family"], report["arch"]) == ("moco_v1", "timm:densenet121")
     model.classifier = densenet.classifier
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), densenet(x), rtol=1e-4, atol=1e-5)
     assert_same(densenet.state_dict(), model.state_dict())
-
-
-def test_moco_cxrs_densenet_without_timm_or_a_name_says_what_to_do(densenet, saved, monkeypatch):
-    """Where timm is, tests/test_timm.py has what the message names."""
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match=r"none of its 725 tensors .*--arch timm:NAME"):
-        load_backbone(saved(moco_cxr(densenet)), num_classes=2)
+        load_backbone(unnamed, num_classes=2)
     with pytest.raises(InputError, match=r"densenet121 needs timm.*pip install timm"):
-        load_backbone(saved(moco_cxr(densenet, arch="densenet121")), num_classes=2)
+        load_backbone(named, num_classes=2)
 
 
 @contextlib.contextmanager
