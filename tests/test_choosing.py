@@ -22,9 +22,9 @@ from toolkit.images.sources import load_splits
 
 def blob(axis: int, *spread: float) -> torch.Tensor:
     """Features of an image for each number, which says how far it is from the middle of its kind."""
-    features = torch.full((len(spread), 8), 50.0)  # far from 0 as well
-    features[:, axis] += 10
-    features[:, axis + 4] += torch.tensor(spread)
+    features = torch.zeros(len(spread), 8)
+    features[:, axis] = 10
+    features[:, axis + 4] = torch.tensor(spread)
     return features
 
 
