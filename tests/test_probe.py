@@ -204,6 +204,9 @@ def test_the_temperature_grows_with_the_rate_if_features_train_and_at_a_low_one_
     frozen = probe.choose_temperature(model, features, smoothed, False, towards)
     assert frozen.per_rate == 0
     assert frozen.least == min(probe.TEMPERATURES, key=lambda t: smoothed(logits / t + towards)) > 1
+    asked = []
+    probe.choose_temperature(model, features, lambda shown: asked.append(shown) or shown.sum(), True, towards)
+    torch.testing.assert_close(asked[-1], logits / 16 + towards)
 
 
 def several_labels(images: int = 120, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
