@@ -217,9 +217,12 @@ class SoftmaxObjective(Task):
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(device)
 
-    def loss(self, outputs: Tensor, targets: Tensor, counts: Tensor | float = 1.0) -> Tensor:
-        """Summed over images, of which each counts as much as `counts` (N,) says."""
-        return (counts * self.losses(outputs, targets, self.class_weights, self.label_smoothing)).sum()
+    def loss(self, outputs: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Summed over images, of which each counts as much as `counts` (N,) says. None: all alike."""
+        losses = self.losses(outputs, targets, self.class_weights, self.label_smoothing)
+        if counts is not None:  # else a GPU would start two more kernels in each step
+            losses = losses * counts
+        return losses.sum()
 
     def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.losses(outputs, targets).sum()
