@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 from toolkit.answers import probe, tasks
@@ -351,3 +353,18 @@ def test_the_probe_of_numbers_is_chosen_over_groups():
     head = tasks.Regression(["age"], numbers)
     by_group = head.start(Net(40, 1), features, numbers, 1, patients).strength
     assert by_group > 10 * head.start(Net(40, 1), features, numbers, 1).strength
+
+
+def test_scipy_has_one_thread_while_pytorch_has_its_own(monkeypatch):
+    """Else the threads of both wait for each other, and a fit takes eight times as long."""
+    threads = []
+    minimize = scipy.optimize.minimize
+
+    def noted(*given, **options):
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return minimize(*given, **options)
+
+    monkeypatch.setattr(scipy.optimize, "minimize", noted)
+    with threadpool_limits(2, "blas"):
+        probe.fit_linear_probe(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2)
+    assert threads and set(threads) == {1}

@@ -266,6 +266,7 @@ def logistic(
 ) -> Tensor:
     """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss; 0 without an intercept."""
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
     shape = (Y.shape[1], X.shape[1] + 1)
     penalty = 1 / (strength * len(X))
@@ -282,7 +283,8 @@ def logistic(
         return value.item(), gradient.numpy().ravel()
 
     begin = np.zeros(shape) if start is None else start.numpy()
-    found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "gtol": 1e-4})
+    with threadpool_limits(1, "blas"):  # SciPy's threads and PyTorch's wait for each other: eight times as long
+        found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "gtol": 1e-4})
     return torch.from_numpy(found.x).view(shape)
 
 
