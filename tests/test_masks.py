@@ -311,6 +311,8 @@ def test_colours_are_apart_and_what_is_unknown_is_grey():
     assert np.array_equal(palette(9), many[:9])
     distances = np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)
     assert distances.min() > 0.07
+    in_8_bits = masks.coloured(torch.tensor([[156]], dtype=torch.uint8), many)  # -100 in 8 bits is 156
+    assert np.array_equal(in_8_bits[0, 0], many[156])
     picture = masks.coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
     assert picture.shape == (1, 3, 3) and np.array_equal(picture[0, 2], many[2])
     assert picture[0, 1].tolist() == [0.6] * 3

@@ -41,8 +41,10 @@ class NumberAnswers(ColumnAnswers):
 
     def by_number(self, name: str, weights: Tensor) -> Tensor:
         """One of MEASURES for each number, (n, K), by weights of the images (n, N)."""
-        measure = MEASURES[name]
-        return torch.stack([measure(values, truth, weights[:, images]) for values, truth, images in self.known()], 1)
+        found = []
+        for values, truth, images in self.known():
+            found.append(MEASURES[name](values, truth, weights[:, images]))
+        return torch.stack(found, 1)
 
 
 def number_text(number: float, spread: float, digits: int = 6) -> str:

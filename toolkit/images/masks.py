@@ -120,7 +120,8 @@ def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.nd
 def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
     """The class numbers (H, W) as a picture (H, W, 3) from 0 to 1; UNKNOWN is grey."""
     colours = np.concatenate([palette, np.full((1, 3), _GREY)])
-    return colours[classes.long().where(classes != UNKNOWN, -1).numpy()]
+    numbers = classes.long()  # 8 bits would take class 156 for UNKNOWN
+    return colours[numbers.where(numbers != UNKNOWN, -1).numpy()]
 
 
 # -------------------------------------------------------------------------------------------------------- reading masks

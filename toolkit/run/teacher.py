@@ -34,7 +34,7 @@ def above_chance(certainty: Tensor, classes: int) -> Tensor:
 
 
 def as_sure(logits: Tensor, first: Tensor) -> Tensor:
-    """Scale logits, (N, K), until those of an image vary as `first` does, in the mean over images and processes."""
+    """Scale logits (N, K) so that those of an image vary as much as in `first`: its mean over images and processes."""
     spread = torch.stack([first.var(1).sum(), logits.var(1).sum()])
     if distributed.world_size() > 1:
         dist.all_reduce(spread)
