@@ -127,7 +127,7 @@ class Deployed:
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Tensor:
         """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
-        return evaluation.computed(self.model, images, self.device, self.dtype).float()
+        return evaluation.answers(self.model, images, self.device, self.dtype)
 
     def loader(self, images: Transformed) -> DataLoader:
         loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}

@@ -379,11 +379,14 @@ def frozen_norm(activation: str | None, dtype: torch.dtype = torch.float64) -> t
     return stock, twin
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("norm_dtype", "dtype"), [("float64", "float64"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_a_frozen_batch_norm_is_the_stock_one(activation, layout, dtype):
-    stock, twin = frozen_norm(activation, dtype)
+def test_a_frozen_batch_norm_is_the_stock_one(activation, layout, norm_dtype, dtype):
+    stock, twin = frozen_norm(activation, getattr(torch, norm_dtype))
+    dtype = getattr(torch, dtype)
     x = (3 * torch.randn(2, 5, 4, 3, dtype=dtype)).to(memory_format=layout).requires_grad_()
     gy = torch.randn(2, 5, 4, 3, dtype=dtype)
     expected = stock(x)

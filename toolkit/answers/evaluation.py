@@ -1,6 +1,7 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ NO_LABEL = -100  # the label of an image that stands in for a missing one: cross
 NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
 QUERIES_AT_ONCE = 1_024
+PIXELS_AT_ONCE = 8 * 224**2  # of images on a CPU, whose cache holds what its layers then compute
 
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -36,6 +38,14 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
 def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:
     with autocast(device, dtype):
         return function(to_device(images, device))
+
+
+def answers(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The outputs (N, ...) of a model in eval mode, float32; on a CPU for a few images (N, C, H, W) at a time."""
+    at_once = len(images)
+    if device.type == "cpu":
+        at_once = max(1, PIXELS_AT_ONCE // math.prod(images.shape[2:]))
+    return torch.cat([computed(model, some, device, dtype).float() for some in images.split(at_once)])
 
 
 def no_labels(like: Tensor) -> Tensor:
@@ -91,7 +101,7 @@ def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype:
     targets = []
     with eval_mode(model):
         for images, its_targets in loader:
-            outputs.append(computed(model, images, device, dtype).float())
+            outputs.append(answers(model, images, device, dtype))
             targets.append(to_device(its_targets, device))
     return distributed.interleave(torch.cat(outputs)), distributed.interleave(torch.cat(targets))
 

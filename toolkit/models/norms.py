@@ -67,7 +67,7 @@ class _ConstantNorm(torch.autograd.Function):
         kept = None
         if clamps:
             kept = y.clamp_(0, 6)
-        ctx.save_for_backward(scale.view(-1, *[1] * (x.dim() - 2)), kept)
+        ctx.save_for_backward(scale, kept)
         return y
 
     @staticmethod
@@ -75,7 +75,11 @@ class _ConstantNorm(torch.autograd.Function):
         scale, y = ctx.saved_tensors
         if y is not None:
             gy = torch.ops.aten.hardtanh_backward(gy, y, 0.0, 6.0)
-        return (gy * scale).to(gy.dtype), None, None
+        if gy.dtype == scale.dtype:
+            gx = gy * scale.view(-1, *[1] * (gy.dim() - 2))
+        else:  # 16 bits times 32 in one pass: a product would first widen the gradient
+            gx = F.batch_norm(gy, torch.zeros_like(scale), torch.ones_like(scale), scale, eps=0.0)
+        return gx, None, None
 
 
 class Freezable(_Extended):

@@ -83,7 +83,7 @@ class Teacher:
         An image with a label of its own counts 1.
         """
         with self.in_place(), evaluation.eval_mode(self.model):
-            logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
+            logits = evaluation.answers(self.model, views, self.device, self.dtype)
         found, counts = self.sure_labels(logits, self.first_answers[places])
         return torch.cat([labels, found]), torch.cat([counts.new_ones(len(labels)), counts])
 
