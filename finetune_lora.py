@@ -651,9 +651,7 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def main(
-    argv: Sequence[str] | None = None, after_epoch: Callable[["FineTuning"], None] | None = None
-) -> dict[str, Any]:
+def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], None] | None = None) -> dict[str, Any]:
     """Fine-tune as the options say. Raises InputError for anything wrong with the options, the data or the files.
 
     `argv` is the command line, None: `sys.argv[1:]`. `after_epoch` is called with the run after each of its epochs, in
@@ -936,9 +934,7 @@ class FineTuning(RunState):
     returns. `teaches`: may images without labels train, where there are enough with?
     """
 
-    def __init__(
-        self, args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits, teaches: bool = True
-    ):
+    def __init__(self, args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits, teaches=True):
         super().__init__(args, plan.device, plan.dtype)
         self.model = model
         self.network = model  # what computes on what the loaders have: images, or features that are cached of them

@@ -4,7 +4,7 @@ import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,9 +129,7 @@ def is_plain_attention(layer: nn.MultiheadAttention) -> bool:
     return layer._parameters.get("in_proj_weight") is not None and layer.bias_k is None and not layer.add_zero_attn
 
 
-def choose_layers(
-    model: nn.Module, target_modules: str | Sequence[str] | None = None, adapt_last: int | None = None
-) -> dict[str, nn.Module]:
+def choose_layers(model: nn.Module, target_modules=None, adapt_last: int | None = None) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select, and what is refused."""
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
@@ -171,9 +169,7 @@ def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
     return isinstance(layer, nn.Linear | nn.MultiheadAttention) if dtype == torch.int8 else dtype in LOW_PRECISION
 
 
-def check_stored_bits(
-    model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
-) -> None:
+def check_stored_bits(model: nn.Module, chosen: Mapping, use_qlora: bool, base_dtype: torch.dtype | None) -> None:
     """Raise InputError if a layer cannot be stored in the bits asked for, or would have to change those that it has."""
     if use_qlora:
         for name, layer in chosen.items():

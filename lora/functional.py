@@ -338,10 +338,8 @@ class _LoRAConv2d(torch.autograd.Function):
         if scale is not None:
             gy = (gy * scale[:, None, None]).to(dtype)
 
-        need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
-        gA, gB, g_adapter_x = _conv_gradients(
-            gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, need_input
-        )
+        needed = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
+        gA, gB, g_adapter_x = _conv_gradients(gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, needed)
         gx = None
         if need_x:
             if ctx.side_path:
@@ -412,8 +410,9 @@ def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
             gA = backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=True).flatten(1)
             h = F.conv2d(adapter_x, kernel, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
         gB = _pointwise_gradient(h, gy).T
-    gx = backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=False) if need_input else None
-    return gA, gB, gx
+    if not need_input:
+        return gA, gB, None
+    return gA, gB, backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=False)
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:

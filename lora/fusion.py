@@ -58,9 +58,7 @@ def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) 
     return followed.normalize(conv, z)
 
 
-def conv_bn_relu(
-    conv: nn.Module, norm: nn.Module, relu: nn.Module, x: Tensor, input: Tensor | None = None, downsample=None
-) -> Tensor:
+def conv_bn_relu(conv: nn.Module, norm: nn.Module, relu: nn.Module, x: Tensor, input=None, downsample=None) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
         residual = input if downsample is None else downsample(input)

@@ -345,9 +345,7 @@ def check_batch_size(args: PretrainOptions, images: int) -> None:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
 
 
-def load_images(
-    args: PretrainOptions, read: bands.Bands | None
-) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
+def load_images(args: PretrainOptions, read: bands.Bands | None) -> tuple[data.LabelledImages, tuple]:
     """The training images, and of them, never of the held-out split, bank and queries; () if no image has a label."""
     is_own = args.dataset == "imagefolder"
     if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):

@@ -153,9 +153,7 @@ def is_safetensors(path: str | os.PathLike) -> bool:
     return Path(path).suffix == ".safetensors"
 
 
-def write_safetensors(
-    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
-) -> None:
+def write_safetensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict | None = None) -> None:
     """Write contiguous tensors, and their metadata, whole or not at all."""
     with open_atomically(path) as file:
         file.write(safetensors.torch.save(tensors, metadata=metadata))

@@ -206,14 +206,7 @@ class MultiLabel(Task):
     served: Mapping[str, str] = {"thresholds": "thresholds"}
     always_calibrates = True
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        targets: Tensor | None = None,
-        balanced: bool = False,
-        thresholds: Tensor | None = None,
-        goal: str = "f1",
-    ):
+    def __init__(self, names: Sequence[str], targets: Tensor | None = None, balanced=False, thresholds=None, goal="f1"):
         super().__init__(names)
         labels = len(names)
         if targets is None:

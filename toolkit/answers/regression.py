@@ -174,9 +174,7 @@ class Regression(Task):
     output_name = "numbers"
     served: Mapping[str, str] = {"mean": "output_mean", "std": "output_std"}
 
-    def __init__(
-        self, names: Sequence[str], targets: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
-    ):
+    def __init__(self, names: Sequence[str], targets: Tensor | None = None, mean=None, std=None):
         if targets is not None:
             columns = [column[~column.isnan()] for column in targets.double().T]
             for name, known in zip(names, columns, strict=True):

@@ -196,13 +196,7 @@ class Segmentation(SoftmaxObjective):
     output_name = "probabilities"
     always_calibrates = True
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        masks: MaskReader | None = None,
-    ):
+    def __init__(self, names: Sequence[str], class_weights=None, label_smoothing=0.0, masks: MaskReader | None = None):
         super().__init__(names, class_weights, label_smoothing)
         self.masks = masks or MaskReader(None)
 

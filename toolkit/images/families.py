@@ -25,15 +25,13 @@ class Family:
     source: str  # where the values are published
 
 
-_TORCHGEO = "torchgeo, models/resnet.py"
+_GEO = "torchgeo, models/resnet.py"
 FAMILIES = {
-    "ssl4eo-s12": Family(
-        (3, 13), 10000.0, (0.0,), (1.0,), r"sentinel2_(all|rgb)_moco|^B(13|3)_(rn|vit)\w+_moco", _TORCHGEO
-    ),
+    "ssl4eo-s12": Family((3, 13), 10000.0, (0.0,), (1.0,), r"sentinel2_(all|rgb)_moco|^B(13|3)_(rn|vit)\w+_moco", _GEO),
     "ssl4eo-s12-radar": Family(
-        (2,), 1.0, (-12.59, -20.26), (5.26, 5.91), r"sentinel1_(all|grd)_moco|^B2_(rn|vit)\w+_moco", _TORCHGEO
+        (2,), 1.0, (-12.59, -20.26), (5.26, 5.91), r"sentinel1_(all|grd)_moco|^B2_(rn|vit)\w+_moco", _GEO
     ),
-    "ssl4eo-l": Family((6, 7, 9, 11), 255.0, (0.0,), (1.0,), r"landsat_\w+_moco", _TORCHGEO),
+    "ssl4eo-l": Family((6, 7, 9, 11), 255.0, (0.0,), (1.0,), r"landsat_\w+_moco", _GEO),
     "cem500k": Family((1,), 255.0, (0.57287007,), (0.12740536,), r"cem500k", "cem-dataset, mocov2_config.yaml"),
     "moco-cxr": Family((3,), None, (0.502,), (0.085585,), "", "MoCo-CXR, by its aug_setting"),
     # Their 2% quantiles of bytes of B4, B3, B2, then ImageNet's mean and std. What is beyond the quantiles is not cut.

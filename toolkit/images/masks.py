@@ -236,9 +236,7 @@ def _decoded(path: str, in_colours: bool) -> np.ndarray:
 class PairFiles(folders.ImageFiles):
     """The files of images, and of the mask of each: `pairs` of paths relative to `folder` and to `mask_folder`."""
 
-    def __init__(
-        self, folder: Path, mask_folder: Path, pairs: Sequence[tuple[str, str]], bands: Bands | None, read: MaskReader
-    ):
+    def __init__(self, folder: Path, mask_folder: Path, pairs: Sequence[tuple[str, str]], bands, read: MaskReader):
         names, self.masks = zip(*pairs, strict=True)
         super().__init__(folder, names, bands)
         self.mask_folder = str(mask_folder)

@@ -117,9 +117,7 @@ def load_splits(
     return splits._replace(unlabelled=_unlabelled(Path(unlabelled), splits, bands, skip_unreadable))
 
 
-def _labelled_parts(
-    places: Sequence[Path | ImageList | None], bands: Bands | None, truth: str
-) -> tuple[list[LabelledImages], list[str]]:
+def _labelled_parts(places: Sequence, bands: Bands | None, truth: str) -> tuple[list[LabelledImages], list[str]]:
     """The images of lists or folders, None passed over, and the names of their classes: those of the first."""
     parts = []
     class_names: list[str] = []
@@ -321,9 +319,7 @@ def _lists(data_list: Sequence[str | Path], data_dir: str | Path | None, **colum
     return [ImageList(Path(path), folder, **columns) for path in data_list]
 
 
-def labelled(
-    place: Path | ImageList, bands: Bands | None, truth: str, known: Sequence[str] = (), other: Any = ""
-) -> Named:
+def labelled(place: Path | ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
     """The images of a place, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
 
     A place is a list, or a folder with class folders or with archives. `truth` is one of `choices.TRUTHS`, but no mask.

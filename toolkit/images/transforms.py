@@ -181,9 +181,7 @@ def eval_transform(
     return View(partial(whole_along, shorter_side(image_size)), T.CenterCrop(image_size), *tensor, bands=bands)
 
 
-def _tensor(
-    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, bands: Bands | None = None
-) -> list[Callable]:
+def _tensor(mean=IMAGENET_MEAN, std=IMAGENET_STD, bands: Bands | None = None) -> list[Callable]:
     return [T.ToTensor() if bands is None else bands.scaled, T.Normalize(mean, std, inplace=True)]
 
 
@@ -196,9 +194,7 @@ def shorter_side(image_size: int) -> int:
 CROP_MIN = 0.75
 
 
-def train_transform(
-    image_size: int, augmentation: str = "crop", crop_min: float = CROP_MIN, **normalization: Any
-) -> View:
+def train_transform(image_size: int, augmentation: str = "crop", crop_min=CROP_MIN, **normalization: Any) -> View:
     """Any PIL image -> (3, image_size, image_size), for fine-tuning; `mean`, `std`, `bands` as for `eval_transform`.
 
     `augmentation` is 'crop' (random resized crop, of at least `crop_min` of the area, and horizontal flip), 'trivial'

@@ -145,25 +145,23 @@ def constants_kept() -> Iterator[None]:
         _kept.reset(before)
 
 
-def constant_scale_and_shift(
-    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def constant_scale_and_shift(norm: _BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``g = gamma / sqrt(var + eps)`` and ``beta + (bias - mean) g`` for these statistics, (out,) each."""
-    given = [t for t in (norm.weight, norm.bias, mean, variance, bias) if t is not None]
+    given = [t for t in (norm.weight, norm.bias, mean, var, bias) if t is not None]
     kept = None if is_traced() else _kept.get()
     if kept is None or any(t.requires_grad or t.is_inference() for t in given):  # the latter change without a trace
-        return _scale_and_shift(norm, mean, variance, bias)
+        return _scale_and_shift(norm, mean, var, bias)
     # A weak reference reserves the storage's number, not its memory.
     now = [norm.eps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in given)]
     seen, constants = kept.get(norm, (None, None))
     if seen != now:
         with torch.inference_mode(False):  # training, too, is to take them
-            constants = _scale_and_shift(norm, mean, variance, bias)
+            constants = _scale_and_shift(norm, mean, var, bias)
         kept[norm] = now, constants
     return constants
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: _BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight

@@ -69,9 +69,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
     add(["evaluate"], "--output", "the numbers as .json; the page lies next to it", type=Path)
-    add(
-        ["demo"], "--write", "nothing starts: write what a Space of the Hugging Face Hub needs into a folder", type=Path
-    )
+    add(["demo"], "--write", "nothing starts: write what a Space of the Hugging Face Hub needs to a folder", type=Path)
     add(of_adapters - {"info", "evaluate", "demo"}, "--output", "the file or folder to write (required)", type=Path)
     add(of_adapters - {"info", "card"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other

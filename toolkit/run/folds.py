@@ -1,8 +1,7 @@
 """Cross-validation: a run for each part of the images, which trains on the others and is evaluated on this one."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from toolkit import InputError, distributed
 from toolkit.answers.comparison import table_of_runs
@@ -13,9 +12,7 @@ from toolkit.run.guard import Collapsed
 from toolkit.run.options import FineTuneOptions
 
 
-def cross_validate(
-    run: Callable, argv: Sequence[str] | None, after_epoch: Callable | None, args: FineTuneOptions
-) -> dict[str, Any]:
+def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Callable | None, args: FineTuneOptions) -> dict:
     """Run each part in turn, as `--folds 2/5`, in a folder of its own; print their mean, and return their results.
 
     `run` is `finetune_lora.main`. With `--resume` each part goes on; a finished one is only evaluated again.

@@ -60,9 +60,7 @@ class Guard:
     `after_step` and `after_epoch` answer, and change nothing. `may_shrink`: may less of the trained change be kept?
     """
 
-    def __init__(
-        self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink: bool = False, epochs: int = 1
-    ):
+    def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink=False, epochs: int = 1):
         self.variance = task.variance
         self.epochs = epochs
         self.has_masks = task.per_pixel
@@ -99,9 +97,7 @@ class Guard:
             return Keep()
         return GoBack("training collapsed")
 
-    def after_epoch(
-        self, trained: Answers, kept: Answers, divisor: float, still_sure: bool = True
-    ) -> Keep | ShrinkTo | GoBack:
+    def after_epoch(self, trained: Answers, kept: Answers, divisor: float, still_sure=True) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch, by the watched images, with all of the trained change and with a part of it.
 
         The part is smaller by `divisor`, one of SHARE_DIVISORS. `still_sure`: are images without labels? Adapters may

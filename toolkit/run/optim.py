@@ -14,9 +14,7 @@ from toolkit.choices import TRUTHS
 from toolkit.run.options import FineTuneOptions, TuneOptions
 
 
-def build_optimizer(
-    model: nn.Module, rate: float, adapter_lr_factor: float = 1.0, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, rate: float, adapter_lr_factor=1.0, weight_decay=0.0) -> torch.optim.Optimizer:
     """AdamW over everything that trains, biases and norms without weight decay; adapters learn at rate times factor."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}  # by whether they are adapters', and by decay
     for name, parameter in model.named_parameters():

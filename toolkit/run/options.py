@@ -52,9 +52,7 @@ class RunOptions:
 
     config: Path | None = option(None, "YAML file with values for the options below", type=Path)
     output_dir: Path = option(Path("checkpoints/lora"), "folder for all results", type=Path)
-    resume: Path | None = option(
-        None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
-    )
+    resume: Path | None = option(None, "go on in --output-dir, or from a last.pth", type=Path, nargs="?", const=Path())
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -69,9 +67,7 @@ class ShapeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ShapeOptions):
-    checkpoint: Path = option(
-        SHIPPED, "a file, or a name: moco-v2-800ep, timm:NAME, shipped; none: random", type=checkpoint_path
-    )
+    checkpoint: Path = option(SHIPPED, "a file, moco-v2-800ep, timm:NAME, shipped; none: random", type=checkpoint_path)
     arch: str | None = option(
         None,
         "architecture, or timm:NAME; default: the checkpoint's",
@@ -88,16 +84,12 @@ class ImageOptions:
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
     data_list: tuple[Path, ...] | None = several("list of `path,label` lines; 2nd: for evaluation", type=Path)
-    eval_split: str = option(
-        "held-out", "validation: a part of the training images, to choose settings", choices=("held-out", "validation")
-    )
+    eval_split: str = option("held-out", "validation: of the training images", choices=("held-out", "validation"))
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
     bands: tuple[str, ...] | None = several("bands to read from a file, like 4,3,2; 0: zeros (default: all)")
     scale: float | None = option(None, "divisor of the files' values, like 10000", type=positive_float)
-    mean: tuple[float, ...] | None = several(
-        "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
-    )
+    mean: tuple[float, ...] | None = several("per channel, or one, after --scale; default: backbone's", type=any_float)
     std: tuple[float, ...] | None = several("standard deviations, given like --mean", type=any_float)
     normalise: str | None = option(None, "data: mean, std of training images; a family's", choices=("data", *FAMILIES))
 
@@ -109,9 +101,7 @@ class DataOptions(ImageOptions):
         "a class per image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
         choices=tuple(KEEP_BEST),
     )
-    label_columns: tuple[str, ...] | None = several(
-        "columns of a list that are labels or numbers, like A,B,C or A..B; default: all but paths and groups"
-    )
+    label_columns: tuple[str, ...] | None = several("labels or numbers of a list, as A,B or A..B; default: all others")
     group_by: str | None = option(None, "column or folder level that names patients or fields; each stays on one side")
     folds: str | None = option(None, "cross-validate over this many parts; 2/5: the second of five", type=config.folds)
     classes: tuple[str, ...] | None = several("classes in masks: names, or a file with values or colours")
@@ -139,9 +129,7 @@ class AdapterOptions:
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(AdapterOptions):
     freeze_backbone: bool = option(True, "train adapters and head alone")
-    norms: str = option(
-        "auto", "of a ResNet. auto: they follow the adapters, and are frozen on a GPU; train: slow", choices=NORM_MODES
-    )
+    norms: str = option("auto", "of ResNets; auto: follow adapters, on a GPU frozen; train: slow", choices=NORM_MODES)
     learning_rate: float | str = option(
         1e-4,
         "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
@@ -149,12 +137,8 @@ class TuneOptions(AdapterOptions):
         flags=("--lr",),
     )
     head_init: str = option("probe", "start of the classifier head", choices=("probe", "random"))
-    lora_init: str | None = option(
-        None, "start of A; default: at the gradient, unless the head is random", choices=("gradient", "random")
-    )
-    class_weights: str = option(
-        "none", "balanced: rare classes count more; default for masks", choices=("none", "balanced")
-    )
+    lora_init: str | None = option(None, "start of A; default: random if the head is", choices=("gradient", "random"))
+    class_weights: str = option("none", "balanced: rare ones count more; masks' default", choices=("none", "balanced"))
     threshold: str = option("f1", "of labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal)
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
@@ -162,16 +146,12 @@ class TuneOptions(AdapterOptions):
     weight_decay: float = option(0.01, "weight decay of AdamW", type=config.non_negative_float)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
-    wise_ft: float | str = option(
-        "auto", "share of the trained change to save; auto: by images per class", type=or_auto(positive_share)
-    )
+    wise_ft: float | str = option("auto", "share of the change to save; auto: by labels", type=or_auto(positive_share))
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
     precision: str = option("auto", "of products; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS)
     arithmetic: str = option("float", "int8: frozen layers in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS)
-    gradient_checkpointing: str = option(
-        "none", "what backward recomputes. none: LayerNorm, GELU; full: whole blocks", choices=("none", "full")
-    )
+    gradient_checkpointing: str = option("none", "full: backward recomputes whole blocks", choices=("none", "full"))
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
 

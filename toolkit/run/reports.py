@@ -207,9 +207,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     return results
 
 
-def _results(
-    run: FineTuned, result: Answers, figures: dict[str, Any], kept: dict[str, Any], counts: dict[str, int]
-) -> dict[str, Any]:
+def _results(run: FineTuned, result: Answers, figures: dict, kept: dict, counts: dict[str, int]) -> dict[str, Any]:
     """The content of `results.json`, but for the verdict."""
     score = f"val_{run.task.score}"
     best = {"epoch": 0, score: run.baseline["probe"]}  # where no epoch did well

@@ -153,9 +153,7 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
-def state_of_same_run(
-    args: Any, path: Path, keys: Collection[str], own: Mapping[str, Any], free: Container[str]
-) -> dict[str, Any]:
+def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, free: Container[str]) -> dict[str, Any]:
     """The content of a `last.pth`; InputError if its keys, settings but those in `free`, images or base differ."""
     state = read_checkpoint(path, mapped=False)
     if not isinstance(state, dict) or state.keys() != keys:
