@@ -99,9 +99,10 @@ def compare_with_dense(
     inputs: list[Tensor],
     tolerance: float,
     call: Callable = lambda model, *inputs: model(*inputs),
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> None:
-    """One forward and backward of both; outputs and the gradients of inputs, adapters and whatever trains must agree.
+    """One forward and backward of both: outputs, the gradients of inputs, adapters and whatever trains, and buffers
+    must agree; and the outputs once more without gradients.
 
     `call` may return a tensor or a tuple of tensors and None. An input that occurs twice stays one tensor.
     """
@@ -110,13 +111,15 @@ def compare_with_dense(
     twin = dense_twin(stock, adapted)
     ours = {id(x): x.detach().clone().requires_grad_() for x in inputs}
     theirs = {id(x): x.detach().double().requires_grad_() for x in inputs}
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        actual = call(adapted, *(ours[id(x)] for x in inputs))
-    expected = call(twin, *(theirs[id(x)] for x in inputs))
-    if not isinstance(actual, tuple):
-        actual, expected = (actual,), (expected,)
+
+    def outputs(model: nn.Module, tensors: dict[int, Tensor], low: torch.dtype | None = None) -> tuple:
+        with torch.autocast(device.type, low, enabled=low is not None):
+            found = call(model, *(tensors[id(x)] for x in inputs))
+        return found if isinstance(found, tuple) else (found,)
+
+    expected = outputs(twin, theirs)
     losses = []
-    for i, (y, z) in enumerate(zip(actual, expected, strict=True)):
+    for i, (y, z) in enumerate(zip(outputs(adapted, ours, autocast), expected, strict=True)):
         assert_close(y, z, tolerance, f"output {i}")
         if z is not None:
             upstream = torch.randn_like(y).double()  # the same number for both
@@ -126,6 +129,11 @@ def compare_with_dense(
         assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
     for name, gradient, wanted in expected_gradients(twin, adapted):
         assert_close(gradient, wanted, tolerance, f"gradient of {name}")
+    for name, buffer in twin.named_buffers():
+        assert_close(adapted.get_buffer(name), buffer, tolerance, name)
+    with torch.no_grad():
+        for i, (y, z) in enumerate(zip(outputs(adapted, ours, autocast), expected, strict=True)):
+            assert_close(y, z, tolerance, f"output {i} without gradients")
 
 
 def rounded(stock: nn.Module, adapted: nn.Module) -> nn.Module:
@@ -171,10 +179,19 @@ def resnet(block=BasicBlock, layers=(1, 1, 1, 1), classes: int = 5) -> ResNet:
         stage = model._make_layer(block, width, count, stride=1 + (number > 1)) if count else nn.Sequential()
         setattr(model, f"layer{number}", stage)
     model.fc = nn.Linear(model.inplanes, classes)
+    return seen(model)
+
+
+def seen(model: nn.Module) -> nn.Module:
+    """Its BatchNorms have parameters and statistics as if they had seen something."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias)
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+            if module.running_mean is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
     return model
 
 
@@ -187,15 +204,6 @@ def vit(**options) -> VisionTransformer:
 
 def images(side: int = 32, count: int = 2, **kwargs) -> torch.Tensor:
     return torch.randn(count, 3, side, side, **kwargs)
-
-
-def assert_equals_dense(stock: nn.Module, model: nn.Module, x: torch.Tensor, tolerance: float) -> None:
-    """In training and in evaluation mode; the stock model's BatchNorms are frozen by hand."""
-    stock = copy.deepcopy(stock).eval()
-    for training in (True, False):
-        compare_with_dense(stock, model.train(training), [x], tolerance)
-        with torch.no_grad():
-            assert_close(model(x), dense_twin(stock, model)(x.double()), tolerance)
 
 
 def frozen(model: nn.Module, std: float = 0.05, **options) -> nn.Module:

@@ -79,14 +79,14 @@ CASES = [*LINEAR, "no bias", *CONVOLUTIONS, "one image", "self", "key is value",
 # How the weight is stored, and whether autocast computes in bfloat16.
 STORAGES = {
     "float32": {},
-    "autocast": {"autocast": True},
-    "float64, autocast": {"autocast": True, "dtype": torch.float64},  # which leaves float64 alone
+    "autocast": {"autocast": torch.bfloat16},
+    "float64, autocast": {"autocast": torch.bfloat16, "dtype": torch.float64},  # which leaves float64 alone
     "bf16": {"dtype": torch.bfloat16},
     "bf16 base": {"base_dtype": torch.bfloat16},
     "8 bits": {"base_dtype": torch.int8},  # but for convolutions; inputs and gradients are rounded by rows, too
-    "8 bits, autocast": {"base_dtype": torch.int8, "autocast": True},
+    "8 bits, autocast": {"base_dtype": torch.int8, "autocast": torch.bfloat16},
     "4 bits": {"four_bits": True},
-    "4 bits, autocast": {"four_bits": True, "autocast": True},
+    "4 bits, autocast": {"four_bits": True, "autocast": torch.bfloat16},
 }
 
 
@@ -111,7 +111,7 @@ def stock_and_inputs(case: str, device: str, dtype: torch.dtype) -> tuple[nn.Mod
 def test_a_layer_is_the_stock_one_with_the_update_in_its_weight(case, storage, device):
     """In training and in evaluation mode; over a base in fewer bits, with the weight that those stand for."""
     how = dict(STORAGES[storage])
-    autocast = how.pop("autocast", False)
+    autocast = how.pop("autocast", None)
     dtype = how.pop("dtype", torch.float32)
     stock, inputs = stock_and_inputs(case, device, dtype)
     tolerance = FP32
