@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from dense import EXACT, assert_close, dense_twin, expected_gradients, frozen, images, resnet, vit, watch
+from dense import EXACT, Operations, assert_close, dense_twin, expected_gradients, frozen, images, resnet, vit, watch
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -137,9 +137,11 @@ def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):
 
 
 @in_both
-def test_a_copied_layer_is_a_layer(build):
-    """And not the model around it: nothing of the model can be reached from one of its layers."""
-    model = frozen(build())
+@pytest.mark.parametrize("use_qlora", [False, True], ids=["float", "4 bits"])
+def test_a_copied_layer_is_a_layer(build, use_qlora):
+    """Neither the model around it can be reached from it, nor a float copy of a weight in 4 bits."""
+    model = frozen(build(), use_qlora=use_qlora)
+    model(images(16)).sum().backward()
     for layer in model.modules():
         if not list(layer.children()):
             file = io.BytesIO()
@@ -168,7 +170,7 @@ def test_a_deleted_model_is_gone(build, mode):
 @pytest.mark.parametrize("build", [partial(RESNET, Bottleneck), vit], ids=["resnet", "vit"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_networks_in_inference_mode(build, mode, made_inside):
-    """One that was made outside of it then trains there; both merge inside."""
+    """One that was made outside of it then trains there; both merge inside, where BatchNorms are folded as well."""
     with torch.inference_mode(made_inside):
         stock = build().double()
         x = images(16, dtype=torch.float64)
@@ -186,6 +188,8 @@ def test_networks_in_inference_mode(build, mode, made_inside):
             assert_close(gradient, wanted, EXACT, name)
     with torch.inference_mode():
         LoRAManager(model).merge_lora_weights()
-        assert_close(model(x.clone()), twin(x.clone()), EXACT)
+        with Operations() as operations:
+            assert_close(model(x.clone()), twin(x.clone()), EXACT)
+        assert operations.count("batch_norm") == len([m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)])
         LoRAManager(model).unmerge_lora_weights()
         assert_close(model(x.clone()), twin(x.clone()), EXACT)
