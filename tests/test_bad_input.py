@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +26,11 @@ import deploy_lora
 import finetune_lora
 from moco import pretrain
 from tests.image_files import bytes_of, tar_of
-from toolkit import InputError
-from toolkit.choices import TRUTHS
+from toolkit import InputError, choices
 from toolkit.config import check_command_line
 from toolkit.models.backbones import build_backbone
-from toolkit.run.commands import make_parser
+from toolkit.run import commands, runs
 from toolkit.run.options import CLASHES, TASK_CLASHES, read_options
-from toolkit.run.runs import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,8 +46,7 @@ COMMANDS = {
         pretrain.main,
         "--data-dir images --output-dir out --device cpu --epochs 1 --batch-size 8 --image-size 16 --dim 8 --mlp-dim 8",
     ),
-    "deploy_lora": (deploy_lora.main, ""),
-}
+}  # and without the name of its script, deploy_lora.py, any other
 
 
 @pytest.fixture
@@ -175,7 +173,7 @@ def checkpoint(title: str, content, *names: str, options: str = "") -> Case:
     return case(title, f"finetune --checkpoint theirs.pth {options}", *names, files={"theirs.pth": content})
 
 
-def adapter(title: str, content, *names: str, command: str = "deploy_lora evaluate theirs.pth images") -> Case:
+def adapter(title: str, content, *names: str, command: str = "evaluate theirs.pth images") -> Case:
     return case(title, command, *names, files={"theirs.pth": content})
 
 
@@ -202,21 +200,17 @@ FLAGS = [
     case("a rate beyond float32", "finetune --learning-rate 1e38", "--learning-rate: 1e38 is too large"),
     case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 2"),
-    case("a word for a number of blocks", "finetune --adapt-last auto",
-         "--adapt-last: expected a whole number above 0, got 'auto'"),
-    case("norms below 4 bits", "finetune --adapt-last 2 --use-qlora --norms train",
-         "--norms train with --adapt-last and --use-qlora"),
+    case("a word for a number of blocks", "finetune --adapt-last auto", "expected a whole number above 0, got 'auto'"),
+    case("norms below 4 bits", "finetune --adapt-last 2 --use-qlora --norms train", "--norms train with --adapt-last"),
     case("settings of no adapters", "finetune --lora-rank 0 --use-qlora --adapt-last 2 --lora-alpha 8"
          " --lora-dropout 0.1 --target-modules mlp --lora-init random",
          *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("use-qlora", "adapt-last", "lora-alpha",
            "lora-dropout", "target-modules", "lora-init"))),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
     case("the smallest of no crops in stage 1", "pretrain --two-crops digits --crop-min 0.5", "--two-crops digits"),
-    case("features that change", "finetune --cache-features disk",
-         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch"),
+    case("features that change", "finetune --cache-features disk", "--cache-features needs --adapt-last, or --lora"),
     case("random weights of no architecture", "finetune --checkpoint none", "--checkpoint none", "with --arch"),
-    case("a random backbone that is frozen", "finetune --checkpoint none --arch vit_mini", "--checkpoint none with a",
-         "add --no-freeze-backbone"),
+    case("a random backbone that is frozen", "finetune --checkpoint none --arch vit_mini", "add --no-freeze-backbone"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
     case("a checkpoint that timm lacks", "finetune --checkpoint timm:resnet1", "--checkpoint timm:resnet1: "),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
@@ -252,6 +246,11 @@ CONFIGS = [
     case("a device for a config", "finetune --config /dev/zero", "/dev/zero: not a file"),
 ]  # fmt: skip
 
+BASE = copy_of("base.pth")
+VIT = backbone("vit_mini")
+TAR = tar_of({"a.png": PNG})
+TENSORS = safetensors.torch.save({"w": torch.zeros(2)})
+TWO = classes("cat", "dog")
 TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
 TWO_IMAGES = "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -265,25 +264,19 @@ IMAGES = [
     case("no folder", "plain-finetune --dataset imagefolder", "--data-dir is missing: give a folder"),
     case("a folder for the digits", "finetune --dataset digits", "the digits need no --data-dir", "imagefolder"),
     images("a folder of images without classes", {"mine/a.png": PNG, "mine/b.png": PNG}, "mine", "found none"),
-    images("masks among the classes", classes("images", "masks"), "mine: masks/ has the masks of images/, and is no cl",
-           "--task segmentation", "--data-dir mine/images"),
+    images("masks among the classes", classes("images", "masks"), "and is no class", "--data-dir mine/images"),
     case("masks to pretrain on", "pretrain --dataset unlabelled --data-dir mine", "mine/train: labels/ has the masks",
          "--data-dir mine/train/images", files=classes("images", "labels", folder="mine/train")),
     images("val without train", classes("cat", "dog", folder="mine/val"), "val are parts, not classes"),
-    images("parts under other names", classes("cat", folder="mine/Train") | classes("cat", folder="mine/Test"),
-           "Test, Train are parts, not classes", "lower case"),
-    images("a test part among the classes", classes("cat", "dog") | classes("cat", "dog", folder="mine/test"),
-           "test are parts, not classes", "put the classes into train and val"),
+    images("parts in capitals", classes("a", folder="mine/Train") | classes("a", folder="mine/Test"), "lower case"),
+    images("a test part among the classes", TWO | classes("cat", folder="mine/test"), "test are parts", "into train"),
     images("an empty val", split(("cat", "dog"), ()) | {"mine/val/": None}, "val", "found none"),
     images("a class only in val", split(("cat", "dog"), ("cat", "eel")), "val has classes that", "train lacks: eel"),
-    images("a truncated image, with workers", classes("cat", "dog") | {"mine/dog/z.jpg": TRUNCATED},
-           "z.jpg: not a readable image", "use --skip-unreadable", options="--workers 1"),
+    images("a truncated image, with workers", TWO | {"mine/dog/z.jpg": TRUNCATED}, "use --skip", options="--workers 1"),
     images("no image in val", split(("cat", "dog"), ()) | {"mine/val/cat/": None}, "mine/val: no images"),
     case("a list and an evaluation folder", "finetune --data-list l.csv --val-dir images/val", "as a second list"),
-    images("an image that unfolds to gigabytes", classes("cat", "dog") | {"mine/dog/0.png": lambda: huge_png()},
-           "0.png: not a readable image", "bomb"),
-    images("two evaluation folders", split(("cat", "dog"), ("cat",)) | classes("cat", folder="mine/valid"),
-           "mine has val and valid", "--val-dir"),
+    images("an image that unfolds to gigabytes", TWO | {"mine/dog/0.png": lambda: huge_png()}, "bomb"),
+    images("two evaluation folders", split("ab", "a") | classes("a", folder="mine/valid"), "mine has val and valid"),
     case("a file for an evaluation folder", "finetune --val-dir base.pth", "--val-dir base.pth: a file"),
     case("an evaluation folder without training images", "plain-finetune --val-dir images/val", "--val-dir without"),
     case("no such folder of images without labels", "finetune --unlabelled gone", "--unlabelled gone: no such"),
@@ -293,9 +286,8 @@ IMAGES = [
     case("images without labels of other channels",
          "finetune --channels 4 --scale 255 --data-dir mine --unlabelled other",
          "x.png: it has 3 bands, and the network takes 4",
-         files=dict.fromkeys(classes("cat", "dog"), picture("RGBA")) | {"other/x.png": PNG}),
-    case("your own images and a data set", "finetune --dataset digits --val-dir images/val --data-dir images",
-         "--dataset digits has its own images"),
+         files=dict.fromkeys(TWO, picture("RGBA")) | {"other/x.png": PNG}),
+    case("a folder and a data set", "finetune --dataset digits --val-dir images/val --data-dir images", "has its own"),
     case("three lists", "finetune --data-list a b c", "--data-list: expected a list for training and one", "got 3"),
     case("no list", "finetune --data-list", "--data-list: expected at least one value"),
     listed("a list of one class", "mine/cat/0.png,cat\n", "at least two classes, found only cat"),
@@ -314,8 +306,7 @@ IMAGES = [
     case("parts from elsewhere", "finetune --folds 5 --resume last.pth", "give --resume alone, and"),
     listed("labels that are numbers", "mine/cat/0.png,3.5\nmine/cat/1.png,2\nmine/dog/0.png,7\nmine/dog/1.png,1\n",
            "l.csv: the labels are numbers, as 3.5", "use --task regression"),
-    listed("a column for each label", "path,cat,dog\nmine/cat/0.png,1,0\nmine/dog/0.png,0,1\n",
-           "--task multilabel or regression"),
+    listed("a column for each label", "path,cat,dog\nmine/cat/0.png,1,0\nmine/dog/0.png,0,1\n", "multilabel or regr"),
     case("several labels in folders", "finetune --task multilabel", "--task multilabel needs --data-list with `path,"),
     case("what several labels are not kept by", "plain-finetune --task multilabel --data-list l --keep-best accuracy",
          "--keep-best accuracy with --task multilabel"),
@@ -324,16 +315,14 @@ IMAGES = [
            "the number number is the same in all", options="--task regression --checkpoint base.pth"),
     images("files of other kinds alone", classes("dog") | {"mine/cat/0.HEIC": b"", "mine/cat/1.heic": b"",
            "mine/cat/notes": b""}, "no images in cat", "found 2 .heic, 1 without suffix"),
-    images("an archive beside class folders", classes("cat", "dog") | {"mine/all.tar": tar_of({"0.jpg": PNG})},
-           "mine has both archives, as all.tar, and image files, as ", "move those"),
-    images("an archive per class", {f"mine/train/{name}.tar": tar_of({"0.jpg": PNG}) for name in ("cat", "dog")}
+    images("an archive beside class folders", TWO | {"mine/all.tar": TAR}, "both archives, as all.tar", "move those"),
+    images("an archive per class", {f"mine/train/{name}.tar": TAR for name in ("cat", "dog")}
            | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
            "if each archive is a class", "unpack each"),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
     case("unlabelled images to evaluate on", "pretrain --dataset unlabelled --val-dir images/val --data-list a b",
          "--val-dir with images without labels", "a second --data-list with images without labels"),
-    case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "images/train/dark",
-         "at least two classes, found none"),
+    case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "classes, found none"),
     case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
     case("a pixel to normalise", "pretrain --moco-version 2 --arch resnet18 --batch-size 1",
          "BatchNorms need two images, in MoCo v2 in each process", "raise --batch-size to 2"),
@@ -349,8 +338,7 @@ def huge_png() -> bytes:
 
 CHECKPOINTS = [
     checkpoint("a pointer of git-lfs", LFS, "theirs.pth", "git-lfs", "git lfs pull"),
-    checkpoint("heads of a ResNet", backbone("resnet18"), "6 heads are not for resnet18", "drop --heads",
-               options="--heads 6"),
+    checkpoint("heads of a ResNet", backbone("resnet18"), "heads are not for resnet18", options="--heads 6"),
     case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
     checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "state_dict hold no tensors"),
     case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
@@ -366,17 +354,14 @@ def list_bomb() -> bytes:
 
 
 ADAPTERS = [
-    case("a checkpoint for an adapter", "deploy_lora evaluate base.pth images", "base.pth is not an adapter file"),
+    case("a checkpoint for an adapter", "evaluate base.pth images", "base.pth is not an adapter file"),
     case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without --resume"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
-    case("another run to resume", "finetune --resume last.pth", "last.pth belongs to a run with other settings",
-         "augmentation was none, is crop"),
+    case("another run to resume", "finetune --resume last.pth", "other settings", "augmentation was none, is crop"),
     case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a last.pth of this version"),
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
-    case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
-         files={"o.pth": backbone("vit_mini")}),
-    case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
-         "that the adapter lacks: cat, dog", files=classes("cat", "dog")),
+    case("another base", "evaluate lora.pth images --checkpoint o.pth", "over another base", files={"o.pth": VIT}),
+    case("an adapter of other classes", "evaluate lora.pth mine", "adapter lacks: cat, dog", files=TWO),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
     adapter("a scaling beyond float32", recorded(scaling=1e299), "theirs.pth is damaged"),
     adapter("a surplus layer", changed("lora.pth", lambda c: c["layers"].update({"(a+)+$": next(iter(
@@ -388,92 +373,71 @@ ADAPTERS = [
     adapter("no path of its base", described(checkpoint=None), "damaged: checkpoint in its metadata"),
     adapter("another arch", described(arch="resnet18", heads=None), "for its 3 classes fc.weight is missing"),
     adapter("no metadata", changed("lora.pth", lambda c: c.update(metadata={})), "does not say its arch, class_names"),
-    case("info of other tensors", "deploy_lora info a.safetensors", "is not an adapter file of this toolkit",
-         files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)})}),
-    case("info of JSON nested too deeply", "deploy_lora info a.safetensors", "its description is no JSON",
+    case("info of other tensors", "info a.safetensors", "is not an adapter file", files={"a.safetensors": TENSORS}),
+    case("info of JSON nested too deeply", "info a.safetensors", "its description is no JSON",
          files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)}, {"adapter": nested(100_000)})}),
-    case("merge into a description", "deploy_lora merge lora.pth --output m.json", "must end in .pth or .pt or .bin"),
-    case("merge onto the adapter itself", "deploy_lora merge lora.pth --output ./lora.pth", "name another file"),
-    case("merge onto the base", "deploy_lora merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
-    case("nowhere to convert to", "deploy_lora convert lora.pth", "--output: expected a value, the file to write"),
-    case("merge into a folder that is not there", "deploy_lora merge lora.pth --output no/m.pth", "there is no folder"),
-    case("predictions without images", "deploy_lora predict lora.pth --output p.csv", "error:", "images"),
-    case("predictions for an empty folder", "deploy_lora predict lora.pth mine --output p.csv", "mine: no images",
-         files={"mine/": None}),
-    case("predictions in place of an image", "deploy_lora predict lora.pth a.csv --output a.csv", "another file",
-         files={"a.csv": PNG}),
-    case("a certainty above 1", "deploy_lora predict lora.pth images --output p.tif --abstain 60",
-         "--abstain", "expected a number above 0, at most 1, got '60'"),
-    case("a table of sure answers", "deploy_lora predict lora.pth images --output p.csv --abstain 0.6",
-         "--probabilities, --window and --abstain are for a map, map.tif"),
-    case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
-    case("paths in place of a list", "deploy_lora embed lora.pth f_paths.csv --output f.npy",
+    case("merge into a description", "merge lora.pth --output m.json", "must end in .pth or .pt or .bin"),
+    case("merge onto the adapter itself", "merge lora.pth --output ./lora.pth", "name another file"),
+    case("merge onto the base", "merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
+    case("nowhere to convert to", "convert lora.pth", "--output: expected a value, the file to write"),
+    case("merge into a folder that is not there", "merge lora.pth --output no/m.pth", "there is no folder"),
+    case("predictions without images", "predict lora.pth --output p.csv", "error:", "images"),
+    case("predictions for an empty folder", "predict lora.pth mine --output p.csv", "no images", files={"mine/": None}),
+    case("predictions in place of an image", "predict lora.pth a.csv --output a.csv", "another", files={"a.csv": PNG}),
+    case("a certainty above 1", "predict lora.pth images --output p.tif --abstain 60", "at most 1, got '60'"),
+    case("a table of sure answers", "predict lora.pth images --output p.csv --abstain 0.6", "--abstain are for a map"),
+    case("features that are no array", "embed lora.pth images --output f.pt", "must end in .npy"),
+    case("paths in place of a list", "embed lora.pth f_paths.csv --output f.npy",
          "f_paths.csv is read by this very command; name another file", files={"f_paths.csv": "path\n"}),
-    case("answers in place of a list", "deploy_lora evaluate lora.pth r_answers.csv --output r.json",
-         "r_answers.csv is read by this very command", files={"r_answers.csv": "path\n"}),
-    case("PEFT's file in place of itself", "deploy_lora convert p/adapter_model.safetensors --output p",
+    case("answers in place of a list", "evaluate lora.pth r_answers.csv --output r.json",
+         "r_answers.csv is read by this very command", files={"r_answers.csv": ""}),
+    case("PEFT's file in place of itself", "convert p/adapter_model.safetensors --output p",
          "p/adapter_model.safetensors is read by this very command", files={"p/adapter_model.safetensors": ""}),
-    case("answers in one file that go on", "deploy_lora predict lora.pth images --output p.csv --resume",
-         "--resume is for answers in a folder, which --output is to name"),
-    case("a choice of more than there are", "deploy_lora choose base.pth images/val --count 16 --output o",
-         "--count 16: 15 images are not labelled yet; ask for fewer"),
-    case("a choice where all have labels", "deploy_lora choose lora.pth images/val --labelled images --output o",
-         "--count 50: 0 images are not labelled yet"),
-    case("a choice from archives", "deploy_lora choose base.pth tars --output o", "tars: its images are in archives",
-         files={"tars/0.tar": tar_of({"a.png": PNG})}),
-    case("a map of archives", "deploy_lora predict lora.pth tars --output p.tif", "tars: its images are in archives",
-         files={"tars/0.tar": tar_of({"a.png": PNG})}),
-    case("a choice by several labels", "deploy_lora choose of_labels.pth images --output o", "choose by its checkpoint",
+    case("answers in one file that go on", "predict lora.pth images --output p.csv --resume", "is for answers in a f"),
+    case("a choice of more than there are", "choose base.pth images/val --count 16 --output o", "16: 15 images"),
+    case("a choice where all have labels", "choose lora.pth images/val --labelled images --output o", "50: 0 images"),
+    case("a choice from archives", "choose base.pth tars --output o", "are in archives", files={"tars/0.tar": TAR}),
+    case("a map of archives", "predict lora.pth tars --output p.tif", "are in archives", files={"tars/0.tar": TAR}),
+    case("a choice by several labels", "choose of_labels.pth images --output o", "choose by its checkpoint",
          files={"of_labels.pth": described(task={"kind": "multilabel", "thresholds": [0.5] * 3})}),
-    case("a folder for several labels", "deploy_lora evaluate of_labels.pth images", "images: cannot read it",
+    case("a folder for several labels", "evaluate of_labels.pth images", "images: cannot read it",
          files={"of_labels.pth": described(task={"kind": "multilabel", "thresholds": [0.5] * 3})}),
-    case("a choice over labels", "deploy_lora choose base.pth images --output mine", "mine has a to_label.csv",
-         files={"mine/to_label.csv": "path,label"}),
-    case("an adapter of another arch", "deploy_lora choose lora.pth images --arch resnet18 --output o",
-         "--arch and --image-size are for checkpoints; lora.pth has its own"),
-    case("a graph of an unknown kind", "deploy_lora export lora.pth --output m.pth", "must end in .onnx or .pt2"),
-    case("a conversion to another library", "deploy_lora convert lora.pth --to loralib --output x", "'loralib'"),
-    case("a rank in the format of PEFT", "deploy_lora convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
-    case("a rank of 0", "deploy_lora convert lora.pth --rank 0 --output x.pth", "--rank"),
-    case("an adapter file that is a folder", "deploy_lora convert lora.pth --rank 2 --output x", "must end in .pth or"),
-    case("no command", "deploy_lora", "error:", "command"),
+    case("a choice over labels", "choose base.pth images --output o", "o has a to_label", files={"o/to_label.csv": ""}),
+    case("an adapter of another arch", "choose lora.pth images --arch resnet18 --output o", "lora.pth has its own"),
+    case("a graph of an unknown kind", "export lora.pth --output m.pth", "must end in .onnx or .pt2"),
+    case("a conversion to another library", "convert lora.pth --to loralib --output x", "'loralib'"),
+    case("a rank in the format of PEFT", "convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
+    case("a rank of 0", "convert lora.pth --rank 0 --output x.pth", "--rank"),
+    case("an adapter file that is a folder", "convert lora.pth --rank 2 --output x", "must end in .pth or"),
+    case("no command", "", "error:", "command"),
 ]  # fmt: skip
 
 OUTPUTS = [
-    case("an output folder that is a file", "finetune --output-dir base.pth", "cannot make the folder base.pth",
-         "File exists; name another"),
+    case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth", "File exists; name another"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
-    case("an output folder elsewhere", "finetune --output-dir s3://bucket/out",
-         "--output-dir s3:/bucket/out: results are written on this machine"),
+    case("an output folder elsewhere", "finetune --output-dir s3://bucket/out", "results are written on this machine"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
     case("results among those of another folder", "finetune --data-dir mine --val-dir other --output-dir other/out",
          "other/out is among the images in other: name a folder outside",
-         files=classes("cat", "dog") | classes("cat", folder="other")),
-    case("results among those for the accuracy", "pretrain --knn-dir mine --output-dir mine/out", "images in mine:",
-         files=classes("cat", "dog")),
-    case("results among images without labels", "finetune --unlabelled mine --output-dir mine/out", "images in mine:",
-         files={"mine/0.png": PNG}),
-    case("pictures among images", "deploy_lora explain lora.pth images/val --output images/val/seen",
-         "--output images/val/seen is among the images in images/val: name a folder outside"),
+         files=TWO | classes("cat", folder="other")),
+    case("results among images of k-NN", "pretrain --knn-dir mine --output-dir mine/out", "in mine:", files=TWO),
+    case("results among unlabelled ones", "finetune --unlabelled mine --output-dir mine/out", "in mine:", files=TWO),
+    case("pictures among images", "explain lora.pth images/val --output images/val/seen", "name a folder outside"),
     case("a list that its run would replace", "finetune --data-list list.csv out/labels_to_check.csv",
          "--data-list out/labels_to_check.csv would be", files={"list.csv": "", "out/labels_to_check.csv": ""}),
     case("images without labels that their run would replace", "finetune --unlabelled out/labels_to_check.csv",
          "--unlabelled out/labels_to_check.csv would be", files={"out/labels_to_check.csv": ""}),
-    case("pictures next to images", "deploy_lora explain lora.pth images/val --output images/val",
-         "--output images/val is among the images in images/val"),
-    case("a checkpoint that its run would replace", "finetune --checkpoint out/last.pth", "would be overwritten: give",
-         files={"out/last.pth": copy_of("base.pth")}),
-    case("a base that pretraining would replace", "pretrain --checkpoint out/last.pth", "would be overwritten: give",
-         files={"out/last.pth": copy_of("base.pth")}),
+    case("pictures next to images", "explain lora.pth images/val --output images/val", "among the images in images"),
+    case("a checkpoint in the way", "finetune --checkpoint out/last.pth", "overwritten", files={"out/last.pth": BASE}),
+    case("a base in the way", "pretrain --checkpoint out/last.pth", "would be", files={"out/last.pth": BASE}),
     case("a base that pretraining's last epoch would replace", "pretrain --checkpoint out/moco_stage1_epoch_1.pth",
-         "_epoch_1.pth would be", files={"out/moco_stage1_epoch_1.pth": copy_of("base.pth")}),
+         "_epoch_1.pth would be", files={"out/moco_stage1_epoch_1.pth": BASE}),
     case("a stage-1 adapter that its run would replace", "finetune --stage1-adapter out/lora.pth",
          "--stage1-adapter out/lora.pth would be", files={"out/lora.pth": copy_of("lora.pth")}),
     case("pretraining with bad values", "pretrain --momentum 1 --temperature 0 --moco-version 4 --device gpu",
          "--momentum: expected a number", "--temperature: expected", "4' is none of 2, 3", "'gpu'"),
     case("adapters of stage 1 over nothing", "pretrain --lora-rank 4", "--lora-rank 4 without --checkpoint"),
-    case("stage 1 goes on from a misspelt name", "pretrain --checkpoint moco-v2-800",
-         "moco-v2-800: file not found", "did you mean moco-v2-800ep?"),
+    case("a misspelt name in stage 1", "pretrain --checkpoint moco-v2-800", "not found", "did you mean moco-v2-800ep?"),
     case("heads of a ResNet in stage 1", "pretrain --arch resnet18 --heads 6", "--arch resnet18: 6 heads are not for"),
     case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),
     case("a checkpoint as stage-1 adapter", "finetune --stage1-adapter base.pth", "base.pth is not an adapter file"),
@@ -512,7 +476,7 @@ def hostile(kind: str, command: str, content) -> Case:
 
 HOSTILE = [
     hostile("checkpoint", "finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
-    hostile("metadata", "deploy_lora evaluate theirs.pth mine", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
+    hostile("metadata", "evaluate theirs.pth mine", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
     hostile("file to resume", "finetune --resume theirs.pth", {"model": {}, "rng": RunsCode()}),
 ]
 
@@ -524,19 +488,25 @@ def everything_in(folder: Path) -> dict[Path, int | None]:
     return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def options_of(command: str) -> set[str]:
+def options_of(words: list[str]) -> set[str]:
     """The options that a command of deploy_lora.py has, or was given."""
-    _, parsers = make_parser()
-    _, *words = shlex.split(command)
+    _, parsers = commands.make_parser()
     return set(words).union(*(parsers[word]._option_string_actions for word in words if word in parsers))
+
+
+def main_and_argv(command: str) -> tuple[Callable, list[str]]:
+    words = shlex.split(command)
+    if command.startswith(tuple(COMMANDS)):
+        main, given = COMMANDS[words[0]]
+        return main, [*given.split(), *words[1:]]
+    return deploy_lora.main, words
 
 
 def printed_by(command: str, capsys) -> str:
     """What a command prints that ends with exit code 2 and an error."""
-    name, *words = shlex.split(command)
-    main, given = COMMANDS[name]
+    main, argv = main_and_argv(command)
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda: main([*given.split(), *words]))
+        runs.run_script(lambda: main(argv))
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and "error: " in printed and "Traceback" not in printed
     return printed
@@ -550,12 +520,13 @@ def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys
     message = printed.rpartition("error: ")[2]
     assert [part for part in case.names if part not in printed] == [], message
     assert all(line.isprintable() and len(line) < 1000 for line in message.splitlines())
-    if case.command.startswith("deploy_lora"):  # which have few of training's options to advise
-        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", message)) <= options_of(case.command)
+    main, argv = main_and_argv(case.command)
+    if main is deploy_lora.main:  # which has few of training's options to advise
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", message)) <= options_of(argv)
     assert everything_in(workplace) == before
 
 
-OF_TRUTHS = {f"--task {task}": TASK_CLASHES[truth] for task, truth in TRUTHS.items()}
+OF_TRUTHS = {f"--task {task}": TASK_CLASHES[truth] for task, truth in choices.TRUTHS.items()}
 EXCLUSIVE = [(other, words) for other, clashing in (CLASHES | OF_TRUTHS).items() for words in clashing]
 NEEDED = {  # values for options that stand for any value
     "--cache-features": "disk", "--gradient-checkpointing": "full", "--stage1-adapter": "lora.pth", "--folds": "5",
@@ -664,12 +635,11 @@ def test_images_of_every_mode_and_size_beside_other_files(script, workplace, cap
     for name in ("cat", "dög"):
         write(workplace / "mine" / name, ODD_IMAGES | NO_IMAGES)
     write(workplace / "mine", {".hidden/x.txt": "", "notes.txt": "", "@eaDir/x/L.png": ""})
-    name, *words = script.split()
-    main, given = COMMANDS[name]
-    results = main([*given.split(), *words, "--data-dir", "mine"])
+    main, argv = main_and_argv(f"{script} --data-dir mine")
+    results = main(argv)
     assert results["epochs"] == 1
     assert capsys.readouterr().out.count("mine: files that are not read as images: 2 .csv, 2 .db, 2 .txt") == 1
-    if name == "finetune":
+    if main is finetune_lora.main:
         assert list(results["accuracy_per_class"]) == ["cat", "dög"]
 
 

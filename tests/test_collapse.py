@@ -17,8 +17,7 @@ from lora_utils import read_adapter_file, trained_state
 from tests.run_folders import assert_identical, assert_same_tensors, metrics, tensors, train_on, writes_nothing
 from toolkit.answers import probe
 from toolkit.answers.evaluation import Evaluation, evaluate
-from toolkit.answers.segmentation import Segmentation
-from toolkit.answers.tasks import Classification, Regression
+from toolkit.answers.tasks import Classification, Regression, Segmentation
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.run import guard, loaders, optim, training
@@ -49,18 +48,6 @@ def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Eva
     for name in ("kept_answers", "evaluate"):
         real = getattr(FineTuning, name)
         monkeypatch.setattr(FineTuning, name, lambda run, *given, real=real: changed(run.model, real(run, *given)))
-
-
-def with_answers(monkeypatch, labels: torch.Tensor, scripted: list[list[int]]) -> None:
-    """The first evaluations have these answers for images of these labels."""
-
-    def evaluation(_, real: Evaluation) -> Evaluation:
-        if not scripted:
-            return real
-        answer = torch.tensor(scripted.pop(0))
-        return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
-
-    with_evaluations(monkeypatch, evaluation)
 
 
 @pytest.fixture
@@ -188,9 +175,9 @@ def test_an_epoch_that_left_nothing_to_keep_is_no_state_to_go_back_to():
     assert judge.is_recoverable
 
 
-def test_a_share_that_was_typed_is_no_verdict_on_training():
+def test_a_share_that_was_typed_is_no_verdict_on_training(start):
     judge = guard_that_may_shrink()
-    judge.may_shrink = False
+    judge.may_shrink = start("--wise-ft 0.9").guard.may_shrink
     assert judge.after_epoch(WORSE, WORSE, 1) == Keep()
     judge.note_epoch(WORSE, math.inf)
     assert judge.is_recoverable
@@ -410,19 +397,6 @@ def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
     assert [verdict_on(judge, 1.1, math.inf) for _ in range(4)] == [Keep()] * 4
 
 
-@pytest.mark.parametrize(("typed", "kept"), [("auto", 0.0), ("0.9", 0.9)])
-def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
-    """Also if the training images are answered a little worse than at the start, whatever is kept."""
-    run = start(f"--wise-ft {typed} --epochs 1")
-    writes_nothing(run)
-    run.start()
-    run.guard.scores = [1.0]
-    real = FineTuning.evaluate_watched
-    monkeypatch.setattr(FineTuning, "evaluate_watched", lambda *given: real(*given)._replace(accuracy=0.9))
-    train(run)
-    assert run.wise_ft.share == kept and run.guard.scores == [1.0, 0.9]
-
-
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     watched([1.0, 1.0, 0.0, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0])
@@ -529,27 +503,19 @@ def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
     assert len(calls) == (3 + 2) + (3 + 3)  # before each start, three batches give the gradient
 
 
-@pytest.mark.slow
-def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys):
-    """What `lora.pth` has is then what is evaluated at the end; a run that is resumed knows it too."""
-    labels = torch.tensor([0, 0, 0, 0, 1, 2])  # right of them: five, of the frequent class; four, of all; three
-    with_answers(monkeypatch, labels, [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]])
-    options = "--epochs 3 --head-init random --keep-best balanced"
-    results = finetune(options)
-    assert results["kept_epoch"] == results["best_epoch"] == 2
-    assert "epoch 2 of 3 chosen by the evaluation images" in capsys.readouterr().out
-    adapter = results["folder"] / "lora.pth"
-    assert read_adapter_file(adapter)["metadata"]["epoch"] == 2
-    assert_figures_of_file(results, images)
-    again = finetune(f"{options} --resume")
-    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
-    assert again["kept_epoch"] == 2
-
-
 @pytest.mark.parametrize(("harmful", "options"), [(1, "--norms train"), (2, "")])
 def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, monkeypatch, harmful, options):
     """The first epoch is the best, whether nothing of it is kept or of the second; so it is where the run goes on."""
-    with_answers(monkeypatch, torch.tensor([0, 1, 2]), [[0, 1, 2], [0, 1, 1]])
+    labels = torch.tensor([0, 0, 0, 0, 1, 2])
+    scripted = [[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 1, 1]]  # right: four, of all classes; five, of the frequent one
+
+    def evaluation(_, real: Evaluation) -> Evaluation:
+        if not scripted:
+            return real
+        answer = torch.tensor(scripted.pop(0))
+        return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
+
+    with_evaluations(monkeypatch, evaluation)
     real_evaluate = FineTuning.evaluate_watched
     real_begin = FineTuning.begin_epoch
     started = []
@@ -561,6 +527,7 @@ def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, 
     monkeypatch.setattr(FineTuning, "evaluate_watched", evaluate_watched)
     monkeypatch.setattr(FineTuning, "begin_epoch", lambda run: started.append(run) or real_begin(run))
     for again in ("", "--resume"):
-        results = finetune(f"--keep-best accuracy {options} {again}")
-        assert results["kept_epoch"] == 1 and results["chosen_by"] == {"epoch": "the evaluation images"}
+        results = finetune(f"--keep-best balanced {options} {again}")
+        assert results["kept_epoch"] == results["best_epoch"] == 1
+        assert results["chosen_by"] == {"epoch": "the evaluation images"}
         assert results["kept_share"] == (0 if harmful == 1 else 7 / 12)  # of seven images of each class

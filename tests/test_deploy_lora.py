@@ -28,8 +28,7 @@ from tests.image_files import tar_of
 from tests.pages import preparation
 from tests.run_folders import column, rows_of
 from toolkit import InputError
-from toolkit.answers import predictions
-from toolkit.answers.measures import share_interval
+from toolkit.answers import measures, predictions
 from toolkit.models.backbones import build_backbone, headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run.commands import files_written, read_options
@@ -228,7 +227,7 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
     shares = hits.view(3, 5).double().mean(1).tolist()
     assert list(results["accuracy_per_class"].values()) == pytest.approx(shares)
     assert json.loads((tmp_path / "r.json").read_text()) == results
-    assert results["accuracy_interval"] == pytest.approx(share_interval(hits))
+    assert results["accuracy_interval"] == pytest.approx(measures.share_interval(hits))
     assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
     assert f"{'images':<22}15 in {images}/val\n" in told
     for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
@@ -294,10 +293,6 @@ def test_a_list_is_evaluated_over_the_groups_of_the_run(adapter_for_images, imag
     again = run("evaluate --device cpu", grouped, plain)
     assert again["accuracy_interval"] == expected["accuracy_interval"]
     assert f" 15 in {plain}, without groups by who\n" in capsys.readouterr().out
-    plain.write_text(f"{images / 'val/dark/0.png'},eel\n")
-    for path, problem in ((table, "the line .* is not a path and a label"), (plain, "that the adapter lacks: eel")):
-        with pytest.raises(InputError, match=problem):
-            run("evaluate --device cpu", adapter_for_images, path)
 
 
 def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter_for_images, images, tmp_path):

@@ -21,8 +21,7 @@ from PIL import Image
 
 from tests.image_files import bytes_of, png_chunk
 from toolkit import InputError
-from toolkit.images import bands, folders, lists, remote, shards
-from toolkit.images.scenes import open_scene
+from toolkit.images import bands, folders, lists, remote, scenes, shards
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -45,7 +44,7 @@ def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read \(not a file\)"):
         shards.read_shards(tmp_path)
     refused = pytest.raises(InputError, match=r"a\.tar: not a readable image \(not a file\)")
-    with refused, open_scene(tmp_path / "a.tar", None):
+    with refused, scenes.open_scene(tmp_path / "a.tar", None):
         pass
 
 
@@ -200,7 +199,7 @@ def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff_of(8, pack(levels.tobytes() + bytes(5 * 10**7)), kind))
     with little_memory():
         image = folders.ImageFiles(tmp_path, ["a.tif"], bands.Bands(1))[0]
-        with open_scene(tmp_path / "a.tif", bands.Bands(1)) as scene:
+        with scenes.open_scene(tmp_path / "a.tif", bands.Bands(1)) as scene:
             rows = scene.rows(0, 8)
     np.testing.assert_array_equal(image[..., 0], levels)
     np.testing.assert_array_equal(rows[..., 0], levels)

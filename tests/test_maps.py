@@ -19,16 +19,12 @@ from tests.checkpoint_files import narrow_resnet, save_base
 from tests.dense import randomize_adapters
 from tests.pages import DOCS, blocks, preparation
 from toolkit import InputError
-from toolkit.answers.classification import Classification
 from toolkit.answers.predictions import Maps
-from toolkit.answers.regression import Regression
-from toolkit.images import masks
+from toolkit.answers.tasks import Classification, Regression
+from toolkit.images import maps, masks, scenes
 from toolkit.images.bands import Bands, open_image
-from toolkit.images.maps import write_map, write_mask
-from toolkit.images.scenes import open_scene
 from toolkit.images.transforms import to_rgb
-from toolkit.models.backbones import build_backbone
-from toolkit.models.dense import answers_for
+from toolkit.models import backbones, dense
 
 tifffile = pytest.importorskip("tifffile")
 pytestmark = pytest.mark.usefixtures("small_backbones")
@@ -102,7 +98,7 @@ def of_tiffs(small_backbones, trained, tiffs, tmp_path_factory) -> Path:
 def logits_of(adapter: Path, image) -> torch.Tensor:
     model, info = load_finetuned(adapter)
     with torch.no_grad():
-        return answers_for(info["transform"](image), model.window, model)
+        return dense.answers_for(info["transform"](image), model.window, model)
 
 
 def deploy(command: str, *argv) -> object:
@@ -167,17 +163,14 @@ def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path)
         ("predict", "val/images/0.png --window 16", "maps", "drop --window"),
         ("predict", "val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
         ("embed", "val", "a.npy", "embed is not for an adapter with a class for every pixel"),
+        ("convert", None, "peft", "convert is not for an adapter with a class for every pixel"),
     ],
 )
-def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, command, given, output, named):
-    with pytest.raises(InputError, match=named):
-        deploy(command, of_pairs, *f"{pairs}/{given}".split(), "--output", tmp_path / output)
-
-
-def test_an_adapter_for_every_pixel_is_none_of_peft(of_pairs, tmp_path, monkeypatch):
+def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, monkeypatch, command, given, output, named):
     monkeypatch.setattr(deploy_lora.peft_format, "import_peft", lambda: None)
-    with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):
-        deploy("convert", of_pairs, "--to", "peft", "--output", tmp_path / "peft")
+    images = f"{pairs}/{given}".split() if given else []
+    with pytest.raises(InputError, match=named):
+        deploy(command, of_pairs, *images, "--output", tmp_path / output)
 
 
 def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_images):
@@ -206,7 +199,7 @@ HEIGHT = Regression(["height"], torch.tensor([[-1.0], [1.0]]))
 def written(maps: Maps, levels: np.ndarray, path: Path) -> Path:
     """The map of a scene of these levels (H, W)."""
     np.save(path.with_name("scene.npy"), levels[..., None])
-    with open_scene(path.with_name("scene.npy"), Bands(1)) as scene:
+    with scenes.open_scene(path.with_name("scene.npy"), Bands(1)) as scene:
         return maps.write(scene, path, lambda parts, total: parts)
 
 
@@ -292,7 +285,7 @@ def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
 def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, capsys):
     deploy("merge", of_tiffs, "--output", tmp_path / "merged.pth")
     state = torch.load(tmp_path / "merged.pth", weights_only=True)
-    plain = build_backbone("resnet18", 2, channels=4)
+    plain = backbones.build_backbone("resnet18", 2, channels=4)
     missing, unexpected = plain.load_state_dict(state, strict=False)
     assert sorted(missing) == ["fc.bias", "fc.weight"]
     assert sorted(unexpected) == ["head.linear.bias", "head.linear.weight"]
@@ -371,7 +364,7 @@ def test_an_exported_resnet_takes_numbers_of_files_of_any_size(of_tiffs, tmp_pat
 
 def in_rows(path, bands, height=23):
     """The whole image by parts that overlap, as windows do."""
-    with open_scene(path, bands) as scene:
+    with scenes.open_scene(path, bands) as scene:
         whole = scene.rows(0, 1)[:0]
         for first in range(0, scene.height, height - 9):
             part = scene.rows(first, min(first + height, scene.height))
@@ -485,7 +478,7 @@ def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     how = {"planarconfig": "contig", **WRITTEN["compressed tiles"]}
     tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", **how)
     tracemalloc.start()
-    with open_scene(tmp_path / "a.tif", Bands(5)) as scene:
+    with scenes.open_scene(tmp_path / "a.tif", Bands(5)) as scene:
         for first in range(0, 2000, 50):
             scene.rows(first, first + 50)
     assert tracemalloc.get_traced_memory()[1] < 8_000_000
@@ -498,7 +491,7 @@ def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
             yield np.zeros((100, 300), np.float32)
 
     tracemalloc.start()
-    write_map(tmp_path / "map.tif", parts(), 4000, 300, None)
+    maps.write_map(tmp_path / "map.tif", parts(), 4000, 300, None)
     tracemalloc.stop()
     assert held[-1] < held[10] + 100_000
 
@@ -515,7 +508,7 @@ def cut(array, rows=70):
 def test_a_map_of_classes_has_the_georeference_of_its_scene(tmp_path):
     like = write_tiff(tmp_path / "scene.tif", 600, 530)
     classes = levels(600, 530, 1, np.uint8)[..., 0] % 3
-    write_map(tmp_path / "map.tif", cut(classes), 600, 530, str(like), COLOURS, ["sea", "<b> & c", "é"])
+    maps.write_map(tmp_path / "map.tif", cut(classes), 600, 530, str(like), COLOURS, ["sea", "<b> & c", "é"])
     assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), classes)
     assert read_tags(tmp_path / "map.tif") == read_tags(like)
     assert len(read_tags(like)) == 5
@@ -530,12 +523,12 @@ def test_a_map_of_classes_has_the_georeference_of_its_scene(tmp_path):
 
 def test_a_map_of_probabilities_has_a_band_for_each_class_and_a_mask_a_palette(tmp_path):
     values = np.random.default_rng(0).random((300, 270, 3), np.float32)
-    write_map(tmp_path / "map.tif", cut(values), 300, 270, None, names=["a", "b", "c"])
+    maps.write_map(tmp_path / "map.tif", cut(values), 300, 270, None, names=["a", "b", "c"])
     assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), values)
     assert not read_tags(tmp_path / "map.tif")
     classes = levels(9, 7, 1, np.uint8)[..., 0] % 3
     classes[0, 0] = 255
-    write_mask(tmp_path / "mask.png", classes, COLOURS)
+    maps.write_mask(tmp_path / "mask.png", classes, COLOURS)
     with Image.open(tmp_path / "mask.png") as image:
         assert image.mode == "P"
         assert np.array_equal(np.asarray(image), classes)
@@ -548,7 +541,7 @@ def test_pixels_of_a_coarser_map_lie_where_their_windows_do(tmp_path, point, tur
     keys = tuple(2 if point and i == 11 else value for i, value in enumerate(UTM))
     matrix = (0.0, 10.0, 0.0, 500000.0, -10.0, 0.0, 0.0, 5400000.0, *[0.0] * 7, 1.0) if turned else None
     like = write_tiff(tmp_path / "scene.tif", 640, 512, extratags=geotags(keys, matrix))
-    write_map(tmp_path / "map.tif", cut(levels(10, 8, 1, np.uint8)[..., 0]), 10, 8, str(like), COLOURS, step=64)
+    maps.write_map(tmp_path / "map.tif", cut(levels(10, 8, 1, np.uint8)[..., 0]), 10, 8, str(like), COLOURS, step=64)
     place = read_tags(like)
     coarse = read_tags(tmp_path / "map.tif")
     assert coarse[34735] == place[34735]

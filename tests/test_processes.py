@@ -1,6 +1,7 @@
 """Two real processes compute what one does: the same adapters to rounding, every image once, and faults stop both."""
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -22,17 +23,14 @@ from torch import nn
 
 import deploy_lora
 import finetune_lora
-from moco import pretrain
-from moco.builder import MoCoV3, shuffled
+from moco import builder, pretrain
 from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, tensors
 from tests.test_teacher import teacher_of
-from toolkit import InputError, devices, distributed
+from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, segmentation
-from toolkit.files import read_checkpoint
 from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
-from toolkit.run import guard, optim, output_folder, run_state, training
-from toolkit.run.teacher import as_sure
+from toolkit.run import guard, optim, output_folder, run_state, teacher, training
 
 CPU = torch.device("cpu")
 
@@ -156,16 +154,6 @@ def in_parts_of_three() -> None:
     deploy_lora.PART_IMAGES = 3
 
 
-@pytest.mark.slow
-def test_two_processes_embed_as_one(adapter_for_images, images, tmp_path):
-    """15 images in batches of 7: the last is of one."""
-    argv = f"embed {adapter_for_images} {images}/val --batch-size 7 --device cpu --output {tmp_path}"
-    completed("deploy_lora", f"{argv}/out.npy", tmp_path / "log")
-    deploy_lora.main(f"{argv}/alone.npy".split())
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), np.load(tmp_path / "alone.npy"), atol=1e-4)
-    assert (tmp_path / "out_paths.csv").read_text() == (tmp_path / "alone_paths.csv").read_text()
-
-
 def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp_path):
     merge = f"merge {adapter_for_images} --output {tmp_path}/out.safetensors"
     children = completed("deploy_lora", merge, tmp_path / "log")
@@ -216,7 +204,7 @@ def pretrain_both(
     """The model of two processes, with their files in `out`, which is that of one, in `alone`."""
     completed("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before)
     pretrain.main(f"{argv} --output-dir {folder}/alone".split())
-    read = tensors if name == "moco_lora.pth" else lambda path: read_checkpoint(path)["model"]
+    read = tensors if name == "moco_lora.pth" else lambda path: files.read_checkpoint(path)["model"]
     ours, theirs = (read(folder / of / name) for of in ("out", "alone"))
     assert_close(ours, theirs, tolerance)
     losses, alone = ([row["loss"] for row in metrics(folder / of)] for of in ("out", "alone"))
@@ -234,29 +222,17 @@ def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_moco_v3_in_two_processes_is_that_in_one_batch_norm_included(options, tmp_path, monkeypatch):
+def test_moco_v3_in_two_processes_is_that_in_one_batch_norm_included(options, tmp_path, request):
     """Over six images, one BatchNorm behind the other: on some processors float32's rounding grows to a hundredth."""
     argv = f"{options('pretrain')} --moco-version 3 --epochs 1 --learning-rate 1e-3"
-    monkeypatch.setattr(pretrain, "main", in_float64(pretrain.main))
+    request.addfinalizer(functools.partial(torch.set_default_dtype, torch.float32))
+    compute_in_float64()
     ours = pretrain_both(argv, tmp_path, compute_in_float64, "moco_stage1_epoch_1.pth", tolerance=1e-9)
     assert ours["encoder_q.heads.1.running_mean"].dtype == torch.float64
 
 
-def in_float64(main):
-    """The function, which then makes its models and images in float64."""
-
-    def run(argv):
-        torch.set_default_dtype(torch.float64)
-        try:
-            return main(argv)
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-    return run
-
-
 def compute_in_float64() -> None:
-    pretrain.main = in_float64(pretrain.main)
+    torch.set_default_dtype(torch.float64)
 
 
 @pytest.mark.slow
@@ -290,7 +266,7 @@ def test_a_killed_process_stops_the_other(options, tmp_path):
     second.send(signal.SIGKILL)
     assert first.wait(120) == 2
     assert "error: another process of this run has ended" in first.output and "Traceback" not in first.output
-    read_checkpoint(tmp_path / "out" / "last.pth")
+    files.read_checkpoint(tmp_path / "out" / "last.pth")
 
 
 @pytest.mark.slow
@@ -364,7 +340,7 @@ def shuffled_keys(rank: int) -> tuple[list, list]:
     encoded = []
     encoder.register_forward_hook(lambda module, inputs, keys: encoded.extend(inputs[0].flatten().tolist()))
     torch.manual_seed(rank)  # as each draws by itself in a run
-    keys = shuffled(encoder, torch.arange(8.0)[rank::2, None])
+    keys = builder.shuffled(encoder, torch.arange(8.0)[rank::2, None])
     return keys.flatten().tolist(), encoded
 
 
@@ -379,7 +355,7 @@ def contrasted(rank: int, share: slice | None = None) -> float:
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 6, 4, generator=generator)
     own = slice(rank, None, 2) if share is None else share
-    return MoCoV3.contrast(SimpleNamespace(T=0.2), queries[own], keys[own]).item()
+    return builder.MoCoV3.contrast(SimpleNamespace(T=0.2), queries[own], keys[own]).item()
 
 
 def test_queries_are_compared_with_the_keys_of_both(found):
@@ -399,7 +375,7 @@ def scaled(rank: int, share: slice | None = None) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     logits, first = torch.randn(2, 3, 4, generator=generator)
     own = slice(rank, None, 2) if share is None else share
-    return as_sure(logits[own], first[own]).flatten().tolist()
+    return teacher.as_sure(logits[own], first[own]).flatten().tolist()
 
 
 def test_a_teacher_is_as_sure_as_the_start_over_the_images_of_both(found):
@@ -452,20 +428,6 @@ def precision(rank: int) -> torch.dtype:
         return devices.faster_dtype(lambda _: nn.Linear(2, 2), channels=1, size=256)
 
 
-@pytest.mark.parametrize(
-    ("find", "expected"),
-    [
-        (exchanged, [[0, 1, 2, 3, 4], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
-        (taught, pytest.approx(TAUGHT)),
-        (read, ([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)),
-        (worst, 4.0),
-        (precision, torch.float32),
-    ],
-)
-def test_both_find_the_same(found, find, expected):
-    assert [each[find.__name__] for each in found] == [expected] * 2
-
-
 def cached(rank: int) -> list:
     """The features of six images in two views, of which each process computed its share of batches of four."""
     views = [torch.arange(6.0)[:, None], 10 * torch.arange(6.0)[:, None]]
@@ -474,8 +436,19 @@ def cached(rank: int) -> list:
     return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
 
 
-def test_each_process_finds_the_features_that_the_other_one_cached(found):
-    assert [each["cached"] for each in found] == [[[i, 10 * i] for i in range(6)]] * 2
+@pytest.mark.parametrize(
+    ("find", "expected"),
+    [
+        (exchanged, [[0, 1, 2, 3, 4], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
+        (taught, pytest.approx(TAUGHT)),
+        (read, ([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)),
+        (worst, 4.0),
+        (precision, torch.float32),
+        (cached, [[0, 0], [1, 10], [2, 20], [3, 30], [4, 40], [5, 50]]),
+    ],
+)
+def test_both_find_the_same(found, find, expected):
+    assert [each[find.__name__] for each in found] == [expected] * 2
 
 
 SHARES = (5, 3)  # of eight images

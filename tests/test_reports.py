@@ -20,11 +20,9 @@ from toolkit import TOOLKIT, VERSION, typed
 from toolkit.answers import answer_reports, classification, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.measures import jackknife, mcnemar, mean_interval, share_interval
-from toolkit.answers.segmentation import Segmentation
-from toolkit.answers.tasks import Classification, MultiLabel, Regression
+from toolkit.answers.tasks import Classification, MultiLabel, Regression, Segmentation
 from toolkit.images.data import LabelledImages
-from toolkit.run import reports
-from toolkit.run.verdict import judge
+from toolkit.run import reports, verdict
 
 pytestmark = pytest.mark.usefixtures("pictures")
 TASK = Classification(["cat", "dog"])
@@ -402,15 +400,6 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
     assert [words for words in told if words not in shown] == []
 
 
-def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/finetune_lora.py", "--data-dir", "my images"])
-    (_, made), command = reports._made()
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d by version {VERSION}", made)
-    assert command == ("command", "python finetune_lora.py --data-dir 'my images'")
-    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py"])
-    assert len(reports._made()) == 1
-
-
 @pytest.mark.parametrize(
     ("started", "folder", "shown"),
     [
@@ -418,6 +407,7 @@ def test_a_page_says_when_by_what_and_by_which_command_it_was_made(monkeypatch):
         ("finetune_lora.py", Path("/"), f"python {shlex.quote(str(TOOLKIT / 'deploy_lora.py'))}"),
         ("/usr/bin/moco-lora-finetune", Path("/"), "moco-lora-deploy"),
         ("C:/Scripts/moco-lora-pretrain.exe", TOOLKIT, "moco-lora-deploy"),
+        ("ipykernel_launcher.py", TOOLKIT, "python deploy_lora.py"),
     ],
 )
 def test_commands_that_are_printed_exist_where_the_run_was_started(started, folder, shown, monkeypatch):
@@ -425,8 +415,11 @@ def test_commands_that_are_printed_exist_where_the_run_was_started(started, fold
     monkeypatch.chdir(folder)
     assert typed("deploy") == shown
     assert judged().next_step == f"{shown} predict lora.pth new_images --output answers.csv"
-    if "pretrain" not in started:
-        assert dict(reports._made())["command"] == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
+    made = dict(reports._made())
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d by version {VERSION}", made.pop("made"))
+    if "finetune" in started:
+        assert made.pop("command") == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
+    assert made == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- the verdict
@@ -447,7 +440,7 @@ def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowere
     train_loss, val_loss = losses
     history = [{f"val_{task.score}": score, "train_loss": 1.0, "val_loss": 1.0} for score in scores]
     history[-1] |= {"train_loss": train_loss, "val_loss": val_loss}
-    return judge(results | more, history, task, per_class)
+    return verdict.judge(results | more, history, task, per_class)
 
 
 CHOSEN = {"epoch": "the evaluation images"}

@@ -22,9 +22,7 @@ from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, tensors
 from toolkit import VERSION, InputError, config, files
 from toolkit.answers.measures import share_interval
-from toolkit.files import read_checkpoint
 from toolkit.run import optim, options, run_state, verdict
-from toolkit.run.options import OF_FINE_TUNING, Plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,7 +179,7 @@ def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_
     assert not {"accuracy", "accuracy_interval"} & finished_once.keys()  # of the evaluation images: val_...
     content = read_adapter_file(finished_once["folder"] / "lora.pth")
     assert content["metadata"]["temperature"] == finished_once["temperature"]
-    state = read_checkpoint(finished_once["folder"] / "last.pth")
+    state = files.read_checkpoint(finished_once["folder"] / "last.pth")
     head = "heads.head.weight"
     kept = state["wise_ft"]["start"][head].lerp(state["model"][head], state["wise_ft"]["share"])
     torch.testing.assert_close(content["tensors"][head] * finished_once["temperature"], kept)
@@ -242,9 +240,9 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     fine_tuning = keys(finetune_lora.make_parser())
     stage1 = keys(pretrain.make_parser())
     shared = {*config.SECTIONS} & fine_tuning.keys() & stage1.keys()
-    assert shared == {"model", "data"} == OF_FINE_TUNING.keys()
+    assert shared == {"model", "data"} == options.OF_FINE_TUNING.keys()
     for section in shared:
-        assert fine_tuning[section] - stage1[section] == OF_FINE_TUNING[section], section
+        assert fine_tuning[section] - stage1[section] == options.OF_FINE_TUNING[section], section
     settings = options.stored_sections(finetune_lora.read_options([])[0])
     settings["model"]["arch"] = "vit_mini"  # stage 1 cannot leave it to a checkpoint
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -262,10 +260,10 @@ def test_what_an_old_configuration_leaves_empty_does_not_matter(tmp_path):
         finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
 
 
-def settled(**changes) -> Plan:
+def settled(**changes) -> options.Plan:
     values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
     rest = {"precision": "fp32", "norms": "follow"} | changes
-    return Plan(device=torch.device("cpu"), dtype=torch.float32, image_values=values, normalization={}, **rest)
+    return options.Plan(device=torch.device("cpu"), dtype=torch.float32, image_values=values, normalization={}, **rest)
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,15 @@ from toolkit.answers.segmentation import PixelAnswers, Segmentation, rare_class_
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import Classes, MaskReader
 from toolkit.images.sources import load_splits
-from toolkit.models import dense
-from toolkit.models.backbones import build_backbone
-from toolkit.models.dense import DenseHead, DenseModel
+from toolkit.models import backbones, dense
 from toolkit.run import loaders
 
 CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
 
 
-def vit_mini(classes: int) -> DenseModel:
-    return DenseModel(build_backbone("vit_mini", 2, 16), classes, 16)
+def vit_mini(classes: int) -> dense.DenseModel:
+    return dense.DenseModel(backbones.build_backbone("vit_mini", 2, 16), classes, 16)
 
 
 def masks(*shape: int) -> torch.Tensor:
@@ -159,7 +157,7 @@ def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(se
     assert segmented["task"] == "segmentation" and list(segmented["iou_per_class"]) == ["class 0", "class 1"]
     assert json.loads((segmented["folder"] / "results.json").read_text())["val_miou"] == segmented["val_miou"]
     model, info = load_finetuned(segmented["folder"] / "lora.pth")
-    assert isinstance(model, DenseModel) and info["task"]["kind"] == "segmentation"
+    assert isinstance(model, dense.DenseModel) and info["task"]["kind"] == "segmentation"
     assert 0 < segmented["temperature"] == info["temperature"] != 1
 
 
@@ -219,13 +217,13 @@ def test_a_configuration_crops_masks_or_not_as_it_says(pairs, tmp_path):
 
 @pytest.fixture(params=[resnet, partial(vit, image_size=32, num_layers=4)], ids=["resnet", "vit"])
 def model(request):
-    return DenseModel(request.param(), classes=5, image_size=32).double().eval()
+    return dense.DenseModel(request.param(), classes=5, image_size=32).double().eval()
 
 
 def test_the_head_is_linear_in_the_features_of_all_maps():
     """The wide map that is never made gives the same logits."""
     maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4), torch.randn(2, 2, 2, 2)]
-    head = DenseHead([3, 5, 2], 4)
+    head = dense.DenseHead([3, 5, 2], 4)
     wide = torch.cat([F.interpolate(m, size=(8, 8), mode="bilinear") for m in maps], 1)
     expected = F.conv2d(wide, head.linear.weight[..., None, None], head.linear.bias)
     torch.testing.assert_close(head(maps), expected, rtol=1e-5, atol=1e-5)
@@ -252,7 +250,7 @@ def test_features_at_pixels_are_what_the_logits_are_linear_in(model):
 )
 def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch, size, read, sides):
     """A network's first stage, at half the image's size, is where thin things such as membranes are seen."""
-    model = DenseModel(build_backbone(arch, 5), classes=5, image_size=size).eval()
+    model = dense.DenseModel(backbones.build_backbone(arch, 5), classes=5, image_size=size).eval()
     maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
     assert [features.shape[2] for features in maps] == sides
     assert model.head.widths == [features.shape[1] for features in maps]
