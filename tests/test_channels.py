@@ -163,6 +163,13 @@ def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
         assert np.array_equal(read, array.astype(np.float32)), name
 
 
+def test_a_preview_is_no_band(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for side in (16, 4):
+            writer.write(np.zeros((side, side)), photometric="minisblack", metadata=None)
+    assert Bands(1).array(tmp_path / "a.tif").shape == (16, 16, 1)
+
+
 def test_pngs_of_16_bits_keep_them():
     levels = np.random.RandomState(0).randint(0, 2**16, (5, 4, 3)).astype(">u2")
     grey = Image.fromarray(levels[..., 0].astype(np.uint16))

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import resource
 import signal
 import subprocess
@@ -216,21 +215,14 @@ def test_a_killed_worker_is_one_line(start, way):
 
 
 @pytest.mark.slow
-def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch):
-    common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
-    errors = {
-        "prepare": torch.OutOfMemoryError("CUDA out of memory"),
-        "FineTuning.__init__": MemoryError(),
-        "FineTuning.note_steps": RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv"),
-    }
-    for place, error in errors.items():
-        with pytest.raises(InputError) as caught, mock.patch(f"finetune_lora.{place}", side_effect=error):
-            finetune_lora.main(f"--checkpoint {base} {common}".split())
-        assert re.match("out of memory on cpu: lower --batch-size .* --gradient-checkpointing full", str(caught.value))
-    monkeypatch.setattr(pretrain.Pretraining, "note_steps", mock.Mock(side_effect=MemoryError()))
-    with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
-        options = f"--image-size 8 --batch-size 8 --two-crops digits {common} --output-dir {tmp_path / 'new'}"
-        pretrain.main(options.split())
+@pytest.mark.parametrize("place", ["prepare", "FineTuning.__init__", "FineTuning.note_steps", "Pretraining.note_steps"])
+def test_out_of_memory_says_what_saves_it(base, images, tmp_path, place):
+    script, what, options = finetune_lora, "--gradient-checkpointing full", f"--checkpoint {base}"
+    if place.startswith("Pretraining"):
+        script, what, options = pretrain, "--precision bf16", "--image-size 8 --batch-size 8 --two-crops digits"
+    told = f"^out of memory on cpu: lower --batch-size .* {what}"
+    with pytest.raises(InputError, match=told), mock.patch(f"{script.__name__}.{place}", side_effect=MemoryError()):
+        script.main(f"--data-dir {images} --output-dir {tmp_path} --device cpu {options}".split())
 
 
 def test_a_run_is_not_resumed_over_another_base(finetune, once, base, tmp_path):

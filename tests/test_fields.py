@@ -1,21 +1,28 @@
-"""The pages of photographs, medicine and microscopy run from top to bottom, on made-up files and a random backbone."""
+"""The pages of photographs, medicine, microscopy and satellites run from top to bottom, on made-up files and a random
+backbone."""
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import deploy_lora
 import finetune_lora
+from moco import pretrain
+from tests.checkpoint_files import without_head
 from tests.pages import DOCS, blocks, save_moco_v2
+from tests.run_folders import rows_of
+from toolkit.models.backbones import build_backbone
 
 pytestmark = pytest.mark.slow
-SMALL = "--image-size 32 --epochs 1 --batch-size 4 --device cpu --workers 0 --lora-rank 2"
-RUN = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.main}
+SMALL = "--image-size 32 --epochs 1 --batch-size 4 --device cpu --workers 0"
+RUN = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.main, "moco.pretrain": pretrain.main}
 
 
 @pytest.fixture
@@ -28,19 +35,29 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run_page(name: str) -> None:
-    """Every command of the page, fewer epochs of small images, and every block of Python, in their order."""
+def run_page(name: str) -> dict:
+    """Every command of the page, fewer epochs of small images, and every block of Python, in their order.
+
+    Returns:
+        The names that the Python has set.
+    """
+    names = {"load_finetuned": finetune_lora.load_finetuned}
     for block in blocks("text", (DOCS / name).read_text()):
-        if block.startswith(("import", "from")):
-            exec(compile(block, name, "exec"), {})
+        if block.startswith(("import", "from", "model, info")):
+            exec(compile(block, name, "exec"), names)
             continue
-        for line in re.sub(r"\\\n *", "", block).splitlines():
-            if line.startswith("python "):
-                _, script, *argv = shlex.split(line)
-                if script == "finetune_lora.py":
-                    small = SMALL.replace("--lora-rank 2", "") if "--lora-rank" in argv else SMALL
-                    argv += small.split()
-                RUN[script](argv)
+        for line in re.sub(r"\\\n *", "", block).replace("-m ", "").splitlines():
+            if not line.startswith("python "):
+                continue
+            _, script, *argv = shlex.split(line)
+            if script != "deploy_lora.py":
+                argv += SMALL.split()
+            if script == "moco.pretrain":
+                argv += ["--moco-version", "2", "--queue-size", "8"]
+            elif script == "finetune_lora.py" and "--lora-rank" not in argv:
+                argv += ["--lora-rank", "2"]
+            RUN[script](argv)
+    return names
 
 
 def save_photograph(path: Path, colour: int) -> None:
@@ -94,3 +111,35 @@ def test_microscopy(folder):
     assert (folder / "areas.pdf").stat().st_size > 1000
     assert len(list((folder / "masks").rglob("*.tif"))) == 4
     assert len(list((folder / "explained").rglob("*.png"))) == 4
+
+
+def geotiff(path: Path, levels: np.ndarray) -> None:
+    """A TIFF of these levels, of 10 m in a UTM zone."""
+    tifffile = pytest.importorskip("tifffile")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True), (33550, "d", 3, [10.0, 10.0, 0.0], True)]
+    keys.append((33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5.3e6, 0.0], True))
+    tifffile.imwrite(path, levels, photometric="minisblack", planarconfig="contig", extratags=keys)
+
+
+def test_satellites(folder, capsys):
+    """EuroSAT in small, and new tiles with geotags; the checkpoint has torchgeo's layout."""
+    pytest.importorskip("onnxscript")
+    backbone = build_backbone("resnet18", 2, channels=13).state_dict()
+    torch.save(without_head(backbone), folder / "hub/checkpoints/resnet18_sentinel2_all_moco-59bfdff9.pth")
+    rng = np.random.RandomState(0)
+    for place, count in (("EuroSAT_MS/Forest", 5), ("EuroSAT_MS/River", 5), ("new_tiles", 4)):
+        for i in range(count):
+            levels = rng.randint(0, 3000, (32, 32, 13)).astype(np.uint16)
+            levels[..., 9] //= 300  # B10, which stands before B11, B12 and B8A here
+            geotiff(folder / place / f"{i}.tif", levels)
+    shutil.copy("new_tiles/0.tif", "new_tiles/tile.tif")
+    names = run_page("sentinel-2.md")
+    printed = capsys.readouterr().out
+    known, read = re.findall("^images: .*", (DOCS / "sentinel-2.md").read_text(), re.MULTILINE)
+    assert all(part in printed for part in known.split(" ... "))
+    assert "channel 11 hardly varies" in printed
+    assert "which moco_lora.pth says" in printed
+    assert printed.count(read) == 3  # the second fine-tuning too, where the bands were not typed again
+    assert [Path(row["path"]).stem for row in rows_of("predictions.csv")] == ["0", "1", "2", "3", "tile"]
+    assert names["logits"].shape == (1, 2)

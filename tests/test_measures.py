@@ -76,6 +76,7 @@ def test_what_is_the_same_everywhere_has_no_figure():
     assert ranked(scores, 0 * ones).isnan().all()
     [[precision, area]] = ranked(scores, ones)
     assert precision == metrics.average_precision_score(ones, scores) == 1 and area.isnan()
+    assert ranked(scores[:0], ones[:0], torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3  # nothing is known
     assert math.isnan(measures.threshold_for(scores, 0 * ones, "f1"))
     assert math.isnan(measures.threshold_for(scores, ones, "specificity=0.9"))
     assert measures.r2(torch.rand(5), torch.full((5,), 3e8), once(5)).isnan()
@@ -300,18 +301,6 @@ def test_numbers_of_any_size_are_measured():
     errors = 1e-20 * (1 + torch.rand(60, dtype=torch.float64))
     (low, high), _ = chance(mean_of(errors), torch.arange(60), measures.POSITIVE)
     assert 1.3e-20 < low < errors.mean() < high < 1.7e-20
-
-
-def test_a_label_of_which_nothing_is_known_has_no_figure():
-    nothing = torch.empty(0)
-    assert ranked(nothing, nothing, torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3
-    answers = several_labels(labels=2)
-    answers.targets[:, 1] = math.nan
-    report = tasks.MultiLabel(["known", "unknown"]).report(answers)
-    figures = report.figures()
-    assert figures["labels"]["unknown"]["average_precision"] is None
-    assert figures["macro_ap"] == figures["labels"]["known"]["average_precision"] == answers.measured()["macro_ap"]
-    assert report.rows() and report.printed() and report.by_label()[-1][0] == "unknown"
 
 
 def test_the_bias_of_a_figure_is_taken_from_the_middle_of_its_interval():

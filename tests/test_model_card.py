@@ -46,13 +46,27 @@ def test_a_card_of_labels_has_the_figures_of_each_and_its_groups():
     assert "| label | auroc | threshold |\n|---|---|---|\n| a | 0.9 | 0.25 |\n| b |  | 1 |" in text
 
 
+def test_a_card_of_masks_says_by_what_it_was_trained_on_what_and_what_that_gained():
+    config = {"data": {"data_list": ["/mine/a.csv", "/mine/b.csv"], "data_dir": "/mine/images"}}
+    about = ABOUT | {"task": {"kind": "segmentation"}, "config": config, "version": "0.1"}
+    results = {"val_images": 5, "val_miou": 0.6, "val_miou_interval": None, "probe_miou_before": 0.4}
+    results |= {"pixel_accuracy": 0.9, "pixel_accuracy_interval": None, "iou_per_class": {"a": 0.25, "b": None}}
+    results["backbone"] = {"name": "moco-v9", "licence": "mit", "source": "somewhere"}
+    text = write_card(about, results, "streets", "lora.pth")
+    assert "\nWeights for vit_mini, trained over `moco-v9` on a.csv, b.csv: segmentation" in text
+    assert "what is made of it: mit (somewhere)." in text
+    assert "| miou of the linear probe, before training | 0.4 | |" in text
+    assert "| class | iou_per_class |\n|---|---|\n| a | 0.25 |\n| b |  |" in text
+    assert "--output maps " in text and "Settings, of version 0.1 of" in text
+
+
 def test_a_card_names_a_published_base_and_its_licence():
     about = ABOUT | {"checkpoint": "/somewhere/moco_v2_800ep_pretrain.pth.tar", "config": 3}
     text = write_card(about, {}, "flowers", "lora.pth")
     assert yaml.safe_load(text.split("---")[1])["license"] == "cc-by-nc-4.0"
     assert "trained over `moco-v2-800ep`" in text
     assert "what is made of it: cc-by-nc-4.0 (https://dl.fbaipublicfiles.com/moco/" in text
-    assert "Not measured." in text
+    assert "Not measured." in text and "model-index: []" in text
     about = ABOUT | {"checkpoint": "/mine/moco-v2-of-my-own.pth"}
     text = write_card(about, {}, "flowers", "lora.pth")
     assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"

@@ -24,7 +24,7 @@ import example_lora_usage as examples
 import finetune_lora
 from moco import pretrain
 from tests.checkpoint_files import narrow_resnet
-from tests.pages import blocks, commands, save_moco_v2
+from tests.pages import blocks, commands, preparation, save_moco_v2
 from toolkit.answers import parts
 from toolkit.models.backbones import build_backbone
 
@@ -234,7 +234,7 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
             deploy_lora.main(shlex.split(command)[2:])
             for name in re.findall(r"--output (\S+)", command):
                 assert (tmp_path / name).exists(), command
-    write_preparation(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "prepare", preparation())
     for block in blocks("python", AFTER_TRAINING):
         if all_installed(*extras_of(block)) and ("onnx" not in block or all_installed("onnx")):
             exec(compile(block, "a page", "exec"), {})
@@ -260,14 +260,6 @@ def test_from_images_without_labels_to_an_answer(own_folder, images):
     assert (own_folder / "checkpoints/first/labels_to_check.csv").exists()
 
 
-def write_preparation(folder: Path, monkeypatch) -> None:
-    """Write the page's prepare.py where the page's other blocks import it from."""
-    block, _ = blocks("python", TO_A_SERVER)
-    (folder / "prepare.py").write_text(block)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "prepare", raising=False)
-
-
 def test_from_an_official_checkpoint_to_a_file_that_serves(own_folder, newcomer, monkeypatch, capsys):
     """The section from top to bottom: the newcomer's images, and plain torchvision in the end."""
     for name in ("my_images", "image.png"):
@@ -276,7 +268,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(own_folder, newcomer,
     finetune_lora.main([*shlex.split(tune)[2:], "--labels-per-class", "1", "--epochs", "1"])
     deploy_lora.main(shlex.split(merge)[2:])
     _, block = blocks("python", TO_A_SERVER)
-    write_preparation(own_folder, monkeypatch)
+    monkeypatch.setitem(sys.modules, "prepare", preparation())
     monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
     capsys.readouterr()
     exec(compile(block, "a page", "exec"), served := {})
@@ -294,15 +286,6 @@ def test_no_command_and_no_file_is_left_out():
     layout = next(block for block in blocks("text", PAGES["docs/how-it-works.md"]) if "toolkit/ " in block)
     names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
     assert [name for name in names if not (ROOT / name).exists()] == []
-
-
-def test_the_pages_of_all_names_have_signatures_and_docstrings(tmp_path):
-    """The command at the end of docs/python.md makes them."""
-    pdoc = pytest.importorskip("pdoc")
-    pdoc.pdoc("lora_utils", output_directory=tmp_path)
-    text = re.sub(r"<[^>]+>|\s+", "", (tmp_path / "lora_utils.html").read_text())
-    assert "defmerge_lora_weights(self)" in text
-    assert "Saves,loads,merges,disables" in text
 
 
 def test_the_options_page_and_the_readme_have_the_options(tmp_path):

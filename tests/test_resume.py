@@ -221,13 +221,17 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     assert script.wait(60) == 141 and script.stderr.read() == b""
 
 
+NO_MEMORY = "out of memory on meta: lower it"
 FEWER = " use fewer --workers"
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("CUDA error: out of memory"), "out of memory on meta: lower it"),
+        (RuntimeError("CUDA error: out of memory"), NO_MEMORY),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv"), NO_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory"), NO_MEMORY),
+        (MemoryError(), "out of memory on cpu: lower it"),
         (OSError(24, "Too many open files"), f"ulimit -n.*{FEWER}"),
         (RuntimeError("received 0 items of ancdata"), f"ulimit -n.*{FEWER}"),
         (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), f"/dev/shm.*{FEWER}"),

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -58,11 +59,13 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     confusion = confusion_matrix(true, answer)
     assert found.confusion.sum(0).tolist() == confusion.tolist()
     of_classes = jaccard_score(true, answer, average=None).tolist()
-    expected = {"miou": np.mean(of_classes), "macro_dice": f1_score(true, answer, average="macro")}
+    dice = f1_score(true, answer, average=None).tolist()
+    expected = {"miou": np.mean(of_classes), "macro_dice": np.mean(dice)}
     expected["pixel_accuracy"] = (true == answer).mean()
     assert found.measured() == pytest.approx(expected) and found.score == found.measured()["miou"]
     figures = task.report(found).figures()
     assert list(figures["iou_per_class"].values()) == pytest.approx(of_classes)
+    assert list(figures["dice_per_class"].values()) == pytest.approx(dice)
     low, high = figures["miou_interval"]
     assert low < expected["miou"] < high
     losses = [task.plain_loss(logits[i : i + 1], truth[i : i + 1]).item() for i in range(6)]
@@ -78,7 +81,10 @@ def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of
     plot = mock.Mock()
     monkeypatch.setattr(segmentation.answer_reports, "plot_confusion", plot)
     report = Segmentation(NAMES).report(PixelAnswers(0.0, matrices, torch.ones(15, 3)))
-    assert [row[:2] for row in report.by_class()] == [("sky", "50.0%"), ("wall", "50.0%"), ("tree", "0.0%")]
+    sky, wall, tree = report.by_class()
+    assert (sky[:2], sky[3]) == (("sky", "50.0%"), "85.7%")  # Dice: 2 x 3 of 4 + 3
+    assert (wall[:2], wall[3]) == (("wall", "50.0%"), "88.9%")
+    assert tree == ("tree", "0.0%", "nowhere", "nowhere")
     report.draw(None)
     assert plot.call_args.args[0].tolist() == [[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     weights = rare_class_weights(torch.tensor([[900.0, 90.0], [0.0, 10.0]]))
@@ -101,8 +107,10 @@ def test_the_loss_is_the_mean_over_an_images_known_pixels(weights):
 
 def test_smoothing_never_makes_a_rare_class_the_best_answer():
     """What is spread is weighed by the true class: by the rare ones' own weights they would be the answer for all."""
-    weights = rare_class_weights(torch.tensor([[400_000.0, 600_000.0, 0.0]]))  # a class of which no pixel trains
-    task = Segmentation(NAMES, weights, label_smoothing=0.1)
+    pixels = torch.tensor([[400_000.0, 600_000.0, 0.0]])  # a class of which no pixel trains
+    train = SimpleNamespace(targets=pixels, source=SimpleNamespace(read=None))
+    task = Segmentation.of_run(NAMES, train, SimpleNamespace(class_weights="balanced", label_smoothing=0.1))
+    weights = rare_class_weights(pixels)
     truth = torch.tensor([0, 1, NO_LABEL]).view(1, 1, 3)
     best = torch.eye(3)[[0, 1, 0]].lerp(torch.full((3, 3), 1 / 3), 0.1)  # the smoothed truth, (pixels, K)
     logits = best.log().T[None, :, None].requires_grad_()
