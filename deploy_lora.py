@@ -86,9 +86,8 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     """Print the content of an adapter file and return it."""
     content = read_adapter_file(args.adapter)
     numel = sum(map(torch.numel, content["tensors"].values()))
-    size = args.adapter.stat().st_size / 1e6
     adapted = sum(record["r"] > 0 for record in content["layers"].values())
-    print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {size:.2f} MB")
+    print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {args.adapter.stat().st_size / 1e6:.2f} MB")
     metadata = dict(content["metadata"])
     config = metadata.pop("config", None)
     sections = config.items() if isinstance(config, dict) else ()
@@ -447,9 +446,7 @@ def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, 
     return paths
 
 
-def _write_for_each(
-    deployed: Deployed, images: LabelledImages, endings: Sequence[str], settings: dict, write: Callable
-) -> list[Path]:
+def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequence[str], settings, write) -> list[Path]:
     """Write a file for each image into the folder --output, unless it is there, and return the paths of all.
 
     `write` takes an image's number and place, and returns its file: the place with one of the endings.
@@ -480,21 +477,15 @@ def _folder_of_answers(
 ) -> Iterator[dict[Path, list[Path]]]:
     """Hold the folder --output, and yield the files that are finished at each place: see `predictions.begin_folder`."""
     args = deployed.args
-    made_of = {
-        "command": args.command,
-        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
-        "images": [str(images.source.folder), images.digest],
-        "--arithmetic": args.arithmetic,
-        "--precision": str(deployed.dtype),
-    }
+    made_of = {"command": args.command, "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest()}
+    made_of["images"] = [str(images.source.folder), images.digest]
+    made_of |= {"--arithmetic": args.arithmetic, "--precision": str(deployed.dtype)}
     begin = functools.partial(predictions.begin_folder, args.output, made_of | settings, places, endings, args.resume)
     with output_folder.held(args.output):
         yield distributed.first_does(begin)  # alone, before any of them can have written
 
 
-def _answered(
-    deployed: Deployed, images: LabelledImages, parts: Sequence[range], may_be_none: bool = False
-) -> Iterator[tuple[Tensor, LabelledImages]]:
+def _answered(deployed: Deployed, images: LabelledImages, parts: Sequence[range], may_be_none=False) -> Iterator[tuple]:
     """For each part the outputs (n, ...) and their images; those that cannot be read are listed and left out."""
     args = deployed.args
     size = deployed.about["image_size"]
@@ -537,7 +528,7 @@ def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
             found = map(source.path, range(len(source)))
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
             images = ImageList.as_in_run(path, _data_of_run(about))
-            found = [remote.located(images.folder, name) for name in images.paths()]
+            found = map(functools.partial(remote.located, images.folder), images.paths())
         names += found
     return LabelledImages(ImageFiles("", dict.fromkeys(names), bands))
 
@@ -614,7 +605,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
     arch = metadata["arch"]
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
-    shape = [f"{heads} heads" for heads in other_heads(model).values()]
+    shape = list(map("{} heads".format, other_heads(model).values()))
     shape.append(f"{len(metadata['class_names'])} classes")
     if _task_of(metadata).per_pixel:
         shape[-1] += " of every pixel"
@@ -645,14 +636,9 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     bands = values["bands"]
     task = _task_of(metadata)
     size = metadata["image_size"]
-    about = {key: metadata[key] for key in ("arch", "class_names", "image_size")} | {
-        "channels": metadata.get("channels") or 3,
-        "bands": None,
-        "scale": 255.0,
-        "mean": list(values["mean"]),
-        "std": list(values["std"]),
-        "activation": task.activation,
-    }
+    about = {key: metadata[key] for key in ("arch", "class_names", "image_size")}
+    about |= {"channels": metadata.get("channels") or 3, "bands": None, "scale": 255.0}
+    about |= {"mean": list(values["mean"]), "std": list(values["std"]), "activation": task.activation}
     if bands is not None:
         about |= {"bands": list(bands.chosen), "scale": bands.scale}
     if task.per_pixel:
@@ -661,8 +647,7 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         about["resize"] = [size, size]
     else:
         about["resize"] = transforms.shorter_side(size)
-    recorded = task.record()
-    return about | {name: recorded[key] for key, name in task.served.items()}
+    return about | {name: task.record()[key] for key, name in task.served.items()}
 
 
 def export(args: argparse.Namespace) -> dict[str, str]:

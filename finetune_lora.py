@@ -186,10 +186,9 @@ class LoRALayer:
             base = dense_weight(base, torch.float32)
         if self.r == 0:
             return base
-        A = self._factors("A")
         B = self._factors("B")
         dense = base.to(B.dtype)  # a small update would vanish if it were added in bfloat16
-        return functional.effective_weight(dense, A, B, self.scaling, len(self.parts)).to(base.dtype)
+        return functional.effective_weight(dense, self._factors("A"), B, self.scaling, len(self.parts)).to(base.dtype)
 
     @property
     def merged(self) -> bool:
@@ -324,14 +323,12 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             dtype = functional.compute_dtype(x)
             kernel = functional.scaled_kernel(self._weight_without_adapter(x), row_scale, dtype)
             return backends.conv2d(padded.to(dtype), kernel, bias.to(dtype), geometry, residual, relu)
-        A = self.lora_A
-        B = self.lora_B
         adapter_x = self._adapter_input(x)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self)
-        return functional.lora_conv2d(
-            padded, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x, residual, relu, log_scale
-        )
+        of_adapter = (self.lora_A, self.lora_B, bias, self.scaling)
+        after = (row_scale, adapter_x, residual, relu, log_scale)
+        return functional.lora_conv2d(padded, self.base(), *of_adapter, geometry, *after)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -481,12 +478,7 @@ def add_lora_to_model(
     return adapt_layers(model, by_layer, use_qlora, base_dtype)
 
 
-def adapt_layers(
-    model: nn.Module,
-    settings: Mapping[str, LoRASettings | None],
-    use_qlora: bool = False,
-    base_dtype: torch.dtype | None = None,
-) -> nn.Module:
+def adapt_layers(model: nn.Module, settings: Mapping, use_qlora: bool = False, base_dtype=None) -> nn.Module:
     """Put adapters on exactly the layers named, in place, and return the model. No other layer is adapted afterwards.
 
     The names are as `choose_layers` returns them. An attention's output projection is adapted with the attention, with
@@ -709,15 +701,9 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     dtype = report["dtype"]
     names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
-    plan = Plan(
-        device=device,
-        dtype=dtype,
-        precision=precision or names[dtype],
-        image_values=vars(known),
-        normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
-        norms=settled_norms(args, device),
-    )
-    return splits, model, report, plan
+    normalization = bands.settle(known, report["arch"], report["channels"], splits.train)
+    settled = (precision or names[dtype], vars(known), normalization, settled_norms(args, device))
+    return splits, model, report, Plan(device, dtype, *settled)
 
 
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
@@ -759,9 +745,7 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     return model
 
 
-def with_rate_found(
-    args: FineTuneOptions, plan: Plan, model: nn.Module, splits: Splits, begin: Callable
-) -> FineTuneOptions:
+def with_rate_found(args: FineTuneOptions, plan: Plan, model: nn.Module, splits: Splits, begin) -> FineTuneOptions:
     """`--learning-rate auto`: the options with the best rate of trials, or with that of the run to go on with."""
     rate = run_state.recorded_setting(args.resume, "learning_rate")
     if rate not in (None, "auto"):
@@ -790,15 +774,12 @@ def with_rate_found(
     rate = search.choose(trials, lambda score: task.variance(score, len(parts.val)), search.usual_rate(args))
     begin()
     if distributed.is_main():
-        columns = ("learning_rate", f"val_{task.score}", "val_loss")
-        write_cells(trials, columns, args.output_dir / "learning_rates.csv")
+        write_cells(trials, ("learning_rate", f"val_{task.score}", "val_loss"), args.output_dir / "learning_rates.csv")
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
     return replace(args, learning_rate=rate, resume=None)
 
 
-def try_rate(
-    args: FineTuneOptions, plan: Plan, parts: Splits, features: tasks.Features | None
-) -> tuple[search.Trial, tasks.Features]:
+def try_rate(args: FineTuneOptions, plan: Plan, parts: Splits, features) -> tuple[search.Trial, tasks.Features]:
     """How a run ends on the parts of a search. Takes and returns `Loaders.features`."""
     devices.seed_everything(args.seed)
     model, report = build_model(args, plan.dtype, len(parts.class_names))
@@ -830,8 +811,7 @@ def resumed_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
     path = args.resume
     if args.keep_best and path.resolve().parent != args.output_dir.resolve():
         raise InputError(f"--keep-best: the best adapter is next to {path}; resume with that folder as --output-dir")
-    teaches = value_at(read_checkpoint(path), "teacher") is not None
-    run = FineTuning(args, *of_run, teaches=teaches)
+    run = FineTuning(args, *of_run, teaches=value_at(read_checkpoint(path), "teacher") is not None)
     run.resume(path, options.FREE_TO_CHANGE)
     return run
 
@@ -987,8 +967,7 @@ class FineTuning(RunState):
         divisor = optim.run_divisor(args, asked, steps)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
-        warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
-        self.begin_training(optimizer, steps, warmup)
+        self.begin_training(optimizer, steps, optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs))
         optim.lower_rates(self.schedule, divisor)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
@@ -1008,12 +987,8 @@ class FineTuning(RunState):
             "rate": StateEntry.attribute(self, "rate"),
             "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
         }
-        self.identity |= {
-            "config": self.plan.settings(args),
-            "images": self.splits.digest(),
-            "class_names": list(self.splits.class_names),
-            "base": record_of(model).base_digests or {},
-        }
+        self.identity |= {"config": self.plan.settings(args), "images": self.splits.digest()}
+        self.identity |= {"class_names": list(self.splits.class_names), "base": record_of(model).base_digests or {}}
 
     # How it starts
 
@@ -1053,9 +1028,8 @@ class FineTuning(RunState):
         self.begin_averages()
         worst_loss = None  # of the guard's batches, where BatchNorm makes losses depend on the batch
         if self.loaders.statistics is not None:  # first: what it leaves of a BatchNorm's statistics is not the start's
-            images = self.loaders.watched
-            loss = self.task.plain_loss
-            worst_loss = evaluation.worst_batch_loss(self.network, images, self.device, self.dtype, loss)
+            of_run = (self.device, self.dtype, self.task.plain_loss)
+            worst_loss = evaluation.worst_batch_loss(self.network, self.loaders.watched, *of_run)
         self.guard.note_start(worst_loss, self.evaluate_watched())
 
     def begin_averages(self) -> None:
@@ -1134,7 +1108,7 @@ class FineTuning(RunState):
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
-        adapter_rate = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+        adapter_rate = self.adapter_rate and now.learning_rate * self.adapter_lr_factor
         row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
         row |= {f"val_{name}": value for name, value in result.measured().items()}
         row |= {"learning_rate": now.learning_rate, "adapter_learning_rate": adapter_rate, "seconds": now.seconds}
@@ -1152,7 +1126,7 @@ class FineTuning(RunState):
         self.kept_outputs = None
         if good["best"] is not None and distributed.is_main():
             save_atomically(good["best"], self.path("lora.pth"))
-        undone = sum(row["seconds"] for row in self.history[good["epochs"] :]) + self.progress.seconds
+        undone = sum(training.column(self.history[good["epochs"] :], "seconds")) + self.progress.seconds
         self.guard.note_retreat(epoch, rate, good["epochs"], undone)
         self.restore(good["state"])
         self.history = self.history[: good["epochs"]]
@@ -1248,9 +1222,8 @@ class FineTuning(RunState):
         if optimism is None and not self.task.always_calibrates:
             return False
         if self.loaders.has_masks:
-            outputs, targets = self.task.pixel_outputs(
-                self.model, self.loaders.watched, self.device, self.dtype, len(self.loaders.watched_images)
-            )
+            how = (self.device, self.dtype, len(self.loaders.watched_images))
+            outputs, targets = self.task.pixel_outputs(self.model, self.loaders.watched, *how)
         else:
             outputs, targets = evaluation.all_outputs(self.network, self.loaders.augmented, self.device, self.dtype)
         self.task.calibrate(outputs, targets, optimism)

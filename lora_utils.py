@@ -20,7 +20,7 @@ from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
-from toolkit import InputError, did_you_mean, dotted, listed, printable
+from toolkit import InputError, attributes, did_you_mean, dotted, listed, printable
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
@@ -176,9 +176,8 @@ class LoRAManager:
         ``W + s B A``. Otherwise the base weights come back, bit for bit; InputError if their floats are gone.
         """
         layers = adapted_layers(self.model)
-        stored = layers | self.record.adapters.base.layers
         how = "merge=True" if layers else "merge=True and an adapter in use"
-        for name, layer in stored.items():
+        for name, layer in (layers | self.record.adapters.base.layers).items():
             if layer.base_bits < 32 and not (merge and layers):
                 remedy = f"take the merged weights with {how}, or load the checkpoint again"
                 raise InputError(f"{name} is in {layer.base_bits} bits, its float weight is gone: {remedy}")
@@ -368,9 +367,8 @@ class LoRAManager:
         if broken:
             raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use an earlier epoch's")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
-        of_adapters = read_statistics(self.model, content)
         with torch.no_grad():
-            for name in content["tensors"].keys() - of_adapters:
+            for name in content["tensors"].keys() - read_statistics(self.model, content):
                 state[name].copy_(content["tensors"][name])
         for name, layer in self._layers_in_file().items():
             record = content["layers"][name]
@@ -420,7 +418,7 @@ def _refuse(path: str | Path, problems: Iterable[str]) -> None:
 
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
-    return {"kind": type(layer).__name__, **{field: getattr(layer, field) for field in LAYER_FIELDS[1:]}}
+    return {"kind": type(layer).__name__} | attributes(layer, *LAYER_FIELDS[1:])
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:

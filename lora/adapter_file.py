@@ -105,14 +105,9 @@ def find_base(
 
 def model_shape(metadata: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `load_backbone` after the path. Older files have the arch's own heads, and RGB images."""
-    return {
-        "num_classes": len(metadata["class_names"]),
-        "arch": metadata["arch"],
-        "image_size": metadata["image_size"],
-        "heads": heads_of(metadata),
-        "channels": metadata.get("channels") or 3,
-        "channel_fit": metadata.get("channel_fit"),
-    }
+    shape = {"num_classes": len(metadata["class_names"]), "arch": metadata["arch"], "heads": heads_of(metadata)}
+    shape |= {"image_size": metadata["image_size"], "channels": metadata.get("channels") or 3}
+    return shape | {"channel_fit": metadata.get("channel_fit")}
 
 
 def heads_of(metadata: dict[str, Any]) -> int | None:

@@ -14,8 +14,10 @@ from lora import backends
 
 def once_each(function: Callable, *tensors: Tensor) -> list:
     """Call the function once for each distinct tensor, and return one result for each tensor."""
-    distinct = {id(tensor): tensor for tensor in tensors}
-    results = {key: function(tensor) for key, tensor in distinct.items()}
+    results = {}
+    for tensor in tensors:
+        if id(tensor) not in results:
+            results[id(tensor)] = function(tensor)
     return [results[id(tensor)] for tensor in tensors]
 
 
@@ -43,9 +45,7 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None, dropout=0.0, need_weights=False
-) -> tuple[Tensor, Tensor | None]:
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask=None, dropout=0.0, need_weights=False) -> tuple:
     """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
 
     q: (N, L, E), k and v: (N, S, E), the mask as `attention_mask` returns it.

@@ -114,7 +114,7 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
             return onednn(x, kernel, bias, padding, stride, dilation, groups, "leaky_relu", [LEAK], "")
         if residual.dtype == x.dtype:  # what comes after an addition has no leak
             y = onednn.binary(x, residual, kernel, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
-            return y.relu_() if relu else y
+            return added_and_rectified(y, None, relu)
     return added_and_rectified(F.conv2d(x, kernel, bias, *geometry), residual, relu)
 
 
@@ -134,11 +134,11 @@ def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_w
             return _depthwise_kernel_gradient(gy, x, kernel.shape, geometry)
         if not of_weight and max(stride) > 1 and gy.dtype == torch.bfloat16:
             return conv2d_gradient(gy.float(), x.float(), kernel.float(), geometry, of_weight).bfloat16()
-    wanted = [not of_weight, of_weight, False]
-    gradients = torch.ops.aten.convolution_backward(
-        gy, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, wanted
-    )
-    return gradients[int(of_weight)]
+    how = (stride, padding, dilation, False, [0, 0], groups, [not of_weight, of_weight, False])
+    of_input, of_kernel, _ = torch.ops.aten.convolution_backward(gy, x, kernel, None, *how)
+    if of_weight:
+        return of_kernel
+    return of_input
 
 
 def _depthwise_kernel_gradient(gy: Tensor, x: Tensor, shape: torch.Size, geometry: tuple) -> Tensor:

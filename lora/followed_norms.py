@@ -107,8 +107,7 @@ class FollowedNorm(AdapterStatistics):
             h = self.inputs @ A.T  # (k, r)
             change = (sB * (self.doubled.T @ h + sB @ (h.T @ h))).sum(1)  # of v, (out,)
             shift = sB @ (A @ self.centre)  # of the mean, (out,)
-            ratio = (1 + change / self.spread).clamp_min(LEAST_RATIO)
-            return self.mean + shift, self.variance * ratio
+            return self.mean + shift, self.variance * (1 + change / self.spread).clamp_min(LEAST_RATIO)
 
 
 def principal_components(rows: Tensor, number: int) -> Tensor:

@@ -212,10 +212,8 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
         size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
-        gx, _, _ = backends.layer_norm_gradient(
-            of_gradient.to(dtype), of_x.to(dtype), prologue.normalized_shape, mean, deviation, *parameters
-        )
-        of_result.copy_(gx)
+        rows = (of_gradient.to(dtype), of_x.to(dtype), prologue.normalized_shape, mean, deviation)
+        of_result.copy_(backends.layer_norm_gradient(*rows, *parameters)[0])
     return result
 
 

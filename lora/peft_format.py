@@ -62,12 +62,12 @@ def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def write_peft(model: nn.Module, folder: Path) -> None:
     """Write the adapters of a model without `obstacles`, and its head, as `PeftModel.save_pretrained` would."""
     layers = _adapted_layers(model)
-    times_projected = _times_projected()
+    times = _times_projected()
     ranks = {}
     alphas = {}
     tensors = {}
     for name, layer in layers.items():
-        factors = _packed_factors(layer, times_projected)
+        factors = _packed_factors(layer, times)
         pattern = f"^{re.escape(name)}"
         ranks[pattern] = len(factors["lora_A.weight"])
         alphas[pattern] = layer.scaling * ranks[pattern]

@@ -34,7 +34,7 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
-from toolkit import InputError, config, devices, distributed, typed
+from toolkit import InputError, attributes, config, devices, distributed, typed
 from toolkit.answers import evaluation, measures
 from toolkit.answers.answer_reports import interval_text
 from toolkit.files import save_atomically, write_text
@@ -161,10 +161,9 @@ class Pretraining(RunState):
         images, labelled = load_images(args, read)
         check_batch_size(args, len(images))
         values = bands.settle(options.scaling_of(args), args.arch, args.channels or 3, images)
-        views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
         loading = {"batch_size": args.batch_size, "workers": args.workers, "device": self.device}
         # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
-        both = data.Transformed(images, views)
+        both = data.Transformed(images, transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values))
         self.loader = data.build_loader(both, shuffle=True, seed=args.seed, drop_last=True, **loading)
         transform = transforms.eval_transform(args.image_size, **values)
         measured = [images.at_most(MEASURED_IMAGES)]
@@ -224,22 +223,20 @@ class Pretraining(RunState):
         row |= {"learning_rate": now.learning_rate, "seconds": now.seconds}
         self.history.append(row)
         self.progress = None
-        is_last = self.epoch == self.args.epochs
         self.save_epoch()  # before measuring, which may run out of memory
-        if is_last or self.epoch % self.args.knn_every == 0:
+        if self.epoch == self.args.epochs or self.epoch % self.args.knn_every == 0:
             row |= self.measure()
             self.save_epoch()  # again, with the measures
         self.save_metrics(METRICS)
         print(f"epoch {self.epoch}: {describe_measures(row)}; {reports.describe_times(self.history, self.args.epochs)}")
-        rank = row.get("effective_rank")
-        if rank and rank < COLLAPSED_RANK:
+        if row["effective_rank"] is not None and row["effective_rank"] < COLLAPSED_RANK:
             print("  the features have collapsed: lower --learning-rate or warm up longer")
 
     def save_epoch(self) -> None:
         """Save the adapters, for --stage1-adapter; and the state to resume or, at the end, the checkpoint."""
         args = self.args
         if args.lora_rank > 0 and distributed.is_main():
-            about = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
+            about = attributes(args, "arch", "image_size", "heads", "moco_version")
             about |= self.about_adapters | {"lora": options.lora_options(args)}
             about["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
             about |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
@@ -293,7 +290,7 @@ class Pretraining(RunState):
             "before": self.baseline,
             "epochs": self.epoch,
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
-            "seconds": sum(row["seconds"] for row in self.history),
+            "seconds": sum(training.column(self.history, "seconds")),
             **self.meter.results(),
             "checkpoint": self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)),
             "metrics": self.path("metrics.csv"),
@@ -371,16 +368,13 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
     checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
     backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
-    args = replace(
-        args,
-        arch=report["arch"],
-        image_size=report["image_size"],
-        heads=report["heads"] if other_heads(backbone) else None,
-        channels=report["channels"] if report["channels"] != 3 else args.channels,
-        moco_version=args.moco_version or version or 3,
-        dim=args.dim or dim,
-        mlp_dim=args.mlp_dim or mlp_dim,
-    )
+    settled = {"moco_version": args.moco_version or version or 3, "arch": report["arch"], "heads": None}
+    if other_heads(backbone):
+        settled["heads"] = report["heads"]
+    if report["channels"] != 3:
+        settled["channels"] = report["channels"]
+    settled |= {"image_size": report["image_size"], "dim": args.dim or dim, "mlp_dim": args.mlp_dim or mlp_dim}
+    args = replace(args, **settled)
     if args.checkpoint and args.moco_version == 3 and args.arch.startswith("vit"):
         backbone.encoder.pos_embedding.requires_grad_(False)  # the checkpoint's positions stay as they are
     if args.lora_rank > 0:

@@ -53,9 +53,13 @@ def dotted(prefix: str, name: str) -> str:
 def did_you_mean(name: Any, known: Collection[str]) -> str:
     """`did you mean X?` with the known name that begins so or is most like this one; empty if none is like it."""
     name = printable(name)
-    begun = [full for full in known if name and full.startswith(name)]
-    likely = begun or difflib.get_close_matches(name, known, 1)
+    likely = [full for full in known if name and full.startswith(name)] or difflib.get_close_matches(name, known, 1)
     return f"did you mean {likely[0]}?" if likely else ""
+
+
+def attributes(thing: Any, *names: str) -> dict[str, Any]:
+    """Some attributes of a thing, by their names."""
+    return {name: getattr(thing, name) for name in names}
 
 
 def optional_package(name: str, who: str, install: str | None = None) -> ModuleType:

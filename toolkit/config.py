@@ -154,8 +154,7 @@ def parse_args(
             take(dest, value, "config", f"{section}.{dest}")
     for dest, value in typed.items():
         take(dest, value, "command line", flag(dest))
-    changed = {dest for dest in typed if getattr(args, dest) != actions[dest].default}
-    problems += check(args, sources, changed)
+    problems += check(args, sources, {dest for dest in typed if getattr(args, dest) != actions[dest].default})
     if problems:
         raise InputError("\n".join(problems))
     return args, sources
@@ -210,9 +209,7 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     return problems
 
 
-def _read_config(
-    parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping[str, Collection[str]]
-) -> Iterator[tuple[str, str, Any]]:
+def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping) -> Iterator[tuple]:
     """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
     content: Any = None
     try:

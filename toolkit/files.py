@@ -108,11 +108,9 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
         message = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]  # without advice
         reason = f"damaged or cut short ({type(error).__name__}: {printable(message)}); download or copy it again"
         if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
-            reason = (
-                f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
-                "run code; save a state_dict from where the file was made, if you trust it: "
-                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-            )
+            reason = f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything "
+            reason += "else may run code; save a state_dict from where the file was made, if you trust it: "
+            reason += "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
     raise InputError(f"cannot read {path}: {reason}")
 
 

@@ -97,8 +97,7 @@ class Report:
             said = drawn("\n".join(textwrap.wrap(text, 20)))
             place_picture(axes, row, column, small_picture(images, i, 192), said, file)
             if explainer is not None:
-                seen = explainer.explain(images.undecoded(i)[0])[1]
-                place_picture(axes, row, column + 1, seen, "what decided")
+                place_picture(axes, row, column + 1, explainer.explain(images.undecoded(i)[0])[1], "what decided")
         axes.set(xlim=(0, COLUMNS), ylim=(rows * CELL, 0))
         save_figure(figure, path)
 
@@ -215,11 +214,10 @@ def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, fo
     side = min(12, 3 + 0.4 * len(names))
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
-    image = axes.imshow(matrix, cmap="Blues")
-    figure.colorbar(image)
+    figure.colorbar(axes.imshow(matrix, cmap="Blues"))
     axes.set(xlabel="answer", ylabel="true class", title=title)
     if len(names) <= WRITTEN_OUT:
-        titles = [drawn(name) for name in names]
+        titles = list(map(drawn, names))
         rotation = 45 if max(map(len, names)) > 3 else "horizontal"
         axes.set_xticks(range(len(names)), titles, rotation=rotation)
         axes.set_yticks(range(len(names)), titles)

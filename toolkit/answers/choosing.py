@@ -47,8 +47,7 @@ def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
     """The positions of `count` images that differ and are least sure, by features (N, D), logits (N, K): 1901.05954."""
     first, second = logits.softmax(1).topk(2, 1).values.T
     candidates = (first - second).argsort(stable=True)[: CANDIDATES * count]
-    chosen = most_typical(features[candidates], count, features[:0])
-    return candidates[sorted(chosen)].tolist()
+    return candidates[sorted(most_typical(features[candidates], count, features[:0]))].tolist()
 
 
 def write_chosen(images: LabelledImages, folder: Path) -> None:

@@ -46,14 +46,8 @@ class ClassReport(Report):
         interval = min(low, balanced.interval[0]), max(high, balanced.interval[1])
         self.found["balanced_accuracy"] = [balanced._replace(interval=interval)]
 
-    def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        """The means over classes; of the accuracy there is a better interval."""
-        means = measures.by_rows(self.answers.class_means, weights, len(self.answers.labels))
-        return {"balanced_accuracy": means[:, 0], "macro_f1": means[:, 1]}
-
     def figures(self) -> dict[str, Any]:
-        shares = map(finite, self.shares.tolist())
-        by_class = {"accuracy_per_class": dict(zip(self.names, shares, strict=True))}
+        by_class = {"accuracy_per_class": dict(zip(self.names, map(finite, self.shares.tolist()), strict=True))}
         return super().figures() | self.calibration_figures() | by_class
 
     def rows(self) -> list[tuple[str, str]]:
@@ -61,9 +55,8 @@ class ClassReport(Report):
         images = len(self.answers.labels)
         digits = int(images >= 200)  # more would be chance's own
         chance = answer_reports.interval_text(*accuracy.interval, f".{digits}%")
-        right = round(accuracy.value * images)
         return [
-            ("accuracy", f"{right:,} of {images:,} images, {accuracy.value:.2%} ({chance})"),
+            ("accuracy", f"{round(accuracy.value * images):,} of {images:,} images, {accuracy.value:.2%} ({chance})"),
             ("balanced over classes", f"{balanced.value:.2%}, macro F1 {f1.value:.2%}"),
             *self.calibration_rows(),
         ]
@@ -112,16 +105,15 @@ class ClassReport(Report):
         wrong = ranked[predictions[ranked] != labels[ranked]]
         found = []
         for i in wrong[:PICTURES].tolist():
-            taken_for = self.names[predictions[i]]
-            found.append((i, f"{self.names[labels[i]]}, taken for {taken_for} ({confidences[i]:.0%})"))
+            found.append((i, f"{self.names[labels[i]]}, taken for {self.names[predictions[i]]} ({confidences[i]:.0%})"))
         return found
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         answers = self.answers
         return {
-            "class": [self.names[i] for i in answers.labels.tolist()],
-            "answer": [self.names[i] for i in answers.predictions.tolist()],
-            "probability": [f"{share:.6f}" for share in answers.confidences.tolist()],
+            "class": list(map(self.names.__getitem__, answers.labels.tolist())),
+            "answer": list(map(self.names.__getitem__, answers.predictions.tolist())),
+            "probability": list(map("{:.6f}".format, answers.confidences.tolist())),
         }
 
 
@@ -168,8 +160,7 @@ class Classification(SoftmaxObjective):
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.balance, clusters)
         if fitted.held_out is not None:
-            labels = targets.cpu()[: len(targets) // views]
-            self.contradicted = choosing.contradicted(fitted.held_out, labels)
+            self.contradicted = choosing.contradicted(fitted.held_out, targets.cpu()[: len(targets) // views])
         return probe.set_head(model, fitted)
 
     def start_by_unlabelled(self, model, features, targets, unlabelled, fitted: probe.Probe, views, clusters) -> Start:
@@ -181,14 +172,13 @@ class Classification(SoftmaxObjective):
 
     def end_by_unlabelled(self, model, features, targets, unlabelled, views) -> None:
         """Set the head of `model`, which has trained on images without labels, to the one that their features show."""
-        images = seen(features, targets, unlabelled, len(self.names), views, self.balance)
-        probe.set_head(model, last_head(*images))
+        probe.set_head(model, last_head(*seen(features, targets, unlabelled, len(self.names), views, self.balance)))
 
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
         columns = {}
         for place in range(classes.shape[1]):
             suffix = f"_{place + 1}" if place else ""
-            columns[f"class{suffix}"] = [self.names[number] for number in classes[:, place].tolist()]
-            columns[f"probability{suffix}"] = [f"{share:.4f}" for share in probabilities[:, place].tolist()]
+            columns[f"class{suffix}"] = list(map(self.names.__getitem__, classes[:, place].tolist()))
+            columns[f"probability{suffix}"] = list(map("{:.4f}".format, probabilities[:, place].tolist()))
         return columns

@@ -48,14 +48,6 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
     write_cells(zip(*first.values(), *columns.values(), strict=True), [*first, *columns], answers_path(results))
 
 
-class Answered(NamedTuple):
-    """A file of answers: what `write_answers` wrote, in the order of the images' names."""
-
-    images: list[str]
-    groups: np.ndarray | None  # (N,)
-    columns: dict[str, np.ndarray]  # by title: a text for each image, (N,)
-
-
 class Difference(NamedTuple):
     """How much better the second of two runs is by one measure; the interval is of 95%."""
 
@@ -69,26 +61,42 @@ class Difference(NamedTuple):
 
 def compare(first: Path, second: Path) -> list[Difference]:
     """Compare the answers next to two `results.json`, image by image, or by groups if one has these; or InputError."""
-    one = _read(answers_path(first))
-    other = _read(answers_path(second))
-    if one.columns.keys() != other.columns.keys():
+    images, groups, one = _read(answers_path(first))
+    other_images, other_groups, other = _read(answers_path(second))
+    if one.keys() != other.keys():
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
-    if one.images != other.images:
-        images = listed(sorted(set(one.images) ^ set(other.images)), 1)
-        raise InputError(f"{first} and {second} are over other images, such as {images}: evaluate both on the same")
-    truth, kind = _truth(one.columns)
+    if images != other_images:
+        some = listed(sorted(set(images) ^ set(other_images)), 1)
+        raise InputError(f"{first} and {second} are over other images, such as {some}: evaluate both on the same")
+    truth, kind = _truth(one)
     if not truth:
         raise InputError(f"{answers_path(first)} does not say what is true: evaluate again")
-    differing = [title for title in truth if (one.columns[title] != other.columns[title]).any()]
+    differing = [title for title in truth if (one[title] != other[title]).any()]
     if differing:
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {listed(differing)}")
-    groups = [answered.groups for answered in (one, other) if answered.groups is not None]
-    if len(groups) == 2 and (groups[0] != groups[1]).any():
+    if groups is None:
+        groups = other_groups
+    elif other_groups is not None and (groups != other_groups).any():
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-    clusters = torch.arange(len(one.images))
-    if groups:
-        clusters = torch.from_numpy(np.unique(groups[0], return_inverse=True)[1])
-    return _differences([one.columns, other.columns], truth, kind, clusters)
+    clusters = torch.arange(len(images))
+    if groups is not None:
+        clusters = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
+    runs = [_answered(table, truth, kind) for table in (one, other)]
+
+    def differences(weights: Tensor) -> dict[str, Tensor]:
+        """How the runs differ in each figure, and the figures of both: (n, 3)."""
+        # Of the same parts of the images: what is easy for both blurs no difference.
+        before, after = (run(weights) for run in runs)
+        return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
+
+    bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)
+    compared = []
+    for name, (difference, before, after) in measures.jackknife(differences, clusters, bounds).items():
+        p = difference.p
+        if kind is None:
+            p = measures.mcnemar(_hits(one), _hits(other), clusters)
+        compared.append(Difference(SHOWN[kind][name], before.value, after.value, *difference.interval, p))
+    return compared
 
 
 def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
@@ -103,7 +111,8 @@ def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
     return [title for title in titles if title.endswith(PIXELS)], PIXELS
 
 
-def _read(path: Path) -> Answered:
+def _read(path: Path) -> tuple[list[str], np.ndarray | None, dict[str, np.ndarray]]:
+    """The images in the order of their names, their groups, and the columns of texts that `write_answers` wrote."""
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             titles, *rows = csv.reader(file)
@@ -120,28 +129,7 @@ def _read(path: Path) -> Answered:
     if titles[:1] == [GROUP] and not is_label:
         groups = columns.pop(0)
         del titles[0]
-    return Answered(images.tolist(), groups, dict(zip(titles, columns, strict=True)))
-
-
-def _differences(
-    tables: Sequence[dict[str, np.ndarray]], truth: Sequence[str], kind: str | None, clusters: Tensor
-) -> list[Difference]:
-    """Compare two runs by figures of the same parts of the images: what is easy for both blurs no difference."""
-    runs = [_answered(table, truth, kind) for table in tables]
-
-    def differences(weights: Tensor) -> dict[str, Tensor]:
-        """How the runs differ in each figure, and the figures of both: (n, 3)."""
-        before, after = (run(weights) for run in runs)
-        return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
-
-    bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)
-    compared = []
-    for name, (difference, before, after) in measures.jackknife(differences, clusters, bounds).items():
-        p = difference.p
-        if kind is None:
-            p = measures.mcnemar(*map(_hits, tables), clusters)
-        compared.append(Difference(SHOWN[kind][name], before.value, after.value, *difference.interval, p))
-    return compared
+    return images.tolist(), groups, dict(zip(titles, columns, strict=True))
 
 
 def _answered(table: dict[str, np.ndarray], truth: Sequence[str], kind: str | None) -> Callable:
@@ -199,7 +187,7 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
     if len(kinds) > 1:
         found = listed(sorted(kinds))
         raise InputError(f"these results are of {found}: compare results of one task over the same images")
-    every = [json.loads(key) for key in groups]
+    every = list(map(json.loads, groups))
     rows = []
     for own, members in zip(every, groups.values(), strict=True):
         differing = [name for name in own if any(other.get(name, own[name]) != own[name] for other in every)]

@@ -111,7 +111,7 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
     make_folder(folder)
     for name in PACKAGES:
         shutil.copytree(TOOLKIT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (*needed, *(TOOLKIT / name for name in FILES)):
+    for path in (*needed, *map(TOOLKIT.joinpath, FILES)):
         shutil.copyfile(path, folder / path.name)
     requirements = (TOOLKIT / "requirements.txt").read_text() + "gradio>=6\n"
     if str(metadata["arch"]).startswith("timm:"):

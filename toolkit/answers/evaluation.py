@@ -30,7 +30,7 @@ def training_norms(model: nn.Module) -> list[_BatchNorm]:
 
 def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     """A weight for each class, (num_classes,), with which all count alike; their mean over `images` of each is 1."""
-    counts = torch.tensor([images[label] for label in range(num_classes)])
+    counts = torch.tensor(list(map(images.__getitem__, range(num_classes))))
     shares = len(images) * counts.double() / sum(images.values())
     return 1 / shares.where(counts > 0, 1.0).float()
 
@@ -87,8 +87,7 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
     losses = []
     model.train()
     for images, labels in loader:
-        outputs = computed(model, images, device, dtype)
-        total = loss(outputs.float(), to_device(labels, device)).item()
+        total = loss(computed(model, images, device, dtype).float(), to_device(labels, device)).item()
         total, number = distributed.all_sum(total, len(labels))
         losses.append(total / number)
     return max(losses)
@@ -161,8 +160,13 @@ class Evaluation(NamedTuple):
         return self.labels
 
     def measured(self) -> dict[str, float]:
-        [[balanced_accuracy, macro_f1]] = self.class_means(torch.ones(1, len(self.labels))).tolist()
-        return {"accuracy": self.accuracy, "balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
+        means = self.weighted(torch.ones(1, len(self.labels)))
+        return {"accuracy": self.accuracy} | dict(zip(means, map(Tensor.item, means.values()), strict=True))
+
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        """The means over classes, (n,), by weights of images (n, N): there is a better interval of the accuracy."""
+        means = measures.by_rows(self.class_means, weights, len(self.labels))
+        return {"balanced_accuracy": means[:, 0], "macro_f1": means[:, 1]}
 
     def class_means(self, weights: Tensor) -> Tensor:
         """The balanced accuracy and macro F1, means over classes, (n, 2), by weights of images (n, N)."""

@@ -133,7 +133,7 @@ def threshold_for(scores: Tensor, positive: Tensor, goal: str) -> float:
     edges[-1] = 1.0
     low, high = edges[place : place + 2]
     middle = ((low + high) / 2).float()  # as thresholds are kept; where it would be the higher score itself, the lower
-    return (middle if middle < high.float() else low).item()
+    return torch.where(middle < high.float(), middle, low).item()
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
@@ -196,9 +196,7 @@ class Figure(NamedTuple):
     p: float = 1.0  # two-sided, of a figure that is truly 0; 1 where there is no interval
 
 
-def jackknife(
-    measure: Callable[[Tensor], Mapping[str, Tensor]], clusters: Tensor, bounds: Mapping[str, Interval]
-) -> dict[str, list[Figure]]:
+def jackknife(measure: Callable, clusters: Tensor, bounds: Mapping[str, Interval]) -> dict[str, list[Figure]]:
     """Figures by name with 95% intervals by the delete-a-group jackknife; none where nothing changes.
 
     The middle is the mean of the pseudo-values (Quenouille, Biometrika 43, 1956), their spread the error (Kott, Journal

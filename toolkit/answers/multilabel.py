@@ -38,8 +38,7 @@ class LabelAnswers(ColumnAnswers):
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         """Means over the labels that have one, (n,), and the AP and the AUROC of each label, (n, K)."""
         known = ~self.targets.isnan()
-        images = known.nonzero()[:, 0]
-        micro = measures.ranking(self.values[known], self.targets[known], images, weights)
+        micro = measures.ranking(self.values[known], self.targets[known], known.nonzero()[:, 0], weights)
         ap, auroc = torch.stack([measures.ranking(*column, weights) for column in self.known()], -1).unbind(1)
         means = {"macro_ap": ap.nanmean(1), "micro_ap": micro[:, 0], "macro_auroc": auroc.nanmean(1)}
         return means | {"average_precision": ap, "auroc": auroc}
@@ -145,8 +144,7 @@ class LabelReport(ColumnReport):
     def sections(self, picture: Path) -> list[str]:
         shown = html_picture(picture.read_bytes(), "precision by recall, and ROC, of the labels with the lowest AP")
         explained = "<p>In brackets 95% intervals; F1 and what follows it are at the threshold: a point on the ROC.</p>"
-        table = html_table(self.by_label(), self.TITLES)
-        return ["<h2>By label</h2>", explained, table, shown]
+        return ["<h2>By label</h2>", explained, html_table(self.by_label(), self.TITLES), shown]
 
     def draw(self, path: Path) -> None:
         from sklearn.metrics import precision_recall_curve, roc_curve
@@ -251,8 +249,7 @@ class MultiLabel(Task):
         return (known * entropies).sum().item() / targets.numel()
 
     def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
-        loss = self.plain_loss(outputs, targets).item() / len(targets)
-        return LabelAnswers(loss, outputs.sigmoid(), targets)
+        return LabelAnswers(self.plain_loss(outputs, targets).item() / len(targets), outputs.sigmoid(), targets)
 
     def constant_score(self, images: LabelledImages) -> float:
         return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score
@@ -291,7 +288,7 @@ class MultiLabel(Task):
         said = (probabilities > self.thresholds).tolist()
         columns = {"labels": [",".join(itertools.compress(self.names, row)) for row in said]}
         for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
-            columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
+            columns[f"{name} probability"] = list(map("{:.4f}".format, shares))
         return columns
 
     def output_layer(self) -> nn.Module:

@@ -28,9 +28,7 @@ MANIFEST = "_parts.json"  # in a folder of answers: what they depend on
 MAP_ENDINGS = (".tif", ".png", ".npy")  # of what `Maps.write` writes
 
 
-def begin_folder(
-    folder: Path, about: dict[str, Any], places: Sequence[Path], endings: Sequence[str], resume: bool
-) -> dict[Path, list[Path]]:
+def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[str], resume: bool) -> dict[Path, list]:
     """Begin a folder of answers, or go on with it; return the finished files of each place, with one of the `endings`.
 
     Raises InputError if there are answers by other settings than `about`, or any without `resume`, or files of a user.
@@ -65,7 +63,7 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
     rows = []
     for i, cells in enumerate(answers):
         rows.append(dict(zip(columns, (images.name(i), *cells), strict=True)))
-    write_cells([row.values() for row in rows], columns, path)
+    write_cells(map(dict.values, rows), columns, path)
     return rows
 
 

@@ -138,12 +138,7 @@ EACH_LABEL = Link(torch.sigmoid, F.softplus)
 
 
 def fit_linear_probe(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    views: int = 1,
-    class_weights: str | None = None,
-    clusters: Tensor | None = None,
+    features: Tensor, labels: Tensor, num_classes: int, views=1, class_weights=None, clusters: Tensor | None = None
 ) -> Probe:
     """A multinomial logistic regression on scaled features; its strength is scikit-learn's C.
 
@@ -255,14 +250,7 @@ def _unscaled(weight: Tensor, bias: Tensor, scaled: Scaled) -> tuple[Tensor, Ten
 
 
 def logistic(
-    X: Tensor,
-    Y: Tensor,
-    counts: Tensor,
-    strength: float,
-    link: Link,
-    intercept: bool,
-    start: Tensor | None = None,
-    steps: int = STEPS,
+    X: Tensor, Y: Tensor, counts: Tensor, strength: float, link: Link, intercept: bool, start=None, steps=STEPS
 ) -> Tensor:
     """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss; 0 without an intercept."""
     from scipy.optimize import minimize
@@ -322,9 +310,7 @@ def _folds(alike: Sequence[int], clusters: Tensor | None, turn: int = 0) -> np.n
 # Several labels an image, and numbers: targets are (views * N, K), NaN where nothing is known
 
 
-def fit_one_vs_rest(
-    features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None, clusters: Tensor | None = None
-) -> Probe:
+def fit_one_vs_rest(features: Tensor, targets: Tensor, views=1, weights=None, clusters: Tensor | None = None) -> Probe:
     """A logistic regression for each of K labels, fitted together: with one scaling and C, as `fit_linear_probe`.
 
     Targets (views * N, K) are 0 or 1, or NaN where an image says nothing of a label; `weights` (2, K) say how much its

@@ -202,8 +202,7 @@ class Regression(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""
         wanted = self.standardised(targets).to(outputs.dtype).to(outputs.device)  # MPS has no float64
-        errors = (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0)
-        return errors.sum() / outputs.shape[1]
+        return (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0).sum() / outputs.shape[1]
 
     plain_loss = loss
 
@@ -219,8 +218,7 @@ class Regression(Task):
         return outputs.cpu().double() * self.std + self.mean
 
     def answers(self, outputs: Tensor, targets: Tensor) -> NumberAnswers:
-        loss = self.loss(outputs, targets).item() / len(targets)
-        return NumberAnswers(loss, self.in_units(outputs), targets)
+        return NumberAnswers(self.loss(outputs, targets).item() / len(targets), self.in_units(outputs), targets)
 
     def constant_score(self, images: LabelledImages) -> float:
         return 0.0

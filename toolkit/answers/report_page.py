@@ -36,16 +36,12 @@ PICTURE_ALONE = {"xticks": [], "yticks": [], "frame_on": False}
 
 
 def write_page(
-    path: Path,
-    title: str,
-    rows: Sequence[tuple[str, str]],
-    sections: Sequence[str],
-    mistakes: Path,
-    named: Sequence[tuple[str, str]],  # the images on it, and what is said of each
-    curves: Path | None = None,
-    config: dict[str, Any] | None = None,
+    path: Path, title: str, rows: Sequence, sections: Sequence[str], mistakes: Path, named, curves=None, config=None
 ) -> None:
-    """Write the page of a run, or of an evaluation, which has no curves and no settings. The sections are HTML."""
+    """Write the page of a run, or of an evaluation, which has no curves and no settings. The sections are HTML.
+
+    `named` are the images on the picture of `mistakes`, and what is said of each.
+    """
     parts = [html_table(rows)]
     if curves is not None:
         parts += ["<h2>By epoch</h2>", html_picture(curves.read_bytes(), "losses and accuracy by epoch")]
@@ -75,7 +71,7 @@ def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str
         found = [f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells]
         return f"<tr>{''.join(found)}</tr>"
 
-    body = "".join(line("td", row) for row in rows)
+    body = "".join(map(partial(line, "td"), rows))
     return f'<table class="titled">{line("th", titles)}{body}</table>' if titles else f"<table>{body}</table>"
 
 
@@ -99,8 +95,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def html_picture(content: bytes, described: str, kind: str = "png") -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{described}" src="data:image/{kind};base64,{data}">'
+    return f'<img alt="{described}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
 def small_picture(images: LabelledImages, i: int, side: int) -> Image.Image | np.ndarray:

@@ -149,8 +149,7 @@ class PixelReport(Report):
         answer_reports.plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
 
     def mistakes(self) -> list[tuple[int, str]]:
-        matrices = self.answers.confusion
-        return [(i, f"{_share_right(matrices[i]):.0%} of the pixels right") for i in self.answers.maps]
+        return [(i, f"{_share_right(self.answers.confusion[i]):.0%} of the pixels right") for i in self.answers.maps]
 
     def draw_mistakes(self, images, path, explainer=None) -> None:
         """A row for each of the worst images: it, and over it its mask and the answers; then the colours' meaning."""

@@ -64,12 +64,11 @@ class Judged(NamedTuple):
 
 
 def seen(
-    features: Tensor, labels: Tensor, unlabelled: Tensor, classes: int, views: int = 1, class_weights: str | None = None
+    features: Tensor, labels: Tensor, unlabelled: Tensor, classes: int, views=1, class_weights: str | None = None
 ) -> tuple[Images, Labelled]:
     """All images, those with labels first, the others with features (M, D), and what is known of these."""
-    rows = torch.cat([features, unlabelled]).detach().cpu().float()
     known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), classes, views, class_weights))
-    return placed(rows), known
+    return placed(torch.cat([features, unlabelled]).detach().cpu().float()), known
 
 
 def start(images: Images, known: Labelled, plain: Probe, views: int = 1, clusters: Tensor | None = None) -> Start:
@@ -112,9 +111,7 @@ def last_head(images: Images, known: Labelled) -> Probe:
     return Probe(*distilled(images, known, k_means(images, known).softmax(1)), DISTILLED)
 
 
-def held_out_answers(
-    images: Images, known: Labelled, plain: Probe, views: int, clusters: Tensor | None
-) -> dict[str, Tensor]:
+def held_out_answers(images: Images, known: Labelled, plain: Probe, views: int, clusters) -> dict[str, Tensor]:
     """What the probe and k-means answer for labelled images whose labels they do not know: (TURNS, n, K) each.
 
     The images themselves are among those without labels. NaN: of a class that the others lack.
@@ -123,8 +120,7 @@ def held_out_answers(
     how = (plain.scaling, plain.strength, probe.ONE_CLASS)
     found = {name: torch.full((TURNS, *known.targets.shape), torch.nan) for name in ("probe", "k-means")}
     for turn in range(TURNS):
-        fold = probe.class_folds(classes, clusters, turn)
-        for rest, part in probe.parts(fold, views, classes):
+        for rest, part in probe.parts(probe.class_folds(classes, clusters, turn), views, classes):
             some = Labelled(known.places[rest], known.targets[rest], known.counts[rest])
             weight, bias = probe.fitted_at(images.rows[rest], some.targets, some.counts, *how)
             found["probe"][turn, part] = images.rows[part] @ weight.T + bias
@@ -151,8 +147,7 @@ def standard_error(gains: Tensor, clusters: Tensor | None) -> float:
     deviations = (gains - gains.nanmean()).nan_to_num()
     if clusters is not None:
         deviations = torch.zeros(int(clusters.max()) + 1).index_add(0, clusters.cpu(), deviations)
-    count = gains.isfinite().sum()
-    return (deviations.square().sum().sqrt() / count).item()
+    return (deviations.square().sum().sqrt() / gains.isfinite().sum()).item()
 
 
 def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor, Tensor]:

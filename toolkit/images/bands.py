@@ -171,8 +171,7 @@ def levels_of_tiff(content: bytes) -> tuple[np.ndarray, float]:
         axes = series.axes
         nodata = file.pages.first.nodata
     if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third axis is samples or pages
-        other = axes.replace("Y", "").replace("X", "")
-        return np.moveaxis(array, axes.index(other), -1), nodata
+        return np.moveaxis(array, axes.index(axes.replace("Y", "").replace("X", "")), -1), nodata
     return _bands_last(array), nodata
 
 

@@ -143,7 +143,7 @@ def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:
 
 def among(images: LabelledImages, others: LabelledImages) -> np.ndarray:
     """Which images, (N,), are among the others, by their paths or their content."""
-    known = {others.name(i) for i in range(len(others))} | copies(images, others).keys()
+    known = {*map(others.name, range(len(others))), *copies(images, others)}
     return np.array([images.name(i) in known for i in range(len(images))], bool)
 
 
@@ -339,15 +339,7 @@ OPEN_LOADERS: weakref.WeakSet[DataLoader] = weakref.WeakSet()  # whose processes
 
 
 def build_loader(
-    dataset: Transformed,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    workers: int | str = 0,
-    device: torch.device | None = None,
-    keep_workers: bool = True,
-    collate: Callable[[list], Any] | None = None,
-    **order: Any,
+    dataset: Transformed, batch_size, *, shuffle=False, workers=0, device=None, keep_workers=True, collate=None, **order
 ) -> DataLoader:
     """A DataLoader over `Batches`, which is its `batch_sampler`: what it yields depends on `seed` and the epoch alone.
 

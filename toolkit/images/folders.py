@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +123,7 @@ def one_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def labelled_files(
-    folder: Path, known: Sequence[str] = (), bands: Bands | None = None
-) -> tuple[ImageFiles, list[str], list[str]]:
+def labelled_files(folder: Path, known=(), bands: Bands | None = None) -> tuple[ImageFiles, list[str], list[str]]:
     """The images below class folders, the class of each, and the names of the folders' classes; reports other files.
 
     Those `known` come first, and may have no images. Raises InputError for parts (train, val) instead of classes, for

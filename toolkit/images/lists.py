@@ -116,7 +116,7 @@ class ImageList:
         is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
         is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
         if truth == "numbers":
-            numbers = [f"number {i}" for i in range(1, len(rows[0]))]
+            numbers = list(map("number {}".format, range(1, len(rows[0]))))
             if len(numbers) == 1:
                 numbers = ["number"]
             targets = self._columns(titles or ["path", *numbers], rows, _number, "a number, or nothing for unknown")
@@ -195,9 +195,7 @@ class ImageList:
             raise InputError(f"{asked}: no such column in {self.path}, which has {listed(names, 20)}")
         return 1 + names.index(column)
 
-    def _columns(
-        self, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable[[str], float | None], expected: str
-    ) -> Targets:
+    def _columns(self, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable, expected: str) -> Targets:
         names = list(map(one_spelling, titles[1:]))
         ending = ANSWER if read is _number else PROBABILITY
         taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`

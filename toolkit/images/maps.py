@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from html import escape
 
 import numpy as np
@@ -53,16 +53,7 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
     return extra
 
 
-def write_map(
-    path: str | os.PathLike,
-    parts: Iterable[np.ndarray],
-    height: int,
-    width: int,
-    like: str | None,
-    palette: np.ndarray | None = None,
-    names: Sequence[str] = (),
-    step: int = 1,
-) -> None:
+def write_map(path, parts: Iterable, height: int, width: int, like: str | None, palette=None, names=(), step=1) -> None:
     """Write a GeoTIFF in compressed tiles, whole or not at all, in memory for some rows of it.
 
     Args:
@@ -87,18 +78,9 @@ def write_map(
     with open_atomically(path) as file:
         is_large = np.prod(shape, dtype=float) * first.dtype.itemsize > 2**31
         with import_tifffile().TiffWriter(file, bigtiff=bool(is_large)) as writer:
-            writer.write(
-                _tiles(first, parts),
-                shape=shape,
-                dtype=first.dtype,
-                tile=(_TILE, _TILE),
-                compression="deflate",
-                planarconfig="contig",
-                **look,
-                software=MADE_BY,
-                extratags=extra,
-                metadata=None,
-            )
+            look |= {"tile": (_TILE, _TILE), "compression": "deflate", "planarconfig": "contig", "metadata": None}
+            tiles = _tiles(first, parts)
+            writer.write(tiles, shape=shape, dtype=first.dtype, **look, software=MADE_BY, extratags=extra)
 
 
 def _tiles(rows: np.ndarray, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

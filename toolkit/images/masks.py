@@ -111,7 +111,7 @@ def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.nd
     """The colours of `count` classes, (count, 3) from 0 to 1: those given, or fixed ones for each number."""
     if colours is not None:
         return np.array(colours, dtype=float) / 255
-    first = np.array([tuple(bytes.fromhex(colour)) for colour in _OKABE_ITO]) / 255
+    first = np.array(list(map(tuple, map(bytes.fromhex, _OKABE_ITO)))) / 255
     # Then a sequence that fills the cube of colours evenly: of 256 no two are closer than 0.07, and none is grey.
     others = (0.55 + np.arange(len(first), count)[:, None] * [0.8191725, 0.6710436, 0.5497005]) % 1
     return np.concatenate([first, others])[:count]
@@ -279,8 +279,7 @@ class MaskedImages(LabelledImages):
         return super().undecoded(i)[0], self.mask(i)
 
     def mask(self, i: int) -> Tensor:
-        mask = self.source.read(self.source.mask_path(self.indices[i]))
-        return torch.from_numpy(mask.astype(np.int64))
+        return torch.from_numpy(self.source.read(self.source.mask_path(self.indices[i])).astype(np.int64))
 
     def picture(self, i: int, step: int) -> np.ndarray:
         """The image as a picture (H, W, 3) from 0 to 1, of every `step`-th pixel."""
@@ -320,7 +319,7 @@ def load_pairs(
         found.append({i: pixels for i, pixels in enumerate(looked_at) if not isinstance(pixels, InputError)})
         files.largest = max(map(np.sum, found[-1].values()))
     _leave_out(problems, skip_unreadable)
-    classes = max(len(pixels) - 1 for pixels in itertools.chain(*map(dict.values, found)))
+    classes = max(map(len, itertools.chain(*map(dict.values, found)))) - 1
     names = list(read.names or map("class {}".format, range(classes)))
     images = []
     for files, usable in zip(parts, found, strict=True):
@@ -340,8 +339,7 @@ def _leave_out(problems: Sequence[InputError], skip_unreadable: bool) -> None:
     if not problems:
         return
     if not skip_unreadable:
-        others = f" (--skip-unreadable leaves out such pairs, {len(problems)} here)"
-        raise InputError(*problems[0].args, others)
+        raise InputError(*problems[0].args, f" (--skip-unreadable leaves out such pairs, {len(problems)} here)")
     print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
     for error in problems:
         print(f"  {error.problem}")
@@ -355,10 +353,8 @@ _TRAINING_NAMES = ("train", "training")
 _IMAGE_ENDS = ("_image", "_img")  # of names without the suffix
 _MASK_ENDS = ("_mask", "_label", "_labels", "_seg", "_gt")
 _WITH_ARRAYS = Bands(1)  # masks may be .npy where images are photographs
-_LAYOUTS = (
-    "expected images/ and masks/ (or in train/ and val/ each; or images/train and masks/train), or files as x.jpg and "
-    "x_mask.png; else name them in a list, a line `image,mask` each"
-)
+_LAYOUTS = "expected images/ and masks/ (or in train/ and val/ each; or images/train and masks/train), or files as "
+_LAYOUTS += "x.jpg and x_mask.png; else name them in a list, a line `image,mask` each"
 
 
 def pair_folders(folder: Path) -> tuple[Path, Path]:

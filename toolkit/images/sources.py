@@ -149,9 +149,7 @@ def _group(parts: Sequence[LabelledImages], lists: Sequence[ImageList], by: str,
         raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
 
 
-def _divide(
-    parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None
-) -> tuple[LabelledImages, LabelledImages]:
+def _divide(parts: Sequence, eval_split: str, folds: str | None, group_by: str | None) -> tuple[LabelledImages, ...]:
     """The training and the evaluation images of one part or of two. Raises InputError for a group in both."""
     train, val = parts[0], parts[-1]
     if folds is not None:
@@ -193,10 +191,7 @@ def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:
 
 
 def load_unlabelled(
-    data_dir: str | Path | None = None,
-    data_list: Sequence[str | Path] | None = None,
-    skip_unreadable: bool = False,
-    bands: Bands | None = None,
+    data_dir: str | Path | None = None, data_list: Sequence | None = None, skip_unreadable=False, bands=None
 ) -> LabelledImages:
     """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
@@ -347,7 +342,7 @@ def labelled(place: Path | ImageList, bands: Bands | None, truth: str, known: Se
     if unknown := set(own) - set(class_names):
         raise InputError(f"{place} has classes that {other} lacks: {listed(sorted(unknown))}")
     numbers = {name: number for number, name in enumerate(class_names)}
-    return LabelledImages(files, [numbers[label] for label in labels]), class_names
+    return LabelledImages(files, list(map(numbers.get, labels))), class_names
 
 
 def _of_several(images: ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:

@@ -120,9 +120,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     return [view.steps(_resized(image, *place[:2], reduction)) for place, view in zip(places, views, strict=True)]
 
 
-def _resized(
-    image: Image.Image | np.ndarray, box: tuple[int, ...], size: tuple[int, int], reduction: int = 1
-) -> Image.Image | torch.Tensor:
+def _resized(image: Image.Image | np.ndarray, box: tuple, size: tuple, reduction=1) -> Image.Image | torch.Tensor:
     """Cut a box of the full image out of a reduced one and resize it; of an array (H, W, C), (C, height, width)."""
     if isinstance(image, np.ndarray):
         bands = (Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[2]))
@@ -164,12 +162,7 @@ def whole_along(shorter: int, width: int, height: int, enlarges: bool = True) ->
 SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle
 
 
-def eval_transform(
-    image_size: int | None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    bands: Bands | None = None,
-) -> View:
+def eval_transform(image_size: int | None, mean=IMAGENET_MEAN, std=IMAGENET_STD, bands: Bands | None = None) -> View:
     """Any PIL image -> (3, image_size, image_size): its central 224/256, or all of it for sizes up to 64.
 
     Without a size it is all of the image at its own pixels. The channels are normalised by `mean` and `std`. With

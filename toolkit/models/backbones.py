@@ -54,9 +54,7 @@ def other_heads(model: nn.Module) -> dict[str, str]:
     return {} if heads is None else {"heads": str(heads)}
 
 
-def build_backbone(
-    arch: str, num_classes: int, image_size: int | None = None, heads: int | None = None, channels: int = 3
-) -> nn.Module:
+def build_backbone(arch: str, num_classes: int, image_size: int | None = None, heads=None, channels=3) -> nn.Module:
     """A randomly initialised model: images (N, channels, image_size, image_size) -> logits (N, num_classes).
 
     `heads`: of the attention of a torchvision ViT. Raises InputError for an unknown arch, for numbers that do not fit
@@ -148,7 +146,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     found = []
     for name, module in model.named_modules():
         inside = found and f"{name}.".startswith(f"{found[-1]}.")
-        if name.rpartition(".")[2] in HEAD_NAMES and not inside and any(True for _ in module.parameters()):
+        if name.rpartition(".")[2] in HEAD_NAMES and not inside and next(module.parameters(), None) is not None:
             found.append(name)
     if len(found) == 1:
         *_, (last, _) = model.named_parameters()
@@ -199,7 +197,7 @@ def block_names(model: nn.Module) -> list[str]:
     In other models: the modules of the first `Sequential` or `ModuleList` that has several, all of one type.
     """
     if isinstance(model._modules.get("backbone"), nn.Module):  # a head of another kind is put on it
-        return [f"backbone.{name}" for name in block_names(model.backbone)]
+        return list(map("backbone.{}".format, block_names(model.backbone)))
     if stages := [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]:
         return stages
     for name, module in model.named_modules():

@@ -233,7 +233,7 @@ _LAYOUTS = (
     _Layout("torchvision"),
 )
 _PLACES = ("state_dict", "model", "classy_state_dict/base_model/model/trunk")  # of the tensors; the last is VISSL's
-_HEADS = tuple(f"{name}." for name in HEAD_NAMES)
+_HEADS = tuple(map("{}.".format, HEAD_NAMES))
 _BY_TIMM = {"densenet121": f"{TIMM}densenet121"}  # architectures that files name, and that only timm builds here
 
 

@@ -138,9 +138,7 @@ def window_starts(length: int, size: int) -> list[int]:
     return [round(i * (length - size) / (number - 1)) for i in range(number)]
 
 
-def answers_by_rows(
-    read: Callable[[int, int], Tensor], height: int, width: int, size: int, answer: Callable[[Tensor], Tensor]
-) -> Iterator[Tensor]:
+def answers_by_rows(read: Callable, height: int, width: int, size: int, answer: Callable) -> Iterator[Tensor]:
     """The logits (K, rows, width) for an image of any size, from its top downwards. Memory grows with its width alone.
 
     `read` gives rows of the normalised image, (C, last - first, width). `answer` maps windows (n, C, size, size) to

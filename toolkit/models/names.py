@@ -71,7 +71,7 @@ def timm_config(arch: str):
     name = arch.removeprefix(TIMM)
     timm = optional_package("timm", arch)
     if not timm.is_model(name):
-        hint = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
+        hint = did_you_mean(arch.split(".")[0], list(map("timm:{}".format, timm.list_models())))
         raise InputError(f"timm has no model {name!r}: {hint or 'timm.list_models() has their names'}")
     try:
         config = timm.get_pretrained_cfg(name)

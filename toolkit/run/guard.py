@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError
+from toolkit import InputError, attributes
 from toolkit.answers.tasks import Answers, Task
 from toolkit.images.data import LabelledImages
 
@@ -162,8 +162,8 @@ class Guard:
         return score < best - max((best - self.constant_score) * share, chance)
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("first_loss", "recent_loss", "scores", "start_loss", "barren_epochs", "retreats", "lost_seconds")
-        return {name: getattr(self, name) for name in names}
+        of_answers = attributes(self, "first_loss", "recent_loss", "scores", "start_loss", "barren_epochs")
+        return of_answers | attributes(self, "retreats", "lost_seconds")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -157,8 +157,7 @@ class Loaders:
         together = self.args.accumulation_steps
         sampler = self.train.batch_sampler
         first_batch = start * together
-        loaders = [self.train] if self.unlabelled is None else [self.train, self.unlabelled]
-        for loader in loaders:
+        for loader in {self.train, self.unlabelled} - {None}:
             loader.batch_sampler.epoch = epoch - 1
             loader.batch_sampler.start = first_batch
         batches = self.train if self.unlabelled is None else self.with_unlabelled()

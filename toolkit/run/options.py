@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import SHIPPED, TOOLKIT, InputError, choices, config, found_path, same_file
+from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
@@ -38,10 +38,8 @@ NEEDED = (
     *("precision", "augmentation", "class_weights", "norms", "adapt_last", "resume"),
 )
 
-SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --use-qlora, --precision bf16 or, "
-    "which is slow, --gradient-checkpointing full"
-)
+SAVES_MEMORY = "lower --batch-size and raise --accumulation-steps by as much, or use --use-qlora, --precision bf16 or, "
+SAVES_MEMORY += "which is slow, --gradient-checkpointing full"
 
 # ---------------------------------------------------------------------------------------------- the options, by section
 
@@ -206,7 +204,7 @@ PATHS = ("data_dir", "val_dir", "data_list", "unlabelled", "knn_dir", "checkpoin
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "unlabelled", "skip_unreadable")
 # These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
 FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
-FREE_TO_CHANGE += tuple(f"data.{name}" for name in PLACES_OF_IMAGES)
+FREE_TO_CHANGE += tuple(map("data.{}".format, PLACES_OF_IMAGES))
 
 
 def make_parser(description: str = "") -> argparse.ArgumentParser:
@@ -300,8 +298,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
     problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
     problems += model_problems(args.checkpoint, args.arch, args.heads)
-    of_task = {f"--task {args.task}": TASK_CLASHES[choices.TRUTHS[args.task]]}
-    for other, clashing in (CLASHES | of_task).items():
+    for other, clashing in (CLASHES | {f"--task {args.task}": TASK_CLASHES[choices.TRUTHS[args.task]]}).items():
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
                 problems.append(f"{words} with {other}: {reason}; drop one of the two")
@@ -425,14 +422,13 @@ def lora_options(args: AdapterOptions) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`, which adapter files record. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    names = ("lora_alpha", "lora_dropout", "use_qlora", "adapt_last")
-    known = {name: getattr(args, name) for name in names}
+    known = attributes(args, "lora_alpha", "lora_dropout", "use_qlora", "adapt_last")
     return known | {"r": args.lora_rank, "target_modules": list(args.target_modules or ()) or None}
 
 
 def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
     """The arguments of `load_backbone` that describe the network. The first layer is fitted to other channels."""
-    return {name: getattr(args, name) for name in ("arch", "image_size", "heads", "channels")} | {"channel_fit": "timm"}
+    return attributes(args, "arch", "image_size", "heads", "channels") | {"channel_fit": "timm"}
 
 
 def image_sources(args: ImageOptions, read: "Bands | None" = None) -> dict[str, Any]:
@@ -440,7 +436,7 @@ def image_sources(args: ImageOptions, read: "Bands | None" = None) -> dict[str, 
     names = ["dataset", "data_dir", "eval_split", "val_dir", "data_list", "skip_unreadable"]
     if isinstance(args, DataOptions):
         names += ["task", "label_columns", "group_by", "folds", "unlabelled"]
-    return {name: getattr(args, name) for name in names} | {"bands": read}
+    return attributes(args, *names) | {"bands": read}
 
 
 def scaling_of(args: Any) -> scaling.Scaling:

@@ -30,7 +30,7 @@ from toolkit.run import verdict
 from toolkit.run.loaders import KNN_IMAGES
 from toolkit.run.options import DataOptions, lora_options
 from toolkit.run.teacher import LEAST_LABELS, trains
-from toolkit.run.training import best_epoch
+from toolkit.run.training import best_epoch, column
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
 BASELINES = {"knn": "k-NN", "probe": "linear probe"}  # what is measured before training
@@ -136,7 +136,7 @@ def _name_of_start(run: FineTuned) -> str:
 
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """How long the last finished epoch took, and what is left of the whole run."""
-    left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
+    left = sum(column(history, "seconds")) / len(history) * (epochs - history[-1]["epoch"])
     taken = duration(history[-1]["seconds"])
     return f"{taken}, {duration(left)} left" if left else taken
 
@@ -239,7 +239,7 @@ def _results(run: FineTuned, result: Answers, figures: dict, kept: dict, counts:
         "kept_share": kept["kept_share"],
         "retreats": run.guard.retreats,
         "epochs": len(run.history),
-        "seconds": sum(row["seconds"] for row in run.history) + run.guard.lost_seconds,
+        "seconds": sum(column(run.history, "seconds")) + run.guard.lost_seconds,
         **run.meter.results(),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
@@ -284,10 +284,8 @@ def labels_to_check(run: FineTuned) -> list[str]:
         rows.append((images.name(i), label, names[answer], f"{times:.3g}"))
         shown.append((i, f"{label}, and not {names[answer]}?"))
     write_cells(rows, ("path", "label", "answer", "times"), run.path("labels_to_check.csv"))
-    explained = (
-        f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for another "
-        "class, and is surest of these; labels_to_check.csv has them all.</p>"
-    )
+    explained = f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for "
+    explained += "another class, and is surest of these; labels_to_check.csv has them all.</p>"
     return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]
 
 
@@ -305,8 +303,8 @@ def _chosen_by(run: FineTuned) -> dict[str, str]:
     begun = run.args.resume or run.path("last.pth")  # maybe in another folder
     if any(path.with_name("learning_rates.csv").exists() for path in (begun, run.path("last.pth"))):
         chosen["learning rate"] = "trials on a part of the training images"
-    column = run.task.best_by.get(run.args.keep_best)
-    if column is not None and not all(math.isnan(row[column]) for row in run.history):
+    chooses = run.task.best_by.get(run.args.keep_best)
+    if chooses is not None and not all(map(math.isnan, column(run.history, chooses))):
         chosen["epoch"] = "the evaluation images"
     return chosen
 
@@ -321,9 +319,9 @@ def plot_finetuning(run: FineTuned, path: Path) -> None:
     history = run.history
     figure = new_figure(9, 3.6)
     losses, scores = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
-    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="evaluation")
+    epochs = column(history, "epoch")
+    losses.plot(epochs, column(history, "train_loss"), "o-", color=BLUE, label="training")
+    losses.plot(epochs, column(history, "val_loss"), "s--", color=ORANGE, label="evaluation")
     losses.set(ylabel=task.loss_title, title="Loss")
     factor, unit = task.axis
     scores.plot(epochs, [factor * row[f"val_{task.score}"] for row in history], "s--", color=ORANGE, label="evaluation")
@@ -352,7 +350,7 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(3.6 * len(panels), 3.2)
     for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         style = {"color": BLUE, "marker": "."} if name == "loss" else {"color": ORANGE, "marker": "o"}
-        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], **style)
+        axes.plot(column(rows, "epoch"), column(rows, name), **style)
         axes.set(title=titles[name])
         axes.yaxis.set_major_formatter({"knn_accuracy": "{x:.1%}"}.get(name, axes.yaxis.get_major_formatter()))
         _by_epoch(axes)

@@ -63,8 +63,8 @@ class RunState:
             "baseline": StateEntry.attribute(self, "baseline"),
             "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
             "progress": StateEntry(
-                save=lambda: vars(self.progress) if self.progress else None,
-                load=lambda state: setattr(self, "progress", Progress(**state) if state else None),
+                save=lambda: self.progress and vars(self.progress),
+                load=lambda state: setattr(self, "progress", state and Progress(**state)),
             ),
         }
         self.identity: dict[str, Any] = {}
@@ -98,8 +98,7 @@ class RunState:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on: the content of `last.pth`."""
-        others = {key: entry.save() for key, entry in self.other_entries.items()}
-        return {**self.trained(), **others, **self.identity}
+        return self.trained() | {key: entry.save() for key, entry in self.other_entries.items()} | self.identity
 
     def save_state(self) -> None:
         state = self.state()  # every process contributes
@@ -109,7 +108,7 @@ class RunState:
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
-            rows = [[row.get(name) for name in columns] for row in self.history]
+            rows = (map(row.get, columns) for row in self.history)
             write_cells(rows, columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from toolkit import distributed
+from toolkit import attributes, distributed
 from toolkit.answers import evaluation
 from toolkit.images.sources import Splits
 from toolkit.run.optim import weights_replaced
@@ -109,14 +109,12 @@ class Teacher:
         certainty, classes = self.first_answers.max(1)
         surest = certainty.argsort(descending=True, stable=True)
         number = self.first_answers.shape[1]
-        found = [surest[classes[surest] == label][: max(1, WATCHED // number)] for label in range(number)]
-        return torch.cat(found)
+        return torch.cat([surest[classes[surest] == label][: max(1, WATCHED // number)] for label in range(number)])
 
     def still_sure(self, logits: Tensor) -> bool:
         """Are the watched images, with these logits (n, K), answered as at the start, but for what training mends?"""
         certainty, classes = self.first_answers[self.watched()].max(1)
-        kept = (logits.argmax(1) == classes).float().mean()
-        return bool(kept >= (1 - MENDED) * certainty.mean())
+        return bool((logits.argmax(1) == classes).float().mean() >= (1 - MENDED) * certainty.mean())
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -131,8 +129,7 @@ class Teacher:
         self.seen.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("average", "first_answers", "certainty", "shares")
-        return {name: getattr(self, name) for name in names}
+        return attributes(self, "average", "first_answers", "certainty", "shares")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_answers = state["first_answers"]

@@ -91,8 +91,13 @@ class Progress:
 
 def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
     """The columns of `metrics.csv`, where these are measured on the evaluation images."""
-    scores = [f"val_{name}" for name in measured]
+    scores = map("val_{}".format, measured)
     return ("epoch", "train_loss", "val_loss", *scores, "learning_rate", "adapter_learning_rate", "seconds")
+
+
+def column(history: Iterable[dict[str, Any]], name: str) -> list[Any]:
+    """What the rows of `metrics.csv` have under this title."""
+    return [row[name] for row in history]
 
 
 def best_epoch(history: Sequence[dict[str, float]], column: str) -> dict[str, float]:

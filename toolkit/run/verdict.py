@@ -11,6 +11,7 @@ from toolkit import typed
 from toolkit.answers.parts import Task
 from toolkit.choices import TRUTHS
 from toolkit.models.checkpoints import value_at
+from toolkit.run.training import column
 
 FEW_IMAGES = 25  # of each class: up to this many, training hardly finds more than the probe does
 OVERFITTED = 2.0  # of the evaluation's loss to the training's
@@ -29,17 +30,13 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    results: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-    task: Task | type[Task],
-    images_per_class: float,
-    adapter: str = "lora.pth",
+    results: Mapping, history: Sequence[Mapping], task: Task | type[Task], images_per_class: float, adapter="lora.pth"
 ) -> Verdict:
     """Judge a finished run by the content of `results.json`, the rows of `metrics.csv`, and training images a class."""
     probe = results[f"probe_{task.score}_before"]
     lowered = results["learning_rate"] / results["head_learning_rate"]
     has_few = images_per_class <= FEW_IMAGES
-    scores = [row[f"val_{task.score}"] for row in history]
+    scores = column(history, f"val_{task.score}")
     is_rising = False
     if len(scores) >= 4 and probe is not None:
         earlier = max(scores[: -(len(scores) // 4)])
