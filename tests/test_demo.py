@@ -208,7 +208,7 @@ def test_a_space_answers_with_nothing_but_its_own_files(image, drop, space):
     environment = {"PATH": os.environ["PATH"], "HOME": str(space), "SPACE_ID": "owner/name"}
     done = subprocess.run([sys.executable, "app.py"], cwd=space, env=environment, capture_output=True, text=True)
     [[said, *_]] = drop((str(image), None))
-    assert done.stdout.startswith(f"{said} False\n"), done.stderr
+    assert done.stdout.endswith(f"{said} False\n"), done.stderr
 
 
 @pytest.mark.parametrize("adapter", ["classes"], indirect=True)
