@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import safetensors
 import torch
-from dense import assert_unchanged, frozen, randomize_adapters, resnet, snapshot, trained, vit
+from dense import assert_unchanged, frozen, images, randomize_adapters, resnet, snapshot, trained, vit
 from torch import nn
 
 from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
@@ -49,10 +49,6 @@ def plain(seed: int = 1, classes: int = 5, build=vit) -> nn.Module:
 adapted = functools.partial(frozen, std=0.1)
 
 
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 16, 16)
-
-
 def merged(model: nn.Module) -> nn.Module:
     LoRAManager(model).merge_lora_weights()
     return model
@@ -70,7 +66,7 @@ def moved(model: nn.Module, by: float) -> nn.Module:
 def test_a_file_brings_adapters_and_head_into_a_fresh_model_and_describes_itself(either, four_bits):
     options = {"lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "use_qlora": four_bits}
     model = adapted(plain(), **options)
-    x = images()
+    x = images(16)
     LoRAManager(model).save_lora_checkpoint(either, METADATA)
     fresh = adapted(plain(), r=2, use_qlora=four_bits)
     assert not torch.allclose(fresh(x), model(x), atol=0.1)
@@ -120,7 +116,7 @@ def test_files_are_plain_data_and_both_formats_give_the_same(tmp_path):
 def test_saving_a_merged_model_saves_its_adapters_and_its_base(path, targets):
     """Not the merged weights: loaded again, the update would count twice."""
     model = adapted(plain(), target_modules=targets)
-    x = images()
+    x = images(16)
     with torch.no_grad():
         model.encoder.layers[1].mlp[0].weight.mul_(1.5)
     expected = model(x)
@@ -145,7 +141,7 @@ def test_statistics_and_weights_travel_in_any_memory_format(either):
 def test_a_wrapped_model_is_the_model_inside(path, wrap):
     """Wrappers prefix every name; the head must be found all the same."""
     model = plain()
-    x = images()
+    x = images(16)
     wrapped = wrap(model)
     assert add_lora_to_model(wrapped, r=2) is wrapped
     freeze_backbone_params(wrapped)
