@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import EXACT, assert_close, frozen, randomize_adapters, resnet
+from dense import EXACT, assert_close, frozen, known, randomize_adapters, resnet
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -161,25 +161,8 @@ def test_directions_without_variance_do_no_harm():
     assert not principal_components(torch.zeros(8, 4), 3).any()
 
 
-@functools.cache
-def base_resnet() -> nn.Module:
-    """A ResNet with a block in each stage, and statistics as after training."""
-    torch.manual_seed(0)
-    model = resnet(classes=3)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(16, 3, 32, 32))
-    return model
-
-
 def adapted_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    model = add_lora_to_model(copy.deepcopy(base_resnet()), r=2)
-    freeze_backbone_params(model)
-    return model
+    return frozen(known(resnet, 3), std=0.0)
 
 
 def test_patches_are_of_all_batches(monkeypatch):

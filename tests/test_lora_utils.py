@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import safetensors
 import torch
-from dense import assert_unchanged, frozen, images, randomize_adapters, resnet, snapshot, trained, vit
+from dense import assert_unchanged, frozen, images, known, randomize_adapters, resnet, snapshot, trained, vit
 from torch import nn
 
 from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
@@ -37,15 +37,7 @@ def path(tmp_path):
     return tmp_path / "adapter.safetensors"
 
 
-def plain(seed: int = 1, classes: int = 5, build=vit) -> nn.Module:
-    """The same one for the same seed, as if it came from a checkpoint. Its head is another one each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build(num_classes=classes) if build is vit else build()
-    nn.init.normal_((model.heads.head if build is vit else model.fc).weight)
-    return model.eval()
-
-
+plain = functools.partial(known, vit)
 adapted = functools.partial(frozen, std=0.1)
 
 
@@ -127,14 +119,14 @@ def test_saving_a_merged_model_saves_its_adapters_and_its_base(path, targets):
 
 def test_statistics_and_weights_travel_in_any_memory_format(either):
     """Which makes no other base."""
-    model = adapted(plain(build=resnet))
+    model = adapted(known(resnet))
     freeze_backbone_params(model, freeze=False)
     model.train()(torch.randn(4, 3, 32, 32))
     model.to(memory_format=torch.channels_last)
     with torch.no_grad():
         model.layer1[0].conv1.weight.mul_(1.5)
     freeze_backbone_params(model)
-    assert_unchanged(snapshot(model), saved_and_loaded(model, either, adapted(plain(build=resnet))))
+    assert_unchanged(snapshot(model), saved_and_loaded(model, either, adapted(known(resnet))))
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
