@@ -232,26 +232,21 @@ def test_attention(kind, inputs, count):
             compare_with_dense(stock.train(training), adapted(stock).train(training), x, 1e-10, attend)
 
 
-def test_a_causal_hint_without_the_mask_is_an_error_as_in_the_stock_layer():
-    stock = attention()
-    for layer in (stock, adapted(stock)):
-        with pytest.raises(RuntimeError, match=r"is_causal hint|hint about attn_mask"):
-            layer(*attention_inputs(stock, "self"), is_causal=True)
-
-
-WRONG_MASKS = [("attn_mask", shape) for shape in ((L + 1, S), (1, S), (H, L, S), (S,))]
-WRONG_MASKS += [("key_padding_mask", shape) for shape in ((N, S + 1), (1, S))]
+WRONG_CALLS = [{"attn_mask": torch.zeros(shape)} for shape in ((L + 1, S), (1, S), (H, L, S), (S,))]
+WRONG_CALLS += [{"key_padding_mask": torch.zeros(shape)} for shape in ((N, S + 1), (1, S))]
+WRONG_CALLS += [{"is_causal": True}]  # it is a hint about a mask that is not there
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("name, shape", WRONG_MASKS)
-def test_masks_of_a_wrong_shape_are_refused(name, shape, need_weights):
-    """As the stock layer does; some of them would broadcast into a wrong result."""
+@pytest.mark.parametrize("options", WRONG_CALLS)
+def test_wrong_calls_are_refused(options, need_weights):
+    """As the stock layer does; some masks of a wrong shape would broadcast into a wrong result."""
     stock = attention()
     x = attention_inputs(stock, "key is value")
-    for layer, message in ((stock, ""), (adapted(stock), rf"{name} has shape .* must be \(")):
+    named = rf"{next(iter(options))} (has shape .* must be \(|is a hint about attn_mask)"
+    for layer, message in ((stock, ""), (adapted(stock), named)):
         with pytest.raises((RuntimeError, AssertionError), match=message):
-            layer(*x, need_weights=need_weights, **{name: torch.zeros(shape)})
+            layer(*x, need_weights=need_weights, **options)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

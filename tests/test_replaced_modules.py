@@ -45,7 +45,7 @@ IN_A_VIT = {
     "no LayerNorm": put(ln_1=nn.Identity(), ln_2=nn.Identity()),
     "a LayerNorm of a sequence": put(ln_1=nn.LayerNorm((5, 16), elementwise_affine=False)),
     "a LayerNorm of a sequence before the MLP": put(ln_2=nn.LayerNorm((5, 16))),
-    "an MLP that mixes tokens": put(mlp=nn.Sequential(nn.Conv1d(5, 5, 1))),
+    "an MLP that mixes tokens": put(mlp=nn.Sequential(nn.Conv1d(5, 5, 1, bias=False))),
     "an activation": put(mlp__1=nn.Tanh()),
     "stock layers": put(self_attention=nn.MultiheadAttention(16, 2, batch_first=True), mlp__0=nn.Linear(16, 32)),
     "an MLP": put(mlp=nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))),
