@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import EXACT, assert_close, frozen, known, randomize_adapters, resnet
+from dense import EXACT, assert_close, frozen, known, loss_and_gradients, randomize_adapters, resnet
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -162,7 +162,7 @@ def test_directions_without_variance_do_no_harm():
 
 
 def adapted_resnet() -> nn.Module:
-    return frozen(known(resnet, 3), std=0.0)
+    return frozen(known(resnet), std=0.0)
 
 
 def test_patches_are_of_all_batches(monkeypatch):
@@ -171,14 +171,6 @@ def test_patches_are_of_all_batches(monkeypatch):
     monkeypatch.setattr(followed_norms, "FollowedNorm", lambda conv, norm, patches: seen.append(len(patches)))
     follow_statistics(adapted_resnet(), torch.randn(3, 2, 3, 32, 32))
     assert set(seen) == {3 * 171}
-
-
-def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs, and the gradients of the adapters."""
-    model.zero_grad()
-    y = model.train()(x)
-    y.square().sum().backward()
-    return [y.detach(), *(p.grad for name, p in model.named_parameters() if "lora_" in name)]
 
 
 def test_outputs_that_follow_may_be_changed_in_place():
@@ -191,9 +183,11 @@ def test_outputs_that_follow_may_be_changed_in_place():
         model.layer3[0].relu = nn.Hardswish(inplace=in_place)
         follow_statistics(model, [x])
         randomize_adapters(model, std=0.02)
-        found.append(step(model, x))
-    for own, wanted in zip(*found, strict=True):
-        assert_close(own, wanted, EXACT)
+        found.append(loss_and_gradients(model.train(), x))
+    (loss, gradients), (expected, wanted) = found
+    assert_close(loss, expected, EXACT)
+    for name, gradient in gradients.items():
+        assert_close(gradient, wanted[name], EXACT, name)
 
 
 def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statistics_later():
