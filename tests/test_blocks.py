@@ -213,13 +213,29 @@ def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trai
             before = built(images(8))
             built[1].running_mean += 1
             assert dense.relative_error(before, built(images(8))) > 0.1
-        monkeypatch.setattr(norms, "is_traced", lambda: True)  # a graph would hold what is kept as it is now
-        with dense.Operations() as operations:
-            model(images(8).double()), model(images(8).double())
-        assert operations.count("rsqrt") == 2
     with dense.Operations() as operations:
         model(images(8).double()), model(images(8).double())
     assert operations.count("rsqrt") == 2
+    monkeypatch.setattr(norms, "is_traced", lambda: True)  # a graph would hold what is kept as it is now
+    with constants_kept(), dense.Operations() as operations:
+        model(images(8).double()), model(images(8).double())
+    assert operations.count("rsqrt") == 2
+
+
+def test_a_norm_s_constants_are_of_the_rows_that_are_given_and_of_what_trains_now():
+    norm = nn.BatchNorm2d(4).requires_grad_(False)
+    means = torch.stack([torch.zeros(4), torch.ones(4)])  # two rows of one tensor
+    variance = torch.ones(4)
+    expected = 1 / (1 + norm.eps) ** 0.5
+    with constants_kept():
+        for row in (0, 1):
+            _, shift = norms.constant_scale_and_shift(norm, means[row], variance, None)
+            assert shift.tolist() == pytest.approx([-row * expected] * 4)
+        norm.weight.requires_grad_(True)
+        for step in (1, 2):
+            scale, _ = norms.constant_scale_and_shift(norm, means[1], variance, None)
+            scale.sum().backward()
+            assert norm.weight.grad.tolist() == pytest.approx([step * expected] * 4)
 
 
 # ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from unittest import mock
 
 import dense
@@ -360,7 +361,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "none": nn.I
 
 
 def frozen_norm(activation: str | None, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """A stock BatchNorm, or timm's with an activation, in eval mode; and its frozen twin."""
+    """A stock BatchNorm, or timm's with an activation, in eval mode; and its frozen twin, as it comes from a file."""
     torch.manual_seed(2)
     stock = nn.BatchNorm2d(5)
     if activation is not None:
@@ -368,7 +369,7 @@ def frozen_norm(activation: str | None, dtype: torch.dtype = torch.float64) -> t
     dense.seen(stock).to(dtype).eval().requires_grad_(False)
     twin = copy.deepcopy(stock)
     freeze_statistics(twin, freeze=True, training=True)
-    return stock, twin
+    return stock, pickle.loads(pickle.dumps(twin))
 
 
 @pytest.mark.parametrize(
