@@ -80,23 +80,21 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, 
     expected, _ = load_backbone(bases[kind], len(NAMES), image_size=SIZES[kind])
     before = copy.deepcopy(expected.state_dict())
     after = LoRAManager(load_finetuned(path)[0]).unload(merge=True).state_dict()
-    kept = total = 0.0
-    shares = {}  # of each layer
+    energies = {}  # of each layer's change: what is kept, and all of it
     for name, tensor in after.items():
         is_weight = tensor.dim() > 1 and not name.startswith(("fc", "heads", "class_token", "encoder.pos"))
         if is_weight and not torch.equal(tensor, before[name]):
             expected.state_dict()[name].copy_(truncated_weight(name, before[name], tensor, 2))
-            part = (expected.state_dict()[name] - before[name]).double().square().sum().item()
-            whole = (tensor - before[name]).double().square().sum().item()
-            kept += part
-            total += whole
-            shares[name.rpartition(".")[0]] = part / whole
+            changes = torch.stack([expected.state_dict()[name], tensor]) - before[name]
+            energies[name.rpartition(".")[0]] = changes.double().square().flatten(1).sum(1)
         else:
             expected.state_dict()[name].copy_(tensor)
     images = torch.randn(4, 3, SIZES[kind], SIZES[kind])
     found, about = load_finetuned(tmp_path / "lora2.pth")
     assert_close(found(images), expected.eval()(images), FP32)
+    kept, total = sum(energies.values())
     assert about["cut to rank"] == f"2, {kept / total:.1%} of the change's energy kept" and kept < 0.9 * total
+    shares = {name: part / whole for name, (part, whole) in energies.items()}
     worst = min(shares, key=shares.get)
     told = f"keep {kept / total:.1%} of the energy of their change, {worst} the least, {shares[worst]:.1%};"
     assert told in capsys.readouterr().out

@@ -84,16 +84,15 @@ STORAGES = {
 
 def stock_and_inputs(case: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]]:
     if case in INPUTS:
-        stock = attention()
-        inputs = attention_inputs(stock, case)
-    elif case in LINEAR or case == "no bias":
+        stock = attention().to(device, dtype)
+        return stock, attention_inputs(stock, case)
+    if case in LINEAR or case == "no bias":
         stock = nn.Linear(22, 41, bias=case != "no bias")
-        inputs = [torch.randn(LINEAR.get(case, (50, 22)))]
+        shape = LINEAR.get(case, (50, 22))
     else:
         stock = convolution("same, even kernel" if case == "one image" else case)
-        inputs = [torch.randn((2, 8, 9, 8)[case == "one image" :])]
-    moved = {id(x): x.to(device, dtype) for x in inputs}  # one that comes twice stays one tensor
-    return stock.to(device, dtype), [moved[id(x)] for x in inputs]
+        shape = (2, 8, 9, 8)[case == "one image" :]
+    return stock.to(device, dtype), [torch.randn(shape, device=device, dtype=dtype)]
 
 
 def changed_in_place(layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -204,7 +203,7 @@ def attention(**options) -> nn.MultiheadAttention:
 
 def attention_inputs(stock: nn.MultiheadAttention, inputs: str, batched: bool = True) -> list[torch.Tensor]:
     def sequence(length: int) -> torch.Tensor:
-        x = torch.randn(N, length, E, dtype=stock.out_proj.weight.dtype)
+        x = torch.randn(N, length, E).to(stock.out_proj.weight)
         if not batched:
             return x[0]
         return x if stock.batch_first else x.transpose(0, 1)
@@ -269,17 +268,15 @@ def test_attention_dropout_draws_one_mask_per_distinct_input(inputs):
     assert_close(y, expected, FP32)
 
 
-def encoder_layer(**options) -> nn.TransformerEncoderLayer:
-    return nn.TransformerEncoderLayer(E, H, 24, 0.0, **{"batch_first": True, "activation": "gelu", **options})
-
-
 @pytest.mark.parametrize("targets", [None, "linear1", "self_attn"], ids=["all", "linear1", "self_attn"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "key padding"])
 @pytest.mark.parametrize("layers", [0, 2], ids=["layer", "encoder"])
 def test_the_fast_path_of_encoders_does_not_bypass_the_adapters(layers, padded, targets):
     """In eval mode without gradients PyTorch hands the raw weights to one fused kernel; again without adapters."""
-    stock = encoder_layer().eval() if layers == 0 else nn.TransformerEncoder(encoder_layer(), layers).eval()
-    targets = targets and (targets if layers == 0 else rf"layers\.\d\.{targets}")
+    stock = nn.TransformerEncoderLayer(E, H, 24, 0.0, "gelu", batch_first=True).eval()
+    if layers > 0:
+        stock = nn.TransformerEncoder(stock, layers).eval()
+        targets = targets and rf"layers\.\d\.{targets}"
     model = frozen(copy.deepcopy(stock), 0.3, target_modules=targets)
     x = torch.randn(N, L, E)
     options = {"src_key_padding_mask": padding(L)} if padded else {}
@@ -348,7 +345,7 @@ def test_merging(case, storage):
     twin = dense_twin(stock, layer)
     manager = LoRAManager(layer)
     expected = in_one(layer(*inputs))
-    before = {name: p.clone() for name, p in layer.named_parameters()}
+    before = dense.snapshot(layer)
     tolerance = FP32 if dtype == torch.float32 else 2 * BF16
     if storage == "8 bits":  # while it is not merged
         tolerance = IN_8_BITS
@@ -372,7 +369,7 @@ def test_merging(case, storage):
         assert_close(in_one(layer.eval()(*inputs)), in_one(stock(*inputs)), tolerance)
         1 / 0  # noqa: B018
     manager.unmerge_lora_weights()
-    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+    dense.assert_unchanged(before, layer)
     assert torch.equal(in_one(layer(*inputs)), expected)
 
 
