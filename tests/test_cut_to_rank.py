@@ -111,29 +111,6 @@ def test_a_card_beside_the_results_of_the_whole_change_does_not_have_them(bases,
     assert "Not measured" in card
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [nn.Linear(5, 7), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 6, 3, groups=6), nn.MultiheadAttention(6, 2)],
-    ids=["linear", "groups", "depthwise", "attention"],
-)
-@torch.no_grad()
-def test_the_energy_of_each_layer_is_of_its_singular_values(layer, r=2):
-    model = nn.Sequential(layer)
-    before = copy.deepcopy(model.state_dict())
-    add_lora_to_model(model, r=r, lora_alpha=5, target_modules="0")
-    trained = {name: tensor + torch.randn_like(tensor) for name, tensor in before.items()}
-    energies = start_at_change(model, trained)
-    LoRAManager(model).merge_lora_weights()
-    weights = [name for name, tensor in before.items() if tensor.dim() > 1]
-    assert energies.keys() == {name.rpartition(".")[0] for name in weights}
-    for name in weights:
-        expected = truncated_weight(name, before[name], trained[name], r)
-        assert_close(model.state_dict()[name], expected, FP32, name)
-        kept, whole = energies[name.rpartition(".")[0]]
-        assert kept == pytest.approx((expected - before[name]).square().sum().item(), rel=1e-4)
-        assert whole == pytest.approx((trained[name] - before[name]).square().sum().item(), rel=1e-4)
-
-
 def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_there():
     model = add_lora_to_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), r=5, target_modules=["0", "1"])
     randomize_adapters(model)
