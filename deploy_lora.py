@@ -52,27 +52,21 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
-from lora import initialization, peft_format
+from lora import adapter_file, initialization, peft_format
 from lora.adapted import LoRASettings, adaptable_layers, is_adapted, recorded_in_4_bits
-from lora.adapter_file import check_metadata, holds_adapter, write_adapter_file
 from lora_utils import LoRAManager, find_base, full_rank, model_shape, read_adapter_file
 from toolkit import InputError, devices, did_you_mean, distributed, dotted, files, listed, optional_package, printable
 from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
 from toolkit.answers import demo as demo_page
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.images import masks, remote, sources, splitting, transforms
+from toolkit.images import folders, lists, masks, remote, scenes, shards, sources, splitting, transforms
 from toolkit.images.bands import from_metadata, settle
 from toolkit.images.data import LabelledImages, TolerantImages, Transformed, among, build_loader, fixed_order_batch
-from toolkit.images.folders import ImageFiles, UnreadableImage
-from toolkit.images.lists import ImageList
-from toolkit.images.scenes import open_scene
-from toolkit.images.shards import ShardedImages
 from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
 from toolkit.models.names import TIMM, is_none
-from toolkit.run import commands, output_folder, reports
-from toolkit.run.options import FineTuneOptions, backbone_shape, known_image_values
+from toolkit.run import commands, options, output_folder, reports
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
@@ -163,13 +157,13 @@ def _deployed(args: argparse.Namespace) -> Iterator[Deployed]:
 
 def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The model of an adapter file, or of a checkpoint to choose by, which has no classes; and what is known of it."""
-    if args.command != "choose" or holds_adapter(args.adapter):
+    if args.command != "choose" or adapter_file.holds_adapter(args.adapter):
         if args.command == "choose" and (args.arch or args.image_size):
             raise InputError(f"--arch and --image-size are for checkpoints; {args.adapter} has its own")
         return load_finetuned(args.adapter, args.checkpoint)
-    settings = FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
-    known, read = known_image_values(settings, args.adapter)
-    model, report = load_base(args.adapter, None, 2, **backbone_shape(settings))
+    settings = options.FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
+    known, read = options.known_image_values(settings, args.adapter)
+    model, report = load_base(args.adapter, None, 2, **options.backbone_shape(settings))
     size = report["image_size"]
     about = {"class_names": [], "image_size": size, "transform": transforms.eval_transform(size, bands=read)}
     values = settle(known, report["arch"], report["channels"], _images(args.images, about))
@@ -233,7 +227,7 @@ def threshold(args: argparse.Namespace) -> Task:
     if distributed.is_main():
         content = read_adapter_file(args.adapter)
         content["metadata"] |= {"task": task.record(), "thresholds chosen": f"for {args.goal}, in {args.images}"}
-        write_adapter_file(content, args.output)
+        adapter_file.write_adapter_file(content, args.output)
         report = task.report(result, images.clusters())
         kept = [("kept as it was", name) for name in itertools.compress(task.names, unknown.tolist())]
         print(reports.table([("images", where), ("thresholds for", args.goal), *report.printed(), *kept]))
@@ -344,7 +338,7 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
         return distributed.interleave(deployed.windows_answered(share))
 
     def write(i: int, place: Path) -> Path:
-        with open_scene(images.name(i), deployed.transform.bands) as scene:
+        with scenes.open_scene(images.name(i), deployed.transform.bands) as scene:
             return maps.write(scene, place, bar)
 
     bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
@@ -460,7 +454,7 @@ def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequenc
         for i in progress_bar(share, args.command):
             try:
                 written += finished[places[i]] or [write(i, places[i])]
-            except UnreadableImage as error:
+            except folders.UnreadableImage as error:
                 broken.append(error)
         written = sorted(itertools.chain(*distributed.gather(written)))  # all have ended, and the folder is released
         broken = list(itertools.chain(*distributed.gather(broken)))
@@ -523,19 +517,19 @@ def _images(paths: Sequence[Path], about: dict[str, Any]) -> LabelledImages:
             source = sources.all_images(path, bands)
             if len(paths) == 1:
                 return LabelledImages(source)
-            if isinstance(source, ShardedImages):
+            if isinstance(source, shards.ShardedImages):
                 raise InputError(f"{path}: its images are in archives; name this folder alone")
             found = map(source.path, range(len(source)))
         elif path.suffix.lower() in predictions.LIST_SUFFIXES:
-            images = ImageList.as_in_run(path, _data_of_run(about))
+            images = lists.ImageList.as_in_run(path, _data_of_run(about))
             found = map(functools.partial(remote.located, images.folder), images.paths())
         names += found
-    return LabelledImages(ImageFiles("", dict.fromkeys(names), bands))
+    return LabelledImages(folders.ImageFiles("", dict.fromkeys(names), bands))
 
 
 def _images_in_files(args: argparse.Namespace, about: dict[str, Any]) -> LabelledImages:
     images = _images(args.images, about)
-    if isinstance(images.source, ShardedImages):
+    if isinstance(images.source, shards.ShardedImages):
         raise InputError(f"{args.images[0]}: its images are in archives; unpack them for this command")
     return images
 
@@ -553,7 +547,7 @@ def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages
     read = about["transform"].bands
     found = None
     if not remote.is_folder(place) or task.truth in ("labels", "numbers"):
-        found = ImageList.as_in_run(place, data)
+        found = lists.ImageList.as_in_run(place, data)
     if task.per_pixel:
         images = masks.pairs_in(found or place, read, task.masks)
     else:
@@ -617,7 +611,7 @@ def card(args: argparse.Namespace) -> str:
     """Write a model card of the adapter and, where it lies next to `results.json`, its figures; return it."""
     content = read_adapter_file(args.adapter)
     metadata = content["metadata"]
-    check_metadata(args.adapter, metadata, content["tensors"])
+    adapter_file.check_metadata(args.adapter, metadata, content["tensors"])
     path = args.adapter.with_name("results.json")
     results = {}
     if path.exists() and metadata.keys().isdisjoint(("thresholds chosen", "cut to rank")):  # these have other figures

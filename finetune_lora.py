@@ -34,36 +34,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_utils
-from lora import adapted, adapter_file, attention, backends, functional, initialization, int8
+from lora import adapted, adapter_file, adapter_set, attention, backends, functional, initialization, int8, split
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
-from lora.adapter_set import LayerState
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
 from lora.fusion import fuse, set_gradient_checkpointing
-from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
-from lora.split import split_model
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable
-from toolkit.answers import evaluation, tasks
-from toolkit.answers.probe import HeadTemperature
+from toolkit.answers import evaluation, probe, tasks
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells
-from toolkit.images import bands
-from toolkit.images.data import Remembered, end_workers
+from toolkit.images import bands, data, transforms
 from toolkit.images.sources import Splits
-from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import block_names, headless, in_head, name_head, record_of
 from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest, value_at
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, constants_kept, freeze_statistics, share_statistics
-from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
-from toolkit.run.folds import cross_validate
+from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
-from toolkit.run.teacher import Teacher
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
@@ -133,7 +125,7 @@ class LoRALayer:
         elif dtype == torch.int8:
             self.base_bits = 8
             weight.requires_grad_(False)  # integers have no gradient
-            weight.data = Int8Weight.quantize(weight).packed()
+            weight.data = int8.Int8Weight.quantize(weight).packed()
         else:
             self.base_bits = 16
             weight.data = weight.data.to(dtype)
@@ -160,19 +152,19 @@ class LoRALayer:
             self.base_bits = 32  # once merged, its weight is a float's
         else:
             self.unmerge()
-        LayerState.of(self).without_adapter().apply_to(self)
+        adapter_set.LayerState.of(self).without_adapter().apply_to(self)
 
     def adapted_state(self) -> dict[str, Any]:
         """The attributes, without parameters, that the layer it adapts does not have."""
         return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
-    def base(self) -> Tensor | NF4Weight | Int8Weight:
+    def base(self) -> Tensor | NF4Weight | int8.Int8Weight:
         """The weight without the adapter, merged or not."""
         stored = self._base_data if self.merged else self._parameters[self.weight_name]
         if self.base_bits == 4:
             return NF4Weight(stored, self._nf4_state, self._packed_shape)
         if self.base_bits == 8:
-            return Int8Weight.unpacked(stored, self._packed_shape)
+            return int8.Int8Weight.unpacked(stored, self._packed_shape)
         return stored
 
     def _factors(self, letter: str, parts: slice = slice(None)) -> Tensor:
@@ -222,7 +214,7 @@ class LoRALayer:
     def _weight_without_adapter(self, x: Tensor) -> Tensor:
         """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
         weight = self._parameters[self.weight_name] if self.merged and self.lora_enabled else self.base()
-        if self.base_bits == 32 or isinstance(weight, Int8Weight):
+        if self.base_bits == 32 or isinstance(weight, int8.Int8Weight):
             return weight
         return dense_weight(weight, functional.compute_dtype(x))
 
@@ -302,9 +294,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution of any geometry with an adapter, ``B A`` as its kernel: fan_in = in / groups * kh * kw."""
 
-    def forward(
-        self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual=None, relu=False) -> Tensor:
         """``relu(batch_norm(conv2d(x, W + s B A, b)) + residual)``; see `folded_norm`.
 
         x: (N, in, H, W) or (in, H, W); residual, as what is returned: (N, out, H', W') or (out, H', W').
@@ -594,8 +584,9 @@ def load_finetuned(
     per_pixel = tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path).per_pixel
     model, _ = load_base(base, stage1, **adapter_file.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
-    transform = eval_transform(None if per_pixel else metadata["image_size"], **bands.from_metadata(metadata))
-    return model.eval(), {**metadata, "transform": transform}
+    size = None if per_pixel else metadata["image_size"]
+    view = transforms.eval_transform(size, **bands.from_metadata(metadata))
+    return model.eval(), {**metadata, "transform": view}
 
 
 def load_base(
@@ -654,7 +645,7 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
     device = devices.select_device(args.device)
     distributed.join(device)
     if options.all_folds(args):
-        return cross_validate(main, argv, after_epoch, args)
+        return folds.cross_validate(main, argv, after_epoch, args)
     asked = options.stored_sections(args, sources)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY), held as begin:
@@ -665,8 +656,7 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
         print(f"device: {device}, precision: {plan.dtype}")
         if args.learning_rate == "auto":
             args = with_rate_found(args, plan, model, splits, begin)
-        begun = resumed_run if args.resume else started_run
-        run = begun(args, plan, devices.place(model, device), report, splits)
+        run = begun_run(args, plan, devices.place(model, device), report, splits)
         print(reports.describe_rates(run))
         if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
@@ -791,28 +781,25 @@ def try_rate(args: FineTuneOptions, plan: Plan, parts: Splits, features) -> tupl
         train(run)
         last = run.history[-1]
         score, loss = last[f"val_{run.task.score}"], last["val_loss"]
-    end_workers()
+    data.end_workers()
     return search.Trial(args.learning_rate, score, loss), features
 
 
-def started_run(*of_run: Any) -> "FineTuning":
-    """A new run of the arguments of `FineTuning`, whose head and adapters have their starting values."""
-    run = FineTuning(*of_run)
+def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
+    """The run of the arguments of `FineTuning` that `--resume` goes on with, or a new one with its starting values."""
+    if path := args.resume:
+        if args.keep_best and path.resolve().parent != args.output_dir.resolve():
+            remedy = "resume with that folder as --output-dir"
+            raise InputError(f"--keep-best: the best adapter is next to {path}; {remedy}")
+        run = FineTuning(args, *of_run, teaches=value_at(read_checkpoint(path), "teacher") is not None)
+        run.resume(path, options.FREE_TO_CHANGE)
+        return run
+    run = FineTuning(args, *of_run)
     features = run.start()
     if run.teacher is not None and not run.teacher.knows_enough():
-        end_workers()
-        run = FineTuning(*of_run, teaches=False)
+        data.end_workers()
+        run = FineTuning(args, *of_run, teaches=False)
         run.start(features)
-    return run
-
-
-def resumed_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
-    """The run that `--resume` goes on with, of the arguments of `FineTuning`."""
-    path = args.resume
-    if args.keep_best and path.resolve().parent != args.output_dir.resolve():
-        raise InputError(f"--keep-best: the best adapter is next to {path}; resume with that folder as --output-dir")
-    run = FineTuning(args, *of_run, teaches=value_at(read_checkpoint(path), "teacher") is not None)
-    run.resume(path, options.FREE_TO_CHANGE)
     return run
 
 
@@ -923,7 +910,7 @@ class FineTuning(RunState):
         self.loaders = Loaders(args, plan, splits, report["image_size"], self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
-                lower, self.network = split_model(model, args.adapt_last)
+                lower, self.network = split.split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
         self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
@@ -940,16 +927,16 @@ class FineTuning(RunState):
             if report["arch"] in RESNETS and not self.loaders.has_masks:
                 self.resnet_lr_factor = initialization.RESNET_LR_FACTOR
             self.adapter_lr_factor = self.resnet_lr_factor * initialization.adapter_lr_factor(args.lora_rank, most)
-        self.head_temperature = HeadTemperature()
+        self.head_temperature = probe.HeadTemperature()
         self.by_unlabelled: dict[str, Any] | None = None  # what images without labels say of the start
-        self.teacher: Teacher | None = None
-        self.sure_images: Remembered | None = None  # without labels, that the start answers most surely
+        self.teacher: teacher.Teacher | None = None
+        self.sure_images: data.Remembered | None = None  # without labels, that the start answers most surely
         self.still_sure = True  # were they when the guard's images were last evaluated?
         self.kept_outputs: tuple[Tensor, Tensor] | None = None  # for the evaluation images, and their targets
         counts = self.task.counts(splits.train)
         if self.loaders.unlabelled is not None:
             shape = (len(splits.unlabelled), len(splits.class_names))
-            self.teacher = Teacher(model, *shape, plan.device, plan.dtype)
+            self.teacher = teacher.Teacher(model, *shape, plan.device, plan.dtype)
             counts = {name: count + shape[0] / shape[1] for name, count in counts.items()}
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, counts))
         may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
@@ -980,7 +967,7 @@ class FineTuning(RunState):
             "good": StateEntry.attribute(self, "last_good"),
             "head_temperature": StateEntry(
                 save=lambda: tuple(self.head_temperature),
-                load=lambda state: setattr(self, "head_temperature", HeadTemperature(*state)),
+                load=lambda state: setattr(self, "head_temperature", probe.HeadTemperature(*state)),
             ),
             "by_unlabelled": StateEntry.attribute(self, "by_unlabelled"),
             "contradicted": StateEntry.attribute(self.task, "contradicted"),

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from lora.backends import LOW_PRECISION
-from lora.nf4 import bitsandbytes_functional
+from lora import backends, nf4
 from toolkit import InputError, listed
 from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
@@ -166,7 +165,9 @@ def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> N
 
 def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
     """Do layers of this kind store their weights rounded to this `base_dtype`? In 8 bits linear ones and attention."""
-    return isinstance(layer, nn.Linear | nn.MultiheadAttention) if dtype == torch.int8 else dtype in LOW_PRECISION
+    if dtype == torch.int8:
+        return isinstance(layer, nn.Linear | nn.MultiheadAttention)
+    return dtype in backends.LOW_PRECISION
 
 
 def check_stored_bits(model: nn.Module, chosen: Mapping, use_qlora: bool, base_dtype: torch.dtype | None) -> None:
@@ -177,7 +178,7 @@ def check_stored_bits(model: nn.Module, chosen: Mapping, use_qlora: bool, base_d
                 raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
             if any(p.dtype == torch.float64 for p in layer.parameters()):
                 raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
-        bitsandbytes_functional()
+        nf4.bitsandbytes_functional()
     in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
     if base_dtype == torch.int8 and not in_8_bits:
         raise InputError("8 bits are for linear layers and attention; none is to be adapted: use --arithmetic float")

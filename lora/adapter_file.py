@@ -14,9 +14,7 @@ from torch import Tensor
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
 from toolkit.answers import tasks
-from toolkit.models.backbones import build_backbone, head_name
-from toolkit.models.dense import DenseModel
-from toolkit.models.names import default_heads, is_path
+from toolkit.models import backbones, dense, names
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -62,7 +60,7 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
 
 def holds_adapter(path: str | Path) -> bool:
     """Is this an adapter file, and no checkpoint?"""
-    if not is_path(path):
+    if not names.is_path(path):
         return False
     if files.is_safetensors(path):
         return "adapter" in files.read_safetensors(path)[1]
@@ -88,7 +86,7 @@ def find_base(
 ) -> tuple[Path, Path | None]:
     """Find a file's base and the stage-1 adapter merged into it, if any: where they are now, or where metadata say."""
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
-    if is_path(base) and not os.path.exists(base):
+    if names.is_path(base) and not os.path.exists(base):
         raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
@@ -113,7 +111,7 @@ def model_shape(metadata: dict[str, Any]) -> dict[str, Any]:
 def heads_of(metadata: dict[str, Any]) -> int | None:
     """The attention heads of the ViT under an adapter; None: it is no torchvision ViT."""
     heads = metadata.get("heads")
-    return default_heads(str(metadata.get("arch"))) if heads is None else heads
+    return names.default_heads(str(metadata.get("arch"))) if heads is None else heads
 
 
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -135,10 +133,10 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     del shape["channel_fit"]  # of the weights, which are not looked at
     classes = shape["num_classes"]
     with torch.device("meta"):  # takes no memory, whatever a file asks for
-        model = build_backbone(**shape)
+        model = backbones.build_backbone(**shape)
         if task.per_pixel:
-            model = DenseModel(model, classes, shape["image_size"], shape["channels"])
-    head = head_name(model)
+            model = dense.DenseModel(model, classes, shape["image_size"], shape["channels"])
+    head = backbones.head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != tuple(wanted.shape):

@@ -28,9 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lora.functional import pad_for_conv2d
-from lora.fusion import STOCK, folds
-from lora.nf4 import dense_weight
+from lora import functional, fusion, nf4
 from toolkit import InputError, dotted
 from toolkit.answers.evaluation import eval_mode
 from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift
@@ -95,7 +93,7 @@ class FollowedNorm(AdapterStatistics):
         super().__init__(norm, norm.running_mean.clone(), norm.running_var.clone())  # where the adapter starts
         self.centre = patches.mean(0)
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
-        outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
+        outputs = self.inputs @ nf4.dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
         self.doubled = 2 * outputs
         self.spread = (outputs.square().sum(0) + STEADY * self.variance).clamp_min(LEAST_SPREAD)  # v(W), (out,)
 
@@ -125,7 +123,7 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
 
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
     """Some patches of x (N, in, H, W) that the kernel is applied to: (number, in * kh * kw), always the same."""
-    x, (vertical, horizontal) = pad_for_conv2d(x, conv)
+    x, (vertical, horizontal) = functional.pad_for_conv2d(x, conv)
     windows = F.pad(x, (horizontal, horizontal, vertical, vertical))
     for dim in (0, 1):
         extent = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1
@@ -140,7 +138,7 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """The convolutions and BatchNorms in the blocks of torchvision's ResNets: others may change an output in place."""
     for block in model.modules():  # a ResNet's first pair is in none: its output, the largest, would have to be saved
-        if STOCK.get(type(block), type(block)) in (BasicBlock, Bottleneck):
+        if fusion.STOCK.get(type(block), type(block)) in (BasicBlock, Bottleneck):
             layers = block._modules
             found = [(layers[f"conv{n}"], layers[f"bn{n}"]) for n in "123" if f"conv{n}" in layers]
             if isinstance(block.downsample, nn.Sequential):
@@ -154,7 +152,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 @torch.no_grad()
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms folded into adapted convolutions follow the adapters, which still do nothing."""
-    norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm) and conv.r > 0}
+    norm_of = {conv: norm for conv, norm in _pairs(model) if fusion.folds(conv, norm) and conv.r > 0}
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
     batches = list(batches) if norm_of else []

@@ -33,15 +33,10 @@ def _trains(module: nn.Module) -> bool:
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:
     """Is ``norm(conv(x))`` one convolution? Yes if the convolution is adapted and the BatchNorm constant."""
-    return (
-        type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
-        and isinstance(conv, nn.Conv2d)
-        and is_adapted(conv)
-        and not is_hooked(conv, norm)
-        and not norm.training
-        and norm.running_mean is not None
-        and not _trains(norm)
-    )
+    is_known = type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d) and isinstance(conv, nn.Conv2d) and is_adapted(conv)
+    if not is_known or norm.training or norm.running_mean is None:
+        return False
+    return not is_hooked(conv, norm) and not _trains(norm)
 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) -> Tensor:
@@ -304,12 +299,9 @@ def fuse(model: nn.Module) -> None:
         stock = STOCK.get(type(block), type(block))
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
-            gains = (
-                any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
-                or (stock is MLPBlock and not _trains(block))
-                or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-                or "checkpointing" in vars(block)
-            )
+            gains = "checkpointing" in vars(block) or any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
+            gains |= stock is MLPBlock and not _trains(block)
+            gains |= stock is EncoderBlock and is_frozen_attention(block.self_attention)
             block.__class__ = FUSED[stock] if gains else stock
     _set_fast_paths(model)
 

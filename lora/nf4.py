@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora import backends
-from lora.backends import LOW_PRECISION
 from toolkit import InputError
 
 
@@ -54,7 +53,7 @@ class NF4Weight:
             scales = bitsandbytes_functional().dequantize_blockwise(state.absmax, state.state2) + state.offset
             if not backends.is_traced():  # a compiler lets no tensor leave its graph so
                 state.flat_scales = scales
-        written = dtype if dtype in LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
+        written = dtype if dtype in backends.LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
         blocks = backends.dequantize_nf4(self.packed, scales, self.BLOCK, state.shape, written)
         dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)  # the last may not be full
         return dense[self._rows].to(dtype)

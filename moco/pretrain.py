@@ -40,9 +40,7 @@ from toolkit.answers.answer_reports import interval_text
 from toolkit.files import save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
-from toolkit.models import checkpoints
-from toolkit.models.backbones import head_name, headless, other_heads, record_of
-from toolkit.models.norms import constants_kept, share_statistics
+from toolkit.models import backbones, checkpoints, norms
 from toolkit.run import optim, options, output_folder, reports, runs, training
 from toolkit.run.run_state import RunState, StateEntry
 
@@ -100,7 +98,7 @@ def train(run: "Pretraining") -> None:
     """Train the remaining epochs. Raises Stopped after Ctrl-C or SIGTERM, when `last.pth` has the state to resume."""
     args = run.args
     run.begin()
-    with run.saved_when_stopped(), constants_kept():
+    with run.saved_when_stopped(), norms.constants_kept():
         while run.epoch < args.epochs:
             progress = run.begin_epoch()
             unread = []  # the images of each step, and its loss: see `training.read_figures`
@@ -144,8 +142,8 @@ class Pretraining(RunState):
         self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
-            share_statistics(self.model)
-        base = record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
+            norms.share_statistics(self.model)
+        base = backbones.record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         self.begin_training(build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
@@ -240,7 +238,8 @@ class Pretraining(RunState):
             about |= self.about_adapters | {"lora": options.lora_options(args)}
             about["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
             about |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
-            LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), about)
+            manager = LoRAManager(backbones.headless(self.model.encoder_q))
+            manager.save_lora_checkpoint(self.path("moco_lora.pth"), about)
         if self.epoch < args.epochs:
             self.save_state()
         elif args.lora_rank == 0 and distributed.is_main():  # half as large: without what only resuming needs
@@ -369,7 +368,7 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
     backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
     settled = {"moco_version": args.moco_version or version or 3, "arch": report["arch"], "heads": None}
-    if other_heads(backbone):
+    if backbones.other_heads(backbone):
         settled["heads"] = report["heads"]
     if report["channels"] != 3:
         settled["channels"] = report["channels"]
@@ -393,7 +392,7 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
     encoders = (model.encoder_q, model.encoder_k)
-    modules = {"projector": [encoder.get_submodule(head_name(encoder)) for encoder in encoders]}
+    modules = {"projector": [encoder.get_submodule(backbones.head_name(encoder)) for encoder in encoders]}
     if hasattr(model, "predictor"):
         shorter = model.predictor[:-1]  # the official ones of ResNets end without a BatchNorm
         if checkpoints.shapes_of(shorter.state_dict()) == checkpoints.shapes_of(parts.get("predictor", {})):

@@ -114,11 +114,7 @@ def frozen(kind: type, values: argparse.Namespace) -> Any:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None = None,
-    default_config: Callable[[dict[str, Any]], Path | None] = lambda typed: None,
-    check: Callable[[argparse.Namespace, dict[str, str], set[str]], Iterable[str]] = lambda *_: (),
-    ignored: Mapping[str, Collection[str]] | None = None,
+    parser: argparse.ArgumentParser, argv=None, default_config=lambda typed: None, check=lambda *_: (), ignored=None
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
 

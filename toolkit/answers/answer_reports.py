@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit import printable
-from toolkit.answers import measures
-from toolkit.answers.heat_maps import Explainer
+from toolkit.answers import heat_maps, measures
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, small_picture
 from toolkit.images.data import LabelledImages
 
@@ -83,7 +82,7 @@ class Report:
             rows.append((headline.title, text))
         return rows
 
-    def draw_mistakes(self, images: LabelledImages, path: Path, explainer: Explainer | None = None) -> None:
+    def draw_mistakes(self, images: LabelledImages, path: Path, explainer: heat_maps.Explainer | None = None) -> None:
         """Pictures of the worst answers, and next to each what decided, if there is an explainer."""
         chosen = self.mistakes()
         wide = 1 if explainer is None else 2  # columns for an image, and for what decided

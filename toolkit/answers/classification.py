@@ -8,11 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.answers import answer_reports, choosing, evaluation, measures, probe
+from toolkit.answers import answer_reports, choosing, evaluation, measures, parts, probe, report_page
 from toolkit.answers.answer_reports import PICTURES, Headline, Report, finite, worst_first
-from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.parts import SoftmaxObjective, Task
-from toolkit.answers.report_page import html_picture, html_table
 from toolkit.answers.unlabelled import Start, last_head, seen, start
 from toolkit.images.data import LabelledImages
 
@@ -30,7 +27,7 @@ class ClassReport(Report):
         "macro_f1": Headline("macro F1"),
     }
 
-    def __init__(self, task: Task, answers: Evaluation, clusters: Tensor | None = None):
+    def __init__(self, task: parts.Task, answers: evaluation.Evaluation, clusters: Tensor | None = None):
         super().__init__(task, answers, clusters)
         hits = answers.labels == answers.predictions
         self.found["accuracy"] = [measures.Figure(answers.accuracy, measures.share_interval(hits, clusters))]
@@ -66,9 +63,9 @@ class ClassReport(Report):
         return answer_reports.shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
-        matrix = html_picture(picture.read_bytes(), "answers by true class")
-        confused = html_table(self.most_confused(), ("true class", "taken for", "images", "of the class"))
-        by_class = html_table(self.by_class(), ("class", "images", "right", "share"))
+        matrix = report_page.html_picture(picture.read_bytes(), "answers by true class")
+        confused = report_page.html_table(self.most_confused(), ("true class", "taken for", "images", "of the class"))
+        by_class = report_page.html_table(self.by_class(), ("class", "images", "right", "share"))
         return ["<h2>What is taken for what</h2>", matrix, confused, "<h2>By class</h2>", by_class]
 
     def by_class(self) -> list[tuple[str, int, int, str]]:
@@ -117,7 +114,7 @@ class ClassReport(Report):
         }
 
 
-class Classification(SoftmaxObjective):
+class Classification(parts.SoftmaxObjective):
     """One class an image: logits (N, K) and labels (N,)."""
 
     kind = "classification"
@@ -131,7 +128,7 @@ class Classification(SoftmaxObjective):
     Report = ClassReport
 
     knn_score = staticmethod(evaluation.knn_accuracy)
-    answers = staticmethod(Evaluation.of)
+    answers = staticmethod(evaluation.Evaluation.of)
 
     @classmethod
     def of_run(cls, names, train, args):

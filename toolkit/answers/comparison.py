@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.answers import measures
-from toolkit.answers.answer_reports import interval_text
-from toolkit.answers.multilabel import LabelAnswers
-from toolkit.answers.regression import NumberAnswers
+from toolkit.answers import answer_reports, measures, multilabel, regression, tasks
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
-from toolkit.answers.tasks import TASKS
 from toolkit.config import flat
 from toolkit.files import read_json, write_cells
 from toolkit.images.data import LabelledImages
@@ -139,7 +135,7 @@ def _answered(table: dict[str, np.ndarray], truth: Sequence[str], kind: str | No
     if kind == PIXELS:
         counts = _numbers(table, list(table))  # class by class what COUNTED names
         return lambda weights: pixel_figures(measures.weighted_sum(counts, weights).unflatten(1, (-1, len(COUNTED))).mT)
-    answers = {PROBABILITY: LabelAnswers, ANSWER: NumberAnswers}[kind]
+    answers = {PROBABILITY: multilabel.LabelAnswers, ANSWER: regression.NumberAnswers}[kind]
     return answers(0.0, _numbers(table, [title + kind for title in truth]), _numbers(table, truth)).weighted
 
 
@@ -161,7 +157,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
         form = ".4g" if measure in SHOWN[ANSWER].values() else ".2%"  # a share in per cent
-        interval = interval_text(low, high, f"+{form}")
+        interval = answer_reports.interval_text(low, high, f"+{form}")
         rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows
 
@@ -179,7 +175,7 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
         if value_at(results, "config/data/folds") is not None:
             images = "parts of the"
         kinds.add(f"{results['task']} of {images} images")
-        score = TASKS[results["task"]].score
+        score = tasks.TASKS[results["task"]].score
         value = results.get(f"val_{score}", results.get(score))
         settings = {} if are_parts else _settings(results, path)
         if value is not None:  # else it is not defined on these images
@@ -211,6 +207,6 @@ def _settings(results: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path)
-    if str(results.get("task")) not in TASKS:
+    if str(results.get("task")) not in tasks.TASKS:
         raise InputError(f"{path} is no results.json of a run, nor of evaluate --output")
     return results

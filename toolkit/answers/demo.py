@@ -11,14 +11,9 @@ import torch
 import yaml
 
 from toolkit import TOOLKIT, InputError, listed, optional_package
-from toolkit.answers.heat_maps import Explainer
-from toolkit.answers.parts import Task
-from toolkit.answers.predictions import Maps
-from toolkit.answers.report_page import html_table
+from toolkit.answers import heat_maps, parts, predictions, report_page
 from toolkit.files import make_folder, write_text
-from toolkit.images.folders import ImageFiles
-from toolkit.images.masks import coloured
-from toolkit.images.scenes import open_scene
+from toolkit.images import folders, masks, scenes
 
 GRADIO = "6.31.0"  # the release that a Space runs, which the page was tried with
 LARGEST = 1_000  # pixels along a side of a picture on the page
@@ -35,9 +30,9 @@ deploy_lora.main({words})
 
 @dataclass
 class Demo:
-    task: Task
-    explainer: Explainer
-    maps: Maps | None  # of a class for every pixel
+    task: parts.Task
+    explainer: heat_maps.Explainer
+    maps: predictions.Maps | None  # of a class for every pixel
 
     def answer(self, path: str | Path, of: int | None = None) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
         """What `predict` says of an image, in rows; the image, under its mask if it has one; and the heat map.
@@ -46,7 +41,7 @@ class Demo:
         Both pictures are (H, W, 3) of uint8. Raises InputError for a file that is no such image.
         """
         bands = self.explainer.bands
-        image = ImageFiles("", [str(path)], bands)[0]
+        image = folders.ImageFiles("", [str(path)], bands)[0]
         if self.maps is None:
             picture, heat, outputs = self.explainer.explain(image, of)
             columns, [cells] = self.task.table(outputs)
@@ -54,7 +49,7 @@ class Demo:
                 columns, cells = cells[::2], cells[1::2]
             return list(zip(columns, cells, strict=True)), _levels(picture), _levels(heat)
         names = self.task.names
-        with open_scene(path, bands) as scene:
+        with scenes.open_scene(path, bands) as scene:
             classes = np.concatenate(list(self.maps.parts(scene)))
             step = 1 + max(classes.shape) // LARGEST
             picture = scene.rows(0, scene.height)[::step, ::step]
@@ -62,14 +57,14 @@ class Demo:
         if of is None:
             of = int(shares.argmax())
         picture = picture / 255 if bands is None else bands.picture(torch.from_numpy(picture).movedim(2, 0))
-        mask = coloured(torch.from_numpy(classes[::step, ::step]), self.task.palette())
+        mask = masks.coloured(torch.from_numpy(classes[::step, ::step]), self.task.palette())
         _, heat, _ = self.explainer.explain(image, of)
         rows = [(name, f"{share:.1%} of the pixels") for name, share in zip(names, shares, strict=True)]
         return rows, _levels(0.4 * picture + 0.6 * mask), _levels(heat)
 
     def table(self, rows: list[tuple[str, str]]) -> str:
         """The rows in HTML, each class of a mask with its colour."""
-        table = html_table(rows)
+        table = report_page.html_table(rows)
         if self.maps is not None:
             for colour in _levels(self.task.palette()).tolist():
                 table = table.replace("<tr><td>", f'<tr><td style="border-left: 1em solid rgb{tuple(colour)}">', 1)

@@ -14,8 +14,7 @@ from toolkit.answers.evaluation import eval_mode
 from toolkit.devices import autocast, to_device
 from toolkit.images.bands import Bands
 from toolkit.images.transforms import View
-from toolkit.models.backbones import block_names
-from toolkit.models.dense import enlarged
+from toolkit.models import backbones, dense
 
 
 def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
@@ -28,7 +27,7 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
     and a_k the mean of the output's gradient to F_k over all places (equations 1 and 2). The images (N, C, S, S) are
     normalised, on the model's device. Raises InputError if the model has no blocks.
     """
-    blocks = block_names(model)
+    blocks = backbones.block_names(model)
     if not blocks:
         raise InputError(f"a {type(model).__name__} has no blocks whose features could be looked at")
     kept: list[Tensor] = []
@@ -46,7 +45,7 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
         [gradient] = torch.autograd.grad(scores.sum(), kept[-1:])  # a block may be called several times
     features = _in_places(kept[-1].detach().float())
     shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
-    heat = enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]
+    heat = dense.enlarged((features * shares).sum(1, keepdim=True).relu(), images.shape[2:])[:, 0]
     heat = heat - heat.amin((1, 2), keepdim=True)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)
     return heat.cpu(), outputs.detach().float().cpu()

@@ -7,8 +7,7 @@ from typing import Any
 import yaml
 
 from toolkit import VERSION, listed
-from toolkit.answers.parts import Task
-from toolkit.answers.tasks import from_record
+from toolkit.answers import parts, tasks
 from toolkit.models import published
 from toolkit.models.checkpoints import value_at
 
@@ -20,7 +19,7 @@ def write_card(metadata: Mapping[str, Any], results: Mapping[str, Any], name: st
     backbone = results.get("backbone") or published.described(metadata["checkpoint"])
     base = backbone["name"]
     source = f" ({backbone['source']})" if backbone["source"] else ""
-    task = from_record(metadata.get("task"), metadata["class_names"], file)
+    task = tasks.from_record(metadata.get("task"), metadata["class_names"], file)
     figures = _figures(results)
     about: dict[str, Any] = {"license": backbone["licence"] or "unknown"}
     about["tags"] = ["lora", "moco", str(metadata["arch"])]
@@ -105,7 +104,7 @@ def _table(figures: list[tuple], results: Mapping[str, Any], metadata: Mapping[s
     return "\n".join(rows)
 
 
-def _by_name(task: Task, results: Mapping[str, Any]) -> str:
+def _by_name(task: parts.Task, results: Mapping[str, Any]) -> str:
     """A table of the figures of each class, label or number, where there are some."""
     by_name = results.get(task.outputs_are[1])
     for key in ("accuracy_per_class", "iou_per_class"):

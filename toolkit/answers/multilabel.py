@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import listed, printable
-from toolkit.answers import measures, probe
+from toolkit.answers import measures, parts, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, shortened, worst_first
-from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
-from toolkit.images.data import LabelledImages
-from toolkit.images.lists import PROBABILITY
+from toolkit.images import data, lists
 
 NO_POSITIVE = "no evaluation image has a label"
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
@@ -30,7 +28,7 @@ FEWEST_POSITIVES = 5  # images or clusters, and negatives, of a label whose figu
 
 
 @dataclass
-class LabelAnswers(ColumnAnswers):
+class LabelAnswers(parts.ColumnAnswers):
     """Answers of yes and no: the values are probabilities, the targets 1, 0, or NaN where unknown."""
 
     MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
@@ -74,7 +72,7 @@ class LabelReport(ColumnReport):
     worst_title = "Wrong, most confident first"
     in_summary = True
     plural = "labels"
-    suffix = PROBABILITY
+    suffix = lists.PROBABILITY
     TITLES = ("label", "positives", "unknown", *SHARES.values(), "threshold")
     HEADLINES: Mapping[str, Headline] = {
         "macro_ap": Headline("macro AP", NO_POSITIVE),
@@ -184,7 +182,7 @@ class LabelReport(ColumnReport):
         return found
 
 
-class MultiLabel(Task):
+class MultiLabel(parts.Task):
     """Several labels an image, by the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
 
     `balanced`: a label's positives count as much as its negatives. Probabilities above thresholds, (K,), are answers.
@@ -238,10 +236,10 @@ class MultiLabel(Task):
         losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
         return losses.masked_fill(~known, 0).sum() / outputs.shape[1]
 
-    def counts(self, images: LabelledImages) -> Mapping[int, int]:
+    def counts(self, images: data.LabelledImages) -> Mapping[int, int]:
         return dict(enumerate(images.targets.nansum(0).long().tolist()))
 
-    def constant_loss(self, images: LabelledImages) -> float:
+    def constant_loss(self, images: data.LabelledImages) -> float:
         targets = images.targets
         known = (~targets.isnan()).sum(0)
         share = targets.nansum(0) / known.clamp_min(1)
@@ -251,7 +249,7 @@ class MultiLabel(Task):
     def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
         return LabelAnswers(self.plain_loss(outputs, targets).item() / len(targets), outputs.sigmoid(), targets)
 
-    def constant_score(self, images: LabelledImages) -> float:
+    def constant_score(self, images: data.LabelledImages) -> float:
         return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score
 
     def variance(self, score: float, images: int) -> float:

@@ -17,10 +17,9 @@ from torch import Tensor
 from toolkit import InputError, listed, printable
 from toolkit.answers.parts import Task
 from toolkit.files import make_folder, open_atomically, read_json, write_cells, write_text
-from toolkit.images.data import LabelledImages
+from toolkit.images import data, scenes
 from toolkit.images.folders import without_suffix
 from toolkit.images.maps import NO_CLASS, write_map, write_mask
-from toolkit.images.scenes import Scene
 from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
@@ -56,7 +55,7 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
     return found
 
 
-def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path) -> list[dict]:
+def write_table(task: Task, outputs: Tensor, images: data.LabelledImages, path: Path) -> list[dict]:
     """Write a row for each image, of outputs (N, K), and return the rows."""
     columns, answers = task.table(outputs)
     columns.insert(0, "image_path" if "path" in columns else "path")
@@ -67,7 +66,7 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path)
     return rows
 
 
-def places_of_images(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
+def places_of_images(images: data.LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
     """Where what is made of each image goes, without its ending: below `output` as the image below what is `given`.
 
     Raises InputError where two images have one place, where a link leads out of the folder, and where it lies among
@@ -124,7 +123,7 @@ class Maps:
         if self.abstain is not None and not self.has_classes:
             raise InputError("--abstain is for maps of classes: drop it, or --probabilities")
 
-    def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
+    def write(self, scene: scenes.Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene at `path` and a suffix: .tif if either is a TIFF, else .png of classes, or .npy."""
         step = self.window
         total = math.ceil(scene.height / step)
@@ -150,7 +149,7 @@ class Maps:
                 np.save(file, np.concatenate(list(parts)))
         return path
 
-    def parts(self, scene: Scene) -> Iterator[np.ndarray]:
+    def parts(self, scene: scenes.Scene) -> Iterator[np.ndarray]:
         """A scene's map from above, some rows at a time. Windows of answers lie side by side, the last filled up."""
 
         def seen(rows: np.ndarray) -> Tensor:

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import InputError, printable
-from toolkit.answers import measures, probe
+from toolkit.answers import measures, parts, probe
 from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
-from toolkit.answers.parts import ColumnAnswers, Task
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
-from toolkit.images.data import LabelledImages
-from toolkit.images.lists import ANSWER
+from toolkit.images import data, lists
 
 MEASURES = {
     "r2": measures.r2,
@@ -31,7 +29,7 @@ FAR = 1e4  # standard deviations from zero, where float32 begins to blur what di
 
 
 @dataclass
-class NumberAnswers(ColumnAnswers):
+class NumberAnswers(parts.ColumnAnswers):
     """Answers that are numbers in their own units; the loss is of standardised ones."""
 
     MEASURED = tuple(MEASURES)
@@ -73,7 +71,7 @@ class NumberReport(ColumnReport):
     picture = "scatter.png"
     worst_title = "The largest errors"
     plural = "numbers"
-    suffix = ANSWER
+    suffix = lists.ANSWER
     HEADLINES: Mapping[str, Headline] = {
         "r2": Headline("R2", NOTHING_DIFFERS, measures.BELOW_1, ".4g", ".4g"),
         "mae": Headline("mean absolute error", NOTHING_DIFFERS, measures.POSITIVE, ".4g", ".4g"),
@@ -157,7 +155,7 @@ class NumberReport(ColumnReport):
         return found
 
 
-class Regression(Task):
+class Regression(parts.Task):
     """The squared error of numbers standardised by the mean and std, (K,), of targets (N, K), each of which varies."""
 
     kind = "regression"
@@ -206,10 +204,10 @@ class Regression(Task):
 
     plain_loss = loss
 
-    def counts(self, images: LabelledImages) -> Mapping[int, int]:
+    def counts(self, images: data.LabelledImages) -> Mapping[int, int]:
         return dict(enumerate((~images.targets.isnan()).sum(0).tolist()))
 
-    def constant_loss(self, images: LabelledImages) -> float:
+    def constant_loss(self, images: data.LabelledImages) -> float:
         targets = self.standardised(images.targets)
         return self.loss(targets.nanmean(0).expand_as(targets), images.targets).item() / len(images)
 
@@ -220,7 +218,7 @@ class Regression(Task):
     def answers(self, outputs: Tensor, targets: Tensor) -> NumberAnswers:
         return NumberAnswers(self.loss(outputs, targets).item() / len(targets), self.in_units(outputs), targets)
 
-    def constant_score(self, images: LabelledImages) -> float:
+    def constant_score(self, images: data.LabelledImages) -> float:
         return 0.0
 
     def variance(self, score: float, images: int) -> float:

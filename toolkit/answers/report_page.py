@@ -15,8 +15,7 @@ from PIL import Image
 
 from toolkit import MADE_BY
 from toolkit.files import open_atomically, write_text
-from toolkit.images.data import LabelledImages
-from toolkit.images.transforms import View, whole_along
+from toolkit.images import data, transforms
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -98,14 +97,14 @@ def html_picture(content: bytes, described: str, kind: str = "png") -> str:
     return f'<img alt="{described}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
-def small_picture(images: LabelledImages, i: int, side: int) -> Image.Image | np.ndarray:
+def small_picture(images: data.LabelledImages, i: int, side: int) -> Image.Image | np.ndarray:
     """A picture of an image, `side` pixels along its shorter side, as matplotlib takes it."""
     # To show a large photograph from its every pixel takes long.
-    shrunk = View(partial(whole_along, side, enlarges=False))(images.undecoded(i)[0])
+    shrunk = transforms.View(partial(transforms.whole_along, side, enlarges=False))(images.undecoded(i)[0])
     return images.bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk
 
 
-def html_pictures(images: LabelledImages, shown: Sequence[tuple[int, str]]) -> str:
+def html_pictures(images: data.LabelledImages, shown: Sequence[tuple[int, str]]) -> str:
     """Small pictures of images, and under each what is said of it: (image, text)."""
     figures = []
     for i, text in shown:

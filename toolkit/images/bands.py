@@ -27,8 +27,7 @@ from torchvision.io import ImageReadMode, decode_png
 from toolkit import InputError, listed, optional_package
 from toolkit.images import dicom, remote
 from toolkit.images.scaling import Scaling
-from toolkit.models.backbones import normalization
-from toolkit.models.names import check_channels
+from toolkit.models import backbones, names
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
@@ -255,7 +254,7 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     bands = bands_of(scaling, channels)
     known = {"mean": (0.0,), "std": (1.0,)}
     if channels == 3:
-        known = normalization(arch)
+        known = backbones.normalization(arch)
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
     if bands is None:
@@ -329,8 +328,8 @@ def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """What `recorded` wrote, as `settle` has it; of an older file its arch's values. Raises InputError if damaged."""
     channels = metadata.get("channels") or 3
-    check_channels(channels)
-    known = normalization(metadata["arch"])
+    names.check_channels(channels)
+    known = backbones.normalization(metadata["arch"])
     mean = metadata.get("mean", list(known["mean"]))
     std = metadata.get("std", list(known["std"]))
     scale = metadata.get("scale", 1.0)

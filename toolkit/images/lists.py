@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.images import remote
-from toolkit.images.bands import ARRAY_SUFFIXES
+from toolkit.images import bands, remote
 from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
@@ -262,7 +261,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     if rows:
         first = rows[0][0]
         # Titles begin with a usual word, or with one that is no file where the second line begins with an image.
-        is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+        is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *bands.ARRAY_SUFFIXES))
         if first.lower() in TITLES or (is_followed and "." not in first and "/" not in first):
             titles = rows.pop(0)
     if not rows:

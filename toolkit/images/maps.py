@@ -10,8 +10,7 @@ from PIL import Image
 
 from toolkit import MADE_BY
 from toolkit.files import open_atomically
-from toolkit.images import remote
-from toolkit.images.bands import import_tifffile
+from toolkit.images import bands, remote
 
 _SCALE = 33550
 _TIE_POINTS = 33922
@@ -29,7 +28,7 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
     """The tags of a TIFF that say where it is, for one whose pixels are `step` times as wide and high."""
     if path is None:
         return []
-    with remote.opened(path) as source, import_tifffile().TiffFile(source) as file:
+    with remote.opened(path) as source, bands.import_tifffile().TiffFile(source) as file:
         page = file.pages[0]
         found = {code: page.tags[code].value for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS) if code in page.tags}
         is_point = (page.geotiff_tags or {}).get(_RASTER_TYPE) == _POINT
@@ -77,7 +76,7 @@ def write_map(path, parts: Iterable, height: int, width: int, like: str | None, 
         extra.append((_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True))
     with open_atomically(path) as file:
         is_large = np.prod(shape, dtype=float) * first.dtype.itemsize > 2**31
-        with import_tifffile().TiffWriter(file, bigtiff=bool(is_large)) as writer:
+        with bands.import_tifffile().TiffWriter(file, bigtiff=bool(is_large)) as writer:
             look |= {"tile": (_TILE, _TILE), "compression": "deflate", "planarconfig": "contig", "metadata": None}
             tiles = _tiles(first, parts)
             writer.write(tiles, shape=shape, dtype=first.dtype, **look, software=MADE_BY, extratags=extra)

@@ -20,11 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit import InputError, printable
-from toolkit.images import folders, remote, splitting
+from toolkit.images import data, folders, lists, remote, scaling, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
-from toolkit.images.data import LabelledImages, look_at_each
-from toolkit.images.lists import ImageList
-from toolkit.images.scaling import split_names
 from toolkit.images.transforms import View, eval_transform, orientation, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
@@ -58,7 +55,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     if len(given) == 1 and remote.is_file(given[0]):
         lines = _lines_of(given[0], where)
     else:
-        lines = [(name, ()) for name in split_names(given)]
+        lines = [(name, ()) for name in scaling.split_names(given)]
     names = []
     marks = []
     unknown = []
@@ -272,7 +269,7 @@ class PairFiles(folders.ImageFiles):
         return pixels
 
 
-class MaskedImages(LabelledImages):
+class MaskedImages(data.LabelledImages):
     """(image as `LabelledImages` has it, mask (H, W) int64) of `PairFiles`. `targets` (N, K) count pixels by class."""
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, Tensor]:
@@ -289,12 +286,12 @@ class MaskedImages(LabelledImages):
         return self.bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
 
-Place = ImageList | tuple[Path, Path]  # where pairs are: in a list, or in the folders of the images and of the masks
+Place = lists.ImageList | tuple[Path, Path]  # where pairs are: in a list, or in folders of the images and of the masks
 
 
-def pairs_in(place: str | Path | ImageList, bands: Bands | None, read: MaskReader) -> MaskedImages:
+def pairs_in(place: str | Path | lists.ImageList, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """The pairs in a folder, of one in parts those to evaluate on, or in a list. Says which pairs it leaves out."""
-    if not isinstance(place, ImageList):
+    if not isinstance(place, lists.ImageList):
         place = pair_places(place, None, needs_val=True)[-1]
     [images], _ = load_pairs([place], bands, read, skip_unreadable=True, trains=False)
     return images
@@ -311,7 +308,7 @@ def load_pairs(
     found = []
     problems = []
     for files in parts:
-        looked_at = look_at_each(files.pixels, len(files), "mask")
+        looked_at = data.look_at_each(files.pixels, len(files), "mask")
         wrong = [pixels for pixels in looked_at if isinstance(pixels, InputError)]
         if len(wrong) == len(looked_at):
             raise InputError(f"none of the pairs can be used, such as {wrong[0].problem}", *wrong[0].args[1:])
@@ -389,7 +386,7 @@ def pair_places(data_dir: str | Path | None, val_dir: str | Path | None, needs_v
 
 def _pairs(place: Place, bands: Bands | None, read: MaskReader, skip_unreadable: bool) -> PairFiles:
     """The files of a place. Raises InputError for an image or a mask without the other."""
-    if isinstance(place, ImageList):
+    if isinstance(place, lists.ImageList):
         return PairFiles(place.folder, place.folder, place.pairs(), bands, read)
     folder, mask_folder = place
     others: Counter = Counter()

@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 
 from toolkit.images import bands as reading
-from toolkit.images import remote
+from toolkit.images import cache, folders, remote, transforms
 from toolkit.images.bands import Bands, import_tifffile
-from toolkit.images.cache import reserve
-from toolkit.images.folders import named_faults
-from toolkit.images.transforms import to_rgb
 
 _RGB = 2  # a photometric interpretation of TIFFs
 _JPEG = (6, 7)  # compressions
@@ -41,7 +38,7 @@ class Scene:
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """What `Bands.array` has in these rows, without the last; or RGB, (rows, W, 3) of uint8. Raises InputError."""
-        with named_faults(self.path):
+        with folders.named_faults(self.path):
             # Mapped anew for each part, since the pages of a map stay in memory.
             levels = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
             if levels.ndim == 3:
@@ -60,7 +57,7 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
     """
     path = os.fspath(path)
     with tempfile.TemporaryFile() as scratch:
-        with named_faults(path):
+        with folders.named_faults(path):
             scene = _in_tiff(path, bands, scratch) or _decoded(path, bands, scratch)
             if remote.read(path, 0, 4) in reading.TIFF_BEGINS:
                 scene.like = path
@@ -85,7 +82,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Scene | None:
             dtype = np.dtype(file.byteorder + series.dtype.char)
             return Scene(path, bands, path, series.shape, dtype, series.dataoffset, axis, nodata=page.nodata)
         remote.check_size(series.nbytes, source.seek(0, os.SEEK_END))
-        reserve(scratch, series.nbytes)
+        cache.reserve(scratch, series.nbytes)
         levels = np.memmap(scratch, series.dtype, "w+", shape=series.shape)
         series.asarray(out=levels, buffersize=_READ_AT_ONCE)
         return Scene(path, bands, scratch, series.shape, series.dtype, bands_axis=axis, nodata=page.nodata)
@@ -95,7 +92,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Scene | None:
 def _decoded(path: str, bands: Bands | None, scratch: Any) -> Scene:
     if bands is None:
         with reading.open_image(path) as image:
-            levels = np.asarray(to_rgb(image))
+            levels = np.asarray(transforms.to_rgb(image))
     else:
         levels = reading.decoded(remote.read(path))
     scratch.seek(0)  # `_in_tiff` may have begun to write

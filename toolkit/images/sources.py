@@ -13,14 +13,12 @@ from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
 from toolkit.choices import DATASETS, DEFAULT_TASK, TRUTHS, UNLABELLED_SET  # noqa: F401
-from toolkit.images import folders, remote, splitting
+from toolkit.images import folders, remote, shards, splitting, transforms
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages, among, copies, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.lists import ImageList, in_order, like, look_like_numbers
 from toolkit.images.masks import MaskReader, load_pairs, pair_folders, pair_places
-from toolkit.images.shards import read_shards
-from toolkit.images.transforms import to_rgb
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 NUMBER_STRATA = 5
@@ -227,7 +225,7 @@ def _unlabelled(place: Path, splits: Splits, bands: Bands | None, skip_unreadabl
 def all_images(folder: Path, bands: Bands | None) -> ImageFiles:
     """All images below a folder, or else in its archives; says which other files are there. Raises InputError."""
     others = Counter()
-    if archived := read_shards(folder, bands):
+    if archived := shards.read_shards(folder, bands):
         return archived[0]
     names = folders.image_names(folder, "", others, bands)
     if not names:
@@ -241,7 +239,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     if data_list:
         return ImageList(Path(data_list[0])).has_labels()
     folder = _train_folder(_existing("--data-dir", data_dir))
-    if archived := read_shards(folder):
+    if archived := shards.read_shards(folder):
         return bool(archived[1])
     return len(folders.folders_by_class(folder)) > 1
 
@@ -328,7 +326,7 @@ def labelled(place: Path | ImageList, bands: Bands | None, truth: str, known: Se
             raise InputError(f"{place}: the labels are numbers, as {printable(labels[0])}", "; use --task regression")
         files = ImageFiles(place.folder, names, bands)
         own = in_order(set(labels))
-    elif archived := read_shards(place, bands):
+    elif archived := shards.read_shards(place, bands):
         files, labels = archived
         if not labels:
             unlabelled = f"{place}: the images in its archives have no labels, a .cls next to each .jpg"
@@ -397,7 +395,7 @@ def readable(images: LabelledImages) -> LabelledImages:
             image, _ = images.undecoded(i)
             if not isinstance(image, np.ndarray):
                 image.draft(None, (1, 1))
-                to_rgb(image)
+                transforms.to_rgb(image)
         except UnreadableImage as error:
             return error.problem  # the remedy is to skip such images
         return ""

@@ -23,7 +23,6 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from toolkit import InputError, listed, printable
 from toolkit.files import ForeignObject, is_plain_tensor, is_safetensors, read_checkpoint, read_safetensors, stored_path
 from toolkit.models import backbones, names
-from toolkit.models.backbones import HEAD_NAMES
 from toolkit.models.names import ARCHS, NO_CHECKPOINT, TIMM, default_heads, is_none, is_path
 
 
@@ -233,7 +232,7 @@ _LAYOUTS = (
     _Layout("torchvision"),
 )
 _PLACES = ("state_dict", "model", "classy_state_dict/base_model/model/trunk")  # of the tensors; the last is VISSL's
-_HEADS = tuple(map("{}.".format, HEAD_NAMES))
+_HEADS = tuple(map("{}.".format, backbones.HEAD_NAMES))
 _BY_TIMM = {"densenet121": f"{TIMM}densenet121"}  # architectures that files name, and that only timm builds here
 
 

@@ -2,17 +2,16 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from toolkit import InputError, distributed
 from toolkit.answers.comparison import table_of_runs
 from toolkit.files import open_atomically
 from toolkit.images.splitting import read_folds
-from toolkit.run import output_folder, reports
-from toolkit.run.guard import Collapsed
-from toolkit.run.options import FineTuneOptions
+from toolkit.run import guard, options, output_folder, reports
 
 
-def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Callable | None, args: FineTuneOptions) -> dict:
+def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Any, args: options.FineTuneOptions) -> dict:
     """Run each part in turn, as `--folds 2/5`, in a folder of its own; print their mean, and return their results.
 
     `run` is `finetune_lora.main`. With `--resume` each part goes on; a finished one is only evaluated again.
@@ -40,7 +39,7 @@ def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Callable 
                 command.append("--resume")
             try:
                 found.append(run(command, after_epoch))
-            except Collapsed as stopped:  # what the last good adapter reaches is what this part reaches
+            except guard.Collapsed as stopped:  # what the last good adapter reaches is what this part reaches
                 print(stopped)
                 found.append(stopped.results)
     if distributed.is_main():

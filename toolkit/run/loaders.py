@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit import devices, distributed
-from toolkit.answers import evaluation
-from toolkit.answers.tasks import Features, Task
+from toolkit.answers import evaluation, tasks
 from toolkit.choices import TRUTHS
 from toolkit.images import data, masks
 from toolkit.images.bands import Bands
 from toolkit.images.cache import CACHED_VIEWS, cache_features, drawn_view, plain_view
-from toolkit.images.data import LabelledImages, LoadingMeter, Remembered, Transformed, build_loader
+from toolkit.images.data import LabelledImages, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
-from toolkit.run import guard, runs, teacher, training
-from toolkit.run.options import FineTuneOptions, Plan, image_sources
+from toolkit.run import guard, options, runs, teacher, training
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
@@ -32,12 +30,12 @@ ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images 
 PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
-def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
+def load_images(args: options.FineTuneOptions, read: Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
     reader = None
     if TRUTHS[args.task] == "mask":
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
-    where = image_sources(args, read)
+    where = options.image_sources(args, read)
     return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
 
 
@@ -49,7 +47,7 @@ def probed_views(images: int) -> int:
 class Loaders:
     """The images of a run, their views in images of `image_size` pixels, and what reads them."""
 
-    def __init__(self, args: FineTuneOptions, plan: Plan, splits: Splits, image_size: int, meter: LoadingMeter):
+    def __init__(self, args: options.FineTuneOptions, plan: options.Plan, splits: Splits, image_size: int, meter):
         self.args = args
         self.device = plan.device
         self.meter = meter
@@ -189,7 +187,7 @@ class Loaders:
         """The training images for k-NN and the linear probe."""
         return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
 
-    def features(self, network: nn.Module, task: Task, dtype: torch.dtype, to_evaluate: bool = True) -> Features:
+    def features(self, network: nn.Module, task: tasks.Task, dtype: torch.dtype, to_evaluate=True) -> tasks.Features:
         """Features of `probe_images`, and of what else there is; of evaluation images only if there is to evaluate."""
         train = self.probe_images
         loaders = {"training_images": self.add_loader(train, self.plain_view)}
@@ -205,4 +203,4 @@ class Loaders:
         for what, loader in loaders.items():
             bar = runs.progress_bar(loader, f"features: {what.replace('_', ' ')}")
             found[what] = task.features(network, bar, self.device, dtype, len(train))
-        return Features(**found)
+        return tasks.Features(**found)

@@ -95,9 +95,7 @@ class ImageOptions:
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(ImageOptions):
     task: str = option(
-        choices.DEFAULT_TASK,
-        "a class per image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
-        choices=tuple(KEEP_BEST),
+        choices.DEFAULT_TASK, "multilabel, regression: of a --data-list; segmentation: masks", choices=tuple(KEEP_BEST)
     )
     label_columns: tuple[str, ...] | None = several("labels or numbers of a list, as A,B or A..B; default: all others")
     group_by: str | None = option(None, "column or folder level that names patients or fields; each stays on one side")
@@ -129,10 +127,7 @@ class TuneOptions(AdapterOptions):
     freeze_backbone: bool = option(True, "train adapters and head alone")
     norms: str = option("auto", "of ResNets; auto: follow adapters, on a GPU frozen; train: slow", choices=NORM_MODES)
     learning_rate: float | str = option(
-        1e-4,
-        "AdamW's peak rate; adapters that start at the gradient use 24 times it, in ResNets 48; auto: search",
-        type=or_auto(positive_float),
-        flags=("--lr",),
+        1e-4, "peak; adapters use 24 times it, ResNets' 48; auto: search", type=or_auto(positive_float), flags=("--lr",)
     )
     head_init: str = option("probe", "start of the classifier head", choices=("probe", "random"))
     lora_init: str | None = option(None, "start of A; default: random if the head is", choices=("gradient", "random"))

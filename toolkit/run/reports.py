@@ -11,24 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import VERSION, InputError, listed, printable, typed
-from toolkit.answers import comparison
+from toolkit.answers import comparison, heat_maps, measures, tasks
 from toolkit.answers.answer_reports import PICTURES, Report, finite
-from toolkit.answers.heat_maps import Explainer
-from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.answers.tasks import TASKS, Answers
 from toolkit.config import flat
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
-from toolkit.images.bands import recorded
-from toolkit.images.sources import Splits
-from toolkit.images.transforms import eval_transform
-from toolkit.models import published
-from toolkit.models.backbones import block_names
-from toolkit.models.checkpoints import state_digest, stored_checkpoint
-from toolkit.run import verdict
-from toolkit.run.loaders import KNN_IMAGES
-from toolkit.run.options import DataOptions, lora_options
+from toolkit.images import bands, sources, transforms
+from toolkit.models import backbones, checkpoints, published
+from toolkit.run import loaders, options, verdict
 from toolkit.run.teacher import LEAST_LABELS, trains
 from toolkit.run.training import best_epoch, column
 
@@ -52,7 +43,7 @@ def short_rate(rate: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-def describe_data(args: DataOptions, splits: Splits) -> str:
+def describe_data(args: options.DataOptions, splits: sources.Splits) -> str:
     """One line: how many images train, how many are evaluated on, and where these come from."""
     where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
     if args.folds is not None:
@@ -62,7 +53,7 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
     if args.group_by is not None:
         counts = splits.counts()
         groups = f", in {counts['train_groups']:,} + {counts['val_groups']:,} groups ({printable(args.group_by)})"
-    one, several = TASKS[args.task].outputs_are
+    one, several = tasks.TASKS[args.task].outputs_are
     outputs = len(splits.class_names)
     return f"data: {numbers}, {outputs} {one if outputs == 1 else several}{groups}"
 
@@ -151,10 +142,10 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
         "version": VERSION,
-        **recorded(run.plan.normalization, run.report),
-        "checkpoint": stored_checkpoint(run.args.checkpoint),
+        **bands.recorded(run.plan.normalization, run.report),
+        "checkpoint": checkpoints.stored_checkpoint(run.args.checkpoint),
         "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
-        "lora": lora_options(run.args),
+        "lora": options.lora_options(run.args),
         "epoch": len(run.history),
         "kept_share": run.wise_ft.share,
         score: last,
@@ -163,7 +154,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     }
 
 
-def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: dict[str, int]) -> dict[str, Any]:
     """Write and print the results of the model that was saved, and return the content of `results.json`."""
     report = run.task.report(result, run.splits.val.clusters())
     results = _results(run, result, report.figures(), kept, counts)
@@ -172,10 +163,10 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     plot_finetuning(run, curves)
     report.draw(run.path(report.picture))
     explainer = None  # for other tasks: there the answer that is wrong need not be the highest output
-    if run.task.counts_images and block_names(run.model):
+    if run.task.counts_images and backbones.block_names(run.model):
         normalization = run.plan.normalization
-        view = eval_transform(run.report["image_size"], **normalization)
-        explainer = Explainer(run.model, view, run.device, run.dtype, **normalization)
+        view = transforms.eval_transform(run.report["image_size"], **normalization)
+        explainer = heat_maps.Explainer(run.model, view, run.device, run.dtype, **normalization)
     mistakes = run.path("mistakes.png")
     report.draw_mistakes(run.splits.val, mistakes, explainer)
     images = run.task.counts(run.splits.train)
@@ -207,7 +198,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept: dict[str, Any], coun
     return results
 
 
-def _results(run: FineTuned, result: Answers, figures: dict, kept: dict, counts: dict[str, int]) -> dict[str, Any]:
+def _results(run: FineTuned, result: tasks.Answers, figures: dict, kept: dict, counts: dict) -> dict[str, Any]:
     """The content of `results.json`, but for the verdict."""
     score = f"val_{run.task.score}"
     best = {"epoch": 0, score: run.baseline["probe"]}  # where no epoch did well
@@ -246,14 +237,14 @@ def _results(run: FineTuned, result: Answers, figures: dict, kept: dict, counts:
         "lora_parameters": counts["lora"],
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "adapter_bytes": adapter.stat().st_size,
-        "adapter_digest": state_digest(read_checkpoint(adapter)["tensors"]),
+        "adapter_digest": checkpoints.state_digest(read_checkpoint(adapter)["tensors"]),
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "arithmetic": run.args.arithmetic,
         "version": VERSION,
         "images": run.identity["images"],
-        "normalization": recorded(run.plan.normalization, run.report),
+        "normalization": bands.recorded(run.plan.normalization, run.report),
         "config": run.identity["config"],
     }
 
@@ -275,7 +266,7 @@ def labels_to_check(run: FineTuned) -> list[str]:
     found = run.task.contradicted
     if found is None:
         return []
-    images = run.splits.train.at_most(KNN_IMAGES)  # which the probe is of; of cached features there are no pictures
+    images = run.splits.train.at_most(loaders.KNN_IMAGES)  # which the probe is of; cached features have no pictures
     names = run.task.names
     rows = []
     shown = []
@@ -344,7 +335,7 @@ def _by_epoch(axes: Any) -> None:
 
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     """A panel each, by epoch: the contrastive loss, and the measures of the features."""
-    titles = {"loss": "contrastive loss", **TITLES}
+    titles = {"loss": "contrastive loss", **measures.TITLES}
     measured = {name: [row for row in history if row[name] is not None] for name in titles}
     panels = [(name, rows) for name, rows in measured.items() if rows]
     figure = new_figure(3.6 * len(panels), 3.2)

@@ -15,10 +15,7 @@ from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
-from toolkit.run.optim import lr_schedule
-from toolkit.run.options import RunOptions
-from toolkit.run.runs import Stopped, StopRequests
-from toolkit.run.training import STEPS_READ_TOGETHER, Progress
+from toolkit.run import optim, options, runs, training
 
 
 class StateEntry(NamedTuple):
@@ -48,15 +45,15 @@ class RunState:
         identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is.
     """
 
-    def __init__(self, args: RunOptions, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args: options.RunOptions, device: torch.device, dtype: torch.dtype):
         self.args = args
         self.device = device
         self.dtype = dtype
         self.history: list[dict[str, Any]] = []  # a row for each finished epoch
-        self.progress: Progress | None = None  # of the epoch that has begun
+        self.progress: training.Progress | None = None  # of the epoch that has begun
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
         self.meter = LoadingMeter()
-        self.stop = StopRequests()
+        self.stop = runs.StopRequests()
         self.trained_entries: dict[str, StateEntry] = {}
         self.other_entries = {
             "history": StateEntry.attribute(self, "history"),
@@ -64,7 +61,7 @@ class RunState:
             "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
             "progress": StateEntry(
                 save=lambda: self.progress and vars(self.progress),
-                load=lambda state: setattr(self, "progress", state and Progress(**state)),
+                load=lambda state: setattr(self, "progress", state and training.Progress(**state)),
             ),
         }
         self.identity: dict[str, Any] = {}
@@ -73,8 +70,8 @@ class RunState:
         """Set up optimizer, schedule and scaler; from here on each process draws random numbers of its own."""
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
-        self.steps_read_together = STEPS_READ_TOGETHER.get(self.device.type, 1)
-        self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
+        self.steps_read_together = training.STEPS_READ_TOGETHER.get(self.device.type, 1)
+        self.schedule = optim.lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parallel = distributed.parallel(self.network, self.device)
         if distributed.rank() > 0:
@@ -133,10 +130,10 @@ class RunState:
             try:
                 yield
                 self.stop.check()  # a request that came after the last step
-            except Stopped as stopped:
+            except runs.Stopped as stopped:
                 self.save_state()
                 saved = f"Stopped; {self.done()} are saved in {self.path('last.pth')}"
-                raise Stopped(stopped.signum, f"{saved}. To go on: the same command with --resume") from None
+                raise runs.Stopped(stopped.signum, f"{saved}. To go on: the same command with --resume") from None
 
 
 def _restore_rng(states: list[dict[str, Any]]) -> None:

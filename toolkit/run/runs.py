@@ -15,8 +15,7 @@ import torch
 from tqdm import tqdm
 
 from toolkit import InputError, distributed, printable
-from toolkit.images.data import OPEN_LOADERS, end_workers
-from toolkit.images.folders import UnreadableImage
+from toolkit.images import data, folders
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
@@ -93,7 +92,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[None]:
     """Turn a lack of memory, a killed worker and a lost process into an InputError; all workers end with the block."""
     try:
         yield
-    except UnreadableImage as error:
+    except folders.UnreadableImage as error:
         # A DataLoader worker's error arrives with the worker's traceback as text before the message.
         raise InputError(str(error).rpartition("UnreadableImage: ")[2].strip()) from None
     except (MemoryError, RuntimeError, OSError, EOFError) as error:
@@ -109,14 +108,14 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[None]:
             raise InputError(f"another process of this run has ended: {remedy}") from None
         named = "DataLoader worker" in str(error) or "Pin memory thread" in str(error)
         # A worker that is killed while it hands over a batch breaks the connection.
-        broken = any(loader.num_workers for loader in OPEN_LOADERS) and isinstance(error, ConnectionError | EOFError)
+        broken = any(each.num_workers for each in data.OPEN_LOADERS) and isinstance(error, ConnectionError | EOFError)
         if not named and not broken:
             raise
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
         killed = f"a process that loads images was killed ({reason})"
         raise InputError(f"{killed}: memory may have run out; use fewer --workers, or --workers 0") from None
     finally:
-        end_workers()
+        data.end_workers()
 
 
 def keep_freed_memory() -> None:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from toolkit.images import sources
-from toolkit.run import run_state
-from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
+from toolkit.run import options, run_state
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
@@ -37,7 +36,7 @@ class Trial(NamedTuple):
     val_loss: float
 
 
-def usual_rate(args: FineTuneOptions) -> float:
+def usual_rate(args: options.FineTuneOptions) -> float:
     """The rate that suits most runs like this one."""
     return FULL_RATE if args.lora_rank == 0 and not args.freeze_backbone else DEFAULT_RATE
 
@@ -61,7 +60,7 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
     return sources.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
 
 
-def resumed(args: FineTuneOptions, settings: dict[str, Any]) -> list[Trial]:
+def resumed(args: options.FineTuneOptions, settings: dict[str, Any]) -> list[Trial]:
     """The trials of the search to resume, which has to be one with the same settings."""
-    state = run_state.state_of_same_run(args, args.resume, {"trials", *settings}, settings, FREE_TO_CHANGE)
+    state = run_state.state_of_same_run(args, args.resume, {"trials", *settings}, settings, options.FREE_TO_CHANGE)
     return [Trial(*trial) for trial in state["trials"]]
