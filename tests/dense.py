@@ -202,6 +202,18 @@ def vit(**options) -> VisionTransformer:
     return model
 
 
+def known(build: Callable[[], nn.Module], classes: int = 5, seed: int = 1) -> nn.Module:
+    """The same model for the same seed, as if it came from a checkpoint. Its head is another one each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+    *_, (name, former) = model.named_modules()
+    head = nn.Linear(former.in_features, classes)
+    nn.init.normal_(head.weight)
+    model.set_submodule(name, head)
+    return model.eval()
+
+
 def images(side: int = 32, count: int = 2, **kwargs) -> torch.Tensor:
     return torch.randn(count, 3, side, side, **kwargs)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import FP32, assert_close, classes, frozen, loss_and_gradients, resnet, snapshot, vit
+from dense import FP32, assert_close, classes, frozen, known, loss_and_gradients, resnet, snapshot, vit
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -29,15 +29,7 @@ OPTIONS = {
 
 
 def base(arch: str, classes: int = 2) -> nn.Module:
-    """The same small backbone each time, as if it came from a checkpoint, with another head."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = resnet(layers=(1, 1, 0, 0)) if arch == "resnet" else vit()
-    if arch == "resnet":
-        model.fc = nn.Linear(24, classes)
-    else:
-        model.heads.head = nn.Linear(16, classes)
-    return model.eval()
+    return known(vit if arch == "vit" else functools.partial(resnet, layers=(1, 1, 0, 0)), classes)
 
 
 def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:

@@ -251,6 +251,7 @@ VIT = backbone("vit_mini")
 TAR = tar_of({"a.png": PNG})
 TENSORS = safetensors.torch.save({"w": torch.zeros(2)})
 TWO = classes("cat", "dog")
+LABELS = described(task={"kind": "multilabel", "thresholds": [0.5] * 3})
 TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
 TWO_IMAGES = "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -280,8 +281,7 @@ IMAGES = [
     case("a file for an evaluation folder", "finetune --val-dir base.pth", "--val-dir base.pth: a file"),
     case("an evaluation folder without training images", "plain-finetune --val-dir images/val", "--val-dir without"),
     case("no such folder of images without labels", "finetune --unlabelled gone", "--unlabelled gone: no such"),
-    case("no images but the labelled ones", "finetune --unlabelled images/train", "images/train: nothing is left",
-         "without 0 evaluation images and 21 that have a label; name other images"),
+    case("no images but the labelled ones", "finetune --unlabelled images/train", "without 0 evaluation images and 21"),
     case("no images but those of the evaluation", "finetune --unlabelled images/val", "left without 15 evaluation"),
     case("images without labels of other channels",
          "finetune --channels 4 --scale 255 --data-dir mine --unlabelled other",
@@ -324,8 +324,7 @@ IMAGES = [
          "--val-dir with images without labels", "a second --data-list with images without labels"),
     case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "classes, found none"),
     case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
-    case("a pixel to normalise", "pretrain --moco-version 2 --arch resnet18 --batch-size 1",
-         "BatchNorms need two images, in MoCo v2 in each process", "raise --batch-size to 2"),
+    case("a pixel to normalise", "pretrain --moco-version 2 --arch resnet18 --batch-size 1", "raise --batch-size to 2"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
 ]  # fmt: skip
 
@@ -387,10 +386,8 @@ ADAPTERS = [
     case("a certainty above 1", "predict lora.pth images --output p.tif --abstain 60", "at most 1, got '60'"),
     case("a table of sure answers", "predict lora.pth images --output p.csv --abstain 0.6", "--abstain are for a map"),
     case("features that are no array", "embed lora.pth images --output f.pt", "must end in .npy"),
-    case("paths in place of a list", "embed lora.pth f_paths.csv --output f.npy",
-         "f_paths.csv is read by this very command; name another file", files={"f_paths.csv": "path\n"}),
-    case("answers in place of a list", "evaluate lora.pth r_answers.csv --output r.json",
-         "r_answers.csv is read by this very command", files={"r_answers.csv": ""}),
+    case("paths for lists", "embed lora.pth f_paths.csv --output f.npy", "is read by", files={"f_paths.csv": "path\n"}),
+    case("answers again", "evaluate lora.pth o_answers.csv --output o.json", "is read", files={"o_answers.csv": ""}),
     case("PEFT's file in place of itself", "convert p/adapter_model.safetensors --output p",
          "p/adapter_model.safetensors is read by this very command", files={"p/adapter_model.safetensors": ""}),
     case("answers in one file that go on", "predict lora.pth images --output p.csv --resume", "is for answers in a f"),
@@ -398,10 +395,8 @@ ADAPTERS = [
     case("a choice where all have labels", "choose lora.pth images/val --labelled images --output o", "50: 0 images"),
     case("a choice from archives", "choose base.pth tars --output o", "are in archives", files={"tars/0.tar": TAR}),
     case("a map of archives", "predict lora.pth tars --output p.tif", "are in archives", files={"tars/0.tar": TAR}),
-    case("a choice by several labels", "choose of_labels.pth images --output o", "choose by its checkpoint",
-         files={"of_labels.pth": described(task={"kind": "multilabel", "thresholds": [0.5] * 3})}),
-    case("a folder for several labels", "evaluate of_labels.pth images", "images: cannot read it",
-         files={"of_labels.pth": described(task={"kind": "multilabel", "thresholds": [0.5] * 3})}),
+    case("a choice by labels", "choose several.pth images --output o", "its check", files={"several.pth": LABELS}),
+    case("a folder for several labels", "evaluate several.pth images", "cannot read it", files={"several.pth": LABELS}),
     case("a choice over labels", "choose base.pth images --output o", "o has a to_label", files={"o/to_label.csv": ""}),
     case("an adapter of another arch", "choose lora.pth images --arch resnet18 --output o", "lora.pth has its own"),
     case("a graph of an unknown kind", "export lora.pth --output m.pth", "must end in .onnx or .pt2"),
@@ -454,8 +449,7 @@ CHANNELS = [
     case("options of channels that contradict each other", "finetune --normalise data --mean 1 --channels 5000"
          " --bands red", "what is measured is not given; drop one", "--mean and --std belong together",
          "5000 channels; give a whole number from 1 to 1024", "--bands red: give numbers from 1"),
-    case("numbers of no images", "finetune --mean 0 --std 0 --scale 100000000",
-         "--std: a standard deviation is above 0", "--scale: 100000000 is too large; the largest is"),
+    case("numbers of no images", "finetune --mean 0 --std 0 --scale 100000000", "--std: a stand", "is too large"),
     case("colours where there are bands", "finetune --scale 255 --augmentation trivial", "trivial is for RGB photogr"),
     case("the scale of other files", "finetune --bands 3,2,1 --scale 1", "--scale 255 is likely"),
     case("other channels than the checkpoint's", "finetune --channels 5", "it has 3 bands, and the network takes 5"),
@@ -617,23 +611,15 @@ ODD_IMAGES = {
     "animated.gif": picture("P", (6, 6), "gif", save_all=True, append_images=[Image.new("P", (6, 6))]),
     "animated.webp": picture("RGB", (6, 6), "webp", save_all=True, append_images=[Image.new("RGB", (6, 6))]),
 }
-NO_IMAGES = {
-    "readme.txt": "cats",
-    ".DS_Store": b"\0\0\0\1Bud1",
-    "Thumbs.db": b"\xd0\xcf",
-    "._L.png": b"\0\5\x16\7",  # as macOS leaves them on other file systems
-    ".ipynb_checkpoints/L-checkpoint.png": b"",
-    "labels.csv": "",
-    "@eaDir/L.png": "a thumbnail",
-    ".thumbnails/L.png": "a thumbnail",
-}
+NO_IMAGES = ["readme.txt", "labels.csv", "@eaDir/L.png", ".thumbnails/L.png", ".ipynb_checkpoints/L-checkpoint.png"]
+NO_IMAGES += ["Thumbs.db", ".DS_Store", "._L.png"]  # the last as macOS leaves them on other file systems
 
 
 @pytest.mark.parametrize("script", ["finetune --workers 1", "pretrain --batch-size 4"])
 def test_images_of_every_mode_and_size_beside_other_files(script, workplace, capsys):
     """Down to one pixel, in folders with what computers leave beside images."""
     for name in ("cat", "dög"):
-        write(workplace / "mine" / name, ODD_IMAGES | NO_IMAGES)
+        write(workplace / "mine" / name, ODD_IMAGES | dict.fromkeys(NO_IMAGES, ""))
     write(workplace / "mine", {".hidden/x.txt": "", "notes.txt": "", "@eaDir/x/L.png": ""})
     main, argv = main_and_argv(f"{script} --data-dir mine")
     results = main(argv)
@@ -652,13 +638,6 @@ def test_configs_that_are_odd_and_good(text, workplace):
     write(workplace, {"my.yaml": text})
     argv = "--config my.yaml --checkpoint base.pth --data-dir images --device cpu --output-dir out"
     assert finetune_lora.read_options(argv.split())[0].epochs == (1 if "{epochs: 1}" in text else 10)
-
-
-def test_info_shows_no_control_codes_of_a_stranger(workplace, capsys):
-    write(workplace, {"theirs.pth": described(note="\x1b[2Jgone", class_names=["a", "ß"])})
-    deploy_lora.main(["info", "theirs.pth"])
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and "\\x1b[2Jgone" in printed and "ß" in printed
 
 
 # --------------------------------------------------------------------------------------------------- files that do harm

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,16 +15,10 @@ from tests import dense
 from toolkit.models.backbones import build_backbone, head_name
 
 
-class Tiny(nn.Module):
+def tiny() -> nn.Module:
     """The least that can stand for a backbone: images (N, 3, 2, 2) -> classes, through 5 features."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh())
-        self.fc = nn.Linear(5, 10)
-
-    def forward(self, images):
-        return self.fc(self.body(images))
+    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh())
+    return nn.Sequential(OrderedDict(body=body, fc=nn.Linear(5, 10)))
 
 
 def views() -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +34,7 @@ def move_apart(model: nn.Module) -> None:
 
 def test_the_encoders_start_equal_and_only_the_query_encoder_trains():
     """The loss is computed in float32 under autocast. Momentum is constant with a queue, and rises to 1 in v3."""
-    for model, momentum in ((MoCo(Tiny(), K=8, m=0.9), [0.9] * 3), (MoCoV3(Tiny(), 6, 7, m=0.9), [0.9, 0.95, 1])):
+    for model, momentum in ((MoCo(tiny(), K=8, m=0.9), [0.9] * 3), (MoCoV3(tiny(), 6, 7, m=0.9), [0.9, 0.95, 1])):
         assert [model.momentum(t) for t in (0, 0.5, 1)] == pytest.approx(momentum)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert copy.deepcopy(model)(*views(), 0.9).dtype == torch.float32
@@ -57,7 +52,7 @@ def follow(keys: nn.Module, queries: nn.Module, m: float) -> nn.Module:
 
 
 def test_queue_loss_equals_a_dense_computation():
-    model = MoCo(Tiny(), dim=6, K=8, m=0.9, T=0.3)
+    model = MoCo(tiny(), dim=6, K=8, m=0.9, T=0.3)
     move_apart(model)
     im_q, im_k = views()
     queue = model.queue.clone()
@@ -72,7 +67,7 @@ def test_queue_loss_equals_a_dense_computation():
 
 
 def test_v3_loss_equals_a_dense_computation():
-    model = MoCoV3(Tiny(), dim=6, mlp_dim=7, T=0.3).eval()  # BatchNorm by running statistics, for single images
+    model = MoCoV3(tiny(), dim=6, mlp_dim=7, T=0.3).eval()  # BatchNorm by running statistics, for single images
     move_apart(model)
     x1, x2 = views()
     encoder_k = follow(model.encoder_k, model.encoder_q, 0.75)
@@ -86,7 +81,7 @@ def test_v3_loss_equals_a_dense_computation():
 
 
 def test_equal_parameters_stay_equal_to_the_bit():
-    model = MoCoV3(Tiny(), dim=6, mlp_dim=7)
+    model = MoCoV3(tiny(), dim=6, mlp_dim=7)
     before = dense.snapshot(model.encoder_k)
     for _ in range(100):
         model.update_encoder_k(0.99)
@@ -94,7 +89,7 @@ def test_equal_parameters_stay_equal_to_the_bit():
 
 
 def test_the_queue_is_first_in_first_out_and_wraps_around():
-    model = MoCo(Tiny(), dim=2, K=5)
+    model = MoCo(tiny(), dim=2, K=5)
     expected = list(model.queue.T.clone())
     for start in range(0, 18, 3):
         keys = torch.arange(start, start + 3.0)[:, None].expand(3, 2)

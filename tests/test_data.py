@@ -117,15 +117,7 @@ def test_the_names_that_people_use(tmp_path, capsys, parts, told):
     assert capsys.readouterr().out.strip() == told.format(tmp_path)
 
 
-def test_evaluation_images_elsewhere(tmp_path):
-    two_classes(tmp_path, "mine/train", "mine/val", "plain", "theirs")
-    for folder, train in (("mine", "mine/train"), ("plain", "plain")):
-        splits = sources.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
-        assert splits.train.name(0) == str(tmp_path / train / "cat/a.png")
-        assert splits.val.name(0) == str(tmp_path / "theirs/cat/a.png")
-
-
-def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
+def test_a_validation_part_needs_no_evaluation_folder_which_may_lie_elsewhere(tmp_path, capsys):
     two_classes(tmp_path, "train")
     with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one"):
         sources.load_splits("imagefolder", tmp_path)
@@ -138,6 +130,10 @@ def test_a_validation_part_needs_no_evaluation_folder(tmp_path, capsys):
     sources.load_splits("imagefolder", tmp_path, "validation", val_dir=tmp_path / "elsewhere")
     told = f"evaluating on a part of the training images; {tmp_path / 'elsewhere'} is left alone"
     assert told in capsys.readouterr().out
+    for folder in (tmp_path, tmp_path / "train"):
+        splits = sources.load_splits("imagefolder", folder, val_dir=tmp_path / "elsewhere")
+        assert splits.train.name(0) == str(tmp_path / "train/cat/a.png")
+        assert splits.val.name(0) == str(tmp_path / "elsewhere/cat/a.png")
 
 
 def test_one_list_is_split_and_two_are_not(tmp_path):
@@ -227,7 +223,13 @@ def test_copies_of_training_images_are_told_and_so_is_that_none_are_looked_for(t
     ],
 )
 def test_a_class_or_a_part_of_which_nothing_can_be_read_is_an_error(tmp_path, part, problem):
+    """Of which single images are left out, cut ones too."""
     two_classes(tmp_path, "train", "val")
+    for name in ("train/cat/a.png", "val/dog/c.png"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+    splits = sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+    assert len(list(splits.train)) == len(list(splits.val)) == 5
     for path in (tmp_path / part).rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match=problem):
@@ -240,19 +242,6 @@ def test_a_drawn_part_has_every_class():
     assert sorted({*images.at_most(10).labels}) == [0, 1] and len(images.at_most(10)) == 10
     drawn = data.LabelledImages(images.source, [0] * 501).at_most(10)  # where nothing is missing, as randperm says
     assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
-
-
-def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
-    two_classes(tmp_path, "train", "val", names="abcdef")
-    broken = ["train/cat/a.png", "train/dog/f.png", "val/dog/c.png"]
-    for name in broken:
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
-    splits = sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
-    told = capsys.readouterr().out
-    assert "2 of 12 images cannot be read and are left out:" in told and "1 of 12 images cannot" in told
-    assert [told.count(f"  {tmp_path / name}: not a readable image (") for name in broken] == [1, 1, 1]
-    assert len(list(splits.train)) == 10 and len(list(splits.val)) == 11
 
 
 def set_of(folder, **classes: int) -> data.LabelledImages:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,51 +52,42 @@ def image(tmp_path) -> Path:
     return tmp_path / "dropped.png"
 
 
-class Page:
-    """In the place of gradio: as it is launched, somebody drops files."""
-
-    Error = RuntimeError
-
-    def __init__(self, dropped: list[tuple]):
-        self.dropped = dropped
-        self.answers = []
-        for name in ("File", "Dropdown", "HTML", "Gallery"):
-            setattr(self, name, lambda *given, **settings: (given, settings))
-
-    def Interface(self, function, inputs, outputs, **settings):
-        self.function = function
-        self.settings = settings
-        return self
-
-    def launch(self, **address):
-        self.address = address
-        return None, "http://127.0.0.1:7860/", None
-
-    def block_thread(self):
-        for given in self.dropped:
-            try:
-                said, pictures = self.function(*given)
-                self.answers.append([said, *pictures])
-            except self.Error as error:
-                self.answers.append(str(error))
+@pytest.fixture
+def gradio() -> mock.MagicMock:
+    """Stands in for it, with what the page is made of."""
+    parts = ["Interface", "File", "Dropdown", "HTML", "Gallery"]
+    gradio = mock.MagicMock(spec=[*parts, "Error"], Error=RuntimeError)
+    gradio.Interface.return_value.launch.return_value = None, "http://127.0.0.1:7860/", None
+    return gradio
 
 
 @pytest.fixture
-def drop(adapter, monkeypatch):
-    """drop((path, of), ...) drops files on the page of the adapter, and returns the page."""
+def drop(adapter, gradio, monkeypatch):
+    """drop((path, of), ...) drops files on the page of the adapter as it is shown; what it answers."""
 
-    def drop(*files: tuple) -> Page:
-        page = Page(files)
-        monkeypatch.setitem(sys.modules, "gradio", page)
+    def drop(*files: tuple) -> list:
+        answers = []
+
+        def somebody_drops():
+            function, _, _ = gradio.Interface.call_args.args
+            for given in files:
+                try:
+                    said, pictures = function(*given)
+                    answers.append([said, *pictures])
+                except RuntimeError as error:
+                    answers.append(str(error))
+
+        gradio.Interface.return_value.block_thread.side_effect = somebody_drops
+        monkeypatch.setitem(sys.modules, "gradio", gradio)
         deploy_lora.main(["demo", str(adapter), "--device", "cpu", "--batch-size", "2"])
-        return page
+        return answers
 
     return drop
 
 
 @pytest.mark.parametrize("adapter", ["classes", "labels", "numbers"], indirect=True)
 def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, image, drop, tmp_path):
-    [said, (picture, _), (heat, _)], [_, _, (of_dark, _)] = drop((str(image), None), (str(image), 1)).answers
+    [said, (picture, _), (heat, _)], [_, _, (of_dark, _)] = drop((str(image), None), (str(image), 1))
     argv = ["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "answers.csv")]
     options = deploy_lora.read_options(argv)
     [row] = deploy_lora.main(argv)
@@ -117,7 +109,7 @@ def test_a_mask_lies_over_the_whole_image(adapter, image, drop, tmp_path):
     high = str(tmp_path / "high.png")
     Image.new("RGB", (32, 2001)).save(high)
     dropped = [(str(image), of) for of in (None, 0, 1, 2)]
-    [said, (picture, _), (heat, _)], *others, [_, (some, _), _] = drop(*dropped, (high, None)).answers
+    [said, (picture, _), (heat, _)], *others, [_, (some, _), _] = drop(*dropped, (high, None))
     assert some.shape == (667, 11, 3)
     deploy_lora.main(["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "masks")])
     mask = np.asarray(Image.open(tmp_path / "masks/dropped.png"))
@@ -135,21 +127,24 @@ def test_a_mask_lies_over_the_whole_image(adapter, image, drop, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["classes"], indirect=True)
-def test_the_page_is_on_this_machine_alone_and_keeps_nothing(drop, monkeypatch, capsys):
+def test_the_page_is_on_this_machine_alone_and_keeps_nothing(drop, gradio, monkeypatch, capsys):
     monkeypatch.setenv("GRADIO_SHARE", "true")
-    page = drop()
-    assert page.address["server_name"] == "127.0.0.1" and page.address["share"] is False
-    assert page.settings["delete_cache"] and page.settings["analytics_enabled"] is False
+    drop()
+    settings = gradio.Interface.call_args.kwargs
+    launch = gradio.Interface.return_value.launch
+    assert launch.call_args.kwargs["server_name"] == "127.0.0.1" and launch.call_args.kwargs["share"] is False
+    assert settings["delete_cache"] and settings["analytics_enabled"] is False
     assert "drop an image on http://127.0.0.1:7860/ in your browser; Ctrl-C stops" in capsys.readouterr().out
     monkeypatch.setenv("SPACE_ID", "owner/name")
-    assert drop().address.keys() == {"quiet", "prevent_thread_lock"}
+    drop()
+    assert launch.call_args.kwargs.keys() == {"quiet", "prevent_thread_lock"}
 
 
 @pytest.mark.parametrize("adapter", ["classes", "masks"], indirect=True)
 def test_what_is_no_image_is_one_line_without_the_server_s_folders(image, drop, tmp_path):
     """A list is not read: it could name any file of the server."""
     (tmp_path / "list.csv").write_text("dropped.png\n")
-    nothing, wrong = drop((None, None), (str(tmp_path / "list.csv"), None)).answers
+    nothing, wrong = drop((None, None), (str(tmp_path / "list.csv"), None))
     assert nothing == [""]
     assert wrong.startswith("list.csv: not a readable image")
 
@@ -194,18 +189,14 @@ def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path
 
 # In the place of gradio: it drops an image on the page that is launched.
 DROPS = """
-import sys
-def launch(**how):
-    return print(page.function("dropped.png", None)[0], "server_name" in how), "nowhere", None
-def Interface(function, *given, **settings):
-    page.function = function
-    return page
-def File(*given, **settings):
-    pass
-def block_thread():
-    pass
-page = sys.modules["gradio"]
-Dropdown = HTML = Gallery = File
+from unittest.mock import MagicMock
+Dropdown = File = Gallery = HTML = MagicMock()
+Interface = MagicMock()
+page = Interface.return_value
+page.launch.return_value = None, "nowhere", None
+page.block_thread = lambda: print(
+    Interface.call_args.args[0]("dropped.png", None)[0], "server_name" in page.launch.call_args.kwargs
+)
 """
 
 
@@ -216,8 +207,8 @@ def test_a_space_answers_with_nothing_but_its_own_files(image, drop, space):
     (space / "gradio.py").write_text(DROPS)
     environment = {"PATH": os.environ["PATH"], "HOME": str(space), "SPACE_ID": "owner/name"}
     done = subprocess.run([sys.executable, "app.py"], cwd=space, env=environment, capture_output=True, text=True)
-    [[said, *_]] = drop((str(image), None)).answers
-    assert done.stdout.startswith(f"{said} False\n"), done.stderr
+    [[said, *_]] = drop((str(image), None))
+    assert done.stdout.endswith(f"{said} False\n"), done.stderr
 
 
 @pytest.mark.parametrize("adapter", ["classes"], indirect=True)
@@ -253,7 +244,7 @@ def test_an_image_is_dropped_in_a_browser(adapter, image, drop):
                 pictures = page.locator(".thumbnail-item img").count()
         finally:
             server.terminate()
-    [[said, *_]] = drop((str(image), None)).answers
+    [[said, *_]] = drop((str(image), None))
     assert re.findall(">([^<]+)<", shown) == re.findall(">([^<]+)<", said)
     assert pictures == 2
     outside = [address for address in asked if not address.startswith((url, "data:", "blob:"))]

@@ -28,6 +28,7 @@ from toolkit.files import (
     save_atomically,
     stored_path,
     write_cells,
+    write_safetensors,
 )
 from toolkit.models.checkpoints import load_backbone
 
@@ -235,14 +236,16 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_previous_file(tmp_path, full_disk):
-    path = tmp_path / "last.pth"
-    save_atomically({"epoch": 1}, path)
-    with pytest.raises(InputError, match=r"cannot write .*last.pth.*the previous file is intact") as raised:
-        save_atomically({"epoch": 2, "w": torch.zeros(1_000_000)}, path)
+@pytest.mark.parametrize("write, name", [(save_atomically, "last.pth"), (write_safetensors, "lora.safetensors")])
+def test_a_full_disk_leaves_the_previous_file(write, name, tmp_path, full_disk):
+    path = tmp_path / name
+    write({"w": torch.ones(1)}, path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=rf"cannot write .*{name}.*the previous file is intact") as raised:
+        write({"w": torch.zeros(1_000_000)}, path)
     assert "\n" not in str(raised.value)
-    assert read_checkpoint(path) == {"epoch": 1}
-    assert files_in(tmp_path) == ["last.pth"]
+    assert path.read_bytes() == before
+    assert files_in(tmp_path) == [name]
 
 
 @pytest.mark.parametrize(

@@ -92,33 +92,32 @@ def test_a_recomputed_operation_equals_the_dense_one(device, name, prologue, dty
 )
 def test_only_the_input_and_what_is_thin_is_saved(rows, autocast, h):
     """At half the size under autocast. Thin is h = x A^T, which the side path keeps: `_merge_pays` for 50 float32."""
-    x, A, B = (random(*size, requires_grad=True) for size in ((rows, 24), (4, 24), (36, 4)))
-    W = random(36, 24)
+    layer = LoRALinear(24, 36, r=4).requires_grad_(False)
+    layer.lora_A.requires_grad_()
+    layer.lora_B.requires_grad_()
+    x = random(rows, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        saved = saved_storages(lambda: lora_linear(x, W, A, B, None, SCALING))
-    assert sum(saved.values()) == (x.numel() + A.numel() + B.numel()) * (2 if autocast else 4) + h
+        saved = saved_storages(lambda: layer(x))
+    assert sum(saved.values()) == (rows * 24 + 4 * 24 + 36 * 4) * (2 if autocast else 4) + h
+
+
+LAYERS = {
+    "side path": (LoRALinear(96, 80, r=2), (64, 96)),
+    "merged": (LoRALinear(96, 80, r=2), (128, 96)),
+    "convolution": (LoRAConv2d(16, 32, 3, padding=1, r=2), (4, 16, 8, 8)),
+}
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-@pytest.mark.parametrize(
-    "size, shape, places",
-    [((64, 96), (80, 96), 64), ((128, 96), (80, 96), 128), ((4, 16, 8, 8), (32, 16, 3, 3), 4 * 8 * 8)],
-    ids=["side path", "merged", "convolution"],
-)
-def test_backward_forms_no_dense_weight_gradient(size, shape, places, needs_grad):
+@pytest.mark.parametrize("layer, size", LAYERS.values(), ids=LAYERS)
+def test_backward_forms_no_dense_weight_gradient(layer, size, needs_grad):
     """Low-rank products alone, and one full product more where x needs a gradient. None where it does not."""
-    x = random(*size, requires_grad=needs_grad)
-    W = random(*shape)
-    A = random(2, W[0].numel(), requires_grad=True)
-    B = random(len(W), 2, requires_grad=True)
-    if len(shape) == 4:
-        y = lora_conv2d(x, W, A, B, None, SCALING, Geometry((1, 1), (1, 1)))
-    else:
-        y = lora_linear(x, W, A, B, None, SCALING)
+    layer.weight.requires_grad_(False)
+    y = layer(random(*size, requires_grad=needs_grad))
     # The counter does not know oneDNN's product.
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    dense = 2 * places * W.numel()
+    dense = 2 * y.numel() * layer.weight[0].numel()
     assert needs_grad * dense <= counter.get_total_flops() < (needs_grad + 0.3) * dense
 
 

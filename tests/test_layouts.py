@@ -316,14 +316,6 @@ def test_a_name_of_timms_says_how_many_heads(saved):
     assert_same(vit, model.state_dict())
 
 
-def logits_of_plain_vit(state, heads, images):
-    """What torchvision's own ViT with so many heads computes."""
-    plain = build_backbone("vit_mini", 3, 16, heads)
-    plain.load_state_dict(state)
-    with torch.no_grad():
-        return plain.eval()(images)
-
-
 @pytest.mark.usefixtures("few_images")
 def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(base, finetune, capsys):
     results = finetune(f"--checkpoint {base} --lora-rank 2 --target-modules mlp.0 --epochs 1 --heads 6")
@@ -333,12 +325,10 @@ def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(base, fin
     assert model.encoder.layers[0].num_heads == info["heads"] == 6
     deploy_lora.main(["merge", str(path), "--output", str(path.with_name("merged.pth"))])
     assert "vit_mini with 6 heads and 3 classes" in capsys.readouterr().out
-    merged = torch.load(path.with_name("merged.pth"), weights_only=True)
+    plain = build_backbone("vit_mini", 3, 16, heads=6).eval()  # torchvision's own
+    plain.load_state_dict(torch.load(path.with_name("merged.pth"), weights_only=True))
     x = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        expected = model(x)
-    torch.testing.assert_close(logits_of_plain_vit(merged, 6, x), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(logits_of_plain_vit(merged, 3, x), expected, atol=1e-3)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
     other = add_lora_to_model(load_backbone(base, 3, heads=3)[0], r=2, target_modules="mlp.0")
     with pytest.raises(InputError, match=r"another base.*with as many heads"):
         LoRAManager(other).load_lora_checkpoint(path)

@@ -2,21 +2,10 @@
 
 import copy
 
+import dense
 import pytest
 import torch
-from dense import (
-    EXACT,
-    FP32,
-    Operations,
-    assert_close,
-    classes,
-    frozen,
-    images,
-    loss_and_gradients,
-    resnet,
-    saved_bytes,
-    vit,
-)
+from dense import EXACT, FP32, assert_close, classes, frozen, images, resnet, saved_bytes, vit
 from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
@@ -38,12 +27,19 @@ def dropping(elsewhere: float = 0.2, **options) -> nn.Module:
     return frozen(vit(dropout=0.2, attention_dropout=elsewhere), 0.3, lora_dropout=elsewhere, **options)
 
 
+def sharing() -> nn.Module:
+    model = resnet().train()
+    norms.share_statistics(model)
+    return model
+
+
 # How a model is made, and what it keeps for backward then, as a share of what it kept before.
 WAYS = {
     "adapters in a vit": (lambda: frozen(vit(), 0.3), 0.6),
     "adapters in a resnet": (lambda: frozen(resnet()), 0.9),
     "all of a resnet trains": (all_trains, 0.8),
     "a stock resnet": (resnet, 0.8),
+    "a resnet with the statistics of all processes": (sharing, 0.8),
     "a stock vit": (vit, 0.8),
     "dropout": (dropping, 1.0),
     "dropout of tokens alone": (lambda: dropping(0.0), 1.0),
@@ -52,18 +48,20 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpointing_changes_memory_and_nothing_else(way):
+def test_checkpointing_changes_memory_and_nothing_else(way, monkeypatch):
     """The same values are dropped the second time, and a BatchNorm that trains counts a batch once. It is undone."""
+    monkeypatch.setattr(norms.distributed, "world_size", lambda: 2)  # whose sums are this one's
+    monkeypatch.setattr(norms.dist, "all_reduce", lambda sums: None)
     build, share = WAYS[way]
     model = build().train()
     x = images(32 if "resnet" in way else 16, 8)
     stock = copy.deepcopy(model)
     plain = copy.deepcopy(model)
-    expected, wanted = loss_and_gradients(plain, x)
+    expected, wanted = dense.loss_and_gradients(plain, x)
     before = saved_bytes(copy.deepcopy(model), x)
     set_gradient_checkpointing(model, "full")
     assert list(model.state_dict()) == list(stock.state_dict())
-    loss, gradients = loss_and_gradients(model, x)
+    loss, gradients = dense.loss_and_gradients(model, x)
     assert torch.equal(loss, expected)
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
@@ -73,7 +71,7 @@ def test_checkpointing_changes_memory_and_nothing_else(way):
     assert saved_bytes(model, x) <= share * before
     set_gradient_checkpointing(model, "none")
     assert saved_bytes(model, x) == before
-    assert torch.equal(loss_and_gradients(model, x)[0], expected)
+    assert torch.equal(dense.loss_and_gradients(model, x)[0], expected)
     assert classes(model) == classes(stock)
     for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
         assert set(vars(ours)) == set(vars(theirs))
@@ -82,7 +80,7 @@ def test_checkpointing_changes_memory_and_nothing_else(way):
 def test_layer_norm_and_gelu_are_computed_again():
     """Each of two blocks: its GELU twice, and its two LayerNorms as often as the layers behind them need it."""
     model = frozen(vit()).train()
-    with torch.autocast("cpu", torch.bfloat16), Operations() as seen:
+    with torch.autocast("cpu", torch.bfloat16), dense.Operations() as seen:
         model(images(16, 8)).float().square().sum().backward()
     assert (seen.count("native_layer_norm.default"), seen.count("gelu.default")) == (11, 4)
 
@@ -95,22 +93,6 @@ def test_checkpointing_where_there_is_nothing_to_recompute():
     ):
         with pytest.raises(InputError, match=message):
             set_gradient_checkpointing(model, mode)
-
-
-def test_checkpointing_norms_with_the_statistics_of_all_processes(monkeypatch):
-    """They, too, count a batch once. This process is alone, and its sums are those of all."""
-    monkeypatch.setattr(norms.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(norms.dist, "all_reduce", lambda sums: None)
-    plain = resnet().train()
-    norms.share_statistics(plain)
-    model = copy.deepcopy(plain)
-    set_gradient_checkpointing(model, "full")
-    x = images(32, 8)
-    _, wanted = loss_and_gradients(plain, x)
-    for name, gradient in loss_and_gradients(model, x)[1].items():
-        assert_close(gradient, wanted[name], 1e-5, name)
-    for name, buffer in plain.named_buffers():
-        assert torch.equal(buffer, model.get_buffer(name)), name
 
 
 def kept_by_a_block(**options) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 import deploy_lora
 from finetune_lora import adapt_layers, add_lora_to_model, load_finetuned
 from lora.adapted import adapted_layers, recorded_settings
-from lora.peft_format import CONFIG, WEIGHTS, _packed_factors, obstacles
+from lora.peft_format import CONFIG, WEIGHTS, obstacles
 from lora_utils import LoRAManager, read_adapter_file
 from tests.run_folders import names_in
 from toolkit import InputError
@@ -39,17 +39,17 @@ def bases(base, narrow, tmp_path_factory) -> dict[str, tuple[Path, int]]:
     return {"vit": (base, 16), "resnet": (path, 32)}
 
 
-def saved(base: Path, size: int, folder: Path, ranks: dict[str, int] | None = None, **options) -> Path:
-    """An adapter file with these options of `add_lora_to_model`, and other ranks of layers by a part of their names."""
+def saved(base: Path, size: int, folder: Path, others: dict[str, dict] | None = None, **options) -> Path:
+    """An adapter file with these options of `add_lora_to_model`, and others of layers by a part of their names."""
     torch.manual_seed(0)
     model, report = load_backbone(base, len(NAMES), image_size=size)
     head = model.fc if report["arch"] == "resnet18" else model.heads.head
     nn.init.normal_(head.weight, std=0.1)
     add_lora_to_model(model, **options)
-    if ranks is not None:
+    if others is not None:
         settings = {name: recorded_settings(vars(layer)) for name, layer in adapted_layers(model).items()}
-        for part, rank in ranks.items():
-            settings |= {name: replace(own, r=rank) for name, own in settings.items() if part in name}
+        for part, change in others.items():
+            settings |= {name: replace(own, **change) for name, own in settings.items() if part in name}
         adapt_layers(model, settings)
     randomize_adapters(model, std=0.05)
     about = {"arch": report["arch"], "class_names": NAMES, "image_size": size, "checkpoint": str(base)}
@@ -68,22 +68,12 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
     assert_close(one(images), other(images), FP32)
 
 
-def test_an_output_projection_may_have_a_scaling_of_its_own():
-    """PEFT has one for the whole attention: the difference goes into B."""
-    network = add_lora_to_model(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2, lora_alpha=4, target_modules=[".*"])
-    attention = randomize_adapters(network)[0]
-    attention.out_proj.scaling = 5.0
-    factors = _packed_factors(attention, times_projected=2)
-    B = factors["base_layer.out_proj.lora_B.weight"]
-    A = factors["base_layer.out_proj.lora_A.weight"]
-    expected = 5.0 * attention.out_proj.lora_B @ attention.out_proj.lora_A
-    assert_close(2 * attention.scaling * B @ A, expected, FP32)
-
-
 WRITTEN = {
     "ViT": ("vit", {"r": 2, "lora_alpha": 5}),
-    "ranks of a ViT": ("vit", {"r": 4, "use_rslora": True, "ranks": {"self_attention": 2, "mlp.3": 8}}),
-    "ranks of a ResNet": ("resnet", {"r": 2, "ranks": {".conv1": 5}}),
+    "ranks of a ViT": ("vit", {"r": 4, "use_rslora": True, "others": {"self_attention": {"r": 2}, "mlp.3": {"r": 8}}}),
+    # PEFT has one scaling for the whole attention.
+    "scalings of an attention": ("vit", {"r": 2, "others": {"out_proj": {"lora_alpha": 5.0}}}),
+    "ranks of a ResNet": ("resnet", {"r": 2, "others": {".conv1": {"r": 5}}}),
     "a name in which others end": ("resnet", {"r": 2, "target_modules": r"conv[1]"}),
 }
 

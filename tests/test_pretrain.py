@@ -225,11 +225,10 @@ def test_an_epoch_goes_on_where_it_was_stopped(folder, tmp_path):
 def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
     monkeypatch.setattr(pretrain, "KNN_BANK", 6)
     monkeypatch.setattr(pretrain, "KNN_QUERIES", 2)
-    seen = []
-    measure = pretrain.evaluation.knn_accuracy
-    monkeypatch.setattr(pretrain.evaluation, "knn_accuracy", lambda *x: seen.append([len(t) for t in x]) or measure(*x))
+    measure = mock.Mock(wraps=pretrain.evaluation.knn_accuracy)
+    monkeypatch.setattr(pretrain.evaluation, "knn_accuracy", measure)
     run("--epochs 1")
-    assert seen == [[6, 6, 2, 2]]
+    assert list(map(len, measure.call_args.args)) == [6, 6, 2, 2]
 
 
 def test_the_seed_decides(run, done):
@@ -276,18 +275,17 @@ def test_checkpoints_that_cannot_be_resumed(run, done, tmp_path):
 
 
 def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, monkeypatch):
-    asked = []
-    loaders = []
-    load = sources.load_splits
-    build = data.build_loader
-    monkeypatch.setattr(pretrain, "load_splits", lambda *args, **kw: asked.append(args) or load(*args, **kw))
-    monkeypatch.setattr(data, "build_loader", lambda *args, **kw: loaders.append(args[0].dataset) or build(*args, **kw))
+    load = mock.Mock(wraps=sources.load_splits)
+    build = mock.Mock(wraps=data.build_loader)
+    monkeypatch.setattr(pretrain, "load_splits", load)
+    monkeypatch.setattr(data, "build_loader", build)
     monkeypatch.setattr(pretrain, "train", stop)
     for options in ("", "--eval-split validation --batch-size 4"):
         with pytest.raises(runs.Stopped):
             run(options)
-    assert len(asked) == 2
+    assert load.call_count == 2
     splits = load("imagefolder", folder)
+    loaders = [call.args[0].dataset for call in build.call_args_list]
     for train, bank, queries in (loaders[:3], loaders[3:]):
         sets = [set(images.relative_names()) for images in (train, bank, queries)]
         assert sets[1].isdisjoint(sets[2]) and sets[1] | sets[2] == set(splits.train.relative_names())

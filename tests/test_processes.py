@@ -198,9 +198,7 @@ def test_torchrun_starts_them(options, tmp_path):
     assert done.stdout.count("epoch 1: training loss") == 1 and len(timeless(tmp_path / "out")) == 1
 
 
-def pretrain_both(
-    argv: str, folder: Path, before=None, name: str = "moco_stage1_epoch_2.pth", tolerance: float = 1e-3
-) -> dict:
+def pretrain_both(argv: str, folder: Path, before=None, name="moco_stage1_epoch_2.pth", tolerance=1e-3) -> dict:
     """The model of two processes, with their files in `out`, which is that of one, in `alone`."""
     completed("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before)
     pretrain.main(f"{argv} --output-dir {folder}/alone".split())

@@ -199,6 +199,8 @@ def test_a_run_starts_as_the_probe_of_pixels(start, pairs, monkeypatch):
     run = start(f"--task segmentation --data-dir {pairs} --workers 0 --batch-size 4 --augmentation crop")
     run.start()
     assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe"], abs=1e-5)
+    # At 24 times the rate that a head of pixels wants adapters would collapse.
+    assert (run.rate, run.adapter_rate) == (1e-2, pytest.approx(3e-3))
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     sizes = {len(images) for images, _ in run.loaders.val}

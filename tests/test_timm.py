@@ -2,18 +2,21 @@
 
 import copy
 import functools
+import pickle
 from unittest import mock
 
+import dense
 import pytest
 import safetensors.torch
 import torch
-from dense import EXACT, FP32, assert_close, dense_twin, frozen, randomize_adapters, saved_storages
+from dense import EXACT, FP32, assert_close, frozen, images, randomize_adapters, saved_storages
 from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
+from tests.test_heat_maps import enlarged
 from toolkit import InputError
 from toolkit.answers.heat_maps import grad_cam
 from toolkit.answers.probe import fit_linear_probe, set_head
@@ -34,10 +37,6 @@ HEADS = {
     "test_convnext": "head.fc",
     "test_maxvit": "head.fc",
 }
-
-
-def images(side: int = 32) -> torch.Tensor:
-    return torch.randn(2, 3, side, side)
 
 
 @pytest.fixture(scope="module")
@@ -257,29 +256,25 @@ def dino(hub, monkeypatch):
 def test_a_dino_is_adapted_and_explained(name, dino):
     model, stock, x = dino(name)
     freeze_backbone_params(model)
-    twin = dense_twin(stock, model)
-    model, x = model.double(), x.double().requires_grad_()
-    outputs, expected = model(x), twin(x)
-    assert_close(outputs, expected, EXACT)
-    assert_close(*(torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (outputs, expected)), EXACT)
-    outputs.square().sum().backward()
+    model = model.double()
+    x = x.double()
+    dense.compare_with_dense(stock, model, [x], EXACT)
     assert unused_adapters(model) == []
 
+    twin = dense.dense_twin(stock, model)
     kept = []
     blocks = twin.stages if name == "convnext_tiny" else twin.blocks
     blocks[-1].register_forward_hook(lambda _, inputs, output: kept.extend([inputs[0], output]))
-    answers = twin(x.detach().requires_grad_())
+    answers = twin(x)
     tokens, maps = kept
     features = maps if maps.dim() == 4 else tokens
     [gradient] = torch.autograd.grad(answers.amax(1).sum(), features)
     if features.dim() == 3:  # behind class and register tokens, a row of patches after the other
         patches = slice(twin.num_prefix_tokens, None)
         features, gradient = (t[:, patches].transpose(1, 2).unflatten(2, (4, 4)) for t in (features, gradient))
-    heat = (features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu()
-    heat = nn.functional.interpolate(heat, size=x.shape[2:], mode="bilinear")[:, 0]
-    heat = heat - heat.amin((1, 2), keepdim=True)
-    found, _ = grad_cam(model, x.detach())
-    assert_close(found, heat / heat.amax((1, 2), keepdim=True), FP32)
+    heat = (features * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+    found, _ = grad_cam(model, x)
+    assert_close(found, enlarged(heat, x.shape[-1]), FP32)
 
 
 @pytest.mark.slow
@@ -366,17 +361,15 @@ ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "none": nn.I
 
 
 def frozen_norm(activation: str | None, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """A stock BatchNorm, or timm's with an activation, in eval mode; and its frozen twin."""
+    """A stock BatchNorm, or timm's with an activation, in eval mode; and its frozen twin, as it comes from a file."""
     torch.manual_seed(2)
     stock = nn.BatchNorm2d(5)
     if activation is not None:
         stock = timm.layers.BatchNormAct2d(5, act_layer=ACTIVATIONS[activation])
-    for tensor in (stock.weight.data, stock.bias.data, stock.running_mean, stock.running_var):
-        tensor.uniform_(0.5, 2)
-    stock.to(dtype).eval().requires_grad_(False)
+    dense.seen(stock).to(dtype).eval().requires_grad_(False)
     twin = copy.deepcopy(stock)
     freeze_statistics(twin, freeze=True, training=True)
-    return stock, twin
+    return stock, pickle.loads(pickle.dumps(twin))
 
 
 @pytest.mark.parametrize(
@@ -416,13 +409,13 @@ def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one(activa
     """And applies a layer between norm and activation."""
     stock, twin = frozen_norm(activation)
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
-    seen = []
-    with twin.act.register_forward_hook(lambda module, inputs, output: seen.append(output)):
-        assert torch.equal(twin(x), stock(x)) and torch.equal(seen[0], stock(x))
+    hooked = []
+    with twin.act.register_forward_hook(lambda module, inputs, output: hooked.append(output)):
+        assert torch.equal(twin(x), stock(x)) and torch.equal(hooked[0], stock(x))
     for layer in (twin.act, twin.drop):
-        with layer.register_forward_pre_hook(lambda module, inputs: seen.append(module)):
+        with layer.register_forward_pre_hook(lambda module, inputs: hooked.append(module)):
             assert torch.equal(twin(x), stock(x))
-    assert seen[1:] == [twin.act, twin.drop]
+    assert hooked[1:] == [twin.act, twin.drop]
     for norm in (twin, stock):
         norm.weight.requires_grad_()
         norm(x).sum().backward()
