@@ -82,6 +82,7 @@ def test_clusters_that_are_no_classes_leave_the_probe_as_it_is():
     found = drawn.start()
     assert found.probe is drawn.plain and (found.name, found.gain_loss, found.gain_accuracy) == ("probe", 0, 0)
     held_out = drawn.held_out()
+    torch.testing.assert_close(held_out["probe"][0], drawn.plain.held_out, atol=0.1, rtol=0)  # by rough steps
     temperature = unlabelled.judge(held_out["probe"], drawn.labels, 2).temperature
     assert abs(math.log(temperature)) > 0.1  # as unsure as what is held out shows
     logits = drawn.others @ drawn.plain.weight.T + drawn.plain.bias
