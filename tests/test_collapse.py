@@ -485,7 +485,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
 
 
 @pytest.mark.parametrize(("harmful", "options"), [(1, "--norms train"), (2, "")])
-def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, monkeypatch, harmful, options):
+def test_share_and_figures_are_those_of_the_epoch_that_is_kept(finetune, images, monkeypatch, harmful, options):
     """The first epoch is the best, whether nothing of it is kept or of the second; so it is where the run goes on."""
     labels = torch.tensor([0, 0, 0, 0, 1, 2])
     scripted = [[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 1, 1]]  # right: four, of all classes; five, of the frequent one
@@ -512,3 +512,4 @@ def test_the_share_that_is_reported_is_that_of_the_epoch_that_is_kept(finetune, 
         assert results["kept_epoch"] == results["best_epoch"] == 1
         assert results["chosen_by"] == {"epoch": "the evaluation images"}
         assert results["kept_share"] == (0 if harmful == 1 else 7 / 12)  # of seven images of each class
+        assert_figures_of_file(results, images)

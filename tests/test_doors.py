@@ -26,9 +26,6 @@ from toolkit.images import bands, folders, lists, remote, scenes, shards
 fsspec = pytest.importorskip("fsspec")
 
 
-# --------------------------------------------------------------------------------------------------- what has an end
-
-
 def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     for place in ("file:///dev/zero", f"file://{tmp_path}/a.tar"):
@@ -59,9 +56,6 @@ def test_an_address_is_read_up_to_a_limit(monkeypatch):
     for end in (None, 2**60):  # as an archive may say of a member
         with pytest.raises(InputError, match=r"a\.npy cannot be read: more than 99 bytes are not read"):
             remote.read(place, 0, end)
-
-
-# ------------------------------------------------------------------------------------------------------ what comes soon
 
 
 class Server(BaseHTTPRequestHandler):
@@ -130,9 +124,6 @@ def test_an_address_within_another_is_refused_without_its_password(place, tmp_pa
         with pytest.raises(InputError, match=r"https:/+host/.*: a password, signature or further address in") as error:
             read(place)
         assert "secret" not in str(error.value)
-
-
-# ----------------------------------------------------------------------------------------------------- what stays small
 
 
 def png_of(side: int, depth: int = 16, colours: int = 0) -> bytes:
@@ -209,9 +200,6 @@ def test_what_inflates_a_strip_is_tifffiles_own_by_name():
     """Versions of 2026 refuse the function of any other module."""
     codecs = importlib.import_module(bands.import_tifffile().__name__ + "._imagecodecs")
     assert {codecs.zlib_decode.__module__, codecs.lzma_decode.__module__} == {codecs.__name__}
-
-
-# ----------------------------------------------------------------------------------------------- what folders may have
 
 
 def test_of_a_member_that_is_there_several_times_the_last_is_read(tmp_path):

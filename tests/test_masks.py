@@ -300,8 +300,6 @@ def test_files_that_name_no_classes(text, message, tmp_path):
 def test_names_of_classes():
     assert read_classes(None) is None
     assert read_classes(["sea", "land"]) == read_classes(["sea,land"]) == Classes(("sea", "land"))
-    with pytest.raises(InputError, match="a file that exists"):
-        read_classes(["missing.txt"])
 
 
 def test_colours_are_apart_and_what_is_unknown_is_grey():
