@@ -230,15 +230,6 @@ def model(request):
     return dense.DenseModel(request.param(), classes=5, image_size=32).double().eval()
 
 
-def test_the_head_is_linear_in_the_features_of_all_maps():
-    """The wide map that is never made gives the same logits."""
-    maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4), torch.randn(2, 2, 2, 2)]
-    head = dense.DenseHead([3, 5, 2], 4)
-    wide = torch.cat([F.interpolate(m, size=(8, 8), mode="bilinear") for m in maps], 1)
-    expected = F.conv2d(wide, head.linear.weight[..., None, None], head.linear.bias)
-    torch.testing.assert_close(head(maps), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_features_at_pixels_are_what_the_logits_are_linear_in(model):
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     rows = torch.tensor([0, 3, 31, 17])
