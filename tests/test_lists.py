@@ -1,7 +1,6 @@
 """toolkit/images/lists.py: what is read of a line, and what is said of one that cannot be read."""
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -119,13 +118,6 @@ def test_pretraining_takes_the_paths_of_any_list(listed, text):
     found = listed(text)
     assert set(found.paths()) <= {"a.png", "b.png"}
     assert found.has_labels() == text.startswith("path")  # ages that repeat may be classes
-
-
-@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
-def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=f"{path}: cannot read it: not a file"):
-        lists.ImageList(tmp_path / path).labels()
 
 
 @pytest.mark.parametrize(
