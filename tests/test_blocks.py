@@ -33,6 +33,13 @@ class PreActivation(BasicBlock):
         return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """BatchNorm and activation in one, as in timm."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 def models() -> dict[str, tuple[nn.Module, int]]:
     """Which layers stand in which order, and how many of the BatchNorms cannot be folded."""
     conv = nn.Conv2d(3, 3, 3, padding=1)
@@ -54,6 +61,7 @@ def models() -> dict[str, tuple[nn.Module, int]]:
         "a shared BatchNorm": (nn.Sequential(conv, norm, nn.Conv2d(3, 3, 3), norm), 0),
         "a shared convolution": (nn.Sequential(conv, norm, conv), 0),
         "a BatchNorm before": (nn.Sequential(norm, conv), 1),
+        "an activation in the BatchNorm": (nn.Sequential(conv, BatchNormAct(3)), 1),
         "two BatchNorms": (nn.Sequential(conv, norm, nn.BatchNorm2d(3)), 1),
         "a linear layer before": (nn.Sequential(nn.Linear(16, 16), norm), 1),
         "a forward of its own": (PreActivation(3, 3), 2),
@@ -290,6 +298,9 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, autocast, tolerance)
     """And no product is made for each token."""
     stock = vit()
     x = images(16)
+    for block in stock.encoder.layers:  # PyTorch starts the biases as zero
+        nn.init.normal_(block.self_attention.in_proj_bias)
+        nn.init.normal_(block.self_attention.out_proj.bias)
     model = copy.deepcopy(stock).train()
     FROZEN_ATTENTION[way](model)
     dense.randomize_adapters(model)

@@ -72,6 +72,7 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     assert loss == pytest.approx(F.nll_loss(log_p, labels, reduction="sum").item(), rel=1e-5)
     assert right == (log_p.argmax(1) == labels).sum()
     for ours, theirs in zip((head.weight, head.bias), (weight, bias), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
         torch.testing.assert_close(ours, theirs)
 
 
