@@ -97,7 +97,13 @@ def test_an_adapted_head_is_merged_but_no_part_of_the_base_and_not_rounded():
     assert not adapted_names(model) and not any(name.startswith("heads") for name in record_of(model).base_digests)
 
 
+IMPOSSIBLE = {
+    "r": (0, -1, True, 2.0, "8", None),
+    "lora_alpha": (0, -16, "16", math.inf, math.nan, None),
+    "lora_dropout": (-0.1, 1, 1.5, math.nan, "0", None),
+}
 REFUSED = [
+    *(({name: value}, f"^{name} is {value!r}; give") for name, wrong in IMPOSSIBLE.items() for value in wrong),
     ({"target_modules": "q_proj"}, r"no layer matches q_proj; there are: conv_proj, encoder\.layers"),
     ({"target_modules": ["mlp", "nowhere", "elsewhere"]}, "no layer matches nowhere, elsewhere;"),
     ({"target_modules": "encoder.layers.encoder_layer"}, "no layer matches encoder"),  # the beginning of a name
@@ -442,19 +448,3 @@ def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
     assert type(inside.fc) is nn.Linear and inside.fc.weight.requires_grad
     with pytest.raises(InputError, match=r"no module is named 'clss', so it cannot be the classifier head: did you"):
         add_lora_to_model(with_own_head(), r=2, head="clss")
-
-
-# ------------------------------------------------------------------------------------------- the settings of an adapter
-
-
-IMPOSSIBLE = {
-    "r": (0, -1, True, 2.0, "8", None),
-    "lora_alpha": (0, -16, "16", math.inf, math.nan, None),
-    "lora_dropout": (-0.1, 1, 1.5, math.nan, "0", None),
-}
-
-
-@pytest.mark.parametrize("name, value", [(name, value) for name, wrong in IMPOSSIBLE.items() for value in wrong])
-def test_impossible_settings(name, value):
-    with pytest.raises(InputError, match=f"^{name} is {value!r}; give"):
-        LoRASettings(**{name: value})
