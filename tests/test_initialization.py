@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import changed, frozen, rounded, snapshot
+from dense import changed, frozen, randomize_adapters, rounded, snapshot
 from torch import nn
 
 from finetune_lora import LoRALinear, add_lora_to_model
@@ -90,8 +90,8 @@ def test_the_model_answers_as_before_and_rows_are_orthogonal(dtype):
         assert not B.any()
 
 
-def test_it_draws_from_its_own_seed_alone():
-    model = adapted(Layers())
+def test_it_draws_from_its_own_seed_alone_and_what_was_trained_is_gone():
+    model = randomize_adapters(adapted(Layers()))
     state = torch.get_rng_state()
     found = []
     for seed in (0, 0, 1):
@@ -99,6 +99,7 @@ def test_it_draws_from_its_own_seed_alone():
         found.append(model.linear.lora_A.clone())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert not model.linear.lora_B.any()
 
 
 def started(model: nn.Module, compute=None) -> set[str]:
