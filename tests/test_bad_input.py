@@ -404,6 +404,7 @@ ADAPTERS = [
     case("a rank in the format of PEFT", "convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
     case("a rank of 0", "convert lora.pth --rank 0 --output x.pth", "--rank"),
     case("an adapter file that is a folder", "convert lora.pth --rank 2 --output x", "must end in .pth or"),
+    case("a Space that is there", "demo lora.pth --write images", "--write images: is there; name another folder"),
     case("no command", "", "error:", "command"),
 ]  # fmt: skip
 

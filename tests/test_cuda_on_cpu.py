@@ -49,7 +49,7 @@ def test_runs_on_a_gpu():
 @pytest.mark.slow
 def test_two_processes_train_and_answer_on_gpus():
     """Tests that were written for CPUs, with a GPU in place of each."""
-    chosen = "fine_tune_as_one and lora or answer_for_every_pixel or embed_as_one or pretraining_in_two"
+    chosen = "fine_tune_as_one and lora or answers_of_one or maps_of_one or pretraining_in_two"
     on_gpus = "tests.cuda_on_cpu.in_place_of_cpu"
     run_tests("-p", on_gpus, "-m", "slow or not slow", "-k", chosen, "tests/test_processes.py")
 

@@ -216,8 +216,11 @@ def test_what_is_missing_or_cannot_be_read(tmp_path, capsys):
     refused(root, r"3\.(png|npy).* has the same name")
 
 
-def test_masks_of_0_and_255(tmp_path):
-    """As many programs save two classes; without a word 255 is unknown."""
+def test_masks_of_0_and_255_and_of_one_class(tmp_path):
+    """As many programs save two classes; without a word 255 is unknown. To evaluate on, one class will do."""
+    write_pairs(tmp_path, [LEVELS * 0 + 1] * 4)
+    refused(tmp_path, "all known pixels are of one class, land", classes=THREE)
+    assert len(pairs_in(tmp_path, None, MaskReader(THREE, [255]))) == 4
     levels = np.where(LEVELS == 1, 255, 0).astype(np.uint8)
     write_pairs(tmp_path, [*[levels] * 5, levels | 255])
     house = Classes(("ground", "house"), values=(0, 255))
@@ -226,12 +229,6 @@ def test_masks_of_0_and_255(tmp_path):
     refused(tmp_path, "value 255, which is no class's; add a line `NAME 255`", unknown=())
     refused(tmp_path, "house has the value 255, which counts as unknown", classes=house, unknown=[255])
     assert load_pairs(tmp_path, classes=house).train.targets.sum(0).gt(0).all()
-
-
-def test_one_class_only(tmp_path):
-    write_pairs(tmp_path, [LEVELS * 0 + 1] * 4)
-    refused(tmp_path, "all known pixels are of one class, land", classes=THREE)
-    assert len(pairs_in(tmp_path, None, MaskReader(THREE, [255]))) == 4  # to evaluate on, that will do
 
 
 def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
