@@ -54,14 +54,19 @@ def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Eva
 def watched(monkeypatch):
     """watched([1.0, 0.4, ...]): what the guard sees of its training images, at the start and after each epoch.
 
-    The runs keep their usual share of the change.
+    Its loss is above a constant answer's where less than half is right. The runs keep their usual share of the change.
     """
 
     real = FineTuning.evaluate_watched
 
     def script(accuracies: list[float]) -> None:
         left = iter(accuracies)
-        monkeypatch.setattr(FineTuning, "evaluate_watched", lambda run: real(run)._replace(accuracy=next(left)))
+
+        def evaluate_watched(run: FineTuning) -> Evaluation:
+            accuracy = next(left)
+            return real(run)._replace(accuracy=accuracy, loss=2 - 2 * accuracy)
+
+        monkeypatch.setattr(FineTuning, "evaluate_watched", evaluate_watched)
 
     monkeypatch.setattr(finetune_lora, "Guard", lambda *given, **how: Guard(*given, **how | {"may_shrink": False}))
     return script
@@ -255,12 +260,17 @@ def test_the_views_of_the_start_calibrate_the_head_unless_that_takes_fewer(start
     assert load.call_count == loaded
 
 
-@pytest.mark.parametrize(("epochs", "share"), [(3, 1 / 4), (4, 0.9)])
-def test_how_much_may_be_lost(epochs, share):
-    """In the second epoch, of 30 points above a constant answer, on so many images that chance hardly counts."""
+@pytest.mark.parametrize(("epochs", "share", "loss"), [(3, 1 / 4, 1.0), (4, 1, 2.18)])
+def test_how_much_may_be_lost(epochs, share, loss):
+    """In the second epoch, of 30 points above a constant answer, on so many images that chance hardly counts.
+
+    In the first half of a run all of them, and the loss nine tenths of its lead: from 1 to a constant answer's 2.30.
+    """
     judge = guard_of(100_000, [0.4, 0.35], epochs=epochs)
-    assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss=1.0)
-    assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss=1.0)
+    judge.start_loss = 1.0
+    assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss)
+    assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss)
+    assert judge.has_collapsed(0.05, loss=2.16) == (epochs == 3)
 
 
 def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_answer_by_its_loss():

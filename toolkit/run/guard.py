@@ -18,7 +18,7 @@ RETREAT_FACTOR = 8.0  # divides the learning rate each time
 WATCHED_VIEWS = 128  # of training images, repeated if there are few, which are evaluated after each epoch
 SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
 LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more has collapsed
-EARLY_LOST_SHARE = 0.9  # in the first half of a run
+EARLY_LOST_LOSS = 0.9  # of the lead of the loss before training: in the first half of a run, with all of the score's
 HARMLESS_LOSS = 0.01  # of the score before training: about one view, of which the probe was fitted to all
 LOSS_DECAY = 0.8  # per step, of the moving average of the loss
 EXPLODED_RATIO = 2.0  # of the recent loss to a constant answer's
@@ -119,13 +119,20 @@ class Guard:
         return Keep()
 
     def has_collapsed(self, score: float, loss: float) -> bool:
-        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?"""
+        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?
+
+        In the first half of a run a little that is left grows again: there it has lost all, and the loss nearly all.
+        """
         best = max(self.scores, default=0.0)
         # On very few images no loss is so large: there a constant answer's score, with a higher loss, counts as well.
         least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
         useless = least > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
-        share = EARLY_LOST_SHARE if self.is_early else LOST_SHARE
-        return useless or not math.isfinite(loss) or self._lost(score, share, errors=2)
+        if useless or not math.isfinite(loss):
+            return True
+        if not self.is_early:
+            return self._lost(score, LOST_SHARE, errors=2)
+        lost_loss = self.start_loss + EARLY_LOST_LOSS * (self.constant_loss - self.start_loss)
+        return loss > lost_loss and self._lost(score, 1, errors=2)
 
     @property
     def is_early(self) -> bool:
