@@ -34,10 +34,9 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
-from toolkit import InputError, attributes, config, devices, distributed, typed
+from toolkit import InputError, attributes, config, devices, distributed, files, typed
 from toolkit.answers import evaluation, measures
 from toolkit.answers.answer_reports import interval_text
-from toolkit.files import save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import backbones, checkpoints, norms
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train(run)
         results = run.results()
         if distributed.is_main():
-            write_text(json.dumps(results, indent=2, default=str), run.path("results.json"))
+            files.write_text(json.dumps(results, indent=2, default=str), run.path("results.json"))
             reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
             print(f"\n{reports.table(summary(run, results))}")
         return results
@@ -244,7 +243,7 @@ class Pretraining(RunState):
             self.save_state()
         elif args.lora_rank == 0 and distributed.is_main():  # half as large: without what only resuming needs
             state = {"model": self.model_state(), "optimizer": {}, "history": self.history} | self.about()
-            save_atomically(state, self.path(checkpoint_name(args)))
+            files.save_atomically(state, self.path(checkpoint_name(args)))
 
     def measure(self) -> dict[str, float]:
         """Measure the features before the projector, by labels if there are any: training never sees these."""

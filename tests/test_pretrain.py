@@ -356,6 +356,9 @@ def test_a_stage_1_adapter_knows_the_heads_of_its_vit(base, tmp_path):
     LoRAManager(add_lora_to_model(headless(backbone), r=1)).save_lora_checkpoint(tmp_path / "moco_lora.pth", report)
     model, _ = load_base(base, tmp_path / "moco_lora.pth", 4)
     assert model.encoder.layers[0].self_attention.num_heads == 1
+    for typed, noted in (["--heads", "1"], 1), ([], None):  # for its file, if they are not the arch's own
+        args, _ = pretrain.read_options(["--checkpoint", str(base), *typed])
+        assert pretrain.build_model(args, torch.device("cpu"))[1].heads == noted
 
 
 def test_adapters_alone_are_the_result(adapted, base):

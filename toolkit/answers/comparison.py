@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, config, files, listed, printable
 from toolkit.answers import answer_reports, measures, multilabel, regression, tasks
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
-from toolkit.config import flat
-from toolkit.files import read_json, write_cells
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
 from toolkit.models.checkpoints import value_at
@@ -41,7 +39,7 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
     first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
     if images.groups is not None:
         first[GROUP] = images.groups
-    write_cells(zip(*first.values(), *columns.values(), strict=True), [*first, *columns], answers_path(results))
+    files.write_cells(zip(*first.values(), *columns.values(), strict=True), [*first, *columns], answers_path(results))
 
 
 class Difference(NamedTuple):
@@ -197,7 +195,7 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
 
 def _settings(results: dict[str, Any], path: Path) -> dict[str, Any]:
     """What was set of a run, but for its seed and its part; results of `evaluate` stand alone."""
-    settings = flat(results.get("config", {"file": str(path)}))
+    settings = config.flat(results.get("config", {"file": str(path)}))
     if "learning rate" in results.get("chosen_by", {}):
         settings["finetune.learning_rate"] = "auto"
     for of_one_run in ("finetune.seed", "data.folds"):
@@ -206,7 +204,7 @@ def _settings(results: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    results = read_json(path)
+    results = files.read_json(path)
     if str(results.get("task")) not in tasks.TASKS:
         raise InputError(f"{path} is no results.json of a run, nor of evaluate --output")
     return results

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import yaml
 
-from toolkit import TOOLKIT, InputError, listed, optional_package
+from toolkit import TOOLKIT, InputError, files, listed, optional_package
 from toolkit.answers import heat_maps, parts, predictions, report_page
-from toolkit.files import make_folder, write_text
 from toolkit.images import folders, masks, scenes
 
 GRADIO = "6.31.0"  # the release that a Space runs, which the page was tried with
@@ -103,7 +102,7 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
         words += ["--checkpoint", base.name]
     if len({path.name for path in needed}) < len(needed):
         raise InputError(f"{listed(needed)}: in a Space two of them would have one name; rename one")
-    make_folder(folder)
+    files.make_folder(folder)
     for name in PACKAGES:
         shutil.copytree(TOOLKIT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*needed, *map(TOOLKIT.joinpath, FILES)):
@@ -111,8 +110,8 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
     requirements = (TOOLKIT / "requirements.txt").read_text() + "gradio>=6\n"
     if str(metadata["arch"]).startswith("timm:"):
         requirements += "timm>=1.0\n"
-    write_text(requirements, folder / "requirements.txt")
-    write_text(APP.format(words=words), folder / "app.py")
+    files.write_text(requirements, folder / "requirements.txt")
+    files.write_text(APP.format(words=words), folder / "app.py")
     head = {"title": adapter.absolute().parent.name, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py"}
     what = f"Drop an image, and `{adapter.name}` answers: {listed(metadata['class_names'], 30)}."
-    write_text(f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{what}\n", folder / "README.md")
+    files.write_text(f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{what}\n", folder / "README.md")

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit import distributed
+from toolkit import devices, distributed
 from toolkit.answers import measures
-from toolkit.devices import autocast, to_device
 from toolkit.models.backbones import headless
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
@@ -36,8 +35,8 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
 
 
 def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:
-    with autocast(device, dtype):
-        return function(to_device(images, device))
+    with devices.autocast(device, dtype):
+        return function(devices.to_device(images, device))
 
 
 def answers(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -87,7 +86,7 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
     losses = []
     model.train()
     for images, labels in loader:
-        total = loss(computed(model, images, device, dtype).float(), to_device(labels, device)).item()
+        total = loss(computed(model, images, device, dtype).float(), devices.to_device(labels, device)).item()
         total, number = distributed.all_sum(total, len(labels))
         losses.append(total / number)
     return max(losses)
@@ -101,7 +100,7 @@ def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype:
     with eval_mode(model):
         for images, its_targets in loader:
             outputs.append(answers(model, images, device, dtype))
-            targets.append(to_device(its_targets, device))
+            targets.append(devices.to_device(its_targets, device))
     return distributed.interleave(torch.cat(outputs)), distributed.interleave(torch.cat(targets))
 
 

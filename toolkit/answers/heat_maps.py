@@ -9,9 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop
 
-from toolkit import InputError
+from toolkit import InputError, devices
 from toolkit.answers.evaluation import eval_mode
-from toolkit.devices import autocast, to_device
 from toolkit.images.bands import Bands
 from toolkit.images.transforms import View
 from toolkit.models import backbones, dense
@@ -80,8 +79,8 @@ class Explainer:
         normalised = self.view(image)
         if self.window is not None:
             normalised = center_crop(normalised, [self.window])
-        with autocast(self.device, self.dtype):
-            heat, outputs = grad_cam(self.model, to_device(normalised[None], self.device), of)
+        with devices.autocast(self.device, self.dtype):
+            heat, outputs = grad_cam(self.model, devices.to_device(normalised[None], self.device), of)
         mean, std = torch.tensor([self.mean, self.std])[..., None, None]
         picture = (normalised * std + mean).clamp(0, 1).movedim(0, 2).numpy()
         if self.bands is not None:

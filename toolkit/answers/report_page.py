@@ -13,8 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from toolkit import MADE_BY
-from toolkit.files import open_atomically, write_text
+from toolkit import MADE_BY, files
 from toolkit.images import data, transforms
 
 STYLE = """
@@ -60,7 +59,7 @@ def write_html(path: Path, title: str, parts: Sequence[str]) -> None:
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
     # A folder's name may have bytes that are no character.
-    write_text(page.encode("utf-8", "replace").decode(), path)
+    files.write_text(page.encode("utf-8", "replace").decode(), path)
 
 
 def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str:
@@ -89,7 +88,7 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: Path) -> None:
-    with open_atomically(path) as file:
+    with files.open_atomically(path) as file:
         figure.savefig(file, pil_kwargs={"compress_level": 3})  # a tenth larger, in two fifths of the time
 
 

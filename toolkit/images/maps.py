@@ -8,8 +8,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from toolkit import MADE_BY
-from toolkit.files import open_atomically
+from toolkit import MADE_BY, files
 from toolkit.images import bands, remote
 
 _SCALE = 33550
@@ -74,7 +73,7 @@ def write_map(path, parts: Iterable, height: int, width: int, like: str | None, 
     items = "".join(f"<Item {where.format(i)}>{escape(name)}</Item>" for i, name in enumerate(names))
     if items:
         extra.append((_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True))
-    with open_atomically(path) as file:
+    with files.open_atomically(path) as file:
         is_large = np.prod(shape, dtype=float) * first.dtype.itemsize > 2**31
         with bands.import_tifffile().TiffWriter(file, bigtiff=bool(is_large)) as writer:
             look |= {"tile": (_TILE, _TILE), "compression": "deflate", "planarconfig": "contig", "metadata": None}
@@ -99,5 +98,5 @@ def write_mask(path: str | os.PathLike, classes: np.ndarray, palette: np.ndarray
     colours = np.full((256, 3), 0.6)
     colours[: len(palette)] = palette
     image.putpalette(np.round(255 * colours).astype(np.uint8).tobytes())
-    with open_atomically(path) as file:
+    with files.open_atomically(path) as file:
         image.save(file, "PNG")

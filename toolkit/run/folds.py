@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from toolkit import InputError, distributed
+from toolkit import InputError, distributed, files
 from toolkit.answers.comparison import table_of_runs
-from toolkit.files import open_atomically
 from toolkit.images.splitting import read_folds
 from toolkit.run import guard, options, output_folder, reports
 
@@ -28,7 +27,7 @@ def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Any, args
         settings = args.config and args.config.read_bytes()  # maybe an earlier run's of this folder, which moves aside
         begin()
         if settings is not None and distributed.is_main() and not args.config.exists():
-            with open_atomically(args.config) as file:
+            with files.open_atomically(args.config) as file:
                 file.write(settings)
         distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for their files
         for number in range(1, count + 1):

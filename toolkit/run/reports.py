@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, listed, printable, typed
+from toolkit import VERSION, InputError, devices, files, listed, printable, typed
 from toolkit.answers import comparison, heat_maps, measures, tasks
 from toolkit.answers.answer_reports import PICTURES, Report, finite
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
 from toolkit.config import flat
-from toolkit.devices import peak_memory_bytes
-from toolkit.files import read_checkpoint, stored_path, write_cells, write_text
 from toolkit.images import bands, sources, transforms
 from toolkit.models import backbones, checkpoints, published
 from toolkit.run import loaders, options, verdict
@@ -144,7 +142,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
         "version": VERSION,
         **bands.recorded(run.plan.normalization, run.report),
         "checkpoint": checkpoints.stored_checkpoint(run.args.checkpoint),
-        "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
+        "stage1_adapter": None if stage1 is None else str(files.stored_path(stage1.absolute())),
         "lora": options.lora_options(run.args),
         "epoch": len(run.history),
         "kept_share": run.wise_ft.share,
@@ -192,7 +190,7 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
     named = report.named_mistakes(run.splits.val)
     write_page(run.path("report.html"), report.title(), shown, sections, mistakes, named, curves, results["config"])
-    write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
+    files.write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a complete run has it
     by_label = report.printed() if report.in_summary else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
     return results
@@ -235,9 +233,9 @@ def _results(run: FineTuned, result: tasks.Answers, figures: dict, kept: dict, c
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
         "lora_parameters": counts["lora"],
-        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "peak_memory_bytes": devices.peak_memory_bytes(run.device),
         "adapter_bytes": adapter.stat().st_size,
-        "adapter_digest": checkpoints.state_digest(read_checkpoint(adapter)["tensors"]),
+        "adapter_digest": checkpoints.state_digest(files.read_checkpoint(adapter)["tensors"]),
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
@@ -274,7 +272,7 @@ def labels_to_check(run: FineTuned) -> list[str]:
         label = names[images.labels[i]]
         rows.append((images.name(i), label, names[answer], f"{times:.3g}"))
         shown.append((i, f"{label}, and not {names[answer]}?"))
-    write_cells(rows, ("path", "label", "answer", "times"), run.path("labels_to_check.csv"))
+    files.write_cells(rows, ("path", "label", "answer", "times"), run.path("labels_to_check.csv"))
     explained = f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for "
     explained += "another class, and is surest of these; labels_to_check.csv has them all.</p>"
     return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]

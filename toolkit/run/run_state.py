@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from toolkit import InputError, distributed
+from toolkit import InputError, devices, distributed
 from toolkit.config import SETTLED, flat
-from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
@@ -75,13 +74,13 @@ class RunState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parallel = distributed.parallel(self.network, self.device)
         if distributed.rank() > 0:
-            seed_everything(self.args.seed + distributed.rank())
+            devices.seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {
             "optimizer": StateEntry.of(optimizer),
             "schedule": StateEntry.of(self.schedule),
             # Empty if the former run was not in float16, as with an automatic precision on another device
             "scaler": StateEntry(self.scaler.state_dict, lambda state: state and self.scaler.load_state_dict(state)),
-            "rng": StateEntry(lambda: distributed.gather(rng_state()), _restore_rng),  # by rank
+            "rng": StateEntry(lambda: distributed.gather(devices.rng_state()), _restore_rng),  # by rank
         }
 
     def trained(self) -> dict[str, Any]:
@@ -138,7 +137,7 @@ class RunState:
 
 def _restore_rng(states: list[dict[str, Any]]) -> None:
     if distributed.rank() < len(states):  # the state may have been written by fewer processes
-        restore_rng_state(states[distributed.rank()])
+        devices.restore_rng_state(states[distributed.rank()])
 
 
 def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
