@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import finetune_lora
-from benchmarks import choose, compare_peers, few_labels, model_zoo, quality, roofline, stages, tables, time_to_accuracy
+from benchmarks import choose, compare_peers, few_labels, model_zoo, quality, roofline, stages, tables
 from tests.pages import commands
 from toolkit import InputError
 from toolkit.run import optim
@@ -139,17 +139,6 @@ def test_a_stage_has_the_seconds_that_no_stage_within_it_has(monkeypatch):
     run.evaluate()
     watch.note()
     assert watch.seconds == {"other": 3, "training": 7, "evaluation between epochs": 2}
-
-
-def test_stages_are_printed_with_their_share_of_the_command(tmp_path, monkeypatch, capsys):
-    def run(command: list[str], **_) -> None:
-        seconds = {"imports": 2.0, "start": 6.0, "whole command": 8.0}
-        Path(command[3]).write_text(json.dumps({"seconds": seconds, "options": command[4:6]}))
-
-    monkeypatch.setattr(time_to_accuracy, "subprocess", argparse.Namespace(run=run, DEVNULL=None))
-    time_to_accuracy.main(["--stages", "--epochs", "3", "--output-dir", str(tmp_path)])
-    assert "| imports | 2.0 | 25% |" in capsys.readouterr().out
-    assert json.loads((tmp_path / "stages.json").read_text())["options"] == ["--epochs", "3"]
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -136,16 +136,20 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst(monkeypatch
 
 def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     """A picture of all of them, beside its mask and the answers for it, six times, would fill the memory."""
+    levels = np.eye(6, 2500, dtype=np.uint8)
+    levels[0, 0] = 255  # unknown
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
         for i in range(5):
-            Image.fromarray(np.eye(6, 2500, dtype=np.uint8)).save(tmp_path / f"{kind}/{i}.png")
+            Image.fromarray(levels).save(tmp_path / f"{kind}/{i}.png")
     images = load_splits("imagefolder", tmp_path, task="segmentation").train
     drawn = []
     monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
     answers = PixelAnswers(0.0, torch.ones(len(images), 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
     Segmentation(["even", "odd"]).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
-    assert {axes.images[0].get_array().shape for axes in drawn} == {(2, 834, 3)}
+    picture, truth, answer = (axes.images[0].get_array() for axes in drawn)
+    assert picture.shape == truth.shape == answer.shape == (2, 834, 3)
+    assert np.array_equal(truth[0, 0], answer[0, 0])  # where nothing is known both are grey
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
