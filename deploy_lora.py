@@ -447,11 +447,10 @@ def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequenc
     """
     args = deployed.args
     places = predictions.places_of_images(images, args.images, args.output)
-    share = range(distributed.rank(), len(images), distributed.world_size())
     written = []
     broken = []
     with _folder_of_answers(deployed, images, places, endings, settings) as finished:
-        for i in progress_bar(share, args.command):
+        for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), args.command):
             try:
                 written += finished[places[i]] or [write(i, places[i])]
             except folders.UnreadableImage as error:
@@ -466,9 +465,7 @@ def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequenc
 
 
 @contextlib.contextmanager
-def _folder_of_answers(
-    deployed: Deployed, images: LabelledImages, places: Sequence[Path], endings: Sequence[str], settings: dict[str, Any]
-) -> Iterator[dict[Path, list[Path]]]:
+def _folder_of_answers(deployed: Deployed, images: LabelledImages, places, endings, settings) -> Iterator[dict]:
     """Hold the folder --output, and yield the files that are finished at each place: see `predictions.begin_folder`."""
     args = deployed.args
     made_of = {"command": args.command, "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest()}
@@ -485,8 +482,7 @@ def _answered(deployed: Deployed, images: LabelledImages, parts: Sequence[range]
     size = deployed.about["image_size"]
     zeros = torch.zeros(input_channels(deployed.model), size, size)
     chosen = images.subset(list(itertools.chain(*parts)))
-    loader = deployed.loader(TolerantImages(chosen, deployed.transform, zeros))
-    batches = iter(progress_bar(loader, args.command))
+    batches = iter(progress_bar(deployed.loader(TolerantImages(chosen, deployed.transform, zeros)), args.command))
     for part in parts:
         outputs = []
         problems = []

@@ -1,8 +1,6 @@
 """Four examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
 
-    python example_lora_usage.py
-
-Each is a function to copy from, and prints what it found.
+python example_lora_usage.py
 """
 
 import functools

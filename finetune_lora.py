@@ -67,9 +67,8 @@ class LoRALayer:
 
     or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). Each adapted layer *is* the layer it adapts: it keeps
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
-    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
-
-    The constructor takes the stock layer's arguments and the fields of `LoRASettings`.
+    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``. The constructor takes the stock
+    layer's arguments and the fields of `LoRASettings`.
     """
 
     weight_name = "weight"
@@ -109,10 +108,9 @@ class LoRALayer:
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
         weight = self._parameters[self.weight_name]
+        rounds = adapted.rounds(self, dtype) and weight.dtype == torch.float32
         if self.in_4_bits:
             rounds = self.base_bits == 32
-        else:
-            rounds = adapted.rounds(self, dtype) and weight.dtype == torch.float32
         if not rounds:
             return
         self.float_digests = {self.weight_name: tensor_digest(weight)}
@@ -391,8 +389,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if key_padding_mask is not None and not is_batched:
             key_padding_mask = key_padding_mask[None]
         mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
-        dropout = self.dropout * self.training
-        attended, weights = attention.attend(q, k, v, self.num_heads, mask, dropout, need_weights)
+        attended, weights = attention.attend(q, k, v, self.num_heads, mask, self.dropout * self.training, need_weights)
         output = self.out_proj(attended)  # (N, L, E)
         if need_weights and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
@@ -585,8 +582,7 @@ def load_finetuned(
     model, _ = load_base(base, stage1, **adapter_file.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
     size = None if per_pixel else metadata["image_size"]
-    view = transforms.eval_transform(size, **bands.from_metadata(metadata))
-    return model.eval(), {**metadata, "transform": view}
+    return model.eval(), {**metadata, "transform": transforms.eval_transform(size, **bands.from_metadata(metadata))}
 
 
 def load_base(
@@ -915,8 +911,7 @@ class FineTuning(RunState):
         self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
-            # Files are to say what was done, since `auto` is another thing on a GPU.
-            plan = replace(plan, norms="follow" if followers(model) else "frozen")
+            plan = replace(plan, norms="follow" if followers(model) else "frozen")  # files say what was done
         self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)
 
@@ -1136,8 +1131,7 @@ class FineTuning(RunState):
         if is_best and distributed.is_main():
             with self.wise_ft.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
-        # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
-        self.save_state()
+        self.save_state()  # the second: a run killed between the two repeats the epoch and writes the same lora.pth
         self.save_metrics(training.metrics_columns(self.task.measured))
 
     # What is evaluated, with which weights

@@ -297,8 +297,7 @@ class LoRAManager:
         now = base_digests(self.model)
         if metadata is None:
             metadata = self._in_use_or_unnamed().metadata
-        # Two-stage and full fine-tuning change the base itself, so its changed tensors belong to the file. A weight in
-        # 4 bits cannot change, and without a record of the start every tensor counts as changed.
+        # Two-stage and full fine-tuning change the base too. Without a record of the start all of it counts as changed.
         start = self.record.base_digests or {}
         changed = [name for name in now if now[name] != start.get(name)]
         tensors = self._own_tensors()
@@ -409,7 +408,6 @@ class LoRAManager:
 
 
 def _refuse(path: str | Path, problems: Iterable[str]) -> None:
-    """Raise InputError if there are any problems, with the first four."""
     shown = sorted(map(printable, problems))
     if len(shown) > 4:
         shown[4:] = [f"and {len(shown) - 4} more"]

@@ -84,8 +84,7 @@ class Adapter:
                 state.apply_to(layer)
         for path, tensor in (self.tensors | above.tensors).items():
             owner, leaf = _owner(model, path)
-            module = model.get_submodule(path.rpartition(".")[0])
-            if leaf in getattr(module, "float_digests", ()):
+            if leaf in getattr(model.get_submodule(path.rpartition(".")[0]), "float_digests", ()):
                 continue  # the installed state stores this weight in fewer bits
             if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
                 tensor.data = tensor.data.to(owner[leaf])

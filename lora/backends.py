@@ -22,8 +22,7 @@ _PROCESSOR = _CORES.read_text()[:4096] if _CORES.exists() else platform.processo
 # What `torch.compile` calls on CPUs is the only way to oneDNN's float32 product. MKL's is slower on other processors.
 _IS_AMD_WITH_AVX512 = "AuthenticAMD" in _PROCESSOR and "AVX512" in torch.backends.cpu.get_cpu_capability()
 PREFERS_ONEDNN_LINEAR = _IS_AMD_WITH_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
-ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
+ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()  # in which its convolutions take an addition or a ReLU along on this CPU
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
     ONEDNN_DTYPES = (torch.float32,)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -31,8 +30,7 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak, next to zero in float32,
 # NaN stays. Subnormal numbers are slow: at 1e-30 products with gradients would be, at 1e-15 squares in Adam.
 LEAK = 1e-20
-# oneDNN's gradient of a wider depthwise kernel takes ten times as long as its output, in bf16 forty times.
-WIDEST_FAST_KERNEL = 3
+WIDEST_FAST_KERNEL = 3  # of a wider depthwise one oneDNN's gradient takes ten times the output's time, in bf16 forty
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

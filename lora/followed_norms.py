@@ -10,9 +10,8 @@ With the inputs that the base network has on some training images, K = W + s B A
     mean' = mean + s B A m        var' = var v(W + s B A) / v(W),        v(K) = diag(K C K^T)
 
 C is held by its few principal components, so that this costs products of A with k rows. The gradient through it is that
-of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch.
-
-The statistics belong to the adapter: its convolution's `followed` has them, and the BatchNorm only while it is merged.
+of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch. The
+statistics belong to the adapter: its convolution's `followed` has them, and the BatchNorm only while it is merged.
 """
 
 import contextlib
@@ -99,9 +98,8 @@ class FollowedNorm(AdapterStatistics):
 
     def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
         A = conv.lora_A  # (r, fan_in)
-        B = conv.lora_B  # (out, r)
         with torch.autocast(A.device.type, enabled=False):
-            sB = conv.scaling * B
+            sB = conv.scaling * conv.lora_B  # (out, r)
             h = self.inputs @ A.T  # (k, r)
             change = (sB * (self.doubled.T @ h + sB @ (h.T @ h))).sum(1)  # of v, (out,)
             shift = sB @ (A @ self.centre)  # of the mean, (out,)
@@ -126,8 +124,7 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
     x, (vertical, horizontal) = functional.pad_for_conv2d(x, conv)
     windows = F.pad(x, (horizontal, horizontal, vertical, vertical))
     for dim in (0, 1):
-        extent = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1
-        windows = windows.unfold(2 + dim, extent, conv.stride[dim])
+        windows = windows.unfold(2 + dim, conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1, conv.stride[dim])
     windows = windows[..., :: conv.dilation[0], :: conv.dilation[1]]  # a view (N, in, H', W', kh, kw)
     N, _, height, width = windows.shape[:4]
     drawn = torch.randint(N * height * width, (number,), generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -159,8 +156,7 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     patches = defaultdict(list)
 
     def keep_some(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
-        number = math.ceil(PATCHES / len(batches))
-        patches[conv].append(patches_of(conv, inputs[0].to(conv.lora_A.dtype), number))
+        patches[conv].append(patches_of(conv, inputs[0].to(conv.lora_A.dtype), math.ceil(PATCHES / len(batches))))
 
     with contextlib.ExitStack() as hooks, eval_mode(model):
         for conv in norm_of:

@@ -30,9 +30,8 @@ from lora.int8 import Int8Weight, multiplies_exactly
 from lora.nf4 import NF4Weight, dense_weight
 
 Weight = Tensor | NF4Weight | Int8Weight  # of floats, or frozen in 4 or 8 bits
-# On a CPU the gradient through a recomputed LayerNorm is computed in up to PARTS parts, of PART_NUMEL numbers or more.
-PARTS = 8
-PART_NUMEL = 2**17
+PARTS = 8  # at most, in which a CPU computes the gradient through a recomputed LayerNorm
+PART_NUMEL = 2**17  # numbers in each, or more
 
 
 def _is_trainable(weight: Weight) -> bool:
@@ -206,14 +205,13 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
     if isinstance(prologue, nn.GELU):
         return backends.gelu_gradient(gradient.to(x.dtype), x, approximate=prologue.approximate, grad_input=result)
     dtype = x.dtype if prologue.weight is None else prologue.weight.dtype
-    parameters = (prologue.weight, prologue.bias, [True, False, False])
     size = max(len(x), 1)
     if x.device.type == "cpu":  # all rows at once would be the peak of a ViT's memory; on a GPU each part is kernels
         size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
         rows = (of_gradient.to(dtype), of_x.to(dtype), prologue.normalized_shape, mean, deviation)
-        of_result.copy_(backends.layer_norm_gradient(*rows, *parameters)[0])
+        of_result.copy_(backends.layer_norm_gradient(*rows, prologue.weight, prologue.bias, [True, False, False])[0])
     return result
 
 
@@ -244,8 +242,7 @@ def lora_linear(
     seen = x if adapter_x is None else adapter_x
     h = F.linear(seen.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
     B = B.to(dtype).unflatten(0, (groups, -1))
-    delta = torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
-    return F.linear(x, weight, bias) + scaling * delta
+    return F.linear(x, weight, bias) + scaling * torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
 
 
 # ----------------------------------------------------------------------------------------------------- convolution
@@ -305,8 +302,7 @@ class _LoRAConv2d(torch.autograd.Function):
                     y.add_(bias[:, None, None])
             y = backends.added_and_rectified(y, residual, relu)
         else:
-            kernel = _folded_kernel(weight, A, sB, row_scale, dtype)  # g (W + s B A)
-            y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
+            y = backends.conv2d(x, _folded_kernel(weight, A, sB, row_scale, dtype), bias, geometry, residual, relu)
 
         if not ctx.follows:  # the derivative of log g alone reads these
             bias = residual = None

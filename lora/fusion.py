@@ -222,8 +222,7 @@ class FusedMLPBlock(MLPBlock):
         x = apply_layer(linear, input) if prologue is None else linear(input, prologue=prologue)
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
-            does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
-            if does_nothing and recomputes(gelu, linear):
+            if type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout) and recomputes(gelu, linear):
                 x = linear(x, prologue=gelu)
                 rest = after
         for module in rest:
@@ -319,10 +318,8 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """Set the flags of modules that would read raw weights, past every adapter; without adapters, set them back.
-
-    These are PyTorch's encoders in eval mode, and timm's BEiT, EVA-02 and Swin v2.
-    """
+    """Set the flags of modules that would read raw weights, past every adapter; without adapters, set them back."""
+    # They are in PyTorch's encoders in eval mode, and in timm's BEiT, EVA-02 and Swin v2.
     without = {"activation_relu_or_gelu": False, "use_nested_tensor": False, "qkv_bias_separate": True}
     for module in model.modules():
         for flag in without.keys() & vars(module).keys():

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from lora.adapted import adapted_layers, adapter_parameters
 from toolkit import distributed, dotted
 
-# How many times faster than everything else adapters with this start learn: benchmarks/RESULTS.md has the measurements.
-ADAPTER_LR_FACTOR = 24.0  # up to rank 8
+ADAPTER_LR_FACTOR = 24.0  # how many times faster these adapters learn, up to rank 8: measured in benchmarks/RESULTS.md
 RESNET_LR_FACTOR = 2.0  # further, in a ResNet: measured in benchmarks/RESULTS.md, why is not known
 GRADIENT_IMAGES = 256  # enough for a good gradient
 

@@ -73,16 +73,11 @@ def write_peft(model: nn.Module, folder: Path) -> None:
         alphas[pattern] = layer.scaling * ranks[pattern]
         for key, factor in factors.items():
             tensors[f"{name}.{key}"] = factor
-    config = import_peft().LoraConfig(
-        r=max(ranks.values()),  # the patterns have each layer's
-        lora_alpha=max(alphas.values()),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
-        modules_to_save=list(head_names(model)),
-        lora_dropout=max(layer.lora_dropout for layer in layers.values()),
-        inference_mode=True,
-    )
+    adapters = {"r": max(ranks.values()), "lora_alpha": max(alphas.values())}  # the patterns have each layer's
+    adapters |= {"rank_pattern": ranks, "alpha_pattern": alphas, "modules_to_save": list(head_names(model))}
+    adapters["target_modules"] = "|".join(map(re.escape, layers))  # a list would match the ends of names
+    dropout = max(layer.lora_dropout for layer in layers.values())
+    config = import_peft().LoraConfig(**adapters, lora_dropout=dropout, inference_mode=True)
     for head in head_names(model):
         tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

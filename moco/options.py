@@ -87,8 +87,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
 
 def written(args: Any) -> list[str]:
     """The names of the files that a run writes to --output-dir."""
-    tables = ("last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
-    return [checkpoint_name(args), "moco_lora.pth", *tables]
+    return [checkpoint_name(args), "moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png"]
 
 
 def checkpoint_name(args: Any) -> str:

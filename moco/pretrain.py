@@ -48,8 +48,7 @@ FREE_TO_CHANGE = ("config", "output_dir", "resume", "device", "workers", "knn_ev
 FREE_TO_CHANGE += options.PLACES_OF_IMAGES
 OF_ONE_VERSION = {"queue_size": 2, "mlp_dim": 3}  # options that the other version of MoCo has no use for
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
-# The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
-KNN_BANK = 50_000
+KNN_BANK = 50_000  # the most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50
 KNN_QUERIES = 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
 MEASURED_IMAGES = 2_048  # the images on which the effective rank is measured
@@ -282,18 +281,13 @@ class Pretraining(RunState):
 
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
-        return {
-            **{name: last[name] for name in ("loss", *measures.TITLES)},
-            "knn_interval": self.knn_interval(last),
-            "before": self.baseline,
-            "epochs": self.epoch,
-            "peak_memory_bytes": devices.peak_memory_bytes(self.device),
-            "seconds": sum(training.column(self.history, "seconds")),
-            **self.meter.results(),
-            "checkpoint": self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args)),
-            "metrics": self.path("metrics.csv"),
-            **{name: self.identity[name] for name in ("images", "normalization", "config")},
-        }
+        results = {name: last[name] for name in ("loss", *measures.TITLES)}
+        results |= {"knn_interval": self.knn_interval(last), "before": self.baseline, "epochs": self.epoch}
+        results["peak_memory_bytes"] = devices.peak_memory_bytes(self.device)
+        results |= {"seconds": sum(training.column(self.history, "seconds")), **self.meter.results()}
+        results["checkpoint"] = self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args))
+        results["metrics"] = self.path("metrics.csv")
+        return results | {name: self.identity[name] for name in ("images", "normalization", "config")}
 
 
 def summary(run: Pretraining, results: dict[str, Any]) -> list[tuple[str, str]]:
