@@ -94,8 +94,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-# A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
-_SHORT = reprlib.Repr()
+_SHORT = reprlib.Repr()  # a list may contain the same list many times: a few hundred bytes could fill the memory
 _SHORT.maxlevel = 3
 _SHORT.maxlist = _SHORT.maxdict = 100
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -413,10 +412,7 @@ def choose(args: argparse.Namespace) -> list[str]:
 
 
 def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, Path], Any]) -> Any:
-    """Write the answers for images into the file --output, or in parts into a folder, and return the parts' paths.
-
-    `write` takes outputs (n, ...), their images and a path; what it returns of the one file is returned.
-    """
+    """Write the answers for images into --output; return what `write` does or, of a folder, the paths of its parts."""
     args = deployed.args
     images = _images(args.images, deployed.about)
     if args.output.suffix:
@@ -441,10 +437,7 @@ def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, 
 
 
 def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequence[str], settings, write) -> list[Path]:
-    """Write a file for each image into the folder --output, unless it is there, and return the paths of all.
-
-    `write` takes an image's number and place, and returns its file: the place with one of the endings.
-    """
+    """Write a file for each image into --output by ``write(i, place)``, unless it is there; return the paths of all."""
     args = deployed.args
     places = predictions.places_of_images(images, args.images, args.output)
     written = []
@@ -531,10 +524,7 @@ def _images_in_files(args: argparse.Namespace, about: dict[str, Any]) -> Labelle
 
 
 def _labelled_images(place: Path, about: dict[str, Any]) -> tuple[LabelledImages, str]:
-    """The labelled images that can be read, and a description of how many they are and where.
-
-    The place is a list, or a folder with a folder for each class, or with images/ and masks/, itself or in its val/.
-    """
+    """The labelled images that can be read, and a description of how many they are and where."""
     if not remote.exists(place):
         raise InputError(f"{remote.address(place)}: no such file or folder; give a list or a folder of labelled images")
     data = _data_of_run(about)

@@ -320,10 +320,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
-    """Attention with an adapter each for q, k and v (`lora_A_q`, `lora_B_q`, ...); the output projection has its own.
-
-    On self-attention the three are one product. Dropout draws one mask for each distinct input.
-    """
+    """Attention with an adapter each for q, k and v (`lora_A_q`, `lora_B_q`, ...), and one of the output projection."""
 
     weight_name = "in_proj_weight"
     parts = ("_q", "_k", "_v")
@@ -346,7 +343,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             query, key, value = attention.once_each(prologue, query, key, value)
             prologue = None
         inputs = (query, key, value)
-        adapter_inputs = attention.once_each(self._adapter_input, *inputs)
+        adapter_inputs = attention.once_each(self._adapter_input, *inputs)  # one dropout mask for each distinct input
         projected = []
         for i, end in products:
             x = inputs[i]
@@ -893,8 +890,7 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
 
-    `plan` is what is settled besides the options, `args`. `model`, on its device, and `report` are what `build_model`
-    returns. `teaches`: may images without labels train, where there are enough with?
+    `model`, on its device, and `report` are what `build_model` returns. `teaches`: may images without labels train?
     """
 
     def __init__(self, args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits, teaches=True):
@@ -934,9 +930,8 @@ class FineTuning(RunState):
             self.teacher = teacher.Teacher(model, *shape, plan.device, plan.dtype)
             counts = {name: count + shape[0] / shape[1] for name, count in counts.items()}
         self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, counts))
-        may_shrink = args.wise_ft == "auto" and self.wise_ft.alpha < 1
-        watched = self.loaders.watched_images
-        self.guard = Guard(self.task, splits.train, watched, may_shrink=may_shrink, epochs=args.epochs)
+        shrinks = args.wise_ft == "auto" and self.wise_ft.alpha < 1
+        self.guard = Guard(self.task, splits.train, self.loaders.watched_images, may_shrink=shrinks, epochs=args.epochs)
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
 
@@ -957,18 +952,15 @@ class FineTuning(RunState):
         }
         if self.teacher is not None:
             self.trained_entries["teacher"] = StateEntry.of(self.teacher)
-        self.other_entries |= {
-            "guard": StateEntry.of(self.guard),
-            "good": StateEntry.attribute(self, "last_good"),
-            "head_temperature": StateEntry(
-                save=lambda: tuple(self.head_temperature),
-                load=lambda state: setattr(self, "head_temperature", probe.HeadTemperature(*state)),
-            ),
-            "by_unlabelled": StateEntry.attribute(self, "by_unlabelled"),
-            "contradicted": StateEntry.attribute(self.task, "contradicted"),
-            "rate": StateEntry.attribute(self, "rate"),
-            "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
-        }
+        self.other_entries |= {"guard": StateEntry.of(self.guard), "good": StateEntry.attribute(self, "last_good")}
+        self.other_entries["head_temperature"] = StateEntry(
+            save=lambda: tuple(self.head_temperature),
+            load=lambda state: setattr(self, "head_temperature", probe.HeadTemperature(*state)),
+        )
+        self.other_entries["by_unlabelled"] = StateEntry.attribute(self, "by_unlabelled")
+        self.other_entries["contradicted"] = StateEntry.attribute(self.task, "contradicted")
+        for name in ("rate", "adapter_lr_factor"):
+            self.other_entries[name] = StateEntry.attribute(self, name)
         self.identity |= {"config": self.plan.settings(args), "images": self.splits.digest()}
         self.identity |= {"class_names": list(self.splits.class_names), "base": record_of(model).base_digests or {}}
 
@@ -1195,12 +1187,9 @@ class FineTuning(RunState):
         return True
 
     def calibrate(self) -> bool:
-        """Make the probabilities believable, by training images: divide the head's outputs by a temperature.
-
-        For several labels it also chooses the thresholds. False: for numbers, or a head that was no probe.
-        """
+        """Make the probabilities believable, by training images: divide the head's outputs by a temperature."""
         optimism = self.head_temperature.optimism
-        if optimism is None and not self.task.always_calibrates:
+        if optimism is None and not self.task.always_calibrates:  # numbers, or a head that was no probe
             return False
         if self.loaders.has_masks:
             how = (self.device, self.dtype, len(self.loaders.watched_images))

@@ -28,10 +28,8 @@ DEFAULT = "default"  # the name that an adapter without a name gets
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`.
-
-    The same on every machine: of values before rounding, and of a position embedding's in the checkpoint.
-    """
+    """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`."""
+    # The same on every machine: of values before rounding, and of a position embedding's in the checkpoint.
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     record = record_of(model)
     for name, resized in record.resized_digests.items():
@@ -219,12 +217,10 @@ class LoRAManager:
         for name, layer in self._layers_in_file().items():
             layers[name] = _layer_record(layer)
             layers[name]["parameters"] = sum(map(Tensor.numel, adapter_parameters(layer).values()))
-        return {
-            "num_layers": sum(record["r"] > 0 for record in layers.values()),
-            "lora_parameters": sum(record["parameters"] for record in layers.values()),
-            "merged": any(layer.merged for layer in adapted_layers(self.model).values()),
-            "layers": layers,
-        }
+        info = {"num_layers": sum(record["r"] > 0 for record in layers.values())}
+        info["lora_parameters"] = sum(record["parameters"] for record in layers.values())
+        info["merged"] = any(layer.merged for layer in adapted_layers(self.model).values())
+        return info | {"layers": layers}
 
     @property
     def names(self) -> list[str]:
@@ -307,14 +303,10 @@ class LoRAManager:
             metadata = json.loads(json.dumps(metadata))
         except (TypeError, ValueError) as error:
             raise InputError(f"metadata takes numbers, strings, lists and dicts alone: {error}") from None
-        content = {
-            "format_version": 2 if "task" in metadata else 1,
-            "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-            "layers": {name: _layer_record(layer) for name, layer in self._layers_in_file().items()},
-            "base_hash": _hash(now, tensors),
-            "metadata": metadata,
-        }
-        write_adapter_file(content, path)
+        content: dict[str, Any] = {"format_version": 2 if "task" in metadata else 1}
+        content["tensors"] = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        content["layers"] = {name: _layer_record(layer) for name, layer in self._layers_in_file().items()}
+        write_adapter_file(content | {"base_hash": _hash(now, tensors), "metadata": metadata}, path)
 
     def load_lora_checkpoint(self, path: str | Path, name: str | None = None) -> dict[str, Any]:
         """Read what `save_lora_checkpoint` wrote, strictly, and return its metadata.

@@ -49,11 +49,9 @@ def refuse_jit() -> None:
 
 
 def first_derivative(backward):
-    """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast.
+    """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast."""
 
-    By PyTorch's `once_differentiable` a penalty on gradients without a graph, as of a sum, would train nothing.
-    """
-
+    # By PyTorch's `once_differentiable` a penalty on gradients without a graph, as of a sum, would train nothing.
     @functools.wraps(backward)
     def run(ctx, *gradients):
         if torch.compiler.is_compiling():  # Dynamo would leave autocast off for all that it traces after this
@@ -77,10 +75,9 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     MKL is. In bfloat16 all are oneDNN's, but PyTorch copies the bias first.
     """
     on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
+    pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others
         pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
-    else:
-        pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
     if not on_cpu or not pays or x.numel() == 0:
         return F.linear(x, W, bias)
     if bias is not None:

@@ -57,19 +57,15 @@ def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None)
 
 
 def effective_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place=False) -> Tensor:
-    """``W + s B A`` of a weight (out, in), or of a kernel in its memory format. B: (out, r), A: (groups r, fan_in).
-
-    It is a fresh tensor; with `in_place` it may take the memory of the weight, a temporary.
-    """
+    """``W + s B A`` of a weight (out, in), or of a kernel in its memory format. B: (out, r), A: (groups r, fan_in)."""
     if not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last):
         # Permute the small factor too, so that the product comes out in the kernel's own order.
         A = A.view(len(A), *W.shape[1:]).permute(0, 2, 3, 1).flatten(1)
         return effective_weight(W.permute(0, 2, 3, 1), A, B, scaling, groups, in_place).permute(0, 3, 1, 2)
     matrices, A, B = (t.flatten(1).unflatten(0, (groups, -1)) for t in (W, A, B))
-    if not in_place:
+    if not in_place:  # else it may take the memory of the weight, a temporary
         matrices = matrices.clone()
-    # In place, since autocast would round the operands of any other product.
-    return matrices.baddbmm_(B, A, alpha=scaling).reshape(W.shape)
+    return matrices.baddbmm_(B, A, alpha=scaling).reshape(W.shape)  # in place: autocast would round others' operands
 
 
 def _operand(weight: Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
@@ -348,10 +344,8 @@ class _LoRAConv2d(torch.autograd.Function):
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
-    """May ``g (W + s B A)`` be rounded to ``dtype`` as one? Only if rounding W alone would change W as well.
-
-    Small updates then survive on average, as in full fine-tuning. A weight on the grid of 16 bits would swallow them.
-    """
+    """May ``g (W + s B A)`` be rounded to ``dtype`` as one? Only if rounding W alone would change W as well."""
+    # Small updates then survive on average, as in full fine-tuning; a weight on the grid of 16 bits would swallow them.
     on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
     return dtype not in LOW_PRECISION or not on_the_grid
 
@@ -469,8 +463,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
         ctx.shape = x.shape
         y, indices = backends.max_pool2d(x, *options)
         y.relu_()
-        # 32 bits hold the positions in a channel of an image, for which PyTorch uses 64.
-        ctx.save_for_backward(y, indices.to(torch.int32))
+        ctx.save_for_backward(y, indices.to(torch.int32))  # enough for positions in a channel; PyTorch uses 64 bits
         return y
 
     @staticmethod

@@ -83,10 +83,8 @@ def is_frozen_attention(attention: nn.Module) -> bool:
 
 
 def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:
-    """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E).
-
-    The stock forward makes L products, in bf16 on a CPU with a copy of the weight each: 20 times as slow in a ViT-B/16.
-    """
+    """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E)."""
+    # The stock forward makes L products, in bf16 on a CPU each with a copy of the weight: 20 times as slow in ViT-B/16.
     q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=attention.dropout * attention.training)
     return frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
@@ -279,16 +277,9 @@ def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tenso
     return model.heads(model.encoder.ln(x)[:, 0])
 
 
-FUSED = {
-    ResNet: FusedResNet,
-    BasicBlock: FusedBasicBlock,
-    Bottleneck: FusedBottleneck,
-    nn.Sequential: FusedSequential,
-    Conv2dNormActivation: FusedConv2dNormActivation,
-    EncoderBlock: FusedEncoderBlock,
-    MLPBlock: FusedMLPBlock,
-    VisionTransformer: FusedVisionTransformer,
-}
+FUSED = {ResNet: FusedResNet, BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, nn.Sequential: FusedSequential}
+FUSED |= {EncoderBlock: FusedEncoderBlock, MLPBlock: FusedMLPBlock, VisionTransformer: FusedVisionTransformer}
+FUSED[Conv2dNormActivation] = FusedConv2dNormActivation
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 

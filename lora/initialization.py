@@ -23,10 +23,8 @@ GRADIENT_IMAGES = 256  # enough for a good gradient
 
 
 def adapter_lr_factor(r: int, most: float = math.inf) -> float:
-    """How many times faster than everything else adapters of rank r learn; alpha is taken to be twice the rank.
-
-    At one rate a step would change W by an amount that grows with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
-    """
+    """How many times faster than everything else adapters of rank r learn; alpha is taken to be twice the rank."""
+    # At one rate a step's change of W would grow with sqrt(r) (rank-stabilised scaling, arXiv 2312.03732).
     return min(ADAPTER_LR_FACTOR, most) * min(1.0, math.sqrt(8 / r))
 
 

@@ -139,8 +139,7 @@ class Pretraining(RunState):
         normalization = self.open_loaders(read)
         self.about_adapters = bands.recorded(normalization, self.report)  # their base may be fitted to the images
         if args.moco_version == 3:
-            # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
-            norms.share_statistics(self.model)
+            norms.share_statistics(self.model)  # unshuffled, those of one process could tell which key is whose
         base = backbones.record_of(self.model.encoder_q).base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         self.begin_training(build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
