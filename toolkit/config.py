@@ -230,12 +230,11 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
         elif section in section_of.values():
             for key, value in (entries or {}).items():
-                name = f"{section}.{printable(key)}"
                 if section_of.get(key) == section:
                     yield section, key, value
                 elif key not in ignored.get(section, ()) and value is not None:  # as old files have what is gone
                     hint = _hint(key, section_of, section_of) or "; delete the line"
-                    problems.append(f"{name}: no such key in {path}{hint}")
+                    problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
 
 
 def _hint(name: Any, known: Collection[str], section_of: Mapping[str, str] | None = None) -> str:

@@ -58,7 +58,6 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -111,8 +110,7 @@ def interleave(share: Tensor) -> Tensor:
     if world_size() == 1:
         return share
     total = int(all_sum(len(share))[0])
-    longest = -(-total // world_size())
-    padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])])
+    padded = torch.cat([share, share.new_zeros(-(-total // world_size()) - len(share), *share.shape[1:])])
     padded = padded.contiguous().to(_exchanging_device())
     shares = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(shares, padded)

@@ -22,10 +22,7 @@ CANDIDATES = 10  # the least sure images, for each that is chosen
 
 
 def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
-    """The positions of the `count` images, with features (N, D), that are nearest to the centres of k-means.
-
-    A part whose centre has a labelled image, with features (M, D), has its turn last; else the largest comes first.
-    """
+    """The positions of `count` images, of features (N, D), nearest to k-means' centres; (M, D) are of labelled ones."""
     from sklearn.cluster import KMeans
 
     everything = torch.cat([features, labelled]).float()
@@ -37,6 +34,7 @@ def most_typical(features: Tensor, count: int, labelled: Tensor) -> list[int]:
     distances = np.linalg.norm(directions - fitted.cluster_centers_[parts], axis=1)
     distances[len(features) :] = -1.0
     order = np.lexsort((distances, parts))  # part by part: what is labelled, then the nearest first
+    # A part whose centre has a labelled image has its turn last; else the largest comes first.
     turns = np.empty(len(order), int)
     turns[order] = np.arange(len(order)) - np.searchsorted(parts[order], parts[order])
     by_turn = np.lexsort((-np.bincount(parts)[parts], turns))

@@ -95,9 +95,7 @@ class ClassReport(Report):
         answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
     def mistakes(self) -> list[tuple[int, str]]:
-        labels = self.answers.labels
-        predictions = self.answers.predictions
-        confidences = self.answers.confidences
+        *_, predictions, labels, confidences = self.answers
         ranked = confidences.argsort(descending=True, stable=True)
         wrong = ranked[predictions[ranked] != labels[ranked]]
         found = []

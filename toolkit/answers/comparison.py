@@ -161,10 +161,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
 
 
 def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[str, str]]:
-    """(score, what has it) of many `results.json`, the best first; of runs that differ by seed or fold alone a row.
-
-    A row also where they `are_parts` of one cross-validation, each of which settles anew what is `auto`.
-    """
+    """(score, what has it) of many `results.json`, the best first; of runs that differ by seed or fold alone a row."""
     kinds = set()
     groups: dict[str, list[tuple[Path, float]]] = {}
     for path in dict.fromkeys(paths):
@@ -175,7 +172,13 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
         kinds.add(f"{results['task']} of {images} images")
         score = tasks.TASKS[results["task"]].score
         value = results.get(f"val_{score}", results.get(score))
-        settings = {} if are_parts else _settings(results, path)
+        settings: dict[str, Any] = {}  # but for seed and part
+        if not are_parts:  # each of which settles anew what is `auto`
+            settings = config.flat(results.get("config", {"file": str(path)}))  # results of `evaluate` stand alone
+            if "learning rate" in results.get("chosen_by", {}):
+                settings["finetune.learning_rate"] = "auto"
+            for of_one_run in ("finetune.seed", "data.folds"):
+                settings.pop(of_one_run, None)
         if value is not None:  # else it is not defined on these images
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
     if len(kinds) > 1:
@@ -191,16 +194,6 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         rows.append((mean, f"{mean:.4f}{spread}", f"{len(members)} of {members[0][0]}; {how}"))
     return [(score, what) for _, score, what in sorted(rows, reverse=True)]
-
-
-def _settings(results: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What was set of a run, but for its seed and its part; results of `evaluate` stand alone."""
-    settings = config.flat(results.get("config", {"file": str(path)}))
-    if "learning rate" in results.get("chosen_by", {}):
-        settings["finetune.learning_rate"] = "auto"
-    for of_one_run in ("finetune.seed", "data.folds"):
-        settings.pop(of_one_run, None)
-    return settings
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -39,8 +39,7 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
         scores = outputs.amax(1) if of is None else outputs[:, of]
         if of is not None and scores.dim() > 1:
             answered = (outputs.argmax(1) == of).float()
-            is_answered = answered.amax((1, 2), keepdim=True)
-            scores = scores * (answered + 1 - is_answered)
+            scores = scores * (answered + 1 - answered.amax((1, 2), keepdim=True))
         [gradient] = torch.autograd.grad(scores.sum(), kept[-1:])  # a block may be called several times
     features = _in_places(kept[-1].detach().float())
     shares = _in_places(gradient.float()).mean((2, 3), keepdim=True)
@@ -55,8 +54,7 @@ def _in_places(features: Tensor) -> Tensor:
     if features.dim() == 4:
         return features if features.shape[2] == features.shape[3] else features.movedim(3, 1)
     side = int(features.shape[1] ** 0.5)
-    patches = features[:, -side * side :]  # class and register tokens are the first
-    return patches.movedim(2, 1).unflatten(2, (side, side))
+    return features[:, -side * side :].movedim(2, 1).unflatten(2, (side, side))  # class and register tokens come first
 
 
 @dataclass

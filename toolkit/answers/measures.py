@@ -43,10 +43,8 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
 
 
 def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
-    """The 95% interval of the mean of independent shares (K,), of this many images each: for few, and all right too.
-
-    Each share has Wilson's (JASA 22, 1927), of which Zou and Donner make the mean's (Statistics in Medicine 27, 2008).
-    """
+    """The 95% interval of the mean of independent shares (K,), of this many images each: for few, and all right too."""
+    # Each share has Wilson's (JASA 22, 1927), of which Zou and Donner make the mean's (Statistics in Medicine 27, 2008)
     unsure = NORMAL**2 / images
     middle = (shares + unsure / 2) / (1 + unsure)
     half = (unsure * (shares * (1 - shares) + unsure / 4)).sqrt() / (1 + unsure)
@@ -59,8 +57,7 @@ def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
 def effective_rank(features: Tensor) -> float:
     """How many directions features (N, D) fill, 1 to min(N, D): "effective rank" (Roy and Vetterli, EUSIPCO 2007)."""
     values = torch.linalg.svdvals(features.double() - features.double().mean(0))
-    shares = values / values.sum()
-    return torch.special.entr(shares).sum().exp().item() if values.sum() > 0 else 1.0
+    return torch.special.entr(values / values.sum()).sum().exp().item() if values.sum() > 0 else 1.0
 
 
 # `weights`, (n, images), say in whole numbers how often each image counts: a row for each set of images.
@@ -71,8 +68,7 @@ NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB
 
 def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:
     """`measure(weights)` of weights (n, images), for some rows at a time: each needs this many numbers in between."""
-    rows = max(1, NUMBERS_AT_ONCE // max(1, numbers))
-    return torch.cat([measure(part) for part in weights.split(rows)])
+    return torch.cat([measure(part) for part in weights.split(max(1, NUMBERS_AT_ONCE // max(1, numbers)))])
 
 
 def ranking(scores: Tensor, positive: Tensor, images: Tensor, weights: Tensor) -> Tensor:
@@ -163,8 +159,7 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
     centred = truth - truth.mean()  # first, lest the squares of large numbers leave nothing of the differences
     left = weighted_mean((answers.double() - truth).square(), weights)
     variance = weighted_mean(centred.square(), weights) - weighted_mean(centred, weights).square()
-    least = 1e-12 * centred.square().mean()  # of rounding
-    return torch.where(variance > least, 1 - left / variance, torch.nan)
+    return torch.where(variance > 1e-12 * centred.square().mean(), 1 - left / variance, torch.nan)  # else of rounding
 
 
 def spearman(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
@@ -175,8 +170,7 @@ def spearman(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where all are equal
         for times in weights.long():
-            pair = answers.repeat_interleave(times), truth.repeat_interleave(times)
-            found.append(spearmanr(*pair).statistic)
+            found.append(spearmanr(answers.repeat_interleave(times), truth.repeat_interleave(times)).statistic)
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -53,9 +53,8 @@ class LabelAnswers(parts.ColumnAnswers):
         both = (positive, negative, above & positive, ~above & negative)
         positives, negatives, hits, rejections = (measures.weighted_sum(of, weights) for of in both)
         answers = hits + negatives - rejections
-        f1 = 2 * hits / (answers + positives)
         return {
-            "f1": f1.where(positives > 0, torch.nan),
+            "f1": (2 * hits / (answers + positives)).where(positives > 0, torch.nan),
             "sensitivity": hits / positives,
             "specificity": rejections / negatives,
             "ppv": hits / answers,
@@ -123,8 +122,7 @@ class LabelReport(ColumnReport):
         rows = []
         for i in worst_first(self.by["average_precision"]):
             *counts, threshold = (self.by[name][i] for name in ("positives", "unknown", "threshold"))
-            cells = self.cells(i, SHARES, ".1%")
-            rows.append([self.names[i], *counts, *cells.values(), f"{threshold:.2f}"])
+            rows.append([self.names[i], *counts, *self.cells(i, SHARES, ".1%").values(), f"{threshold:.2f}"])
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
@@ -160,8 +158,7 @@ class LabelReport(ColumnReport):
             if targets.any() and not targets.all():
                 alarms, hits, _ = roc_curve(targets, scores)
                 [line] = rocs.plot(alarms, hits, label=f"{name} {self.by['auroc'][i]:.1%}")
-                chosen = 1 - self.by["specificity"][i], self.by["sensitivity"][i]
-                rocs.plot(*chosen, "o", color=line.get_color())
+                rocs.plot(1 - self.by["specificity"][i], self.by["sensitivity"][i], "o", color=line.get_color())
         precisions.set(xlabel="recall", ylabel="precision", title=self.title())
         rocs.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, AUROC, and the thresholds")
         for axes in (precisions, rocs):

@@ -32,8 +32,7 @@ class Answers:
 
     def figures(self) -> dict[str, Tensor]:
         """What `weighted` has, (), or (K,), of all images."""
-        every_image = torch.ones(1, len(self.targets))
-        return {name: figure[0] for name, figure in self.weighted(every_image).items()}
+        return {name: figure[0] for name, figure in self.weighted(torch.ones(1, len(self.targets))).items()}
 
     @property
     def score(self) -> float:

@@ -89,18 +89,14 @@ def places_of_images(images: data.LabelledImages, given: Sequence[Path], output:
     if twice:
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
     for folder in dict.fromkeys(place.parent for place in places):
-        _check_inside(folder, output)
+        try:
+            target = folder.resolve(strict=folder.is_symlink())  # else Python 3.13 overlooks a link to itself
+            leads_outside = not target.is_relative_to(output.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
+            raise InputError(f"--output {output}: cannot write to {printable(folder)}: {printable(error)}") from None
+        if leads_outside:
+            raise InputError(f"--output {output}: {folder} is a link to a place outside; name another folder")
     return places
-
-
-def _check_inside(folder: Path, output: Path) -> None:
-    try:
-        place = folder.resolve(strict=folder.is_symlink())  # else Python 3.13 overlooks a link to itself
-        leads_outside = not place.is_relative_to(output.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
-        raise InputError(f"--output {output}: cannot write to {printable(folder)}: {printable(error)}") from None
-    if leads_outside:
-        raise InputError(f"--output {output}: {folder} is a link to a place outside; name another folder")
 
 
 @dataclass
@@ -162,8 +158,7 @@ class Maps:
             return
         for top in range(0, scene.height, self.window):
             rows = scene.rows(top, min(top + self.window, scene.height))
-            missing = (0, -len(rows) % self.window), (0, -scene.width % self.window), (0, 0)
-            rows = np.pad(rows, missing, "edge")
+            rows = np.pad(rows, ((0, -len(rows) % self.window), (0, -scene.width % self.window), (0, 0)), "edge")
             windows = [seen(rows[:, left : left + self.window]) for left in range(0, scene.width, self.window)]
             yield self._values(self.answer(torch.stack(windows))[None])
 

@@ -109,13 +109,11 @@ def _standardised(X: Tensor) -> Scaled:
 
 
 def _of_one_length(X: Tensor) -> Scaled:
-    """Centred features, each divided by its norm: a few images say little of the deviation of a thousand features.
-
-    A linear head divides by the mean of the norms, which without an intercept never changes an answer.
-    """
+    """Centred features, each divided by its norm: a few images say little of the deviation of a thousand features."""
     mean = X.mean(0)
     length = X.shape[1] ** 0.5
     norms = (X - mean).norm(dim=1, keepdim=True).clamp_min(1e-6 * mean.norm() + 1e-30)  # not of rounding
+    # A linear head divides by the mean of the norms, which without an intercept never changes an answer.
     return Scaled((X - mean) * (length / norms), mean, norms.mean() / length, False)
 
 
@@ -281,10 +279,8 @@ def _logits(X: Tensor, weights: Tensor) -> Tensor:
 
 
 def parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The rows (rest, part) of each part of a cross-validation, from the number of the part of each image, (N,).
-
-    All views of an image are in one part. No part has one of the classes (N,) that the rest lacks, which knows two.
-    """
+    """The rows (rest, part) of each part of a cross-validation, from the number of the part of each image, (N,)."""
+    # All views of an image are in one part. No part has one of the classes (N,) that the rest lacks, which knows two.
     offsets = len(fold) * np.arange(views)[:, None]
     found = []
     for number in range(fold.max() + 1):
@@ -326,14 +322,11 @@ def fit_one_vs_rest(features: Tensor, targets: Tensor, views=1, weights=None, cl
 
 
 def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None) -> Probe:
-    """A ridge regression of K numbers, or NaN, on standardised features, as `fit_linear_probe` takes them.
-
-    Its strength is the penalty that has the smallest squared error in cross-validation, of all numbers together.
-    """
+    """A ridge regression of K numbers, or NaN, on standardised features, as `fit_linear_probe` takes them."""
     scaled = _standardised(features.detach().cpu().float())
     X = scaled.rows.double()
     Y = targets.detach().cpu().double()
-    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)  # in cross-validation, of all numbers together
     for rest, part in parts(_folds([0] * (len(Y) // views), clusters), views):
         for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
             errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()

@@ -33,19 +33,14 @@ SIDE = 128  # pixels at the most of small pictures, of which fifty are less than
 PICTURE_ALONE = {"xticks": [], "yticks": [], "frame_on": False}
 
 
-def write_page(
-    path: Path, title: str, rows: Sequence, sections: Sequence[str], mistakes: Path, named, curves=None, config=None
-) -> None:
-    """Write the page of a run, or of an evaluation, which has no curves and no settings. The sections are HTML.
-
-    `named` are the images on the picture of `mistakes`, and what is said of each.
-    """
+def write_page(path: Path, title: str, rows, sections, mistakes: Path, named, curves=None, config=None) -> None:
+    """Write the page of a run, or of an evaluation, which has no curves and no settings. The sections are HTML."""
     parts = [html_table(rows)]
     if curves is not None:
         parts += ["<h2>By epoch</h2>", html_picture(curves.read_bytes(), "losses and accuracy by epoch")]
     parts += sections
     parts += ["<h2>Mistakes</h2>", html_picture(mistakes.read_bytes(), "the images that were answered worst")]
-    if named:
+    if named:  # the images on that picture, and what is said of each
         parts.append(f"<details><summary>The files</summary>{html_table(named)}</details>")
     if config is not None:
         settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

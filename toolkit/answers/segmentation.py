@@ -295,8 +295,7 @@ class Segmentation(SoftmaxObjective):
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         """The probe without its held-out answers: of few pixels, they say little of a head that trains on all."""
-        per_image = len(targets) // views // len(clusters)
-        of_rows = clusters.cpu().repeat_interleave(per_image).repeat(views)
+        of_rows = clusters.cpu().repeat_interleave(len(targets) // views // len(clusters)).repeat(views)
         known = (targets != NO_LABEL).cpu()
         if len(targets[known].unique()) < 2:
             raise InputError("crops show fewer than two classes: use --head-init random or a larger --image-size")

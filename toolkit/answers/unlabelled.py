@@ -74,9 +74,7 @@ def seen(
 def start(images: Images, known: Labelled, plain: Probe, views: int = 1, clusters: Tensor | None = None) -> Start:
     """The head to start from: by k-means if that gains over the `plain` probe in cross-validation, else that.
 
-    It is taken if the log loss of what is held out, each at the temperature that fits it, is below the probe's by more
-    than MARGIN standard errors, over images or clusters, and the accuracy is no worse. With one label a class nothing
-    is held out, and the probe is kept. Views and clusters are as for `fit_linear_probe`.
+    With one label a class nothing is held out: the probe is kept. Views and clusters are as for `fit_linear_probe`.
     """
     labels = known.targets.argmax(1)
     answers = held_out_answers(images, known, plain, views, clusters)
@@ -103,19 +101,14 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
 
 
 def last_head(images: Images, known: Labelled) -> Probe:
-    """The head for features that images without labels have trained: what k-means answers, distilled.
-
-    Training draws the images of a class together, so that at its end clusters tell more than the head that trained.
-    Nothing can be held out, for all labels have trained.
-    """
+    """The head for features that images without labels have trained: what k-means answers, distilled."""
+    # Training draws the images of a class together, so that at its end clusters tell more than the head that trained.
+    # Nothing can be held out, for all labels have trained.
     return Probe(*distilled(images, known, k_means(images, known).softmax(1)), DISTILLED)
 
 
 def held_out_answers(images: Images, known: Labelled, plain: Probe, views: int, clusters) -> dict[str, Tensor]:
-    """What the probe and k-means answer for labelled images whose labels they do not know: (TURNS, n, K) each.
-
-    The images themselves are among those without labels. NaN: of a class that the others lack.
-    """
+    """What probe and k-means answer for labelled images whose labels they do not know: (TURNS, n, K) each, or NaN."""
     classes = known.targets[: len(known.places) // views].argmax(1).numpy()
     how = (plain.scaling, plain.strength, probe.ONE_CLASS)
     found = {name: torch.full((TURNS, *known.targets.shape), torch.nan) for name in ("probe", "k-means")}
@@ -151,10 +144,7 @@ def standard_error(gains: Tensor, clusters: Tensor | None) -> float:
 
 
 def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight and the bias of a linear head that learns the labels, and answers (R, K) for the other images.
-
-    Each of those counts by how sure its answer is, all together OTHERS times as much as the labelled ones.
-    """
+    """The weight and the bias of a linear head that learns the labels, and answers (R, K) for the other images."""
     soft = answers[len(known.places) :].double()
     doubt = -(soft * soft.clamp_min(1e-9).log()).sum(1, keepdim=True)
     sure = (1 - doubt / math.log(soft.shape[1])).clamp_min(1e-9)
@@ -164,10 +154,7 @@ def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor,
 
 
 def foreign_share(images: Images, known: Labelled, held_out: Tensor) -> float:
-    """The share of the images without labels of which k-means is less sure than of nine in ten labelled ones.
-
-    Those are answered (n, K) when their labels are not known; of others as alike, one in ten is below.
-    """
+    """The share of images without labels of which k-means is less sure than of 9 in 10 labelled ones, (n, K)."""
     sure = held_out[held_out.isfinite().all(1)].softmax(1).amax(1)
     if not len(sure):
         return 0.0

@@ -154,8 +154,7 @@ def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]
     with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
         bar = tqdm(pool.imap(look, share, chunksize=16), f"{what}s", len(share), **shown)
         shares = distributed.gather(list(bar))
-    in_turn = itertools.zip_longest(*shares)  # the last turn may lack some
-    return list(itertools.chain.from_iterable(in_turn))[:count]
+    return list(itertools.chain.from_iterable(itertools.zip_longest(*shares)))[:count]  # the last turn may lack some
 
 
 class Transformed(Dataset):
@@ -285,8 +284,7 @@ class LoadingMeter:
         """The loader's batches, (anything, labels) each."""
         asked = time.perf_counter()
         for batch in loader:
-            received = time.perf_counter()
-            self.waited += received - asked
+            self.waited += time.perf_counter() - asked
             try:
                 yield batch
             finally:  # after the last batch of an epoch a loop need not ask for another

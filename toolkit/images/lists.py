@@ -223,8 +223,7 @@ class ImageList:
             if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
                 remedy = "put labels into quotation marks, or name columns first, as path,cat,dog"
                 raise self._error(f"the line '{_shown(row)}' is not `path,\"a,b\"`; {remedy}")
-            labels = map(str.strip, row[1].split(","))
-            found.append([one_spelling(label) for label in labels if label])
+            found.append([one_spelling(label) for label in map(str.strip, row[1].split(",")) if label])
         names = in_order(set().union(*found))
         if not names:
             raise self._error("no image has a label")

@@ -51,10 +51,7 @@ class Scene:
 
 @contextmanager
 def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
-    """Open an image, to read it in rows. Raises InputError for what is no image, or has other bands.
-
-    A TIFF that is not compressed is read where it lies; other files are decoded at once, into temporary ones.
-    """
+    """Open an image, to read it in rows. Raises InputError for what is no image, or has other bands."""
     path = os.fspath(path)
     with tempfile.TemporaryFile() as scratch:
         with folders.named_faults(path):

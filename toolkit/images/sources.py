@@ -180,17 +180,14 @@ def _tell(train: LabelledImages, val: LabelledImages, truth: str, names: Sequenc
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
     elif found := copies(val, train):  # accuracy on them shows memory, not learning
         first, other = map(printable, next(iter(found.items())))
-        count = f"{len(found)} of {len(val)}"
-        print(f"{count} evaluation images are copies of training images, such as {first} of {other}")
+        print(f"{len(found)} of {len(val)} evaluation images are copies of training images, such as {first} of {other}")
 
 
 def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:
     return listed(class_names[label] for label in sorted(labels))
 
 
-def load_unlabelled(
-    data_dir: str | Path | None = None, data_list: Sequence | None = None, skip_unreadable=False, bands=None
-) -> LabelledImages:
+def load_unlabelled(data_dir=None, data_list: Sequence = (), skip_unreadable=False, bands=None) -> LabelledImages:
     """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
         first = _lists(data_list, data_dir)[0]

@@ -82,10 +82,7 @@ def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int
 
 
 def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0) -> np.ndarray:
-    """The number of the part, from 0 to count - 1, that each image belongs to: equal keys share one, (N,).
-
-    The largest groups are dealt first, each to the part that has least of the labels that it brings.
-    """
+    """The number of the part, from 0 to count - 1, that each image belongs to: equal keys share one, (N,)."""
     names, group = np.unique(np.asarray(list(keys)), return_inverse=True)
     if len(names) < count:
         raise InputError(f"{len(names)} images or groups are too few for {count} parts: {listed(names)}")
@@ -99,7 +96,7 @@ def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     held = np.zeros((count, len(images)))
     part_of = np.empty(len(names), dtype=int)
-    for place in np.lexsort((drawn, -np.bincount(group, 1 / images[label]).round(9))):
+    for place in np.lexsort((drawn, -np.bincount(group, 1 / images[label]).round(9))):  # the largest groups first
         brings = np.bincount(label[members[place]], minlength=len(images)) / images  # its share of each label
         part = np.lexsort((held.sum(1).round(9), (held @ brings).round(9)))[0]  # rounded: alike on all machines
         held[part] += brings

@@ -131,11 +131,7 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found.
-
-    That is what timm's model states, as 'head.fc', or the child of a name in HEAD_NAMES. In a module that holds a
-    model, as one of Lightning, it is the one of such a name with which the parameters end.
-    """
+    """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
     recorded = record_of(model).head
     if recorded is not None:
         return recorded
@@ -143,6 +139,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     for name in (stated, *HEAD_NAMES):
         if isinstance(name, str) and name.split(".")[0] in model._modules:
             return (name,)
+    # In a module that holds a model, as one of Lightning, it is the one of such a name with which the parameters end.
     found = []
     for name, module in model.named_modules():
         inside = found and f"{name}.".startswith(f"{found[-1]}.")
@@ -175,10 +172,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def headless(model: nn.Module) -> nn.Module:
-    """A shallow copy of the model without its classifier head, sharing every layer; the model itself if it has no head.
-
-    It maps images (N, C, H, W) to features (N, D). A projector would go on updating the statistics of its BatchNorms.
-    """
+    """A shallow copy of the model without its classifier head, sharing every layer: images -> features (N, D)."""
 
     def without(module: nn.Module, name: str) -> nn.Module:
         child, _, rest = name.partition(".")
@@ -187,19 +181,17 @@ def headless(model: nn.Module) -> nn.Module:
         copied._modules = {**module._modules, child: replacement}
         return copied
 
-    name = head_name(model)
+    name = head_name(model)  # with all that is in it: a projector would go on updating its BatchNorms' statistics
     return model if name is None else without(model, name)
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The names of a model's blocks, from the first to the last: a ResNet's stages, a ViT's encoder blocks.
-
-    In other models: the modules of the first `Sequential` or `ModuleList` that has several, all of one type.
-    """
+    """The names of a model's blocks, from the first to the last: a ResNet's stages, a ViT's encoder blocks."""
     if isinstance(model._modules.get("backbone"), nn.Module):  # a head of another kind is put on it
         return list(map("backbone.{}".format, block_names(model.backbone)))
     if stages := [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]:
         return stages
+    # In other models: the modules of the first `Sequential` or `ModuleList` that has several, all of one type.
     for name, module in model.named_modules():
         if not isinstance(module, nn.Sequential | nn.ModuleList) or len(module) < 2:
             continue

@@ -121,10 +121,7 @@ def _find_channels(source: "_Source") -> tuple[str | None, int]:
 
 
 def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
-    """Convert a first convolution's weight (out, C, h, w) to other channels, by timm's rule (`adapt_input_conv`).
-
-    For one channel all are summed; for more they are repeated in turn, and scaled by the old number over the new one.
-    """
+    """Convert a first convolution's weight (out, C, h, w) to other channels, by timm's rule (`adapt_input_conv`)."""
     if channels == 1:
         return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
     found = kernel.shape[1]
@@ -185,16 +182,12 @@ _MMPRETRAIN: _Renames = (
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a project's files have the backbone, and how to recognise these files.
-
-    A file has this layout if some tensor's name starts with `prefix`, some name (without DDP's `module.`) with one of
-    `signs`, and something is at `entry`, a path through the dictionaries around the tensors.
-    """
+    """Where a project's files have the backbone, and how to recognise these: by all of prefix, signs and entry."""
 
     family: str
     prefix: str = ""  # of the backbone's tensors
-    signs: tuple[str, ...] = ("",)
-    entry: str = ""
+    signs: tuple[str, ...] = ("",)  # with one of which some name begins, without DDP's `module.`
+    entry: str = ""  # a path through the dictionaries around the tensors, at which there is something
     renames: _Renames = _SEQUENTIAL
     # The attention heads of a ViT-S with a fixed position embedding, as in MoCo v3, and of one with a learned one.
     heads: tuple[int, int] = (12, 12)
@@ -457,10 +450,7 @@ def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dic
 
 
 def _find_heads(source: _Source) -> int | None:
-    """The number of heads of a torchvision ViT. No tensor shows it: for a ViT-S it may be a guess, with a warning.
-
-    MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
-    """
+    """The number of heads of a torchvision ViT. No tensor shows it: for a ViT-S it may be a guess, with a warning."""
     recorded = _whole_number(source.info, "config/heads")
     if source.arch != "vit_small" or recorded:
         return recorded or default_heads(source.arch)
@@ -468,6 +458,7 @@ def _find_heads(source: _Source) -> int | None:
         return 6
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
+    # MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
         heads = heads_if_fixed
     if not source.layout.heads_certain:
@@ -488,8 +479,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         if key in expected and value.shape != expected[key].shape:
             shapes.append(f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}")
     if missing or surplus or shapes:
-        matching = len(weights) - len(surplus) - len(shapes)
-        found = f"{matching} of its {len(expected)} backbone tensors match"
+        found = f"{len(weights) - len(surplus) - len(shapes)} of its {len(expected)} backbone tensors match"
         for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"

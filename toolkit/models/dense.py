@@ -116,10 +116,7 @@ def _spread(blocks: int) -> list[int]:
 
 
 def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
-    """The features of some pixels of one image, whose maps are (1, D_i, h_i, w_i): (P, D), in which the head is linear.
-
-    `points` are the centres of the pixels, (P, 2), by column and row, as shares of the image from 0 to 1.
-    """
+    """The features (P, D) of pixels of an image with maps (1, D_i, h_i, w_i), by their centres (P, 2), x, y, 0 to 1."""
     grid = (2 * points - 1)[None, :, None]  # (1, P, 1, 2)
     taken = []
     for features in maps:  # one at a time: all of them, enlarged, would be the peak of memory
@@ -133,8 +130,7 @@ def window_starts(length: int, size: int) -> list[int]:
     """Where windows of a size begin that cover a side, evenly spaced; the last one ends where the side does."""
     if length <= size:
         return [0]
-    step = size - round(OVERLAP * size)
-    number = math.ceil((length - size) / step) + 1
+    number = math.ceil((length - size) / (size - round(OVERLAP * size))) + 1
     return [round(i * (length - size) / (number - 1)) for i in range(number)]
 
 

@@ -32,7 +32,6 @@ class _Extended:
 
 @functools.cache
 def _extended(stock: type[_BatchNorm], mixin: type[_Extended]) -> type[_BatchNorm]:
-    """The class of BatchNorms with this mixin in front."""
     return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"extends": stock, "mixin": mixin})
 
 
@@ -109,8 +108,7 @@ class Freezable(_Extended):
         self._check_input_dim(x)
         if not has_activation:
             return _ConstantNorm.apply(x, self, False)
-        clamps = type(self.act) is nn.ReLU6 and type(self.drop) is nn.Identity
-        if clamps and not is_hooked(self.act, self.drop):
+        if type(self.act) is nn.ReLU6 and type(self.drop) is nn.Identity and not is_hooked(self.act, self.drop):
             return _ConstantNorm.apply(x, self, True)
         return self.act(self.drop(_ConstantNorm.apply(x, self, False)))
 
@@ -134,10 +132,7 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 @contextlib.contextmanager
 def constants_kept() -> Iterator[None]:
-    """Within this block `constant_scale_and_shift` computes what does not train once: five kernels a norm and step.
-
-    It does so again where a tensor was replaced, moved or written to. Writing through `.data` alone leaves no trace.
-    """
+    """Within this block `constant_scale_and_shift` computes what does not train once: five kernels a norm and step."""
     before = _kept.set(weakref.WeakKeyDictionary())
     try:
         yield
@@ -151,6 +146,7 @@ def constant_scale_and_shift(norm: _BatchNorm, mean: Tensor, var: Tensor, bias: 
     kept = None if is_traced() else _kept.get()
     if kept is None or any(t.requires_grad or t.is_inference() for t in given):  # the latter change without a trace
         return _scale_and_shift(norm, mean, var, bias)
+    # It differs for what was replaced, moved or written to: writing through `.data` alone leaves no trace.
     # A weak reference reserves the storage's number, not its memory.
     now = [norm.eps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in given)]
     seen, constants = kept.get(norm, (None, None))

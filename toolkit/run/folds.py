@@ -11,10 +11,7 @@ from toolkit.run import guard, options, output_folder, reports
 
 
 def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Any, args: options.FineTuneOptions) -> dict:
-    """Run each part in turn, as `--folds 2/5`, in a folder of its own; print their mean, and return their results.
-
-    `run` is `finetune_lora.main`. With `--resume` each part goes on; a finished one is only evaluated again.
-    """
+    """Run each part in turn, as `--folds 2/5`, in a folder of its own; print their mean, and return their results."""
     own_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own_option.add_argument("--resume", nargs="?")  # of the parts each has its own
     _, words = own_option.parse_known_args(argv)
@@ -34,7 +31,7 @@ def cross_validate(run: Callable, argv: list[str] | None, after_epoch: Any, args
             print(f"\npart {number} of {count}")
             own = parts / str(number)
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
-            if (own / "last.pth").exists():
+            if (own / "last.pth").exists():  # a finished part is only evaluated again
                 command.append("--resume")
             try:
                 found.append(run(command, after_epoch))

@@ -92,8 +92,7 @@ class Guard:
 
     def after_step(self) -> Keep | GoBack:
         """Go back if the recent loss is above twice a constant answer's, or of the start if that is higher."""
-        highest = EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0)
-        if self.recent_loss <= highest:  # which NaN is not
+        if self.recent_loss <= EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0):  # which NaN is not
             return Keep()
         return GoBack("training collapsed")
 
@@ -119,10 +118,7 @@ class Guard:
         return Keep()
 
     def has_collapsed(self, score: float, loss: float) -> bool:
-        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?
-
-        In the first half of a run a little that is left grows again: there it has lost all, and the loss nearly all.
-        """
+        """Has the score lost much of its best lead over a constant answer, by more than two standard errors?"""
         best = max(self.scores, default=0.0)
         # On very few images no loss is so large: there a constant answer's score, with a higher loss, counts as well.
         least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
@@ -131,6 +127,7 @@ class Guard:
             return True
         if not self.is_early:
             return self._lost(score, LOST_SHARE, errors=2)
+        # In the first half of a run a little that is left grows again: there it has lost all, and the loss nearly all.
         lost_loss = self.start_loss + EARLY_LOST_LOSS * (self.constant_loss - self.start_loss)
         return loss > lost_loss and self._lost(score, 1, errors=2)
 

@@ -38,14 +38,10 @@ IMAGES_WORTH_THE_START = 5.0  # a class: half of the trained change is saved. Me
 
 
 def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
-    """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`.
-
-    `auto` is m / (m + 5) with m images per class: with few, much of the change fits these images alone. It is 1 where
-    the head did not start as a probe, and where the whole backbone trains, of which it would keep a copy.
-    """
+    """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`."""
     if args.wise_ft != "auto":
         return args.wise_ft
-    if args.head_init != "probe" or not args.freeze_backbone:
+    if args.head_init != "probe" or not args.freeze_backbone:  # of a whole backbone it would keep a copy
         return 1.0
     per_class = sum(images.values()) / len(images)
     return per_class / (per_class + IMAGES_WORTH_THE_START)
@@ -67,13 +63,11 @@ def weights_replaced(weights: Mapping[str, Tensor], others: Iterable[tuple[str, 
 
 
 class WiseFT:
-    """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903).
-
-    An adapter's B, which starts at zero, is mixed so; its A stays. BatchNorm's statistics are estimated anew.
-    """
+    """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903)."""
 
     def __init__(self, model: nn.Module, alpha: float):
         self.weights: dict[str, Tensor] = {}  # the model's own, which training changes in place
+        # An adapter's A stays; its B starts at zero. BatchNorm's statistics are estimated anew.
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A"):
                 self.weights[name] = parameter.detach()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 NORM_MODES = ("auto", "frozen", "follow", "train")
+ARCH_NAMES = f"{{{','.join((*ARCHS, f'{TIMM}NAME'))}}}"  # as help shows them; `model_problems` checks --arch
 BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in columns))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
@@ -66,11 +67,7 @@ class ShapeOptions:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ShapeOptions):
     checkpoint: Path = option(SHIPPED, "a file, moco-v2-800ep, timm:NAME, shipped; none: random", type=checkpoint_path)
-    arch: str | None = option(
-        None,
-        "architecture, or timm:NAME; default: the checkpoint's",
-        metavar=f"{{{','.join((*ARCHS, f'{TIMM}NAME'))}}}",  # `model_problems` checks it
-    )
+    arch: str | None = option(None, "architecture, or timm:NAME; default: the checkpoint's", metavar=ARCH_NAMES)
     stage1_adapter: Path | None = option(None, "moco_lora.pth of moco.pretrain, merged into the checkpoint", type=Path)
 
 
@@ -303,7 +300,10 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
 # --------------------------------------------------------------------------------------------------- what goes together
 
 _ONE_CLASS = "it is for images of one class"
-_NO_MASKS = "it is not possible with masks"
+_NOT_OF_MASKS = dict.fromkeys(
+    ("--augmentation trivial", "--augmentation affine", "--cache-features", "--labels-per-class", "--unlabelled"),
+    "it is not possible with masks",
+)
 _CHANGES = "cached features must be the same in every epoch"
 _FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
@@ -312,8 +312,7 @@ CLASHES = {
     "--no-freeze-backbone": {
         "--use-qlora": "weights in 4 bits cannot train",
         "--arithmetic int8": "nothing is frozen",
-        "--norms train": "everything trains",
-        "--norms frozen": "everything trains",
+        **dict.fromkeys(("--norms train", "--norms frozen"), "everything trains"),
         "--norms follow": "only frozen BatchNorms follow adapters",
         "--cache-features": _CHANGES,
     },
@@ -324,9 +323,7 @@ CLASHES = {
     "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
     "--eval-split validation": {"--folds": "both say what to evaluate on"},
     "--unlabelled": {
-        "--head-init random": _FROM_A_PROBE,
-        "--no-freeze-backbone": _FROM_A_PROBE,
-        "--norms train": _FROM_A_PROBE,
+        **dict.fromkeys(("--head-init random", "--no-freeze-backbone", "--norms train"), _FROM_A_PROBE),
         "--learning-rate auto": "few labels cannot tell rates apart",
         "--cache-features": "images without labels come in new views each time",
     },
@@ -336,13 +333,7 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
     "class": {},
     "labels": _NOT_OF_ONE,
     "numbers": _NOT_OF_ONE | {"--class-weights balanced": _ONE_CLASS},
-    "mask": {
-        "--augmentation trivial": _NO_MASKS,
-        "--augmentation affine": _NO_MASKS,
-        "--cache-features": _NO_MASKS,
-        "--labels-per-class": _NO_MASKS,
-        "--unlabelled": _NO_MASKS,
-    },
+    "mask": _NOT_OF_MASKS,
 }
 
 
@@ -435,15 +426,11 @@ def image_sources(args: ImageOptions, read: "Bands | None" = None) -> dict[str, 
 
 
 def scaling_of(args: Any) -> scaling.Scaling:
-    """What the options say of the numbers in image files."""
     return scaling.Scaling(args.scale, args.mean, args.std, args.bands, args.normalise)
 
 
 def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scaling, "Bands | None"]:
-    """What the options say of the numbers in image files or else, where it is known, the checkpoint's pretraining.
-
-    Returns these values, and the bands that are read, as many as the first layer takes; None: RGB photographs.
-    """
+    """The scaling that the options give or else the checkpoint's pretraining, and the bands; None: RGB photographs."""
     from toolkit.files import is_safetensors, read_checkpoint, read_safetensors  # here: they load PyTorch
     from toolkit.images.bands import bands_of
     from toolkit.models import checkpoints

@@ -134,7 +134,6 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
     stage1 = run.args.stage1_adapter
     score = f"val_{run.task.score}"
-    last = run.history[-1][score] if run.history else run.baseline["probe"]
     task = run.task.record()
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
@@ -146,7 +145,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
         "lora": options.lora_options(run.args),
         "epoch": len(run.history),
         "kept_share": run.wise_ft.share,
-        score: last,
+        score: run.history[-1][score] if run.history else run.baseline["probe"],
         "config": run.identity["config"],
         **({} if task is None else {"task": task}),
     }
@@ -349,7 +348,6 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
 def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     task = run.task
-    folder = run.args.output_dir
     (title, headline), *others = report.rows()
     before = {f"k-NN {task.score_title} before": run.baseline["knn"], "linear probe before": run.baseline["probe"]}
     rows = [(name, task.reported(score)) for name, score in before.items() if score is not None]
@@ -362,8 +360,7 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
         value = of_epoch if what == "epoch" else short_rate(results["learning_rate"])
         rows.append(("", f"{what} {value} chosen by {images}"))
     if run.args.keep_best and "epoch" not in results["chosen_by"]:
-        undefined = "what --keep-best chooses by is not defined on the evaluation images"
-        rows.append(("", f"the last epoch is kept: {undefined}"))
+        rows.append(("", "the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images"))
     rows += others
     trained = results["trainable_parameters"]
     total = results["total_parameters"]
@@ -381,6 +378,6 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
         ("adapter file", sizes),
         ("training time", duration(results["seconds"])),
         ("peak memory", memory),
-        ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
+        ("results in", f"{run.args.output_dir}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
     ]

@@ -35,14 +35,9 @@ class StateEntry(NamedTuple):
 
 
 class RunState:
-    """What a run has done so far, and what it needs to resume, on a CPU bit for bit. Both scripts derive from it.
+    """What a run has done so far, and what it needs to resume, on a CPU bit for bit. Both scripts derive from it."""
 
-    Attributes:
-        network: which is called in training, and is for them to set.
-        trained_entries: what training changes, by key of `last.pth`.
-        other_entries: what else a resumed run needs.
-        identity: `config`, `images`, `base` and, if there are any, `class_names`: whose state it is.
-    """
+    network: torch.nn.Module  # which is called in training, and is for them to set
 
     def __init__(self, args: options.RunOptions, device: torch.device, dtype: torch.dtype):
         self.args = args
@@ -53,8 +48,8 @@ class RunState:
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
         self.meter = LoadingMeter()
         self.stop = runs.StopRequests()
-        self.trained_entries: dict[str, StateEntry] = {}
-        self.other_entries = {
+        self.trained_entries: dict[str, StateEntry] = {}  # what training changes, by key of `last.pth`
+        self.other_entries = {  # what else a resumed run needs
             "history": StateEntry.attribute(self, "history"),
             "baseline": StateEntry.attribute(self, "baseline"),
             "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
@@ -63,7 +58,7 @@ class RunState:
                 load=lambda state: setattr(self, "progress", state and training.Progress(**state)),
             ),
         }
-        self.identity: dict[str, Any] = {}
+        self.identity: dict[str, Any] = {}  # `config`, `images`, `base`, and `class_names` if any: whose state it is
 
     def begin_training(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int) -> None:
         """Set up optimizer, schedule and scaler; from here on each process draws random numbers of its own."""

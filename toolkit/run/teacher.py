@@ -78,21 +78,14 @@ class Teacher:
 
     @torch.no_grad()
     def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The labels, followed by the `sure_labels` of images (N, C, H, W) at these places; and how much each counts.
-
-        An image with a label of its own counts 1.
-        """
+        """The labels, then the `sure_labels` of images (N, C, H, W) at these places; and how much each counts."""
         with self.in_place(), evaluation.eval_mode(self.model):
             logits = evaluation.answers(self.model, views, self.device, self.dtype)
         found, counts = self.sure_labels(logits, self.first_answers[places])
         return torch.cat([labels, found]), torch.cat([counts.new_ones(len(labels)), counts])
 
     def sure_labels(self, logits: Tensor, first_answers: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes by the geometric mean of answers now and at the start, (N, K) each; NO_LABEL if not sure.
-
-        The answers now are as sure as at the start, all in all. The second tensor says how much each label counts: as
-        far as its answer is from chance.
-        """
+        """The classes by the geometric mean of answers now and at first, (N, K) each, or NO_LABEL; and their counts."""
         first = first_answers.to(self.device).clamp_min(LEAST_PROBABILITY).log()
         answers = ((as_sure(logits, first) + first) / 2).softmax(1)
         certainty, classes = answers.max(1)
