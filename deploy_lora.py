@@ -294,8 +294,7 @@ def demo(args: argparse.Namespace) -> None:
         if deployed.task.per_pixel:
             maps = predictions.Maps(deployed.task, deployed.windows_answered, deployed.transform, deployed.model.window)
         page = demo_page.Demo(deployed.task, deployed.explainer(), maps).page(f"What {args.adapter.name} answers")
-        # In a Space gradio knows the address.
-        address = {} if "SPACE_ID" in os.environ else {"server_name": "127.0.0.1", "share": False}
+        address = {} if "SPACE_ID" in os.environ else {"server_name": "127.0.0.1", "share": False}  # Spaces have one
         _, url, _ = page.launch(**address, quiet=True, prevent_thread_lock=True)
         print(f"drop an image on {url} in your browser; Ctrl-C stops")
         page.block_thread()
@@ -635,9 +634,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
 
     Its input is `images`, float32 (N, C, S, S), normalised as in training; with --normalise of values from 0 to 1, or
     of the files' own if these are not RGB photographs. Its output is the task's `output_name`, (N, classes), or
-    (N, classes, H, W) for images (N, C, H, W), which may be larger than S where the model is a ResNet.
-
-    Returns, each as JSON, what the file's metadata and `model.json` say is left to do around it, as `usage` does.
+    (N, classes, H, W) for images (N, C, H, W), which may be larger than S where the model is a ResNet. Returns, each
+    as JSON, what the file's metadata and `model.json` say is left to do around it, as `usage` does.
     """
     if args.output.suffix == ".onnx":
         optional_package("onnxscript", f"--output {args.output}", "onnx onnxscript")
@@ -683,7 +681,6 @@ def export(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> torch.export.ExportedProgram:
-    """The model as a graph for any number of images, and with `any_size` for images of any size."""
     dynamic = {0: torch.export.Dim("batch")}
     if any_size:
         dynamic |= {axis: torch.export.Dim(name, min=SMALLEST) for axis, name in ((2, "height"), (3, "width"))}

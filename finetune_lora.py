@@ -75,8 +75,7 @@ class LoRALayer:
     parts = ("",)  # of the weight, one below the other, that have an A and a B each: how the names of these end
     in_4_bits = False  # True in classes named QLoRA...: their `weight` holds the packed bytes of NF4 (arXiv 2305.14314)
     base_bits = 32  # that the base weight is stored in: 16, 8 or 4 if it was rounded
-    # SHA-256 of the weight, by its name, before it was rounded to fewer bits; adapter files identify their base by it.
-    float_digests: Mapping[str, str] = {}
+    float_digests: Mapping[str, str] = {}  # SHA-256 of the weight before rounding, by its name: files identify it so
     _base_data: Tensor | None = None  # while merged: the weight as it was
     followed: AdapterStatistics | None = None  # what a BatchNorm behind it has with this adapter; None: the base's
     _STORAGE = ("base_bits", "float_digests", "_packed_shape", "_nf4_state", "_base_data")
@@ -314,9 +313,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         adapter_x = self._adapter_input(x)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self)
-        of_adapter = (self.lora_A, self.lora_B, bias, self.scaling)
-        after = (row_scale, adapter_x, residual, relu, log_scale)
-        return functional.lora_conv2d(padded, self.base(), *of_adapter, geometry, *after)
+        after = (geometry, row_scale, adapter_x, residual, relu, log_scale)
+        return functional.lora_conv2d(padded, self.base(), self.lora_A, self.lora_B, bias, self.scaling, *after)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -330,7 +328,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         super()._init_adapters(settings, base_dtype)
 
     def remove_lora(self, merge: bool = False) -> None:
-        """Turn it, and its output projection, back into the stock layers: see `LoRALayer.remove_lora`."""
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
@@ -487,7 +484,6 @@ def adapt_layers(model: nn.Module, settings: Mapping, use_qlora: bool = False, b
             raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
     adapted.check_shared_weights(model, chosen)
     adapted.check_stored_bits(model, chosen, use_qlora, base_dtype)
-
     if record_of(model).base_digests is None:
         record_of(model).base_digests = base_digests(model)
     for _, layer in adapted.outermost_layers(model, is_adapted):
@@ -910,7 +906,6 @@ class FineTuning(RunState):
             plan = replace(plan, norms="follow" if followers(model) else "frozen")  # files say what was done
         self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)
-
         self.adapter_lr_factor = 1.0
         self.resnet_lr_factor = 1.0  # part of the former; the head is no softer for that
         if args.lora_init == "gradient" and args.lora_rank > 0:
@@ -963,8 +958,6 @@ class FineTuning(RunState):
             self.other_entries[name] = StateEntry.attribute(self, name)
         self.identity |= {"config": self.plan.settings(args), "images": self.splits.digest()}
         self.identity |= {"class_names": list(self.splits.class_names), "base": record_of(model).base_digests or {}}
-
-    # How it starts
 
     def start(self, features: tasks.Features | None = None) -> tasks.Features:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Loaders.features`."""
@@ -1027,8 +1020,6 @@ class FineTuning(RunState):
                         logits = self.parallel(images)
                     loss = self.task.loss(logits.float(), *labels)
                     self.scaler.scale(loss * factor).backward()
-
-    # Its rates
 
     @property
     def adapter_rate(self) -> float | None:
@@ -1176,8 +1167,7 @@ class FineTuning(RunState):
 
     def estimate_head(self) -> bool:
         """Set the head anew, as the images without labels show it, if they trained at the full rate and all is kept."""
-        is_whole = self.wise_ft.share == self.wise_ft.alpha and self.rate == self.args.learning_rate
-        if self.teacher is None or not is_whole:
+        if self.teacher is None or self.wise_ft.share != self.wise_ft.alpha or self.rate != self.args.learning_rate:
             return False
         features = self.loaders.features(self.network, self.task, self.dtype, False)
         rows, targets, views = features.for_probe()

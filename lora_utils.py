@@ -141,8 +141,7 @@ class LoRAManager:
             layer.merge()
 
     def _check_in_use(self) -> None:
-        """Raises InputError where there are named adapters and none is in use: to merge would do nothing."""
-        if self.names and self.in_use is None:
+        if self.names and self.in_use is None:  # to merge would do nothing
             raise InputError(f"no adapter is in use: call use(name) first; there are: {listed(self.names, 12)}")
 
     def unmerge_lora_weights(self) -> None:

@@ -136,8 +136,7 @@ class _LoRALinear(torch.autograd.Function):
         if prologue is None:
             summands = [adapter_rows.view(x.shape)]
         ctx.save_for_backward(A, B, h, *summands)  # h is thin
-        # Like F.linear's output this is no view, which nn.ReLU(inplace=True) could not modify.
-        return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+        return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])  # no view: nn.ReLU(inplace=True) may modify it
 
     @staticmethod
     @backends.first_derivative
@@ -220,8 +219,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
     adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
-    # What is to be applied to x first; its output is not saved but recomputed. Not with adapter_x, which would need it.
-    prologue: Prologue | RecomputedNorm | None = None,
+    prologue: Prologue | RecomputedNorm | None = None,  # applied to x first; recomputed, not saved; excludes adapter_x
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B, b, and for W if it is not frozen, which is slower."""
     dtype = compute_dtype(x)

@@ -251,8 +251,7 @@ class FusedEncoderBlock(EncoderBlock):
             return x + mlp(self.ln_2(x))
         prologue = self.ln_2
         if attended.dtype != x.dtype:
-            # The sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
-            prologue = RecomputedNorm(self.ln_2, attended, residual)
+            prologue = RecomputedNorm(self.ln_2, attended, residual)  # half as wide as the sum, and saved anyway
         return x + mlp(x, prologue=prologue)
 
 

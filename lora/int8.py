@@ -82,9 +82,8 @@ def _is_exact(columns: int) -> bool:
     """Does this CPU add up this many products of the largest codes exactly? In 16 bits, without VNNI or AMX, not."""
     largest = torch.full((32, columns), LARGEST, dtype=torch.int8)
     sums = columns * LARGEST**2
-    by_columns = _product(largest, largest.T)
     by_rows = _product(largest, -largest.T.contiguous())
-    return bool((by_columns == sums).all() and (by_rows == -sums).all())
+    return bool((_product(largest, largest.T) == sums).all() and (by_rows == -sums).all())
 
 
 def _product(codes: Tensor, matrix: Tensor) -> Tensor:

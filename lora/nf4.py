@@ -61,9 +61,8 @@ class NF4Weight:
 
 def bitsandbytes_functional():
     """`bitsandbytes.functional`, imported here, since only 4-bit weights need it. InputError if it is missing."""
-    # Without CUDA, importing it warns of missing optimizers, which are not used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without CUDA it warns of optimizers, unused here
     try:
         import bitsandbytes.functional
     except ImportError as error:

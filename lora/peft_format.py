@@ -98,12 +98,10 @@ def _packed_factors(layer: nn.Module, times_projected: int) -> dict[str, Tensor]
     A = torch.cat([layer.lora_A_q, layer.lora_A_k, layer.lora_A_v])  # (3 r, E)
     B = torch.block_diag(layer.lora_B_q, layer.lora_B_k, layer.lora_B_v)  # (3 E, 3 r)
     projected = projection.lora_B * (projection.scaling / layer.scaling / times_projected)
-    return {  # filled up with zeros to this rank
-        "lora_A.weight": F.pad(A, (0, 0, 0, rank - len(A))),
-        "lora_B.weight": F.pad(B, (0, rank - len(A))),
-        "base_layer.out_proj.lora_A.weight": F.pad(projection.lora_A, (0, 0, 0, rank - projection.r)),
-        "base_layer.out_proj.lora_B.weight": F.pad(projected, (0, rank - projection.r)),
-    }
+    # Filled up with zeros to this rank.
+    factors = {"lora_A.weight": F.pad(A, (0, 0, 0, rank - len(A))), "lora_B.weight": F.pad(B, (0, rank - len(A)))}
+    factors["base_layer.out_proj.lora_A.weight"] = F.pad(projection.lora_A, (0, 0, 0, rank - projection.r))
+    return factors | {"base_layer.out_proj.lora_B.weight": F.pad(projected, (0, rank - projection.r))}
 
 
 @torch.no_grad()

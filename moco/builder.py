@@ -46,8 +46,7 @@ class MomentumContrast(nn.Module):
         """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all trainable parameters."""
         both = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
         pairs = [(k, q) for k, q in both if k is not q]
-        # An interpolation leaves values exactly equal that are equal in both encoders.
-        torch._foreach_lerp_([k for k, _ in pairs], [q for _, q in pairs], 1 - m)
+        torch._foreach_lerp_([k for k, _ in pairs], [q for _, q in pairs], 1 - m)  # equal values stay exactly equal
 
 
 class MoCo(MomentumContrast):
@@ -83,8 +82,7 @@ class MoCo(MomentumContrast):
     @torch.no_grad()
     def dequeue_and_enqueue(self, k: torch.Tensor) -> None:
         """Replace the oldest keys by the newest ones (N, dim)."""
-        positions = (self.queue_ptr + torch.arange(len(k), device=k.device)) % self.K
-        self.queue[:, positions] = k.T
+        self.queue[:, (self.queue_ptr + torch.arange(len(k), device=k.device)) % self.K] = k.T
         self.queue_ptr[0] = (self.queue_ptr[0] + len(k)) % self.K
 
 
