@@ -261,8 +261,7 @@ def explain(args: argparse.Namespace) -> list[Path]:
         def draw(i: int, place: Path) -> Path:
             *pictures, outputs = explainer.explain(images.undecoded(i)[0], of)
             if task.per_pixel:
-                share = (outputs.argmax(1) == of).float().mean().item()
-                answer = f"{share:.1%} of the pixels"
+                answer = f"{(outputs.argmax(1) == of).float().mean().item():.1%} of the pixels"
             else:
                 columns, [cells] = task.table(outputs)
                 answer = ", ".join(map(" ".join, zip(columns, cells, strict=True)))

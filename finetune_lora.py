@@ -404,7 +404,6 @@ class QLoRAMultiheadAttention(LoRAMultiheadAttention):
     in_4_bits = True
 
 
-# Which layer becomes what, over a float base and over a 4-bit one: the table that `lora.adapted` holds for everybody.
 ADAPTED[nn.Linear] = LoRALinear, QLoRALinear
 ADAPTED[nn.Conv2d] = LoRAConv2d, QLoRAConv2d
 ADAPTED[nn.MultiheadAttention] = LoRAMultiheadAttention, QLoRAMultiheadAttention
@@ -798,8 +797,7 @@ def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
 def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
     """Train the remaining epochs of a run; after each, write its files and call `after_epoch`.
 
-    Raises Collapsed if training collapses more than `guard.RETREATS` times, and Stopped after Ctrl-C or SIGTERM, when
-    the step is done and `last.pth` is written.
+    Raises Collapsed after more than `guard.RETREATS` collapses, Stopped after Ctrl-C or SIGTERM once all is saved.
     """
     args = run.args
     run.save_start()
@@ -1018,8 +1016,7 @@ class FineTuning(RunState):
                 with distributed.exchanging(self.parallel, is_last=number == step.number):
                     with devices.autocast(self.device, self.dtype):
                         logits = self.parallel(images)
-                    loss = self.task.loss(logits.float(), *labels)
-                    self.scaler.scale(loss * factor).backward()
+                    self.scaler.scale(self.task.loss(logits.float(), *labels) * factor).backward()
 
     @property
     def adapter_rate(self) -> float | None:
@@ -1030,8 +1027,6 @@ class FineTuning(RunState):
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
         return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.resnet_lr_factor)
-
-    # What `train` calls
 
     def save_start(self) -> None:
         """Write what makes the run resumable, however soon it is killed."""
@@ -1116,8 +1111,6 @@ class FineTuning(RunState):
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
         self.save_state()  # the second: a run killed between the two repeats the epoch and writes the same lora.pth
         self.save_metrics(training.metrics_columns(self.task.measured))
-
-    # What is evaluated, with which weights
 
     @contextlib.contextmanager
     def kept_weights(self) -> Iterator[None]:

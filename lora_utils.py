@@ -105,8 +105,7 @@ def full_rank(model: nn.Module) -> int:
 class LoRAManager:
     """Saves, loads, merges, disables, switches and removes the adapters of a model.
 
-    The adapters of files that are loaded with a name stay in the model side by side, and `use` selects the one that
-    computes. `head`: see `finetune_lora.add_lora_to_model`.
+    Adapters of files loaded with a name stay in it side by side; `use` selects one. `head`: see `add_lora_to_model`.
     """
 
     def __init__(self, model: nn.Module, head: str | Sequence[str] | None = None):

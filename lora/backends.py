@@ -141,8 +141,7 @@ def _depthwise_kernel_gradient(gy: Tensor, x: Tensor, shape: torch.Size, geometr
     stride, padding, dilation, _ = geometry
     channels = gy.shape[0] * gy.shape[1]
     images = x.reshape(1, channels, *x.shape[2:])
-    kernels = gy.reshape(channels, 1, *gy.shape[2:])
-    gradients = F.conv2d(images, kernels, None, dilation, padding, stride, channels)
+    gradients = F.conv2d(images, gy.reshape(channels, 1, *gy.shape[2:]), None, dilation, padding, stride, channels)
     gradients = gradients[:, :, : shape[2], : shape[3]]  # where the stride leaves rows out, there are more
     return gradients.view(len(x), *shape).sum(0)
 

@@ -16,15 +16,11 @@ from toolkit.run import options
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(options.ShapeOptions):
-    """Section `model`."""
-
     arch: str = option("vit_mini", choices=ARCHS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoOptions(options.AdapterOptions):
-    """Section `moco`."""
-
     checkpoint: Path | None = option(None, "go on with this backbone, projector and predictor", type=checkpoint_path)
     lora_rank: int = option(0, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
     moco_version: int | None = option(None, "default: the checkpoint's, else 3", type=int, choices=(2, 3))
@@ -71,8 +67,7 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> tu
 
 def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    problems = options.complete_shared(args, sources, typed)
-    problems += options.environment_problems(args, written(args))
+    problems = [*options.complete_shared(args, sources, typed), *options.environment_problems(args, written(args))]
     if args.knn_dir and not remote.is_folder(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
     if "crop_min" in typed and args.two_crops == "digits":
