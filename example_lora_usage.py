@@ -1,7 +1,4 @@
-"""Four examples of LoRA and QLoRA with this toolkit, in one minute on a CPU.
-
-python example_lora_usage.py
-"""
+"""Four examples of LoRA and QLoRA, functions to copy from, in one minute on a CPU: python example_lora_usage.py"""
 
 import functools
 import tempfile

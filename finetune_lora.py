@@ -797,7 +797,7 @@ def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
 def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
     """Train the remaining epochs of a run; after each, write its files and call `after_epoch`.
 
-    Raises Collapsed after more than `guard.RETREATS` collapses, Stopped after Ctrl-C or SIGTERM once all is saved.
+    Raises Collapsed after more than `guard.RETREATS` collapses, and Stopped after Ctrl-C or SIGTERM once all is saved.
     """
     args = run.args
     run.save_start()
@@ -1109,7 +1109,7 @@ class FineTuning(RunState):
         if is_best and distributed.is_main():
             with self.wise_ft.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
-        self.save_state()  # the second: a run killed between the two repeats the epoch and writes the same lora.pth
+        self.save_state()  # after lora.pth: a run killed between them repeats the epoch and writes the same one again
         self.save_metrics(training.metrics_columns(self.task.measured))
 
     @contextlib.contextmanager
@@ -1170,7 +1170,7 @@ class FineTuning(RunState):
         return True
 
     def calibrate(self) -> bool:
-        """Make the probabilities believable, by training images: divide the head's outputs by a temperature."""
+        """Make the probabilities believable, by training images: a temperature and, for several labels, thresholds."""
         optimism = self.head_temperature.optimism
         if optimism is None and not self.task.always_calibrates:  # numbers, or a head that was no probe
             return False
