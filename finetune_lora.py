@@ -915,7 +915,7 @@ class FineTuning(RunState):
         self.by_unlabelled: dict[str, Any] | None = None  # what images without labels say of the start
         self.teacher: teacher.Teacher | None = None
         self.sure_images: data.Remembered | None = None  # without labels, that the start answers most surely
-        self.still_sure = True  # were they when the guard's images were last evaluated?
+        self.still_sure: bool | None = None  # were they when the guard's images were last evaluated?
         self.kept_outputs: tuple[Tensor, Tensor] | None = None  # for the evaluation images, and their targets
         counts = self.task.counts(splits.train)
         if self.loaders.unlabelled is not None:

@@ -117,8 +117,20 @@ def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
     before = copy.deepcopy(judge.state_dict())
     assert judge.after_epoch(trained, kept, divisor) == judge.after_epoch(trained, kept, divisor) == verdict
     assert judge.state_dict() == before
-    if verdict == Keep() and divisor == 1:  # where sure answers to images without labels are lost
-        assert judge.after_epoch(trained, kept, divisor, still_sure=False) == ShrinkTo(2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "still_sure", "verdict"),
+    [
+        (answers(0.7, 0.9), None, ShrinkTo(2)),
+        (answers(0.7, 0.9), True, Keep()),
+        (answers(0.7, 1.0), True, ShrinkTo(2)),
+        (answers(0.9, 0.9), False, ShrinkTo(2)),
+    ],
+)
+def test_where_images_without_labels_train_harm_is_a_lower_score_and_no_lower_loss(kept, still_sure, verdict):
+    """They watch as well. The start was fitted to the labelled images, of which it answers more than of others."""
+    assert guard_that_may_shrink().after_epoch(kept, kept, 1, still_sure) == verdict
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.run import reports, runs, teacher
+from toolkit.run.guard import Guard, Keep, ShrinkTo
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
 
@@ -388,6 +389,19 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     [bias] = (tensor for name, tensor in file["tensors"].items() if name.endswith("bias"))
     assert bias.tolist() == [0, 3, 0]
     assert "unlabelled: the head is estimated once more" in capsys.readouterr().out
+
+
+def test_the_guard_is_told_whether_what_was_sure_stays_so(finetune, images, monkeypatch):
+    """With all of the change, and with a part of it."""
+    asked = []
+
+    def after_epoch(guard, trained, kept, divisor, still_sure=None):
+        asked.append((divisor, still_sure))
+        return ShrinkTo(2) if divisor == 1 else Keep()
+
+    monkeypatch.setattr(Guard, "after_epoch", after_epoch)
+    finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1")
+    assert asked == [(1, True), (2, True)]
 
 
 def test_numbers_and_plain_views_start_a_head_by_one_view(start, hospital):

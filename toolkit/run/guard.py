@@ -96,18 +96,20 @@ class Guard:
             return Keep()
         return GoBack("training collapsed")
 
-    def after_epoch(self, trained: Answers, kept: Answers, divisor: float, still_sure=True) -> Keep | ShrinkTo | GoBack:
+    def after_epoch(self, trained: Answers, kept: Answers, divisor: float, still_sure=None) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch, by the watched images, with all of the trained change and with a part of it.
 
-        The part is smaller by `divisor`, one of SHARE_DIVISORS. `still_sure`: are images without labels? Adapters may
-        die without a collapse, so after two barren epochs in a row, if later ones may hardly mend them, the run goes
-        back; with masks also if it would end barren.
+        The part is smaller by `divisor`, one of SHARE_DIVISORS. `still_sure`: are images without labels, if such
+        train? Adapters may die without a collapse, so after two barren epochs in a row, if later ones may hardly mend
+        them, the run goes back; with masks also if it would end barren.
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
         if not self.may_shrink:
             return Keep()
-        does_harm = kept.score < self.scores[0] - HARMLESS_LOSS or not still_sure
+        does_harm = kept.score < self.scores[0] - HARMLESS_LOSS
+        if still_sure is not None:  # the start was fitted to training images, whose score flatters it; not to these
+            does_harm = not still_sure or (does_harm and kept.loss >= self.start_loss)
         if divisor < math.inf and does_harm:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS and not self.is_early
