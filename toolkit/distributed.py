@@ -1,7 +1,4 @@
-"""One run in several processes, as `torchrun` starts them: of W, process k has the images k, k + W, k + 2 W, ...
-
-With one process nothing here does anything.
-"""
+"""One run in several processes, as `torchrun` starts them: of W, process k has the images k, k + W, k + 2 W, ..."""
 
 import contextlib
 import os

@@ -180,10 +180,7 @@ class LabelReport(ColumnReport):
 
 
 class MultiLabel(parts.Task):
-    """Several labels an image, by the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown.
-
-    `balanced`: a label's positives count as much as its negatives. Probabilities above thresholds, (K,), are answers.
-    """
+    """Several labels an image, by the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown."""
 
     kind = "multilabel"
     score = "macro_ap"
@@ -209,7 +206,7 @@ class MultiLabel(parts.Task):
         self.shares = self.positives / known.clamp_min(1)
         both = torch.stack([known - self.positives, self.positives])
         self.weights = torch.ones(2, labels)
-        if balanced:
+        if balanced:  # a label's positives count as much as its negatives
             self.weights = (known / (2 * both)).where(both.amin(0) > 0, 1.0)
         odds = self.weights * (both + 0.5)
         self.constant_logits = (odds[1] / odds[0]).log()

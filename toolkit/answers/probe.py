@@ -43,8 +43,8 @@ class Probe(NamedTuple):
 class HeadTemperature(NamedTuple):
     """The temperature by which a head's logits are divided before training, so that it keeps what the probe knows."""
 
-    least: float = 1.0
-    per_rate: float = 0.0
+    least: float = 1.0  # at any rate
+    per_rate: float = 0.0  # 0 if the features do not train
     # By what factor the temperature that fits images which the probe has not seen is above the one that fits its
     # training images; None: not known.
     optimism: float | None = None
@@ -68,15 +68,11 @@ def set_head(model: nn.Module, probe: Probe) -> Probe:
 def choose_temperature(
     model: nn.Module, features: Tensor, loss: Callable[[Tensor], Tensor], features_train: bool, towards: Tensor | float
 ) -> HeadTemperature:
-    """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D).
-
-    `least`, 1 or more, has the smallest loss on augmented training images (arXiv 1706.04599): training is not to begin
-    by taking back the probe's confidence. `per_rate`, 0 if the features do not train: Adam moves every weight by about
-    the rate in each step, and the larger the head's weights, the more that does to the loss. Logits are divided by it
-    as far as they are from `towards`.
-    """
+    """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D)."""
+    # On augmented training images (arXiv 1706.04599): training is not to begin by taking back the probe's confidence.
     logits = linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
+    # Adam moves each weight by about the rate in a step: the larger the weights, the more that does to the loss.
     per_rate = DRIFT_STEPS * logits.std().item() / LOGIT_DRIFT if features_train else 0.0
     return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
 

@@ -72,12 +72,9 @@ def seen(
 
 
 def start(images: Images, known: Labelled, plain: Probe, views: int = 1, clusters: Tensor | None = None) -> Start:
-    """The head to start from: by k-means if that gains over the `plain` probe in cross-validation, else that.
-
-    With one label a class nothing is held out: the probe is kept. Views and clusters are as for `fit_linear_probe`.
-    """
+    """The head to start from: by k-means if that gains over the `plain` probe in cross-validation, else that."""
     labels = known.targets.argmax(1)
-    answers = held_out_answers(images, known, plain, views, clusters)
+    answers = held_out_answers(images, known, plain, views, clusters)  # all NaN with one label a class
     judging = min(views, 2) * len(labels) // views  # images and one view of each: answers are for images as they are
     of_probe = judge(answers["probe"][:, :judging], labels[:judging], min(views, 2))
     of_k_means = judge(answers["k-means"][:, :judging], labels[:judging], min(views, 2))

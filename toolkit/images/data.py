@@ -31,10 +31,7 @@ UNLABELLED = -1  # the label of an image without one
 
 
 class LabelledImages(Dataset):
-    """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`.
-
-    With `targets` (N, K), a row of them takes the label's place; `labels` then say which are alike: `splitting.strata`.
-    """
+    """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`."""
 
     def __init__(self, source: Sequence[Any], labels: Sequence[int] | None = None, targets: torch.Tensor | None = None):
         if labels is None:
@@ -42,7 +39,7 @@ class LabelledImages(Dataset):
         self.source = source  # has the images
         self.indices = np.arange(len(labels))  # of the source, which are meant, in order
         self.labels = list(map(int, labels))
-        self.targets = targets
+        self.targets = targets  # (N, K): a row takes the label's place; labels say which are alike: `splitting.strata`
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
 
@@ -158,10 +155,7 @@ def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]
 
 
 class Transformed(Dataset):
-    """(transform(image), label) of a data set of (image, label).
-
-    An index may come with a seed, as (i, seed): the transform's draws from PyTorch then depend on that alone.
-    """
+    """(transform(image), label) of a data set of (image, label)."""
 
     def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any]):
         self.dataset = dataset
@@ -174,6 +168,7 @@ class Transformed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, int]:
+        """An index may come with a seed, as (i, seed): the transform's draws from PyTorch then depend on that alone."""
         i, seed = index if isinstance(index, tuple) else (index, None)
         image, label = self.read(i)
         if seed is None:

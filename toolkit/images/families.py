@@ -1,7 +1,4 @@
-"""The scale, mean and std with which published checkpoints were pretrained, by their names.
-
-Wrong units are this field's commonest silent error: whatever is taken is printed.
-"""
+"""The scale, mean and std with which published checkpoints were pretrained, by their names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -73,6 +70,7 @@ def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], fi
 
 def _of_family(name: str, bands: Sequence[str] | None, reason: str) -> Scaling:
     family = FAMILIES[name]
+    # Wrong units are this field's commonest silent error: whatever is taken is printed.
     print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
     return Scaling(family.scale, list(family.mean), list(family.std), bands)
 

@@ -1,7 +1,4 @@
-"""Images with masks, a class for every pixel: finding and checking the pairs, and one draw of a crop for both.
-
-The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that do not count.
-"""
+"""Images with masks, a class for every pixel: finding and checking the pairs, and one draw of a crop for both."""
 
 import itertools
 import json
@@ -24,7 +21,7 @@ from toolkit.images import data, folders, lists, remote, scaling, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
 from toolkit.images.transforms import View, eval_transform, orientation, to_rgb
 
-UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
+UNKNOWN = -100  # in a mask (H, W) of classes from 0: pixels that do not count, as by PyTorch's ignore_index
 MOST_CLASSES = 255
 
 # -------------------------------------------------------------------------------------------- classes and their colours

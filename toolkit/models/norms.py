@@ -1,7 +1,4 @@
-"""BatchNorms that stay in eval mode while they are frozen, and BatchNorms over the images of all processes.
-
-With the latter several processes train as one does, to rounding. PyTorch's SyncBatchNorm does this on GPUs alone.
-"""
+"""BatchNorms that stay in eval mode while they are frozen, and BatchNorms over the images of all processes."""
 
 import contextlib
 import functools
@@ -187,6 +184,8 @@ def share_statistics(model: nn.Module) -> None:
 
 class SharedStatistics(_Extended):
     """A BatchNorm whose statistics are, in training, those of all processes. x: (N, C, ...), N may differ."""
+
+    # So several processes train as one does, to rounding. PyTorch's SyncBatchNorm does this on GPUs alone.
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -55,17 +55,14 @@ class GoBack:
 
 
 class Guard:
-    """Judges a run by the losses of its steps, and after each epoch by its answers for some training images, `watched`.
-
-    `after_step` and `after_epoch` answer, and change nothing. `may_shrink`: may less of the trained change be kept?
-    """
+    """Judges a run by its steps' losses, and after each epoch by its answers for some training images, `watched`."""
 
     def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink=False, epochs: int = 1):
         self.variance = task.variance
         self.epochs = epochs
         self.has_masks = task.per_pixel
         self.images = len(watched)
-        self.may_shrink = may_shrink
+        self.may_shrink = may_shrink  # may less of the trained change be kept?
         self.constant_score = task.constant_score(watched)
         self.constant_loss = task.constant_loss(train)
         self.first_loss: float | None = None  # of the first step: the loss before training

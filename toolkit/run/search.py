@@ -29,8 +29,6 @@ def rates_that_differ(peak: Callable[[float], float]) -> list[float]:
 
 
 class Trial(NamedTuple):
-    """A short run and how it ended."""
-
     learning_rate: float
     val_score: float  # the task's, such as the accuracy
     val_loss: float
