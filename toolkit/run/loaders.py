@@ -39,6 +39,11 @@ def load_images(args: options.FineTuneOptions, read: Bands | None) -> Splits:
     return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
 
 
+def probed_views(images: int) -> int:
+    """How many augmented views of each image a probe is fitted to: of few images one view is a matter of chance."""
+    return min(MOST_VIEWS, max(1, PROBED_VIEWS // images))
+
+
 class Loaders:
     """The images of a run, their views in images of `image_size` pixels, and what reads them."""
 
@@ -111,7 +116,7 @@ class Loaders:
         # They calibrate the head, and start it unless there are more training images.
         some = self.images.train.at_most(CALIBRATION_IMAGES)
         varies = self.args.augmentation != "none" and TRUTHS[self.args.task] in ("class", "labels")
-        views = min(MOST_VIEWS, max(1, PROBED_VIEWS // len(some))) if varies else 1  # of few images one is by chance
+        views = probed_views(len(some)) if varies else 1
         seed = self.args.seed
         if views > 1:  # other views than the guard's: training would seem to harm a head that was fitted to these
             seed += 1
