@@ -73,6 +73,7 @@ def choose_temperature(
     logits = linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
     # Adam moves each weight by about the rate in a step: the larger the weights, the more that does to the loss.
+    # Logits are divided as far as they are from `towards`.
     per_rate = DRIFT_STEPS * logits.std().item() / LOGIT_DRIFT if features_train else 0.0
     return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
 

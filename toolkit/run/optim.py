@@ -38,10 +38,14 @@ IMAGES_WORTH_THE_START = 5.0  # a class: half of the trained change is saved. Me
 
 
 def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
-    """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`."""
+    """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`.
+
+    `auto` is m / (m + 5) with m images per class: with few, much of the change fits these images alone. It is 1 where
+    the head did not start as a probe, and where the whole backbone trains, of which it would keep a copy.
+    """
     if args.wise_ft != "auto":
         return args.wise_ft
-    if args.head_init != "probe" or not args.freeze_backbone:  # of a whole backbone it would keep a copy
+    if args.head_init != "probe" or not args.freeze_backbone:
         return 1.0
     per_class = sum(images.values()) / len(images)
     return per_class / (per_class + IMAGES_WORTH_THE_START)
