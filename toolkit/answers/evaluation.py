@@ -19,7 +19,8 @@ NO_LABEL = -100  # the label of an image that stands in for a missing one: cross
 NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
 QUERIES_AT_ONCE = 1_024
-PIXELS_AT_ONCE = 8 * 224**2  # of images on a CPU, whose cache holds what its layers then compute
+PIXELS_AT_ONCE = 32 * 96**2  # of images on a CPU, whose cache holds what its layers then compute
+LEAST_AT_ONCE = 8  # images: fewer wait for the weights
 
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -41,10 +42,11 @@ def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.de
 
 def answers(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The outputs (N, ...) of a model in eval mode, float32; on a CPU for a few images (N, C, H, W) at a time."""
-    at_once = len(images)
+    parts = 1
     if device.type == "cpu":
-        at_once = max(1, PIXELS_AT_ONCE // math.prod(images.shape[2:]))
-    return torch.cat([computed(model, some, device, dtype).float() for some in images.split(at_once)])
+        at_once = max(LEAST_AT_ONCE, PIXELS_AT_ONCE // math.prod(images.shape[2:]))
+        parts = max(1, math.ceil(len(images) / at_once))
+    return torch.cat([computed(model, some, device, dtype).float() for some in images.chunk(parts)])
 
 
 def no_labels(like: Tensor) -> Tensor:
