@@ -119,7 +119,7 @@ class Deployed:
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Tensor:
         """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
-        return evaluation.answers(self.model, images, self.device, self.dtype)
+        return evaluation.computed(self.model, images, self.device, self.dtype).float()
 
     def loader(self, images: Transformed) -> DataLoader:
         loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}

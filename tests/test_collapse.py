@@ -196,7 +196,7 @@ def test_a_share_that_was_typed_is_no_verdict_on_training(start):
 
 @pytest.mark.parametrize(
     ("options", "at_once"),
-    [("--batch-size 5", 128), ("--batch-size 5 --image-size 128", 18), ("--batch-size 200", 200)],
+    [("--batch-size 5", 128), ("--batch-size 5 --image-size 128", 32), ("--batch-size 200", 200)],
 )
 def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them(start, options, at_once):
     run = start(f"{options} --workers 1")

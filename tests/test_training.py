@@ -120,24 +120,6 @@ def test_features_are_exact_and_leave_the_mode():
     assert model.training and model[1].training and not model[0].training
 
 
-@pytest.mark.parametrize(
-    ("device", "shape", "at_once"),
-    [("cpu", (40, 3, 96, 96), [20, 20]), ("cpu", (17, 3, 224, 224), [6, 6, 5]), ("meta", (40, 3, 96, 96), [40])],
-)
-def test_a_cpu_computes_answers_for_a_few_images_at_a_time(device, shape, at_once):
-    seen = []
-
-    def model(images):
-        seen.append(len(images))
-        return images.mean((1, 2, 3)).double()
-
-    images = torch.arange(shape[0], dtype=torch.float32).view(-1, 1, 1, 1).expand(shape)
-    outputs = evaluation.answers(model, images, torch.device(device), torch.float32)
-    assert seen == at_once and outputs.shape == (shape[0],) and outputs.dtype == torch.float32
-    if device == "cpu":
-        assert outputs.tolist() == list(range(shape[0]))
-
-
 def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(40, 5, generator=generator)

@@ -1,7 +1,6 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ NO_LABEL = -100  # the label of an image that stands in for a missing one: cross
 NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
 QUERIES_AT_ONCE = 1_024
-PIXELS_AT_ONCE = 32 * 96**2  # of images on a CPU, whose cache holds what its layers then compute
-LEAST_AT_ONCE = 8  # images: fewer wait for the weights
 
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -38,15 +35,6 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
 def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:
     with devices.autocast(device, dtype):
         return function(devices.to_device(images, device))
-
-
-def answers(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The outputs (N, ...) of a model in eval mode, float32; on a CPU for a few images (N, C, H, W) at a time."""
-    parts = 1
-    if device.type == "cpu":
-        at_once = max(LEAST_AT_ONCE, PIXELS_AT_ONCE // math.prod(images.shape[2:]))
-        parts = max(1, math.ceil(len(images) / at_once))
-    return torch.cat([computed(model, some, device, dtype).float() for some in images.chunk(parts)])
 
 
 def no_labels(like: Tensor) -> Tensor:
@@ -101,7 +89,7 @@ def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype:
     targets = []
     with eval_mode(model):
         for images, its_targets in loader:
-            outputs.append(answers(model, images, device, dtype))
+            outputs.append(computed(model, images, device, dtype).float())
             targets.append(devices.to_device(its_targets, device))
     return distributed.interleave(torch.cat(outputs)), distributed.interleave(torch.cat(targets))
 

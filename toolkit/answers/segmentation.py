@@ -226,7 +226,7 @@ class Segmentation(SoftmaxObjective):
         """Answers for images of any size, in overlapping windows of the model's own."""
 
         def answer(windows: Tensor) -> Tensor:
-            return evaluation.answers(model, windows, device, dtype)
+            return evaluation.computed(model, windows, device, dtype).float()
 
         counted: list[list[Tensor]] = []
         worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it

@@ -26,6 +26,7 @@ CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and t
 PROBED_VIEWS = 512  # of few training images together, at the most; and MOST_VIEWS of each
 MOST_VIEWS = 8
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
+ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images wait for the weights, not for memory
 PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
@@ -59,7 +60,7 @@ class Loaders:
             self.augmentation, self.eval_transform = masks.pair_transforms(image_size, args.augmentation, **values)
             self.plain_view = self.augmentation
         else:
-            self.answered_at_once = max(args.batch_size, min(128, evaluation.PIXELS_AT_ONCE // image_size**2))
+            self.answered_at_once = max(args.batch_size, min(128, ANSWERED_PIXELS // image_size**2))
             self.augmentation = self.strong_view = train_transform(image_size, args.augmentation, **values)
             if args.augmentation == "crop" and values["bands"] is None:
                 self.strong_view = train_transform(image_size, "trivial", **values)

@@ -80,7 +80,7 @@ class Teacher:
     def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """The labels, then the `sure_labels` of images (N, C, H, W) at these places; and how much each counts."""
         with self.in_place(), evaluation.eval_mode(self.model):
-            logits = evaluation.answers(self.model, views, self.device, self.dtype)
+            logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
         found, counts = self.sure_labels(logits, self.first_answers[places])
         return torch.cat([labels, found]), torch.cat([counts.new_ones(len(labels)), counts])
 
