@@ -27,7 +27,7 @@ def training_norms(model: nn.Module) -> list[_BatchNorm]:
 
 def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     """A weight for each class, (num_classes,), with which all count alike; their mean over `images` of each is 1."""
-    counts = torch.tensor(list(map(images.__getitem__, range(num_classes))))
+    counts = torch.tensor([images[label] for label in range(num_classes)])
     shares = len(images) * counts.double() / sum(images.values())
     return 1 / shares.where(counts > 0, 1.0).float()
 
@@ -149,8 +149,10 @@ class Evaluation(NamedTuple):
         return self.labels
 
     def measured(self) -> dict[str, float]:
-        means = self.weighted(torch.ones(1, len(self.labels)))
-        return {"accuracy": self.accuracy} | dict(zip(means, map(Tensor.item, means.values()), strict=True))
+        found = {"accuracy": self.accuracy}
+        for name, mean in self.weighted(torch.ones(1, len(self.labels))).items():
+            found[name] = mean.item()
+        return found
 
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         """The means over classes, (n,), by weights of images (n, N): there is a better interval of the accuracy."""

@@ -140,7 +140,7 @@ def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:
 
 def among(images: LabelledImages, others: LabelledImages) -> np.ndarray:
     """Which images, (N,), are among the others, by their paths or their content."""
-    known = {*map(others.name, range(len(others))), *copies(images, others)}
+    known = {others.name(i) for i in range(len(others))} | copies(images, others).keys()
     return np.array([images.name(i) in known for i in range(len(images))], bool)
 
 

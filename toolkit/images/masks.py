@@ -313,7 +313,7 @@ def load_pairs(
         found.append({i: pixels for i, pixels in enumerate(looked_at) if not isinstance(pixels, InputError)})
         files.largest = max(map(np.sum, found[-1].values()))
     _leave_out(problems, skip_unreadable)
-    classes = max(map(len, itertools.chain(*map(dict.values, found)))) - 1
+    classes = max(len(pixels) for part in found for pixels in part.values()) - 1
     names = list(read.names or map("class {}".format, range(classes)))
     images = []
     for files, usable in zip(parts, found, strict=True):

@@ -154,7 +154,8 @@ class Loaders:
         together = self.args.accumulation_steps
         sampler = self.train.batch_sampler
         first_batch = start * together
-        for loader in {self.train, self.unlabelled} - {None}:
+        loaders = [self.train] if self.unlabelled is None else [self.train, self.unlabelled]
+        for loader in loaders:
             loader.batch_sampler.epoch = epoch - 1
             loader.batch_sampler.start = first_batch
         batches = self.train if self.unlabelled is None else self.with_unlabelled()
