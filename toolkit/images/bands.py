@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_png
 
 from toolkit import InputError, listed, optional_package
 from toolkit.images import dicom, remote
@@ -138,6 +137,8 @@ def decoded(content: bytes) -> np.ndarray:
     elif content[128:132] == b"DICM":
         array, _ = dicom.read(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
+        from torchvision.io import ImageReadMode, decode_png  # here: torchvision 0.29 says that they will go
+
         width, height, _, colours = struct.unpack(">IIBB", content[16:26])
         remote.check_size(2 * width * height * _SAMPLES_OF_PNG.get(colours, 4), len(content))
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
