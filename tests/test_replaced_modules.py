@@ -120,7 +120,10 @@ def test_a_forward_that_replaces_a_module_s_own_is_called(build, options):
             assert_close(model(x), twin(x), EXACT, name)
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+HOOKS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+
+
+@pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("name", ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"])
 def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):
     model = frozen(vit())
@@ -129,6 +132,17 @@ def test_hooks_of_every_kind_are_called_in_a_vit(kind, name):
     getattr(module, f"register_{kind}_hook")(lambda *_: seen.append(1))
     model(images(16)).sum().backward()
     assert seen
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_for_all_modules_are_called_in_a_vit(kind):
+    model = frozen(vit())
+    seen = set()
+    register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    with register(lambda module, *_: seen.add(module)):
+        model(images(16)).sum().backward()
+    block = model.encoder.layers[1]
+    assert {block.ln_1, block.ln_2, block.mlp, block.mlp[1], block.mlp[2]} <= seen
 
 
 @in_both

@@ -11,13 +11,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as hooks
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
 from toolkit import InputError, distributed
 from toolkit.devices import is_traced
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+# Each module calls these: dictionaries that PyTorch fills in place. Their names are the same from 2.6 on.
+GLOBAL_HOOKS = (
+    *(hooks._global_forward_hooks, hooks._global_forward_pre_hooks),
+    *(hooks._global_backward_hooks, hooks._global_backward_pre_hooks),
+)
 
 
 class _Extended:
@@ -47,7 +52,7 @@ def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Does one of these have a hook, or a forward of its own? Each must see what it would see in the stock model."""
-    return _has_any_global_hook() or any(
+    return any(GLOBAL_HOOKS) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
     )
