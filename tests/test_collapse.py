@@ -130,7 +130,7 @@ def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
 )
 def test_where_images_without_labels_train_harm_is_a_lower_score_and_no_lower_loss(kept, still_sure, verdict):
     """They watch as well. The start was fitted to the labelled images, of which it answers more than of others."""
-    assert guard_that_may_shrink().after_epoch(kept, kept, 1, still_sure) == verdict
+    assert guard_that_may_shrink().after_epoch(WORSE, kept, 1, still_sure) == verdict
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_how_much_may_be_lost(epochs, share, loss):
 
     In the first half of a run all of them, and the loss nine tenths of its lead: from 1 to a constant answer's 2.30.
     """
-    judge = guard_of(100_000, [0.4, 0.35], epochs=epochs)
+    judge = guard_of(100_000, [0.35, 0.4], epochs=epochs)
     judge.start_loss = 1.0
     assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss)
     assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss)
@@ -291,7 +291,7 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert judge.has_collapsed(0.15, loss=1.0) and not judge.has_collapsed(0.2, loss=1.0)
     assert judge.is_recoverable  # the start always is
     assert not guard_of(1000, [0.3, 0.274]).is_recoverable and guard_of(1000, [0.3, 0.276]).is_recoverable
-    judge = guard_of(4, [1.0], classes=2)
+    judge = guard_of(4, [0.5, 1.0], classes=2)
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
     judge.first_loss = 0.9
     assert judge.has_collapsed(0.5, loss=0.91) and not judge.has_collapsed(0.5, loss=0.89)
@@ -327,6 +327,13 @@ def test_a_loss_that_explodes_is_seen_within_the_epoch(worst, losses, last):
         verdicts.append(judge.after_step())
         assert verdicts[-1] == judge.after_step() and repr(judge.state_dict()) == before
     assert verdicts == [Keep()] * (len(losses) - 1) + [last]
+
+
+def test_losses_are_held_against_all_training_images_and_scores_against_the_watched_ones():
+    """Whose classes may be as frequent otherwise: here one of two, and one of three."""
+    train = LabelledImages([None] * 4, [0, 0, 1, 1])
+    judge = Guard(Classification(["cat", "dog"]), train, train.subset([0, 1, 2]))
+    assert (judge.constant_loss, judge.constant_score) == (pytest.approx(math.log(2)), 2 / 3)
 
 
 def test_the_guard_sees_training_images_alone(finetune, finished_once, monkeypatch):
@@ -431,6 +438,7 @@ def test_what_a_collapse_did_is_undone(start):
     assert torch.equal(random_state, torch.get_rng_state()) and not run.optimizer.state
     rates = [[group["lr"] for group in each.optimizer.param_groups] for each in (run, lower)]
     assert rates[0] == pytest.approx(rates[1])
+    assert run.guard.scores == lower.guard.scores
     assert run.guard.start_loss == pytest.approx(lower.guard.start_loss, rel=1e-4)
     weights = trained_state(run.model)
     for name, tensor in trained_state(lower.model).items():

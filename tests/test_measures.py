@@ -176,6 +176,12 @@ def test_the_interval_of_a_mean_over_patients_and_its_chance_are_students(patien
     assert p < 1e-8
 
 
+def test_images_that_lie_by_class_are_left_out_at_random():
+    """A hundred at a time: were these neighbours, all of one class, the interval would be ten times as wide."""
+    (low, high), _ = chance(mean_of(torch.arange(5000) < 2500), torch.arange(5000))
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 5000**0.5, rel=0.3)
+
+
 @pytest.mark.parametrize(
     ("bounds", "middle", "half", "expected"),
     [

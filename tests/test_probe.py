@@ -1,6 +1,7 @@
 """The linear probe as a start of the head, against scikit-learn on standardised features."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -246,10 +247,18 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
     numbers[::4, 1] = torch.nan
     found = probe.fit_ridge(features, numbers)
     X = StandardScaler().fit_transform(features.numpy())
-    for k, answered in enumerate(answers(found, features).T):
-        known = ~numbers[:, k].isnan().numpy()
-        reference = Ridge(alpha=found.strength).fit(X[known], numbers[known, k].numpy())
-        np.testing.assert_allclose(answered.numpy(), reference.predict(X), rtol=1e-3, atol=1e-3)
+    parts = probe.parts(probe._folds([0] * images, None), 1)
+    errors = dict.fromkeys(probe.RIDGES, 0.0)  # squared, of what is held out
+    for truth, answered in zip(numbers.T.numpy(), answers(found, features).T.numpy(), strict=True):
+        known = ~np.isnan(truth)
+        reference = Ridge(alpha=found.strength).fit(X[known], truth[known])
+        np.testing.assert_allclose(answered, reference.predict(X), rtol=1e-3, atol=1e-3)
+        for penalty, (rest, part) in itertools.product(errors, parts):
+            rest = rest[known[rest]]
+            part = part[known[part]]
+            reference = Ridge(alpha=penalty).fit(X[rest], truth[rest])
+            errors[penalty] += np.square(reference.predict(X[part]) - truth[part]).sum()
+    assert found.strength == min(errors, key=errors.get)
 
 
 def test_a_head_is_softened_towards_a_constant_answer():

@@ -70,7 +70,7 @@ def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
     assert finetune(f"{options} --resume")["precision"] == "bfloat16"
 
 
-def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
+def test_a_run_is_not_resumed_on_other_images_or_classes(finetune, once, images, tmp_path):
     """An added image moves none of the others, but training would go on with what the run has not begun with."""
     shutil.copytree(images, tmp_path / "moved")
     again = finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")  # the same images, wherever they lie
@@ -78,6 +78,9 @@ def test_a_run_is_not_resumed_on_other_images(finetune, once, images, tmp_path):
     shutil.copy(images / "train/dark/0.png", tmp_path / "moved/train/dark/new.png")
     with pytest.raises(InputError, match=r"trained on other images than .*moved holds now: .*drop --resume"):
         finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")
+    torch.save(read_checkpoint(once / "last.pth") | {"class_names": ["a", "b", "c"]}, once / "renamed.pth")
+    with pytest.raises(InputError, match=r"belongs to a run with other settings \(other classes\)"):
+        finetune(f"--epochs 1 --resume {once / 'renamed.pth'}")
 
 
 def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, finished_once, once, monkeypatch):

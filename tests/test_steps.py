@@ -191,9 +191,12 @@ def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkey
 
 
 def test_the_rates_of_each_group(start):
-    optimizer = start("--warmup-epochs 0").optimizer
-    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    assert sorted(rates) == [(0.01, 0.0), (0.01, 0.01), (0.24, 0.01)]  # the head's bias and weight, adapters
+    optimizer = start("--warmup-epochs 0 --norms train").optimizer
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append((group["lr"], group["weight_decay"], {parameter.dim() for parameter in group["params"]}))
+    # Biases and norms, the head's weight, adapters
+    assert sorted(groups) == [(0.01, 0.0, {1}), (0.01, 0.01, {2}), (0.24, 0.01, {2})]
     assert optimizer.defaults["fused"]
     assert start("--lora-init random --warmup-epochs 0").optimizer.param_groups[0]["lr"] == 0.01
 

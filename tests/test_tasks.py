@@ -87,7 +87,8 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     assert answers.score == answers.measured()["macro_ap"] == pytest.approx(np.mean(precisions), abs=1e-12)
     areas = [metrics.roc_auc_score(*pair) for pair in pairs]
     assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
-    assert answers.reliability()[:, 2].sum() == known.sum()
+    sums = [of[known].sum().item() for of in (values, targets, torch.ones(80, 3))]
+    assert answers.reliability().sum(0).tolist() == pytest.approx(sums)
     weights = torch.stack([torch.ones(80), torch.arange(80) % 4])  # each answer weighs as its image
     each = [row[:, None].expand(80, 3)[known] for row in weights]
     expected = [metrics.average_precision_score(targets[known], values[known], sample_weight=of) for of in each]
@@ -137,6 +138,9 @@ def test_a_head_of_labels_that_gives_the_constant_answer_is_as_soft_as_it_can_be
     assert head.first_temperature(model, torch.randn(20, 6), targets, True) == (1.0, pytest.approx(0, abs=1e-3), None)
     head.soften(model, 5.0)
     torch.testing.assert_close(model.fc.bias, head.constant_logits)
+    probe.set_head(model, probe.Probe(torch.zeros(3, 6), torch.tensor([-4.0, 0.0, 0.0]), 1.0))
+    balanced = tasks.MultiLabel(NAMES, targets, balanced=True)  # where no is the answer for all, as many are wrong
+    assert balanced.first_temperature(model, torch.randn(20, 6), targets, True).least == max(probe.TEMPERATURES)
 
 
 @pytest.mark.parametrize("kind", ["labels", "classes"])

@@ -17,7 +17,7 @@ from finetune_lora import FineTuning
 from lora.adapter_file import read_adapter_file
 from tests.conftest import CLASSES
 from tests.image_files import tar_of
-from tests.run_folders import assert_same_tensors, train_on
+from tests.run_folders import assert_identical, assert_same_tensors, train_on
 from toolkit.answers import evaluation, probe, unlabelled
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
@@ -167,6 +167,7 @@ def test_it_begins_with_the_weights_and_the_answers_of_the_start():
 
 
 def test_its_weights_are_a_moving_average_of_those_that_train():
+    """With which, and with what else it has noted, a resumed run goes on."""
     found = teacher_of()
     first = found.model.weight.detach().clone()
     with torch.no_grad():
@@ -179,6 +180,9 @@ def test_its_weights_are_a_moving_average_of_those_that_train():
     with found.in_place():
         assert torch.equal(found.model.weight, found.average["weight"])
     torch.testing.assert_close(found.model.weight, first + 1)
+    resumed = Teacher(found.model, 4, 3, CPU, torch.float32)
+    resumed.load_state_dict(found.state_dict())
+    assert_identical(resumed.state_dict(), found.state_dict())
 
 
 def test_a_class_that_is_rare_in_the_answers_needs_less_certainty():

@@ -139,9 +139,10 @@ def test_held_out_answers_are_judged_at_the_temperature_that_fits():
     assert judged.temperature == pytest.approx(6 / math.log(3), rel=1e-3)
     torch.testing.assert_close(judged.losses, -torch.tensor([0.75, 0.75, 0.75, 0.25]).log(), atol=1e-3, rtol=0)
     torch.testing.assert_close(judged.hits, torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    logits[0, 1] = logits[0, 5] = logits[:, 3] = logits[:, 7] = torch.nan  # once, and never answered
+    logits[0, 3] = logits[0, 7] = logits[:, 1] = logits[:, 5] = torch.nan  # answered once, and never: so four of five
     judged = unlabelled.judge(logits, labels, views=2)
-    assert judged.hits[:3].tolist() == [1, 1, 1] and judged.hits[3].isnan() and judged.losses[3].isnan()
+    assert judged.temperature == pytest.approx(6 / math.log(4), rel=1e-3)
+    assert judged.hits[[0, 2, 3]].tolist() == [1, 1, 0] and judged.hits[1].isnan() and judged.losses[1].isnan()
 
 
 def test_gains_of_one_patient_are_one_gain():
@@ -203,18 +204,28 @@ def test_directions_have_about_the_same_spread_and_those_of_noise_stay_small():
     torch.testing.assert_close(first @ second, (p - q) / (p + q), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("hits", "taken"), [([1.0, 1.0, 0.0, 1.0], True), ([1.0, 0.0, 0.0, 1.0], False)])
-def test_k_means_with_a_smaller_loss_must_not_be_right_less_often(monkeypatch, hits, taken):
-    """The probe has three of four right, k-means three or two."""
+@pytest.mark.parametrize(
+    ("gains", "right", "patients", "taken"),
+    [
+        ([0.1, 0.9, 0.1, 0.9], 3, None, True),  # a mean of 0.5, whose standard error is 0.2
+        ([0.1, 0.9, 0.1, 0.9], 2, None, False),
+        ([-0.1, 1.1, -0.1, 1.1], 3, None, False),  # whose standard error is 0.3
+        ([0.1, 0.9, 0.1, 0.9], 3, torch.tensor([0, 1, 0, 1]), False),  # over patients it is 0.28
+    ],
+)
+def test_k_means_is_taken_if_its_loss_is_lower_by_two_errors_and_no_less_is_right(
+    monkeypatch, gains, right, patients, taken
+):
+    """The probe has three of four right."""
     of_probe = unlabelled.Judged(1.0, torch.full((4,), 1.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    of_k_means = unlabelled.Judged(1.0, torch.tensor([0.1, 0.2, 0.1, 0.2]), torch.tensor(hits))
+    of_k_means = unlabelled.Judged(1.0, 1.0 - torch.tensor(gains), (torch.arange(4) < right).float())
     answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 6, CLASSES))
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: answers)
     monkeypatch.setattr(unlabelled, "judge", mock.Mock(side_effect=[of_probe, of_k_means]))
     features, labels = clustered(6, seed=1)
     plain = probe.fit_linear_probe(features, labels, CLASSES)
     images, known, _ = placed(6, others=60)
-    found = unlabelled.start(images, known, plain)
+    found = unlabelled.start(images, known, plain, clusters=patients)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 
 
