@@ -317,6 +317,9 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
     assert manager.use("default") == {"class_names": ["others"]}
     manager.use(None)
     assert stored() == {}
+    manager = LoRAManager(alone["pets"])
+    manager.unload()
+    assert stored() == {}
 
 
 def test_unload_leaves_the_base_alone(manager, arch):

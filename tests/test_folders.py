@@ -94,6 +94,7 @@ def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     first = set(archives[:48])  # 8 archives of 6
     second = set(archives[48:96])
     assert len(first) == len(second) == 8 and not first & second
+    assert len(set(archives[:6])) > 1  # mixed
     batches.epoch = 3
     batches.start = 5
     assert [i for batch in batches for i, _ in batch] == order[40:]  # where it was interrupted

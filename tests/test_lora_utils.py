@@ -1,5 +1,6 @@
 """Adapter files: what they hold, that they come back, and that nothing else gets in."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -13,6 +14,7 @@ from dense import assert_unchanged, frozen, images, known, resnet, snapshot, tra
 from torch import nn
 
 from finetune_lora import QLoRALinear, add_lora_to_model, freeze_backbone_params, load_finetuned
+from lora.adapted import adapted_layers
 from lora_utils import LoRAManager, read_adapter_file, trained_state, write_adapter_file
 from tests.run_folders import assert_same
 from toolkit import InputError
@@ -151,13 +153,17 @@ def test_a_model_whose_start_is_unknown_saves_everything(path):
 def test_what_is_merged_into_the_base_is_the_base_of_what_trains_next(path):
     """No part of its file; and over another sum it is refused."""
     models = [adapted(plain()) for _ in range(2)]  # with other numbers in B
+    models.append(copy.deepcopy(models[0]))
+    for layer in adapted_layers(models[2]).values():
+        layer.scaling *= 2
     for model in models:
         LoRAManager(model).merge_into_base()
         adapted(model)
     LoRAManager(models[0]).save_lora_checkpoint(path)
     assert read_adapter_file(path)["tensors"].keys() == set(trained(models[0]))
-    with pytest.raises(InputError, match="trained over another base"):
-        LoRAManager(models[1]).load_lora_checkpoint(path)
+    for other in models[1:]:
+        with pytest.raises(InputError, match="trained over another base"):
+            LoRAManager(other).load_lora_checkpoint(path)
 
 
 def test_packed_weights_are_never_in_a_file(path):

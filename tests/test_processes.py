@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,11 +24,13 @@ from torch import nn
 
 import deploy_lora
 import finetune_lora
+from finetune_lora import LoRALinear
+from lora.initialization import start_at_gradient
 from moco import builder, pretrain
 from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, tensors
 from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed, files
-from toolkit.answers import evaluation, predictions, segmentation
+from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
 from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
 from toolkit.run import guard, optim, output_folder, run_state, teacher, training
@@ -385,6 +388,60 @@ def test_a_teacher_is_as_sure_as_the_start_over_the_images_of_both(found):
 TAUGHT = [0.95 * 0.8 + 0.05 * 2.1 / 3, 0.95 * 0.5 + 0.05 * 1.4 / 3, 0.95 * 0.25 + 0.05 * 1.6 / 3, 0.95 * 0.25]
 
 
+def started(rank: int) -> list[list[float]]:
+    """A head that is set to a probe and then softened, and an adapter that starts at a gradient: each finds others."""
+    model = nn.Sequential(OrderedDict(body=LoRALinear(3, 2, r=1), fc=nn.Linear(2, 2)))
+    torch.manual_seed(rank)
+    probe.set_head(model, probe.Probe(torch.randn(2, 2), torch.randn(2), 1.0))
+    heads = [model.fc.weight.flatten().tolist()]
+    model.fc.weight.data += rank
+    tasks.Classification(["cat", "dog"]).soften(model, 2.0)
+    start_at_gradient(model, lambda: model(torch.randn(5, 3)).square().sum().backward())
+    return [*heads, model.fc.weight.flatten().tolist(), model.body.lora_A.flatten().tolist()]
+
+
+def test_both_start_with_what_the_first_has_found(found):
+    first, second = (each["started"] for each in found)
+    probed, softened, _ = first
+    assert first == second and softened == pytest.approx([weight / 2 for weight in probed])
+
+
+def segmented(rank: int, share: slice | None = None) -> tuple[list, dict]:
+    """Confusion matrices of five images, and the answers for the worst of them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 2, 4, 4, generator=generator)
+    truth = torch.randint(2, (5, 4, 4), generator=generator)
+    own = slice(rank, None, 2) if share is None else share
+    network = nn.Identity()  # its images are its outputs
+    network.window = 4
+    answers = segmentation.Segmentation(["ground", "ink"]).evaluate(network, [(logits[own], truth[own])], CPU)
+    return answers.confusion.tolist(), {image: of_image.tolist() for image, of_image in answers.maps.items()}
+
+
+def test_the_worst_images_are_those_of_both(found):
+    assert found[0]["segmented"] == found[1]["segmented"] == segmented(0, slice(None))
+
+
+def measured(rank: int, share: slice | None = None) -> float:
+    """The effective rank of the features of six images, by statistics that each process has of its own."""
+    encoder = nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(3), fc=nn.Linear(3, 2)))
+    encoder.norm.running_var += 1e3 * rank * torch.arange(3)
+    images = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    own = images[slice(rank, None, 2) if share is None else share]
+    run = SimpleNamespace(model=SimpleNamespace(encoder_q=encoder), device=CPU, dtype=torch.float32)
+    run.measuring_loaders = [[(own, torch.zeros(len(own)))]]
+    return pretrain.Pretraining.measure(run)["effective_rank"]
+
+
+def test_features_are_measured_by_the_statistics_of_the_first(found):
+    assert found[0]["measured"] == found[1]["measured"] == pytest.approx(measured(0, slice(None)))
+
+
+def looked_at(rank: int) -> list[int]:
+    """What is found at each of five places."""
+    return data.look_at_each(lambda i: 10 * i, 5, "image")
+
+
 def read(rank: int) -> tuple[list, bool]:
     """The figures of two steps, and whether one of the processes was asked to stop: the second was."""
     stop = SimpleNamespace(signum=15 * rank, others_asked=False)
@@ -441,6 +498,7 @@ def cached(rank: int) -> list:
         (taught, pytest.approx(TAUGHT)),
         (read, ([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)),
         (worst, 4.0),
+        (looked_at, [0, 10, 20, 30, 40]),
         (precision, torch.float32),
         (cached, [[0, 0], [1, 10], [2, 20], [3, 30], [4, 40], [5, 50]]),
     ],
@@ -495,7 +553,8 @@ def normalised(rank: int) -> dict:
     return found
 
 
-TOGETHER = (exchanged, shuffled_keys, contrasted, taught, scaled, read, worst, drawn, precision, cached, normalised)
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, scaled, started, segmented, measured, looked_at)
+TOGETHER += (read, worst, drawn, precision, cached, normalised)
 
 
 def test_two_processes_normalise_as_one(found):

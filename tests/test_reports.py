@@ -247,6 +247,10 @@ def test_it_is_said_how_far_probabilities_can_be_believed(labels):
     error = report.figures()["calibration_error"]
     assert error > 0.2 and dict(report.rows())["probabilities off by"] == f"{error:.1%} on average"
     assert "temperature" not in labels.figures() and "on average" in dict(labels.rows())["probabilities off by"]
+    for images, told in ((10, []), (1000, [("probabilities off by", "10.0% on average")])):  # of ten it may be chance
+        right = torch.arange(images) < 0.9 * images
+        report.answers = Evaluation(0.1, 0.9, right.long(), torch.ones(images).long(), torch.full((images,), 0.8))
+        assert report.calibration_rows() == told
 
 
 def images(count: int) -> LabelledImages:

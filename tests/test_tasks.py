@@ -315,6 +315,26 @@ def test_the_optimism_is_how_much_surer_the_probe_is_of_images_that_trained_it()
     assert once * views == pytest.approx(unseen ** (300 / (300 + tasks.SURE_IMAGES)), rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("options", "features_train"),
+    [({}, False), ({"lora_rank": 2}, True), ({"norms": "train"}, True), ({"freeze_backbone": False}, True)],
+)
+def test_a_start_is_measured_as_a_probe_and_softened_as_the_head_that_it_becomes(options, features_train):
+    """By views, and further where features train. Here images without labels make a random head of a good one."""
+    features, labels, task = features_for("classification")
+    model = network()
+    views = features + 0.1 * torch.randn(features.shape), labels
+    mixed = probe.Probe(torch.randn(3, 6), torch.zeros(3), 1.0, held_out=torch.randn(600, 3))
+    task.start_by_unlabelled = lambda *_: SimpleNamespace(probe=probe.set_head(model, mixed))
+    given = tasks.Features((features, labels), (features, labels), views, (features, labels))
+    args = SimpleNamespace(**{"head_init": "probe", "lora_rank": 0, "norms": "auto", "freeze_backbone": True} | options)
+    baseline, temperature, _ = tasks.start_head(task, model, given, args, None)
+    assert baseline["probe"] > 0.75 > task.probe_score(model, *views)
+    expected = task.first_temperature(model, *views, features_train)
+    assert temperature == expected._replace(optimism=tasks.optimism(task, model, mixed.held_out, *views))
+    assert (temperature.per_rate > 0) == features_train
+
+
 @pytest.mark.parametrize("kind", tasks.TASKS)
 def test_what_keeps_the_best_epoch_is_a_column_of_the_metrics(kind):
     columns = training.metrics_columns(tasks.TASKS[kind].measured)
