@@ -48,6 +48,18 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, "name") is a mock in the place of a function, or method, which does what that did."""
+
+    def spy(owner, name: str):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, mock.create_autospec(real, side_effect=real))
+        return getattr(owner, name)
+
+    return spy
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A vit_mini for images of 16 pixels in MoCo's layout, random but the same in every session."""

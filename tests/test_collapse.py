@@ -262,14 +262,15 @@ def assert_figures_of_file(results: dict, images: Path) -> None:
 
 
 @pytest.mark.parametrize(("most", "started", "loaded"), [(21, 8 * 21, 0), (9, 21, 8 * 9)])
-def test_the_views_of_the_start_calibrate_the_head_unless_that_takes_fewer(start, monkeypatch, most, started, loaded):
+def test_the_views_of_the_start_calibrate_the_head_unless_that_takes_fewer(
+    start, spy, monkeypatch, most, started, loaded
+):
     monkeypatch.setattr(loaders, "CALIBRATION_IMAGES", most)
     run = start("--augmentation crop")
     features, _ = run.start().augmented_views
     assert len(features) == started
-    with mock.patch.object(Transformed, "__getitem__", autospec=True, side_effect=Transformed.__getitem__) as load:
-        assert run.calibrate()
-    assert load.call_count == loaded
+    load = spy(Transformed, "__getitem__")
+    assert run.calibrate() and load.call_count == loaded
 
 
 @pytest.mark.parametrize(("epochs", "share", "loss"), [(3, 1 / 4, 1.0), (4, 1, 2.18)])

@@ -143,14 +143,12 @@ def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(explain, tmp_
         explain(tmp_path / "out", images, "--batch-size", 8, "--workers", 2)  # one by one
 
 
-def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, monkeypatch):
+def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, monkeypatch, spy):
     titles = []
     monkeypatch.setattr(
         deploy_lora, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()) or path.touch()
     )
-    asked = []
-    explain_one = Explainer.explain
-    monkeypatch.setattr(Explainer, "explain", lambda self, image, of: asked.append(of) or explain_one(self, image, of))
+    explain_one = spy(Explainer, "explain")
     name = "a-name-that-is-as-long-as-names-of-images-with-their-date-and-place-sometimes-are.png"
     Image.new("RGB", (20, 20)).save(tmp_path / name)
     explain(tmp_path / "out", tmp_path / name)
@@ -159,21 +157,19 @@ def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, m
         assert title.replace("\n", "").startswith(f"{name}:")
         assert len(re.findall(r"probability(_\d)? [01]\.\d{4}", title.replace("\n", " "))) == 3
     assert "dark:" in titles[1]
-    assert asked == [None, CLASSES.index("dark")]
+    assert [of for (*_, of), _ in explain_one.call_args_list] == [None, CLASSES.index("dark")]
     with pytest.raises(InputError, match=r"--label drak: no such class, label or number: did you mean.*dark"):
         explain(tmp_path / "none", tmp_path / name, "--label", "drak")
 
 
 @pytest.mark.slow
-def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, images, pictures, monkeypatch, tmp_path):
+def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, images, pictures, spy, tmp_path):
     """If the model has blocks. One image lies in the folder of another class."""
     own = shutil.copytree(images, tmp_path / "own")
     shutil.move(next((own / "val/dark").iterdir()), own / "val/bright/dark.png")
-    shown = []
-    explain = Explainer.explain
-    monkeypatch.setattr(Explainer, "explain", lambda *args: shown.append(1) or explain(*args))
+    explain = spy(Explainer, "explain")
     results = finetune(f"--epochs 1 --data-dir {own}", "vit")
-    assert len(shown) == 1
+    assert explain.call_count == 1
     pytest.importorskip("timm")
     options = "--checkpoint none --no-freeze-backbone --lora-rank 0 --head-init random --arch timm:regnety_002"
     results = finetune(f"{options} --image-size 32 --epochs 1", "regnet")

@@ -5,7 +5,6 @@ import sys
 import tracemalloc
 import types
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -254,7 +253,7 @@ def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path):
 
 
 @pytest.mark.parametrize("side, sizes", [(16, [4, 2]), (20, [1] * 6)])
-def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path, monkeypatch, side, sizes):
+def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path, spy, side, sizes):
     """Larger ones one by one, however few of their pixels are known: a batch of scenes would fill the memory."""
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
@@ -263,8 +262,7 @@ def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path,
         mask = np.full((side, side), 255, np.uint8)
         mask[:2, : i + 2] = [[0], [1]]
         Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
-    collate = mock.Mock(wraps=masks.collate_pairs)
-    monkeypatch.setattr(masks, "collate_pairs", collate)
+    collate = spy(masks, "collate_pairs")
     results = deploy("evaluate", of_pairs, tmp_path, "--batch-size", "4", "--output", tmp_path / "results.json")
     assert [len(call.args[0]) for call in collate.call_args_list] == sizes and results["images"] == 6
 

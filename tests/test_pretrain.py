@@ -24,7 +24,7 @@ from tests.dense import changed
 from tests.run_folders import assert_same, assert_same_tensors, metrics, names_in, rows_of, stop
 from toolkit import InputError, config, files
 from toolkit.answers.measures import share_interval
-from toolkit.images import data, sources
+from toolkit.images import data
 from toolkit.models.backbones import headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import runs, training
@@ -199,13 +199,11 @@ def test_the_checkpoint_is_what_fine_tuning_reads(done, folder):
     assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
 
 
-def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, spy):
     """And counts the images of the whole run."""
-    counts = []
-    results = data.LoadingMeter.results
-    monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
+    meter = spy(data.LoadingMeter, "results")
     run(f"--resume {after_an_epoch(done[1])}", "resumed")
-    assert counts[-1] == 32  # two epochs of 16
+    assert meter.call_args.args[0].images == 32  # two epochs of 16
     first, second = (torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (done[1], tmp_path / "resumed"))
     assert first["model"].keys() == second["model"].keys()
     assert_same(first["model"], second["model"])
@@ -222,11 +220,10 @@ def test_an_epoch_goes_on_where_it_was_stopped(folder, tmp_path):
     assert list(run.loader.batch_sampler) == whole[1:] and len(whole) == 2
 
 
-def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
+def test_the_images_of_the_accuracy_are_bounded(run, spy, monkeypatch):
     monkeypatch.setattr(pretrain, "KNN_BANK", 6)
     monkeypatch.setattr(pretrain, "KNN_QUERIES", 2)
-    measure = mock.Mock(wraps=pretrain.evaluation.knn_accuracy)
-    monkeypatch.setattr(pretrain.evaluation, "knn_accuracy", measure)
+    measure = spy(pretrain.evaluation, "knn_accuracy")
     run("--epochs 1")
     assert list(map(len, measure.call_args.args)) == [6, 6, 2, 2]
 
@@ -274,11 +271,9 @@ def test_checkpoints_that_cannot_be_resumed(run, done, tmp_path):
             run(f"--resume {tmp_path / 'other.pth'}")
 
 
-def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, monkeypatch):
-    load = mock.Mock(wraps=sources.load_splits)
-    build = mock.Mock(wraps=data.build_loader)
-    monkeypatch.setattr(pretrain, "load_splits", load)
-    monkeypatch.setattr(data, "build_loader", build)
+def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, spy, monkeypatch):
+    load = spy(pretrain, "load_splits")
+    build = spy(data, "build_loader")
     monkeypatch.setattr(pretrain, "train", stop)
     for options in ("", "--eval-split validation --batch-size 4"):
         with pytest.raises(runs.Stopped):

@@ -129,7 +129,7 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
     assert search.rates_that_differ(lambda rate: rate**0.35) == list(RATES[::2])  # 3^0.35 = 1.47
 
 
-def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, monkeypatch, tmp_path):
+def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, spy, monkeypatch, tmp_path):
     """Bit for bit."""
 
     def highest(trials, variance, usual):
@@ -147,9 +147,8 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
         finetune(f"{common} auto", "stopped")
     with pytest.raises(InputError, match=r"belongs to a run with other settings \(finetune\.batch_size was 8, is 4\)"):
         finetune(f"{common} auto --batch-size 4 --resume", "stopped")
-    trial = finetune_lora.TrialRun
-    with mock.patch.object(trial, "start", autospec=True, side_effect=trial.start) as trials:
-        resumed = finetune(f"{common} auto --resume", "stopped")
+    trials = spy(finetune_lora.TrialRun, "start")
+    resumed = finetune(f"{common} auto --resume", "stopped")
     assert trials.call_count == 1
     typed = finetune(f"{common} 1e-3", "typed")
     for results in (resumed, typed):
@@ -161,7 +160,9 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
 
 
-def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(finetune, monkeypatch, capsys, tmp_path):
+def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(
+    finetune, spy, monkeypatch, capsys, tmp_path
+):
     """They train on fewer images, of which `--wise-ft auto` would keep less. One that collapses has a score of 0."""
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "MOST_TRIAL_EPOCHS", 1)
@@ -179,9 +180,8 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(f
         train(run, *given)
 
     monkeypatch.setattr(finetune_lora, "train", note)
-    loaders = finetune_lora.Loaders
-    with mock.patch.object(loaders, "features", autospec=True, side_effect=loaders.features) as features:
-        finetune("--learning-rate auto --labels-per-class 4")
+    features = spy(finetune_lora.Loaders, "features")
+    finetune("--learning-rate auto --labels-per-class 4")
     assert features.call_count == 2  # the trials share theirs
     assert [(len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made] == [
         (8, 1, 4 / 9),

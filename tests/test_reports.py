@@ -70,13 +70,11 @@ def size(path) -> tuple[int, int]:
         return picture.size
 
 
-def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
-    drawn = []
-    real = LabelledImages.undecoded
-    monkeypatch.setattr(LabelledImages, "undecoded", lambda self, i: drawn.append(i) or real(self, i))
+def test_mistakes_are_drawn_most_confident_first(tmp_path, spy):
+    read = spy(LabelledImages, "undecoded")
     result = evaluation([0, 1] * 10, [1] * 20, [0.5 + 0.01 * i for i in range(20)])
     TASK.report(result).draw_mistakes(images(20), tmp_path / "some.png")
-    assert drawn == [*range(18, -1, -2)]
+    assert [image for (_, image), _ in read.call_args_list] == [*range(18, -1, -2)]
 
 
 def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, tmp_path):

@@ -83,15 +83,14 @@ def test_a_run_is_not_resumed_on_other_images_or_classes(finetune, once, images,
         finetune(f"--epochs 1 --resume {once / 'renamed.pth'}")
 
 
-def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, finished_once, once, monkeypatch):
+def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, finished_once, once, spy, monkeypatch):
     """Rates are the optimizer's, whatever this version would choose; the head's temperature depends on them."""
-    resumed = []
-    train = finetune_lora.train
     monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
     monkeypatch.setattr(optim, "run_divisor", lambda *_: 5.0)
-    monkeypatch.setattr(finetune_lora, "train", lambda run, *args: resumed.append(run) or train(run, *args))
+    train = spy(finetune_lora, "train")
     again = finetune("--epochs 1 --resume", after_epoch=lambda run: pytest.fail("nothing was left to do"))
-    assert (resumed[0].adapter_lr_factor, resumed[0].rate) == (24, 1e-3)
+    resumed, *_ = train.call_args.args
+    assert (resumed.adapter_lr_factor, resumed.rate) == (24, 1e-3)
     for name in ("seconds", "images_per_second", "waiting_share"):
         assert again[name] == finished_once[name] > 0, name
 

@@ -320,7 +320,7 @@ def test_probabilities_are_made_believable_by_training_pixels():
     assert head.believable_temperature(logits, targets, optimism=None) == pytest.approx(2, rel=1e-3)
 
 
-def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
+def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class(spy):
     """Views are of other pixels. A class of one image is in no part that is held out."""
     model = vit_mini(classes=3)
     features = torch.randn(80, model.head.linear.in_features)
@@ -328,8 +328,8 @@ def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class():
     targets[75:] = 2  # of the last of four images, in the second view
     targets[30:35] = NO_LABEL  # and in the first one these are not known
     features[torch.arange(80), targets.clamp_min(0)] += 6
-    with mock.patch.object(probe, "fit_linear_probe", wraps=probe.fit_linear_probe) as fit:
-        Segmentation(NAMES).start(model, features, targets, views=2, clusters=torch.arange(4))
+    fit = spy(probe, "fit_linear_probe")
+    Segmentation(NAMES).start(model, features, targets, views=2, clusters=torch.arange(4))
     known = targets != NO_LABEL
     assert torch.equal(fit.call_args.kwargs["clusters"], torch.arange(4).repeat_interleave(10).repeat(2)[known])
     assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9

@@ -153,19 +153,13 @@ def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
 
 
-def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, finetune, monkeypatch):
-    given = []
-
-    def fit(features, labels, classes, views, weights, clusters):
-        given.append(clusters)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(probe, "fit_linear_probe", fit)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1")
-    train = load_splits("imagefolder", data_dir=hospital / "scans", group_by="2").train
-    names = [name.split("/")[-2] for name in train.relative_names()]
-    assert [sorted(set(names))[number] for number in given[-1].tolist()] == names
+def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, start, spy):
+    run = start(f"--data-dir {hospital / 'scans'} --group-by 2")
+    fit = spy(probe, "fit_linear_probe")
+    run.start()
+    *_, clusters = fit.call_args.args
+    names = [name.split("/")[-2] for name in run.splits.train.relative_names()]
+    assert [sorted(set(names))[number] for number in clusters.tolist()] == names
 
 
 # -------------------------------------------------------------------------------- cross-validation: a run for each part

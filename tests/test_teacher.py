@@ -18,7 +18,7 @@ from lora.adapter_file import read_adapter_file
 from tests.conftest import CLASSES
 from tests.image_files import tar_of
 from tests.run_folders import assert_identical, assert_same_tensors, train_on
-from toolkit.answers import evaluation, probe, unlabelled
+from toolkit.answers import classification, evaluation, probe, unlabelled
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -339,11 +339,10 @@ def test_the_share_of_the_change_that_is_kept_counts_all_images(taught):
 # ------------------------------------------------------------------------------------------------- the head at the end
 
 
-def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taught, monkeypatch):
+def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taught, spy, monkeypatch):
     """By plain and changed views of images with labels, and by those without; no evaluation image is looked at."""
     constant = unlabelled.Probe(torch.full((3, 192), 2.0), torch.ones(3), 0.1)
-    asked = mock.Mock(wraps=unlabelled.seen)
-    monkeypatch.setattr("toolkit.answers.classification.seen", asked)
+    asked = spy(classification, "seen")
     monkeypatch.setattr("toolkit.answers.classification.last_head", lambda *_: constant)
     monkeypatch.setattr(taught.loaders, "val", None)
     taught.task.class_weights = torch.ones(3)

@@ -173,39 +173,36 @@ def photograph(path, size=(1210, 900), **options) -> Image.Image:
     ("name", "levels", "format", "orientation"),
     [("eval", 1.0, "MPO", 1), ("eval", 1.0, "JPEG", 3), ("crop", 2.5, "JPEG", 6), ("moco_v2", 2.5, "MPO", 6)],
 )
-def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, monkeypatch, name, levels, format, orientation):
+def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, spy, name, levels, format, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     pictures = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]} if format == "MPO" else {}
     photograph(tmp_path / "large.jpg", exif=exif, format=format, **pictures)
     assert Image.open(tmp_path / "large.jpg").format == format
-    decoded = []
-    load = transforms.to_rgb
-    monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
+    whole = transforms.to_rgb(Image.open(tmp_path / "large.jpg"))
+    load = spy(transforms, "to_rgb")
     for seed in range(4):
         for view in views_of(name, 96):
             views = []
-            for image in (Image.open(tmp_path / "large.jpg"), load(Image.open(tmp_path / "large.jpg"))):
+            for image in (Image.open(tmp_path / "large.jpg"), whole):
                 torch.manual_seed(seed)
                 views.append(view(image))
             assert (views[0] - views[1]).abs().mean() * 255 * min(transforms.IMAGENET_STD) < levels
-    assert any(max(size) <= 605 for size in decoded)
+    assert any(max(image.size) <= 605 for (image,), _ in load.call_args_list)
 
 
 @pytest.mark.parametrize(
     ("size", "orientation", "shrunk"),
     [((256, 256), 1, (128, 128)), ((257, 256), 3, (257, 256)), ((256, 257), 3, (256, 257))],
 )
-def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, monkeypatch, size, orientation, shrunk):
+def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, spy, size, orientation, shrunk):
     """But all pixels where an image is turned whose last block is not whole."""
     exif = Image.Exif()
     exif[274] = orientation
     photograph(tmp_path / "large.jpg", size, exif=exif)
-    decoded = []
-    load = transforms.to_rgb
-    monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
+    load = spy(transforms, "to_rgb")
     transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
-    assert decoded == [shrunk]
+    assert [image.size for (image,), _ in load.call_args_list] == [shrunk]
 
 
 @pytest.mark.parametrize("orientation", [9, 65535, "6", b"\x06"])
