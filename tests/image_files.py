@@ -24,6 +24,10 @@ def tar_of(files: dict[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-def png_chunk(kind: bytes, content: bytes) -> bytes:
-    """A part of a PNG file."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def png_of(width: int, height: int, bits: int, colours: int, rows: bytes) -> bytes:
+    """A PNG that says to be of this size, these bits and this type of colours; each row begins with its filter, 0."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return png

@@ -11,7 +11,6 @@ import resource
 import shlex
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from tests.image_files import bytes_of, tar_of
+from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError, choices
 from toolkit.config import check_command_line
 from toolkit.models.backbones import build_backbone
@@ -252,6 +251,7 @@ TAR = tar_of({"a.png": PNG})
 TENSORS = safetensors.torch.save({"w": torch.zeros(2)})
 TWO = classes("cat", "dog")
 LABELS = described(task={"kind": "multilabel", "thresholds": [0.5] * 3})
+HUGE = png_of(40_000, 40_000, 8, 2, bytes(9))
 TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
 TWO_IMAGES = "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -276,7 +276,7 @@ IMAGES = [
     images("a truncated image, with workers", TWO | {"mine/dog/z.jpg": TRUNCATED}, "use --skip", options="--workers 1"),
     images("no image in val", split(("cat", "dog"), ()) | {"mine/val/cat/": None}, "mine/val: no images"),
     case("a list and an evaluation folder", "finetune --data-list l.csv --val-dir images/val", "as a second list"),
-    images("an image that unfolds to gigabytes", TWO | {"mine/dog/0.png": lambda: huge_png()}, "bomb"),
+    images("an image that unfolds to gigabytes", TWO | {"mine/dog/0.png": HUGE}, "bomb"),
     images("two evaluation folders", split("ab", "a") | classes("a", folder="mine/valid"), "mine has val and valid"),
     case("a file for an evaluation folder", "finetune --val-dir base.pth", "--val-dir base.pth: a file"),
     case("an evaluation folder without training images", "plain-finetune --val-dir images/val", "--val-dir without"),
@@ -327,12 +327,6 @@ IMAGES = [
     case("a pixel to normalise", "pretrain --moco-version 2 --arch resnet18 --batch-size 1", "raise --batch-size to 2"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
 ]  # fmt: skip
-
-
-def huge_png() -> bytes:
-    """A PNG that declares 40000 x 40000 pixels and holds a few."""
-    header = b"IHDR" + (40_000).to_bytes(4, "big") * 2 + PNG[24:29]
-    return PNG[:12] + header + zlib.crc32(header).to_bytes(4, "big") + PNG[33:]
 
 
 CHECKPOINTS = [

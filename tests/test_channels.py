@@ -4,10 +4,8 @@ Noise on 13 bands stands for Sentinel-2's images: three bands carry the class.
 """
 
 import copy
-import itertools
 import json
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
 from tests.checkpoint_files import save_base
-from tests.image_files import bytes_of, png_chunk, tar_of
+from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError
 from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, settle
@@ -175,9 +173,8 @@ def test_pngs_of_16_bits_keep_them():
     grey = Image.fromarray(levels[..., 0].astype(np.uint16))
     assert np.array_equal(decoded(bytes_of(grey.save, "PNG"))[..., 0], levels[..., 0])
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    content = b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(png_chunk, parts))  # RGB, which Pillow does not write
-    assert np.array_equal(decoded(content), levels.astype(np.float32))
+    rgb = png_of(4, 5, 16, 2, rows)  # which Pillow does not write
+    assert np.array_equal(decoded(rgb), levels.astype(np.float32))
 
 
 def test_jpeg_2000_is_refused_where_numbers_count():

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import itertools
 import lzma
 import os
 import struct
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.image_files import bytes_of, png_chunk
+from tests.image_files import bytes_of, png_of
 from toolkit import InputError
 from toolkit.images import bands, folders, lists, remote, scenes, shards
 
@@ -126,11 +125,9 @@ def test_an_address_within_another_is_refused_without_its_password(place, tmp_pa
         assert "secret" not in str(error.value)
 
 
-def png_of(side: int, depth: int = 16, colours: int = 0) -> bytes:
-    """A PNG that says to be of this size, and has one row."""
-    header = struct.pack(">IIBBBBB", side, side, depth, colours, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 + side * depth // 8))), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(png_chunk, parts))
+def png_with_a_row(side: int, bits: int = 16, colours: int = 0) -> bytes:
+    """A PNG that says to be of this size."""
+    return png_of(side, side, bits, colours, bytes(1 + side * bits // 8))
 
 
 def tiff_of(side: int, strip: bytes, compression: int = 8) -> bytes:
@@ -167,10 +164,10 @@ def little_memory(most: int = 2 * 10**7):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (png_of(30_000), LARGE),
-        (png_of(10_000, colours=6), f"of 800,000,000 bytes, which is {LARGE}"),
-        (png_of(10_000, colours=4), f"of 400,000,000 bytes, which is {LARGE}"),
-        (png_of(9_000, 8), LARGE),
+        (png_with_a_row(30_000), LARGE),
+        (png_with_a_row(10_000, colours=6), f"of 800,000,000 bytes, which is {LARGE}"),
+        (png_with_a_row(10_000, colours=4), f"of 400,000,000 bytes, which is {LARGE}"),
+        (png_with_a_row(9_000, 8), LARGE),
         (tiff_of(30_000, b""), LARGE),
         (npz_of(a=bytes_of(np.save, np.zeros((4, 4))), b=b""), "it has 2 arrays"),
     ],

@@ -18,18 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit import InputError
-from toolkit.files import (
-    TOOLKIT,
-    found_path,
-    open_atomically,
-    read_checkpoint,
-    read_safetensors,
-    save_atomically,
-    stored_path,
-    write_cells,
-    write_safetensors,
-)
+from toolkit import InputError, files
 from toolkit.models.checkpoints import load_backbone
 
 # --- Paths -----------------------------------------------------------------------------------------------------------
@@ -38,13 +27,13 @@ from toolkit.models.checkpoints import load_backbone
 def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = Path("checkpoints/moco_stage1/README.md")
-    assert stored_path(TOOLKIT / inside) == inside
-    assert found_path(inside) == TOOLKIT / inside
-    assert stored_path(tmp_path / "base.pth") == tmp_path / "base.pth"
-    assert stored_path(TOOLKIT / "../base.pth") == TOOLKIT / "../base.pth"  # which is outside
-    assert stored_path("base.pth") == found_path("base.pth") == Path("base.pth")  # which is nowhere
+    assert files.stored_path(files.TOOLKIT / inside) == inside
+    assert files.found_path(inside) == files.TOOLKIT / inside
+    assert files.stored_path(tmp_path / "base.pth") == tmp_path / "base.pth"
+    assert files.stored_path(files.TOOLKIT / "../base.pth") == files.TOOLKIT / "../base.pth"  # which is outside
+    assert files.stored_path("base.pth") == files.found_path("base.pth") == Path("base.pth")  # which is nowhere
     (tmp_path / "README.md").write_text("mine")
-    assert found_path("README.md").read_text() == "mine"
+    assert files.found_path("README.md").read_text() == "mine"
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -54,8 +43,8 @@ def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
 def test_a_file_whose_name_is_not_utf_8_is_read(tmp_path):
     """PyTorch maps none such: a run with such a folder would fail when it is finished."""
     path = tmp_path / "caf\udce9.pth"
-    save_atomically({"weight": torch.ones(3)}, path)
-    assert read_checkpoint(path)["weight"].tolist() == [1, 1, 1]
+    files.save_atomically({"weight": torch.ones(3)}, path)
+    assert files.read_checkpoint(path)["weight"].tolist() == [1, 1, 1]
 
 
 def test_plain_data_of_official_files_is_read(saved):
@@ -72,7 +61,7 @@ def test_plain_data_of_official_files_is_read(saved):
     later = {"fp8": torch.ones(2).to(torch.float8_e4m3fn)}  # than the legacy format
     for zipped in (False, True):
         content |= later if zipped else {}
-        read = read_checkpoint(saved(content, _use_new_zipfile_serialization=zipped))
+        read = files.read_checkpoint(saved(content, _use_new_zipfile_serialization=zipped))
         assert list(read) == list(content)
         for key, value in content.items():
             if torch.is_tensor(value):
@@ -130,7 +119,7 @@ def test_unreadable_files_are_one_clear_line(case, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("read", [read_checkpoint, read_safetensors])
+@pytest.mark.parametrize("read", [files.read_checkpoint, files.read_safetensors])
 def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
     (tmp_path / "file").write_text("")
     for name, problem in {
@@ -174,7 +163,7 @@ def test_a_huge_declared_tensor_takes_no_memory(zipped, places, saved, tmp_path)
         target.write_bytes(enlarge("data.pkl", path.read_bytes()))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.suppress(InputError):  # torch takes a storage as large as its record, whatever is declared
-        assert len(read_checkpoint(target)["w"]) == 8
+        assert len(files.read_checkpoint(target)["w"]) == 8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 100_000  # kB
 
 
@@ -185,7 +174,7 @@ def test_a_zip_bomb_is_refused_before_it_unfolds(saved, tmp_path):
     assert bomb.stat().st_size < 100_000
     tracemalloc.start()
     with pytest.raises(InputError, match="compressed"):
-        read_checkpoint(bomb)
+        files.read_checkpoint(bomb)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
 
@@ -217,7 +206,7 @@ def test_a_key_whose_hash_ends_the_process_or_never_ends_is_refused(key, tmp_pat
     for zipped in (True, False):
         path = pickled(tmp_path / "checkpoint.pth", b"\x80\x02}" + KEYS[key] + b"K\x01s.", zipped)
         with pytest.raises(InputError, match="a tuple in it is nested too deeply, or holds the same values too often"):
-            read_checkpoint(path)
+            files.read_checkpoint(path)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -236,7 +225,9 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("write, name", [(save_atomically, "last.pth"), (write_safetensors, "lora.safetensors")])
+@pytest.mark.parametrize(
+    "write, name", [(files.save_atomically, "last.pth"), (files.write_safetensors, "lora.safetensors")]
+)
 def test_a_full_disk_leaves_the_previous_file(write, name, tmp_path, full_disk):
     path = tmp_path / name
     write({"w": torch.ones(1)}, path)
@@ -265,14 +256,14 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(path, reason, tmp_p
     (tmp_path / "read_only").mkdir(mode=0o500)
     before = files_in(tmp_path)
     with pytest.raises(InputError, match=f"cannot write .*{reason}"):
-        save_atomically({"epoch": 1}, tmp_path / path)
+        files.save_atomically({"epoch": 1}, tmp_path / path)
     assert files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"previous")
-    with pytest.raises(interruption), open_atomically(tmp_path / "lora.safetensors") as file:
+    with pytest.raises(interruption), files.open_atomically(tmp_path / "lora.safetensors") as file:
         file.write(b"half")
         raise interruption
     assert (tmp_path / "lora.safetensors").read_bytes() == b"previous"
@@ -282,8 +273,8 @@ def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
 def test_cells_are_text_whatever_they_are_called(tmp_path):
     """They are found again as they are named; half a pair of UTF-16 cannot be written."""
     rows = [["-1.png", "-1.5", 2.5], ["@home", "+x", "caf\udce9"]]
-    write_cells(rows, ["a", "b", "c"], tmp_path / "a.csv")
+    files.write_cells(rows, ["a", "b", "c"], tmp_path / "a.csv")
     text = (tmp_path / "a.csv").read_bytes().decode(errors="surrogateescape")
     assert text.splitlines() == ["a,b,c", "-1.png,-1.5,2.5", "@home,+x,caf\udce9"]
-    write_cells([["half \ud800"]], ["name"], tmp_path / "b.csv")
+    files.write_cells([["half \ud800"]], ["name"], tmp_path / "b.csv")
     assert (tmp_path / "b.csv").read_text().splitlines() == ["name", "half ?"]

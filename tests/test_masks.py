@@ -1,9 +1,7 @@
 """toolkit/images/masks.py: formats and faults of masks, where pairs lie, how they are split, one draw for both."""
 
 import os
-import struct
 import unicodedata
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.image_files import png_of
 from toolkit import InputError
 from toolkit.images import data, masks, sources
 from toolkit.images.bands import Bands
@@ -129,11 +128,7 @@ def test_numbers_of_few_bits_are_what_the_file_has(bits, tmp_path):
     """Pillow spreads greys over 0 to 255: 1 becomes 85 or 17, and the largest 255."""
     levels = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], np.uint8)
     packed = np.packbits(np.unpackbits(levels[..., None], axis=2)[..., -bits:].reshape(2, -1), axis=1)
-    Image.fromarray(packed).save(tmp_path / "m.png")
-    content = bytearray((tmp_path / "m.png").read_bytes())
-    content[16:25] = struct.pack(">IIB", 4, 2, bits)  # of the header: width, height, and bits of a pixel
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    (tmp_path / "m.png").write_bytes(content)
+    (tmp_path / "m.png").write_bytes(png_of(4, 2, bits, 0, b"".join(b"\0" + row.tobytes() for row in packed)))
     assert np.array_equal(MaskReader(None)(str(tmp_path / "m.png")), levels)
     greys = Classes(("a", "b", "c", "d"), colours=tuple((255 // (2**bits - 1) * i,) * 3 for i in (3, 2, 1, 0)))
     assert np.array_equal(MaskReader(greys)(str(tmp_path / "m.png")), 3 - levels)  # as an RGB image of such greys

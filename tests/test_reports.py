@@ -312,19 +312,18 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
             assert by_name[name][f"{figure}_interval"] == answer_reports.finite_interval(interval)
 
 
-def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path, monkeypatch):
+def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path, spy):
     many = Classification([f"class {i}" for i in range(100)]).report(evaluation(list(range(100)), list(range(100))))
     assert many.printed()[-1] == ("", "and 85 more")
     for report in (labels, numbers, many):
         report.draw(tmp_path / report.picture)
         assert size(tmp_path / report.picture)[0] > 300
-    real = answer_reports.save_figure
-    titles = []
-    monkeypatch.setattr(answer_reports, "save_figure", lambda *f: titles.append(f[0].texts[0].get_text()) or real(*f))
+    save = spy(answer_reports, "save_figure")
     numbers.draw_mistakes(images(20), tmp_path / "mistakes.png")
     numbers.mistakes = lambda: []
     numbers.draw_mistakes(images(20), tmp_path / "none.png")
     assert size(tmp_path / "none.png")[1] < size(tmp_path / "mistakes.png")[1]
+    titles = [figure.texts[0].get_text() for (figure, _), _ in save.call_args_list]
     assert titles == ["The largest errors", "The largest errors: none"]
 
 
