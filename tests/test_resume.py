@@ -289,6 +289,15 @@ def test_results_may_not_lie_among_the_images(tmp_path, parts):
     assert not refused("../out")
 
 
+def test_images_may_lie_in_a_users_own_folds_and_not_among_the_parts_of_a_run(tmp_path, monkeypatch):
+    (tmp_path / "folds/1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "folds/1")
+    args = argparse.Namespace(dataset=None, data_dir=Path(), data_list=None, val_dir=None, output_dir=tmp_path)
+    assert list(output_folder.problems(args, ["folds"])) == []
+    Path("last.pth").touch()
+    assert "--data-dir . would be overwritten" in next(output_folder.problems(args, ["folds"]))
+
+
 def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
     folder = tmp_path / "lora"
 
@@ -342,7 +351,7 @@ def test_an_earlier_run_that_cannot_be_moved_aside_stays_as_it_is(tmp_path, monk
 
 
 def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):
-    """And a README.md of the user's own stays."""
+    """And a README.md, or folder `folds`, of the user's own stays."""
     deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(once / "README.md")])
     card = (once / "README.md").read_bytes()
     write(once, "notes.txt", "lora_evaluation.html")
@@ -351,9 +360,12 @@ def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):
     aside = contents(once.with_name("out-1"))
     assert {"lora.pth", "lora_evaluation.html"} < aside.keys() and aside["README.md"] == card
     (once / "README.md").write_text("# My experiments\n\n## Settings\n")
-    write(once, "lora.pth")
-    output_folder.begin_folder(once, output_folder.FINE_TUNING_FILES)
-    assert names_in(once) == {"notes.txt", "README.md"}
+    write(once / "folds/1", "list.csv")
+    for left in ({"folds"}, set()):
+        write(once, "lora.pth")
+        output_folder.begin_folder(once, output_folder.FINE_TUNING_FILES)
+        assert names_in(once) == {"notes.txt", "README.md", *left}
+        write(once / "folds/1", "last.pth")
 
 
 def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError, printable, same_file
+from toolkit import SHIPPED, InputError, printable, same_file
 from toolkit.choices import EVALUATION_NAMES, UNLABELLED_SET
 from toolkit.images.remote import is_remote
 
@@ -22,7 +22,7 @@ LOCK = ".moco-lora-runs"  # a file in the folder while a run writes there
 HALVES = ".*.[0-9]*.half"  # what a killed one left in `open_atomically`
 MOVING = ".moving"  # a folder in it while an earlier run is moved aside
 CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
-CARD_LINE = "## Settings, of version "
+CARD_LINE = b"## Settings, of version "
 FINE_TUNING_FILES = (
     *("lora.pth", "last.pth", "config.yaml", "folds", "report.html", "lora_evaluation.html", CARD),
     *("metrics.csv", "results.json", "learning_rates.csv", "results_answers.csv", "labels_to_check.csv"),
@@ -36,12 +36,14 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     if is_remote(folder):
         yield f"--output-dir {folder}: results are written on this machine; name a folder"
         return
-    places = list(map(folder.joinpath, written))
+    if same_file(folder, SHIPPED.parent):
+        yield f"--output-dir {folder} has the backbone that comes with the toolkit: name another folder"
+    places = [folder / name for name in written if not _is_users(folder / name)]
     read = [("--data-list", path) for path in args.data_list or ()]
-    for option in ("checkpoint", "stage1_adapter", "unlabelled"):
+    for option in ("data_dir", "val_dir", "checkpoint", "stage1_adapter", "unlabelled"):
         read.append((f"--{option.replace('_', '-')}", getattr(args, option, None)))
     for option, path in read:
-        if any(same_file(place, path) for place in places):
+        if path and any(same_file(place, above) for place in places for above in (path, *path.absolute().parents)):
             yield f"{option} {path} would be overwritten: give another --output-dir"
     inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
     if inside:
@@ -129,15 +131,19 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     if not distributed.is_main():
         return
     try:
-        names = [name for name in files if os.path.lexists(folder / name)]
-        card = folder / CARD
-        if CARD in names and not (card.is_file() and CARD_LINE in card.read_text(encoding="utf-8", errors="replace")):
-            names.remove(CARD)  # a user's own
+        names = [name for name in files if os.path.lexists(folder / name) and not _is_users(folder / name)]
         is_due = names or os.path.lexists(folder / MOVING)
         if is_due and (resumed is None or resumed.resolve().parent != folder.resolve()):
             _move_aside(folder, names)
     except OSError as error:
         raise _unusable(folder, error) from None
+
+
+def _is_users(path: Path) -> bool:
+    """Is this a README.md that is no model card, or a folder called as that of a cross-validation, without its runs?"""
+    if path.name == CARD:
+        return not (os.access(path, os.R_OK) and path.is_file() and CARD_LINE in path.read_bytes())
+    return path.name == "folds" and not any(path.glob("*/last.pth"))
 
 
 def _move_aside(folder: Path, names: list[str]) -> None:
