@@ -95,9 +95,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 _SHORT = reprlib.Repr()  # a list may contain the same list many times: a few hundred bytes could fill the memory
-_SHORT.maxlevel = 3
-_SHORT.maxlist = _SHORT.maxdict = 100
-_SHORT.maxstring = _SHORT.maxother = 200
+vars(_SHORT).update(maxlevel=3, maxlist=100, maxdict=100, maxstring=200, maxother=200)
 
 # -------------------------------------------------------------------------------------------------- answers for images
 

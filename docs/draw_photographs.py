@@ -72,9 +72,8 @@ def draw(adapter: Path, folder: Path) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         cut_out(Path(folder))
-        options = ["--checkpoint", "timm:tf_efficientnet_lite0.in1k", *sys.argv[1:]]
-        options += ["--data-dir", folder, "--output-dir", f"{folder}/run", "--image-size", "96", "--batch-size", "8"]
-        options += ["--epochs", "5"]
+        options = ["--checkpoint", "timm:tf_efficientnet_lite0.in1k", *sys.argv[1:], "--data-dir", folder]
+        options += ["--output-dir", f"{folder}/run", "--image-size", "96", "--batch-size", "8", "--epochs", "5"]
         results = main(options)
         draw(Path(folder, "run/lora.pth"), Path(folder))
         print(f"{PICTURE}: {results['val_accuracy']:.1%} of {results['val_images']} pieces right")

@@ -90,7 +90,7 @@ def variance_on(images: int):
     return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)
 
 
-USUAL = search.DEFAULT_RATE
+USUAL = 1e-4
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_usual_one_is_taken():

@@ -12,7 +12,6 @@ from toolkit.images import sources
 from toolkit.run import options, run_state
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-DEFAULT_RATE = 1e-4  # the default of --learning-rate
 FULL_RATE = 1e-3  # advised for full fine-tuning, in docs/choosing.md too
 DISTINCT_RATIO = 1.5  # times a rate: below it a higher one is no other trial
 MOST_TRIAL_EPOCHS = 20
@@ -36,7 +35,7 @@ class Trial(NamedTuple):
 
 def usual_rate(args: options.FineTuneOptions) -> float:
     """The rate that suits most runs like this one."""
-    return FULL_RATE if args.lora_rank == 0 and not args.freeze_backbone else DEFAULT_RATE
+    return FULL_RATE if args.lora_rank == 0 and not args.freeze_backbone else options.TuneOptions.learning_rate
 
 
 def choose(trials: Sequence[Trial], variance: Callable[[float], float], usual: float) -> float:
