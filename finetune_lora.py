@@ -632,9 +632,9 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
     args, sources = read_options(argv, __doc__)
     device = devices.select_device(args.device)
     distributed.join(device)
-    if options.all_folds(args):
-        return folds.cross_validate(main, argv, after_epoch, args)
     asked = options.stored_sections(args, sources)
+    if options.all_folds(args):
+        return folds.cross_validate(main, after_epoch, args, asked)
     held = output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY), held as begin:
         read = config.stored(args.config) or "defaults"
@@ -659,10 +659,10 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
 def finetune(after_epoch: Callable[["FineTuning"], None] | None = None, **asked: Any) -> dict[str, Any]:
     """`main` by keywords, as ``finetune(data_dir="my_images", checkpoint="moco-v2-800ep", epochs=20)``.
 
-    Options are named as in a YAML file: `learning_rate`, not `--lr`. A list has several values, None leaves an option
-    at its default. Raises InputError as `main` does.
+    Options are named as in a YAML file: `learning_rate`, not `--lr`. A list has several values. An option that is None,
+    or is False and has no value by default, is left out. Raises InputError as `main` does.
     """
-    return main(config.as_typed(asked), after_epoch)
+    return main(config.as_typed(FineTuneOptions, asked), after_epoch)
 
 
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:

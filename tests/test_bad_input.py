@@ -226,6 +226,7 @@ FLAGS = [
 CONFIGS = [
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
+    config("a key of an older version", "finetune: {rank_pattern: 4}", "rank_pattern: no such key", "delete the line"),
     config("a key in the wrong section", "model: {epochs: 3}", "model.epochs: no such key", "section finetune"),
     config("a list", "- epochs", "expected the sections model, data"),
     config("tabs", "finetune:\n\tepochs: 3", "my.yaml: cannot be read as YAML", "line 2"),
@@ -348,7 +349,7 @@ def list_bomb() -> bytes:
 
 ADAPTERS = [
     case("a checkpoint for an adapter", "evaluate base.pth images", "base.pth is not an adapter file"),
-    case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without --resume"),
+    case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without it"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
     case("another run to resume", "finetune --resume last.pth", "other settings", "augmentation was none, is crop"),
     case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a last.pth of this version"),
@@ -626,9 +627,11 @@ def test_images_of_every_mode_and_size_beside_other_files(script, workplace, cap
 
 @pytest.mark.parametrize(
     "text",
-    ["", "# nothing\n", "finetune:\n", "\ufefffinetune: {epochs: 1}", "finetune: {epochs: 1}\r\n", "moco: {epochs: 9}"],
-    ids=["empty", "a comment", "an empty section", "a byte order mark", "Windows' line ends", "the other script's"],
-)
+    ["", "# nothing\n", "finetune:\n", "\ufefffinetune: {epochs: 1}", "finetune: {epochs: 1}\r\n", "moco: {epochs: 9}",
+     "finetune: {rank_pattern: null}"],
+    ids=["empty", "a comment", "an empty section", "a byte order mark", "Windows' line ends", "the other script's",
+         "a key of an older version"],
+)  # fmt: skip
 def test_configs_that_are_odd_and_good(text, workplace):
     write(workplace, {"my.yaml": text})
     argv = "--config my.yaml --checkpoint base.pth --data-dir images --device cpu --output-dir out"

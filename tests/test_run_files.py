@@ -53,14 +53,33 @@ def test_python_fine_tunes_by_keywords_as_the_command_does():
         finetune_lora.finetune(epoch=3)
 
 
+@pytest.mark.parametrize("field", dataclasses.fields(options.FineTuneOptions), ids=lambda field: field.name)
+def test_false_by_keyword_turns_a_switch_off_or_is_no_word_or_is_refused_by_name(field):
+    typed = config.as_typed(options.FineTuneOptions, {field.name: False, "unknown": False})
+    assert typed.pop() == "--no-unknown"
+    if isinstance(field.default, bool):
+        assert typed == [config.flag(f"no_{field.name}")]
+    elif field.default is None:
+        assert typed == []
+    else:
+        with pytest.raises(InputError, match=f"{config.flag(field.name)}: expected a value, got none"):
+            read_options(typed)
+
+
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
     shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
     for typed in ([], ["--checkpoint", "shipped"], ["--checkpoint", str(files.SHIPPED)]):
         args, sources = read_options(typed)
         assert args.checkpoint == files.SHIPPED
-        assert args.weight_decay == shipped["weight_decay"] and sources["weight_decay"] == "config"
+        assert args.weight_decay == shipped["weight_decay"] and sources["weight_decay"] == config.OF_SHIPPED
     args, _ = read_options(["--checkpoint", str(base)])
     assert args.config is None and args.learning_rate == 1e-4
+
+
+def test_no_run_moves_the_shipped_checkpoint_out_of_its_folder():
+    for read in (read_options, pretrain.read_options):
+        with pytest.raises(InputError, match=r"--output-dir .*/moco_stage1 has the backbone that comes with the tool"):
+            read(["--output-dir", str(files.SHIPPED.parent)])
 
 
 def test_alpha_is_twice_the_rank_and_short_names_are_those_of_the_options(base, tmp_path):
@@ -240,16 +259,6 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     assert args.arch == "vit_mini" and args.dataset == "digits" and args.checkpoint is None
 
 
-def test_what_an_old_configuration_leaves_empty_does_not_matter(tmp_path):
-    """The config.yaml of a run has all options, of which a later version may lack some."""
-    (tmp_path / "config.yaml").write_text("finetune: {rank_pattern: null, epochs: 3}")
-    args, _ = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
-    assert args.epochs == 3
-    (tmp_path / "config.yaml").write_text("finetune: {rank_pattern: 4}")
-    with pytest.raises(InputError, match=r"finetune\.rank_pattern: no such key in .*; delete the line"):
-        finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
-
-
 def settled(**changes) -> options.Plan:
     values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
     rest = {"precision": "fp32", "norms": "follow"} | changes
@@ -280,7 +289,7 @@ def values_to_type(action: argparse.Action) -> list[str]:
     flags = action.option_strings
     if isinstance(action, argparse.BooleanOptionalAction):
         return [flags[0], flags[-1]]
-    values = action.choices or ("auto", "16", "0.5")
+    values = action.choices or ("auto", "16", "0.5", "{base}")
     return [f"{flags[0]} {value}" for value in values]
 
 
@@ -289,6 +298,7 @@ RUNS = {
     "of all weights": "--data-dir {images} --checkpoint none --arch vit_mini --no-freeze-backbone --head-init probe",
     "masks": "--data-dir {pairs} --task segmentation",
     "a file": "--data-dir {images} --config {file}",
+    "the shipped backbone": "--data-dir {images} --checkpoint shipped --epochs 3",
 }
 
 
@@ -296,9 +306,10 @@ RUNS = {
 def test_a_config_with_a_changed_option_is_its_command_with_that(run, base, images, pairs, tmp_path, monkeypatch):
     """For every option: no default that followed from others, and nothing that the run has settled, counts as asked."""
     monkeypatch.setattr(options, "make_parser", functools.cache(options.make_parser))  # which takes a third of the time
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
     (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 4, head_init: random, lora_init: null}")
-    places = {"images": images, "pairs": pairs, "file": tmp_path / "my.yaml"}
+    places = {"base": base, "images": images, "pairs": pairs, "file": tmp_path / "my.yaml"}
     command = [f"--checkpoint={base}", *RUNS[run].format(**places).split()]
     args, sources = read_options(command)
     asked = options.stored_sections(args, sources)
@@ -306,11 +317,12 @@ def test_a_config_with_a_changed_option_is_its_command_with_that(run, base, imag
     accepted = set()
     for action in finetune_lora.make_parser()._actions:
         for words in values_to_type(action):
+            words = words.format(**places).split()
             try:
-                typed, _ = read_options([*command, *words.split()])
+                typed, _ = read_options([*command, *words])
             except (InputError, SystemExit):  # a value that it does not take; a YAML file may be refused less
                 continue
-            again, _ = read_options(["--config", str(path), *words.split()])
+            again, _ = read_options(["--config", str(path), *words])
             assert dataclasses.replace(again, config=typed.config) == typed
             accepted.add(action.dest)
     assert len(accepted) > 30

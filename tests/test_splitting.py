@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import deploy_lora
 import finetune_lora
@@ -21,6 +22,7 @@ from toolkit.images import splitting
 from toolkit.images.sources import load_splits
 from toolkit.run import folds, output_folder, search
 from toolkit.run.guard import Collapsed
+from toolkit.run.options import stored_sections
 
 
 def patients(images) -> set[str]:
@@ -189,13 +191,15 @@ class Runs:
         self.folder = folder
         self.parts: list[str] = []  # which were run, with an r for those that went on
 
-    def validate(self, options: str = "") -> dict:
+    def validate(self, typed: str = "") -> dict:
         """Cross-validate over three parts."""
-        command = [*shlex.split(options), "--folds", "3", "--output-dir", str(self.folder), "--device", "cpu"]
-        return folds.cross_validate(self, command, None, finetune_lora.read_options(command)[0])
+        command = [*shlex.split(typed), "--folds", "3", "--output-dir", str(self.folder), "--device", "cpu"]
+        args, sources = finetune_lora.read_options(command)
+        return folds.cross_validate(self, None, args, stored_sections(args, sources))
 
     def __call__(self, command: list[str], after_epoch) -> dict:
         args, _ = finetune_lora.read_options(command)
+        assert args.config == self.folder / "config.yaml" and args.device == "cpu"
         self.parts.append(args.folds + " r" * (args.resume is not None))
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "last.pth").touch()
@@ -246,20 +250,22 @@ def test_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsy
     assert (tmp_path / "out-1/lora.pth").exists() and not (tmp_path / "out/lora.pth").exists()
     assert "unfinished" in capsys.readouterr().out
     runs.validate("--epochs 3")
-    assert names_in(tmp_path / "out-2") == {"folds"}
+    assert names_in(tmp_path / "out-2") == {"folds", "config.yaml"}
     assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/last.pth").exists()
 
 
-def test_the_parts_read_the_settings_of_the_run_that_was_there(runs, tmp_path):
-    """Which has them still, where it is moved aside."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.yaml").write_text("finetune: {epochs: 3}\n")
-    assert len(runs.validate(f"--config {tmp_path / 'out/config.yaml'}")["folds"]) == 3
-    for folder in ("out", "out-1"):
-        assert (tmp_path / folder / "config.yaml").read_text() == "finetune: {epochs: 3}\n"
-    before = (tmp_path / "out-1/config.yaml").stat()
-    runs.validate(f"--config {tmp_path / 'out-1/config.yaml'}")
-    assert (tmp_path / "out-1/config.yaml").stat() == before  # what stays is not written anew
+@pytest.mark.parametrize("place", ["out/config.yaml", "out/folds/1/config.yaml", "my.yaml"])
+def test_the_parts_read_the_settings_wherever_they_were(place, runs, tmp_path):
+    """Those of an earlier run are moved aside with it."""
+    config = tmp_path / place
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("finetune: {epochs: 3}\n")
+    (config.parent / "last.pth").touch()
+    runs.validate(f"--config {config} --lora-rank 2")
+    assert len(runs.parts) == 3
+    asked = {"model": {}, "data": {"folds": "3"}, "finetune": {"lora_rank": 2, "epochs": 3}}
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text()) == asked | {"settled": None}
+    assert (tmp_path / place.replace("out/", "out-1/")).read_text() == "finetune: {epochs: 3}\n"
 
 
 def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path, monkeypatch):

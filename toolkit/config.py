@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 
-from toolkit import SHIPPED, VERSION, InputError, check_file, did_you_mean, printable, stored_path
+from toolkit import SHIPPED, VERSION, InputError, check_file, did_you_mean, found_path, printable, stored_path
 
 SECTIONS = ("model", "data", "moco", "finetune")
 SETTLED = "settled"  # in the config.yaml of a run: what it made of its options, which is not asked of another run
+OF_SHIPPED = "shipped"  # there, true: the run took the rest from the file of the shipped backbone
 
 # --------------------------------------------------------- option values: types for flags and YAML values alike
 
@@ -114,19 +115,19 @@ def frozen(kind: type, values: argparse.Namespace) -> Any:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv=None, default_config=lambda typed: None, check=lambda *_: (), ignored=None
+    parser: argparse.ArgumentParser, argv=None, default_config=None, check=lambda *_: (), ignored=None
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
 
     Args:
-        parser: has `--config`. Options outside the groups of the YAML sections are for the command line only.
-        default_config: the YAML file if the command line, whose unconverted values it gets by `dest`, names none.
+        default_config: the file of the shipped backbone, with values for what is left where that is the checkpoint. It
+            is read unless the command line names a file; or a run's, which had read it.
         check: what is wrong with the options together. It gets what this function returns, which it may complete, and
             the names of the options that the command line changes. One that is wrong by itself has its default.
         ignored: by section, the keys of the file that are options of the other script alone.
 
-    Returns the options, and the source of each: 'default', 'config' (the file is `config`) or 'command line'. Raises
-    InputError with every problem of both the command line and the file, one per line.
+    Returns the options, and the source of each: 'default', OF_SHIPPED, 'config' (the file is `config`) or 'command
+    line'. Raises InputError with every problem of both the command line and the file, one per line.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     typed, problems = _read_command_line(parser, argv)
@@ -141,15 +142,21 @@ def parse_args(
         except (argparse.ArgumentTypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
 
+    content = {OF_SHIPPED: True}
     if "config" in typed:
         take("config", typed.pop("config"), "command line", "--config")
-    else:
-        args.config = default_config(typed)
-    if args.config is not None:
-        for section, dest, value in _read_config(parser, args.config, problems, ignored or {}):
-            take(dest, value, "config", f"{section}.{dest}")
+        content = _read_config(args.config, problems) if args.config else {}
+    over_shipped = content.pop(OF_SHIPPED, False)
+    for section, dest, value in _entries(parser, args.config, content, problems, ignored):
+        take(dest, value, "config", f"{section}.{dest}")
     for dest, value in typed.items():
         take(dest, value, "command line", flag(dest))
+    if over_shipped and default_config and found_path(args.checkpoint).resolve() == SHIPPED.resolve():
+        args.config = args.config or default_config
+        content = _read_config(default_config, problems)
+        for section, dest, value in _entries(parser, default_config, content, problems, ignored):
+            if sources[dest] == "default":
+                take(dest, value, OF_SHIPPED, f"{section}.{dest}")
     problems += check(args, sources, {dest for dest in typed if getattr(args, dest) != actions[dest].default})
     if problems:
         raise InputError("\n".join(problems))
@@ -205,25 +212,29 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     return problems
 
 
-def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping) -> Iterator[tuple]:
-    """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
-    content: Any = None
+def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The content of a YAML file with sections; an empty one, and one problem more, if it is none."""
     try:
         check_file(path)
         content = yaml.safe_load(path.read_bytes())
+        if isinstance(content, dict | None):
+            return content or {}
+        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
     except InputError as error:
         problems.append(str(error))
     except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
         reason = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 500)}"
         problems.append(f"--config {path}: cannot be read as YAML: {reason}")
-    if not isinstance(content, dict | None):
-        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
-        return
+    return {}
+
+
+def _entries(parser, path: Path, content: dict[str, Any], problems: list[str], ignored: Mapping | None) -> Iterator:
+    """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
     section_of: dict[str, str] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
             section_of |= {action.dest: group.title for action in group._group_actions}
-    for section, entries in (content or {}).items():
+    for section, entries in content.items():
         if section not in (*SECTIONS, SETTLED):
             problems.append(f"{printable(section)}: no such section in {path}{_hint(section, SECTIONS, section_of)}")
         elif not isinstance(entries, dict | None):
@@ -232,7 +243,7 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             for key, value in (entries or {}).items():
                 if section_of.get(key) == section:
                     yield section, key, value
-                elif key not in ignored.get(section, ()) and value is not None:  # as old files have what is gone
+                elif key not in (ignored or {}).get(section, ()) and value is not None:  # what is gone
                     hint = _hint(key, section_of, section_of) or "; delete the line"
                     problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
 
@@ -337,16 +348,19 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def as_typed(options: Mapping[str, Any]) -> list[str]:
-    """Options by their names and values as a command line has them."""
+def as_typed(kind: type, asked: Mapping[str, Any]) -> list[str]:
+    """Options of a dataclass by their names and values as a command line has them: no word for what is off anyway."""
     words = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            words.append(flag(name if value else f"no_{name}"))
-        elif isinstance(value, list | tuple):
+    for name, value in asked.items():
+        default = getattr(kind, name, value)
+        if isinstance(value, list | tuple):
             words += [flag(name), *map(str, value)]
-        elif value is not None:
+        elif not isinstance(value, bool | None):
             words.append(f"{flag(name)}={value}")
+        elif value is False and isinstance(default, bool):
+            words.append(flag(f"no_{name}"))
+        elif value or (value is False and default is not None):
+            words.append(flag(name))  # an option that needs a value refuses this by its name
     return words
 
 

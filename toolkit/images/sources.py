@@ -151,7 +151,7 @@ def _divide(parts: Sequence, eval_split: str, folds: str | None, group_by: str |
     """The training and the evaluation images of one part or of two. Raises InputError for a group in both."""
     train, val = parts[0], parts[-1]
     if folds is not None:
-        number, count = splitting.read_folds(folds)
+        number, count = map(int, folds.split("/"))
         keys = train.groups if train.groups is not None else train.relative_names()
         train, val = train.split(splitting.folds(_alike(train), keys, count, train.times_split) == number - 1)
     elif len(parts) == 1:

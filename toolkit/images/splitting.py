@@ -115,9 +115,3 @@ def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
             raise InputError(f"--group-by {printable(by)}: {problem}")
         found.append(one_spelling(folders[by]))
     return np.array(found)
-
-
-def read_folds(text: str) -> tuple[int | None, int]:
-    """(number of the part to evaluate on, number of parts) of '2/5'; (None, 5) of '5', which is all of them in turn."""
-    number, slash, count = text.rpartition("/")
-    return (int(number) if slash else None), int(count)

@@ -154,14 +154,16 @@ YAML_SECTIONS = {"model": ModelOptions, "data": DataOptions, "finetune": TuneOpt
 FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
 
 
-def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The options in the sections of a YAML file; with `sources` those that were typed, or are in one, alone."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     for title, section in YAML_SECTIONS.items():
         found[title] = {}
         for field in fields(section):
-            if sources is None or sources[field.name] != "default":
+            if sources is None or sources[field.name] in ("config", "command line"):
                 found[title][field.name] = config.stored(getattr(args, field.name))
+    if sources is not None and config.OF_SHIPPED in sources.values():
+        found[config.OF_SHIPPED] = True
     return found
 
 
@@ -208,15 +210,9 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
 
 def read_options(argv: Sequence[str] | None = None, description: str = "") -> tuple[FineTuneOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
-    args, sources = config.parse_args(make_parser(description), argv, _default_config, complete_fine_tuning)
+    args, sources = config.parse_args(make_parser(description), argv, DEFAULT_CONFIG, complete_fine_tuning)
     args.checkpoint = fetched(args.checkpoint)
     return config.frozen(FineTuneOptions, args), sources
-
-
-def _default_config(typed: dict[str, Any]) -> Path | None:
-    """The configuration of a run that names none: its values suit the shipped backbone alone."""
-    text = typed.get("checkpoint", "shipped")
-    return DEFAULT_CONFIG if checkpoint_path(text).resolve() == SHIPPED.resolve() else None
 
 
 # -------------------------------------------------------------------- what follows from options, before they are frozen
@@ -257,8 +253,7 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Co
         warmup = f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
         problems.append(f"{warmup}: no step would have the peak rate; lower it")
     if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
-        missing = f"--resume {args.resume}: no such file, so there is nothing to go on with"
-        problems.append(f"{missing}; start without --resume")
+        problems.append(f"--resume {args.resume}: no such file, so there is nothing to go on with; start without it")
     return problems
 
 
@@ -282,7 +277,8 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
     has_masks = choices.TRUTHS[args.task] == "mask"
     if has_masks and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
-    if has_masks and origins["augmentation"] == "config" and same_file(args.config, DEFAULT_CONFIG):
+    is_for_digits = same_file(args.config, DEFAULT_CONFIG) and origins["augmentation"] == "config"
+    if has_masks and (is_for_digits or origins["augmentation"] == config.OF_SHIPPED):
         args.augmentation = "crop"  # the shipped backbone's file has the one for digits
     if is_none(args.checkpoint) and origins["head_init"] == "default":
         args.head_init = "random"  # there is nothing yet that a probe could find

@@ -99,8 +99,7 @@ class RunState:
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
-            rows = (map(row.get, columns) for row in self.history)
-            write_cells(rows, columns, self.path("metrics.csv"))
+            write_cells((map(row.get, columns) for row in self.history), columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError as `state_of_same_run`."""
@@ -163,7 +162,7 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
     return state
 
 
-def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any]) -> None:
+def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
     """Write what was asked for, which `--config` reads, and what the run has settled of it, to be looked at."""
     if distributed.is_main():
         write_text(yaml.safe_dump({**asked, SETTLED: settled}, sort_keys=False), path)
