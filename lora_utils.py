@@ -20,7 +20,7 @@ from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
-from toolkit import InputError, attributes, did_you_mean, dotted, listed, printable
+from toolkit import InputError, attributes, did_you_mean, dotted, found_path, listed, printable, same_file
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
@@ -301,6 +301,8 @@ class LoRAManager:
             metadata = json.loads(json.dumps(metadata))
         except (TypeError, ValueError) as error:
             raise InputError(f"metadata takes numbers, strings, lists and dicts alone: {error}") from None
+        if same_file(path, found_path(str(metadata.get("checkpoint")))):
+            raise InputError(f"{path} is the base of the adapter, as its metadata say: name another file")
         content: dict[str, Any] = {"format_version": 2 if "task" in metadata else 1}
         content["tensors"] = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         content["layers"] = {name: _layer_record(layer) for name, layer in self._layers_in_file().items()}

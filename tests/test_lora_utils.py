@@ -336,6 +336,14 @@ def test_metadata_that_could_not_be_read_back_is_refused(path, value):
     assert not path.exists()
 
 
+def test_an_adapter_does_not_take_the_place_of_its_base(path):
+    path.write_bytes(b"the base")
+    path.with_name("link").symlink_to(path)
+    with pytest.raises(InputError, match="is the base of the adapter, as its metadata say: name another file"):
+        LoRAManager(plain()).save_lora_checkpoint(path, {"checkpoint": str(path.with_name("link"))})
+    assert path.read_bytes() == b"the base"
+
+
 def test_an_adapter_that_was_off_before_stays_off_behind_a_block_without_adapters():
     model = adapted(plain())
     layer = model.encoder.layers[1].mlp[0]
