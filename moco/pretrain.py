@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if distributed.is_main():
             files.write_text(json.dumps(results, indent=2, default=str), run.path("results.json"))
             reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
+            run.path("last.pth").unlink(missing_ok=True)  # once all is written
             print(f"\n{reports.table(summary(run, results))}")
         return results
 
@@ -123,8 +124,6 @@ def train(run: "Pretraining") -> None:
                             break
                 run.stop.check()
             run.end_epoch()
-    if distributed.is_main():
-        run.path("last.pth").unlink(missing_ok=True)
 
 
 class Pretraining(RunState):
@@ -282,10 +281,9 @@ class Pretraining(RunState):
         last = self.history[-1]
         results = {name: last[name] for name in ("loss", *measures.TITLES)}
         results |= {"knn_interval": self.knn_interval(last), "before": self.baseline, "epochs": self.epoch}
-        results["peak_memory_bytes"] = devices.peak_memory_bytes(self.device)
+        results |= {"peak_memory_bytes": devices.peak_memory_bytes(self.device), "metrics": self.path("metrics.csv")}
         results |= {"seconds": sum(training.column(self.history, "seconds")), **self.meter.results()}
         results["checkpoint"] = self.path("moco_lora.pth" if self.args.lora_rank > 0 else checkpoint_name(self.args))
-        results["metrics"] = self.path("metrics.csv")
         return results | {name: self.identity[name] for name in ("images", "normalization", "config")}
 
 

@@ -429,6 +429,9 @@ def test_a_run_that_was_killed_while_it_measured_measures_on_its_return(run, don
         patch.setattr(pretrain.evaluation, "extract_features", mock.Mock(side_effect=MemoryError))
         run("--knn-every 1")
     assert files.read_checkpoint(tmp_path / "out/last.pth")["epoch"] == 1
+    left = []  # until all is written
+    monkeypatch.setattr(pretrain.reports, "plot_pretraining", lambda _, path: left.append(names_in(path.parent)))
     run("--knn-every 1 --resume")
+    assert "last.pth" in left[0] and "last.pth" not in names_in(tmp_path / "out")
     first, second = metrics(tmp_path / "out")
     assert "knn_accuracy" in first and second["knn_accuracy"] == done[0]["knn_accuracy"]
