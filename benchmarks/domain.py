@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing of the table, then print it and write `domain.json`."""
     args, passed_on = parse(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    refuse_others(args.output_dir / "stage1.json", ["--checkpoint", str(args.checkpoint), *passed_on, *args.stage1])
     rows = []
     for name in args.rows:
         stage1 = adapt(name, args, passed_on)
@@ -99,6 +100,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- stage 1
+
+
+def refuse_others(path: Path, asked: list[str]) -> None:
+    """Note the options of stage 1, whose results are kept. Raises InputError if those that are there had others."""
+    if path.exists() and json.loads(path.read_text()) != asked:
+        raise InputError(f"{path.parent} has a stage 1 with other options: give another --output-dir")
+    path.write_text(json.dumps(asked))
 
 
 def stage1_flags(args: argparse.Namespace, passed_on: list[str], own: list[str]) -> list[str]:

@@ -17,10 +17,17 @@ import pytest
 import torch
 
 import finetune_lora
-from benchmarks import choose, compare_peers, few_labels, model_zoo, quality, roofline, stages, tables
+from benchmarks import choose, compare_peers, domain, few_labels, model_zoo, quality, roofline, stages, tables
 from tests.pages import commands
 from toolkit import InputError
 from toolkit.run import optim
+
+
+def test_stage_1_of_other_options_is_not_taken_for_what_is_asked(tmp_path):
+    for _ in range(2):
+        domain.refuse_others(tmp_path / "stage1.json", ["--epochs", "1"])
+    with pytest.raises(InputError, match=f"{tmp_path} has a stage 1 with other options: give another --output-dir"):
+        domain.refuse_others(tmp_path / "stage1.json", ["--epochs", "2"])
 
 
 def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
