@@ -111,6 +111,8 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measu
     assert found.measure == measure
     assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
+    alike, *_ = comparison.compare(*written(tmp_path, reports[:1] * 2, name="alike.json"))
+    assert (alike.second - alike.first, alike.p) == (0, 1)
     told = f"{found.first:.2%}" if measure == "macro AP" else f"{found.first:.4g}"
     assert comparison.table([found], *paths)[2][1].startswith(told)
     truth[1, 1] += 1.0

@@ -166,6 +166,7 @@ def test_a_run_leaves_these_files_and_says_what_was_recognised(finished):
     for name in ("confusion_matrix.png", "mistakes.png", "training_curves.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 10
+    assert files.read_checkpoint(folder / "last.pth")["good"] is None  # no second state where the present one is good
     *_, printed = finished
     told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n"
     told += "          all 30 backbone tensors loaded"

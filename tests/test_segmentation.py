@@ -129,7 +129,8 @@ def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst(monkeypatch
     shares = (found.confusion.diagonal(dim1=1, dim2=2).sum(1) / found.confusion.sum((1, 2))).nan_to_num(1.0)
     assert list(found.maps) == shares.argsort(stable=True).tolist() and list(found.maps)[-1] == 2
     assert math.isfinite(found.loss)
-    assert "nan" not in str(task.report(found).mistakes())
+    told = [text for _, text in task.report(found).mistakes()]
+    assert told == [f"{share:.0%} of the pixels right" for share in shares.sort().values.tolist()]
     monkeypatch.setattr(segmentation, "WORST_SHOWN", 2)
     assert list(answered(logits, truth, task).maps) == list(found.maps)[:2]
 

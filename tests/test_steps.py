@@ -14,7 +14,7 @@ from lora_utils import read_adapter_file
 from tests.dense import assert_unchanged, snapshot
 from tests.run_folders import stop, train_on
 from toolkit import InputError
-from toolkit.answers.evaluation import evaluate
+from toolkit.answers.evaluation import evaluate, worst_batch_loss
 from toolkit.files import read_checkpoint
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -125,7 +125,8 @@ def test_an_epoch_sees_every_image_once_in_a_new_order_in_training_mode(start, m
     monkeypatch.setattr(run.loaders, "steps", steps)
     train_on(run)
     sizes, labels = zip(*seen, strict=True)
-    assert sizes == ([8, 8], [5], [8, 8], [5]) and run.schedule.last_epoch == 4
+    assert sizes == ([8, 8], [5], [8, 8], [5])
+    assert run.schedule.last_epoch == 4 and run.schedule.get_last_lr() == [0, 0, 0]  # the end of the cosine
     first = torch.cat(labels[:2])
     assert first.bincount().tolist() == [7, 7, 7] and not torch.equal(first, torch.cat(labels[2:]))
 
@@ -162,6 +163,9 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     frozen.start()
     assert torch.equal(frozen.model.bn1.running_mean, narrow["bn1.running_mean"])
     assert trains.baseline["knn"] == frozen.baseline["knn"]
+    how = (CPU, torch.float32, trains.task.plain_loss)
+    assert trains.guard.first_loss == worst_batch_loss(trains.network, trains.loaders.watched, *how)
+    assert frozen.guard.first_loss is None  # the first step tells it
 
 
 @pytest.mark.parametrize("flags", ["", "--use-qlora"])

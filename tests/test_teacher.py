@@ -332,6 +332,11 @@ def test_a_step_is_the_dense_gradient_of_both_losses(taught):
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_it_begins_with_the_adapters_start_and_forgets_what_that_asked_for(taught):
+    assert_identical(taught.teacher.average, taught.teacher.weights)
+    assert not taught.teacher.seen.any()
+
+
 def test_the_share_of_the_change_that_is_kept_counts_all_images(taught):
     assert taught.wise_ft.alpha == pytest.approx(7 / 12)  # (15 + 6) / 3 images a class, of these and five more
 
