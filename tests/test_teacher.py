@@ -391,6 +391,7 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     constant = unlabelled.Probe(torch.zeros(3, 192), torch.tensor([0.0, 3.0, 0.0]), 0.1)
     monkeypatch.setattr("toolkit.answers.classification.last_head", lambda *_: constant)
     monkeypatch.setattr(FineTuning, "calibrate", lambda _: False)
+    monkeypatch.setattr(Guard, "after_epoch", lambda *_: Keep())
     results = finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1 --wise-ft 1")
     assert results["accuracy_per_class"] == dict(zip(CLASSES, (0.0, 1.0, 0.0), strict=True))
     file = read_adapter_file(results["folder"] / "lora.pth")
@@ -400,16 +401,17 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
 
 
 def test_the_guard_is_told_whether_what_was_sure_stays_so(finetune, images, monkeypatch):
-    """With all of the change, and with a part of it."""
     asked = []
+    told = iter([True, False, True])  # of the start, with all of the change, and with a part of it
 
     def after_epoch(guard, trained, kept, divisor, still_sure=None):
         asked.append((divisor, still_sure))
         return ShrinkTo(2) if divisor == 1 else Keep()
 
     monkeypatch.setattr(Guard, "after_epoch", after_epoch)
+    monkeypatch.setattr(Teacher, "still_sure", lambda *_: next(told))
     finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1")
-    assert asked == [(1, True), (2, True)]
+    assert asked == [(1, False), (2, True)]
 
 
 def test_numbers_and_plain_views_start_a_head_by_one_view(start, hospital):
