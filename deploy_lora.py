@@ -359,9 +359,9 @@ def embed(args: argparse.Namespace) -> Any:
 
 def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Tensor:
     paths = path.with_name(f"{path.stem}{commands.PATHS}")
-    files.write_cells([[images.name(i)] for i in range(len(images))], ["path"], paths)
-    with files.open_atomically(path) as file:  # the last: a part that has it is finished
+    with files.open_atomically(path) as file:  # takes its place last: a part that has it is finished
         np.save(file, features.numpy())
+        files.write_cells([[images.name(i)] for i in range(len(images))], ["path"], paths)
     return features
 
 
@@ -758,8 +758,9 @@ def convert(args: argparse.Namespace) -> None:
         if not error <= tolerance:
             raise InputError(f"the installed PEFT's logits with this adapter differ by {error:.1e} of their size")
         files.make_folder(args.output)
-        for name in (peft_format.CONFIG, peft_format.WEIGHTS):
-            with files.open_atomically(args.output / name) as file:
+        with contextlib.ExitStack() as both:  # or none takes its place
+            for name in (peft_format.CONFIG, peft_format.WEIGHTS):
+                file = both.enter_context(files.open_atomically(args.output / name))
                 file.write(Path(scratch, name).read_bytes())
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 

@@ -3,6 +3,7 @@
 What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_peft_format.py`.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -29,6 +30,8 @@ from tests.pages import preparation
 from tests.run_folders import column, rows_of
 from toolkit import InputError
 from toolkit.answers import measures, predictions
+from toolkit.images.data import LabelledImages
+from toolkit.images.folders import ImageFiles
 from toolkit.models.backbones import build_backbone, headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run.commands import files_written, read_options
@@ -514,6 +517,18 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words
         with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier {words.split()[0]}"):
             read_options(words.split())
         Path(name).unlink()
+
+
+def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path, monkeypatch):
+    def write(name: str) -> None:
+        images = LabelledImages(ImageFiles("", [name]))
+        deploy_lora._write_features(torch.ones(1, 2), images, tmp_path / "f.npy")
+
+    write("a.png")
+    monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(InputError, match="the previous file is intact"):
+        write("b.png")
+    assert [row["path"] for row in rows_of(tmp_path / "f_paths.csv")] == ["a.png"]
 
 
 def test_a_table_of_labels_is_replaced(tmp_path, monkeypatch):

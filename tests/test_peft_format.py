@@ -92,6 +92,17 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     assert_same_answers(theirs.merge_and_unload(), ours, bases[kind][1])
 
 
+def test_neither_file_takes_its_place_without_the_other(peft, base, tmp_path):
+    written = tmp_path / "peft"
+    convert(saved(base, 16, tmp_path, r=2), written)
+    before = (written / CONFIG).read_bytes()
+    (written / WEIGHTS).unlink()
+    (written / WEIGHTS).mkdir()  # which no file replaces
+    with pytest.raises(InputError, match=f"cannot write .*{WEIGHTS}"):
+        convert(saved(base, 16, tmp_path, r=3), written)
+    assert (written / CONFIG).read_bytes() == before
+
+
 def test_a_release_of_peft_that_answers_otherwise_is_refused(peft, base, tmp_path, monkeypatch):
     monkeypatch.setattr(deploy_lora, "ROUNDING", -1.0)
     with pytest.raises(InputError, match=r"the installed PEFT's logits with this adapter differ by \d"):
