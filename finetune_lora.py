@@ -48,7 +48,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import Splits
 from toolkit.models.backbones import block_names, headless, in_head, name_head, record_of
-from toolkit.models.checkpoints import describe_base, is_none, load_backbone, tensor_digest, value_at
+from toolkit.models.checkpoints import describe_base, load_backbone, tensor_digest, value_at
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import NORMS, constants_kept, freeze_statistics, share_statistics
@@ -710,7 +710,7 @@ def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: i
 
 def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.dtype) -> nn.Module:
     """Put adapters on a model in place as the options say, freeze the rest, and store it in this dtype."""
-    if not args.freeze_backbone or is_none(args.checkpoint):  # an adapter file has to hold all random weights
+    if not args.freeze_backbone:  # what trains is stored as it is, random weights too
         frozen_dtype = None
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=frozen_dtype)

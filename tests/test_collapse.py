@@ -273,6 +273,13 @@ def test_the_views_of_the_start_calibrate_the_head_unless_that_takes_fewer(
     assert run.calibrate() and load.call_count == loaded
 
 
+def test_norms_follow_adapters_by_images_as_they_are(start):
+    run = start("--augmentation crop --batch-size 21")
+    [followed] = run.loaders.followed_batches()
+    plain = Transformed(run.splits.train, run.loaders.eval_transform)
+    torch.testing.assert_close(followed, torch.stack([image for image, _ in plain]))
+
+
 @pytest.mark.parametrize(("epochs", "share", "loss"), [(3, 1 / 4, 1.0), (4, 1, 2.18)])
 def test_how_much_may_be_lost(epochs, share, loss):
     """In the second epoch, of 30 points above a constant answer, on so many images that chance hardly counts.

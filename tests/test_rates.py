@@ -181,8 +181,10 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(
 
     monkeypatch.setattr(finetune_lora, "train", note)
     features = spy(finetune_lora.Loaders, "features")
+    divisor = spy(optim, "run_divisor")
     finetune("--learning-rate auto --labels-per-class 4")
     assert features.call_count == 2  # the trials share theirs
+    assert divisor.call_args_list[0].args[2] == 1  # step of an epoch on 8 images, by which rates to try are chosen
     trial, second, run = ((len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made)
     assert trial == second == (8, 1, 4 / 9) and run == (12, 2, 4 / 9)
     assert (tmp_path / "out-1/learning_rates.csv").read_text() == "an earlier run's"
