@@ -174,6 +174,15 @@ def test_labels_that_tell_how_much_are_no_classes(labels, numbers):
     assert lists.look_like_numbers(labels.split()) == numbers
 
 
+def test_it_is_said_where_the_images_of_a_list_are_only_in_the_runs_folder(tmp_path, capsys):
+    (tmp_path / "disc/z.png").touch()
+    told = f"{tmp_path}/list.csv: no z.png is beside it: its images are in the run's {tmp_path}/disc\n"
+    for name, expected in {"z.png": (tmp_path / "disc", told), "a.png": (tmp_path, "")}.items():
+        (tmp_path / "list.csv").write_text(f"path,label\n{name},cat\n")
+        found = lists.ImageList.as_in_run(tmp_path / "list.csv", {"data_dir": str(tmp_path / "disc")})
+        assert (found.folder, capsys.readouterr().out) == expected
+
+
 def test_a_second_list_follows_the_names_of_the_first():
     second = lists.Targets(["a.png"], ["dog", "cat"], torch.tensor([[1.0, NAN]]))
     names = ["cat", "dog", "eel"]

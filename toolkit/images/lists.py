@@ -67,6 +67,7 @@ class ImageList:
             first = found.rows[0][0]
             if not remote.is_file(remote.located(found.folder, first)) and remote.is_file(remote.located(other, first)):
                 found.folder = Path(other)
+                print(f"{path}: no {printable(first)} is beside it: its images are in the run's {printable(other)}")
         return found
 
     def has_labels(self) -> bool:
