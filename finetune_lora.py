@@ -630,6 +630,7 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
     1); with --folds see `cross_validate`.
     """
     args, sources = read_options(argv, __doc__)
+    runs.keep_freed_memory()  # in a notebook too
     device = devices.select_device(args.device)
     distributed.join(device)
     asked = options.stored_sections(args, sources)

@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     same measures of a checkpoint before any step, and the paths `checkpoint` and `metrics`.
     """
     args, sources = read_options(argv, __doc__)
+    runs.keep_freed_memory()  # in a notebook too
     device = devices.select_device(args.device)
     dtype = devices.select_precision(args.precision, device)
     distributed.join(device)

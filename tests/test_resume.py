@@ -19,6 +19,7 @@ from children import Child
 import deploy_lora
 import finetune_lora
 from lora_utils import read_adapter_file
+from moco import pretrain
 from tests.run_folders import assert_same_tensors, metrics, names_in, stop
 from toolkit import InputError, devices
 from toolkit.files import open_atomically, read_checkpoint
@@ -211,6 +212,13 @@ print((faults[-1] - faults[0]) // 10)
         for more in ({}, {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
     )
     assert own < 20 < users  # 16,384 pages of 4 kB, or 32 of 2 MB
+
+
+@pytest.mark.parametrize("main", [finetune_lora.main, pretrain.main], ids=["fine-tuning", "stage 1"])
+def test_freed_memory_is_kept_by_runs_in_a_notebook_too(main, monkeypatch):
+    monkeypatch.setattr(runs, "keep_freed_memory", mock.Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        main(["--device", "cpu"])
 
 
 @pytest.mark.slow
