@@ -294,13 +294,11 @@ def test_a_dino_is_exported(name, dino, tmp_path):
 
 @pytest.mark.parametrize("name, channels", [("test_vit", 1), ("test_vit", 7), ("test_resnet", 2)])
 def test_a_first_layer_is_fitted_as_timm_does(name, channels, checkpoint):
-    from timm.models import adapt_input_conv
-
     """And a checkpoint says how many channels its own images have."""
     path, theirs = checkpoint(name)
     model, report = load_backbone(path, 5, f"timm:{name}", channels=channels, channel_fit="timm")
     first = f"{backbones.first_convolution(model)}.weight"
-    assert torch.equal(model.state_dict()[first], adapt_input_conv(channels, theirs.state_dict()[first]))
+    assert torch.equal(model.state_dict()[first], timm.models.adapt_input_conv(channels, theirs.state_dict()[first]))
     assert (report["channels"], report["channel_fit"]) == (channels, "timm")
     with pytest.raises(InputError, match=rf"for images of 3 channels, not {channels}.*channel_fit=.timm"):
         load_backbone(path, 5, f"timm:{name}", channels=channels)
