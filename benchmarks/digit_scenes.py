@@ -41,13 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there, maybe with images of yours: name another folder")
     digits = load_digits()
     cut = len(digits.target) * 2 // 3
     parts = {"train": slice(None, cut), "val": slice(cut, None)}
     random = np.random.default_rng(args.seed)
     for part, which in parts.items():
         for kind in ("images", "masks"):
-            (args.folder / part / kind).mkdir(parents=True, exist_ok=True)
+            (args.folder / part / kind).mkdir(parents=True)
         for number in range(SCENES[part]):
             image, mask = scene(digits.images[which] / 16, digits.target[which], random)
             Image.fromarray(image).save(args.folder / part / "images" / f"{number:03d}.png")

@@ -18,9 +18,17 @@ import torch
 
 import finetune_lora
 from benchmarks import choose, compare_peers, domain, few_labels, model_zoo, quality, roofline, stages, tables
+from benchmarks.digit_scenes import main as write_scenes
 from tests.pages import commands
 from toolkit import InputError
 from toolkit.run import optim
+
+
+def test_scenes_are_written_over_no_other_images(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        write_scenes([str(tmp_path)])
+    assert f"error: {tmp_path} is there, maybe with images of yours: name another folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stage_1_of_other_options_is_not_taken_for_what_is_asked(tmp_path):
