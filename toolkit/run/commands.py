@@ -61,7 +61,6 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
 
     of_adapters = COMMANDS.keys() - {"compare"}
     some = {"type": Path, "nargs": "+"}
-    switch = {"action": "store_true"}
     add(of_adapters - {"choose"}, "adapter", "adapter file, .pth or .safetensors", type=Path)
     add(["choose"], "adapter", "adapter file; or a checkpoint: a file, timm:NAME, moco-v2-800ep", type=checkpoint_path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
@@ -84,12 +83,12 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["choose"], "--labelled", "what has labels: lists, or folders of images", default=(), **some)
     add(["choose"], "--arch", "of a checkpoint that does not say")
     add(["choose"], "--image-size", "of a checkpoint, in pixels", type=positive_int)
-    add(["predict", "embed", "explain"], "--resume", "continue what is in the folder --output", **switch)
+    add(["predict", "embed", "explain"], "--resume", "continue what is in the folder --output", action="store_true")
     add(["explain"], "--label", "the class, label or number to explain; without it the answer")
-    add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", **switch)
+    add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", action="store_true")
     add(["predict"], "--abstain", "in maps: no answer where no class is as probable as this", type=positive_share)
     add(["predict"], "--window", "in maps of answers for windows: their side in pixels", type=positive_int)
-    add(["export"], "--normalise", "the graph takes images from 0 to 1, or the files' numbers", **switch)
+    add(["export"], "--normalise", "the graph takes images from 0 to 1, or the files' numbers", action="store_true")
     add(["convert"], "--to", "the format; --output is a folder", choices=["peft"])
     add(["convert"], "--rank", "in place of --to: the rank that is kept of each layer's change", type=positive_int)
     return parser, parsers
