@@ -20,6 +20,7 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.models import published
 from toolkit.models.names import fetched
+from toolkit.run import options
 
 CONTENT = bytes(range(256)) * 4
 DIGEST = hashlib.md5(CONTENT).hexdigest()[:8]
@@ -165,10 +166,17 @@ def test_each_script_gets_the_file_when_all_else_is_right(web, read, command, wr
     with pytest.raises(InputError, match="nowhere") as error:
         read([*command.split(), *wrong.split()])
     assert "\n" not in str(error.value) and not Server.wanted
-    options = read(command.split())
-    if isinstance(options, tuple):
-        options, _ = options
-    assert options.checkpoint == place
+    found = read(command.split())
+    if isinstance(found, tuple):
+        found, _ = found
+    assert found.checkpoint == place
+
+
+def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web):
+    publish(web, "base.pth")
+    for typed in ("moco-v9", "none --arch resnet18 --no-freeze-backbone"):
+        found = options.stored_sections(*finetune_lora.read_options(["--checkpoint", *typed.split()]))
+        assert found["model"]["checkpoint"] == typed.split()[0]
 
 
 def test_files_of_the_hub(tmp_path, monkeypatch):

@@ -72,10 +72,8 @@ def fetch(name: str) -> Path:
     """The file of a published checkpoint, which is downloaded once. Raises InputError if that fails."""
     if name.startswith("hf:"):
         return _from_hub(*name.removeprefix("hf:").split("/", 2))
-    import torch  # here: it takes seconds, and the names above are looked up in every command line
-
     url, digest = PUBLISHED[name]
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
+    path = _place(url)
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +83,18 @@ def fetch(name: str) -> Path:
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             raise InputError(f"cannot download {url} ({error}): fetch it elsewhere and give its path") from None
     return path
+
+
+def name_of(checkpoint: Path) -> Path:
+    """The name of a published checkpoint that was fetched, which is the same on every machine; else the path."""
+    names = (Path(name) for name, (url, _) in PUBLISHED.items() if _place(url) == checkpoint)
+    return next(names, checkpoint)
+
+
+def _place(url: str) -> Path:
+    import torch  # here: it takes seconds, and the names above are looked up in every command line
+
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
 
 
 def _download(url: str, digest: str, path: Path) -> None:

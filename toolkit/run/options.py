@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRE
 from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, positive_share, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
+from toolkit.models import published
 from toolkit.models.names import ARCHS, TIMM, checkpoint_path, fetched, is_none, model_problems
 from toolkit.run import output_folder
 
@@ -156,6 +157,7 @@ FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
 
 def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The options in the sections of a YAML file; with `sources` those that were typed, or are in one, alone."""
+    args = replace(args, checkpoint=published.name_of(args.checkpoint))
     found: dict[str, Any] = {}
     for title, section in YAML_SECTIONS.items():
         found[title] = {}
