@@ -14,7 +14,7 @@ from torch import Tensor
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
 from toolkit import InputError, files, listed, printable
 from toolkit.answers import tasks
-from toolkit.models import backbones, dense, names
+from toolkit.models import backbones, dense, names, published
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -87,7 +87,9 @@ def find_base(
     """Find a file's base and the stage-1 adapter merged into it, if any: where they are now, or where metadata say."""
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if names.is_path(base) and not os.path.exists(base):
-        raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
+        known = published.described(base)
+        place = known["name"] if known["source"] else "its place"
+        raise InputError(f"{path}: its base, {printable(base)}, is not there; give {place} as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
     if stage1_adapter is not None:

@@ -16,6 +16,7 @@ import torch
 
 import deploy_lora
 import finetune_lora
+from lora.adapter_file import find_base
 from moco import pretrain
 from toolkit import InputError
 from toolkit.models import published
@@ -177,6 +178,12 @@ def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web):
     for typed in ("moco-v9", "none --arch resnet18 --no-freeze-backbone"):
         found = options.stored_sections(*finetune_lora.read_options(["--checkpoint", *typed.split()]))
         assert found["model"]["checkpoint"] == typed.split()[0]
+
+
+def test_whose_base_is_not_there_is_told_the_name_of_a_published_one():
+    base = "/of/another/machine/moco_v2_800ep_pretrain.pth.tar"
+    with pytest.raises(InputError, match="is not there; give moco-v2-800ep as the checkpoint"):
+        find_base("lora.pth", {"checkpoint": base})
 
 
 def test_files_of_the_hub(tmp_path, monkeypatch):
