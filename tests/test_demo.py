@@ -1,5 +1,6 @@
 """The page on which an image is dropped: it says what `predict` and `explain` say, without gradio and in a browser."""
 
+import errno
 import os
 import re
 import shutil
@@ -185,6 +186,14 @@ def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path
     assert (space / "moco_lora.pth").read_text() == "moco_lora.pth"
     assert "timm>=1.0" in (space / "requirements.txt").read_text().split()
     assert "deploy_lora.main(['demo', 'lora.pth'])" in (space / "app.py").read_text()
+
+
+def test_a_space_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(demo.shutil, "copyfileobj", mock.Mock(side_effect=full))
+    about = {"arch": "vit_mini", "class_names": list(CLASSES)}
+    with pytest.raises(InputError, match="cannot write .*: No space left on device; check the folder and its free"):
+        demo.write_space(tmp_path / "space", tmp_path / "lora.pth", SHIPPED, None, about)
 
 
 # In the place of gradio: it drops an image on the page that is launched.

@@ -104,9 +104,10 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
         raise InputError(f"{listed(needed)}: in a Space two of them would have one name; rename one")
     files.make_folder(folder)
     for name in PACKAGES:
-        shutil.copytree(TOOLKIT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(TOOLKIT / name, folder / name, ignore=ignored, copy_function=_copy)
     for path in (*needed, *map(TOOLKIT.joinpath, FILES)):
-        shutil.copyfile(path, folder / path.name)
+        _copy(path, folder / path.name)
     requirements = (TOOLKIT / "requirements.txt").read_text() + "gradio>=6\n"
     if str(metadata["arch"]).startswith("timm:"):
         requirements += "timm>=1.0\n"
@@ -115,3 +116,8 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
     head = {"title": adapter.absolute().parent.name, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py"}
     what = f"Drop an image, and `{adapter.name}` answers: {listed(metadata['class_names'], 30)}."
     files.write_text(f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{what}\n", folder / "README.md")
+
+
+def _copy(path: str | Path, copy: str | Path) -> None:
+    with open(path, "rb") as content, files.open_atomically(copy) as file:  # which names a disk that is full
+        shutil.copyfileobj(content, file)
