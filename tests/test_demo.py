@@ -192,7 +192,7 @@ def test_a_space_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(demo.shutil, "copyfileobj", mock.Mock(side_effect=full))
     about = {"arch": "vit_mini", "class_names": list(CLASSES)}
-    with pytest.raises(InputError, match="cannot write .*: No space left on device; check the folder and its free"):
+    with pytest.raises(InputError, match=r"cannot write .*: No space left on device; check the folder and its free"):
         demo.write_space(tmp_path / "space", tmp_path / "lora.pth", SHIPPED, None, about)
 
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import InputError, distributed
@@ -19,10 +18,8 @@ from toolkit.devices import is_traced
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 # Each module calls these: dictionaries that PyTorch fills in place. Their names are the same from 2.6 on.
-GLOBAL_HOOKS = (
-    *(hooks._global_forward_hooks, hooks._global_forward_pre_hooks),
-    *(hooks._global_backward_hooks, hooks._global_backward_pre_hooks),
-)
+HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in HOOKS]
 
 
 class _Extended:
