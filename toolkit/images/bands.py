@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
 from toolkit import InputError, listed, optional_package
@@ -137,12 +138,11 @@ def decoded(content: bytes) -> np.ndarray:
     elif content[128:132] == b"DICM":
         array, _ = dicom.read(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
-        from torchvision.io import ImageReadMode, decode_png  # here: torchvision 0.29 says that they will go
-
         width, height, _, colours = struct.unpack(">IIBB", content[16:26])
         remote.check_size(2 * width * height * _SAMPLES_OF_PNG.get(colours, 4), len(content))
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        unchanged = torchvision.io.ImageReadMode.UNCHANGED  # torchvision 0.29 says that its decoders will go
+        array = torchvision.io.decode_png(levels, unchanged).permute(1, 2, 0).numpy()
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             remote.check_size(math.prod(image.size) * len(image.getbands()), len(content))
