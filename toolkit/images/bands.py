@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
+import torchvision  # and not its decoders, which will go, as 0.29 says
 from PIL import Image, ImageOps
 
 from toolkit import InputError, listed, optional_package
@@ -141,8 +141,7 @@ def decoded(content: bytes) -> np.ndarray:
         width, height, _, colours = struct.unpack(">IIBB", content[16:26])
         remote.check_size(2 * width * height * _SAMPLES_OF_PNG.get(colours, 4), len(content))
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        unchanged = torchvision.io.ImageReadMode.UNCHANGED  # torchvision 0.29 says that its decoders will go
-        array = torchvision.io.decode_png(levels, unchanged).permute(1, 2, 0).numpy()
+        array = torchvision.io.decode_png(levels, torchvision.io.ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             remote.check_size(math.prod(image.size) * len(image.getbands()), len(content))
