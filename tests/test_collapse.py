@@ -189,6 +189,7 @@ def test_an_epoch_that_left_nothing_to_keep_is_no_state_to_go_back_to():
 def test_a_share_that_was_typed_is_no_verdict_on_training(start):
     judge = guard_that_may_shrink()
     judge.may_shrink = start("--wise-ft 0.9").guard.may_shrink
+    assert start().guard.may_shrink and not start("--head-init random").guard.may_shrink  # which keeps all of it
     assert judge.after_epoch(WORSE, WORSE, 1) == Keep()
     judge.note_epoch(WORSE, math.inf)
     assert judge.is_recoverable
@@ -500,9 +501,14 @@ def test_of_an_epoch_that_is_undone_the_seconds_count_and_nothing_else_even_if_i
         run.save()
         kept.append(read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"])
     run.progress.seconds = 2.0  # of what followed
+    run.kept_outputs = (torch.zeros(15, 3), torch.zeros(15))
     run.go_back("training collapsed")
+    assert run.kept_outputs is None
     assert kept == [1, 1, 3] and len(run.history) == 2 and run.guard.lost_seconds == 2.5
     assert read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"] == 1
+    (tmp_path / "lora.pth").unlink()
+    run.save()  # the second epoch, since there is no better one any more
+    assert read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"] == 2
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):

@@ -216,6 +216,7 @@ def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
         with pytest.raises(InputError, match=f"^rank 17 of {name} is above 16, the largest full rank"):
             adapt_layers(model, {name: LoRASettings(r=17)}, four_bits)
         add_lora_to_model(model, r=16, use_qlora=four_bits)
+    add_lora_to_model(nn.Sequential(nn.Conv2d(2, 17, 3)), r=17, use_qlora=four_bits)  # a kernel is 17 x (2 * 3 * 3)
 
 
 # ------------------------------------------------------------------------------------------------- again, and removed

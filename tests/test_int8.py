@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import add_lora_to_model, multiply_in_8_bits
+from finetune_lora import add_lora_to_model, check_8_bits, multiply_in_8_bits
 from lora import int8
 from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager
@@ -98,10 +98,10 @@ def test_switched_off_it_computes_with_the_same_base():
 
 
 def test_layers_below_the_last_blocks_are_in_8_bits_too_and_convolutions_and_other_dtypes_never():
-    model = frozen(vit(), base_dtype=torch.int8, adapt_last=1)
+    model = frozen(vit(), base_dtype=torch.int8, adapt_last=1, target_modules="mlp")
     stored = [name for name, layer in model.named_modules() if getattr(layer, "base_bits", 32) == 8]
-    assert len(stored) == 2 * 4  # in each block attention with its projection, and the MLP
-    assert LoRAManager(model).get_lora_info()["num_layers"] == 4
+    assert len(stored) == 4 + 2  # in the first block attention with its projection, and the MLP; in the last the MLP
+    assert LoRAManager(model).get_lora_info()["num_layers"] == 2
     both = add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), r=2, base_dtype=torch.int8)
     assert [layer.base_bits for layer in both] == [32, 8]
     with pytest.raises(InputError, match="8 bits are for linear layers and attention"):
@@ -166,6 +166,13 @@ def test_a_model_of_convolutions_is_refused_before_its_adapters_are_merged():
     with pytest.raises(InputError, match=r"8 bits are for linear layers and attention.*use --arithmetic float"):
         multiply_in_8_bits(model)
     assert model.layer1[0].conv1.r == 2
+
+
+def test_a_processor_is_asked_whether_it_multiplies_the_largest_layer(monkeypatch):
+    monkeypatch.setattr(int8, "multiplies_exactly", lambda device, *shape: (device, *shape) != ("cpu", 64, 16))
+    check_8_bits(vit(mlp_dim=32))
+    with pytest.raises(InputError, match="8 bits overflow on this CPU"):
+        check_8_bits(vit(mlp_dim=64))
 
 
 @exact_products

@@ -346,11 +346,13 @@ def adapt(run, base):
     return lambda options="", output="out": run(f"{IN_ADAPTERS.format(base)} {options}", output)
 
 
-def test_a_stage_1_adapter_knows_the_heads_of_its_vit(base, tmp_path):
-    backbone, report = load_backbone(base, 1, heads=1)
+def test_a_stage_1_adapter_knows_the_heads_and_the_channels_of_its_vit(base, tmp_path):
+    backbone, report = load_backbone(base, 1, heads=1, channels=5, channel_fit="timm")
     LoRAManager(add_lora_to_model(headless(backbone), r=1)).save_lora_checkpoint(tmp_path / "moco_lora.pth", report)
     model, _ = load_base(base, tmp_path / "moco_lora.pth", 4)
-    assert model.encoder.layers[0].self_attention.num_heads == 1
+    assert (model.encoder.layers[0].self_attention.num_heads, model.conv_proj.in_channels) == (1, 5)
+    with pytest.raises(InputError, match="with as many heads"):
+        load_base(base, tmp_path / "moco_lora.pth", 4, heads=3)
     for typed, noted in (["--heads", "1"], 1), ([], None):  # for its file, if they are not the arch's own
         args, _ = pretrain.read_options(["--checkpoint", str(base), *typed])
         assert pretrain.build_model(args, torch.device("cpu"))[1].heads == noted

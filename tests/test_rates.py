@@ -178,11 +178,13 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(
         if len(made) == 2:
             assert not run.path("lora.pth").exists() and run.path("last.pth").exists()
         train(run, *given)
+        if len(made) == 2:
+            run.history.append(run.history[0] | {"val_accuracy": 0.25, "val_loss": 7.0})
 
     monkeypatch.setattr(finetune_lora, "train", note)
     features = spy(finetune_lora.Loaders, "features")
     divisor = spy(optim, "run_divisor")
-    finetune("--learning-rate auto --labels-per-class 4")
+    finetune("--learning-rate auto --labels-per-class 4 --batch-size 4 --accumulation-steps 2")
     assert features.call_count == 2  # the trials share theirs
     assert divisor.call_args_list[0].args[2] == 1  # step of an epoch on 8 images, by which rates to try are chosen
     trial, second, run = ((len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made)
@@ -191,6 +193,7 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(
     told = capsys.readouterr().out
     assert "searching for a learning rate: 2 runs of 1 epochs on 8 training images, judged by 4 others of them" in told
     assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: ") == 1
+    assert "learning rate 1e-03: accuracy 25.00%, loss 7.0000" in told  # of its last epoch
     assert "learning rate 1e-3 chosen by trials on a part of the training images" in told
 
 

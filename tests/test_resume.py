@@ -79,9 +79,13 @@ def test_a_run_is_not_resumed_on_other_images_or_classes(finetune, once, images,
     shutil.copy(images / "train/dark/0.png", tmp_path / "moved/train/dark/new.png")
     with pytest.raises(InputError, match=r"trained on other images than .*moved holds now: .*drop --resume"):
         finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")
-    torch.save(read_checkpoint(once / "last.pth") | {"class_names": ["a", "b", "c"]}, once / "renamed.pth")
-    with pytest.raises(InputError, match=r"belongs to a run with other settings \(other classes\)"):
-        finetune(f"--epochs 1 --resume {once / 'renamed.pth'}")
+    for other, message in (
+        ({"class_names": ["a", "b", "c"]}, r"belongs to a run with other settings \(other classes\)"),
+        ({"base": {}}, "was trained over another base than .*base.pth: give its --checkpoint"),
+    ):
+        torch.save(read_checkpoint(once / "last.pth") | other, once / "other.pth")
+        with pytest.raises(InputError, match=message):
+            finetune(f"--epochs 1 --resume {once / 'other.pth'}")
 
 
 def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, finished_once, once, spy, monkeypatch):
@@ -131,15 +135,16 @@ def test_a_stop_after_the_last_step_stops_too(finetune):
         finetune("--epochs 1 --labels-per-class 2", after_epoch=lambda run: os.kill(os.getpid(), signal.SIGINT))
 
 
-def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monkeypatch):
-    """A run killed between its calibrated lora.pth and its results leaves the same file when it goes on."""
+def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monkeypatch, tmp_path):
+    """A run killed between its calibrated lora.pth and its results leaves the same file when it goes on, by a link."""
     options = "--epochs 1 --labels-per-class 2 --keep-best accuracy"
     whole = finetune(options, output="whole")
     with monkeypatch.context() as patch:
         patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finetune(options, output="parts")
-    resumed = finetune(f"{options} --resume", output="parts")
+    (tmp_path / "link").symlink_to(tmp_path / "parts")
+    resumed = finetune(f"{options} --resume {tmp_path / 'parts/last.pth'}", output="link")
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
     for name in ("temperature", "calibration_error", "val_loss"):
         assert resumed[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name

@@ -16,7 +16,8 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
 
 import deploy_lora
-from finetune_lora import add_lora_to_model, load_finetuned, read_options
+from finetune_lora import add_lora_to_model, load_base, load_finetuned, read_options
+from lora_utils import base_digests
 from tests.dense import resnet, vit
 from toolkit import InputError
 from toolkit.answers import probe, segmentation
@@ -200,12 +201,14 @@ def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmen
     assert "--" not in str(raised.value)
 
 
-def test_a_run_starts_as_the_probe_of_pixels(start, pairs, monkeypatch):
+def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkeypatch):
     run = start(f"--task segmentation --data-dir {pairs} --workers 0 --batch-size 4 --augmentation crop")
     run.start()
     assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe"], abs=1e-5)
     # At 24 times the rate that a head of pixels wants adapters would collapse.
     assert (run.rate, run.adapter_rate) == (1e-2, pytest.approx(3e-3))
+    resnet = start(f"--task segmentation --data-dir {pairs} --checkpoint {saved(narrow)} --image-size 32")
+    assert resnet.adapter_rate == pytest.approx(3e-3)
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     sizes = {len(images) for images, _ in run.loaders.val}
@@ -228,6 +231,11 @@ def test_a_configuration_crops_masks_or_not_as_it_says(pairs, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- toolkit/models/dense.py
+
+
+def test_an_interpolated_position_embedding_is_the_base_under_masks_too(base):
+    model, _ = load_base(base, None, 2, per_pixel=True, image_size=32)
+    assert base_digests(model) == backbones.record_of(model).base_digests
 
 
 @pytest.fixture(params=[resnet, partial(vit, image_size=32, num_layers=4)], ids=["resnet", "vit"])

@@ -14,6 +14,7 @@ from lora_utils import read_adapter_file
 from tests.dense import assert_unchanged, snapshot
 from tests.run_folders import stop, train_on
 from toolkit import InputError
+from toolkit.answers import tasks
 from toolkit.answers.evaluation import evaluate, worst_batch_loss
 from toolkit.files import read_checkpoint
 from toolkit.images.data import Transformed, build_loader
@@ -150,11 +151,15 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
         finetune(f"{options} --batch-size 1")
 
 
-def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, narrow, images):
+def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, narrow, spy):
     """With a file's own it would not fit what BatchNorm gives it in training; k-NN before is as the file has them."""
     resnet = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 0 --batch-size 7"
     trains = start(f"{resnet} --norms train")
+    patients = torch.arange(21) // 2
+    trains.loaders.probe_images.clusters = lambda: patients
+    start_head = spy(tasks, "start_head")
     trains.start()
+    assert [call.args[4] is patients for call in start_head.call_args_list] == [True, True]
     pixels, _ = default_collate([trains.loaders.train.dataset[i] for i in range(21)])
     with torch.no_grad():
         maps = trains.model.conv1(pixels)

@@ -130,6 +130,8 @@ def test_a_run_whose_start_knows_too_little_trains_on_its_labels_alone(finetune,
     with_others = finetune(f"{options} --unlabelled {images}", output="with")
     assert "images without labels, of which the start knows too little, do not train" in capsys.readouterr().out
     assert not with_others["unlabelled"]["trained"]
+    resumed = finetune(f"{options} --unlabelled {images} --resume", output="with")
+    assert resumed["unlabelled"] == with_others["unlabelled"]
     alone = finetune(options, output="alone")
     assert alone["unlabelled"] is None
     assert_same_tensors(with_others["folder"] / "lora.pth", alone["folder"] / "lora.pth")
@@ -390,13 +392,15 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     """Calibrated, as it is evaluated."""
     constant = unlabelled.Probe(torch.zeros(3, 192), torch.tensor([0.0, 3.0, 0.0]), 0.1)
     monkeypatch.setattr("toolkit.answers.classification.last_head", lambda *_: constant)
-    monkeypatch.setattr(FineTuning, "calibrate", lambda _: False)
+    calibrate = mock.Mock(return_value=False)
+    monkeypatch.setattr(FineTuning, "calibrate", calibrate)
     monkeypatch.setattr(Guard, "after_epoch", lambda *_: Keep())
     results = finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1 --wise-ft 1")
     assert results["accuracy_per_class"] == dict(zip(CLASSES, (0.0, 1.0, 0.0), strict=True))
     file = read_adapter_file(results["folder"] / "lora.pth")
     [bias] = (tensor for name, tensor in file["tensors"].items() if name.endswith("bias"))
     assert bias.tolist() == [0, 3, 0]
+    assert calibrate.called
     assert "unlabelled: the head is estimated once more" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from finetune_lora import LoRALinear
+from finetune_lora import LoRALinear, build_model
 from tests.dense import assert_unchanged, resnet, snapshot, vit
 from toolkit import InputError, devices
 from toolkit.answers import evaluation
@@ -47,6 +47,17 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_flo
     assert faster_dtype(lambda dtype: nn.Conv2d(3, 1, 1), channels=3, size=64) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
+
+
+def test_what_is_measured_for_an_automatic_precision_is_a_copy(base, monkeypatch):
+    def faster(build, channels, size):
+        assert (channels, size) == (3, 16)
+        assert build(torch.bfloat16).encoder.layers[0].mlp[0].base_bits == 16
+        return torch.float32
+
+    monkeypatch.setattr(devices, "faster_dtype", faster)
+    model, report = build_model(read_options(["--checkpoint", str(base)])[0], None, num_classes=3)
+    assert model.encoder.layers[0].mlp[0].base_bits == 32 and report["dtype"] == torch.float32
 
 
 @pytest.mark.parametrize(("size", "images"), [(32, 64), (64, 16), (224, 2)])

@@ -118,8 +118,9 @@ def test_a_resnet_goes_the_same_way(finetune, saved, narrow, capsys):
     [("auto", "cpu", "auto"), ("auto", "cuda", "frozen"), ("follow", "cuda", "follow"), ("frozen", "cpu", "frozen")],
 )
 def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(norms, device, settled):
-    args = argparse.Namespace(norms=norms, freeze_backbone=True)
-    assert finetune_lora.settled_norms(args, torch.device(device)) == settled
+    for freeze, expected in ((True, settled), (False, norms)):
+        args = argparse.Namespace(norms=norms, freeze_backbone=freeze)
+        assert finetune_lora.settled_norms(args, torch.device(device)) == expected
 
 
 def test_adapters_that_do_nothing_are_named_once(start, capsys):
