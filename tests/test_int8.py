@@ -161,14 +161,11 @@ def test_a_trained_model_answers_in_8_bits(trained, autocast):
         assert 1e-4 < relative_error(model(x), dense(x.double())) < 5e-2
 
 
-def test_a_model_of_convolutions_is_refused_before_its_adapters_are_merged():
+def test_a_model_of_convolutions_or_of_too_large_layers_is_refused_before_its_adapters_are_merged(monkeypatch):
     model = add_lora_to_model(resnet(), r=2)
     with pytest.raises(InputError, match=r"8 bits are for linear layers and attention.*use --arithmetic float"):
         multiply_in_8_bits(model)
     assert model.layer1[0].conv1.r == 2
-
-
-def test_a_processor_is_asked_whether_it_multiplies_the_largest_layer(monkeypatch):
     monkeypatch.setattr(int8, "multiplies_exactly", lambda device, *shape: (device, *shape) != ("cpu", 64, 16))
     check_8_bits(vit(mlp_dim=32))
     with pytest.raises(InputError, match="8 bits overflow on this CPU"):
