@@ -217,7 +217,8 @@ def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, fo
     axes.set(xlabel="answer", ylabel="true class", title=title)
     if len(names) <= WRITTEN_OUT:
         titles = list(map(drawn, names))
-        axes.set_xticks(range(len(names)), titles, rotation=45 if max(map(len, names)) > 3 else "horizontal")
+        rotation = 45 if max(map(len, names)) > 3 else "horizontal"
+        axes.set_xticks(range(len(names)), titles, rotation=rotation)
         axes.set_yticks(range(len(names)), titles)
         middle = (matrix.min() + matrix.max()) / 2
         for row, column in np.ndindex(matrix.shape):

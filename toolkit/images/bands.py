@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision  # and not its decoders, which will go, as 0.29 says
+import torchvision  # its decoders are looked up where they are used: 0.29 says that they will go
 from PIL import Image, ImageOps
 
 from toolkit import InputError, listed, optional_package

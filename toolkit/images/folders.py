@@ -84,7 +84,8 @@ def evaluation_folder(root: Path) -> Path:
     """The folder next to train/ to evaluate on; test/ only where there is no other. Raises InputError for several."""
     found = [root / name for name in EVALUATION_NAMES if remote.is_folder(root / name)]
     if len(found) > 1:
-        raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them", " with --val-dir")
+        both = " and ".join(path.name for path in found)
+        raise InputError(f"{root} has {both}: name one of them", " with --val-dir")
     test = root / "test"
     if remote.is_folder(test):
         found.append(test)
