@@ -51,7 +51,7 @@ from toolkit.models.backbones import block_names, headless, in_head, name_head, 
 from toolkit.models.checkpoints import describe_base, load_backbone, tensor_digest, value_at
 from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
-from toolkit.models.norms import NORMS, constants_kept, freeze_statistics, share_statistics
+from toolkit.models.norms import FOLDING, NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders, load_images
@@ -296,6 +296,11 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
         x: (N, in, H, W) or (in, H, W); residual, as what is returned: (N, out, H', W') or (out, H', W').
         """
+        folding = {} if devices.is_traced() else FOLDING.get({})
+        if self in folding and (self._is_active or not torch.is_grad_enabled()):
+            norm = folding.pop(self)
+            folding[norm] = self.forward(x, norm)
+            return folding[norm]
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         if not self._is_active and (batch_norm is None or torch.is_grad_enabled()):

@@ -7,6 +7,7 @@ fused classes, as `torch.nn.utils.parametrize` does: the objects, their children
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,7 +22,8 @@ from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
-from toolkit.models.norms import Freezable, FreezableBatchNorm2d, is_hooked, stock_norm
+from toolkit.devices import is_traced
+from toolkit.models.norms import FOLDING, Extended, Freezable, FreezableBatchNorm2d, extended, is_hooked, unextended
 
 
 def _trains(module: nn.Module) -> bool:
@@ -33,8 +35,11 @@ def _trains(module: nn.Module) -> bool:
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:
     """Is ``norm(conv(x))`` one convolution? Yes if the convolution is adapted and the BatchNorm constant."""
-    is_known = type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d) and isinstance(conv, nn.Conv2d) and is_adapted(conv)
-    if not is_known or norm.training or norm.running_mean is None:
+    return type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d) and _is_constant_behind(norm, conv)
+
+
+def _is_constant_behind(norm: nn.BatchNorm2d, conv: nn.Module) -> bool:
+    if not isinstance(conv, nn.Conv2d) or not is_adapted(conv) or norm.training or norm.running_mean is None:
         return False
     return not is_hooked(conv, norm) and not _trains(norm)
 
@@ -276,6 +281,29 @@ def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tenso
     return model.heads(model.encoder.ln(x)[:, 0])
 
 
+class FusedTimmBlock(Extended):
+    """A block of timm's with its BatchNorms folded: each is computed right behind the convolution registered before it.
+
+    timm's own forward runs. It calls the convolution, which folds the BatchNorm in, and then the BatchNorm, which finds
+    its work done: see `FOLDING`.
+    """
+
+    def forward(self, *args, **kwargs):
+        if is_traced():
+            return super().forward(*args, **kwargs)
+        norms = {}
+        for conv, norm in itertools.pairwise(self.children()):
+            if isinstance(norm, Freezable) and norm.has_activation and _is_constant_behind(norm, conv):
+                norms[conv] = norm
+        before = FOLDING.set(norms)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            FOLDING.reset(before)
+
+
+# Each by its name, for timm may be missing.
+TIMM_BLOCKS = {"ConvBnAct", "ConvNormAct", "DepthwiseSeparableConv", "EdgeResidual", "InvertedResidual"}
 FUSED = {ResNet: FusedResNet, BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, nn.Sequential: FusedSequential}
 FUSED |= {EncoderBlock: FusedEncoderBlock, MLPBlock: FusedMLPBlock, VisionTransformer: FusedVisionTransformer}
 FUSED[Conv2dNormActivation] = FusedConv2dNormActivation
@@ -286,6 +314,8 @@ def fuse(model: nn.Module) -> None:
     """Give each block the class, fused or stock, that what is adapted and frozen now asks for."""
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
+        if stock.__module__.startswith("timm.") and stock.__name__ in TIMM_BLOCKS:
+            FUSED[stock] = extended(stock, FusedTimmBlock)
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             gains = "checkpointing" in vars(block) or any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
@@ -298,8 +328,8 @@ def fuse(model: nn.Module) -> None:
 def unfuse(model: nn.Module) -> None:
     """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
     for module in model.modules():
-        if isinstance(module, Freezable):
-            module.__class__ = stock_norm(module)
+        if isinstance(module, Freezable | FusedTimmBlock):
+            module.__class__ = unextended(module)
             vars(module).pop("frozen", None)
         if isinstance(module, WHOLE_BLOCKS):
             vars(module).pop("checkpointing", None)

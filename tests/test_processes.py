@@ -32,7 +32,7 @@ from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
 from toolkit.images import cache, data
-from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
+from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, unextended
 from toolkit.run import guard, optim, output_folder, run_state, teacher, training
 
 CPU = torch.device("cpu")
@@ -595,7 +595,7 @@ def test_copies_and_files_of_a_model_share_too(monkeypatch, freezable, tmp_path)
         assert isinstance(again[0], Freezable) == freezable
         share_statistics(again)
         assert type(again[0]) is type(model[0])
-    assert stock_norm(model[0]) is nn.BatchNorm2d
+    assert unextended(model[0]) is nn.BatchNorm2d
 
 
 def test_a_norm_that_computes_more_is_refused(monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import threading
 from unittest import mock
 
 import dense
@@ -421,3 +422,93 @@ def test_a_batch_norm_that_trains_or_is_watched_computes_as_the_stock_one(activa
     stock, twin = frozen_norm(activation)
     stock.drop = twin.drop = nn.Softplus()
     assert torch.equal(twin(x), stock(x))
+
+
+BLOCKS = timm.models._efficientnet_blocks
+
+
+def timm_blocks() -> dict[str, tuple[nn.Module, int]]:
+    """Blocks of timm's with activations of each kind, and how many of their BatchNorms no convolution takes in."""
+    with_gate = {"se_layer": BLOCKS.SqueezeExcite, "act_layer": nn.SiLU}
+    replaced = timm.layers.ConvNormAct(3, 4, act_layer=nn.ReLU6)
+    replaced.bn = nn.BatchNorm2d(4)
+    return {
+        "inverted": (BLOCKS.InvertedResidual(3, 3, exp_ratio=2.0, act_layer=nn.ReLU6), 0),
+        "inverted, with a gate": (BLOCKS.InvertedResidual(3, 4, stride=2, exp_ratio=2.0, **with_gate), 0),
+        "inverted, TensorFlow's padding": (BLOCKS.InvertedResidual(3, 4, stride=2, pad_type="same"), 1),
+        "separable": (BLOCKS.DepthwiseSeparableConv(3, 3, act_layer=nn.Hardswish), 0),
+        "separable, from space to depth": (BLOCKS.DepthwiseSeparableConv(3, 4, s2d=1), 2),
+        "edge": (BLOCKS.EdgeResidual(3, 3, exp_ratio=2.0, act_layer=nn.ReLU6), 0),
+        "one convolution": (BLOCKS.ConvBnAct(3, 3, 3, skip=True), 0),
+        "layers": (timm.layers.ConvNormAct(3, 4, 3, act_layer=nn.ReLU6, bias=True), 0),
+        "a norm of another kind": (timm.layers.ConvNormAct(3, 4, norm_layer=timm.layers.LayerNorm2d), 0),
+        "a norm without activation": (replaced, 1),
+    }
+
+
+@pytest.mark.parametrize("name", timm_blocks())
+def test_a_block_of_timm_s_folds_its_batch_norms(name):
+    """What is computed is what the stock block computes, also where the adapters are merged or a BatchNorm trains."""
+    stock, unfolded = timm_blocks()[name]
+    stock = dense.seen(stock).double().eval()
+    x = images(16, dtype=torch.float64)
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock).requires_grad_(False), r=2), 0.3)
+    dense.compare_with_dense(stock, model, [x], EXACT)  # its BatchNorms are timm's still
+    freeze_backbone_params(model)
+    for network in (model, pickle.loads(pickle.dumps(model)).train()):
+        with dense.Operations() as operations:
+            network(x)
+        assert operations.count("batch_norm") == unfolded
+        dense.compare_with_dense(stock, network, [x], EXACT)
+    expected = model(x)
+    manager = LoRAManager(model)
+    manager.merge_lora_weights()
+    assert_close(model(x), expected, EXACT)
+    with torch.no_grad():
+        assert_close(model(x), expected, EXACT)
+    manager.unmerge_lora_weights()
+    for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
+        norm.weight.requires_grad_()
+    dense.compare_with_dense(stock, model, [x], EXACT)
+    assert [type(module) for module in manager.unload(merge=True).modules()] == [type(m) for m in stock.modules()]
+
+
+class InvertedResidual(BLOCKS.InvertedResidual):
+    """It calls a convolution twice, the second time for its own output."""
+
+    __module__ = "timm.irregular"
+
+    def forward(self, x):
+        x = self.bn1(self.conv_pw(x))
+        x = self.bn2(self.conv_dw(x)) + self.conv_dw(x)
+        return self.bn3(self.conv_pwl(self.bn2(x)))
+
+
+def test_a_convolution_of_timm_s_is_its_own_where_no_batch_norm_follows():
+    """Called from elsewhere, a second time, by another thread, or where a hook sees it."""
+    stock = dense.seen(InvertedResidual(3, 3, exp_ratio=2.0, act_layer=nn.SiLU)).double().eval()
+    model = frozen(copy.deepcopy(stock), 0.3)
+    assert type(model) is not InvertedResidual
+    x = images(16, dtype=torch.float64)
+    dense.compare_with_dense(stock, model, [x], EXACT)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])  # it fails before the second convolution
+    twin = dense.dense_twin(stock, model)
+    hidden = twin.conv_pw(x).detach()
+    assert_close(model.conv_pw(x), hidden, EXACT)
+    assert_close(model.conv_dw(hidden), twin.conv_dw(hidden), EXACT)
+    elsewhere = []
+
+    def look(*_):
+        thread = threading.Thread(target=lambda: elsewhere.append(model.conv_dw(hidden)))
+        thread.start()
+        thread.join()
+
+    seen = []
+    for layer in (model.conv_pw, model.bn1):
+        with layer.register_forward_hook(lambda module, inputs, output: seen.append(output)):
+            model(x)
+    with model.bn1.act.register_forward_hook(look):
+        model(x)
+    for found, expected in zip(seen + elsewhere, (hidden, twin.bn1(hidden), twin.conv_dw(hidden)), strict=True):
+        assert_close(found, expected, EXACT)

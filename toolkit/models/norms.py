@@ -22,27 +22,27 @@ HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in HOOKS]
 
 
-class _Extended:
-    """A BatchNorm of any class, such as timm's with an activation, that does something more."""
+class Extended:
+    """A module of any class, such as timm's BatchNorm with an activation, that does something more."""
 
     def __reduce_ex__(self, protocol):  # pickle cannot find a class by name that was made at run time
         return _new, (type(self).extends, type(self).mixin), vars(self)
 
 
 @functools.cache
-def _extended(stock: type[_BatchNorm], mixin: type[_Extended]) -> type[_BatchNorm]:
+def extended(stock: type[nn.Module], mixin: type[Extended]) -> type[nn.Module]:
     return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {"extends": stock, "mixin": mixin})
 
 
-def _new(stock: type[_BatchNorm], mixin: type[_Extended]) -> _BatchNorm:
+def _new(stock: type[nn.Module], mixin: type[Extended]) -> nn.Module:
     """An empty module for `pickle` and `deepcopy`."""
-    return object.__new__(_extended(stock, mixin))
+    return object.__new__(extended(stock, mixin))
 
 
-def stock_norm(norm: _BatchNorm) -> type[_BatchNorm]:
-    """The class of a BatchNorm before it was made freezable or shared."""
-    kind = type(norm)
-    while issubclass(kind, _Extended):
+def unextended(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was extended, as a BatchNorm is to be frozen or shared."""
+    kind = type(module)
+    while issubclass(kind, Extended):
         kind = kind.extends
     return kind
 
@@ -56,36 +56,47 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 class _ConstantNorm(torch.autograd.Function):
-    """``batch_norm(x)`` by the running statistics, and ReLU6 of that if it `clamps`. Differentiable twice."""
+    """``batch_norm(x)`` by the running statistics. Differentiable twice."""
 
     @staticmethod
-    def forward(ctx, x, norm, clamps):
+    def forward(ctx, x, norm):
         scale, _ = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, None)
-        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        kept = None
-        if clamps:
-            kept = y.clamp_(0, 6)
-        ctx.save_for_backward(scale, kept)
+        ctx.save_for_backward(scale)
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+    @staticmethod
+    def backward(ctx, gy):
+        (scale,) = ctx.saved_tensors
+        if gy.dtype == scale.dtype:
+            return gy * scale.view(-1, *[1] * (gy.dim() - 2)), None
+        # 16 bits times 32 in one pass: a product would first widen the gradient
+        return F.batch_norm(gy, torch.zeros_like(scale), torch.ones_like(scale), scale, eps=0.0), None
+
+
+class _ReLU6(torch.autograd.Function):
+    """``relu6(x)`` in the memory of x, differentiable twice. The output is kept, where PyTorch copies the input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        y = x.clamp_(0, 6)
+        ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        scale, y = ctx.saved_tensors
-        if y is not None:
-            gy = torch.ops.aten.hardtanh_backward(gy, y, 0.0, 6.0)
-        if gy.dtype == scale.dtype:
-            gx = gy * scale.view(-1, *[1] * (gy.dim() - 2))
-        else:  # 16 bits times 32 in one pass: a product would first widen the gradient
-            gx = F.batch_norm(gy, torch.zeros_like(scale), torch.ones_like(scale), scale, eps=0.0)
-        return gx, None, None
+        return torch.ops.aten.hardtanh_backward(gy, *ctx.saved_tensors, 0.0, 6.0)
 
 
-class Freezable(_Extended):
+# Within a block of timm's: the BatchNorm behind each convolution, until that folds it in; then the output, by the norm.
+FOLDING: ContextVar[dict[nn.Module, nn.Module | Tensor]] = ContextVar("folding")
+
+
+class Freezable(Extended):
     """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says.
 
     It is then a constant scale and shift, whose input PyTorch keeps for backward all the same. Here nothing is kept but
-    what the activation in one of timm's keeps: of a ReLU the output, which the next layer keeps anyway. Of a ReLU6
-    PyTorch keeps a copy of the input, even in place; here that is the output too.
+    what the activation in one of timm's keeps: of a ReLU the output, which the next layer keeps anyway.
     """
 
     frozen = False
@@ -98,27 +109,35 @@ class Freezable(_Extended):
             super().reset_running_stats()
 
     def forward(self, x: Tensor) -> Tensor:
-        stock = stock_norm(self)
-        has_activation = stock.__name__ == "BatchNormAct2d"  # timm's
-        is_known = has_activation or stock.forward is _BatchNorm.forward
+        if not is_traced() and FOLDING.get({}).pop(self, None) is x:  # the convolution has normalised it
+            return self._activated(x)
+        stock = unextended(self)
+        is_known = self.has_activation or stock.forward is _BatchNorm.forward
         trains = self.training or any(parameter.requires_grad for parameter in self.parameters())
         if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced():
             return super().forward(x)
         self._check_input_dim(x)
-        if not has_activation:
-            return _ConstantNorm.apply(x, self, False)
+        y = _ConstantNorm.apply(x, self)
+        return self._activated(y) if self.has_activation else y
+
+    @property
+    def has_activation(self) -> bool:
+        return unextended(self).__name__ == "BatchNormAct2d"  # timm's
+
+    def _activated(self, y: Tensor) -> Tensor:
+        """What timm's norm does behind the normalisation, whose output is nobody else's."""
         if type(self.act) is nn.ReLU6 and type(self.drop) is nn.Identity and not is_hooked(self.act, self.drop):
-            return _ConstantNorm.apply(x, self, True)
-        return self.act(self.drop(_ConstantNorm.apply(x, self, False)))
+            return _ReLU6.apply(y)
+        return self.act(self.drop(y))
 
 
-FreezableBatchNorm2d = _extended(nn.BatchNorm2d, Freezable)
+FreezableBatchNorm2d = extended(nn.BatchNorm2d, Freezable)
 
 
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
     """Freeze a BatchNorm in eval mode, or let it follow `train()` again, starting with `training`; nothing else."""
     if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
-        norm.__class__ = _extended(type(norm), Freezable)
+        norm.__class__ = extended(type(norm), Freezable)
     if isinstance(norm, Freezable):
         norm.frozen = freeze
         norm.train(training)
@@ -178,13 +197,13 @@ def share_statistics(model: nn.Module) -> None:
         is_shared = isinstance(module, SharedStatistics)
         if not isinstance(module, _BatchNorm) or is_shared or getattr(module, "frozen", False):
             continue
-        if stock_norm(module).forward is not _BatchNorm.forward:
+        if unextended(module).forward is not _BatchNorm.forward:
             remedy = "train in one, or freeze the norms (--freeze-backbone, no --norms train)"
             raise InputError(f"{type(module).__name__} cannot take statistics over several processes: {remedy}")
-        module.__class__ = _extended(type(module), SharedStatistics)
+        module.__class__ = extended(type(module), SharedStatistics)
 
 
-class SharedStatistics(_Extended):
+class SharedStatistics(Extended):
     """A BatchNorm whose statistics are, in training, those of all processes. x: (N, C, ...), N may differ."""
 
     # So several processes train as one does, to rounding. PyTorch's SyncBatchNorm does this on GPUs alone.
