@@ -81,10 +81,18 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(images, others):
     assert read(images, others, skip_unreadable=True) == ["0.png", "1.png", "2.png"]
 
 
-def test_of_many_a_random_choice_is_read_which_is_said(images, others, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.images.sources.MOST_UNLABELLED", 4)
+@pytest.mark.parametrize(
+    ("least", "of_class", "most", "number"), [(4, 1, 9, 4), (2, 1, 9, 3), (2, 2, 5, 5), (6, 3, 4, 4)]
+)
+def test_of_many_a_random_choice_is_read_which_is_said(
+    images, others, monkeypatch, capsys, least, of_class, most, number
+):
+    """As many as there are classes, times a number, within bounds."""
+    assert len(CLASSES) == 3
+    for name, value in {"LEAST_UNLABELLED": least, "UNLABELLED_OF_CLASS": of_class, "MOST_UNLABELLED": most}.items():
+        monkeypatch.setattr(f"toolkit.images.sources.{name}", value)
     chosen = read(images, others)
-    assert "of a random 4 of 6" in capsys.readouterr().out
+    assert f"of a random {number} of 6" in capsys.readouterr().out
     assert read(images, others) == chosen
 
 

@@ -22,7 +22,10 @@ from toolkit.images.masks import MaskReader, load_pairs, pair_folders, pair_plac
 
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 NUMBER_STRATA = 5
-MOST_UNLABELLED = 10_000  # images without labels that are read
+# Images without labels that are read: for each class, and at least and at most. A run of ten epochs draws as many.
+UNLABELLED_OF_CLASS = 200
+LEAST_UNLABELLED = 2_000
+MOST_UNLABELLED = 10_000
 Named = tuple[LabelledImages, list[str]]  # images, and the names of their classes, or of their labels or numbers
 MOST_COMPARED = 20_000  # files; to read more of equal size would take seconds to minutes at each start
 
@@ -199,14 +202,15 @@ def load_unlabelled(data_dir=None, data_list: Sequence = (), skip_unreadable=Fal
 
 
 def _unlabelled(place: Path, splits: Splits, bands: Bands | None, skip_unreadable: bool) -> LabelledImages:
-    """At most MOST_UNLABELLED images of a folder or list, without those that are evaluated on or train with a label."""
+    """Some images of a folder or list, without those that are evaluated on or train with a label."""
     if remote.is_folder(place):
         found = load_unlabelled(place, None, skip_unreadable, bands)
     elif remote.exists(place):
         found = load_unlabelled(None, [place], skip_unreadable, bands)
     else:
         raise InputError(f"--unlabelled {remote.address(place)}: no such folder or list of images")
-    some = found.at_most(MOST_UNLABELLED)
+    wanted = max(LEAST_UNLABELLED, UNLABELLED_OF_CLASS * len(splits.class_names))
+    some = found.at_most(min(wanted, MOST_UNLABELLED))
     evaluated = among(some, splits.val)
     labelled = among(some, splits.train) & ~evaluated
     images = some.subset(np.flatnonzero(~evaluated & ~labelled))
