@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.answers import answer_reports, choosing, evaluation, measures, parts, probe, report_page
@@ -132,7 +133,7 @@ class Classification(parts.SoftmaxObjective):
     def of_run(cls, names, train, args):
         weights = None
         if args.class_weights == "balanced":
-            weights = evaluation.balanced_weights(Counter(train.labels), len(names))
+            weights = evaluation.balanced_weights(train.labels, len(names))
         return cls(names, weights, args.label_smoothing)
 
     @property
@@ -146,8 +147,8 @@ class Classification(parts.SoftmaxObjective):
         return Counter(images.labels)
 
     def constant_loss(self, images: LabelledImages) -> float:
-        shares = [count / len(images) for count in Counter(images.labels).values()]
-        return -sum(share * math.log(share) for share in shares)
+        shares = torch.tensor(images.labels).bincount().double() / len(images)
+        return torch.special.entr(shares).sum().item()
 
     def constant_score(self, images: LabelledImages) -> float:
         return max(Counter(images.labels).values()) / len(images)

@@ -189,10 +189,10 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
     for own, members in zip(every, groups.values(), strict=True):
         differing = [name for name in own if any(other.get(name, own[name]) != own[name] for other in every)]
         how = ", ".join(f"{name.rpartition('.')[2]} {own[name]}" for name in differing)
-        scores = [score for _, score in members]
+        own_paths, scores = zip(*members, strict=True)
         mean = statistics.mean(scores)
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-        rows.append((mean, f"{mean:.4f}{spread}", f"{len(members)} of {members[0][0]}; {how}"))
+        rows.append((mean, f"{mean:.4f}{spread}", f"{len(members)} of {own_paths[0]}; {how}"))
     return [(score, what) for _, score, what in sorted(rows, reverse=True)]
 
 

@@ -1,7 +1,7 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,10 @@ def training_norms(model: nn.Module) -> list[_BatchNorm]:
     return [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and not getattr(norm, "frozen", False)]
 
 
-def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
-    """A weight for each class, (num_classes,), with which all count alike; their mean over `images` of each is 1."""
-    counts = torch.tensor([images[label] for label in range(num_classes)])
-    shares = len(images) * counts.double() / sum(images.values())
+def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
+    """A weight for each class, (num_classes,), with which all count alike; their mean over images of `labels` is 1."""
+    counts = torch.tensor(labels).bincount(minlength=num_classes)
+    shares = (counts > 0).sum() * counts.double() / len(labels)
     return 1 / shares.where(counts > 0, 1.0).float()
 
 

@@ -204,17 +204,15 @@ def jackknife(measure: Callable, clusters: Tensor, bounds: Mapping[str, Interval
     parts = min(PARTS, units)
     part = (torch.randperm(units, generator=torch.Generator().manual_seed(0)) % parts)[clusters]
     kept = part != torch.arange(-1, parts)[:, None]  # the first row: all images
+    freedom = max(1, parts - 1)  # one part alone shows no error
     figures = {}
     for name, found in measure(kept).items():
         values, without = found.double().view(1 + parts, -1).tensor_split([1])
-        if parts < 2:
-            figures[name] = [Figure(value, NO_INTERVAL) for value in values[0].tolist()]
-            continue
         middles = parts * values[0] - (parts - 1) * without.mean(0)
         errors = without.std(0, correction=0) * (parts - 1) ** 0.5
         varies = errors > STEADY * values[0].abs()
-        chances = 2 * stdtr(parts - 1, -(middles / errors).abs().where(varies, 0.0).numpy())
-        halves = errors * stdtrit(parts - 1, 0.975)
+        chances = 2 * stdtr(freedom, -(middles / errors).abs().where(varies, 0.0).numpy())
+        halves = errors * stdtrit(freedom, 0.975)
         ends = bounds.get(name, SHARE)
         columns = zip(values[0].tolist(), middles.tolist(), halves.tolist(), chances.tolist(), strict=True)
         figures[name] = [Figure(value, _between(value, middle, half, ends), p) for value, middle, half, p in columns]

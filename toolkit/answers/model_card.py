@@ -124,6 +124,6 @@ def _data(metadata: Mapping[str, Any]) -> str:
     """The images of a run, by the name of their list or folder: a path says more than a stranger is to know."""
     places = value_at(metadata, "config/data/data_list")
     if not isinstance(places, list):
-        known = (value_at(metadata, f"config/data/{name}") for name in ("data_dir", "dataset"))
-        places = [next(filter(None, known), "unknown images")]
+        place = value_at(metadata, "config/data/data_dir") or value_at(metadata, "config/data/dataset")
+        places = [place or "unknown images"]
     return listed([Path(str(place)).name for place in places])

@@ -121,8 +121,9 @@ class LabelReport(ColumnReport):
         """Rows of TITLES, the lowest AP first; labels without positives last."""
         rows = []
         for i in worst_first(self.by["average_precision"]):
-            *counts, threshold = (self.by[name][i] for name in ("positives", "unknown", "threshold"))
-            rows.append([self.names[i], *counts, *self.cells(i, SHARES, ".1%").values(), f"{threshold:.2f}"])
+            counts = self.by["positives"][i], self.by["unknown"][i]
+            threshold = f"{self.by['threshold'][i]:.2f}"
+            rows.append([self.names[i], *counts, *self.cells(i, SHARES, ".1%").values(), threshold])
         return rows
 
     def printed(self) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ RIDGES = 10.0 ** np.arange(-2, 7)  # penalties
 FOLDS = 3
 STEPS = 200  # of a fit, at the most
 ROUGH_STEPS = 12  # of one that compares strengths, each of which goes on from the last one
-TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
+TEMPERATURES = (2 ** np.arange(0, 4.5, 0.5)).tolist()  # 1 to 16
 # Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of DRIFT_STEPS steps may
 # change logits of standard deviation 1. A shorter run needs the same: where the probe is sure of its training images
 # there is nothing but noise in their gradient, and Adam makes full steps of that.
@@ -71,11 +71,11 @@ def choose_temperature(
     """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D)."""
     # On augmented training images (arXiv 1706.04599): training is not to begin by taking back the probe's confidence.
     logits = linear_head(model)(features) - towards
-    losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
+    least = min(TEMPERATURES, key=lambda t: loss(logits / t + towards).item())
     # Adam moves each weight by about the rate in a step: the larger the weights, the more that does to the loss.
     # Logits are divided as far as they are from `towards`.
     per_rate = DRIFT_STEPS * logits.std().item() / LOGIT_DRIFT if features_train else 0.0
-    return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
+    return HeadTemperature(least, per_rate)
 
 
 def linear_head(model: nn.Module) -> nn.Linear:
@@ -325,16 +325,17 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     Y = targets.detach().cpu().double()
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)  # in cross-validation, of all numbers together
     for rest, part in parts(_folds([0] * (len(Y) // views), clusters), views):
-        for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
-            errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
+        weights, biases = _ridges(X[rest], Y[rest], RIDGES)
+        errors += (X[part] @ weights.mT + biases[:, None] - Y[part]).square().nansum((1, 2))
     best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0
-    [found] = _ridges(X, Y, [best])
-    return Probe(*_unscaled(*found, scaled), best)
+    [weight], [bias] = _ridges(X, Y, [best])
+    return Probe(*_unscaled(weight, bias, scaled), best)
 
 
-def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
-    """Weight (K, D) and bias (K,) for each penalty. Columns known for the same images are fitted together."""
-    found = [(X.new_zeros(Y.shape[1], X.shape[1]), X.new_zeros(Y.shape[1])) for _ in penalties]
+def _ridges(X: Tensor, Y: Tensor, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Weights (P, K, D) and biases (P, K) by the P penalties. Columns known for the same images are fitted together."""
+    weights = X.new_zeros(len(penalties), Y.shape[1], X.shape[1])
+    biases = X.new_zeros(len(penalties), Y.shape[1])
     patterns, which = (~Y.isnan()).T.unique(dim=0, return_inverse=True)
     for number, known in enumerate(patterns):
         if not known.any():
@@ -348,8 +349,8 @@ def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
         wide = rows.shape[1] > rows.shape[0]  # then the images are the smaller problem
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         turned = vectors.T @ (truth if wide else rows.T @ truth)
-        for (weight, bias), penalty in zip(found, penalties, strict=True):
+        for weight, bias, penalty in zip(weights, biases, penalties, strict=True):
             solved = vectors @ (turned / (values + penalty)[:, None])
             weight[columns] = (rows.T @ solved if wide else solved).T
             bias[columns] = mean - weight[columns] @ centre
-    return found
+    return weights, biases

@@ -176,7 +176,7 @@ class PixelReport(Report):
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         """For each class the pixels that are of it, that were answered as it, and that are both."""
-        titles = [name + ending for name in self.names for ending in COUNTED]
+        titles = map("".join, itertools.product(self.names, COUNTED))
         return dict(zip(titles, counted(self.answers.confusion).mT.flatten(1).T.tolist(), strict=True))
 
 

@@ -34,7 +34,7 @@ def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int)
 def _drawn(keys: Iterable[str], turn: int) -> np.ndarray:
     """A number in [0, 1) for each key."""
     digests = (hashlib.blake2b(os.fsencode(f"{turn} {key}"), digest_size=8).digest() for key in keys)
-    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+    return np.frombuffer(b"".join(digests), ">u8") / 2.0**64
 
 
 def at_random(labels: Sequence[int], share: float) -> np.ndarray:
@@ -77,8 +77,8 @@ def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int
     if count < 2:
         raise InputError("--group-by: all images are in one group, so none can be held out")
     number = folds(labels, groups, count, turn)
-    kept = [len(np.unique(labels[number != part])) for part in range(count)]
-    return number == kept.index(max(kept))
+    cheapest = max(range(count), key=lambda part: len(np.unique(labels[number != part])))
+    return number == cheapest
 
 
 def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0) -> np.ndarray:

@@ -41,14 +41,13 @@ class MicroBatches(NamedTuple):
 
 def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple[int, list[float]]]:
     """The images of each step, and its figures summed over batches, (n,) each, and processes. Empties the list."""
-    images = [number for number, _ in steps]
-    sums = torch.stack([torch.stack(batches).sum(0) for _, batches in steps]).tolist()  # waits once
+    images, figures = zip(*steps, strict=True)
+    sums = torch.stack([torch.stack(batches).sum(0) for batches in figures]).tolist()  # waits once
     steps.clear()
     if distributed.world_size() > 1:
         *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
         stop.others_asked |= asked > 0
-        width = len(sums[0])
-        sums = [flat[start : start + width] for start in range(0, len(flat), width)]
+        sums = torch.tensor(flat, dtype=torch.float64).view(len(sums), -1).tolist()
     return list(zip(images, sums, strict=True))
 
 
