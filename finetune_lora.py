@@ -255,21 +255,23 @@ class LoRALayer:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self.base_bits == 4:
             self._load_nf4_state(state_dict, name, strict, missing, unexpected)
-        now = dense_weight(self.base(), torch.float32) if rounded else None
+        if not rounded:
+            return
+        now = dense_weight(self.base(), torch.float32)
         # Digests and constants change in place, since adapters that share the base share them.
-        if rounded and not torch.equal(now, before):  # one that changes is no longer its former base
+        if not torch.equal(now, before):  # one that changes is no longer its former base
             loaded = state_dict[name]  # in 4 bits its bytes alone do not determine the values
             self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
 
     def _load_nf4_state(self, state_dict, name, strict, missing, unexpected) -> None:
         state = self._nf4_state
         keys = {f"{name}.{key}": key for key in state.as_dict(packed=True)}
-        absent = [key for key in keys if key not in state_dict]
+        absent = keys.keys() - state_dict.keys()
         if not absent:
             constants = {key: state_dict[full] for full, key in keys.items()}
             state.__dict__ = type(state).from_dict(constants, self._parameters[self.weight_name].device).__dict__
         elif strict:
-            missing += absent
+            missing += sorted(absent)
         unexpected[:] = [key for key in unexpected if key not in keys]
 
 
@@ -474,11 +476,12 @@ def adapt_layers(model: nn.Module, settings: Mapping, use_qlora: bool = False, b
     model = adapted.unwrap_for_editing(model)
     candidates = adapted.adaptable_layers(model)
     chosen = {}
+    projections = {}  # of those that are attention
     for name, layer in candidates.items():
         if name in settings and (settings[name] is not None or use_qlora or adapted.rounds(layer, base_dtype)):
             chosen[name] = layer
-    attentions = [name for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)]
-    projections = {dotted(name, "out_proj"): name for name in attentions}
+            if isinstance(layer, nn.MultiheadAttention):
+                projections[dotted(name, "out_proj")] = name
     unknown = settings.keys() - candidates.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
@@ -956,9 +959,8 @@ class FineTuning(RunState):
             save=lambda: tuple(self.head_temperature),
             load=lambda state: setattr(self, "head_temperature", probe.HeadTemperature(*state)),
         )
-        self.other_entries["by_unlabelled"] = StateEntry.attribute(self, "by_unlabelled")
         self.other_entries["contradicted"] = StateEntry.attribute(self.task, "contradicted")
-        for name in ("rate", "adapter_lr_factor"):
+        for name in ("rate", "adapter_lr_factor", "by_unlabelled"):
             self.other_entries[name] = StateEntry.attribute(self, name)
         self.identity |= {"config": self.plan.settings(args), "images": self.splits.digest()}
         self.identity |= {"class_names": list(self.splits.class_names), "base": record_of(model).base_digests or {}}

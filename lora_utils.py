@@ -133,6 +133,9 @@ class LoRAManager:
             tensors |= {dotted(prefix, name): factor for name, factor in adapter_parameters(layer).items()}
         return tensors | {name: tensor for name, tensor, _ in _stock_tensors(self.model, of_head=True)}
 
+    def _is_merged(self) -> bool:
+        return any(layer.merged for layer in adapted_layers(self.model).values())
+
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
         self._check_in_use()
@@ -211,14 +214,13 @@ class LoRAManager:
 
     def get_lora_info(self) -> dict[str, Any]:
         """Totals, and of every layer rank (0: no adapter, but in 4 bits), scaling, kind and number of parameters."""
-        layers = {}
+        info = {"num_layers": 0, "lora_parameters": 0, "merged": self._is_merged(), "layers": {}}
         for name, layer in self._layers_in_file().items():
-            layers[name] = _layer_record(layer)
-            layers[name]["parameters"] = sum(map(Tensor.numel, adapter_parameters(layer).values()))
-        info = {"num_layers": sum(record["r"] > 0 for record in layers.values())}
-        info["lora_parameters"] = sum(record["parameters"] for record in layers.values())
-        info["merged"] = any(layer.merged for layer in adapted_layers(self.model).values())
-        return info | {"layers": layers}
+            parameters = sum(map(Tensor.numel, adapter_parameters(layer).values()))
+            info["num_layers"] += layer.r > 0
+            info["lora_parameters"] += parameters
+            info["layers"][name] = _layer_record(layer) | {"parameters": parameters}
+        return info
 
     @property
     def names(self) -> list[str]:
@@ -258,7 +260,7 @@ class LoRAManager:
     def _adapter_set(self) -> AdapterSet:
         """The model's named adapters. One without a name becomes `default`; raises InputError where that cannot be."""
         layers = adapted_layers(self.model)
-        if any(layer.merged for layer in layers.values()):
+        if self._is_merged():
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
@@ -267,10 +269,10 @@ class LoRAManager:
             if self.record.base_digests is None:
                 self.record.base_digests = now
             start = self.record.base_digests
-            changed = [name for name in now if now[name] != start.get(name)]
+            changed = dict(now.items() - start.items())
             if layers and start and changed:
                 remedy = "save the adapter, load the checkpoint again, and then the saved file with a name"
-                raise InputError(f"the base has trained with the adapter in use ({listed(changed)}): {remedy}")
+                raise InputError(f"the base has trained with the adapter in use ({listed(sorted(changed))}): {remedy}")
             self.record.adapters.begin(self.model)
         adapter_set = self.record.adapters
         if layers and adapter_set.in_use is None:  # it has no name yet
@@ -292,8 +294,7 @@ class LoRAManager:
         if metadata is None:
             metadata = self._in_use_or_unnamed().metadata
         # Two-stage and full fine-tuning change the base too. Without a record of the start all of it counts as changed.
-        start = self.record.base_digests or {}
-        changed = [name for name in now if now[name] != start.get(name)]
+        changed = dict(now.items() - (self.record.base_digests or {}).items())
         tensors = self._own_tensors()
         tensors |= {name: t for name, t, known in _stock_tensors(self.model) if name in changed and not known}
         tensors |= named_statistics(self.model)
@@ -343,7 +344,7 @@ class LoRAManager:
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
         """Copy a file's tensors and settings into the layers that are adapted now. Raises InputError if they differ."""
-        if any(layer.merged for layer in adapted_layers(self.model).values()):
+        if self._is_merged():
             _refuse(path, ["its adapters are merged: call unmerge_lora_weights() first"])
         if content["layers"] and not self._layers_in_file():
             remedy = "load the file with a name and call use(name), or adapt the model first"

@@ -128,7 +128,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
     if metadata.get("channel_fit") not in (None, "timm"):
         wrong.append("channel_fit")
-    if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
+    if wrong or not set(map(type, metadata["class_names"])) <= {str}:
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
     task = tasks.from_record(metadata.get("task"), metadata["class_names"], path)
     shape = model_shape(metadata)

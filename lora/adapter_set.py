@@ -162,7 +162,9 @@ class AdapterSet:
 def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
     module, _, leaf = path.rpartition(".")
     owner = model.get_submodule(module)
-    return owner._parameters if leaf in owner._parameters else owner._buffers, leaf
+    if leaf in owner._parameters:
+        return owner._parameters, leaf
+    return owner._buffers, leaf
 
 
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:

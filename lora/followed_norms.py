@@ -195,9 +195,12 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
 
 def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
     """The statistics of the base, by the buffers in which a merged adapter has put its own."""
-    merged = [conv.followed for conv in followers(model) if conv.merged]
-    means = {followed.norm.running_mean: followed.base_mean for followed in merged}
-    return means | {followed.norm.running_var: followed.base_variance for followed in merged}
+    statistics = {}
+    for conv in followers(model):
+        if conv.merged:
+            statistics[conv.followed.norm.running_mean] = conv.followed.base_mean
+            statistics[conv.followed.norm.running_var] = conv.followed.base_variance
+    return statistics
 
 
 @torch.no_grad()

@@ -77,8 +77,7 @@ def _operand(weight: Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (..., in) as (N, in) in this dtype."""
-    x = x.to(dtype)
-    return x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return torch.atleast_2d(x.to(dtype)).flatten(0, -2)
 
 
 def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -> None:
@@ -233,8 +232,9 @@ def lora_linear(
         return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
     if adapter_x is None and dtype not in LOW_PRECISION:
         return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
-    seen = x if adapter_x is None else adapter_x
-    h = F.linear(seen.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
+    if adapter_x is None:
+        adapter_x = x
+    h = F.linear(adapter_x.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
     B = B.to(dtype).unflatten(0, (groups, -1))
     return F.linear(x, weight, bias) + scaling * torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
 
@@ -447,10 +447,11 @@ def lora_conv2d(
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, _folded_kernel(weight, A, sB, row_scale, dtype), bias, *geometry)
     else:
-        seen = x if adapter_x is None else adapter_x
+        if adapter_x is None:
+            adapter_x = x
         delta = effective_weight(torch.zeros_like(weight, dtype=A.dtype), A, sB, 1.0, in_place=True).to(dtype)
         y = F.conv2d(x, scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
-        y = y + F.conv2d(seen.to(dtype), delta, None, *geometry)
+        y = y + F.conv2d(adapter_x.to(dtype), delta, None, *geometry)
     return backends.added_and_rectified(y, residual, relu)
 
 

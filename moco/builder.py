@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import VisionTransformer
 
 from toolkit import distributed
+from toolkit.answers.probe import linear_head
 from toolkit.models.backbones import head_name
 
 
@@ -45,8 +46,8 @@ class MomentumContrast(nn.Module):
     def update_encoder_k(self, m: float) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all trainable parameters."""
         both = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
-        pairs = [(k, q) for k, q in both if k is not q]
-        torch._foreach_lerp_([k for k, _ in pairs], [q for _, q in pairs], 1 - m)  # equal values stay exactly equal
+        keys, queries = zip(*[(k, q) for k, q in both if k is not q], strict=True)
+        torch._foreach_lerp_(keys, queries, 1 - m)  # equal values stay exactly equal
 
 
 class MoCo(MomentumContrast):
@@ -57,7 +58,7 @@ class MoCo(MomentumContrast):
     """
 
     def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.2):
-        width = feature_dim(backbone)
+        width = linear_head(backbone).in_features
         last = nn.Linear(width, dim)  # drawn first: a seed's start stays as it was
         super().__init__(backbone, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last), m, T)
         self.K = K
@@ -101,7 +102,7 @@ class MoCoV3(MomentumContrast):
                 fix_positions(backbone)
             if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
                 backbone.conv_proj.requires_grad_(False)
-        super().__init__(backbone, mlp([feature_dim(backbone), *hidden, dim]), m, T)
+        super().__init__(backbone, mlp([linear_head(backbone).in_features, *hidden, dim]), m, T)
         self.predictor = mlp([dim, mlp_dim, dim])
 
     def momentum(self, progress: float) -> float:
@@ -142,12 +143,6 @@ def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     distributed.broadcast([order])
     mine = order[distributed.rank() :: distributed.world_size()]
     return distributed.interleave(encoder(everyones[mine]))[order.argsort()]
-
-
-def feature_dim(backbone: nn.Module) -> int:
-    """The width of the features that a backbone's classifier head receives."""
-    head = backbone.get_submodule(head_name(backbone))
-    return next(module.in_features for module in head.modules() if isinstance(module, nn.Linear))
 
 
 def mlp(widths: list[int]) -> nn.Sequential:

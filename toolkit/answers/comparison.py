@@ -75,12 +75,14 @@ def compare(first: Path, second: Path) -> list[Difference]:
     clusters = torch.arange(len(images))
     if groups is not None:
         clusters = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
-    runs = [_answered(table, truth, kind) for table in (one, other)]
+    first_run = _answered(one, truth, kind)
+    second_run = _answered(other, truth, kind)
 
     def differences(weights: Tensor) -> dict[str, Tensor]:
         """How the runs differ in each figure, and the figures of both: (n, 3)."""
         # Of the same parts of the images: what is easy for both blurs no difference.
-        before, after = (run(weights) for run in runs)
+        before = first_run(weights)
+        after = second_run(weights)
         return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
 
     bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)

@@ -57,7 +57,8 @@ def mean_interval(shares: Tensor, images: Tensor | float) -> Interval:
 def effective_rank(features: Tensor) -> float:
     """How many directions features (N, D) fill, 1 to min(N, D): "effective rank" (Roy and Vetterli, EUSIPCO 2007)."""
     values = torch.linalg.svdvals(features.double() - features.double().mean(0))
-    return torch.special.entr(values / values.sum()).sum().exp().item() if values.sum() > 0 else 1.0
+    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)  # of features that are all alike: zeros
+    return torch.special.entr(shares).sum().exp().item()
 
 
 # `weights`, (n, images), say in whole numbers how often each image counts: a row for each set of images.

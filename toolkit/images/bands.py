@@ -291,7 +291,7 @@ def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float
     """Raise InputError if one channel that the network would see varies far too much, or most far too little."""
     mean, deviation, low, high = found
     seen = deviation / (bands.scale * np.asarray(std))
-    is_read = np.array([band != ZEROS for band in bands.chosen] or [True] * bands.channels)
+    is_read = np.array(bands.chosen or [""] * bands.channels) != ZEROS
     weak = np.flatnonzero(is_read & (seen < SMALLEST_STD)).tolist()
     strong = np.flatnonzero(is_read & (seen > LARGEST_STD)).tolist()
     if strong or 2 * len(weak) > is_read.sum():

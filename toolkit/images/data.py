@@ -62,7 +62,7 @@ class LabelledImages(Dataset):
         positions = np.array(positions, dtype=int)
         images = copy.copy(self)
         images.indices = self.indices[positions]
-        images.labels = [self.labels[i] for i in positions]
+        images.labels = np.array(self.labels)[positions].tolist()
         if self.targets is not None:
             images.targets = self.targets[positions]
         if self.groups is not None:
@@ -140,7 +140,7 @@ def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:
 
 def among(images: LabelledImages, others: LabelledImages) -> np.ndarray:
     """Which images, (N,), are among the others, by their paths or their content."""
-    known = {others.name(i) for i in range(len(others))} | copies(images, others).keys()
+    known = {*map(others.name, range(len(others))), *copies(images, others)}
     return np.array([images.name(i) in known for i in range(len(images))], bool)
 
 
@@ -154,15 +154,17 @@ def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]
     return list(itertools.chain.from_iterable(itertools.zip_longest(*shares)))[:count]  # the last turn may lack some
 
 
+@dataclass(eq=False)
 class Transformed(Dataset):
     """(transform(image), label) of a data set of (image, label)."""
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any]):
-        self.dataset = dataset
-        self.transform = transform
+    dataset: Dataset
+    transform: Callable[[Image.Image], Any]
+
+    def __post_init__(self) -> None:
         # Views decode files themselves, at the size that they need.
-        undecoded = isinstance(dataset, LabelledImages) and isinstance(transform, View | TwoCrops)
-        self.read = dataset.undecoded if undecoded else dataset.__getitem__
+        undecoded = isinstance(self.dataset, LabelledImages) and isinstance(self.transform, View | TwoCrops)
+        self.read = self.dataset.undecoded if undecoded else self.dataset.__getitem__
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -183,12 +185,11 @@ class Transformed(Dataset):
         return self.transform(image), label
 
 
+@dataclass(eq=False)
 class TolerantImages(Transformed):
     """(image, problem): "", or what is wrong with an image that cannot be read, for which `stand_in` is there."""
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], stand_in: torch.Tensor):
-        super().__init__(dataset, transform)
-        self.stand_in = stand_in
+    stand_in: torch.Tensor
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, str]:
         try:
@@ -222,7 +223,9 @@ class Batches(Sampler):
     def __len__(self) -> int:
         if self.batches is not None:
             return self.batches
-        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+        if self.drop_last:
+            return self.count // self.batch_size
+        return -(-self.count // self.batch_size)
 
     @property
     def drawn(self) -> int:

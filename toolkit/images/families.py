@@ -2,16 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from toolkit import InputError, printable
 from toolkit.images.scaling import Scaling
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """Values of `--scale`, `--mean` and `--std` for a family of checkpoints."""
 
     channels: tuple[int, ...]  # the numbers of channels that its networks have

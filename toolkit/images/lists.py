@@ -274,7 +274,7 @@ def look_like_numbers(labels: Sequence[str]) -> bool:
     numbers = list(map(_number, labels))
     if len(labels) < 3 or None in numbers:
         return False
-    return len(set(numbers)) == len(labels) or any(number != int(number) for number in numbers)
+    return len(set(numbers)) == len(labels) or not all(map(float.is_integer, numbers))
 
 
 def _number(text: str) -> float | None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ MOST_CLASSES = 255
 # -------------------------------------------------------------------------------------------- classes and their colours
 
 
-@dataclass(frozen=True)
-class Classes:
+class Classes(NamedTuple):
     names: Sequence[str]
     values: Sequence[int] | None = None  # of each in the files of masks, where these are not 0, 1, 2, ...
     colours: Sequence[Sequence[int]] | None = None  # of each in RGB masks, 0 to 255

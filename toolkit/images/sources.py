@@ -46,8 +46,10 @@ class Splits(NamedTuple):
 
     def digest(self) -> str:
         """Equal for splits of the same files with the same labels into the same parts."""
-        parts = (self.train, self.val) if self.unlabelled is None else (self.train, self.val, self.unlabelled)
-        return hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
+        digests = [self.train.digest, self.val.digest]
+        if self.unlabelled is not None:
+            digests.append(self.unlabelled.digest)
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def load_splits(
@@ -106,7 +108,7 @@ def load_splits(
     if skip_unreadable:
         parts = _readable_parts(parts, truth, class_names)
     train, val = _divide(parts, eval_split, folds, group_by)
-    left_alone = val_dir or [images.path for images in lists[1:]]
+    left_alone = val_dir or ", ".join(map(str, lists[1:]))
     if left_alone and not needs_val and not for_training_only:
         print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
     _tell(train, val, truth, class_names, compares=not for_training_only)

@@ -299,9 +299,12 @@ def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     content = read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    found = [place for place in _PLACES if isinstance(value_at(content, place), Mapping)]
-    tensors = value_at(content, found[0]) if found else content
-    info = content if found else {}
+    tensors = content
+    info = {}
+    for place in reversed(_PLACES):  # the first counts
+        if isinstance(value_at(content, place), Mapping):
+            tensors = value_at(content, place)
+            info = content
     foreign = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
         problem = f"{path}: no state_dict at its top, at 'state_dict' or at 'model'; {listed(foreign)} hold no tensors"

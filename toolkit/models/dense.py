@@ -58,7 +58,7 @@ class DenseModel(nn.Module):
 
 def finest(maps: Sequence[Tensor]) -> tuple[int, int]:
     """Height and width of the largest map."""
-    return max((tuple(features.shape[2:]) for features in maps), key=math.prod)
+    return max(maps, key=lambda features: math.prod(features.shape[2:])).shape[2:]
 
 
 def enlarged(features: Tensor, size: Sequence[int]) -> Tensor:
@@ -84,7 +84,7 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
             maps.append(x)
         return maps
     if isinstance(backbone, VisionTransformer):
-        grid = [side // backbone.patch_size for side in images.shape[2:]]
+        grid = (images.shape[2] // backbone.patch_size, images.shape[3] // backbone.patch_size)
         x = backbone._process_input(images)
         x = torch.cat([backbone.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, D)
         encoder = backbone.encoder

@@ -97,7 +97,8 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
 def read_options(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
     """The command and its options. Raises InputError with all that is wrong with them."""
     parser, parsers = make_parser(description)
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
         raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
     args, rest = parser.parse_known_args(argv)

@@ -16,16 +16,15 @@ from toolkit.run.options import FineTuneOptions, TuneOptions
 
 def build_optimizer(model: nn.Module, rate: float, adapter_lr_factor=1.0, weight_decay=0.0) -> torch.optim.Optimizer:
     """AdamW over everything that trains, biases and norms without weight decay; adapters learn at rate times factor."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}  # by whether they are adapters', and by decay
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}  # by whether they are adapters', and by decay
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_adapter = name.rpartition(".")[2].startswith("lora_")
-            groups.setdefault((is_adapter, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
-    options = []
-    for (is_adapter, decay), group in groups.items():
-        own = rate * adapter_lr_factor if is_adapter else rate
-        options.append({"params": group, "lr": own, "weight_decay": decay})
-    return torch.optim.AdamW(options, fused=True)  # all tensors in one kernel, or on a CPU in one loop
+            own = rate * adapter_lr_factor if is_adapter else rate
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            group = groups.setdefault((is_adapter, decay), {"params": [], "lr": own, "weight_decay": decay})
+            group["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), fused=True)  # all tensors in one kernel, or on a CPU in one loop
 
 
 def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
@@ -124,7 +123,9 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     if epochs == 0:
         return 0
     steps = max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
-    return steps if steps < total_steps else total_steps // 2
+    if steps >= total_steps:
+        return total_steps // 2
+    return steps
 
 
 def lr_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 NORM_MODES = ("auto", "frozen", "follow", "train")
 ARCH_NAMES = f"{{{','.join((*ARCHS, f'{TIMM}NAME'))}}}"  # as help shows them; `model_problems` checks --arch
-BEST_BY = tuple(dict.fromkeys(by for columns in KEEP_BEST.values() for by in columns))
+BEST_BY = sum(map(tuple, KEEP_BEST.values()), ())
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = (

@@ -289,7 +289,7 @@ def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
     chosen = {}
     begun = run.args.resume or run.path("last.pth")  # maybe in another folder
-    if any(path.with_name("learning_rates.csv").exists() for path in (begun, run.path("last.pth"))):
+    if begun.with_name("learning_rates.csv").exists() or run.path("learning_rates.csv").exists():
         chosen["learning rate"] = "trials on a part of the training images"
     chooses = run.task.best_by.get(run.args.keep_best)
     if chooses is not None and not all(map(math.isnan, column(run.history, chooses))):
@@ -333,8 +333,11 @@ def _by_epoch(axes: Any) -> None:
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     """A panel each, by epoch: the contrastive loss, and the measures of the features."""
     titles = {"loss": "contrastive loss", **measures.TITLES}
-    measured = {name: [row for row in history if row[name] is not None] for name in titles}
-    panels = [(name, rows) for name, rows in measured.items() if rows]
+    panels = []
+    for name in titles:
+        rows = [row for row in history if row[name] is not None]
+        if rows:
+            panels.append((name, rows))
     figure = new_figure(3.6 * len(panels), 3.2)
     for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         style = {"color": BLUE, "marker": "."} if name == "loss" else {"color": ORANGE, "marker": "o"}

@@ -41,9 +41,8 @@ class Stopped(KeyboardInterrupt):
 class StopRequests:
     """Within its `with` block a first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
 
-    def __init__(self):
-        self.signum = 0
-        self.others_asked = False  # was any process asked, as all of them know by now?
+    signum = 0
+    others_asked = False  # was any process asked, as all of them know by now?
 
     def __enter__(self) -> "StopRequests":
         self._previous = {}

@@ -60,4 +60,4 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
 def resumed(args: options.FineTuneOptions, settings: dict[str, Any]) -> list[Trial]:
     """The trials of the search to resume, which has to be one with the same settings."""
     state = run_state.state_of_same_run(args, args.resume, {"trials", *settings}, settings, options.FREE_TO_CHANGE)
-    return [Trial(*trial) for trial in state["trials"]]
+    return list(map(Trial._make, state["trials"]))
