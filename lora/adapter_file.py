@@ -18,7 +18,7 @@ from toolkit.models import backbones, dense, names, published
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
-LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
+LAYER_FIELDS = ("kind", *NO_ADAPTER)
 
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:

@@ -86,8 +86,7 @@ class Adapter:
             owner, leaf = _owner(model, path)
             if leaf in getattr(model.get_submodule(path.rpartition(".")[0]), "float_digests", ()):
                 continue  # the installed state stores this weight in fewer bits
-            if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
-                tensor.data = tensor.data.to(owner[leaf])
+            tensor.data = tensor.data.to(owner[leaf])  # itself, unless the model was moved meanwhile
             owner[leaf] = tensor
 
 

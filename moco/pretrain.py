@@ -358,9 +358,8 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
     checkpoint = args.checkpoint or checkpoints.NO_CHECKPOINT
     backbone, report = checkpoints.load_backbone(checkpoint, 1, **options.backbone_shape(args))
-    settled = {"moco_version": args.moco_version or version or 3, "arch": report["arch"], "heads": None}
-    if backbones.other_heads(backbone):
-        settled["heads"] = report["heads"]
+    settled = {"moco_version": args.moco_version or version or 3, "arch": report["arch"]}
+    settled["heads"] = backbones.record_of(backbone).heads
     if report["channels"] != 3:
         settled["channels"] = report["channels"]
     settled |= {"image_size": report["image_size"], "dim": args.dim or dim, "mlp_dim": args.mlp_dim or mlp_dim}

@@ -67,9 +67,10 @@ def test_a_card_names_a_published_base_and_its_licence():
     assert "trained over `moco-v2-800ep`" in text
     assert "what is made of it: cc-by-nc-4.0 (https://dl.fbaipublicfiles.com/moco/" in text
     assert "Not measured." in text and "model-index: []" in text
-    about = ABOUT | {"checkpoint": "/mine/moco-v2-of-my-own.pth"}
+    data = {"data_dir": "/mine/tulips", "dataset": "imagefolder"}
+    about = ABOUT | {"checkpoint": "/mine/moco-v2-of-my-own.pth", "config": {"data": data}}
     text = write_card(about, {}, "flowers", "lora.pth")
-    assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"
+    assert yaml.safe_load(text.split("---")[1])["license"] == "unknown" and "` on tulips: " in text
     text = write_card(ABOUT | {"thresholds chosen": "for f1, in /mine/list.csv"}, {}, "flowers", "lora.pth")
     assert "Not measured since the thresholds were chosen anew, for f1: `threshold` below is the run's." in text
 

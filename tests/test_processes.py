@@ -442,7 +442,7 @@ def looked_at(rank: int) -> list[int]:
 def read(rank: int) -> tuple[list, bool]:
     """The figures of two steps, and whether one of the processes was asked to stop: the second was."""
     stop = SimpleNamespace(signum=15 * rank, others_asked=False)
-    steps = [(4, [torch.tensor([1.0 + rank, 2.0])]), (2, [torch.tensor([0.5, 1.0 * rank])])]
+    steps = [(4, [torch.tensor([1.0 + rank, 2.0, 3.0])]), (2, [torch.tensor([0.5, 1.0 * rank, 4.0])])]
     return training.read_figures(steps, stop), stop.others_asked
 
 
@@ -493,7 +493,7 @@ def cached(rank: int) -> list:
     [
         (exchanged, [[0, 1, 2, 3, 4], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
         (taught, pytest.approx(TAUGHT)),
-        (read, ([(4, [3.0, 4.0]), (2, [1.0, 1.0])], True)),
+        (read, ([(4, [3.0, 4.0, 6.0]), (2, [1.0, 1.0, 8.0])], True)),
         (worst, 4.0),
         (looked_at, [0, 10, 20, 30, 40]),
         (precision, torch.float32),

@@ -40,7 +40,7 @@ class Report:
     draw: Callable[[Path], None]
     picture: str  # the file that it writes
     in_summary = False  # a run's summary has what is `printed`
-    worst_title: str  # of the picture of `mistakes`
+    worst_title = "Wrong, most confident first"  # of the picture of `mistakes`
     mistakes: Callable[[], Sequence[tuple[int, str]]]  # (image, what is said of it), the worst first
     answer_columns: Callable[[], dict[str, Sequence[Any]]]  # of `results_answers.csv`: what is true, and was answered
 
@@ -131,7 +131,6 @@ def place_picture(axes: Any, row: int, column: int, picture: Any, above: str, be
 
 
 class ColumnReport(Report):
-    plural: str  # what K of them are called in the figures
     by: Mapping[str, Sequence[float]]  # figures by name, of each of them (K,)
     suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of the truths
     intervals: Callable[[int], dict[str, measures.Interval]]  # of 95%, by name, of some figures of one of them
@@ -142,7 +141,7 @@ class ColumnReport(Report):
             by_name[name] = dict(zip(self.by, map(finite, row), strict=True))
             for figure, interval in self.intervals(i).items():
                 by_name[name][f"{figure}_interval"] = finite_interval(interval)
-        return super().figures() | {self.plural: by_name}
+        return super().figures() | {self.task.outputs_are[1]: by_name}
 
     def cells(self, i: int, names: Iterable[str], form: str) -> dict[str, str]:
         """Some figures of one of them for a table, with their intervals in brackets."""

@@ -21,7 +21,6 @@ CONFUSIONS = 30  # rows in the table of what is taken for what
 
 class ClassReport(Report):
     picture = "confusion_matrix.png"
-    worst_title = "Wrong, most confident first"
     HEADLINES: Mapping[str, Headline] = {
         "accuracy": Headline("accuracy"),
         "balanced_accuracy": Headline("balanced accuracy"),
@@ -120,7 +119,6 @@ class Classification(parts.SoftmaxObjective):
     score = "accuracy"
     score_title = "accuracy"
     loss_title = "cross-entropy"
-    outputs_are = ("class", "classes")
     measured = tuple(ClassReport.HEADLINES)
     pipeline = "image-classification"
     counts_images = True

@@ -68,9 +68,7 @@ class LabelAnswers(parts.ColumnAnswers):
 
 class LabelReport(ColumnReport):
     picture = "precision_recall.png"
-    worst_title = "Wrong, most confident first"
     in_summary = True
-    plural = "labels"
     suffix = lists.PROBABILITY
     TITLES = ("label", "positives", "unknown", *SHARES.values(), "threshold")
     HEADLINES: Mapping[str, Headline] = {

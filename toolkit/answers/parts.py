@@ -203,6 +203,8 @@ class Task:
 class SoftmaxObjective(Task):
     """Cross-entropy of logits of K classes, weighted by (K,): of each image the mean over its label or known pixels."""
 
+    outputs_are = ("class", "classes")
+
     def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):
         super().__init__(names)
         self.class_weights = class_weights

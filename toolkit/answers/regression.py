@@ -70,7 +70,6 @@ class InUnits(nn.Module):
 class NumberReport(ColumnReport):
     picture = "scatter.png"
     worst_title = "The largest errors"
-    plural = "numbers"
     suffix = lists.ANSWER
     HEADLINES: Mapping[str, Headline] = {
         "r2": Headline("R2", NOTHING_DIFFERS, measures.BELOW_1, ".4g", ".4g"),

@@ -187,7 +187,6 @@ class Segmentation(SoftmaxObjective):
     score = "miou"
     score_title = "mean IoU"
     loss_title = "cross-entropy of a pixel"
-    outputs_are = ("class", "classes")
     measured = PixelAnswers.MEASURED
     predicted_into = "maps"
     pipeline = "image-segmentation"
