@@ -1014,7 +1014,7 @@ class FineTuning(RunState):
     def _first_backward(self) -> None:
         """Add up the gradients of the loss, summed over the images of the first steps."""
         images_at_once = initialization.GRADIENT_IMAGES
-        factor = 1 / images_at_once if self.scaler.is_enabled() else 1.0  # lest float16 overflow
+        factor = 1 / images_at_once  # lest float16 overflow; a power of two, which changes no digit
         steps = math.ceil(images_at_once / (self.args.batch_size * self.args.accumulation_steps))
         for step in itertools.islice(self.loaders.steps(epoch=1), steps):
             for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):

@@ -109,9 +109,9 @@ def interleave(share: Tensor) -> Tensor:
     total = int(all_sum(len(share))[0])
     padded = torch.cat([share, share.new_zeros(-(-total // world_size()) - len(share), *share.shape[1:])])
     padded = padded.contiguous().to(_exchanging_device())
-    shares = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(shares, padded)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total].to(share.device)  # without the padding, which comes last
+    shares = padded.new_empty(world_size(), *padded.shape)
+    dist.all_gather(list(shares), padded)
+    return shares.transpose(0, 1).flatten(0, 1)[:total].to(share.device)  # without the padding, which comes last
 
 
 @torch.no_grad()

@@ -194,9 +194,7 @@ def cell(value: float, form: str) -> str:
 def interval_text(low: float, high: float, form: str = ".1%") -> str:
     if math.isinf(high - low):
         return "no interval: too few images or groups to tell"
-    if math.isnan(low):
-        return "no interval"
-    return f"95% interval {low:{form}} to {high:{form}}"
+    return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"
 
 
 def finite(value: float | None) -> float | None:

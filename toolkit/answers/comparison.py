@@ -75,14 +75,12 @@ def compare(first: Path, second: Path) -> list[Difference]:
     clusters = torch.arange(len(images))
     if groups is not None:
         clusters = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
-    first_run = _answered(one, truth, kind)
-    second_run = _answered(other, truth, kind)
+    runs = [_answered(table, truth, kind) for table in (one, other)]
 
     def differences(weights: Tensor) -> dict[str, Tensor]:
         """How the runs differ in each figure, and the figures of both: (n, 3)."""
         # Of the same parts of the images: what is easy for both blurs no difference.
-        before = first_run(weights)
-        after = second_run(weights)
+        before, after = (run(weights) for run in runs)
         return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
 
     bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)

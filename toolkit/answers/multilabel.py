@@ -51,7 +51,7 @@ class LabelAnswers(parts.ColumnAnswers):
         negative = self.targets == 0
         above = self.values > thresholds
         both = (positive, negative, above & positive, ~above & negative)
-        positives, negatives, hits, rejections = (measures.weighted_sum(of, weights) for of in both)
+        positives, negatives, hits, rejections = measures.weighted_sum(torch.cat(both, 1), weights).chunk(4, 1)
         answers = hits + negatives - rejections
         return {
             "f1": (2 * hits / (answers + positives)).where(positives > 0, torch.nan),

@@ -181,7 +181,7 @@ class Regression(parts.Task):
         super().__init__(names)
         self.mean = mean.double()
         self.std = std.double()
-        self.in_loss = self.mean, self.std  # where the loss is computed, so that no batch waits for copies
+        self.in_loss = torch.stack([self.mean, self.std])  # where the loss is computed: no batch waits for copies
 
     @classmethod
     def of_run(cls, names, train, args):
@@ -189,11 +189,11 @@ class Regression(parts.Task):
 
     def to(self, device: torch.device) -> None:
         if device.type != "mps":  # which has no float64
-            self.in_loss = self.mean.to(device), self.std.to(device)
+            self.in_loss = self.in_loss.to(device)
 
     def standardised(self, targets: Tensor) -> Tensor:
         """In the targets' own precision: large numbers that differ by little need float64."""
-        mean, std = (of.to(targets) for of in self.in_loss)
+        mean, std = self.in_loss.to(targets)
         return (targets - mean) / std
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

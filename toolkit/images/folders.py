@@ -196,11 +196,8 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
     if others is None:
         return names
     stems = set(map(without_suffix, names))
-    kept = []
-    for name in names:
-        mask = re.fullmatch(r"(.+)_mask(_\d+)?\.[^./]*", name, re.DOTALL)
-        if mask is None or mask[1] not in stems:
-            kept.append(name)
+    masks = {name: re.fullmatch(r"(.+)_mask(_\d+)?\.[^./]*", name, re.DOTALL) for name in names}
+    kept = [name for name, mask in masks.items() if mask is None or mask[1] not in stems]
     others += strange + Counter({"masks": len(names) - len(kept)})
     return kept
 

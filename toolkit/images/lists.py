@@ -172,10 +172,8 @@ class ImageList:
             group = self._place_of(self.group_by)
             places = [place for place in places if place != group]
         self._check_widths(self.titles, self.rows)
-        chosen = []
-        for cells in (self.titles, *self.rows):
-            chosen.append([cells[place] for place in places])
-        return chosen[0], chosen[1:]
+        titles, *rows = np.array([self.titles, *self.rows], dtype=object)[:, places].tolist()
+        return titles, rows
 
     def _check_widths(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         for row in rows:

@@ -151,8 +151,7 @@ class MaskReader:
             not_counted = [*classes.unknown, *(value for value in unknown if value % 1 == 0)]  # masks have no others
             self.remedy = "; if 255 is a class, give --classes a file with the lines `background 0` and `NAME 255`"
         self.classes = np.full(size, _MISSING, np.int16)  # of each code
-        for number, mark in enumerate(marks):
-            self.classes[self._codes(np.array(mark, float))] = number
+        self.classes[self._codes(np.array(marks, float))] = np.arange(len(marks))
         for mark in not_counted:
             self.classes[self._codes(np.array(mark, float))] = UNKNOWN
         marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}

@@ -125,7 +125,7 @@ def _resized(image: Image.Image | np.ndarray, box: tuple, size: tuple, reduction
     if isinstance(image, np.ndarray):
         bands = (Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[2]))
         return torch.stack([torch.from_numpy(np.array(_resized(band, box, size))) for band in bands])
-    left, top, right, bottom = (corner / reduction for corner in box)
+    left, top, right, bottom = (np.array(box) / reduction).tolist()
     outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
     if outer != (0, 0, *image.size):
         image = image.crop(outer)

@@ -123,9 +123,7 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     if epochs == 0:
         return 0
     steps = max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
-    if steps >= total_steps:
-        return total_steps // 2
-    return steps
+    return steps if steps < total_steps else total_steps // 2
 
 
 def lr_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
