@@ -689,7 +689,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     normalization = bands.settle(known, report["arch"], report["channels"], splits.train)
-    settled = (precision or names[dtype], vars(known), normalization, settled_norms(args, device))
+    settled = (precision or names[dtype], known._asdict(), normalization, settled_norms(args, device))
     return splits, model, report, Plan(device, dtype, *settled)
 
 
@@ -910,7 +910,7 @@ class FineTuning(RunState):
         self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
-            plan = replace(plan, norms="follow" if followers(model) else "frozen")  # files say what was done
+            plan = plan._replace(norms="follow" if followers(model) else "frozen")  # files say what was done
         self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)
         self.adapter_lr_factor = 1.0

@@ -74,7 +74,6 @@ class AdapterStatistics:
         self.norm.running_mean.copy_(mean)
         self.norm.running_var.copy_(variance)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Give the BatchNorm the base's statistics back, bit for bit."""
         self.norm.running_mean.copy_(self.base_mean)

@@ -80,7 +80,6 @@ class MoCo(MomentumContrast):
         self.dequeue_and_enqueue(keys)
         return F.cross_entropy(logits, labels)
 
-    @torch.no_grad()
     def dequeue_and_enqueue(self, k: torch.Tensor) -> None:
         """Replace the oldest keys by the newest ones (N, dim)."""
         self.queue[:, (self.queue_ptr + torch.arange(len(k), device=k.device)) % self.K] = k.T

@@ -133,7 +133,7 @@ class Pretraining(RunState):
     def __init__(self, args: PretrainOptions, device: torch.device, dtype: torch.dtype):
         model, args, self.report = build_model(args, device)
         known, read = options.known_image_values(args, args.checkpoint)
-        args = replace(args, **vars(known))
+        args = replace(args, **known._asdict())
         super().__init__(args, device, dtype)
         self.model = self.network = model
         normalization = self.open_loaders(read)

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from benchmarks import loading
-from toolkit import InputError
+from toolkit import InputError, choices
 from toolkit.images import data, sources, transforms
 from toolkit.images.bands import open_image
 
@@ -118,9 +118,9 @@ def test_a_file_is_upright(tmp_path):
 
 def all_transforms(size: int):
     yield transforms.eval_transform(size)
-    for name in transforms.AUGMENTATIONS:
+    for name in choices.AUGMENTATIONS:
         yield transforms.train_transform(size, name)
-    for name in transforms.TWO_CROPS:
+    for name in choices.TWO_CROPS:
         yield from transforms.two_crops(size, name).views
 
 

@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ SHARES = {"average_precision": "AP", "auroc": "AUROC", **AT_THRESHOLD}  # figure
 FEWEST_POSITIVES = 5  # images or clusters, and negatives, of a label whose figures have intervals: these cover
 
 
-@dataclass
 class LabelAnswers(parts.ColumnAnswers):
     """Answers of yes and no: the values are probabilities, the targets 1, 0, or NaN where unknown."""
 

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ ROW = 3  # panels in a row
 FAR = 1e4  # standard deviations from zero, where float32 begins to blur what differs
 
 
-@dataclass
 class NumberAnswers(parts.ColumnAnswers):
     """Answers that are numbers in their own units; the loss is of standardised ones."""
 

@@ -11,14 +11,12 @@ from toolkit import InputError
 from toolkit.answers import probe
 from toolkit.answers.classification import Classification
 from toolkit.answers.multilabel import MultiLabel
-from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
+from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task  # noqa: F401
 from toolkit.answers.regression import Regression
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.unlabelled import Start
 from toolkit.choices import DEFAULT_TASK
 from toolkit.images.sources import Splits
-
-__all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
 SURE_IMAGES = 500  # from this many on a temperature fitted in cross-validation says more than that it should be 1

@@ -15,9 +15,8 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +40,7 @@ class WrongBands(ValueError):
     """A file that can be read, but has other bands than the network takes."""
 
 
-@dataclass(frozen=True)
-class Bands:
+class Bands(NamedTuple):
     """Which bands are read from each image file, and how."""
 
     channels: int  # how many the network takes

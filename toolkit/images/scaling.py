@@ -1,14 +1,13 @@
 """What the options say of the numbers in image files."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from toolkit import InputError, listed
 from toolkit.models.names import check_channels
 
 
-@dataclass(frozen=True)
-class Scaling:
+class Scaling(NamedTuple):
     """What the options, or a checkpoint, say of the numbers in image files; None where they say nothing."""
 
     scale: float | None = None  # by which all values are divided

@@ -13,7 +13,6 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode, functional
 
 from toolkit import InputError
-from toolkit.choices import AUGMENTATIONS, TWO_CROPS  # noqa: F401 - of the functions below
 from toolkit.images.bands import Bands
 from toolkit.images.folders import UnreadableImage, named_faults
 from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD

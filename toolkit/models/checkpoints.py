@@ -12,9 +12,9 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -180,8 +180,7 @@ _MMPRETRAIN: _Renames = (
 )
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Where a project's files have the backbone, and how to recognise these: by all of prefix, signs and entry."""
 
     family: str
@@ -255,7 +254,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     if is_timm:
         head = f"{backbones.head_name(_meta_model(arch))}."
         if layout.family in ("deit", "torchvision"):
-            layout = replace(layout, family="timm")
+            layout = layout._replace(family="timm")
     weights = {}
     for key, full in encoder.items():
         if key.startswith(head):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
@@ -169,8 +169,7 @@ def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = N
     return found
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What options leave open, settled by the machine, the checkpoint and the images."""
 
     device: "torch.device"
