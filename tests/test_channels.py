@@ -22,7 +22,7 @@ from tests.checkpoint_files import save_base
 from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError
 from toolkit.images import folders
-from toolkit.images.bands import Bands, Scaling, decoded, settle
+from toolkit.images.bands import Bands, Scaling, _check_values, decoded, settle
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits, load_unlabelled
 from toolkit.images.transforms import eval_transform, to_rgb
@@ -205,6 +205,7 @@ def test_bands_are_picked_put_in_order_and_made_of_zeros():
     assert np.array_equal(read[..., 8], array[..., 11])
     assert np.array_equal(read[..., 9], array[..., 8])
     assert not read[..., 10].any()
+    _check_values(np.array([[1.0, 0, 0]] * 4), Bands(3, ("1", "0", "0")), [1.0] * 3)  # zeros need not vary
 
 
 def tiff_of_many_pages(count: int) -> bytes:

@@ -267,7 +267,7 @@ def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch,
     model = dense.DenseModel(backbones.build_backbone(arch, 5), classes=5, image_size=size).eval()
     maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
     assert [features.shape[2] for features in maps] == sides
-    assert model.head.widths == [features.shape[1] for features in maps]
+    assert model.head.widths == [features.shape[1] for features in maps] and model.head(maps).shape[-1] == sides[0]
     assert dense._read(model.backbone) == read
 
 

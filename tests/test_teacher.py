@@ -49,8 +49,8 @@ def others(tmp_path, images):
 
 def read(images, unlabelled, **options):
     """The names of the images without labels, as they lie in their folder."""
-    found = load_splits("imagefolder", images, unlabelled=unlabelled, **options).unlabelled
-    assert found.labels == list(range(len(found)))
+    found = (splits := load_splits("imagefolder", images, unlabelled=unlabelled, **options)).unlabelled
+    assert found.labels == [*range(len(found))] and splits.digest() != splits._replace(unlabelled=splits.val).digest()
     return [name.rpartition("/")[2] for name in found.relative_names()]
 
 
