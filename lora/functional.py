@@ -149,7 +149,7 @@ class _LoRALinear(torch.autograd.Function):
         gy = _rows(gy, dtype)  # (N, out)
         gh, gA, gB = _adapter_gradients(gy, _rows(adapter_rows, dtype), h, A, B, scaling, groups)
         del adapter_rows  # of the output's size or more, and no longer needed
-        gx = None
+        gx = g_adapter_x = g_bias = None
         if need_x:
             W = _operand(weight, dtype)
             if not ctx.drops and _merge_pays(W, gy.shape[0] * weight.shape[1]):
@@ -160,8 +160,10 @@ class _LoRALinear(torch.autograd.Function):
                 if not ctx.drops:  # else the adapter's share reaches x through the dropout
                     gx.addmm_(gh, A)  # + (s gy B) A
             gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)
-        g_adapter_x = (gh @ A).view(ctx.shape) if need_adapter_x else None
-        g_bias = gy.sum(0) if need_bias else None
+        if need_adapter_x:
+            g_adapter_x = (gh @ A).view(ctx.shape)
+        if need_bias:
+            g_bias = gy.sum(0)
         return gx, g_adapter_x, gA, gB, g_bias, None
 
 
