@@ -173,9 +173,12 @@ def test_each_script_gets_the_file_when_all_else_is_right(web, read, command, wr
     assert found.checkpoint == place
 
 
-def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web):
+def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web, tmp_path, monkeypatch):
     publish(web, "base.pth")
-    for typed in ("moco-v9", "none --arch resnet18 --no-freeze-backbone"):
+    (tmp_path / "own.pth").touch()
+    hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for typed in ("moco-v9", "hf:owner/name/a.pth", "none --arch resnet18 --no-freeze-backbone", f"{tmp_path}/own.pth"):
         found = options.stored_sections(*finetune_lora.read_options(["--checkpoint", *typed.split()]))
         assert found["model"]["checkpoint"] == typed.split()[0]
 

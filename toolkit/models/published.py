@@ -54,26 +54,34 @@ def is_published(text: str) -> bool:
     return text in PUBLISHED or text.startswith("hf:")
 
 
-MOCO_LICENCE = "cc-by-nc-4.0"  # of the files of MoCo's authors, as the Hub writes it
-
-
 def described(checkpoint: str | Path, licence: str | None = None) -> dict[str, str | None]:
     """The name of a checkpoint, without its folder, its address if it is published, and its licence, else timm's."""
     name = Path(str(checkpoint)).name
     for known, (url, _) in PUBLISHED.items():
         if Path(url).name == name:
             if url.startswith((_MOCO, _MOCO_V3)):
-                licence = MOCO_LICENCE
+                licence = "cc-by-nc-4.0"  # of the files of MoCo's authors, as the Hub writes it
             return {"name": known, "source": url, "licence": licence}
     return {"name": name, "source": None, "licence": licence}
+
+
+NAMES: dict[Path, str] = {}  # of what was fetched, by its place on this machine: another one fetches it by its name
 
 
 def fetch(name: str) -> Path:
     """The file of a published checkpoint, which is downloaded once. Raises InputError if that fails."""
     if name.startswith("hf:"):
-        return _from_hub(*name.removeprefix("hf:").split("/", 2))
-    url, digest = PUBLISHED[name]
-    path = _place(url)
+        path = _from_hub(*name.removeprefix("hf:").split("/", 2))
+    else:
+        path = _from_publisher(*PUBLISHED[name])
+    NAMES[path] = name
+    return path
+
+
+def _from_publisher(url: str, digest: str) -> Path:
+    import torch  # here: it takes seconds, and the names above are looked up in every command line
+
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,18 +91,6 @@ def fetch(name: str) -> Path:
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             raise InputError(f"cannot download {url} ({error}): fetch it elsewhere and give its path") from None
     return path
-
-
-def name_of(checkpoint: Path) -> Path:
-    """The name of a published checkpoint that was fetched, which is the same on every machine; else the path."""
-    names = (Path(name) for name, (url, _) in PUBLISHED.items() if _place(url) == checkpoint)
-    return next(names, checkpoint)
-
-
-def _place(url: str) -> Path:
-    import torch  # here: it takes seconds, and the names above are looked up in every command line
-
-    return Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
 
 
 def _download(url: str, digest: str, path: Path) -> None:

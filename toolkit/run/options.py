@@ -157,7 +157,7 @@ FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
 
 def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The options in the sections of a YAML file; with `sources` those that were typed, or are in one, alone."""
-    args = replace(args, checkpoint=published.name_of(args.checkpoint))
+    args = replace(args, checkpoint=Path(published.NAMES.get(args.checkpoint, args.checkpoint)))
     found: dict[str, Any] = {}
     for title, section in YAML_SECTIONS.items():
         found[title] = {}
