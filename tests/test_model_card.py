@@ -72,6 +72,8 @@ def test_a_card_names_a_published_base_and_its_licence():
     text = write_card(about, {}, "flowers", "lora.pth")
     assert yaml.safe_load(text.split("---")[1])["license"] == "unknown" and "` on tulips: " in text
     text = write_card(ABOUT | {"thresholds chosen": "for f1, in /mine/list.csv"}, {}, "flowers", "lora.pth")
+    cut = write_card(ABOUT | {"cut to rank": "2, 90.0% of the change's energy kept"}, {}, "flowers", "lora.pth")
+    assert "Not measured since it was cut to rank 2, 90.0% of the change's energy kept: `lora_rank` below is the" in cut
     assert "Not measured since the thresholds were chosen anew, for f1: `threshold` below is the run's." in text
 
 

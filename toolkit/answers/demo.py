@@ -113,7 +113,7 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
         requirements += "timm>=1.0\n"
     files.write_text(requirements, folder / "requirements.txt")
     files.write_text(APP.format(words=words), folder / "app.py")
-    head = {"title": adapter.absolute().parent.name, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py"}
+    head = {"title": adapter.resolve().parent.name, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py"}
     what = f"Drop an image, and `{adapter.name}` answers: {listed(metadata['class_names'], 30)}."
     files.write_text(f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{what}\n", folder / "README.md")
 

@@ -81,6 +81,8 @@ def _figures(results: Mapping[str, Any]) -> list[tuple[str, float, list[float] |
 
 def _table(figures: list[tuple], results: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     if not figures:
+        if "cut to rank" in metadata:
+            return f"Not measured since it was cut to rank {metadata['cut to rank']}: `lora_rank` below is the run's."
         goal, *_ = str(metadata.get("thresholds chosen", "")).split(",")  # then follows the path of the images
         changed = f" since the thresholds were chosen anew, {goal}: `threshold` below is the run's" if goal else ""
         return f"Not measured{changed}."
