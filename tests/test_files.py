@@ -260,6 +260,16 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(path, reason, tmp_p
     assert files_in(tmp_path) == before
 
 
+def test_a_file_that_is_to_be_read_alone_is_not_replaced(tmp_path, monkeypatch):
+    """Though whoever may write to its folder could."""
+    (tmp_path / "lora.pth").write_bytes(b"kept")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(InputError, match=r"cannot write .*/lora\.pth: somebody has made it read-only"):
+        files.save_atomically({}, tmp_path / "lora.pth")
+    assert (tmp_path / "lora.pth").read_bytes() == b"kept"
+    files.save_atomically({}, tmp_path / "new.pth")
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"previous")

@@ -27,6 +27,8 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"cannot write {path}: it is a device or the like; name a file")
+    if path.exists() and not os.access(path, os.W_OK):  # a rename would not mind
+        raise InputError(f"cannot write {path}: somebody has made it read-only; name another")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.half")  # same folder: a rename cannot cross file systems
     try:
         with open(temporary, "wb") as file:
