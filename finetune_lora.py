@@ -41,7 +41,7 @@ from lora.fusion import fuse, set_gradient_checkpointing
 from lora.nf4 import NF4Weight, dense_weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
-from toolkit import InputError, config, devices, distributed, dotted, listed, printable
+from toolkit import InputError, config, devices, distributed, dotted, listed, printable, same_file
 from toolkit.answers import evaluation, probe, tasks
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells
@@ -785,9 +785,9 @@ def try_rate(args: FineTuneOptions, plan: Plan, parts: Splits, features) -> tupl
 def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
     """The run of the arguments of `FineTuning` that `--resume` goes on with, or a new one with its starting values."""
     if path := args.resume:
-        if args.keep_best and path.resolve().parent != args.output_dir.resolve():
-            remedy = "resume with that folder as --output-dir"
-            raise InputError(f"--keep-best: the best adapter is next to {path}; {remedy}")
+        if args.keep_best and not same_file(args.output_dir / "lora.pth", path.resolve().with_name("lora.pth")):
+            remedy = "put it back if it is not, and resume with that folder as --output-dir"
+            raise InputError(f"--keep-best: the best adapter is next to {path}, as lora.pth; {remedy}")
         run = FineTuning(args, *of_run, teaches=value_at(read_checkpoint(path), "teacher") is not None)
         run.resume(path, options.FREE_TO_CHANGE)
         return run
