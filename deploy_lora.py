@@ -574,11 +574,12 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     about = {"file": args.output.name} | usage(metadata)
     LoRAManager(model).merge_lora_weights()
     state = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
-    if files.is_safetensors(args.output):
-        files.write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
-    else:
-        files.save_atomically(state, args.output)
-    files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
+    with files.open_atomically(args.output.with_suffix(".json")) as description:  # which no model lacks
+        description.write(json.dumps(about, indent=2).encode())
+        if files.is_safetensors(args.output):
+            files.write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
+        else:
+            files.save_atomically(state, args.output)
     arch = metadata["arch"]
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     shape = list(map("{} heads".format, other_heads(model).values()))
@@ -600,7 +601,7 @@ def card(args: argparse.Namespace) -> str:
         results = comparison.read_results(path)
         if results.get("adapter_digest") != state_digest(content["tensors"]):
             raise InputError(f"{path} is of another file than {args.adapter}: move one of them")
-    text = model_card.write_card(metadata, results, args.adapter.absolute().parent.name, args.adapter.name)
+    text = model_card.write_card(metadata, results, args.adapter.resolve().parent.name, args.adapter.name)
     files.write_text(text, args.output)
     print(f"wrote {args.output}")
     return text
@@ -671,7 +672,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
             content = io.BytesIO()  # on a full disk torch's own writer would end the process
             torch.export.save(program, content, extra_files=notes)
             file.write(content.getvalue())
-    files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))
+        files.write_text(json.dumps(about, indent=2), args.output.with_suffix(".json"))  # no graph lacks it
     what = f"{metadata['arch']} for images of {metadata['image_size']} pixels"
     print(f"wrote {args.output}: {what}; its metadata: {', '.join(notes)}")
     return notes

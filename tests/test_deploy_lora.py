@@ -28,7 +28,7 @@ from lora_utils import LoRAManager
 from tests.image_files import tar_of
 from tests.pages import preparation
 from tests.run_folders import column, rows_of
-from toolkit import InputError
+from toolkit import InputError, files
 from toolkit.answers import measures, predictions
 from toolkit.images.data import LabelledImages
 from toolkit.images.folders import ImageFiles
@@ -529,6 +529,14 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
     with pytest.raises(InputError, match="the previous file is intact"):
         write("b.png")
     assert [row["path"] for row in rows_of(tmp_path / "f_paths.csv")] == ["a.png"]
+
+
+@pytest.mark.parametrize(("suffix", "what"), [("pth", (json, "dumps")), ("pt2", (files, "write_text"))])
+def test_where_its_description_finds_no_room_there_is_no_model(adapter_for_images, tmp_path, monkeypatch, suffix, what):
+    monkeypatch.setattr(*what, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}"):
+        run({"pth": "merge", "pt2": "export"}[suffix], adapter_for_images, "--output", f"{tmp_path}/m.{suffix}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_of_labels_is_replaced(tmp_path, monkeypatch):
