@@ -22,12 +22,12 @@ from moco import pretrain
 from tests.checkpoint_files import under, without_head
 from tests.dense import changed
 from tests.run_folders import assert_same, assert_same_tensors, metrics, names_in, rows_of, stop
-from toolkit import InputError, config, files
+from toolkit import InputError, config, files, says
 from toolkit.answers.measures import share_interval
 from toolkit.images import data
 from toolkit.models.backbones import headless
 from toolkit.models.checkpoints import load_backbone
-from toolkit.run import runs, training
+from toolkit.run import output_folder, runs, training
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +103,8 @@ def test_the_files_of_a_run(done):
     results, output, told = done
     files = {"metrics.csv", "moco_stage1_epoch_2.pth", "pretraining_curves.png", "results.json"}
     assert names_in(output) == files
+    of_a_run = [output / "results.json", output / "moco_stage1_epoch_2.pth", after_an_epoch(output)]
+    assert all(says(path, output_folder.OF_A_RUN) for path in of_a_run)
     rows = rows_of(results["metrics"])
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert rows[0]["knn_accuracy"] == "" and float(rows[1]["knn_accuracy"]) == results["knn_accuracy"]

@@ -8,11 +8,11 @@ import torch
 import yaml
 
 import finetune_lora
-from tests.run_folders import assert_same_tensors, rows_of
+from tests.run_folders import assert_same_tensors, names_in, rows_of
 from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
 from toolkit.answers.tasks import Classification, Regression
-from toolkit.run import optim, reports, search
+from toolkit.run import optim, output_folder, reports, search
 from toolkit.run.options import FineTuneOptions, read_options
 from toolkit.run.search import RATES, Trial, choose
 
@@ -141,6 +141,7 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     common = "--epochs 1 --labels-per-class 4 --lora-dropout 0.2 --lr"
     whole = finetune(f"{common} auto", "whole")
     assert yaml.safe_load((whole["folder"] / "config.yaml").read_text())["finetune"]["learning_rate"] == "auto"
+    assert names_in(whole["folder"]) < {*output_folder.FINE_TUNING_FILES}
     save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
         finetune(f"{common} auto", "stopped")
@@ -159,14 +160,10 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
 
 
-def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(
-    finetune, spy, monkeypatch, capsys, tmp_path
-):
+def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(finetune, spy, monkeypatch, capsys):
     """They train on fewer images, of which `--wise-ft auto` would keep less. One that collapses has a score of 0."""
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "MOST_TRIAL_EPOCHS", 1)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/learning_rates.csv").write_text("an earlier run's")
     made = []
     train = finetune_lora.train
 
@@ -188,7 +185,6 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(
     assert divisor.call_args_list[0].args[2] == 1  # step of an epoch on 8 images, by which rates to try are chosen
     trial, second, run = ((len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made)
     assert trial == second == (8, 1, 4 / 9) and run == (12, 2, 4 / 9)
-    assert (tmp_path / "out-1/learning_rates.csv").read_text() == "an earlier run's"
     told = capsys.readouterr().out
     assert "searching for a learning rate: 2 runs of 1 epochs on 8 training images, judged by 4 others of them" in told
     assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: ") == 1

@@ -316,6 +316,22 @@ def test_images_may_lie_in_a_users_own_folds_and_not_among_the_parts_of_a_run(tm
     assert "--data-dir . would be overwritten" in next(output_folder.problems(args, ["folds"]))
 
 
+@pytest.mark.parametrize("of_a_run", ["config.yaml", "last.pth", "lora.pth", "results.json", "folds", ".moving"])
+def test_files_of_these_names_are_a_users_unless_a_run_wrote_one_of_them(once, tmp_path, of_a_run):
+    """And an earlier run's if it did: the others may have gone."""
+    users = tmp_path / "users"
+    write(users, "metrics.csv")
+    (users / "config.yaml").write_text("# settled:\nfinetune: {lora_rank: 4}\n")
+    args = argparse.Namespace(dataset=None, data_dir=None, data_list=None, val_dir=None, output_dir=users)
+    [problem] = output_folder.problems(args, output_folder.FINE_TUNING_FILES)
+    assert problem.startswith(f"{users}/config.yaml, {users}/metrics.csv: not known to be of an earlier run: move")
+    if (once / of_a_run).exists():
+        shutil.copy(once / of_a_run, users)
+    else:
+        write(users / of_a_run / "1", "last.pth")
+    assert list(output_folder.problems(args, output_folder.FINE_TUNING_FILES)) == []
+
+
 def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
     folder = tmp_path / "lora"
 

@@ -202,7 +202,7 @@ class Runs:
         assert args.config == self.folder / "config.yaml" and args.device == "cpu"
         self.parts.append(args.folds + " r" * (args.resume is not None))
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "last.pth").touch()
+        (args.output_dir / "last.pth").write_bytes(b"\0lora_rank")  # as torch writes it
         (args.output_dir / "results.json").unlink(missing_ok=True)
         if args.folds == self.stops_at:
             raise KeyboardInterrupt
@@ -245,7 +245,7 @@ def test_a_part_that_collapses_counts_and_the_others_run(runs, capsys):
 
 def test_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/lora.pth").touch()
+    (tmp_path / "out/lora.pth").write_bytes(b"\0lora_rank")
     runs.validate()
     assert (tmp_path / "out-1/lora.pth").exists() and not (tmp_path / "out/lora.pth").exists()
     assert "unfinished" in capsys.readouterr().out
@@ -259,13 +259,14 @@ def test_the_parts_read_the_settings_wherever_they_were(place, runs, tmp_path):
     """Those of an earlier run are moved aside with it."""
     config = tmp_path / place
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text("finetune: {epochs: 3}\n")
+    text = "finetune: {epochs: 3}\nsettled: null\n"
+    config.write_text(text)
     (config.parent / "last.pth").touch()
     runs.validate(f"--config {config} --lora-rank 2")
     assert len(runs.parts) == 3
     asked = {"model": {}, "data": {"folds": "3"}, "finetune": {"lora_rank": 2, "epochs": 3}}
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text()) == asked | {"settled": None}
-    assert (tmp_path / place.replace("out/", "out-1/")).read_text() == "finetune: {epochs: 3}\n"
+    assert (tmp_path / place.replace("out/", "out-1/")).read_text() == text
 
 
 def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import os
+import re
 import shlex
 import stat
 import sys
@@ -96,6 +97,14 @@ def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None)
     """Do both paths lead to one existing file?"""
     exist = None not in (first, second) and os.path.exists(first) and os.path.exists(second)
     return exist and os.path.samefile(first, second)
+
+
+def says(path: Path, pattern: bytes) -> bool:
+    """Is this regular expression found in the first megabytes of a file? Not where there is none that can be read."""
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # a pipe has no end
+        return False
+    with open(path, "rb") as file:
+        return re.search(pattern, file.read(2**24)) is not None
 
 
 def check_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, did_you_mean, printable, same_file
+from toolkit import VERSION, InputError, did_you_mean, printable, same_file, says
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
@@ -114,8 +114,8 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
 
 # What else a command writes, by what follows the name of --output without its own ending.
 ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,), "merge": (".json",), "export": (".json",)}
-# What stands in the first megabyte of a file that a command wrote. Weights, graphs and arrays have nothing of the kind:
-# the file next to them tells. A table of numbers looks like a list of images with numbers, so it tells nothing.
+# What stands in a file that a command wrote. Weights, graphs and arrays have nothing of the kind: the file next to
+# them tells. A table of numbers looks like a list of images with numbers, so it tells nothing.
 WROTE = {
     "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |</h1>\n<table><tr><td>adapter</td>',
     "threshold": rb"thresholds chosen",
@@ -136,22 +136,6 @@ def files_written(args: argparse.Namespace) -> list[Path]:
     if output is None or (args.command in ANSWERING and not output.suffix):
         return []
     return [output, *(output.with_name(output.stem + ending) for ending in ALSO.get(args.command, ()))]
-
-
-def not_its_own(args: argparse.Namespace) -> Path | None:
-    """A file that a command would replace, though no earlier call of it wrote it: none of its files says so."""
-    there = list(filter(os.path.lexists, files_written(args)))
-    if not there or args.command not in WROTE:
-        return None
-    pattern = WROTE[args.command]
-    if args.command in ("merge", "export"):  # of two files with one description it would say what is true of one
-        pattern += re.escape(json.dumps(args.output.name).encode())
-    for path in there:
-        if path.is_file() and os.access(path, os.R_OK):  # a pipe has no end
-            with open(path, "rb") as file:
-                if re.search(pattern, file.read(2**20)):
-                    return None
-    return there[0]
 
 
 def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
@@ -181,9 +165,12 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     for path in files_written(args):
         if any(same_file(path, other) for other in read):
             yield f"--output {args.output}: {path} is read by this very command; name another file"
-    path = not_its_own(args)
-    if path is not None:
-        yield f"{path} is there, not known to be of an earlier {args.command}: move it, or name another --output"
+    there = list(filter(os.path.lexists, files_written(args)))
+    pattern = WROTE.get(args.command, b"")
+    if args.command in ("merge", "export"):  # of two files with one description it would say what is true of one
+        pattern += re.escape(json.dumps(args.output.name).encode())
+    if there and not any(says(path, pattern) for path in there):
+        yield f"{there[0]} is there, not known to be of an earlier {args.command}: move it, or name another --output"
 
 
 def check(args: argparse.Namespace) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit import SHIPPED, InputError, printable, same_file
+from toolkit import SHIPPED, InputError, listed, printable, same_file, says
 from toolkit.choices import EVALUATION_NAMES, UNLABELLED_SET
 from toolkit.images.remote import is_remote
 
@@ -20,11 +20,10 @@ except ImportError:  # Windows
 
 LOCK = ".moco-lora-runs"  # a file in the folder while a run writes there
 HALVES = ".*.[0-9]*.half"  # what a killed one left in `open_atomically`
+OF_A_RUN = rb'\nsettled:|["\0]lora_rank'  # in its config.yaml; in its results.json, and where torch has saved
 MOVING = ".moving"  # a folder in it while an earlier run is moved aside
-CARD = "README.md"  # of `deploy_lora.py card`, which has this line, or a user's own
-CARD_LINE = b"## Settings, of version "
 FINE_TUNING_FILES = (
-    *("lora.pth", "last.pth", "config.yaml", "folds", "report.html", "lora_evaluation.html", CARD),
+    *("lora.pth", "last.pth", "config.yaml", "folds", "report.html", "lora_evaluation.html", "README.md"),
     *("metrics.csv", "results.json", "learning_rates.csv", "results_answers.csv", "labels_to_check.csv"),
     *("training_curves.png", "mistakes.png", "confusion_matrix.png", "precision_recall.png", "scatter.png"),
 )
@@ -38,13 +37,15 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
         return
     if same_file(folder, SHIPPED.parent):
         yield f"--output-dir {folder} has the backbone that comes with the toolkit: name another folder"
-    places = [folder / name for name in written if not _is_users(folder / name)]
+    places = list(filter(_is_in_the_way, map(folder.joinpath, (*written, MOVING))))
     read = [("--data-list", path) for path in args.data_list or ()]
     for option in ("data_dir", "val_dir", "checkpoint", "stage1_adapter", "unlabelled"):
         read.append((f"--{option.replace('_', '-')}", getattr(args, option, None)))
     for option, path in read:
         if path and any(same_file(place, above) for place in places for above in (path, *path.absolute().parents)):
             yield f"{option} {path} would be overwritten: give another --output-dir"
+    if places and not any(place.name in (MOVING, "folds") or says(place, OF_A_RUN) for place in places):
+        yield f"{listed(places)}: not known to be of an earlier run: move that, or give another --output-dir"
     inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
     if inside:
         yield f"--output-dir {folder} is among the images in {inside[0]}: name a folder outside"
@@ -54,10 +55,9 @@ def _places_of_images(args: Any) -> Iterator[Path]:
     """The folders in which a new folder would be taken for a class, or its pictures for images."""
     reads_folder = args.dataset in ("imagefolder", UNLABELLED_SET) and args.data_list is None
     others = (getattr(args, name, None) for name in ("knn_dir", "unlabelled"))
-    for root in (*others, args.data_dir if reads_folder else None):
-        if root is not None:
-            parts = list(map(root.joinpath, ("train", *EVALUATION_NAMES, "test")))
-            yield from parts if os.path.isdir(parts[0]) else [root]
+    for root in filter(None, (*others, args.data_dir if reads_folder else None)):
+        parts = list(map(root.joinpath, ("train", *EVALUATION_NAMES, "test")))
+        yield from parts if os.path.isdir(parts[0]) else [root]
     if args.val_dir is not None:
         yield args.val_dir
 
@@ -80,13 +80,11 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
 def _locked(folder: Path) -> Iterator[None]:
     # os.path and not Path: that raises an error for a name too long for the file system.
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
-    try:
+    with _faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = _lock(folder / LOCK)
         for path in folder.glob(HALVES):
             path.unlink()
-    except OSError as error:
-        raise _unusable(folder, error) from None
     try:
         yield
     finally:
@@ -119,31 +117,35 @@ def _lock(path: Path) -> int:
         os.close(handle)  # a run that ended at this moment has removed the file
 
 
-def _unusable(folder: Path, error: OSError) -> InputError:
-    why = error.strerror or error
-    return InputError(f"cannot make the folder {folder}, or move out what is in it: {why}; name another")
+@contextlib.contextmanager
+def _faults_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror or error}; name another"
+        raise InputError(f"cannot make the folder {folder}, or move out what is in it: {why}") from None
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
     """Make the folder this run's own: move the `files` of an earlier run aside, unless this one resumes in it."""
     from toolkit import distributed
 
-    if not distributed.is_main():
+    goes_on = resumed is not None and resumed.resolve().parent == folder.resolve()
+    if goes_on or not distributed.is_main():
         return
-    try:
-        names = [name for name in files if os.path.lexists(folder / name) and not _is_users(folder / name)]
-        is_due = names or os.path.lexists(folder / MOVING)
-        if is_due and (resumed is None or resumed.resolve().parent != folder.resolve()):
+    with _faults_named(folder):
+        names = [name for name in files if _is_in_the_way(folder / name)]
+        if names or os.path.lexists(folder / MOVING):
             _move_aside(folder, names)
-    except OSError as error:
-        raise _unusable(folder, error) from None
 
 
-def _is_users(path: Path) -> bool:
-    """Is this a README.md that is no model card, or a folder called as that of a cross-validation, without its runs?"""
-    if path.name == CARD:
-        return not (os.access(path, os.R_OK) and path.is_file() and CARD_LINE in path.read_bytes())
-    return path.name == "folds" and not any(path.glob("*/last.pth"))
+def _is_in_the_way(path: Path) -> bool:
+    """Is this there? A README.md that is no model card may stay, and `folds` without the runs of a cross-validation."""
+    if path.name == "README.md":
+        return says(path, b"\n## Settings, of version ")
+    if path.name == "folds":
+        return any(path.glob("*/last.pth"))
+    return os.path.lexists(path)
 
 
 def _move_aside(folder: Path, names: list[str]) -> None:

@@ -81,8 +81,7 @@ def judge(
         (True, predict_command(task, adapter)),
     ]
     next_step = next(step for is_due, step in steps if is_due)
-    limited_by = [limit for limit, holds in limits.items() if holds]
-    return Verdict(gained, limited_by, next_step)
+    return Verdict(gained, [limit for limit, holds in limits.items() if holds], next_step)
 
 
 def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float | None) -> tuple[str, bool, bool]:
