@@ -107,7 +107,9 @@ def test_figures_of_another_adapter_are_refused(once, images, tmp_path, way):
 
 def test_the_figures_are_of_the_same_adapter_in_another_format_too(once, finished_once):
     write_adapter_file(read_adapter_file(once / "lora.pth"), once / "lora.safetensors")
-    text = deploy_lora.main(["card", str(once / "lora.safetensors"), "--output", str(once / "README.md")])
+    (once / "below").mkdir()
+    text = deploy_lora.main(["card", f"{once}/below/../lora.safetensors", "--output", str(once / "README.md")])
+    assert "\n# out\n" in text  # as its folder is called
     assert f"| accuracy | {finished_once['val_accuracy']:.4g} |" in text
 
 
