@@ -531,11 +531,18 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
     assert [row["path"] for row in rows_of(tmp_path / "f_paths.csv")] == ["a.png"]
 
 
-@pytest.mark.parametrize(("suffix", "what"), [("pth", (json, "dumps")), ("pt2", (files, "write_text"))])
-def test_where_its_description_finds_no_room_there_is_no_model(adapter_for_images, tmp_path, monkeypatch, suffix, what):
-    monkeypatch.setattr(*what, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(InputError, match=f"cannot write {tmp_path}"):
-        run({"pth": "merge", "pt2": "export"}[suffix], adapter_for_images, "--output", f"{tmp_path}/m.{suffix}")
+@pytest.mark.parametrize(("command", "name"), [("merge", "m.pth"), ("export", "m.pt2")])
+def test_where_a_description_finds_no_room_there_is_no_model(adapter_for_images, tmp_path, monkeypatch, command, name):
+    write = files.open_atomically
+
+    def write_on_a_full_disk(path):
+        if path.suffix == ".json":
+            raise InputError("no room")
+        return write(path)
+
+    monkeypatch.setattr(files, "open_atomically", write_on_a_full_disk)
+    with pytest.raises(InputError, match="no room"):
+        run(command, adapter_for_images, "--output", tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
