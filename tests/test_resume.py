@@ -103,10 +103,10 @@ def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, fi
 def test_the_best_epoch_is_not_looked_for_in_another_folder_nor_made_of_the_last(finetune, once, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(once / "lora.pth", tmp_path / "elsewhere")
-    (once / "lora.pth").rename(once / "best.pth")
     for folder in ("elsewhere", "out"):
         with pytest.raises(InputError, match=r"the best adapter is next to .* put it back if it is not, and resume"):
             finetune(f"--epochs 1 --keep-best accuracy --resume {once / 'last.pth'}", output=folder)
+        (once / "lora.pth").unlink(missing_ok=True)
 
 
 def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypatch):

@@ -130,7 +130,7 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     """Make the folder this run's own: move the `files` of an earlier run aside, unless this one resumes in it."""
     from toolkit import distributed
 
-    goes_on = resumed is not None and resumed.resolve().parent == folder.resolve()
+    goes_on = resumed is not None and same_file(resumed.parent, folder)
     if goes_on or not distributed.is_main():
         return
     with _faults_named(folder):
