@@ -43,6 +43,7 @@ from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, r
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable, same_file
 from toolkit.answers import evaluation, probe, tasks
+from toolkit.answers.unlabelled import MOST_FOREIGN
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands, data, transforms
@@ -793,10 +794,12 @@ def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
         return run
     run = FineTuning(args, *of_run)
     features = run.start()
-    if run.teacher is not None and not run.teacher.knows_enough():
-        data.end_workers()
-        run = FineTuning(args, *of_run, teaches=False)
-        run.start(features)
+    if run.teacher is not None:
+        of_another_kind = run.by_unlabelled["foreign"] > MOST_FOREIGN
+        if of_another_kind or not run.teacher.knows_enough():
+            data.end_workers()
+            run = FineTuning(args, *of_run, teaches=False)
+            run.start(features)
     return run
 
 

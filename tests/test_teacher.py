@@ -19,6 +19,7 @@ from tests.conftest import CLASSES
 from tests.image_files import tar_of
 from tests.run_folders import assert_identical, assert_same_tensors, train_on
 from toolkit.answers import classification, evaluation, probe, unlabelled
+from toolkit.answers import unlabelled as start_of
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -132,11 +133,20 @@ def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finet
     assert resumed["unlabelled"] == results["unlabelled"]
 
 
-def test_a_run_whose_start_knows_too_little_trains_on_its_labels_alone(finetune, images, monkeypatch, capsys):
-    monkeypatch.setattr(Teacher, "knows_enough", lambda _: False)
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ((Teacher, "knows_enough", lambda _: False), "of which the start knows too little"),
+        ((start_of, "foreign_share", lambda *_: 0.71), "most of which are of another kind than the labelled ones"),
+    ],
+)
+def test_a_run_whose_start_knows_too_little_or_other_images_trains_on_its_labels_alone(
+    finetune, images, monkeypatch, capsys, change, why
+):
+    monkeypatch.setattr(*change)
     options = "--labels-per-class 5 --epochs 1"
     with_others = finetune(f"{options} --unlabelled {images}", output="with")
-    assert "images without labels, of which the start knows too little, do not train" in capsys.readouterr().out
+    assert f"images without labels, {why}, do not train" in capsys.readouterr().out
     assert not with_others["unlabelled"]["trained"]
     resumed = finetune(f"{options} --unlabelled {images} --resume", output="with")
     assert resumed["unlabelled"] == with_others["unlabelled"]

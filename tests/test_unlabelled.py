@@ -1,6 +1,7 @@
 """Where the head starts by images without labels: hand-made clusters, and numbers in closed form."""
 
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -87,14 +88,12 @@ def test_clusters_that_are_no_classes_leave_the_probe_as_it_is():
     assert abs(math.log(temperature)) > 0.1  # as unsure as what is held out shows
     logits = drawn.others @ drawn.plain.weight.T + drawn.plain.bias
     torch.testing.assert_close(found.answers, (logits / temperature).softmax(1))
-    foreign = unlabelled.foreign_share(drawn.images, drawn.known, held_out["k-means"][0])
-    assert found.foreign == foreign != unlabelled.foreign_share(drawn.images, drawn.known, held_out["probe"][0])
 
 
 def test_one_image_a_class_leaves_nothing_to_check():
     drawn = Drawn(clustered, 1)
     found = drawn.start()
-    assert found.probe is drawn.plain and (found.name, found.gain_loss, found.foreign) == ("probe", 0, 0)
+    assert found.probe is drawn.plain and (found.name, found.gain_loss) == ("probe", 0)
 
 
 def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
@@ -110,8 +109,10 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
     monkeypatch.setattr(unlabelled, "k_means", k_means)
     drawn = Drawn(clustered, 10, patients)
     known = drawn.known._replace(counts=1.0 + torch.arange(60)[:, None])
-    unlabelled.start(drawn.images, known, drawn.plain, views=2, clusters=patients)
-    assert len(shown) == 2 * probe.FOLDS + 1  # the last time it knows all, and says which images are foreign
+    found = unlabelled.start(drawn.images, known, drawn.plain, views=2, clusters=patients)
+    assert found.foreign == unlabelled.foreign_share(drawn.images, 60, 2, patients)
+    assert found.foreign != unlabelled.foreign_share(drawn.images, 60, 2)
+    assert len(shown) == 2 * probe.FOLDS
     of = torch.cat([patients, patients])
     for places in shown:
         left = np.setdiff1d(np.arange(60), places.numpy())
@@ -119,16 +120,34 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
     assert not torch.equal(shown[0], shown[probe.FOLDS])  # another turn deals anew
 
 
-def test_images_that_resemble_no_class_are_counted(monkeypatch):
-    """Nine in ten of the labelled ones that are held out are as sure as 0.61, which two of four others are not."""
+def on_a_circle(*degrees: float) -> Tensor:
+    """Features (N, 2) as long as they are apart; the scaling by deviations is set aside."""
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], 1) * torch.arange(1.0, len(degrees) + 1)[:, None]
 
-    def logits(*sure: float) -> Tensor:
-        return torch.tensor([[math.log(share), math.log(1 - share)] for share in sure])
 
-    held_out = torch.cat([logits(*(0.6 + 0.01 * i for i in range(11))), torch.full((1, 2), math.nan)])
-    images, known, _ = placed(12, others=4)
-    monkeypatch.setattr(unlabelled, "k_means", lambda *_: logits(*[0.5] * 12, 0.6, 0.609, 0.611, 0.9))
-    assert unlabelled.foreign_share(images, known, held_out) == 0.5
+@pytest.mark.parametrize(
+    ("patients", "views", "share"),
+    # Labelled images are 10 degrees from another or, of other patients, 20, 10 and 10; others are 5, 12, 30 and 170.
+    [(None, 1, 3 / 4), (None, 2, 3 / 4), ([0, 0, 1], 1, 2 / 4), ([0, 0, 0], 1, 0)],
+)
+def test_images_that_are_like_no_labelled_one_are_counted(monkeypatch, patients, views, share):
+    """Less alike than 9 in 10 labelled ones are to another, which is no view of it and no image of its patient."""
+    monkeypatch.setitem(probe.SCALINGS, "deviation", lambda rows: SimpleNamespace(rows=rows))
+    labelled = [0, 10, 20, *[1, 11, 90]][: 3 * views]
+    images = unlabelled.Images(on_a_circle(*labelled, -5, 32, 50, 190), torch.zeros(0))
+    clusters = patients and torch.tensor(patients)
+    assert unlabelled.foreign_share(images, 3 * views, views, clusters) == share
+
+
+@pytest.mark.parametrize(("views", "apart", "foreign"), [(1, 0, (0.02, 0.3)), (2, 0, (0.02, 0.3)), (2, 1, (0.9, 1))])
+def test_few_images_of_the_labelled_ones_kind_are_foreign_and_nearly_all_of_another(views, apart, foreign):
+    features, labels = clustered(60, seed=1)
+    others, _ = clustered(300, seed=3)
+    others += apart * normal(30, seed=9)
+    images, _ = unlabelled.seen(features.repeat(views, 1), labels.repeat(views), others, CLASSES)
+    low, high = foreign
+    assert low < unlabelled.foreign_share(images, len(features) * views, views) <= high
 
 
 def test_held_out_answers_are_judged_at_the_temperature_that_fits():
@@ -219,12 +238,12 @@ def test_k_means_is_taken_if_its_loss_is_lower_by_two_errors_and_no_less_is_righ
     """The probe has three of four right."""
     of_probe = unlabelled.Judged(1.0, torch.full((4,), 1.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
     of_k_means = unlabelled.Judged(1.0, 1.0 - torch.tensor(gains), (torch.arange(4) < right).float())
-    answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 6, CLASSES))
+    answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 4, CLASSES))
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: answers)
     monkeypatch.setattr(unlabelled, "judge", mock.Mock(side_effect=[of_probe, of_k_means]))
-    features, labels = clustered(6, seed=1)
+    features, labels = clustered(4, seed=1)
     plain = probe.fit_linear_probe(features, labels, CLASSES)
-    images, known, _ = placed(6, others=60)
+    images, known, _ = placed(4, others=60)
     found = unlabelled.start(images, known, plain, clusters=patients)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 
@@ -239,7 +258,7 @@ def test_what_is_held_out_is_judged_as_it_is_and_by_one_view(monkeypatch):
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: blurred)
     found = unlabelled.start(*unlabelled.seen(*more, drawn.others, CLASSES, 9), drawn.plain, views=9)
     assert found.name == expected.name and found.gain_loss == pytest.approx(expected.gain_loss)
-    assert found.foreign > 0  # else all were as sure as what nobody can tell
+    assert 0 < found.foreign < 0.2  # else images would be alike to their own views
 
 
 def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_out(monkeypatch):

@@ -22,6 +22,7 @@ ROUNDS = 10
 DISTILLED = 0.1  # C of the distilled head
 OTHERS = 3.0  # how much all images without labels count in it, in labelled ones
 MARGIN = 2.0  # standard errors by which the log loss of what is held out has to fall
+MOST_FOREIGN = 0.7  # of the images without labels: where more are of another kind than the labelled ones none trains
 
 
 class Start(NamedTuple):
@@ -31,7 +32,7 @@ class Start(NamedTuple):
     gain_loss: float  # what k-means gained over the probe in cross-validation: log loss, positive is better
     gain_accuracy: float  # and accuracy
     shares: Tensor  # (K,), of the classes in `answers`
-    foreign: float  # the share of the images without labels that resemble no class
+    foreign: float  # the share of the images without labels that resemble no labelled one
 
 
 class Images(NamedTuple):
@@ -98,7 +99,7 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
         head = plain
         outputs = (others @ plain.weight.T + plain.bias) / of_probe.temperature
     shares = outputs.softmax(1)
-    foreign = foreign_share(images, known, answers["k-means"][0, :judging])
+    foreign = foreign_share(images, len(labels), views, clusters)
     return Start(head, name, shares, *gained, shares.mean(0), foreign)
 
 
@@ -155,13 +156,20 @@ def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor,
     return probe.fitted_at(images.rows, targets, counts, "deviation", DISTILLED, probe.ONE_CLASS)
 
 
-def foreign_share(images: Images, known: Labelled, held_out: Tensor) -> float:
-    """The share of images without labels of which k-means is less sure than of 9 in 10 labelled ones, (n, K)."""
-    sure = held_out[held_out.isfinite().all(1)].softmax(1).amax(1)
-    if not len(sure):
-        return 0.0
-    of_others = k_means(images, known)[len(known.places) :].softmax(1).amax(1)
-    return (of_others < sure.quantile(0.1)).float().mean().item()
+def foreign_share(images: Images, labelled: int, views: int = 1, clusters: Tensor | None = None) -> float:
+    """The share of images without labels that are less like any labelled one than 9 in 10 of these are like another.
+
+    How alike two are is the cosine of their features, each divided by its deviation. The `labelled` rows come first, in
+    so many views. One of its own cluster (N,), such as a patient's, is no other.
+    """
+    standard = F.normalize(probe.SCALINGS["deviation"](images.rows).rows, dim=1)
+    own = standard[: labelled // views]  # (N, D), as they are
+    if clusters is None:
+        clusters = torch.arange(len(own))
+    clusters = clusters.cpu()
+    alike = (own @ own.T).masked_fill(clusters[:, None] == clusters, -1)
+    of_others = standard[labelled:] @ own.T
+    return (of_others.amax(1) < alike.amax(1).quantile(0.1)).float().mean().item()
 
 
 def k_means(images: Images, known: Labelled) -> Tensor:
