@@ -30,13 +30,17 @@ class Answers:
     weighted: ClassVar[Callable[[Tensor], Mapping[str, Tensor]]]
     loss: float  # plain, the mean over images
 
+    def figures(self) -> dict[str, Tensor]:
+        """What `weighted` has, (), or (K,), of all images."""
+        return {name: figure[0] for name, figure in self.weighted(torch.ones(1, len(self.targets))).items()}
+
     @property
     def score(self) -> float:
         return self.measured()[self.MEASURED[0]]
 
     def measured(self) -> dict[str, float]:
-        found = self.weighted(torch.ones(1, len(self.targets)))
-        return {name: found[name].item() for name in self.MEASURED}
+        figures = self.figures()
+        return {name: figures[name].item() for name in self.MEASURED}
 
 
 @dataclass
