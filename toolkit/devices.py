@@ -140,7 +140,9 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     # On a CPU that is measured to help ResNets; on a GPU each convolution would copy its kernel into that format.
     is_resnet = any(isinstance(module, ResNet) for module in model.modules())
     if device.type == "cuda" or (is_resnet and device.type == "cpu"):
-        model.to(memory_format=torch.channels_last)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # other parameters of four dimensions stay as their code expects them
+                module.to(memory_format=torch.channels_last)
     return model
 
 
