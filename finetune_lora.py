@@ -978,7 +978,8 @@ class FineTuning(RunState):
         started = tasks.start_head(self.task, self.model, features, self.args, clusters)
         self.baseline, self.head_temperature, found = started
         if found is not None:
-            answers = distributed.gather(found.answers)[0]  # elsewhere the last bits may differ
+            found = distributed.gather(found)[0]  # elsewhere the last bits may differ, and with them what is decided
+            answers = found.answers
             about = found._asdict()
             del about["probe"], about["answers"]
             about["shares"] = dict(zip(self.task.names, found.shares.tolist(), strict=True))

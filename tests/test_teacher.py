@@ -18,8 +18,8 @@ from lora.adapter_file import read_adapter_file
 from tests.conftest import CLASSES
 from tests.image_files import tar_of
 from tests.run_folders import assert_identical, assert_same_tensors, train_on
+from toolkit import distributed
 from toolkit.answers import classification, evaluation, probe, unlabelled
-from toolkit.answers import unlabelled as start_of
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
@@ -137,7 +137,7 @@ def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finet
     ("change", "why"),
     [
         ((Teacher, "knows_enough", lambda _: False), "of which the start knows too little"),
-        ((start_of, "foreign_share", lambda *_: 0.71), "most of which are of another kind than the labelled ones"),
+        ((unlabelled, "foreign_share", lambda *_: 0.71), "most of which are of another kind than the labelled ones"),
     ],
 )
 def test_a_run_whose_start_knows_too_little_or_other_images_trains_on_its_labels_alone(
@@ -153,6 +153,19 @@ def test_a_run_whose_start_knows_too_little_or_other_images_trains_on_its_labels
     alone = finetune(options, output="alone")
     assert alone["unlabelled"] is None
     assert_same_tensors(with_others["folder"] / "lora.pth", alone["folder"] / "lora.pth")
+
+
+def test_the_first_process_says_for_all_what_images_without_labels_show(start, images, monkeypatch):
+    run = start(f"--labels-per-class 5 --unlabelled {images}")
+    monkeypatch.setattr(
+        distributed, "gather", lambda found: [found._replace(foreign=0.9, answers=found.answers.flip(1))]
+    )
+    run.start()
+    assert run.by_unlabelled["foreign"] == 0.9
+    monkeypatch.undo()
+    answers = run.teacher.first_answers.clone()
+    run.start()
+    assert torch.equal(answers, run.teacher.first_answers.flip(1)) and run.by_unlabelled["foreign"] < 0.9
 
 
 def test_below_five_labels_a_class_they_do_not_train(start, images):
