@@ -340,7 +340,10 @@ def test_from_an_adapter_file_to_one_for_plain_timm(name, checkpoint, tmp_path, 
     assert_close(again(x), model.eval()(x), FP32)
 
 
-@pytest.mark.parametrize("name, block", [("test_vit", "blocks.0"), ("test_resnet", "layer1.0")])
+CHECKPOINTED = [("test_vit", "blocks.0"), ("test_resnet", "layer1.0"), ("test_efficientnet", "blocks.0.0")]
+
+
+@pytest.mark.parametrize("name, block", CHECKPOINTED)
 def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name, block):
     model = frozen(build_backbone(f"timm:{name}", 3), 0.3)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -471,6 +474,21 @@ def test_a_block_of_timm_s_folds_its_batch_norms(name):
         norm.weight.requires_grad_()
     dense.compare_with_dense(stock, model, [x], EXACT)
     assert [type(module) for module in manager.unload(merge=True).modules()] == [type(m) for m in stock.modules()]
+
+
+@pytest.mark.parametrize("name", timm_blocks())
+def test_a_block_of_timm_s_in_bf16_errs_as_the_stock_block_does(name):
+    torch.manual_seed(0)
+    stock = dense.seen(timm_blocks()[name][0]).eval()
+    model = frozen(copy.deepcopy(stock), 0.1)
+    twin = dense.dense_twin(stock, model)
+    x = images(16)
+    errors = []
+    for network in (model, copy.deepcopy(twin).float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append(dense.relative_error(network(x), twin(x.double())))
+    ours, of_stock = errors
+    assert ours < 2 * of_stock + 1e-3
 
 
 class InvertedResidual(BLOCKS.InvertedResidual):
