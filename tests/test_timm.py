@@ -509,6 +509,7 @@ def test_a_convolution_of_timm_s_is_its_own_where_no_batch_norm_follows():
     assert type(model) is not InvertedResidual
     x = images(16, dtype=torch.float64)
     dense.compare_with_dense(stock, model, [x], EXACT)
+    assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x), EXACT)  # where nothing is folded
     with pytest.raises(RuntimeError):
         model(x[:, :2])  # it fails before the second convolution
     twin = dense.dense_twin(stock, model)
