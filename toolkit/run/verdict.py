@@ -42,7 +42,7 @@ def judge(
         earlier = max(scores[: -(len(scores) // 4)])
         is_rising = scores[-1] > probe and scores[-1] - earlier > RISING * (scores[-1] - probe)
     last = history[-1] if history else {"val_loss": 0.0, "train_loss": 0.0}
-    has_room = results[f"val_{task.score}"] < ALMOST_PERFECT
+    has_room = (results[f"val_{task.score}"] or 0.0) < ALMOST_PERFECT  # None where it is not defined
     is_overfitted = has_room and last["val_loss"] > OVERFITTED * last["train_loss"]
     losses = f"loss {last['val_loss']:.2g} against {last['train_loss']:.2g}"
     why = "training collapsed, or gained nothing" if results.get("retreats") else "there are few training steps"
@@ -86,9 +86,11 @@ def judge(
 
 def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float | None) -> tuple[str, bool, bool]:
     """The gain over the linear probe in words; is it a loss, beyond chance, and may it be chance?"""
+    score = results[f"val_{task.score}"]
+    if score is None:
+        return f"the {task.score_title} is not defined on the evaluation images", False, False
     if probe is None:
         return "there is no score of a linear probe to compare it with", False, False
-    score = results[f"val_{task.score}"]
     images = results["val_images"]
     factor, _ = task.axis
     points = " points" if factor == 100 else ""
