@@ -186,6 +186,7 @@ class Runs:
     """Stands in for `finetune_lora.main`: writes what a run leaves, and stops or collapses where it is told to."""
 
     stops_at = collapses_at = None
+    stop = KeyboardInterrupt()
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -205,7 +206,7 @@ class Runs:
         (args.output_dir / "last.pth").write_bytes(b"\0lora_rank")  # as torch writes it
         (args.output_dir / "results.json").unlink(missing_ok=True)
         if args.folds == self.stops_at:
-            raise KeyboardInterrupt
+            raise self.stop
         number = int(args.folds.partition("/")[0])
         results = {"task": "classification", "val_images": 7 + number, "val_accuracy": number / 10}
         settled = len(self.parts)  # by each part, as of --precision auto
@@ -234,6 +235,20 @@ def test_a_stopped_cross_validation_goes_on(runs, tmp_path, way, capsys):
     assert runs.parts == ["1/3", "2/3", "1/3 r", "2/3 r", "3/3"]
     assert [part["val_accuracy"] for part in found["folds"]] == [0.1, 0.2, 0.3]
     assert f"0.2000 ± 0.1000       3 of {tmp_path}/out/folds/1/results.json; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stops_at", ["1/3", "3/3"])
+def test_parts_that_refuse_other_settings_keep_theirs(runs, tmp_path, stops_at):
+    runs.validate("--epochs 2")
+    config = tmp_path / "out/config.yaml"
+    before = config.read_text()
+    runs.stops_at, runs.stop = stops_at, InputError("of other settings")
+    with pytest.raises(InputError, match="of other settings"):
+        runs.validate("--epochs 3 --resume")
+    assert config.read_text() == before
+    runs.stops_at = None
+    runs.validate("--epochs 2 --workers 1 --resume")  # which is no other setting
+    assert yaml.safe_load(config.read_text())["data"] == {"workers": 1, "folds": "3"}
 
 
 def test_a_part_that_collapses_counts_and_the_others_run(runs, capsys):

@@ -5,6 +5,7 @@ from typing import Any
 
 from toolkit import InputError, distributed
 from toolkit.answers.comparison import table_of_runs
+from toolkit.files import write_text
 from toolkit.run import guard, options, output_folder, reports, run_state
 
 
@@ -18,6 +19,9 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
     found = []
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
         begin()
+        earlier = ""
+        if args.resume and config.is_file():  # of the parts to go on with, which may refuse what is asked now
+            earlier = config.read_text(encoding="utf-8", errors="surrogateescape")
         run_state.write_config(config, asked)  # what --config named may be an earlier run's, and moved aside with it
         distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for their files
         try:
@@ -36,6 +40,8 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
         finally:
             if not parts.exists():  # the first one could not begin
                 config.unlink(missing_ok=True)
+            elif earlier and len(found) < count and distributed.is_main():
+                write_text(earlier, config)
     if distributed.is_main():
         paths = [parts / str(number) / "results.json" for number in range(1, count + 1)]
         print(f"\n{reports.table(table_of_runs(paths, are_parts=True))}")
