@@ -188,8 +188,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
     *_, page = commands.files_written(args)
     if args.output is not None:
-        files.write_text(json.dumps(results, indent=2), args.output)
-        comparison.write_answers(report.answer_columns(), images, args.output)
+        with files.open_atomically(args.output) as file:  # takes its place last, and none without its answers
+            file.write(json.dumps(results, indent=2).encode())
+            comparison.write_answers(report.answer_columns(), images, args.output)
     rows = [("adapter", str(args.adapter)), ("images", where), *report.rows(), ("loss", f"{result.loss:.4f}")]
     print(reports.table([*rows, *report.printed()]))
     with tempfile.TemporaryDirectory() as folder:

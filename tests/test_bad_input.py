@@ -392,7 +392,8 @@ ADAPTERS = [
     case("a map of archives", "predict lora.pth tars --output p.tif", "are in archives", files={"tars/0.tar": TAR}),
     case("a choice by labels", "choose several.pth images --output o", "its check", files={"several.pth": LABELS}),
     case("a folder for several labels", "evaluate several.pth images", "cannot read it", files={"several.pth": LABELS}),
-    case("a choice over labels", "choose base.pth images --output o", "o has a to_label", files={"o/to_label.csv": ""}),
+    case("a choice over labels", "choose base.pth images --output o", "l.csv is", files={"o/to_label.csv": ""}),
+    case("a page in place of another", "choose base.pth images --output o", "l.html is", files={"o/to_label.html": ""}),
     case("an adapter of another arch", "choose lora.pth images --arch resnet18 --output o", "lora.pth has its own"),
     case("a graph of an unknown kind", "export lora.pth --output m.pth", "must end in .onnx or .pt2"),
     case("a conversion to another library", "convert lora.pth --to loralib --output x", "'loralib'"),
@@ -406,6 +407,7 @@ ADAPTERS = [
 OUTPUTS = [
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth", "File exists; name another"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
+    case("an output folder of a long name", f"finetune --output-dir {'n' * 300}", "File name too long; name another"),
     case("an output folder elsewhere", "finetune --output-dir s3://bucket/out", "results are written on this machine"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
     case("results among those of another folder", "finetune --data-dir mine --val-dir other --output-dir other/out",

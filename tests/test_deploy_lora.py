@@ -492,6 +492,8 @@ RESULTS_OF_A_RUN = '{\n  "task": "classification",\n  "val_accuracy": 0.9'
         ("predict lora.pth images --output p.csv", "p.csv", "path,label\r\n"),
         ("predict lora.pth images --output p.csv", "p.csv", "path,class\r\n"),
         ("predict lora.pth images --output p.csv", "p.csv", "path,labels\r\n"),
+        ("predict lora.pth images --output p.csv", "p.csv", "path,class,probability,seen\r\n"),
+        ("predict lora.pth images --output p.csv", "p.csv", "path,labels,cat probability,seen\r\n"),
         ("predict lora.pth images --output p.csv", "p.csv", "path,age\r\n"),
         ("predict lora.pth images --output map.tif", "map.tif", "II*"),
         ("embed lora.pth images --output f.npy", "f.npy", "numbers"),
@@ -531,18 +533,28 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
     assert [row["path"] for row in rows_of(tmp_path / "f_paths.csv")] == ["a.png"]
 
 
-@pytest.mark.parametrize(("command", "name"), [("merge", "m.pth"), ("export", "m.pt2")])
-def test_where_a_description_finds_no_room_there_is_no_model(adapter_for_images, tmp_path, monkeypatch, command, name):
+@pytest.mark.parametrize(
+    ("words", "lacking"),
+    [
+        ("merge {adapter} --output m.pth", "m.json"),
+        ("export {adapter} --output m.pt2", "m.json"),
+        ("evaluate {adapter} {images}/val --device cpu --output r.json", "r_answers.csv"),
+    ],
+)
+def test_no_file_takes_its_place_without_what_belongs_to_it(
+    adapter_for_images, images, tmp_path, monkeypatch, words, lacking
+):
     write = files.open_atomically
 
     def write_on_a_full_disk(path):
-        if path.suffix == ".json":
+        if path.name == lacking:
             raise InputError("no room")
         return write(path)
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "open_atomically", write_on_a_full_disk)
     with pytest.raises(InputError, match="no room"):
-        run(command, adapter_for_images, "--output", tmp_path / name)
+        run(words.format(adapter=adapter_for_images, images=images))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,4 +18,4 @@ KEEP_BEST = {
     "regression": {"r2": "val_r2", "spearman": "val_spearman"},
     "segmentation": {"miou": "val_miou", "dice": "val_macro_dice", "pixels": "val_pixel_accuracy"},
 }
-TO_LABEL = "to_label.csv"  # the list that `deploy_lora.py choose` writes
+TO_LABEL = ("to_label.csv", "to_label.html")  # the list that `deploy_lora.py choose` writes, and its pictures

@@ -54,10 +54,10 @@ def write_chosen(images: LabelledImages, folder: Path) -> None:
     names = list(map(images.name, range(len(images))))
     shown = [(i, f"{i + 1}. {Path(name).name}") for i, name in enumerate(names)]
     rows = [(name if remote.is_remote(name) else os.path.abspath(name), "") for name in names]
-    page = (folder / TO_LABEL).with_suffix(".html")
-    todo = f"<p>Write the label of each into {TO_LABEL}, and delete the lines without one.</p>"
+    table, page = map(folder.joinpath, TO_LABEL)
+    todo = f"<p>Write the label of each into {table.name}, and delete the lines without one.</p>"
     write_html(page, f"{len(images)} images to label", [todo, html_pictures(images, shown)])
-    write_cells(rows, ["path", "label"], folder / TO_LABEL)
+    write_cells(rows, ["path", "label"], table)
 
 
 def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:

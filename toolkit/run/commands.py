@@ -120,7 +120,7 @@ WROTE = {
     "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |</h1>\n<table><tr><td>adapter</td>',
     "threshold": rb"thresholds chosen",
     "convert": rb'cut to rank|"rank_pattern": \{\s+"\^',
-    "predict": rb"\Apath,(class,probability|labels,[^\n]* probability)|moco-lora \d",
+    "predict": rb'\Apath,(class,probability(,class_\d,probability_\d)*|labels,[^\n]* probability"?)\r\n|moco-lora \d',
     "embed": rb"\Apath\r\n",
     "card": rb"\n## Settings, of version .* of the toolkit\n",
 } | dict.fromkeys(("merge", "export"), rb'\A\{\s+"file": ')
@@ -133,6 +133,8 @@ def files_written(args: argparse.Namespace) -> list[Path]:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
     if args.command == "convert" and args.rank is None:
         return [output / "adapter_config.json", output / "adapter_model.safetensors"]
+    if args.command == "choose":
+        return list(map(output.joinpath, TO_LABEL))
     if output is None or (args.command in ANSWERING and not output.suffix):
         return []
     return [output, *(output.with_name(output.stem + ending) for ending in ALSO.get(args.command, ()))]
@@ -140,11 +142,9 @@ def files_written(args: argparse.Namespace) -> list[Path]:
 
 def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with --output, before anything is computed: the first counts, and the rest builds on it."""
-    suffixes = SUFFIXES.get(args.command, ())
-    takes_folder = args.command in ANSWERING
-    if args.command == "convert" and args.rank is None:
-        suffixes = ()
-        takes_folder = True
+    is_for_peft = args.command == "convert" and args.rank is None
+    takes_folder = is_for_peft or args.command in ANSWERING
+    suffixes = () if is_for_peft else SUFFIXES.get(args.command, ())
     if args.output is None:
         if args.command != "evaluate":
             yield "--output: expected a value, the file to write"
@@ -166,7 +166,7 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
         if any(same_file(path, other) for other in read):
             yield f"--output {args.output}: {path} is read by this very command; name another file"
     there = list(filter(os.path.lexists, files_written(args)))
-    pattern = WROTE.get(args.command, b"")
+    pattern = WROTE.get(args.command, b"(?!)")  # of choose none: the list may have labels by now
     if args.command in ("merge", "export"):  # of two files with one description it would say what is true of one
         pattern += re.escape(json.dumps(args.output.name).encode())
     if there and not any(says(path, pattern) for path in there):
@@ -182,8 +182,6 @@ def check(args: argparse.Namespace) -> list[str]:
             return ["demo: the page is shown by one process, and torchrun starts several: start it with python"]
         return [f"--write {args.write}: is there; name another folder"] if os.path.lexists(args.write or "") else []
     problems = list(itertools.islice(problems_of_output(args), 1))
-    if args.command == "choose" and args.output and os.path.exists(args.output / TO_LABEL):
-        problems.append(f"--output {args.output} has a {TO_LABEL}, maybe with labels: name another folder")
     if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:
         problems.append("--resume is for answers in a folder, which --output is to name")
     if args.command == "convert" and args.rank is not None and args.to is not None:
