@@ -244,8 +244,10 @@ def test_a_full_disk_leaves_the_previous_file(write, name, tmp_path, full_disk):
     [
         ("vanished/last.pth", "No such file or directory"),
         ("a_file/last.pth", "Not a directory"),
-        ("a_folder", "Is a directory"),
-        ("a_pipe", "it is a device or the like"),
+        ("a_folder", "it is a folder"),
+        ("", "it is a folder"),
+        ("a_pipe", "it is a folder, a device or the like"),
+        ("x" * 300, "File name too long"),
         pytest.param("read_only/last.pth", "denied", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")),
     ],
 )

@@ -440,6 +440,14 @@ def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
         monkeypatch.setattr(output_folder, "fcntl", None)  # as on Windows
 
 
+def test_on_a_full_disk_a_run_says_what_it_cannot_write_and_leaves_no_folder(tmp_path, monkeypatch):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "write", mock.Mock(side_effect=error))
+    with pytest.raises(InputError, match="cannot write config"), output_folder.held(tmp_path / "new"):
+        raise InputError("cannot write config.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monkeypatch):
     """Else two later runs would hold a file each: one without a name, and one with."""
     fcntl = pytest.importorskip("fcntl")

@@ -25,9 +25,9 @@ from toolkit import SHIPPED, TOOLKIT, InputError, check_file, found_path, printa
 def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, or leaves no trace; InputError if it cannot."""
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"cannot write {path}: it is a device or the like; name a file")
-    if path.exists() and not os.access(path, os.W_OK):  # a rename would not mind
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"cannot write {path}: it is a folder, a device or the like; name a file")
+    if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would not mind
         raise InputError(f"cannot write {path}: somebody has made it read-only; name another")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.half")  # same folder: a rename cannot cross file systems
     try:
@@ -42,7 +42,7 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         if not isinstance(cause, OSError):
             raise
         advice = "check the folder and its free space"
-        if path.is_file():
+        if os.path.isfile(path):  # pathlib's own raises an error for a name too long
             advice += "; the previous file is intact"
         raise InputError(f"cannot write {path}: {cause.strerror or cause}; {advice}") from error
     finally:

@@ -111,8 +111,9 @@ def _lock(path: Path) -> int:
         except OSError:  # some network file systems have no locks: then the run goes on without one
             pass
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-            os.truncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            with contextlib.suppress(OSError):  # on a full disk: what the run writes first will say so
+                os.truncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return handle
         os.close(handle)  # a run that ended at this moment has removed the file
 
@@ -144,7 +145,7 @@ def _is_in_the_way(path: Path) -> bool:
     if path.name == "README.md":
         return says(path, b"\n## Settings, of version ")
     if path.name == "folds":
-        return any(path.glob("*/last.pth"))
+        return os.path.isdir(path) and any(path.glob("*/last.pth"))
     return os.path.lexists(path)
 
 
