@@ -43,7 +43,6 @@ from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, r
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable, same_file
 from toolkit.answers import evaluation, probe, tasks
-from toolkit.answers.unlabelled import MOST_FOREIGN
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands, data, transforms
@@ -794,12 +793,10 @@ def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
         return run
     run = FineTuning(args, *of_run)
     features = run.start()
-    if run.teacher is not None:
-        of_another_kind = run.by_unlabelled["foreign"] > MOST_FOREIGN
-        if of_another_kind or not run.teacher.knows_enough():
-            data.end_workers()
-            run = FineTuning(args, *of_run, teaches=False)
-            run.start(features)
+    if run.teacher is not None and not run.teacher.knows_enough():
+        data.end_workers()
+        run = FineTuning(args, *of_run, teaches=False)
+        run.start(features)
     return run
 
 
@@ -957,6 +954,7 @@ class FineTuning(RunState):
         }
         if self.teacher is not None:
             self.trained_entries["teacher"] = StateEntry.of(self.teacher)
+            self.other_entries["taken"] = StateEntry(lambda: self.loaders.taken, self.loaders.take_unlabelled)
         self.other_entries |= {"guard": StateEntry.of(self.guard), "good": StateEntry.attribute(self, "last_good")}
         self.other_entries["head_temperature"] = StateEntry(
             save=lambda: tuple(self.head_temperature),
@@ -980,13 +978,17 @@ class FineTuning(RunState):
         if found is not None:
             found = distributed.gather(found)[0]  # elsewhere the last bits may differ, and with them what is decided
             answers = found.answers
+            places = found.of_their_kind()
             about = found._asdict()
             del about["probe"], about["answers"]
             about["shares"] = dict(zip(self.task.names, found.shares.tolist(), strict=True))
-            about |= {"images": len(answers), "trained": self.teacher is not None}
-            self.by_unlabelled = about | {"certainty": answers.amax(1).mean().item()}
-            if self.teacher is not None:
-                self.teacher.first_answers = answers
+            about["foreign"] = found.foreign.float().mean().item()
+            about |= {"images": len(answers), "left_out": len(answers) - len(places)}
+            about |= {"trained": self.teacher is not None, "certainty": answers.amax(1).mean().item()}
+            self.by_unlabelled = about
+            if self.teacher is not None and len(places):
+                self.teacher.first_answers = answers[places]
+                self.loaders.take_unlabelled(places.tolist())
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
             trained_on = self.loaders.features(self.network, self.task, self.dtype)
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)

@@ -207,9 +207,14 @@ def start(features: dict[str, Any], chosen: Tensor, *_: Any) -> dict[str, Any]:
     probe = fit_linear_probe(rows, labels, classes, views=1 + views)
     seen = unlabelled.seen(rows, labels, features["plain"][~is_labelled], classes, 1 + views)
     found = unlabelled.start(*seen, probe, views=1 + views)
-    told = {name: getattr(found, name) for name in ("name", "gain_loss", "gain_accuracy", "foreign")}
+    told = {name: getattr(found, name) for name in ("name", "gain_loss", "gain_accuracy")}
     right = (found.answers.argmax(1) == features["labels"][~is_labelled]).float().mean().item()
-    return {"accuracy": accuracy(features, found.probe), "unlabelled_accuracy": right, **told}
+    return {
+        "accuracy": accuracy(features, found.probe),
+        "unlabelled_accuracy": right,
+        "foreign": found.foreign.float().mean().item(),
+        **told,
+    }
 
 
 def trained(

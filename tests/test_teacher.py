@@ -112,19 +112,25 @@ def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():
 # -------------------------------------------------------------------------------------------------------- what is said
 
 
-def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finetune, images, monkeypatch, capsys):
+@pytest.mark.parametrize(("foreign", "told"), [(0, "0% resemble no labelled image\n"), (4, "image and do not train\n")])
+def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(
+    finetune, images, monkeypatch, capsys, foreign, told
+):
     monkeypatch.setattr(teacher, "LEAST_STEPS", 4)
+    monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(6) < foreign)
     options = f"--labels-per-class 5 --unlabelled {images} --augmentation crop"
     of_start = []
-    results = finetune(
-        options, output="whole", after_epoch=lambda run: of_start.append(run.teacher.first_answers.mean(0).tolist())
-    )
+    results = finetune(options, output="whole", after_epoch=lambda run: of_start.append(run.teacher.first_answers))
+    assert {len(answers) for answers in of_start} == {6 - foreign}
     printed = capsys.readouterr().out
+    assert told in printed
     assert "unlabelled: the head starts at the probe: no other is better for labelled images held out" in printed
     shares = results["unlabelled"]["shares"]
-    assert shares == pytest.approx(dict(zip(CLASSES, of_start[0], strict=True)))
+    if not foreign:
+        assert shares == pytest.approx(dict(zip(CLASSES, of_start[0].mean(0).tolist(), strict=True)))
     assert f"they are taken for bright {shares['bright']:.0%}" in printed
-    assert (results["unlabelled"]["images"], results["unlabelled"]["trained"]) == (6, True)
+    assert (results["unlabelled"]["images"], results["unlabelled"]["left_out"]) == (6, foreign)
+    assert results["unlabelled"]["trained"]
     assert json.loads((results["folder"] / "results.json").read_text())["unlabelled"] == results["unlabelled"]
     with pytest.raises(runs.Stopped):
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
@@ -137,12 +143,16 @@ def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finet
     ("change", "why"),
     [
         ((Teacher, "knows_enough", lambda _: False), "of which the start knows too little"),
-        ((unlabelled, "foreign_share", lambda *_: 0.71), "most of which are of another kind than the labelled ones"),
+        (
+            (unlabelled, "foreign", lambda *_: torch.ones(6) > 0),
+            "all of which are of another kind than the labelled ones",
+        ),
     ],
 )
 def test_a_run_whose_start_knows_too_little_or_other_images_trains_on_its_labels_alone(
     finetune, images, monkeypatch, capsys, change, why
 ):
+    monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(6) < 4)
     monkeypatch.setattr(*change)
     options = "--labels-per-class 5 --epochs 1"
     with_others = finetune(f"{options} --unlabelled {images}", output="with")
@@ -157,22 +167,29 @@ def test_a_run_whose_start_knows_too_little_or_other_images_trains_on_its_labels
 
 def test_the_first_process_says_for_all_what_images_without_labels_show(start, images, monkeypatch):
     run = start(f"--labels-per-class 5 --unlabelled {images}")
+    none = torch.zeros(6) > 0
+    monkeypatch.setattr(unlabelled, "foreign", lambda *_: none)
+    run.start()
+    answers = run.teacher.first_answers
+    run = start(f"--labels-per-class 5 --unlabelled {images}")
+    others = torch.arange(6) < 3
     monkeypatch.setattr(
-        distributed, "gather", lambda found: [found._replace(foreign=0.9, answers=found.answers.flip(1))]
+        distributed, "gather", lambda found: [found._replace(foreign=others, answers=found.answers.flip(1))]
     )
     run.start()
-    assert run.by_unlabelled["foreign"] == 0.9
-    monkeypatch.undo()
-    answers = run.teacher.first_answers.clone()
-    run.start()
-    assert torch.equal(answers, run.teacher.first_answers.flip(1)) and run.by_unlabelled["foreign"] < 0.9
+    assert torch.equal(run.teacher.first_answers, answers.flip(1)[3:])
+    taken = run.loaders.images.unlabelled  # they train, are watched and tell the last head
+    assert [*taken.indices] == [*run.splits.unlabelled.indices[3:]]
+    assert (run.by_unlabelled["foreign"], run.by_unlabelled["left_out"]) == (0.5, 3)
 
 
-def test_below_five_labels_a_class_they_do_not_train(start, images):
+def test_below_five_labels_a_class_they_do_not_train(start, images, monkeypatch):
+    monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(9) < 6)
     run = start(f"--labels-per-class 4 --unlabelled {images}")
     run.start()
     assert run.teacher is None
-    assert "images without labels, below 5 labels a class, do not train" in reports.describe_unlabelled(run)
+    told = reports.describe_unlabelled(run)
+    assert "images without labels, below 5 labels a class, do not train" in told and told.endswith("no labelled image")
 
 
 # -------------------------------------------------------------------------------------------------------- the teacher

@@ -107,7 +107,7 @@ def test_the_images_of_a_patient_are_held_out_together(monkeypatch):
         return torch.zeros(len(images.rows), CLASSES)
 
     monkeypatch.setattr(unlabelled, "k_means", k_means)
-    monkeypatch.setattr(unlabelled, "foreign_share", lambda _, rows, views, of: rows + views + of.max())
+    monkeypatch.setattr(unlabelled, "foreign", lambda _, rows, views, of: rows + views + of.max())
     drawn = Drawn(clustered, 10, patients)
     known = drawn.known._replace(counts=1.0 + torch.arange(60)[:, None])
     found = unlabelled.start(drawn.images, known, drawn.plain, views=2, clusters=patients)
@@ -127,17 +127,23 @@ def on_a_circle(*degrees: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("patients", "views", "share"),
+    ("patients", "views", "expected"),
     # Labelled images are 10 degrees from another or, of other patients, 20, 10 and 10; others are 5, 12, 30 and 170.
-    [(None, 1, 3 / 4), (None, 2, 3 / 4), ([0, 0, 1], 1, 2 / 4), ([0, 0, 0], 1, 0)],
+    [(None, 1, [0, 1, 1, 1]), (None, 2, [0, 1, 1, 1]), ([0, 0, 1], 1, [0, 0, 1, 1]), ([0, 0, 0], 1, [0, 0, 0, 0])],
 )
-def test_images_that_are_like_no_labelled_one_are_counted(monkeypatch, patients, views, share):
+def test_images_that_are_like_no_labelled_one_are_foreign(monkeypatch, patients, views, expected):
     """Less alike than 9 in 10 labelled ones are to another, which is no view of it and no image of its patient."""
     monkeypatch.setitem(probe.SCALINGS, "deviation", lambda rows: SimpleNamespace(rows=rows))
     labelled = [0, 10, 20, *[1, 11, 90]][: 3 * views]
     images = unlabelled.Images(on_a_circle(*labelled, -5, 32, 50, 190), torch.zeros(0))
     clusters = patients and torch.tensor(patients)
-    assert unlabelled.foreign_share(images, 3 * views, views, clusters) == share
+    assert unlabelled.foreign(images, 3 * views, views, clusters).tolist() == expected
+
+
+@pytest.mark.parametrize(("foreign", "expected"), [([1, 0, 0, 1, 0], range(5)), ([1, 0, 1, 1, 0], [1, 4])])
+def test_foreign_images_do_not_train_where_they_are_more_than_chance_explains(foreign, expected):
+    found = unlabelled.Start(None, "probe", None, 0, 0, None, torch.tensor(foreign, dtype=torch.bool))
+    assert found.of_their_kind().tolist() == [*expected]
 
 
 @pytest.mark.parametrize(("views", "apart", "foreign"), [(1, 0, (0.02, 0.3)), (2, 0, (0.02, 0.3)), (2, 1, (0.9, 1))])
@@ -147,7 +153,7 @@ def test_few_images_of_the_labelled_ones_kind_are_foreign_and_nearly_all_of_anot
     others += apart * normal(30, seed=9)
     images, _ = unlabelled.seen(features.repeat(views, 1), labels.repeat(views), others, CLASSES)
     low, high = foreign
-    assert low < unlabelled.foreign_share(images, len(features) * views, views) <= high
+    assert low < unlabelled.foreign(images, len(features) * views, views).float().mean() <= high
 
 
 def test_held_out_answers_are_judged_at_the_temperature_that_fits():
@@ -258,7 +264,7 @@ def test_what_is_held_out_is_judged_as_it_is_and_by_one_view(monkeypatch):
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: blurred)
     found = unlabelled.start(*unlabelled.seen(*more, drawn.others, CLASSES, 9), drawn.plain, views=9)
     assert found.name == expected.name and found.gain_loss == pytest.approx(expected.gain_loss)
-    assert 0 < found.foreign < 0.2  # else images would be alike to their own views
+    assert 0 < found.foreign.float().mean() < 0.2  # else images would be alike to their own views
 
 
 def test_the_last_head_is_k_means_distilled_and_asks_no_labels_that_were_held_out(monkeypatch):

@@ -22,7 +22,7 @@ ROUNDS = 10
 DISTILLED = 0.1  # C of the distilled head
 OTHERS = 3.0  # how much all images without labels count in it, in labelled ones
 MARGIN = 2.0  # standard errors by which the log loss of what is held out has to fall
-MOST_FOREIGN = 0.7  # of the images without labels: where more are of another kind than the labelled ones none trains
+MOST_FOREIGN = 0.4  # of the images without labels may look foreign though they are of the labelled ones' kind
 
 
 class Start(NamedTuple):
@@ -32,7 +32,14 @@ class Start(NamedTuple):
     gain_loss: float  # what k-means gained over the probe in cross-validation: log loss, positive is better
     gain_accuracy: float  # and accuracy
     shares: Tensor  # (K,), of the classes in `answers`
-    foreign: float  # the share of the images without labels that resemble no labelled one
+    foreign: Tensor  # (M,) of bool: which of the images without labels resemble no labelled one
+
+    def of_their_kind(self) -> Tensor:
+        """The places of the images without labels that may train: of all, or where many look foreign of the others."""
+        may_train = ~self.foreign
+        if self.foreign.float().mean() <= MOST_FOREIGN:
+            may_train = torch.ones_like(self.foreign)
+        return may_train.nonzero()[:, 0]
 
 
 class Images(NamedTuple):
@@ -99,8 +106,7 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
         head = plain
         outputs = (others @ plain.weight.T + plain.bias) / of_probe.temperature
     shares = outputs.softmax(1)
-    foreign = foreign_share(images, len(labels), views, clusters)
-    return Start(head, name, shares, *gained, shares.mean(0), foreign)
+    return Start(head, name, shares, *gained, shares.mean(0), foreign(images, len(labels), views, clusters))
 
 
 def last_head(images: Images, known: Labelled) -> Probe:
@@ -156,8 +162,8 @@ def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor,
     return probe.fitted_at(images.rows, targets, counts, "deviation", DISTILLED, probe.ONE_CLASS)
 
 
-def foreign_share(images: Images, labelled: int, views: int = 1, clusters: Tensor | None = None) -> float:
-    """The share of images without labels that are less like any labelled one than 9 in 10 of these are like another.
+def foreign(images: Images, labelled: int, views: int = 1, clusters: Tensor | None = None) -> Tensor:
+    """Which images without labels, (M,), are less like any labelled one than 9 in 10 of these are like another.
 
     How alike two are is the cosine of their features, each divided by its deviation. The `labelled` rows come first, in
     so many views. One of its own cluster (N,), such as a patient's, is no other.
@@ -169,7 +175,7 @@ def foreign_share(images: Images, labelled: int, views: int = 1, clusters: Tenso
     clusters = clusters.cpu()
     alike = (own @ own.T).masked_fill(clusters[:, None] == clusters, -1)
     of_others = standard[labelled:] @ own.T
-    return (of_others.amax(1) < alike.amax(1).quantile(0.1)).float().mean().item()
+    return of_others.amax(1) < alike.amax(1).quantile(0.1)
 
 
 def k_means(images: Images, known: Labelled) -> Tensor:

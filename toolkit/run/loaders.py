@@ -100,8 +100,8 @@ class Loaders:
             steps = max(teacher.LEAST_STEPS, -(-len(self.images.train) // of_step))
             loading["batch_size"] = max(1, self.args.batch_size // 2)
             loading["batches"] = steps * self.args.accumulation_steps
-            views = TwoCrops(self.strong_view, self.augmentation)
-            self.unlabelled = self.add_loader(self.images.unlabelled, views, **loading)
+            self.drawing = dict(loading)
+            self.take_unlabelled([*range(len(self.images.unlabelled))])
         elif norms_train:
             loading["drop_last"] = self.has_small_rest(self.images.train, self.args.batch_size)
         self.train = self.add_loader(self.images.train, self.augmentation, **loading)
@@ -122,6 +122,14 @@ class Loaders:
             seed += 1
         repeated = some.subset([*range(len(some))] * views)
         self.augmented = Remembered(self.add_loader(repeated, self.augmentation, seed=seed))
+
+    def take_unlabelled(self, places: list[int]) -> None:
+        """Of the images without labels go on with those at these places alone."""
+        self.taken = places
+        images = self.images.unlabelled.subset(places)
+        images.labels = list(range(len(images)))
+        self.images = self.images._replace(unlabelled=images)
+        self.unlabelled = self.add_loader(images, TwoCrops(self.strong_view, self.augmentation), **self.drawing)
 
     def unlabelled_views(self, places: Tensor) -> Remembered:
         """A loader of the images without labels at these places, as they are."""

@@ -14,7 +14,6 @@ from toolkit import VERSION, InputError, devices, files, listed, printable, type
 from toolkit.answers import comparison, heat_maps, measures, tasks
 from toolkit.answers.answer_reports import PICTURES, Report, finite
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.answers.unlabelled import MOST_FOREIGN
 from toolkit.config import flat
 from toolkit.images import bands, sources, transforms
 from toolkit.models import backbones, checkpoints, published
@@ -82,11 +81,14 @@ def describe_unlabelled(run: FineTuned) -> str:
         why = "of which the start knows too little"
         if not trains(run.splits):
             why = f"below {LEAST_LABELS} labels a class"
-        elif found["foreign"] > MOST_FOREIGN:
-            why = "most of which are of another kind than the labelled ones"
+        elif found["left_out"] == found["images"]:
+            why = "all of which are of another kind than the labelled ones"
         line += f"; images without labels, {why}, do not train"
     answers = listed([f"{printable(name)} {share:.0%}" for name, share in found["shares"].items()], 12)
-    return f"{line}\n  they are taken for {answers}; {found['foreign']:.0%} resemble no labelled image"
+    line += f"\n  they are taken for {answers}; {found['foreign']:.0%} resemble no labelled image"
+    if run.teacher is not None and found["left_out"]:
+        line += " and do not train"
+    return line
 
 
 def describe_rates(run: FineTuned) -> str:
