@@ -362,6 +362,7 @@ def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Ten
     paths = path.with_name(f"{path.stem}{commands.PATHS}")
     with files.open_atomically(path) as file:  # takes its place last: a part that has it is finished
         np.save(file, features.numpy())
+        os.fsync(file.fileno())  # which takes its time: then both take their places at nearly the same moment
         files.write_cells([[images.name(i)] for i in range(len(images))], ["path"], paths)
     return features
 

@@ -299,10 +299,10 @@ class LoRAManager:
         tensors |= {name: t for name, t, known in _stock_tensors(self.model) if name in changed and not known}
         tensors |= named_statistics(self.model)
         try:  # as files return them: with lists for tuples, and strings as keys
-            metadata = json.loads(json.dumps(metadata))
+            metadata = json.loads(json.dumps({**metadata}))
         except (TypeError, ValueError) as error:
             raise InputError(f"metadata takes numbers, strings, lists and dicts alone: {error}") from None
-        if same_file(path, found_path(str(metadata.get("checkpoint")))):
+        if any(same_file(path, found_path(str(metadata.get(key)))) for key in ("checkpoint", "stage1_adapter")):
             raise InputError(f"{path} is the base of the adapter, as its metadata say: name another file")
         content: dict[str, Any] = {"format_version": 2 if "task" in metadata else 1}
         content["tensors"] = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """The options of stage 1 that fine-tuning has not. They are read before PyTorch is loaded."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.images import remote
 from toolkit.models.names import ARCHS, NO_CHECKPOINT, checkpoint_path, fetched, model_problems
-from toolkit.run import options
+from toolkit.run import options, output_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,10 @@ def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str])
 
 
 def written(args: Any) -> list[str]:
-    """The names of the files that a run writes to --output-dir."""
-    return [checkpoint_name(args), "moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png"]
+    """The names of the files that a run writes to --output-dir, and of a whole fine-tuning if its adapter is there."""
+    own = [checkpoint_name(args), "moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png"]
+    others = output_folder.FINE_TUNING_FILES if os.path.lexists(args.output_dir / "lora.pth") else ()
+    return list(dict.fromkeys([*own, *others]))
 
 
 def checkpoint_name(args: Any) -> str:

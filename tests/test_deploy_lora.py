@@ -526,7 +526,13 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
         images = LabelledImages(ImageFiles("", [name]))
         deploy_lora._write_features(torch.ones(1, 2), images, tmp_path / "f.npy")
 
-    write("a.png")
+    calls = []
+    replace = os.replace
+    with monkeypatch.context() as noting:
+        noting.setattr(os, "fsync", lambda _: calls.append("disk"))
+        noting.setattr(os, "replace", lambda half, path: replace(half, path) or calls.append(path.name))
+        write("a.png")
+    assert calls == ["disk", "disk", "f_paths.csv", "disk", "f.npy"]  # nothing takes its time between both
     monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(InputError, match="the previous file is intact"):
         write("b.png")

@@ -402,6 +402,17 @@ def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):
         write(once / "folds/1", "last.pth")
 
 
+def test_stage_1_moves_a_fine_tuning_aside_as_a_whole(once):
+    args = argparse.Namespace(output_dir=once, epochs=3)
+    there = names_in(once)
+    with output_folder.held(once, pretrain.written(args)) as begin:
+        begin()
+    assert contents(once) == {} and names_in(once.with_name("out-1")) == there
+    write(once, "config.yaml", "results.json")  # the first is a user's, where there is no adapter
+    output_folder.begin_folder(once, pretrain.written(args))
+    assert names_in(once) == {"config.yaml"}
+
+
 def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "elsewhere").mkdir()

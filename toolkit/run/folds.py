@@ -19,9 +19,7 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
     found = []
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
         begin()
-        earlier = ""
-        if args.resume and config.is_file():  # of the parts to go on with, which may refuse what is asked now
-            earlier = config.read_text(encoding="utf-8", errors="surrogateescape")
+        earlier = config.read_text("utf-8", "surrogateescape") if args.resume and config.exists() else ""
         run_state.write_config(config, asked)  # what --config named may be an earlier run's, and moved aside with it
         distributed.gather(None)  # until an earlier run's parts are out of the way, nobody looks for their files
         try:
@@ -40,7 +38,7 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
         finally:
             if not parts.exists():  # the first one could not begin
                 config.unlink(missing_ok=True)
-            elif earlier and len(found) < count and distributed.is_main():
+            elif earlier and len(found) < count and distributed.is_main():  # the parts may refuse what is asked now
                 write_text(earlier, config)
     if distributed.is_main():
         paths = [parts / str(number) / "results.json" for number in range(1, count + 1)]
