@@ -763,8 +763,7 @@ def convert(args: argparse.Namespace) -> None:
         files.make_folder(args.output)
         with contextlib.ExitStack() as both:  # or none takes its place
             for name in (peft_format.CONFIG, peft_format.WEIGHTS):
-                file = both.enter_context(files.open_atomically(args.output / name))
-                file.write(Path(scratch, name).read_bytes())
+                both.enter_context(files.open_atomically(args.output / name)).write(Path(scratch, name).read_bytes())
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 

@@ -463,9 +463,9 @@ NARROW = {"task": MultiLabel, "val_macro_ap_interval": (0.745, 0.755)}
 )
 def test_the_gain_is_over_the_linear_probe(run, gained, judgement):
     assert judged(**run).gained == f"{gained} against the linear probe{judgement}"
-    assert judged(None).gained == "there is no score of a linear probe to compare it with"
     told = judged(0.8, (math.nan,), (1.0, 3.0), task=Regression, val_r2=None)  # as of a single image
-    assert told.gained == "the R2 is not defined on the evaluation images" and told.limits[0].startswith("overfitting")
+    assert told.limits[0].startswith("overfitting")
+    assert judged(None).gained == told.gained == "there are no scores of the run and of a linear probe to compare"
 
 
 @pytest.mark.parametrize(("wrong", "is_chance"), [(5, True), (6, False)])

@@ -111,8 +111,7 @@ class Freezable(Extended):
     def forward(self, x: Tensor) -> Tensor:
         if not is_traced() and FOLDING.get({}).pop(self, None) is x:  # the convolution has normalised it
             return self._activated(x)
-        stock = unextended(self)
-        is_known = self.has_activation or stock.forward is _BatchNorm.forward
+        is_known = self.has_activation or unextended(self).forward is _BatchNorm.forward
         trains = self.training or any(parameter.requires_grad for parameter in self.parameters())
         if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced():
             return super().forward(x)

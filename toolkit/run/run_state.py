@@ -99,8 +99,7 @@ class RunState:
     def save_metrics(self, columns: Sequence[str]) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
-            rows = (map(row.get, columns) for row in self.history)
-            write_cells(rows, columns, self.path("metrics.csv"))
+            write_cells((map(row.get, columns) for row in self.history), columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError as `state_of_same_run`."""

@@ -87,10 +87,8 @@ def judge(
 def _compared(results: Mapping[str, Any], task: Task | type[Task], probe: float | None) -> tuple[str, bool, bool]:
     """The gain over the linear probe in words; is it a loss, beyond chance, and may it be chance?"""
     score = results[f"val_{task.score}"]
-    if score is None:
-        return f"the {task.score_title} is not defined on the evaluation images", False, False
-    if probe is None:
-        return "there is no score of a linear probe to compare it with", False, False
+    if probe is None or score is None:  # not defined on these images, or there is no probe
+        return "there are no scores of the run and of a linear probe to compare", False, False
     images = results["val_images"]
     factor, _ = task.axis
     points = " points" if factor == 100 else ""
