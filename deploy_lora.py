@@ -61,7 +61,7 @@ from toolkit.answers import demo as demo_page
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.images import folders, lists, masks, remote, scenes, shards, sources, splitting, transforms
-from toolkit.images.bands import from_metadata, settle
+from toolkit.images.bands import from_metadata, recorded, settle
 from toolkit.images.data import LabelledImages, TolerantImages, Transformed, among, build_loader, fixed_order_batch
 from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
@@ -197,8 +197,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         mistakes = Path(folder) / "mistakes.png"
         picture = Path(folder) / report.picture
         report.draw(picture)
-        report.draw_mistakes(images, mistakes, explainer)
-        write_page(page, report.title(), rows, report.sections(picture), mistakes, report.named_mistakes(images))
+        named = report.draw_mistakes(images, mistakes, explainer)
+        write_page(page, report.title(), rows, report.sections(picture), mistakes, named)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 
@@ -329,9 +329,8 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
         if not is_file:
             return deployed.windows_answered(windows)
         share = windows[distributed.rank() :: distributed.world_size()]
-        if len(share) == 0:  # fewer windows than processes
-            return distributed.interleave(deployed.windows_answered(windows[:1])[:0])
-        return distributed.interleave(deployed.windows_answered(share))
+        some = share if len(share) else windows[:1]  # fewer windows than processes
+        return distributed.interleave(deployed.windows_answered(some)[: len(share)])
 
     def write(i: int, place: Path) -> Path:
         with scenes.open_scene(images.name(i), deployed.transform.bands) as scene:
@@ -363,7 +362,7 @@ def _write_features(features: Tensor, images: LabelledImages, path: Path) -> Ten
     with files.open_atomically(path) as file:  # takes its place last: a part that has it is finished
         np.save(file, features.numpy())
         os.fsync(file.fileno())  # which takes its time: then both take their places at nearly the same moment
-        files.write_cells([[images.name(i)] for i in range(len(images))], ["path"], paths)
+        files.write_cells(zip(map(images.name, range(len(images))), strict=True), ["path"], paths)
     return features
 
 
@@ -373,10 +372,8 @@ def choose(args: argparse.Namespace) -> list[str]:
         if not deployed.task.counts_images:
             raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
         images = _images_in_files(args, deployed.about)
-        labelled = images.subset([])
-        if args.labelled:
-            labelled = _images(args.labelled, deployed.about)
-            images = images.subset(np.flatnonzero(~among(images, labelled)))
+        labelled = _images(args.labelled, deployed.about)
+        images = images.subset(np.flatnonzero(~among(images, labelled)))
         count = args.count
         if len(images) < count:
             raise InputError(f"--count {count}: {len(images)} images are not labelled yet; ask for fewer or name more")
@@ -611,15 +608,11 @@ def card(args: argparse.Namespace) -> str:
 
 def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     """What a server needs to know to answer as `predict` with a merged model, explained in docs/deploy.md."""
-    values = from_metadata(metadata)
-    bands = values["bands"]
     task = _task_of(metadata)
     size = metadata["image_size"]
     about = {key: metadata[key] for key in ("arch", "class_names", "image_size")}
     about |= {"channels": metadata.get("channels") or 3, "bands": None, "scale": 255.0}
-    about |= {"mean": list(values["mean"]), "std": list(values["std"]), "activation": task.activation}
-    if bands is not None:
-        about |= {"bands": list(bands.chosen), "scale": bands.scale}
+    about |= recorded(from_metadata(metadata), {}) | {"activation": task.activation}
     if task.per_pixel:
         about["per_pixel"] = True
     elif size <= transforms.SEEN_WHOLE:

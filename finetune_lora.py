@@ -671,7 +671,7 @@ def finetune(after_epoch: Callable[["FineTuning"], None] | None = None, **asked:
     Options are named as in a YAML file: `learning_rate`, not `--lr`. A list has several values. An option that is None,
     or is False and has no value by default, is left out. Raises InputError as `main` does.
     """
-    return main(config.as_typed(FineTuneOptions, asked), after_epoch)
+    return main(list(config.as_typed(FineTuneOptions, asked)), after_epoch)
 
 
 def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:
@@ -738,7 +738,10 @@ def with_rate_found(args: FineTuneOptions, plan: Plan, model: nn.Module, splits:
     if rate not in (None, "auto"):
         return replace(args, learning_rate=rate)
     settings = {"config": plan.settings(args), "images": splits.digest(), "base": record_of(model).base_digests or {}}
-    trials = search.resumed(args, settings) if args.resume else []
+    trials: list[search.Trial] = []
+    if args.resume:
+        state = run_state.state_of_same_run(args, args.resume, {"trials", *settings}, settings, options.FREE_TO_CHANGE)
+        trials += map(search.Trial._make, state["trials"])
     parts = search.parts_of(splits)
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
@@ -815,7 +818,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             epoch = len(run.history) + 1
             progress = run.begin_epoch()
             verdict = Keep()
-            unread = []  # the images of each step, and these sums: see `training.read_figures`
+            unread = []  # the images of each step, and its sums: see `training.read_figures`
             run.model.train()
             title = f"epoch {epoch}/{args.epochs}"
             total = run.loaders.train.batch_sampler.drawn
@@ -823,23 +826,13 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
             with progress.timed(), bar:
                 for step in run.loaders.steps(epoch, progress.steps):
                     run.optimizer.zero_grad(set_to_none=True)
-                    sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch
-                    for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
-                        images = devices.to_device(images, run.device)
-                        known = devices.to_device(labels, run.device)
-                        labels = (known,) if run.teacher is None else run.teacher.extend(known, *unlabelled)
-                        with distributed.exchanging(run.parallel, is_last=number == step.number):
-                            with devices.autocast(run.device, run.dtype):
-                                logits = run.parallel(images)  # (N, outputs)
-                            loss = run.task.loss(logits.float(), *labels)
-                            # Gradients are averaged over processes; it is their sum that belongs to all the images.
-                            run.scaler.scale(loss * (distributed.world_size() / step.images)).backward()
-                        figures = run.task.progress(logits[: len(known)].detach().float(), known)
-                        sums.append(torch.stack([loss.detach(), *figures]))
+                    # Gradients are averaged over processes; it is their sum that belongs to all the images.
+                    sums = run.add_gradients(step, distributed.world_size() / step.images)
                     if args.clip_grad_norm is not None:
                         run.scaler.unscale_(run.optimizer)
                         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad_norm)
-                    optim.take_step(run.scaler, run.optimizer)
+                    run.scaler.step(run.optimizer)
+                    run.scaler.update()
                     run.schedule.step()
                     if run.teacher is not None:
                         run.teacher.after_step()
@@ -950,16 +943,14 @@ class FineTuning(RunState):
         optim.lower_rates(self.schedule, divisor)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
-            "wise_ft": StateEntry.of(self.wise_ft),
+            "wise_ft": self.wise_ft,
         }
         if self.teacher is not None:
-            self.trained_entries["teacher"] = StateEntry.of(self.teacher)
+            self.trained_entries["teacher"] = self.teacher
             self.other_entries["taken"] = StateEntry(lambda: self.loaders.taken, self.loaders.take_unlabelled)
-        self.other_entries |= {"guard": StateEntry.of(self.guard), "good": StateEntry.attribute(self, "last_good")}
-        self.other_entries["head_temperature"] = StateEntry(
-            save=lambda: tuple(self.head_temperature),
-            load=lambda state: setattr(self, "head_temperature", probe.HeadTemperature(*state)),
-        )
+        self.other_entries |= {"guard": self.guard, "good": StateEntry.attribute(self, "last_good")}
+        head = StateEntry.attribute(self, "head_temperature", tuple, lambda state: probe.HeadTemperature(*state))
+        self.other_entries["head_temperature"] = head
         self.other_entries["contradicted"] = StateEntry.attribute(self.task, "contradicted")
         for name in ("rate", "adapter_lr_factor", "by_unlabelled"):
             self.other_entries[name] = StateEntry.attribute(self, name)
@@ -1023,14 +1014,23 @@ class FineTuning(RunState):
         factor = 1 / images_at_once  # lest float16 overflow; a power of two, which changes no digit
         steps = math.ceil(images_at_once / (self.args.batch_size * self.args.accumulation_steps))
         for step in itertools.islice(self.loaders.steps(epoch=1), steps):
-            for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
-                images = devices.to_device(images, self.device)
-                labels = devices.to_device(labels, self.device)
-                labels = (labels,) if self.teacher is None else self.teacher.extend(labels, *unlabelled)
-                with distributed.exchanging(self.parallel, is_last=number == step.number):
-                    with devices.autocast(self.device, self.dtype):
-                        logits = self.parallel(images)
-                    self.scaler.scale(self.task.loss(logits.float(), *labels) * factor).backward()
+            self.add_gradients(step, factor)
+
+    def add_gradients(self, step: training.MicroBatches, factor: float) -> list[Tensor]:
+        """Add up the gradients of a step's loss, times a factor, and return the sums that `read_figures` takes."""
+        sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch
+        for number, (images, labels, *unlabelled) in enumerate(step.batches, 1):
+            images = devices.to_device(images, self.device)
+            known = devices.to_device(labels, self.device)
+            labels = (known,) if self.teacher is None else self.teacher.extend(known, *unlabelled)
+            with distributed.exchanging(self.parallel, is_last=number == step.number):
+                with devices.autocast(self.device, self.dtype):
+                    logits = self.parallel(images)  # (N, outputs)
+                loss = self.task.loss(logits.float(), *labels)
+                self.scaler.scale(loss * factor).backward()
+            figures = self.task.progress(logits[: len(known)].detach().float(), known)
+            sums.append(torch.stack([loss.detach(), *figures]))
+        return sums
 
     @property
     def adapter_rate(self) -> float | None:
@@ -1124,7 +1124,7 @@ class FineTuning(RunState):
             with self.wise_ft.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
         self.save_state()  # after lora.pth: a run killed between them repeats the epoch and writes the same one again
-        self.save_metrics(training.metrics_columns(self.task.measured))
+        self.save_metrics()
 
     @contextlib.contextmanager
     def kept_weights(self) -> Iterator[None]:

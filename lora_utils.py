@@ -20,7 +20,7 @@ from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
-from toolkit import InputError, attributes, did_you_mean, dotted, found_path, listed, printable, same_file
+from toolkit import InputError, attributes, did_you_mean, dotted, found_path, listed, same_file, temporarily
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import tensor_digest
 
@@ -75,10 +75,8 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
     counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
-    for full_name, parameter in model.named_parameters():  # yields a shared parameter once
-        path, _, name = full_name.rpartition(".")
-        module = model.get_submodule(path)
-        numel = math.prod(_stock_shape(module, name, parameter))
+    for module, name, parameter, shape in _with_stock_shapes(model):
+        numel = math.prod(shape)
         counts["total"] += numel
         counts["trainable" if parameter.requires_grad else "frozen"] += numel
         if name in adapter_parameters(module):
@@ -86,19 +84,21 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
-    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    return module.base().shape if is_adapted(module) and name in module.float_digests else parameter.shape
+def _with_stock_shapes(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, torch.Size]]:
+    """Yield (module, name in it, parameter, shape) once for each; the shape of a weight in 4 bits is the float's."""
+    for full_name, parameter in model.named_parameters():
+        path, _, name = full_name.rpartition(".")
+        module = model.get_submodule(path)
+        is_rounded = is_adapted(module) and name in module.float_digests
+        yield module, name, parameter, module.base().shape if is_rounded else parameter.shape
 
 
 def full_rank(model: nn.Module) -> int:
     """The full rank of the largest layer. A higher rank only takes memory: a typing error could ask for terabytes."""
     highest = 0
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            shape = _stock_shape(module, name, parameter)
-            if len(shape) > 1:
-                highest = max(highest, min(shape[0], math.prod(shape[1:])))
+    for *_, shape in _with_stock_shapes(model):
+        if len(shape) > 1:
+            highest = max(highest, min(shape[0], math.prod(shape[1:])))
     return highest
 
 
@@ -154,17 +154,13 @@ class LoRAManager:
     @contextlib.contextmanager
     def disable_lora(self) -> Iterator[None]:
         """Within the `with` block the model computes as if it had no adapters, merged or not."""
-        before = {layer: layer.lora_enabled for layer in adapted_layers(self.model).values()}
         merged = [conv for conv in followers(self.model) if conv.merged]
         try:
-            for layer in before:
-                layer.lora_enabled = False
             for conv in merged:
                 conv.followed.unmerge()
-            yield
+            with temporarily(adapted_layers(self.model).values(), lora_enabled=False):
+                yield
         finally:
-            for layer, enabled in before.items():
-                layer.lora_enabled = enabled
             for conv in merged:
                 conv.followed.merge(conv)
 
@@ -208,9 +204,8 @@ class LoRAManager:
                 merged.append(weight)
         self.unload(merge=True)
         self.record.base_digests = digests
-        state = self.model.state_dict()
         for weight in merged:
-            self.record.resized_digests[weight] = tensor_digest(state[weight])
+            self.record.resized_digests[weight] = tensor_digest(self.model.get_parameter(weight))
 
     def get_lora_info(self) -> dict[str, Any]:
         """Totals, and of every layer rank (0: no adapter, but in 4 bits), scaling, kind and number of parameters."""
@@ -401,11 +396,8 @@ class LoRAManager:
 
 
 def _refuse(path: str | Path, problems: Iterable[str]) -> None:
-    shown = sorted(map(printable, problems))
-    if len(shown) > 4:
-        shown[4:] = [f"and {len(shown) - 4} more"]
-    if shown:
-        raise InputError(f"{path} does not fit this model: {'; '.join(shown)}")
+    if found := sorted(problems):
+        raise InputError(f"{path} does not fit this model: {listed(found, by='; ')}")
 
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:

@@ -32,17 +32,8 @@ def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
 
 def read_adapter_file(path: str | Path) -> dict[str, Any]:
     """The content of an adapter file. Raises InputError if it is missing, none, damaged, or of a later version."""
-    if files.is_safetensors(path):
-        tensors, header = files.read_safetensors(path)
-        try:
-            content = json.loads(header.get("adapter", "null"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
-        if isinstance(content, dict):
-            content["tensors"] = tensors
-    else:
-        content = files.read_checkpoint(path)
-    if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
+    content = files.read_described(path)
+    if not _looks_like_one(content):
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]
     if not wrong:
@@ -60,11 +51,10 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
 
 def holds_adapter(path: str | Path) -> bool:
     """Is this an adapter file, and no checkpoint?"""
-    if not names.is_path(path):
-        return False
-    if files.is_safetensors(path):
-        return "adapter" in files.read_safetensors(path)[1]
-    content = files.read_checkpoint(path)
+    return names.is_path(path) and _looks_like_one(files.read_described(path))
+
+
+def _looks_like_one(content: Any) -> bool:
     return isinstance(content, dict) and {"layers", "tensors"} <= content.keys()
 
 

@@ -30,7 +30,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from lora import functional, fusion, nf4
 from toolkit import InputError, dotted
 from toolkit.answers.evaluation import eval_mode
-from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift
+from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift, unextended
 
 PATCHES = 512  # how many patches C is estimated from
 COMPONENTS = 64  # how many principal components of C are kept
@@ -134,7 +134,7 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """The convolutions and BatchNorms in the blocks of torchvision's ResNets: others may change an output in place."""
     for block in model.modules():  # a ResNet's first pair is in none: its output, the largest, would have to be saved
-        if fusion.STOCK.get(type(block), type(block)) in (BasicBlock, Bottleneck):
+        if unextended(block) in (BasicBlock, Bottleneck):
             layers = block._modules
             found = [(layers[f"conv{n}"], layers[f"bn{n}"]) for n in "123" if f"conv{n}" in layers]
             if isinstance(block.downsample, nn.Sequential):

@@ -8,7 +8,7 @@ fused classes, as `torch.nn.utils.parametrize` does: the objects, their children
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
-from toolkit import InputError
+from toolkit import InputError, temporarily
 from toolkit.devices import is_traced
 from toolkit.models.norms import FOLDING, Extended, Freezable, FreezableBatchNorm2d, extended, is_hooked, unextended
 
@@ -106,7 +106,7 @@ def by_rows(*modules: nn.Module) -> bool:
     """Does each of these compute every row of its input, as (N, L, E), from that row alone?"""
     kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity, MLPBlock)
     return all(
-        STOCK.get(type(m), type(m)) in kinds or _normalises_rows(m) or (isinstance(m, nn.Linear) and is_adapted(m))
+        unextended(m) in kinds or _normalises_rows(m) or (isinstance(m, nn.Linear) and is_adapted(m))
         for module in modules
         for m in module.modules()
     )
@@ -117,7 +117,7 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
     if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or not encoder.layers:
         return False
     last = encoder.layers[-1]
-    if type(last) is not FusedEncoderBlock or is_hooked(encoder, encoder.layers, encoder.ln, *last.modules()):
+    if not isinstance(last, FusedEncoderBlock) or is_hooked(encoder, encoder.layers, encoder.ln, *last.modules()):
         return False
     attention = last.self_attention
     known = type(attention) is nn.MultiheadAttention or is_adapted(attention)
@@ -132,50 +132,30 @@ def recomputable(forward: Callable) -> Callable:
         if "checkpointing" not in vars(self):
             return forward(self, *args, **kwargs)
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        if norms:
-            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
+        if norms:  # they normalise by the batch again, in the second run, and do not count it twice
+            alone = {"momentum": 0.0, "num_batches_tracked": None}
+            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), temporarily(norms, **alone))
         # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
         return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
 
     return run
 
 
-@contextlib.contextmanager
-def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let BatchNorms in training normalise by the batch again, in the second run, without counting it twice."""
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked = count
-
-
-class FusedBasicBlock(BasicBlock):
-    """The block of ResNet-18 and 34, with its BatchNorms folded."""
+class FusedBlock(Extended):
+    """The block of ResNet-18 and 34, or of ResNet-50 and larger, with its BatchNorms folded."""
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
         out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
-        return conv_bn_relu(self.conv2, self.bn2, self.relu, out, x, self.downsample)
+        conv, norm = self.conv2, self.bn2
+        if isinstance(self, Bottleneck):
+            out = conv_bn_relu(conv, norm, self.relu, out)
+            conv, norm = self.conv3, self.bn3
+        return conv_bn_relu(conv, norm, self.relu, out, x, self.downsample)
 
 
-class FusedBottleneck(Bottleneck):
-    """The block of ResNet-50 and larger, with its BatchNorms folded."""
-
-    @recomputable
-    def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
-        out = conv_bn_relu(self.conv2, self.bn2, self.relu, out)
-        return conv_bn_relu(self.conv3, self.bn3, self.relu, out, x, self.downsample)
-
-
-class FusedSequential(nn.Sequential):
-    """`nn.Sequential`, each BatchNorm folded into the convolution right before it."""
+class FusedSequential(Extended):
+    """`nn.Sequential`, as in MoCo v3's convolutional stem, each BatchNorm folded into the convolution before it."""
 
     def forward(self, input: Tensor) -> Tensor:
         modules = list(self)
@@ -188,11 +168,7 @@ class FusedSequential(nn.Sequential):
         return input
 
 
-class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):
-    """Convolution, BatchNorm and activation: in MoCo v3's convolutional stem, and in many torchvision models."""
-
-
-class FusedResNet(ResNet):
+class FusedResNet(Extended):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
@@ -216,7 +192,7 @@ def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
-class FusedMLPBlock(MLPBlock):
+class FusedMLPBlock(Extended):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
     def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
@@ -233,7 +209,7 @@ class FusedMLPBlock(MLPBlock):
         return x
 
 
-class FusedEncoderBlock(EncoderBlock):
+class FusedEncoderBlock(Extended):
     """The block of a ViT. Each LayerNorm is recomputed in backward by the adapted layer behind it."""
 
     @recomputable
@@ -252,7 +228,7 @@ class FusedEncoderBlock(EncoderBlock):
             x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
         attended = self.dropout(x)
         x = attended + residual
-        if type(mlp) is not FusedMLPBlock or is_hooked(mlp) or not recomputes(self.ln_2, mlp[0]):
+        if not isinstance(mlp, FusedMLPBlock) or is_hooked(mlp) or not recomputes(self.ln_2, mlp[0]):
             return x + mlp(self.ln_2(x))
         prologue = self.ln_2
         if attended.dtype != x.dtype:
@@ -260,7 +236,7 @@ class FusedEncoderBlock(EncoderBlock):
         return x + mlp(x, prologue=prologue)
 
 
-class FusedVisionTransformer(VisionTransformer):
+class FusedVisionTransformer(Extended):
     """torchvision's ViT. Its last block computes the class token alone, since nothing else of its output is read."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -302,38 +278,35 @@ class FusedTimmBlock(Extended):
             FOLDING.reset(before)
 
 
-# Each by its name, for timm may be missing.
+# Each by its name, for timm may be missing: they become a `FusedTimmBlock`.
 TIMM_BLOCKS = {"ConvBnAct", "ConvNormAct", "DepthwiseSeparableConv", "EdgeResidual", "InvertedResidual"}
-FUSED = {ResNet: FusedResNet, BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, nn.Sequential: FusedSequential}
+FUSED = {ResNet: FusedResNet, BasicBlock: FusedBlock, Bottleneck: FusedBlock}
 FUSED |= {EncoderBlock: FusedEncoderBlock, MLPBlock: FusedMLPBlock, VisionTransformer: FusedVisionTransformer}
-FUSED[Conv2dNormActivation] = FusedConv2dNormActivation
-STOCK = {fused: stock for stock, fused in FUSED.items()}
+FUSED |= dict.fromkeys((nn.Sequential, Conv2dNormActivation), FusedSequential)
 
 
 def fuse(model: nn.Module) -> None:
     """Give each block the class, fused or stock, that what is adapted and frozen now asks for."""
     for block in reversed(list(model.modules())):  # children before their parents
-        stock = STOCK.get(type(block), type(block))
+        stock = unextended(block)
         if stock.__module__.startswith("timm.") and stock.__name__ in TIMM_BLOCKS:
-            FUSED[stock] = extended(stock, FusedTimmBlock)
+            FUSED[stock] = FusedTimmBlock
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             gains = "checkpointing" in vars(block) or any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
             gains |= stock is MLPBlock and not _trains(block)
             gains |= stock is EncoderBlock and is_frozen_attention(block.self_attention)
-            block.__class__ = FUSED[stock] if gains else stock
+            block.__class__ = extended(stock, FUSED[stock]) if gains else stock
     _set_fast_paths(model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
     for module in model.modules():
-        if isinstance(module, Freezable | FusedTimmBlock):
+        if isinstance(module, Extended):
             module.__class__ = unextended(module)
             vars(module).pop("frozen", None)
-        if isinstance(module, WHOLE_BLOCKS):
             vars(module).pop("checkpointing", None)
-        module.__class__ = STOCK.get(type(module), type(module))
     _set_fast_paths(model)
 
 
@@ -362,7 +335,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     if mode not in ("none", "full"):
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")
     full = mode == "full"
-    blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
+    blocks = [m for m in model.modules() if unextended(m) in WHOLE_BLOCKS]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
         with contextlib.suppress(AssertionError):  # which timm raises if this one cannot

@@ -8,14 +8,15 @@ G is never formed. If A is zero and B is any matrix Q, the model computes what i
 is ``s Q^T G``: for a random Q a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.1).
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import adapted_layers, adapter_parameters
-from toolkit import distributed, dotted
+from lora.adapted import adapted_layers
+from toolkit import distributed, dotted, temporarily
 
 ADAPTER_LR_FACTOR = 24.0  # how many times faster these adapters learn, up to rank 8: measured in benchmarks/RESULTS.md
 RESNET_LR_FACTOR = 2.0  # further, in a ResNet: measured in benchmarks/RESULTS.md, why is not known
@@ -39,22 +40,14 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     trained = [(A, B) for A, B in adapter_pairs(model) if A.requires_grad]
     if not trained:
         return
-    before = [(factor, factor.clone()) for pair in trained for factor in pair]
-    former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
-    for A, B in trained:
-        A.zero_()
-        B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
-    model.zero_grad()
-    try:
-        with torch.enable_grad():
-            backward()
+    with contextlib.ExitStack() as factors, temporarily(model.parameters(), grad=None), torch.enable_grad():
+        for A, B in trained:
+            Q = torch.randn(B.shape, generator=generator) / math.sqrt(len(B))
+            factors.enter_context(temporarily([A], data=torch.zeros_like(A)))
+            factors.enter_context(temporarily([B], data=Q.to(B)))
+        backward()
         sketches = [A.grad for A, _ in trained]
-    finally:
-        for parameter, gradient in former_gradients:
-            parameter.grad = gradient
-        for factor, former in before:
-            factor.copy_(former)
     for (A, B), sketch in zip(trained, sketches, strict=True):
         if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
             precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
@@ -92,6 +85,5 @@ def start_at_change(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """The A (r, fan_in) and the B (fan_out, r) of each adapter."""
     for layer in adapted_layers(model).values():
-        factors = adapter_parameters(layer)
         for part in layer.parts:
-            yield factors[f"lora_A{part}"], factors[f"lora_B{part}"]
+            yield layer.get_parameter(f"lora_A{part}"), layer.get_parameter(f"lora_B{part}")

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lora.fusion import STOCK, resnet_from_stage, vit_from_block
+from lora.fusion import resnet_from_stage, vit_from_block
 from toolkit import InputError
 from toolkit.models.backbones import block_names, head_name, headless
+from toolkit.models.norms import unextended
 
 FROM_BLOCK = {ResNet: resnet_from_stage, VisionTransformer: vit_from_block}
 
@@ -35,7 +36,7 @@ def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], 
     upper.first = None
     if last is None:
         return headless(model), upper
-    kind = STOCK.get(type(model), type(model))
+    kind = unextended(model)
     if kind not in FROM_BLOCK:
         what = f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}"
         raise InputError(f"{what}: use --cache-features none")

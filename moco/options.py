@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,19 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> tu
     return config.frozen(PretrainOptions, args), sources
 
 
-def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
-    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    problems = [*options.complete_shared(args, sources, typed), *options.environment_problems(args, written(args))]
+def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> Iterator[str]:
+    """Fill in the options that follow from others; yield what is wrong with them together, one line each."""
+    yield from options.complete_shared(args, sources, typed)
+    yield from options.environment_problems(args, written(args))
     if args.knn_dir and not remote.is_folder(args.knn_dir):
-        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
+        yield f"--knn-dir {args.knn_dir}: no such folder"
     if "crop_min" in typed and args.two_crops == "digits":
-        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
+        yield "--crop-min with --two-crops digits, which crops nothing: drop one of the two"
     if args.checkpoint is None and args.lora_rank > 0:
-        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
+        yield f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt"
     if args.checkpoint is not None and sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    problems += model_problems(args.checkpoint or NO_CHECKPOINT, args.arch, args.heads)
-    return problems
+    yield from model_problems(args.checkpoint or NO_CHECKPOINT, args.arch, args.heads)
 
 
 def written(args: Any) -> list[str]:

@@ -35,19 +35,17 @@ from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
 from toolkit import InputError, attributes, config, devices, distributed, files, typed
-from toolkit.answers import evaluation, measures
-from toolkit.answers.answer_reports import interval_text
+from toolkit.answers import answer_reports, evaluation, measures
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import backbones, checkpoints, norms
-from toolkit.run import optim, options, output_folder, reports, runs, training
+from toolkit.run import options, output_folder, reports, runs, training
 from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed: they do not change what is computed, and a digest catches another base.
 FREE_TO_CHANGE = ("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "checkpoint")
 FREE_TO_CHANGE += options.PLACES_OF_IMAGES
 OF_ONE_VERSION = {"queue_size": 2, "mlp_dim": 3}  # options that the other version of MoCo has no use for
-METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 KNN_BANK = 50_000  # the most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50
 KNN_QUERIES = 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
@@ -114,7 +112,8 @@ def train(run: "Pretraining") -> None:
                         loss = run.parallel(x1, x2, m)
                     run.optimizer.zero_grad()
                     run.scaler.scale(loss).backward()
-                    optim.take_step(run.scaler, run.optimizer)
+                    run.scaler.step(run.optimizer)
+                    run.scaler.update()
                     run.schedule.step()
 
                     unread.append((args.batch_size, [loss.detach()[None]]))
@@ -214,7 +213,7 @@ class Pretraining(RunState):
     def end_epoch(self) -> None:
         """Add a row to the history, save the files that are due, measure the features if that is due, print a line."""
         now = self.progress
-        row = dict.fromkeys(METRICS) | {"epoch": self.epoch + 1, "loss": now.loss_sum / now.steps}
+        row = {"epoch": self.epoch + 1, "loss": now.loss_sum / now.steps, **dict.fromkeys(measures.TITLES)}
         row |= {"learning_rate": now.learning_rate, "seconds": now.seconds}
         self.history.append(row)
         self.progress = None
@@ -222,7 +221,7 @@ class Pretraining(RunState):
         if self.epoch == self.args.epochs or self.epoch % self.args.knn_every == 0:
             row |= self.measure()
             self.save_epoch()  # again, with the measures
-        self.save_metrics(METRICS)
+        self.save_metrics()
         print(f"epoch {self.epoch}: {describe_measures(row)}; {reports.describe_times(self.history, self.args.epochs)}")
         if row["effective_rank"] is not None and row["effective_rank"] < COLLAPSED_RANK:
             print("  the features have collapsed: lower --learning-rate or warm up longer")
@@ -288,34 +287,28 @@ class Pretraining(RunState):
         return results | {name: self.identity[name] for name in ("images", "normalization", "config")}
 
 
-def summary(run: Pretraining, results: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(run: Pretraining, results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The table printed at the end of stage 1: (name, value) of each row."""
-    rows = []
     for when, measured in (("before", run.baseline), ("after", run.history[-1])):
         if measured and (interval := run.knn_interval(measured)):
             images = f"of {len(run.measuring_loaders[1].dataset):,} images"
-            rows.append((f"k-NN {when}", f"{measured['knn_accuracy']:.1%} {images} ({interval_text(*interval)})"))
+            yield f"k-NN {when}", f"{measured['knn_accuracy']:.1%} {images} ({answer_reports.interval_text(*interval)})"
         elif measured:
             rank = f"{measured['effective_rank']:.1f}; --knn-dir, class folders, would show what that is worth"
-            rows.append((f"effective rank {when}", rank))
+            yield f"effective rank {when}", rank
     path = results["checkpoint"]
     base = shlex.quote(str(path))
     if run.args.lora_rank > 0:
         base = f"{shlex.quote(str(run.args.checkpoint))} --stage1-adapter {base}"
-    rows.append(("training time", reports.duration(results["seconds"])))
-    rows.append(("results in", f"{path.parent}/: {path.name}, metrics.csv, results.json, pretraining_curves.png"))
-    rows.append(("next", f"{typed('finetune')} --data-dir my_images --checkpoint {base}"))
-    return rows
+    yield "training time", reports.duration(results["seconds"])
+    yield "results in", f"{path.parent}/: {path.name}, metrics.csv, results.json, pretraining_curves.png"
+    yield "next", f"{typed('finetune')} --data-dir my_images --checkpoint {base}"
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
     """The loss and the measures of the features in words, as far as they are known."""
-    forms = {"loss": ".3f", "effective_rank": ".2f", "knn_accuracy": ".1%"}
-    shown = []
-    for name, title in {"loss": "loss", **measures.TITLES}.items():
-        if row.get(name) is not None:
-            shown.append(f"{title} {row[name]:{forms[name]}}")
-    return ", ".join(shown)
+    forms = {"loss": "loss {:.3f}", "knn_accuracy": "k-NN {:.1%}", "effective_rank": "effective rank {:.2f}"}
+    return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
 
 
 def check_batch_size(args: PretrainOptions, images: int) -> None:

@@ -308,7 +308,7 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, autocast, tolerance)
         model(x).sum().backward()
     assert operations.count("bmm") == 0
     compare_with_dense(stock, model, [x], tolerance, autocast=autocast)
-    assert type(model.encoder.layers[0]) is fusion.FusedEncoderBlock
+    assert isinstance(model.encoder.layers[0], fusion.FusedEncoderBlock)
     freeze_backbone_params(model, freeze=False)  # what trains is torchvision's
     assert type(model.encoder.layers[0]) is EncoderBlock or way != "a linear probe"
 

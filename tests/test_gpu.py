@@ -84,14 +84,14 @@ def losses(folder: Path) -> list[float]:
 def taken(monkeypatch) -> list:
     """What the GPU had been asked for after each step of the optimizer."""
     counted = []
-    take_step = optim.take_step
+    update = torch.amp.GradScaler.update
 
     def noted(*arguments) -> None:
-        take_step(*arguments)
+        update(*arguments)
         if cuda_on_cpu.is_loaded():
             counted.append(cuda_on_cpu.counts())
 
-    monkeypatch.setattr(optim, "take_step", noted)
+    monkeypatch.setattr(torch.amp.GradScaler, "update", noted)
     return counted
 
 

@@ -268,7 +268,7 @@ def test_what_a_threshold_reaches_is_told_with_wilsons_intervals():
     assert by_name["sensitivity_interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert by_name["specificity_interval"] == pytest.approx([0.5313, 0.8881], abs=1e-4)
     told = "0.30: sensitivity 80.0% (49.0% to 94.3%), specificity 75.0% (53.1% to 88.8%)"
-    assert report.printed()[-1] == ("rare", told)
+    assert list(report.printed())[-1] == ("rare", told)
     patients = torch.arange(30) // 5  # two have the label, whose images are alike
     found = task.report(answers, patients).intervals(0)["sensitivity"]
     assert found == measures.share_interval(is_answer[:10], patients[:10])

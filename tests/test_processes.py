@@ -461,9 +461,9 @@ def drawn(rank: int) -> tuple[float, float, float]:
     run.begin_training(torch.optim.SGD(run.model.parameters()), 1, 0)
     first = torch.rand(()).item()
     entry = run.trained_entries["rng"]
-    state = entry.save()
+    state = entry.state_dict()
     then = torch.rand(()).item()
-    entry.load(state)
+    entry.load_state_dict(state)
     return first, then, torch.rand(()).item()
 
 

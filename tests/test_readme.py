@@ -191,7 +191,7 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
     if launch.training_script == "finetune_lora.py":
         finetune_lora.read_options(argv)
     elif launch.training_script == "deploy_lora.py":
-        assert not deploy_lora.check(deploy_lora.make_parser()[0].parse_args(argv))
+        assert not list(deploy_lora.check(deploy_lora.make_parser()[0].parse_args(argv)))
     else:
         assert launch.module and launch.training_script == "moco.pretrain"
         pretrain.config.parse_args(pretrain.make_parser(), argv, ignored=pretrain.options.OF_FINE_TUNING)

@@ -1,5 +1,6 @@
 """The parts that runs of both stages share: images, models and checkpoints, training, options, files and reports."""
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -7,7 +8,7 @@ import re
 import shlex
 import stat
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,11 +40,11 @@ def printable(text: Any, longest: int = 120) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
-def listed(names: Iterable[Any], shown: int = 4) -> str:
+def listed(names: Iterable[Any], shown: int = 4, by: str = ", ") -> str:
     """The first few names, printable, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return (", ".join(map(printable, names[:shown])) or "none") + more
+    return (by.join(map(printable, names[:shown])) or "none") + more
 
 
 def dotted(prefix: str, name: str) -> str:
@@ -61,6 +62,21 @@ def did_you_mean(name: Any, known: Collection[str]) -> str:
 def attributes(thing: Any, *names: str) -> dict[str, Any]:
     """Some attributes of a thing, by their names."""
     return {name: getattr(thing, name) for name in names}
+
+
+@contextlib.contextmanager
+def temporarily(things: Iterable[Any], **values: Any) -> Iterator[None]:
+    """Within this block these attributes of each thing have these values; afterwards they have those of before."""
+    before = [(thing, attributes(thing, *values)) for thing in things]
+    try:
+        for thing, _ in before:
+            for name, value in values.items():
+                setattr(thing, name, value)
+        yield
+    finally:
+        for thing, former in before:
+            for name, value in former.items():
+                setattr(thing, name, value)
 
 
 def optional_package(name: str, who: str, install: str | None = None) -> ModuleType:

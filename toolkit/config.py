@@ -196,20 +196,18 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | No
         elif action.nargs == "+":
             action.nargs = "*"
     typed, rest = lenient.parse_known_args(argv)
-    return vars(typed), unknown_words(parser, rest)
+    return vars(typed), list(unknown_words(parser, rest))
 
 
-def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> Iterator[str]:
     """What is wrong with the words that `parse_known_args` left over."""
-    problems = []
     known = list(parser._option_string_actions)
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         if word.startswith("-"):
-            problems.append(f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}")
+            yield f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}"
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
-            problems.append(f"{printable(word)}: unexpected argument; see {see}")
-    return problems
+            yield f"{printable(word)}: unexpected argument; see {see}"
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -348,20 +346,18 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def as_typed(kind: type, asked: Mapping[str, Any]) -> list[str]:
+def as_typed(kind: type, asked: Mapping[str, Any]) -> Iterator[str]:
     """Options of a dataclass by their names and values as a command line has them: no word for what is off anyway."""
-    words = []
     for name, value in asked.items():
         default = getattr(kind, name, value)
         if isinstance(value, list | tuple):
-            words += [flag(name), *map(str, value)]
+            yield from (flag(name), *map(str, value))
         elif not isinstance(value, bool | None):
-            words.append(f"{flag(name)}={value}")
+            yield f"{flag(name)}={value}"
         elif value is False and isinstance(default, bool):
-            words.append(flag(f"no_{name}"))
+            yield flag(f"no_{name}")
         elif value or (value is False and default is not None):
-            words.append(flag(name))  # an option that needs a value refuses this by its name
-    return words
+            yield flag(name)  # an option that needs a value refuses this by its name
 
 
 def flag(name: str) -> str:

@@ -102,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     try:
         is_zip, names = _check_format(path)
         return _load(path, is_zip and mapped, names if objects else set())
-    except _Refused as error:
+    except InputError as error:  # it is understood, but not accepted
         reason = str(error)
     except OSError as error:
         reason = error.strerror or printable(error)
@@ -175,6 +175,20 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
         raise InputError(f"{path} is no readable safetensors file: {problem}") from None
 
 
+def read_described(path: str | os.PathLike) -> Any:
+    """The content of a `torch.save` file; of `.safetensors` what JSON under `adapter` says, and its `tensors`."""
+    if not is_safetensors(path):
+        return read_checkpoint(path)
+    tensors, header = read_safetensors(path)
+    try:
+        content = json.loads(header.get("adapter", "null"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
+    if isinstance(content, dict):
+        content["tensors"] = tensors
+    return content
+
+
 def describe_header(header: bytes) -> str:
     """Guess from its first bytes what a file is that is no checkpoint."""
     if not header:
@@ -197,10 +211,6 @@ def is_plain_tensor(value: Any) -> bool:
     return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
 
 
-class _Refused(Exception):
-    """The file is understood, but not accepted."""
-
-
 def _check_format(path: Path) -> tuple[bool, set[str]]:
     """Is the file a zip file (else a legacy one); and the names of the classes and functions that it needs."""
     # torch.save's first format, in use until 1.6 and in the official MoCo v1 and v2 files, starts with this number.
@@ -213,7 +223,7 @@ def _check_format(path: Path) -> tuple[bool, set[str]]:
         if header == magic:
             # Magic number, format version, byte order, content, storage keys; then the storages.
             return False, set().union(*(_check_pickle(file) for _ in range(5)))
-    raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
+    raise InputError(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
 def _check_zip(file: IO[bytes]) -> set[str]:
@@ -221,14 +231,14 @@ def _check_zip(file: IO[bytes]) -> set[str]:
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise _Refused("its zip records are compressed; give a file as torch.save writes it")
+            raise InputError("its zip records are compressed; give a file as torch.save writes it")
         for record in records:
             record.CRC = record.CRC or None  # 0 if saved without checksums; for None zipfile compares nothing
         if damaged := archive.testzip():
-            raise _Refused(f"{printable(damaged)} in it does not match its checksum; download or copy it again")
+            raise InputError(f"{printable(damaged)} in it does not match its checksum; download or copy it again")
         content = f"{records[0].filename.split('/')[0]}/data.pkl" if records else ""
         if content not in archive.namelist():
-            raise _Refused("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
+            raise InputError("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
         with archive.open(content) as pickled:
             return _check_pickle(pickled)
 
@@ -260,7 +270,7 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
                     parts.append(stack.pop() or 0)  # 0: of the mark
             size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
             if size > 10_000_000:
-                raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
+                raise InputError("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)
     return names
 

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ SHOWN = 15  # labels, in the table that is printed
 COLUMNS = 6  # of mistakes.png
 PICTURES = 18  # in it
 CELL = 1.29  # times as high as wide, with what is written above and below a picture
+Named = list[tuple[str, str]]  # names of images, and what is said of each
 WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
 
 
@@ -29,19 +30,20 @@ class Headline(NamedTuple):
     bounds: tuple[float, float] = measures.SHARE  # see `measures.jackknife`
     form: str = ".2%"
     form_of_ends: str = ".1%"
+    note: str = ""  # behind the figure
 
 
 class Report:
     """The report on the answers to a task, intervals over `clusters`. Annotated: what a derived class adds."""
 
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
-    printed: Callable[[], list[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
+    printed: Callable[[], Iterable[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
     sections: Callable[[Path], list[str]]  # for the page, in HTML, with the picture that `draw` has drawn
     draw: Callable[[Path], None]
     picture: str  # the file that it writes
     in_summary = False  # a run's summary has what is `printed`
     worst_title = "Wrong, most confident first"  # of the picture of `mistakes`
-    mistakes: Callable[[], Sequence[tuple[int, str]]]  # (image, what is said of it), the worst first
+    mistakes: Callable[[], Iterator[tuple[int, str]]]  # (image, what is said of it), the worst first
     answer_columns: Callable[[], dict[str, Sequence[Any]]]  # of `results_answers.csv`: what is true, and was answered
 
     def __init__(self, task: Any, answers: Any, clusters: Tensor | None = None):
@@ -65,6 +67,10 @@ class Report:
         for name, figure in zip(self.HEADLINES, self.headlines(), strict=True):
             figures[name] = finite(figure.value)
             figures[f"{name}_interval"] = finite_interval(figure.interval)
+        if self.task.activation != "none":
+            figures["calibration_error"] = measures.calibration_error(self.answers.reliability())  # expected, 0 to 1
+        if self.task.temperature != 1:  # a run has just been calibrated
+            figures["temperature"] = self.task.temperature
         return figures
 
     def title(self) -> str:
@@ -72,19 +78,19 @@ class Report:
         score = cell(self.headlines()[0].value, headline.form) or "not defined"
         return f"{headline.title} {score} on {len(self.answers.targets)} images"
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, str]]:
         """The headlines for people, (name, value) each, of which the first is the score."""
-        rows = []
         for headline, (value, ends, _) in zip(self.HEADLINES.values(), self.headlines(), strict=True):
             text = f"{value:{headline.form}} ({interval_text(*ends, headline.form_of_ends)})"
             if math.isnan(value):
                 text = f"not defined: {headline.undefined}"
-            rows.append((headline.title, text))
-        return rows
+            yield headline.title, text + headline.note
+        if self.task.activation != "none":
+            yield from self.calibration_rows()
 
-    def draw_mistakes(self, images: LabelledImages, path: Path, explainer: heat_maps.Explainer | None = None) -> None:
-        """Pictures of the worst answers, and next to each what decided, if there is an explainer."""
-        chosen = self.mistakes()
+    def draw_mistakes(self, images: LabelledImages, path: Path, explainer: heat_maps.Explainer | None = None) -> Named:
+        """Draw the worst answers, and next to each what decided, if there is an explainer; return what is on it."""
+        chosen = list(self.mistakes())
         wide = 1 if explainer is None else 2  # columns for an image, and for what decided
         rows = max(1, math.ceil(wide * len(chosen) / COLUMNS))
         figure = new_figure(1.7 * COLUMNS, 2.2 * rows)
@@ -99,23 +105,14 @@ class Report:
                 place_picture(axes, row, column + 1, explainer.explain(images.undecoded(i)[0])[1], "what decided")
         axes.set(xlim=(0, COLUMNS), ylim=(rows * CELL, 0))
         save_figure(figure, path)
+        return [(images.name(i), text) for i, text in chosen]
 
-    def named_mistakes(self, images: LabelledImages) -> list[tuple[str, str]]:
-        """What `draw_mistakes` shows, for the page: (the image's name, what is said of it)."""
-        return [(images.name(i), text) for i, text in self.mistakes()]
-
-    def calibration_figures(self) -> dict[str, float]:
-        """The expected calibration error (0 to 1) and, where a run has just been calibrated, the temperature."""
-        figures = {"calibration_error": measures.calibration_error(self.answers.reliability())}
-        return figures if self.task.temperature == 1 else figures | {"temperature": self.task.temperature}
-
-    def calibration_rows(self) -> list[tuple[str, str]]:
-        """The same for people, where it is worth a line: large, and more than chance makes of so few images."""
+    def calibration_rows(self) -> Iterator[tuple[str, str]]:
+        """The calibration error where it is worth a line: large, and more than chance makes of so few images."""
         bins = self.answers.reliability()
         error = measures.calibration_error(bins)
-        if not error > max(TOLERATED_ERROR, measures.calibration_error_by_chance(bins)):  # NaN is not
-            return []
-        return [("probabilities off by", f"{error:.1%} on average")]
+        if error > max(TOLERATED_ERROR, measures.calibration_error_by_chance(bins)):  # NaN is not
+            yield "probabilities off by", f"{error:.1%} on average"
 
 
 def place_picture(axes: Any, row: int, column: int, picture: Any, above: str, below: str = "") -> None:
@@ -171,14 +168,13 @@ def shortest_text(number: Any) -> str:
     return "" if math.isnan(number) else str(number).removesuffix(".0")
 
 
-def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Rows by class, label or number for a terminal: the first ones, and how many there are besides."""
-    shown = [(title, order)]
+    yield title, order
     for name, text in rows[:SHOWN]:
-        shown.append((printable(name, 20), text))
+        yield printable(name, 20), text
     if len(rows) > SHOWN:
-        shown.append(("", f"and {len(rows) - SHOWN} more"))
-    return shown
+        yield "", f"and {len(rows) - SHOWN} more"
 
 
 def worst_first(shares: Tensor | Sequence[float]) -> list[int]:

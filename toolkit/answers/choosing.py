@@ -12,8 +12,7 @@ from torch import Tensor
 from toolkit.answers.report_page import html_pictures, write_html
 from toolkit.choices import TO_LABEL
 from toolkit.files import make_folder, write_cells
-from toolkit.images import remote
-from toolkit.images.data import LabelledImages
+from toolkit.images import data, remote
 
 # Measured, see benchmarks/RESULTS.md.
 FEW = 5  # labels a class: a model that has fewer does not know what it is unsure of
@@ -48,7 +47,7 @@ def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
     return candidates[sorted(most_typical(features[candidates], count, features[:0]))].tolist()
 
 
-def write_chosen(images: LabelledImages, folder: Path) -> None:
+def write_chosen(images: data.LabelledImages, folder: Path) -> None:
     """Write a list to add labels to, and a page with the pictures; not what a model says, which people would follow."""
     make_folder(folder)
     names = list(map(images.name, range(len(images))))

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,18 @@ class ClassReport(Report):
 
     def figures(self) -> dict[str, Any]:
         by_class = {"accuracy_per_class": dict(zip(self.names, map(finite, self.shares.tolist()), strict=True))}
-        return super().figures() | self.calibration_figures() | by_class
+        return super().figures() | by_class
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, str]]:
         accuracy, balanced, f1 = self.headlines()
         images = len(self.answers.labels)
         digits = int(images >= 200)  # more would be chance's own
         chance = answer_reports.interval_text(*accuracy.interval, f".{digits}%")
-        return [
-            ("accuracy", f"{round(accuracy.value * images):,} of {images:,} images, {accuracy.value:.2%} ({chance})"),
-            ("balanced over classes", f"{balanced.value:.2%}, macro F1 {f1.value:.2%}"),
-            *self.calibration_rows(),
-        ]
+        yield "accuracy", f"{round(accuracy.value * images):,} of {images:,} images, {accuracy.value:.2%} ({chance})"
+        yield "balanced over classes", f"{balanced.value:.2%}, macro F1 {f1.value:.2%}"
+        yield from self.calibration_rows()
 
-    def printed(self) -> list[tuple[str, str]]:
+    def printed(self) -> Iterator[tuple[str, str]]:
         rows = [(name, f"{right} of {images} right") for name, images, right, _ in self.by_class()]
         return answer_reports.shortened("by class", "the worst first:", rows)
 
@@ -68,22 +66,18 @@ class ClassReport(Report):
         by_class = report_page.html_table(self.by_class(), ("class", "images", "right", "share"))
         return ["<h2>What is taken for what</h2>", matrix, confused, "<h2>By class</h2>", by_class]
 
-    def by_class(self) -> list[tuple[str, int, int, str]]:
+    def by_class(self) -> Iterator[tuple[str, int, int, str]]:
         """(class, images, right answers, their share), the worst first; classes without images last."""
-        rows = []
         for i in worst_first(self.shares):
             share = f"{self.shares[i]:.1%}" if self.images[i] else "no images"
-            rows.append((self.names[i], int(self.images[i]), int(self.right[i]), share))
-        return rows
+            yield self.names[i], int(self.images[i]), int(self.right[i]), share
 
-    def most_confused(self) -> list[tuple[str, str, int, str]]:
+    def most_confused(self) -> Iterator[tuple[str, str, int, str]]:
         """The most frequent wrong answers: (true class, answer, images, share of the class)."""
-        pairs = Counter(zip(self.answers.labels.tolist(), self.answers.predictions.tolist(), strict=True))
-        rows = []
-        for (true, answer), count in pairs.most_common():
-            if true != answer:
-                rows.append((self.names[true], self.names[answer], count, f"{count / self.images[true]:.1%}"))
-        return rows[:CONFUSIONS]
+        both = torch.stack([self.answers.labels, self.answers.predictions], 1)
+        wrong = both[both[:, 0] != both[:, 1]]
+        for (true, answer), count in Counter(map(tuple, wrong.tolist())).most_common(CONFUSIONS):
+            yield self.names[true], self.names[answer], count, f"{count / self.images[true]:.1%}"
 
     def draw(self, path: Path) -> None:
         """The confusion matrix. Of more than 1,000 classes, neighbours are counted as one: it has no room for all."""
@@ -94,14 +88,12 @@ class ClassReport(Report):
         per_row = f", {size} classes per row" if size > 1 else ""
         answer_reports.plot_confusion(matrix, self.names, self.title() + per_row, path)
 
-    def mistakes(self) -> list[tuple[int, str]]:
+    def mistakes(self) -> Iterator[tuple[int, str]]:
         *_, predictions, labels, confidences = self.answers
         ranked = confidences.argsort(descending=True, stable=True)
         wrong = ranked[predictions[ranked] != labels[ranked]]
-        found = []
         for i in wrong[:PICTURES].tolist():
-            found.append((i, f"{self.names[labels[i]]}, taken for {self.names[predictions[i]]} ({confidences[i]:.0%})"))
-        return found
+            yield i, f"{self.names[labels[i]]}, taken for {self.names[predictions[i]]} ({confidences[i]:.0%})"
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         answers = self.answers
@@ -116,10 +108,7 @@ class Classification(parts.SoftmaxObjective):
     """One class an image: logits (N, K) and labels (N,)."""
 
     kind = "classification"
-    score = "accuracy"
-    score_title = "accuracy"
     loss_title = "cross-entropy"
-    measured = tuple(ClassReport.HEADLINES)
     pipeline = "image-classification"
     counts_images = True
     Report = ClassReport

@@ -1,7 +1,7 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit import devices, distributed
+from toolkit import devices, distributed, temporarily
 from toolkit.answers import measures
 from toolkit.models.backbones import headless
 
@@ -42,32 +42,21 @@ def no_labels(like: Tensor) -> Tensor:
     return torch.full_like(like, torch.nan if like.is_floating_point() else NO_LABEL)
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager:
     """Within this block the model is in eval mode. Afterwards each module is in its mode of before."""
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    return temporarily(model.modules(), training=False)
 
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> None:
     """Set the statistics of each BatchNorm that trains to the mean over a loader (arXiv 2105.07576, section 3)."""
     norms = training_norms(model)
-    momenta = [norm.momentum for norm in norms]
-    with eval_mode(model):
+    with eval_mode(model), temporarily(norms, momentum=None):  # the mean over all batches
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
             norm.train()
         for images, _ in loader:
             computed(model, images, device, dtype)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 @torch.no_grad()
@@ -149,10 +138,8 @@ class Evaluation(NamedTuple):
         return self.labels
 
     def measured(self) -> dict[str, float]:
-        found = {"accuracy": self.accuracy}
-        for name, mean in self.weighted(torch.ones(1, len(self.labels))).items():
-            found[name] = mean.item()
-        return found
+        means = self.weighted(torch.ones(1, len(self.labels)))
+        return {"accuracy": self.accuracy} | {name: mean.item() for name, mean in means.items()}
 
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         """The means over classes, (n,), by weights of images (n, N): there is a better interval of the accuracy."""

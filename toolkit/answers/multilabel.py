@@ -3,13 +3,13 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit import listed, printable
 from toolkit.answers import measures, parts, probe
@@ -73,7 +73,7 @@ class LabelReport(ColumnReport):
         "macro_ap": Headline("macro AP", NO_POSITIVE),
         "micro_ap": Headline("micro AP", NO_POSITIVE),
         "macro_auroc": Headline("macro AUROC", "no label has evaluation images with it and without"),
-        "macro_f1": Headline("macro F1", NO_POSITIVE),
+        "macro_f1": Headline("macro F1", NO_POSITIVE, note=", at the stored thresholds"),
     }
 
     @functools.cached_property
@@ -102,27 +102,21 @@ class LabelReport(ColumnReport):
                 found |= dict.fromkeys(RANKINGS, measures.NO_INTERVAL)
         return found
 
-    def figures(self) -> dict[str, Any]:
-        return super().figures() | self.calibration_figures()
+    def rows(self) -> Iterator[tuple[str, str]]:
+        score, *rows = super().rows()
+        yield score
+        if missing := [name for name, count in zip(self.names, self.by["positives"], strict=True) if not count]:
+            yield "", f"no evaluation image has {listed(missing, 4)}: left out of the means"
+        yield from rows
 
-    def rows(self) -> list[tuple[str, str]]:
-        *rows, (title, text) = super().rows()
-        rows.append((title, f"{text}, at the stored thresholds"))
-        missing = [name for name, positives in zip(self.names, self.by["positives"], strict=True) if not positives]
-        if missing:
-            rows.insert(1, ("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
-        return rows + self.calibration_rows()
-
-    def by_label(self) -> list[list[Any]]:
+    def by_label(self) -> Iterator[list[Any]]:
         """Rows of TITLES, the lowest AP first; labels without positives last."""
-        rows = []
         for i in worst_first(self.by["average_precision"]):
             counts = self.by["positives"][i], self.by["unknown"][i]
             threshold = f"{self.by['threshold'][i]:.2f}"
-            rows.append([self.names[i], *counts, *self.cells(i, SHARES, ".1%").values(), threshold])
-        return rows
+            yield [self.names[i], *counts, *self.cells(i, SHARES, ".1%").values(), threshold]
 
-    def printed(self) -> list[tuple[str, str]]:
+    def printed(self) -> Iterator[tuple[str, str]]:
         rows = []
         at_thresholds = []
         for name, positives, _, ap, auroc, _, sensitivity, specificity, *_, threshold in self.by_label():
@@ -131,8 +125,8 @@ class LabelReport(ColumnReport):
             rows.append((name, text if positives else "no positives"))
             reached = f"{threshold}: sensitivity {sensitivity or 'not defined'}"
             at_thresholds.append((name, f"{reached}, specificity {specificity or 'not defined'}"))
-        by_label = shortened("by label", "the worst first, with 95% intervals:", rows)
-        return by_label + shortened("at the threshold", "what it reaches, with 95% intervals:", at_thresholds)
+        yield from shortened("by label", "the worst first, with 95% intervals:", rows)
+        yield from shortened("at the threshold", "what it reaches, with 95% intervals:", at_thresholds)
 
     def sections(self, picture: Path) -> list[str]:
         shown = html_picture(picture.read_bytes(), "precision by recall, and ROC, of the labels with the lowest AP")
@@ -165,26 +159,21 @@ class LabelReport(ColumnReport):
                 axes.legend(fontsize=8)
         save_figure(figure, path)
 
-    def mistakes(self) -> list[tuple[int, str]]:
+    def mistakes(self) -> Iterator[tuple[int, str]]:
         values = self.answers.values
         targets = self.answers.targets
         is_wrong = (values > self.task.thresholds) != (targets == 1)
-        found = []
         for image, label in self.worst((values - targets).abs() * is_wrong):
             is_there = "is there" if targets[image, label] == 1 else "is not there"
-            found.append((image, f"{self.names[label]} {is_there}: {values[image, label]:.0%}"))
-        return found
+            yield image, f"{self.names[label]} {is_there}: {values[image, label]:.0%}"
 
 
 class MultiLabel(parts.Task):
     """Several labels an image, by the targets of training images, (N, K): 1, 0, or NaN, with none, where unknown."""
 
     kind = "multilabel"
-    score = "macro_ap"
-    score_title = "macro AP"
     loss_title = "binary cross-entropy"
     outputs_are = ("label", "labels")
-    measured = LabelAnswers.MEASURED
     pipeline = "image-classification"
     recorded = ("thresholds",)
     Report = LabelReport
@@ -279,6 +268,3 @@ class MultiLabel(parts.Task):
         for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
             columns[f"{name} probability"] = list(map("{:.4f}".format, shares))
         return columns
-
-    def output_layer(self) -> nn.Module:
-        return nn.Sigmoid()

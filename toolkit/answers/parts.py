@@ -25,7 +25,7 @@ VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be
 class Answers:
     """The result of `Task.evaluate`. It has `targets` too. An `Evaluation` of a classification is alike."""
 
-    MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures, of which the first is the score
+    MEASURED: ClassVar[tuple[str, ...]]  # the figures of metrics.csv, with val_ before them; the first is the score
     # By weights of the images (n, N) these figures, (n,), and maybe others of each class or label, (n, K), by name
     weighted: ClassVar[Callable[[Tensor], Mapping[str, Tensor]]]
     loss: float  # plain, the mean over images
@@ -39,8 +39,7 @@ class Answers:
         return self.measured()[self.MEASURED[0]]
 
     def measured(self) -> dict[str, float]:
-        figures = self.figures()
-        return {name: figures[name].item() for name in self.MEASURED}
+        return {name: figure.item() for name, figure in self.figures().items() if name in self.MEASURED}
 
 
 @dataclass
@@ -61,9 +60,8 @@ class Task:
     """What is minimised, what outputs (N, K) of a head mean and how it starts. Annotated: what a derived class adds."""
 
     kind: str  # its name in --task, in adapter files and in the tables of toolkit/choices.py
-    score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
+    score: str  # the figure that judges a run, its report's first; columns of it begin with val_ or probe_
     score_title: str  # for people
-    measured: tuple[str, ...]  # the names in `Answers.measured`; columns of metrics.csv, with val_ before them
     loss_title: str
     outputs_are: tuple[str, str]  # one of them, and several
     axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
@@ -101,6 +99,11 @@ class Task:
     fitted_temperature: Callable[..., float]
     # A table of predictions, for outputs: what stands in each column, for each image
     columns: Callable[[Tensor], Mapping[str, Sequence[str]]]
+
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "Report"):
+            cls.score, headline = next(iter(cls.Report.HEADLINES.items()))
+            cls.score_title = headline.title
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
@@ -193,6 +196,8 @@ class Task:
 
     def output_layer(self) -> nn.Module:
         """What an exported graph ends with, so that its outputs mean something by themselves."""
+        if self.output_name == "probabilities":
+            return {"softmax": nn.Softmax(1), "sigmoid": nn.Sigmoid()}[self.activation]
         return nn.Identity()
 
     def report(self, answers: Answers, clusters: Tensor | None = None) -> Report:

@@ -17,9 +17,8 @@ from torch import Tensor
 from toolkit import InputError, listed, printable
 from toolkit.answers.parts import Task
 from toolkit.files import make_folder, open_atomically, read_json, write_cells, write_text
-from toolkit.images import data, scenes
+from toolkit.images import data, maps, scenes
 from toolkit.images.folders import without_suffix
-from toolkit.images.maps import NO_CLASS, write_map, write_mask
 from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
@@ -112,8 +111,8 @@ class Maps:
     def __post_init__(self) -> None:
         self.are_classes = self.task.activation == "softmax"
         self.has_classes = self.are_classes and not self.probabilities
-        if self.has_classes and len(self.task.names) > NO_CLASS:
-            raise InputError(f"a map of classes has at most {NO_CLASS} of them: use --probabilities")
+        if self.has_classes and len(self.task.names) > maps.NO_CLASS:
+            raise InputError(f"a map of classes has at most {maps.NO_CLASS} of them: use --probabilities")
         if self.probabilities and self.task.activation == "none":
             raise InputError("--probabilities: numbers have none; drop it")
         if self.abstain is not None and not self.has_classes:
@@ -135,10 +134,10 @@ class Maps:
         if is_tiff or scene.like is not None:
             path = path if is_tiff else path.with_name(f"{path.name}.tif")
             size = math.ceil(scene.height / step), math.ceil(scene.width / step)
-            write_map(path, parts, *size, scene.like, colours, self.task.names, step)
+            maps.write_map(path, parts, *size, scene.like, colours, self.task.names, step)
         elif self.has_classes:
             path = path.with_name(f"{path.name}.png")
-            write_mask(path, np.concatenate(list(parts)), colours)
+            maps.write_mask(path, np.concatenate(list(parts)), colours)
         else:
             path = path.with_name(f"{path.name}.npy")
             with open_atomically(path) as file:
@@ -167,7 +166,7 @@ class Maps:
         if self.has_classes:
             classes = outputs.argmax(2).numpy().astype(np.uint8)
             if self.abstain is not None:
-                classes[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = NO_CLASS
+                classes[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = maps.NO_CLASS
             return classes
         if self.are_classes:
             return outputs.softmax(2).numpy()

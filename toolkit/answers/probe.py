@@ -186,31 +186,24 @@ def class_folds(classes: np.ndarray, clusters: Tensor | None, turn: int = 0) -> 
     return fold
 
 
-class _Search(NamedTuple):
-    """What cross-validation found: its smallest loss, with which strength, and the answers for what was held out."""
-
-    loss: float = np.inf
-    strength: float = 1.0
-    held_out: Tensor | None = None
-
-
 def _fitted(features: Tensor, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> Probe:
     """The probe for targets (N, K) whose scaling and strength have the smallest loss of the `parts` held out."""
     X = features.detach().cpu().float()
     searches = {name: _search(X, scale(X), Y, counts, parts, link) for name, scale in SCALINGS.items()}
-    name = min(searches, key=lambda name: searches[name].loss)
+    name = min(searches, key=lambda name: searches[name][0])
     if not parts and X.min() >= 0:
         name = "length"
-    found = searches[name]
-    weight, bias = fitted_at(X, Y, counts, name, found.strength, link)
-    return Probe(weight, bias, found.strength, found.held_out, name)
+    _, strength, held_out = searches[name]
+    weight, bias = fitted_at(X, Y, counts, name, strength, link)
+    return Probe(weight, bias, strength, held_out, name)
 
 
-def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> _Search:
-    """Try STRENGTHS until two in a row are worse than one before. Each starts from the last one's weights."""
+def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> tuple:
+    """The smallest loss in cross-validation, with which strength, and the answers for what was held out, or None."""
+    # Two strengths in a row that are worse than one before are the last. Each starts from the last one's weights.
     seen = (X - scaled.mean) / scaled.scale  # by a linear head
     starts = [None] * len(parts)
-    best = _Search()
+    best = np.inf, 1.0, None
     worse = 0
     for strength in STRENGTHS if parts else ():
         loss = 0.0
@@ -221,8 +214,8 @@ def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequenc
             logits = _logits(seen[part], starts[i])
             loss += link.loss(logits, Y[part], counts[part]).item()
             held_out[part] = logits.float()
-        if loss < best.loss:
-            best = _Search(loss, float(strength), held_out)
+        if loss < best[0]:
+            best = loss, float(strength), held_out
             worse = 0
         else:
             worse += 1

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,10 +37,8 @@ class NumberAnswers(parts.ColumnAnswers):
 
     def by_number(self, name: str, weights: Tensor) -> Tensor:
         """One of MEASURES for each number, (n, K), by weights of the images (n, N)."""
-        found = []
-        for values, truth, images in self.known():
-            found.append(MEASURES[name](values, truth, weights[:, images]))
-        return torch.stack(found, 1)
+        measure = MEASURES[name]
+        return torch.stack([measure(values, truth, weights[:, images]) for values, truth, images in self.known()], 1)
 
 
 def number_text(number: float, spread: float, digits: int = 6) -> str:
@@ -94,29 +92,25 @@ class NumberReport(ColumnReport):
     def intervals(self, i: int) -> dict[str, measures.Interval]:
         return {name: self.found[name][1 + i].interval for name in WITH_INTERVALS}
 
-    def rows(self) -> list[tuple[str, str]]:
-        rows = super().rows()
-        if len(self.names) == 1:
-            return rows
-        means = []
-        for name, (title, text) in zip(MEASURES, rows, strict=True):
-            undefined = sum(map(math.isnan, self.by[name]))
-            some = f"{len(self.names) - undefined} of " if undefined else ""
-            means.append((title, f"{text}, the mean of {some}{len(self.names)} numbers"))
-        return means
+    def rows(self) -> Iterator[tuple[str, str]]:
+        for name, (title, text) in zip(MEASURES, super().rows(), strict=True):
+            if len(self.names) > 1:
+                undefined = sum(map(math.isnan, self.by[name]))
+                some = f"{len(self.names) - undefined} of " if undefined else ""
+                text += f", the mean of {some}{len(self.names)} numbers"
+            yield title, text
 
-    def by_number(self) -> list[tuple]:
+    def by_number(self) -> Iterator[tuple]:
         """(number, images, R2, MAE, RMSE, Spearman)."""
-        rows = []
         for i, (name, images) in enumerate(zip(self.names, self.by["images"], strict=True)):
-            rows.append((name, images, *self.cells(i, MEASURES, ".4g").values()))
-        return rows
+            yield name, images, *self.cells(i, MEASURES, ".4g").values()
 
-    def printed(self) -> list[tuple[str, str]]:
+    def printed(self) -> Iterator[tuple[str, str]]:
         rows = []
         for name, _, of_r2, mae, *_ in self.by_number():
             rows.append((name, f"R2 {of_r2 or 'not defined'}, mean absolute error {mae or 'not defined'}"))
-        return shortened("by number", "in their own units, with 95% intervals:", rows) if len(rows) > 1 else []
+        if len(rows) > 1:
+            yield from shortened("by number", "in their own units, with 95% intervals:", rows)
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
@@ -141,28 +135,23 @@ class NumberReport(ColumnReport):
             place.grid(alpha=0.3)
         save_figure(figure, path)
 
-    def mistakes(self) -> list[tuple[int, str]]:
+    def mistakes(self) -> Iterator[tuple[int, str]]:
         answers = self.answers
         spreads = self.task.std
-        found = []
         for image, number in self.worst((answers.values - answers.targets).abs() / spreads):
             pair = (answers.targets[image, number], answers.values[image, number])
             true, said = (number_text(value.item(), spreads[number].item(), 4) for value in pair)
-            found.append((image, f"{self.names[number]} {true}, answered {said}"))
-        return found
+            yield image, f"{self.names[number]} {true}, answered {said}"
 
 
 class Regression(parts.Task):
     """The squared error of numbers standardised by the mean and std, (K,), of targets (N, K), each of which varies."""
 
     kind = "regression"
-    score = "r2"
-    score_title = "R2"
     loss_title = "squared error (standardised)"
     axis = (1.0, "")
     score_format = ".3f"
     outputs_are = ("number", "numbers")
-    measured = tuple(MEASURES)
     recorded = ("mean", "std")
     Report = NumberReport
     activation = "none"

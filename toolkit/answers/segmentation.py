@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit import InputError, distributed
 from toolkit.answers import answer_reports, evaluation, measures, probe
@@ -115,26 +115,21 @@ class PixelReport(Report):
             values, intervals, _ = zip(*self.found[name], strict=True)
             by_class[f"{name}_per_class"] = dict(zip(self.names, map(finite, values), strict=True))
             by_class[f"{name}_per_class_interval"] = dict(zip(self.names, map(finite_interval, intervals), strict=True))
-        return super().figures() | by_class | self.calibration_figures()
+        return super().figures() | by_class
 
-    def rows(self) -> list[tuple[str, str]]:
-        return [*super().rows(), *self.calibration_rows()]
-
-    def by_class(self) -> list[tuple[str, str, str, str]]:
+    def by_class(self) -> Iterator[tuple[str, str, str, str]]:
         """(class, share of the pixels, IoU, Dice), the worst first; classes that are nowhere last."""
         pixels = self.answers.confusion.sum((0, 2)).double()
         shares = pixels / pixels.sum()
-        rows = []
         for i in worst_first([figure.value for figure in self.found["iou"]]):
             iou, chance, _ = self.found["iou"][i]
             dice = self.found["dice"][i].value
             cells = (f"{shares[i]:.1%}", f"{iou:.1%} ({answer_reports.interval_text(*chance)})", f"{dice:.1%}")
             if math.isnan(iou):
                 cells = ("0.0%", "nowhere", "nowhere")
-            rows.append((self.names[i], *cells))
-        return rows
+            yield self.names[i], *cells
 
-    def printed(self) -> list[tuple[str, str]]:
+    def printed(self) -> Iterator[tuple[str, str]]:
         rows = [(name, f"IoU {iou}, {share} of the pixels") for name, share, iou, _ in self.by_class()]
         return answer_reports.shortened("by class", "the worst first:", rows)
 
@@ -148,14 +143,15 @@ class PixelReport(Report):
         shares = (matrix / matrix.sum(1, keepdim=True)).nan_to_num()
         answer_reports.plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
 
-    def mistakes(self) -> list[tuple[int, str]]:
-        return [(i, f"{_share_right(self.answers.confusion[i]):.0%} of the pixels right") for i in self.answers.maps]
+    def mistakes(self) -> Iterator[tuple[int, str]]:
+        for i in self.answers.maps:
+            yield i, f"{_share_right(self.answers.confusion[i]):.0%} of the pixels right"
 
-    def draw_mistakes(self, images, path, explainer=None) -> None:
+    def draw_mistakes(self, images, path, explainer=None) -> answer_reports.Named:
         """A row for each of the worst images: it, and over it its mask and the answers; then the colours' meaning."""
         from matplotlib.patches import Patch
 
-        chosen = self.mistakes()
+        chosen = list(self.mistakes())
         palette = self.task.palette()
         figure = new_figure(11, 0.8 + 3.0 * max(1, len(chosen)))
         rows = figure.subplots(max(1, len(chosen)), 3, squeeze=False, subplot_kw=PICTURE_ALONE)
@@ -173,6 +169,7 @@ class PixelReport(Report):
         patches = [Patch(color=palette[i], label=drawn(name)) for i, name in enumerate(self.names)]
         figure.legend(handles=patches[:40], loc="outside lower center", ncols=6, fontsize=8)
         save_figure(figure, path)
+        return [(images.name(i), text) for i, text in chosen]
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         """For each class the pixels that are of it, that were answered as it, and that are both."""
@@ -184,10 +181,7 @@ class Segmentation(SoftmaxObjective):
     """A class for every pixel: logits (N, K, H, W), masks (N, H, W), and weights (K,) of classes in loss and start."""
 
     kind = "segmentation"
-    score = "miou"
-    score_title = "mean IoU"
     loss_title = "cross-entropy of a pixel"
-    measured = PixelAnswers.MEASURED
     predicted_into = "maps"
     pipeline = "image-segmentation"
     Report = PixelReport
@@ -213,9 +207,6 @@ class Segmentation(SoftmaxObjective):
     def constant_loss(self, images: LabelledImages) -> float:
         shares = (images.targets / images.targets.sum(1, keepdim=True)).nanmean(0)
         return -torch.special.xlogy(shares, shares).sum().item()
-
-    def output_layer(self) -> nn.Module:
-        return nn.Softmax(1)
 
     def record(self) -> dict[str, Any]:
         return {"kind": self.kind, **self.masks.record}

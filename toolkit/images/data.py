@@ -54,8 +54,7 @@ class LabelledImages(Dataset):
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
-        image = self.source[int(self.indices[i])]
-        return image, self.labels[i] if self.targets is None else self.targets[i]
+        return self.source[int(self.indices[i])], self.labels[i] if self.targets is None else self.targets[i]
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
@@ -173,10 +172,9 @@ class Transformed(Dataset):
         """An index may come with a seed, as (i, seed): the transform's draws from PyTorch then depend on that alone."""
         i, seed = index if isinstance(index, tuple) else (index, None)
         image, label = self.read(i)
-        if seed is None:
-            return self.transformed(image, label)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
             return self.transformed(image, label)
 
     def transformed(self, image: Any, label: Any) -> tuple[Any, Any]:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.images import bands, remote
-from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
+from toolkit.images import bands, folders, remote
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
 PROBABILITY, ANSWER = " probability", " answer"  # what the columns of a run's answers add to a label's name
@@ -85,7 +84,6 @@ class ImageList:
         kind = line.partition(",")[2]
         if max(map(len, rows)) == 1:
             raise self._error(f"its images have no {kind}s; write `{line}` lines")
-        names = []
         labels = []
         for row in rows:
             if len(row) != 2 or not all(row):
@@ -97,9 +95,8 @@ class ImageList:
                 label = f"the label '{printable(row[1])}' of {printable(row[0])}"
                 problem = f"{label} has a comma: write the name of its class without"
                 raise self._error(problem, ", or use --task multilabel")
-            names.append(row[0])
-            labels.append(one_spelling(row[1]) if kind == "label" else row[1])
-        return self._checked(names, labels), labels
+            labels.append(folders.one_spelling(row[1]) if kind == "label" else row[1])
+        return self._checked(map(itemgetter(0), rows), labels), labels
 
     def pairs(self) -> list[tuple[str, str]]:
         names, masks = self.labels("image,mask")
@@ -134,7 +131,7 @@ class ImageList:
         if bare := [row[0] for row in self.rows if not row[place]]:
             nothing = f"nothing in the column {printable(self.group_by)} for {listed(bare)}"
             raise self._error(f"{nothing}; write a name, one of its own where the group is not known")
-        return np.array([one_spelling(row[place]) for row in self.rows])
+        return np.array([folders.one_spelling(row[place]) for row in self.rows])
 
     def _error(self, problem: str, advice: str = "") -> InputError:
         return InputError(f"{self.path}: {problem}", advice)
@@ -194,7 +191,7 @@ class ImageList:
         return 1 + names.index(column)
 
     def _columns(self, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable, expected: str) -> Targets:
-        names = list(map(one_spelling, titles[1:]))
+        names = list(map(folders.one_spelling, titles[1:]))
         ending = ANSWER if read is _number else PROBABILITY
         taken = {*names, *(name + ending for name in names)}  # the columns of `results_answers.csv`
         if not names or not all(names) or len(taken) < 2 * len(names):
@@ -222,7 +219,7 @@ class ImageList:
             if len(row) != 2 or set("|;") & set(row[1]):  # ChestX-ray14 has | between labels
                 remedy = "put labels into quotation marks, or name columns first, as path,cat,dog"
                 raise self._error(f"the line '{_shown(row)}' is not `path,\"a,b\"`; {remedy}")
-            found.append([one_spelling(label) for label in map(str.strip, row[1].split(",")) if label])
+            found.append([folders.one_spelling(label) for label in map(str.strip, row[1].split(",")) if label])
         names = in_order(set().union(*found))
         if not names:
             raise self._error("no image has a label")
@@ -259,7 +256,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     if rows:
         first = rows[0][0]
         # Titles begin with a usual word, or with one that is no file where the second line begins with an image.
-        is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *bands.ARRAY_SUFFIXES))
+        is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*folders.IMAGE_SUFFIXES, *bands.ARRAY_SUFFIXES))
         if first.lower() in TITLES or (is_followed and "." not in first and "/" not in first):
             titles = rows.pop(0)
     if not rows:

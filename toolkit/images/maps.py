@@ -23,10 +23,10 @@ _TILE = 256
 NO_CLASS = 255  # stands in a map for a pixel without an answer
 
 
-def georeference(path: str | None, step: int = 1) -> list[tuple]:
+def georeference(path: str | None, step: int = 1) -> Iterator[tuple]:
     """The tags of a TIFF that say where it is, for one whose pixels are `step` times as wide and high."""
     if path is None:
-        return []
+        return
     with remote.opened(path) as source, bands.import_tifffile().TiffFile(source) as file:
         page = file.pages[0]
         found = {code: page.tags[code].value for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS) if code in page.tags}
@@ -43,12 +43,10 @@ def georeference(path: str | None, step: int = 1) -> list[tuple]:
         matrix[:, 3] += shift * (matrix[:, 0] + matrix[:, 1])
         matrix[:, :2] *= step
         found[_MATRIX] = matrix
-    extra = []
     for code, value in found.items():
         # As bytes tifffile writes any text, and else ASCII alone: a projection may be called Réseau géodésique.
         value = value.encode() if isinstance(value, str) else np.ravel(value).tolist()
-        extra.append((code, _KEYS.get(code, "d"), len(value), value, True))
-    return extra
+        yield code, _KEYS.get(code, "d"), len(value), value, True
 
 
 def write_map(path, parts: Iterable, height: int, width: int, like: str | None, palette=None, names=(), step=1) -> None:
@@ -62,7 +60,7 @@ def write_map(path, parts: Iterable, height: int, width: int, like: str | None, 
     parts = iter(parts)
     first = next(parts)
     shape = (height, width, *first.shape[2:])
-    extra = georeference(like, step)
+    extra = list(georeference(like, step))
     where = 'name="DESCRIPTION" sample="{}" role="description"'
     look = {"photometric": "minisblack"}
     if palette is not None:

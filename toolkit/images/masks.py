@@ -1,7 +1,6 @@
 """Images with masks, a class for every pixel: finding and checking the pairs, and one draw of a crop for both."""
 
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -154,9 +153,9 @@ class MaskReader:
         self.classes[self._codes(np.array(marks, float))] = np.arange(len(marks))
         for mark in not_counted:
             self.classes[self._codes(np.array(mark, float))] = UNKNOWN
-        marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}
-        # For an adapter file, with lists in place of tuples: see `from_record`.
-        self.record = {"unknown": list(unknown), **json.loads(json.dumps(marks))}
+        # For an adapter file: see `from_record`.
+        self.record = {"unknown": list(unknown), "values": classes.values, "colours": classes.colours}
+        self.record["unknown_marks"] = classes.unknown
 
     @staticmethod
     def from_record(record: Mapping[str, Any], names: Sequence[str]) -> "MaskReader":

@@ -1,6 +1,6 @@
 """What the options say of the numbers in image files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from toolkit import InputError, listed
@@ -22,22 +22,20 @@ def split_names(entries: Iterable[str] | None) -> list[str] | None:
     return entries and list(filter(None, ",".join(entries).split(",")))
 
 
-def option_problems(scaling: Scaling, channels: int | None) -> list[str]:
+def option_problems(scaling: Scaling, channels: int | None) -> Iterator[str]:
     """The contradictions among the options of the channels, one line each."""
-    problems = []
     if scaling.normalise == "data" and (scaling.mean or scaling.std):
-        problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
+        yield "--normalise data with --mean or --std: what is measured is not given; drop one of them"
     elif scaling.normalise not in (None, "data") and (scaling.mean or scaling.std or scaling.scale):
-        problems.append(f"--normalise {scaling.normalise} brings its own --scale, --mean and --std: drop one of them")
+        yield f"--normalise {scaling.normalise} brings its own --scale, --mean and --std: drop one of them"
     if bool(scaling.mean) != bool(scaling.std):
-        problems.append("--mean and --std belong together: give both, one number or one for each channel")
+        yield "--mean and --std belong together: give both, one number or one for each channel"
     if names := [band for band in scaling.bands or () if not band.isdecimal()]:
-        problems.append(f"--bands {listed(names)}: give numbers from 1, or 0 for zeros; a file has all bands, stacked")
+        yield f"--bands {listed(names)}: give numbers from 1, or 0 for zeros; a file has all bands, stacked"
     if min(scaling.std or (1.0,)) <= 0:
-        problems.append("--std: a standard deviation is above 0")
+        yield "--std: a standard deviation is above 0"
     if channels is not None:
         try:
             check_channels(channels)
         except InputError as error:
-            problems.append(f"--channels: {error}")
-    return problems
+            yield f"--channels: {error}"

@@ -80,8 +80,7 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Scene | None:
             return Scene(path, bands, path, series.shape, dtype, series.dataoffset, axis, nodata=page.nodata)
         remote.check_size(series.nbytes, source.seek(0, os.SEEK_END))
         cache.reserve(scratch, series.nbytes)
-        levels = np.memmap(scratch, series.dtype, "w+", shape=series.shape)
-        series.asarray(out=levels, buffersize=_READ_AT_ONCE)
+        series.asarray(out=np.memmap(scratch, series.dtype, "w+", shape=series.shape), buffersize=_READ_AT_ONCE)
         return Scene(path, bands, scratch, series.shape, series.dtype, bands_axis=axis, nodata=page.nodata)
     return None
 

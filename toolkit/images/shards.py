@@ -50,19 +50,17 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
     if images := image_names(folder):
         both = f"{folder} has both archives, as {shards[0]}, and image files, as {images[0]}"
         raise InputError(f"{both}: move those that are not meant elsewhere")
-    names: list[str] = []
-    places: list[tuple[int, int, int]] = []
-    texts: list[str | None] = []
+    found: list[tuple[str, tuple[int, int, int], str | None]] = []
     for number, shard in enumerate(shards):
         images, labels = _members(folder / shard, suffixes(bands))
         for name, (offset, size) in images.items():
-            names.append(f"{shard}/{name}")
-            places.append((number, offset, size))
             place, file = posixpath.split(name)
             key = posixpath.join(place, file.partition(".")[0])  # by which webdataset finds labels
-            texts.append(labels.get(posixpath.splitext(name)[0], labels.get(key)))
-    if not names:
+            text = labels.get(posixpath.splitext(name)[0], labels.get(key))
+            found.append((f"{shard}/{name}", (number, offset, size), text))
+    if not found:
         raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(Counter(), bands)}")
+    names, places, texts = zip(*found, strict=True)
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label next to them: {listed(bare)}")

@@ -77,8 +77,7 @@ def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int
     if count < 2:
         raise InputError("--group-by: all images are in one group, so none can be held out")
     number = folds(labels, groups, count, turn)
-    cheapest = max(range(count), key=lambda part: len(np.unique(labels[number != part])))
-    return number == cheapest
+    return number == max(range(count), key=lambda part: len(np.unique(labels[number != part])))
 
 
 def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0) -> np.ndarray:

@@ -130,8 +130,7 @@ def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
 
 def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
     """The version of MoCo that wrote a checkpoint, 2 (for 1, too), 3 or None, and its `projector` and `predictor`."""
-    tensors, info = _find_state_dict(path)
-    layout, encoder, dropped = _recognise(tensors, info)
+    tensors, _, layout, encoder, dropped = _recognise(path)
     if not layout.family.startswith("moco_"):
         return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
@@ -246,8 +245,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
         if wanted is None:
             raise InputError(f"{names.NO_ARCH}: give an arch")
         return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
-    tensors, info = _find_state_dict(path)
-    layout, encoder, dropped = _recognise(tensors, info)
+    tensors, info, layout, encoder, dropped = _recognise(path)
     arch = wanted or _BY_TIMM.get(str(info.get("arch")), str(info.get("arch")))
     is_timm = arch.startswith(TIMM)
     head = _HEADS
@@ -333,8 +331,9 @@ def _weights_of_timm(arch: str) -> dict[str, torch.Tensor]:
         raise InputError(f"{arch} cannot be loaded ({why}): {remedy}") from None
 
 
-def _recognise(tensors: Collection[str], info: Mapping) -> tuple[_Layout, dict[str, str], list[str]]:
-    """The file's layout, the backbone's tensors (name without the prefix -> name in the file), and all other names."""
+def _recognise(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Mapping, _Layout, dict[str, str], list[str]]:
+    """What `_find_state_dict` returns; the layout, the backbone's names (short -> in the file), and all other names."""
+    tensors, info = _find_state_dict(path)
     wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
@@ -345,7 +344,7 @@ def _recognise(tensors: Collection[str], info: Mapping) -> tuple[_Layout, dict[s
             encoder[key.removeprefix(layout.prefix)] = full
         else:
             others.append(full)
-    return layout, encoder, others
+    return tensors, info, layout, encoder, others
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -506,8 +505,7 @@ MOST_CANDIDATES = 40  # of timm's models that are built to compare them with a f
 
 def _hint_of_timm(path: str | os.PathLike) -> str:
     """Which models of timm a file may be of, by its tensors; empty if none is found."""
-    tensors, info = _find_state_dict(path)
-    _, encoder, _ = _recognise(tensors, info)
+    tensors, _, _, encoder, _ = _recognise(path)
     shapes = {key: tuple(tensors[full].shape) for key, full in encoder.items()}
     fitting = []
     for name in names.timm_candidates(path, shapes)[:MOST_CANDIDATES]:

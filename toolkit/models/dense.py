@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from toolkit import InputError
+from toolkit import InputError, temporarily
 from toolkit.models.backbones import head_name
 
 MAPS = 4  # that the head reads of a ViT's blocks; of a network with stages it reads all
@@ -45,10 +45,8 @@ class DenseModel(nn.Module):
         if hasattr(backbone, "prune_intermediate_layers"):  # timm's: what comes after the last map goes
             backbone.prune_intermediate_layers(_read(backbone), prune_norm=False, prune_head=True)
         self.backbone = backbone
-        was_training = backbone.training
-        with torch.no_grad():
-            maps = feature_maps(backbone.eval(), torch.zeros(1, channels, image_size, image_size))
-        backbone.train(was_training)
+        with torch.no_grad(), temporarily(backbone.modules(), training=False):
+            maps = feature_maps(backbone, torch.zeros(1, channels, image_size, image_size))
         self.window = image_size
         self.head = DenseHead([features.shape[1] for features in maps], classes)
 

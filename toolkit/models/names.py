@@ -7,7 +7,7 @@ As a checkpoint this name stands for the weights that timm publishes for it.
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from toolkit import SHIPPED, InputError, did_you_mean, optional_package, printable
@@ -131,14 +131,13 @@ def is_path(checkpoint: str | os.PathLike) -> bool:
     return not is_none(checkpoint) and not str(checkpoint).startswith(TIMM)
 
 
-def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None) -> list[str]:
+def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None) -> Iterator[str]:
     """What is wrong with `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files."""
-    problems = []
     if is_none(path) and arch is None:
-        problems.append(f"--checkpoint none: {NO_ARCH}; say which with --arch")
+        yield f"--checkpoint none: {NO_ARCH}; say which with --arch"
     if is_path(path) and not is_published(Path(path).as_posix()) and not os.path.exists(path):
         problem = f"--checkpoint {path}: file not found; give the path of an existing checkpoint"
-        problems.append("; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)])))
+        yield "; ".join(filter(None, [problem, did_you_mean(str(path), PUBLISHED)]))
     try:
         named = f"--checkpoint {path}"
         if str(path).startswith(TIMM) and not timm_config(str(path)).has_weights:
@@ -148,5 +147,4 @@ def model_problems(path: str | os.PathLike, arch: str | None, heads: int | None)
             default_image_size(arch)
             check_heads(arch, heads)
     except InputError as error:
-        problems.append(f"{named}: {error}")
-    return problems
+        yield f"{named}: {error}"

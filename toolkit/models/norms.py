@@ -23,7 +23,7 @@ GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in 
 
 
 class Extended:
-    """A module of any class, such as timm's BatchNorm with an activation, that does something more."""
+    """A module of any class, such as timm's BatchNorm with an activation, that does something more, or otherwise."""
 
     def __reduce_ex__(self, protocol):  # pickle cannot find a class by name that was made at run time
         return _new, (type(self).extends, type(self).mixin), vars(self)
@@ -40,7 +40,7 @@ def _new(stock: type[nn.Module], mixin: type[Extended]) -> nn.Module:
 
 
 def unextended(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was extended, as a BatchNorm is to be frozen or shared."""
+    """The class of a module before it was extended: a BatchNorm to be frozen or shared, a block to be fused."""
     kind = type(module)
     while issubclass(kind, Extended):
         kind = kind.extends

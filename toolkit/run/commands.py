@@ -102,7 +102,7 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
     if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
         raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
     args, rest = parser.parse_known_args(argv)
-    problems = unknown_words(parsers[args.command], rest) + check(args)
+    problems = [*unknown_words(parsers[args.command], rest), *check(args)]
     if problems:
         raise InputError("\n".join(problems))
     if "checkpoint" in args:
@@ -173,17 +173,17 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
         yield f"{there[0]} is there, not known to be of an earlier {args.command}: move it, or name another --output"
 
 
-def check(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of a command."""
-    if args.command in ("info", "compare"):
-        return []
+def check(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the options of a command, one line each."""
     if args.command == "demo":
         if args.write is None and os.environ.get("WORLD_SIZE", "1") != "1":
-            return ["demo: the page is shown by one process, and torchrun starts several: start it with python"]
-        return [f"--write {args.write}: is there; name another folder"] if os.path.lexists(args.write or "") else []
-    problems = list(itertools.islice(problems_of_output(args), 1))
+            yield "demo: the page is shown by one process, and torchrun starts several: start it with python"
+        elif os.path.lexists(args.write or ""):
+            yield f"--write {args.write}: is there; name another folder"
+    if args.command in ("info", "compare", "demo"):
+        return
+    yield from itertools.islice(problems_of_output(args), 1)
     if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:
-        problems.append("--resume is for answers in a folder, which --output is to name")
+        yield "--resume is for answers in a folder, which --output is to name"
     if args.command == "convert" and args.rank is not None and args.to is not None:
-        problems.append("--rank writes an adapter file of this toolkit, which convert takes to PEFT after: drop --to")
-    return problems
+        yield "--rank writes an adapter file of this toolkit, which convert takes to PEFT after: drop --to"

@@ -58,9 +58,8 @@ class Guard:
     """Judges a run by its steps' losses, and after each epoch by its answers for some training images, `watched`."""
 
     def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink=False, epochs: int = 1):
-        self.variance = task.variance
+        self.task = task
         self.epochs = epochs
-        self.has_masks = task.per_pixel
         self.images = len(watched)
         self.may_shrink = may_shrink  # may less of the trained change be kept?
         self.constant_score = task.constant_score(watched)
@@ -110,7 +109,7 @@ class Guard:
         if divisor < math.inf and does_harm:
             return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS and not self.is_early
-        if self.has_masks and trained.loss < self.start_loss:  # later epochs may mend it
+        if self.task.per_pixel and trained.loss < self.start_loss:  # later epochs may mend it
             is_due = len(self.scores) == self.epochs
         if len(self.retreats) < RETREATS and self.is_barren(trained, divisor) and is_due:
             return GoBack("training gains nothing")
@@ -120,7 +119,7 @@ class Guard:
         """Has the score lost much of its best lead over a constant answer, by more than two standard errors?"""
         best = max(self.scores, default=0.0)
         # On very few images no loss is so large: there a constant answer's score, with a higher loss, counts as well.
-        least = best - math.sqrt(self.variance(best, self.images))  # one that knows nothing may be just above it
+        least = best - math.sqrt(self.task.variance(best, self.images))  # one that knows nothing may be just above it
         useless = least > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
         if useless or not math.isfinite(loss):
             return True
@@ -137,7 +136,7 @@ class Guard:
 
     def is_barren(self, trained: Answers, divisor: float) -> bool:
         """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""
-        return divisor == math.inf and (self.has_masks or trained.loss >= self.start_loss)
+        return divisor == math.inf and (self.task.per_pixel or trained.loss >= self.start_loss)
 
     def note_epoch(self, trained: Answers, divisor: float) -> None:
         self.scores.append(trained.score)
@@ -161,7 +160,7 @@ class Guard:
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and this many standard errors?"""
         best = max(self.scores, default=0.0)
-        chance = errors * math.sqrt(2 * self.variance((best + score) / 2, self.images))
+        chance = errors * math.sqrt(2 * self.task.variance((best + score) / 2, self.images))
         return score < best - max((best - self.constant_score) * share, chance)
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,12 +27,6 @@ def build_optimizer(model: nn.Module, rate: float, adapter_lr_factor=1.0, weight
     return torch.optim.AdamW(list(groups.values()), fused=True)  # all tensors in one kernel, or on a CPU in one loop
 
 
-def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step with the gradients of a scaled loss. Where float16 cannot hold them nothing changes."""
-    scaler.step(optimizer)
-    scaler.update()
-
-
 IMAGES_WORTH_THE_START = 5.0  # a class: half of the trained change is saved. Measured, see benchmarks/RESULTS.md
 
 
@@ -128,7 +122,7 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
 
 def lr_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
     """The learning rate's course: a linear warm-up, then a cosine that falls to 0."""
-    # Steps that float16 cannot hold are left out, and the first may be one: see `take_step`.
+    # A `GradScaler` leaves out steps whose gradients float16 cannot hold, and the first may be one.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
 
     def factor(step: int) -> float:

@@ -7,7 +7,6 @@ checked together, and then frozen: what a run settles is in its `Plan`.
 import argparse
 import contextlib
 import inspect
-import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -152,7 +151,6 @@ class FineTuneOptions(RunOptions, ModelOptions, DataOptions, TuneOptions):
 
 
 YAML_SECTIONS = {"model": ModelOptions, "data": DataOptions, "finetune": TuneOptions}
-FINE_TUNING_SECTIONS = {"run": RunOptions, **YAML_SECTIONS}
 
 
 def stored_sections(args: FineTuneOptions, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -198,13 +196,12 @@ PATHS = ("data_dir", "val_dir", "data_list", "unlabelled", "knn_dir", "checkpoin
 # These may differ when a run is resumed: the digest of the images catches a changed data set.
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "unlabelled", "skip_unreadable")
 # These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
-FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
-FREE_TO_CHANGE += tuple(map("data.{}".format, PLACES_OF_IMAGES))
+FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers", *map("data.{}".format, PLACES_OF_IMAGES))
 
 
 def make_parser(description: str = "") -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = config.make_parser(FINE_TUNING_SECTIONS, description=description, add_help=False)
+    parser = config.make_parser({"run": RunOptions, **YAML_SECTIONS}, description=description, add_help=False)
     config.add_help(parser, NEEDED)
     return parser
 
@@ -219,8 +216,8 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> tu
 # -------------------------------------------------------------------- what follows from options, before they are frozen
 
 
-def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Container[str]) -> list[str]:
-    """Fill in what follows from options that both scripts have; return what is wrong with them, one line each."""
+def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Container[str]) -> Iterator[str]:
+    """Fill in what follows from options that both scripts have; yield what is wrong with them, one line each."""
     if args.lora_alpha is None:  # without adapters the usual rank's
         args.lora_alpha = 2.0 * (args.lora_rank or 8)
     if args.resume == Path():  # the flag alone
@@ -230,51 +227,48 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Co
     for name in PATHS:
         value = getattr(args, name, None)
         if value and origins.get(name) == "config":
-            found = list(map(found_path, value)) if isinstance(value, list) else found_path(value)
-            setattr(args, name, found)
+            setattr(args, name, list(map(found_path, value)) if isinstance(value, list) else found_path(value))
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
     args.bands = scaling.split_names(args.bands)
-    problems = scaling.option_problems(scaling_of(args), args.channels)
+    yield from scaling.option_problems(scaling_of(args), args.channels)
     if args.val_dir and args.data_list:
-        problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
+        yield "--val-dir with --data-list: give the evaluation images as a second list instead"
     elif args.val_dir and not args.data_dir:
-        problems.append("--val-dir without --data-dir: give the folder of the training images as well")
+        yield "--val-dir without --data-dir: give the folder of the training images as well"
     if args.dataset == UNLABELLED_SET:
-        problems += unlabelled_problems(args)
+        yield from unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
-        problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
+        yield f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list"
     if args.lora_rank == 0:
         always = ("use_qlora", "adapt_last")
         # A configuration may have the others for its runs with adapters, so they are refused only if they are typed.
         for name in (*always, "lora_alpha", "lora_dropout", "target_modules", "lora_init"):
             if name in typed or (name in always and getattr(args, name)):
-                problems.append(f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank")
+                yield f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank"
     if args.warmup_epochs > args.epochs:
         warmup = f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
-        problems.append(f"{warmup}: no step would have the peak rate; lower it")
+        yield f"{warmup}: no step would have the peak rate; lower it"
     if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
-        problems.append(f"--resume {args.resume}: no such file, so there is nothing to go on with; start without it")
-    return problems
+        yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without it"
 
 
 def unlabelled_problems(args: Any) -> Iterator[str]:
     """The options that images without labels have no use for, one line each."""
-    needless = {"--val-dir": args.val_dir, "a second --data-list": (args.data_list or [])[1:]}
-    for name, given in needless.items():
+    for name, given in (("--val-dir", args.val_dir), ("a second --data-list", (args.data_list or [])[1:])):
         if given:
             yield f"{name} with images without labels: they are not evaluated on; drop it"
 
 
-def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], typed: set[str]) -> list[str]:
-    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
+def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], typed: set[str]) -> Iterator[str]:
+    """Fill in the options that follow from others; yield what is wrong with them together, one line each."""
     args.label_columns = scaling.split_names(args.label_columns)
-    problems = complete_shared(args, origins, typed)
+    yield from complete_shared(args, origins, typed)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
         seen = "the backbone that comes with the toolkit has seen handwritten digits alone"
         remedy = "for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
-        problems.append(f"{images} without --checkpoint: {seen}; {remedy}")
+        yield f"{images} without --checkpoint: {seen}; {remedy}"
     has_masks = choices.TRUTHS[args.task] == "mask"
     if has_masks and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
@@ -285,13 +279,13 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    problems += environment_problems(args, output_folder.FINE_TUNING_FILES)
-    problems += model_problems(args.checkpoint, args.arch, args.heads)
+    yield from environment_problems(args, output_folder.FINE_TUNING_FILES)
+    yield from model_problems(args.checkpoint, args.arch, args.heads)
     for other, clashing in (CLASHES | {f"--task {args.task}": TASK_CLASHES[choices.TRUTHS[args.task]]}).items():
         for words, reason in clashing.items():
             if _is_given(args, other) and _is_given(args, words):
-                problems.append(f"{words} with {other}: {reason}; drop one of the two")
-    return [*problems, *_own_problems(args, typed)]
+                yield f"{words} with {other}: {reason}; drop one of the two"
+    yield from _own_problems(args, typed)
 
 
 # --------------------------------------------------------------------------------------------------- what goes together
@@ -428,7 +422,7 @@ def scaling_of(args: Any) -> scaling.Scaling:
 
 def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scaling, "Bands | None"]:
     """The scaling that the options give or else the checkpoint's pretraining, and the bands; None: RGB photographs."""
-    from toolkit.files import is_safetensors, read_checkpoint, read_safetensors  # here: they load PyTorch
+    from toolkit.files import read_described  # here: they load PyTorch
     from toolkit.images.bands import bands_of
     from toolkit.models import checkpoints
 
@@ -437,12 +431,9 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     file = checkpoint
     if checkpoint is not None:
         channels, metadata = checkpoints.find_images(checkpoint, args.arch)
-    with contextlib.suppress(ValueError, KeyError, RecursionError):  # reported when it is put on the backbone
+    with contextlib.suppress(InputError):  # reported when it is put on the backbone
         if adapter := getattr(args, "stage1_adapter", None):
-            if is_safetensors(adapter):
-                content = json.loads(read_safetensors(adapter)[1]["adapter"])
-            else:
-                content = read_checkpoint(adapter)
+            content = read_described(adapter)
             if checkpoints.value_at(content, "metadata/mean") is not None:
                 metadata = content["metadata"]
                 file = adapter

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
         view = transforms.eval_transform(run.report["image_size"], **normalization)
         explainer = heat_maps.Explainer(run.model, view, run.device, run.dtype, **normalization)
     mistakes = run.path("mistakes.png")
-    report.draw_mistakes(run.splits.val, mistakes, explainer)
+    named = report.draw_mistakes(run.splits.val, mistakes, explainer)
     images = run.task.counts(run.splits.train)
     adapter = shlex.quote(str(run.path("lora.pth")))
     found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
@@ -186,7 +186,7 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
         gained = gained_by_stage_1(run.path("results.json"), results["config"])
         meaning.append(("gained by stage 1", gained))
         results["verdict"]["gained_by_stage_1"] = gained
-    rows = summary(run, results, report)
+    rows = list(summary(run, results, report))
     number = f"{results['train_images']:,} to train, {results['val_images']:,} to evaluate"
     backbone = results["backbone"]
     about = [backbone["arch"], f"from {backbone['name']}", backbone["source"]]
@@ -194,7 +194,6 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
     shown = [*meaning, *rows, ("images", number), ("backbone", ", ".join(filter(None, about)))]
     shown += [describe_rates(run).split(": ", 1), *_made()]
     sections = [*report.sections(run.path(report.picture)), *labels_to_check(run)]
-    named = report.named_mistakes(run.splits.val)
     write_page(run.path("report.html"), report.title(), shown, sections, mistakes, named, curves, results["config"])
     files.write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a complete run has it
     by_label = report.printed() if report.in_summary else []
@@ -258,8 +257,7 @@ def gained_by_stage_1(mine: Path, config: Mapping[str, Any]) -> str:
     own = flat(config)
     for path in sorted(mine.absolute().parent.parent.glob("*/results.json")):
         with contextlib.suppress(InputError):
-            theirs = flat(comparison.read_results(path).get("config", {}))
-            if theirs == own | {"model.stage1_adapter": None}:
+            if flat(comparison.read_results(path).get("config", {})) == own | {"model.stage1_adapter": None}:
                 _, _, (measure, found), *_ = comparison.table(comparison.compare(path, mine), path, mine)
                 return f"{measure} {found}, against {path.parent}"
     return f"{typed('deploy')} compare RUN_WITHOUT_IT/results.json {shlex.quote(str(mine))}"
@@ -284,12 +282,11 @@ def labels_to_check(run: FineTuned) -> list[str]:
     return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]
 
 
-def _made() -> list[tuple[str, str]]:
+def _made() -> Iterator[tuple[str, str]]:
     """When and by what a page was made: version and command, unless Python called the script."""
-    made = [("made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}")]
+    yield "made", f"{time.strftime('%Y-%m-%d %H:%M')} by version {VERSION}"
     if Path(sys.argv[0]).name.startswith(("finetune_lora.py", "moco-lora-finetune")):
-        made.append(("command", f"{typed('finetune')} {shlex.join(sys.argv[1:])}"))
-    return made
+        yield "command", f"{typed('finetune')} {shlex.join(sys.argv[1:])}"
 
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
@@ -355,39 +352,38 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tuple[str, str]]:
+def summary(run: FineTuned, results: dict[str, Any], report: Report) -> Iterator[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     task = run.task
     (title, headline), *others = report.rows()
     before = {f"k-NN {task.score_title} before": run.baseline["knn"], "linear probe before": run.baseline["probe"]}
-    rows = [(name, task.reported(score)) for name, score in before.items() if score is not None]
-    rows.append((f"{title} after", headline))
+    for name, score in before.items():
+        if score is not None:
+            yield name, task.reported(score)
+    yield f"{title} after", headline
     if "val_groups" in results:
         groups = f"{results['val_images']:,} images in {results['val_groups']:,} groups"
-        rows.append(("", f"{groups} ({run.args.group_by}); intervals are over groups"))
+        yield "", f"{groups} ({run.args.group_by}); intervals are over groups"
     for what, images in results["chosen_by"].items():
         of_epoch = f"{results['kept_epoch']} of {results['epochs']}"
         value = of_epoch if what == "epoch" else short_rate(results["learning_rate"])
-        rows.append(("", f"{what} {value} chosen by {images}"))
+        yield "", f"{what} {value} chosen by {images}"
     if run.args.keep_best and "epoch" not in results["chosen_by"]:
-        rows.append(("", "the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images"))
-    rows += others
+        yield "", "the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images"
+    yield from others
     trained = results["trainable_parameters"]
     total = results["total_parameters"]
-    rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
+    yield "trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"
     if (share := results["kept_share"]) < 1:
         way = f"{share:.0%} of the way from the {_name_of_start(run)} to the trained model (--wise-ft 1: all)"
-        rows.append(("saved weights", way))
+        yield "saved weights", way
     memory = "not known on this system"
     if results["peak_memory_bytes"]:
         whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
         memory = f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
-    return [
-        *rows,
-        ("adapter file", sizes),
-        ("training time", duration(results["seconds"])),
-        ("peak memory", memory),
-        ("results in", f"{run.args.output_dir}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
-        ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
-    ]
+    yield "adapter file", sizes
+    yield "training time", duration(results["seconds"])
+    yield "peak memory", memory
+    yield "results in", f"{run.args.output_dir}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"
+    yield "", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"

@@ -2,15 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
-from toolkit import InputError, devices, distributed
-from toolkit.config import SETTLED, flat
+from toolkit import InputError, config, devices, distributed
 from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
@@ -18,20 +17,15 @@ from toolkit.run import optim, options, runs, training
 
 
 class StateEntry(NamedTuple):
-    """An entry of a run's state: `save` returns it in a form that `torch.save` can write, `load` restores it."""
+    """An entry of a run's state, or anything that has these two, such as an optimizer: in a form for `torch.save`."""
 
-    save: Callable[[], Any]
-    load: Callable[[Any], None]
-
-    @classmethod
-    def of(cls, thing: Any) -> "StateEntry":
-        """The entry of a thing with `state_dict` and `load_state_dict`, such as an optimizer."""
-        return cls(thing.state_dict, thing.load_state_dict)
+    state_dict: Callable[[], Any]
+    load_state_dict: Callable[[Any], None]
 
     @classmethod
-    def attribute(cls, thing: Any, name: str) -> "StateEntry":
-        """The entry of an attribute of plain values."""
-        return cls(lambda: getattr(thing, name), lambda value: setattr(thing, name, value))
+    def attribute(cls, thing: Any, name: str, plain: Callable = lambda value: value, made=lambda value: value):
+        """The entry of an attribute: of its `plain` values, from which it is `made` again."""
+        return cls(lambda: plain(getattr(thing, name)), lambda value: setattr(thing, name, made(value)))
 
 
 class RunState:
@@ -48,14 +42,13 @@ class RunState:
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
         self.meter = LoadingMeter()
         self.stop = runs.StopRequests()
-        self.trained_entries: dict[str, StateEntry] = {}  # what training changes, by key of `last.pth`
+        self.trained_entries: dict[str, Any] = {}  # as `StateEntry`: what training changes, by key of `last.pth`
         self.other_entries = {  # what else a resumed run needs
             "history": StateEntry.attribute(self, "history"),
             "baseline": StateEntry.attribute(self, "baseline"),
             "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
-            "progress": StateEntry(
-                save=lambda: self.progress and vars(self.progress),
-                load=lambda state: setattr(self, "progress", state and training.Progress(**state)),
+            "progress": StateEntry.attribute(
+                self, "progress", lambda now: now and vars(now), lambda state: state and training.Progress(**state)
             ),
         }
         self.identity: dict[str, Any] = {}  # `config`, `images`, `base`, and `class_names` if any: whose state it is
@@ -71,8 +64,8 @@ class RunState:
         if distributed.rank() > 0:
             devices.seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {
-            "optimizer": StateEntry.of(optimizer),
-            "schedule": StateEntry.of(self.schedule),
+            "optimizer": optimizer,
+            "schedule": self.schedule,
             # Empty if the former run was not in float16, as with an automatic precision on another device
             "scaler": StateEntry(self.scaler.state_dict, lambda state: state and self.scaler.load_state_dict(state)),
             "rng": StateEntry(lambda: distributed.gather(devices.rng_state()), _restore_rng),  # by rank
@@ -80,25 +73,26 @@ class RunState:
 
     def trained(self) -> dict[str, Any]:
         """The state that training changes, by key of `last.pth`."""
-        return {key: entry.save() for key, entry in self.trained_entries.items()}
+        return {key: entry.state_dict() for key, entry in self.trained_entries.items()}
 
     def restore(self, trained: dict[str, Any]) -> None:
         """Undo everything that happened since `trained` returned this."""
         for key, entry in self.trained_entries.items():
-            entry.load(trained[key])
+            entry.load_state_dict(trained[key])
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on: the content of `last.pth`."""
-        return self.trained() | {key: entry.save() for key, entry in self.other_entries.items()} | self.identity
+        return self.trained() | {key: entry.state_dict() for key, entry in self.other_entries.items()} | self.identity
 
     def save_state(self) -> None:
         state = self.state()  # every process contributes
         if distributed.is_main():
             save_atomically(state, self.path("last.pth"))
 
-    def save_metrics(self, columns: Sequence[str]) -> None:
+    def save_metrics(self) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
+            columns = list(*self.history[:1])  # none before the first epoch
             write_cells((map(row.get, columns) for row in self.history), columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
@@ -106,7 +100,7 @@ class RunState:
         state = state_of_same_run(self.args, path, self.state().keys(), self.identity, free)
         self.restore(state)
         for key, entry in self.other_entries.items():
-            entry.load(state[key])
+            entry.load_state_dict(state[key])
         print(f"resuming {path} after {self.done()}")
 
     def path(self, name: str) -> Path:
@@ -147,8 +141,8 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
     state = read_checkpoint(path, mapped=False)
     if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
-    then = flat(state["config"])
-    now = flat(own["config"])
+    then = config.flat(state["config"])
+    now = config.flat(own["config"])
     changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
     if changed or state.get("class_names") != own.get("class_names"):
         what = ", ".join(changed) or "other classes"
@@ -165,7 +159,7 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
 def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
     """Write what was asked for, which `--config` reads, and what the run has settled of it, to be looked at."""
     if distributed.is_main():
-        write_text(yaml.safe_dump({**asked, SETTLED: settled}, sort_keys=False), path)
+        write_text(yaml.safe_dump({**asked, config.SETTLED: settled}, sort_keys=False), path)
 
 
 def recorded_setting(path: Path | None, name: str) -> Any:

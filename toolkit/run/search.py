@@ -6,10 +6,10 @@ a linear probe shows only in the last epochs. Each is saved when it ends, so a s
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from toolkit.images import sources
-from toolkit.run import options, run_state
+from toolkit.run import options
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FULL_RATE = 1e-3  # advised for full fine-tuning, in docs/choosing.md too
@@ -55,9 +55,3 @@ def parts_of(splits: sources.Splits) -> sources.Splits:
     """The images that a search trains and validates on: two parts of the training images."""
     rest, part = sources.validation_part(splits.train)
     return sources.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
-
-
-def resumed(args: options.FineTuneOptions, settings: dict[str, Any]) -> list[Trial]:
-    """The trials of the search to resume, which has to be one with the same settings."""
-    state = run_state.state_of_same_run(args, args.resume, {"trials", *settings}, settings, options.FREE_TO_CHANGE)
-    return list(map(Trial._make, state["trials"]))

@@ -44,10 +44,9 @@ def read_figures(steps: list[tuple[int, list[Tensor]]], stop: Any) -> list[tuple
     images, figures = zip(*steps, strict=True)
     sums = torch.stack(list(map(sum, figures))).tolist()  # waits once
     steps.clear()
-    if distributed.world_size() > 1:
-        *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
-        stop.others_asked |= asked > 0
-        sums = torch.tensor(flat, dtype=torch.float64).view(len(sums), -1).tolist()
+    *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
+    stop.others_asked |= asked > 0
+    sums = torch.tensor(flat, dtype=torch.float64).view(len(sums), -1).tolist()
     return list(zip(images, sums, strict=True))
 
 
@@ -86,12 +85,6 @@ class Progress:
         if self.correct:
             shown["accuracy"] = f"{self.correct / self.images:.1%}"
         return shown
-
-
-def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
-    """The columns of `metrics.csv`, where these are measured on the evaluation images."""
-    scores = map("val_{}".format, measured)
-    return ("epoch", "train_loss", "val_loss", *scores, "learning_rate", "adapter_learning_rate", "seconds")
 
 
 def column(history: Iterable[dict[str, Any]], name: str) -> list[Any]:

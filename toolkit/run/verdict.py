@@ -7,9 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from toolkit import typed
+from toolkit import choices, typed
 from toolkit.answers.parts import Task
-from toolkit.choices import TRUTHS
 from toolkit.models.checkpoints import value_at
 from toolkit.run.training import column
 
@@ -56,7 +55,7 @@ def judge(
     gained, is_worse, may_be_chance = _compared(results, task, probe)
     has_more_steps = not has_few or results["unlabelled"] is not None  # a longer run with few labels alone fits these
     is_short = lowered > LOWERED and not results.get("retreats") and has_more_steps
-    is_photograph = TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None
+    is_photograph = choices.TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
     again = "the same command with"
