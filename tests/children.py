@@ -66,16 +66,19 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of its own workers: Linux's default, not the server's
     os.environ.update({"TQDM_MININTERVAL": "0"} | environment)  # bars draw each step, which tests wait for
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # a pipe is no file that `open` appends to
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     from tests.checkpoint_files import narrow_resnet, shorten_vit_mini
+    from tests.run_folders import SHORTER
     from toolkit.models import backbones
     from toolkit.run.runs import run_script
 
     __import__(module)
     shorten_vit_mini()
     backbones.models.resnet18 = narrow_resnet
+    for changed, name, value in SHORTER:
+        setattr(changed, name, value)
     if before:
         before()
     run_script(lambda: sys.modules[module].main(argv))

@@ -23,15 +23,14 @@ from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from tests.image_files import bytes_of
-from toolkit import devices
-from toolkit.answers import segmentation
+from tests.run_folders import SHORTER
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images import sources
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
 from toolkit.models import backbones, checkpoints, names
-from toolkit.run import guard, loaders, optim, reports
+from toolkit.run import loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
 shorten_vit_mini()
@@ -260,16 +259,10 @@ def no_pictures():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_views():
-    """After each epoch a run looks at each of the 21 training images once; usually it looks at 128 views.
-
-    A probe of masks is of fewer pixels too. No run measures whether this processor is faster in bf16, which it is not
-    for so little.
-    """
+def shorter():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "WATCHED_VIEWS", 21)
-        patch.setattr(segmentation, "PROBE_ROWS", 1000)
-        patch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
+        for module, name, value in SHORTER:
+            patch.setattr(module, name, value)
         yield
 
 

@@ -1,4 +1,4 @@
-"""The loop of the script over chosen steps, and what tests read in the folder of a run."""
+"""What makes runs shorter, the loop of the script over chosen steps, and what tests read in the folder of a run."""
 
 import contextlib
 import csv
@@ -11,8 +11,19 @@ from torch.utils._pytree import tree_flatten
 
 import finetune_lora
 from lora_utils import read_adapter_file
-from toolkit.run import runs
+from toolkit import devices
+from toolkit.answers import probe, segmentation
+from toolkit.run import guard, runs
 from toolkit.run.training import MicroBatches
+
+# After each epoch a run looks at each of the 21 training images once, not at 128 views. A probe tries three strengths
+# of nine, and is of fewer pixels. No run measures whether this processor is faster in bf16: for so little it is not.
+SHORTER = (
+    (guard, "WATCHED_VIEWS", 21),
+    (probe, "STRENGTHS", probe.STRENGTHS[::3]),
+    (segmentation, "PROBE_ROWS", 1000),
+    (devices, "faster_dtype", lambda *_, **__: torch.float32),
+)
 
 
 def names_in(folder: Path) -> set[str]:

@@ -177,11 +177,11 @@ def test_the_table_of_models_is_that_of_all_and_exact(capsys, tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
 def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path):
     pytest.importorskip("peft")
-    roofline.main(f"--model vit_small --batch-size 32 --variants peft,lora --output-dir {tmp_path}".split())
-    result = json.loads((tmp_path / "predicted_vit_small_b32_bf16.json").read_text())
+    roofline.main(f"--model vit_small --batch-size 8 --variants peft,lora --output-dir {tmp_path}".split())
+    result = json.loads((tmp_path / "predicted_vit_small_b8_bf16.json").read_text())
     peft, lora = (result["variants"][name] for name in ("peft", "lora"))
     assert 0 < lora["kernels"] <= peft["kernels"]
-    assert lora["peak_bytes"] < 0.7 * peft["peak_bytes"] and 0 < lora["flops"] < 1.05 * peft["flops"]
+    assert lora["peak_bytes"] < 0.6 * peft["peak_bytes"] and 0 < lora["flops"] < 1.05 * peft["flops"]
 
 
 # -------------------------------------------------------------------------------------------------- the book of results

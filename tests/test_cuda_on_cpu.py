@@ -32,8 +32,8 @@ def run_tests(*options: str) -> None:
     assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]
 
 
-def test_steps_on_a_gpu_wait_for_nothing_and_a_third_of_the_layers_compute_there_as_here():
-    run_tests("-p", "tests.cuda_on_cpu.a_third", "-k", "cuda or test_gpu", "tests/test_gpu.py", *LAYERS)
+def test_steps_on_a_gpu_wait_for_nothing_and_whole_runs_compute_there_as_here():
+    run_tests("tests/test_gpu.py")
 
 
 @pytest.mark.slow

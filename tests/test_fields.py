@@ -26,8 +26,8 @@ RUN = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.mai
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder with a ResNet-18 in the place of the ResNet-50, as if it had been downloaded."""
+def folder(small_backbones, tmp_path, monkeypatch) -> Path:
+    """An empty folder with a narrow ResNet-18 in the place of the ResNet-50, as if it had been downloaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     save_moco_v2(tmp_path)

@@ -200,12 +200,10 @@ def test_code_in_another_folder_imports_everything(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     subprocess.run([*install, "--target", packages, "-e", checkout], check=True)
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    (elsewhere / "lora").mkdir(parents=True)  # of adapters, and no package
     command = [sys.executable, "-c", ELSEWHERE, packages]
     done = subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [str(checkout / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"), "vit_mini"]
-    (elsewhere / "lora").mkdir()  # of adapters, and no package
-    subprocess.run(command, cwd=elsewhere, check=True, capture_output=True)
     for name, told in HELP.items():
         command = [packages / "bin" / f"moco-lora-{name}", "--help"]
         environment = os.environ | {"PYTHONPATH": str(checkout)}  # a folder of packages is no environment of Python's

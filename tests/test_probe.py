@@ -18,6 +18,14 @@ from torch import nn
 from toolkit.answers import probe, tasks
 from toolkit.images import splitting
 
+STRENGTHS = probe.STRENGTHS
+
+
+@pytest.fixture(autouse=True)
+def every_strength(monkeypatch):
+    """Other tests' probes try three."""
+    monkeypatch.setattr(probe, "STRENGTHS", STRENGTHS)
+
 
 def clusters(classes: int, images: int = 30, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D) of very different scales around a centre per class, and labels (N,)."""

@@ -33,7 +33,7 @@ from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
 from toolkit.images import cache, data
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, unextended
-from toolkit.run import guard, optim, output_folder, run_state, teacher, training
+from toolkit.run import optim, output_folder, run_state, teacher, training
 
 CPU = torch.device("cpu")
 
@@ -101,8 +101,6 @@ def with_sgd() -> None:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=300 * rate, momentum=0.9)
 
     optim.build_optimizer = build_optimizer
-    guard.WATCHED_VIEWS = 21  # as in this process
-    segmentation.PROBE_ROWS = 1000
 
 
 def run_both(argv: str, folder: Path) -> tuple[dict, dict]:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -200,26 +201,28 @@ def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path, argv, co
     assert lines[-2:] == [end, ""] and ("epoch:" in "".join(lines)) == ("bar" in argv)
 
 
-@pytest.mark.slow
+def count_faults() -> None:
+    """In a child: what stands in for a run prints how many pages each tensor of 64 MB gets from the system."""
+
+    def main(argv):
+        faults = []
+        for _ in range(11):
+            torch.ones(2**24)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print((faults[-1] - faults[0]) // 10)
+
+    finetune_lora.main = main
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
-def test_freed_memory_is_kept_for_the_next_tensor():
+def test_freed_memory_is_kept_for_the_next_tensor(tmp_path):
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
-    code = """
-import resource, torch
-from toolkit.run import runs
-def main():
-    for _ in range(11):
-        torch.ones(2**24)  # 64 MB
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-faults = []
-runs.run_script(main)
-print((faults[-1] - faults[0]) // 10)
-"""
-    run = [sys.executable, "-c", code]
-    own, users = (
-        int(subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **more}).stdout)
-        for more in ({}, {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
-    )
+    counts = []
+    for name, environment in {"own": {}, "users": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}.items():
+        child = Child("finetune_lora", "", tmp_path / name, count_faults, environment)
+        assert child.wait() == 0, child.output
+        counts.append(int(child.output))
+    own, users = counts
     assert own < 20 < users  # 16,384 pages of 4 kB, or 32 of 2 MB
 
 
@@ -231,14 +234,20 @@ def test_freed_memory_is_kept_by_runs_in_a_notebook_too(main, monkeypatch):
         main([])
 
 
-@pytest.mark.slow
-def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
-    """As in `deploy_lora.py info lora.pth | head`."""
-    code = "from toolkit.run import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
-    script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    assert script.stdout.readline() == b"0\n"
-    script.stdout.close()
-    assert script.wait(60) == 141 and script.stderr.read() == b""
+def print_much() -> None:
+    sys.stdout = open(1, "w", closefd=False)  # pytest's may seek  # noqa: SIM115
+    finetune_lora.main = lambda argv: [print(i) for i in range(100_000)]
+
+
+def test_a_reader_that_stops_early_ends_the_script_without_a_traceback(tmp_path):
+    """As in `deploy_lora.py info lora.pth | head`. With a traceback the exit code would be 1 or 120."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    child = Child("finetune_lora", "", pipe, print_much)
+    with open(pipe) as reader:
+        assert reader.readline() == "0\n"
+    child.process.join(60)
+    assert child.process.exitcode == 141
 
 
 NO_MEMORY = "out of memory on meta: lower it"
