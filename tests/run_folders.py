@@ -30,6 +30,10 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def tensors(path) -> dict[str, torch.Tensor]:
     return read_adapter_file(path)["tensors"]
 

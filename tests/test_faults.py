@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from tests.run_folders import assert_identical, rows_of
+from tests.run_folders import assert_identical, contents, rows_of
 from toolkit import InputError
 from toolkit.files import read_checkpoint
 from toolkit.images import folders
@@ -122,20 +122,16 @@ def test_a_second_ctrl_c_stops_at_once(start):
     assert not list(child.folder.glob(".*"))
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.slow
 def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start):
     """Until that run is killed, though its loading processes live a little longer: then it goes on at once."""
     first = start(options="--workers 1", before=never_ending_step)
     first.wait_for(lambda: "epoch 1/2" in first.output)
-    before = files_in(first.folder)
+    before = contents(first.folder)
     for way, more in (("lora", "--resume"), ("pretrain", "")):
         second = start(way, more, log=f"second {way}")
         assert_one_line(second, f"{first.folder}: another run (process {first.process.pid} on ", "let it")
-    assert files_in(first.folder) == before
+    assert contents(first.folder) == before
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.join()
     resumed = start(options="--resume", log="resumed")

@@ -37,7 +37,7 @@ def ordinal(base, images, tmp_path_factory):
     """The folder of a run and of what every command made of it, by a copy of the toolkit that has a fifth task."""
     copy = tmp_path_factory.mktemp("copy")
     for folder in (*PACKAGES, "configs"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
     shutil.copy(ROOT / "tests/ordinal.py", copy / "toolkit/answers")

@@ -21,7 +21,7 @@ import deploy_lora
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from tests.run_folders import assert_same_tensors, metrics, names_in, stop
+from tests.run_folders import assert_same_tensors, contents, metrics, names_in, stop
 from toolkit import InputError, devices
 from toolkit.files import open_atomically, read_checkpoint
 from toolkit.run import optim, output_folder, reports, runs
@@ -292,10 +292,6 @@ def write(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(name)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("parts", [("cat", "dog"), ("train", "val"), ("train", "validation", "test")])
