@@ -13,15 +13,17 @@ import finetune_lora
 from lora_utils import read_adapter_file
 from toolkit import devices
 from toolkit.answers import probe, segmentation
-from toolkit.run import guard, runs
+from toolkit.run import guard, runs, teacher
 from toolkit.run.training import MicroBatches
 
 # After each epoch a run looks at each of the 21 training images once, not at 128 views. A probe tries three strengths
-# of nine, and is of fewer pixels. No run measures whether this processor is faster in bf16: for so little it is not.
+# of nine, and is of fewer pixels. With images without labels an epoch has five steps or more, not twelve. No run
+# measures whether this processor is faster in bf16: for so little it is not.
 SHORTER = (
     (guard, "WATCHED_VIEWS", 21),
     (probe, "STRENGTHS", probe.STRENGTHS[::3]),
     (segmentation, "PROBE_ROWS", 1000),
+    (teacher, "LEAST_STEPS", 5),
     (devices, "faster_dtype", lambda *_, **__: torch.float32),
 )
 
