@@ -16,9 +16,8 @@ from toolkit.answers import probe, segmentation
 from toolkit.run import guard, runs, teacher
 from toolkit.run.training import MicroBatches
 
-# After each epoch a run looks at each of the 21 training images once, not at 128 views. A probe tries three strengths
-# of nine, and is of fewer pixels. With images without labels an epoch has five steps or more, not twelve. No run
-# measures whether this processor is faster in bf16: for so little it is not.
+# A run looks at each of the 21 training images once after an epoch, tries three strengths of nine for its probe, draws
+# fewer pixels, has five steps where others train, not twelve, and does not measure whether bf16 is faster here.
 SHORTER = (
     (guard, "WATCHED_VIEWS", 21),
     (probe, "STRENGTHS", probe.STRENGTHS[::3]),

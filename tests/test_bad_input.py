@@ -352,7 +352,6 @@ ADAPTERS = [
     case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without it"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
     case("another run to resume", "finetune --resume last.pth", "other settings", "augmentation was none, is crop"),
-    case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a last.pth of this version"),
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
     case("another base", "evaluate lora.pth images --checkpoint o.pth", "over another base", files={"o.pth": VIT}),
     case("an adapter of other classes", "evaluate lora.pth mine", "adapter lacks: cat, dog", files=TWO),

@@ -149,9 +149,7 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
         request.getfixturevalue("domain")
     if "timm:" in command:
         timm = pytest.importorskip("timm")
-        build = timm.models.model_entrypoint("vit_small_patch14_dinov2")
-        two_blocks = functools.partial(build, depth=2)
-        monkeypatch.setitem(timm.models._registry._model_entrypoints, "vit_small_patch14_dinov2", two_blocks)
+        monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
         state = timm.create_model("vit_small_patch14_dinov2").state_dict()
         torch.save(state, "dinov2_small.pth")
         monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: state)

@@ -217,13 +217,14 @@ def count_faults() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
 def test_freed_memory_is_kept_for_the_next_tensor(tmp_path):
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
-    counts = []
-    for name, environment in {"own": {}, "users": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}.items():
+
+    def faults(name: str, **environment) -> int:
         child = Child("finetune_lora", "", tmp_path / name, count_faults, environment)
         assert child.wait() == 0, child.output
-        counts.append(int(child.output))
-    own, users = counts
-    assert own < 20 < users  # 16,384 pages of 4 kB, or 32 of 2 MB
+        return int(child.output)
+
+    # 16,384 pages of 4 kB, or 32 of 2 MB
+    assert faults("own") < 20 < faults("users", MALLOC_MMAP_THRESHOLD_=str(2**20))
 
 
 @pytest.mark.parametrize("main", [finetune_lora.main, pretrain.main], ids=["fine-tuning", "stage 1"])
