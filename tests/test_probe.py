@@ -18,12 +18,11 @@ from torch import nn
 from toolkit.answers import probe, tasks
 from toolkit.images import splitting
 
-STRENGTHS = probe.STRENGTHS
+STRENGTHS = probe.STRENGTHS  # of which other tests' probes try three
 
 
 @pytest.fixture(autouse=True)
 def every_strength(monkeypatch):
-    """Other tests' probes try three."""
     monkeypatch.setattr(probe, "STRENGTHS", STRENGTHS)
 
 

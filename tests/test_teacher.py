@@ -337,9 +337,8 @@ def taught(start, images):
 
 
 def test_an_epoch_has_at_least_so_many_steps_of_which_half_the_images_have_labels(taught):
-    """Where 15 images with labels, four in a step, would be four."""
     steps = list(taught.loaders.steps(1))
-    assert len(steps) == taught.steps_per_epoch == teacher.LEAST_STEPS == 5 and steps[-1].is_last
+    assert len(steps) == taught.steps_per_epoch == teacher.LEAST_STEPS == 5 and steps[-1].is_last  # not 15 / 4
     for step in taught.loaders.steps(2):
         [(images, labels, weak, places)] = step.batches
         assert (len(images), len(labels), len(weak), len(places), step.images) == (8, 4, 4, 4, 4)
