@@ -900,7 +900,7 @@ class FineTuning(RunState):
             with evaluation.eval_mode(model):
                 lower, self.network = split.split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
-        self.loaders.open(bool(evaluation.training_norms(model)), teaches and teacher.trains(splits))
+        self.loaders.open(bool(evaluation.training_norms(model)), teaches)
         if plan.norms in ("auto", "follow") and args.freeze_backbone:
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
             plan = plan._replace(norms="follow" if followers(model) else "frozen")  # files say what was done

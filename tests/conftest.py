@@ -33,6 +33,7 @@ from toolkit.models import backbones, checkpoints, names
 from toolkit.run import loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
+LEAST_STEPS = loaders.LEAST_STEPS  # of an epoch, in use: see `SHORTER`
 shorten_vit_mini()
 
 

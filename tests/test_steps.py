@@ -1,5 +1,6 @@
 """Single steps of fine-tuning, and what a run starts from."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from finetune_lora import FineTuning, LoRALayer, load_finetuned
 from lora import initialization
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import read_adapter_file
+from tests.conftest import LEAST_STEPS
 from tests.dense import assert_unchanged, snapshot
 from tests.run_folders import stop, train_on
 from toolkit import InputError
@@ -20,7 +22,7 @@ from toolkit.files import read_checkpoint
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.models.backbones import headless
-from toolkit.run import runs
+from toolkit.run import loaders, runs
 from toolkit.run.training import MicroBatches
 
 CPU = torch.device("cpu")
@@ -140,6 +142,29 @@ def test_accumulated_batches_are_read_one_at_a_time(start, monkeypatch):
     monkeypatch.setattr(Transformed, "__getitem__", lambda self, i: events.append("read") or read(self, i))
     train_on(run)
     assert events[:8] == ["read", "read", "read", "forward"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("--labels-per-class 5 --batch-size 8", 12),
+        ("--labels-per-class 5 --batch-size 2 --accumulation-steps 2", 12),
+        ("--labels-per-class 5 --batch-size 1", 15),
+        ("--labels-per-class 4 --batch-size 8", 2),  # 12 images
+    ],
+)
+def test_an_epoch_of_few_images_has_twelve_steps_where_each_class_has_five(start, monkeypatch, options, steps):
+    monkeypatch.setattr(loaders, "LEAST_STEPS", LEAST_STEPS)
+    run = start(options)
+    assert run.steps_per_epoch == len(list(run.loaders.steps(1))) == steps
+
+
+def test_numbers_and_several_labels_are_seen_once_an_epoch(start, monkeypatch):
+    monkeypatch.setattr(loaders, "LEAST_STEPS", LEAST_STEPS)
+    run = start("--batch-size 8")
+    run.loaders.args = dataclasses.replace(run.loaders.args, task="multilabel")
+    run.loaders.open(norms_train=False)
+    assert len(run.loaders.train) == 3  # of 21 images
 
 
 def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(finetune, saved, narrow):

@@ -15,7 +15,7 @@ from torch import nn
 
 from finetune_lora import FineTuning
 from lora.adapter_file import read_adapter_file
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, LEAST_STEPS
 from tests.image_files import tar_of
 from tests.run_folders import assert_identical, assert_same_tensors, train_on
 from toolkit import distributed
@@ -23,7 +23,7 @@ from toolkit.answers import classification, evaluation, probe, unlabelled
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.images.sources import load_splits
-from toolkit.run import reports, runs, teacher
+from toolkit.run import loaders, reports, runs, teacher
 from toolkit.run.guard import Guard, Keep, ShrinkTo
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
@@ -116,6 +116,7 @@ def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():
 def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(
     finetune, images, monkeypatch, capsys, foreign, told
 ):
+    monkeypatch.setattr(loaders, "LEAST_STEPS", 4)
     monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(6) < foreign)
     options = f"--labels-per-class 5 --unlabelled {images} --augmentation crop"
     of_start = []
@@ -329,8 +330,9 @@ def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong(cer
 
 
 @pytest.fixture
-def taught(start, images):
+def taught(start, images, monkeypatch):
     """A run that has begun, of 15 images with labels and 6 without, in batches of 4 and 4."""
+    monkeypatch.setattr(loaders, "LEAST_STEPS", LEAST_STEPS)
     run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 8")
     run.start()
     return run
@@ -338,7 +340,7 @@ def taught(start, images):
 
 def test_an_epoch_has_at_least_so_many_steps_of_which_half_the_images_have_labels(taught):
     steps = list(taught.loaders.steps(1))
-    assert len(steps) == taught.steps_per_epoch == teacher.LEAST_STEPS == 5 and steps[-1].is_last  # not 15 / 4
+    assert len(steps) == taught.steps_per_epoch == 12 and steps[-1].is_last
     for step in taught.loaders.steps(2):
         [(images, labels, weak, places)] = step.batches
         assert (len(images), len(labels), len(weak), len(places), step.images) == (8, 4, 4, 4, 4)
@@ -347,7 +349,7 @@ def test_an_epoch_has_at_least_so_many_steps_of_which_half_the_images_have_label
 
 
 def test_more_labels_make_an_epoch_longer_as_ever(start, images, monkeypatch):
-    monkeypatch.setattr(teacher, "LEAST_STEPS", 2)
+    monkeypatch.setattr(loaders, "LEAST_STEPS", 2)
     run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 2 --accumulation-steps 2")
     assert run.steps_per_epoch == 4  # 15 images by 4
     assert len(list(run.loaders.steps(1))) == 4

@@ -20,6 +20,7 @@ from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
 from toolkit.run import guard, options, runs, teacher, training
 
+LEAST_STEPS = 12  # of an epoch, however few images there are with enough labels
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
@@ -87,7 +88,7 @@ class Loaders:
         self.args = replace(self.args, workers=0)  # there is nothing to decode
 
     def open(self, norms_train: bool, teaches: bool = False) -> None:
-        """Make the loaders. With `teaches` images without labels train: each batch has as many as of others."""
+        """Make the loaders. With `teaches` images without labels may train: each batch has as many as of others."""
         if norms_train:  # each process needs some images of a batch
             self.answered_at_once = self.args.batch_size
         self.val = self.add_loader(self.images.val, self.eval_transform, keep_workers=True)
@@ -95,15 +96,18 @@ class Loaders:
             self.val = Remembered(self.val)
         loading = {"shuffle": True, "seed": self.args.seed, "batch_size": self.args.batch_size, "keep_workers": True}
         self.unlabelled: DataLoader | None = None
-        if teaches:
-            of_step = self.args.batch_size * self.args.accumulation_steps
-            steps = max(teacher.LEAST_STEPS, -(-len(self.images.train) // of_step))
-            loading["batch_size"] = max(1, self.args.batch_size // 2)
-            loading["batches"] = steps * self.args.accumulation_steps
-            self.drawing = dict(loading)
-            self.take_unlabelled([*range(len(self.images.unlabelled))])
+        together = self.args.accumulation_steps
+        steps = -(-len(self.images.train) // (self.args.batch_size * together))
+        has_enough = TRUTHS[self.args.task] == "class" and teacher.enough_labels(self.images)
+        teaches = teaches and has_enough and self.images.unlabelled is not None
+        if has_enough and (teaches or steps < LEAST_STEPS):
+            loading["batches"] = max(steps, LEAST_STEPS) * together
         elif norms_train:
             loading["drop_last"] = self.has_small_rest(self.images.train, self.args.batch_size)
+        if teaches:
+            loading["batch_size"] = max(1, self.args.batch_size // 2)
+            self.drawing = dict(loading)
+            self.take_unlabelled([*range(len(self.images.unlabelled))])
         self.train = self.add_loader(self.images.train, self.augmentation, **loading)
         some = self.images.train.at_most(guard.WATCHED_VIEWS)
         self.watched_images = some.subset([*range(len(some))] * (guard.WATCHED_VIEWS // len(some)))

@@ -18,7 +18,7 @@ from toolkit.config import flat
 from toolkit.images import bands, sources, transforms
 from toolkit.models import backbones, checkpoints, published
 from toolkit.run import loaders, options, verdict
-from toolkit.run.teacher import LEAST_LABELS, trains
+from toolkit.run.teacher import LEAST_LABELS, enough_labels
 from toolkit.run.training import best_epoch, column
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
@@ -79,7 +79,7 @@ def describe_unlabelled(run: FineTuned) -> str:
         line = f"unlabelled: the head starts at {found['name']}, for labelled images held out better: {gained}"
     if run.teacher is None:
         why = "of which the start knows too little"
-        if not trains(run.splits):
+        if not enough_labels(run.splits):
             why = f"below {LEAST_LABELS} labels a class"
         elif found["left_out"] == found["images"]:
             why = "all of which are of another kind than the labelled ones"

@@ -18,9 +18,8 @@ from toolkit.answers import evaluation
 from toolkit.images.sources import Splits
 from toolkit.run.optim import weights_replaced
 
-LEAST_LABELS = 5  # a class: with fewer, training on other images may harm
+LEAST_LABELS = 5  # a class: with fewer, many steps or other images may harm
 LEAST_KNOWN = 0.1  # of the way from chance to certainty: how far the answers at the start have to be
-LEAST_STEPS = 12  # of an epoch, however few images have labels
 WATCHED = 120  # images that were answered most surely at the start
 MENDED = 0.25  # the most of their answers that training may change, beside those expected to be wrong
 KEPT = 0.95  # of the averages, in each step
@@ -42,9 +41,9 @@ def as_sure(logits: Tensor, first: Tensor) -> Tensor:
     return logits * (wanted / present.clamp_min(LEAST_SPREAD)).sqrt()
 
 
-def trains(splits: Splits) -> bool:
-    """Do the images without labels train? They do where enough others have one."""
-    return splits.unlabelled is not None and len(splits.train) >= LEAST_LABELS * len(splits.class_names)
+def enough_labels(splits: Splits) -> bool:
+    """Have so many images a class that many steps, and images without one, teach more than these images?"""
+    return len(splits.train) >= LEAST_LABELS * len(splits.class_names)
 
 
 class Teacher:
