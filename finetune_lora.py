@@ -54,7 +54,7 @@ from toolkit.models.names import RESNETS
 from toolkit.models.norms import FOLDING, NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
-from toolkit.run.loaders import Loaders, load_images
+from toolkit.run.loaders import Loaders, load_images, steps_of_epoch
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -748,7 +748,7 @@ def with_rate_found(args: FineTuneOptions, plan: Plan, model: nn.Module, splits:
     epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
     wise_ft = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
     own = replace(args, epochs=epochs, wise_ft=wise_ft, keep_best=None)
-    steps = math.ceil(len(parts.train) / (args.batch_size * args.accumulation_steps))
+    steps = steps_of_epoch(args, parts)
     rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
     images = f"{len(parts.train):,} training images, judged by {len(parts.val):,} others of them"
     print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs on {images}")

@@ -178,11 +178,13 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(f
             run.history.append(run.history[0] | {"val_accuracy": 0.25, "val_loss": 7.0})
 
     monkeypatch.setattr(finetune_lora, "train", note)
+    counted = spy(finetune_lora, "steps_of_epoch")  # which knows of epochs that have more than one pass
     features = spy(finetune_lora.Loaders, "features")
     divisor = spy(optim, "run_divisor")
     finetune("--learning-rate auto --labels-per-class 4 --batch-size 4 --accumulation-steps 2")
     assert features.call_count == 2  # the trials share theirs
     assert divisor.call_args_list[0].args[2] == 1  # step of an epoch on 8 images, by which rates to try are chosen
+    assert counted.call_count == 1 and len(counted.call_args.args[1].train) == 8
     trial, second, run = ((len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made)
     assert trial == second == (8, 1, 4 / 9) and run == (12, 2, 4 / 9)
     told = capsys.readouterr().out

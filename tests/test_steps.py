@@ -157,6 +157,7 @@ def test_an_epoch_of_few_images_has_twelve_steps_where_each_class_has_five(start
     monkeypatch.setattr(loaders, "LEAST_STEPS", LEAST_STEPS)
     run = start(options)
     assert run.steps_per_epoch == len(list(run.loaders.steps(1))) == steps
+    assert loaders.steps_of_epoch(run.args, run.splits) == steps
 
 
 def test_numbers_and_several_labels_are_seen_once_an_epoch(start, monkeypatch):

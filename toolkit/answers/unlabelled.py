@@ -22,7 +22,7 @@ ROUNDS = 10
 DISTILLED = 0.1  # C of the distilled head
 OTHERS = 3.0  # how much all images without labels count in it, in labelled ones
 MARGIN = 2.0  # standard errors by which the log loss of what is held out has to fall
-MOST_FOREIGN = 0.4  # of the images without labels may look foreign though they are of the labelled ones' kind
+MOST_FOREIGN = 0.4  # of the images without labels: if more of them look foreign, those do not train
 
 
 class Start(NamedTuple):
@@ -35,7 +35,7 @@ class Start(NamedTuple):
     foreign: Tensor  # (M,) of bool: which of the images without labels resemble no labelled one
 
     def of_their_kind(self) -> Tensor:
-        """The places of the images without labels that may train: of all, or where many look foreign of the others."""
+        """The places of the images without labels that may train: all, or those not foreign if many are."""
         may_train = ~self.foreign
         if self.foreign.float().mean() <= MOST_FOREIGN:
             may_train = torch.ones_like(self.foreign)

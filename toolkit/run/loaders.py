@@ -20,7 +20,7 @@ from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
 from toolkit.run import guard, options, runs, teacher, training
 
-LEAST_STEPS = 12  # of an epoch, however few images there are with enough labels
+LEAST_STEPS = 12  # of an epoch, where each class has enough labels
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
@@ -38,6 +38,14 @@ def load_images(args: options.FineTuneOptions, read: Bands | None) -> Splits:
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = options.image_sources(args, read)
     return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
+
+
+def steps_of_epoch(args: options.FineTuneOptions, images: Splits) -> int:
+    """The optimizer steps of an epoch: of one pass over the training images, or with enough labels LEAST_STEPS."""
+    steps = -(-len(images.train) // (args.batch_size * args.accumulation_steps))
+    if TRUTHS[args.task] == "class" and teacher.enough_labels(images):
+        steps = max(steps, LEAST_STEPS)
+    return steps
 
 
 def probed_views(images: int) -> int:
@@ -96,12 +104,11 @@ class Loaders:
             self.val = Remembered(self.val)
         loading = {"shuffle": True, "seed": self.args.seed, "batch_size": self.args.batch_size, "keep_workers": True}
         self.unlabelled: DataLoader | None = None
-        together = self.args.accumulation_steps
-        steps = -(-len(self.images.train) // (self.args.batch_size * together))
-        has_enough = TRUTHS[self.args.task] == "class" and teacher.enough_labels(self.images)
-        teaches = teaches and has_enough and self.images.unlabelled is not None
-        if has_enough and (teaches or steps < LEAST_STEPS):
-            loading["batches"] = max(steps, LEAST_STEPS) * together
+        steps = steps_of_epoch(self.args, self.images)
+        before_last = (steps - 1) * self.args.batch_size * self.args.accumulation_steps
+        teaches = teaches and self.images.unlabelled is not None and teacher.enough_labels(self.images)
+        if teaches or before_last >= len(self.images.train):  # one pass over the images has fewer steps
+            loading["batches"] = steps * self.args.accumulation_steps
         elif norms_train:
             loading["drop_last"] = self.has_small_rest(self.images.train, self.args.batch_size)
         if teaches:

@@ -42,7 +42,7 @@ def as_sure(logits: Tensor, first: Tensor) -> Tensor:
 
 
 def enough_labels(splits: Splits) -> bool:
-    """Have so many images a class that many steps, and images without one, teach more than these images?"""
+    """Has a class LEAST_LABELS images on average? Then many steps gain, and so do images without labels."""
     return len(splits.train) >= LEAST_LABELS * len(splits.class_names)
 
 
