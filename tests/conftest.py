@@ -66,17 +66,21 @@ def base(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base") / "base.pth")
 
 
+def save_adapter(model: torch.nn.Module, path: Path, checkpoint: Path, **about) -> Path:
+    """Save the head of a vit_mini, and its adapters, with what a run says of them."""
+    known = {"arch": "vit_mini", "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(checkpoint)}
+    LoRAManager(model).save_lora_checkpoint(path, known | about)
+    return path
+
+
 @pytest.fixture(scope="session")
 def adapter_for_images(base, tmp_path_factory) -> Path:
     """An adapter file that has a head alone, which is enough to sort images."""
-    path = tmp_path_factory.mktemp("head") / "lora.pth"
-    model, report = checkpoints.load_backbone(base, len(CLASSES))
+    model, _ = checkpoints.load_backbone(base, len(CLASSES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         torch.nn.init.normal_(model.heads.head.weight, std=0.5)
-    about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(path, about)
-    return path
+    return save_adapter(model, tmp_path_factory.mktemp("head") / "lora.pth", base)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -17,35 +17,14 @@ import pytest
 from toolkit.choices import TRUTHS
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("toolkit", "lora", "moco")
 # From the ground up. The longest prefix of a module's name counts; what is not named stands on the top floor.
-FLOORS = (
-    "moco_lora",
-    "toolkit",
-    "toolkit.models",
-    "toolkit.images",
-    "toolkit.answers",
-    "toolkit.run",
-    "lora",
-    "lora_utils",
-    "finetune_lora",
-)
+ROOMS = ("toolkit.models", "toolkit.images", "toolkit.answers", "toolkit.run")
+FLOORS = ("moco_lora", "toolkit", *ROOMS, "lora", "lora_utils", "finetune_lora")
 TOP_FLOOR = len(FLOORS)
 
-
-def sources() -> dict[str, Path]:
-    """Each module of the project by its dotted name; a package by its own name."""
-    paths = [*ROOT.glob("*.py")]
-    for package in PACKAGES:
-        paths += (ROOT / package).rglob("*.py")
-    found = {}
-    for path in paths:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path
-    return found
-
-
-SOURCES = sources()
+SOURCES = {}  # each module of the project by its dotted name; a package by its own name
+for path in (*ROOT.glob("*.py"), *ROOT.glob("toolkit/**/*.py"), *ROOT.glob("lora/*.py"), *ROOT.glob("moco/*.py")):
+    SOURCES[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
 
 
 def floor(module: str) -> int:
@@ -81,14 +60,26 @@ def arrows() -> Iterator[tuple[str, str]]:
             yield name, other
 
 
-def test_no_import_runs_upwards():
-    assert [arrow for arrow in arrows() if floor(arrow[1]) > floor(arrow[0])] == []
-
-
-def test_imports_form_no_circle():
+def test_no_import_runs_upwards_or_in_a_circle():
     """A circle raises CycleError; a file that imports itself is one as well."""
+    assert [arrow for arrow in arrows() if floor(arrow[1]) > floor(arrow[0])] == []
     order = TopologicalSorter({name: imported(path) for name, path in SOURCES.items()}).static_order()
-    assert set(order) == SOURCES.keys()
+    assert {floor(name) for name in order} == set(range(TOP_FLOOR + 1))
+
+
+def place(module: str) -> str:
+    """A room of the toolkit, or a file of its ground or of another package."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_few_imports_run_between_the_rooms_of_the_toolkit_and_between_the_files_of_lora():
+    """Counted are the pairs of two places in a package, of which one imports anything of the other."""
+    pairs = defaultdict(set)
+    for name, other in arrows():
+        package = name.partition(".")[0]
+        if package != name and other.startswith(f"{package}.") and place(name) != place(other):
+            pairs[package].add((place(name), place(other)))
+    assert len(pairs["toolkit"]) <= 30 and len(pairs["lora"]) <= 25, pairs
 
 
 def test_private_operators_of_pytorch_are_in_one_file_for_each_floor():
@@ -103,66 +94,32 @@ def test_contributing_has_a_line_for_every_file():
     assert [path for path in files if f"`{path.relative_to(ROOT)}`" not in text] == []
 
 
-def test_few_imports_run_between_the_files_of_lora():
-    among = [arrow for arrow in arrows() if arrow[0].startswith("lora.") and arrow[1].startswith("lora.")]
-    assert len(among) <= 25, among
-
-
 def test_only_a_task_knows_its_name():
     """All else asks a task what it is like: so a new one needs no change elsewhere."""
     own = {SOURCES["toolkit.choices"], *(SOURCES[f"toolkit.answers.{kind}"] for kind in TRUTHS)}
-    asked = []
-    for path, node in nodes_of_the_sources():
-        if isinstance(node, ast.Constant) and node.value in (*TRUTHS,) and path not in own:
-            asked.append((path, node.lineno))
-    assert asked == []
+    for path in {*SOURCES.values()} - own:
+        for node in nodes(path):
+            assert not isinstance(node, ast.Constant) or node.value not in (*TRUTHS,), f"{path}:{node.lineno}"
 
 
-def place(module: str) -> str:
-    """A room of the toolkit, or a file of its ground."""
-    return ".".join(module.split(".")[:2])
-
-
-def test_few_imports_run_between_the_rooms_of_the_toolkit():
-    """Counted are the pairs of two places, rooms or files of the ground, of which one imports anything of the other."""
-    pairs = set()
-    for name, other in arrows():
-        if name.startswith("toolkit.") and other.startswith("toolkit.") and place(name) != place(other):
-            pairs.add((place(name), place(other)))
-    assert len(pairs) <= 30, sorted(pairs)
-
-
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def packed(node: ast.AST) -> str | None:
-    """What packs several statements into a line. Unpacking a call or a sequence is no tuple assignment."""
-    if isinstance(node, ast.IfExp):
-        return "conditional expressions"
-    if isinstance(node, COMPREHENSIONS):
-        return "comprehensions"
-    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
-        return "tuple assignments"
-    return None
-
-
-def nodes_of_the_sources() -> list[tuple[Path, ast.AST]]:
-    return [(path, node) for path in SOURCES.values() for node in nodes(path)]
-
-
-def test_few_lines_are_packed():
-    thousands = sum(len(path.read_text().splitlines()) for path in SOURCES.values()) / 1000
-    counts = Counter(packed(node) for _, node in nodes_of_the_sources())
-    most = {"conditional expressions": 20, "comprehensions": 30, "tuple assignments": 5}
-    found = {what: counts[what] / thousands for what in most}
-    assert {what: n for what, n in found.items() if n > most[what]} == {}
-
-
-def test_no_conditional_expression_is_in_another():
-    for path, node in nodes_of_the_sources():
-        if isinstance(node, ast.IfExp):
-            inside = [inner for inner in ast.walk(node) if isinstance(inner, ast.IfExp)]
-            assert len(inside) == 1, f"{path}:{node.lineno}"
+def test_few_lines_are_packed_and_no_conditional_expression_is_in_another():
+    """Unpacking a call or a sequence is no tuple assignment."""
+    lines = 0
+    counts = Counter()
+    for path in SOURCES.values():
+        lines += len(path.read_text().splitlines())
+        for node in nodes(path):
+            kind = type(node)
+            if kind in (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp):
+                counts["comprehensions"] += 1
+            if kind is ast.Assign and type(node.value) is type(node.targets[0]) is ast.Tuple:
+                counts["tuple assignments"] += 1
+            if kind is ast.IfExp:
+                counts["conditional expressions"] += 1
+                inside = sum(type(inner) is ast.IfExp for inner in ast.walk(node))
+                assert inside == 1, f"{path}:{node.lineno}"
+    for what, most in {"conditional expressions": 20, "comprehensions": 30, "tuple assignments": 5}.items():
+        assert 1000 * counts[what] / lines <= most, what
 
 
 # ----------------------------------------------------------------------------------------------------- pip install -e .
@@ -188,7 +145,6 @@ def test_every_package_is_named():
     packages = {name for name, path in SOURCES.items() if path.stem == "__init__"}
     assert set(named["packages"]) == packages
     assert set(named["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
-    assert {floor(name) for name in SOURCES} == set(range(TOP_FLOOR + 1))
 
 
 @pytest.mark.slow
@@ -211,8 +167,9 @@ def test_code_in_another_folder_imports_everything(tmp_path):
         assert told in done.stdout and "usage: python" not in done.stdout
 
 
-@pytest.mark.parametrize("package", ["toolkit", "lora", "moco"])
-@pytest.mark.parametrize("script", ["finetune_lora", "deploy_lora", "moco_lora"])
+@pytest.mark.parametrize(
+    ("script", "package"), [("finetune_lora", "toolkit"), ("deploy_lora", "lora"), ("moco_lora", "moco")]
+)
 def test_a_package_of_the_users_in_the_way_is_named(script, package, tmp_path):
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").touch()

@@ -9,12 +9,13 @@ import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from toolkit import TOOLKIT, VERSION, typed
 from toolkit.answers import answer_reports, classification, multilabel, regression, report_page
@@ -35,12 +36,21 @@ def evaluation(labels: list[int], predictions: list[int], confidences: list[floa
     return Evaluation(0.3, (labels == predictions).float().mean().item(), predictions, labels, confidences)
 
 
-def test_means_over_classes_are_scikit_learns():
-    labels = [0, 0, 0, 0, 2, 2, 3]  # nothing is of class 1
-    predictions = [0, 0, 0, 2, 2, 0, 3]
-    expected = {"accuracy": 5 / 7, "balanced_accuracy": balanced_accuracy_score(labels, predictions)}
+def test_means_over_classes_are_scikit_learns_with_the_intervals_of_the_jackknife():
+    """A class without images has no share."""
+    labels = [0, 2, 3] * 30
+    predictions = [0, 2, 3, 0, 2, 0, 2, 3, 0, 0, 3, 0, 2, 3, 0] * 6
+    answers = evaluation(labels, predictions)
+    expected = {"accuracy": accuracy_score(labels, predictions)}
+    expected["balanced_accuracy"] = balanced_accuracy_score(labels, predictions)
     expected["macro_f1"] = f1_score(labels, predictions, average="macro")
-    assert evaluation(labels, predictions).measured() == pytest.approx(expected)
+    assert answers.measured() == pytest.approx(expected)
+    figures = Classification(["cat", "owl", "eel", "dog"]).report(answers).figures()
+    assert figures["accuracy_per_class"]["owl"] is None and json.dumps(figures, allow_nan=False)
+    found = jackknife(lambda weights: {"means": answers.class_means(weights)}, torch.arange(90), {})["means"]
+    for name, figure in zip(("balanced_accuracy", "macro_f1"), found, strict=True):
+        assert figures[name] == pytest.approx(figure.value)
+        assert figures[f"{name}_interval"] == pytest.approx(figure.interval)
 
 
 def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
@@ -51,23 +61,6 @@ def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
     assert (low, high) == pytest.approx(mean_interval(torch.ones(2), torch.tensor([95, 5])))
     _, by_patient, _ = TASK.report(answers, torch.arange(100) // 5).headlines()[1]
     assert by_patient[0] == pytest.approx(mean_interval(torch.ones(2), torch.tensor([19, 1]))[0])
-
-
-def test_means_over_classes_have_the_intervals_of_the_jackknife():
-    """A class without images has no share."""
-    answers = evaluation([0, 1, 2] * 30, [0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 2, 0, 1, 2, 0] * 6)
-    figures = Classification([*NAMES, "owl"]).report(answers).figures()
-    assert figures["accuracy_per_class"]["owl"] is None and json.dumps(figures, allow_nan=False)
-    found = jackknife(lambda weights: {"means": answers.class_means(weights)}, torch.arange(90), {})["means"]
-    for name, figure in zip(("balanced_accuracy", "macro_f1"), found, strict=True):
-        assert figures[name] == pytest.approx(figure.value)
-        assert figures[f"{name}_interval"] == pytest.approx(figure.interval)
-
-
-def size(path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture.size
 
 
 def test_mistakes_are_drawn_most_confident_first(tmp_path, spy):
@@ -131,21 +124,15 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     assert "nan" not in reports.describe_start(run)
 
 
-@pytest.mark.parametrize(
-    ("right", "of", "share"),
-    [(12, 24, "50.00% (95% interval 31% to 69%)"), (356, 359, "99.16% (95% interval 97.6% to 99.7%)")],
-)
-def test_an_accuracy_is_told_as_counted_images_with_its_interval(right, of, share):
-    result = evaluation([1] * of, [1] * right + [0] * (of - right))
-    assert next(Classification(NAMES).report(result).rows()) == ("accuracy", f"{right} of {of} images, {share}")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99, "99 s"), (150, "2 min"), (5400, "90 min"), (9000, "2.5 h")],
-)
-def test_times_are_told_as_people_say_them(seconds, told):
-    assert reports.duration(seconds) == told
+def test_accuracies_and_times_are_told_as_people_say_them():
+    for right, of, share in (
+        (12, 24, "50.00% (95% interval 31% to 69%)"),
+        (356, 359, "99.16% (95% interval 97.6% to 99.7%)"),
+    ):
+        result = evaluation([1] * of, [1] * right + [0] * (of - right))
+        assert next(TASK.report(result).rows()) == ("accuracy", f"{right} of {of} images, {share}")
+    told = {0.04: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 99: "99 s", 150: "2 min", 5400: "90 min", 9000: "2.5 h"}
+    assert {seconds: reports.duration(seconds) for seconds in told} == told
 
 
 def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
@@ -159,16 +146,19 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
     run.wise_ft.share = 0.25
     run.baseline, run.by_unlabelled = {"probe": 0.9}, None
-    worse = "\n  the linear probe still answers training images better than this epoch does: "
-    mixed = "saved and evaluated is the model 25% of the way from the linear probe to this epoch"
-    assert reports.describe_epoch(run).endswith(worse + mixed)
-    run.wise_ft.share = 0
-    assert reports.describe_epoch(run).endswith(f"{worse}the linear probe is saved and evaluated")
-    for run.baseline, run.by_unlabelled in (
-        ({"probe": None}, None),  # of a random head
-        ({"probe": 0.9}, {"name": "mix"}),  # the start is better than the probe, whose accuracy stands above
+    for probe, by_unlabelled, start in (
+        (0.9, None, "linear probe"),
+        (None, None, "start"),  # of a random head
+        (0.9, {"name": "mix"}, "start"),  # it is better than the probe, whose accuracy stands above
     ):
-        assert reports.describe_epoch(run).endswith("than this epoch does: the start is saved and evaluated")
+        run.baseline = {"probe": probe}
+        run.by_unlabelled = by_unlabelled
+        worse = f"\n  the {start} still answers training images better than this epoch does: "
+        run.wise_ft.share = 0
+        assert reports.describe_epoch(run).endswith(f"{worse}the {start} is saved and evaluated")
+        run.wise_ft.share = 0.25
+        mixed = f"saved and evaluated is the model 25% of the way from the {start} to this epoch"
+        assert reports.describe_epoch(run).endswith(worse + mixed)
 
 
 @pytest.mark.parametrize(
@@ -256,31 +246,31 @@ def images(count: int) -> LabelledImages:
 
 
 def test_groups_of_an_interval_and_what_images_chose_are_said(tmp_path):
-    told = ("", "35 images in 18 groups (patient); intervals are over groups")
     of_run = TASK, TASK.report(evaluation([0, 1], [1, 0])), {"knn": None, "probe": None}, tmp_path
-    assert told in summary(*of_run, val_images=35, val_groups=18)
-    assert told not in summary(*of_run, val_images=35)
+    groups = ("", "35 images in 18 groups (patient); intervals are over groups")
+    assert groups not in summary(*of_run, val_images=35)
     chosen = {"learning rate": "trials", "epoch": "the evaluation images"}
-    rows = summary(*of_run, chosen_by=chosen, kept_epoch=2, epochs=3, learning_rate=1e-3)
-    assert ("", "learning rate 1e-3 chosen by trials") in rows
-    assert ("", "epoch 2 of 3 chosen by the evaluation images") in rows
+    numbers = {"val_images": 35, "val_groups": 18, "kept_epoch": 2, "epochs": 3, "learning_rate": 1e-3}
+    rows = summary(*of_run, chosen_by=chosen, **numbers)
+    told = ("learning rate 1e-3 chosen by trials", "epoch 2 of 3 chosen by the evaluation images")
+    assert {groups, *(("", what) for what in told)} <= {*rows}
 
 
 def test_a_label_that_no_image_has_is_left_out_and_said(labels):
     figures = labels.figures()
-    assert figures["labels"]["eel"]["average_precision"] is None and figures["labels"]["eel"]["positives"] == 0
-    both = [figures["labels"][name]["average_precision"] for name in ("cat", "a $dog$")]
-    assert figures["macro_ap"] == pytest.approx(sum(both) / 2) and figures["labels"]["cat"]["unknown"] == 1
+    of_cat, of_eel, of_dog = figures["labels"].values()
+    assert (of_eel["average_precision"], of_eel["positives"], of_eel["sensitivity_interval"]) == (None, 0, None)
+    assert figures["macro_ap"] == pytest.approx((of_cat["average_precision"] + of_dog["average_precision"]) / 2)
+    assert of_cat["unknown"] == 1
     assert list(labels.rows())[1] == ("", "no evaluation image has eel: left out of the means")
     *others, last = labels.by_label()
     assert last[:5] == ["eel", 0, 0, "", ""] and {row[2] for row in others} == {0, 1}
-    assert figures["labels"]["eel"]["sensitivity_interval"] is None
 
 
 def test_the_worst_answer_is_shown_first_and_all_are_columns(labels, numbers):
     assert next(labels.mistakes()) == (3, "cat is not there: 99%")
-    [(image, told), *_] = mistakes = list(numbers.mistakes())
-    assert image == 5 and told == "weight 11, answered 100"
+    [worst, *_] = mistakes = list(numbers.mistakes())
+    assert worst == (5, "weight 11, answered 100")
     assert all(math.isfinite(numbers.answers.targets[i, 0]) for i, told in mistakes if "age" in told)
     columns = labels.answer_columns()
     assert list(columns) == [key for name in NAMES for key in (name, f"{name} probability")]
@@ -315,23 +305,23 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path, spy):
     many = Classification([f"class {i}" for i in range(100)]).report(evaluation(list(range(100)), list(range(100))))
     assert list(many.printed())[-1] == ("", "and 85 more")
-    for report in (labels, numbers, many):
-        report.draw(tmp_path / report.picture)
-        assert size(tmp_path / report.picture)[0] > 300
     save = spy(answer_reports, "save_figure")
     numbers.draw_mistakes(images(20), tmp_path / "mistakes.png")
-    numbers.mistakes = lambda: []
+    numbers.mistakes = list
     numbers.draw_mistakes(images(20), tmp_path / "none.png")
-    assert size(tmp_path / "none.png")[1] < size(tmp_path / "mistakes.png")[1]
     titles = [figure.texts[0].get_text() for (figure, _), _ in save.call_args_list]
     assert titles == ["The largest errors", "The largest errors: none"]
+    for report in (labels, numbers, many):
+        report.draw(tmp_path / report.picture)
+    sizes = {path.stem: Image.open(path).size for path in tmp_path.iterdir()}
+    assert sizes.pop("none")[1] < sizes["mistakes"][1] and min(width for width, _ in sizes.values()) > 300
 
 
-def test_answers_are_drawn_over_the_truth(numbers, monkeypatch, pictures):
-    drawn = []
-    monkeypatch.setattr(regression, "save_figure", lambda figure, _: drawn.extend(figure.axes))
+def test_answers_are_drawn_over_the_truth(numbers, monkeypatch):
+    save = mock.Mock()
+    monkeypatch.setattr(regression, "save_figure", save)
     numbers.draw(None)
-    points, line = drawn[1].lines
+    points, line = save.call_args.args[0].axes[1].lines
     answers = numbers.answers
     assert points.get_xydata().tolist() == torch.stack([answers.targets[:, 1], answers.values[:, 1]], 1).tolist()
     assert list(line.get_xdata()) == list(line.get_ydata()) == [1, 39]
@@ -478,13 +468,16 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
     assert ("may be chance" in found.gained) == is_chance == (p > 0.05)
 
 
-OVERFITTED = (0.1, 0.6)
-OVERFITTING = "overfitting: evaluation images are answered far worse than training images (loss 0.6 against 0.1)"
+FARTHER = "overfitting: evaluation images are answered far worse than training images (loss {})"
+OVERFITTED = {"losses": (0.1, 0.6)}
+OVERFITTING = FARTHER.format("0.6 against 0.1")
+PERFECT = {"probe": 0.9, "scores": (0.97,), "val_accuracy_interval": (0.97, 1.0)}
 FEW = "few images, {} of each {}".format
 FEW_STEPS = "there are few training steps: the learning rate was lowered to {} of the one asked for".format
 COLLAPSED = "training collapsed, or gained nothing: the learning rate was lowered to {} of the one asked for".format
 PREDICT = "python deploy_lora.py predict lora.pth new_images --output {}".format
 AGAIN = "the same command with {}".format
+VARIED = AGAIN("--augmentation trivial")
 CHOOSE = "more labels, of those images that teach most: "
 CHOOSE += "python deploy_lora.py choose lora.pth new_images --output to_label"
 LABELLED = "more labelled images"
@@ -517,41 +510,26 @@ FEW_BELOW = {"per_class": 5, "probe": 0.9, "lowered": 8}
         (FEW_LABELS | {"unlabelled": {"images": 900}}, [FEW(25, "class")], CHOOSE),
         (FEW_LABELS | FROM_LIST, [FEW(25, "class")], f"{CHOOSE} --labelled 'my list.csv' val.csv"),
         # Of those also where much was gained
-        ({"per_class": 5, "unlabelled": {}, "losses": OVERFITTED}, [FEW(5, "class"), OVERFITTING], CHOOSE),
-        ({"per_class": 5, "task": MultiLabel, "losses": OVERFITTED}, [FEW(5, "label"), OVERFITTING], LABELLED),
+        (OVERFITTED | {"per_class": 5, "unlabelled": {}}, [FEW(5, "class"), OVERFITTING], CHOOSE),
+        (OVERFITTED | {"per_class": 5, "task": MultiLabel}, [FEW(5, "label"), OVERFITTING], LABELLED),
         (FEW_LABELS | {"per_class": 26}, [], AGAIN("--epochs 8")),
         (FEW_LABELS | {"task": MultiLabel}, [FEW(25, "label")], LABELLED),
         (FEW_LABELS | {"task": Regression}, [FEW(25, "number")], LABELLED),
         (FEW_LABELS | {"task": Segmentation}, [FEW(25, "class")], LABELLED),
         ({"probe": 1.0, "val_images": 20}, [], PREDICT("answers.csv")),  # nothing is left to gain
+        # Photographs that are overfitted are varied more; masks and bands have no such augmentation
+        (OVERFITTED, [OVERFITTING], VARIED),
+        (OVERFITTED | {"probe": 0.8}, [OVERFITTING], VARIED),
+        (OVERFITTED | {"task": Segmentation}, [OVERFITTING], PREDICT("maps")),
+        (OVERFITTED | {"normalization": {"scale": 1e4}}, [OVERFITTING], PREDICT("answers.csv")),
+        (OVERFITTED | {"config": {"data": {"augmentation": "trivial"}}}, [OVERFITTING], PREDICT("answers.csv")),
+        (OVERFITTED | {"config": {"data": {"augmentation": "affine"}}}, [OVERFITTING], PREDICT("answers.csv")),
+        # Not where answers are nearly perfect, and losses so small that their ratio says nothing, or below twice
+        (PERFECT | {"scores": (0.99,), "losses": (0.001, 0.02)}, [], PREDICT("answers.csv")),
+        (PERFECT | {"losses": (0.0099, 0.02)}, [FARTHER.format("0.02 against 0.0099")], VARIED),
+        (PERFECT | {"losses": (0.0101, 0.02)}, [], PREDICT("answers.csv")),
     ],
 )
 def test_what_limits_a_run_comes_with_one_next_step(run, limits, next_step):
     found = judged(**run)
     assert (found.limits, found.next_step) == (limits, next_step)
-
-
-@pytest.mark.parametrize(
-    ("run", "varied"),
-    [
-        ({}, True),
-        ({"probe": 0.8}, True),
-        ({"task": Segmentation}, False),  # masks have no such augmentation, nor have bands
-        ({"normalization": {"scale": 1e4}}, False),
-        ({"config": {"data": {"augmentation": "trivial"}}}, False),
-        ({"config": {"data": {"augmentation": "affine"}}}, False),
-    ],
-)
-def test_where_a_run_overfits_photographs_are_varied_more(run, varied):
-    found = judged(losses=OVERFITTED, **run)
-    assert found.limits == [OVERFITTING]
-    assert (found.next_step == AGAIN("--augmentation trivial")) == varied
-    assert "--epochs" not in found.next_step
-
-
-def test_nearly_perfect_answers_are_not_called_overfitting():
-    """Both losses are so small then that their ratio says nothing."""
-    perfect = {"probe": 0.9, "val_accuracy_interval": (0.97, 1.0)}
-    assert judged(scores=(0.99,), losses=(0.001, 0.02), **perfect).limits == []
-    assert judged(scores=(0.97,), losses=(0.0099, 0.02), **perfect).limits != []
-    assert judged(scores=(0.97,), losses=(0.0101, 0.02), **perfect).limits == []  # below twice the training's
