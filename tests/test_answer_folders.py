@@ -17,27 +17,18 @@ def begin(folder: Path, adapter: str = "one", command: str = "predict", resume: 
     return {place.name: [path.name for path in paths] for place, paths in found.items()}
 
 
-@pytest.fixture
-def stopped(tmp_path) -> Path:
-    """A folder in which the first of two files is finished."""
+def test_a_file_that_is_there_is_finished_and_answers_of_something_else_are_not_gone_on_with(tmp_path):
     begin(tmp_path)
     (tmp_path / "a/0.png").write_text("mask")
-    return tmp_path
-
-
-def test_a_file_that_is_there_is_finished(stopped):
-    assert begin(stopped, resume=True) == {"0": ["0.png"], "1": []}
-    (stopped / "a/0.png").unlink()
-    assert begin(stopped, resume=True) == {"0": [], "1": []}
-
-
-def test_answers_of_something_else_are_not_gone_on_with(stopped):
-    with pytest.raises(InputError, match=f"{stopped}: its answers were made with other adapter; name another folder"):
-        begin(stopped, adapter="two", resume=True)
+    assert begin(tmp_path, resume=True) == {"0": ["0.png"], "1": []}
+    with pytest.raises(InputError, match=f"{tmp_path}: its answers were made with other adapter; name another folder"):
+        begin(tmp_path, adapter="two", resume=True)
     with pytest.raises(InputError, match="its answers were made with other command"):
-        begin(stopped, command="embed", resume=True)
+        begin(tmp_path, command="embed", resume=True)
     with pytest.raises(InputError, match="has answers already: go on with --resume, or name another folder"):
-        begin(stopped)
+        begin(tmp_path)
+    (tmp_path / "a/0.png").unlink()
+    assert begin(tmp_path, resume=True) == {"0": [], "1": []}
 
 
 @pytest.mark.parametrize("resume", [False, True])

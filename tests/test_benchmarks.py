@@ -58,14 +58,12 @@ def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
 def test_heads_with_few_labels(tmp_path, capsys, base):
     """Every row of a draw has the same labels, and what is measured once is not measured again."""
     rows = ["before", "one_view", "probe", "unlabelled"]
-    command = f"--checkpoint {base} --labels 2 --draws 2 --pool 60 --held-out 30 --output-dir {tmp_path} --rows".split()
-    command += rows
-    runs = few_labels.main(command)
+    argv = f"--checkpoint {base} --labels 2 --draws 2 --pool 60 --held-out 30 --output-dir {tmp_path} --rows".split()
+    runs = few_labels.main(argv + rows)
     assert [(run["labels"], run["draw"], run["row"]) for run in runs] == list(itertools.product([2], [0, 1], rows))
-    of_one_view, of_eight = ([run["accuracy"] for run in runs if run["row"] == row] for row in ("one_view", "probe"))
-    assert of_one_view != of_eight
+    assert [run["accuracy"] for run in runs[1::4]] != [run["accuracy"] for run in runs[2::4]]  # eight views tell more
     kept = (tmp_path / "runs.jsonl").read_text()
-    assert few_labels.main(command) == runs == [json.loads(line) for line in kept.splitlines()]
+    assert few_labels.main(argv + rows) == runs == list(map(json.loads, kept.splitlines()))
     assert (tmp_path / "runs.jsonl").read_text() == kept
     assert capsys.readouterr().out.count("| 2 | ") == 2
     assert few_labels.gain([0.5, 0.7], [0.4, 0.4]) == "+20.0 ± 10.0"
@@ -103,10 +101,10 @@ def test_each_method_is_compared_at_its_best_rate(base, images, tmp_path, monkey
     command += f" --data-dir {images} --epochs 1 --batch-size 6 --device cpu"
     result = quality.main(command.split())
     assert f"| 2 | full fine-tuning | {result['rows'][0]['mean']:.2%} ± 0.00% |" in capsys.readouterr().out
-    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    tuning = [record for record in records if record["run"][4] == "validation"]
+    *tuning, last = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
     best = max(tuning, key=lambda record: (record["accuracy"], -record["loss"]))
-    assert len(records) == 3 and len(tuning) == 2 and result["rows"][0]["learning_rate"] == best["run"][2]
+    assert [record["run"][4] == "validation" for record in (*tuning, last)] == [True, True, False]
+    assert result["rows"][0]["learning_rate"] == best["run"][2]
     monkeypatch.setattr(quality, "apart", None)
     assert quality.main(command.split()) == result  # nothing is trained twice
 
@@ -118,24 +116,18 @@ def test_what_may_be_expected_is_what_the_defaults_gain_over_their_probe(tmp_pat
     def run(flags):
         asked.append(flags)
         seed = int(flags[flags.index("--seed") + 1])
-        return {
-            "val_accuracy": 0.62 + 0.06 * seed, "val_loss": 0.1, "probe_accuracy_before": 0.60 + 0.04 * seed,
-            "retreats": [], "seconds": 1, "trainable_parameters": 1, "total_parameters": 2, "peak_memory_bytes": 3,
-            "adapter_bytes": 4,
-        }  # fmt: skip
+        unseen = ("val_loss", "seconds", "trainable_parameters", "total_parameters", "peak_memory_bytes")
+        found = {"val_accuracy": 0.62 + 0.06 * seed, "probe_accuracy_before": 0.60 + 0.04 * seed, "retreats": []}
+        return dict.fromkeys((*unseen, "adapter_bytes"), 1) | found
 
     monkeypatch.setattr(quality.finetune_lora, "main", run)
     monkeypatch.setattr(quality, "apart", quality.train)
-    command = f"--defaults --labels 5 all --seeds 2 --output-dir {tmp_path} --image-size 32"
-    quality.main(command.split())
+    quality.main(f"--defaults --labels 5 all --seeds 2 --output-dir {tmp_path} --image-size 32".split())
     out = capsys.readouterr().out
     assert "| 5 | 62.0% | 65.0% | +3.0 ± 1.0 | 0 s |\n| all | 62.0% | 65.0% | +3.0 ± 1.0 | 0 s |" in out
     assert [flags[:2] for flags in asked] == [["--image-size", "32"]] * 4
     assert not any("--learning-rate" in flags for flags in asked)
     assert ["--labels-per-class" in flags for flags in asked].count(True) == 2
-
-
-FAST = ["timm:convnext_atto", "torchvision:mobilenet_v3_small", "transformers:Swinv2", "transformers:Segformer"]
 
 
 def test_a_stage_has_the_seconds_that_no_stage_within_it_has(monkeypatch):
@@ -157,11 +149,12 @@ def test_a_stage_has_the_seconds_that_no_stage_within_it_has(monkeypatch):
     assert watch.seconds == {"other": 3, "training": 7, "evaluation between epochs": 2}
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(
+    "name",
+    ["timm:convnext_atto", "torchvision:mobilenet_v3_small", "transformers:Swinv2", "transformers:Segformer"],
+)
 def test_adapters_of_other_libraries_models_are_exact(name):
-    library = name.split(":")[0]
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"needs {library}")
+    pytest.importorskip(name.split(":")[0])
     result = model_zoo.check(name)
     assert model_zoo.is_exact(result) and result["layers"] > 10
 
@@ -217,15 +210,11 @@ def test_pages_have_the_figures_of_the_runs(monkeypatch):
         assert tables.rewritten(page.read_text()) == page.read_text(), page.name
     assert (tables.RESULTS / "figures.jsonl").read_text() == tables.index()
     assert len(BOOK.read_text().splitlines()) <= LONGEST_BOOK
+    for figure in map(json.loads, (tables.RESULTS / "figures.jsonl").read_text().splitlines()):
+        assert figure["machine"] and figure["date"] and figure["commit"], figure["id"]  # its ground
+        assert figure["seeds"] == len(figure["values"]) >= 1
     in_pages = re.findall(r"<!-- table: (\w+) -->", BOOK.read_text() + tables.PAGES[0].read_text())
     assert sorted(in_pages) == sorted(tables.definitions())  # each once, in the book or in README
-
-
-def test_every_figure_names_its_ground():
-    for line in (tables.RESULTS / "figures.jsonl").read_text().splitlines():
-        figure = json.loads(line)
-        assert figure["machine"] and figure["date"] and figure["commit"], figure["id"]
-        assert figure["seeds"] == len(figure["values"]) >= 1
 
 
 @pytest.mark.parametrize("command", [c for c in commands(BOOK.read_text()) if "pytest" not in c])
@@ -239,12 +228,9 @@ def test_every_command_of_the_book_is_understood(command, parsers_stop):
 
 def test_a_cell_is_the_mean_over_its_seeds_or_the_median_of_its_rounds(tmp_path, monkeypatch):
     """By hand: two seeds of a method, three rounds of a ratio, a cell without a run, and a figure in a sentence."""
-    runs = [
-        {"method": "a", "acc": 0.5, "val": 40},
-        {"method": "a", "acc": 0.75, "val": 40},
-        {"method": "b", "acc": 0.1, "val": 40},
-    ]
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    runs = ['{"method": "a", "acc": 0.5, "val": 40}', '{"method": "a", "acc": 0.75, "val": 40}']
+    runs.append('{"method": "b", "acc": 0.1, "val": 40}')
+    (tmp_path / "runs.jsonl").write_text("\n".join(runs))
     (tmp_path / "steps.json").write_text(json.dumps({"variants": {"x": {"faster": [1.0, 4.0, 2.0]}}}))
     (tmp_path / "tables.yaml").write_text("""
 small:
@@ -260,6 +246,6 @@ small:
     cited = "from **9%**<!-- small.a.score --> to (9x<!-- small.a.speed -->)"
     assert tables.rewritten(cited) == "from **62.5%**<!-- small.a.score --> to (2.00x<!-- small.a.speed -->)"
     assert json.loads(tables.index().splitlines()[0])["images"] == 40
-    (tmp_path / "runs.jsonl").write_text(json.dumps(runs[2]))
+    (tmp_path / "runs.jsonl").write_text(runs[2])
     with pytest.raises(ValueError, match=r"runs\.jsonl has no run with \{'method': 'a'\}"):
         tables.written("small")

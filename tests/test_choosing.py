@@ -60,25 +60,21 @@ def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def pool(images, tmp_path) -> Path:
-    """21 images; the folders below have the names of their classes, which are not looked at."""
-    return shutil.copytree(images / "train", tmp_path / "pool")
-
-
 def choose(model: Path, *words: str | Path) -> list[str]:
     return deploy_lora.main(["choose", str(model), *map(str, words)])
 
 
-def test_a_backbone_alone_chooses_an_image_of_each_class_and_the_list_trains(base, pool, tmp_path, capsys, monkeypatch):
+def test_a_backbone_chooses_an_image_of_each_class_and_the_list_trains(base, images, tmp_path, capsys, monkeypatch):
+    """The names of the folders, those of the classes, are not looked at."""
+    shutil.copytree(images / "train", tmp_path / "pool")
     monkeypatch.chdir(tmp_path)  # relative paths are of another folder than the list's
-    lists = [Path("first/to_label.csv"), Path("second/to_label.csv")]
     chosen = choose(base, "pool", "--count", "3", "--output", "first")
     assert chosen == choose(base, "pool", "--count", "3", "--output", "again")
     assert sorted(Path(name).parent.name for name in chosen) == sorted(CLASSES)
     assert "wrote first: 3 images to label, the most typical first\n" in capsys.readouterr().out
     captions = re.findall(r"<figcaption>(\d\. \S+)</figcaption>", Path("first/to_label.html").read_text())
     assert captions == [f"{i}. {Path(name).name}" for i, name in enumerate(chosen, 1)]
+    lists = [Path("first/to_label.csv"), Path("second/to_label.csv")]
     fill_in(lists[0])
     more = choose(base, "pool", "--labelled", lists[0], "--count", "6", "--output", "second")
     assert len({*chosen, *more}) == 9
@@ -88,13 +84,13 @@ def test_a_backbone_alone_chooses_an_image_of_each_class_and_the_list_trains(bas
     assert [splits.train.name(i) for i in range(3)] == [str(tmp_path / name) for name in chosen]
 
 
-def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, pool, tmp_path, monkeypatch, capsys):
+def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choosing, "CANDIDATES", 1)
-    chosen = choose(adapter_for_images, pool, "--count", "4", "--output", tmp_path / "out")
+    chosen = choose(adapter_for_images, images / "train", "--count", "4", "--output", tmp_path / "out")
     assert "4 images to label, the adapter is least sure of them" in capsys.readouterr().out
     model, about = load_finetuned(adapter_for_images)
     leads = {}
-    for path in sorted(pool.rglob("*.png")):
+    for path in (images / "train").rglob("*.png"):
         with torch.no_grad(), Image.open(path) as image:
             first, second = model(about["transform"](image)[None]).softmax(1).topk(2).values[0].tolist()
         leads[str(path)] = first - second
@@ -102,30 +98,27 @@ def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, pool, t
 
 
 @pytest.mark.parametrize(("labelled", "how"), [(4, "the most typical"), (5, "the adapter is least sure")])
-def test_an_adapter_with_few_labels_does_not_know_what_it_is_unsure_of(
-    labelled, how, adapter_for_images, pool, images, tmp_path, capsys
-):
+def test_with_few_labels_the_most_typical_are_chosen(labelled, how, adapter_for_images, images, tmp_path, capsys):
+    """An adapter does not know then what it is unsure of."""
     known = tmp_path / "known"
     for name, i in itertools.product(CLASSES, range(labelled)):
         (known / name).mkdir(parents=True, exist_ok=True)
         shutil.copy(images / "train" / name / f"{i}.png", known / name / f"other{i}.png")
-    rest = choose(adapter_for_images, pool, "--labelled", known, "--count", "6", "--output", tmp_path / "o")
+    rest = choose(adapter_for_images, images / "train", "--labelled", known, "--count=6", "--output", tmp_path / "o")
     assert how in capsys.readouterr().out
     assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
 
 
-def test_an_image_that_cannot_be_read_is_left_out_and_of_many_some_are_looked_at(
-    base, pool, tmp_path, monkeypatch, capsys
-):
-    (pool / "broken.png").write_bytes(b"no image")
-    assert len(choose(base, pool, "--count", "22", "--output", tmp_path / "out")) == 21
+def test_what_cannot_be_read_is_left_out_and_of_many_some_are_looked_at(base, images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    pool = base, images / "train", tmp_path / "broken.png"
+    assert len(choose(*pool, "--count", "22", "--output", tmp_path / "out")) == 21
     printed = capsys.readouterr().out
     assert "1 of 22 images cannot be read and are left out:\n  " in printed and "broken.png: not a readable" in printed
-    (pool / "broken.png").unlink()
     monkeypatch.setattr(choosing, "MOST_IMAGES", 7)
-    assert len(choose(base, pool, "--count", "2", "--output", tmp_path / "some")) == 2
+    assert len(choose(*pool[:2], "--count", "2", "--output", tmp_path / "some")) == 2
     assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out
-    assert len(choose(base, pool, "--count", "9", "--output", tmp_path / "more")) == 9
+    assert len(choose(*pool[:2], "--count", "9", "--output", tmp_path / "more")) == 9
 
 
 # ------------------------------------------------------------------------------------------------------ labels to check
@@ -134,7 +127,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_of_many_some_are_looked_at
 def test_labels_that_held_out_answers_contradict_come_worst_first():
     """Two views of five images: one is right, one a little wrong, one very, one not held out, and the last a draw."""
     view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3, [1, 1, 0]])
-    other = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 7], [torch.nan] * 3, [1, 1, 0]])
+    other = view + torch.tensor([0, 0, 2.0]) * (torch.arange(5) == 2)[:, None]
     found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0, 0]))
     assert [(i, answer) for i, answer, _ in found] == [(2, 2), (1, 0)]
     assert [times for *_, times in found] == pytest.approx([np.exp(5), np.exp(1)])
@@ -144,7 +137,7 @@ def test_a_run_lists_the_training_images_whose_label_seems_wrong(finetune, image
     """One of the dark images lies among the bright ones; a resumed run knows of it as well."""
     mixed = shutil.copytree(images, tmp_path / "mixed")
     shutil.copy(images / "val/dark/0.png", mixed / "train/bright/wrong.png")
-    options = f"--data-dir {mixed} --augmentation none --epochs 1"
+    options = f"--data-dir {mixed} --epochs 1"
     folder = finetune(options)["folder"]
     rows = rows_of(folder / "labels_to_check.csv")
     worst = {"path": str(mixed / "train/bright/wrong.png"), "label": "bright", "answer": "dark"}
@@ -156,10 +149,7 @@ def test_a_run_lists_the_training_images_whose_label_seems_wrong(finetune, image
     (folder / "labels_to_check.csv").unlink()
     finetune(f"{options} --resume")
     assert rows_of(folder / "labels_to_check.csv") == rows
-
-
-def test_where_nothing_is_held_out_no_label_is_doubted(finetune):
-    """One image of each class: an empty list would say that all labels are right."""
-    folder = finetune("--labels-per-class 1 --epochs 1")["folder"]
+    # Of one image of each class none is held out: an empty list would say that all labels are right.
+    folder = finetune(f"{options} --labels-per-class 1", "other")["folder"]
     assert not (folder / "labels_to_check.csv").exists()
     assert "Labels to look at" not in (folder / "report.html").read_text()

@@ -48,29 +48,28 @@ def number_report(names: list[str], truth: torch.Tensor, answers: torch.Tensor) 
 
 
 @pytest.fixture
-def classes(tmp_path):
-    """Results of two runs over 300 images of two classes, of which the second has more right, and which are wrong."""
-    wrong = [torch.rand(300) < share for share in (0.3, 0.15)]
-    return written(tmp_path, [class_report(~of_run) for of_run in wrong]), wrong
+def classes(tmp_path) -> list[Path]:
+    """Results of two runs over 300 images of two classes, of which the second has more right."""
+    return written(tmp_path, [class_report(torch.rand(300) > wrong) for wrong in (0.3, 0.15)])
 
 
 def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
     """That which differs in nothing else, among others that do, and lies beside it."""
-    (without, mine), _ = classes
+    without, mine = classes
     [expected] = comparison.compare(without, mine)
     own = {"model": {"stage1_adapter": "moco_lora.pth"}, "finetune": {"epochs": 2}}
 
     def write_results(path: Path, **settings) -> None:
+        path.parent.mkdir(exist_ok=True)
         content = {"task": "classification", "config": {**own, "model": {"stage1_adapter": None}, **settings}}
         path.write_text(json.dumps(content))
 
-    others = [tmp_path / name / "results.json" for name in ("0 other images", "1 stage 1 too", "2 broken")]
-    for path in others:
-        path.parent.mkdir()
     write_results(without, finetune={"epochs": 3})
-    write_results(others[0])  # and no answers
-    write_results(others[1], **own)
-    others[2].write_text("broken")
+    write_results(tmp_path / "0 other images/results.json")  # and no answers
+    write_results(tmp_path / "1 stage 1 too/results.json", **own)
+    broken = tmp_path / "2 broken/results.json"
+    broken.parent.mkdir()
+    broken.write_text("broken")
     typed = f"compare RUN_WITHOUT_IT/results.json {mine}"
     assert reports.gained_by_stage_1(mine, own).endswith(typed)
     write_results(without)
@@ -140,11 +139,6 @@ def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
     assert either == of_patients
 
 
-def test_a_number_may_be_called_as_the_answers_of_a_label():
-    columns = ["cat", "cat answer", "cat probability", "cat probability answer"]
-    assert comparison._truth(columns) == (["cat", "cat probability"], " answer")
-
-
 @pytest.mark.parametrize("names", [["cat", "dog"], ["group", "image"]])
 def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, names):
     truth = (torch.rand(40, 2) < 0.4).float()
@@ -155,6 +149,8 @@ def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, na
     assert of_patients[:3] == of_images[:3]
     assert of_patients.high - of_patients.low > 1.8 * (of_images.high - of_images.low)
     assert of_patients.p > of_images.p
+    of_numbers = ["cat", "cat answer", "cat probability", "cat probability answer"]  # as the answers of a label
+    assert comparison._truth(of_numbers) == (["cat", "cat probability"], " answer")
 
 
 def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):
@@ -185,19 +181,17 @@ def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):
     ],
 )
 def test_results_that_cannot_be_compared(classes, change, problem):
-    paths, _ = classes
-    path = comparison.answers_path(paths[1])
+    path = comparison.answers_path(classes[1])
     path.write_text(change(path.read_text()))
     with pytest.raises(InputError, match=problem):
-        comparison.compare(*paths)
+        comparison.compare(*classes)
     path.unlink()
     with pytest.raises(InputError, match=r"No such file .*; a run, or evaluate --output, writes answers there"):
-        comparison.compare(*paths)
+        comparison.compare(*classes)
 
 
-@pytest.fixture
-def result(tmp_path):
-    """result("name", 0.7, lora_rank=8) writes such a result of a run over 30 images, and returns its path."""
+def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsys):
+    """A searched rate is told from a typed one."""
 
     def result(name: str, score: float | None, chosen_by: dict | None = None, **settings) -> Path:
         found = {"task": "classification", "val_accuracy": score, "val_images": 30, "chosen_by": chosen_by or {}}
@@ -205,17 +199,11 @@ def result(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
         return tmp_path / f"{name}.json"
 
-    return result
-
-
-def test_a_searched_rate_is_told_from_a_typed_one(result):
     typed = result("typed", 0.7, seed=0, learning_rate=1e-3)
     searched = result("searched", 0.8, {"learning rate": "trials"}, seed=1, learning_rate=1e-3)
     told = [what.partition("; ")[2] for _, what in comparison.table_of_runs([typed, searched])]
     assert told == ["learning_rate auto", "learning_rate 0.001"]
 
-
-def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(result, tmp_path, capsys):
     scores = {(8, 0): 0.7, (8, 1): 0.8, (4, 0): 0.6}
     paths = [result(f"{rank} {seed}", score, lora_rank=rank, seed=seed) for (rank, seed), score in scores.items()]
     evaluated = tmp_path / "evaluated.json"

@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import yaml
 
 import deploy_lora
 from finetune_lora import load_finetuned
@@ -15,16 +14,25 @@ from toolkit.answers.model_card import write_card
 ABOUT = {"checkpoint": "base.pth", "arch": "vit_mini", "image_size": 16, "class_names": ["a", "b"]}
 
 
+def card_of(**about) -> str:
+    """The card of an adapter that no run has measured."""
+    return write_card(ABOUT | about, {}, "flowers", "lora.pth")
+
+
 def test_a_card_has_the_figures_of_the_run_and_what_the_hub_reads(finished_once, once, tmp_path, capsys):
     deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(tmp_path / "README.md")])
     assert capsys.readouterr().out == f"wrote {tmp_path}/README.md\n"
     text = (tmp_path / "README.md").read_text()
     low, high = finished_once["val_accuracy_interval"]
-    assert f"| accuracy | {finished_once['val_accuracy']:.4g} | {low:.4g} to {high:.4g} |" in text
-    assert f"| dark | {finished_once['accuracy_per_class']['dark']:.4g} |" in text
-    assert str(once.parent) not in text  # no path of this machine
+    accuracy = f"| accuracy | {finished_once['val_accuracy']:.4g} | {low:.4g} to {high:.4g} |"
+    of_dark = f"| dark | {finished_once['accuracy_per_class']['dark']:.4g} |"
     about = ("lora_rank: 8", "look it up on its publisher's page.", "On 15 evaluation images, after training on 21:")
-    assert [words for words in about if words not in text] == []
+    assert [words for words in (accuracy, of_dark, *about) if words not in text] == []
+    assert str(once.parent) not in text  # no path of this machine
+    write_adapter_file(read_adapter_file(once / "lora.pth"), once / "lora.safetensors")
+    (once / "below").mkdir()
+    other = deploy_lora.main(["card", f"{once}/below/../lora.safetensors", "--output", str(once / "README.md")])
+    assert "\n# out\n" in other and accuracy in other  # as its folder is called
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard(text)
     assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-classification")
@@ -61,20 +69,24 @@ def test_a_card_of_masks_says_by_what_it_was_trained_on_what_and_what_that_gaine
 
 
 def test_a_card_names_a_published_base_and_its_licence():
-    about = ABOUT | {"checkpoint": "/somewhere/moco_v2_800ep_pretrain.pth.tar", "config": 3}
-    text = write_card(about, {}, "flowers", "lora.pth")
-    assert yaml.safe_load(text.split("---")[1])["license"] == "cc-by-nc-4.0"
-    assert "trained over `moco-v2-800ep`" in text
+    text = card_of(checkpoint="/somewhere/moco_v2_800ep_pretrain.pth.tar", config=3)
+    assert "\nlicense: cc-by-nc-4.0\n" in text and "trained over `moco-v2-800ep`" in text
     assert "what is made of it: cc-by-nc-4.0 (https://dl.fbaipublicfiles.com/moco/" in text
     assert "Not measured." in text and "model-index: []" in text
     data = {"data_dir": "/mine/tulips", "dataset": "imagefolder"}
-    about = ABOUT | {"checkpoint": "/mine/moco-v2-of-my-own.pth", "config": {"data": data}}
-    text = write_card(about, {}, "flowers", "lora.pth")
-    assert yaml.safe_load(text.split("---")[1])["license"] == "unknown" and "` on tulips: " in text
-    text = write_card(ABOUT | {"thresholds chosen": "for f1, in /mine/list.csv"}, {}, "flowers", "lora.pth")
-    cut = write_card(ABOUT | {"cut to rank": "2, 90.0% of the change's energy kept"}, {}, "flowers", "lora.pth")
-    assert "Not measured since it was cut to rank 2, 90.0% of the change's energy kept: `lora_rank` below is the" in cut
+    text = card_of(checkpoint="/mine/moco-v2-of-my-own.pth", config={"data": data})
+    assert "\nlicense: unknown\n" in text and "` on tulips: " in text
+
+
+def test_a_card_says_what_made_the_adapter_another_and_where_the_stage_1_adapter_has_to_lie():
+    """Else nobody could load it: `load_finetuned` looks for that beside the file."""
+    text = card_of(**{"thresholds chosen": "for f1, in /mine/list.csv", "stage1_adapter": "/mine/moco_lora.pth"})
     assert "Not measured since the thresholds were chosen anew, for f1: `threshold` below is the run's." in text
+    assert "`moco_lora.pth`, which is merged into it, has to lie next to `lora.pth`" in text
+    text = card_of(**{"cut to rank": "2, 90.0% of the change's energy kept"})
+    assert (
+        "Not measured since it was cut to rank 2, 90.0% of the change's energy kept: `lora_rank` below is the" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,21 +115,3 @@ def test_figures_of_another_adapter_are_refused(once, images, tmp_path, way):
     LoRAManager(model).save_lora_checkpoint(once / "other.pth", kept if way == "an adapter of an own loop" else None)
     with pytest.raises(InputError, match="is of another file than"):
         deploy_lora.main(["card", str(once / "other.pth"), "--output", str(tmp_path / "README.md")])
-
-
-def test_the_figures_are_of_the_same_adapter_in_another_format_too(once, finished_once):
-    write_adapter_file(read_adapter_file(once / "lora.pth"), once / "lora.safetensors")
-    (once / "below").mkdir()
-    text = deploy_lora.main(["card", f"{once}/below/../lora.safetensors", "--output", str(once / "README.md")])
-    assert "\n# out\n" in text  # as its folder is called
-    assert f"| accuracy | {finished_once['val_accuracy']:.4g} |" in text
-
-
-def test_the_card_says_where_the_stage_1_adapter_has_to_lie(once, tmp_path):
-    """Else nobody could load the adapter: `load_finetuned` looks for it beside the file."""
-    content = read_adapter_file(once / "lora.pth")
-    content["metadata"]["stage1_adapter"] = str(once / "moco_lora.pth")
-    (once / "results.json").unlink()
-    write_adapter_file(content, once / "lora.pth")
-    card = deploy_lora.main(["card", str(once / "lora.pth"), "--output", str(tmp_path / "card.md")])
-    assert "`moco_lora.pth`, which is merged into it, has to lie next to `lora.pth`" in card

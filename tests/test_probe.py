@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_class_weight
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
@@ -42,38 +43,38 @@ def loss_of(labels: torch.Tensor, smoothing: float = 0.0):
     return functools.partial(F.cross_entropy, target=labels, label_smoothing=smoothing)
 
 
-@pytest.fixture
-def by_deviation(monkeypatch):
-    """Features are divided by their deviations, whatever is better."""
-    monkeypatch.setattr(probe, "SCALINGS", {"deviation": probe.SCALINGS["deviation"]})
-
-
-def regression(found: probe.Probe, X: np.ndarray, labels: torch.Tensor, weights: str | None = None):
-    """scikit-learn's, as strong as the probe that was found, fitted to features and labels.
-
-    Of two classes it fits the difference of the weights, whose square is twice the sum of theirs.
-    """
-    strength = found.strength * (2 if len(labels.unique()) == 2 else 1)
-    return LogisticRegression(C=strength, class_weight=weights, max_iter=500).fit(X, labels)
-
-
 class Net(nn.Module):
     def __init__(self, features: int, classes: int):
         super().__init__()
         self.fc = nn.Linear(features, classes)
 
 
-@pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("weights", [None, "balanced"])
-def test_the_probe_is_scikit_learns_regression_on_standardised_features(by_deviation, classes, weights):
-    features, labels = clusters(classes)
-    features = features[20:]
-    labels = labels[20:]
+@pytest.mark.parametrize(
+    ("classes", "weights", "grouped"),
+    [(2, None, True), (2, "balanced", False), (3, "balanced", True), (4, None, False)],
+)
+def test_the_probe_is_scikit_learns_regression_on_standardised_features(monkeypatch, classes, weights, grouped):
+    """As are the probes of the rest, by which what is held out is answered; patients are held out whole."""
+    monkeypatch.setattr(probe, "SCALINGS", {"deviation": probe.SCALINGS["deviation"]})
+    monkeypatch.setattr(probe, "ROUGH_STEPS", 500)
+    features, labels = clusters(classes, spread=4.0)
     labels[:30] = 1  # so that classes are not as frequent
-    found = probe.fit_linear_probe(features, labels, classes, class_weights=weights)
+    patients = torch.arange(len(labels)) // 6 if grouped else None
+    found = probe.fit_linear_probe(features, labels, classes, class_weights=weights, clusters=patients)
+    strength = found.strength * (2 if classes == 2 else 1)  # of two weights it fits the difference, of twice the square
+    by_class = dict(enumerate(compute_class_weight(weights, classes=np.arange(classes), y=labels.numpy())))
+    reference = LogisticRegression(C=strength, class_weight=by_class, max_iter=500)
     X = StandardScaler().fit_transform(features.numpy())
-    expected = regression(found, X, labels, weights).predict_proba(X)
+    expected = reference.fit(X, labels).predict_proba(X)
     np.testing.assert_allclose(answers(found, features).softmax(1).numpy(), expected, atol=1e-3)
+    parts = StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels)
+    if grouped:
+        fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
+        parts = [(fold != number, fold == number) for number in range(3)]
+        assert not any(np.intersect1d(patients[rest], patients[part]).size for rest, part in parts)
+    for rest, part in parts:
+        expected = reference.fit(X[rest], labels[rest]).predict_proba(X[part])
+        np.testing.assert_allclose(found.held_out[part].softmax(1).numpy(), expected, atol=1e-3)
 
 
 def test_images_that_tell_nothing_are_told_apart_all_the_same():
@@ -154,12 +155,6 @@ def test_the_scaling_has_the_smaller_loss_of_what_is_held_out(monkeypatch):
         assert F.cross_entropy(found.held_out, labels).item() == pytest.approx(losses[best])
 
 
-def test_where_nothing_is_held_out_relus_features_are_of_one_length():
-    features, labels = positive(1)
-    assert probe.fit_linear_probe(features, labels, 3).scaling == "length"
-    assert probe.fit_linear_probe(features - 0.1, labels, 3).scaling == "deviation"
-
-
 def test_the_search_for_a_strength_ends_at_the_second_in_a_row_that_is_worse(monkeypatch):
     """The third is better than the first, though the second is not. Each fit starts at the last one's weights."""
     starts = []
@@ -186,6 +181,8 @@ def test_a_class_with_one_image_or_none_and_images_that_are_all_alike():
     features, labels = clusters(3, images=1)
     found = probe.fit_linear_probe(features, labels, 3)
     assert found.strength == 1 and torch.equal(answers(found, features).argmax(1), labels)
+    assert found.scaling == "deviation"
+    assert probe.fit_linear_probe(features.relu(), labels, 3).scaling == "length"  # as of ReLUs
     features, labels = clusters(3)
     found = probe.fit_linear_probe(features, 2 * labels, 6)
     assert answers(found, features).softmax(1)[:, 1::2].max() < 1e-3
@@ -282,26 +279,7 @@ def test_a_head_is_softened_towards_a_constant_answer():
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("classes", [2, 3])
-def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(monkeypatch, by_deviation, classes, grouped):
-    """Patients are held out whole."""
-    monkeypatch.setattr(probe, "ROUGH_STEPS", 500)
-    features, labels = clusters(classes, spread=4.0)
-    patients = torch.arange(len(labels)) // 6 if grouped else None
-    found = probe.fit_linear_probe(features, labels, classes, clusters=patients)
-    parts = StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels)
-    if grouped:
-        fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
-        parts = [(fold != number, fold == number) for number in range(3)]
-        assert not any(np.intersect1d(patients[rest], patients[part]).size for rest, part in parts)
-    X = StandardScaler().fit_transform(features.numpy())
-    for rest, part in parts:
-        expected = regression(found, X[rest], labels[rest]).predict_proba(X[part])
-        np.testing.assert_allclose(found.held_out[part].softmax(1).numpy(), expected, atol=1e-3)
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch, by_deviation, grouped):
+def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch, grouped):
     """Other answers of the images, or patients, held out do not change what is said of them."""
     monkeypatch.setattr(probe, "STRENGTHS", [1.0])
     features, targets = several_labels(spread=4.0)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -69,19 +70,17 @@ def newcomer(whole_vit_mini, small_backbones, tmp_path_factory):
     """A folder with what the README's reader has: the checkout's files, images, a MoCo v2 checkpoint, a first run."""
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "checkpoints").mkdir()
-    (folder / "checkpoints/moco_stage1").symlink_to(ROOT / "checkpoints/moco_stage1")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("checkpoints/moco_stage1", "configs"):
+        (folder / name).symlink_to(ROOT / name)
     labels = []
     numbers = []
-    for i in range(6):
-        for name, colour in (("cat", "orange"), ("dog", "brown")):
-            for part in ("train", "val"):
-                path = folder / "my_images" / part / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (40, 30), colour).save(path)
-            image = f"my_images/train/{name}/{i}.png"
-            labels.append(f"{image},{('big', 'dog')[i % 2]}\n")
-            numbers.append(f"{image},{i}.5\n")
+    for i, (name, colour) in itertools.product(range(6), (("cat", "orange"), ("dog", "brown"))):
+        for part in ("train", "val"):
+            path = folder / "my_images" / part / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30), colour).save(path)
+        numbers.append(f"my_images/train/{name}/{i}.png,{i}.5\n")
+        labels.append(f"my_images/train/{name}/{i}.png,{('big', 'dog')[i % 2]}\n")
     labels[0] = 'my_images/train/cat/0.png,"cat,big"\n'
     Image.new("L", (8, 8), 200).save(folder / "image.png")
     (folder / "labels.csv").write_text("".join(labels))
@@ -175,28 +174,24 @@ def test_every_adapter_command_runs(newcomer, first_run, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("newcomer")  # in whose folder the published file lies
-@pytest.mark.parametrize("command", commands_of("python -m moco.pretrain"))
-def test_every_pretraining_command_is_understood(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    ignored = pretrain.options.OF_FINE_TUNING  # in a file that both scripts read
-    args, _ = pretrain.config.parse_args(pretrain.make_parser(), shlex.split(command)[3:], ignored=ignored)
-    assert args.arch
-
-
-@pytest.mark.parametrize("command", commands_of("torchrun"))
-def test_every_torchrun_command_is_understood(command, monkeypatch):
+@pytest.mark.parametrize("command", commands_of("python -m moco.pretrain", "torchrun"))
+def test_every_command_of_stage_1_and_of_torchrun_is_understood(command, monkeypatch):
     """By torchrun and by the script that it starts; tests/test_processes.py runs two processes."""
     monkeypatch.chdir(ROOT)
-    launch = torch.distributed.run.get_args_parser().parse_args(shlex.split(command)[1:])
-    argv = launch.training_script_args
-    assert int(launch.nproc_per_node) > 1
-    if launch.training_script == "finetune_lora.py":
+    _, _, script, *argv = shlex.split(command)
+    if command.startswith("torchrun"):
+        launch = torch.distributed.run.get_args_parser().parse_args(shlex.split(command)[1:])
+        script = launch.training_script
+        argv = launch.training_script_args
+        assert int(launch.nproc_per_node) > 1 and launch.module == (script == "moco.pretrain")
+    if script == "finetune_lora.py":
         finetune_lora.read_options(argv)
-    elif launch.training_script == "deploy_lora.py":
+    elif script == "deploy_lora.py":
         assert not list(deploy_lora.check(deploy_lora.make_parser()[0].parse_args(argv)))
     else:
-        assert launch.module and launch.training_script == "moco.pretrain"
-        pretrain.config.parse_args(pretrain.make_parser(), argv, ignored=pretrain.options.OF_FINE_TUNING)
+        ignored = pretrain.options.OF_FINE_TUNING  # in a file that both scripts read
+        args, _ = pretrain.config.parse_args(pretrain.make_parser(), argv, ignored=ignored)
+        assert script == "moco.pretrain" and args.arch
 
 
 @pytest.mark.parametrize(

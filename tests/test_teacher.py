@@ -55,9 +55,8 @@ def read(images, unlabelled, **options):
     return [name.rpartition("/")[2] for name in found.relative_names()]
 
 
-def test_images_that_are_evaluated_on_or_have_a_label_are_left_out_of_folders_lists_and_archives(
-    images, others, tmp_path, capsys
-):
+def test_images_that_are_evaluated_on_or_have_a_label_are_left_out(images, others, tmp_path, capsys):
+    """Of folders, archives and lists."""
     assert read(images, others) == ["0.png", "1.png", "2.png"]
     assert "unlabelled: 3 images, without 2 evaluation images and 1 that have a label" in capsys.readouterr().out
     (tmp_path / "archives").mkdir()
@@ -73,19 +72,15 @@ def test_images_that_are_evaluated_on_or_have_a_label_are_left_out_of_folders_li
     assert "without 0 evaluation images and 15 that have a label" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("least", "of_class", "most", "number"), [(4, 1, 9, 4), (2, 1, 9, 3), (2, 2, 5, 5), (6, 3, 4, 4)]
-)
-def test_of_many_a_random_choice_is_read_which_is_said(
-    images, others, monkeypatch, capsys, least, of_class, most, number
-):
+def test_of_many_a_random_choice_is_read_which_is_said(images, others, monkeypatch, capsys):
     """As many as there are classes, three, times a number, within bounds."""
-    monkeypatch.setattr(sources, "LEAST_UNLABELLED", least)
-    monkeypatch.setattr(sources, "UNLABELLED_OF_CLASS", of_class)
-    monkeypatch.setattr(sources, "MOST_UNLABELLED", most)
-    chosen = read(images, others)
-    assert f"of a random {number} of 6" in capsys.readouterr().out
-    assert read(images, others) == chosen
+    for least, of_class, most, number in ((4, 1, 9, 4), (2, 1, 9, 3), (2, 2, 5, 5), (6, 3, 4, 4)):
+        monkeypatch.setattr(sources, "LEAST_UNLABELLED", least)
+        monkeypatch.setattr(sources, "UNLABELLED_OF_CLASS", of_class)
+        monkeypatch.setattr(sources, "MOST_UNLABELLED", most)
+        chosen = read(images, others)
+        assert f"of a random {number} of 6" in capsys.readouterr().out
+        assert read(images, others) == chosen
 
 
 def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():
@@ -124,9 +119,8 @@ def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finet
     assert resumed["unlabelled"] == found
 
 
-def test_a_run_whose_start_knows_too_little_or_other_images_trains_on_its_labels_alone(
-    finetune, images, monkeypatch, capsys
-):
+def test_a_run_whose_start_knows_too_little_trains_on_its_labels_alone(finetune, images, monkeypatch, capsys):
+    """As does one to which all other images are foreign."""
     monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(6) < 4)
     options = "--labels-per-class 5 --epochs 1"
     alone = finetune(options, output="alone")

@@ -238,10 +238,8 @@ def test_directions_have_about_the_same_spread_and_those_of_noise_stay_small():
         ([0.1, 0.9, 0.1, 0.9], 3, torch.tensor([0, 1, 0, 1]), False),  # over patients it is 0.28
     ],
 )
-def test_k_means_is_taken_if_its_loss_is_lower_by_two_errors_and_no_less_is_right(
-    monkeypatch, gains, right, patients, taken
-):
-    """The probe has three of four right."""
+def test_k_means_is_taken_if_its_loss_is_lower_by_two_errors(monkeypatch, gains, right, patients, taken):
+    """And if no less is right: the probe has three of four right."""
     of_probe = unlabelled.Judged(1.0, torch.full((4,), 1.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
     of_k_means = unlabelled.Judged(1.0, 1.0 - torch.tensor(gains), (torch.arange(4) < right).float())
     answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 4, CLASSES))

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
+from tests.dense import trained
 from tests.run_folders import tensors, train_on
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
@@ -30,16 +32,12 @@ def ways(finetune_into, tmp_path_factory) -> dict[str, dict]:
     notes = {}
     real_train = finetune_lora.train
 
-    def trained(run) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
-
     def train(run, after_epoch):
-        start = trained(run)
+        notes["start"] = {name: p.detach().clone() for name, p in trained(run.model).items()}
         real_train(run, after_epoch)
-        notes.update(start=start, end=trained(run))
+        notes["end"] = {name: p.detach().clone() for name, p in trained(run.model).items()}
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_lora, "train", train)
+    with mock.patch.object(finetune_lora, "train", train):
         for name, options in WAYS.items():
             argv = f"--augmentation crop --epochs 1 --batch-size 4 --labels-per-class 2 --wise-ft 0.25 {options}"
             results[name] = finetune_into(tmp_path_factory.mktemp("way"), argv) | notes
@@ -47,36 +45,20 @@ def ways(finetune_into, tmp_path_factory) -> dict[str, dict]:
 
 
 def test_each_way_trains_what_it_should(ways, base):
+    saved = {way: tensors(results["folder"] / "lora.pth") for way, results in ways.items()}
     results = ways["linear probe"]
     assert results["trainable_parameters"] == 3 * 192 + 3 and results["lora_parameters"] == 0
-    assert tensors(results["folder"] / "lora.pth").keys() == {"heads.head.weight", "heads.head.bias"}
+    assert saved["linear probe"].keys() == {"heads.head.weight", "heads.head.bias"}
     results = ways["full fine-tuning"]
     # A ViT's stored positions are a parameter like the others here; MoCo froze them, full fine-tuning does not.
     assert results["trainable_parameters"] == results["total_parameters"] and results["lora_parameters"] == 0
     start = load_backbone(base, 3)[0].state_dict()
-    assert tensors(results["folder"] / "lora.pth").keys() == start.keys()
-    found = tensors(ways["from scratch"]["folder"] / "lora.pth")
-    assert found.keys() == start.keys()
+    assert saved["full fine-tuning"].keys() == saved["from scratch"].keys() == start.keys()
     name = "encoder.layers.encoder_layer_0.mlp.0.weight"
-    assert (found[name] - start[name]).abs().mean() > 0.01  # an epoch alone moves it by less than a tenth of that
-    results = ways["norms"]
-    trained = {name for name in tensors(results["folder"] / "lora.pth") if "lora_" not in name and "head" not in name}
-    assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 2 + 1)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_part_of_the_change_is_evaluated_and_saved(ways, way):
-    """Of the adapters, the head and what else trains; training itself goes on from all of it."""
-    results = ways[way]
-    assert results["kept_share"] == 0.25 and not results["retreats"]
-    saved = tensors(results["folder"] / "lora.pth")
-    end = results["end"]
-    for name, start in results["start"].items():
-        share = 1.0 if "lora_A" in name else 0.25  # of the update BA, in which B starts at zero
-        mixture = torch.lerp(start, end[name], share)
-        mixture = mixture / results.get("temperature", 1.0) if ".head." in name else mixture
-        torch.testing.assert_close(saved[name], mixture, rtol=1e-4, atol=1e-6, msg=name)
-    assert any(not torch.equal(start, end[name]) for name, start in results["start"].items())
+    # An epoch alone moves it by less than a tenth of that.
+    assert (saved["from scratch"][name] - start[name]).abs().mean() > 0.01
+    norms = {name for name in saved["norms"] if "lora_" not in name and "head" not in name}
+    assert {name.split(".")[-2] for name in norms} == {"ln_1", "ln_2", "ln"} and len(norms) == 2 * (2 * 2 + 1)
 
 
 def merged(adapter: Path, arch: str, size: int) -> torch.nn.Module:
@@ -96,9 +78,19 @@ def merged(adapter: Path, arch: str, size: int) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_comes_back_from_its_file_and_merges_into_plain_torchvision(ways, way, images):
+def test_part_of_the_change_is_evaluated_and_saved_comes_back_and_merges_into_plain_torchvision(ways, way, images):
+    """Of the adapters, the head and what else trains; training itself goes on from all of it."""
     results = ways[way]
+    assert results["kept_share"] == 0.25 and not results["retreats"]
     adapter = results["folder"] / "lora.pth"
+    saved = tensors(adapter)
+    end = results["end"]
+    assert any(not torch.equal(start, end[name]) for name, start in results["start"].items())
+    for name, start in results["start"].items():
+        share = 1.0 if "lora_A" in name else 0.25  # of the update BA, in which B starts at zero
+        mixture = torch.lerp(start, end[name], share)
+        mixture = mixture / results.get("temperature", 1.0) if ".head." in name else mixture
+        torch.testing.assert_close(saved[name], mixture, rtol=1e-4, atol=1e-6, msg=name)
     again = deploy_lora.main(["evaluate", str(adapter), str(images / "val"), "--device", "cpu"])
     assert again["accuracy"] == results["val_accuracy"]
     assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-5, abs=1e-7)
