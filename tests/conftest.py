@@ -109,21 +109,22 @@ def fill_in(table: Path) -> None:
 @pytest.fixture(scope="session")
 def hospital(tmp_path_factory) -> Path:
     """scans/CLASS/PATIENT/NUMBER.png, and lists of them: patients have 1 to 6 images, half of them of both classes."""
-    folder, rng = tmp_path_factory.mktemp("hospital"), np.random.RandomState(0)
-    rows = []
+    folder = tmp_path_factory.mktemp("hospital")
+    rng = np.random.RandomState(0)
+    lists = {"all": "path,label,Patient\n", "labels": "path,Patient,sick,well\n", "numbers": "path,age,Patient\n"}
     for patient in range(20):
         for number in range(1 + patient % 6):
             name = "sick" if (patient + number * (patient % 2)) % 3 == 0 else "well"
-            path = f"{name}/p{patient}/{number}.png"
-            (folder / "scans" / path).parent.mkdir(parents=True, exist_ok=True)
+            path = folder / f"scans/{name}/p{patient}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels // (2 if name == "well" else 1)).save(folder / "scans" / path)
-            rows.append((f"scans/{path}", name, f"p{patient}", float(patient)))
-    (folder / "all.csv").write_text("path,label,Patient\n" + "".join(f"{p},{n},{who}\n" for p, n, who, _ in rows))
-    (folder / "labels.csv").write_text(
-        "path,Patient,sick,well\n" + "".join(f"{p},{who},{int(n == 'sick')},1\n" for p, n, who, _ in rows)
-    )
-    (folder / "numbers.csv").write_text("path,age,Patient\n" + "".join(f"{p},{a},{who}\n" for p, _, who, a in rows))
+            Image.fromarray(pixels // (2 if name == "well" else 1)).save(path)
+            listed = path.relative_to(folder)
+            lists["all"] += f"{listed},{name},p{patient}\n"
+            lists["labels"] += f"{listed},p{patient},{int(name == 'sick')},1\n"
+            lists["numbers"] += f"{listed},{float(patient)},p{patient}\n"
+    for name, text in lists.items():
+        (folder / f"{name}.csv").write_text(text)
     return folder
 
 

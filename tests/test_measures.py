@@ -42,9 +42,8 @@ def once(images: int) -> torch.Tensor:
     return torch.ones(1, images)
 
 
-def ranked(scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def ranked(scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """AP and AUROC of images by their scores (N,), (n, 2) for weights (n, N)."""
-    weights = once(len(scores)) if weights is None else weights
     return measures.ranking(scores, positive, torch.arange(len(scores)), weights)
 
 
@@ -73,8 +72,8 @@ def test_what_is_the_same_everywhere_has_no_figure():
     """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
     scores = torch.rand(9)
     ones = torch.ones(9)
-    assert ranked(scores, 0 * ones).isnan().all()
-    [[precision, area]] = ranked(scores, ones)
+    assert ranked(scores, 0 * ones, once(9)).isnan().all()
+    [[precision, area]] = ranked(scores, ones, once(9))
     assert precision == metrics.average_precision_score(ones, scores) == 1 and area.isnan()
     assert ranked(scores[:0], ones[:0], torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3  # nothing is known
     assert math.isnan(measures.threshold_for(scores, 0 * ones, "f1"))
@@ -88,17 +87,16 @@ def test_rates_are_scikit_learns_and_the_threshold_for_f1_is_the_best(seed):
     scores, positive, times = scored_labels(seed)
     threshold = measures.threshold_for(scores, positive, "f1")
     answers = multilabel.LabelAnswers(0.0, scores[:, None], positive[:, None])
-    found = answers.rates(torch.tensor([threshold]), times[None])
     said = scores > threshold
-    of = {"sample_weight": times}
-    expected = {
-        "f1": metrics.f1_score(positive, said, **of),
-        "sensitivity": metrics.recall_score(positive, said, **of),
-        "specificity": metrics.recall_score(1 - positive, ~said, **of),
-        "ppv": metrics.precision_score(positive, said, **of),
-        "npv": metrics.precision_score(1 - positive, ~said, **of),
-    }
-    assert {name: rate.item() for name, rate in found.items()} == pytest.approx(expected)
+    for name, theirs, sign in (
+        ("f1", metrics.f1_score, True),
+        ("sensitivity", metrics.recall_score, True),
+        ("specificity", metrics.recall_score, False),
+        ("ppv", metrics.precision_score, True),
+        ("npv", metrics.precision_score, False),
+    ):
+        expected = theirs(positive == sign, said == sign, sample_weight=times)
+        assert answers.rates(torch.tensor([threshold]), times[None])[name].item() == pytest.approx(expected)
     others = [metrics.f1_score(positive, scores > other) for other in (-1, *scores.unique()[:-1])]
     assert metrics.f1_score(positive, said) == pytest.approx(max(others))
 
@@ -216,9 +214,7 @@ def test_an_interval_that_leaves_all_open_is_none(bounds, middle):
 def test_answers_that_are_all_right_have_no_interval():
     """Nothing changes when some are left out, so they do not say how far chance reaches."""
     scores = torch.linspace(0, 1, 30)
-    positive = (torch.arange(30) > 20).double()
-    one = (torch.arange(30) == 7).double()
-    for of in (positive, one):
+    for of in (torch.arange(30) > 20, torch.arange(30) == 7):
         found = measures.jackknife(lambda weights, of=of: {"it": ranked(scores, of, weights)}, torch.arange(30), {})
         assert np.isnan([figure.interval for figure in found["it"]]).all()
     assert chance(mean_of(torch.zeros(20)), torch.arange(20))[1] == 1
@@ -248,12 +244,11 @@ def test_the_intervals_of_a_label_are_of_its_own_answers():
     ("positives", "size", "has_one"),
     [(4, 1, False), (5, 1, True), (55, 1, True), (56, 1, False), (16, 3, True), (16, 5, False)],
 )
-def test_few_positives_or_negatives_have_no_interval_however_many_images_their_patients_have(positives, size, has_one):
+def test_few_positives_or_negatives_have_no_interval_however_many_images_of_a_patient(positives, size, has_one):
     """`size` images of each patient. With fewer than five, intervals would cover in two of three draws."""
-    positive = torch.arange(60)[:, None] < positives
-    answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive.double())
-    report = tasks.MultiLabel(["rare"]).report(answers, torch.arange(60) // size)
-    intervals = report.intervals(0)
+    positive = (torch.arange(60)[:, None] < positives).double()
+    answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive)
+    intervals = tasks.MultiLabel(["rare"]).report(answers, torch.arange(60) // size).intervals(0)
     assert all(np.isfinite(intervals[name]).all() == has_one for name in RANKINGS)
 
 
@@ -328,6 +323,9 @@ def test_a_share_over_few_patients_counts_as_few_images_and_as_no_more_than_ther
     effective *= (norm.ppf(0.975) / student.ppf(0.975, patients - 1)) ** 2
     expected = measures.mean_interval(torch.tensor([share], dtype=torch.float64), effective)
     assert measures.share_interval(right, torch.arange(patients).repeat_interleave(10)) == pytest.approx(expected)
+    low, high = measures.share_interval(torch.ones(50), torch.arange(50) // 10)  # all are right: five patients count
+    assert low < measures.share_interval(torch.ones(5))[0] + 0.01 and high == 1
+    assert measures.share_interval(torch.arange(9) > 3, torch.zeros(9, dtype=torch.long)) == (0, 1)  # one tells nothing
 
 
 def test_the_exact_test_of_two_runs_is_a_binomial_one_and_by_patients_one_of_signs():
@@ -345,21 +343,18 @@ def test_the_exact_test_of_two_runs_is_a_binomial_one_and_by_patients_one_of_sig
     assert measures.mcnemar(first, first, images) == measures.mcnemar(first, first, patients) == 1
 
 
-def test_what_chance_allows_of_a_calibration_error_in_closed_form():
-    """100 images in each of two bins: distances are half-normal, with the deviations 4 and 3 of binomial numbers."""
+def test_calibration_error_is_the_gap_between_confidence_and_share_right():
+    bins = measures.calibration(torch.tensor([0.95] * 4 + [0.55] * 2), torch.tensor([1, 1, 1, 0, 1, 0]))
+    assert measures.calibration_error(bins) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6, abs=1e-6)
+    assert bins.shape == (15, 3) and bins[:, 2].sum() == 6 and bins[14].tolist() == pytest.approx([3.8, 3, 4])
+    assert measures.calibration_error(measures.calibration(torch.tensor([0.0, 1.0]), torch.tensor([0, 1]))) == 0
+    # By chance, 100 images in each of two bins: half-normal distances, the deviations 4 and 3 of binomial numbers.
     bins = torch.zeros(15, 3, dtype=torch.float64)
     bins[11] = torch.tensor([80.0, 78.0, 100.0])
     bins[14] = torch.tensor([90.0, 70.0, 100.0])
     mean = (4 + 3) * math.sqrt(2 / math.pi)
     deviation = 5 * math.sqrt(1 - 2 / math.pi)
     assert measures.calibration_error_by_chance(bins) == pytest.approx((mean + norm.ppf(0.95) * deviation) / 200, 1e-4)
-
-
-def test_calibration_error_is_the_gap_between_confidence_and_share_right():
-    bins = measures.calibration(torch.tensor([0.95] * 4 + [0.55] * 2), torch.tensor([1, 1, 1, 0, 1, 0]))
-    assert measures.calibration_error(bins) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6, abs=1e-6)
-    assert bins.shape == (15, 3) and bins[:, 2].sum() == 6 and bins[14].tolist() == pytest.approx([3.8, 3, 4])
-    assert measures.calibration_error(measures.calibration(torch.tensor([0.0, 1.0]), torch.tensor([0, 1]))) == 0
 
 
 @pytest.mark.parametrize(("right", "of"), [(9, 10), (51, 100), (999, 1000)])
@@ -371,9 +366,3 @@ def test_the_temperature_makes_logits_mean_what_they_say(right, of, gap):
     found = measures.fit_temperature(logits, lambda shown: F.cross_entropy(shown, labels))
     assert found == pytest.approx(gap / math.log(right / (of - right)), rel=1e-3)
     assert measures.fit_temperature(torch.zeros(of, 2), lambda shown: F.cross_entropy(shown, labels)) == 1
-
-
-def test_patients_who_are_all_right_count_as_images_and_one_patient_tells_nothing():
-    low, high = measures.share_interval(torch.ones(50), torch.arange(50) // 10)
-    assert low < measures.share_interval(torch.ones(5))[0] + 0.01 and high == 1  # five patients, whatever the images
-    assert measures.share_interval(torch.arange(9) > 3, torch.zeros(9, dtype=torch.long)) == (0, 1)

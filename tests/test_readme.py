@@ -28,7 +28,6 @@ from moco import pretrain
 from tests.checkpoint_files import narrow_resnet
 from tests.pages import blocks, commands, preparation, save_moco_v2
 from toolkit.answers import parts
-from toolkit.models.backbones import build_backbone
 
 pytestmark = pytest.mark.usefixtures("whole_vit_mini")
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +66,7 @@ PYTHON_BLOCKS = blocks("python", "\n".join(PAGES.values()))
 
 @pytest.fixture(scope="module")
 def newcomer(whole_vit_mini, small_backbones, tmp_path_factory):
-    """A folder with what the README's reader has: the checkout's files, images, a MoCo v2 checkpoint, a first run."""
+    """A folder, where the reader of the README is, of the checkout's files, images and a MoCo v2 checkpoint."""
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "checkpoints").mkdir()
     for name in ("checkpoints/moco_stage1", "configs"):
@@ -88,6 +87,7 @@ def newcomer(whole_vit_mini, small_backbones, tmp_path_factory):
     shutil.copy(save_moco_v2(folder), folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder))
+        patch.chdir(folder)
         yield folder
 
 
@@ -102,13 +102,19 @@ def own_folder(tmp_path, small_backbones, monkeypatch):
 
 @pytest.fixture(scope="module")
 def first_run(newcomer):
-    """What the first command and the merge leave behind, on less data; `printed.txt` has what the command printed."""
-    folder = newcomer / "checkpoints/lora"
+    """What the first command and the README's merge leave behind, on less data; what the command printed is there too.
+
+    For the other commands see below, and tests/test_comparison.py.
+    """
     with of_few_images(), contextlib.redirect_stdout(io.StringIO()) as printed:
-        finetune_lora.main([*SMALL[2:], "--output-dir", str(folder)])
+        finetune_lora.main([*SMALL[2:], "--output-dir", "checkpoints/lora"])
     (newcomer / "printed.txt").write_text(printed.getvalue())
-    deploy_lora.main(["merge", str(folder / "lora.pth"), "--output", str(newcomer / "merged.pth")])
-    return folder
+    others = {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING), *commands(FEW_LABELS)}
+    merges = [command for command in others if "compare" not in command]
+    for command in merges:
+        deploy_lora.main(shlex.split(command)[2:])
+    assert merges and (newcomer / "merged.pth").exists()
+    return newcomer / "checkpoints/lora"
 
 
 def continue_stage_1() -> None:
@@ -121,9 +127,7 @@ def continue_stage_1() -> None:
 @pytest.fixture(scope="module")
 def domain(newcomer):
     """What stage 1 on unlabelled images leaves behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(newcomer)
-        continue_stage_1()
+    continue_stage_1()
 
 
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
@@ -141,8 +145,7 @@ def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands_of("python finetune_lora.py") if c not in FEW_LABELS])
-def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
-    monkeypatch.chdir(newcomer)
+def test_every_fine_tuning_command_runs(command, first_run, monkeypatch, tmp_path, request):
     argv = shlex.split(command)[2:]
     if "--stage1-adapter" in argv:
         request.getfixturevalue("domain")
@@ -159,18 +162,6 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     results = finetune_lora.main([*argv, *small, "--output-dir", str(folder)])
     parts = results.get("folds", [results])
     assert [part["epochs"] for part in parts] == [1] * (5 if "--folds" in argv else 1)
-
-
-def test_every_adapter_command_runs(newcomer, first_run, monkeypatch, capsys):
-    """For the others see below, and tests/test_comparison.py."""
-    monkeypatch.chdir(newcomer)
-    others = {*commands_of("python deploy_lora.py")} - {*commands(AFTER_TRAINING)} - {*commands(FEW_LABELS)}
-    merges = [command for command in others if "compare" not in command]
-    assert merges
-    for command in merges:
-        deploy_lora.main(shlex.split(command)[2:])
-        assert "wrote merged.pth" in capsys.readouterr().out
-        build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 
 
 @pytest.mark.usefixtures("newcomer")  # in whose folder the published file lies
@@ -202,10 +193,9 @@ def test_every_command_of_stage_1_and_of_torchrun_is_understood(command, monkeyp
         if block not in TO_A_SERVER + OF_PIXELS + AFTER_TRAINING
     ],
 )
-def test_every_python_block_runs_as_it_stands(block, newcomer, first_run, few_images, monkeypatch):
+def test_every_python_block_runs_as_it_stands(block, first_run, few_images, monkeypatch):
     for package in extras_of(block):
         pytest.importorskip(package)
-    monkeypatch.chdir(newcomer)
     monkeypatch.setattr(parts.SoftmaxObjective, "loss", parts.SoftmaxObjective.loss)  # to be put back
     exec(compile(block, "a page", "exec"), {})
     finetune_lora.ADAPTED.pop(torch.nn.Conv1d, None)
@@ -263,6 +253,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(own_folder, newcomer,
         (own_folder / name).symlink_to(newcomer / name)
     tune, merge = commands(TO_A_SERVER)
     finetune_lora.main([*shlex.split(tune)[2:], "--labels-per-class", "1", "--epochs", "1"])
+    assert "BatchNorms follow the adapters (--norms follow)" in capsys.readouterr().out
     deploy_lora.main(shlex.split(merge)[2:])
     _, block = blocks("python", TO_A_SERVER)
     monkeypatch.setitem(sys.modules, "prepare", preparation())
@@ -347,8 +338,6 @@ def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
 
 def test_set_up_replaces_adapters_and_counts_them(capsys):
     examples.example_1_setup()
-    printed = capsys.readouterr().out
-    trained = [int(count.replace(",", "")) for count in re.findall(r"r=\d+ +([\d,]+) of", printed)]
-    head = 192 * 10 + 10
-    assert len(trained) == 3
-    assert [count - head for count in trained] == [trained[0] - head, 2 * (trained[0] - head), 4 * (trained[0] - head)]
+    counts = re.findall(r"r=\d+ +([\d,]+) of", capsys.readouterr().out)
+    adapters = [int(count.replace(",", "")) - (192 * 10 + 10) for count in counts]  # beside the head
+    assert adapters == [adapters[0], 2 * adapters[0], 4 * adapters[0]]

@@ -85,12 +85,10 @@ def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, 
 def test_a_picture_fills_its_cell_as_far_as_its_shape_allows():
     axes = report_page.new_figure(4, 4).subplots()
     answer_reports.place_picture(axes, 2, 1, Image.new("RGB", (20, 10)), "above", "below")
-    [picture] = axes.images
-    left, right, bottom, top = picture.get_extent()
+    left, right, bottom, top = axes.images[0].get_extent()
     assert (left, right) == pytest.approx((1.03, 1.97)) and bottom - top == pytest.approx(0.47)
-    above, below = axes.texts
-    assert 2 * answer_reports.CELL < above.get_position()[1] < top < bottom < below.get_position()[1]
-    assert below.get_position()[1] < 3 * answer_reports.CELL and above.get_text() == "above"
+    above, below = (text.get_position()[1] for text in axes.texts)
+    assert 2 * answer_reports.CELL < above < top < bottom < below < 3 * answer_reports.CELL
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
@@ -144,8 +142,6 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     assert reports.describe_epoch(run) == f"epoch 2: {shown}, 18 s left"
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
-    run.wise_ft.share = 0.25
-    run.baseline, run.by_unlabelled = {"probe": 0.9}, None
     for probe, by_unlabelled, start in (
         (0.9, None, "linear probe"),
         (None, None, "start"),  # of a random head
@@ -170,9 +166,9 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     ],
 )
 def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
-    plan = argparse.Namespace(norms=norms)
-    run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster, plan=plan)
+    run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster)
     run.args = argparse.Namespace(freeze_backbone=frozen, learning_rate=1e-4)
+    run.plan = argparse.Namespace(norms=norms)
     run.guard = argparse.Namespace(retreats=[])
     assert reports.describe_rates(run) == f"learning rate: {shown}"
     run.args.learning_rate = 20 * run.rate
