@@ -110,21 +110,18 @@ def test_thresholds_of_saturated_scores_are_below_them():
     assert ((scores > torch.tensor(measures.threshold_for(scores, positive, "f1"))) == (scores == 1)).all()
 
 
-@pytest.mark.parametrize(
-    ("positive", "goal", "threshold"),
-    [
+def test_the_threshold_of_scores_at_equal_distances():
+    """The first is the highest, of n / (n + 1)."""
+    for positive, goal, threshold in (
         ([1, 0, 0, 1], "f1", 0.7),  # the higher one: below all scores it is as good
         ([0, 1, 1, 0], "specificity=1", 0.9),  # above all scores
         ([0, 1, 0, 1, 0], "specificity=0.6", 3.5 / 6),  # the lowest above two of three negatives
         ([0, 1, 0, 1, 0], "sensitivity=0.6", 1.5 / 6),  # the highest below two of two positives
         ([0, 1, 1, 0], "sensitivity=1e-12", 0.5),  # of one positive at least
-        ([1] * 25, "sensitivity=0.28", 18.5 / 26),  # of 7 positives, though 0.28 x 25 is a little more
-    ],
-)
-def test_the_threshold_of_scores_at_equal_distances(positive, goal, threshold):
-    """The first is the highest, of n / (n + 1)."""
-    scores = torch.arange(len(positive), 0, -1) / (len(positive) + 1)
-    assert measures.threshold_for(scores, torch.tensor(positive), goal) == pytest.approx(threshold)
+        ([1] * 25, "sensitivity=0.28", 18.5 / 26),  # of 7 positives, though 0.28 x 25 is a little more,
+    ):
+        scores = torch.arange(len(positive), 0, -1) / (len(positive) + 1)
+        assert measures.threshold_for(scores, torch.tensor(positive), goal) == pytest.approx(threshold)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -180,22 +177,19 @@ def test_images_that_lie_by_class_are_left_out_at_random():
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 5000**0.5, rel=0.3)
 
 
-@pytest.mark.parametrize(
-    ("bounds", "middle", "half", "expected"),
-    [
+def test_an_interval_ends_before_what_cannot_be():
+    for bounds, middle, half, expected in (
         (measures.SHARE, 0.9, 0.1, (0.7477, 0.9647)),  # logit(0.9) -+ 0.1 / (0.9 x 0.1)
         (measures.POSITIVE, 2.0, 0.1, (1.9025, 2.1025)),  # log(2) -+ 0.1 / 2
         (measures.BELOW_1, 0.5, 0.1, (0.3893, 0.5906)),  # log(1 - 0.5) -+ 0.1 / 0.5
         (measures.CORRELATION, 0.0, 0.1, (-0.0997, 0.0997)),  # artanh(0) -+ 0.1
         (measures.UNBOUNDED, 0.5, 0.1, (0.4, 0.6)),
-    ],
-)
-def test_an_interval_ends_before_what_cannot_be(bounds, middle, half, expected):
-    low, high = measures._between(middle, middle, half, bounds)
-    assert (low, high) == pytest.approx(expected, abs=1e-4)
-    low, high = measures._between(middle, 2.0 * middle + 1.0, 1e3, bounds)  # a correction out of all bounds
-    assert bounds[0] <= low < high <= bounds[1]
-    assert np.isnan(measures._between(bounds[1], middle, half, bounds)).all()  # no interval of a figure at its end
+    ):
+        low, high = measures._between(middle, middle, half, bounds)
+        assert (low, high) == pytest.approx(expected, abs=1e-4)
+        low, high = measures._between(middle, 2.0 * middle + 1.0, 1e3, bounds)  # a correction out of all bounds
+        assert bounds[0] <= low < high <= bounds[1]
+        assert np.isnan(measures._between(bounds[1], middle, half, bounds)).all()  # no interval of a figure at its end
 
 
 @pytest.mark.parametrize(("bounds", "middle"), [(measures.BELOW_1, 0.8755), (measures.POSITIVE, 3.0)])
@@ -240,16 +234,14 @@ def test_the_intervals_of_a_label_are_of_its_own_answers():
         assert [report.intervals(i)[name] for name in RANKINGS] == list(map(pytest.approx, expected))
 
 
-@pytest.mark.parametrize(
-    ("positives", "size", "has_one"),
-    [(4, 1, False), (5, 1, True), (55, 1, True), (56, 1, False), (16, 3, True), (16, 5, False)],
-)
-def test_few_positives_or_negatives_have_no_interval_however_many_images_of_a_patient(positives, size, has_one):
+def test_few_positives_or_negatives_have_no_interval_however_many_images_of_a_patient():
     """`size` images of each patient. With fewer than five, intervals would cover in two of three draws."""
-    positive = (torch.arange(60)[:, None] < positives).double()
-    answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive)
-    intervals = tasks.MultiLabel(["rare"]).report(answers, torch.arange(60) // size).intervals(0)
-    assert all(np.isfinite(intervals[name]).all() == has_one for name in RANKINGS)
+    told = {(4, 1): False, (5, 1): True, (55, 1): True, (56, 1): False, (16, 3): True, (16, 5): False}
+    for (positives, size), has_one in told.items():
+        positive = (torch.arange(60)[:, None] < positives).double()
+        answers = multilabel.LabelAnswers(0.0, torch.rand(60, 1), positive)
+        intervals = tasks.MultiLabel(["rare"]).report(answers, torch.arange(60) // size).intervals(0)
+        assert all(np.isfinite(intervals[name]).all() == has_one for name in RANKINGS)
 
 
 def test_what_a_threshold_reaches_is_told_with_wilsons_intervals():

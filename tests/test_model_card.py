@@ -89,17 +89,14 @@ def test_a_card_says_what_made_the_adapter_another_and_where_the_stage_1_adapter
     )
 
 
-@pytest.mark.parametrize(
-    ("chosen", "told"),
-    [
+def test_a_card_says_what_its_images_have_chosen():
+    for chosen, told in (
         ({"eval_split": "validation"}, ", set aside of the training images to choose settings by:"),
         ({"chosen_by": {"epoch": "they"}}, ", which chose the epoch: on others the figures are lower:"),
         ({"eval_split": "held-out", "chosen_by": {"learning rate": "trials"}}, ":"),
-    ],
-)
-def test_a_card_says_what_its_images_have_chosen(chosen, told):
-    results = {"val_images": 90, "val_accuracy": 0.5, "val_accuracy_interval": [0.4, 0.6], **chosen}
-    assert f"\nOn 90 evaluation images{told}\n" in write_card(ABOUT, results, "flowers", "lora.pth")
+    ):
+        results = {"val_images": 90, "val_accuracy": 0.5, "val_accuracy_interval": [0.4, 0.6], **chosen}
+        assert f"\nOn 90 evaluation images{told}\n" in write_card(ABOUT, results, "flowers", "lora.pth")
 
 
 @pytest.mark.parametrize("way", ["an adapter of an own loop", "trained on", "results of evaluate"])

@@ -143,6 +143,14 @@ def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
     assert "](README.md)" in notebook and "](docs/" in notebook
 
 
+def test_no_command_and_no_file_is_left_out():
+    known = ("pip install", "python finetune_lora.py", "python deploy_lora.py", "python -m moco.pretrain")
+    assert set(commands_of("")) == set(commands_of(*known, "python -m pytest", "torchrun", "pdoc"))
+    [layout] = [block for block in blocks("text", PAGES["docs/how-it-works.md"]) if "toolkit/ " in block]
+    for name in re.findall(r"^\S+", layout, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands_of("python finetune_lora.py") if c not in FEW_LABELS])
 def test_every_fine_tuning_command_runs(command, first_run, monkeypatch, tmp_path, request):
@@ -267,15 +275,6 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(own_folder, newcomer,
     torch.testing.assert_close(served["logits"], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_no_command_and_no_file_is_left_out():
-    known = ("pip install", "python finetune_lora.py", "python deploy_lora.py", "python -m moco.pretrain")
-    elsewhere = ("python -m pytest", "torchrun", "pdoc")
-    assert set(commands_of("")) == set(commands_of(*known, *elsewhere))
-    layout = next(block for block in blocks("text", PAGES["docs/how-it-works.md"]) if "toolkit/ " in block)
-    names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
-    assert [name for name in names if not (ROOT / name).exists()] == []
-
-
 def test_the_options_page_and_the_readme_have_the_options(tmp_path):
     """Every flag with its default, and nothing else; `python docs/write_options.py` writes the page."""
     assert PAGES["docs/options.md"] == runpy.run_path(str(ROOT / "docs/write_options.py"))["page"]()
@@ -314,12 +313,12 @@ def test_every_link_and_picture_leads_to_a_file_and_a_heading(page):
         assert not heading or heading in anchors(path.read_text()), target
 
 
-def links(page: str) -> list[str]:
-    return re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", without_code((ROOT / page).read_text()))
-
-
 def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def links(page: str) -> list[str]:
+    return re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", without_code((ROOT / page).read_text()))
 
 
 def anchors(text: str) -> set[str]:

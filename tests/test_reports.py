@@ -157,24 +157,21 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
         assert reports.describe_epoch(run).endswith(worse + mixed)
 
 
-@pytest.mark.parametrize(
-    ("adapters", "faster", "norms", "frozen", "shown"),
-    [
+def test_each_learning_rate_is_reported():
+    for adapters, faster, norms, frozen, shown in (
         (2.4e-3, 24.0, "auto", True, "head 1e-4, adapters 2.4e-3 (24x: they start at the gradient)"),
         (None, 1.0, "auto", False, "head 1e-4, backbone 1e-4"),
         (1e-4, 1.0, "train", True, "head 1e-4, adapters 1e-4, norms 1e-4"),
-    ],
-)
-def test_each_learning_rate_is_reported(adapters, faster, norms, frozen, shown):
-    run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster)
-    run.args = argparse.Namespace(freeze_backbone=frozen, learning_rate=1e-4)
-    run.plan = argparse.Namespace(norms=norms)
-    run.guard = argparse.Namespace(retreats=[])
-    assert reports.describe_rates(run) == f"learning rate: {shown}"
-    run.args.learning_rate = 20 * run.rate
-    assert "; 5% of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
-    run.guard.retreats.append({"epoch": 1, "learning_rate": 2e-3})
-    assert "; 5% of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
+    ):
+        run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster)
+        run.args = argparse.Namespace(freeze_backbone=frozen, learning_rate=1e-4)
+        run.plan = argparse.Namespace(norms=norms)
+        run.guard = argparse.Namespace(retreats=[])
+        assert reports.describe_rates(run) == f"learning rate: {shown}"
+        run.args.learning_rate = 20 * run.rate
+        assert "; 5% of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
+        run.guard.retreats.append({"epoch": 1, "learning_rate": 2e-3})
+        assert "; 5% of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 10])
@@ -220,8 +217,7 @@ def numbers() -> regression.NumberReport:
 def test_it_is_said_how_far_probabilities_can_be_believed(labels):
     """Answers that are right as often as they say, and such that say half as much."""
     shares = torch.linspace(0.05, 0.95, 400)
-    right = torch.rand(400) < shares
-    result = Evaluation(0.5, 0.5, right.long(), torch.ones(400).long(), shares)
+    result = Evaluation(0.5, 0.5, (torch.rand(400) < shares).long(), torch.ones(400).long(), shares)
     task = Classification(["a", "b"])
     task.temperature = 0.5
     report = task.report(result)
@@ -252,15 +248,22 @@ def test_groups_of_an_interval_and_what_images_chose_are_said(tmp_path):
     assert {groups, *(("", what) for what in told)} <= {*rows}
 
 
-def test_a_label_that_no_image_has_is_left_out_and_said(labels):
+def test_a_label_that_no_image_has_is_left_out_and_said(labels, tmp_path):
     figures = labels.figures()
     of_cat, of_eel, of_dog = figures["labels"].values()
     assert (of_eel["average_precision"], of_eel["positives"], of_eel["sensitivity_interval"]) == (None, 0, None)
     assert figures["macro_ap"] == pytest.approx((of_cat["average_precision"] + of_dog["average_precision"]) / 2)
+    for i, of_label in enumerate(figures["labels"].values()):
+        for figure, interval in labels.intervals(i).items():
+            assert of_label[f"{figure}_interval"] == answer_reports.finite_interval(interval)
     assert of_cat["unknown"] == 1
     assert list(labels.rows())[1] == ("", "no evaluation image has eel: left out of the means")
     *others, last = labels.by_label()
     assert last[:5] == ["eel", 0, 0, "", ""] and {row[2] for row in others} == {0, 1}
+    Image.new("RGB", (3, 2)).save(tmp_path / "picture.png")
+    page = "".join(labels.sections(tmp_path / "picture.png"))
+    assert all(f"<td>{name}</td>" in page for name in NAMES) and "threshold" in page
+    assert {name for name, text in list(labels.printed())[1:4] if "positives" in text} == {*NAMES}
 
 
 def test_the_worst_answer_is_shown_first_and_all_are_columns(labels, numbers):
@@ -283,19 +286,6 @@ def test_a_mistake_is_on_the_wrong_side_of_its_threshold_or_far_by_its_spread():
     truth = torch.tensor([[0.0, 0.0], [2.0, 200.0]])  # of the deviations 1 and 100
     answers = regression.NumberAnswers(0.1, truth + torch.tensor([[0.0, 50.0], [0.6, 0.0]]), truth)
     assert [image for image, _ in Regression(["age", "weight"], truth).report(answers).mistakes()] == [1, 0]
-
-
-def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
-    Image.new("RGB", (3, 2)).save(tmp_path / "picture.png")
-    of_labels, of_numbers = ("".join(report.sections(tmp_path / "picture.png")) for report in (labels, numbers))
-    assert all(f"<td>{name}</td>" in of_labels for name in NAMES) and "threshold" in of_labels
-    assert "<td>weight</td>" in of_numbers
-    assert all("95% interval" in text for _, text in numbers.rows())
-    assert {name for name, text in list(labels.printed())[1:4] if "positives" in text} == {*NAMES}
-    by_name = labels.figures()["labels"]
-    for i, name in enumerate(NAMES):
-        for figure, interval in labels.intervals(i).items():
-            assert by_name[name][f"{figure}_interval"] == answer_reports.finite_interval(interval)
 
 
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path, spy):
@@ -324,10 +314,11 @@ def test_answers_are_drawn_over_the_truth(numbers, monkeypatch):
 
 
 @pytest.mark.parametrize("patients", [None, torch.arange(20) // 5])
-def test_each_number_has_intervals_that_come_of_its_own_errors(numbers, patients):
+def test_each_number_has_intervals_that_come_of_its_own_errors(numbers, patients, tmp_path):
     """As in a report on that number alone; over groups others."""
-    targets, values = numbers.answers.targets[:, :1], numbers.answers.values[:, :1]
-    alone = Regression(["age"], targets).report(regression.NumberAnswers(0.1, values, targets), patients).figures()
+    targets = numbers.answers.targets[:, :1]
+    of_age = regression.NumberAnswers(0.1, numbers.answers.values[:, :1], targets)
+    alone = Regression(["age"], targets).report(of_age, patients).figures()
     report = numbers.task.report(numbers.answers, patients)
     age = report.figures()["numbers"]["age"]
     for name in ("r2", "mae"):
@@ -337,6 +328,9 @@ def test_each_number_has_intervals_that_come_of_its_own_errors(numbers, patients
     told = dict(report.printed())
     assert told["by number"] == "in their own units, with 95% intervals:"
     assert f"mean absolute error {age['mae']:.4g} ({low:.4g} to {high:.4g})" in told["age"]
+    Image.new("RGB", (3, 2)).save(tmp_path / "picture.png")
+    assert "<td>weight</td>" in "".join(report.sections(tmp_path / "picture.png"))
+    assert all("95% interval" in text for _, text in report.rows())
 
 
 def test_a_mean_says_of_how_many_numbers_it_is():
@@ -362,23 +356,19 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
         Image.new("RGB", (3, 2)).save(tmp_path / name)
     names = ["<script>alert(1)</script>", 'quo"te', "absent caf\udce9"]  # of bytes that are not UTF-8
     report = Classification(names).report(evaluation([0, 0, 1], [0, 1, 1]))
-    report_page.write_page(
-        tmp_path / "report.html",
-        "66.67% of 3 images right",
-        [("accuracy after", "66.67%")],
-        report.sections(tmp_path / "mistakes.png"),
-        tmp_path / "mistakes.png",
-        [("<script>.png", "a, taken for b")],
-        tmp_path / "training_curves.png",
-        {"finetune": {"note": "</pre><script>"}},
-    )
+    mistakes = tmp_path / "mistakes.png"
+    rows = [("accuracy after", "66.67%")]
+    named = [("<script>.png", "a, taken for b")]
+    settings = {"finetune": {"note": "</pre><script>"}}
+    of_run = mistakes, named, tmp_path / "training_curves.png", settings
+    report_page.write_page(tmp_path / "report.html", "2 of 3 images right", rows, report.sections(mistakes), *of_run)
     text = (tmp_path / "report.html").read_text()
     tags = re.findall(r"<([a-z0-9]+)", text)
     assert "script" not in tags and tags.count("img") == 3 and "http" not in text
     for source in re.findall(r"(?:src|href)=[\"']?([^\"'> ]*)", text):
         assert source.startswith("data:image/png;base64,")
     shown = html.unescape(re.sub("<[^>]*>", "", text))
-    told = ["66.67% of 3 images right", "accuracy after", "no images", "<script>.png", *names[:2], "absent caf?"]
+    told = ["2 of 3 images right", "accuracy after", "no images", "<script>.png", *names[:2], "absent caf?"]
     assert [words for words in told if words not in shown] == []
 
 
@@ -430,9 +420,8 @@ OF_LABELS = {"task": MultiLabel, "val_macro_ap_interval": (0.70, 0.80)}  # moved
 NARROW = {"task": MultiLabel, "val_macro_ap_interval": (0.745, 0.755)}
 
 
-@pytest.mark.parametrize(
-    ("run", "gained", "judgement"),
-    [
+def test_the_gain_is_over_the_linear_probe():
+    for run, gained, judgement in (
         ({"probe": 0.70}, "+12 points", ", more than chance explains"),
         ({"probe": 0.77}, "+5 points", ", which may be chance with 300 evaluation images"),
         ({"probe": 0.90}, "-8 points", ": worse, beyond chance"),
@@ -446,13 +435,11 @@ NARROW = {"task": MultiLabel, "val_macro_ap_interval": (0.745, 0.755)}
         (OF_LABELS | {"probe": 0.89}, "-7 points", ": worse, beyond chance"),
         (OF_LABELS | {"probe": 0.76}, "+6 points", ", more than chance explains"),
         (NARROW | {"probe": 0.81}, "+1 points", ", more than chance explains"),
-    ],
-)
-def test_the_gain_is_over_the_linear_probe(run, gained, judgement):
-    assert judged(**run).gained == f"{gained} against the linear probe{judgement}"
-    told = judged(0.8, (math.nan,), (1.0, 3.0), task=Regression, val_r2=None)  # as of a single image
-    assert told.limits[0].startswith("overfitting")
-    assert judged(None).gained == told.gained == "there are no scores of the run and of a linear probe to compare"
+    ):
+        assert judged(**run).gained == f"{gained} against the linear probe{judgement}"
+        told = judged(0.8, (math.nan,), (1.0, 3.0), task=Regression, val_r2=None)  # as of a single image
+        assert told.limits[0].startswith("overfitting")
+        assert judged(None).gained == told.gained == "there are no scores of the run and of a linear probe to compare"
 
 
 @pytest.mark.parametrize(("wrong", "is_chance"), [(5, True), (6, False)])
@@ -482,9 +469,8 @@ FROM_LIST = {"unlabelled": {}, "config": {"data": {"data_list": ["my list.csv", 
 FEW_BELOW = {"per_class": 5, "probe": 0.9, "lowered": 8}
 
 
-@pytest.mark.parametrize(
-    ("run", "limits", "next_step"),
-    [
+def test_what_limits_a_run_comes_with_one_next_step():
+    for run, limits, next_step in (
         ({}, [], PREDICT("answers.csv")),
         ({"task": Segmentation}, [], PREDICT("maps")),
         # A tenth of the gain over the probe is 0.012
@@ -524,8 +510,6 @@ FEW_BELOW = {"per_class": 5, "probe": 0.9, "lowered": 8}
         (PERFECT | {"scores": (0.99,), "losses": (0.001, 0.02)}, [], PREDICT("answers.csv")),
         (PERFECT | {"losses": (0.0099, 0.02)}, [FARTHER.format("0.02 against 0.0099")], VARIED),
         (PERFECT | {"losses": (0.0101, 0.02)}, [], PREDICT("answers.csv")),
-    ],
-)
-def test_what_limits_a_run_comes_with_one_next_step(run, limits, next_step):
-    found = judged(**run)
-    assert (found.limits, found.next_step) == (limits, next_step)
+    ):
+        found = judged(**run)
+        assert (found.limits, found.next_step) == (limits, next_step)

@@ -181,19 +181,15 @@ def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
     return found
 
 
-def test_it_begins_with_the_weights_and_the_answers_of_the_start():
+def test_it_begins_with_the_start_and_its_weights_are_a_moving_average_of_those_that_train():
+    """With which, and with what else it has noted, a resumed run goes on."""
     found = teacher_of()
     found.seen += 1  # as where the adapters' first gradient asked for labels
     found.begin()
     assert not found.seen.any()
-    assert all(torch.equal(found.average[name], weight) for name, weight in found.model.state_dict().items())
+    assert_identical(found.average, found.weights)
     assert found.certainty.item() == pytest.approx((0.6 + 0.8 + 0.6 + 0.4) / 4)
     assert found.shares.tolist() == pytest.approx([1.3 / 4, 1.6 / 4, 1.1 / 4])
-
-
-def test_its_weights_are_a_moving_average_of_those_that_train():
-    """With which, and with what else it has noted, a resumed run goes on."""
-    found = teacher_of()
     first = found.model.weight.detach().clone()
     found.model.weight.data += 1
     for _ in range(7):
@@ -278,16 +274,16 @@ def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
         assert found.knows_enough() == is_enough
 
 
-@pytest.mark.parametrize(("certainty", "changed", "still_sure"), [(0.99, 1, True), (0.7, 2, False), (0.66, 2, True)])
-def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong(certainty, changed, still_sure):
+def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong():
     """Of four answers as sure as 0.7 three quarters of 2.8 have to stay, of 0.66 three quarters of 2.64."""
     found = teacher_of()
-    rest = (1 - certainty) / 2
-    found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)
-    found.first_answers[3] = torch.tensor([certainty, rest, rest])
-    logits = found.first_answers[found.watched()].log()
-    logits[:changed] = torch.tensor([0.0, 9.0, 0.0])
-    assert found.still_sure(logits) is still_sure
+    for certainty, changed, still_sure in ((0.99, 1, True), (0.7, 2, False), (0.66, 2, True)):
+        rest = (1 - certainty) / 2
+        found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)
+        found.first_answers[3, 0] = certainty
+        logits = found.first_answers[found.watched()].log()
+        logits[:changed] = torch.tensor([0.0, 9.0, 0.0])
+        assert found.still_sure(logits) is still_sure
 
 
 # ------------------------------------------------------------------------------------------------------- how they train
@@ -317,14 +313,11 @@ def test_a_run_begins_with_the_adapters_start_and_has_many_steps_of_which_half_t
             torch.testing.assert_close(images[4:], weak)  # without an augmentation both views are plain
 
 
-def test_more_labels_make_an_epoch_longer_as_ever(start, images, monkeypatch):
+def test_more_labels_make_an_epoch_longer_as_ever_and_strong_views_have_one_more_change(start, images, monkeypatch):
     monkeypatch.setattr(loaders, "LEAST_STEPS", 2)
-    run = start(f"--labels-per-class 5 --unlabelled {images} --batch-size 2 --accumulation-steps 2")
+    options = "--batch-size 2 --accumulation-steps 2 --augmentation crop"
+    run = start(f"--labels-per-class 5 --unlabelled {images} {options}")
     assert run.steps_per_epoch == len(list(run.loaders.steps(1))) == 4  # 15 images by 4
-
-
-def test_strong_views_of_photographs_have_one_more_change(start, images):
-    run = start(f"--labels-per-class 5 --unlabelled {images} --augmentation crop")
     strong, weak = run.loaders.unlabelled.dataset.transform.views
     assert "TrivialAugmentWide" in str(strong.steps) and "TrivialAugmentWide" not in str(weak.steps)
 
