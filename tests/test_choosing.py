@@ -57,9 +57,6 @@ def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
     assert len(page) < 1e6
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
 def choose(model: Path, *words: str | Path) -> list[str]:
     return deploy_lora.main(["choose", str(model), *map(str, words)])
 
@@ -117,9 +114,6 @@ def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, 
     (tmp_path / "broken.png").write_bytes(b"no image")
     pool = images / "train", tmp_path / "broken.png"
     assert len(choose(base, *pool, "--count", "22", "--output", tmp_path / "more")) == 21  # that can be read
-
-
-# ------------------------------------------------------------------------------------------------------ labels to check
 
 
 def test_labels_that_held_out_answers_contradict_come_worst_first():

@@ -122,9 +122,6 @@ def test_few_lines_are_packed_and_no_conditional_expression_is_in_another():
         assert 1000 * counts[what] / lines <= most, what
 
 
-# ----------------------------------------------------------------------------------------------------- pip install -e .
-
-
 ELSEWHERE = """
 import pkgutil, site, sys
 site.addsitedir(sys.argv[1])

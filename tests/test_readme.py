@@ -62,6 +62,7 @@ AFTER_TRAINING += section("docs/deploy.md", "ONNX and torch.export") + section("
 FEW_LABELS = PAGES["docs/few-labels.md"]  # from top to bottom, below
 OF_PIXELS = section("docs/deploy.md", "A class for every pixel")  # run by tests/test_maps.py
 PYTHON_BLOCKS = blocks("python", "\n".join(PAGES.values()))
+ALONE = [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + OF_PIXELS + AFTER_TRAINING]
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +194,7 @@ def test_every_command_of_stage_1_and_of_torchrun_is_understood(command, monkeyp
         assert script == "moco.pretrain" and args.arch
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, marks=[pytest.mark.slow] * bool(extras_of(block)))
-        for block in PYTHON_BLOCKS
-        if block not in TO_A_SERVER + OF_PIXELS + AFTER_TRAINING
-    ],
-)
+@pytest.mark.parametrize("block", [pytest.param(b, marks=[pytest.mark.slow] * bool(extras_of(b))) for b in ALONE])
 def test_every_python_block_runs_as_it_stands(block, first_run, few_images, monkeypatch):
     for package in extras_of(block):
         pytest.importorskip(package)
@@ -302,29 +296,22 @@ def test_each_line_that_the_first_command_prints_is_explained(newcomer, first_ru
         assert not word.strip() or line.startswith(" ") or f"`{word}" in explained, line
 
 
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 @pytest.mark.parametrize("page", WITH_LINKS)
 def test_every_link_and_picture_leads_to_a_file_and_a_heading(page):
-    targets = [target for target in links(page) if "://" not in target]
-    assert targets
-    for target in targets:
+    targets = re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", without_code(ROOT / page))
+    inside = [target for target in targets if "://" not in target]
+    assert inside
+    for target in inside:
         name, _, heading = target.partition("#")
         path = (ROOT / page).parent / name if name else ROOT / page
         assert path.exists(), target
-        assert not heading or heading in anchors(path.read_text()), target
-
-
-def without_code(text: str) -> str:
-    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def links(page: str) -> list[str]:
-    return re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", without_code((ROOT / page).read_text()))
-
-
-def anchors(text: str) -> set[str]:
-    """Of the headings, as GitHub makes them: lower case, without punctuation, a hyphen for each space."""
-    headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if heading:  # as GitHub makes it: in lower case, without punctuation, a hyphen for each space
+            titles = re.findall(r"^#+ (.+)$", without_code(path).lower(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles], target
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
@@ -332,7 +319,7 @@ def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
     question = PAGES[page].splitlines()[0].removeprefix("# ")
     assert question.endswith("?")
     assert re.search(rf"^\| .*\[[^]]+\]\({page}\).* \| .*{re.escape(question)}.* \|$", README, re.MULTILINE)
-    assert "../README.md" in links(page)
+    assert "](../README.md" in PAGES[page]
 
 
 def test_set_up_replaces_adapters_and_counts_them(capsys):

@@ -95,9 +95,6 @@ def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():
     assert len({seed for _, seed in draws}) == 60  # in a view of its own
 
 
-# -------------------------------------------------------------------------------------------------------- what is said
-
-
 def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finetune, images, monkeypatch, capsys):
     monkeypatch.setattr(loaders, "LEAST_STEPS", 4)
     monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(6) < 4)
@@ -342,9 +339,6 @@ def test_a_step_is_the_dense_gradient_of_both_losses(taught):
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
-
-
-# ------------------------------------------------------------------------------------------------- the head at the end
 
 
 def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taught, spy, monkeypatch):
