@@ -184,24 +184,6 @@ BOOK = Path(tables.__file__).parent / "RESULTS.md"
 LONGEST_BOOK = 300  # lines: who looks for a figure finds it in seconds
 
 
-class Parsed(Exception):
-    """A command's options were understood."""
-
-
-@pytest.fixture
-def parsers_stop(monkeypatch):
-    """A script ends where it has read its options; what it passes on is understood by the runs that it starts."""
-    real = argparse.ArgumentParser.parse_known_args
-
-    def parse(parser, argv, namespace=None):
-        _, passed_on = real(parser, argv, namespace)
-        _, unknown = real(finetune_lora.make_parser(), passed_on)
-        assert unknown == []
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
-
-
 def test_pages_have_the_figures_of_the_runs(monkeypatch):
     """After a change of the files: `python -m benchmarks.tables`."""
     monkeypatch.setattr(tables, "definitions", functools.cache(tables.definitions))
@@ -218,9 +200,19 @@ def test_pages_have_the_figures_of_the_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("command", [c for c in commands(BOOK.read_text()) if "pytest" not in c])
-def test_every_command_of_the_book_is_understood(command, parsers_stop):
+def test_every_command_of_the_book_is_understood(command, monkeypatch):
+    """A script ends where it has read its options; what it passes on is understood by the runs that it starts."""
+    real = argparse.ArgumentParser.parse_known_args
+
+    def parse(parser, argv, namespace=None):
+        _, passed_on = real(parser, argv, namespace)
+        _, unknown = real(finetune_lora.make_parser(), passed_on)
+        assert unknown == []
+        raise InputError("understood")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("-")]
-    with pytest.raises(Parsed):
+    with pytest.raises(InputError, match="^understood$"):
         if words[1] == "finetune_lora.py":
             finetune_lora.make_parser().parse_args(words[2:])
         importlib.import_module(words[2]).main(words[3:])
