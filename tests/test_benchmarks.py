@@ -212,7 +212,7 @@ def test_every_command_of_the_book_is_understood(command, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("-")]
-    with pytest.raises(InputError, match="^understood$"):
+    with pytest.raises(InputError, match=r"^understood$"):
         if words[1] == "finetune_lora.py":
             finetune_lora.make_parser().parse_args(words[2:])
         importlib.import_module(words[2]).main(words[3:])
