@@ -717,7 +717,8 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
         raise InputError(f"{args.adapter}: only its head has trained, so there is no change to cut to a rank")
     kept, total = map(sum, zip(*energies.values(), strict=True))
     worst, (part, whole) = min(energies.items(), key=lambda item: item[1][0] / item[1][1])
-    metadata = {key: value for key, value in metadata.items() if key != "transform" and not key.startswith("val_")}
+    metadata = adapter_file.unmeasured(metadata)
+    del metadata["transform"]
     metadata["lora"] = {"r": args.rank, "lora_alpha": 2 * args.rank}
     metadata["cut to rank"] = f"{args.rank}, {kept / total:.1%} of the change's energy kept"
     LoRAManager(model).save_lora_checkpoint(args.output, metadata)
@@ -772,7 +773,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return None  # several processes share images alone
     run = next(run for run in COMMANDS if run.__name__ == args.command)
     try:
-        return run(args)
+        with commands.writing(args) if distributed.is_main() else contextlib.nullcontext():
+            return run(args)
     except InputError as error:
         raise InputError(error.problem) from None  # the advice is for training
 

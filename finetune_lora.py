@@ -660,7 +660,8 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
         if not args.resume:
             print(reports.describe_start(run))
         begin()  # once everything has been read
-        run_state.write_config(run.path("config.yaml"), asked, run.identity["config"])
+        if not run.path("config.yaml").exists():  # a resumed run's may have been edited for the next
+            run_state.write_config(run.path("config.yaml"), asked, run.identity["config"])
         train(run, after_epoch)
         return finish(run)
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import adapted_layers, adapter_parameters, is_adapted
-from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter_file, write_adapter_file  # noqa: F401
+from lora.adapter_file import LAYER_FIELDS, find_base, model_shape, read_adapter_file, unmeasured, write_adapter_file  # noqa: F401
 from lora.adapter_set import Adapter, AdapterSet
 from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
 from lora.fusion import fuse, unfuse
 from toolkit import InputError, attributes, did_you_mean, dotted, found_path, listed, same_file, temporarily
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
-from toolkit.models.checkpoints import tensor_digest
+from toolkit.models.checkpoints import state_digest, tensor_digest
 
 DEFAULT = "default"  # the name that an adapter without a name gets
 
@@ -274,7 +274,7 @@ class LoRAManager:
             if DEFAULT in adapter_set.named:
                 remedy = "save and unload() them, then load them with one"
                 raise InputError(f"the model has adapters without a name: {remedy}")
-            adapter_set.named[DEFAULT] = Adapter(self.record.metadata)
+            adapter_set.named[DEFAULT] = Adapter(self.record.metadata, self.record.digest)
             adapter_set.in_use = DEFAULT
             self.record.metadata = {}
         return adapter_set
@@ -283,16 +283,21 @@ class LoRAManager:
         """Write the adapter file, `.pth` or `.safetensors`. InputError if that fails; an earlier file stays as it is.
 
         `metadata` are plain values that `load_lora_checkpoint` returns; by default those with which the adapter in use
-        was loaded. `finetune_lora.load_finetuned` needs `arch`, `class_names`, `image_size`, `checkpoint`, and `heads`.
+        was loaded, without its figures if it has changed. `finetune_lora.load_finetuned` needs `arch`, `class_names`,
+        `image_size`, `checkpoint`, and `heads`.
         """
         now = base_digests(self.model)
-        if metadata is None:
-            metadata = self._in_use_or_unnamed().metadata
+        loaded = self._in_use_or_unnamed()
         # Two-stage and full fine-tuning change the base too. Without a record of the start all of it counts as changed.
         changed = dict(now.items() - (self.record.base_digests or {}).items())
         tensors = self._own_tensors()
         tensors |= {name: t for name, t, known in _stock_tensors(self.model) if name in changed and not known}
         tensors |= named_statistics(self.model)
+        layers = {name: _layer_record(layer) for name, layer in self._layers_in_file().items()}
+        if metadata is None:
+            metadata = loaded.metadata
+            if loaded.digest != _digest(tensors, layers):
+                metadata = unmeasured(metadata)
         try:  # as files return them: with lists for tuples, and strings as keys
             metadata = json.loads(json.dumps({**metadata}))
         except (TypeError, ValueError) as error:
@@ -301,8 +306,8 @@ class LoRAManager:
             raise InputError(f"{path} is the base of the adapter, as its metadata say: name another file")
         content: dict[str, Any] = {"format_version": 2 if "task" in metadata else 1}
         content["tensors"] = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        content["layers"] = {name: _layer_record(layer) for name, layer in self._layers_in_file().items()}
-        write_adapter_file(content | {"base_hash": _hash(now, tensors), "metadata": metadata}, path)
+        content |= {"layers": layers, "base_hash": _hash(now, tensors), "metadata": metadata}
+        write_adapter_file(content, path)
 
     def load_lora_checkpoint(self, path: str | Path, name: str | None = None) -> dict[str, Any]:
         """Read what `save_lora_checkpoint` wrote, strictly, and return its metadata.
@@ -312,14 +317,15 @@ class LoRAManager:
         InputError, which says all that does not fit; the model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
+        digest = _digest(content["tensors"], content["layers"])
         if name is None:
             self._read(content, path)
-            self._in_use_or_unnamed().metadata = content["metadata"]
+            vars(self._in_use_or_unnamed()).update(metadata=content["metadata"], digest=digest)
             return content["metadata"]
         adapter_set = self._adapter_set()
         if not isinstance(name, str) or not name or name in adapter_set.named:
             raise InputError(f"an adapter cannot be named {name!r}: give another name, or remove the one that has it")
-        adapter = Adapter(content["metadata"])
+        adapter = Adapter(content["metadata"], digest)
         before = adapter_set.in_use
         self.use(None)
         try:
@@ -402,6 +408,11 @@ def _refuse(path: str | Path, problems: Iterable[str]) -> None:
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
     return {"kind": type(layer).__name__} | attributes(layer, *LAYER_FIELDS[1:])
+
+
+def _digest(tensors: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> str:
+    """By which an adapter that has changed is told from the one of a file."""
+    return state_digest(tensors) + json.dumps(layers, sort_keys=True)
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:

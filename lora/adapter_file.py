@@ -19,6 +19,7 @@ from toolkit.models import backbones, dense, names, published
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
 LAYER_FIELDS = ("kind", *NO_ADAPTER)
+_MEASURED = {"epoch", "loss", "kept_share", "thresholds chosen", "cut to rank"}  # and scores, which begin with val_
 
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
@@ -47,6 +48,11 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         version = printable(content["format_version"])
         raise InputError(f"{path} has format version {version}, this toolkit reads {FORMAT_VERSION}")
     return content
+
+
+def unmeasured(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata without what was measured of, or chosen for, the very tensors that they came with."""
+    return {key: value for key, value in metadata.items() if key not in _MEASURED and not str(key).startswith("val_")}
 
 
 def holds_adapter(path: str | Path) -> bool:

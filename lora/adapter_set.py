@@ -59,7 +59,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 class Adapter:
     """Everything one adapter owns. For the base: the original of everything an adapter replaces."""
 
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)  # of its file
+    digest: str = ""  # of what else is in its file
     heads: dict[str, nn.Module] = field(default_factory=dict)
     layers: dict[str, LayerState] = field(default_factory=dict)  # outside the heads
     tensors: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that training changed

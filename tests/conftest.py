@@ -24,6 +24,7 @@ from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from tests.image_files import bytes_of
 from tests.run_folders import SHORTER
+from toolkit import written
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images import sources
@@ -58,6 +59,15 @@ def spy(monkeypatch):
         return getattr(owner, name)
 
     return spy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_list(tmp_path_factory):
+    """What commands write is not noted where those of this machine's user note it."""
+    path = tmp_path_factory.mktemp("own") / "list"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written, "_list", lambda: path)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from toolkit.images.data import LabelledImages
 from toolkit.images.folders import ImageFiles
 from toolkit.models.backbones import build_backbone, headless
 from toolkit.models.checkpoints import load_backbone
-from toolkit.run.commands import files_written, read_options
+from toolkit.run.commands import files_written, read_options, writing
 
 
 def run(command: str, *words):
@@ -374,7 +374,7 @@ def test_a_graph_and_its_preparation_answer_as_predict(served, outputs, normalis
     adapter, image = served
     run("export", adapter, "--output", tmp_path / "model.pt2", *normalise)
     about = json.loads((tmp_path / "model.json").read_text())
-    with pytest.raises(InputError, match=r"model\.json is there, not known to be of an earlier merge"):
+    with pytest.raises(InputError, match=r"model\.json is there, not known to be as an earlier merge"):
         run("merge", adapter, "--output", tmp_path / "model.pth")  # whose images would be normalised twice
     notes = {"class_names": ""}
     graph = torch.export.load(tmp_path / "model.pt2", extra_files=notes).module()
@@ -414,7 +414,7 @@ def test_a_missing_package_is_named_at_once(adapter_for_images, tmp_path, monkey
         ("card {adapter} --output c.md", "c.md"),
     ],
 )
-def test_a_command_writes_what_it_says_twice_and_nothing_where_a_part_of_it_finds_no_room(
+def test_a_command_writes_what_it_says_twice_but_not_over_what_was_changed_nor_where_a_part_finds_no_room(
     adapter_for_images, images, tmp_path, monkeypatch, words, belonging
 ):
     write = files.open_atomically
@@ -433,53 +433,58 @@ def test_a_command_writes_what_it_says_twice_and_nothing_where_a_part_of_it_find
     for _ in range(2):
         run(words)
         assert sorted(os.listdir()) == said
-
-
-PAGE_OF_A_RUN = '<!doctype html>\n<meta content="moco-lora 1.0">\n<h1>run</h1>\n<table><tr><td>limited by</td>'
-RESULTS_OF_A_RUN = '{\n  "task": "classification",\n  "val_accuracy": 0.9'
+    for name in said:
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content[:-1] + b"x")
+        with pytest.raises(InputError, match=f"^{name} is there, not known to be as an earlier"):
+            read_options(words.split())
+        Path(name).write_bytes(content)
+    read_options(words.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "name", "content"),
+    ("words", "name"),
     [
-        ("evaluate lora.pth images --output r.json", "r.json", RESULTS_OF_A_RUN),
-        ("evaluate lora.pth images --output r.json", "r_answers.csv", "image,class,answer\r\n"),
-        ("evaluate lora.pth images --output r.json", "r.html", "mine"),
-        ("evaluate lora.pth images", "lora_evaluation.html", "mine"),
-        ("evaluate lora.pth images --output report.json", "report.html", PAGE_OF_A_RUN),
-        ("threshold lora.pth list.csv --output new.pth", "new.pth", "weights"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,label\r\n"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,class\r\n"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,labels\r\n"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,class,probability,seen\r\n"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,labels,cat probability,seen\r\n"),
-        ("predict lora.pth images --output p.csv", "p.csv", "path,age\r\n"),
-        ("predict lora.pth images --output map.tif", "map.tif", "II*"),
-        ("embed lora.pth images --output f.npy", "f.npy", "numbers"),
-        ("embed lora.pth images --output f.npy", "f_paths.csv", "path,label\r\n"),
-        ("merge lora.pth --output areas.pth", "areas.json", '{"field": "areas.pth"}'),
-        ("merge lora.pth --output new.pth", "new.pth", "weights"),
-        ("export lora.pth --output g.pt2", "g.json", '{\n  "file": "g.onnx"'),
-        ("card lora.pth --output README.md", "README.md", "# My project"),
-        ("convert lora.pth --rank 2 --output mine.pth", "mine.pth", "weights"),
-        ("convert lora.pth --output .", "adapter_config.json", '{\n  "peft_type": "LORA",\n  "rank_pattern": {}\n}'),
+        ("evaluate lora.pth images --output r.json", "r_answers.csv"),
+        ("evaluate lora.pth images", "lora_evaluation.html"),
+        ("threshold lora.pth list.csv --output new.pth", "new.pth"),
+        ("predict lora.pth images --output map.tif", "map.tif"),
+        ("merge lora.pth --output m.pth", "m.json"),
+        ("convert lora.pth --output .", "adapter_config.json"),
+        ("choose lora.pth images --output .", "to_label.csv"),
     ],
 )
-def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words, name, content):
+def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words, name):
     """Nor is a link, or a pipe, which is not waited for."""
     monkeypatch.chdir(tmp_path)
     read_options(words.split())
-    for put in (
-        lambda: Path(name).write_text(content, newline=""),
-        lambda: Path(name).symlink_to("nothing"),
-        lambda: os.mkfifo(name),
-    ):
-        put()
-        with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier {words.split()[0]}"):
+    for put in (Path.touch, lambda path: path.symlink_to("nothing"), os.mkfifo):
+        put(Path(name))
+        with pytest.raises(InputError, match=f"^{name} is there, not known to be as an earlier {words.split()[0]} wr"):
             read_options(words.split())
         Path(name).unlink()
-    Path("p.csv").write_text('path,labels,cat probability,"a,b probability"\r\n', newline="")  # which one wrote
-    assert read_options(["predict", "lora.pth", "images", "--output", "p.csv"]).output == Path("p.csv")
+
+
+def test_of_two_commands_with_one_output_the_second_is_refused_and_what_a_killed_one_left_is_removed(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    args = read_options(["merge", "lora.pth", "--output", str(tmp_path / "[m].pth")])
+    for name in (".[m].pth.12.half", ".[m].json.12.half", ".m.pth.12.half"):
+        (tmp_path / name).touch()
+    with writing(args):
+        assert set(os.listdir(tmp_path)) == {".m.pth.12.half", ".moco-lora-runs-[m]"}  # the last may be another's
+        with (
+            mock.patch.object(fcntl, "lockf", side_effect=BlockingIOError),
+            pytest.raises(InputError, match="another run or command"),
+            writing(args),
+        ):
+            pass
+        for path in files_written(args):
+            path.write_text("by this command")
+    with writing(args):
+        pass
+    (tmp_path / "[m].json").write_text("by a user, while the command began")
+    with pytest.raises(InputError, match=r"\[m\]\.json is there, not known"), writing(args):
+        pass
 
 
 def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path, monkeypatch):
@@ -504,6 +509,6 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
 def test_a_folder_of_another_command_is_left_alone(adapter_for_images, images, tmp_path, monkeypatch, command):
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=BlockingIOError))
-    with pytest.raises(InputError, match=f"^{tmp_path}/out: another run .* is going on in it; let it end"):
+    with pytest.raises(InputError, match=f"^{tmp_path}/out: another run or command .* is writing in it; let it end"):
         run(command, adapter_for_images, images / "val", "--device", "cpu", "--output", tmp_path / "out")
     assert not (tmp_path / "out" / "_parts.json").exists()

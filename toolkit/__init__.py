@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 VERSION = "1.0"  # also in adapter files, results.json and report.html
-MADE_BY = f"moco-lora {VERSION}"  # in pages and maps: by it a command knows its own
+MADE_BY = f"moco-lora {VERSION}"  # in pages and maps
 TOOLKIT = Path(__file__).resolve().parents[1]
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
 

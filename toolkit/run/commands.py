@@ -1,19 +1,19 @@
 """The command line of `deploy_lora.py`: its commands, their options, and what is wrong with these."""
 
 import argparse
+import contextlib
 import itertools
-import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, did_you_mean, printable, same_file, says
+from toolkit import VERSION, InputError, did_you_mean, printable, same_file, written
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
+from toolkit.run import output_folder
 
 COMMANDS = {  # and the help of each
     "info": "what is in an adapter file",
@@ -114,21 +114,11 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
 
 # What else a command writes, by what follows the name of --output without its own ending.
 ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,), "merge": (".json",), "export": (".json",)}
-# What stands in a file that a command wrote. Weights, graphs and arrays have nothing of the kind: the file next to
-# them tells. A table of numbers looks like a list of images with numbers, so it tells nothing.
-WROTE = {
-    "evaluate": rb'\A\{\s+"task": "\w+",\s+"images": |</h1>\n<table><tr><td>adapter</td>',
-    "threshold": rb"thresholds chosen",
-    "convert": rb'cut to rank|"rank_pattern": \{\s+"\^',
-    "predict": rb'\Apath,(class,probability(,class_\d,probability_\d)*|labels,[^\n]* probability"?)\r\n|moco-lora \d',
-    "embed": rb"\Apath\r\n",
-    "card": rb"\n## Settings, of version .* of the toolkit\n",
-} | dict.fromkeys(("merge", "export"), rb'\A\{\s+"file": ')
 
 
 def files_written(args: argparse.Namespace) -> list[Path]:
     """The files that a command writes outside a folder of answers, --output first, and the page of `evaluate` last."""
-    output = args.output
+    output = getattr(args, "output", None)
     if args.command == "evaluate" and output is None:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
     if args.command == "convert" and args.rank is None:
@@ -165,12 +155,29 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     for path in files_written(args):
         if any(same_file(path, other) for other in read):
             yield f"--output {args.output}: {path} is read by this very command; name another file"
-    there = list(filter(os.path.lexists, files_written(args)))
-    pattern = WROTE.get(args.command, b"(?!)")  # of choose none: the list may have labels by now
-    if args.command in ("merge", "export"):  # of two files with one description it would say what is true of one
-        pattern += re.escape(json.dumps(args.output.name).encode())
-    if there and not any(says(path, pattern) for path in there):
-        yield f"{there[0]} is there, not known to be of an earlier {args.command}: move it, or name another --output"
+    changed = [path for path in files_written(args) if not written.is_free(path, _name(args))]
+    if changed:
+        known = f"not known to be as an earlier {args.command} wrote it"
+        yield f"{changed[0]} is there, {known}: move it, or name another --output"
+
+
+def _name(args: argparse.Namespace) -> str:
+    """By what a command knows its own files: of two files with one description it would say what is true of one."""
+    return f"{args.command} {args.output and args.output.name}"
+
+
+@contextlib.contextmanager
+def writing(args: argparse.Namespace) -> Iterator[None]:
+    """Within this block no other command writes the files of this one, which then are known as its own."""
+    paths = files_written(args)
+    if not paths:
+        yield
+        return
+    with output_folder.files_held(paths):
+        if problem := next(problems_of_output(args), None):  # another command may have just ended
+            raise InputError(problem)
+        yield
+        written.note(paths, _name(args))
 
 
 def check(args: argparse.Namespace) -> Iterator[str]:

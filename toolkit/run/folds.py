@@ -38,7 +38,7 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
         finally:
             if not parts.exists():  # the first one could not begin
                 config.unlink(missing_ok=True)
-            elif earlier and len(found) < count and distributed.is_main():  # the parts may refuse what is asked now
+            elif earlier and distributed.is_main():  # it may have been edited, and the parts may refuse what is asked
                 write_text(earlier, config)
     if distributed.is_main():
         paths = [parts / str(number) / "results.json" for number in range(1, count + 1)]

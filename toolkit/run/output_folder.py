@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import glob
 import itertools
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".moco-lora-runs"  # a file in the folder while a run writes there
-HALVES = ".*.[0-9]*.half"  # what a killed one left in `open_atomically`
+HALVES = ".{}.[0-9]*.half"  # what a killed one left in `open_atomically`
 OF_A_RUN = rb'\nsettled:|["\0]lora_rank'  # in its config.yaml; in its results.json, and where torch has saved
 MOVING = ".moving"  # a folder in it while an earlier run is moved aside
 FINE_TUNING_FILES = (
@@ -77,19 +78,28 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def files_held(paths: Sequence[Path]) -> Iterator[None]:
+    """Within this block no other command that holds the first of these files runs; else InputError."""
+    first, *_ = paths
+    with _locked(first.parent, f"{LOCK}-{first.stem}", [glob.escape(path.name) for path in paths]):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, lock: str = LOCK, names: Iterable[str] = ("*",)) -> Iterator[None]:
+    """Make the folder, lock it, and remove what killed processes left of files of these names."""
     # os.path and not Path: that raises an error for a name too long for the file system.
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     with _faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _lock(folder / LOCK)
-        for path in folder.glob(HALVES):
+        handle = _lock(folder / lock)
+        for path in itertools.chain(*map(folder.glob, map(HALVES.format, names))):
             path.unlink()
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been moved
-            os.unlink(folder / LOCK)  # before the lock is released: the file is still this run's
+            os.unlink(folder / lock)  # before the lock is released: the file is still this run's
         os.close(handle)
         for place in new:
             with contextlib.suppress(OSError):  # it is not empty
@@ -106,7 +116,7 @@ def _lock(path: Path) -> int:
         except (BlockingIOError, PermissionError):
             owner = printable(os.read(handle, 200).decode(errors="replace"))
             os.close(handle)
-            problem = f"another run ({owner}) is going on in it; let it end, or name another"
+            problem = f"another run or command ({owner}) is writing in it; let it end, or name another"
             raise InputError(f"{path.parent}: {problem}") from None
         except OSError:  # some network file systems have no locks: then the run goes on without one
             pass
