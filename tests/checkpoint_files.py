@@ -43,26 +43,19 @@ def sequential(tensors):
     return {".".join([places[first], *rest]): v for k, v in tensors.items() for first, *rest in [k.split(".")]}
 
 
-TIMM_BLOCK = {"attn.qkv": (1152, 384), "attn.proj": (384, 384), "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)}
-TIMM_BLOCK |= {"norm1": (384,), "norm2": (384,)}  # the weights of a block; each has a bias as well
-
-
 def timm_vit(stem, depth=2):
     """A ViT-S backbone under timm's names."""
     shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
+    layers = {"attn.qkv": (1152, 384), "attn.proj": (384, 384), "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)}
     for i in range(depth):
-        for layer, shape in TIMM_BLOCK.items():
+        for layer, shape in (layers | {"norm1": (384,), "norm2": (384,)}).items():
             shapes |= {f"blocks.{i}.{layer}.weight": shape, f"blocks.{i}.{layer}.bias": shape[:1]}
     shapes |= stem
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for key, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        if "running_var" in key:
-            tensors[key] = noise.abs() + 0.5
-        elif len(shape) == 1 and key.endswith("weight"):
-            tensors[key] = 1 + 0.1 * noise
-        else:
-            tensors[key] = noise / math.sqrt(math.prod(shape[1:]) or 1) if len(shape) > 1 else 0.1 * noise
+        tensors[key] = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        if len(shape) == 1:
+            tensors[key] = 1 + 0.1 * tensors[key]
     tensors["pos_embed"][:, 0] = 0  # MoCo v3 gives the class token no position
     return tensors

@@ -1,9 +1,13 @@
-"""Files that tests make in memory: whatever writes into a file, and archives."""
+"""Files that tests make: images in the format of their suffix; in memory whatever writes into a file, and archives."""
 
 import io
 import struct
 import tarfile
 import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 
 def bytes_of(write, *args, **options) -> bytes:
@@ -31,3 +35,19 @@ def png_of(width: int, height: int, bits: int, colours: int, rows: bytes) -> byt
     for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return png
+
+
+def save_image(path: Path, pixels: np.ndarray | Image.Image, **how) -> Path:
+    """Save it in the format of its suffix: .npy, a TIFF as tifffile writes arrays, or whatever Pillow writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, pixels)
+    elif isinstance(pixels, Image.Image):
+        pixels.save(path, **how)
+    elif path.suffix == ".tif":
+        import tifffile
+
+        tifffile.imwrite(path, pixels, **how)
+    else:
+        Image.fromarray(pixels).save(path, **how)
+    return path

@@ -10,12 +10,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import deploy_lora
 import finetune_lora
 from moco import pretrain
 from tests.checkpoint_files import without_head
+from tests.image_files import save_image
 from tests.pages import DOCS, blocks, save_moco_v2
 from tests.run_folders import rows_of
 from toolkit.models.backbones import build_backbone
@@ -61,9 +61,8 @@ def run_page(name: str) -> dict:
 
 
 def save_photograph(path: Path, colour: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.RandomState(colour).randint(0, 100, (40, 40, 3)) + colour
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    save_image(path, pixels.astype(np.uint8))
 
 
 def test_photographs(folder):
@@ -92,39 +91,30 @@ def test_medicine(folder):
 
 
 def test_microscopy(folder):
-    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("tifffile")
     random = np.random.RandomState(0)
-    for place in ("cells/train", "cells/val", "cells/test", "new_slides"):
+    mask = np.zeros((40, 48), np.uint8)
+    mask[8:20, 8:24] = 1
+    mask[24:36, 20:40] = 2
+    for place in ("cells/train/images", "cells/val/images", "cells/test/images", "new_slides"):
         for number in range(4):
-            mask = np.zeros((40, 48), np.uint8)
-            mask[8:20, 8:24] = 1
-            mask[24:36, 20:40] = 2
             levels = random.randint(0, 9000, mask.shape) + 20_000 * mask.astype(int)
-            images = folder / place
+            path = save_image(folder / place / f"{number}.tif", levels.astype(np.uint16))
             if place != "new_slides":
-                (images / "masks").mkdir(parents=True, exist_ok=True)
-                Image.fromarray(mask).save(images / f"masks/{number}.png")
-                images = images / "images"
-            images.mkdir(parents=True, exist_ok=True)
-            tifffile.imwrite(images / f"{number}.tif", levels.astype(np.uint16))
+                save_image(path.parents[1] / f"masks/{number}.png", mask)
     run_page("microscopy.md")
     assert (folder / "areas.pdf").stat().st_size > 1000
     assert len(list((folder / "masks").rglob("*.tif"))) == 4
     assert len(list((folder / "explained").rglob("*.png"))) == 4
 
 
-def geotiff(path: Path, levels: np.ndarray) -> None:
-    """A TIFF of these levels, of 10 m in a UTM zone."""
-    tifffile = pytest.importorskip("tifffile")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True), (33550, "d", 3, [10.0, 10.0, 0.0], True)]
-    keys.append((33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5.3e6, 0.0], True))
-    tifffile.imwrite(path, levels, photometric="minisblack", planarconfig="contig", extratags=keys)
-
-
 def test_satellites(folder, capsys):
     """EuroSAT in small, and new tiles with geotags; the checkpoint has torchgeo's layout."""
     pytest.importorskip("onnxscript")
+    pytest.importorskip("tifffile")
+    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True), (33550, "d", 3, [10.0, 10.0, 0.0], True)]
+    keys.append((33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5.3e6, 0.0], True))  # 10 m in a UTM zone
+    how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
     backbone = build_backbone("resnet18", 2, channels=13).state_dict()
     torch.save(without_head(backbone), folder / "hub/checkpoints/resnet18_sentinel2_all_moco-59bfdff9.pth")
     rng = np.random.RandomState(0)
@@ -132,7 +122,7 @@ def test_satellites(folder, capsys):
         for i in range(count):
             levels = rng.randint(0, 3000, (32, 32, 13)).astype(np.uint16)
             levels[..., 9] //= 300  # B10, which stands before B11, B12 and B8A here
-            geotiff(folder / place / f"{i}.tif", levels)
+            save_image(folder / place / f"{i}.tif", levels, **how)
     shutil.copy("new_tiles/0.tif", "new_tiles/tile.tif")
     names = run_page("sentinel-2.md")
     printed = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import pickle
 import re
@@ -18,10 +19,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.image_files import bytes_of
+from tests.run_folders import names_in
 from toolkit import InputError, files
 from toolkit.models.checkpoints import load_backbone
-
-# --- Paths -----------------------------------------------------------------------------------------------------------
 
 
 def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
@@ -34,9 +35,6 @@ def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
     assert files.stored_path("base.pth") == files.found_path("base.pth") == Path("base.pth")  # which is nowhere
     (tmp_path / "README.md").write_text("mine")
     assert files.found_path("README.md").read_text() == "mine"
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
@@ -59,64 +57,63 @@ def test_plain_data_of_official_files_is_read(saved):
         ("a", ("key", 2)): [1],
     }
     later = {"fp8": torch.ones(2).to(torch.float8_e4m3fn)}  # than the legacy format
-    for zipped in (False, True):
-        content |= later if zipped else {}
-        read = files.read_checkpoint(saved(content, _use_new_zipfile_serialization=zipped))
-        assert list(read) == list(content)
-        for key, value in content.items():
+    for given, zipped in ((content, False), (content | later, True)):
+        read = files.read_checkpoint(saved(given, _use_new_zipfile_serialization=zipped))
+        assert list(read) == list(given) and type(read["best_acc1"]) is float
+        for key, value in given.items():
             if torch.is_tensor(value):
                 assert read[key].dtype == value.dtype
                 assert torch.equal(read[key].to_dense().to(torch.complex64), value.to_dense().to(torch.complex64))
             else:
                 assert read[key] == value
-        assert type(read["best_acc1"]) is float
 
 
-LEGACY = {"_use_new_zipfile_serialization": False}
+def torch_file(content, zipped: bool = True) -> bytes:
+    return bytes_of(lambda file: torch.save(content, file, _use_new_zipfile_serialization=zipped))
+
+
+def pickled(content: bytes, zipped: bool) -> bytes:
+    """A torch file whose content is this pickle."""
+    if zipped:
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("checkpoint/data.pkl", content)
+            archive.writestr("checkpoint/version", "3")
+        return file.getvalue()
+    start = [pickle.dumps(value, protocol=2) for value in (torch.serialization.MAGIC_NUMBER, 1001, {})]
+    return b"".join(start) + content + pickle.dumps([], protocol=2)
+
+
 NEEDS_LINEAR = r"needs.*torch\.nn\.modules\.linear\.Linear"
-
-
-def truncated(path, **options):
-    torch.save({"weight": torch.randn(100)}, path, **options)
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-def flipped(path):
-    """One bit of a weight, as bad storage or a bad copy would."""
-    torch.save({"weight": torch.zeros(100)}, path)
-    content = bytearray(path.read_bytes())
-    content[content.index(bytes(400)) + 200] ^= 64
-    path.write_bytes(content)
-
-
+ZEROS = torch_file({"weight": torch.zeros(100)})
+ONE_BIT_FLIPPED = ZEROS.replace(bytes(400), bytes(200) + b"@" + bytes(199))  # as bad storage or a bad copy would
 UNREADABLE = {
-    "empty": (lambda path: path.write_bytes(b""), "it is empty"),
-    "one byte": (lambda path: path.write_bytes(b"P"), "not a PyTorch checkpoint"),
-    "a web page": (lambda path: path.write_text("\n<html>404</html>" * 40), "a web page.*download the file itself"),
-    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
-    "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
-    "no pickle": (lambda path: pickled(path, b"\x80\x02I1\n.", True), r"cut short \(\w+: [^;]{1,70}\); download"),
-    "truncated": (truncated, "damaged or cut short"),
-    "truncated, legacy": (lambda path: truncated(path, **LEGACY), "cut short"),
-    "one bit flipped": (flipped, "does not match its checksum"),
-    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), NEEDS_LINEAR),
-    "a whole model, legacy": (lambda path: torch.save(nn.Linear(2, 2), path, **LEGACY), NEEDS_LINEAR),
-    "an array": (lambda path: torch.save(np.zeros(3), path), "needs numpy.*_reconstruct"),
-    "TorchScript": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), "as torch.save writes it"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
+    "empty": (b"", "it is empty"),
+    "one byte": (b"P", "not a PyTorch checkpoint"),
+    "a web page": (b"\n<html>404</html>" * 40, "a web page.*download the file itself"),
+    "a plain pickle": (pickle.dumps({"a": 1}), "not a PyTorch checkpoint"),
+    "an empty zip": (bytes_of(lambda file: zipfile.ZipFile(file, "w").close()), "not a PyTorch checkpoint"),
+    "no pickle": (pickled(b"\x80\x02I1\n.", True), r"cut short \(\w+: [^;]{1,70}\); download"),
+    "truncated": (ZEROS[:-50], "damaged or cut short"),
+    "truncated, legacy": (torch_file({"weight": torch.zeros(100)}, False)[:-50], "cut short"),
+    "one bit flipped": (ONE_BIT_FLIPPED, "does not match its checksum"),
+    "a whole model": (torch_file(nn.Linear(2, 2)), NEEDS_LINEAR),
+    "a whole model, legacy": (torch_file(nn.Linear(2, 2), False), NEEDS_LINEAR),
+    "an array": (torch_file(np.zeros(3)), "needs numpy.*_reconstruct"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_unreadable_files_are_one_clear_line(case, tmp_path):
-    write, complaint = UNREADABLE[case]
-    path = tmp_path / "checkpoint.pth"
-    write(path)
-    with pytest.raises(InputError, match=complaint) as raised:
-        load_backbone(path, num_classes=2)
-    assert str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
+def test_unreadable_files_are_one_clear_line(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "TorchScript")
+    (tmp_path / "a device").symlink_to("/dev/zero")
+    for case, (content, _) in UNREADABLE.items():
+        (tmp_path / case).write_bytes(content)
+    others = {"TorchScript": (None, "as torch.save writes it"), "a device": (None, "not a file")}
+    for case, (_, complaint) in (UNREADABLE | others).items():
+        with pytest.raises(InputError, match=complaint) as raised:
+            load_backbone(tmp_path / case, num_classes=2)
+        assert f"{tmp_path / case}" in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("read", [files.read_checkpoint, files.read_safetensors])
@@ -132,12 +129,13 @@ def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
             read(tmp_path / name)
 
 
-def rezipped(source, target, change=lambda name, data: data, **options):
-    """Copies a torch file record by record, changed."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
+def rezipped(content: bytes, change=lambda name, data: data, compression=zipfile.ZIP_STORED) -> bytes:
+    """A torch file, record by record, changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
-    return target
+    return file.getvalue()
 
 
 HUGE = b"J" + struct.pack("<i", 2**31 - 1)
@@ -146,7 +144,7 @@ DECLARED_8 = {"storage": rb"K\x08(?=N?t)", "shape": rb"K\x08(?=\x85)"}  # pickle
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("places", [["storage"], ["shape"], ["storage", "shape"]], ids="+".join)
-def test_a_huge_declared_tensor_takes_no_memory(zipped, places, saved, tmp_path):
+def test_a_huge_declared_tensor_takes_no_memory(zipped, places, tmp_path):
     """A legacy file's is allocated before it is read, but none of its pages is touched."""
 
     def enlarge(name, data):
@@ -155,40 +153,24 @@ def test_a_huge_declared_tensor_takes_no_memory(zipped, places, saved, tmp_path)
             assert count == 1
         return data
 
-    path = saved({"w": torch.arange(8.0)}, _use_new_zipfile_serialization=zipped)
-    target = tmp_path / "huge.pth"
-    if zipped:
-        rezipped(path, target, enlarge)
-    else:
-        target.write_bytes(enlarge("data.pkl", path.read_bytes()))
+    content = torch_file({"w": torch.arange(8.0)}, zipped)
+    path = tmp_path / "huge.pth"
+    path.write_bytes(rezipped(content, enlarge) if zipped else enlarge("data.pkl", content))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.suppress(InputError):  # torch takes a storage as large as its record, whatever is declared
-        assert len(files.read_checkpoint(target)["w"]) == 8
+        assert len(files.read_checkpoint(path)["w"]) == 8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 100_000  # kB
 
 
-def test_a_zip_bomb_is_refused_before_it_unfolds(saved, tmp_path):
-    path = saved({"w": torch.zeros(10_000_000)})
-    bomb = rezipped(path, tmp_path / "bomb.pth", compression=zipfile.ZIP_DEFLATED)
-    path.unlink()
+def test_a_zip_bomb_is_refused_before_it_unfolds(tmp_path):
+    bomb = tmp_path / "bomb.pth"
+    bomb.write_bytes(rezipped(torch_file({"w": torch.zeros(10_000_000)}), compression=zipfile.ZIP_DEFLATED))
     assert bomb.stat().st_size < 100_000
     tracemalloc.start()
     with pytest.raises(InputError, match="compressed"):
         files.read_checkpoint(bomb)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
-
-
-def pickled(path, content: bytes, zipped: bool):
-    """A torch file whose content is this pickle."""
-    if zipped:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("checkpoint/data.pkl", content)
-            archive.writestr("checkpoint/version", "3")
-    else:
-        start = [pickle.dumps(value, protocol=2) for value in (torch.serialization.MAGIC_NUMBER, 1001, {})]
-        path.write_bytes(b"".join(start) + content + pickle.dumps([], protocol=2))
-    return path
 
 
 # What stands between a dictionary and its value: a tuple in a tuple in a tuple ...
@@ -204,62 +186,50 @@ KEYS = {
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_whose_hash_ends_the_process_or_never_ends_is_refused(key, tmp_path):
     for zipped in (True, False):
-        path = pickled(tmp_path / "checkpoint.pth", b"\x80\x02}" + KEYS[key] + b"K\x01s.", zipped)
+        (tmp_path / "a.pth").write_bytes(pickled(b"\x80\x02}" + KEYS[key] + b"K\x01s.", zipped))
         with pytest.raises(InputError, match="a tuple in it is nested too deeply, or holds the same values too often"):
-            files.read_checkpoint(path)
-
-
-# --- Writing ---------------------------------------------------------------------------------------------------------
-
-
-def files_in(folder):
-    return sorted(entry.name for entry in folder.iterdir())
-
-
-@pytest.fixture
-def full_disk():
-    """No file of this process can grow beyond 1 MB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            files.read_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
     "write, name", [(files.save_atomically, "last.pth"), (files.write_safetensors, "lora.safetensors")]
 )
-def test_a_full_disk_leaves_the_previous_file(write, name, tmp_path, full_disk):
+def test_a_full_disk_leaves_the_previous_file(write, name, tmp_path):
+    """No file of this process can grow beyond 1 MB."""
     path = tmp_path / name
     write({"w": torch.ones(1)}, path)
     before = path.read_bytes()
-    with pytest.raises(InputError, match=rf"cannot write .*{name}.*the previous file is intact") as raised:
-        write({"w": torch.zeros(1_000_000)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=rf"cannot write .*{name}.*the previous file is intact") as raised:
+            write({"w": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(raised.value)
-    assert path.read_bytes() == before
-    assert files_in(tmp_path) == [name]
+    assert path.read_bytes() == before and names_in(tmp_path) == {name}
 
 
-@pytest.mark.parametrize(
-    "path, reason",
-    [
-        ("vanished/last.pth", "No such file or directory"),
-        ("a_file/last.pth", "Not a directory"),
-        ("a_folder", "it is a folder"),
-        ("", "it is a folder"),
-        ("a_pipe", "it is a folder, a device or the like"),
-        ("x" * 300, "File name too long"),
-        pytest.param("read_only/last.pth", "denied", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")),
-    ],
-)
-def test_a_place_that_cannot_be_written_to_is_one_clear_line(path, reason, tmp_path):
+def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path):
     os.mkfifo(tmp_path / "a_pipe")
     (tmp_path / "a_file").write_text("")
     (tmp_path / "a_folder").mkdir()
     (tmp_path / "read_only").mkdir(mode=0o500)
-    before = files_in(tmp_path)
-    with pytest.raises(InputError, match=f"cannot write .*{reason}"):
-        files.save_atomically({"epoch": 1}, tmp_path / path)
-    assert files_in(tmp_path) == before
+    reasons = {
+        "vanished/last.pth": "No such file or directory",
+        "a_file/last.pth": "Not a directory",
+        "a_folder": "it is a folder",
+        "": "it is a folder",
+        "a_pipe": "it is a folder, a device or the like",
+        "x" * 300: "File name too long",
+    }
+    if os.geteuid() != 0:
+        reasons["read_only/last.pth"] = "denied"
+    before = names_in(tmp_path)
+    for path, reason in reasons.items():
+        with pytest.raises(InputError, match=f"cannot write .*{reason}"):
+            files.save_atomically({"epoch": 1}, tmp_path / path)
+    assert names_in(tmp_path) == before
 
 
 def test_a_file_that_is_to_be_read_alone_is_not_replaced(tmp_path, monkeypatch):
@@ -274,12 +244,12 @@ def test_a_file_that_is_to_be_read_alone_is_not_replaced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
-    (tmp_path / "lora.safetensors").write_bytes(b"previous")
-    with pytest.raises(interruption), files.open_atomically(tmp_path / "lora.safetensors") as file:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(b"previous")
+    with pytest.raises(interruption), files.open_atomically(path) as file:
         file.write(b"half")
         raise interruption
-    assert (tmp_path / "lora.safetensors").read_bytes() == b"previous"
-    assert files_in(tmp_path) == ["lora.safetensors"]
+    assert path.read_bytes() == b"previous" and names_in(tmp_path) == {path.name}
 
 
 def test_cells_are_text_whatever_they_are_called(tmp_path):

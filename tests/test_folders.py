@@ -14,6 +14,12 @@ from toolkit.answers import predictions
 from toolkit.images import data, folders, shards, sources
 
 
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def write_shard(path, samples: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tar_of(samples))
@@ -23,15 +29,13 @@ def jpeg(level: int, suffix: str = "jpeg") -> bytes:
     return bytes_of(Image.new("L", (12, 9), level).save, suffix)
 
 
-def write_set(folder, number: int, per_shard: int = 6, labels: bool = True) -> None:
-    """Grey images, each of its own level, of three classes that take turns."""
-    for first in range(0, number, per_shard):
+def write_set(folder, number: int) -> None:
+    """Grey images, each of its own level, of three classes that take turns; six in an archive."""
+    for first in range(0, number, 6):
         samples = {}
-        for i in range(first, min(first + per_shard, number)):
-            samples[f"{i:04}.jpg"] = jpeg(i)
-            if labels:
-                samples[f"{i:04}.cls"] = b"%d" % (8 + i % 3)
-        write_shard(folder / f"shard-{first // per_shard:03}.tar", samples)
+        for i in range(first, min(first + 6, number)):
+            samples |= {f"{i:04}.jpg": jpeg(i), f"{i:04}.cls": b"%d" % (8 + i % 3)}
+        write_shard(folder / f"shard-{first // 6:03}.tar", samples)
 
 
 def level(image) -> int:
@@ -49,25 +53,19 @@ def test_masks_beside_images_are_no_images(tmp_path, capsys):
 
 
 def test_names_of_an_archive(tmp_path):
-    """In folders, of any format, with dots; what macOS adds is passed over; two spellings of a label are one class."""
+    """In folders, of any format, with dots; what macOS adds is passed over; two spellings of a label are one class.
+
+    By webdataset's key, the name up to its first dot, those with dots would share the last one's label."""
     samples = {"a/x.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.json": b"{}"}
     samples |= {"b/x.cls": "caf\u00e9".encode(), "c/x.jpg": jpeg(7), "c/x.cls": "cafe\u0301".encode()}
-    # By webdataset's key, the name up to its first dot, these would share the last one's label.
-    for name, label in (("scan_0.1", b"cat"), ("scan_0.2", b"dog"), ("x", b"cow")):
-        samples |= {f"{name}.jpg": jpeg(3), f"{name}.cls": label}
-    samples["x.left.jpg"] = jpeg(4)
+    samples |= {"scan_0.1.jpg": jpeg(3), "scan_0.1.cls": b"cat", "scan_0.2.jpg": jpeg(3), "scan_0.2.cls": b"dog"}
+    samples |= {"x.jpg": jpeg(3), "x.left.jpg": jpeg(4), "x.cls": b"cow"}
     write_shard(tmp_path / "one.tar", {name.replace("/", "/._"): b"\xff\x00" for name in samples} | samples)
     images, labels = shards.read_shards(tmp_path)
-    assert dict(zip(images.names, labels, strict=True)) == {
-        "one.tar/a/x.PNG": "cat",
-        "one.tar/b/x.webp": "caf\u00e9",
-        "one.tar/c/x.jpg": "caf\u00e9",
-        "one.tar/scan_0.1.jpg": "cat",
-        "one.tar/scan_0.2.jpg": "dog",
-        "one.tar/x.jpg": "cow",
-        "one.tar/x.left.jpg": "cow",
-    }
-    assert level(images[list(images.names).index("one.tar/b/x.webp")].convert("RGB")) == 200
+    names = "scan_0.1.jpg scan_0.2.jpg x.jpg x.left.jpg a/x.PNG b/x.webp c/x.jpg"
+    assert list(images.names) == [f"one.tar/{name}" for name in names.split()]
+    assert labels == ["cat", "dog", "cow", "cow", "cat", "caf\u00e9", "caf\u00e9"]
+    assert level(images[5].convert("RGB")) == 200
 
 
 def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path, capsys):
@@ -83,10 +81,11 @@ def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_pat
 
 def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     write_set(tmp_path, 120)
-    images = sources.load_unlabelled(tmp_path)
-    assert set(images.labels) == {data.UNLABELLED}  # though the archives have labels
-    loader = data.build_loader(data.Transformed(images, level), 8, shuffle=True, seed=1)
-    batches = loader.batch_sampler
+    images = data.Transformed(sources.load_unlabelled(tmp_path), level)
+    assert sources.has_labels(tmp_path) and set(images.dataset.labels) == {data.UNLABELLED}  # none is told
+    in_order = data.build_loader(images, 60, workers=1)
+    assert [read for levels, _ in in_order for read in levels.tolist()] == list(range(120))
+    batches = data.build_loader(images, 8, shuffle=True, seed=1).batch_sampler
     batches.epoch = 3
     order = [i for batch in batches for i, _ in batch]
     assert sorted(order) == list(range(120)) and order != sorted(order)
@@ -101,60 +100,38 @@ def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     assert batches.shuffled(3).tolist() == order != batches.shuffled(4).tolist()
 
 
-def test_archives_without_labels_are_read_by_workers(tmp_path):
-    write_set(tmp_path, 16, labels=False)
-    assert not sources.has_labels(tmp_path)
-    loader = data.build_loader(data.Transformed(sources.load_unlabelled(tmp_path), level), 8, workers=1)
-    assert [read for levels, _ in loader for read in levels.tolist()] == list(range(16))
-
-
 def test_what_is_wrong_with_an_archive_is_told(tmp_path):
+    path = tmp_path / "a.tar"
+
     def refused(problem: str) -> None:
         with pytest.raises(InputError, match=problem):
             shards.read_shards(tmp_path)
 
-    write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"1"})
+    write_shard(path, {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"1"})
     refused(r"1 images in its archives have no label next to them: a\.tar/0\.jpg")
-    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+    with tarfile.open(path, "a") as archive:
         link = tarfile.TarInfo("0.cls")
         link.type = tarfile.SYMTYPE
         link.linkname = "0.cls"  # itself
         archive.addfile(link)
     refused(r"a\.tar: not a tar archive that can be read")
-    write_shard(tmp_path / "a.tar", {"readme.txt": b"nothing"})
+    write_shard(path, {"readme.txt": b"nothing"})
     refused("no images in its 1 archives")
-    whole = (tmp_path / "a.tar").read_bytes()
-    for content in (b"no archive at all", whole[:700]):
-        (tmp_path / "a.tar").write_bytes(content)
-        refused(r"a\.tar")
-    (tmp_path / "a.tar").write_bytes(gzip.compress(whole))
+    whole = path.read_bytes()
+    damaged = whole.replace(b"readme.txt", b"readme.tyt")  # in a header: its checksum no longer fits
+    for content in (b"no archive at all", whole[:700], damaged):
+        path.write_bytes(content)
+        refused(r"a\.tar: not a tar archive that can be read")
+    path.write_bytes(gzip.compress(whole))
     refused("compressed ones must be unpacked")
-
-
-def test_what_is_damaged_is_named(tmp_path):
-    write_set(tmp_path, 6)
-    content = bytearray((tmp_path / "shard-000.tar").read_bytes())
-    content[content.index(b"0003.jpg") + 4] ^= 1  # in a header: its checksum no longer fits
-    (tmp_path / "shard-000.tar").write_bytes(content)
-    with pytest.raises(InputError, match=r"shard-000\.tar: not a tar archive that can be read \(it is damaged"):
-        sources.load_unlabelled(tmp_path)
-    folder = tmp_path / "images"
-    cut = jpeg(9)[:-4]  # which is found out when it is decoded
-    write_shard(folder / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": cut, "3.jpg": jpeg(7)})
-    images = sources.load_unlabelled(folder)
+    # What is cut is found out when it is decoded.
+    write_shard(path, {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(9)[:-4], "3.jpg": jpeg(7)})
+    assert not sources.has_labels(tmp_path)
+    images = sources.load_unlabelled(tmp_path)
     for i in (0, 1, 2):
         with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
             images[i]
-    assert len(sources.readable(images)) == len(sources.load_unlabelled(folder, skip_unreadable=True)) == 1
-
-
-# ------------------------------ toolkit/images/folders.py: which files are found, and what is said where there are none
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+    assert len(sources.readable(images)) == len(sources.load_unlabelled(tmp_path, skip_unreadable=True)) == 1
 
 
 def test_an_eps_that_is_called_a_photograph_does_not_start_ghostscript(tmp_path):
@@ -183,9 +160,8 @@ def places_of(output: Path, *names: str) -> list[Path]:
     return predictions.places_of_images(images, [Path("/given")], output)
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
+def test_what_is_made_of_an_image_stays_below_its_folder(tmp_path):
+    for name, place in (
         ("a/b.jpg", "a/b"),
         ("../pics/b.JPG", "pics/b"),  # of a list
         ("0.tar/../../victim/notes.png", "0.tar/victim/notes"),  # of an archive
@@ -193,29 +169,25 @@ def places_of(output: Path, *names: str) -> list[Path]:
         ("1.2.840.100", "1.2.840.100"),  # DICOM files are called so
         ("1.2.840.100.dcm", "1.2.840.100"),
         ("b.2024.tif", "b.2024"),
-    ],
-)
-def test_what_is_made_of_an_image_stays_below_its_folder(tmp_path, name, place):
-    assert places_of(tmp_path, name) == [tmp_path / place]
+    ):
+        assert places_of(tmp_path, name) == [tmp_path / place]
 
 
 def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
-    def refused(*names: str) -> str:
-        with pytest.raises(InputError) as found:
-            places_of(tmp_path / "out", *names)
-        return str(found.value)
-
-    assert "several images would be written to" in refused("a/b.png", "../a/b.jpg", "c.png")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/link").symlink_to(tmp_path)
-    (tmp_path / "out/loop").symlink_to(tmp_path / "out/loop")
-    (tmp_path / "out/inner").symlink_to(tmp_path / "out")
-    assert f"{tmp_path}/out/link/deep is a link to a place outside" in refused("link/deep/b.png")
-    (tmp_path / "out/gone").symlink_to(tmp_path / "out/not there")
-    assert "cannot write to" in refused("loop/b.png")
-    assert "cannot write to" in refused("gone/b.png")
-    assert "cannot write to" in refused("a\0b/b.png")
-    assert len(places_of(tmp_path / "out", "inner/b.png")) == 1
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, target in (("link", ".."), ("loop", "loop"), ("inner", "."), ("gone", "not there")):
+        (out / name).symlink_to(out / target)
+    for names, problem in (
+        (["a/b.png", "../a/b.jpg", "c.png"], "several images would be written to"),
+        (["link/deep/b.png"], "out/link/deep is a link to a place outside"),
+        (["loop/b.png"], "cannot write to"),
+        (["gone/b.png"], "cannot write to"),
+        (["a\0b/b.png"], "cannot write to"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            places_of(out, *names)
+    assert len(places_of(out, "inner/b.png")) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")

@@ -13,6 +13,7 @@ import deploy_lora
 from finetune_lora import add_lora_to_model
 from lora_utils import LoRAManager
 from tests.conftest import CLASSES
+from tests.image_files import save_image
 from toolkit import InputError
 from toolkit.answers import heat_maps
 from toolkit.answers.heat_maps import Explainer, grad_cam
@@ -20,13 +21,6 @@ from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseModel
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
-
-
-def by_hand(features: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """Equations 1 and 2 of the paper, for features (N, D, h, h) of which the outputs (N, K) were computed."""
-    [gradient] = torch.autograd.grad(outputs.amax(1).sum(), features)
-    alpha = gradient.mean((2, 3), keepdim=True)
-    return F.relu((alpha * features).sum(1)).detach()
 
 
 def enlarged(maps: torch.Tensor, size: int) -> torch.Tensor:
@@ -45,10 +39,13 @@ def adapted(arch: str, size: int, plain: bool = False) -> torch.nn.Module:
 
 
 def assert_decided(model: torch.nn.Module, images: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> None:
-    """Its heat maps are those of these features, of which the plain model makes these logits."""
+    """Its heat maps are those of equations 1 and 2 of the paper, for features (N, D, h, h) of which the plain model
+    makes these logits."""
     heat, outputs = grad_cam(model, images)
     torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(heat, enlarged(by_hand(features, logits), images.shape[-1]), rtol=1e-3, atol=1e-3)
+    [gradient] = torch.autograd.grad(logits.amax(1).sum(), features)
+    maps = F.relu((gradient.mean((2, 3), keepdim=True) * features).sum(1)).detach()
+    torch.testing.assert_close(heat, enlarged(maps, images.shape[-1]), rtol=1e-3, atol=1e-3)
 
 
 def test_of_a_resnet_it_is_that_of_its_last_stage():
@@ -98,12 +95,9 @@ def test_of_masks_the_pixels_count_that_the_class_answers_or_all(answered):
     torch.testing.assert_close(grad_cam(model, images, of=1)[0], enlarged(maps, 16), rtol=1e-3, atol=1e-3)
 
 
-def test_maps_with_their_channels_at_the_end_are_maps_as_well():
+def test_maps_with_their_channels_at_the_end_are_maps_as_well_and_without_blocks_there_are_none():
     maps = torch.randn(2, 5, 4, 4)
     assert torch.equal(heat_maps._in_places(maps.movedim(1, 3)), maps)
-
-
-def test_a_model_without_blocks_is_one_line():
     with pytest.raises(InputError, match="a Linear has no blocks whose features could be looked at"):
         grad_cam(torch.nn.Linear(3, 2), torch.zeros(1, 3))
 
@@ -116,50 +110,44 @@ def explain(once):
     )
 
 
-def test_explain_draws_each_image_and_leaves_out_what_is_none(explain, tmp_path, capsys):
-    folder = tmp_path / "some"
-    (folder / "inner").mkdir(parents=True)
-    Image.new("RGB", (30, 20)).save(folder / "inner/black.png")
-    (folder / "broken.jpg").write_bytes(b"no image")
-    [written] = explain(tmp_path / "out", folder)
-    assert written == tmp_path / "out/inner/black.png" and Image.open(written).size == (720, 408)
-    printed = capsys.readouterr().out
-    assert f"left out: {folder}/broken.jpg: not a readable image" in printed
-    assert f"wrote {tmp_path / 'out'}: what decided, of 1 image\n" in printed
-
-
-def test_explain_of_a_list_keeps_its_folders_and_replaces_no_image(explain, tmp_path):
-    images = tmp_path / "mine" / "list.csv"
-    for patient in ("p1", "p2"):
-        (tmp_path / "mine" / patient).mkdir(parents=True)
-        Image.new("RGB", (20, 20)).save(tmp_path / "mine" / patient / "1.png")
-    images.write_text("p1/1.png\np2/1.png\n")
-    written = explain(tmp_path / "out", images)
+def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(explain, tmp_path, capsys):
+    """It replaces no image."""
+    mine = tmp_path / "mine"
+    for place in ("p1/1.png", "p2/1.png"):
+        save_image(mine / place, Image.new("RGB", (30, 20)))
+    (mine / "broken.jpg").write_bytes(b"no image")
+    written = explain(tmp_path / "out", mine)
     assert written == [tmp_path / "out/p1/1.png", tmp_path / "out/p2/1.png"]
+    assert Image.open(written[0]).size == (720, 408)
+    printed = capsys.readouterr().out
+    assert f"left out: {mine}/broken.jpg: not a readable image" in printed
+    assert f"wrote {tmp_path / 'out'}: what decided, of 2 images\n" in printed
+    (mine / "list.csv").write_text("p1/1.png\np2/1.png\n")
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
-        explain(tmp_path / "mine", images)
-    assert explain(tmp_path / "out", images, "--resume") == written
+        explain(mine, mine / "list.csv")
+    assert explain(tmp_path / "out of list", mine / "list.csv") == [
+        tmp_path / f"out of list/p{i}/1.png" for i in (1, 2)
+    ]
+    assert explain(tmp_path / "out", mine, "--resume") == written
     with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
-        explain(tmp_path / "out", images, "--batch-size", 8, "--workers", 2)  # one by one
+        explain(tmp_path / "out", mine, "--batch-size", 8, "--workers", 2)  # one by one
 
 
 def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, monkeypatch, spy):
     titles = []
-    monkeypatch.setattr(
-        deploy_lora, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()) or path.touch()
-    )
+    monkeypatch.setattr(deploy_lora, "save_figure", lambda figure, _: titles.append(figure.get_suptitle()))
     explain_one = spy(Explainer, "explain")
     name = "a-name-that-is-as-long-as-names-of-images-with-their-date-and-place-sometimes-are.png"
-    Image.new("RGB", (20, 20)).save(tmp_path / name)
-    explain(tmp_path / "out", tmp_path / name)
-    explain(tmp_path / "three", tmp_path / name, "--label", "dark")
+    image = save_image(tmp_path / name, Image.new("RGB", (20, 20)))
+    explain(tmp_path / "out", image)
+    explain(tmp_path / "three", image, "--label", "dark")
     for title in titles:
         assert title.replace("\n", "").startswith(f"{name}:")
         assert len(re.findall(r"probability(_\d)? [01]\.\d{4}", title.replace("\n", " "))) == 3
     assert "dark:" in titles[1]
     assert [of for (*_, of), _ in explain_one.call_args_list] == [None, CLASSES.index("dark")]
     with pytest.raises(InputError, match=r"--label drak: no such class, label or number: did you mean.*dark"):
-        explain(tmp_path / "none", tmp_path / name, "--label", "drak")
+        explain(tmp_path / "none", image, "--label", "drak")
 
 
 @pytest.mark.slow
@@ -168,7 +156,7 @@ def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, images, pictur
     own = shutil.copytree(images, tmp_path / "own")
     shutil.move(next((own / "val/dark").iterdir()), own / "val/bright/dark.png")
     explain = spy(Explainer, "explain")
-    results = finetune(f"--epochs 1 --data-dir {own}", "vit")
+    finetune(f"--epochs 1 --data-dir {own}", "vit")
     assert explain.call_count == 1
     pytest.importorskip("timm")
     options = "--checkpoint none --no-freeze-backbone --lora-rank 0 --head-init random --arch timm:regnety_002"

@@ -4,15 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import deploy_lora
 from lora_utils import read_adapter_file
+from tests.image_files import save_image
 from tests.run_folders import assert_same, rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import TASKS
-from toolkit.images.lists import ImageList
 
 KINDS = ("multilabel", "regression")
 
@@ -23,20 +22,22 @@ def run(command: str):
 
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory):
-    """Images whose upper and left halves are bright, or not, some answers unknown; and how bright the halves are."""
+    """Images whose upper and left halves are bright, or not, some answers unknown; and how bright the halves are.
+
+    The labels stand in other columns, as in CheXpert's lists."""
     folder = tmp_path_factory.mktemp("labelled")
     random = np.random.RandomState(0)
     for part, count in (("train", 24), ("val", 16)):
-        labels = ["path,up,left"]
+        labels = ["path,Sex,patient,up,left"]
         numbers = ["path,upper light,left light"]
         for i in range(count):
             up, left = random.randint(0, 120, 2)
             pixels = random.randint(0, 60, (16, 16, 3))
             pixels[:8] += up
             pixels[:, :8] += left
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{part}{i}.png")
+            save_image(folder / f"{part}{i}.png", pixels.clip(0, 255).astype(np.uint8))
             is_unknown = part == "train" and i % 8 == 0
-            labels.append(f"{part}{i}.png,{-1 if is_unknown else int(up > 60)},{int(left > 60)}")
+            labels.append(f"{part}{i}.png,Female,{part}{i // 2},{-1 if is_unknown else int(up > 60)},{int(left > 60)}")
             numbers.append(f"{part}{i}.png,{up},{left}")
         (folder / f"multilabel_{part}.csv").write_text("\n".join(labels) + "\n")
         (folder / f"regression_{part}.csv").write_text("\n".join(numbers) + "\n")
@@ -44,22 +45,14 @@ def lists(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(finetune_into, lists):
-    """train("regression", folder, "--epochs 2", "time") trains on a pair of lists; its results."""
-
-    def train(kind: str, folder, options: str = "", name: str = "") -> dict:
-        argv = f"--task {kind} --data-dir {lists} --data-list {lists}/{name or kind}_train.csv"
-        argv += f" {lists}/{name or kind}_val.csv --epochs 1 --learning-rate 1e-4 --workers 0"
-        return finetune_into(folder, f"{argv} {options}")
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def trained(train, tmp_path_factory):
+def trained(finetune_into, lists, tmp_path_factory):
     """The results of a run by its kind."""
-    folder = tmp_path_factory.mktemp("trained")
-    return {kind: train(kind, folder / kind) for kind in KINDS}
+    results = {}
+    for kind, columns in (("multilabel", "--group-by patient --label-columns up left"), ("regression", "")):
+        argv = f"--task {kind} --data-list {lists}/{kind}_train.csv {lists}/{kind}_val.csv --data-dir {lists}"
+        argv += f" --epochs 1 --learning-rate 1e-4 --workers 0 {columns}"
+        results[kind] = finetune_into(tmp_path_factory.mktemp(kind) / "out", argv)
+    return results
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +73,9 @@ def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, ki
     assert f"{kind}_val.csv" in capsys.readouterr().out
     for figure in comparison.compare(folder / "results.json", tmp_path / "again.json"):
         assert figure.first == pytest.approx(figure.second, abs=1e-4)
+    if kind == "multilabel":  # its columns are known for another list too
+        labels = run(f"evaluate {folder}/lora.pth {lists}/{kind}_train.csv")["labels"]
+        assert [label["unknown"] for label in labels.values()] == [3, 0]
 
     table = run(f"predict {folder}/lora.pth {lists} --output {tmp_path}/p.csv")
     by_name = {row["path"].rpartition("/")[2]: row for row in table}
@@ -94,7 +90,7 @@ def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, ki
         assert said["labels"] == ",".join(name for name in ("up", "left") if shares[name] > thresholds[name])
 
 
-def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_path):
+def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_path, capsys):
     """On the evaluation images each label then has the sensitivity that was asked for, and nothing else changes."""
     adapter = trained["multilabel"]["folder"] / "lora.pth"
     images = lists / "multilabel_val.csv"
@@ -103,8 +99,9 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
         run(f"threshold {adapter} {images} --goal sensitivity=0.9 --output {chosen}")
     before = read_adapter_file(adapter)
     after = read_adapter_file(chosen)
+    first = before["metadata"]["task"].pop("thresholds")
     thresholds = after["metadata"]["task"].pop("thresholds")
-    assert thresholds != before["metadata"]["task"].pop("thresholds")
+    assert thresholds != first
     assert after["metadata"].pop("thresholds chosen") == f"for sensitivity=0.9, in {images}"
     assert after["metadata"] == before["metadata"] and after["base_hash"] == before["base_hash"]
     assert_same(after["tensors"], before["tensors"])
@@ -114,16 +111,13 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
     with pytest.raises(InputError, match="has no thresholds: only adapters with several labels have them"):
         run(f"threshold {once}/lora.pth list.csv --output {tmp_path}/other.pth")
 
-
-def test_a_label_that_no_image_shows_keeps_its_threshold(trained, lists, tmp_path, capsys):
-    """As where the list has no column for it."""
-    adapter = trained["multilabel"]["folder"] / "lora.pth"
-    rows = rows_of(lists / "multilabel_val.csv")
-    (lists / "left.csv").write_text("\n".join(["path,left", *(f"{row['path']},{row['left']}" for row in rows)]))
-    task = run(f"threshold {adapter} {lists}/left.csv --goal sensitivity=0.9 --output {tmp_path}/other.pth")
-    before = read_adapter_file(adapter)["metadata"]["task"]["thresholds"]
+    # A label that no image shows, as where the list has no column for it, keeps its threshold.
+    capsys.readouterr()
+    left = lists / "left.csv"
+    left.write_text("\n".join(["path,left", *(f"{row['path']},{row['left']}" for row in rows_of(images))]))
+    task = run(f"threshold {adapter} {left} --goal sensitivity=0.9 --output {tmp_path}/other.pth")
     after = read_adapter_file(tmp_path / "other.pth")["metadata"]["task"]["thresholds"]
-    assert before[0] != 0.5 and after[0] == before[0] and after[1] != before[1]
+    assert first[0] != 0.5 and after[0] == first[0] and after[1] != first[1]
     assert task.thresholds.tolist() == after
     told = capsys.readouterr().out
     assert f"{'kept as it was':<22}up\n" in told and f"{'kept as it was':<22}left" not in told
@@ -134,29 +128,3 @@ def test_labels_of_which_none_is_no_are_no_measure(trained, lists):
     (lists / "celeba.csv").write_text((lists / "multilabel_val.csv").read_text().replace(",0", ",-1"))
     with pytest.raises(InputError, match=r"celeba\.csv: no answer is 0 for no; -1 and nothing are unknown"):
         run(f"evaluate {trained['multilabel']['folder']}/lora.pth {lists}/celeba.csv")
-
-
-def test_a_label_that_has_no_column_in_another_list_is_unknown_there(tmp_path):
-    """Also where the run was told which columns are labels: it was told of its own list."""
-    (tmp_path / "a.png").touch()
-    (tmp_path / "list.csv").write_text("path,Sex,Edema\na.png,F,1\n")
-    for columns in (["Edema", "Effusion"], ["Effusion", "Edema..Edema"]):
-        targets = ImageList.as_in_run(tmp_path / "list.csv", {"label_columns": columns}).targets("labels")
-        assert targets.names == ["Edema"] and targets.in_columns
-
-
-def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(train, lists, tmp_path):
-    for part in ("train", "val"):
-        lines = (lists / f"multilabel_{part}.csv").read_text().splitlines()[1:]
-        rows = ["Path,Sex,Age,patient,No-Finding,Pleural-Effusion"]
-        for i, line in enumerate(lines):
-            path, up, left = line.split(",")
-            rows.append(f"{path},Female,{40 + i},{part}{i // 2},{up},{left if i else ''}")
-        (lists / f"chexpert_{part}.csv").write_text("\n".join(rows) + "\n")
-    columns = "--group-by patient --label-columns No-Finding..Pleural-Effusion"
-    results = train("multilabel", tmp_path / "out", columns, "chexpert")
-    assert list(results["labels"]) == ["No-Finding", "Pleural-Effusion"]
-    adapter = results["folder"] / "lora.pth"
-    assert run(f"evaluate {adapter} {lists}/chexpert_val.csv")["macro_ap"] == pytest.approx(results["val_macro_ap"])
-    elsewhere = run(f"evaluate {adapter} {lists}/chexpert_train.csv")
-    assert elsewhere["labels"]["Pleural-Effusion"]["unknown"] == 1

@@ -1,10 +1,12 @@
 """Masks and maps from adapter files: whole runs on tiny pairs, and what is made of their adapters; scenes in rows."""
 
 import json
+import shutil
 import sys
 import tracemalloc
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,10 +15,9 @@ import torchvision
 from PIL import Image
 
 import deploy_lora
-from finetune_lora import add_lora_to_model, load_base, load_finetuned
-from lora_utils import LoRAManager
+from finetune_lora import load_finetuned
 from tests.checkpoint_files import narrow_resnet, save_base
-from tests.dense import randomize_adapters
+from tests.image_files import save_image
 from tests.pages import DOCS, blocks, preparation
 from toolkit import InputError
 from toolkit.answers.predictions import Maps
@@ -56,20 +57,17 @@ def write_tiff(path: Path, height: int, width: int, seed: int = 0, extratags=Non
     array = 12 * levels(height, width, 4, seed=seed)
     array[height // 4 : height // 2, width // 4 : width // 2] += 5000
     how = {"tile": (32, 32), "compression": "deflate", "photometric": "minisblack", "planarconfig": "contig"}
-    tifffile.imwrite(path, array, extratags=extratags or geotags(), **how)
-    return path
+    return save_image(path, array, extratags=extratags or geotags(), **how)
 
 
 @pytest.fixture(scope="module")
 def tiffs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiffs")
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir()
+    mask = np.zeros((72, 80), np.uint8)
+    mask[18:36, 20:40] = 7
     for number in range(6):
-        write_tiff(folder / "images" / f"{number}.tif", 72, 80, number)
-        mask = np.zeros((72, 80), np.uint8)
-        mask[18:36, 20:40] = 7
-        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+        write_tiff(folder / f"images/{number}.tif", 72, 80, number)
+        save_image(folder / f"masks/{number}.png", mask)
     (folder / "classes.txt").write_text("ground 0\nroof 7\n")
     return folder
 
@@ -83,8 +81,9 @@ def trained(finetune_into, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_pairs(trained, pairs) -> Path:
-    """The adapter of a ViT for windows of 16 pixels."""
-    return trained(f"--data-dir {pairs} --classes dark bright")
+    """The adapter of a ViT for windows of 16 pixels, with a base in 4 bits, and adapters in one block."""
+    argv = f"--data-dir {pairs} --classes dark bright --use-qlora --adapt-last 1"
+    return trained(f"{argv} --class-weights balanced --keep-best miou")
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +105,24 @@ def deploy(command: str, *argv) -> object:
     return deploy_lora.main([command, *map(str, argv), *more])
 
 
-# ------------------------------------------------------------------------------------------------------- masks and maps
-
-
-def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_tiffs, tiffs):
-    written = deploy("predict", of_pairs, pairs / "val", "--output", tmp_path / "maps")
+def test_masks_of_a_folder_are_the_models_answers_and_resumed_for_the_same_adapter(
+    of_pairs, pairs, tmp_path, of_tiffs, tiffs
+):
+    argv = "predict", of_pairs, pairs / "val", "--output", tmp_path / "maps"
+    written = deploy(*argv)
     of_images = [tmp_path / f"maps/images/{i}.png" for i in range(6)]
     assert sorted(written) == of_images + [tmp_path / f"maps/masks/{i}.png" for i in range(6)]
     with Image.open(of_images[1]) as mask, Image.open(pairs / "val/images/1.png") as image:
         assert mask.mode == "P" and mask.size == image.size
-        assert np.array_equal(np.asarray(mask), logits_of(of_pairs, image).argmax(0))
+        assert np.array_equal(mask, logits_of(of_pairs, image).argmax(0))
+    missing, *others = written
+    content = missing.read_bytes()
+    missing.unlink()
+    times = [path.stat().st_mtime_ns for path in others]
+    assert deploy(*argv, "--resume") == written and missing.read_bytes() == content
+    assert [path.stat().st_mtime_ns for path in others] == times
+    with pytest.raises(InputError, match="its answers were made with other --probabilities; name another folder"):
+        deploy(*argv, "--resume", "--probabilities")
     first, *_ = deploy("predict", of_tiffs, tiffs / "images", "--output", tmp_path / "scenes")
     assert first == tmp_path / "scenes/0.tif" and read_tags(first) == read_tags(tiffs / "images/0.tif")
     image = pairs / "val/images/0.png"
@@ -125,13 +132,13 @@ def test_masks_of_a_folder_are_the_models_answers(of_pairs, pairs, tmp_path, of_
 
 
 def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
-    write_tiff(tmp_path / "scene.tif", 150, 100)
-    predict = "predict", of_tiffs, tmp_path / "scene.tif", "--output"
+    scene = write_tiff(tmp_path / "scene.tif", 150, 100)
+    predict = "predict", of_tiffs, scene, "--output"
     for _ in range(2):  # the second map replaces the first
         deploy(*predict, tmp_path / "map.tif")
-    logits = logits_of(of_tiffs, tmp_path / "scene.tif")
+    logits = logits_of(of_tiffs, scene)
     assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), logits.argmax(0))
-    assert read_tags(tmp_path / "map.tif") == read_tags(tmp_path / "scene.tif")
+    assert read_tags(tmp_path / "map.tif") == read_tags(scene)
     deploy(*predict, tmp_path / "soft.tif", "--probabilities")
     soft = tifffile.imread(tmp_path / "soft.tif")
     assert soft.dtype == np.float32
@@ -142,41 +149,26 @@ def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
     assert np.array_equal(sure == 255, soft.max(2) < share) and 0 < (sure == 255).mean() < 1
 
 
-def test_masks_are_resumed_for_the_same_adapter_alone(of_pairs, pairs, tmp_path):
-    argv = "predict", of_pairs, pairs / "val" / "images", "--output", tmp_path / "maps"
-    missing, *others = deploy(*argv)
-    content = missing.read_bytes()
-    missing.unlink()
-    times = [path.stat().st_mtime_ns for path in others]
-    assert deploy(*argv, "--resume") == [missing, *others]
-    assert missing.read_bytes() == content
-    assert [path.stat().st_mtime_ns for path in others] == times
-    with pytest.raises(InputError, match="its answers were made with other --probabilities; name another folder"):
-        deploy(*argv, "--resume", "--probabilities")
-
-
-@pytest.mark.parametrize(
-    ("command", "given", "output", "named"),
-    [
-        ("predict", "val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
-        ("predict", "val", "map.tif", "one map, and there are 12 images"),
-        ("predict", "val/images/0.png --window 16", "maps", "drop --window"),
-        ("predict", "val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
-        ("embed", "val", "a.npy", "embed is not for an adapter with a class for every pixel"),
-        ("convert", None, "peft", "convert is not for an adapter with a class for every pixel"),
-    ],
-)
-def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, monkeypatch, command, given, output, named):
+def test_outputs_that_fit_no_masks_are_refused(of_pairs, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(deploy_lora.peft_format, "import_peft", lambda: None)
-    images = f"{pairs}/{given}".split() if given else []
-    with pytest.raises(InputError, match=named):
-        deploy(command, of_pairs, *images, "--output", tmp_path / output)
+    for words, named in (
+        ("predict val --output answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
+        ("predict val --output map.tif", "one map, and there are 12 images"),
+        ("predict val/images/0.png --window 16 --output maps", "drop --window"),
+        ("predict val --output maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
+        ("embed val --output a.npy", "embed is not for an adapter with a class for every pixel"),
+        ("convert --output peft", "convert is not for an adapter with a class for every pixel"),
+    ):
+        command, *argv = words.replace("val", f"{pairs}/val").split()
+        with pytest.raises(InputError, match=named):
+            deploy(command, of_pairs, *argv)
 
 
 def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_images):
     array = levels(40, 70, 3, np.uint8)
-    tifffile.imwrite(tmp_path / "scene.tif", array, photometric="rgb", extratags=geotags())
-    predict = "predict", adapter_for_images, tmp_path / "scene.tif", "--output"
+    scene = save_image(tmp_path / "scene.tif", array, photometric="rgb", extratags=geotags())
+    predict = "predict", adapter_for_images, scene, "--output"
     deploy(*predict, tmp_path / "map.tif", "--window", 24)
     found = tifffile.imread(tmp_path / "map.tif")
     assert found.shape == (2, 3)
@@ -211,17 +203,15 @@ def test_windows_over_the_border_are_filled_with_the_last_pixels(tmp_path):
     np.testing.assert_allclose(np.load(written(maps, levels, tmp_path / "map")), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("task", "asked", "named"),
-    [
-        (HEIGHT, {"probabilities": True}, "numbers have none"),
-        (HEIGHT, {"abstain": 0.6}, "--abstain is for maps of classes"),
-        (Classification(["sea", "land"]), {"probabilities": True, "abstain": 0.6}, "drop it, or --probabilities"),
-    ],
-)
-def test_what_a_map_cannot_have_is_refused(task, asked, named):
-    with pytest.raises(InputError, match=named):
-        Maps(task, lambda windows: windows, None, 8, **asked)
+def test_what_a_map_cannot_have_is_refused():
+    classes = Classification(["sea", "land"])
+    for task, words, asked in (
+        (HEIGHT, "numbers have none", {"probabilities": True}),
+        (HEIGHT, "--abstain is for maps of classes", {"abstain": 0.6}),
+        (classes, "drop it, or --probabilities", {"probabilities": True, "abstain": 0.6}),
+    ):
+        with pytest.raises(InputError, match=words):
+            Maps(task, None, None, 8, **asked)
 
 
 @pytest.mark.parametrize(("mean", "dtype"), [(1_700_000_000.0, np.float64), (40.0, np.float32)])
@@ -239,12 +229,14 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
     assert [float(text) for [text] in task.table(outputs)[1]] == pytest.approx(found.ravel().tolist(), abs=1e-3)
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
-
-
-def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path):
-    found = deploy("evaluate", of_pairs, pairs, "--output", tmp_path / "results.json")
+def test_a_run_leaves_its_figures_which_an_evaluation_finds_again(of_pairs, pairs, tmp_path):
     run = json.loads((of_pairs.parent / "results.json").read_text())
+    assert run["task"] == "segmentation" and list(run["iou_per_class"]) == ["dark", "bright"]
+    assert {"probe_miou_before", "dice_per_class", "pixel_accuracy"} <= run.keys()
+    model, info = load_finetuned(of_pairs)
+    assert isinstance(model, dense.DenseModel) and info["task"]["kind"] == "segmentation"
+    assert 0 < run["temperature"] == info["temperature"] != 1
+    found = deploy("evaluate", of_pairs, pairs, "--output", tmp_path / "results.json")
     assert found["miou"] == pytest.approx(run["val_miou"], abs=1e-6)
     assert found["iou_per_class"] == pytest.approx(run["iou_per_class"], abs=1e-6)
     assert found["miou_interval"] == pytest.approx(run["val_miou_interval"], abs=1e-6)
@@ -255,13 +247,11 @@ def test_an_evaluation_has_the_runs_figures(of_pairs, pairs, tmp_path):
 @pytest.mark.parametrize("side, sizes", [(16, [4, 2]), (20, [1] * 6)])
 def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path, spy, side, sizes):
     """Larger ones one by one, however few of their pixels are known: a batch of scenes would fill the memory."""
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
     for i in range(6):
-        Image.fromarray(levels(side, side, 3, np.uint8, seed=i)).save(tmp_path / f"images/{i}.png")
-        mask = np.full((side, side), 255, np.uint8)
+        mask = np.full((side, side - i % 2), 255, np.uint8)
         mask[:2, : i + 2] = [[0], [1]]
-        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+        save_image(tmp_path / f"images/{i}.png", levels(*mask.shape, 3, np.uint8, seed=i))
+        save_image(tmp_path / f"masks/{i}.png", mask)
     collate = spy(masks, "collate_pairs")
     results = deploy("evaluate", of_pairs, tmp_path, "--batch-size", "4", "--output", tmp_path / "results.json")
     assert [len(call.args[0]) for call in collate.call_args_list] == sizes and results["images"] == 6
@@ -269,90 +259,92 @@ def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path,
 
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
     """The class roof has the value 7."""
-    found = deploy("evaluate", of_tiffs, tiffs, "--output", tmp_path / "results.json")
+    found = deploy("evaluate", of_tiffs, tiffs)
     assert list(found["iou_per_class"]) == ["ground", "roof"] and found["images"] == 6
-    Image.fromarray(np.full((72, 80), 1, np.uint8)).save(tmp_path / "1.png")
+    save_image(tmp_path / "1.png", np.full((72, 80), 1, np.uint8))
     (tmp_path / "list.csv").write_text(f"image,mask\n{tiffs}/images/1.tif,{tmp_path}/1.png\n")
     with pytest.raises(InputError, match="a pixel has the value 1, which is no class's"):
         deploy("evaluate", of_tiffs, tmp_path / "list.csv")
+    images = masks.pairs_in(tiffs, Bands(4), masks.MaskReader(masks.read_classes([f"{tiffs}/classes.txt"])))
+    assert images[1][0].shape == (72, 80, 4) and images.picture(1, 2).shape == (36, 40, 3)
 
 
-# -------------------------------------------------------------------------------- files that serve without this toolkit
+def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(of_pairs, pairs, tmp_path, capsys):
+    """Nothing is said of training's options, and the groups are those of the pairs that are left."""
+    mine = shutil.copytree(pairs / "val", tmp_path / "mine")
+    (mine / "images/1.png").write_text("nothing")
+    save_image(mine / "masks/2.png", np.full((20, 28), 255, np.uint8))
+    save_image(mine / "masks/3.png", np.full((20, 28), 7, np.uint8))
+    shutil.copy(mine / "masks/0.png", mine / "masks/lone.png")
+    assert deploy("evaluate", of_pairs, mine)["images"] == 3
+    told = capsys.readouterr().out
+    for named in ("masks/2.png: ", "masks/3.png: ", "images/1.png: not a readable", "lone.png: there is no image"):
+        assert named in told
+    assert "3 pairs of image and mask cannot be used" in told and "--" not in told
+    lines = [f"images/{i}.png,masks/{i}.png,{'abc'[i // 2]}" for i in range(6)]
+    (mine / "list.csv").write_text("\n".join(["image,mask,who", *lines]))
+    _, about = load_finetuned(of_pairs)
+    about["config"]["data"]["group_by"] = "who"
+    images, _ = deploy_lora._labelled_images(mine / "list.csv", about)
+    assert images.groups.tolist() == ["a", "c", "c"]
+    for path in (mine / "images").iterdir():
+        path.write_text("nothing")
+    with pytest.raises(InputError, match=r"none of the pairs can be used, such as .*not a readable image") as raised:
+        deploy("evaluate", of_pairs, mine)
+    assert "--" not in str(raised.value)
 
 
-def test_a_merged_file_says_that_it_answers_for_every_pixel(of_tiffs, tmp_path, capsys):
+@pytest.mark.parametrize("kind, size", [("plain PyTorch", (32, 32)), ("ONNX", (16, 16)), ("ONNX", (40, 27))])
+def test_the_page_makes_the_mask(kind, size, of_pairs, pairs, trained, tmp_path, monkeypatch):
+    """In plain PyTorch with a narrow network in the place of the ResNet-50, and an image of one window; in ONNX by
+    windows, which of a ViT cannot be larger: the model stands in for its graph."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "prepare", preparation())
+    save_image(Path("image.png"), levels(*size, 3, np.uint8))
+    if kind == "ONNX":
+        adapter = of_pairs
+        words = "def mask_of"
+        model, info = load_finetuned(adapter)
+
+        def run(_names, inputs):
+            assert inputs["images"].dtype == np.float32
+            with torch.no_grad():
+                return [model(torch.from_numpy(inputs["images"])).softmax(1).numpy()]
+
+        session = types.SimpleNamespace(run=run)
+        monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=lambda _path: session))
+        Path("model.json").write_text(json.dumps(deploy_lora.usage(info)))
+    else:
+        base = save_base(tmp_path / "base.pth", "resnet18", 32)
+        adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
+        words = "head.linear.weight"
+        deploy("merge", adapter, "--output", "merged.pth")
+        monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
+    [code] = [block for block in blocks("python", (DOCS / "deploy.md").read_text()) if words in block]
+    found = {}
+    exec(code, found)
+    with Image.open("image.png") as image:
+        logits = logits_of(adapter, image)
+    assert np.array_equal(found["mask"], logits.argmax(0))
+    if kind != "ONNX":
+        torch.testing.assert_close(found["F"].interpolate(found["logits"], size, mode="bilinear")[0], logits)
+
+
+def test_a_merged_resnet_says_what_it_answers_and_an_exported_one_takes_files_of_any_size(of_tiffs, tmp_path, capsys):
     deploy("merge", of_tiffs, "--output", tmp_path / "merged.pth")
     about = json.loads((tmp_path / "merged.json").read_text())
     assert about["per_pixel"] and about["image_size"] == 64 and about["class_names"] == ["ground", "roof"]
     assert "resize" not in about and about["activation"] == "softmax"
     assert "2 classes of every pixel" in capsys.readouterr().out
-
-
-@pytest.fixture
-def run_of_page(tmp_path, monkeypatch):
-    """run_of_page("def mask_of", (16, 16)) runs this block of docs/deploy.md on an image of this size."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "prepare", preparation())
-
-    def run(words: str, size: tuple[int, int]) -> dict:
-        Image.fromarray(levels(*size, 3, np.uint8)).save("image.png")
-        [code] = [block for block in blocks("python", (DOCS / "deploy.md").read_text()) if words in block]
-        variables = {}
-        exec(code, variables)
-        return variables
-
-    return run
-
-
-def test_the_page_makes_the_mask_with_plain_pytorch(tmp_path, monkeypatch, run_of_page):
-    """With a narrow network in the place of the ResNet-50; the image is one window."""
-    base = save_base(tmp_path / "base.pth", "resnet18", 32)
-    model, report = load_base(base, None, 2, image_size=32, per_pixel=True)
-    randomize_adapters(add_lora_to_model(model, r=2), std=0.05)
-    torch.nn.init.normal_(model.head.linear.weight, std=0.1)
-    about = {"arch": report["arch"], "class_names": ["dark", "bright"], "image_size": 32, "checkpoint": str(base)}
-    adapter = tmp_path / "lora.pth"
-    LoRAManager(model).save_lora_checkpoint(adapter, about | {"task": {"kind": "segmentation", "values": [0, 1]}})
-    deploy("merge", adapter, "--output", "merged.pth")
-    monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
-    found = run_of_page("head.linear.weight", (32, 32))
-    with Image.open("image.png") as image:
-        logits = logits_of(adapter, image)
-    torch.testing.assert_close(found["F"].interpolate(found["logits"], (32, 32), mode="bilinear")[0], logits)
-    assert torch.equal(found["mask"], logits.argmax(0))
-
-
-@pytest.mark.parametrize("size", [(16, 16), (40, 27)])
-def test_the_page_makes_the_mask_of_a_graph_in_onnx_by_windows(of_pairs, monkeypatch, run_of_page, size):
-    """For a ViT, whose windows cannot be larger; the model stands in for its graph."""
-    model, info = load_finetuned(of_pairs)
-
-    def run(_names, inputs):
-        assert inputs["images"].dtype == np.float32
-        with torch.no_grad():
-            return [model(torch.from_numpy(inputs["images"])).softmax(1).numpy()]
-
-    session = types.SimpleNamespace(run=run)
-    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=lambda _path: session))
-    Path("model.json").write_text(json.dumps(deploy_lora.usage(info)))
-    found = run_of_page("def mask_of", size)
-    with Image.open("image.png") as image:
-        assert np.array_equal(found["mask"], logits_of(of_pairs, image).argmax(0))
-
-
-def test_an_exported_resnet_takes_numbers_of_files_of_any_size(of_tiffs, tmp_path):
     deploy("export", of_tiffs, "--output", tmp_path / "model.pt2", "--normalise")
     graph = torch.export.load(tmp_path / "model.pt2").module()
     model, info = load_finetuned(of_tiffs)
     for height, width in ((64, 64), (75, 130)):
-        write_tiff(tmp_path / "a.tif", height, width)
-        numbers = torch.from_numpy(Bands(4).array(tmp_path / "a.tif")).permute(2, 0, 1)[None]
+        path = write_tiff(tmp_path / "a.tif", height, width)
+        numbers = torch.from_numpy(Bands(4).array(path)).permute(2, 0, 1)[None]
         with torch.no_grad():
-            expected = model(info["transform"](tmp_path / "a.tif")[None]).softmax(1)
+            expected = model(info["transform"](path)[None]).softmax(1)
         torch.testing.assert_close(graph(numbers), expected, atol=1e-4, rtol=1e-3)
-
-
-# ------------------------------ scenes in rows are what whole images are, and maps have the georeference of their scene
 
 
 def in_rows(path, bands, height=23):
@@ -371,7 +363,6 @@ WRITTEN = {
     "compressed strips": {"rowsperstrip": 7, "compression": "deflate"},
     "tiles": {"tile": (32, 48)},
     "compressed tiles": {"tile": (64, 32), "compression": "deflate", "predictor": True},
-    "big-endian": {"byteorder": ">", "tile": (32, 32)},
     "big-endian strips": {"byteorder": ">", "rowsperstrip": 16},
     "pixels without data": {"extratags": [(42113, "s", 0, "7", True)]},
     "compressed, without data": {"extratags": [(42113, "s", 0, "7", True)], "compression": "deflate"},
@@ -387,91 +378,71 @@ def test_rows_of_a_tiff_are_those_of_the_whole(tmp_path, how, planar):
     if planar != "contig":
         array = array.transpose(2, 0, 1)
     config = {"planarconfig": planar} if planar != "pages" else {"metadata": None}
-    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", **config, **WRITTEN[how])
-    for chosen in ((), ("3", "0", "1")):
-        bands = Bands(len(chosen) or 5, chosen)
-        assert np.array_equal(in_rows(tmp_path / "a.tif", bands), bands.array(tmp_path / "a.tif"))
+    path = save_image(tmp_path / "a.tif", array, photometric="minisblack", **config, **WRITTEN[how])
+    for bands in (Bands(5), Bands(3, ("3", "0", "1"))):
+        assert np.array_equal(in_rows(path, bands), bands.array(path))
 
 
-def test_rows_of_other_files_are_those_of_the_whole(tmp_path):
-    Image.fromarray(levels(bands=1)[..., 0]).save(tmp_path / "a.png")
-    np.save(tmp_path / "a.npy", levels())
-    for name, bands in (("a.png", Bands(1)), ("a.npy", Bands(5))):
-        assert np.array_equal(in_rows(tmp_path / name, bands), bands.array(tmp_path / name))
+SIDEWAYS = Image.Exif()
+SIDEWAYS[274] = 6
+# The bands in the file and those that are asked for, and how it is written.
+OTHER_FILES = {
+    "grey.png": (1, Bands(1), {}),
+    "a.npy": (5, Bands(5), {}),
+    "a.jpg": (3, None, {"exif": SIDEWAYS}),
+    "a.png": (3, None, {"exif": SIDEWAYS}),
+    "strips.tif": (3, None, {"rowsperstrip": 16, "compression": "deflate", "photometric": "rgb"}),
+    "tiles.tif": (3, None, {"tile": (32, 32), "photometric": "rgb"}),
+    "of four bands.tif": (4, None, {"extrasamples": ["assocalpha"], "photometric": "rgb"}),
+    "tiles with transparency.tif": (4, None, {"extrasamples": ["unassalpha"], "tile": (32, 32), "photometric": "rgb"}),
+}
 
 
-@pytest.mark.parametrize(
-    "name, how",
-    [
-        ("a.jpg", {}),
-        ("a.png", {}),
-        ("a.tif", {"rowsperstrip": 16, "compression": "deflate"}),
-        ("b.tif", {"tile": (32, 32)}),
-        ("of four bands.tif", {"extrasamples": ["assocalpha"]}),
-    ],
-)
-def test_rows_of_photographs_are_those_of_the_whole(tmp_path, name, how):
-    array = levels(bands=3 + ("four" in name), dtype=np.uint8)
-    if name.endswith(".tif"):
-        tifffile.imwrite(tmp_path / name, array, photometric="rgb", **how)
-    else:
-        image = Image.fromarray(array)
-        exif = image.getexif()
-        exif[274] = 6
-        image.save(tmp_path / name, exif=exif)
-    expected = np.asarray(to_rgb(open_image(tmp_path / name)))
-    assert np.array_equal(in_rows(tmp_path / name, None), expected)
-
-
-def test_an_orthophoto_with_transparency_is_read_in_rows(tmp_path, monkeypatch):
-    """As one of three bands: Pillow would hold all of it, and refuses more than 179 million pixels."""
-    array = levels(bands=4, dtype=np.uint8)
-    how = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
-    tifffile.imwrite(tmp_path / "a.tif", array, tile=(32, 32), **how)
-    tifffile.imwrite(tmp_path / "b.tif", array.transpose(2, 0, 1), planarconfig="separate", **how)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for name in ("a.tif", "b.tif"):
-        assert np.array_equal(in_rows(tmp_path / name, None), array[..., :3])
-
-
-def test_three_bands_of_16_bits_that_are_no_photograph_need_a_scale(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", levels(bands=3), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(InputError, match=r"a\.tif: .*training reads bands of more than 8 bits with --scale, as 65535"):
-        in_rows(tmp_path / "a.tif", None)
-    with pytest.raises(InputError, match=r"a\.tif: .*has 3 bands, and the network takes 4"):
-        in_rows(tmp_path / "a.tif", Bands(4))
-    assert np.array_equal(in_rows(tmp_path / "a.tif", Bands(3, scale=65535)), levels(bands=3))
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_rows_of_other_files_are_those_of_the_whole(tmp_path, name, monkeypatch):
+    """Of an orthophoto without Pillow, which would hold all of it, and refuses more than 179 million pixels."""
+    count, bands, how = OTHER_FILES[name]
+    path = save_image(tmp_path / name, levels(bands=count, dtype=np.uint8).squeeze(), **how)
+    expected = bands.array(path) if bands else np.asarray(to_rgb(open_image(path)))
+    if "tile" in how:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert np.array_equal(in_rows(path, bands), expected)
 
 
 def test_a_compression_that_pillow_alone_knows(tmp_path, monkeypatch):
-    def unknown(*_, **__):
-        raise ValueError("requires the 'imagecodecs' package")
-
-    tifffile.imwrite(tmp_path / "a.tif", levels(bands=3, dtype=np.uint8), photometric="rgb", compression="deflate")
+    unknown = mock.Mock(side_effect=ValueError("requires the 'imagecodecs' package"))
     monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", unknown)
-    assert np.array_equal(in_rows(tmp_path / "a.tif", None), np.asarray(to_rgb(open_image(tmp_path / "a.tif"))))
+    array = levels(bands=3, dtype=np.uint8)
+    path = save_image(tmp_path / "a.tif", array, photometric="rgb", compression="deflate")
+    assert np.array_equal(in_rows(path, None), array) and unknown.called
 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
-def test_a_photograph_of_16_bits_is_read_as_it_is_or_refused(tmp_path, byteorder):
+def test_bands_of_16_bits_are_read_as_a_photograph_only_where_they_are_one(tmp_path, byteorder):
     """Pillow reads the bytes of planes without compression as if each were a level."""
     array = levels(bands=3) * 200
     how = {"photometric": "rgb", "byteorder": byteorder}
-    tifffile.imwrite(tmp_path / "a.tif", array, **how)
-    tifffile.imwrite(tmp_path / "b.tif", array.transpose(2, 0, 1), planarconfig="separate", compression="zlib", **how)
-    for name in ("a.tif", "b.tif"):
-        assert np.array_equal(in_rows(tmp_path / name, None), array >> 8)
-    tifffile.imwrite(tmp_path / "c.tif", array.transpose(2, 0, 1), planarconfig="separate", **how)
+    apart = {"planarconfig": "separate", **how}
+    a = save_image(tmp_path / "a.tif", array, **how)
+    b = save_image(tmp_path / "b.tif", array.transpose(2, 0, 1), compression="zlib", **apart)
+    for path in (a, b):
+        assert np.array_equal(in_rows(path, None), array >> 8)
+    c = save_image(tmp_path / "c.tif", array.transpose(2, 0, 1), **apart)
     with pytest.raises(InputError, match=r"c\.tif: .*16 bits whose bands lie apart: .* train with --scale 65535"):
-        in_rows(tmp_path / "c.tif", None)
+        in_rows(c, None)
+    d = save_image(tmp_path / "d.tif", array, photometric="minisblack", planarconfig="contig", byteorder=byteorder)
+    with pytest.raises(InputError, match=r"d\.tif: .*training reads bands of more than 8 bits with --scale, as 65535"):
+        in_rows(d, None)
+    with pytest.raises(InputError, match=r"d\.tif: .*has 3 bands, and the network takes 4"):
+        in_rows(d, Bands(4))
+    assert np.array_equal(in_rows(d, Bands(3, scale=65535)), array)
 
 
 def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
-    array = levels(2000, 1000)  # 20 MB
-    how = {"planarconfig": "contig", **WRITTEN["compressed tiles"]}
-    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", **how)
+    how = {"photometric": "minisblack", "planarconfig": "contig", **WRITTEN["compressed tiles"]}
+    path = save_image(tmp_path / "a.tif", levels(2000, 1000), **how)  # 20 MB
     tracemalloc.start()
-    with scenes.open_scene(tmp_path / "a.tif", Bands(5)) as scene:
+    with scenes.open_scene(path, Bands(5)) as scene:
         for first in range(0, 2000, 50):
             scene.rows(first, first + 50)
     assert tracemalloc.get_traced_memory()[1] < 8_000_000
@@ -489,44 +460,31 @@ def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     assert held[-1] < held[10] + 100_000
 
 
-# ----------------------------------------------------------------------------------------------------------------- maps
-
 COLOURS = np.array([[0, 0, 0], [1, 0.5, 0], [0, 0, 1]])
 
 
-def cut(array, rows=70):
-    return (array[first : first + rows] for first in range(0, len(array), rows))
-
-
-def test_a_map_of_classes_has_the_georeference_of_its_scene(tmp_path):
+def test_a_map_of_classes_has_the_georeference_of_its_scene_a_mask_a_palette_and_probabilities_bands(tmp_path):
     like = write_tiff(tmp_path / "scene.tif", 600, 530)
     classes = levels(600, 530, 1, np.uint8)[..., 0] % 3
-    maps.write_map(tmp_path / "map.tif", cut(classes), 600, 530, str(like), COLOURS, ["sea", "<b> & c", "é"])
-    assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), classes)
-    assert read_tags(tmp_path / "map.tif") == read_tags(like)
-    assert len(read_tags(like)) == 5
-    with tifffile.TiffFile(tmp_path / "map.tif") as file:
+    path = tmp_path / "map.tif"
+    maps.write_map(path, np.array_split(classes, 9), 600, 530, str(like), COLOURS, ["sea", "<b> & c", "é"])
+    assert np.array_equal(tifffile.imread(path), classes)
+    assert read_tags(path) == read_tags(like) and len(read_tags(like)) == 5
+    with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         assert (page.is_tiled, page.compression.name, page.photometric.name) == (True, "DEFLATE", "PALETTE")
         assert page.tags[42113].value == "255"
         assert page.colormap[:, :3].T.tolist() == [[0, 0, 0], [65535, 32768, 0], [0, 0, 65535]]
         assert "&lt;b&gt; &amp; c" in page.tags[42112].value
-    with Image.open(tmp_path / "map.tif") as image:
-        assert np.array_equal(np.asarray(image), classes)
-
-
-def test_a_map_of_probabilities_has_a_band_for_each_class_and_a_mask_a_palette(tmp_path):
-    values = np.random.default_rng(0).random((300, 270, 3), np.float32)
-    maps.write_map(tmp_path / "map.tif", cut(values), 300, 270, None, names=["a", "b", "c"])
-    assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), values)
-    assert not read_tags(tmp_path / "map.tif")
-    classes = levels(9, 7, 1, np.uint8)[..., 0] % 3
+    classes = classes[:9, :7]
     classes[0, 0] = 255
     maps.write_mask(tmp_path / "mask.png", classes, COLOURS)
     with Image.open(tmp_path / "mask.png") as image:
-        assert image.mode == "P"
-        assert np.array_equal(np.asarray(image), classes)
+        assert image.mode == "P" and np.array_equal(image, classes)
         assert image.getpalette()[3:6] == [255, 128, 0]
+    values = np.random.default_rng(0).random((300, 270, 3), np.float32)
+    maps.write_map(path, np.array_split(values, 9), 300, 270, None, names=["a", "b", "c"])
+    assert np.array_equal(tifffile.imread(path), values) and not read_tags(path)
 
 
 @pytest.mark.parametrize("point", [False, True])
@@ -535,7 +493,7 @@ def test_pixels_of_a_coarser_map_lie_where_their_windows_do(tmp_path, point, tur
     keys = tuple(2 if point and i == 11 else value for i, value in enumerate(UTM))
     matrix = (0.0, 10.0, 0.0, 500000.0, -10.0, 0.0, 0.0, 5400000.0, *[0.0] * 7, 1.0) if turned else None
     like = write_tiff(tmp_path / "scene.tif", 640, 512, extratags=geotags(keys, matrix))
-    maps.write_map(tmp_path / "map.tif", cut(levels(10, 8, 1, np.uint8)[..., 0]), 10, 8, str(like), COLOURS, step=64)
+    maps.write_map(tmp_path / "map.tif", [levels(10, 8, 1, np.uint8)[..., 0]], 10, 8, str(like), COLOURS, step=64)
     place = read_tags(like)
     coarse = read_tags(tmp_path / "map.tif")
     assert coarse[34735] == place[34735]

@@ -2,6 +2,8 @@
 
 import os
 import unicodedata
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.image_files import png_of
+from tests.image_files import bytes_of, png_of, save_image
 from toolkit import InputError
 from toolkit.images import data, masks, sources
 from toolkit.images.bands import Bands
@@ -25,23 +27,30 @@ THREE = Classes(("sea", "land", "ice"))
 COLOURS = ((0, 0, 255), (0, 200, 0), (255, 255, 255))
 BLACK_LAST = Classes(("cell", "ground"), colours=((255, 255, 255), (0, 0, 0)))
 IN_COLOURS = Classes(("sea", "land", "ice"), colours=COLOURS, unknown=((9, 9, 9),))
+TABLE = np.full((256, 3), 9, np.uint8)
+TABLE[:3] = COLOURS
+RGB = TABLE[LEVELS]
 
 
-def write_mask(path: Path, levels: np.ndarray = LEVELS) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(levels).save(path)
-    return path
+def levels_of(seed: int, rare: bool = False) -> np.ndarray:
+    """6 x 8 pixels of two classes, or three; the last one is unknown."""
+    levels = np.random.RandomState(seed).randint(0, 2, (6, 8)).astype(np.uint8)
+    levels[5, 7] = 255
+    if rare:
+        levels[0, 0] = 2
+    return levels
 
 
-def write_image(path: Path, size: tuple[int, int] = (4, 3), seed: int = 0) -> None:
-    write_mask(path, np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+def write_pair(root: Path, image: str, mask: str, levels: np.ndarray, seed: int = 0) -> None:
+    pixels = np.random.RandomState(seed).randint(0, 256, (*levels.shape[:2], 3), dtype=np.uint8)
+    save_image(root / image, pixels)
+    save_image(root / mask, levels)
 
 
-def write_pairs(root: Path, masks: list[np.ndarray]) -> None:
-    """images/0.png and masks/0.png, and so on, in the size of LEVELS."""
+def write_pairs(root: Path, masks: Iterable[np.ndarray]) -> Path:
     for i, levels in enumerate(masks):
-        write_image(root / f"images/{i}.png", seed=i)
-        write_mask(root / f"masks/{i}.png", levels)
+        write_pair(root, f"images/{i}.png", f"masks/{i}.png", levels, i)
+    return root
 
 
 def load_pairs(data_dir=None, data_list=None, classes=None, unknown=None, **more) -> sources.Splits:
@@ -49,13 +58,9 @@ def load_pairs(data_dir=None, data_list=None, classes=None, unknown=None, **more
     return sources.load_splits("imagefolder", data_dir, data_list=data_list, task="segmentation", masks=reader, **more)
 
 
-def names_in(images) -> set[str]:
-    return set(images.relative_names())
-
-
-TABLE = np.full((256, 3), 9, np.uint8)
-TABLE[:3] = COLOURS
-RGB = TABLE[LEVELS]
+def refused(root: Path | None, problem: str, **options) -> None:
+    with pytest.raises(InputError, match=problem):
+        load_pairs(root, **options)
 
 
 def pal(colours: np.ndarray) -> Image.Image:
@@ -64,63 +69,43 @@ def pal(colours: np.ndarray) -> Image.Image:
     return image
 
 
-# ----------------------------------------------------------------------------------------------------------- formats
-
-
-GREY = {"photometric": "minisblack"}
-
-
 def save_with_overview(path: Path) -> None:
     with tifffile.TiffWriter(path) as writer:
         writer.write(LEVELS, subifds=0, metadata=None)
         writer.write(LEVELS[::2, ::2], subfiletype=1, metadata=None)
 
 
+RGBA = np.dstack([RGB, np.full((3, 4), 255, np.uint8)])
+# What writes the file, the classes, and what is read.
 FORMATS = {
-    "l.png": write_mask,
-    "l.tif": write_mask,
-    "p.png": lambda path: pal(np.random.RandomState(0).randint(0, 256, (256, 3))).save(path),
-    "16.png": lambda path: Image.fromarray(LEVELS.astype(np.uint16)).save(path),
-    "signed.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int16)),
-    "32.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int32)),
-    "float.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.float32)),
-    "white_is_zero.tif": lambda path: tifffile.imwrite(path, LEVELS, photometric="miniswhite"),
-    "overviews.tif": save_with_overview,
-    "one_band.tif": lambda path: tifffile.imwrite(path, LEVELS[None], **GREY),
-    "first.npy": lambda path: np.save(path, LEVELS[None].astype(np.int16)),
-    "64.npy": lambda path: np.save(path, LEVELS.astype(np.int64)),
-    "last.npy": lambda path: np.save(path, LEVELS[..., None]),
+    "l.png": (Image.fromarray(LEVELS).save, None, EXPECTED),
+    "l.tif": (Image.fromarray(LEVELS).save, THREE, EXPECTED),
+    "p.png": (pal(np.random.RandomState(0).randint(0, 256, (256, 3))).save, None, EXPECTED),
+    "16.png": (Image.fromarray(LEVELS.astype(np.uint16)).save, THREE, EXPECTED),
+    "signed.tif": (partial(tifffile.imwrite, data=LEVELS.astype(np.int16)), None, EXPECTED),
+    "float.tif": (partial(tifffile.imwrite, data=LEVELS.astype(np.float32)), None, EXPECTED),
+    "white_is_zero.tif": (partial(tifffile.imwrite, data=LEVELS, photometric="miniswhite"), None, EXPECTED),
+    "overviews.tif": (save_with_overview, None, EXPECTED),
+    "one_band.tif": (partial(tifffile.imwrite, data=LEVELS[None], photometric="minisblack"), None, EXPECTED),
+    "first.npy": (partial(np.save, arr=LEVELS[None].astype(np.int16)), None, EXPECTED),
+    "last.npy": (partial(np.save, arr=LEVELS[..., None]), None, EXPECTED),
+    # The colour says the class, whatever its number in the file.
+    "rgb.png": (Image.fromarray(RGB).save, IN_COLOURS, EXPECTED),
+    "a row with alpha.png": (Image.fromarray(RGBA[:1]).save, IN_COLOURS, EXPECTED[:1]),
+    "alpha.png": (Image.fromarray(RGBA).save, IN_COLOURS, EXPECTED),
+    "a palette.png": (pal(TABLE).save, IN_COLOURS, EXPECTED),
+    "a palette of the colours that there are.png": (Image.fromarray(RGB).quantize(8).save, IN_COLOURS, EXPECTED),
+    "one bit.png": (Image.fromarray(LEVELS == 2).save, None, LEVELS == 2),
+    "black and white.png": (Image.fromarray(LEVELS == 2).save, BLACK_LAST, LEVELS != 2),
+    "greys.png": (Image.fromarray((LEVELS == 2) * np.uint8(255)).save, BLACK_LAST, LEVELS != 2),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_masks_of_all_formats(name, tmp_path):
-    path = tmp_path / name
-    FORMATS[name](path)
-    for classes in (None, THREE):
-        assert np.array_equal(MaskReader(classes, [255])(str(path)), EXPECTED)
-
-
-RGBA = np.dstack([RGB, np.full((3, 4), 255, np.uint8)])
-# The image in the file, the classes, and what is read.
-IMAGES = {
-    "rgb": (Image.fromarray(RGB), IN_COLOURS, EXPECTED),
-    "a row": (Image.fromarray(RGB[:1]), IN_COLOURS, EXPECTED[:1]),
-    "a row with alpha": (Image.fromarray(RGBA[:1]), IN_COLOURS, EXPECTED[:1]),
-    "alpha": (Image.fromarray(RGBA), IN_COLOURS, EXPECTED),
-    "a palette": (pal(TABLE), IN_COLOURS, EXPECTED),
-    "a palette of the colours that there are": (Image.fromarray(RGB).quantize(8), IN_COLOURS, EXPECTED),
-    "one bit": (Image.fromarray(LEVELS == 2), None, LEVELS == 2),
-    "black and white": (Image.fromarray(LEVELS == 2), BLACK_LAST, LEVELS != 2),
-    "greys": (Image.fromarray((LEVELS == 2) * np.uint8(255)), BLACK_LAST, LEVELS != 2),
-}
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_the_colour_says_the_class_whatever_its_number(name, tmp_path):
-    image, classes, expected = IMAGES[name]
-    image.save(tmp_path / "m.png")
-    assert np.array_equal(MaskReader(classes)(str(tmp_path / "m.png")), expected)
+    write, classes, expected = FORMATS[name]
+    write(tmp_path / name)
+    assert np.array_equal(MaskReader(classes)(str(tmp_path / name)), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -134,51 +119,44 @@ def test_numbers_of_few_bits_are_what_the_file_has(bits, tmp_path):
     assert np.array_equal(MaskReader(greys)(str(tmp_path / "m.png")), 3 - levels)  # as an RGB image of such greys
 
 
-@pytest.mark.parametrize(
-    ("levels", "unknown", "expected"),
-    [
-        (np.array([[-1, 30000], [7, -9999]], np.int32), [-1, -9999], [[UNKNOWN, 1], [0, UNKNOWN]]),
-        (np.array([[-1, 30000], [7, -9999]], np.int32), [-1, -9999, 7.5], [[UNKNOWN, 1], [0, UNKNOWN]]),  # is not 7
-        (np.array([[7, -3.4e38]], np.float32), [-(10**38)], [[0, UNKNOWN]]),
-    ],
-)
-def test_values_that_are_no_numbers_of_classes(tmp_path, levels, unknown, expected):
-    tifffile.imwrite(tmp_path / "m.tif", levels)
+def test_values_that_are_no_numbers_of_classes(tmp_path):
+    path = str(save_image(tmp_path / "m.tif", np.array([[-1, 30000], [7, -9999]], np.int32)))
     classes = Classes(("a", "b"), values=(7, 30000))
-    assert MaskReader(classes, unknown)(str(tmp_path / "m.tif")).tolist() == expected
+    for unknown in ([-1, -9999], [-1, -9999, 7.5]):  # which is not 7
+        assert MaskReader(classes, unknown)(path).tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]
+    tifffile.imwrite(path, np.array([[7, -3.4e38]], np.float32))
+    assert MaskReader(classes, [-(10**38)])(path).tolist() == [[0, UNKNOWN]]
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
-
-
-PAGES = np.stack([LEVELS] * 5)
-# What the mask is, the classes, and what the message says besides the name of the mask.
+# The suffix and the content of the mask, the classes, and what the message says besides the name of the mask.
 FAULTS = {
-    "jpeg": (lambda path: Image.fromarray(LEVELS).save(path, format="JPEG"), None, "format JPEG"),
-    "rgb": (lambda path: write_mask(path, RGB), THREE, "`name r g b`"),
-    "rgb without classes": (lambda path: write_mask(path, RGB), None, "`name r g b`"),
-    "colour": (lambda path: write_mask(path, RGB // 2), IN_COLOURS, "colour 0 0 127, which is no class's"),
-    "value": (lambda path: write_mask(path, LEVELS % 254 + 5), THREE, "value 5, which is no class's"),
-    "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "--unknown-value -1"),
-    "large": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.int64(999)), None, "`NAME 999`"),
-    "decimals": (lambda path: np.save(path.with_suffix(".npy"), LEVELS / 2), THREE, "decimals"),
-    "nan": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.nan), THREE, "NaN"),
-    "bands": (lambda path: np.save(path.with_suffix(".npy"), np.zeros((3, 4, 5))), THREE, "whole numbers"),
-    "pages": (lambda path: tifffile.imwrite(path.with_suffix(".tif"), PAGES, **GREY), THREE, "it has uint8 (3, 4, 5)"),
-    "numbers": (lambda path: np.save(path.with_suffix(".npy"), LEVELS), IN_COLOURS, "a mask of numbers"),
-    "text": (lambda path: path.write_text("no image"), THREE, "not a readable image"),
-    "cut": (lambda path: path.write_bytes(write_mask(path).read_bytes()[:50]), THREE, "not a readable image"),
-    "size": (lambda path: write_mask(path, LEVELS[:2]), THREE, "the mask is 4x2, and its image (upright) 4x3"),
-    "unknown": (lambda path: write_mask(path, LEVELS * 0 + 255), THREE, "all pixels are unknown"),
+    "jpeg": (".png", bytes_of(Image.fromarray(LEVELS).save, "JPEG"), None, "format JPEG"),
+    "rgb": (".png", RGB, None, "`name r g b`"),
+    "colour": (".png", RGB // 2, IN_COLOURS, "colour 0 0 127, which is no class's"),
+    "value": (".png", LEVELS % 254 + 5, THREE, "value 5, which is no class's"),
+    "negative": (".npy", LEVELS - 1.0, None, "--unknown-value -1"),
+    "large": (".npy", LEVELS * np.int64(999), None, "`NAME 999`"),
+    "decimals": (".npy", LEVELS / 2, THREE, "decimals"),
+    "nan": (".npy", LEVELS * np.nan, THREE, "NaN"),
+    "pages": (".tif", np.zeros((5, 3, 7), np.uint8), THREE, "it has uint8 (3, 7, 5)"),
+    "numbers": (".npy", LEVELS, IN_COLOURS, "a mask of numbers"),
+    "text": (".png", b"no image", THREE, "not a readable image"),
+    "cut": (".png", bytes_of(Image.fromarray(LEVELS).save, "PNG")[:50], THREE, "not a readable image"),
+    "size": (".png", LEVELS[:2], THREE, "the mask is 4x2, and its image (upright) 4x3"),
+    "unknown": (".png", LEVELS * 0 + 255, THREE, "all pixels are unknown"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
-    make, classes, message = FAULTS[fault]
+    suffix, content, classes, message = FAULTS[fault]
     write_pairs(tmp_path, [RGB if classes is IN_COLOURS else LEVELS] * 3)
     (tmp_path / "masks/1.png").unlink()
-    make(tmp_path / "masks/1.png")
+    path = tmp_path / f"masks/1{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_image(path, content)
     with pytest.raises(InputError, match=r"masks.1\.(png|npy|tif): ") as raised:
         load_pairs(tmp_path, classes=classes)
     assert message in str(raised.value) and "\n" not in str(raised.value)
@@ -187,18 +165,13 @@ def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
     assert raised.value.problem in capsys.readouterr().out
 
 
-def refused(root: Path | None, problem: str, *more, **options) -> None:
-    with pytest.raises(InputError, match=problem):
-        load_pairs(root, *more, **options)
-
-
 def test_what_is_missing_or_cannot_be_read(tmp_path, capsys):
     refused(tmp_path / "none", "masks/")
     refused(tmp_path, "masks/")
-    write_image(tmp_path / "images alone" / "a.png")
+    save_image(tmp_path / "images alone" / "a.png", RGB)
     refused(tmp_path / "images alone", "no pairs of images and masks")
-    root = pair_folder(tmp_path / "pairs")
-    write_image(root / "images/alone.png")
+    root = write_pairs(tmp_path / "pairs", map(levels_of, range(10)))
+    save_image(root / "images/alone.png", RGB)
     refused(root, r"images.alone\.png: there is no mask alone\.png or alone_mask\.png")
     os.rename(root / "images/alone.png", root / "masks/lone.png")
     refused(root, r"masks.lone\.png: there is no image")
@@ -228,14 +201,13 @@ def test_masks_of_0_and_255_and_of_one_class(tmp_path):
 
 def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
     """In crops and as a whole, pixel by pixel: the image shows its own mask."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
     for i in range(4):
         levels = np.kron(np.random.RandomState(i).randint(0, 2, (4, 6)), np.ones((16, 16), int)).astype(np.uint8)
-        write_mask(tmp_path / "masks" / f"{i}.png", levels)
-        (tmp_path / "images").mkdir(exist_ok=True)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # stored on its side
+        save_image(tmp_path / f"masks/{i}.png", levels)
         on_its_side = Image.fromarray(255 * levels).convert("RGB").transpose(Image.Transpose.ROTATE_90)
-        on_its_side.save(tmp_path / "images" / f"{i}.jpg", exif=exif, quality=95)
+        save_image(tmp_path / f"images/{i}.jpg", on_its_side, exif=exif, quality=95)
     images = load_pairs(tmp_path).train
     for augmentation in ("none", "crop"):
         crop, whole = pair_transforms(32, augmentation, mean=(0,) * 3, std=(1,) * 3)
@@ -246,52 +218,40 @@ def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
             assert (((image.mean(0) > 0.5) == mask)[known]).float().mean() > 0.99
 
 
-# ------------------------------------------------------------------------------------------------------------ classes
-
 CLASS_FILES = {
-    "sea\nland\nice\n": Classes(("sea", "land", "ice")),
     "open sea\npaved area": Classes(("open sea", "paved area")),
     "name,value\nsea,7\nopen land,-1\n": Classes(("sea", "open land"), values=(7, -1)),
     "sea 1\nland\t2\nunknown 0": Classes(("sea", "land"), values=(1, 2), unknown=(0,)),
-    "name,r,g,b\nsea,0,0,255\nland,0, 200, 0\nUnknown,9,9,9": Classes(
-        ("sea", "land"), colours=((0, 0, 255), (0, 200, 0)), unknown=((9, 9, 9),)
-    ),
-    'sea 0 0 255\n"open land" 0 200 0': Classes(("sea", "open land"), colours=((0, 0, 255), (0, 200, 0))),
+    "name,r,g,b\na,0,0,255\nb,0, 200, 0\nUnknown,9,9,9": Classes(("a", "b"), None, COLOURS[:2], ((9, 9, 9),)),
+    'sea 0 0 255\n"open land" 0 200 0': Classes(("sea", "open land"), colours=COLOURS[:2]),
     "\ufeffclass A\nclass B\n": Classes(("class A", "class B")),
+}
+NO_CLASSES = {
+    "sea\n": "1 classes",
+    "": "0 classes",
+    "sea 1\nland": "mixed",
+    "sea 1\nland 1 2 3": "mixed",
+    "sea 1\nland 1": "2 lines have the value or colour",
+    "sea\nsea": "2 lines have the name sea",
+    "sea 1 2 300\nland 1 2 3": "sea 1 2 300",
+    "a,1,2,3,4\nb,1,2,3,4": "is not `name`",
+    "sea 1\nland 99999": "land 99999",
+    "sea 1\nland " + "9" * 5000: "mixed",
+    "\0": "1 classes",
 }
 
 
-@pytest.mark.parametrize("text", CLASS_FILES)
-def test_files_of_classes(text, tmp_path):
-    (tmp_path / "classes.csv").write_text(text, encoding="utf-8")
-    assert read_classes([str(tmp_path / "classes.csv")]) == CLASS_FILES[text]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sea\n", "1 classes"),
-        ("", "0 classes"),
-        ("sea 1\nland", "mixed"),
-        ("sea 1\nland 1 2 3", "mixed"),
-        ("sea 1\nland 1", "2 lines have the value or colour"),
-        ("sea\nsea", "2 lines have the name sea"),
-        ("sea 1 2 300\nland 1 2 3", "sea 1 2 300"),
-        ("a,1,2,3,4\nb,1,2,3,4", "is not `name`"),
-        ("sea 1\nland 99999", "land 99999"),
-        ("sea 1\nland " + "9" * 5000, "mixed"),
-        ("\0", "1 classes"),
-    ],
-)
-def test_files_that_name_no_classes(text, message, tmp_path):
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_classes([str(tmp_path / "classes.txt")])
-
-
-def test_names_of_classes():
+def test_classes_are_words_or_lines_of_a_file(tmp_path):
     assert read_classes(None) is None
     assert read_classes(["sea", "land"]) == read_classes(["sea,land"]) == Classes(("sea", "land"))
+    path = tmp_path / "classes.csv"
+    for text, expected in CLASS_FILES.items():
+        path.write_text(text, encoding="utf-8")
+        assert read_classes([str(path)]) == expected
+    for text, message in NO_CLASSES.items():
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_classes([str(path)])
 
 
 def test_colours_are_apart_and_what_is_unknown_is_grey():
@@ -302,27 +262,8 @@ def test_colours_are_apart_and_what_is_unknown_is_grey():
     in_8_bits = masks.coloured(torch.tensor([[156]], dtype=torch.uint8), many)  # -100 in 8 bits is 156
     assert np.array_equal(in_8_bits[0, 0], many[156])
     picture = masks.coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
-    assert picture.shape == (1, 3, 3) and np.array_equal(picture[0, 2], many[2])
-    assert picture[0, 1].tolist() == [0.6] * 3
+    assert np.array_equal(picture, [[many[0], [0.6] * 3, many[2]]])
     assert np.array_equal(palette(2, [(255, 0, 0), (0, 0, 51)]), [[1, 0, 0], [0, 0, 0.2]])
-
-
-# ---------------------------------------------------------------------------------------------------- where pairs lie
-
-
-def write_pair(root: Path, image: str, mask: str, seed: int, rare: bool = False) -> None:
-    write_image(root / image, (8, 6), seed)
-    levels = np.random.RandomState(seed).randint(0, 2, (6, 8)).astype(np.uint8)
-    if rare:
-        levels[0, 0] = 2
-    levels[5, 7] = 255
-    write_mask(root / mask, levels)
-
-
-def pair_folder(root: Path, count: int = 10) -> Path:
-    for i in range(count):
-        write_pair(root, f"images/{i}.png", f"masks/{i}.png", i)
-    return root
 
 
 LAYOUTS = {
@@ -339,16 +280,14 @@ LAYOUTS = {
 def test_pairs_in_two_parts(layout, tmp_path):
     image, mask, val_image, val_mask = LAYOUTS[layout]
     for i in range(6):
-        write_pair(tmp_path, image.format(i), mask.format(i), i)
-        write_pair(tmp_path, val_image.format(i + 9), val_mask.format(i + 9), i + 9)
+        write_pair(tmp_path, image.format(i), mask.format(i), levels_of(i))
+        write_pair(tmp_path, val_image.format(i + 9), val_mask.format(i + 9), levels_of(i + 9))
     splits = load_pairs(tmp_path, classes=THREE)
-    assert splits.class_names == ["sea", "land", "ice"]
-    for images, expected in zip(splits[:2], ([0, 1, 2, 3, 4, 5], [10, 11, 12, 13, 14, 9]), strict=True):
-        numbers = [int(Path(images.name(i)).stem.split("_")[0]) for i in range(len(images))]
-        assert numbers == expected
+    assert splits.class_names == ["sea", "land", "ice"] and len(splits.train) == len(splits.val) == 6
+    for images, numbers in zip(splits[:2], ([0, 1, 2, 3, 4, 5], [10, 11, 12, 13, 14, 9]), strict=True):
         for i, number in enumerate(numbers):
-            levels = np.random.RandomState(number).randint(0, 2, (6, 8))
-            assert np.array_equal(images.mask(i).numpy().ravel()[:-1], levels.ravel()[:-1])
+            assert Path(images.name(i)).stem.removesuffix("_image") == str(number)
+            assert np.array_equal(images.mask(i).numpy().ravel()[:-1], levels_of(number).ravel()[:-1])
     validation = load_pairs(tmp_path, classes=THREE, eval_split="validation")
     assert len(validation.train) + len(validation.val) == 6
     evaluated = pairs_in(tmp_path, None, MaskReader(THREE))  # no image that trained
@@ -358,50 +297,41 @@ def test_pairs_in_two_parts(layout, tmp_path):
 @pytest.mark.parametrize(("image", "mask"), [("images/{}.png", "masks/{}.png"), ("{}_img.png", "{}_seg.png")])
 def test_one_set_is_split_by_the_rarest_class(image, mask, tmp_path):
     for i in range(60):
-        write_pair(tmp_path, image.format(i), mask.format(i), i, rare=i % 12 == 0)
+        write_pair(tmp_path, image.format(i), mask.format(i), levels_of(i, rare=i % 12 == 0))
     splits = load_pairs(tmp_path)
     assert splits.class_names == ["class 0", "class 1", "class 2"]
     for images in splits[:2]:
         assert [label == 2 for label in images.labels] == (images.targets[:, 2] > 0).tolist()
         assert 2 in images.labels
-    trained = names_in(splits.train)
-    assert not trained & names_in(splits.val) and 5 <= len(splits.val) <= 20
+    trained = {*splits.train.relative_names()}
+    assert trained.isdisjoint(splits.val.relative_names()) and 5 <= len(splits.val) <= 20
     inner = load_pairs(tmp_path, eval_split="validation")
-    assert names_in(inner.train) | names_in(inner.val) == trained
-    held_out = [names_in(load_pairs(tmp_path, folds=f"{part}/5").val) for part in range(1, 6)]
-    assert sorted(map(len, held_out)) == [12] * 5 and len(set.union(*held_out)) == 60
+    assert {*inner.train.relative_names(), *inner.val.relative_names()} == trained
+    held_out = [[*load_pairs(tmp_path, folds=f"{part}/5").val.relative_names()] for part in range(1, 6)]
+    assert list(map(len, held_out)) == [12] * 5 and len(set().union(*held_out)) == 60
     few = splits.train.at_most(7)
     assert len(few) == 7 and 2 in few.labels
 
 
-@pytest.fixture
-def listed(tmp_path) -> list[str]:
-    """The lines of twenty pairs; the images of each fifth lie in one folder."""
+def test_pairs_of_a_list_are_split_by_groups_and_those_of_two_lists_are_two_sets(tmp_path, capsys):
+    """The images of each fifth lie in one folder."""
     rows = []
     for i in range(20):
-        write_pair(tmp_path, f"x/f{i % 5}/{i}.png", f"y/{i}.tif", i)
         rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif")
-    return rows
-
-
-def test_pairs_of_a_list_are_split_by_groups(tmp_path, listed):
-    with_fields = [f"{row},field{i % 4}" for i, row in enumerate(listed)]
+        write_pair(tmp_path, *rows[i].split(","), levels_of(i) if i else LEVELS)
+    with_fields = [f"{row},field{i % 4}" for i, row in enumerate(rows)]
     (tmp_path / "all.csv").write_text("\n".join(["image,mask,field", *with_fields]))
-    write_image(tmp_path / "x/f0/0.png")  # of 12 pixels
-    tifffile.imwrite(tmp_path / "y/0.tif", LEVELS)
     splits = load_pairs(None, [tmp_path / "all.csv"], group_by="field")
     assert splits.train.source.largest == 48 > splits.train.targets.sum(1).max()  # with unknown pixels
     assert len(splits.train) + len(splits.val) == 20
     assert not set(splits.train.groups) & set(splits.val.groups)
-    (tmp_path / "all.txt").write_text("\n".join(listed))
+    (tmp_path / "all.txt").write_text("\n".join(rows))
     by_folder = load_pairs(tmp_path, [tmp_path / "all.txt"], group_by="2")
     assert set(by_folder.train.groups) | set(by_folder.val.groups) == {f"f{i}" for i in range(5)}
 
-
-def test_two_lists_are_two_sets(tmp_path, listed, capsys):
     lists = [tmp_path / "train.txt", tmp_path / "val.txt"]
-    lists[0].write_text("\n".join(listed[:15]))
-    lists[1].write_text("\n".join(listed[15:]))
+    lists[0].write_text("\n".join(rows[:15]))
+    lists[1].write_text("\n".join(rows[15:]))
     splits = load_pairs(None, lists)
     assert (len(splits.train), len(splits.val)) == (15, 5)
     assert len(pairs_in(ImageList(lists[1]), None, MaskReader(None, [255]))) == 5
@@ -413,14 +343,14 @@ def test_two_lists_are_two_sets(tmp_path, listed, capsys):
 
 def test_a_list_names_masks_as_the_file_system_does(tmp_path):
     name = unicodedata.normalize("NFD", "forêt, 1.png")  # as a Mac writes it; on Linux another name than in NFC
-    write_pair(tmp_path, f"x/{name}", f"y/{name}", 0)
+    write_pair(tmp_path, f"x/{name}", f"y/{name}", LEVELS)
     (tmp_path / "all.csv").write_text(f'"x/{name}","y/{name}"\n', encoding="utf-8")
     assert len(pairs_in(ImageList(tmp_path / "all.csv"), None, MaskReader(None))) == 1
 
 
 def test_a_folder_for_evaluation_elsewhere(tmp_path):
-    pair_folder(tmp_path / "a")
-    pair_folder(tmp_path / "b", 4)
+    write_pairs(tmp_path / "a", map(levels_of, range(10)))
+    write_pairs(tmp_path / "b", map(levels_of, range(4)))
     splits = load_pairs(tmp_path / "a", val_dir=tmp_path / "b")
     assert (len(splits.train), len(splits.val)) == (10, 4)
     validation = load_pairs(tmp_path / "a", val_dir=tmp_path / "b", eval_split="validation")
@@ -430,37 +360,24 @@ def test_a_folder_for_evaluation_elsewhere(tmp_path):
     assert len(load_pairs(tmp_path, folds="1/5").val) == 2
 
 
-def test_bands_and_their_masks(tmp_path):
-    rng = np.random.RandomState(0)
-    for place in ("images", "masks"):
-        (tmp_path / place).mkdir()
-    for i in range(6):
-        tifffile.imwrite(tmp_path / f"images/{i}.tif", rng.randint(0, 99, (5, 6, 8)).astype(np.uint16))
-        np.save(tmp_path / f"masks/{i}.npy", rng.randint(0, 3, (6, 8)))
-    images = load_pairs(tmp_path, bands=Bands(5)).train
-    image, mask = images[1]
-    assert image.shape == (6, 8, 5) and mask.shape == (6, 8)
-    assert images.picture(1, 1).shape == (6, 8, 3)
-
-
 def test_digests_follow_names_of_images_and_pixels_of_masks(tmp_path):
-    folders = {name: pair_folder(tmp_path / name, 4) for name in ("same", "mask", "pixel", "image")}
-    os.rename(folders["mask"] / "masks/3.png", folders["mask"] / "masks/3_mask.png")
-    for kind in ("images", "masks"):
-        os.rename(folders["image"] / kind / "3.png", folders["image"] / kind / "33.png")
-    levels = np.array(Image.open(folders["pixel"] / "masks/3.png"))
-    levels[0, 0] = 1 - levels[0, 0]
-    write_mask(folders["pixel"] / "masks/3.png", levels)
-    digests = {name: load_pairs(folder).digest() for name, folder in folders.items()}
-    assert digests["same"] == digests["mask"]
-    assert len({*digests.values()}) == 3
+    def digest(name: str, image: str = "3.png", mask: str = "3.png", pixel: int = 0) -> str:
+        """Of four pairs; those of the last one's files are these, and so much is added to a pixel."""
+        root = write_pairs(tmp_path / name, map(levels_of, range(3)))
+        levels = levels_of(3)
+        levels[0, 0] = pixel
+        write_pair(root, f"images/{image}", f"masks/{mask}", levels)
+        return load_pairs(root).digest()
+
+    first = digest("first")
+    assert digest("of another mask's name", mask="3_mask.png") == first
+    assert len({first, digest("of another pixel", pixel=1), digest("of other names", "33.png", "33.png")}) == 3
 
 
 def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
-    images = load_pairs(pair_folder(tmp_path), classes=THREE).train
+    images = load_pairs(write_pairs(tmp_path, map(levels_of, range(10))), classes=THREE).train
     whole = data.Transformed(images, pair_transforms(4, "crop", mean=(0.5,) * 3, std=(0.5,) * 3)[1])
-    for i in range(len(images)):
-        image, mask = whole[i]
+    for i, (image, mask) in enumerate(whole):
         levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
         torch.testing.assert_close(image, levels / 127.5 - 1)
         known = mask[mask != UNKNOWN]
@@ -468,13 +385,10 @@ def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
         np.testing.assert_allclose(images.picture(i, 2), levels.permute(1, 2, 0)[::2, ::2] / 255)
 
 
-# ------------------------------------------------------------------------------------------------- one draw for both
-
-
-def ramp(height: int, width: int) -> tuple[np.ndarray, torch.Tensor]:
+def ramp(height: int, width: int, channels: int) -> tuple[np.ndarray, torch.Tensor]:
     """Levels that rise by 1 from pixel to pixel, to the right and downwards, and a mask of the same numbers."""
     mask = np.add.outer(np.arange(height), np.arange(width))
-    return mask.astype(np.float32), torch.from_numpy(mask)
+    return np.stack([mask.astype(np.float32)] * channels, axis=2), torch.from_numpy(mask)
 
 
 def crop_of_two_bands(size: int, augmentation: str):
@@ -486,9 +400,8 @@ def crop_of_two_bands(size: int, augmentation: str):
 @pytest.mark.parametrize(("channels", "scale"), [(3, 255), (5, 10)])
 def test_image_and_mask_stay_together(channels, scale, height, width, augmentation):
     """The image is made of its own mask; each known pixel still has its level, to half a pixel of the original."""
-    levels, mask = ramp(height, width)
+    image, mask = ramp(height, width, channels)
     bands = Bands(5, scale=10.0)
-    image = np.stack([levels] * channels, axis=2)
     if channels == 3:
         bands = None
         image = Image.fromarray(image.astype(np.uint8))
@@ -519,7 +432,6 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
         mask[row : row + 3, column : column + 3] = 1
     crop = crop_of_two_bands(32, augmentation)
     image = (mask == 1).float().numpy()[..., None].repeat(2, 2)
-    torch.manual_seed(0)
     columns = []
     for _ in range(60):
         found, classes = crop(image, mask)
@@ -531,12 +443,10 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
 
 
 def test_places_and_zooms_vary():
-    levels, mask = ramp(100, 120)
-    image = np.stack([levels] * 2, axis=2)
+    image, mask = ramp(100, 120, 2)
     crop = crop_of_two_bands(32, "crop")
     spans = []
     corners = []
-    torch.manual_seed(0)
     for _ in range(200):
         _, classes = crop(image, mask)
         spans.append((classes[-1, 0] - classes[0, 0]).item() / 31)  # pixels of the image for one of the crop
@@ -546,20 +456,10 @@ def test_places_and_zooms_vary():
     assert min(corners) < 15 and max(corners) > 150
 
 
-def test_a_batch_of_images_of_several_sizes_is_a_list():
-    image = torch.zeros(3, 6, 8)
-    mask = torch.zeros(6, 8)
-    images, classes = masks.collate_pairs([(image, mask)] * 3)
-    assert images.shape == (3, 3, 6, 8) and classes.shape == (3, 6, 8)
-    images, classes = masks.collate_pairs([(image, mask), (image[:, 1:], mask[1:])])
-    assert [len(classes[0]), len(classes[1]), len(images)] == [6, 5, 2]
-
-
 def test_a_crop_of_known_pixels_stays_where_it_is_drawn():
     """Only one that shows nothing known is drawn anew: else pixels in the middle would be seen more often."""
     crop = crop_of_two_bands(16, "none")
-    rows, columns = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
-    image = torch.stack([rows, columns], 2).float().numpy()
+    image = np.indices((40, 60)).transpose(1, 2, 0).astype(np.float32)  # each pixel's row and column
     for seed in range(5):
         torch.manual_seed(seed)
         found, _ = crop(image, torch.zeros(40, 60, dtype=torch.long))

@@ -1,9 +1,7 @@
 """Segmentation: losses, figures, maps and windows against plain computations, and whole runs on small masks."""
 
 import copy
-import json
 import math
-import shutil
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -12,18 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
 
-import deploy_lora
-from finetune_lora import add_lora_to_model, load_base, load_finetuned, read_options
+from finetune_lora import add_lora_to_model, load_base, read_options
 from lora_utils import base_digests
 from tests.dense import resnet, vit
+from tests.image_files import save_image
 from toolkit import InputError
 from toolkit.answers import probe, segmentation
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.segmentation import PixelAnswers, Segmentation, rare_class_weights
-from toolkit.images.data import LabelledImages
 from toolkit.images.masks import Classes, MaskReader
 from toolkit.images.sources import load_splits
 from toolkit.models import backbones, dense
@@ -42,18 +38,16 @@ def masks(*shape: int) -> torch.Tensor:
     return torch.randint(0, 3, shape).where(torch.rand(shape) > 0.1, NO_LABEL)
 
 
-def answered(logits: torch.Tensor, truth: torch.Tensor, task: Segmentation):
-    """The answers of a network that has these outputs, in two batches."""
-    network = torch.nn.Identity()  # its images are its outputs
-    network.window = 8
-    return task.evaluate(network, [(logits[:4], truth[:4]), (logits[4:], truth[4:])], CPU)
-
-
-def test_figures_and_reliability_are_over_all_known_pixels():
+def test_figures_and_reliability_are_over_all_known_pixels(monkeypatch):
+    """An image of which nothing is known is the last of the worst."""
     logits = torch.randn(6, 3, 8, 8)
     truth = masks(6, 8, 8)
+    truth[2] = NO_LABEL
     task = Segmentation(NAMES)
-    found = answered(logits, truth, task)
+    network = torch.nn.Identity()  # its images are its outputs
+    network.window = 8
+    batches = [(logits[:4], truth[:4]), (logits[4:], truth[4:])]
+    found = task.evaluate(network, batches, CPU)
     known = truth != NO_LABEL
     true = truth[known].numpy()
     answer = logits.argmax(1)[known].numpy()
@@ -61,10 +55,10 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     assert found.confusion.sum(0).tolist() == confusion.tolist()
     of_classes = jaccard_score(true, answer, average=None).tolist()
     dice = f1_score(true, answer, average=None).tolist()
-    expected = {"miou": np.mean(of_classes), "macro_dice": np.mean(dice)}
-    expected["pixel_accuracy"] = (true == answer).mean()
+    expected = {"miou": np.mean(of_classes), "macro_dice": np.mean(dice), "pixel_accuracy": (true == answer).mean()}
     assert found.measured() == pytest.approx(expected) and found.score == found.measured()["miou"]
-    figures = task.report(found).figures()
+    report = task.report(found)
+    figures = report.figures()
     assert list(figures["iou_per_class"].values()) == pytest.approx(of_classes)
     assert list(figures["dice_per_class"].values()) == pytest.approx(dice)
     low, high = figures["miou_interval"]
@@ -73,6 +67,14 @@ def test_figures_and_reliability_are_over_all_known_pixels():
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     confidences = logits.softmax(1).amax(1)[known].sum().item()
     assert found.reliability().sum(0).tolist() == pytest.approx([confidences, confusion.trace(), known.sum().item()])
+
+    shares = (found.confusion.diagonal(dim1=1, dim2=2).sum(1) / found.confusion.sum((1, 2))).nan_to_num(1.0)
+    worst = shares.argsort(stable=True).tolist()
+    assert list(found.maps) == worst and worst[-1] == 2
+    told = [text for _, text in report.mistakes()]
+    assert told == [f"{share:.0%} of the pixels right" for share in shares.sort().values.tolist()]
+    monkeypatch.setattr(segmentation, "WORST_SHOWN", 2)
+    assert list(task.evaluate(network, batches, CPU).maps) == worst[:2]
 
 
 def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency(monkeypatch, pictures):
@@ -121,29 +123,13 @@ def test_smoothing_never_makes_a_rare_class_the_best_answer():
     assert loss.item() == pytest.approx((entropy * weights[:2]).mean().item())
 
 
-def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst(monkeypatch):
-    logits = torch.randn(6, 3, 8, 8)
-    truth = masks(6, 8, 8)
-    truth[2] = NO_LABEL
-    task = Segmentation(NAMES)
-    found = answered(logits, truth, task)
-    shares = (found.confusion.diagonal(dim1=1, dim2=2).sum(1) / found.confusion.sum((1, 2))).nan_to_num(1.0)
-    assert list(found.maps) == shares.argsort(stable=True).tolist() and list(found.maps)[-1] == 2
-    assert math.isfinite(found.loss)
-    told = [text for _, text in task.report(found).mistakes()]
-    assert told == [f"{share:.0%} of the pixels right" for share in shares.sort().values.tolist()]
-    monkeypatch.setattr(segmentation, "WORST_SHOWN", 2)
-    assert list(answered(logits, truth, task).maps) == list(found.maps)[:2]
-
-
 def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     """A picture of all of them, beside its mask and the answers for it, six times, would fill the memory."""
     levels = np.eye(6, 2500, dtype=np.uint8)
     levels[0, 0] = 255  # unknown
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-        for i in range(5):
-            Image.fromarray(levels).save(tmp_path / f"{kind}/{i}.png")
+    for i in range(5):
+        save_image(tmp_path / f"images/{i}.png", levels)
+        save_image(tmp_path / f"masks/{i}.png", levels)
     images = load_splits("imagefolder", tmp_path, task="segmentation").train
     drawn = []
     monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
@@ -152,53 +138,6 @@ def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     picture, truth, answer = (axes.images[0].get_array() for axes in drawn)
     assert picture.shape == truth.shape == answer.shape == (2, 834, 3)
     assert np.array_equal(truth[0, 0], answer[0, 0])  # where nothing is known both are grey
-
-
-# ----------------------------------------------------------------------------------------------------------- whole runs
-
-
-@pytest.fixture(scope="module")
-def segmented(finetune_into, pairs, tmp_path_factory) -> dict:
-    """A run on the pairs, with what else masks can do: a base in 4 bits, adapters in a block, balanced weights."""
-    argv = f"--task segmentation --data-dir {pairs} --augmentation crop --workers 0 --batch-size 4 --epochs 1"
-    argv += " --use-qlora --lora-rank 2 --adapt-last 1 --class-weights balanced --keep-best miou"
-    return finetune_into(tmp_path_factory.mktemp("segmented") / "out", argv)
-
-
-def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segmented):
-    named = {"val_miou", "probe_miou_before", "val_miou_interval", "iou_per_class", "dice_per_class", "pixel_accuracy"}
-    assert named <= segmented.keys()
-    assert segmented["task"] == "segmentation" and list(segmented["iou_per_class"]) == ["class 0", "class 1"]
-    assert json.loads((segmented["folder"] / "results.json").read_text())["val_miou"] == segmented["val_miou"]
-    model, info = load_finetuned(segmented["folder"] / "lora.pth")
-    assert isinstance(model, dense.DenseModel) and info["task"]["kind"] == "segmentation"
-    assert 0 < segmented["temperature"] == info["temperature"] != 1
-
-
-def test_evaluate_leaves_out_the_pairs_that_cannot_be_used_and_lists_them(segmented, pairs, tmp_path, capsys):
-    """Nothing is said of training's options, and the groups are those of the pairs that are left."""
-    adapter = segmented["folder"] / "lora.pth"
-    mine = shutil.copytree(pairs / "val", tmp_path / "mine")
-    (mine / "images/1.png").write_text("nothing")
-    Image.fromarray(np.full((20, 28), 255, np.uint8)).save(mine / "masks/2.png")
-    Image.fromarray(np.full((20, 28), 7, np.uint8)).save(mine / "masks/3.png")
-    shutil.copy(mine / "masks/0.png", mine / "masks/lone.png")
-    assert deploy_lora.main(["evaluate", str(adapter), str(mine)])["images"] == 3
-    told = capsys.readouterr().out
-    for named in ("masks/2.png: ", "masks/3.png: ", "images/1.png: not a readable", "lone.png: there is no image"):
-        assert named in told
-    assert "3 pairs of image and mask cannot be used" in told and "--" not in told
-    lines = [f"images/{i}.png,masks/{i}.png,{'abc'[i // 2]}" for i in range(6)]
-    (mine / "list.csv").write_text("\n".join(["image,mask,who", *lines]))
-    _, about = load_finetuned(adapter)
-    about["config"]["data"]["group_by"] = "who"
-    images, _ = deploy_lora._labelled_images(mine / "list.csv", about)
-    assert images.groups.tolist() == ["a", "c", "c"]
-    for path in (mine / "images").iterdir():
-        path.write_text("nothing")
-    with pytest.raises(InputError, match=r"none of the pairs can be used, such as .*not a readable image") as raised:
-        deploy_lora.main(["evaluate", str(adapter), str(mine)])
-    assert "--" not in str(raised.value)
 
 
 def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkeypatch):
@@ -230,20 +169,14 @@ def test_a_configuration_crops_masks_or_not_as_it_says(pairs, tmp_path):
     assert read_options([*argv, "--config", str(tmp_path / "config.yaml")])[0].augmentation == "none"
 
 
-# ---------------------------------------------------------------------------------------------- toolkit/models/dense.py
-
-
 def test_an_interpolated_position_embedding_is_the_base_under_masks_too(base):
     model, _ = load_base(base, None, 2, per_pixel=True, image_size=32)
     assert base_digests(model) == backbones.record_of(model).base_digests
 
 
-@pytest.fixture(params=[resnet, partial(vit, image_size=32, num_layers=4)], ids=["resnet", "vit"])
-def model(request):
-    return dense.DenseModel(request.param(), classes=5, image_size=32).double().eval()
-
-
-def test_features_at_pixels_are_what_the_logits_are_linear_in(model):
+@pytest.mark.parametrize("build", [resnet, partial(vit, image_size=32, num_layers=4)])
+def test_features_at_pixels_are_what_the_logits_are_linear_in(build):
+    model = dense.DenseModel(build(), classes=5, image_size=32).double().eval()
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     rows = torch.tensor([0, 3, 31, 17])
     columns = torch.tensor([0, 30, 31, 8])
@@ -255,20 +188,17 @@ def test_features_at_pixels_are_what_the_logits_are_linear_in(model):
     torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("arch", "size", "read", "sides"),
-    [
+def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit():
+    """A network's first stage, at half the image's size, is where thin things such as membranes are seen."""
+    for arch, size, read, sides in (
         ("timm:test_efficientnet", 32, [0, 1, 2, 3, 4], [16, 8, 4, 2, 1]),
         ("timm:test_vit", 160, [2, 3, 4, 5], [10] * 4),  # of six blocks
-    ],
-)
-def test_every_stage_of_a_network_of_timm_is_read_and_four_blocks_of_a_vit(arch, size, read, sides):
-    """A network's first stage, at half the image's size, is where thin things such as membranes are seen."""
-    model = dense.DenseModel(backbones.build_backbone(arch, 5), classes=5, image_size=size).eval()
-    maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
-    assert [features.shape[2] for features in maps] == sides
-    assert model.head.widths == [features.shape[1] for features in maps] and model.head(maps).shape[-1] == sides[0]
-    assert dense._read(model.backbone) == read
+    ):
+        model = dense.DenseModel(backbones.build_backbone(arch, 5), classes=5, image_size=size).eval()
+        maps = dense.feature_maps(model.backbone, torch.randn(1, 3, size, size))
+        assert [features.shape[2] for features in maps] == sides
+        assert model.head.widths == [features.shape[1] for features in maps] and model.head(maps).shape[-1] == sides[0]
+        assert dense._read(model.backbone) == read
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -329,7 +259,7 @@ def test_probabilities_are_made_believable_by_training_pixels():
     assert head.believable_temperature(logits, targets, optimism=None) == pytest.approx(2, rel=1e-3)
 
 
-def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class(spy):
+def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class_and_needs_two(spy):
     """Views are of other pixels. A class of one image is in no part that is held out."""
     model = vit_mini(classes=3)
     features = torch.randn(80, model.head.linear.in_features)
@@ -342,16 +272,11 @@ def test_a_probe_starts_where_one_view_of_an_image_alone_shows_a_class(spy):
     known = targets != NO_LABEL
     assert torch.equal(fit.call_args.kwargs["clusters"], torch.arange(4).repeat_interleave(10).repeat(2)[known])
     assert (model.head.linear(features).argmax(1) == targets)[known].float().mean() > 0.9
-
-
-@pytest.mark.parametrize("shown", [[0], [NO_LABEL], [0, NO_LABEL]])
-def test_a_probe_of_fewer_than_two_classes_is_refused(shown):
-    """As where the crops of a few large images show nothing of a rare class."""
-    model = vit_mini(classes=2)
-    features = torch.randn(12, model.head.linear.in_features)
-    targets = torch.tensor(shown).repeat(12 // len(shown))
-    with pytest.raises(InputError, match="fewer than two classes: use --head-init random or a larger --image-size"):
-        Segmentation(["ground", "ink"]).start(model, features, targets, views=2, clusters=torch.arange(3))
+    # As where the crops of a few large images show nothing of a rare class.
+    for shown in ([0], [NO_LABEL], [0, NO_LABEL]):
+        targets = torch.tensor(shown).repeat(80 // len(shown))
+        with pytest.raises(InputError, match="fewer than two classes: use --head-init random or a larger --image-size"):
+            Segmentation(NAMES).start(model, features, targets, views=2, clusters=torch.arange(4))
 
 
 def test_pixels_are_drawn_as_often_as_they_are_or_as_they_weigh():
@@ -382,13 +307,6 @@ def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     assert torch.equal(classes, (column >= 13).long())
     first, second, third = features.split(segmentation.PROBE_ROWS // 6)
     assert not torch.equal(first, second) and not torch.equal(second, third)
-
-
-def test_the_loss_of_a_constant_answer_is_over_images_not_over_pixels():
-    """An image of ten known pixels says as much as one of a hundred, and one without any says nothing."""
-    known = torch.tensor([[9.0, 1.0], [10.0, 90.0], [0.0, 0.0]])
-    images = LabelledImages([None] * 3, [0, 1, 0], targets=known)
-    assert Segmentation(["left", "right"]).constant_loss(images) == pytest.approx(math.log(2))
 
 
 def test_a_task_has_the_colours_of_its_masks():

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import statistics
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,47 +31,40 @@ def patients(images) -> set[str]:
     return {name.split("/")[-2] for name in images.relative_names()}
 
 
-@pytest.mark.parametrize(
-    ("list_name", "task", "by"),
-    [
-        ("all.csv", "classification", "Patient"),
-        ("labels.csv", "multilabel", "Patient"),
-        ("numbers.csv", "regression", "Patient"),
-        (None, "classification", "2"),
-    ],
-)
-def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
-    how = {"task": task, "group_by": by, "data_dir": hospital / "scans"}
-    if list_name is not None:
-        how |= {"data_dir": hospital, "data_list": [hospital / list_name]}
-    splits, again = (load_splits("imagefolder", seed=seed, **how) for seed in (0, 5))
-    assert again.digest() == splits.digest()
-    chosen = load_splits("imagefolder", eval_split="validation", **how)
-    for train, val, *_ in (splits, search.parts_of(splits), chosen):
-        assert patients(train) and patients(val) and not patients(train) & patients(val)
-    assert not patients(chosen.train) & patients(splits.val)
-    assert len(patients(splits.train) | patients(splits.val)) == 20
-    counted = {}
-    for side, part in (("train", splits.train), ("val", splits.val)):
-        counted |= {f"{side}_images": len(part), f"{side}_groups": len(patients(part))}
-    assert splits.counts() == counted
+def test_no_patient_is_on_two_sides(hospital):
+    listed = {"data_dir": hospital, "group_by": "Patient"}
+    for how in (
+        {"data_dir": hospital / "scans", "group_by": "2"},
+        listed | {"data_list": [hospital / "all.csv"]},
+        listed | {"data_list": [hospital / "labels.csv"], "task": "multilabel"},
+        listed | {"data_list": [hospital / "numbers.csv"], "task": "regression"},
+    ):
+        splits, again = (load_splits("imagefolder", seed=seed, **how) for seed in (0, 5))
+        assert again.digest() == splits.digest()
+        chosen = load_splits("imagefolder", eval_split="validation", **how)
+        for train, val, *_ in (splits, search.parts_of(splits), chosen):
+            assert patients(train) and patients(val) and not patients(train) & patients(val)
+        assert not patients(chosen.train) & patients(splits.val)
+        train, val, *_ = splits
+        assert len(patients(train) | patients(val)) == 20
+        counts = {"train_images": len(train), "train_groups": len(patients(train))}
+        assert splits.counts() == counts | {"val_images": len(val), "val_groups": len(patients(val))}
 
 
 def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
     rng = np.random.RandomState(0)
     groups = rng.randint(0, 60, 600)
     labels = np.where(groups < 6, 1, 0) + 5  # a rare class, in six of the groups; labels need not begin at 0
-    number = splitting.folds(labels, [f"p{group}" for group in groups], 3)
+    names = groups.astype(str)
+    number = splitting.folds(labels, names, 3)
     for group in range(60):
         assert len(set(number[groups == group])) == 1
     for label in (5, 6):
-        share = np.bincount(number[labels == label], minlength=3) / (labels == label).sum()
-        assert abs(share - 1 / 3).max() < 0.08
-    in_part = splitting.by_groups(labels, np.array([f"p{group}" for group in groups]), 0.2, 0)
-    rest = np.flatnonzero(~in_part)
-    part = np.flatnonzero(in_part)
-    assert sorted([*rest, *part]) == list(range(600)) and not set(groups[rest]) & set(groups[part])
-    assert 0.15 < len(part) / 600 < 0.25 and set(labels[rest]) == set(labels[part]) == {5, 6}
+        shares = np.bincount(number[labels == label], minlength=3) / (labels == label).sum()
+        assert shares == pytest.approx(1 / 3, abs=0.08)
+    in_part = splitting.by_groups(labels, names, 0.2, 0)
+    assert not set(groups[~in_part]) & set(groups[in_part])
+    assert 0.15 < in_part.mean() < 0.25 and set(labels[~in_part]) == set(labels[in_part]) == {5, 6}
 
 
 def test_an_image_that_is_listed_several_times_stays_on_one_side():
@@ -79,11 +74,6 @@ def test_an_image_that_is_listed_several_times_stays_on_one_side():
         in_part = splitting.by_hash(keys, [0] * 27, 0.2, turn).reshape(3, 9)
         assert (in_part == in_part[:, :1]).all() and 0 < in_part[:, 0].sum() < 3
     assert not splitting.by_hash(["a"] * 9, [0] * 9, 0.2, 0).any()  # a single image
-
-
-def test_an_image_of_several_labels_is_dealt_by_the_rarest():
-    values = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 1], [math.nan, 1, 0], [0, math.nan, 0]])
-    assert splitting.strata(values).tolist() == [0, 2, 2, 1, 3]
 
 
 def test_parts_are_disjoint_and_alike():
@@ -103,6 +93,8 @@ def test_parts_are_disjoint_and_alike():
     assert set(labels[~in_part]) == {0, 1}
     assert splitting.by_groups([0, 1, 0], np.array(["a", "b", "c"]), 0.2, 0).sum() == 1  # a third: there are no five
     assert splitting.some_of_each([0, 1, 0, 1], 2, "ab", 0) == [0, 1, 2, 3]
+    several = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 1], [math.nan, 1, 0], [0, math.nan, 0]])
+    assert splitting.strata(several).tolist() == [0, 2, 2, 1, 3]  # an image of several labels is dealt by the rarest
 
 
 def test_folds_evaluate_each_image_once_and_spread_numbers(hospital):
@@ -141,20 +133,6 @@ def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
     assert not patients(train) & patients(val)
 
 
-def test_a_grouped_run_and_its_adapter_know_their_groups(hospital, finetune, tmp_path, capsys):
-    run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0")
-    assert "evaluation images, 2 classes, in 16 + 4 groups (2)" in capsys.readouterr().out
-    of_images = share_interval(torch.arange(run["val_images"]) < round(run["val_accuracy"] * run["val_images"]))
-    assert run["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
-    for row in rows_of(run["folder"] / "results_answers.csv"):
-        assert row["image"].split("/")[1] == row["group"]
-
-    words = f"evaluate {run['folder']}/lora.pth {hospital}/scans --device cpu --output {tmp_path}/o.json"
-    deploy_lora.main(words.split())
-    assert "in 20 groups; intervals are over groups" in capsys.readouterr().out
-    assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
-
-
 def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, start, spy):
     run = start(f"--data-dir {hospital / 'scans'} --group-by 2")
     fit = spy(probe, "fit_linear_probe")
@@ -164,22 +142,29 @@ def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, start, spy):
     assert [sorted(set(names))[number] for number in clusters.tolist()] == names
 
 
-# -------------------------------------------------------------------------------- cross-validation: a run for each part
-
-
-def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, capsys):
+def test_each_part_of_a_grouped_run_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, tmp_path, capsys):
     options = f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 --lora-rank 0 --labels-per-class 6"
     found = finetune(f"{options} --folds 2")
     printed = capsys.readouterr().out
-    folder = found["folder"]
     for number, results in enumerate(found["folds"], 1):
-        own = folder / "folds" / str(number)
-        assert json.loads((own / "results.json").read_text()) == results and (own / "lora.pth").exists()
+        own = found["folder"] / "folds" / str(number)
+        assert json.loads((own / "results.json").read_text()) == results
         assert results["config"]["data"]["folds"] == f"{number}/2"
         val = load_splits("imagefolder", hospital / "scans", group_by="2", folds=f"{number}/2").val
         assert results["val_images"] == len(val)
+        of_images = share_interval(torch.arange(len(val)) < round(results["val_accuracy"] * len(val)))
+        assert results["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
+        told = rf"{len(val)} evaluation images \(part {number} of 2: --folds\), 2 classes, in \d+ \+ 10 groups \(2\)"
+        assert re.search(told, printed) and len(patients(val)) == 10
+        for row in rows_of(own / "results_answers.csv"):
+            assert row["image"].split("/")[1] == row["group"]
     scores = [results["val_accuracy"] for results in found["folds"]]
     assert f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}" in printed
+
+    words = f"evaluate {own}/lora.pth {hospital}/scans --device cpu --output {tmp_path}/o.json"
+    deploy_lora.main(words.split())
+    assert "in 20 groups; intervals are over groups" in capsys.readouterr().out
+    assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
 
 
 class Runs:
@@ -207,10 +192,10 @@ class Runs:
         (args.output_dir / "results.json").unlink(missing_ok=True)
         if args.folds == self.stops_at:
             raise self.stop
-        number = int(args.folds.partition("/")[0])
+        number = int(args.folds[0])
+        settled = {"precision": len(self.parts)}  # by each part, as of --precision auto
         results = {"task": "classification", "val_images": 7 + number, "val_accuracy": number / 10}
-        settled = len(self.parts)  # by each part, as of --precision auto
-        results["config"] = {"data": {"folds": args.folds}, "finetune": {"precision": settled}}
+        results["config"] = {"data": {"folds": args.folds}, "finetune": settled}
         (args.output_dir / "results.json").write_text(json.dumps(results))
         if args.folds == self.collapses_at:
             raise Collapsed(1, 1e-3, 0, args.output_dir / "lora.pth", results)
@@ -223,48 +208,37 @@ def runs(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["--resume", "--resume {}", "--resume={}", "--resume last.pth"])
-def test_a_stopped_cross_validation_goes_on(runs, tmp_path, way, capsys):
+def test_a_stopped_cross_validation_goes_on_with_its_settings_alone(runs, tmp_path, way, capsys):
     """A finished part goes on as well, and has nothing left to train."""
     with pytest.raises(InputError, match="has no parts to go on with; start without it"):
         runs.validate("--resume")
     runs.stops_at = "2/3"
     with pytest.raises(KeyboardInterrupt):
-        runs.validate()
+        runs.validate("--epochs 2")
     runs.stops_at = None
-    found = runs.validate(f"--workers 1 {way.format(tmp_path / 'out/last.pth')}")
+    config = tmp_path / "out/config.yaml"
+    config.write_text("of the next")
+    found = runs.validate(f"--epochs 2 --workers 1 {way.format(tmp_path / 'out/last.pth')}")
     assert runs.parts == ["1/3", "2/3", "1/3 r", "2/3 r", "3/3"]
     assert [part["val_accuracy"] for part in found["folds"]] == [0.1, 0.2, 0.3]
     assert f"0.2000 ± 0.1000       3 of {tmp_path}/out/folds/1/results.json; " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("stops_at", ["1/3", "3/3"])
-def test_parts_that_refuse_other_settings_keep_theirs(runs, tmp_path, stops_at):
-    runs.validate("--epochs 2")
-    config = tmp_path / "out/config.yaml"
-    before = config.read_text()
-    runs.stops_at, runs.stop = stops_at, InputError("of other settings")
-    with pytest.raises(InputError, match="of other settings"):
-        runs.validate("--epochs 3 --resume")
-    assert config.read_text() == before
-    runs.stops_at = None
-    config.write_text("of the next")
-    runs.validate("--epochs 2 --workers 1 --resume")  # which is no other setting
     assert config.read_text() == "of the next"
+    runs.stop = InputError("of other settings")
+    for runs.stops_at in ("1/3", "3/3"):
+        with pytest.raises(InputError, match="of other settings"):
+            runs.validate("--epochs 3 --resume")
+        assert config.read_text() == "of the next"
 
 
-def test_a_part_that_collapses_counts_and_the_others_run(runs, capsys):
+def test_a_part_that_collapses_counts_and_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/lora.pth").write_bytes(b"\0lora_rank")
     runs.collapses_at = "2/3"
     assert len(runs.validate()["folds"]) == 3 and runs.parts == ["1/3", "2/3", "3/3"]
     printed = capsys.readouterr().out
     assert "training collapses in epoch 1" in printed and "0.2000 ± 0.1000" in printed
-
-
-def test_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/lora.pth").write_bytes(b"\0lora_rank")
-    runs.validate()
     assert (tmp_path / "out-1/lora.pth").exists() and not (tmp_path / "out/lora.pth").exists()
-    assert "unfinished" in capsys.readouterr().out
+    assert "unfinished" in printed
     runs.validate("--epochs 3")
     assert names_in(tmp_path / "out-2") == {"folds", "config.yaml"}
     assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/last.pth").exists()
@@ -288,11 +262,11 @@ def test_the_parts_read_the_settings_wherever_they_were(place, runs, tmp_path):
 def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path, monkeypatch):
     """The first of several processes moves them aside, and may be slow: the others wait at the next exchange."""
     runs.validate()
-    begun = []
-    monkeypatch.setattr(output_folder, "begin_folder", lambda *_: begun.append("by the first process"))
+    begin = mock.Mock()
+    monkeypatch.setattr(output_folder, "begin_folder", begin)
 
     def gather(value):
-        if begun:
+        if begin.called:  # by the first process
             shutil.rmtree(tmp_path / "out/folds", ignore_errors=True)
         return [value, value]
 

@@ -38,9 +38,6 @@ def network() -> nn.Module:
     return nn.Sequential(OrderedDict(fc=nn.Linear(6, 3)))
 
 
-# ------------------------------------------------------------------------------------------------------- several labels
-
-
 def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
     """Loss and gradients are those of stock binary cross-entropies over the known labels alone; the others are 0."""
     outputs, targets = drawn()
@@ -108,8 +105,12 @@ def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_s
     assert tasks.Classification(NAMES).constant_score(classes) == 3 / 4
     assert tasks.Classification(NAMES).constant_loss(classes) == pytest.approx(math.log(4) - 0.75 * math.log(3))
     pixels = images_of(torch.tensor([[8.0, 0, 1], [4, 0, 3]]))  # of which one class is nowhere: its IoU is in no mean
-    assert tasks.TASKS["segmentation"](NAMES).constant_score(pixels) == pytest.approx(12 / 16 / 2)
-    assert tasks.TASKS["segmentation"](NAMES).counts(pixels) == {0: 2, 1: 0, 2: 2}
+    masks = tasks.TASKS["segmentation"](NAMES)
+    assert masks.constant_score(pixels) == pytest.approx(12 / 16 / 2)
+    assert masks.counts(pixels) == {0: 2, 1: 0, 2: 2}
+    # An image of ten known pixels says as much as one of a hundred, and one without any says nothing.
+    pixels = images_of(torch.tensor([[9.0, 1, 0], [10, 90, 0], [0, 0, 0]]))
+    assert masks.constant_loss(pixels) == pytest.approx(math.log(2))
 
 
 def test_the_variance_of_a_score_in_closed_form():
@@ -182,9 +183,6 @@ def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
     assert (reached >= 0.95).all() and (reached < 0.95 + 1.01 / positives).all()
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
 def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     outputs, unknown = drawn(images=30)
     targets = 50 * torch.randn(30, 3) + 1000 + 0 * unknown
@@ -202,12 +200,9 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     assert task.constant_score(images_of(targets)) == 0
     in_units = task.in_units(task.standardised(targets))
     torch.testing.assert_close(in_units.float(), targets, equal_nan=True)
-
-
-@pytest.mark.parametrize("column", [[3.0, 3.0, 3.0], [1.0, math.nan, math.nan], [math.nan] * 3])
-def test_a_number_that_is_always_the_same_teaches_nothing(column):
-    with pytest.raises(InputError, match="the number age is the same in all training images"):
-        tasks.Regression(["age"], torch.tensor(column)[:, None])
+    for column in ([3.0, 3.0, 3.0], [1.0, math.nan, math.nan], [math.nan] * 3):
+        with pytest.raises(InputError, match="the number age is the same in all training images"):
+            tasks.Regression(["age"], torch.tensor(column)[:, None])
 
 
 def test_numbers_far_from_zero_are_told_from_each_other():
@@ -235,9 +230,6 @@ def test_numbers_are_measured_in_their_own_units():
     assert answers.measured()["mae"] == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
     assert answers.score == pytest.approx((1 - 8 / 500 + 1 - 2 / 8) / 2)
     assert answers.measured()["spearman"] == pytest.approx(1)
-
-
-# ------------------------------------------------------------------------------------------------------------ all tasks
 
 
 def features_for(kind: str) -> tuple[torch.Tensor, torch.Tensor, tasks.Task]:
@@ -341,26 +333,20 @@ def test_what_keeps_the_best_epoch_is_a_column_of_the_metrics(kind):
     assert {*choices.KEEP_BEST[kind].values()} <= {*figures}
 
 
-TWO_IMAGES = torch.tensor([[1.0, 0, 0], [0, 2, 3]])
-
-
-@pytest.mark.parametrize("kind", tasks.TASKS)
-def test_a_record_is_read_as_it_was_written(kind):
+def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_of_something_else():
     """And what was chosen is taken from the file of the epoch that is kept."""
-    targets = [TWO_IMAGES] if kind in ("multilabel", "regression") else []
-    task, other = (tasks.TASKS[kind](NAMES, *targets) for _ in range(2))
-    if kind == "multilabel":
-        task.thresholds = torch.tensor([0.25, 0.5, 0.75])
-    task.temperature = 3.0
-    again = tasks.from_record(task.record(), NAMES, "lora.pth")
-    assert type(again) is type(task) and again.record() == task.record()
-    other.take_chosen(task.chosen())
-    assert other.chosen() == task.chosen()
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
+    two_images = torch.tensor([[1.0, 0, 0], [0, 2, 3]])
+    for kind, named in tasks.TASKS.items():
+        targets = [two_images] if kind in ("multilabel", "regression") else []
+        task, other = (named(NAMES, *targets) for _ in range(2))
+        if kind == "multilabel":
+            task.thresholds = torch.tensor([0.25, 0.5, 0.75])
+        task.temperature = 3.0
+        again = tasks.from_record(task.record(), NAMES, "lora.pth")
+        assert type(again) is type(task) and again.record() == task.record()
+        other.take_chosen(task.chosen())
+        assert other.chosen() == task.chosen()
+    for record in (
         "multilabel",
         {"kind": "detection"},
         {"kind": ["multilabel"]},
@@ -368,11 +354,9 @@ def test_a_record_is_read_as_it_was_written(kind):
         {"kind": "multilabel", "thresholds": [0.5]},
         {"kind": "multilabel", "thresholds": [0.5, 0.5, math.nan]},
         {"kind": "regression", "mean": [0.0] * 3, "std": ["1"] * 3},
-    ],
-)
-def test_a_record_of_something_else_is_refused(record):
-    with pytest.raises(InputError, match=r"lora\.pth is (of another version|damaged)"):
-        tasks.from_record(record, NAMES, "lora.pth")
+    ):
+        with pytest.raises(InputError, match=r"lora\.pth is (of another version|damaged)"):
+            tasks.from_record(record, NAMES, "lora.pth")
 
 
 def test_classification_computes_what_a_run_always_computed():

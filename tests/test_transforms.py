@@ -7,127 +7,100 @@ from PIL import Image
 from torchvision import transforms as T
 
 from benchmarks import loading
+from tests.image_files import save_image
 from toolkit import InputError, choices
-from toolkit.images import data, sources, transforms
+from toolkit.images import data, transforms
 from toolkit.images.bands import open_image
 
 
-def pixel(image: Image.Image) -> tuple[int, int, int]:
-    rgb = transforms.to_rgb(image)
-    assert rgb.mode == "RGB" and rgb.size == image.size
-    return rgb.getpixel((0, 0))
-
-
 def test_every_image_mode_becomes_rgb():
-    grey16 = Image.fromarray(np.full((3, 2), 257 * 90, dtype=np.uint16))
     palette = Image.new("P", (1, 1), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert pixel(Image.new("RGB", (1, 1), (1, 2, 3))) == (1, 2, 3)
-    assert pixel(Image.new("L", (3, 1), 90)) == (90, 90, 90)
-    assert pixel(Image.new("1", (1, 3), 1)) == (255, 255, 255)
-    assert pixel(palette) == (10, 20, 30)
-    assert pixel(grey16) == (90, 90, 90)
-    assert pixel(Image.new("I", (1, 1), 257 * 90)) == (90, 90, 90)
-    assert pixel(Image.new("I", (1, 1), 90)) == (90, 90, 90)
-    assert pixel(Image.new("F", (1, 1), 0.5)) == (128, 128, 128)
-    assert pixel(Image.fromarray(np.float32([[0.5, np.nan], [np.inf, -np.inf]]))) == (128, 128, 128)  # and three black
-    assert pixel(Image.new("CMYK", (1, 1), (0, 0, 0, 255))) == (0, 0, 0)
-    assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)
-    assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
-    assert pixel(Image.new("I", (2, 2), 200)) == (200, 200, 200)
-    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 255))) == (10, 20, 30)
-    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 0))) == (255, 255, 255)
-    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 51))) == (206, 208, 210)  # a fifth, over white
-    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
-    palette.info["transparency"] = 1
-    assert pixel(palette) == (255, 255, 255)
+    transparent = palette.copy()
+    transparent.info["transparency"] = 1
+    for image, expected in (
+        (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
+        (Image.new("L", (3, 1), 90), (90, 90, 90)),
+        (Image.new("1", (1, 3), 1), (255, 255, 255)),
+        (palette, (10, 20, 30)),
+        (transparent, (255, 255, 255)),
+        (Image.fromarray(np.full((3, 2), 257 * 90, dtype=np.uint16)), (90, 90, 90)),
+        (Image.fromarray(np.full((3, 2), 250, dtype=np.uint16)), (1, 1, 1)),
+        (Image.new("I", (1, 1), 257 * 90), (90, 90, 90)),
+        (Image.new("I", (1, 1), 90), (90, 90, 90)),
+        (Image.new("F", (1, 1), 0.5), (128, 128, 128)),
+        (Image.fromarray(np.float32([[0.5, np.nan], [np.inf, -np.inf]])), (128, 128, 128)),  # and three black
+        (Image.new("CMYK", (1, 1), (0, 0, 0, 255)), (0, 0, 0)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 51)), (206, 208, 210)),  # a fifth, over white
+        (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+    ):
+        rgb = transforms.to_rgb(image)
+        assert (rgb.mode, rgb.size, rgb.getpixel((0, 0))) == ("RGB", image.size, expected)
 
 
 @pytest.mark.parametrize("suffix", ["tif", "jp2"])
 def test_near_infrared_that_is_marked_as_transparency_is_left_out(tmp_path, suffix):
     """GDAL marks the fourth band of 8 bits so; over white, vegetation would be pale."""
     levels = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
-    Image.fromarray(levels).save(tmp_path / f"rgbn.{suffix}")
-    image = open_image(tmp_path / f"rgbn.{suffix}")
-    assert image.mode == "RGBA"
-    rgb = np.asarray(transforms.to_rgb(image))
-    assert np.array_equal(rgb, levels[..., :3])
+    image = open_image(save_image(tmp_path / f"rgbn.{suffix}", Image.fromarray(levels)))
+    assert image.mode == "RGBA" and np.array_equal(transforms.to_rgb(image), levels[..., :3])
 
 
-@pytest.mark.parametrize(
-    "levels", [np.float32([0, 1.02]), np.float32([-0.5, 0.5]), np.int32([0, 300]), np.int16([-9, 9])]
-)
-def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path, levels):
+def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path):
     """One image of a set would be a hundred times as dark as the next, by its own largest number."""
-    tifffile = pytest.importorskip("tifffile")
-    tifffile.imwrite(tmp_path / "a.tif", levels[None])
-    with pytest.raises(InputError, match=r"a.tif: its numbers go from .* --scale and --bands 1,1,1"):
-        transforms.to_rgb(open_image(tmp_path / "a.tif"))
+    pytest.importorskip("tifffile")
+    for levels in (np.float32([0, 1.02]), np.float32([-0.5, 0.5]), np.int32([0, 300]), np.int16([-9, 9])):
+        path = save_image(tmp_path / "a.tif", levels[None])
+        with pytest.raises(InputError, match=r"a.tif: its numbers go from .* --scale and --bands 1,1,1"):
+            transforms.to_rgb(open_image(path))
 
 
-def write_odd_files(folder) -> None:
-    """Image files whose pixels Image.open alone does not give as evaluation sees them, by what is odd about them."""
-    rng = np.random.RandomState(0)
+def test_a_transform_takes_what_image_open_returns_and_shows_it_upright(tmp_path):
+    """As `load_finetuned` gives it to those who predict: the same bits as in evaluation. Each file is odd, such that
+    Image.open alone does not give its pixels as evaluation sees them."""
+    levels = np.random.RandomState(0).randint(0, 256, (40, 30, 4)).astype(np.uint8)
+    rgb = Image.fromarray(levels[..., :3])
     exif = Image.Exif()
-    levels = rng.randint(0, 256, (40, 30, 3)).astype(np.uint8)
     exif[274] = 6  # lies on its side
-    transparent = np.dstack([levels, rng.randint(0, 256, (40, 30)).astype(np.uint8)])
-    palette = Image.fromarray(levels).quantize(16)
-    files = {
-        "plain.png": (Image.fromarray(levels), {}),
-        "rotated.jpg": (Image.fromarray(levels), {"exif": exif}),
-        "rotated.png": (Image.fromarray(levels), {"exif": exif}),
-        "rotated.tif": (Image.fromarray(levels), {"exif": exif}),
-        "rgba.png": (Image.fromarray(transparent), {}),
-        "palette.png": (palette, {}),
-        "transparent palette.png": (palette, {"transparency": 3}),
-        "16 bits.png": (Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
-        "cmyk.jpg": (Image.fromarray(levels).convert("CMYK"), {}),
-    }
-    folder.mkdir(parents=True)
-    for name, (image, options) in files.items():
-        image.save(folder / name, **options)
-
-
-@pytest.mark.parametrize("size", [32, 96])
-def test_a_transform_takes_what_image_open_returns(tmp_path, size):
-    """As `load_finetuned` gives it to those who predict: the same bits as in evaluation."""
-    for label in ("cat", "dog"):
-        write_odd_files(tmp_path / "train" / label)
-        write_odd_files(tmp_path / "val" / label)
-        photograph(tmp_path / "val" / label / "large.jpg")
-    images = sources.load_splits("imagefolder", tmp_path).val
-    transform = transforms.eval_transform(size)
-    for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
-        assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
-
-
-def test_a_file_is_upright(tmp_path):
-    write_odd_files(tmp_path / "all")
-    seen = {path.name: transforms.to_rgb(Image.open(path)) for path in (tmp_path / "all").iterdir()}
-    upright = seen["plain.png"].transpose(Image.Transpose.ROTATE_270)
+    for name, image, options in (
+        ("plain.png", rgb, {}),
+        ("rotated.jpg", rgb, {"exif": exif}),
+        ("rotated.png", rgb, {"exif": exif}),
+        ("rotated.tif", rgb, {"exif": exif}),
+        ("rgba.png", Image.fromarray(levels), {}),
+        ("palette.png", rgb.quantize(16), {}),
+        ("transparent palette.png", rgb.quantize(16), {"transparency": 3}),
+        ("16 bits.png", Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
+        ("cmyk.jpg", rgb.convert("CMYK"), {}),
+    ):
+        save_image(tmp_path / name, image, **options)
+    seen = {path.name: transforms.to_rgb(Image.open(path)) for path in tmp_path.iterdir()}
+    upright = rgb.transpose(Image.Transpose.ROTATE_270)
     for name in ("rotated.png", "rotated.tif"):
         assert np.array_equal(seen[name], upright), name
     assert seen["rotated.jpg"].size == (40, 30)
     for image in seen.values():
         assert transforms.to_rgb(image) is image  # nothing is done twice
-    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"]))
-    seen = [image for image, _ in data.Transformed(images, lambda image: image)]
-    assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
-
-
-def all_transforms(size: int):
-    yield transforms.eval_transform(size)
-    for name in choices.AUGMENTATIONS:
-        yield transforms.train_transform(size, name)
-    for name in choices.TWO_CROPS:
-        yield from transforms.two_crops(size, name).views
+    photograph(tmp_path / "large.jpg")
+    images = data.LabelledImages(data.ImageFiles(tmp_path, [*seen, "large.jpg"]))
+    for transform in (transforms.eval_transform(32), transforms.eval_transform(96)):
+        for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
+            assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
+    some = images.subset([[*seen].index("rotated.jpg"), [*seen].index("rgba.png")])
+    modes = [(image.mode, image.size) for image, _ in data.Transformed(some, lambda image: image)]
+    assert modes == [("RGB", (40, 30)), ("RGB", (30, 40))]
 
 
 @pytest.mark.parametrize("size", [32, 96])
 @pytest.mark.parametrize("source", [(1, 1), (8, 8), (200, 30)])
 def test_every_transform_takes_images_of_any_size(size, source):
-    for transform in all_transforms(size):
+    found = [transforms.eval_transform(size)]
+    found += [transforms.train_transform(size, name) for name in choices.AUGMENTATIONS]
+    for name in choices.TWO_CROPS:
+        found += transforms.two_crops(size, name).views
+    for transform in found:
         tensor = transform(Image.new("RGB", source, (120, 130, 140)))
         assert tensor.shape == (3, size, size) and tensor.dtype == torch.float32 and tensor.isfinite().all()
 
@@ -160,13 +133,11 @@ def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
             assert (views[0] != views[1]).float().mean() < 1e-3
 
 
-def photograph(path, size=(1210, 900), **options) -> Image.Image:
+def photograph(path, size=(1210, 900), **options) -> None:
     """A JPEG of smooth and of sharp parts."""
     y, x = np.mgrid[: size[1], : size[0]] / 60
     levels = np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.sign(np.sin(x * y / 9))], axis=2)
-    image = Image.fromarray((127.5 + 100 * levels).astype(np.uint8))
-    image.save(path, quality=95, **options)
-    return image
+    save_image(path, (127.5 + 100 * levels).astype(np.uint8), quality=95, **options)
 
 
 @pytest.mark.parametrize(
@@ -191,18 +162,20 @@ def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, spy, name
     assert any(max(image.size) <= 605 for (image,), _ in load.call_args_list)
 
 
-@pytest.mark.parametrize(
-    ("size", "orientation", "shrunk"),
-    [((256, 256), 1, (128, 128)), ((257, 256), 3, (257, 256)), ((256, 257), 3, (256, 257))],
-)
-def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, spy, size, orientation, shrunk):
+def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, spy):
     """But all pixels where an image is turned whose last block is not whole."""
-    exif = Image.Exif()
-    exif[274] = orientation
-    photograph(tmp_path / "large.jpg", size, exif=exif)
     load = spy(transforms, "to_rgb")
-    transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
-    assert [image.size for (image,), _ in load.call_args_list] == [shrunk]
+    for size, orientation, shrunk in (
+        ((256, 256), 1, (128, 128)),
+        ((257, 256), 3, (257, 256)),
+        ((256, 257), 3, (256, 257)),
+    ):
+        exif = Image.Exif()
+        exif[274] = orientation
+        photograph(tmp_path / "large.jpg", size, exif=exif)
+        transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
+        [image], _ = load.call_args
+        assert image.size == shrunk
 
 
 @pytest.mark.parametrize("orientation", [9, 65535, "6", b"\x06"])
@@ -212,18 +185,6 @@ def test_an_orientation_that_makes_no_sense_is_upright(tmp_path, monkeypatch, or
     assert data.to_rgb(Image.open(tmp_path / "odd.jpg")).size == (400, 200)
     view = transforms.eval_transform(64)(Image.open(tmp_path / "odd.jpg"))
     assert view.amin((1, 2)).tolist() == view.amax((1, 2)).tolist()  # white to the edges
-
-
-def test_digits_views_are_the_image_but_for_a_small_change_of_place_and_noise(monkeypatch):
-    image, _ = sources.load_splits("digits").train[0]
-    drawn = []
-    still = (0.0, (0, 0), 1.0, (0, 0))
-    monkeypatch.setattr(T.RandomAffine, "get_params", staticmethod(lambda *limits: drawn.append(limits) or still))
-    first, second = transforms.two_crops(32, "digits")(image)
-    degrees, shift, scale, *_ = drawn[0]
-    assert degrees == [-10, 10] and shift == (0.1, 0.1) and scale == (0.88, 1.12)
-    noise = (first - transforms.eval_transform(32)(image))[0] * transforms.IMAGENET_STD[0]
-    assert noise.std() == pytest.approx(0.05, rel=0.1) and not torch.equal(first, second)
 
 
 def test_crop_min_is_the_least_share_of_an_image_that_is_shown():
