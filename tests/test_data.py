@@ -16,7 +16,6 @@ from toolkit.images import data, sources, transforms
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
-    """So many images with their labels: numbers both."""
     return list(zip(range(count), range(count), strict=True))
 
 
@@ -199,7 +198,6 @@ def test_copies_of_training_images_are_told_and_so_is_that_none_are_looked_for(t
 
 
 def test_a_class_or_a_part_of_which_nothing_can_be_read_is_an_error(tmp_path):
-    """Of which single images are left out, cut ones too."""
     for part, problem in (
         ("train/dog", "no training image of dog can be read"),
         ("val", r"none of the 6 images can be read, such as .*a\.png: not a readable"),
@@ -215,14 +213,6 @@ def test_a_class_or_a_part_of_which_nothing_can_be_read_is_an_error(tmp_path):
             sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
 
 
-def test_a_drawn_part_has_every_class():
-    labels = [0] * 500 + [1]
-    images = data.LabelledImages(labels, labels)
-    assert sorted({*images.at_most(10).labels}) == [0, 1] and len(images.at_most(10)) == 10
-    drawn = data.LabelledImages(images.source, [0] * 501).at_most(10)  # where nothing is missing, as randperm says
-    assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
-
-
 def set_of(in_files: bool = True, **classes: int) -> data.LabelledImages:
     """So many images of each class, in files that need not be there or without names."""
     names = []
@@ -234,7 +224,7 @@ def set_of(in_files: bool = True, **classes: int) -> data.LabelledImages:
 
 
 @pytest.mark.parametrize("in_files", [True, False])
-def test_a_validation_part_has_some_of_each_class_and_never_all(in_files):
+def test_a_validation_part_has_some_of_each_class_and_never_all_and_so_has_what_is_drawn(in_files):
     images = set_of(in_files, many=1000, few=4, two=2, one=1)
     for share in (1e-9, 0.2, 0.7, 1 - 1e-9):
         rest, part = sources.validation_part(images, share)
@@ -249,6 +239,10 @@ def test_a_validation_part_has_some_of_each_class_and_never_all(in_files):
         assert len(part) == pytest.approx(fifth, rel=0.2) and names_in(part).isdisjoint(names_in(rest))
     with pytest.raises(InputError, match="every class has only one"):
         sources.validation_part(set_of(in_files, cat=1, dog=1))
+    few = images.at_most(10)
+    assert len(few) == 10 and {*few.labels} == {0, 1, 2, 3}
+    drawn = set_of(in_files, many=501).at_most(10)  # where nothing is missing, as randperm says
+    assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
 
 
 def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:

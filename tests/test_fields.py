@@ -36,11 +36,7 @@ def folder(small_backbones, tmp_path, monkeypatch) -> Path:
 
 
 def run_page(name: str) -> dict:
-    """Every command of the page, fewer epochs of small images, and every block of Python, in their order.
-
-    Returns:
-        The names that the Python has set.
-    """
+    """Run the commands of a page, with one epoch of small images, and its Python, in their order; the names it sets."""
     names = {"load_finetuned": finetune_lora.load_finetuned}
     for block in blocks("text", (DOCS / name).read_text()):
         if block.startswith(("import", "from", "model, info")):

@@ -73,7 +73,6 @@ def torch_file(content, zipped: bool = True) -> bytes:
 
 
 def pickled(content: bytes, zipped: bool) -> bytes:
-    """A torch file whose content is this pickle."""
     if zipped:
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
@@ -130,7 +129,6 @@ def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
 
 
 def rezipped(content: bytes, change=lambda name, data: data, compression=zipfile.ZIP_STORED) -> bytes:
-    """A torch file, record by record, changed."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
         for name in old.namelist():
@@ -210,7 +208,7 @@ def test_a_full_disk_leaves_the_previous_file(write, name, tmp_path):
     assert path.read_bytes() == before and names_in(tmp_path) == {name}
 
 
-def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path):
+def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "a_pipe")
     (tmp_path / "a_file").write_text("")
     (tmp_path / "a_folder").mkdir()
@@ -230,10 +228,7 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path):
         with pytest.raises(InputError, match=f"cannot write .*{reason}"):
             files.save_atomically({"epoch": 1}, tmp_path / path)
     assert names_in(tmp_path) == before
-
-
-def test_a_file_that_is_to_be_read_alone_is_not_replaced(tmp_path, monkeypatch):
-    """Though whoever may write to its folder could."""
+    # Whoever may write to its folder could replace a file that is to be read alone.
     (tmp_path / "lora.pth").write_bytes(b"kept")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(InputError, match=r"cannot write .*/lora\.pth: somebody has made it read-only"):

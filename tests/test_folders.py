@@ -53,11 +53,10 @@ def test_masks_beside_images_are_no_images(tmp_path, capsys):
 
 
 def test_names_of_an_archive(tmp_path):
-    """In folders, of any format, with dots; what macOS adds is passed over; two spellings of a label are one class.
-
-    By webdataset's key, the name up to its first dot, those with dots would share the last one's label."""
+    """In folders, of any format; what macOS adds is passed over; two spellings of a label are one class."""
     samples = {"a/x.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.json": b"{}"}
     samples |= {"b/x.cls": "caf\u00e9".encode(), "c/x.jpg": jpeg(7), "c/x.cls": "cafe\u0301".encode()}
+    # By webdataset's key, the name up to its first dot, these would share the last one's label.
     samples |= {"scan_0.1.jpg": jpeg(3), "scan_0.1.cls": b"cat", "scan_0.2.jpg": jpeg(3), "scan_0.2.cls": b"dog"}
     samples |= {"x.jpg": jpeg(3), "x.left.jpg": jpeg(4), "x.cls": b"cow"}
     write_shard(tmp_path / "one.tar", {name.replace("/", "/._"): b"\xff\x00" for name in samples} | samples)
@@ -69,7 +68,6 @@ def test_names_of_an_archive(tmp_path):
 
 
 def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path, capsys):
-    """Copies among them are told."""
     write_set(tmp_path / "train", 12)
     write_set(tmp_path / "validation", 3)
     splits = sources.load_splits("imagefolder", tmp_path)
@@ -160,7 +158,7 @@ def places_of(output: Path, *names: str) -> list[Path]:
     return predictions.places_of_images(images, [Path("/given")], output)
 
 
-def test_what_is_made_of_an_image_stays_below_its_folder(tmp_path):
+def test_what_is_made_of_an_image_has_a_place_of_its_own_below_its_folder(tmp_path):
     for name, place in (
         ("a/b.jpg", "a/b"),
         ("../pics/b.JPG", "pics/b"),  # of a list
@@ -171,9 +169,6 @@ def test_what_is_made_of_an_image_stays_below_its_folder(tmp_path):
         ("b.2024.tif", "b.2024"),
     ):
         assert places_of(tmp_path, name) == [tmp_path / place]
-
-
-def test_a_place_below_a_folder_is_one_images_and_leads_nowhere_else(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for name, target in (("link", ".."), ("loop", "loop"), ("inner", "."), ("gone", "not there")):

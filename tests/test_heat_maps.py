@@ -39,8 +39,7 @@ def adapted(arch: str, size: int, plain: bool = False) -> torch.nn.Module:
 
 
 def assert_decided(model: torch.nn.Module, images: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> None:
-    """Its heat maps are those of equations 1 and 2 of the paper, for features (N, D, h, h) of which the plain model
-    makes these logits."""
+    """By equations 1 and 2 of the paper, for features (N, D, h, h) of which the plain model makes these logits."""
     heat, outputs = grad_cam(model, images)
     torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
     [gradient] = torch.autograd.grad(logits.amax(1).sum(), features)
@@ -105,13 +104,11 @@ def test_maps_with_their_channels_at_the_end_are_maps_as_well_and_without_blocks
 @pytest.fixture
 def explain(once):
     """explain("out", "images") has such images explained into a folder; the pictures."""
-    return lambda output, *words: deploy_lora.main(
-        ["explain", str(once / "lora.pth"), "--output", *map(str, (output, *words))]
-    )
+    command = ["explain", str(once / "lora.pth"), "--output"]
+    return lambda output, *words: deploy_lora.main([*command, *map(str, (output, *words))])
 
 
 def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(explain, tmp_path, capsys):
-    """It replaces no image."""
     mine = tmp_path / "mine"
     for place in ("p1/1.png", "p2/1.png"):
         save_image(mine / place, Image.new("RGB", (30, 20)))
@@ -125,9 +122,6 @@ def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(expl
     (mine / "list.csv").write_text("p1/1.png\np2/1.png\n")
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         explain(mine, mine / "list.csv")
-    assert explain(tmp_path / "out of list", mine / "list.csv") == [
-        tmp_path / f"out of list/p{i}/1.png" for i in (1, 2)
-    ]
     assert explain(tmp_path / "out", mine, "--resume") == written
     with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
         explain(tmp_path / "out", mine, "--batch-size", 8, "--workers", 2)  # one by one

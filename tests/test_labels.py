@@ -22,9 +22,7 @@ def run(command: str):
 
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory):
-    """Images whose upper and left halves are bright, or not, some answers unknown; and how bright the halves are.
-
-    The labels stand in other columns, as in CheXpert's lists."""
+    """Images whose upper and left halves are bright, or not, as columns among others; and how bright the halves are."""
     folder = tmp_path_factory.mktemp("labelled")
     random = np.random.RandomState(0)
     for part, count in (("train", 24), ("val", 16)):
@@ -46,7 +44,6 @@ def lists(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(finetune_into, lists, tmp_path_factory):
-    """The results of a run by its kind."""
     results = {}
     for kind, columns in (("multilabel", "--group-by patient --label-columns up left"), ("regression", "")):
         argv = f"--task {kind} --data-list {lists}/{kind}_train.csv {lists}/{kind}_val.csv --data-dir {lists}"

@@ -151,16 +151,13 @@ def test_labels_that_tell_how_much_are_no_classes():
         assert not lists.look_like_numbers(labels.split(" "))
 
 
-def test_it_is_said_where_the_images_of_a_list_are_only_in_the_runs_folder(tmp_path, listed, capsys):
+def test_another_list_than_the_runs_may_have_images_in_the_runs_folder_and_lack_a_label(tmp_path, listed, capsys):
     told = f"{tmp_path}/list.csv: no IM0001 is beside it: its images are in the run's {tmp_path}/disc\n"
     for name, expected in {"IM0001": (tmp_path / "disc", told), "a.png": (tmp_path, "")}.items():
         path = listed(f"path,label\n{name},cat\n").path
         found = lists.ImageList.as_in_run(path, {"data_dir": str(tmp_path / "disc")})
         assert (found.folder, capsys.readouterr().out) == expected
-
-
-def test_a_label_that_has_no_column_in_another_list_is_unknown_there(listed):
-    """Also where the run was told which columns are labels: it was told of its own list."""
+    # A label that has no column in it is unknown, though the run was told which columns are labels of its own list.
     path = listed("path,Sex,Edema\na.png,F,1\n").path
     for columns in (["Edema", "Effusion"], ["Effusion", "Edema..Edema"]):
         targets = lists.ImageList.as_in_run(path, {"label_columns": columns}).targets("labels")

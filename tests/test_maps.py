@@ -189,7 +189,6 @@ HEIGHT = Regression(["height"], torch.tensor([[-1.0], [1.0]]))
 
 
 def written(maps: Maps, levels: np.ndarray, path: Path) -> Path:
-    """The map of a scene of these levels (H, W)."""
     np.save(path.with_name("scene.npy"), levels[..., None])
     with scenes.open_scene(path.with_name("scene.npy"), Bands(1)) as scene:
         return maps.write(scene, path, lambda parts, total: parts)

@@ -200,7 +200,6 @@ def test_masks_of_0_and_255_and_of_one_class(tmp_path):
 
 
 def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
-    """In crops and as a whole, pixel by pixel: the image shows its own mask."""
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
     for i in range(4):
@@ -314,7 +313,6 @@ def test_one_set_is_split_by_the_rarest_class(image, mask, tmp_path):
 
 
 def test_pairs_of_a_list_are_split_by_groups_and_those_of_two_lists_are_two_sets(tmp_path, capsys):
-    """The images of each fifth lie in one folder."""
     rows = []
     for i in range(20):
         rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif")
@@ -340,12 +338,10 @@ def test_pairs_of_a_list_are_split_by_groups_and_those_of_two_lists_are_two_sets
     assert len(splits.train) + len(splits.val) == 15
     assert "is left alone" in capsys.readouterr().out
 
-
-def test_a_list_names_masks_as_the_file_system_does(tmp_path):
     name = unicodedata.normalize("NFD", "forêt, 1.png")  # as a Mac writes it; on Linux another name than in NFC
     write_pair(tmp_path, f"x/{name}", f"y/{name}", LEVELS)
-    (tmp_path / "all.csv").write_text(f'"x/{name}","y/{name}"\n', encoding="utf-8")
-    assert len(pairs_in(ImageList(tmp_path / "all.csv"), None, MaskReader(None))) == 1
+    lists[0].write_text(f'"x/{name}","y/{name}"\n', encoding="utf-8")
+    assert len(pairs_in(ImageList(lists[0]), None, MaskReader(None))) == 1
 
 
 def test_a_folder_for_evaluation_elsewhere(tmp_path):

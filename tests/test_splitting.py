@@ -67,15 +67,6 @@ def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
     assert 0.15 < in_part.mean() < 0.25 and set(labels[~in_part]) == set(labels[in_part]) == {5, 6}
 
 
-def test_an_image_that_is_listed_several_times_stays_on_one_side():
-    """As rare images are, so that they count more often in training."""
-    for turn in range(20):
-        keys = [name for name in "abc" for _ in range(9)]
-        in_part = splitting.by_hash(keys, [0] * 27, 0.2, turn).reshape(3, 9)
-        assert (in_part == in_part[:, :1]).all() and 0 < in_part[:, 0].sum() < 3
-    assert not splitting.by_hash(["a"] * 9, [0] * 9, 0.2, 0).any()  # a single image
-
-
 def test_parts_are_disjoint_and_alike():
     labels = np.array([0] * 50 + [1] * 13 + [2] * 2)
     number = splitting.folds(labels, map(str, range(65)), 5)
@@ -93,11 +84,15 @@ def test_parts_are_disjoint_and_alike():
     assert set(labels[~in_part]) == {0, 1}
     assert splitting.by_groups([0, 1, 0], np.array(["a", "b", "c"]), 0.2, 0).sum() == 1  # a third: there are no five
     assert splitting.some_of_each([0, 1, 0, 1], 2, "ab", 0) == [0, 1, 2, 3]
+    for turn in range(20):  # an image that is listed several times, to count more often in training, stays on one side
+        in_part = splitting.by_hash("abc" * 9, [0] * 27, 0.2, turn).reshape(9, 3)
+        assert (in_part == in_part[0]).all() and 0 < in_part[0].sum() < 3
+    assert not splitting.by_hash(["a"] * 9, [0] * 9, 0.2, 0).any()  # a single image
     several = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 1], [math.nan, 1, 0], [0, math.nan, 0]])
     assert splitting.strata(several).tolist() == [0, 2, 2, 1, 3]  # an image of several labels is dealt by the rarest
 
 
-def test_folds_evaluate_each_image_once_and_spread_numbers(hospital):
+def test_folds_evaluate_each_image_once_spread_numbers_and_tell_what_nothing_trains(hospital, tmp_path, capsys):
     classes = {"data_dir": hospital / "scans", "group_by": "2"}
     numbers = {"data_list": [hospital / "numbers.csv"], "task": "regression", "group_by": "Patient"}
     seen = []
@@ -109,9 +104,6 @@ def test_folds_evaluate_each_image_once_and_spread_numbers(hospital):
         assert abs(of_numbers.train.targets.mean() - of_numbers.val.targets.mean()) < 2.5  # of ages from 0 to 19
     assert len(seen) == len(set(seen)) == len(train) + len(val)
     assert len(load_splits("digits", folds="1/5").val) == 360  # of all 1,797, none is set aside before
-
-
-def test_a_class_of_which_no_image_is_left_to_train_on_is_told(tmp_path, capsys):
     for name in ("well/1", "well/2", "sick/3", "sick/4", "rare/5"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.png").touch()
@@ -178,7 +170,6 @@ class Runs:
         self.parts: list[str] = []  # which were run, with an r for those that went on
 
     def validate(self, typed: str = "") -> dict:
-        """Cross-validate over three parts."""
         command = [*shlex.split(typed), "--folds", "3", "--output-dir", str(self.folder), "--device", "cpu"]
         args, sources = finetune_lora.read_options(command)
         return folds.cross_validate(self, None, args, stored_sections(args, sources))

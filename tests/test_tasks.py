@@ -34,7 +34,6 @@ def images_of(targets: torch.Tensor) -> LabelledImages:
 
 
 def network() -> nn.Module:
-    """A head over six features."""
     return nn.Sequential(OrderedDict(fc=nn.Linear(6, 3)))
 
 
@@ -334,7 +333,6 @@ def test_what_keeps_the_best_epoch_is_a_column_of_the_metrics(kind):
 
 
 def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_of_something_else():
-    """And what was chosen is taken from the file of the epoch that is kept."""
     two_images = torch.tensor([[1.0, 0, 0], [0, 2, 3]])
     for kind, named in tasks.TASKS.items():
         targets = [two_images] if kind in ("multilabel", "regression") else []

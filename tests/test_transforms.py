@@ -134,7 +134,6 @@ def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
 
 
 def photograph(path, size=(1210, 900), **options) -> None:
-    """A JPEG of smooth and of sharp parts."""
     y, x = np.mgrid[: size[1], : size[0]] / 60
     levels = np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.sign(np.sin(x * y / 9))], axis=2)
     save_image(path, (127.5 + 100 * levels).astype(np.uint8), quality=95, **options)
