@@ -10,6 +10,12 @@ import numpy as np
 from PIL import Image
 
 
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def bytes_of(write, *args, **options) -> bytes:
     """What `write(file, *args, **options)` writes."""
     file = io.BytesIO()

@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.image_files import bytes_of, tar_of
+from tests.image_files import bytes_of, tar_of, touch
 from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.images import data, folders, shards, sources
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
 
 
 def write_shard(path, samples: dict[str, bytes]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.image_files import touch
 from toolkit import InputError
 from toolkit.images import lists
 
@@ -13,9 +14,7 @@ from toolkit.images import lists
 @pytest.fixture
 def listed(tmp_path):
     """listed("a.png,cat", label_columns=["x"]) is a list of this text, read with these options."""
-    (tmp_path / "disc").mkdir()
-    for name in ("a.png", "b.png", "c.png", "b c.png", "b,c.png", "a.dcm", "disc/IM0001"):
-        (tmp_path / name).touch()
+    touch(tmp_path, "a.png", "b.png", "c.png", "b c.png", "b,c.png", "a.dcm", "disc/IM0001")
 
     def read(text: str, **options) -> lists.ImageList:
         (tmp_path / "list.csv").write_bytes(text.encode(errors="surrogateescape"))

@@ -16,6 +16,7 @@ import yaml
 
 import deploy_lora
 import finetune_lora
+from tests.image_files import touch
 from tests.run_folders import names_in, rows_of
 from toolkit import InputError, distributed
 from toolkit.answers import probe
@@ -104,9 +105,7 @@ def test_folds_evaluate_each_image_once_spread_numbers_and_tell_what_nothing_tra
         assert abs(of_numbers.train.targets.mean() - of_numbers.val.targets.mean()) < 2.5  # of ages from 0 to 19
     assert len(seen) == len(set(seen)) == len(train) + len(val)
     assert len(load_splits("digits", folds="1/5").val) == 360  # of all 1,797, none is set aside before
-    for name in ("well/1", "well/2", "sick/3", "sick/4", "rare/5"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.png").touch()
+    touch(tmp_path, "well/1.png", "well/2.png", "sick/3.png", "sick/4.png", "rare/5.png")
     for number in (1, 2):
         load_splits("imagefolder", tmp_path, folds=f"{number}/2")
     assert capsys.readouterr().out.count("no training image of rare is left: all are evaluated on") == 1
