@@ -3,11 +3,11 @@
 import hashlib
 import re
 import sys
-import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +18,7 @@ import deploy_lora
 import finetune_lora
 from lora.adapter_file import find_base
 from moco import pretrain
+from tests.servers import serving
 from toolkit import InputError
 from toolkit.models import published
 from toolkit.models.names import fetched
@@ -27,49 +28,29 @@ CONTENT = bytes(range(256)) * 4
 DIGEST = hashlib.md5(CONTENT).hexdigest()[:8]
 
 
-class Server(BaseHTTPRequestHandler):
-    """Answers GET alone, stalls in stalls.pth, breaks off in breaks.pth, says no size of endless.pth."""
+class Server(SimpleHTTPRequestHandler):
+    """Stalls in stalls.pth, breaks off in breaks.pth, says no size of endless.pth."""
 
-    folder: Path
-    ended: threading.Event
-    wanted: list[str]  # the paths that were asked for
+    def send_header(self, keyword, value):
+        if keyword != "Content-Length" or self.path != "/endless.pth":
+            super().send_header(keyword, value)
 
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        path = self.folder / self.path[1:]
-        self.wanted.append(self.path)
-        if not path.exists():
-            return self.send_error(404)
-        content = path.read_bytes()
-        self.send_response(200)
-        if path.name != "endless.pth":
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if path.name in ("stalls.pth", "breaks.pth"):
-            content = content[:300]
-        self.wfile.write(content)
-        self.wfile.flush()
-        if path.name == "stalls.pth":
-            self.ended.wait(10)
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        outputfile.write(content[:300] if self.path in ("/stalls.pth", "/breaks.pth") else content)
+        if self.path == "/stalls.pth":
+            time.sleep(1)
 
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
     """The folder of a server's files, to which `publish` gives names. torch.hub's folder is tmp_path/hub."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    Server.folder = tmp_path / "web"
-    Server.ended = threading.Event()
-    Server.wanted = []
-    (tmp_path / "web").mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        published.PUBLISHED["moco-v9"] = ("", "")
-        yield types.SimpleNamespace(folder=tmp_path / "web", url=f"http://127.0.0.1:{running.server_port}")
-        del published.PUBLISHED["moco-v9"]
-        Server.ended.set()
-        running.shutdown()
+    folder = tmp_path / "web"
+    folder.mkdir()
+    named = mock.patch.dict(published.PUBLISHED, {"moco-v9": ("", "")})
+    with named, serving(partial(Server, directory=folder)) as url:
+        yield types.SimpleNamespace(folder=folder, url=url)
 
 
 def publish(web, name: str, content: bytes = CONTENT, digest: str = DIGEST) -> Path:
@@ -98,15 +79,15 @@ def test_a_named_checkpoint_is_downloaded_once(web, monkeypatch, capsys):
 
 def test_of_two_that_need_a_file_one_downloads_it(web, monkeypatch):
     publish(web, "base.pth")
-    real = published._download
+    download = published._download
     begun = []
 
-    def download(*args):
+    def slowly(*args):
         begun.append(args)
         time.sleep(0.2)
-        real(*args)
+        download(*args)
 
-    monkeypatch.setattr(published, "_download", download)
+    monkeypatch.setattr(published, "_download", slowly)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda _: fetch(), range(2))) == [CONTENT] * 2
     assert len(begun) == 1
@@ -115,7 +96,7 @@ def test_of_two_that_need_a_file_one_downloads_it(web, monkeypatch):
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(web, tmp_path):
     publish(web, "base.pth", b"other")
     other = f"{web.url}/base.pth did not arrive as it is published ({DIGEST}): try again later"
-    nothing = f"cannot download {web.url}/base.pth (HTTP Error 404: Not Found): fetch it elsewhere and"
+    nothing = f"cannot download {web.url}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and"
     for told in (other, nothing):
         with pytest.raises(InputError, match=re.escape(told)):
             finetune_lora.read_options(["--checkpoint", "moco-v9"])
@@ -154,31 +135,29 @@ def test_a_server_that_says_no_size_may_not_send_without_end(web, monkeypatch):
     assert fetch() == content
 
 
-READ = {
-    "finetune": (finetune_lora.read_options, "--checkpoint moco-v9", "--data-dir nowhere"),
-    "pretrain": (pretrain.read_options, "--checkpoint moco-v9", "--data-dir nowhere"),
-    "deploy": (deploy_lora.read_options, "merge a.pth --checkpoint moco-v9 --output b.pth", "--output nowhere/b.pth"),
-}
-
-
-@pytest.mark.parametrize("read, command, wrong", READ.values(), ids=READ)
-def test_each_script_gets_the_file_when_all_else_is_right(web, read, command, wrong):
+@pytest.mark.parametrize(
+    "script, command, wrong",
+    [
+        (finetune_lora, "--checkpoint moco-v9", "--data-dir nowhere"),
+        (pretrain, "--checkpoint moco-v9", "--data-dir nowhere"),
+        (deploy_lora, "merge a.pth --checkpoint moco-v9 --output b.pth", "--output nowhere/b.pth"),
+    ],
+)
+def test_each_script_gets_the_file_when_all_else_is_right(web, script, command, wrong):
     place = publish(web, "base.pth")
     with pytest.raises(InputError, match="nowhere") as error:
-        read([*command.split(), *wrong.split()])
-    assert "\n" not in str(error.value) and not Server.wanted
-    found = read(command.split())
+        script.read_options([*command.split(), *wrong.split()])
+    assert "\n" not in str(error.value) and not place.parent.exists()
+    found = script.read_options(command.split())
     if isinstance(found, tuple):
         found, _ = found
     assert found.checkpoint == place
 
 
-def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web, tmp_path, monkeypatch):
+def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web, tmp_path):
     publish(web, "base.pth")
     (tmp_path / "own.pth").touch()
-    hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    for typed in ("moco-v9", "hf:owner/name/a.pth", "none --arch resnet18 --no-freeze-backbone", f"{tmp_path}/own.pth"):
+    for typed in ("moco-v9", "none --arch resnet18 --no-freeze-backbone", f"{tmp_path}/own.pth"):
         found = options.stored_sections(*finetune_lora.read_options(["--checkpoint", *typed.split()]))
         assert found["model"]["checkpoint"] == typed.split()[0]
 
@@ -192,7 +171,8 @@ def test_whose_base_is_not_there_is_told_the_name_of_a_published_one():
 def test_files_of_the_hub(tmp_path, monkeypatch):
     hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert fetched(Path("hf:owner/name/folder/a.pth")) == tmp_path / "owner/name/folder/a.pth"
+    path = fetched(Path("hf:owner/name/folder/a.pth"))
+    assert path == tmp_path / "owner/name/folder/a.pth" and published.NAMES[path] == "hf:owner/name/folder/a.pth"
     with pytest.raises(InputError, match="hf: is to be followed by owner/name/file"):
         fetched(Path("hf:owner/name"))
     for error in (OSError, RuntimeError):  # the latter stands for those of libraries for HTTP

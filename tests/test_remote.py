@@ -1,9 +1,8 @@
 """Files and folders by their address: in fsspec's memory, and on a server of this test."""
 
 import io
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,46 +16,41 @@ import deploy_lora
 import finetune_lora
 from moco import pretrain
 from tests.image_files import bytes_of, tar_of
+from tests.servers import serving
 from toolkit import InputError
 from toolkit.images import remote, shards
 from toolkit.images.masks import MaskReader
-from toolkit.images.sources import Splits, load_splits
+from toolkit.images.sources import load_splits
 
 fsspec = pytest.importorskip("fsspec")
 
 
-def as_png(levels: np.ndarray) -> bytes:
-    return bytes_of(Image.fromarray(levels).save, "png")
-
-
-def png(level: int) -> bytes:
-    return as_png(np.full((16, 16, 3), (level, 255 - level, 100), np.uint8))
+def png(levels: np.ndarray) -> bytes:
+    return bytes_of(Image.fromarray(levels.astype(np.uint8)).save, "png")
 
 
 def tree() -> dict[str, bytes]:
     """Twelve images of two classes as files with a list, in class folders, with masks, and in two archives."""
-    found = {f"images/{i}.png": png(10 * i + 100 * (i % 2)) for i in range(12)}
+    found = {}
+    archives = ({}, {})
+    rows = ["path,label"]
     for i in range(12):
         part = "val" if i > 7 else "train"
-        found[f"photos/{part}/{'hot dog' if i % 2 else 'even'}/{i}.png"] = found[f"images/{i}.png"]
-        found[f"pairs/{part}/images/{i}.png"] = found[f"images/{i}.png"]
-        found[f"pairs/{part}/masks/{i}.png"] = as_png(np.eye(16, dtype=np.uint8) * (1 + i % 2))
-    found["pairs/list.csv"] = "\n".join(f"train/images/{i}.png,train/masks/{i}.png" for i in range(8)).encode()
-    rows = [f"images/{i}.png,{'odd' if i % 2 else 'even'}" for i in range(12)]
-    found["list.csv"] = "\n".join(["path,label", *rows]).encode()
-    for number in range(2):
-        samples = {}
-        for i in range(6 * number, 6 * number + 6):
-            samples |= {f"{i}.png": found[f"images/{i}.png"], f"{i}.cls": b"odd" if i % 2 else b"even"}
-        found[f"shards/part-{number}.tar"] = tar_of(samples)
-    return found
+        name = "hot dog" if i % 2 else "even"
+        level = 10 * i + 100 * (i % 2)
+        image = png(np.full((16, 16, 3), (level, 255 - level, 100)))
+        for folder in ("images", f"photos/{part}/{name}", f"pairs/{part}/images"):
+            found[f"{folder}/{i}.png"] = image
+        found[f"pairs/{part}/masks/{i}.png"] = png(np.eye(16) * (1 + i % 2))
+        rows.append(f"images/{i}.png,{name}")
+        archives[i // 6].update({f"{i}.png": image, f"{i}.cls": name.encode()})
+    masks = [f"train/images/{i}.png,train/masks/{i}.png" for i in range(8)]
+    found |= {"list.csv": "\n".join(rows).encode(), "pairs/list.csv": "\n".join(masks).encode()}
+    return found | {"shards/part-0.tar": tar_of(archives[0]), "shards/part-1.tar": tar_of(archives[1])}
 
 
 class Ranges(SimpleHTTPRequestHandler):
     """Serves files, and parts of files."""
-
-    def log_message(self, *_):
-        pass
 
     def do_GET(self):
         wanted = self.headers.get("Range")
@@ -84,7 +78,7 @@ def here(tmp_path) -> Path:
 
 
 @pytest.fixture(params=["memory", "http"])
-def place(request, here, tmp_path) -> str:
+def place(request, here) -> str:
     """The address of `tree`."""
     if request.param == "memory":
         system = fsspec.filesystem("memory")
@@ -93,10 +87,8 @@ def place(request, here, tmp_path) -> str:
         system.rm("/place", recursive=True)
         return
     pytest.importorskip("aiohttp")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=tmp_path / "web")) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(partial(Ranges, directory=here)) as url:
+        yield url
 
 
 def argv(base: Path, folder: Path, options: str) -> list[str]:
@@ -109,12 +101,6 @@ def test_pretraining_reads_folders(place, tmp_path):
     assert results["checkpoint"].exists()
 
 
-def load(where: str, **options) -> Splits:
-    if where.endswith(".csv"):
-        return load_splits("imagefolder", data_list=[where], **options)
-    return load_splits("imagefolder", Path(where), **options)
-
-
 @pytest.mark.parametrize("place", ["http"], indirect=True)
 def test_a_run_reads_folders_as_it_reads_those_of_this_machine(place, here, base, tmp_path):
     at_place = finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/photos"))
@@ -125,9 +111,13 @@ def test_a_run_reads_folders_as_it_reads_those_of_this_machine(place, here, base
         assert deploy_lora.main(["evaluate", adapter, *images])["loss"] == pytest.approx(alone["val_loss"])
 
 
-@pytest.mark.parametrize("where", ["pairs", "pairs/list.csv"])
-def test_masks_are_read_too(place, here, where):
-    at_place, alone = (load(f"{at}/{where}", task="segmentation", masks=MaskReader(None)) for at in (place, here))
+@pytest.mark.parametrize("listed", [False, True])
+def test_masks_are_read_too(place, here, listed):
+    found = []
+    for at in (place, here):
+        source = {"data_list": [f"{at}/pairs/list.csv"]} if listed else {"data_dir": f"{at}/pairs"}
+        found.append(load_splits("imagefolder", **source, task="segmentation", masks=MaskReader(None)))
+    at_place, alone = found
     assert at_place.digest() == alone.digest() and len(at_place.train) > 4
     for ours, theirs in ((at_place.train, alone.train), (at_place.val, alone.val)):
         for i in range(len(theirs)):
@@ -178,30 +168,21 @@ def test_an_archive_is_indexed_in_few_reads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("told", "message"),
     [
-        ("memory://place/none.csv", "none.csv: cannot read it: "),
-        ("https://somewhere/list.csv?key=secret", "https://somewhere/list.csv: a password, signature or further"),
-        ("nosuch://place/list.csv", "nosuch://place/list.csv cannot be read: Protocol not known"),
+        ("--data-list {place}/none.csv", "none.csv: cannot read it: "),
+        ("--data-list https://some/list.csv?key=secret", "https://some/list.csv: a password, signature or further"),
+        ("--data-list nosuch://place/list.csv", "nosuch://place/list.csv cannot be read: Protocol not known"),
+        ("--data-list {folder}/list.csv", r"^{place}/.\.png: not a readable image \(nothing is there\); repair"),
+        ("--data-dir {place}/none", "none: no folder that can be listed, or no answer; name"),
+        ("--data-dir {place}/images/3.png", "images/3.png: no folder that can be listed, or no answer; name"),
     ],
 )
-def test_what_cannot_be_had_is_one_line_without_secrets(path, message, base, tmp_path):
-    with pytest.raises(InputError) as error:
-        finetune_lora.main(argv(base, tmp_path / "out", f"--data-list {path}"))
-    assert message in str(error.value)
-    assert "secret" not in str(error.value)
-
-
-def test_a_missing_image_is_named_once(place, base, tmp_path):
+def test_what_cannot_be_had_is_one_line_without_secrets(place, told, message, base, tmp_path):
     (tmp_path / "list.csv").write_text("".join(f"{place}/{name}.png,{name in 'ac'}\n" for name in "abcd"))
-    with pytest.raises(InputError, match=rf"^{place}/.\.png: not a readable image \(nothing is there\); repair"):
-        finetune_lora.main(argv(base, tmp_path / "out", f"--data-list {tmp_path}/list.csv"))
-
-
-@pytest.mark.parametrize("what", ["none", "images/3.png"])
-def test_what_is_no_folder_asks_for_a_list(place, base, tmp_path, what):
-    with pytest.raises(InputError, match=rf"{what}: no folder that can be listed, or no answer; name"):
-        finetune_lora.main(argv(base, tmp_path / "out", f"--data-dir {place}/{what}"))
+    with pytest.raises(InputError, match=message.format(place=place)) as error:
+        finetune_lora.main(argv(base, tmp_path / "out", told.format(place=place, folder=tmp_path)))
+    assert "secret" not in str(error.value)
 
 
 def test_drives_of_windows_are_no_addresses():
