@@ -75,36 +75,29 @@ def test_a_table_in_the_place_of_a_window_has_the_range_of_its_bits():
     np.testing.assert_allclose(np.asarray(image), 255 * squares[RAMP] / 4095, atol=1)
 
 
-def test_numbers_are_in_their_own_unit():
-    tags = WINDOW | {"RescaleSlope": 2, "RescaleIntercept": -1000}
-    array = bands.decoded(file_of(np.stack([RAMP, RAMP + 7]), **tags))
-    np.testing.assert_array_equal(array[..., 0], 2 * RAMP - 1000)  # of the first frame
+def test_numbers_are_in_their_own_unit_which_frames_share():
+    """As the window is in enhanced CT and MR, where these stand in sequences."""
+    unit = {"RescaleSlope": 2, "RescaleIntercept": -1000}
+    frames = np.stack([RAMP, RAMP + 7])
+    group = tagged(PixelValueTransformationSequence=[tagged(**unit)], FrameVOILUTSequence=[tagged(**WINDOW)])
+    shared = file_of(frames, SharedFunctionalGroupsSequence=[group])
+    for content in (file_of(frames, **WINDOW, **unit), shared):
+        np.testing.assert_array_equal(bands.decoded(content)[..., 0], 2 * RAMP - 1000)  # of the first frame
+    greys = 255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1)
+    np.testing.assert_allclose(np.asarray(dicom.picture(shared)), greys, atol=1)
     inverted = bands.decoded(file_of(RAMP, BitsStored=12, **INVERTED))
     np.testing.assert_array_equal(inverted[..., 0], 4095 - RAMP)
 
 
-def test_frames_share_their_unit_and_window():
-    """As in enhanced CT and MR, where these stand in sequences."""
-    group = pydicom.Dataset()
-    group.PixelValueTransformationSequence = [tagged(RescaleSlope=2, RescaleIntercept=-1000)]
-    group.FrameVOILUTSequence = [tagged(**WINDOW)]
-    content = file_of(np.stack([RAMP, RAMP + 7]), SharedFunctionalGroupsSequence=[group])
-    np.testing.assert_array_equal(bands.decoded(content)[..., 0], 2 * RAMP - 1000)
-    greys = 255 * np.clip((2.0 * RAMP - 2000) / 1000, 0, 1)
-    np.testing.assert_allclose(np.asarray(dicom.picture(content)), greys, atol=1)
-
-
-def test_a_deflated_file_is_refused_before_it_is_inflated():
-    """It may grow to any size."""
+def test_what_may_grow_to_any_size_is_refused_before_it_is_decoded():
     dataset = pydicom.dcmread(io.BytesIO(file_of(RAMP)))
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    with pytest.raises(ValueError, match="compressed as a whole"):
-        dicom.read(bytes_of(dataset.save_as, enforce_file_format=True))
-
-
-def test_a_size_is_checked_before_it_is_decoded():
-    with pytest.raises(ValueError, match="an image of 7,200,000,000 bytes, which is more than its bytes can hold"):
-        dicom.read(file_of(RAMP, Rows=60_000, Columns=60_000))
+    deflated = bytes_of(dataset.save_as, enforce_file_format=True)
+    large = file_of(RAMP, Rows=60_000, Columns=60_000)
+    said = "an image of 7,200,000,000 bytes, which is more than its bytes can hold"
+    for content, reason in ((deflated, "compressed as a whole"), (large, said)):
+        with pytest.raises(ValueError, match=reason):
+            dicom.read(content)
 
 
 def test_files_without_suffix_are_known_by_their_mark(tmp_path):

@@ -45,6 +45,7 @@ def test_the_name_of_a_published_file_tells_its_family(name, capsys):
 
 SENTINEL_2 = "resnet50_sentinel2_all_moco-df8b932e.pth"
 RGB = {"arch": "vit_mini", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+HALF = RGB | {"mean": [0.5] * 3}
 TWO = {"arch": "vit_mini", "channels": 2, "mean": [1.0, 2.0], "std": [3.0, 4.0], "scale": 5.0, "bands": ["4", "2"]}
 TWO |= {"show_bands": [1]}  # which files of earlier versions have
 
@@ -63,14 +64,7 @@ TWO |= {"show_bands": [1]}  # which files of earlier versions have
         ({"normalise": "ssl4eo-s12"}, 13, {}, "mine.pth", (10000, [0], [1], None), "of ssl4eo-s12 (torchgeo"),
         # What the file says of its pretraining, unless photographs were normalised as ever.
         ({}, 3, RGB, "stage1.pth", None, ""),
-        (
-            {},
-            3,
-            RGB | {"mean": [0.5] * 3},
-            "a.pth",
-            (None, [0.5] * 3, RGB["std"], None),
-            ": scale, mean, std and bands",
-        ),
+        ({}, 3, HALF, "a.pth", (None, [0.5] * 3, RGB["std"], None), ": scale, mean, std and bands"),
         ({}, 2, TWO, "stage1.pth", (5, [1, 2], [3, 4], ["4", "2"]), "as in the pretraining, which stage1.pth says"),
         ({"bands": ["3", "1"]}, 2, TWO, "a.pth", (5, [1, 2], [3, 4], ["3", "1"]), "as in the pretraining"),
         # The mean and std are those of reflectances, say, whatever the numbers in the files.
