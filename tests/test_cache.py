@@ -30,23 +30,19 @@ def cached_three() -> data.LabelledImages:
     return cache.cache_features(data.LabelledImages([], [0, 1, 0]), [[torch.zeros(3, 5)]], 3)
 
 
-def test_places_that_cannot_be_used(tmp_path, monkeypatch):
+def test_what_cannot_be_cached_leaves_no_file_and_says_what_to_do(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
         with pytest.raises(InputError, match="several machines share no file; use --cache-features none"):
             cached_three()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # as a stop while other processes open it
+        patch.setattr(torch, "from_file", mock.Mock(side_effect=KeyboardInterrupt))
+        cached_three()
+    assert list(place.iterdir()) == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot make .*Not a directory.* set XDG_CACHE_HOME"):
         cached_three()
-
-
-def test_no_file_is_left_where_the_features_cannot_be_opened(place, monkeypatch):
-    """As after a stop while the other processes open it."""
-    monkeypatch.setattr(torch, "from_file", mock.Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        cached_three()
-    assert list(place.iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved")
@@ -64,19 +60,12 @@ def test_room_for_features_is_reserved(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--adapt-last 1", pytest.param("--lora-rank 0", marks=pytest.mark.slow)])
-def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, flags, place, capsys, monkeypatch):
+def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, flags, place, capsys, spy):
     """To rounding, as batches of other sizes round, while what is below sees each of the 21 + 15 images once."""
     plain = finetune(flags, "plain")
-    calls = []
-    embed = VisionTransformer._process_input
-
-    def embedded(vit, x):
-        calls.append((len(x), vit.training))
-        return embed(vit, x)
-
-    monkeypatch.setattr(VisionTransformer, "_process_input", embedded)
+    embed = spy(VisionTransformer, "_process_input")
     cached = finetune(f"{flags} --cache-features disk", "cached")
-    assert calls == [(21, False), (15, False)]
+    assert [(len(images), vit.training) for (vit, images), _ in embed.call_args_list] == [(21, False), (15, False)]
     assert capsys.readouterr().out.count("caching features in") == 2
     assert cached["knn_accuracy_before"] == plain["knn_accuracy_before"]
     assert cached["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)

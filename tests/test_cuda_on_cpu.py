@@ -15,6 +15,8 @@ from tests import cuda_on_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [f"tests/test_{name}.py" for name in ("blocks", "functional", "layers", "memory")]
+IN_PLACE = ["-p", "tests.cuda_on_cpu.in_place_of_cpu", "-m", "slow or not slow"]  # tests that were written for CPUs
+PROCESSES = "fine_tune_as_one and lora or answers_of_one or maps_of_one or pretraining_in_two"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,33 +27,19 @@ def emulated_gpus():
         pytest.skip(reason)
 
 
-def run_tests(*options: str) -> None:
-    """Run tests on emulated GPUs; they have to pass."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["tests/test_gpu.py"], id="steps wait for nothing and runs compute as here"),
+        pytest.param(["-k", "cuda", *LAYERS], id="layers, blocks and products", marks=pytest.mark.slow),
+        pytest.param(["-m", "slow", "tests/test_gpu.py"], id="more runs", marks=pytest.mark.slow),
+        pytest.param([*IN_PLACE, "-k", PROCESSES, "tests/test_processes.py"], id="two GPUs", marks=pytest.mark.slow),
+    ],
+)
+def test_on_emulated_gpus_these_tests_pass(options):
     command = [sys.executable, "-m", "tests.cuda_on_cpu", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]
-
-
-def test_steps_on_a_gpu_wait_for_nothing_and_whole_runs_compute_there_as_here():
-    run_tests("tests/test_gpu.py")
-
-
-@pytest.mark.slow
-def test_layers_blocks_and_products_on_a_gpu():
-    run_tests("-k", "cuda", *LAYERS)
-
-
-@pytest.mark.slow
-def test_runs_on_a_gpu():
-    run_tests("-m", "slow", "tests/test_gpu.py")
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_answer_on_gpus():
-    """Tests that were written for CPUs, with a GPU in place of each."""
-    chosen = "fine_tune_as_one and lora or answers_of_one or maps_of_one or pretraining_in_two"
-    on_gpus = "tests.cuda_on_cpu.in_place_of_cpu"
-    run_tests("-p", on_gpus, "-m", "slow or not slow", "-k", chosen, "tests/test_processes.py")
 
 
 def test_a_pytorch_for_which_they_cannot_be_built_is_named_in_one_line(monkeypatch, tmp_path):

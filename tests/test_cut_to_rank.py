@@ -25,16 +25,15 @@ def bases(base, narrow, saved) -> dict[str, Path]:
     return {"vit": base, "resnet": saved(narrow, "resnet.pth")}
 
 
-def truncated(change: Tensor, r: int) -> Tensor:
-    """The nearest matrix of rank r, in float64; of attention's packed weight, each of q, k and v."""
-    U, S, Vh = torch.linalg.svd(change.double().flatten(1), full_matrices=False)
-    return ((U[:, :r] * S[:r]) @ Vh[:r]).view(change.shape)
-
-
 def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor:
-    parts = 3 if name.endswith("in_proj_weight") else 1
-    pairs = zip(before.chunk(parts), after.chunk(parts), strict=True)
-    return torch.cat([old.double() + truncated(new - old, r) for old, new in pairs])
+    """The nearest change of rank r, in float64; of attention's packed weight, of each of q, k and v."""
+    parts = []
+    for old, new in zip(
+        *(tensor.double().chunk(3 if "in_proj" in name else 1) for tensor in (before, after)), strict=True
+    ):
+        U, S, Vh = torch.linalg.svd((new - old).flatten(1), full_matrices=False)
+        parts.append(old + ((U[:, :r] * S[:r]) @ Vh[:r]).view(old.shape))
+    return torch.cat(parts)
 
 
 def save(model: nn.Module, base: Path | str, kind: str, path: Path, **more) -> Path:

@@ -5,10 +5,10 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import deploy_lora
 from lora_utils import read_adapter_file
@@ -53,7 +53,7 @@ def ordinal(base, images, tmp_path_factory):
     return out
 
 
-def test_training_and_evaluating_are_of_the_new_task(ordinal):
+def test_every_command_is_of_the_new_task(ordinal):
     results = json.loads((ordinal / "results.json").read_text())
     again = json.loads((ordinal / "again.json").read_text())
     assert results["task"] == again["task"] == "ordinal"
@@ -61,25 +61,21 @@ def test_training_and_evaluating_are_of_the_new_task(ordinal):
     assert results["chosen_by"] == {"epoch": "the evaluation images"}
     metadata = read_adapter_file(ordinal / "lora.pth")["metadata"]
     assert metadata["task"] == {"kind": "ordinal", "ranks": [0.0, 2.0, 4.0]}
+    assert json.loads((ordinal / "merged.json").read_text())["activation"] == "softmax"
+    assert len(torch.load(ordinal / "merged.pth")["heads.head.bias"]) == 3
+    card = (ordinal / "card.md").read_text()
+    assert "pipeline_tag: tabular-classification" in card and "ordinal of images" in card
 
 
 def test_predicted_are_what_the_exported_graph_answers_with_the_recorded_ranks(ordinal):
     usage = json.loads((ordinal / "model.json").read_text())
     graph = torch.export.load(ordinal / "model.pt2").module()
     assert usage["activation"] == "none"  # the graph ends with the head's own
+    scaling = transforms.Normalize(usage["mean"], usage["std"])
     for row in rows_of(ordinal / "answers.csv"):
-        pixels = torch.from_numpy(np.array(Image.open(row["path"]), np.float32)).movedim(2, 0)
-        levels = (pixels / 255 - torch.tensor(usage["mean"])[:, None, None]) / torch.tensor(usage["std"])[:, None, None]
-        [shares] = graph(levels[None])
+        [shares] = graph(scaling(transforms.functional.to_tensor(Image.open(row["path"])))[None])
         assert row["class"] == usage["class_names"][shares.argmax()]
         assert float(row["rank"]) == pytest.approx((shares @ torch.tensor([0.0, 2.0, 4.0])).item(), abs=1e-3)
-
-
-def test_merge_and_card_say_what_the_new_task_is(ordinal):
-    assert json.loads((ordinal / "merged.json").read_text())["activation"] == "softmax"
-    assert len(torch.load(ordinal / "merged.pth")["heads.head.bias"]) == 3
-    card = (ordinal / "card.md").read_text()
-    assert "pipeline_tag: tabular-classification" in card and "ordinal of images" in card
 
 
 @pytest.mark.parametrize("command", ["evaluate {}", "merge --output {}/merged.pth", "card --output {}/card.md"])

@@ -36,8 +36,8 @@ class Server(SimpleHTTPRequestHandler):
             super().send_header(keyword, value)
 
     def copyfile(self, source, outputfile):
-        content = source.read()
-        outputfile.write(content[:300] if self.path in ("/stalls.pth", "/breaks.pth") else content)
+        is_whole = self.path not in ("/stalls.pth", "/breaks.pth")
+        outputfile.write(source.read(-1 if is_whole else 300))
         if self.path == "/stalls.pth":
             time.sleep(1)
 
@@ -93,58 +93,46 @@ def test_of_two_that_need_a_file_one_downloads_it(web, monkeypatch):
     assert len(begun) == 1
 
 
-def test_what_cannot_be_had_is_one_line_and_leaves_nothing(web, tmp_path):
-    publish(web, "base.pth", b"other")
-    other = f"{web.url}/base.pth did not arrive as it is published ({DIGEST}): try again later"
-    nothing = f"cannot download {web.url}/base.pth (HTTP Error 404: File not found): fetch it elsewhere and"
-    for told in (other, nothing):
-        with pytest.raises(InputError, match=re.escape(told)):
-            finetune_lora.read_options(["--checkpoint", "moco-v9"])
-        assert not list((tmp_path / "hub").rglob("*.p*"))
-        (web.folder / "base.pth").unlink(missing_ok=True)
-
-
-def test_a_server_that_stalls_is_not_waited_for_and_leaves_one_file(web, monkeypatch):
-    monkeypatch.setattr(published, "TIME_OUT", 0.2)
-    place = publish(web, "stalls.pth")
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"cannot download .*/stalls\.pth \(timed out\): fetch it elsewhere"):
-            fetch()
-        assert [path.name for path in place.parent.iterdir() if path.suffix != ".lock"] == ["stalls.pth.part"]
-        assert place.with_name("stalls.pth.part").read_bytes() == CONTENT[:300]
-
-
-@pytest.mark.parametrize("digest", [DIGEST, ""])
-def test_what_is_torn_is_noticed_and_a_part_of_a_killed_call_is_begun_anew(web, digest):
-    place = publish(web, "breaks.pth", digest=digest)
-    with pytest.raises(InputError, match=rf"breaks\.pth did not arrive as it is published \({digest or 1024}\)"):
-        fetch()
-    assert not list(place.parent.glob("*.p*"))
-    place.with_name("base.pth.part").write_bytes(b"of an older version" * 100)
-    publish(web, "base.pth", digest=digest)
-    assert fetch() == CONTENT
-
-
-def test_a_server_that_says_no_size_may_not_send_without_end(web, monkeypatch):
-    content = CONTENT * 1000
-    publish(web, "endless.pth", content, hashlib.md5(content).hexdigest()[:8])
-    monkeypatch.setattr(published, "LARGEST", len(content) // 2)
-    with pytest.raises(InputError, match="did not arrive as it is published"):
-        fetch()
-    monkeypatch.setattr(published, "LARGEST", 2 * len(content))
-    assert fetch() == content
+TORN = rf"did not arrive as it is published \({DIGEST}\): try again later$"
+ELSEWHERE = r"cannot download http.*/{} \({}\): fetch it elsewhere and give its path$"
 
 
 @pytest.mark.parametrize(
-    "script, command, wrong",
+    ("name", "content", "digest", "told", "left"),
     [
-        (finetune_lora, "--checkpoint moco-v9", "--data-dir nowhere"),
-        (pretrain, "--checkpoint moco-v9", "--data-dir nowhere"),
-        (deploy_lora, "merge a.pth --checkpoint moco-v9 --output b.pth", "--output nowhere/b.pth"),
+        ("nothing.pth", None, DIGEST, ELSEWHERE.format("nothing.pth", "HTTP Error 404: File not found"), []),
+        ("base.pth", b"other", DIGEST, TORN, []),
+        ("breaks.pth", CONTENT, DIGEST, TORN, []),
+        ("breaks.pth", CONTENT, "", TORN.replace(DIGEST, "1024"), []),
+        ("stalls.pth", CONTENT, DIGEST, ELSEWHERE.format("stalls.pth", "timed out"), ["stalls.pth.part"]),
+        ("endless.pth", bytes(10**6), hashlib.md5(bytes(10**6)).hexdigest()[:8], "did not arrive as it is publ", []),
     ],
 )
-def test_each_script_gets_the_file_when_all_else_is_right(web, script, command, wrong):
+def test_what_cannot_be_had_is_one_line_and_begun_anew(web, monkeypatch, name, content, digest, told, left):
+    monkeypatch.setattr(published, "TIME_OUT", 0.2)
+    monkeypatch.setattr(published, "LARGEST", 10**5)
+    place = publish(web, name, content or b"", digest)
+    if content is None:
+        (web.folder / name).unlink()
+    for _ in range(2):
+        with pytest.raises(InputError, match=told):
+            finetune_lora.read_options(["--checkpoint", "moco-v9"])
+        assert [path.name for path in place.parent.iterdir() if path.suffix != ".lock"] == left
+    place = publish(web, "endless.pth")
+    place.with_name("endless.pth.part").write_bytes(b"of an older version" * 100)
+    assert fetch() == CONTENT
+
+
+DEPLOY = "merge a.pth --output b.pth --checkpoint moco-v9"
+
+
+@pytest.mark.parametrize(
+    "script, command",
+    [(finetune_lora, "--checkpoint moco-v9"), (pretrain, "--checkpoint moco-v9"), (deploy_lora, DEPLOY)],
+)
+def test_each_script_gets_the_file_when_all_else_is_right(web, script, command):
     place = publish(web, "base.pth")
+    wrong = "--output nowhere/b.pth" if script is deploy_lora else "--data-dir nowhere"
     with pytest.raises(InputError, match="nowhere") as error:
         script.read_options([*command.split(), *wrong.split()])
     assert "\n" not in str(error.value) and not place.parent.exists()
@@ -162,29 +150,30 @@ def test_a_configuration_has_the_name_and_not_the_place_on_this_machine(web, tmp
         assert found["model"]["checkpoint"] == typed.split()[0]
 
 
-def test_whose_base_is_not_there_is_told_the_name_of_a_published_one():
-    base = "/of/another/machine/moco_v2_800ep_pretrain.pth.tar"
-    with pytest.raises(InputError, match="is not there; give moco-v2-800ep as the checkpoint"):
-        find_base("lora.pth", {"checkpoint": base})
-
-
 def test_files_of_the_hub(tmp_path, monkeypatch):
     hub = types.SimpleNamespace(hf_hub_download=lambda repository, file: f"{tmp_path}/{repository}/{file}")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    path = fetched(Path("hf:owner/name/folder/a.pth"))
-    assert path == tmp_path / "owner/name/folder/a.pth" and published.NAMES[path] == "hf:owner/name/folder/a.pth"
+    wanted = Path("hf:owner/name/folder/a.pth")
+    path = fetched(wanted)
+    assert path == tmp_path / "owner/name/folder/a.pth" and published.NAMES[path] == str(wanted)
     with pytest.raises(InputError, match="hf: is to be followed by owner/name/file"):
         fetched(Path("hf:owner/name"))
     for error in (OSError, RuntimeError):  # the latter stands for those of libraries for HTTP
         hub.hf_hub_download = mock.Mock(side_effect=error("404: no such repository\nand much more"))
-        with pytest.raises(InputError, match=r"hf:owner/name/a\.pth cannot be downloaded: 404: no such repository$"):
-            fetched(Path("hf:owner/name/a.pth"))
+        with pytest.raises(InputError, match=rf"{wanted} cannot be downloaded: 404: no such repository$"):
+            fetched(wanted)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"hf:owner/name needs huggingface_hub .*: pip install huggingface_hub"):
-        fetched(Path("hf:owner/name/a.pth"))
+        fetched(wanted)
 
 
 def test_the_names_of_torchgeos_files_end_in_their_digests():
     for name, (url, digest) in published.PUBLISHED.items():
         assert url.startswith("https://") and re.fullmatch("[0-9a-f]{8}|", digest), name
         assert "torchgeo" not in url or url.endswith(f"-{digest}.pth"), name
+
+
+def test_whose_base_is_not_there_is_told_the_name_of_a_published_one():
+    base = "/of/another/machine/moco_v2_800ep_pretrain.pth.tar"
+    with pytest.raises(InputError, match="is not there; give moco-v2-800ep as the checkpoint"):
+        find_base("lora.pth", {"checkpoint": base})
