@@ -5,7 +5,6 @@ Noise on 13 bands stands for Sentinel-2's images: three bands carry the class.
 
 import copy
 import itertools
-import json
 import struct
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
-from tests.checkpoint_files import save_base
 from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError
 from toolkit.images import folders, remote
@@ -47,38 +45,31 @@ def tiffs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def base13(tmp_path_factory) -> Path:
-    """A vit_mini for 16 pixels of 13 channels, in MoCo v3's layout."""
-    return save_base(tmp_path_factory.mktemp("base13") / "base.pth", channels=13)
+def run(base: Path, tiffs: Path, output: Path, options: str) -> dict:
+    argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --batch-size 8 --epochs 1"
+    return finetune_lora.main([*argv.split(), "--learning-rate=1e-3", *options.split(), *ON_CPU])
 
 
-def run(base: Path, tiffs: Path, output: Path, options: str = "", scale: str = "--scale 10000") -> dict:
-    argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --batch-size 8"
-    argv += f" --epochs 1 --lora-rank 2 --learning-rate 1e-3 {scale} {options}"
-    return finetune_lora.main([*argv.split(), *ON_CPU])
-
-
-@pytest.fixture(scope="module")
-def trained(base13, tiffs, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("trained")
-    run(base13, tiffs, output)
-    return output / "lora.pth"
-
-
-def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tmp_path):
-    model, about = load_finetuned(trained)
-    assert input_channels(model) == about["channels"] == 13
+def test_a_folder_of_13_band_tiffs_goes_through_stage_1_and_every_command(base, tiffs, tmp_path, capsys):
+    """A stage-1 adapter knows the channels that its base was fitted to, and what the numbers mean."""
+    argv = f"--checkpoint {base} --channels 13 --scale 10000 --lora-rank 2 --data-dir {tiffs} --epochs 1 --batch-size 8"
+    stage1 = pretrain.main([*argv.split(), f"--output-dir={tmp_path}/stage1", "--dim=8", "--mlp-dim=8", *ON_CPU])
+    assert "loaded, the first layer fitted from 3 channels, in their order" in capsys.readouterr().out
+    told = f"--lora-rank 2 --stage1-adapter {stage1['checkpoint']}"
+    with pytest.raises(InputError, match=r"moco_lora.pth is for images of 13 channels, not 5: leave out --channels"):
+        run(base, tiffs, tmp_path / "other", f"{told} --channels 5")
+    results = run(base, tiffs, tmp_path / "out", told)
+    adapter = tmp_path / "out/lora.pth"
+    model, about = load_finetuned(adapter)
+    assert input_channels(model) == about["channels"] == results["normalization"]["channels"] == 13
     assert (about["scale"], about["mean"], about["std"]) == (10000, [0] * 13, [1] * 13)
     image = tiffs / "val" / "1" / "5.tif"
     expected = torch.from_numpy(tifffile.imread(image).astype(np.float32) / 10000).permute(2, 0, 1)
     assert torch.allclose(about["transform"](image), expected, atol=1e-7)
 
     def command(name: str, of: Path, options: str = ""):
-        return deploy_lora.main([name, str(trained), str(of), *options.split(), *ON_CPU])
+        return deploy_lora.main([name, str(adapter), str(of), *options.split(), *ON_CPU])
 
-    results = json.loads((trained.parent / "results.json").read_text())
-    assert results["normalization"]["channels"] == 13
     assert command("evaluate", tiffs / "val")["accuracy"] == results["val_accuracy"]
     assert len(command("predict", image.parent, f"--output {tmp_path}/p.csv")) == 3
     assert command("embed", image.parent, f"--output {tmp_path}/f.npy").shape == (3, 192)
@@ -97,22 +88,9 @@ def test_a_network_of_13_channels_equals_the_stock_one(arch, size, options):
     compare_with_dense(rounded(stock, model), model, [x], FP32)
 
 
-def test_a_stage_1_adapter_knows_the_channels_that_its_base_was_fitted_to(base, tiffs, tmp_path, capsys):
-    argv = f"--checkpoint {base} --channels 13 --scale 10000 --lora-rank 2 --data-dir {tiffs} --epochs 1 --batch-size 8"
-    argv += f" --output-dir {tmp_path / 'stage1'} --dim 8 --mlp-dim 8"
-    stage1 = pretrain.main([*argv.split(), *ON_CPU])["checkpoint"]
-    assert "loaded, the first layer fitted from 3 channels, in their order" in capsys.readouterr().out
-    run(base, tiffs, tmp_path / "out", f"--stage1-adapter {stage1}", scale="")
-    assert load_finetuned(tmp_path / "out" / "lora.pth")[1]["channels"] == 13
-    deploy_lora.main(["evaluate", f"{tmp_path}/out/lora.pth", str(tiffs), *ON_CPU])
-    with pytest.raises(InputError, match=r"moco_lora.pth is for images of 13 channels, not 5: leave out --channels"):
-        run(base, tiffs, tmp_path / "other", f"--stage1-adapter {stage1} --channels 5")
-
-
-def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(base13, tiffs, tmp_path, capsys):
-    options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --checkpoint none --epochs 1"
-    options += " --normalise data --arch vit_mini --image-size 16"
-    told = run(base13, tiffs, tmp_path, options, scale="")["normalization"]
+def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(tiffs, tmp_path, capsys):
+    options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --normalise data --arch vit_mini"
+    told = run("none", tiffs, tmp_path, f"{options} --image-size 16")["normalization"]
     assert "measured on 15 training images" in capsys.readouterr().out
     model, about = load_finetuned(tmp_path / "lora.pth")
     assert (input_channels(model), about["bands"]) == (2, ["4", "2"])
@@ -159,19 +137,16 @@ def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
         assert np.array_equal(read, array.astype(np.float32)), name
 
 
-def test_a_preview_is_no_band(tmp_path):
+def test_a_preview_is_no_band_and_pngs_of_16_bits_keep_them(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for side in (16, 4):
             writer.write(np.zeros((side, side)), photometric="minisblack", metadata=None)
     assert Bands(1).array(tmp_path / "a.tif").shape == (16, 16, 1)
 
-
-def test_pngs_of_16_bits_keep_them():
     levels = np.random.RandomState(0).randint(0, 2**16, (5, 4, 3)).astype(">u2")
     grey = Image.fromarray(levels[..., 0].astype(np.uint16))
     assert np.array_equal(decoded(bytes_of(grey.save, "PNG"))[..., 0], levels[..., 0])
-    rows = b"".join(b"\0" + row.tobytes() for row in levels)
-    rgb = png_of(4, 5, 16, 2, rows)  # which Pillow does not write
+    rgb = png_of(4, 5, 16, 2, b"".join(b"\0" + row.tobytes() for row in levels))  # which Pillow does not write
     assert np.array_equal(decoded(rgb), levels.astype(np.float32))
 
 
@@ -203,11 +178,8 @@ def test_bands_are_picked_put_in_order_and_made_of_zeros():
 
 def tiff_of_many_pages(count: int) -> bytes:
     """Each has one tag, of no type that there is."""
-    content = bytearray(b"II*\0\x08\0\0\0")
-    for number in range(1, count + 1):
-        following = 8 + 18 * number if number < count else 0
-        content += struct.pack("<HHHIII", 1, 256, 99, 1, 1, following)
-    return bytes(content)
+    pages = [struct.pack("<HHHIII", 1, 256, 99, 1, 1, 8 + 18 * number) for number in range(1, count)]
+    return b"II*\0\x08\0\0\0" + b"".join(pages) + struct.pack("<HHHIII", 1, 256, 99, 1, 1, 0)
 
 
 @pytest.mark.parametrize(

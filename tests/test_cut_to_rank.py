@@ -17,12 +17,6 @@ from toolkit import InputError
 from toolkit.models.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
-SIZES = {"vit": 16, "resnet": 32}
-
-
-@pytest.fixture
-def bases(base, narrow, saved) -> dict[str, Path]:
-    return {"vit": base, "resnet": saved(narrow, "resnet.pth")}
 
 
 def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor:
@@ -36,31 +30,33 @@ def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor
     return torch.cat(parts)
 
 
-def save(model: nn.Module, base: Path | str, kind: str, path: Path, **more) -> Path:
-    arch = {"vit": "vit_mini", "resnet": "resnet18"}[kind]
-    about = {"arch": arch, "class_names": NAMES, "image_size": SIZES[kind], "checkpoint": str(base)}
+def save(model: nn.Module, base: Path | str, path: Path, **more) -> Path:
+    arch = "resnet18" if hasattr(model, "fc") else "vit_mini"
+    about = {"arch": arch, "class_names": NAMES, "image_size": 16, "checkpoint": str(base)}
     LoRAManager(model).save_lora_checkpoint(path, about | more)
     return path
 
 
-@torch.no_grad()
-def fully_trained(base: Path, kind: str) -> nn.Module:
-    """A base of which every parameter and statistic has moved a little, in all directions."""
+def of_base(base: Path) -> nn.Module:
     torch.manual_seed(0)
-    model, _ = load_backbone(base, len(NAMES), image_size=SIZES[kind])
+    return load_backbone(base, len(NAMES), image_size=16)[0]
+
+
+@torch.no_grad()
+def fully_trained(base: Path) -> nn.Module:
+    """A base of which every parameter and statistic has moved a little, in all directions."""
+    model = of_base(base)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor += 0.02 * torch.rand_like(tensor)
     return model
 
 
-def adapted(base: Path, kind: str) -> nn.Module:
+def adapted(base: Path) -> nn.Module:
     """Adapters of rank 6; of a ResNet, with BatchNorms that follow them."""
-    torch.manual_seed(0)
-    model, _ = load_backbone(base, len(NAMES), image_size=SIZES[kind])
-    add_lora_to_model(model, r=6, lora_alpha=3)
+    model = add_lora_to_model(of_base(base), r=6, lora_alpha=3)
     freeze_backbone_params(model)
-    follow_statistics(model, [torch.randn(2, 3, SIZES[kind], SIZES[kind])])
+    follow_statistics(model, [torch.randn(4, 3, 16, 16)])
     return randomize_adapters(model, std=0.05)
 
 
@@ -71,12 +67,15 @@ def convert(adapter: Path, rank: int, output: Path) -> None:
 @pytest.mark.parametrize("trained", [fully_trained, adapted])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @torch.no_grad()
-def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, kind, trained, tmp_path, capsys):
-    model = trained(bases[kind], kind)
-    path = save(model, bases[kind], kind, tmp_path / "lora.pth", val_accuracy=0.9)
+def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(
+    base, narrow, saved, kind, trained, tmp_path, capsys
+):
+    base = {"vit": base, "resnet": saved(narrow)}[kind]
+    path = save(trained(base), base, tmp_path / "lora.pth", val_accuracy=0.9)
+    (tmp_path / "results.json").write_text("{}")  # of the whole change
     convert(path, 2, tmp_path / "lora2.pth")
 
-    expected, _ = load_backbone(bases[kind], len(NAMES), image_size=SIZES[kind])
+    expected = of_base(base)
     before = copy.deepcopy(expected.state_dict())
     after = LoRAManager(load_finetuned(path)[0]).unload(merge=True).state_dict()
     energies = {}  # of each layer's change: what is kept, and all of it
@@ -88,7 +87,7 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, 
             energies[name.rpartition(".")[0]] = changes.double().square().flatten(1).sum(1)
         else:
             expected.state_dict()[name].copy_(tensor)
-    images = torch.randn(4, 3, SIZES[kind], SIZES[kind])
+    images = torch.randn(4, 3, 16, 16)
     found, about = load_finetuned(tmp_path / "lora2.pth")
     assert_close(found(images), expected.eval()(images), FP32)
     kept, total = sum(energies.values())
@@ -100,12 +99,6 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(bases, 
     assert "val_accuracy" not in about and about["lora"]["r"] == 2  # what is said of the file holds for this one
     layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
     assert {(record["r"], record["lora_alpha"]) for record in layers.values()} == {(2, 4)}
-
-
-def test_a_card_beside_the_results_of_the_whole_change_does_not_have_them(bases, tmp_path):
-    path = save(adapted(bases["vit"], "vit"), bases["vit"], "vit", tmp_path / "lora.pth")
-    (tmp_path / "results.json").write_text("{}")
-    convert(path, 2, tmp_path / "lora2.pth")
     card = deploy_lora.main(["card", str(tmp_path / "lora2.pth"), "--output", str(tmp_path / "card.md")])
     assert "Not measured" in card
 
@@ -119,15 +112,11 @@ def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_the
     assert_close(model[1].effective_weight(), trained["1.weight"], FP32)
 
 
-def of_base(base: Path) -> nn.Module:
-    return load_backbone(base, len(NAMES), image_size=16)[0]
-
-
 @pytest.mark.parametrize(
     ("rank", "trained", "checkpoint", "message"),
     [
-        (6, lambda base: adapted(base, "vit"), None, "--rank 6: lora.pth has rank 6; give a lower one"),
-        (192, lambda base: fully_trained(base, "vit"), None, "--rank 192: lora.pth has rank 192; give a lower one"),
+        (6, adapted, None, "--rank 6: lora.pth has rank 6; give a lower one"),
+        (192, fully_trained, None, "--rank 192: lora.pth has rank 192; give a lower one"),
         (2, of_base, "moved.pth", "lora.pth: its base, moved.pth, is not there; give its place"),
         (2, of_base, None, "lora.pth: only its head has trained"),
         (2, lambda base: add_lora_to_model(of_base(base), use_qlora=True), None, "lora.pth was trained over 4-bit wei"),
@@ -137,7 +126,7 @@ def of_base(base: Path) -> nn.Module:
 )
 def test_what_cannot_be_cut_is_refused(base, rank, trained, checkpoint, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save(trained(base), checkpoint or base, "vit", Path("lora.pth"))
+    save(trained(base), checkpoint or base, Path("lora.pth"))
     with pytest.raises(InputError, match=f"^{message}"):
         convert(Path("lora.pth"), rank, Path("cut.pth"))
     assert not Path("cut.pth").exists()

@@ -28,16 +28,15 @@ fsspec = pytest.importorskip("fsspec")
 
 def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
     for place in ("file:///dev/zero", f"file://{tmp_path}/a.tar"):
         for read in (remote.read, lambda place: lists.ImageList(Path(place)).paths()):
             with pytest.raises(InputError, match=f"{place} cannot be read: not a file"):
                 read(place)
         with pytest.raises(InputError, match="not a file"), remote.opened(place):
             pass
-    (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
-    images = folders.ImageFiles(tmp_path, lists.ImageList(tmp_path / "list.csv").paths())
     with pytest.raises(InputError, match="file:///dev/zero cannot be read: not a file"):
-        images[0]
+        folders.ImageFiles(tmp_path, lists.ImageList(tmp_path / "list.csv").paths())[0]
     with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read \(not a file\)"):
         shards.read_shards(tmp_path)
     refused = pytest.raises(InputError, match=r"a\.tar: not a readable image \(not a file\)")
@@ -165,6 +164,9 @@ def test_what_a_file_says_to_be_is_checked_before_it_is_decoded(content, reason,
 
 @pytest.mark.parametrize(("kind", "pack"), [(8, zlib.compress), (34925, lzma.compress)], ids=["zlib", "lzma"])
 def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
+    codecs = importlib.import_module(bands.import_tifffile().__name__ + "._imagecodecs")
+    # Versions of 2026 refuse the function of any other module.
+    assert {codecs.zlib_decode.__module__, codecs.lzma_decode.__module__} == {codecs.__name__}
     if bands.import_tifffile().tifffile.imagecodecs.__name__ != "tifffile._imagecodecs":
         pytest.skip("imagecodecs has limits of its own")
     levels = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -175,12 +177,6 @@ def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
             rows = scene.rows(0, 8)
     np.testing.assert_array_equal(image[..., 0], levels)
     np.testing.assert_array_equal(rows[..., 0], levels)
-
-
-def test_what_inflates_a_strip_is_tifffiles_own_by_name():
-    """Versions of 2026 refuse the function of any other module."""
-    codecs = importlib.import_module(bands.import_tifffile().__name__ + "._imagecodecs")
-    assert {codecs.zlib_decode.__module__, codecs.lzma_decode.__module__} == {codecs.__name__}
 
 
 def test_of_a_member_that_is_there_several_times_the_last_is_read(tmp_path):

@@ -58,21 +58,6 @@ STAGE_1 = "--arch vit_mini --image-size 16 --batch-size 4 --epochs 1 --warmup-ep
 STAGE_1 += " --mlp-dim 32 --two-crops digits --precision fp32"
 
 
-@pytest.fixture
-def run_on(finetune, hospital, pairs, narrow, tmp_path, monkeypatch):
-    """run_on("cuda", "--epochs 1", ...): the losses of such a run."""
-    torch.save(narrow, tmp_path / "resnet.pth")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
-
-    def run_on(device: str, told: str, precision: str = "fp32") -> list[float]:
-        told = told.format(hospital=hospital, pairs=pairs, resnet=tmp_path / "resnet.pth")
-        told += f" --batch-size 4 --epochs 1 --workers 0 --precision {precision} --device {device}"
-        return losses(finetune(told, device)["folder"])
-
-    return run_on
-
-
 def losses(folder: Path) -> list[float]:
     """What a run and, with --folds, each of its parts has in metrics.csv."""
     found = []
@@ -83,38 +68,42 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list:
-    """What the GPU had been asked for after each step of the optimizer."""
-    counted = []
+def check_a_step(monkeypatch):
+    """A step copies the images and the answers, or two views, waits for nothing, and has no more kernels than these."""
+    taken = []  # what the GPU had been asked for after each step of the optimizer
     update = torch.amp.GradScaler.update
 
     def noted(*arguments) -> None:
         update(*arguments)
-        if cuda_on_cpu.is_loaded():
-            counted.append(cuda_on_cpu.counts())
+        taken.append(cuda_on_cpu.counts())
 
-    monkeypatch.setattr(torch.amp.GradScaler, "update", noted)
-    return counted
-
-
-def check_a_step(taken: list, kernels: int) -> None:
-    """A step copies the images and the answers, or two views, waits for nothing, and has no more kernels than these."""
-    if cuda_on_cpu.is_loaded():  # a real one does not count
+    def check(kernels: int) -> None:
         step = taken[2] - taken[1]
-        launched = sum(times for what, times in step.items() if what.startswith("kernel"))
-        assert {what: times for what, times in step.items() if not what.startswith("kernel")} == {"copy to the GPU": 2}
-        assert launched <= kernels
+        launched = [step.pop(what) for what in list(step) if what.startswith("kernel")]
+        assert step == {"copy to the GPU": 2} and sum(launched) <= kernels
+
+    if not cuda_on_cpu.is_loaded():  # a real one does not count
+        return lambda kernels: None
+    monkeypatch.setattr(torch.amp.GradScaler, "update", noted)
+    return check
 
 
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name not in QUICK)]
 )
-def test_a_run_has_the_figures_of_one_on_a_cpu_and_steps_of_as_many_kernels(run_on, taken, name):
+def test_a_run_has_the_figures_of_one_on_a_cpu_and_steps_of_as_many_kernels(
+    finetune, hospital, pairs, narrow, saved, tmp_path, monkeypatch, check_a_step, name
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     run = RUNS[name]
-    found = run_on("cuda", run.told, run.precision)
-    check_a_step(taken, run.kernels)
+    told = run.told.format(hospital=hospital, pairs=pairs, resnet=saved(narrow))
+    told += " --batch-size 4 --epochs 1 --workers 0 --precision"
+    found = losses(finetune(f"{told} {run.precision} --device cuda", "cuda")["folder"])
+    check_a_step(run.kernels)
     on_cpu = "fp32" if run.precision == "fp16" else run.precision
-    assert found == pytest.approx(run_on("cpu", run.told, on_cpu), rel=1e-2, abs=run.off)
+    expected = losses(finetune(f"{told} {on_cpu} --device cpu", "cpu")["folder"])
+    assert found == pytest.approx(expected, rel=1e-2, abs=run.off)
     assert len(found) == run.losses
 
 
@@ -126,11 +115,11 @@ def test_a_run_has_the_figures_of_one_on_a_cpu_and_steps_of_as_many_kernels(run_
         pytest.param("--lora-rank 2 --checkpoint {base}", 721, marks=pytest.mark.slow),
     ],
 )
-def test_stage_1_has_the_figures_of_one_on_a_cpu(images, base, tmp_path, taken, told, kernels):
+def test_stage_1_has_the_figures_of_one_on_a_cpu(images, base, tmp_path, check_a_step, told, kernels):
     for device in ("cuda", "cpu"):
         argv = f"{STAGE_1} {told.format(base=base)} --data-dir {images} --output-dir {tmp_path}/{device}"
         pretrain.main(f"{argv} --device {device}".split())
-    check_a_step(taken, kernels)
+    check_a_step(kernels)
     [found] = losses(tmp_path / "cuda")
     assert [found] == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2)
 

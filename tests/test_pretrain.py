@@ -40,23 +40,33 @@ def arguments(images: Path, output: Path, options: str = "") -> list[str]:
 IN_ADAPTERS = "--checkpoint {} --lora-rank 2 --image-size 16 --learning-rate 1e-2"
 
 
-def after_an_epoch(output: Path) -> Path:
-    """The state of a run after its first epoch: see `kept`."""
-    return output.with_name(f"{output.name}-1.pth")
+def stopped(images: Path, output: Path, options: str = "") -> Path:
+    """The last.pth of a run that is stopped after its first epoch."""
+    with mock.patch.object(pretrain.Pretraining, "save_metrics", stop), pytest.raises(runs.Stopped):
+        pretrain.main(arguments(images, output, options))
+    return output / "last.pth"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept():
-    """The `last.pth` of each run's first epoch is kept beside its folder."""
-    finish = pretrain.Pretraining.end_epoch
+@pytest.fixture(scope="module")
+def half(images, tmp_path_factory) -> Path:
+    return stopped(images, tmp_path_factory.mktemp("half"))
 
-    def keep(self):
-        finish(self)
-        if self.epoch == 1 and self.args.epochs > 1:
-            shutil.copy(self.path("last.pth"), after_an_epoch(self.args.output_dir))
 
-    with mock.patch.object(pretrain.Pretraining, "end_epoch", keep):
-        yield
+def finished(images: Path, output: Path, options: str = "") -> tuple[dict, Path, str]:
+    """The results of a run, its folder, and what it has printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        results = pretrain.main(arguments(images, output, options))
+    return results, output, told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(images, tmp_path_factory) -> tuple[dict, Path, str]:
+    return finished(images, tmp_path_factory.mktemp("done"))
+
+
+@pytest.fixture(scope="module")
+def adapted(images, base, tmp_path_factory) -> tuple[dict, Path, str]:
+    return finished(images, tmp_path_factory.mktemp("adapted"), IN_ADAPTERS.format(base))
 
 
 @pytest.fixture
@@ -77,29 +87,10 @@ def begun(run, monkeypatch, capsys):
     return begin
 
 
-def finished(images: Path, output: Path, options: str = "") -> tuple[dict, Path, str]:
-    """The results of a run, its folder, and what it has printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        results = pretrain.main(arguments(images, output, options))
-    return results, output, told.getvalue()
-
-
-@pytest.fixture(scope="module")
-def done(images, tmp_path_factory, kept) -> tuple[dict, Path, str]:
-    """A run without options."""
-    return finished(images, tmp_path_factory.mktemp("done"))
-
-
-@pytest.fixture(scope="module")
-def adapted(images, base, tmp_path_factory, kept) -> tuple[dict, Path, str]:
-    """A run in adapters over `base`."""
-    return finished(images, tmp_path_factory.mktemp("adapted"), IN_ADAPTERS.format(base))
-
-
-def test_the_files_of_a_run_what_it_says_and_the_next_command(done):
+def test_the_files_of_a_run_what_it_says_and_the_next_command(done, half):
     results, output, told = done
     assert names_in(output) == {"metrics.csv", "moco_stage1_epoch_2.pth", "pretraining_curves.png", "results.json"}
-    of_a_run = [output / "results.json", output / "moco_stage1_epoch_2.pth", after_an_epoch(output)]
+    of_a_run = [output / "results.json", output / "moco_stage1_epoch_2.pth", half]
     assert all(says(path, output_folder.OF_A_RUN) for path in of_a_run)
     first, second = rows_of(results["metrics"])
     assert (first["epoch"], second["epoch"], first["knn_accuracy"]) == ("1", "2", "")
@@ -126,24 +117,22 @@ def test_the_files_of_a_run_what_it_says_and_the_next_command(done):
     assert last.endswith(f"finetune_lora.py --data-dir my_images --checkpoint {results['checkpoint']}\n")
 
 
-@pytest.fixture
-def flat(images, tmp_path):
-    """The same images in one folder, without labels."""
-    (tmp_path / "flat").mkdir()
-    for path in (images / "train").rglob("*.png"):
-        shutil.copy(path, tmp_path / "flat" / f"{path.parent.name} {path.name}")
-    return tmp_path / "flat"
-
-
-def test_images_without_labels(run, flat, capsys):
-    results = run(f"--data-dir {flat} --knn-every 1")
-    assert results["knn_accuracy"] is None and 1 < results["effective_rank"] < 21
+def test_images_without_labels_are_measured_by_their_rank_or_by_labelled_ones(run, images, tmp_path, capsys):
+    """Of which one cannot be read."""
+    flat = f"--data-dir {images}/train/dark --batch-size 3"
+    results = run(f"{flat} --knn-every 1")
+    assert results["knn_accuracy"] is None and 1 < results["effective_rank"] < 8
     told = capsys.readouterr().out
-    assert "data: 21 images without labels" in told  # all: there is nothing to hold out
+    assert "data: 7 images without labels" in told  # all: there is nothing to hold out
     assert told.count(", effective rank ") == 2 and "k-NN" not in told
     first, second = rows_of(results["metrics"])
     assert first["knn_accuracy"] == second["knn_accuracy"] == ""
     assert float(second["effective_rank"]) == results["effective_rank"] != float(first["effective_rank"])
+
+    labelled = shutil.copytree(images / "train", tmp_path / "labelled")
+    next(labelled.rglob("*.png")).write_bytes(b"")
+    results = run(f"{flat} --knn-dir {labelled} --skip-unreadable --epochs 1", "labelled-out")
+    assert results["knn_accuracy"] > 0.5 and results["effective_rank"] > 1
 
 
 def test_features_that_have_collapsed_show_and_the_images_that_measure_them_are_bounded(run, spy, monkeypatch, capsys):
@@ -161,14 +150,6 @@ def test_features_that_have_collapsed_show_and_the_images_that_measure_them_are_
     assert list(map(len, measure.call_args.args)) == [6, 6, 2, 2]
 
 
-def test_some_labels_for_the_accuracy_alone(run, flat, images, tmp_path):
-    """Of which one cannot be read."""
-    labelled = shutil.copytree(images / "train", tmp_path / "labelled")
-    next(labelled.rglob("*.png")).write_bytes(b"")
-    results = run(f"--data-dir {flat} --knn-dir {labelled} --skip-unreadable --epochs 1")
-    assert results["knn_accuracy"] > 0.5 and results["effective_rank"] > 1
-
-
 @pytest.mark.parametrize("labels", [True, False])
 def test_a_list_of_images(begun, images, tmp_path, labels):
     lines = [f"{path},{path.parent.name}" if labels else str(path) for path in sorted(images.rglob("*.png"))]
@@ -176,7 +157,7 @@ def test_a_list_of_images(begun, images, tmp_path, labels):
     assert ("36 images without labels" in begun(f"--data-list {tmp_path / 'list.csv'}")) != labels
 
 
-def test_the_checkpoint_is_what_fine_tuning_reads(done, images):
+def test_the_checkpoint_is_what_fine_tuning_reads(done, half, images):
     results = done[0]
     checkpoint = files.read_checkpoint(results["checkpoint"])
     assert {"model", "optimizer", "epoch", "global_steps", "arch", "config"} <= checkpoint.keys()
@@ -186,20 +167,8 @@ def test_the_checkpoint_is_what_fine_tuning_reads(done, images):
     model, report = load_backbone(results["checkpoint"], num_classes=3)
     assert report["arch"] == "vit_mini" and report["epoch"] == 2
     assert_same(under("encoder_q.", without_head(model.state_dict())), checkpoint["model"])
-    _, report = load_backbone(after_an_epoch(done[1]), num_classes=3)  # so is a state before the last
+    _, report = load_backbone(half, num_classes=3)  # so is a state before the last
     assert (report["family"], report["epoch"]) == ("moco_stage1", 1)
-
-
-def test_a_resumed_run_ends_in_the_same_bits(run, done, tmp_path, spy):
-    """And counts the images of the whole run."""
-    meter = spy(data.LoadingMeter, "results")
-    run(f"--resume {after_an_epoch(done[1])}", "resumed")
-    assert meter.call_args.args[0].images == 32  # two epochs of 16
-    first, second = (torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (done[1], tmp_path / "resumed"))
-    assert first["model"].keys() == second["model"].keys()
-    assert_same(first["model"], second["model"])
-    losses = [[row["loss"] for row in end["history"]] for end in (first, second)]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_an_epoch_goes_on_where_it_was_stopped(images, tmp_path):
@@ -211,23 +180,11 @@ def test_an_epoch_goes_on_where_it_was_stopped(images, tmp_path):
     assert list(run.loader.batch_sampler) == whole[1:] and len(whole) == 2
 
 
-def test_the_seed_decides(run, done):
-    first, other = (torch.load(results["checkpoint"])["model"] for results in (done[0], run("--seed 1")))
-    assert not torch.equal(first["encoder_q.class_token"], other["encoder_q.class_token"])
-
-
 def test_what_has_no_effect_or_no_sense_is_told(begun):
     for size in (16, 17):
         told = begun(f"--moco-version 2 --queue-size {size}")
         assert "--mlp-dim has no effect: it is for MoCo v3\n" in told and "--queue-size has" not in told
         assert ("is more than there are images" in told) == (size > 16)
-
-
-def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
-    monkeypatch.setattr(pretrain.distributed, "world_size", lambda: 5)  # more than there are queries
-    monkeypatch.setattr(pretrain.distributed, "gather", lambda value: [value])
-    with pytest.raises(InputError, match="the k-NN accuracy has fewer images than there are processes: start fewer"):
-        run("--batch-size 10")
 
 
 @pytest.mark.parametrize("read_together", [1, 8])
@@ -240,10 +197,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, read_together
         run()
 
 
-def test_checkpoints_that_cannot_be_resumed(run, done, tmp_path):
+def test_checkpoints_that_cannot_be_resumed(run, half, tmp_path):
     with pytest.raises(InputError, match=r"belongs to a run with other settings .epochs was 2, is 3, seed was 0, is 5"):
-        run(f"--epochs 3 --seed 5 --resume {after_an_epoch(done[1])}")
-    for content in ({"state_dict": {}}, torch.load(after_an_epoch(done[1]))):
+        run(f"--epochs 3 --seed 5 --resume {half}")
+    for content in ({"state_dict": {}}, torch.load(half)):
         content.pop("images", None)
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(InputError, match=r"other.pth is not a last\.pth of this version"):
@@ -277,9 +234,12 @@ def test_shipped_configurations_are_valid(path):
 # ------------------------------------------------------------------------------------ going on from a checkpoint
 
 
+def built(options: str) -> tuple:
+    return pretrain.build_model(pretrain.read_options(options.split())[0], torch.device("cpu"))
+
+
 def test_without_adapters_it_goes_on_in_all_weights(run, base):
-    args, _ = pretrain.read_options(["--checkpoint", str(base)])
-    model, args, _ = pretrain.build_model(args, torch.device("cpu"))
+    model, args, _ = built(f"--checkpoint {base}")
     start = without_head(model.encoder_q.state_dict())
     assert (args.arch, args.image_size, args.moco_version) == ("vit_mini", 16, 3)
     assert_same(start, load_backbone(base, 1)[0].state_dict())
@@ -291,23 +251,17 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
 
 @pytest.mark.usefixtures("small_backbones")
 @pytest.mark.parametrize(("version", "arch"), [(2, "resnet18"), (3, "resnet18"), (3, "vit_mini")])
-def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, arch, capsys):
+def test_projector_and_predictor_start_from_an_official_file(saved, version, arch):
     """Version and widths come from the file as well."""
-    flags = f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 256"
-    args = pretrain.read_options(flags.split())[0]
-    theirs = pretrain.build_model(args, torch.device("cpu"))[0]
-    names = ("encoder_q", "encoder_k") if version < 3 else ("base_encoder", "momentum_encoder")
+    theirs, _, _ = built(f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 9")
+    sides = {"encoder_q": "base_encoder", "encoder_k": "momentum_encoder"} if version == 3 else {}
     state = {}
     for name, tensor in theirs.state_dict().items():
-        for ours, official in zip(("encoder_q", "encoder_k"), names, strict=True):
-            name = name.replace(f"{ours}.heads.", f"{official}.head.").replace(f"{ours}.", f"{official}.")
-        state[f"module.{name}"] = tensor
-    if arch == "resnet18":  # the official predictor of a ResNet ends without a BatchNorm
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("module.predictor.4.")}
-    torch.save({"state_dict": state, "arch": arch, "epoch": 3}, tmp_path / "official.pth.tar")
-    flags = ["--checkpoint", str(tmp_path / "official.pth.tar"), "--lora-rank", "2", "--queue-size", "256"]
-    args = pretrain.read_options(flags)[0]
-    ours, args, report = pretrain.build_model(args, torch.device("cpu"))
+        side, _, rest = name.partition(".")
+        if arch != "resnet18" or not name.startswith("predictor.4."):  # a ResNet's ends without a BatchNorm
+            state[f"module.{sides.get(side, side)}.{rest.replace('heads.', 'head.')}"] = tensor
+    path = saved({"state_dict": state, "arch": arch, "epoch": 3}, "official.pth.tar")
+    ours, args, report = built(f"--checkpoint {path} --lora-rank 2 --queue-size 9")
     assert (args.moco_version, args.dim, args.arch) == (version, 6, arch)
     for name, tensor in ours.state_dict().items():
         if "fc." in name or "heads." in name or name.startswith("predictor."):
@@ -330,9 +284,8 @@ def test_a_stage_1_adapter_knows_the_heads_and_the_channels_of_its_vit(base, tmp
     assert (model.encoder.layers[0].self_attention.num_heads, model.conv_proj.in_channels) == (1, 5)
     with pytest.raises(InputError, match="with as many heads"):
         load_base(base, tmp_path / "moco_lora.pth", 4, heads=3)
-    for typed, noted in (["--heads", "1"], 1), ([], None):  # for its file, if they are not the arch's own
-        args, _ = pretrain.read_options(["--checkpoint", str(base), *typed])
-        assert pretrain.build_model(args, torch.device("cpu"))[1].heads == noted
+    for typed, noted in ("--heads 1", 1), ("", None):  # for its file, if they are not the arch's own
+        assert built(f"--checkpoint {base} {typed}")[1].heads == noted
 
 
 def test_adapters_alone_are_the_result(adapted, base):
@@ -356,22 +309,22 @@ def test_adapters_alone_are_the_result(adapted, base):
         load_finetuned(results["checkpoint"])
 
 
-def test_adapters_resume_to_the_same_bits_over_the_same_base_alone(adapt, base, tmp_path):
+def test_adapters_resume_to_the_same_bits_over_the_same_base_alone(adapt, base, images, tmp_path):
     options = "--moco-version 2 --use-qlora --lora-dropout 0.2"
-    straight = adapt(options, "straight")
-    half = after_an_epoch(tmp_path / "straight")
-    resumed = adapt(f"{options} --resume {half}", "resumed")
+    half = stopped(images, tmp_path / "resumed", f"{IN_ADAPTERS.format(base)} {options}")
     state = torch.load(half)["model"]
     assert not any(".weight" in name and ".fc." not in name and ".heads." not in name for name in state)  # of the base
     assert any(name.startswith("encoder_k.") and "lora_B" in name for name in state)
     assert "queue" in state
-    assert_same_tensors(straight["checkpoint"], resumed["checkpoint"])
-    assert straight["loss"] == resumed["loss"] and straight["before"] == resumed["before"]
     content = torch.load(base)
     content["state_dict"]["module.base_encoder.class_token"] += 1
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"straight-1\.pth was trained over another base than .*other\.pth"):
+    with pytest.raises(InputError, match=r"last\.pth was trained over another base than .*other\.pth"):
         adapt(f"{options} --checkpoint {tmp_path / 'other.pth'} --resume {half}", "elsewhere")
+    straight = adapt(options, "straight")
+    resumed = adapt(f"{options} --resume", "resumed")
+    assert_same_tensors(straight["checkpoint"], resumed["checkpoint"])
+    assert straight["loss"] == resumed["loss"] and straight["before"] == resumed["before"]
 
 
 @pytest.mark.slow
@@ -405,7 +358,7 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
         load_finetuned(adapter)
 
 
-def test_a_run_that_was_killed_while_it_measured_measures_on_its_return(run, done, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_while_it_measured_ends_in_the_same_bits(run, done, tmp_path, spy, monkeypatch):
     """Each epoch is saved before: of ImageNet the features may take more memory than there is."""
     with monkeypatch.context() as patch, pytest.raises(InputError, match="out of memory"):
         patch.setattr(pretrain.evaluation, "extract_features", mock.Mock(side_effect=MemoryError))
@@ -413,7 +366,13 @@ def test_a_run_that_was_killed_while_it_measured_measures_on_its_return(run, don
     assert files.read_checkpoint(tmp_path / "out/last.pth")["epoch"] == 1
     left = []  # until all is written
     monkeypatch.setattr(pretrain.reports, "plot_pretraining", lambda _, path: left.append(names_in(path.parent)))
+    meter = spy(data.LoadingMeter, "results")
     run("--knn-every 1 --resume")
+    assert meter.call_args.args[0].images == 32  # of the whole run: two epochs of 16
     assert "last.pth" in left[0] and "last.pth" not in names_in(tmp_path / "out")
     first, second = metrics(tmp_path / "out")
     assert "knn_accuracy" in first and second["knn_accuracy"] == done[0]["knn_accuracy"]
+    ours, straight = (torch.load(folder / "moco_stage1_epoch_2.pth") for folder in (tmp_path / "out", done[1]))
+    assert ours["model"].keys() == straight["model"].keys()
+    assert_same(ours["model"], straight["model"])
+    assert [row["loss"] for row in ours["history"]] == [row["loss"] for row in straight["history"]]
