@@ -21,23 +21,12 @@ def tiny() -> nn.Module:
     return nn.Sequential(OrderedDict(body=body, fc=nn.Linear(5, 10)))
 
 
-def views() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
-
-
-def move_apart(model: nn.Module) -> None:
-    """As training would: encoder_k no longer equals encoder_q."""
-    with torch.no_grad():
-        for p in model.encoder_q.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-
-
 def test_the_encoders_start_equal_and_only_the_query_encoder_trains():
     """The loss is computed in float32 under autocast. Momentum is constant with a queue, and rises to 1 in v3."""
     for model, momentum in ((MoCo(tiny(), K=8, m=0.9), [0.9] * 3), (MoCoV3(tiny(), 6, 7, m=0.9), [0.9, 0.925, 1])):
         assert [model.momentum(t) for t in (0, 1 / 3, 1)] == pytest.approx(momentum)  # along half a cosine
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert copy.deepcopy(model)(*views(), 0.9).dtype == torch.float32
+            assert copy.deepcopy(model)(*torch.randn(2, 4, 3, 2, 2), 0.9).dtype == torch.float32
         for _ in range(100):  # equal ones stay equal
             model.update_encoder_k(0.99)
         for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
@@ -45,21 +34,22 @@ def test_the_encoders_start_equal_and_only_the_query_encoder_trains():
             assert q.requires_grad and not k.requires_grad
 
 
-def follow(keys: nn.Module, queries: nn.Module, m: float) -> nn.Module:
-    """A copy of the key encoder after its momentum update."""
-    keys = copy.deepcopy(keys)
-    for k, q in zip(keys.parameters(), queries.parameters(), strict=True):
+def move_apart(model: nn.Module, m: float) -> nn.Module:
+    """The queries' encoder moves, as in training; a copy of the keys' follows with this momentum."""
+    keys = copy.deepcopy(model.encoder_k)
+    for q, k in zip(model.encoder_q.parameters(), keys.parameters(), strict=True):
+        q.data += 0.1 * torch.randn_like(q)
         k.data = m * k + (1 - m) * q
     return keys
 
 
 def test_queue_loss_equals_a_dense_computation():
     model = MoCo(tiny(), dim=6, K=8, m=0.9, T=0.3)
-    move_apart(model)
-    im_q, im_k = views()
+    keys = move_apart(model, 0.75)
+    im_q, im_k = torch.randn(2, 4, 3, 2, 2)
     queue = model.queue.clone()
     q = model.encoder_q(im_q)
-    k = follow(model.encoder_k, model.encoder_q, 0.75)(im_k)
+    k = keys(im_k)
     expected = 0.0
     for i in range(4):
         cosines = [F.cosine_similarity(q[i], key, dim=0) for key in (k[i], *queue.T)]
@@ -70,9 +60,8 @@ def test_queue_loss_equals_a_dense_computation():
 
 def test_v3_loss_equals_a_dense_computation():
     model = MoCoV3(tiny(), dim=6, mlp_dim=7, T=0.3).eval()  # BatchNorm by running statistics, for single images
-    move_apart(model)
-    x1, x2 = views()
-    encoder_k = follow(model.encoder_k, model.encoder_q, 0.75)
+    encoder_k = move_apart(model, 0.75)
+    x1, x2 = torch.randn(2, 4, 3, 2, 2)
     expected = 0.0
     for a, b in ((x1, x2), (x2, x1)):
         for i in range(4):
