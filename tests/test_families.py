@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora.adapter_file import write_adapter_file
+from tests.checkpoint_files import under, without_head
 from toolkit import InputError
 from toolkit.images.bands import Bands, Scaling
 from toolkit.images.families import FAMILIES, known_scaling
@@ -83,8 +84,7 @@ def test_what_counts_is_typed_or_told_by_the_file(typed, channels, told, name, e
 
 def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
     path = tmp_path / "any.pth.tar"
-    state = build_backbone("resnet18", 2, channels=1).state_dict()
-    state = {f"module.encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    state = under("module.encoder_q.", without_head(build_backbone("resnet18", 2, channels=1).state_dict()))
     torch.save({"arch": "resnet18", "epoch": 200, "norms": [0.583, 0.0997], "state_dict": state}, path)
     channels, told = find_images(path)
     found = known_scaling(Scaling(), channels, told, path)
@@ -94,12 +94,11 @@ def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_stage1_adapter_says_how_its_images_were_scaled(suffix, tmp_path):
-    metadata = {"arch": "vit_mini", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "channels": 3}
-    metadata |= {"bands": [], "scale": 10000.0}
+    metadata = {"arch": "vit_mini", "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [1.0] * 3, "bands": [], "scale": 1e4}
     content = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": metadata}
-    write_adapter_file(content, tmp_path / f"moco_lora{suffix}")
-    args = FineTuneOptions(stage1_adapter=tmp_path / f"moco_lora{suffix}")
-    known, read = known_image_values(args, None)
+    path = tmp_path / f"moco_lora{suffix}"
+    write_adapter_file(content, path)
+    known, read = known_image_values(FineTuneOptions(stage1_adapter=path), None)
     assert (known.mean, read) == ([0.1, 0.2, 0.3], Bands(3, (), 10000.0))
 
 

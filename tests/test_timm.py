@@ -203,33 +203,28 @@ DINO |= {"vit_small_patch16_dinov3": NARROW, "vit_small_plus_patch16_dinov3": NA
 DINO["convnext_tiny"] = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 
 
-@pytest.fixture
-def dino(hub, monkeypatch):
-    """dino(name): a narrow model from published weights with random adapters, and the same without, from timm alone."""
-
-    def make(name: str):
-        monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **DINO[name]))
-        hub(name)
-        side = 56 if "patch14" in name else 64
-        model, _ = load_backbone(f"timm:{name}", 5, image_size=side)
-        for key, parameter in model.named_parameters():
-            if "gamma" in key:  # LayerScale, which begins so small that nothing could be told apart
-                nn.init.uniform_(parameter, 0.5, 1)
-        nn.init.normal_(model.get_submodule(head_name(model)).weight)
-        stock = timm.create_model(name, num_classes=5, **({} if name == "convnext_tiny" else {"img_size": side}))
-        stock.load_state_dict(model.state_dict())
-        return randomize_adapters(add_lora_to_model(model, r=2)).eval(), stock.eval(), images(side)
-
-    return make
+@pytest.fixture(params=DINO)
+def dino(request, hub, monkeypatch):
+    """Its name, a narrow model from published weights with random adapters, the same without, of timm alone, images."""
+    name = request.param
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **DINO[name]))
+    hub(name)
+    side = 56 if "patch14" in name else 64
+    model, _ = load_backbone(f"timm:{name}", 5, image_size=side)
+    for key, parameter in model.named_parameters():
+        if "gamma" in key:  # LayerScale, which begins so small that nothing could be told apart
+            nn.init.uniform_(parameter, 0.5, 1)
+    nn.init.normal_(model.get_submodule(head_name(model)).weight)
+    stock = timm.create_model(name, num_classes=5, **({} if name == "convnext_tiny" else {"img_size": side}))
+    stock.load_state_dict(model.state_dict())
+    return name, randomize_adapters(add_lora_to_model(model, r=2)).eval(), stock.eval(), images(side)
 
 
-@pytest.mark.parametrize("name", DINO)
-def test_a_dino_is_adapted_and_explained(name, dino):
-    model, stock, x = dino(name)
+def test_a_dino_is_adapted_and_explained(dino):
+    name, model, stock, x = dino
     freeze_backbone_params(model)
-    model = model.double()
     x = x.double()
-    dense.compare_with_dense(stock, model, [x], EXACT)
+    dense.compare_with_dense(stock, model.double(), [x], EXACT)
     assert unused_adapters(model) == []
 
     twin = dense.dense_twin(stock, model)
@@ -249,11 +244,10 @@ def test_a_dino_is_adapted_and_explained(name, dino):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DINO)
-def test_a_dino_is_exported(name, dino, tmp_path):
+def test_a_dino_is_exported(dino, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, _, x = dino(name)
+    name, model, _, x = dino
     about = {"arch": f"timm:{name}", "class_names": list("abcde"), "image_size": x.shape[-1]}
     LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about | {"checkpoint": f"timm:{name}"})
     deploy_lora.main(f"export {tmp_path}/lora.pth --output {tmp_path}/model.onnx".split())
