@@ -1,20 +1,35 @@
-"""Checkpoints: tensors are matched exactly, whoever made the file, and everything else is one clear error.
+"""Checkpoints of MoCo's authors and of others who pretrain with it load bit for bit; all else is one clear error.
 
-tests/test_layouts.py has the layouts of the projects that write such files.
+Most files are built here, with random numbers, from the names that these projects give to tensors.
 """
 
+import contextlib
+import itertools
 import math
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from tests.checkpoint_files import under, without_head
+import deploy_lora
+from finetune_lora import add_lora_to_model, load_finetuned
+from lora_utils import LoRAManager, read_adapter_file
+from tests.checkpoint_files import sequential, timm_vit, under, without_head
 from tests.run_folders import assert_same
 from toolkit import InputError
+from toolkit.files import ForeignObject, read_checkpoint
 from toolkit.models import checkpoints
 from toolkit.models.backbones import build_backbone, record_of
-from toolkit.models.checkpoints import load_backbone, tensor_digest
+from toolkit.models.checkpoints import load_backbone, load_contrast, tensor_digest
 
 pytestmark = pytest.mark.usefixtures("small_backbones")
 
@@ -23,6 +38,328 @@ pytestmark = pytest.mark.usefixtures("small_backbones")
 def no_candidates(monkeypatch):
     """Which models of timm a file could be of takes seconds, and is told in tests/test_timm.py."""
     monkeypatch.setattr(checkpoints, "MOST_CANDIDATES", 0)
+
+
+def of_mmpretrain(tensors):
+    """A ViT of timm's under mmpretrain's names."""
+    places = [(r"^norm\.", "ln1."), (r"\.norm", ".ln"), ("^blocks", "layers"), ("embed.proj", "embed.projection")]
+    for pattern, replacement in (*places, ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1")):
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """The state_dict of a ViT-S under timm's names, with MoCo v3's fixed position embedding: nothing at the class."""
+    return timm_vit({"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)})
+
+
+def learned(vit):
+    """The same with a position embedding that has trained."""
+    return vit | {"pos_embed": vit["pos_embed"] + 1}
+
+
+class Layout(NamedTuple):
+    """What a project's file has where. Of a momentum encoder nobody should look at the tensors."""
+
+    family: str
+    encoder: str = ""  # the prefix of its tensors
+    momentum: str = ""
+    heads: str = ""  # names of MLPs
+    others: Mapping | tuple = ()  # other tensors
+    names: Callable = dict  # renames those of the encoder
+    wrapper: str = ""  # before every name
+    place: str = "state_dict"
+    around: Mapping | tuple = ()
+
+    def file(self, tensors):
+        state = under(self.encoder, self.names(tensors)) | dict(self.others)
+        for head in self.heads.split():
+            state |= {f"{head}.0.weight": torch.randn(4, 4), f"{head}.2.weight": torch.randn(4, 4)}
+        if self.momentum:
+            state |= under(self.momentum, dict.fromkeys(self.names(tensors), torch.zeros(1)))
+        content = under(self.wrapper, state)
+        for key in reversed(self.place.split("/")):
+            content = {key: content} if key else content
+        return content | dict(self.around)
+
+
+QUEUE = {"queue": torch.zeros(4, 8), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+BANK = {"criterion.memory_bank.bank": torch.zeros(4, 8)}
+FC = {"fc.weight": torch.full((2, 40), 7.0), "fc.bias": torch.ones(2)}
+V2 = ("encoder_q.", "encoder_k.")
+V3 = ("base_encoder.", "momentum_encoder.")
+FC_V2 = "encoder_q.fc encoder_k.fc"
+MOCO = {"wrapper": "module.", "around": {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}}}
+OWN = {"epoch": 100, "arch": "resnet18", "config": {"image_size": 32}}
+PROBE = {"wrapper": "module.", "around": {"epoch": 100, "arch": "resnet18", "best_acc1": np.float64(67.5)}}
+LIGHTNING = {"epoch": 9, "global_step": 600, "pytorch-lightning_version": "2.5.0"}
+LIGHTLY = ("lightly", "backbone.", "backbone_momentum.", "projection_head.layers projection_head_momentum.layers", BANK)
+TORCHGEO = LIGHTNING | {"hyper_parameters": {"model": "resnet18", "in_channels": 3}}
+SECO = "heads_q.0 heads_q.1 heads_k.0 heads_k.1"
+SOLO_LEARN = ("backbone.", "momentum_backbone.", "projector momentum_projector classifier momentum_classifier")
+STEPS = {"encoder_k.steps": torch.tensor(3), "data_preprocessor.mean": torch.zeros(3, 1, 1)}
+TRUNK = "classy_state_dict/base_model/model/trunk"
+
+RESNETS = {
+    "MoCo v1": Layout("moco_v1", *V2, others=under("encoder_q.", FC) | QUEUE, **MOCO),
+    "MoCo v2": Layout("moco_v2", *V2, FC_V2, QUEUE, **MOCO),
+    "MoCo v3": Layout("moco_v3", *V3, "base_encoder.fc momentum_encoder.fc predictor", **MOCO),
+    "MoCo's linear probe": Layout("linear_probe", others=FC, **PROBE),
+    "this toolkit's own": Layout("moco_stage1", *V2, f"{FC_V2} predictor", place="model", around=OWN),
+    "torchvision": Layout("torchvision", others=FC, place=""),
+    "lightly": Layout(*LIGHTLY, around={"epoch": 9}),
+    "lightly, a ResNet as an nn.Sequential": Layout(*LIGHTLY, names=sequential, around={"epoch": 9}),
+    "torchgeo's MoCo": Layout("torchgeo", *LIGHTLY[1:], around=TORCHGEO),
+    "torchgeo's classifier": Layout("torchgeo", "model.", others=under("model.", FC), around=TORCHGEO),
+    "another Lightning module": Layout("lightning", "model.", around=LIGHTNING),
+    "SeCo": Layout("seco", *V2, SECO, QUEUE, names=sequential, around=LIGHTNING),
+    "solo-learn, MoCo v2+": Layout("solo_learn", *SOLO_LEARN, QUEUE, around=LIGHTNING),
+    "solo-learn, its linear probe": Layout("solo_learn", "backbone.", heads="classifier", around=LIGHTNING),
+    "solo-learn, its first releases": Layout("solo_learn", "encoder.", "momentum_encoder.", "projector", QUEUE),
+    "mmpretrain, MoCo v2": Layout("mmpretrain", "backbone.", "encoder_k.module.0.", "neck.mlp", STEPS | QUEUE),
+    "mmpretrain, its published backbone": Layout("mmpretrain", "backbone.", around={"meta": {}}),
+    "VISSL": Layout("vissl", "_feature_blocks.", place=TRUNK, around={"phase_idx": 199}),
+    "VISSL, extracted": Layout("vissl", "_feature_blocks.", place=""),
+}
+VERSIONS = {"MoCo v1": 2, "MoCo v2": 2, "MoCo v3": 3, "this toolkit's own": 3}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", RESNETS)
+def test_a_resnet_comes_out_bit_for_bit_with_its_channels_and_only_from_moco_with_a_projector(case, narrow, saved):
+    layout = RESNETS[case]
+    tensors = narrow | {"conv1.weight": torch.randn(16, 13, 7, 7)}
+    content = layout.file(tensors)
+    path = saved(content)
+    model, report = load_backbone(path, num_classes=2)
+    assert (report["family"], report["arch"], report["heads"]) == (layout.family, "resnet18", None)
+    assert (report["channels"], report["channel_fit"], report["epoch"]) == (13, None, content.get("epoch"))
+    assert report["image_size"] == (32 if case == "this toolkit's own" else 224)
+    in_file, _ = checkpoints._find_state_dict(path)
+    assert set(report["loaded"]) == set(narrow)
+    assert set(report["dropped"]) < set(in_file) and len(report["dropped"]) == len(in_file) - len(narrow)
+    assert type(model) is torchvision.models.ResNet
+    assert_same(tensors, model.state_dict())
+    assert not (model.fc.weight == 7).any()  # fresh, though the file's would fit
+    assert model(torch.randn(2, 13, 32, 32)).shape == (2, 2)
+
+    version, parts = load_contrast(path)
+    assert version == VERSIONS.get(case) and ("0.weight" in parts["predictor"]) == (version == 3)
+    projector = {}
+    for key, tensor in in_file.items():
+        if version and (name := re.search(r"(encoder_q|base_encoder)\.fc\.(.*)", key)):
+            projector[name[2]] = tensor
+    assert bool(projector) == bool(version) and parts["projector"].keys() == projector.keys()
+    assert_same(projector, parts["projector"])
+
+
+OF_VIT = MOCO | {"around": {"epoch": 300, "arch": "vit_small", "scaler": {"scale": 65536.0}}}
+MOCO_V3 = Layout("moco_v3", *V3, "base_encoder.head momentum_encoder.head predictor", **OF_VIT)
+OF_TORCHGEO = LIGHTNING | {"hyper_parameters": {"model": "vit_small_patch16_224"}}
+MOMENTUM = ("backbone.", "momentum_encoder.module.0.", "neck momentum_encoder.module.1 head.predictor")
+MMPRETRAIN_V3 = Layout("mmpretrain", *MOMENTUM, names=of_mmpretrain, around={"meta": {}})
+# Layout -> how its file is made, and its heads with a fixed and with a learned position embedding. Some are a guess.
+VITS = {
+    "torchgeo's MoCo": (Layout("torchgeo", *LIGHTLY[1:], around=OF_TORCHGEO), 6, 6),
+    "solo-learn": (Layout("solo_learn", "backbone.", "momentum_backbone.", "projector predictor"), 12, 6),
+    "mmpretrain": (MMPRETRAIN_V3, 12, 6),
+    "mmpretrain, its backbone": (Layout("mmpretrain", "backbone.", names=of_mmpretrain), 12, 6),
+    "mmpretrain, extracted": (Layout("mmpretrain", names=of_mmpretrain, place=""), 12, 6),
+    "MoCo v3, SSL4EO-S12": (MOCO_V3, 12, 12),
+    "timm's names, as torchgeo's weights": (Layout("deit", place=""), 12, 6),
+    "DeiT-converted": (Layout("deit", place="model"), 12, 6),
+    "another Lightning module": (Layout("lightning", "model.", around=LIGHTNING), 12, 12),
+}
+GUESSED = ("moco_v3", "deit", "lightning")
+
+
+@pytest.mark.parametrize("case", VITS)
+def test_a_vit_comes_out_bit_for_bit_with_its_heads_and_guesses_are_told(case, vit, saved):
+    layout, *expected = VITS[case]
+    reference, _ = load_backbone(saved(vit, "timm.pth"), num_classes=2, heads=12)
+    for tensors, heads in zip((vit, learned(vit)), expected, strict=True):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model, report = load_backbone(saved(layout.file(tensors)), num_classes=2)
+        assert (report["family"], report["arch"], report["heads"]) == (layout.family, "vit_small", heads)
+        assert model.encoder.layers[0].self_attention.num_heads == heads
+        positions = model.state_dict().pop("encoder.pos_embedding")
+        assert torch.equal(positions, tensors["pos_embed"])
+        same = {n: t for n, t in model.state_dict().items() if not n.startswith(("heads.", "encoder.pos"))}
+        assert_same(same, reference.state_dict())
+        guesses = [f"{heads} is a guess"] if layout.family in GUESSED else []
+        assert [re.search(r"\d+ is a guess", str(warning.message))[0] for warning in told] == guesses
+        assert all("--heads" in str(warning.message) and "\n" not in str(warning.message) for warning in told)
+
+
+def conv_stem():
+    """MoCo v3's."""
+    layers = []
+    for narrow, wide in itertools.pairwise((3, 48, 96, 192, 384)):
+        layers += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(384, 384, 1))
+
+
+@pytest.fixture(scope="module")
+def vit_conv():
+    return timm_vit({f"patch_embed.proj.{name}": tensor.shape for name, tensor in conv_stem().state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "layout, arch, heads",
+    [
+        (MOCO_V3, "vit_small", 12),
+        (MOCO_V3, "vit_conv_small", 6),
+        (Layout("deit", place="model"), "vit_small", 6),
+        (RESNETS["MoCo's linear probe"], "vit_conv_small", 12),
+    ],
+)
+@pytest.mark.filterwarnings("error")  # nothing is guessed
+def test_a_vit_computes_what_it_does_under_timm_s_names(layout, arch, heads, vit, vit_conv, saved):
+    timm = pytest.importorskip("timm")
+    tensors = {"vit_small": vit, "vit_conv_small": vit_conv}[arch]
+    model, report = load_backbone(saved(layout.file(tensors) | {"arch": arch}), num_classes=384, heads=heads)
+    assert [report[key] for key in ("family", "arch", "image_size", "heads")] == [layout.family, arch, 224, heads]
+    nn.init.eye_(model.heads.head.weight)  # the head hands on its input
+    images = torch.randn(1, 3, 224, 224)
+    found = [model.eval()(images)]
+    for number in (heads, 18 - heads):
+        plain = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=number, depth=2)
+        if arch == "vit_conv_small":
+            plain.patch_embed.proj = conv_stem()
+        plain.load_state_dict(tensors)
+        found.append(plain.eval()(images))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert (found[0] - found[2]).abs().max() > 0.05  # the comparison would see the other number of heads
+
+
+@pytest.mark.filterwarnings("error")
+def test_torchgeos_file_of_a_vit_small_is_named_as_timms_with_6_heads(vit, saved):
+    """Its positions are MoCo v3's, whose own ViT-S has 12, whatever the name of a file in MoCo v3's own layout."""
+    _, report = load_backbone(saved(vit, "vit_small_patch16_224_sentinel2_all_moco-67c9032d.pth"), num_classes=2)
+    assert report["heads"] == 6
+    with pytest.warns(UserWarning, match="12 is a guess"):
+        _, report = load_backbone(saved(MOCO_V3.file(vit), "moco_v3_vit_small_patch16.pth"), num_classes=2)
+    assert report["heads"] == 12
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_of_timms_says_how_many_heads(saved):
+    pytest.importorskip("timm")
+    vit = without_head(build_backbone("timm:test_vit", 2).state_dict())
+    model, report = load_backbone(saved(MMPRETRAIN_V3.file(vit)), num_classes=2, arch="timm:test_vit")
+    assert report["heads"] is None
+    assert_same(vit, model.state_dict())
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(base, finetune, capsys):
+    results = finetune(f"--checkpoint {base} --lora-rank 2 --target-modules mlp.0 --epochs 1 --heads 6")
+    path = results["folder"] / "lora.pth"
+    assert read_adapter_file(path)["metadata"]["heads"] == 6
+    model, info = load_finetuned(path)
+    assert model.encoder.layers[0].num_heads == info["heads"] == 6
+    deploy_lora.main(["merge", str(path), "--output", str(path.with_name("merged.pth"))])
+    assert "vit_mini with 6 heads and 3 classes" in capsys.readouterr().out
+    plain = build_backbone("vit_mini", 3, 16, heads=6).eval()  # torchvision's own
+    plain.load_state_dict(torch.load(path.with_name("merged.pth"), weights_only=True))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
+    other = add_lora_to_model(load_backbone(base, 3, heads=3)[0], r=2, target_modules="mlp.0")
+    with pytest.raises(InputError, match=r"another base.*with as many heads"):
+        LoRAManager(other).load_lora_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_adapter_files_of_a_vit_small_that_do_not_say_their_heads_have_12_in_silence(vit, saved):
+    """As when they were trained: there was no other number then."""
+    base = saved(learned(vit), "base.pth")  # of which one would now guess 6
+    path = base.with_name("lora.pth")
+    model, _ = load_backbone(base, 2, heads=12)
+    manager = LoRAManager(add_lora_to_model(model, r=1, target_modules=["encoder_layer_1.mlp.0"]))
+    about = {"arch": "vit_small", "class_names": ["a", "b"], "image_size": 224, "checkpoint": str(base)}
+    for told in ({}, {"heads": None}, {"heads": 12}):
+        manager.save_lora_checkpoint(path, about | told)
+        assert load_finetuned(path)[0].encoder.layers[0].num_heads == 12
+    for damaged in ("6", 0, -6, 7, True):
+        manager.save_lora_checkpoint(path, about | {"heads": damaged})
+        with pytest.raises(InputError, match="heads"):
+            load_finetuned(path)
+
+
+def test_moco_cxrs_densenet_needs_no_arch_and_without_timm_or_a_name_says_what_to_do(saved, monkeypatch):
+    """Where timm is, tests/test_timm.py has what the message names."""
+    pytest.importorskip("timm")
+    tensors = torchvision.models.densenet121(num_classes=128).state_dict()
+    content = {"epoch": 20, "state_dict": under("module.encoder_q.", tensors) | under("module.", QUEUE)}
+    unnamed = saved(content, "unnamed.pth")
+    named = saved({**content, "arch": "densenet121"})
+    model, report = load_backbone(named, num_classes=128)
+    assert (report["family"], report["arch"]) == ("moco_v1", "timm:densenet121")
+    assert tensors.keys() == model.state_dict().keys()
+    assert_same({name: tensors[name] for name in report["loaded"]}, model.state_dict())
+    assert report["loaded"] == list(tensors)[:-2]  # all but the classifier's
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"none of its 725 tensors .*--arch timm:NAME"):
+        load_backbone(unnamed, num_classes=2)
+    with pytest.raises(InputError, match=r"densenet121 needs timm.*pip install timm"):
+        load_backbone(named, num_classes=2)
+
+
+@contextlib.contextmanager
+def class_of(package, kind):
+    """A class that seems to come from an installed package, for as long as a file is written."""
+    kind.__module__ = f"{package}.objects"
+    module = types.ModuleType(kind.__module__)
+    setattr(module, kind.__name__, kind)
+    with mock.patch.dict(sys.modules, {package: module, kind.__module__: module}):
+        yield
+
+
+class Buffer:
+    """Like mmengine's HistoryBuffer: an array, and methods by name."""
+
+    def __init__(self):
+        self.history, self.methods = torch.arange(3.0).numpy(), {"mean": self.mean}
+
+    def mean(self):
+        raise AssertionError("code of the file has run")
+
+    __setstate__ = mean
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_beside_the_tensors_are_left_aside_and_run_nothing(legacy, narrow, saved):
+    content = RESNETS["mmpretrain, MoCo v2"].file(narrow)
+    with class_of("openmmlab", Buffer):
+        content["message_hub"] = {"log_scalars": {"loss": Buffer()}, "runtime_info": {}}
+        path = saved(content, _use_new_zipfile_serialization=not legacy)
+    model, report = load_backbone(path, num_classes=2)
+    assert report["family"] == "mmpretrain"
+    assert_same(narrow, model.state_dict())
+    read = read_checkpoint(path, objects=True)["message_hub"]["log_scalars"]["loss"]
+    assert isinstance(read, ForeignObject) and vars(read) == {}
+    with pytest.raises(InputError, match=r"needs openmmlab\.objects\.Buffer.*weights_only=False"):
+        read_checkpoint(path)  # as adapter files and runs are read
+
+
+class Config(dict):
+    """Like a hyper_parameters object of a class that is filled item by item, which is more than is read."""
+
+
+def test_a_dictionary_of_another_class_and_a_whole_model_are_refused_with_what_to_do(narrow, saved):
+    with class_of("theirs", Config):
+        path = saved({"state_dict": narrow, "hyper_parameters": Config(model="resnet18")})
+    with pytest.raises(InputError, match=r"needs theirs\.objects\.Config.*torch\.save\(torch\.load\(FILE") as raised:
+        load_backbone(path, num_classes=2)
+    assert "\n" not in str(raised.value)
+    path = saved({"model": nn.Linear(2, 2), "epoch": 3})
+    with pytest.raises(InputError, match=r"model is a torch\.nn\.modules\.linear\.Linear: save its state_dict"):
+        load_backbone(path, num_classes=2)
+
+
+# ------------------------------------------------------------------------------------------ forms, sizes and mistakes
 
 
 def test_the_heads_that_this_toolkit_s_pretraining_states_are_the_model_s(saved):

@@ -13,7 +13,7 @@ from torchvision import transforms
 import deploy_lora
 from lora_utils import read_adapter_file
 from tests.run_folders import rows_of
-from tests.test_layout import PACKAGES, ROOT
+from tests.test_layout import ROOT
 from toolkit import InputError
 
 RUN = """
@@ -35,20 +35,15 @@ for command, file in {"merge": "merged.pth", "export": "model.pt2", "card": "car
 @pytest.fixture(scope="module")
 def ordinal(base, images, tmp_path_factory):
     """The folder of a run and of what every command made of it, by a copy of the toolkit that has a fifth task."""
-    copy = tmp_path_factory.mktemp("copy")
-    for folder in (*PACKAGES, "configs"):
-        shutil.copytree(ROOT / folder, copy / folder)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, copy)
+    copy = tmp_path_factory.mktemp("ordinal") / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "benchmarks", "checkpoints", "docs", "tests"))
     shutil.copy(ROOT / "tests/ordinal.py", copy / "toolkit/answers")
     tasks = copy / "toolkit/answers/tasks.py"
-    known = "(Classification, MultiLabel, Regression, Segmentation)"
-    imported = "from toolkit.answers.ordinal import Ordinal\nTASKS"
-    text = tasks.read_text().replace(known, known.replace(")", ", Ordinal)"))
-    tasks.write_text(text.replace("\nTASKS", f"\n{imported}"))
+    text = tasks.read_text().replace("Regression, Segmentation)", "Regression, Segmentation, Ordinal)")
+    tasks.write_text(text.replace("\nTASKS", "\nfrom toolkit.answers.ordinal import Ordinal\nTASKS"))
     with open(copy / "toolkit/choices.py", "a") as file:
         file.write('TRUTHS["ordinal"] = "class"\nKEEP_BEST["ordinal"] = {"right": "val_accuracy"}\n')
-    out = tmp_path_factory.mktemp("ordinal") / "out"
+    out = copy.with_name("out")
     subprocess.run([sys.executable, "-c", RUN, base, images, out], cwd=copy, check=True)
     return out
 

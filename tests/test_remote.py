@@ -1,9 +1,21 @@
-"""Files and folders by their address: in fsspec's memory, and on a server of this test."""
+"""Files and folders by their address, in fsspec's memory and on a server of this test; and hostile ones: what comes in
+through the door is a file, has an end, comes soon, and stays small.
+"""
 
+import contextlib
+import importlib
 import io
+import lzma
+import os
 import shutil
+import struct
+import tarfile
+import time
+import tracemalloc
+import zipfile
+import zlib
 from functools import partial
-from http.server import SimpleHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +23,15 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from tests.image_files import tar_of
+from tests.image_files import bytes_of, png_of, tar_of
 from tests.servers import serving
 from toolkit import InputError
-from toolkit.images import remote, shards
+from toolkit.images import bands, folders, lists, remote, scenes, shards
 from toolkit.images.masks import MaskReader
 from toolkit.images.sources import load_splits
 
@@ -174,3 +187,170 @@ def test_what_cannot_be_had_is_one_line_without_secrets(place, told, message, ba
 def test_drives_of_windows_are_no_addresses():
     assert all(map(remote.is_remote, ("s3:\\bucket\\a.csv", "S3://bucket/a.csv")))
     assert not any(map(remote.is_remote, ("C:/images/a.png", "c:\\images", "/home/me", "a:b.png")))
+
+
+# ------------------------------------------------------------------------------------------------ hostile ones
+
+
+def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
+    for place in ("file:///dev/zero", f"file://{tmp_path}/a.tar"):
+        for read in (remote.read, lambda place: lists.ImageList(Path(place)).paths()):
+            with pytest.raises(InputError, match=f"{place} cannot be read: not a file"):
+                read(place)
+        with pytest.raises(InputError, match="not a file"), remote.opened(place):
+            pass
+    with pytest.raises(InputError, match="file:///dev/zero cannot be read: not a file"):
+        folders.ImageFiles(tmp_path, lists.ImageList(tmp_path / "list.csv").paths())[0]
+    with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read \(not a file\)"):
+        shards.read_shards(tmp_path)
+    refused = pytest.raises(InputError, match=r"a\.tar: not a readable image \(not a file\)")
+    with refused, scenes.open_scene(tmp_path / "a.tar", None):
+        pass
+
+
+def test_an_address_is_read_up_to_a_limit(monkeypatch):
+    place = "memory://doors/a.npy"
+    with fsspec.open(place, "wb") as file:
+        file.write(bytes(range(100)))
+    monkeypatch.setattr(remote, "LARGEST_AT_ADDRESS", 100)
+    assert remote.read(place) == bytes(range(100))
+    monkeypatch.setattr(remote, "LARGEST_AT_ADDRESS", 99)
+    assert remote.read(place, 10, 20) == bytes(range(10, 20))
+    for end in (None, 2**60):  # as an archive may say of a member
+        with pytest.raises(InputError, match=r"a\.npy cannot be read: more than 99 bytes are not read"):
+            remote.read(place, 0, end)
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `/endless`, `/stalls`, whose rest never comes, `/mute`, which says nothing at all, and `/whole`."""
+
+    sent = 0
+
+    def do_GET(self):
+        if self.path != "/mute":
+            self.send_response(200)
+            if self.path == "/stalls":
+                self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(bytes(range(50)))
+        with contextlib.suppress(ConnectionError):
+            while self.path == "/endless":
+                self.wfile.write(bytes(1000))
+                Server.sent += 1000
+        if self.path in ("/mute", "/stalls"):
+            time.sleep(1)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(Server, "sent", 0)
+    with serving(Server) as url:
+        yield url
+
+
+@pytest.mark.parametrize("ends", [None, 2**40])
+def test_a_body_without_end_is_refused_where_it_is_too_long(server, monkeypatch, ends):
+    monkeypatch.setattr(remote, "LARGEST_AT_ADDRESS", 10**5)
+    with pytest.raises(InputError, match=r"/endless cannot be read: more than 100,000 bytes are not read"):
+        remote.read(f"{server}/endless", 0, ends)
+    assert Server.sent < 2 * 10**7  # what lies in buffers has been sent too
+    assert remote.read(f"{server}/endless", 10, 20) == bytes(range(10, 20))  # though the server knows no ranges
+
+
+@pytest.mark.parametrize("name", ["stalls", "mute"])
+def test_a_server_that_stalls_is_not_waited_for(server, monkeypatch, name):
+    monkeypatch.setattr(remote, "TIME_OUT", 0.2)
+    with pytest.raises(InputError, match=rf"/{name} cannot be read: nothing has arrived for 0\.2 seconds"):
+        remote.read(f"{server}/{name}")
+    assert remote.read(f"{server}/whole") == bytes(range(50))
+
+
+@pytest.mark.parametrize("place", ["simplecache::https://me:secret@host/a.csv", "zip://a::https://me:secret@host/b"])
+def test_an_address_within_another_is_refused_without_its_password(place, tmp_path):
+    for read in (remote.read, remote.exists, lambda place: lists.ImageList(Path(place)).paths()):
+        with pytest.raises(InputError, match=r"https:/+host/.*: a password, signature or further address in") as error:
+            read(place)
+        assert "secret" not in str(error.value)
+
+
+def png_with_a_row(side: int, bits: int = 16, colours: int = 0) -> bytes:
+    return png_of(side, side, bits, colours, bytes(1 + side * bits // 8))
+
+
+def tiff_of(side: int, strip: bytes, compression: int = 8) -> bytes:
+    """A TIFF of 8-bit greys (side, side), with one strip."""
+    where = 8 + 2 + 12 * 8 + 4
+    sizes = {256: side, 257: side, 258: 8, 278: side, 279: len(strip)}
+    tags = sizes | {259: compression, 262: 1, 273: where if strip else 0}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
+
+
+def npz_with_an_empty_member() -> bytes:
+    content = io.BytesIO(bytes_of(np.savez, a=np.zeros((4, 4))))
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr("b.npy", b"")
+    return content.getvalue()
+
+
+LARGE = "more than its bytes can hold"
+
+
+@contextlib.contextmanager
+def little_memory(most: int = 2 * 10**7):
+    """What is allocated within the block stays below `most` bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png_with_a_row(30_000), LARGE),
+        (png_with_a_row(10_000, colours=6), f"of 800,000,000 bytes, which is {LARGE}"),
+        (png_with_a_row(10_000, colours=4), f"of 400,000,000 bytes, which is {LARGE}"),
+        (png_with_a_row(9_000, 8), LARGE),
+        (tiff_of(30_000, b""), LARGE),
+        (npz_with_an_empty_member(), "it has 2 arrays"),
+    ],
+    ids=["16 bits", "16 bits with colours", "16 bits with alpha", "8 bits", "sparse tiff", "empty member"],
+)
+def test_what_a_file_says_to_be_is_checked_before_it_is_decoded(content, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    with little_memory(), pytest.raises(InputError, match=reason):
+        folders.ImageFiles(tmp_path, ["a.png"], bands.Bands(1))[0]
+
+
+@pytest.mark.parametrize(("kind", "pack"), [(8, zlib.compress), (34925, lzma.compress)], ids=["zlib", "lzma"])
+def test_a_strip_holds_what_its_image_has_and_no_more(kind, pack, tmp_path):
+    codecs = importlib.import_module(bands.import_tifffile().__name__ + "._imagecodecs")
+    # Versions of 2026 refuse the function of any other module.
+    assert {codecs.zlib_decode.__module__, codecs.lzma_decode.__module__} == {codecs.__name__}
+    if bands.import_tifffile().tifffile.imagecodecs.__name__ != "tifffile._imagecodecs":
+        pytest.skip("imagecodecs has limits of its own")
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    (tmp_path / "a.tif").write_bytes(tiff_of(8, pack(levels.tobytes() + bytes(5 * 10**7)), kind))
+    with little_memory():
+        image = folders.ImageFiles(tmp_path, ["a.tif"], bands.Bands(1))[0]
+        with scenes.open_scene(tmp_path / "a.tif", bands.Bands(1)) as scene:
+            rows = scene.rows(0, 8)
+    np.testing.assert_array_equal(image[..., 0], levels)
+    np.testing.assert_array_equal(rows[..., 0], levels)
+
+
+def test_of_a_member_that_is_there_several_times_the_last_is_read(tmp_path):
+    pictures = [bytes_of(Image.new("RGB", (8, 8), colour).save, "png") for colour in ("red", "blue")]
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        for content in pictures:
+            member = tarfile.TarInfo("a.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    images, _ = shards.read_shards(tmp_path)
+    assert len(images) == 1 and images[0].getpixel((0, 0)) == (0, 0, 255)
