@@ -93,7 +93,6 @@ def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_k
 
 @pytest.mark.parametrize(("kind", "scale", "white"), [("float32", 0.01, 0.01), ("uint8", None, 255)])
 def test_what_is_measured_is_divided_by_the_scale(kind, scale, white):
-    """That of a photograph, of 8 bits, is 255."""
     levels = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(kind)
     image = Image.fromarray(levels) if kind == "uint8" else levels
     found = settle(Scaling(scale=scale, normalise="data"), "resnet18", 3, LabelledImages([image]))
@@ -167,7 +166,6 @@ def test_bands_are_picked_put_in_order_and_made_of_zeros():
 
 
 def tiff_of_many_pages(count: int) -> bytes:
-    """Each has one tag, of no type that there is."""
     pages = [struct.pack("<HHHIII", 1, 256, 99, 1, 1, 8 + 18 * number) for number in range(1, count)]
     return b"II*\0\x08\0\0\0" + b"".join(pages) + struct.pack("<HHHIII", 1, 256, 99, 1, 1, 0)
 
@@ -283,14 +281,13 @@ PUBLISHED = {  # names under which torchgeo and SSL4EO-S12 publish files
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_name_of_a_published_file_tells_its_family(name, capsys):
-    channels, family = PUBLISHED[name]
-    known = FAMILIES[family]
-    found = known_scaling(Scaling(), channels, {}, f"downloads/{name}")
-    assert values(found) == (known.scale, list(known.mean), list(known.std), None)
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1 and f"of {family} (" in told and f"which the name of {name} says" in told
+def test_the_name_of_a_published_file_tells_its_family(capsys):
+    for name, (channels, family) in PUBLISHED.items():
+        known = FAMILIES[family]
+        found = known_scaling(Scaling(), channels, {}, f"downloads/{name}")
+        assert values(found) == (known.scale, list(known.mean), list(known.std), None), name
+        told = capsys.readouterr().out
+        assert told.count("\n") == 1 and f"of {family} (" in told and f"which the name of {name} says" in told
 
 
 SENTINEL_2 = "resnet50_sentinel2_all_moco-df8b932e.pth"
@@ -331,24 +328,20 @@ def test_what_counts_is_typed_or_told_by_the_file(typed, channels, told, name, e
     assert printed in said and bool(said) == bool(printed)
 
 
-def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
+def test_a_file_of_cem500k_and_a_stage_1_adapter_say_how_their_images_were_scaled(tmp_path, capsys):
     path = tmp_path / "any.pth.tar"
     state = under("module.encoder_q.", without_head(build_backbone("resnet18", 2, channels=1).state_dict()))
     torch.save({"arch": "resnet18", "epoch": 200, "norms": [0.583, 0.0997], "state_dict": state}, path)
     channels, told = find_images(path)
-    found = known_scaling(Scaling(), channels, told, path)
-    assert (channels, *values(found)) == (1, 255, [0.583], [0.0997], None)
+    assert (channels, *values(known_scaling(Scaling(), channels, told, path))) == (1, 255, [0.583], [0.0997], None)
     assert "as in the pretraining, which any.pth.tar says" in capsys.readouterr().out
 
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_stage1_adapter_says_how_its_images_were_scaled(suffix, tmp_path):
     metadata = {"arch": "vit_mini", "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [1.0] * 3, "bands": [], "scale": 1e4}
     content = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": metadata}
-    path = tmp_path / f"moco_lora{suffix}"
-    write_adapter_file(content, path)
-    known, read = known_image_values(FineTuneOptions(stage1_adapter=path), None)
-    assert (known.mean, read) == ([0.1, 0.2, 0.3], Bands(3, (), 10000.0))
+    for path in (tmp_path / "moco_lora.pth", tmp_path / "moco_lora.safetensors"):
+        write_adapter_file(content, path)
+        known, read = known_image_values(FineTuneOptions(stage1_adapter=path), None)
+        assert (known.mean, read) == ([0.1, 0.2, 0.3], Bands(3, (), 10000.0))
 
 
 @pytest.mark.parametrize("damage", [{"std": [0.0, 1.0]}, {"mean": "x"}, {"channels": -1}, {"bands": 3}, {"scale": -1}])

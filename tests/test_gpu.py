@@ -22,7 +22,6 @@ from toolkit.run import guard, optim, runs, search
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
 counts_waits = pytest.mark.skipif(not cuda_on_cpu.is_loaded(), reason="only emulated GPUs count")
 
-
 PATIENTS = "--data-dir {hospital} --group-by Patient"
 RESNET = "--checkpoint {resnet} --image-size 32 --lora-rank 2 --learning-rate 1e-5"
 RUNS = {  # how many kernels a step of a run launches on a GPU, and what the run is told

@@ -75,7 +75,6 @@ def test_predicted_are_what_the_exported_graph_answers_with_the_recorded_ranks(o
 
 @pytest.mark.parametrize("command", ["evaluate {}", "merge --output {}/merged.pth", "card --output {}/card.md"])
 def test_a_toolkit_without_the_task_refuses_its_files(ordinal, tmp_path, command):
-    """And never takes them for the files of plain classification."""
     adapter = shutil.copy(ordinal / "lora.pth", tmp_path)
     name, *options = command.format(tmp_path).split()
     with pytest.raises(InputError, match="of another version"):

@@ -27,8 +27,6 @@ from toolkit.models.backbones import headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import output_folder, runs, training
 
-ROOT = Path(__file__).parents[1]
-
 
 def arguments(images: Path, output: Path, options: str = "") -> list[str]:
     """Of two steps an epoch."""
@@ -150,11 +148,11 @@ def test_features_that_have_collapsed_show_and_the_images_that_measure_them_are_
     assert list(map(len, measure.call_args.args)) == [6, 6, 2, 2]
 
 
-@pytest.mark.parametrize("labels", [True, False])
-def test_a_list_of_images(begun, images, tmp_path, labels):
-    lines = [f"{path},{path.parent.name}" if labels else str(path) for path in sorted(images.rglob("*.png"))]
-    (tmp_path / "list.csv").write_text("\n".join(lines))
-    assert ("36 images without labels" in begun(f"--data-list {tmp_path / 'list.csv'}")) != labels
+def test_a_list_of_images(begun, images, tmp_path):
+    for labelled in (True, False):
+        lines = [f"{path},{path.parent.name}" if labelled else str(path) for path in sorted(images.rglob("*.png"))]
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        assert ("36 images without labels" in begun(f"--data-list {tmp_path}/list.csv")) != labelled
 
 
 def test_the_checkpoint_is_what_fine_tuning_reads(done, half, images):
@@ -187,14 +185,14 @@ def test_what_has_no_effect_or_no_sense_is_told(begun):
         assert ("is more than there are images" in told) == (size > 16)
 
 
-@pytest.mark.parametrize("read_together", [1, 8])
-def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, read_together):
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
     """It names the rate of the step that had it, also where a GPU is asked only after later ones."""
-    monkeypatch.setitem(training.STEPS_READ_TOGETHER, "cpu", read_together)
     monkeypatch.setattr(pretrain.MoCoV3, "contrast", lambda self, q, k: q.sum() * float("nan"))
-    message = r"the loss is nan at epoch 1, step 0, learning rate 1\.00e-03: lower --learning-rate"
-    with pytest.raises(InputError, match=message):
-        run()
+    for read_together in (1, 8):
+        monkeypatch.setitem(training.STEPS_READ_TOGETHER, "cpu", read_together)
+        message = r"the loss is nan at epoch 1, step 0, learning rate 1\.00e-03: lower --learning-rate"
+        with pytest.raises(InputError, match=message):
+            run()
 
 
 def test_checkpoints_that_cannot_be_resumed(run, half, tmp_path):
@@ -222,13 +220,13 @@ def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(begun, ima
     assert train == bank  # a run to choose settings does not train on what it chooses by
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_are_valid(path):
-    args, sources = pretrain.read_options(["--config", str(path)])
-    assert sources["moco_version"] == "config"
-    if path.stem != "stage1":
-        assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
-    assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
+def test_shipped_configurations_are_valid():
+    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"):
+        args, sources = pretrain.read_options(["--config", str(path)])
+        assert sources["moco_version"] == "config"
+        if path.stem != "stage1":
+            assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
+        assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
 
 
 # ------------------------------------------------------------------------------------ going on from a checkpoint
@@ -252,7 +250,6 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
 @pytest.mark.usefixtures("small_backbones")
 @pytest.mark.parametrize(("version", "arch"), [(2, "resnet18"), (3, "resnet18"), (3, "vit_mini")])
 def test_projector_and_predictor_start_from_an_official_file(saved, version, arch):
-    """Version and widths come from the file as well."""
     theirs, _, _ = built(f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 9")
     sides = {"encoder_q": "base_encoder", "encoder_k": "momentum_encoder"} if version == 3 else {}
     state = {}
@@ -273,7 +270,6 @@ def test_projector_and_predictor_start_from_an_official_file(saved, version, arc
 
 @pytest.fixture
 def adapt(run, base):
-    """Stage 1 in adapters over `base`: main's results."""
     return lambda options="", output="out": run(f"{IN_ADAPTERS.format(base)} {options}", output)
 
 
@@ -345,15 +341,16 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
 
     elsewhere = shutil.move(stage1, tmp_path / "elsewhere.pth")
     assert torch.equal(load_finetuned(adapter, stage1_adapter=elsewhere)[0](x), model(x))
-    shutil.move(elsewhere, adapter.with_name("moco_lora.pth"))  # beside the file it is found
+    beside = adapter.with_name("moco_lora.pth")
+    shutil.move(elsewhere, beside)  # where it is found
     assert torch.equal(load_finetuned(adapter)[0](x), model(x))
     other = adapt("--use-qlora --seed 1", "other")["checkpoint"]
-    shutil.copy(other, adapter.with_name("moco_lora.pth"))
+    shutil.copy(other, beside)
     with pytest.raises(InputError, match="trained over another base"):
         load_finetuned(adapter)
     with pytest.raises(InputError, match="trained over another base"):
         finetune(f"--stage1-adapter {other} --epochs 1 --resume --use-qlora", "tuned")
-    adapter.with_name("moco_lora.pth").unlink()
+    beside.unlink()
     with pytest.raises(InputError, match=r"its stage-1 adapter, .*moco_lora\.pth, is not there; put it next to"):
         load_finetuned(adapter)
 

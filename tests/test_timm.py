@@ -1,6 +1,7 @@
 """timm's models by name: their own keys, heads, sizes and normalisation, from the command line to plain timm."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 import threading
@@ -142,7 +143,7 @@ def test_a_file_without_its_arch_is_told_what_it_could_be(checkpoint, tmp_path, 
         load_backbone(path, 5)
 
 
-def test_a_name_as_checkpoint_stands_for_the_weights_that_timm_publishes(hub):
+def test_a_name_as_checkpoint_stands_for_what_timm_publishes_and_finds_it_again(hub, finetune, images, tmp_path):
     path = hub("test_vit")
     random = torch.get_rng_state()
     by_file, expected = load_backbone(path, 5, "timm:test_vit")
@@ -157,10 +158,6 @@ def test_a_name_as_checkpoint_stands_for_the_weights_that_timm_publishes(hub):
     [problem] = model_problems("timm:vit_giant_patch14_224", None, None)  # before anything is read
     assert problem.startswith("--checkpoint timm:vit_giant_patch14_224: timm has no weights of it")
 
-
-def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune, images, tmp_path):
-    """And images to label are chosen by it."""
-    hub("test_vit")
     results = finetune("--checkpoint timm:test_vit --image-size 32 --epochs 1 --labels-per-class 2")
     adapter = results["folder"] / "lora.pth"
     metadata = read_adapter_file(adapter)["metadata"]
@@ -172,25 +169,21 @@ def test_a_run_from_a_name_finds_its_base_again_by_this_name(hub, finetune, imag
     assert len(deploy_lora.main([*command.split(), "--device", "cpu"])) == 2
 
 
-HUB = "https://huggingface.co/timm/test_vit.r160_in1k/resolve/main"
-
-
-@pytest.mark.parametrize(
-    ("config", "place"),
-    [
-        ({}, f"{HUB}/model.safetensors"),
-        ({"hf_hub_filename": "a.bin"}, f"{HUB}/a.bin"),
-        ({"hf_hub_id": None, "url": "http://127.0.0.1:9/a.pth"}, "http://127.0.0.1:9/a.pth"),
-    ],
-)
-def test_without_a_connection_one_line_says_what_to_fetch(config, place, monkeypatch):
+def test_without_a_connection_one_line_says_what_to_fetch(monkeypatch):
     known = timm.get_pretrained_cfg("test_vit")
-    vars(known).update(config)
-    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: known)
     monkeypatch.setattr(timm, "create_model", mock.Mock(side_effect=OSError("no connection\nand much more")))
-    remedy = f"fetch {place} elsewhere and give its path as --checkpoint, and when training add --arch timm:test_vit"
-    with pytest.raises(InputError, match=rf"^timm:test_vit cannot be loaded \(no connection\): {remedy}$"):
-        load_backbone("timm:test_vit", 5)
+    for config, place in (
+        ({}, "https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.safetensors"),
+        ({"hf_hub_filename": "a.bin"}, "https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/a.bin"),
+        ({"hf_hub_id": None, "url": "http://127.0.0.1:9/a.pth"}, "http://127.0.0.1:9/a.pth"),
+    ):
+        told = mock.Mock(return_value=dataclasses.replace(known, **config))
+        monkeypatch.setattr(timm, "get_pretrained_cfg", told)
+        remedy = (
+            f"fetch {place} elsewhere and give its path as --checkpoint, and when training add --arch timm:test_vit"
+        )
+        with pytest.raises(InputError, match=rf"^timm:test_vit cannot be loaded \(no connection\): {remedy}$"):
+            load_backbone("timm:test_vit", 5)
 
 
 # The real architectures of DINOv2 and DINOv3, narrow and of few blocks. The giant one has SwiGLU.
@@ -256,7 +249,6 @@ def test_a_dino_is_exported(dino, tmp_path):
 
 @pytest.mark.parametrize("name, channels", [("test_vit", 1), ("test_vit", 7), ("test_resnet", 2)])
 def test_a_first_layer_is_fitted_as_timm_does(name, channels, checkpoint):
-    """And a checkpoint says how many channels its own images have."""
     path, theirs = checkpoint(name)
     model, report = load_backbone(path, 5, f"timm:{name}", channels=channels, channel_fit="timm")
     first = f"{backbones.first_convolution(model)}.weight"
