@@ -2,13 +2,12 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 
 @contextlib.contextmanager
-def serving(handler: Callable) -> Iterator[str]:
+def serving(handler):
     """The address of a server whose requests this handler answers."""
     quiet = mock.patch.object(BaseHTTPRequestHandler, "log_message")
     with quiet, ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -21,7 +21,6 @@ from toolkit.run import search
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
-    """Where the features of these tests are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "moco-images"
 

@@ -60,10 +60,6 @@ def adapted(base: Path) -> nn.Module:
     return randomize_adapters(model, std=0.05)
 
 
-def convert(adapter: Path, rank: int, output: Path) -> None:
-    deploy_lora.main(["convert", str(adapter), "--rank", str(rank), "--output", str(output)])
-
-
 @pytest.mark.parametrize("trained", [fully_trained, adapted])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @torch.no_grad()
@@ -73,7 +69,7 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(
     base = {"vit": base, "resnet": saved(narrow)}[kind]
     path = save(trained(base), base, tmp_path / "lora.pth", val_accuracy=0.9)
     (tmp_path / "results.json").write_text("{}")  # of the whole change
-    convert(path, 2, tmp_path / "lora2.pth")
+    deploy_lora.main(f"convert {path} --rank 2 --output {tmp_path}/lora2.pth".split())
 
     expected = of_base(base)
     before = copy.deepcopy(expected.state_dict())
@@ -126,5 +122,5 @@ def test_what_cannot_be_cut_is_refused(base, tmp_path, monkeypatch):
     ):
         save(model, checkpoint, Path("lora.pth"))
         with pytest.raises(InputError, match=f"^{message}"):
-            convert(Path("lora.pth"), rank, Path("cut.pth"))
+            deploy_lora.main(f"convert lora.pth --rank {rank} --output cut.pth".split())
         assert not Path("cut.pth").exists()

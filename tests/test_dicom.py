@@ -104,8 +104,7 @@ def test_files_without_suffix_are_known_by_their_mark(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "1.2.840.101_mask.png").write_bytes(b"")
     assert image_names(tmp_path, others=Counter()) == names
-    images = ImageFiles(tmp_path, names)
-    assert [image.size for image in images] == [(10, 10)] * 3
+    assert [image.size for image in ImageFiles(tmp_path, names)] == [(10, 10)] * 3
     system = pytest.importorskip("fsspec").filesystem("memory")
     system.put(f"{tmp_path}/1.2.840.100", "/disc/IM0001")
     [name] = image_names(Path("memory://disc"))

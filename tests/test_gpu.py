@@ -20,7 +20,6 @@ from toolkit.models.norms import constants_kept
 from toolkit.run import guard, optim, runs, search
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
-counts_waits = pytest.mark.skipif(not cuda_on_cpu.is_loaded(), reason="only emulated GPUs count")
 
 PATIENTS = "--data-dir {hospital} --group-by Patient"
 RESNET = "--checkpoint {resnet} --image-size 32 --lora-rank 2 --learning-rate 1e-5"
@@ -153,7 +152,7 @@ def test_what_processes_have_on_the_cpu_travels_through_the_gpu(monkeypatch):
     assert whole.device.type == "cpu" and whole.tolist() == [1, 1, 2, 2]
 
 
-@counts_waits
+@pytest.mark.skipif(not cuda_on_cpu.is_loaded(), reason="only emulated GPUs count")
 def test_operands_on_two_devices_and_what_is_not_written_yet_show():
     """What emulated GPUs would be worth nothing without."""
     x = torch.ones(2, device="cuda")
@@ -192,16 +191,12 @@ def test_a_run_goes_on_on_another_device(finetune, first, then):
     assert moved["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-3)
 
 
-def colours(pictures: list[Path]) -> list[float]:
-    return [channel for path in pictures for channel in np.array(Image.open(path)).mean((0, 1))]
-
-
 ANSWERS = {  # what a command is told, and the numbers in what it returns
     "evaluate": ("{}.json --workers 0", lambda answer: [answer["loss"], answer["accuracy"]]),
     "predict": ("{}.csv --workers 0", lambda rows: [float(row["probability"]) for row in rows]),
     "embed": ("{}.npy --workers 0", lambda features: features.ravel().tolist()),
     "choose": ("{} --count 5 --workers 0", list),
-    "explain": ("{}", colours),
+    "explain": ("{}", lambda paths: np.mean([Image.open(path) for path in paths], (1, 2)).ravel().tolist()),
 }
 
 

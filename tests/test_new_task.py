@@ -48,7 +48,7 @@ def ordinal(base, images, tmp_path_factory):
     return out
 
 
-def test_every_command_is_of_the_new_task(ordinal):
+def test_every_command_is_of_the_new_task_and_predicts_what_the_exported_graph_does(ordinal):
     results = json.loads((ordinal / "results.json").read_text())
     again = json.loads((ordinal / "again.json").read_text())
     assert results["task"] == again["task"] == "ordinal"
@@ -61,8 +61,6 @@ def test_every_command_is_of_the_new_task(ordinal):
     card = (ordinal / "card.md").read_text()
     assert "pipeline_tag: tabular-classification" in card and "ordinal of images" in card
 
-
-def test_predicted_are_what_the_exported_graph_answers_with_the_recorded_ranks(ordinal):
     usage = json.loads((ordinal / "model.json").read_text())
     graph = torch.export.load(ordinal / "model.pt2").module()
     assert usage["activation"] == "none"  # the graph ends with the head's own

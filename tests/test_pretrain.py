@@ -27,15 +27,14 @@ from toolkit.models.backbones import headless
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import output_folder, runs, training
 
+IN_ADAPTERS = "--checkpoint {} --lora-rank 2 --image-size 16 --learning-rate 1e-2"
+
 
 def arguments(images: Path, output: Path, options: str = "") -> list[str]:
     """Of two steps an epoch."""
     argv = f"--data-dir {images}/train --image-size 8 --batch-size 8 --epochs 2 --knn-every 2"
     argv += f" --dim 8 --mlp-dim 16 --queue-size 16 --two-crops digits --device cpu --output-dir {output}"
     return [*argv.split(), *options.split()]
-
-
-IN_ADAPTERS = "--checkpoint {} --lora-rank 2 --image-size 16 --learning-rate 1e-2"
 
 
 def stopped(images: Path, output: Path, options: str = "") -> Path:
@@ -98,8 +97,7 @@ def test_the_files_of_a_run_what_it_says_and_the_next_command(done, half):
     written = json.loads((output / "results.json").read_text())
     assert written.keys() == results.keys() and written["loss"] == results["loss"]
     assert 0 < written["waiting_share"] < 1
-    # 2 epochs of 16 images, over the time of the steps
-    assert written["images_per_second"] == pytest.approx(32 / written["seconds"], rel=0.5)
+    assert written["images_per_second"] == pytest.approx(32 / written["seconds"], rel=0.5)  # 2 epochs of 16 images
     assert written["config"]["data_dir"] and written["images"] == results["images"]
 
     assert "data: 16 images\nmodel: vit_mini, MoCo v3\n" in told
@@ -116,7 +114,6 @@ def test_the_files_of_a_run_what_it_says_and_the_next_command(done, half):
 
 
 def test_images_without_labels_are_measured_by_their_rank_or_by_labelled_ones(run, images, tmp_path, capsys):
-    """Of which one cannot be read."""
     flat = f"--data-dir {images}/train/dark --batch-size 3"
     results = run(f"{flat} --knn-every 1")
     assert results["knn_accuracy"] is None and 1 < results["effective_rank"] < 8
@@ -128,7 +125,7 @@ def test_images_without_labels_are_measured_by_their_rank_or_by_labelled_ones(ru
     assert float(second["effective_rank"]) == results["effective_rank"] != float(first["effective_rank"])
 
     labelled = shutil.copytree(images / "train", tmp_path / "labelled")
-    next(labelled.rglob("*.png")).write_bytes(b"")
+    next(labelled.rglob("*.png")).write_bytes(b"")  # it cannot be read
     results = run(f"{flat} --knn-dir {labelled} --skip-unreadable --epochs 1", "labelled-out")
     assert results["knn_accuracy"] > 0.5 and results["effective_rank"] > 1
 
@@ -146,13 +143,6 @@ def test_features_that_have_collapsed_show_and_the_images_that_measure_them_are_
     assert results["effective_rank"] == pytest.approx(1, abs=0.1)
     assert "the features have collapsed: lower --learning-rate" in capsys.readouterr().out
     assert list(map(len, measure.call_args.args)) == [6, 6, 2, 2]
-
-
-def test_a_list_of_images(begun, images, tmp_path):
-    for labelled in (True, False):
-        lines = [f"{path},{path.parent.name}" if labelled else str(path) for path in sorted(images.rglob("*.png"))]
-        (tmp_path / "list.csv").write_text("\n".join(lines))
-        assert ("36 images without labels" in begun(f"--data-list {tmp_path}/list.csv")) != labelled
 
 
 def test_the_checkpoint_is_what_fine_tuning_reads(done, half, images):
@@ -178,7 +168,11 @@ def test_an_epoch_goes_on_where_it_was_stopped(images, tmp_path):
     assert list(run.loader.batch_sampler) == whole[1:] and len(whole) == 2
 
 
-def test_what_has_no_effect_or_no_sense_is_told(begun):
+def test_what_a_list_has_and_what_has_no_effect_or_no_sense_is_told(begun, images, tmp_path):
+    for labelled in (True, False):
+        lines = [f"{path},{path.parent.name}" if labelled else str(path) for path in sorted(images.rglob("*.png"))]
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        assert ("36 images without labels" in begun(f"--data-list {tmp_path}/list.csv")) != labelled
     for size in (16, 17):
         told = begun(f"--moco-version 2 --queue-size {size}")
         assert "--mlp-dim has no effect: it is for MoCo v3\n" in told and "--queue-size has" not in told

@@ -26,6 +26,8 @@ from toolkit.run import options
 
 CONTENT = bytes(range(256)) * 4
 DIGEST = hashlib.md5(CONTENT).hexdigest()[:8]
+TORN = rf"did not arrive as it is published \({DIGEST}\): try again later$"
+ELSEWHERE = r"cannot download http.*/{} \({}\): fetch it elsewhere and give its path$"
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -91,10 +93,6 @@ def test_of_two_that_need_a_file_one_downloads_it(web, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda _: fetch(), range(2))) == [CONTENT] * 2
     assert len(begun) == 1
-
-
-TORN = rf"did not arrive as it is published \({DIGEST}\): try again later$"
-ELSEWHERE = r"cannot download http.*/{} \({}\): fetch it elsewhere and give its path$"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from toolkit.images.masks import MaskReader
 from toolkit.images.sources import load_splits
 
 fsspec = pytest.importorskip("fsspec")
+LARGE = "more than its bytes can hold"
 
 
 class Ranges(SimpleHTTPRequestHandler):
@@ -184,9 +185,6 @@ def test_drives_of_windows_are_no_addresses():
     assert not any(map(remote.is_remote, ("C:/images/a.png", "c:\\images", "/home/me", "a:b.png")))
 
 
-# ------------------------------------------------------------------------------------------------ hostile ones
-
-
 def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
@@ -273,9 +271,6 @@ def tiff_of(side: int, strip: bytes, compression: int = 8) -> bytes:
     tags = sizes | {259: compression, 262: 1, 273: where if strip else 0}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
-
-
-LARGE = "more than its bytes can hold"
 
 
 @contextlib.contextmanager

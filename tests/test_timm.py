@@ -29,6 +29,7 @@ from toolkit.models.names import default_image_size, model_problems
 from toolkit.models.norms import freeze_statistics
 
 timm = pytest.importorskip("timm")
+BLOCKS = timm.models._efficientnet_blocks
 
 # Models so small that timm tests itself with them: name -> classifier.
 HEADS = {"test_vit": "head", "test_vit3": "head", "test_resnet": "fc", "test_efficientnet": "classifier"}
@@ -177,8 +178,7 @@ def test_without_a_connection_one_line_says_what_to_fetch(monkeypatch):
         ({"hf_hub_filename": "a.bin"}, "https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/a.bin"),
         ({"hf_hub_id": None, "url": "http://127.0.0.1:9/a.pth"}, "http://127.0.0.1:9/a.pth"),
     ):
-        told = mock.Mock(return_value=dataclasses.replace(known, **config))
-        monkeypatch.setattr(timm, "get_pretrained_cfg", told)
+        monkeypatch.setattr(timm, "get_pretrained_cfg", mock.Mock(return_value=dataclasses.replace(known, **config)))
         remedy = (
             f"fetch {place} elsewhere and give its path as --checkpoint, and when training add --arch timm:test_vit"
         )
@@ -309,6 +309,7 @@ def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name, block):
 # Of an activation: how many tensors a frozen BatchNorm with it keeps for backward, and whether that is its output,
 # which the next layer keeps anyway.
 ACTIVATIONS = {None: (0, False), nn.Identity: (0, False), nn.ReLU: (1, True), nn.ReLU6: (1, True), nn.SiLU: (1, False)}
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 def frozen_norm(activation: type | None, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
@@ -319,9 +320,6 @@ def frozen_norm(activation: type | None, dtype: torch.dtype = torch.float64) -> 
     twin = copy.deepcopy(stock)
     freeze_statistics(twin, freeze=True, training=True)
     return stock, pickle.loads(pickle.dumps(twin))
-
-
-F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 @pytest.mark.parametrize(("norm_dtype", "dtype"), [(F64, F64), (BF16, BF16), (F32, BF16)], ids=str)
@@ -357,9 +355,6 @@ def test_a_relu6_is_called_where_it_is_watched_or_a_layer_comes_before_it():
     assert torch.equal(twin(x), stock(x))
 
 
-BLOCKS = timm.models._efficientnet_blocks
-
-
 def timm_blocks() -> dict[str, tuple[nn.Module, int]]:
     """Blocks of timm's with activations of each kind, and how many of their BatchNorms no convolution takes in."""
     with_gate = {"se_layer": BLOCKS.SqueezeExcite, "act_layer": nn.SiLU}
@@ -381,8 +376,7 @@ def timm_blocks() -> dict[str, tuple[nn.Module, int]]:
 
 @pytest.mark.parametrize("name", timm_blocks())
 def test_a_block_of_timm_s_folds_its_batch_norms(name):
-    """It computes what the stock block does, also where its adapters are merged or a BatchNorm trains; in bf16 it errs
-    as that does."""
+    """It computes what the stock block does, also where adapters are merged or a norm trains; in bf16 it errs alike."""
     stock, unfolded = timm_blocks()[name]
     stock = dense.seen(stock).double().eval()
     x = images(16, dtype=torch.float64)
