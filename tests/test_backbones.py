@@ -10,7 +10,7 @@ from toolkit.models.names import ARCHS, default_image_size
 
 
 @pytest.mark.parametrize(
-    ("arch", "width"), zip(ARCHS, (512, 512, 2048, 2048, 192, 384, 768, 1024, 384, 768), strict=True)
+    ("arch", "width"), [*zip(ARCHS, (512, 512, 2048, 2048, 192, 384, 768, 1024, 384, 768), strict=True)]
 )
 def test_maps_images_of_the_default_size_to_logits_and_features(arch, width):
     with torch.device("meta"):
