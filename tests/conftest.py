@@ -76,9 +76,9 @@ def base(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base") / "base.pth")
 
 
-def save_adapter(model: torch.nn.Module, path: Path, checkpoint: Path, **about) -> Path:
+def save_adapter(model: torch.nn.Module, path: Path, base: Path, **about) -> Path:
     """Save the head of a vit_mini, and its adapters, with what a run says of them."""
-    known = {"arch": "vit_mini", "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(checkpoint)}
+    known = {"arch": "vit_mini", "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
     LoRAManager(model).save_lora_checkpoint(path, known | about)
     return path
 

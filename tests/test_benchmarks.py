@@ -24,14 +24,11 @@ from toolkit import InputError
 from toolkit.run import optim
 
 
-def test_scenes_are_written_over_no_other_images(tmp_path, capsys):
+def test_what_others_wrote_is_neither_replaced_nor_taken_for_what_is_asked(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         write_scenes([str(tmp_path)])
     assert f"error: {tmp_path} is there, maybe with images of yours: name another folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_stage_1_of_other_options_is_not_taken_for_what_is_asked(tmp_path):
     for _ in range(2):
         domain.refuse_others(tmp_path / "stage1.json", ["--epochs", "1"])
     with pytest.raises(InputError, match=f"{tmp_path} has a stage 1 with other options: give another --output-dir"):

@@ -42,13 +42,21 @@ def run(command: str, *words):
         return deploy_lora.main([*command.split(), *map(str, words)])
 
 
+def adapter_file(path: Path, base: Path, target: object = "encoder_layer_1", **about) -> Path:
+    """The file of a run with adapters for three classes, which says this of itself."""
+    shape = {"image_size": about.get("image_size", 16), "channels": about.get("channels", 3)}
+    model, _ = load_backbone(base, 3, channel_fit="timm", **shape)
+    nn.init.normal_(model.heads.head.weight, std=0.1)
+    randomize_adapters(add_lora_to_model(model, r=2, target_modules=target), std=0.1)
+    return save_adapter(model, path, base, **about)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_tells_its_content_and_is_merged_into_one_that_serves_by_itself(base, tmp_path, capsys, suffix):
     """No control codes are printed, and the base may have moved."""
-    model, _ = load_backbone(base, 3)
-    randomize_adapters(add_lora_to_model(model, r=2, target_modules=["encoder_layer_1.mlp"]), std=0.1)
     about = {"class_names": ["a", "b", "ß"], "\x1b": 1, "config": {"finetune": {"learning_rate": 1e-4}}}
-    adapter = save_adapter(model, tmp_path / f"lora{suffix}", Path("/gone/base.pth"), **about)
+    adapter = tmp_path / f"lora{suffix}"
+    adapter_file(adapter, base, ["encoder_layer_1.mlp"], checkpoint="/gone/base.pth", **about)
     run("info", adapter)
     assert capsys.readouterr().out.splitlines() == [
         f"{adapter}: 2 adapted layers, 4,419 parameters, {adapter.stat().st_size / 1e6:.2f} MB",
@@ -67,25 +75,17 @@ def test_a_file_tells_its_content_and_is_merged_into_one_that_serves_by_itself(b
     plain = build_backbone("vit_mini", 3, 16)
     plain.load_state_dict(torch.load(output) if suffix == ".pth" else safetensors.torch.load_file(output))
     images = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(plain.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+    expected = load_finetuned(adapter, base)[0](images)
+    torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ answers for images
 
 
-@pytest.fixture(scope="module", params=["lora", "qlora", "full"])
-def trained(request, base, tmp_path_factory) -> Path:
-    """The file of a run of each kind."""
-    torch.manual_seed(0)
-    model, _ = load_backbone(base, len(CLASSES))
-    nn.init.normal_(model.heads.head.weight, std=0.1)
-    if request.param == "full":
-        for parameter in model.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    else:
-        add_lora_to_model(model, r=2, target_modules="encoder_layer_1", use_qlora=request.param == "qlora")
-        randomize_adapters(model, std=0.1)
-    return save_adapter(model, tmp_path_factory.mktemp("trained") / "lora.pth", base)
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    """Files of other ways to train are in test_ways.py."""
+    return adapter_file(tmp_path_factory.mktemp("trained") / "lora.pth", base)
 
 
 @torch.no_grad()
@@ -96,21 +96,21 @@ def answers_one_by_one(adapter: Path, paths: list[Path | str]) -> tuple[torch.Te
     return headless(model)(images), torch.cat(list(map(model, images.split(1))))
 
 
-def test_predictions_and_features_are_those_of_the_model(trained, images, tmp_path, capsys):
+def test_predictions_and_features_are_those_of_the_model(adapter, images, tmp_path, capsys):
     single = images / "train/dark/0.png"
     output = tmp_path / "predictions.csv"
-    rows = run("predict --batch-size 4 --device cpu", trained, images / "val", single, single, "--output", output)
+    rows = run("predict --batch-size 4 --device cpu", adapter, images / "val", single, single, "--output", output)
     assert rows == rows_of(output)
     assert f"wrote {output}: 16 images" in capsys.readouterr().out
     paths = [*map(str, sorted((images / "val").glob("*/*.png"))), str(single)]  # which is there once
     assert column(rows, "path") == paths
-    features, logits = answers_one_by_one(trained, paths)
+    features, logits = answers_one_by_one(adapter, paths)
     for row, probabilities in zip(rows, logits.softmax(1), strict=True):
         ranked = probabilities.argsort(descending=True).tolist()
         assert list(row) == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
         assert [row[key] for key in ("class", "class_2", "class_3")] == [CLASSES[i] for i in ranked]
         assert float(row["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-4)
-    found = run("embed --batch-size 4 --device cpu", trained, images / "val", single, "--output", tmp_path / "f.npy")
+    found = run("embed --batch-size 4 --device cpu", adapter, images / "val", single, "--output", tmp_path / "f.npy")
     written = torch.from_numpy(np.load(tmp_path / "f.npy"))
     assert torch.equal(written, found) and written.dtype == torch.float32
     assert_close(written, features, FP32)
@@ -132,8 +132,7 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
 
 
 @pytest.mark.parametrize("command", ["predict", "embed"])
-@pytest.mark.parametrize("trained", ["lora"], indirect=True)
-def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_path, monkeypatch, command):
+def test_answers_in_parts_go_on_where_they_were_stopped(adapter, images, tmp_path, monkeypatch, command):
     """15 images in parts of 4: a stopped command and its sequel write, bit for bit, what one that runs through does.
 
     What else may lie in the folder is in test_answer_folders.py.
@@ -142,11 +141,11 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     start = f"{command} --batch-size 4 --device cpu"
 
     def write(folder: str, *more: str, part: str = "val") -> list[Path]:
-        return run(start, trained, images / part, "--output", tmp_path / folder, *more)
+        return run(start, adapter, images / part, "--output", tmp_path / folder, *more)
 
     paths = write("whole")
     assert [path.stem for path in paths] == [f"part-{i:05d}" for i in range(4)]
-    single = run(start, trained, images / "val", "--output", tmp_path / f"one{paths[0].suffix}")
+    single = run(start, adapter, images / "val", "--output", tmp_path / f"one{paths[0].suffix}")
     if command == "predict":
         rows = list(itertools.chain(*map(rows_of, paths)))
         assert column(rows, "path") == column(single, "path")
@@ -171,14 +170,13 @@ def test_answers_in_parts_go_on_where_they_were_stopped(trained, images, tmp_pat
     write("whole", "--resume", "--precision", "fp32")  # which is what a CPU computes in
 
 
-@pytest.mark.parametrize("trained", ["lora"], indirect=True)
-def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, capsys):
+def test_evaluation_counts_all_images_of_a_folder(adapter, images, tmp_path, capsys):
     """A folder of class folders counts whole; of one with a val/ that is meant."""
-    results = run("evaluate --device cpu", trained, images, "--output", tmp_path / "r.json")
+    results = run("evaluate --device cpu", adapter, images, "--output", tmp_path / "r.json")
     told = capsys.readouterr().out
-    assert results == run("evaluate --device cpu", trained, images / "val")
+    assert results == run("evaluate --device cpu", adapter, images / "val")
     assert json.loads((tmp_path / "r.json").read_text()) == results
-    _, logits = answers_one_by_one(trained, sorted((images / "val").glob("*/*.png")))
+    _, logits = answers_one_by_one(adapter, sorted((images / "val").glob("*/*.png")))
     hits = logits.argmax(1) == torch.arange(15) // 5
     assert results["images"] == 15 and results["accuracy"] == pytest.approx(hits.float().mean().item())
     shares = hits.view(3, 5).double().mean(1).tolist()
@@ -186,7 +184,7 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
     assert results["accuracy_interval"] == pytest.approx(measures.share_interval(hits))
     assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
     assert f"{'images':<22}15 in {images}/val\n" in told
-    for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
+    for page in (tmp_path / "r.html", adapter.with_name("lora_evaluation.html")):
         text = page.read_text()
         assert f"accuracy {results['accuracy']:.2%} on 15 images" in text and "By class" in text
         assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
@@ -315,14 +313,10 @@ def served(request, base, tmp_path) -> tuple[Path, Path]:
     """An adapter file for images and answers of each kind, and an image."""
     kind = request.param
     about = OF_KIND[kind]
-    shape = {"image_size": about.get("image_size", 16), "channels": about.get("channels", 3)}
-    model, _ = load_backbone(base, 3, channel_fit="timm", **shape)
-    nn.init.normal_(model.heads.head.weight, std=0.1)
-    randomize_adapters(add_lora_to_model(model, r=2, target_modules="encoder_layer_1"), std=0.1)
     image = tmp_path / "image.png"
     random = np.random.RandomState(0)
     if kind in ("13 bands", "chosen bands"):
-        levels = random.randint(0, 9000, (20, 30, shape["channels"])).astype(np.float32)
+        levels = random.randint(0, 9000, (20, 30, about["channels"])).astype(np.float32)
         levels[3, 4] = np.nan  # no data
         image = image.with_suffix(".npy")
         np.save(image, levels)
@@ -330,7 +324,7 @@ def served(request, base, tmp_path) -> tuple[Path, Path]:
         Image.fromarray(random.randint(0, 65536, (90, 120)).astype(np.uint16)).save(image)
     else:
         Image.fromarray(random.randint(0, 256, (90, 120, 3)).astype(np.uint8)).save(image)
-    return save_adapter(model, tmp_path / "lora.pth", base, **about), image
+    return adapter_file(tmp_path / "lora.pth", base, **about), image
 
 
 def answers_of(outputs: torch.Tensor, about: dict) -> torch.Tensor:

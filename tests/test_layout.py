@@ -88,12 +88,6 @@ def test_private_operators_of_pytorch_are_in_one_file_for_each_floor():
     assert found == {"lora.backends", "toolkit.models.norms"}
 
 
-def test_contributing_has_a_line_for_every_file():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    files = [path for path in SOURCES.values() if path.stem != "__init__" and "example" not in path.stem]
-    assert [path for path in files if f"`{path.relative_to(ROOT)}`" not in text] == []
-
-
 def test_only_a_task_knows_its_name():
     """All else asks a task what it is like: so a new one needs no change elsewhere."""
     own = {SOURCES["toolkit.choices"], *(SOURCES[f"toolkit.answers.{kind}"] for kind in TRUTHS)}
@@ -135,13 +129,15 @@ print(finetune_lora.DEFAULT_CHECKPOINT, report["arch"])
 """
 
 
-def test_every_package_is_named():
+def test_every_package_is_named_and_every_file_has_a_line_in_contributing():
     """What lies in a package that is not named would be missing in an installation."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [path for path in SOURCES.values() if path.stem != "__init__" and "example" not in path.stem]
+    assert [path for path in files if f"`{path.relative_to(ROOT)}`" not in text] == []
     tomllib = pytest.importorskip("tomllib")
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packages = {name for name, path in SOURCES.items() if path.stem == "__init__"}
-    assert set(named["packages"]) == packages
-    assert set(named["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert {*named["packages"]} == {name for name, path in SOURCES.items() if path.stem == "__init__"}
+    assert {*named["py-modules"]} == {path.stem for path in ROOT.glob("*.py")}
 
 
 @pytest.mark.slow

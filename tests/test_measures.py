@@ -101,15 +101,6 @@ def test_rates_are_scikit_learns_and_the_threshold_for_f1_is_the_best(seed):
     assert metrics.f1_score(positive, said) == pytest.approx(max(others))
 
 
-def test_thresholds_of_saturated_scores_are_below_them():
-    """Between 1 and its neighbour in float32 there is no middle."""
-    scores = torch.tensor([1.0] * 19 + [0.2] + [0.99999994] * 5)
-    positive = torch.tensor([1.0] * 20 + [0.0] * 5)
-    threshold = torch.tensor(measures.threshold_for(scores, positive, "sensitivity=0.95"))
-    assert ((scores > threshold) == (scores == 1)).all()
-    assert ((scores > torch.tensor(measures.threshold_for(scores, positive, "f1"))) == (scores == 1)).all()
-
-
 def test_the_threshold_of_scores_at_equal_distances():
     """The first is the highest, of n / (n + 1)."""
     for positive, goal, threshold in (
@@ -122,6 +113,11 @@ def test_the_threshold_of_scores_at_equal_distances():
     ):
         scores = torch.arange(len(positive), 0, -1) / (len(positive) + 1)
         assert measures.threshold_for(scores, torch.tensor(positive), goal) == pytest.approx(threshold)
+    scores = torch.tensor([1.0] * 19 + [0.2] + [0.99999994] * 5)  # between the first and the last there is no middle
+    positive = torch.tensor([1.0] * 20 + [0.0] * 5)
+    for goal in ("sensitivity=0.95", "f1"):
+        threshold = torch.tensor(measures.threshold_for(scores, positive, goal))
+        assert ((scores > threshold) == (scores == 1)).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -93,7 +93,7 @@ def test_it_runs_from_top_to_bottom_in_an_empty_folder(tmp_path):
     assert names_in(tmp_path) == {"checkpoints"} and names_in(tmp_path / "checkpoints") == {"notebook"}
 
 
-def test_nine_sections_are_committed_as_executed_and_without_litter():
+def test_nine_sections_are_committed_as_executed_show_a_gain_and_say_each_number_once():
     titles = re.findall(r"^## \d\. (.*)$", texts(committed()), re.MULTILINE)
     assert titles == SECTIONS.split(", ")
     code = [cell for cell in committed() if cell["cell_type"] == "code"]
@@ -103,17 +103,11 @@ def test_nine_sections_are_committed_as_executed_and_without_litter():
         kinds = [output.get("name", output["output_type"]) for output in cell["outputs"]]
         assert "error" not in kinds and "stderr" not in kinds
         assert kinds.count("stdout") <= 1  # else each line would stand in a box of its own
-    shown = printed(committed())
+    shown = printed(code)
     assert len(shown.splitlines()) < 150 and not LITTER.search(shown)
     assert NOTEBOOK.stat().st_size < 1e6
-
-
-def test_what_is_committed_shows_a_gain_and_says_each_number_once():
-    cells = committed()
-    shown = printed(cells)
     [before, after] = re.findall(r"\| (?:linear probe|this run).*? \| ([\d.]+%) \| \d+ of 359 \|", shown)
     assert float(after[:-1]) >= float(before[:-1]) + 5
-    assert f"linear probe before   {before}" in shown
-    assert f"of 359 images, {after}" in shown
-    told = PERCENT.findall(texts(cells))
+    assert f"linear probe before   {before}" in shown and f"of 359 images, {after}" in shown
+    told = PERCENT.findall(texts(committed()))
     assert {before, after} <= set(told) <= set(PERCENT.findall(shown))

@@ -301,13 +301,11 @@ def test_a_class_of_one_patient_is_left_out_of_the_validation():
     probe.set_head(model, found)
     twice = found.held_out.repeat(2, 1)
     assert 0 < tasks.optimism(task, model, twice, features, labels) < math.inf
-
-
-def test_one_patient_or_one_of_each_class_leaves_nothing_to_validate_on():
-    features, labels = clusters(2)
+    # Of one patient, or one of each class, nothing is left to validate on.
     one = torch.zeros_like(labels)
-    found = [probe.fit_linear_probe(features, labels, 2, clusters=patients) for patients in (one, labels)]
-    found += [fit(features, labels[:, None].float(), clusters=one) for fit in (probe.fit_one_vs_rest, probe.fit_ridge)]
+    found = [probe.fit_linear_probe(features, labels, 3, clusters=patients) for patients in (one, labels)]
+    first = (labels == 0).float()[:, None]
+    found += [fit(features, first, clusters=one) for fit in (probe.fit_one_vs_rest, probe.fit_ridge)]
     assert all(head.strength == 1 and head.held_out is None for head in found)
 
 

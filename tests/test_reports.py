@@ -82,15 +82,6 @@ def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, 
     assert list(report.most_confused()) == [("a", "b", 1, "50.0%"), ("c", "a", 1, "100.0%")]
 
 
-def test_a_picture_fills_its_cell_as_far_as_its_shape_allows():
-    axes = report_page.new_figure(4, 4).subplots()
-    answer_reports.place_picture(axes, 2, 1, Image.new("RGB", (20, 10)), "above", "below")
-    left, right, bottom, top = axes.images[0].get_extent()
-    assert (left, right) == pytest.approx((1.03, 1.97)) and bottom - top == pytest.approx(0.47)
-    above, below = (text.get_position()[1] for text in axes.texts)
-    assert 2 * answer_reports.CELL < above < top < bottom < below < 3 * answer_reports.CELL
-
-
 def test_names_are_drawn_as_they_are(tmp_path):
     """Dollars begin no formula, and a folder's bytes that are no character are shown as a question mark."""
     assert report_page.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
@@ -174,17 +165,15 @@ def test_each_learning_rate_is_reported():
         assert "; 5% of 2e-3: lowered where training collapsed" in reports.describe_rates(run)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 10])
-def test_curves_have_ticks_at_whole_epochs(epochs, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(reports, "save_figure", lambda figure, path: drawn.append(figure))
-    measured = {"loss": 6.5, "knn_accuracy": 0.425, "effective_rank": None}
-    reports.plot_pretraining([{"epoch": epoch, **measured} for epoch in range(1, epochs + 1)], "unused")
-    loss, knn = drawn[0].axes  # the rank was not measured
-    for axes in (loss, knn):
-        assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
-        assert axes.lines[0].get_marker() != "None"  # a line of one epoch would not be seen
-    assert knn.yaxis.get_major_formatter()(0.425) == "42.5%"
+def test_curves_have_ticks_at_whole_epochs(spy, tmp_path):
+    save = spy(reports, "save_figure")
+    for epochs in (1, 10):
+        history = [{"epoch": 1 + i, "loss": 6.5, "knn_accuracy": 0.425, "effective_rank": None} for i in range(epochs)]
+        reports.plot_pretraining(history, tmp_path / "curves.png")
+        for axes in save.call_args.args[0].axes:
+            assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
+            assert axes.lines[0].get_marker() != "None"  # a line of one epoch would not be seen
+    assert axes.yaxis.get_major_formatter()(0.425) == "42.5%"  # the rank was not measured
 
 
 # ------------------------------------------------------------------------------------------- several labels, numbers

@@ -257,13 +257,6 @@ def test_it_answers_by_its_own_weights():
     assert torch.equal(first, found.first_answers[places])
 
 
-def test_it_watches_the_surest_answers_of_each_class(monkeypatch):
-    found = teacher_of()
-    assert found.watched().tolist() == [0, 3, 1, 2]  # by class, and in each the surest first
-    monkeypatch.setattr(teacher, "WATCHED", 2)  # and one of each class at least
-    assert found.watched().tolist() == [0, 1, 2]
-
-
 def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
     found = teacher_of()
     for certainty, is_enough in ((0.39, False), (0.41, True)):  # 0.4 is a tenth of the way from 1/3 to 1
@@ -274,6 +267,9 @@ def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
 def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong():
     """Of four answers as sure as 0.7 three quarters of 2.8 have to stay, of 0.66 three quarters of 2.64."""
     found = teacher_of()
+    assert found.watched().tolist() == [0, 3, 1, 2]  # by class, and in each the surest first
+    with mock.patch.object(teacher, "WATCHED", 2):  # and one of each class at least
+        assert found.watched().tolist() == [0, 1, 2]
     for certainty, changed, still_sure in ((0.99, 1, True), (0.7, 2, False), (0.66, 2, True)):
         rest = (1 - certainty) / 2
         found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)

@@ -201,17 +201,15 @@ def test_k_means_begins_at_the_means_of_the_classes_and_ends_at_the_clusters(mon
     torch.testing.assert_close(unlabelled.k_means(unlabelled.Images(points, points), labelled)[0, 0], expected)
 
 
-def test_points_have_one_length_whatever_a_feature_is_measured_in():
+def test_points_have_one_length_and_directions_about_the_same_spread():
+    """Whatever a feature is measured in; directions of noise stay small."""
     features, _ = clustered(200, seed=1)
     images = unlabelled.placed(features)
     torch.testing.assert_close(images.whitened.norm(dim=1), torch.ones(200))
     scaled = unlabelled.placed(features * 10.0 ** torch.linspace(-2, 2, 30) + 5)
     similar = images.whitened @ images.whitened.T
     torch.testing.assert_close(scaled.whitened @ scaled.whitened.T, similar, atol=1e-2, rtol=0)
-
-
-def test_directions_have_about_the_same_spread_and_those_of_noise_stay_small():
-    """Spreads of two directions, and of 126 in which nothing varies; in closed form."""
+    # Two directions, and 126 in which nothing varies; in closed form.
     spreads = torch.tensor([1.8, 0.2]).sqrt()
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     rows = torch.nn.functional.pad(torch.cat([signs, -signs]) * spreads @ signs / 2**0.5, (0, 138))

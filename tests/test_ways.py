@@ -15,9 +15,8 @@ from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 
 WAYS = {
-    "lora": "--lora-rank 2 --lora-dropout 0.1 --learning-rate 1e-4",
+    "lora and norms": "--lora-rank 2 --lora-dropout 0.1 --norms train --learning-rate 1e-4",
     "qlora": "--lora-rank 2 --use-qlora --learning-rate 1e-4",
-    "norms": "--lora-rank 2 --norms train --learning-rate 1e-4",
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
     "from scratch": "--checkpoint none --arch vit_mini --image-size 16 --seed 1 --lora-rank 0 --no-freeze-backbone",
@@ -56,7 +55,7 @@ def test_each_way_trains_what_it_should(ways, base):
     name = "encoder.layers.encoder_layer_0.mlp.0.weight"
     # An epoch alone moves it by less than a tenth of that.
     assert (saved["from scratch"][name] - start[name]).abs().mean() > 0.01
-    norms = {name for name in saved["norms"] if "lora_" not in name and "head" not in name}
+    norms = {name for name in saved["lora and norms"] if "lora_" not in name and "head" not in name}
     assert {name.split(".")[-2] for name in norms} == {"ln_1", "ln_2", "ln"} and len(norms) == 2 * (2 * 2 + 1)
 
 
