@@ -88,15 +88,12 @@ def test_rates_are_scikit_learns_and_the_threshold_for_f1_is_the_best(seed):
     threshold = measures.threshold_for(scores, positive, "f1")
     answers = multilabel.LabelAnswers(0.0, scores[:, None], positive[:, None])
     said = scores > threshold
-    for name, theirs, sign in (
-        ("f1", metrics.f1_score, True),
-        ("sensitivity", metrics.recall_score, True),
-        ("specificity", metrics.recall_score, False),
-        ("ppv", metrics.precision_score, True),
-        ("npv", metrics.precision_score, False),
-    ):
-        expected = theirs(positive == sign, said == sign, sample_weight=times)
-        assert answers.rates(torch.tensor([threshold]), times[None])[name].item() == pytest.approx(expected)
+    rates = answers.rates(torch.tensor([threshold]), times[None])
+    for name, theirs in {"sensitivity": metrics.recall_score, "ppv": metrics.precision_score}.items():
+        assert rates[name].item() == pytest.approx(theirs(positive, said, sample_weight=times))
+    for name, theirs in {"specificity": metrics.recall_score, "npv": metrics.precision_score}.items():
+        assert rates[name].item() == pytest.approx(theirs(1 - positive, ~said, sample_weight=times))
+    assert rates["f1"].item() == pytest.approx(metrics.f1_score(positive, said, sample_weight=times))
     others = [metrics.f1_score(positive, scores > other) for other in (-1, *scores.unique()[:-1])]
     assert metrics.f1_score(positive, said) == pytest.approx(max(others))
 

@@ -388,16 +388,9 @@ def test_commands_that_are_printed_exist_where_the_run_was_started(started, fold
 
 def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowered=1.0, per_class=100, **more):
     task = more.pop("task", Classification)
-    results = {
-        f"val_{task.score}": scores[-1],
-        f"val_{task.score}_interval": (0.77, 0.86),
-        f"probe_{task.score}_before": probe,
-        "learning_rate": 1e-3,
-        "head_learning_rate": 1e-3 / lowered,
-        "val_images": 300,
-        "epochs": len(scores),
-        "unlabelled": None,
-    }
+    results = {f"val_{task.score}": scores[-1], f"val_{task.score}_interval": (0.77, 0.86)}
+    results |= {f"probe_{task.score}_before": probe, "unlabelled": None, "val_images": 300, "epochs": len(scores)}
+    results |= {"learning_rate": 1e-3, "head_learning_rate": 1e-3 / lowered}
     train_loss, val_loss = losses
     history = [{f"val_{task.score}": score, "train_loss": 1.0, "val_loss": 1.0} for score in scores]
     history[-1] |= {"train_loss": train_loss, "val_loss": val_loss}
