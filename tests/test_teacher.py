@@ -139,13 +139,12 @@ def test_the_first_process_says_for_all_what_images_without_labels_show(start, i
     monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.zeros(6) > 0)
     run.start()
     answers = run.teacher.first_answers
-    assert list(run.by_unlabelled["shares"].values()) == pytest.approx(answers.mean(0).tolist())
     assert reports.describe_unlabelled(run).endswith("; 0% resemble no labelled image")
     run = start(f"--labels-per-class 5 --unlabelled {images}")
     others = torch.arange(6) < 3
 
     def said(found: unlabelled.Start) -> list[unlabelled.Start]:
-        return [found._replace(foreign=others, answers=found.answers.flip(1))]
+        return [found._replace(foreign=others, answers=found.answers.flip(1), shares=torch.tensor([0.5, 0.3, 0.2]))]
 
     monkeypatch.setattr(distributed, "gather", said)
     run.start()
@@ -153,6 +152,7 @@ def test_the_first_process_says_for_all_what_images_without_labels_show(start, i
     taken = run.loaders.images.unlabelled  # they train, are watched and tell the last head
     assert [*taken.indices] == [*run.splits.unlabelled.indices[3:]]
     assert (run.by_unlabelled["foreign"], run.by_unlabelled["left_out"]) == (0.5, 3)
+    assert run.by_unlabelled["shares"] == pytest.approx(dict(zip(CLASSES, (0.5, 0.3, 0.2), strict=True)))
 
 
 def test_below_five_labels_a_class_they_do_not_train(start, images, monkeypatch):
