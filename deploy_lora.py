@@ -374,6 +374,12 @@ def choose(args: argparse.Namespace) -> list[str]:
         images = _images_in_files(args, deployed.about)
         labelled = _images(args.labelled, deployed.about)
         images = images.subset(np.flatnonzero(~among(images, labelled)))
+        listable = [i for i in range(len(images)) if lists.can_name(images.name(i))]
+        if len(listable) < len(images):
+            print(
+                f"{len(images) - len(listable)} images are left out, whose names are not one line of UTF-8: rename them"
+            )
+        images = images.subset(listable)
         count = args.count
         if len(images) < count:
             raise InputError(f"--count {count}: {len(images)} images are not labelled yet; ask for fewer or name more")

@@ -319,7 +319,9 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
     assert stored() == of_file
     manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
     assert manager.use("cars") == stored() == {"class_names": [f"cars {i}" for i in range(4)]}
-    assert manager.use("default") == stored() == of_file
+    manager.load_lora_checkpoint(tmp_path / "other.pth", name="other")
+    for name in ("other", "default"):
+        assert manager.use(name) == stored() == of_file
     next(layer for layer in adapted_layers(manager.model).values() if layer.r).scaling /= 2
     assert stored() == {"class_names": ["others"]}  # it is another now, of which nothing was measured
     manager.load_lora_checkpoint(tmp_path / "other.pth")

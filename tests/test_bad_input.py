@@ -399,6 +399,8 @@ ADAPTERS = [
     case("a rank in the format of PEFT", "convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
     case("a rank of 0", "convert lora.pth --rank 0 --output x.pth", "--rank"),
     case("an adapter file that is a folder", "convert lora.pth --rank 2 --output x", "must end in .pth or"),
+    case("an output without a name", "predict lora.pth images --output ''", "an argument is empty: leave it out, or"),
+    case("no checkpoint in a variable", "merge lora.pth --checkpoint= --output x.pth", "--checkpoint= is empty"),
     case("a Space that is there", "demo lora.pth --write images", "--write images: is there; name another folder"),
     case("no command", "", "error:", "command"),
 ]  # fmt: skip

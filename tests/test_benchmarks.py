@@ -77,6 +77,9 @@ def test_what_choosing_is_worth(base, images, tmp_path, capsys):
         assert {number: len(found) for number, found in by_number.items()} == {3: 2, 6: 2}
     assert len(result["wrong_labels"]["auroc"]) == 2
     assert "| balanced |" in capsys.readouterr().out
+    (tmp_path / "out.json").write_text("edited")
+    with pytest.raises(InputError, match=r"out\.json is there, not known to be as this wrote it"):
+        choose.main(argv.split())
     features = torch.randn(18, 4)
     first, second, _, last = choose.in_rounds(choose.Pool(features, features, torch.arange(18) % 3), [3, 6, 16, 18], 3)
     assert first == second[:3] and len({*second}) == 6 and len({*last}) == 18

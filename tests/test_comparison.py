@@ -163,6 +163,8 @@ def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):
     [difference] = deploy_lora.main(["compare", *map(str, paths)])
     assert difference.p == 1 and math.isnan(difference.low)
     assert "+50.00% (no interval), p = 1" in capsys.readouterr().out
+    [*_, (_, told)] = comparison.table([difference._replace(second=math.nan)], *paths)
+    assert told == "not defined on these images"
     bare, _ = written(tmp_path, [right, right], name="bare.json")
     for pair in ((bare, paths[1]), (paths[1], bare)):  # one of the two says the groups of both
         assert math.isnan(comparison.compare(*pair)[0].low)

@@ -473,6 +473,8 @@ def test_of_two_commands_with_one_output_the_second_is_refused_and_what_a_killed
             path.write_text("by this command")
     with writing(args):
         pass
+    with pytest.raises(InputError, match=r"\[m\]\.json is there, not known"):  # it tells of the other file
+        read_options(["merge", "lora.pth", "--output", str(tmp_path / "[m].safetensors")])
     (tmp_path / "[m].json").write_text("by a user, while the command began")
     with pytest.raises(InputError, match=r"\[m\]\.json is there, not known"), writing(args):
         pass

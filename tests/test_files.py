@@ -40,9 +40,12 @@ def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
 def test_a_file_whose_name_is_not_utf_8_is_read(tmp_path):
     """PyTorch maps none such: a run with such a folder would fail when it is finished."""
-    path = tmp_path / "caf\udce9.pth"
-    files.save_atomically({"weight": torch.ones(3)}, path)
-    assert files.read_checkpoint(path)["weight"].tolist() == [1, 1, 1]
+    weights = {"weight": torch.ones(3)}
+    files.save_atomically(weights, tmp_path / "caf\udce9.pth")
+    files.write_safetensors(weights, tmp_path / "caf\udce9.safetensors", {"key": "value"})
+    assert files.read_checkpoint(tmp_path / "caf\udce9.pth")["weight"].tolist() == [1, 1, 1]
+    tensors, described = files.read_safetensors(tmp_path / "caf\udce9.safetensors")
+    assert tensors["weight"].tolist() == [1, 1, 1] and described == {"key": "value"}
 
 
 def test_plain_data_of_official_files_is_read(saved):

@@ -80,8 +80,10 @@ def test_statistics_are_those_of_the_loaders_images():
     evaluation.estimate_statistics(model, loader, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(model[0].running_mean, batches.mean((0, 1)))
     torch.testing.assert_close(model[0].running_var, batches.var(1).mean(0))
-    assert model.training and model[0].training and model[0].momentum == 0.01
     assert_unchanged(frozen, model[2])
+    with pytest.raises(RuntimeError, match="should contain 7 elements"):
+        evaluation.estimate_statistics(model, [(torch.zeros(2, 7), None)], torch.device("cpu"), torch.float32)
+    assert model.training and model[0].training and model[0].momentum == 0.01
 
 
 def test_the_worst_batch_is_normalised_by_itself():

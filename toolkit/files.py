@@ -98,7 +98,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     """
     path = Path(path)
     check_file(path)
-    mapped &= str(path) == str(path).encode(errors="ignore").decode()  # PyTorch maps no file whose name is not UTF-8
+    mapped &= is_utf8(path)  # PyTorch maps no other file
     try:
         is_zip, names = _check_format(path)
         return _load(path, is_zip and mapped, names if objects else set())
@@ -164,8 +164,10 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     path = Path(path)
     check_file(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+        with open(path, "rb") as opened:
+            place = path if is_utf8(path) else f"/dev/fd/{opened.fileno()}"  # other names it does not take
+            with safetensors.safe_open(place, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or printable(error)}") from None
     except Exception as error:  # its own errors, and others for types unknown to PyTorch
@@ -209,6 +211,11 @@ def is_plain_tensor(value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # such as meta, which holds no numbers
         return False
     return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Is the name text, as that of a file need not be?"""
+    return str(path) == str(path).encode(errors="ignore").decode()
 
 
 def _check_format(path: Path) -> tuple[bool, set[str]]:

@@ -156,7 +156,8 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     for measure, before, after, low, high, p in differences:
         form = ".4g" if measure in SHOWN[ANSWER].values() else ".2%"  # a share in per cent
         interval = answer_reports.interval_text(low, high, f"+{form}")
-        rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
+        text = f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"
+        rows.append((measure, "not defined on these images" if np.isnan(after - before) else text))
     return rows
 
 

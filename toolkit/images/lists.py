@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, files, listed, printable
 from toolkit.images import bands, folders, remote
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
@@ -227,6 +227,11 @@ class ImageList:
         for i, labels in enumerate(found):
             values[i, list(map(names.index, labels))] = 1
         return Targets(list(map(itemgetter(0), rows)), names, values, in_columns=False)
+
+
+def can_name(name: str) -> bool:
+    """Is this the name of a file that a list can have: one line of UTF-8?"""
+    return files.is_utf8(name) and "\n" not in name and "\r" not in name
 
 
 def _shown(row: Sequence[str]) -> str:

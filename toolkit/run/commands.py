@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,6 +102,9 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
         argv = sys.argv[1:]
     if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
         raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
+    for word in argv:
+        if not word or re.fullmatch("--[a-z-]+=", word):  # as a path it would be the working directory
+            raise InputError(f"{word or 'an argument'} is empty: leave it out, or see whether a variable has no value")
     args, rest = parser.parse_known_args(argv)
     problems = [*unknown_words(parsers[args.command], rest), *check(args)]
     if problems:
