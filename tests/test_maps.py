@@ -16,7 +16,8 @@ from PIL import Image
 
 import deploy_lora
 from finetune_lora import load_finetuned
-from tests.checkpoint_files import narrow_resnet, save_base
+from tests.checkpoint_files import save_base
+from tests.dense import resnet
 from tests.image_files import save_image
 from tests.pages import DOCS, blocks, preparation
 from toolkit import InputError
@@ -28,7 +29,6 @@ from toolkit.images.transforms import to_rgb
 from toolkit.models import dense
 
 tifffile = pytest.importorskip("tifffile")
-pytestmark = pytest.mark.usefixtures("small_backbones")
 UTM = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632)
 CODES = (33550, 33922, 34264, 34735, 34736, 34737)
 
@@ -60,6 +60,17 @@ def write_tiff(path: Path, height: int, width: int, seed: int = 0, extratags=Non
     return save_image(path, array, extratags=extratags or geotags(), **how)
 
 
+def shallow_resnet(weights=None, num_classes: int = 5) -> torch.nn.Module:
+    return resnet(classes=num_classes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow(small_backbones):
+    """A ResNet-18 has one block in each stage: it is exported in half the time."""
+    with mock.patch.object(torchvision.models, "resnet18", shallow_resnet):
+        yield
+
+
 @pytest.fixture(scope="module")
 def tiffs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiffs")
@@ -87,7 +98,7 @@ def of_pairs(trained, pairs) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_tiffs(small_backbones, trained, tiffs, tmp_path_factory) -> Path:
+def of_tiffs(trained, tiffs, tmp_path_factory) -> Path:
     """The adapter of a ResNet-18 for windows of 64 pixels of four channels."""
     base = save_base(tmp_path_factory.mktemp("resnet") / "base.pth", "resnet18", 64, 4)
     argv = f"--checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
@@ -318,7 +329,7 @@ def test_the_page_makes_the_mask(kind, size, of_pairs, pairs, trained, tmp_path,
         adapter = trained(f"--checkpoint {base} --data-dir {pairs} --image-size 32")
         words = "head.linear.weight"
         deploy("merge", adapter, "--output", "merged.pth")
-        monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
+        monkeypatch.setattr(torchvision.models, "resnet50", shallow_resnet)
     [code] = [block for block in blocks("python", (DOCS / "deploy.md").read_text()) if words in block]
     found = {}
     exec(code, found)
