@@ -168,7 +168,7 @@ def test_the_table_of_models_is_that_of_all_and_exact(capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
-def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path):
+def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path, small_backbones):
     pytest.importorskip("peft")
     roofline.main(f"--model vit_small --batch-size 8 --variants peft,lora --output-dir {tmp_path}".split())
     result = json.loads((tmp_path / "predicted_vit_small_b8_bf16.json").read_text())
