@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import itertools
 import re
 import runpy
 import shlex
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.run
 import torchvision
-from conftest import fill_in, of_few_images
+from conftest import CLASSES, fill_in, of_few_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -66,25 +65,19 @@ ALONE = [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + OF_PIXEL
 
 
 @pytest.fixture(scope="module")
-def newcomer(whole_vit_mini, small_backbones, tmp_path_factory):
+def newcomer(whole_vit_mini, small_backbones, images, tmp_path_factory):
     """A folder, where the reader of the README is, of the checkout's files, images and a MoCo v2 checkpoint."""
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "checkpoints").mkdir()
     for name in ("checkpoints/moco_stage1", "configs"):
         (folder / name).symlink_to(ROOT / name)
-    labels = []
-    numbers = []
-    for i, (name, colour) in itertools.product(range(6), (("cat", "orange"), ("dog", "brown"))):
-        for part in ("train", "val"):
-            path = folder / "my_images" / part / name / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 30), colour).save(path)
-        numbers.append(f"my_images/train/{name}/{i}.png,{i}.5\n")
-        labels.append(f"my_images/train/{name}/{i}.png,{('big', 'dog')[i % 2]}\n")
-    labels[0] = 'my_images/train/cat/0.png,"cat,big"\n'
-    Image.new("L", (8, 8), 200).save(folder / "image.png")
+    (folder / "my_images").symlink_to(images)
+    paths = ["my_images" / path.relative_to(images) for path in sorted((images / "train").glob("*/*.png"))]
+    labels = [f"{path},{('big', 'dog')[i % 2]}\n" for i, path in enumerate(paths)]
+    labels[0] = f'{paths[0]},"cat,big"\n'
     (folder / "labels.csv").write_text("".join(labels))
-    (folder / "numbers.csv").write_text("".join(numbers))
+    (folder / "numbers.csv").write_text("".join(f"{path},{i}.5\n" for i, path in enumerate(paths)))
+    Image.new("L", (8, 8), 200).save(folder / "image.png")
     shutil.copy(save_moco_v2(folder), folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder))
@@ -262,7 +255,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(own_folder, newcomer,
     monkeypatch.setattr(torchvision.models, "resnet50", narrow_resnet)
     capsys.readouterr()
     exec(compile(block, "a page", "exec"), served := {})
-    assert capsys.readouterr().out.split()[0] in ("cat", "dog")
+    assert capsys.readouterr().out.split()[0] in CLASSES
     model, info = finetune_lora.load_finetuned("checkpoints/lora/lora.pth")
     with Image.open("image.png") as image:
         expected = model(info["transform"](image)[None])
