@@ -53,7 +53,7 @@ from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import FOLDING, NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
-from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
+from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
 from toolkit.run.loaders import Loaders, load_images, steps_of_epoch
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
@@ -747,10 +747,9 @@ def with_rate_found(args: FineTuneOptions, plan: Plan, model: nn.Module, splits:
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
     epochs = min(args.epochs, search.MOST_TRIAL_EPOCHS)
-    wise_ft = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
-    own = replace(args, epochs=epochs, wise_ft=wise_ft, keep_best=None)
+    own = replace(args, epochs=epochs, keep_best=None)
     steps = steps_of_epoch(args, parts)
-    rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps))
+    rates = search.rates_that_differ(lambda rate: rate / optim.run_divisor(own, rate, steps * epochs))
     images = f"{len(parts.train):,} training images, judged by {len(parts.val):,} others of them"
     print(f"searching for a learning rate: {len(rates)} runs of {epochs} epochs on {images}")
     features = None  # of the first trial, for all of them
@@ -847,11 +846,10 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                 if isinstance(verdict, Keep):
                     run.stop.check()
                     trained = run.evaluate_watched()
-                    verdict = run.guard.after_epoch(trained, trained, 1, run.still_sure)
-                while isinstance(verdict, ShrinkTo):
-                    kept = run.evaluate_watched(verdict.divisor)
-                    verdict = run.guard.after_epoch(trained, kept, verdict.divisor, run.still_sure)
+                    verdict = run.guard.after_epoch(trained, run.still_sure)
                 if isinstance(verdict, Keep):
+                    if verdict.start:
+                        run.evaluate_watched(at_start=True)
                     result = run.evaluate_kept(run.stop.checked(run.loaders.val))
             if isinstance(verdict, GoBack):
                 run.go_back(verdict.why)
@@ -865,9 +863,9 @@ def finish(run: "FineTuning") -> dict[str, Any]:
     """Calibrate the adapter that is kept, and write and print the results of its answers for the evaluation images."""
     manager = LoRAManager(run.model)
     path = run.path("lora.pth")
-    kept = {"epoch": len(run.history), "kept_share": run.wise_ft.share}
+    kept = {"epoch": len(run.history), "keeps_start": run.kept.at_start}
     if run.args.keep_best:
-        run.wise_ft.share = 0.0  # of what the last epoch has changed, the file may have nothing
+        run.kept.at_start = True  # of what the last epoch has changed, the file may have nothing
     with run.kept_weights():
         if run.args.keep_best:
             kept |= manager.load_lora_checkpoint(path)
@@ -920,14 +918,12 @@ class FineTuning(RunState):
         self.sure_images: data.Remembered | None = None  # without labels, that the start answers most surely
         self.still_sure: bool | None = None  # were they when the guard's images were last evaluated?
         self.kept_outputs: tuple[Tensor, Tensor] | None = None  # for the evaluation images, and their targets
-        counts = self.task.counts(splits.train)
         if self.loaders.unlabelled is not None:
             shape = (len(splits.unlabelled), len(splits.class_names))
             self.teacher = teacher.Teacher(model, *shape, plan.device, plan.dtype)
-            counts = {name: count + shape[0] / shape[1] for name, count in counts.items()}
-        self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, counts))
-        shrinks = args.wise_ft == "auto" and self.wise_ft.alpha < 1
-        self.guard = Guard(self.task, splits.train, self.loaders.watched_images, may_shrink=shrinks, epochs=args.epochs)
+        has_start = args.head_init == "probe" and args.freeze_backbone  # worth a copy of all that trains
+        self.kept = optim.KeptWeights(model, has_start)
+        self.guard = Guard(self.task, splits.train, self.loaders.watched_images, has_start, args.epochs)
         self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
         self._begin_training()
 
@@ -937,14 +933,14 @@ class FineTuning(RunState):
         model = self.model
         asked = args.learning_rate
         steps = math.ceil(len(self.loaders.train) / args.accumulation_steps)
-        divisor = optim.run_divisor(args, asked, steps)
+        divisor = optim.run_divisor(args, asked, steps * args.epochs)
         self.rate = asked / divisor  # the peak learning rate, which each collapse lowers
         optimizer = optim.build_optimizer(model, asked, self.adapter_lr_factor, args.weight_decay)
         self.begin_training(optimizer, steps, optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs))
         optim.lower_rates(self.schedule, divisor)
         self.trained_entries |= {
             "model": StateEntry(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False)),
-            "wise_ft": self.wise_ft,
+            "kept": self.kept,
         }
         if self.teacher is not None:
             self.trained_entries["teacher"] = self.teacher
@@ -1005,7 +1001,7 @@ class FineTuning(RunState):
 
     def begin_averages(self) -> None:
         """Begin all averages of weights with the present ones."""
-        self.wise_ft.begin()
+        self.kept.begin()
         if self.teacher is not None:
             self.teacher.begin()
 
@@ -1077,9 +1073,8 @@ class FineTuning(RunState):
         return Keep()
 
     def end_epoch(self, trained: tasks.Answers, result: tasks.Answers) -> None:
-        """Note an epoch that stays, by the guard's images with all of the change; print it, and write its files."""
-        divisor = self.wise_ft.alpha / self.wise_ft.share if self.wise_ft.share else math.inf
-        self.guard.note_epoch(trained, divisor)
+        """Note an epoch that stays, by the guard's images with the trained weights; print it, and write its files."""
+        self.guard.note_epoch(trained, self.kept.at_start)
         if self.guard.is_recoverable:
             self.last_good = None
         now = self.progress
@@ -1122,7 +1117,7 @@ class FineTuning(RunState):
         path = self.path("lora.pth")
         is_best = training.last_is_best(self.history, self.task.best_by.get(self.args.keep_best)) or not path.exists()
         if is_best and distributed.is_main():
-            with self.wise_ft.in_place():
+            with self.kept.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
         self.save_state()  # after lora.pth: a run killed between them repeats the epoch and writes the same one again
         self.save_metrics()
@@ -1130,7 +1125,7 @@ class FineTuning(RunState):
     @contextlib.contextmanager
     def kept_weights(self) -> Iterator[None]:
         """Within this block the model has the weights that are saved, and BatchNorm statistics for them."""
-        with self.wise_ft.in_place():
+        with self.kept.in_place():
             self.estimate_statistics()
             yield
 
@@ -1145,9 +1140,9 @@ class FineTuning(RunState):
         """Evaluate batches with the weights that the model has now."""
         return self.task.evaluate(self.network, batches, self.device, self.dtype)
 
-    def evaluate_watched(self, divisor: float = 1) -> tasks.Answers:
-        """Evaluate the guard's images, always in the same views, with ``wise_ft.alpha / divisor`` of the change."""
-        self.wise_ft.share = self.wise_ft.alpha / divisor
+    def evaluate_watched(self, at_start=False) -> tasks.Answers:
+        """Evaluate the guard's images, always in the same views. From then on these weights are kept."""
+        self.kept.at_start = at_start
         with self.kept_weights():
             if self.teacher is not None:
                 if self.sure_images is None:
@@ -1174,8 +1169,8 @@ class FineTuning(RunState):
         return self.task.answers(self.task.softened(outputs, temperature), targets)
 
     def estimate_head(self) -> bool:
-        """Set the head anew, as the images without labels show it, if they trained at the full rate and all is kept."""
-        if self.teacher is None or self.wise_ft.share != self.wise_ft.alpha or self.rate != self.args.learning_rate:
+        """Set the head anew, as the images without labels show it, if they trained at the full rate, without harm."""
+        if self.teacher is None or self.kept.at_start or self.rate != self.args.learning_rate:
             return False
         features = self.loaders.features(self.network, self.task, self.dtype, False)
         rows, targets, views = features.for_probe()

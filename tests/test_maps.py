@@ -86,7 +86,7 @@ def tiffs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(finetune_into, tmp_path_factory):
     """trained("--classes dark bright") trains for an epoch; the adapter."""
-    argv = "--task segmentation --lora-rank 2 --wise-ft 1 --augmentation crop --workers 0 --batch-size 4 --epochs 1"
+    argv = "--task segmentation --lora-rank 2 --augmentation crop --workers 0 --batch-size 4 --epochs 1"
     return lambda options: finetune_into(tmp_path_factory.mktemp("run"), f"{argv} {options}")["folder"] / "lora.pth"
 
 

@@ -292,7 +292,7 @@ def test_what_all_find_wrong_is_said_once(options, tmp_path):
 def test_both_leave_a_folder_alone_in_which_a_run_is_going_on(options, tmp_path):
     with output_folder.held(tmp_path / "out"):
         children = completed("finetune_lora", options("lora"), tmp_path / "log", codes=2)
-        assert "another run (process" in the_error(children)
+        assert "another run or command (process" in the_error(children)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [output_folder.LOCK]
 
 

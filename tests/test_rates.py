@@ -13,17 +13,9 @@ from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
 from toolkit.answers.tasks import Classification, Regression
 from toolkit.run import optim, output_folder, reports, search
+from toolkit.run.guard import Guard, Keep
 from toolkit.run.options import FineTuneOptions, read_options
 from toolkit.run.search import RATES, Trial, choose
-
-
-@pytest.mark.parametrize(
-    ("given", "share"),
-    [({}, 2 / 3), ({"wise_ft": 0.3}, 0.3), ({"head_init": "random"}, 1), ({"freeze_backbone": False}, 1)],
-)
-def test_few_images_keep_less_of_a_change_over_a_probe(given, share):
-    """Ten a class keep 10 / (10 + 5)."""
-    assert optim.wise_ft_alpha(FineTuneOptions(**given), {0: 5, 1: 15}) == pytest.approx(share)
 
 
 def test_a_short_run_trains_at_a_lower_rate():
@@ -43,24 +35,13 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 
-def test_more_passes_over_few_images_do_not_raise_the_rate():
-    """Of an epoch of n steps, 5 n passes count."""
-
-    def divisor(epochs: int, steps_per_epoch: int) -> float:
-        return optim.run_divisor(FineTuneOptions(epochs=epochs), rate=1e-4, steps_per_epoch=steps_per_epoch)
-
-    assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 20)
-    assert divisor(5, 3) > divisor(15, 3) == divisor(50, 3) == optim.rate_divisor(1e-4, 45)
-    assert divisor(20, 4) == divisor(2, 40) == 1
-
-
 @pytest.mark.parametrize(
     "other",
     [{"head_init": "random"}, {"lora_init": "random"}, {"freeze_backbone": False}, {"task": "segmentation"}],
     ids=str,
 )
 def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_rate(other):
-    assert optim.run_divisor(FineTuneOptions(epochs=1, **other), rate=1e-2, steps_per_epoch=2) == 1
+    assert optim.run_divisor(FineTuneOptions(**other), rate=1e-2, steps=2) == 1
 
 
 @pytest.mark.parametrize(("options", "remedy"), [("", "--lora-init random"), ("--lora-rank 0", "--head-init random")])
@@ -122,7 +103,7 @@ def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
 
 def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
     """Four steps lower all the others to nearly the same."""
-    peaks = [rate / optim.run_divisor(FineTuneOptions(epochs=2), rate, steps_per_epoch=2) for rate in RATES]
+    peaks = [rate / optim.run_divisor(FineTuneOptions(), rate, steps=4) for rate in RATES]
     distinct = search.rates_that_differ(dict(zip(RATES, peaks, strict=True)).get)
     assert distinct == [1e-5, 3e-5, 1e-4]
     assert search.rates_that_differ(lambda rate: rate**0.4) == list(RATES)  # at least 3^0.4 = 1.55 apart
@@ -160,8 +141,8 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
 
 
-def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(finetune, spy, monkeypatch, capsys):
-    """They train on fewer images, of which `--wise-ft auto` would keep less. One that collapses has a score of 0."""
+def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
+    """They train on fewer images. One that collapses has a score of 0."""
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "MOST_TRIAL_EPOCHS", 1)
     made = []
@@ -178,18 +159,19 @@ def test_trials_are_short_keep_the_run_s_share_of_the_change_and_leave_no_file(f
             run.history.append(run.history[0] | {"val_accuracy": 0.25, "val_loss": 7.0})
 
     monkeypatch.setattr(finetune_lora, "train", note)
+    monkeypatch.setattr(Guard, "after_epoch", lambda *_: Keep())
     counted = spy(finetune_lora, "steps_of_epoch")  # which knows of epochs that have more than one pass
     features = spy(finetune_lora.Loaders, "features")
     divisor = spy(optim, "run_divisor")
     finetune("--learning-rate auto --labels-per-class 4 --batch-size 4 --accumulation-steps 2")
     assert features.call_count == 2  # the trials share theirs
-    assert divisor.call_args_list[0].args[2] == 1  # step of an epoch on 8 images, by which rates to try are chosen
+    assert divisor.call_args_list[0].args[2] == 1  # step of one epoch on 8 images, by which rates to try are chosen
     assert counted.call_count == 1 and len(counted.call_args.args[1].train) == 8
-    trial, second, run = ((len(run.splits.train), run.args.epochs, run.wise_ft.alpha) for run in made)
-    assert trial == second == (8, 1, 4 / 9) and run == (12, 2, 4 / 9)
+    trial, second, run = ((len(run.splits.train), run.args.epochs) for run in made)
+    assert trial == second == (8, 1) and run == (12, 2)
     told = capsys.readouterr().out
     assert "searching for a learning rate: 2 runs of 1 epochs on 8 training images, judged by 4 others of them" in told
-    assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: ") == 1
+    assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: training loss") == 1
     assert "learning rate 1e-03: accuracy 25.00%, loss 7.0000" in told  # of its last epoch
     assert "learning rate 1e-3 chosen by trials on a part of the training images" in told
 

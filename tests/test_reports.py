@@ -102,11 +102,11 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     task = MultiLabel(["cat", "dog"])
     report = task.report(multilabel.LabelAnswers(0.1, torch.rand(9, 2), torch.full((9, 2), torch.nan)))
     baseline = {"knn": math.nan, "probe": math.nan}
-    rows = summary(task, report, baseline, tmp_path, kept_share=0.5)
+    rows = summary(task, report, baseline, tmp_path, keeps_start=True)
     told = dict(rows)
     assert "nan" not in str(rows) and told["linear probe before"] == "not defined"
     assert told["macro AP after"] == "not defined: no evaluation image has a label"
-    assert "from the linear probe" in told["saved weights"]
+    assert "those of the linear probe" in told["saved weights"]
     assert "the last epoch is kept: what --keep-best chooses by is not defined" in str(rows)
     report.draw(tmp_path / "curves.png")
     run = argparse.Namespace(task=task, baseline=baseline, by_unlabelled=None)
@@ -129,10 +129,11 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     history = [losses | {"epoch": epoch, "seconds": seconds} for epoch, seconds in ((1, 8.0), (2, 10.0))]
     shown = "training loss 0.843, evaluation 0.225, accuracy 93.59%; 10 s"
     run = argparse.Namespace(task=TASK, history=history, args=argparse.Namespace(epochs=4))
-    run.wise_ft = argparse.Namespace(share=0.5, alpha=0.5)
+    run.kept = argparse.Namespace(at_start=False)
     assert reports.describe_epoch(run) == f"epoch 2: {shown}, 18 s left"
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
+    run.kept.at_start = True
     for probe, by_unlabelled, start in (
         (0.9, None, "linear probe"),
         (None, None, "start"),  # of a random head
@@ -140,12 +141,8 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     ):
         run.baseline = {"probe": probe}
         run.by_unlabelled = by_unlabelled
-        worse = f"\n  the {start} still answers training images better than this epoch does: "
-        run.wise_ft.share = 0
-        assert reports.describe_epoch(run).endswith(f"{worse}the {start} is saved and evaluated")
-        run.wise_ft.share = 0.25
-        mixed = f"saved and evaluated is the model 25% of the way from the {start} to this epoch"
-        assert reports.describe_epoch(run).endswith(worse + mixed)
+        worse = f"\n  the {start} still answers training images better than this epoch does: it is saved and evaluated"
+        assert reports.describe_epoch(run).endswith(worse)
 
 
 def test_each_learning_rate_is_reported():
@@ -448,7 +445,6 @@ CHOOSE += "python deploy_lora.py choose lora.pth new_images --output to_label"
 LABELLED = "more labelled images"
 FEW_LABELS = {"per_class": 25, "probe": 0.8}
 FROM_LIST = {"unlabelled": {}, "config": {"data": {"data_list": ["my list.csv", "val.csv"]}}}
-FEW_BELOW = {"per_class": 5, "probe": 0.9, "lowered": 8}
 
 
 def test_what_limits_a_run_comes_with_one_next_step():
@@ -466,9 +462,7 @@ def test_what_limits_a_run_comes_with_one_next_step():
         ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], AGAIN("--learning-rate 3e-04")),
         ({"probe": 0.9, "unlabelled": {}}, [], AGAIN("--learning-rate 3e-04")),
         ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, [COLLAPSED("12%")], AGAIN("--learning-rate auto")),
-        # Images without labels need steps, also where labels are few
-        (FEW_BELOW | {"unlabelled": {}}, [FEW(5, "class"), FEW_STEPS("12%")], AGAIN("--epochs 8")),
-        (FEW_BELOW, [FEW(5, "class"), FEW_STEPS("12%")], AGAIN("--learning-rate auto")),
+        ({"per_class": 5, "probe": 0.9, "lowered": 8}, [FEW(5, "class"), FEW_STEPS("12%")], AGAIN("--epochs 8")),
         # With few labels what helps there; both ways are for one class an image
         (FEW_LABELS, [FEW(25, "class")], f"{CHOOSE}; or images without labels: {AGAIN('--unlabelled FOLDER')}"),
         (FEW_LABELS | {"unlabelled": {"images": 900}}, [FEW(25, "class")], CHOOSE),

@@ -35,7 +35,7 @@ def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finet
 
 
 WAYS = {
-    "adapters": "--lora-dropout 0.1 --accumulation-steps 2 --wise-ft auto",
+    "adapters": "--lora-dropout 0.1 --accumulation-steps 2",
     "4 bits": "--use-qlora --label-smoothing 0.1",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
@@ -123,7 +123,7 @@ def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypat
 
 def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
     """The guard has judged the epoch, which it judges again. It may go on in another folder, with all its files."""
-    options = "--epochs 2 --labels-per-class 2 --wise-ft 1"
+    options = "--epochs 2 --labels-per-class 2"
     whole = finetune(options, "whole")
     with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
         patch.setattr(runs.StopRequests, "checked", stop)

@@ -269,7 +269,7 @@ def settled(**changes) -> options.Plan:
 @pytest.mark.parametrize(
     "typed",
     [
-        "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2 --wise-ft 0.5 --keep-best f1",
+        "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2 --keep-best f1",
         "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0 --learning-rate 3e-4 --norms auto",
     ],
 )

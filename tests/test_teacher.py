@@ -24,7 +24,7 @@ from toolkit.answers.evaluation import NO_LABEL
 from toolkit.images import sources
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.run import loaders, reports, runs, teacher
-from toolkit.run.guard import Guard, Keep, ShrinkTo
+from toolkit.run.guard import Guard, Keep
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
 
@@ -294,7 +294,6 @@ def taught(start, images, monkeypatch):
 def test_a_run_begins_with_the_adapters_start_and_has_many_steps_of_which_half_the_images_have_labels(taught):
     assert_identical(taught.teacher.average, taught.teacher.weights)
     assert not taught.teacher.seen.any()  # what the first gradient asked for is forgotten
-    assert taught.wise_ft.alpha == pytest.approx(7 / 12)  # (15 + 6) / 3 images a class, of these and five more
     assert taught.steps_per_epoch == 12
     for epoch in (1, 2):
         steps = list(taught.loaders.steps(epoch))
@@ -356,9 +355,9 @@ def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taugh
     taught.rate /= 2
     assert not taught.estimate_head()  # of what trained at a lowered rate,
     taught.rate *= 2
-    taught.wise_ft.share = taught.wise_ft.alpha / 2
-    assert not taught.estimate_head()  # of a change that was not kept whole,
-    taught.wise_ft.share = taught.wise_ft.alpha
+    taught.kept.at_start = True
+    assert not taught.estimate_head()  # of what did harm,
+    taught.kept.at_start = False
     taught.teacher = None
     assert not taught.estimate_head()  # and without images without labels
 
@@ -382,7 +381,7 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     calibrate = mock.Mock(return_value=False)
     monkeypatch.setattr(FineTuning, "calibrate", calibrate)
     monkeypatch.setattr(Guard, "after_epoch", lambda *_: Keep())
-    results = finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1 --wise-ft 1")
+    results = finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1")
     assert list(results["accuracy_per_class"].values()) == [0, 1, 0]
     file = read_adapter_file(results["folder"] / "lora.pth")
     [bias] = (tensor for name, tensor in file["tensors"].items() if name.endswith("bias"))
@@ -392,16 +391,16 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
 
 def test_the_guard_is_told_whether_what_was_sure_stays_so(finetune, images, monkeypatch):
     asked = []
-    told = iter([True, False, True])  # of the start, with all of the change, and with a part of it
+    told = iter([True, False, True])  # of the start, after the epoch, and of the start again, which is kept
 
-    def after_epoch(guard, trained, kept, divisor, still_sure=None):
-        asked.append((divisor, still_sure))
-        return ShrinkTo(2) if divisor == 1 else Keep()
+    def after_epoch(guard, trained, still_sure):
+        asked.append(still_sure)
+        return Keep(start=True)
 
     monkeypatch.setattr(Guard, "after_epoch", after_epoch)
     monkeypatch.setattr(Teacher, "still_sure", lambda *_: next(told))
     finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1")
-    assert asked == [(1, False), (2, True)]
+    assert asked == [False]
 
 
 def test_numbers_and_plain_views_start_a_head_by_one_view(start, hospital):

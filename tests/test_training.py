@@ -94,25 +94,31 @@ def test_the_worst_batch_is_normalised_by_itself():
     assert found == pytest.approx(1.0)  # of the second batch it is (3 / 3^0.5 + 3^0.5) / 4
 
 
-def test_weights_come_back_after_a_failure_and_their_share_with_its_state():
+def test_the_start_takes_the_place_of_what_trains_and_comes_back_with_its_state():
     """Of an adapter A stays as it trains."""
     model = LoRALinear(2, 2, r=1)
     model.weight.requires_grad_(False)
-    wise_ft = optim.WiseFT(model, alpha=0.5)
-    wise_ft.begin()
+    with torch.no_grad():
+        model.lora_B.fill_(2.0)
+    kept = optim.KeptWeights(model, may_be_start=True)
+    kept.begin()
     with torch.no_grad():
         model.lora_A.fill_(4.0)
         model.lora_B.fill_(4.0)
-    with pytest.raises(KeyError), wise_ft.in_place():
+    with kept.in_place():
+        assert (model.lora_B == 4).all()
+    kept.at_start = True
+    with pytest.raises(KeyError), kept.in_place():
         assert (model.lora_A == 4).all() and (model.lora_B == 2).all()
         raise KeyError
     assert (model.lora_A == 4).all() and (model.lora_B == 4).all()
-    wise_ft.share = 0.25
-    resumed = optim.WiseFT(model, alpha=0.5)
-    resumed.load_state_dict(wise_ft.state_dict())
+    resumed = optim.KeptWeights(model, may_be_start=True)
+    resumed.load_state_dict(kept.state_dict())
     with resumed.in_place():
-        assert (model.lora_B == 1).all()
-    assert optim.WiseFT(nn.BatchNorm1d(2), alpha=0.5).weights.keys() == {"weight", "bias"}  # no statistics
+        assert (model.lora_B == 2).all()
+    whole = optim.KeptWeights(nn.BatchNorm1d(2), may_be_start=False)
+    whole.begin()
+    assert whole.weights.keys() == {"weight", "bias"} and not whole.start  # no statistics, and no copy
 
 
 def test_a_head_over_random_weights_starts_at_random_unless_a_probe_is_typed():

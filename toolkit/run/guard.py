@@ -16,7 +16,6 @@ from toolkit.images.data import LabelledImages
 RETREATS = 3  # how often a collapsed run goes back
 RETREAT_FACTOR = 8.0  # divides the learning rate each time
 WATCHED_VIEWS = 128  # of training images, repeated if there are few, which are evaluated after each epoch
-SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
 LOST_SHARE = 1 / 4  # of the best lead over a constant answer: who loses more has collapsed
 EARLY_LOST_LOSS = 0.9  # of the lead of the loss before training: in the first half of a run, with all of the score's
 HARMLESS_LOSS = 0.01  # of the score before training: about one view, of which the probe was fitted to all
@@ -37,14 +36,9 @@ class Collapsed(InputError):
 
 @dataclass(frozen=True)
 class Keep:
-    """The epoch stays as it is."""
+    """The epoch stays. With `start` the weights before training are saved, which answer the guard's images better."""
 
-
-@dataclass(frozen=True)
-class ShrinkTo:
-    """The guard's images are answered worse than before training: try it with less of the trained change."""
-
-    divisor: float  # of the share that is kept; infinite: nothing is
+    start: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,11 +51,11 @@ class GoBack:
 class Guard:
     """Judges a run by its steps' losses, and after each epoch by its answers for some training images, `watched`."""
 
-    def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, may_shrink=False, epochs: int = 1):
+    def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, has_start=False, epochs=1):
         self.task = task
         self.epochs = epochs
         self.images = len(watched)
-        self.may_shrink = may_shrink  # may less of the trained change be kept?
+        self.has_start = has_start  # may the weights before training be kept?
         self.constant_score = task.constant_score(watched)
         self.constant_loss = task.constant_loss(train)
         self.first_loss: float | None = None  # of the first step: the loss before training
@@ -92,28 +86,25 @@ class Guard:
             return Keep()
         return GoBack("training collapsed")
 
-    def after_epoch(self, trained: Answers, kept: Answers, divisor: float, still_sure=None) -> Keep | ShrinkTo | GoBack:
-        """What is to become of an epoch, by the watched images, with all of the trained change and with a part of it.
+    def after_epoch(self, trained: Answers, still_sure: bool | None = None) -> Keep | GoBack:
+        """What is to become of an epoch, by the watched images. `still_sure`: are those without labels, if such train?
 
-        The part is smaller by `divisor`, one of SHARE_DIVISORS. `still_sure`: are images without labels, if such
-        train? Adapters may die without a collapse, so after two barren epochs in a row, if later ones may hardly mend
+        Adapters may die without a collapse, so after two barren epochs in a row, if later ones may hardly mend
         them, the run goes back; with masks also if it would end barren.
         """
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
-        if not self.may_shrink:
+        if not self.has_start:
             return Keep()
-        does_harm = kept.score < self.scores[0] - HARMLESS_LOSS
+        does_harm = trained.score < self.scores[0] - HARMLESS_LOSS
         if still_sure is not None:  # the start was fitted to training images, whose score flatters it; not to these
-            does_harm = not still_sure or (does_harm and kept.loss >= self.start_loss)
-        if divisor < math.inf and does_harm:
-            return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
+            does_harm = not still_sure or (does_harm and trained.loss >= self.start_loss)
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS and not self.is_early
         if self.task.per_pixel and trained.loss < self.start_loss:  # later epochs may mend it
             is_due = len(self.scores) == self.epochs
-        if len(self.retreats) < RETREATS and self.is_barren(trained, divisor) and is_due:
+        if len(self.retreats) < RETREATS and self.is_barren(trained, does_harm) and is_due:
             return GoBack("training gains nothing")
-        return Keep()
+        return Keep(start=does_harm)
 
     def has_collapsed(self, score: float, loss: float) -> bool:
         """Has the score lost much of its best lead over a constant answer, by more than two standard errors?"""
@@ -134,13 +125,13 @@ class Guard:
         """Is the epoch in the first half of the run? Later ones mend what the first steps harm."""
         return 2 * len(self.scores) <= self.epochs
 
-    def is_barren(self, trained: Answers, divisor: float) -> bool:
-        """Does the epoch leave nothing to keep, and no lower loss than at the start? With masks the first is enough."""
-        return divisor == math.inf and (self.task.per_pixel or trained.loss >= self.start_loss)
+    def is_barren(self, trained: Answers, does_harm: bool) -> bool:
+        """Does the epoch do harm, and has it no lower loss than the start? With masks the first is enough."""
+        return does_harm and (self.task.per_pixel or trained.loss >= self.start_loss)
 
-    def note_epoch(self, trained: Answers, divisor: float) -> None:
+    def note_epoch(self, trained: Answers, does_harm: bool) -> None:
         self.scores.append(trained.score)
-        self.barren_epochs = self.barren_epochs + 1 if self.may_shrink and self.is_barren(trained, divisor) else 0
+        self.barren_epochs = self.barren_epochs + 1 if self.is_barren(trained, does_harm) else 0
 
     def note_retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:
         """Note that this epoch collapsed at this rate, and forget the undone epochs, which took these seconds."""

@@ -20,7 +20,7 @@ from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
 from toolkit.run import guard, options, runs, teacher, training
 
-LEAST_STEPS = 12  # of an epoch, where each class has enough labels
+LEAST_STEPS = 12  # of an epoch, which passes over few images until it has them
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
@@ -41,11 +41,9 @@ def load_images(args: options.FineTuneOptions, read: Bands | None) -> Splits:
 
 
 def steps_of_epoch(args: options.FineTuneOptions, images: Splits) -> int:
-    """The optimizer steps of an epoch: of one pass over the training images, or with enough labels LEAST_STEPS."""
+    """The optimizer steps of an epoch: of one pass over the training images, or LEAST_STEPS."""
     steps = -(-len(images.train) // (args.batch_size * args.accumulation_steps))
-    if TRUTHS[args.task] == "class" and teacher.enough_labels(images):
-        steps = max(steps, LEAST_STEPS)
-    return steps
+    return max(steps, LEAST_STEPS)
 
 
 def probed_views(images: int) -> int:

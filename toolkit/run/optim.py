@@ -1,4 +1,4 @@
-"""AdamW, its rates and their schedule, and the share of the trained change that is kept."""
+"""AdamW, its rates and their schedule, and the weights that are kept: those that train, or the start's."""
 
 import contextlib
 import math
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from toolkit import attributes
 from toolkit.choices import TRUTHS
-from toolkit.run.options import FineTuneOptions, TuneOptions
+from toolkit.run.options import FineTuneOptions
 
 
 def build_optimizer(model: nn.Module, rate: float, adapter_lr_factor=1.0, weight_decay=0.0) -> torch.optim.Optimizer:
@@ -25,23 +26,6 @@ def build_optimizer(model: nn.Module, rate: float, adapter_lr_factor=1.0, weight
             group = groups.setdefault((is_adapter, decay), {"params": [], "lr": own, "weight_decay": decay})
             group["params"].append(parameter)
     return torch.optim.AdamW(list(groups.values()), fused=True)  # all tensors in one kernel, or on a CPU in one loop
-
-
-IMAGES_WORTH_THE_START = 5.0  # a class: half of the trained change is saved. Measured, see benchmarks/RESULTS.md
-
-
-def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
-    """The share of the trained change that is evaluated and saved, by the images of each class: `--wise-ft`.
-
-    `auto` is m / (m + 5) with m images per class: with few, much of the change fits these images alone. It is 1 where
-    the head did not start as a probe, and where the whole backbone trains, of which it would keep a copy.
-    """
-    if args.wise_ft != "auto":
-        return args.wise_ft
-    if args.head_init != "probe" or not args.freeze_backbone:
-        return 1.0
-    per_class = sum(images.values()) / len(images)
-    return per_class / (per_class + IMAGES_WORTH_THE_START)
 
 
 @contextlib.contextmanager
@@ -59,40 +43,41 @@ def weights_replaced(weights: Mapping[str, Tensor], others: Iterable[tuple[str, 
             weights[name].copy_(weight)
 
 
-class WiseFT:
-    """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903)."""
+class KeptWeights:
+    """The weights that are evaluated and saved: those that train, or those of the start where training does harm.
 
-    def __init__(self, model: nn.Module, alpha: float):
+    Nothing between them: half of the change can be worse than none and than all of it (benchmarks/RESULTS.md).
+    """
+
+    def __init__(self, model: nn.Module, may_be_start: bool):
         self.weights: dict[str, Tensor] = {}  # the model's own, which training changes in place
         # An adapter's A stays; its B starts at zero. BatchNorm's statistics are estimated anew.
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A"):
                 self.weights[name] = parameter.detach()
-        self.alpha = alpha
-        self.share = alpha  # may be lowered for an epoch
+        self.may_be_start = may_be_start
+        self.at_start = False
         self.start: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Remember the present weights as the start of training."""
-        if self.alpha < 1:
+        if self.may_be_start:
             self.start = {name: weight.clone() for name, weight in self.weights.items()}
 
     def in_place(self) -> contextlib.AbstractContextManager:
-        """Within this block the model has the weights that are saved in place of those that train."""
-        kept = ((name, start.lerp(self.weights[name], self.share)) for name, start in self.start.items())
-        return weights_replaced(self.weights, kept)
+        """Within this block the model has the weights that are kept in place of those that train."""
+        return weights_replaced(self.weights, self.start.items() if self.at_start else ())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"share": self.share, "start": self.start}
+        return attributes(self, "at_start", "start")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.share = state["share"]
+        self.at_start = state["at_start"]
         self.start = {name: start.clone().to(self.weights[name]) for name, start in state["start"].items()}
 
 
 STEPS_TO_TRAIN = 80  # of a run at the given learning rate; a shorter one has a lower rate: see benchmarks/RESULTS.md
 SAFE_RATE = 1e-4  # the most that up to 60 steps have
-COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
 MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times what a head of pixels wants they collapse
 
@@ -104,12 +89,12 @@ def rate_divisor(rate: float, steps: int) -> float:
     return max(1.0, rate * (1 - share) / SAFE_RATE) / share
 
 
-def run_divisor(args: FineTuneOptions, rate: float, steps_per_epoch: int) -> float:
+def run_divisor(args: FineTuneOptions, rate: float, steps: int) -> float:
     """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed."""
     # So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
     if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or TRUTHS[args.task] == "mask":
         return 1.0
-    return rate_divisor(rate, steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch))
+    return rate_divisor(rate, steps)
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
-from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, positive_share, several
+from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.models import published
@@ -136,7 +136,6 @@ class TuneOptions(AdapterOptions):
     weight_decay: float = option(0.01, "weight decay of AdamW", type=config.non_negative_float)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up", type=config.non_negative_float)
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
-    wise_ft: float | str = option("auto", "share of the change to save; auto: by labels", type=or_auto(positive_share))
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
     precision: str = option("auto", "of products; auto: 16 bits on CUDA, and on a CPU if faster", choices=PRECISIONS)

@@ -112,17 +112,14 @@ def describe_rates(run: FineTuned) -> str:
 
 
 def describe_epoch(run: FineTuned) -> str:
-    """A line on the last finished epoch: losses, score, and the time that is left. A second one if not all is kept."""
+    """A line on the last finished epoch: losses, score, and the time that is left. A second one if it is not saved."""
     row = run.history[-1]
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
     score = f"{run.task.score_title} {run.task.reported(row[f'val_{run.task.score}'])}"
     lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
-    if run.wise_ft.share < run.wise_ft.alpha:
+    if run.kept.at_start:
         start = _name_of_start(run)
-        saved = f"saved and evaluated is the model {run.wise_ft.share:.0%} of the way from the {start} to this epoch"
-        if run.wise_ft.share == 0:
-            saved = f"the {start} is saved and evaluated"
-        lines += f"\n  the {start} still answers training images better than this epoch does: {saved}"
+        lines += f"\n  the {start} still answers training images better than this epoch does: it is saved and evaluated"
     return lines
 
 
@@ -151,7 +148,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
         "stage1_adapter": None if stage1 is None else str(files.stored_path(stage1.absolute())),
         "lora": options.lora_options(run.args),
         "epoch": len(run.history),
-        "kept_share": run.wise_ft.share,
+        "keeps_start": run.kept.at_start,
         score: run.history[-1][score] if run.history else run.baseline["probe"],
         "config": run.identity["config"],
         **({} if task is None else {"task": task}),
@@ -230,7 +227,7 @@ def _results(run: FineTuned, result: tasks.Answers, figures: dict, kept: dict, c
         "adapter_learning_rate": run.adapter_rate,
         "chosen_by": _chosen_by(run),
         "unlabelled": run.by_unlabelled,  # what such images did; None where there were none
-        "kept_share": kept["kept_share"],
+        "keeps_start": kept["keeps_start"],  # training did harm
         "retreats": run.guard.retreats,
         "epochs": len(run.history),
         "seconds": sum(column(run.history, "seconds")) + run.guard.lost_seconds,
@@ -376,9 +373,8 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> Iterator
     trained = results["trainable_parameters"]
     total = results["total_parameters"]
     yield "trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"
-    if (share := results["kept_share"]) < 1:
-        way = f"{share:.0%} of the way from the {_name_of_start(run)} to the trained model (--wise-ft 1: all)"
-        yield "saved weights", way
+    if results["keeps_start"]:
+        yield "saved weights", f"those of the {_name_of_start(run)}, which answers training images better"
     memory = "not known on this system"
     if results["peak_memory_bytes"]:
         whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch

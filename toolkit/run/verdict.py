@@ -53,8 +53,7 @@ def judge(
     }
 
     gained, is_worse, may_be_chance = _compared(results, task, probe)
-    has_more_steps = not has_few or results["unlabelled"] is not None  # a longer run with few labels alone fits these
-    is_short = lowered > LOWERED and not results.get("retreats") and has_more_steps
+    is_short = lowered > LOWERED and not results.get("retreats")
     is_photograph = choices.TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
