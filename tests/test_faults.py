@@ -130,7 +130,7 @@ def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start):
     before = contents(first.folder)
     for way, more in (("lora", "--resume"), ("pretrain", "")):
         second = start(way, more, log=f"second {way}")
-        assert_one_line(second, f"{first.folder}: another run (process {first.process.pid} on ", "let it")
+        assert_one_line(second, f"{first.folder}: another run or command (process {first.process.pid} on ", "let it")
     assert contents(first.folder) == before
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.join()
