@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -87,13 +88,6 @@ def completed(*started, codes: int = 0, **options) -> list[Child]:
     return children
 
 
-def the_error(children: list[Child]) -> str:
-    """The one line in which both have said what is wrong."""
-    lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and not any("Traceback" in child.output for child in children)
-    return lines[0]
-
-
 def with_sgd() -> None:
     """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
 
@@ -103,28 +97,22 @@ def with_sgd() -> None:
     optim.build_optimizer = build_optimizer
 
 
-def run_both(argv: str, folder: Path) -> tuple[dict, dict]:
-    """The results of two processes, with their files in `out`, and of one, with its files in `alone`."""
-    children = completed("finetune_lora", f"{argv} --output-dir {folder}/out", folder / "log", before=with_sgd)
-    assert "epoch" not in children[1].output  # one of the two speaks
-    assert "epoch 1: training loss" in children[0].output  # twice if the run goes back
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
-        with_sgd()
-        alone = finetune_lora.main(f"{argv} --output-dir {folder}/alone".split())
-    ours, theirs = (tensors(folder / name / "lora.pth") for name in ("out", "alone"))
-    assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items()) or "--lora-rank 0" in argv
-    assert_close(ours, theirs)
-    assert not list((folder / "out").glob(".*"))
-    return json.loads((folder / "out/results.json").read_text()), alone
-
-
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "lora")) for way in WAYS])
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    results, alone = run_both(options(way), tmp_path)
+    children = completed("finetune_lora", options(way), tmp_path / "log", before=with_sgd)
+    assert "epoch" not in children[1].output  # one of the two speaks
+    assert "epoch 1: training loss" in children[0].output  # twice if the run goes back
+    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
+    with_sgd()
+    alone = finetune_lora.main(options(way, "alone").split())
+    ours, theirs = (tensors(tmp_path / name / "lora.pth") for name in ("out", "alone"))
+    assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
+    assert_close(ours, theirs)
+    assert not list((tmp_path / "out").glob(".*"))
     for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
+    results = json.loads((tmp_path / "out/results.json").read_text())
     for name, value in alone.items():
         if isinstance(value, float) and name.startswith(("val_", "best_", "knn_", "probe_", "calibration")):
             assert results[name] == pytest.approx(value, abs=1e-3), name
@@ -159,12 +147,6 @@ def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp
     merge = f"merge {adapter_for_images} --output {tmp_path}/out.safetensors"
     children = completed("deploy_lora", merge, tmp_path / "log")
     assert children[0].output.count("wrote") == 1 and children[1].output == ""
-
-
-def test_a_page_is_shown_by_one_process(tmp_path):
-    """Two would wait for each other without a word."""
-    demo = completed("deploy_lora", f"demo {tmp_path / 'lora.pth'}", tmp_path / "log", codes=2)
-    assert "torchrun starts several: start it with python" in the_error(demo)
 
 
 def write_texts_late() -> None:
@@ -250,12 +232,24 @@ def keep_every_queue() -> None:
     pretrain.Pretraining.results = results
 
 
-def test_a_fault_in_one_process_stops_both_with_its_line(options, tmp_path, images):
-    broken = tmp_path / "own" / "train" / "dark" / "3.png"
-    shutil.copytree(images, tmp_path / "own")
-    broken.write_bytes(broken.read_bytes()[:60])
-    argv = f"{options('lora')} --data-dir {tmp_path / 'own'}"
-    assert f"{broken}: not a readable image" in the_error(completed("finetune_lora", argv, tmp_path / "log", codes=2))
+@pytest.mark.parametrize(
+    ("module", "argv", "told"),
+    [
+        ("finetune_lora", "{lora} --data-dir {own}", "{own}/train/dark/3.png: not a readable image"),  # for one of them
+        ("finetune_lora", "{lora} --output-dir {own}", "another run or command (process"),
+        ("moco.pretrain", "{pretrain} --batch-size 5", "--batch-size 5: not a multiple of the 2 processes"),
+        ("deploy_lora", "demo lora.pth", "torchrun starts several: start it with python"),  # they would wait for ever
+    ],
+)
+def test_what_is_wrong_stops_both_with_one_line(options, images, tmp_path, module, argv, told):
+    own = shutil.copytree(images, tmp_path / "own")
+    (own / "train/dark/3.png").write_bytes(b"\x89PNG")
+    argv = argv.format(lora=options("lora"), pretrain=options("pretrain"), own=own)
+    with output_folder.held(own):
+        children = completed(module, argv, tmp_path / "log", codes=2)
+        assert names_in(own) == {"train", "val", output_folder.LOCK}
+    [line] = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
+    assert told.format(own=own) in line and not any("Traceback" in child.output for child in children)
 
 
 @pytest.mark.slow
@@ -282,18 +276,6 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
     assert [child.wait(120) for child in resumed + whole] == [0] * 4, resumed[0].output
     assert_same_tensors(tmp_path / "out/lora.pth", tmp_path / "whole/lora.pth")
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
-
-
-def test_what_all_find_wrong_is_said_once(options, tmp_path):
-    children = completed("moco.pretrain", f"{options('pretrain')} --batch-size 5", tmp_path / "log", codes=2)
-    assert "--batch-size 5: not a multiple of the 2 processes" in the_error(children)
-
-
-def test_both_leave_a_folder_alone_in_which_a_run_is_going_on(options, tmp_path):
-    with output_folder.held(tmp_path / "out"):
-        children = completed("finetune_lora", options("lora"), tmp_path / "log", codes=2)
-        assert "another run or command (process" in the_error(children)
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [output_folder.LOCK]
 
 
 # ------------------------------- what two processes find together, with one start: in closed form, or as one finds it
@@ -349,38 +331,12 @@ def test_keys_are_encoded_in_random_processes_and_come_back_in_order(found):
     assert sorted(first + second) == list(range(8)) and set(first) != {0, 2, 4, 6}
 
 
-def contrasted(rank: int, share: slice | None = None) -> float:
-    """MoCo v3's loss of queries and keys."""
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = torch.randn(2, 6, 4, generator=generator)
-    own = slice(rank, None, 2) if share is None else share
-    return builder.MoCoV3.contrast(SimpleNamespace(T=0.2), queries[own], keys[own]).item()
-
-
-def test_queries_are_compared_with_the_keys_of_both(found):
-    assert np.mean([each["contrasted"] for each in found]) == pytest.approx(contrasted(0, slice(None)))
-
-
 def taught(rank: int) -> list[float]:
     """How sure a teacher's answers are, and their shares, after a step of which this process saw one or two images."""
     teacher = teacher_of(certainty=0.8)
     teacher.seen.copy_(torch.tensor([[0.9, 0.1, 0.0, 0.9, 1.0], [0.5, 1.5, 0.0, 1.2, 2.0]])[rank])
     teacher.after_step()
     return [teacher.certainty.item(), *teacher.shares.tolist()]
-
-
-def scaled(rank: int, share: slice | None = None) -> list[float]:
-    """Logits that a teacher scales, of two images in the first process and of one in the other."""
-    generator = torch.Generator().manual_seed(0)
-    logits, first = torch.randn(2, 3, 4, generator=generator)
-    own = slice(rank, None, 2) if share is None else share
-    return teacher.as_sure(logits[own], first[own]).flatten().tolist()
-
-
-def test_a_teacher_is_as_sure_as_the_start_over_the_images_of_both(found):
-    images = torch.tensor(scaled(0, slice(None))).view(3, 4)
-    assert found[0]["scaled"] == pytest.approx(images[::2].flatten().tolist())
-    assert found[1]["scaled"] == pytest.approx(images[1].tolist())
 
 
 TAUGHT = [0.95 * 0.8 + 0.05 * 2.1 / 3, 0.95 * 0.5 + 0.05 * 1.4 / 3, 0.95 * 0.25 + 0.05 * 1.6 / 3, 0.95 * 0.25]
@@ -404,32 +360,49 @@ def test_both_start_with_what_the_first_has_found(found):
     assert first == second and softened == pytest.approx([weight / 2 for weight in probed])
 
 
-def segmented(rank: int, share: slice | None = None) -> tuple[list, dict]:
-    """Confusion matrices of five images, and the answers for the worst of them."""
+def own(images: torch.Tensor) -> torch.Tensor:
+    """The share of this process; all of them if it is alone."""
+    return images[distributed.rank() :: distributed.world_size()]
+
+
+def contrasted(rank: int) -> list[float]:
+    """MoCo v3's loss of queries and keys."""
+    queries, keys = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    loss = builder.MoCoV3.contrast(SimpleNamespace(T=0.2), own(queries), own(keys))
+    return [distributed.all_sum(loss.item())[0] / distributed.world_size()]
+
+
+def scaled(rank: int) -> list[float]:
+    """Logits that a teacher scales to be as sure as at the start, of three images."""
+    logits, first = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    return distributed.interleave(teacher.as_sure(own(logits), own(first))).flatten().tolist()
+
+
+def segmented(rank: int) -> list[float]:
+    """The confusion matrix of five images, the worst of them, and the answers for these."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 2, 4, 4, generator=generator)
     truth = torch.randint(2, (5, 4, 4), generator=generator)
-    own = slice(rank, None, 2) if share is None else share
     network = nn.Identity()  # its images are its outputs
     network.window = 4
-    answers = segmentation.Segmentation(["ground", "ink"]).evaluate(network, [(logits[own], truth[own])], CPU)
-    return answers.confusion.tolist(), {image: of_image.tolist() for image, of_image in answers.maps.items()}
+    answers = segmentation.Segmentation(["ground", "ink"]).evaluate(network, [(own(logits), own(truth))], CPU)
+    found = [answers.confusion, torch.tensor([*answers.maps]), *answers.maps.values()]
+    return torch.cat([tensor.flatten() for tensor in found]).tolist()
 
 
-def measured(rank: int, share: slice | None = None) -> float:
+def measured(rank: int) -> list[float]:
     """The effective rank of the features of six images, by statistics that each process has of its own."""
     encoder = nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(3), fc=nn.Linear(3, 2)))
     encoder.norm.running_var += 1e3 * rank * torch.arange(3)
-    images = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    own = images[slice(rank, None, 2) if share is None else share]
+    images = own(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
     run = SimpleNamespace(model=SimpleNamespace(encoder_q=encoder), device=CPU, dtype=torch.float32)
-    run.measuring_loaders = [[(own, torch.zeros(len(own)))]]
-    return round(pretrain.Pretraining.measure(run)["effective_rank"], 4)
+    run.measuring_loaders = [[(images, torch.zeros(len(images)))]]
+    return [pretrain.Pretraining.measure(run)["effective_rank"]]
 
 
-@pytest.mark.parametrize("find", [segmented, measured])
+@pytest.mark.parametrize("find", [contrasted, scaled, segmented, measured])
 def test_both_find_what_one_finds_by_all_images(found, find):
-    assert [each[find.__name__] for each in found] == [find(0, slice(None))] * 2
+    assert [each[find.__name__] for each in found] == [pytest.approx(find(0))] * 2
 
 
 def looked_at(rank: int) -> list[int]:
@@ -502,49 +475,35 @@ def test_both_find_the_same(found, find, expected):
     assert [each[find.__name__] for each in found] == [expected] * 2
 
 
-SHARES = (5, 3)  # of eight images
-KINDS = {
-    "2d": (lambda: nn.BatchNorm2d(4, eps=0.1), (8, 4, 3, 5)),
-    "2d, mean over all batches": (lambda: nn.BatchNorm2d(4, momentum=None), (8, 4, 3, 5)),
-    "1d without weight": (lambda: nn.BatchNorm1d(6, affine=False), (8, 6)),
-    "3d": (lambda: nn.BatchNorm3d(2), (8, 2, 2, 3, 2)),
+NORMS = {
+    "2d": (lambda: nn.BatchNorm2d(4, eps=0.1), (7, 4, 3, 5)),
+    "2d, mean over all batches": (lambda: nn.BatchNorm2d(4, momentum=None), (7, 4, 3, 5)),
+    "1d without weight": (lambda: nn.BatchNorm1d(6, affine=False), (7, 6)),
+    "3d": (lambda: nn.BatchNorm3d(2), (7, 2, 2, 3, 2)),
 }
 
 
-def problem(kind: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A norm, images far from standardised, and what weighs each output in the loss."""
-    make, shape = KINDS[kind]
-    torch.manual_seed(0)
-    norm = make()
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-    x = 3 * torch.randn(shape) + 7
-    weights = torch.randn(shape)
-    return norm.to(dtype), x.to(dtype), weights.to(dtype)
-
-
-def answers(norm: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs, gradients and buffers of two training steps' passes, and the output in eval mode."""
-    x.requires_grad_()
-    for _ in range(2):
-        y = norm(x)
-    (y * weights).sum().backward()
-    found = {"y": y.detach(), "gx": x.grad, **dict(norm.named_buffers())}
-    found |= {f"gradient of {name}": parameter.grad for name, parameter in norm.named_parameters()}
-    return found | {"y in eval mode": norm.eval()(x).detach()}
-
-
-def normalised(rank: int) -> dict:
-    """Answers for this process's share of the images."""
-    own = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
+def normalised(rank: int) -> dict[tuple[str, torch.dtype], list[torch.Tensor]]:
+    """Outputs, gradients and buffers of two passes over seven images, and outputs in eval mode; alone, in float64."""
     found = {}
-    for dtype in (torch.float64, torch.bfloat16):
-        for kind in KINDS:
-            norm, x, weights = problem(kind, dtype)
-            if dtype == torch.bfloat16:
-                norm.float()  # as under autocast
-            share_statistics(norm)
-            found[kind, dtype] = answers(norm, x[own], weights[own])
+    for dtype, (kind, (make, shape)) in itertools.product((torch.float64, torch.bfloat16), NORMS.items()):
+        torch.manual_seed(0)
+        norm = make().to(dtype)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        x = own(3 * torch.randn(shape) + 7).to(dtype)  # far from standardised
+        weights = own(torch.randn(shape)).to(dtype)  # of each output in the loss
+        if distributed.world_size() == 1:
+            norm, x, weights = (thing.double() for thing in (norm, x, weights))
+        norm.to(torch.promote_types(x.dtype, torch.float32))  # as under autocast
+        share_statistics(norm)
+        x.requires_grad_()
+        for _ in range(2):
+            y = norm(x)
+        (y * weights).sum().backward()
+        whole = [distributed.interleave(each.double()) for each in (y, x.grad, norm.eval()(x))]
+        gradients = [sum(distributed.gather(parameter.grad)) for parameter in norm.parameters()]
+        found[kind, dtype] = [tensor.detach().double() for tensor in (*whole, *gradients, *norm.buffers())]
     return found
 
 
@@ -553,19 +512,11 @@ TOGETHER += (read, worst, drawn, precision, cached, normalised)
 
 
 def test_two_processes_normalise_as_one(found):
-    parts = [each["normalised"] for each in found]
-    for kind, dtype in parts[0]:
-        norm, x, weights = problem(kind, dtype)
-        expected = answers(norm.double(), x.double(), weights.double())
-        close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
-        first, second = (part[kind, dtype] for part in parts)
-        for name, whole in expected.items():
-            ours = first[name]
-            if name in ("y", "gx", "y in eval mode"):
-                ours = torch.cat([ours, second[name]])
-            if name.startswith("gradient"):
-                ours = ours + second[name]
-            torch.testing.assert_close(ours.to(whole.dtype), whole, **close, msg=f"{kind}, {dtype}: {name}")
+    for (kind, dtype), expected in normalised(0).items():
+        tolerance = 1e-10 if dtype == torch.float64 else 0.02
+        for each in found:
+            ours = each["normalised"][kind, dtype]
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance, msg=f"{kind}, {dtype}")
 
 
 def test_frozen_norms_and_a_single_process_are_left_alone(monkeypatch):
