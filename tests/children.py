@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_GPUS = "tests.cuda_on_cpu.in_place_of_cpu"
 SERVER = multiprocessing.get_context("forkserver")
 STORES: list[dist.TCPStore] = []
-PRELOADED = ["finetune_lora", "moco.pretrain", "bitsandbytes.functional"]
+PRELOADED = ["finetune_lora", "moco.pretrain"]
 if ON_GPUS in sys.modules:  # they come before PyTorch
     PRELOADED.insert(0, ON_GPUS)
 SERVER.set_forkserver_preload(PRELOADED)
@@ -33,7 +33,7 @@ class Child:
     def __init__(self, module: str, options: str, log: Path, before: Callable | None = None, environment=None):
         self.log = log
         self.process = SERVER.Process(target=_run, args=(module, options.split(), log, before, environment or {}))
-        # For the server, which starts with the first child: once bitsandbytes has seen a GPU, no fork may use CUDA.
+        # For the server, which starts with the first child, and all children: they are to compute on the CPU alone.
         with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}):
             self.process.start()
 

@@ -17,13 +17,15 @@ from toolkit.run import guard, loaders, runs
 from toolkit.run.training import MicroBatches
 
 # A run looks at each of the 21 training images once after an epoch, tries three strengths of nine for its probe, draws
-# fewer pixels, has no more steps than the images fill, not twelve, and does not measure whether bf16 is faster here.
+# fewer pixels, has no more steps than the images fill, not twelve, and does not measure whether bf16 is faster here. Of
+# a run that failed no loading process is waited for: Python's collector would give each five seconds.
 SHORTER = (
     (guard, "WATCHED_VIEWS", 21),
     (probe, "STRENGTHS", probe.STRENGTHS[::3]),
     (segmentation, "PROBE_ROWS", 1000),
     (loaders, "LEAST_STEPS", 1),
     (devices, "faster_dtype", lambda *_, **__: torch.float32),
+    (torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1),
 )
 
 
@@ -61,7 +63,6 @@ def assert_identical(ours, theirs) -> None:
 
 
 def rows_of(path) -> list[dict[str, str]]:
-    """The rows of a table."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 

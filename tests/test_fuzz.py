@@ -64,7 +64,7 @@ def only_our_error():
         assert str(error) and str(error).isprintable(), error
 
 
-# ------------------------------------------------------------------------------------------------ mutations of any file
+# --------------------------------------------------------------------------------------- the bytes, and what reads them
 
 
 def mutate(data: bytes, edits: list[tuple[float, bytes, int]], kept: float) -> bytes:
@@ -81,12 +81,10 @@ EDITS = st.lists(st.tuples(PLACES, st.binary(max_size=6), st.integers(0, 6)), ma
 KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
 
 
-def mutated(files: dict[str, bytes], kind: str, edits, kept: float) -> bytes:
-    """The file of this kind, mutated. A pickle in a sound zip is changed behind its checksums, as by an attacker."""
-    if kind != "pickle in a sound zip":
-        return mutate(files[kind], edits, kept)
+def mutate_pickle(zipped: bytes, edits, kept: float) -> bytes:
+    """A pickle in a sound zip is changed behind its checksums, as by an attacker."""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(files["zip"])) as old, zipfile.ZipFile(file, "w") as new:
+    with zipfile.ZipFile(io.BytesIO(zipped)) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
             record = old.read(name)
             new.writestr(name, mutate(record, edits, kept) if name.endswith("data.pkl") else record)
@@ -96,6 +94,96 @@ def mutated(files: dict[str, bytes], kind: str, edits, kept: float) -> bytes:
 def torch_file(content, zipped: bool = True) -> bytes:
     return bytes_of(lambda file: torch.save(content, file, _use_new_zipfile_serialization=zipped))
 
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(4, 5), "norm": nn.BatchNorm1d(5), "fc": nn.Linear(5, 3)}
+    return add_lora_to_model(nn.Sequential(OrderedDict(parts)), r=2, target_modules=["body"])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    """Files of a few kB by name: checkpoints of both formats with every kind of content that is read, adapters of
+    `small_model`, and images of three bands, with geotags where there is a place for them."""
+    tifffile = pytest.importorskip("tifffile")
+    content = {
+        "model": OrderedDict({"encoder_q.conv1.weight": torch.randn(4, 3), "queue": torch.randn(2, 2)}),
+        "args": argparse.Namespace(schedule=[120, 160], lr=0.03),
+        "best_acc1": np.float64(1.5),
+        "epoch": 3,
+    }
+    folder = tmp_path_factory.mktemp("files")
+    for suffix in ("pth", "safetensors"):
+        about = {"class_names": ["a", "b", "c"], "nested": {"lr": 1e-4}}
+        LoRAManager(small_model()).save_lora_checkpoint(folder / f"adapter.{suffix}", about)
+    levels = np.arange(3 * 64, dtype=np.uint16).reshape(8, 8, 3)
+    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True)]
+    keys += [(33550, "d", 3, [10.0, 10.0, 0.0], True), (33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5e6, 0.0], True)]
+    how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
+    return {
+        "checkpoint.pth": torch_file(content),
+        "legacy checkpoint.pth": torch_file(content, zipped=False),
+        **{path.name: path.read_bytes() for path in folder.iterdir()},
+        "image.tif": bytes_of(tifffile.imwrite, levels, **how),
+        "image.npy": bytes_of(np.save, levels),
+        "image.npz": bytes_of(np.savez, levels),
+    }
+
+
+def read_as_checkpoint(path: Path) -> None:
+    with only_our_error():
+        read_checkpoint(path)
+    with pytest.raises(InputError) as raised:  # no mutation makes a whole backbone of it
+        load_backbone(path, num_classes=2)
+    assert str(raised.value).isprintable()
+
+
+def read_as_image(path: Path) -> None:
+    with only_our_error():
+        image = ImageFiles(path.parent, [path.name], Bands(3))[0]
+        assert image.shape[2] == 3 and np.isfinite(image).all()
+
+
+def whole_state(model: nn.Module):
+    """Every bit of a model, and what it is made of."""
+    bits = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    kinds = [(name, type(module), module.training) for name, module in model.named_modules()]
+    return bits, kinds, repr(model), LoRAManager(model).get_lora_info()
+
+
+def read_as_adapter(path: Path) -> None:
+    model = small_model()
+    before = whole_state(model)
+    try:
+        LoRAManager(model).load_lora_checkpoint(path)
+    except InputError as error:
+        assert str(error).isprintable()
+        assert whole_state(model) == before
+    else:
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        assert whole_state(model)[1] == before[1]
+
+
+READ = {"checkpoint": read_as_checkpoint, "adapter": read_as_adapter, "image": read_as_image}
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        *[("checkpoint.pth", mutate), ("checkpoint.pth", mutate_pickle), ("legacy checkpoint.pth", mutate)],
+        *[("adapter.pth", mutate), ("adapter.pth", mutate_pickle), ("adapter.safetensors", mutate)],
+        *[("image.tif", mutate), ("image.npy", mutate), ("image.npz", mutate)],
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+@fuzz(30, edits=EDITS, kept=KEPT)
+def test_bytes_of_a_file(files, tmp_path_factory, name, mutate, edits, kept):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(mutate(files[name], edits, kept))
+    READ[path.stem.split()[-1]](path)
+
+
+# ------------------------------------------------------------------------------------------------------- what they hold
 
 # What stands where something else was expected.
 NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, -1, 2**31, 2**63]))
@@ -137,33 +225,6 @@ def changes(values=ODD):
     return st.lists(st.tuples(PLACES, st.sampled_from(["replace", "rename", "remove"]), values), min_size=1, max_size=3)
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.fixture(scope="module")
-def checkpoints() -> dict[str, bytes]:
-    """Files of a few kB in both formats, with every kind of content that is read."""
-    content = {
-        "model": OrderedDict({"encoder_q.conv1.weight": torch.randn(4, 3), "queue": torch.randn(2, 2)}),
-        "args": argparse.Namespace(schedule=[120, 160], lr=0.03),
-        "best_acc1": np.float64(1.5),
-        "epoch": 3,
-    }
-    return {"zip": torch_file(content), "legacy": torch_file(content, zipped=False)}
-
-
-@pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "legacy"])
-@fuzz(30, edits=EDITS, kept=KEPT)
-def test_bytes_of_a_checkpoint(checkpoints, tmp_path_factory, kind, edits, kept):
-    path = tmp_path_factory.getbasetemp() / "mutated.pth"
-    path.write_bytes(mutated(checkpoints, kind, edits, kept))
-    with only_our_error():
-        read_checkpoint(path)
-    with pytest.raises(InputError) as raised:  # no mutation makes a whole backbone of it
-        load_backbone(path, num_classes=2)
-    assert str(raised.value).isprintable()
-
-
 @pytest.fixture(scope="module")
 def pretrained() -> dict:
     """What stage 1 writes."""
@@ -185,91 +246,12 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
         known_scaling(Scaling(), *find_images(path), path)
 
 
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-@pytest.fixture(scope="module")
-def band_files() -> dict[str, bytes]:
-    """Images of three bands in each form that is read, with geotags where there is a place for them."""
-    tifffile = pytest.importorskip("tifffile")
-    levels = np.arange(3 * 64, dtype=np.uint16).reshape(8, 8, 3)
-    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True)]
-    keys += [(33550, "d", 3, [10.0, 10.0, 0.0], True), (33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5e6, 0.0], True)]
-    how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
-    return {
-        "tif": bytes_of(tifffile.imwrite, levels, **how),
-        "npy": bytes_of(np.save, levels),
-        "npz": bytes_of(np.savez, levels),
-    }
-
-
-@pytest.mark.parametrize("kind", ["tif", "npy", "npz"])
-@pytest.mark.filterwarnings("ignore")
-@fuzz(25, edits=EDITS, kept=KEPT)
-def test_bytes_of_an_image_of_several_bands(band_files, tmp_path_factory, kind, edits, kept):
-    path = tmp_path_factory.getbasetemp() / f"mutated.{kind}"
-    path.write_bytes(mutate(band_files[kind], edits, kept))
-    bands = Bands(3)
-    with only_our_error():
-        image = ImageFiles(path.parent, [path.name], bands)[0]
-        assert image.shape[2] == 3 and np.isfinite(image).all()
-
-
-# ------------------------------------------------------------------------------------------------------------- adapters
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    parts = {"body": nn.Linear(4, 5), "norm": nn.BatchNorm1d(5), "fc": nn.Linear(5, 3)}
-    return add_lora_to_model(nn.Sequential(OrderedDict(parts)), r=2, target_modules=["body"])
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory) -> dict[str, bytes]:
-    """The adapter of `small_model` in both formats."""
-    folder = tmp_path_factory.mktemp("adapters")
-    files = {}
-    for kind, suffix in (("zip", "pth"), ("safetensors", "safetensors")):
-        path = folder / f"adapter.{suffix}"
-        LoRAManager(small_model()).save_lora_checkpoint(path, {"class_names": ["a", "b", "c"], "nested": {"lr": 1e-4}})
-        files[kind] = path.read_bytes()
-    return files
-
-
-def whole_state(model: nn.Module):
-    """Every bit of a model, and what it is made of."""
-    bits = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
-    kinds = [(name, type(module), module.training) for name, module in model.named_modules()]
-    return bits, kinds, repr(model), LoRAManager(model).get_lora_info()
-
-
-def check_load(path: Path) -> None:
-    model = small_model()
-    before = whole_state(model)
-    try:
-        LoRAManager(model).load_lora_checkpoint(path)
-    except InputError as error:
-        assert str(error).isprintable()
-        assert whole_state(model) == before
-    else:
-        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-        assert whole_state(model)[1] == before[1]
-
-
-@pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "safetensors"])
-@fuzz(30, edits=EDITS, kept=KEPT)
-def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
-    path = tmp_path_factory.getbasetemp() / ("mutated.safetensors" if kind == "safetensors" else "mutated.pth")
-    path.write_bytes(mutated(adapters, kind, edits, kept))
-    check_load(path)
-
-
 @fuzz(40, changes=changes())
-def test_content_of_an_adapter(adapters, tmp_path_factory, changes):
+def test_content_of_an_adapter(files, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
-    content = torch.load(io.BytesIO(adapters["zip"]), weights_only=True)
+    content = torch.load(io.BytesIO(files["adapter.pth"]), weights_only=True)
     path.write_bytes(torch_file(edited(content, changes)))
-    check_load(path)
+    read_as_adapter(path)
 
 
 # ------------------------------------------------------------------------------------------------ configs and arguments

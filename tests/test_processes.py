@@ -1,7 +1,6 @@
 """Two real processes compute what one does: the same adapters to rounding, every image once, and faults stop both."""
 
 import copy
-import functools
 import itertools
 import json
 import os
@@ -82,7 +81,6 @@ def assert_close(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
 
 
 def completed(*started, codes: int = 0, **options) -> list[Child]:
-    """Two processes that have ended with this code."""
     children = together(*started, **options)
     assert [child.wait(120) for child in children] == [codes] * 2, [child.output for child in children]
     return children
@@ -118,18 +116,22 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
             assert results[name] == pytest.approx(value, abs=1e-3), name
 
 
+def in_parts_of_three() -> None:
+    deploy_lora.PART_IMAGES = 3
+
+
 def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_path, monkeypatch):
     """Of 7 images in parts of 3 one is broken; with two in a batch, the last batch and the last part are of one."""
     folder = tmp_path / "mine"
     shutil.copytree(images / "val" / CLASSES[0], folder)
     (folder / "2.png").write_bytes(b"no image")
-    shutil.copyfile(images / "val" / CLASSES[1] / "0.png", folder / "a.png")
-    shutil.copyfile(images / "val" / CLASSES[1] / "1.png", folder / "b.png")
+    for name in ("a", "b"):
+        shutil.copyfile(images / "val" / CLASSES[1] / "0.png", folder / f"{name}.png")
     argv = f"predict {adapter_for_images} {folder} --batch-size 2 --device cpu --workers 0 --output {tmp_path}"
-    monkeypatch.setattr(deploy_lora, "PART_IMAGES", 3)
     children = completed("deploy_lora", f"{argv}/out", tmp_path / "log", before=in_parts_of_three)
     assert "1 of 2 images cannot be read" in children[0].output
     assert "wrote" not in children[1].output  # one of the two speaks
+    monkeypatch.setattr(deploy_lora, "PART_IMAGES", 3)
     deploy_lora.main(f"{argv}/alone".split())
     names = names_in(tmp_path / "alone")
     assert names == names_in(tmp_path / "out") and len(names) == 5
@@ -137,10 +139,6 @@ def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_
         for ours, theirs in zip(rows_of(tmp_path / "out" / name), rows_of(tmp_path / "alone" / name), strict=True):
             assert ours["path"] == theirs["path"]
             assert float(ours["probability"]) == pytest.approx(float(theirs["probability"]), abs=1e-4)
-
-
-def in_parts_of_three() -> None:
-    deploy_lora.PART_IMAGES = 3
 
 
 def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp_path):
@@ -181,47 +179,6 @@ def test_torchrun_starts_them(options, tmp_path):
     assert done.stdout.count("epoch 1: training loss") == 1 and len(timeless(tmp_path / "out")) == 1
 
 
-def pretrain_both(argv: str, folder: Path, before=None, name="moco_stage1_epoch_2.pth", tolerance=1e-3) -> dict:
-    """The model of two processes, with their files in `out`, which is that of one, in `alone`."""
-    completed("moco.pretrain", f"{argv} --output-dir {folder}/out", folder / "log", before)
-    pretrain.main(f"{argv} --output-dir {folder}/alone".split())
-    read = tensors if name == "moco_lora.pth" else lambda path: files.read_checkpoint(path)["model"]
-    ours, theirs = (read(folder / of / name) for of in ("out", "alone"))
-    assert_close(ours, theirs, tolerance)
-    losses, alone = ([row["loss"] for row in metrics(folder / of)] for of in ("out", "alone"))
-    assert losses == pytest.approx(alone, rel=1e-3)
-    return ours
-
-
-def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
-    ours = pretrain_both(options("pretrain"), tmp_path, keep_every_queue)
-    # A ViT has no BatchNorm: the queue, its order included, is that of one process.
-    queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
-    assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
-    for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
-        assert row == pytest.approx(other, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_moco_v3_in_two_processes_is_that_in_one_batch_norm_included(options, tmp_path, request):
-    """Over six images, one BatchNorm behind the other: on some processors float32's rounding grows to a hundredth."""
-    argv = f"{options('pretrain')} --moco-version 3 --epochs 1 --learning-rate 1e-3"
-    request.addfinalizer(functools.partial(torch.set_default_dtype, torch.float32))
-    compute_in_float64()
-    ours = pretrain_both(argv, tmp_path, compute_in_float64, "moco_stage1_epoch_1.pth", tolerance=1e-9)
-    assert ours["encoder_q.heads.1.running_mean"].dtype == torch.float64
-
-
-def compute_in_float64() -> None:
-    torch.set_default_dtype(torch.float64)
-
-
-@pytest.mark.slow
-def test_stage_1_in_adapters_in_two_processes_is_that_in_one(options, base, tmp_path):
-    argv = f"{options('pretrain')} --checkpoint {base} --lora-rank 2 --image-size 16"
-    pretrain_both(argv, tmp_path, name="moco_lora.pth")
-
-
 def keep_every_queue() -> None:
     real = pretrain.Pretraining.results
 
@@ -230,6 +187,43 @@ def keep_every_queue() -> None:
         return real(self)
 
     pretrain.Pretraining.results = results
+
+
+def compute_in_float64() -> None:
+    """Over six images, one BatchNorm behind the other: on some processors float32's rounding grows to a hundredth."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("more", "before", "name", "tolerance"),
+    [
+        ("", keep_every_queue, "moco_stage1_epoch_2.pth", 1e-3),
+        pytest.param("--moco-version 3 --learning-rate 1e-3 --epochs 1", compute_in_float64, "moco_stage1_epoch_1.pth",
+                     1e-9, marks=pytest.mark.slow),
+        pytest.param("--checkpoint {base} --lora-rank 2 --image-size 16", None, "moco_lora.pth", 1e-3,
+                     marks=pytest.mark.slow),
+    ],
+    ids=["v2", "v3", "adapters"],
+)  # fmt: skip
+def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, more, before, name, tolerance):
+    completed("moco.pretrain", f"{options('pretrain')} {more.format(base=base)}", tmp_path / "log", before=before)
+    try:
+        if before is compute_in_float64:
+            before()
+        pretrain.main(f"{options('pretrain', 'alone')} {more.format(base=base)}".split())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    read = tensors if name == "moco_lora.pth" else lambda path: files.read_checkpoint(path)["model"]
+    ours, theirs = (read(tmp_path / of / name) for of in ("out", "alone"))
+    assert_close(ours, theirs, tolerance)
+    losses, alone = ([row["loss"] for row in metrics(tmp_path / of)] for of in ("out", "alone"))
+    assert losses == pytest.approx(alone, rel=1e-3)
+    if before is keep_every_queue:
+        # A ViT has no BatchNorm: the queue, its order included, is that of one process, and so is what is measured.
+        queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
+        assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
+        for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
+            assert row == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -253,26 +247,21 @@ def test_what_is_wrong_stops_both_with_one_line(options, images, tmp_path, modul
 
 
 @pytest.mark.slow
-def test_a_killed_process_stops_the_other(options, tmp_path):
-    first, second = together("finetune_lora", options("lora"), tmp_path / "log")
+def test_a_killed_process_or_one_signal_stops_both_and_both_go_on(options, tmp_path):
+    """The signal reaches one process alone, and both stop at the same step; with dropout, whose state each has."""
+    argv = options("lora") + " --lora-dropout 0.2"
+    first, second = together("finetune_lora", argv, tmp_path / "log")
     first.wait_for(lambda: "loss=" in first.output)
     second.send(signal.SIGKILL)
     assert first.wait(120) == 2
     assert "error: another process of this run has ended" in first.output and "Traceback" not in first.output
-    files.read_checkpoint(tmp_path / "out" / "last.pth")
-
-
-@pytest.mark.slow
-def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path):
-    """The signal reaches one process alone; with dropout, whose state each process has."""
-    dropout = " --lora-dropout 0.2"
-    first, second = together("finetune_lora", options("lora") + dropout, tmp_path / "log")
+    first, second = together("finetune_lora", f"{argv} --resume", tmp_path / "again")
     first.wait_for(lambda: "loss=" in first.output)
     second.send(signal.SIGTERM)
     assert (first.wait(120), second.wait(120)) == (143, 143), first.output + second.output
     assert "To go on: the same command with --resume" in first.output and "Stopped" not in second.output
-    resumed = together("finetune_lora", options("lora") + dropout + " --resume", tmp_path / "resumed")
-    whole = together("finetune_lora", options("lora", "whole") + dropout, tmp_path / "whole")
+    resumed = together("finetune_lora", f"{argv} --resume", tmp_path / "resumed")
+    whole = together("finetune_lora", f"{argv} --output-dir {tmp_path}/whole", tmp_path / "whole")
     assert [child.wait(120) for child in resumed + whole] == [0] * 4, resumed[0].output
     assert_same_tensors(tmp_path / "out/lora.pth", tmp_path / "whole/lora.pth")
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
@@ -366,7 +355,6 @@ def own(images: torch.Tensor) -> torch.Tensor:
 
 
 def contrasted(rank: int) -> list[float]:
-    """MoCo v3's loss of queries and keys."""
     queries, keys = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     loss = builder.MoCoV3.contrast(SimpleNamespace(T=0.2), own(queries), own(keys))
     return [distributed.all_sum(loss.item())[0] / distributed.world_size()]
@@ -406,7 +394,6 @@ def test_both_find_what_one_finds_by_all_images(found, find):
 
 
 def looked_at(rank: int) -> list[int]:
-    """What is found at each of five places."""
     return data.look_at_each(lambda i: 10 * i, 5, "image")
 
 
@@ -519,7 +506,11 @@ def test_two_processes_normalise_as_one(found):
             torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance, msg=f"{kind}, {dtype}")
 
 
-def test_frozen_norms_and_a_single_process_are_left_alone(monkeypatch):
+def test_frozen_norms_and_a_single_process_are_left_alone_and_norms_that_compute_more_refused(monkeypatch):
+    class NormAndReLU(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
     model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.LayerNorm(2))
     freeze_statistics(model[0], freeze=True, training=True)
     before = [type(module) for module in model]
@@ -529,6 +520,8 @@ def test_frozen_norms_and_a_single_process_are_left_alone(monkeypatch):
     share_statistics(model)
     assert [type(module) is kind for module, kind in zip(model, before, strict=True)] == [True, False, True]
     assert isinstance(model[1], nn.BatchNorm2d)
+    with pytest.raises(InputError, match=r"NormAndReLU cannot take statistics.*train in one"):
+        share_statistics(nn.Sequential(NormAndReLU(2)))
 
 
 @pytest.mark.parametrize("freezable", [False, True])
@@ -540,18 +533,7 @@ def test_copies_and_files_of_a_model_share_too(monkeypatch, freezable, tmp_path)
     share_statistics(model)
     torch.save(model, tmp_path / "model.pth")
     for again in (copy.deepcopy(model), torch.load(tmp_path / "model.pth", weights_only=False)):
+        share_statistics(again)
         assert type(again[0]) is type(model[0]) and isinstance(again[0], SharedStatistics)
         assert isinstance(again[0], Freezable) == freezable
-        share_statistics(again)
-        assert type(again[0]) is type(model[0])
     assert unextended(model[0]) is nn.BatchNorm2d
-
-
-def test_a_norm_that_computes_more_is_refused(monkeypatch):
-    class NormAndReLU(nn.BatchNorm2d):
-        def forward(self, x):
-            return super().forward(x).relu()
-
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(InputError, match=r"NormAndReLU cannot take statistics.*train in one"):
-        share_statistics(nn.Sequential(NormAndReLU(2)))

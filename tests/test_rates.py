@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import finetune_lora
-from tests.run_folders import assert_same_tensors, names_in, rows_of
+from tests.run_folders import assert_same_tensors, column, names_in, rows_of
 from toolkit import InputError
 from toolkit.answers.probe import HeadTemperature
 from toolkit.answers.tasks import Classification, Regression
@@ -36,9 +36,7 @@ def test_a_short_run_trains_at_a_lower_rate():
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"head_init": "random"}, {"lora_init": "random"}, {"freeze_backbone": False}, {"task": "segmentation"}],
-    ids=str,
+    "other", [{"head_init": "random"}, {"lora_init": "random"}, {"freeze_backbone": False}, {"task": "segmentation"}]
 )
 def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_rate(other):
     assert optim.run_divisor(FineTuneOptions(**other), rate=1e-2, steps=2) == 1
@@ -55,12 +53,11 @@ def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, mon
 
 @pytest.mark.parametrize("norms", ["follow", "frozen"])
 def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, start, saved, narrow):
-    resnet = start(f"--checkpoint {saved(narrow)} --image-size 32 --norms {norms} --labels-per-class 2")
-    vit = start()
-    assert (resnet.adapter_lr_factor, vit.adapter_lr_factor) == (48, 24)
-    for run in (resnet, vit):
+    runs = [start(f"--checkpoint {saved(narrow)} --image-size 32 --norms {norms} --labels-per-class 2"), start()]
+    assert [run.adapter_lr_factor for run in runs] == [48, 24]
+    for run in runs:
         run.head_temperature = HeadTemperature(per_rate=100.0)
-    assert resnet.temperature == vit.temperature == pytest.approx(100 * vit.rate * 24)
+        assert run.temperature == pytest.approx(100 * run.rate * 24)
 
 
 # ----------------------------------------------------------------------------------------------------------- the search
@@ -111,8 +108,6 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
 
 
 def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune, spy, monkeypatch, tmp_path):
-    """Bit for bit."""
-
     def highest(trials, variance, usual):
         assert usual == USUAL and variance(0.5) == pytest.approx(0.25 / 4)  # of the four images that judge
         return max(trial.learning_rate for trial in trials)
@@ -120,9 +115,6 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "choose", highest)
     common = "--epochs 1 --labels-per-class 4 --lora-dropout 0.2 --lr"
-    whole = finetune(f"{common} auto", "whole")
-    assert yaml.safe_load((whole["folder"] / "config.yaml").read_text())["finetune"]["learning_rate"] == "auto"
-    assert names_in(whole["folder"]) < {*output_folder.FINE_TUNING_FILES}
     save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(finetune_lora, "save_atomically", save_once), pytest.raises(KeyboardInterrupt):
         finetune(f"{common} auto", "stopped")
@@ -131,14 +123,21 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     trials = spy(finetune_lora.TrialRun, "start")
     resumed = finetune(f"{common} auto --resume", "stopped")
     assert trials.call_count == 1
+    assert yaml.safe_load((resumed["folder"] / "config.yaml").read_text())["finetune"]["learning_rate"] == "auto"
+    assert names_in(resumed["folder"]) < {*output_folder.FINE_TUNING_FILES}
+    assert column(rows_of(resumed["folder"] / "learning_rates.csv"), "learning_rate") == ["0.0001", "0.001"]
     typed = finetune(f"{common} 1e-3", "typed")
-    for results in (resumed, typed):
-        assert_same_tensors(results["folder"] / "lora.pth", whole["folder"] / "lora.pth")
-        assert results["learning_rate"] == results["config"]["finetune"]["learning_rate"] == 1e-3
-    tables = [rows_of(results["folder"] / "learning_rates.csv") for results in (whole, resumed)]
-    assert tables[0] == tables[1] and [float(row["learning_rate"]) for row in tables[0]] == [1e-4, 1e-3]
+    assert_same_tensors(resumed["folder"] / "lora.pth", typed["folder"] / "lora.pth")
     elsewhere = finetune(f"{common} auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
-    assert (elsewhere["learning_rate"], list(elsewhere["chosen_by"])) == (1e-3, ["learning rate"])
+    for results in (resumed, typed, elsewhere):
+        assert results["learning_rate"] == results["config"]["finetune"]["learning_rate"] == 1e-3
+    assert list(elsewhere["chosen_by"]) == ["learning rate"]
+    # A rate that was typed was not searched, however its run goes on; what is no run's file is refused.
+    assert finetune(f"{common} auto --resume", "typed")["chosen_by"] == {}
+    torch.save({"trials": []}, tmp_path / "other.pth")
+    for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
+        with pytest.raises(InputError, match=r"other\.pth is not a last\.pth of this version"):
+            finetune(f"{common} {rate} --resume {tmp_path / 'other.pth'}")
 
 
 def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
@@ -174,12 +173,3 @@ def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
     assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: training loss") == 1
     assert "learning rate 1e-03: accuracy 25.00%, loss 7.0000" in told  # of its last epoch
     assert "learning rate 1e-3 chosen by trials on a part of the training images" in told
-
-
-def test_a_search_goes_on_from_its_own_files_alone(finetune, once, tmp_path):
-    """A rate that was typed was not searched, however the run goes on."""
-    assert finetune("--epochs 1 --learning-rate auto --resume")["chosen_by"] == {}
-    torch.save({"trials": []}, tmp_path / "other.pth")
-    for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
-        with pytest.raises(InputError, match=r"other\.pth is not a last\.pth of this version"):
-            finetune(f"--learning-rate {rate} --resume {tmp_path / 'other.pth'}")

@@ -56,10 +56,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, saved, nar
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
     resumed = finetune(f"{options} --workers 1 --resume", output="stopped")
     assert resumed["epochs"] == 2 and resumed["val_loss"] == whole["val_loss"]
-    ours = resumed["folder"] / "lora.pth"
-    theirs = whole["folder"] / "lora.pth"
-    assert read_adapter_file(ours)["metadata"].get("task") == read_adapter_file(theirs)["metadata"].get("task")
-    assert_same_tensors(ours, theirs)
+    paths = [of["folder"] / "lora.pth" for of in (resumed, whole)]
+    ours, theirs = (read_adapter_file(path)["metadata"].get("task") for path in paths)
+    assert ours == theirs
+    assert_same_tensors(*paths)
 
 
 def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
@@ -72,32 +72,42 @@ def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
     assert finetune(f"{options} --resume")["precision"] == "bfloat16"
 
 
-def test_a_run_is_not_resumed_on_other_images_or_classes(finetune, once, images, tmp_path):
+def test_a_run_is_not_resumed_with_other_images_classes_weights_or_norms(finetune, once, base, images, tmp_path):
     """An added image moves none of the others, but training would go on with what the run has not begun with."""
     shutil.copytree(images, tmp_path / "moved")
+    shutil.copy(base, tmp_path / "moved.pth")
+    moved = f"--epochs 1 --data-dir {tmp_path / 'moved'} --checkpoint {tmp_path / 'moved.pth'} --resume"
+    with pytest.raises(InputError, match="norms was frozen, is train"):
+        finetune(f"{moved} --norms train")  # its LayerNorms would train from here on
     write(once, "config.yaml", "labels_to_check.csv")  # edited: they stay
-    again = finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")  # the same images, wherever they lie
-    assert again["images"] == json.loads((once / "results.json").read_text())["images"]
+    # Norms that are frozen, as those of a ResNet on a GPU, are no other setting, nor is another place
+    with mock.patch.object(finetune_lora, "settled_norms", lambda *_: "frozen"):
+        assert finetune(moved)["images"] == json.loads((once / "results.json").read_text())["images"]
     for name in ("config.yaml", "labels_to_check.csv"):
         assert (once / name).read_text() == name
+    content = torch.load(base)
+    content["state_dict"] = {name: 1.01 * tensor for name, tensor in content["state_dict"].items()}
+    torch.save(content, tmp_path / "moved.pth")
+    with pytest.raises(InputError, match=r"was trained over another base than .*moved\.pth: give its --checkpoint"):
+        finetune(moved)
     shutil.copy(images / "train/dark/0.png", tmp_path / "moved/train/dark/new.png")
     with pytest.raises(InputError, match=r"trained on other images than .*moved holds now: .*drop --resume"):
-        finetune(f"--data-dir {tmp_path / 'moved'} --epochs 1 --resume")
-    for other, message in (
-        ({"class_names": ["a", "b", "c"]}, r"belongs to a run with other settings \(other classes\)"),
-        ({"base": {}}, "was trained over another base than .*base.pth: give its --checkpoint"),
-    ):
-        torch.save(read_checkpoint(once / "last.pth") | other, once / "other.pth")
-        with pytest.raises(InputError, match=message):
-            finetune(f"--epochs 1 --resume {once / 'other.pth'}")
+        finetune(moved)
+    torch.save(read_checkpoint(once / "last.pth") | {"class_names": ["a", "b", "c"]}, once / "other.pth")
+    with pytest.raises(InputError, match=r"belongs to a run with other settings \(other classes\)"):
+        finetune(f"--epochs 1 --resume {once / 'other.pth'}")
 
 
-def test_a_resumed_run_has_the_rates_and_the_times_of_the_whole_run(finetune, finished_once, once, spy, monkeypatch):
+def test_a_run_that_goes_on_in_another_folder_has_the_rates_times_and_files_of_the_whole_run(
+    finetune, finished_once, once, spy, monkeypatch
+):
     """Rates are the optimizer's, whatever this version would choose; the head's temperature depends on them."""
     monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
     monkeypatch.setattr(optim, "run_divisor", lambda *_: 5.0)
     train = spy(finetune_lora, "train")
-    again = finetune("--epochs 1 --resume", after_epoch=lambda run: pytest.fail("nothing was left to do"))
+    resume = f"--epochs 1 --resume {once / 'last.pth'}"
+    again = finetune(resume, "elsewhere", after_epoch=lambda run: pytest.fail("nothing was left to do"))
+    assert names_in(again["folder"]) == names_in(once)
     resumed, *_ = train.call_args.args
     assert (resumed.adapter_lr_factor, resumed.rate) == (24, 1e-3)
     for name in ("seconds", "images_per_second", "waiting_share"):
@@ -113,53 +123,36 @@ def test_the_best_epoch_is_not_looked_for_in_another_folder_nor_made_of_the_last
         (once / "lora.pth").unlink(missing_ok=True)
 
 
-def test_norms_of_a_vit_that_train_are_another_setting(finetune, once, monkeypatch):
-    """Its LayerNorms would train from here on. Norms that are frozen, as those of a ResNet on a GPU, are none."""
-    with pytest.raises(InputError, match="norms was frozen, is train"):
-        finetune("--epochs 1 --norms train --resume")
-    monkeypatch.setattr(finetune_lora, "settled_norms", lambda *_: "frozen")
-    assert finetune("--epochs 1 --resume")["epochs"] == 1
-
-
-def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
-    """The guard has judged the epoch, which it judges again. It may go on in another folder, with all its files."""
-    options = "--epochs 2 --labels-per-class 2"
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(finetune, monkeypatch, tmp_path):
+    """Bit for bit, also by a link to its folder. What it has judged or calibrated it does not twice."""
+    options = "--labels-per-class 2 --keep-best accuracy"
     whole = finetune(options, "whole")
     with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
-        patch.setattr(runs.StopRequests, "checked", stop)
-        finetune(options)
-    state = read_checkpoint(tmp_path / "out/last.pth")
+        patch.setattr(runs.StopRequests, "checked", stop)  # while it is evaluated
+        finetune(options, "stopped")
+    state = read_checkpoint(tmp_path / "stopped/last.pth")
     assert state["history"] == [] and len(state["guard"]["scores"]) == 1
-    resumed = finetune(f"{options} --resume {tmp_path / 'out/last.pth'}", "elsewhere")
+
+    def stop_after_the_last_step(run) -> None:
+        if len(run.history) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(runs.Stopped, match="2 of 2 epochs are saved"):  # else a cross-validation began its next part
+        finetune(f"{options} --resume", "stopped", after_epoch=stop_after_the_last_step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
+        finetune(f"{options} --resume", "stopped")  # its lora.pth is calibrated, and its results are not written
+    (tmp_path / "link").symlink_to(tmp_path / "stopped")
+    resumed = finetune(f"{options} --resume {tmp_path / 'stopped/last.pth'}", "link")
     assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
     assert names_in(resumed["folder"]) == names_in(whole["folder"]) and len(metrics(resumed["folder"])) == 2
-    scores = [read_checkpoint(of["folder"] / "last.pth")["guard"]["scores"] for of in (whole, resumed)]
-    assert scores[0] == scores[1]
-
-
-def test_a_stop_after_the_last_step_stops_too(finetune):
-    """Of a cross-validation the next part would begin otherwise."""
-    with pytest.raises(runs.Stopped, match="1 of 1 epochs are saved"):
-        finetune("--epochs 1 --labels-per-class 2", after_epoch=lambda run: os.kill(os.getpid(), signal.SIGINT))
-
-
-def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monkeypatch, tmp_path):
-    """A run killed between its calibrated lora.pth and its results leaves the same file when it goes on, by a link."""
-    options = "--epochs 1 --labels-per-class 2 --keep-best accuracy"
-    whole = finetune(options, output="whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            finetune(options, output="parts")
-    (tmp_path / "link").symlink_to(tmp_path / "parts")
-    resumed = finetune(f"{options} --resume {tmp_path / 'parts/last.pth'}", output="link")
-    assert_same_tensors(resumed["folder"] / "lora.pth", whole["folder"] / "lora.pth")
+    ours, theirs = (read_checkpoint(of["folder"] / "last.pth")["guard"]["scores"] for of in (resumed, whole))
+    assert ours == theirs
     for name in ("temperature", "calibration_error", "val_loss"):
         assert resumed[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
 
 
 # -------------------------------------------------------------------------------------------------- toolkit/run/runs.py
-
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,10 +182,8 @@ def end_a_script() -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "end"),
     [
-        ("", 2, "error: disk full"),
-        ("bar", 2, "error: disk full"),
-        ("bar stop", 143, "Stopped"),
-        ("ctrl-c", 130, "interrupted"),
+        *[("", 2, "error: disk full"), ("bar", 2, "error: disk full")],
+        *[("bar stop", 143, "Stopped"), ("ctrl-c", 130, "interrupted")],
     ],
 )
 def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path, argv, code, end):
@@ -221,13 +212,12 @@ def count_faults() -> None:
 def test_freed_memory_is_kept_for_the_next_tensor(tmp_path):
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
 
-    def faults(name: str, **environment) -> int:
+    faults = {}
+    for name, environment in {"own": {}, "users": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}.items():
         child = Child("finetune_lora", "", tmp_path / name, count_faults, environment)
         assert child.wait() == 0, child.output
-        return int(child.output)
-
-    # 16,384 pages of 4 kB, or 32 of 2 MB
-    assert faults("own") < 20 < faults("users", MALLOC_MMAP_THRESHOLD_=str(2**20))
+        faults[name] = int(child.output)
+    assert faults["own"] < 20 < faults["users"]  # 16,384 pages of 4 kB, or 32 of 2 MB
 
 
 @pytest.mark.parametrize("main", [finetune_lora.main, pretrain.main], ids=["fine-tuning", "stage 1"])
@@ -292,7 +282,6 @@ def test_ctrl_c_ends_without_a_word_while_packages_load(handler, code, told):
 
 
 def write(folder: Path, *names: str) -> None:
-    """Files that hold their own names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(name)
@@ -304,16 +293,11 @@ def test_results_may_not_lie_among_the_images(tmp_path, parts):
     for part in parts:
         (tmp_path / "images" / part).mkdir(parents=True)
     args = argparse.Namespace(dataset="imagefolder", data_dir=tmp_path / "images", data_list=None, val_dir=None)
-
-    def refused(output: str) -> bool:
+    refused = {"../out": False, "out": "cat" in parts} | dict.fromkeys((f"{part}/deep/out" for part in parts), True)
+    for output, is_among in refused.items():
         args.output_dir = tmp_path / "images" / output
         found = list(output_folder.problems(args))
-        assert all("is among the images in" in problem for problem in found) and len(found) < 2
-        return bool(found)
-
-    assert refused("out") == ("cat" in parts)
-    assert all(refused(f"{part}/deep/out") for part in parts)
-    assert not refused("../out")
+        assert len(found) == is_among and all("is among the images in" in problem for problem in found)
 
 
 def test_images_may_lie_in_a_users_own_folds_and_not_among_the_parts_of_a_run(tmp_path, monkeypatch):
@@ -343,20 +327,20 @@ def test_files_of_these_names_are_a_users_unless_a_run_wrote_one_of_them(once, t
 
 def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
     folder = tmp_path / "lora"
-
-    def left(resumed: Path | None, *more: str) -> set[str]:
-        write(folder, "lora.pth", "last.pth", "notes.txt", *more)
-        output_folder.begin_folder(folder, ("lora.pth", "last.pth", "results.json"), resumed)
-        return names_in(folder)
-
-    assert left(folder / "last.pth") == {"lora.pth", "last.pth", "notes.txt"} and capsys.readouterr().out == ""
-    assert left(None, "results.json") == {"notes.txt"}
-    assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
-    assert left(tmp_path / "other" / "last.pth") == {"notes.txt"}
-    assert f"is now in {folder}-2, unfinished (--resume" in capsys.readouterr().out
+    files = {"lora.pth", "last.pth"}
+    for resumed, more, left, told in (
+        (folder / "last.pth", [], files, ""),
+        (None, ["results.json"], set(), f"the earlier run in {folder} is now in {folder}-1\n"),
+        (tmp_path / "other" / "last.pth", [], set(), f"is now in {folder}-2, unfinished (--resume"),
+    ):
+        write(folder, *files, "notes.txt", *more)
+        output_folder.begin_folder(folder, (*files, "results.json"), resumed)
+        assert names_in(folder) == {"notes.txt", *left}
+        printed = capsys.readouterr().out
+        assert told in printed and bool(told) == bool(printed)
     output_folder.begin_folder(folder, ("lora.pth",))  # there is nothing to move
-    moved = {path.name: set(contents(path)) for path in tmp_path.iterdir() if path != folder}
-    assert moved == {"lora-1": {"lora.pth", "last.pth", "results.json"}, "lora-2": {"lora.pth", "last.pth"}}
+    moved = {path.name: names_in(path) for path in tmp_path.iterdir() if path != folder}
+    assert moved == {"lora-1": {*files, "results.json"}, "lora-2": files}
     assert contents(tmp_path / "lora-1")["last.pth"] == b"last.pth"
 
 
@@ -382,12 +366,10 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_leaves_that_whole(tmp
 
 
 def test_an_earlier_run_that_cannot_be_moved_aside_stays_as_it_is(tmp_path, monkeypatch):
-    """As where the folder is a disk of its own."""
     folder = tmp_path / "lora"
     write(folder, "lora.pth", "last.pth")
-    to_another_disk = OSError(errno.EXDEV, "Invalid cross-device link")
+    steps = [mock.DEFAULT, mock.DEFAULT, OSError(errno.EXDEV, "Invalid cross-device link"), mock.DEFAULT, mock.DEFAULT]
     with monkeypatch.context() as patch, pytest.raises(InputError, match="Invalid cross-device link; name another"):
-        steps = [mock.DEFAULT, mock.DEFAULT, to_another_disk, mock.DEFAULT, mock.DEFAULT]
         patch.setattr(os, "rename", mock.Mock(wraps=os.rename, side_effect=steps))
         output_folder.begin_folder(folder, output_folder.FINE_TUNING_FILES)
     assert contents(folder) == {"lora.pth": b"lora.pth", "last.pth": b"last.pth"}
@@ -423,14 +405,13 @@ def test_stage_1_moves_a_fine_tuning_aside_as_a_whole(once):
 
 
 def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):
-    (tmp_path / "real").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/link").symlink_to(tmp_path / "real")
-    monkeypatch.chdir(tmp_path / "real")
     for number, folder in enumerate((Path(), tmp_path / "elsewhere/link"), 1):
-        (tmp_path / "real/lora.pth").touch()
+        write(tmp_path / "real", "lora.pth")
+        monkeypatch.chdir(tmp_path / "real")
         output_folder.begin_folder(folder, ("lora.pth",))
-        assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
+        assert names_in(tmp_path / f"real-{number}") == {"lora.pth"} and not names_in(tmp_path / "real")
 
 
 def test_a_folder_is_locked_while_it_is_used_and_has_then_what_is_whole(tmp_path):
@@ -455,17 +436,16 @@ def test_a_system_without_locks_goes_on_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", mock.Mock(side_effect=error))
     for _ in range(2):
         with output_folder.held(tmp_path):
-            assert (tmp_path / output_folder.LOCK).exists()
-        assert list(tmp_path.iterdir()) == []
+            assert names_in(tmp_path) == {output_folder.LOCK}
+        assert not names_in(tmp_path)
         monkeypatch.setattr(output_folder, "fcntl", None)  # as on Windows
 
 
 def test_on_a_full_disk_a_run_says_what_it_cannot_write_and_leaves_no_folder(tmp_path, monkeypatch):
-    error = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "write", mock.Mock(side_effect=error))
+    monkeypatch.setattr(os, "write", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(InputError, match="cannot write config"), output_folder.held(tmp_path / "new"):
         raise InputError("cannot write config.yaml")
-    assert list(tmp_path.iterdir()) == []
+    assert not names_in(tmp_path)
 
 
 def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monkeypatch):

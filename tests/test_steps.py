@@ -17,7 +17,6 @@ from tests.run_folders import stop, train_on
 from toolkit import InputError
 from toolkit.answers import tasks
 from toolkit.answers.evaluation import evaluate, worst_batch_loss
-from toolkit.files import read_checkpoint
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.models.backbones import headless
@@ -29,12 +28,10 @@ CPU = torch.device("cpu")
 
 def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dict[str, torch.Tensor]]:
     """Loss, right answers and gradients of a step on the first training images, in batches of these sizes."""
+    images = iter(range(sum(sizes)))
     batches = []
-    position = 0
     for size in sizes:
-        samples = [run.loaders.train.dataset[i * 5 % 21] for i in range(position, position + size)]
-        batches.append(default_collate(samples))
-        position += size
+        batches.append(default_collate([run.loaders.train.dataset[next(images) * 5 % 21] for _ in range(size)]))
     figures = train_on(run, MicroBatches(iter(batches), len(batches), sum(sizes), True))
     return figures, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
@@ -55,7 +52,6 @@ def test_accumulated_batches_are_one_big_batch(start, options):
 
 
 def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
-    """Reported is the loss without smoothing."""
     run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1 --warmup-epochs 0")
     images, labels = default_collate([run.loaders.train.dataset[i] for i in range(6)])
     head = run.model.heads.head
@@ -89,15 +85,25 @@ def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
     assert torch.nn.utils.get_total_norm(change).item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_float16s_scale_comes_back_with_the_state(start):
+@pytest.mark.filterwarnings("error")  # as PyTorch's, that the schedule went on without a step
+def test_a_step_that_float16_cannot_hold_changes_no_weight_and_its_scale_comes_back_with_the_state(start):
+    """To ask whether it was one would make the processor wait for a GPU: so the schedule goes on."""
     run = start()
     run.dtype = torch.float16
     run.begin_training(run.optimizer, 3, 0)
-    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
+    run.dtype = torch.float32
+    before = snapshot(run.model)
     state = run.trained()
-    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 1})
+    first = next(p for p in run.model.parameters() if p.requires_grad)
+    overflow = first.register_hook(lambda gradient: gradient * math.inf)
+    train_on(run, next(run.loaders.steps(1)))
+    assert_unchanged(before, run.model)
+    assert run.scaler.get_scale() == 2.0**15  # half of the first
+    overflow.remove()
+    train_on(run, next(run.loaders.steps(1)))
+    assert not torch.equal(run.model.heads.head.weight, before["heads.head.weight"])
     run.restore(state)
-    assert (run.scaler.state_dict()["scale"], run.scaler.state_dict()["_growth_tracker"]) == (32.0, 7)
+    assert run.scaler.get_scale() == 2.0**16
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -159,13 +165,13 @@ def test_an_epoch_of_few_images_has_twelve_steps(start, monkeypatch, options, st
     assert loaders.steps_of_epoch(run.args, run.splits) == steps
 
 
-def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(finetune, saved, narrow):
-    """Of 9 images in batches of 4 one is left over; a ResNet at 32 pixels ends in maps of 1x1."""
-    options = f"--checkpoint {saved(narrow)} --image-size 32 --epochs 1 --lora-rank 0 --no-freeze-backbone"
-    folder = finetune(f"{options} --labels-per-class 3 --batch-size 4")["folder"]
-    assert read_checkpoint(folder / "last.pth")["schedule"]["last_epoch"] == 2
+def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(start, saved, narrow):
+    """A ResNet at 32 pixels ends in maps of 1x1."""
+    options = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 0 --no-freeze-backbone"
+    run = start(f"{options} --labels-per-class 3 --batch-size 4")
+    assert [step.images for step in run.loaders.steps(1)] == [4, 4]  # of nine
     with pytest.raises(InputError, match=r"BatchNorm that trains needs 2 images or more.*raise --batch-size"):
-        finetune(f"{options} --batch-size 1")
+        start(f"{options} --batch-size 1")
 
 
 def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, narrow, spy):
@@ -249,24 +255,8 @@ def test_adapters_start_at_the_gradient_that_the_first_images_have(start, option
 
 @pytest.mark.parametrize(("options", "probe"), [("--lora-init random", 1.0), ("--head-init random", None)])
 def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options, probe):
-    """And a random head is compared with the neighbours of images alone."""
     run = start(options)
     before = snapshot(run.model)
     run.start()
     assert run.baseline == {"probe": probe, "knn": 1.0}
     assert_unchanged(before, run.model, [name for name in before if "lora_" in name])
-
-
-@pytest.mark.filterwarnings("error")  # as PyTorch's, that the schedule went on without a step
-def test_a_step_that_float16_cannot_hold_changes_no_weight(start):
-    """To ask whether it was one would make the processor wait for a GPU: so the schedule goes on."""
-    run = start()
-    run.scaler = torch.amp.GradScaler("cpu")
-    before = snapshot(run.model)
-    first = next(p for p in run.model.parameters() if p.requires_grad)
-    overflow = first.register_hook(lambda gradient: gradient * math.inf)
-    train_on(run, next(run.loaders.steps(1)))
-    assert_unchanged(before, run.model)
-    overflow.remove()
-    train_on(run, next(run.loaders.steps(1)))
-    assert not torch.equal(run.model.heads.head.weight, before["heads.head.weight"])

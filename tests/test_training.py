@@ -35,17 +35,27 @@ def test_each_process_needs_an_image(monkeypatch, train, val):
 
 
 @pytest.mark.parametrize(
-    ("in_float32", "in_bf16", "dtype"),
-    [(0.1, 0.05, torch.bfloat16), (0.1, 0.08, torch.float32), (0.1, 0.2, torch.float32), (0.07, None, torch.float32)],
+    ("size", "images", "in_float32", "in_bf16", "dtype"),
+    [
+        (64, 16, 0.1, 0.05, torch.bfloat16),
+        (64, 16, 0.1, 0.08, torch.float32),
+        (32, 64, 0.1, 0.2, torch.float32),
+        (224, 2, 0.1, 0.2, torch.float32),
+        (64, 16, 0.07, None, torch.float32),  # a step in less than 0.08 seconds stays in float32, unmeasured in bf16
+    ],
 )
-def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, in_float32, in_bf16, dtype):
-    """A step of 16 images in less than 0.08 seconds stays in float32, unmeasured in bf16. No random number is drawn."""
+def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, size, images, in_float32, in_bf16, dtype):
+    """Measured on as many images as train like a batch. No random number is drawn."""
     seconds = iter((in_float32, in_bf16))
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or next(seconds))
+    layer = nn.Conv2d(3, 1, 1)
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     random_state = torch.get_rng_state()
-    assert faster_dtype(lambda dtype: nn.Conv2d(3, 1, 1), channels=3, size=64) == dtype
+    assert faster_dtype(lambda dtype: layer, channels=3, size=size) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
+    assert seen[-1] == (images, 3, size, size)
 
 
 def test_what_is_measured_for_an_automatic_precision_is_a_copy(base, monkeypatch):
@@ -57,16 +67,6 @@ def test_what_is_measured_for_an_automatic_precision_is_a_copy(base, monkeypatch
     monkeypatch.setattr(devices, "faster_dtype", faster)
     model, report = build_model(read_options(["--checkpoint", str(base)])[0], None, num_classes=3)
     assert model.encoder.layers[0].mlp[0].base_bits == 32 and report["dtype"] == torch.float32
-
-
-@pytest.mark.parametrize(("size", "images"), [(32, 64), (64, 16), (224, 2)])
-def test_precision_is_measured_on_as_many_images_as_train_like_a_batch(monkeypatch, size, images):
-    monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or 0.0)
-    layer = nn.Conv2d(3, 1, 1)
-    seen = []
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    faster_dtype(lambda dtype: layer, channels=3, size=size)
-    assert seen[-1] == (images, 3, size, size)
 
 
 def test_statistics_are_those_of_the_loaders_images():
@@ -95,7 +95,6 @@ def test_the_worst_batch_is_normalised_by_itself():
 
 
 def test_the_start_takes_the_place_of_what_trains_and_comes_back_with_its_state():
-    """Of an adapter A stays as it trains."""
     model = LoRALinear(2, 2, r=1)
     model.weight.requires_grad_(False)
     with torch.no_grad():
@@ -121,12 +120,6 @@ def test_the_start_takes_the_place_of_what_trains_and_comes_back_with_its_state(
     assert whole.weights.keys() == {"weight", "bias"} and not whole.start  # no statistics, and no copy
 
 
-def test_a_head_over_random_weights_starts_at_random_unless_a_probe_is_typed():
-    argv = ["--checkpoint", "none", "--arch", "vit_mini", "--no-freeze-backbone"]
-    assert read_options(argv)[0].head_init == "random"
-    assert read_options([*argv, "--head-init", "probe"])[0].head_init == "probe"
-
-
 def test_features_are_exact_and_leave_the_mode():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9))
     model[0].eval()  # a frozen layer within a training model
@@ -148,15 +141,13 @@ def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
     monkeypatch.setattr(evaluation, "QUERIES_AT_ONCE", 8)
     for neighbours, there_are in ((7, 7), (1000, 40)):
         monkeypatch.setattr(evaluation, "NEIGHBOURS", neighbours)
-        votes = KNeighborsClassifier(
-            there_are, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.1)
-        )
+        how = {"metric": "cosine", "weights": lambda distances: np.exp((1 - distances) / 0.1)}
+        votes = KNeighborsClassifier(there_are, **how)
         expected = votes.fit(bank, labels).score(queries, targets)
         assert evaluation.knn_accuracy(bank, labels, queries, targets) == pytest.approx(expected)
 
 
 def test_the_best_epoch_is_the_first_of_the_lowest_loss_among_equal_scores():
-    """Without any score it is the last."""
     rows = [(0.5, 1.0), (0.9, 0.7), (0.9, 0.4), (0.9, 0.6), (math.nan, 0.1)]
     history = [{"val_accuracy": score, "val_loss": loss} for score, loss in rows]
     assert training.best_epoch(history, "val_accuracy") is history[2]
@@ -173,8 +164,6 @@ def test_balanced_weights_are_scikit_learns():
 
 
 def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
-    """And after a resume."""
-
     def adamw() -> torch.optim.AdamW:
         return torch.optim.AdamW([{"params": torch.zeros(1, requires_grad=True), "lr": rate} for rate in (1.0, 0.1)])
 

@@ -49,7 +49,6 @@ def test_processes_that_wait_for_the_next_pass_end():
 
 @pytest.fixture
 def forkserver():
-    """Processes are started as by Python 3.14."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     yield
