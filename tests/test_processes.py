@@ -43,9 +43,9 @@ RESNET = "--checkpoint {resnet} --image-size 32 --epochs 1 --batch-size 10 --acc
 WAYS = {
     "lora": "--label-smoothing 0.1",
     # At random: the last directions of the gradient of so small a model are rounding, which processes add up otherwise.
-    "unlabelled": "--labels-per-class 5 --unlabelled {images}",
+    "unlabelled": "--labels-per-class 5 --unlabelled {images} --epochs 1",
     "features": "--adapt-last 1 --cache-features disk --use-qlora --lora-init random --gradient-checkpointing full",
-    "masks": "--data-dir {pairs} --task segmentation",
+    "masks": "--data-dir {pairs} --task segmentation --epochs 1",
     # Of 21 images in batches of 10 one is left over, which BatchNorm cannot normalise.
     "norms that train": f"{RESNET} --norms train",
     "norms that follow": f"{RESNET} --norms follow --lora-init random",
@@ -157,7 +157,7 @@ def write_texts_late() -> None:
 def test_two_processes_write_the_maps_of_one(base, pairs, tmp_path):
     """Six masks, of which each process writes three, and a map whose windows they share."""
     argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu"
-    finetune_lora.main(f"{argv} --output-dir {tmp_path}/run".split())
+    finetune_lora.main(f"{argv} --epochs 1 --output-dir {tmp_path}/run".split())
     images = pairs / "val" / "images"
     for words in (f"{images} --output {tmp_path}/maps --resume", f"{images}/0.png --output {tmp_path}/map.tif"):
         argv = f"predict {tmp_path}/run/lora.pth --device cpu {words}"
