@@ -48,11 +48,15 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, size, 
     """Measured on as many images as train like a batch. No random number is drawn."""
     seconds = iter((in_float32, in_bf16))
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or next(seconds))
-    layer = nn.Conv2d(3, 1, 1)
     seen = []
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+
+    def build(dtype: torch.dtype) -> nn.Module:
+        layer = nn.Conv2d(3, 1, 1)
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+        return layer
+
     random_state = torch.get_rng_state()
-    assert faster_dtype(lambda dtype: layer, channels=3, size=size) == dtype
+    assert faster_dtype(build, channels=3, size=size) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
     assert seen[-1] == (images, 3, size, size)
