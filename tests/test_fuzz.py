@@ -170,9 +170,15 @@ READ = {"checkpoint": read_as_checkpoint, "adapter": read_as_adapter, "image": r
 @pytest.mark.parametrize(
     ("name", "mutate"),
     [
-        *[("checkpoint.pth", mutate), ("checkpoint.pth", mutate_pickle), ("legacy checkpoint.pth", mutate)],
-        *[("adapter.pth", mutate), ("adapter.pth", mutate_pickle), ("adapter.safetensors", mutate)],
-        *[("image.tif", mutate), ("image.npy", mutate), ("image.npz", mutate)],
+        ("checkpoint.pth", mutate),
+        ("checkpoint.pth", mutate_pickle),
+        ("legacy checkpoint.pth", mutate),
+        ("adapter.pth", mutate),
+        ("adapter.pth", mutate_pickle),
+        ("adapter.safetensors", mutate),
+        ("image.tif", mutate),
+        ("image.npy", mutate),
+        ("image.npz", mutate),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

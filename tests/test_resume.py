@@ -182,8 +182,10 @@ def end_a_script() -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "end"),
     [
-        *[("", 2, "error: disk full"), ("bar", 2, "error: disk full")],
-        *[("bar stop", 143, "Stopped"), ("ctrl-c", 130, "interrupted")],
+        ("", 2, "error: disk full"),
+        ("bar", 2, "error: disk full"),
+        ("bar stop", 143, "Stopped"),
+        ("ctrl-c", 130, "interrupted"),
     ],
 )
 def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path, argv, code, end):
