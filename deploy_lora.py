@@ -374,12 +374,6 @@ def choose(args: argparse.Namespace) -> list[str]:
         images = _images_in_files(args, deployed.about)
         labelled = _images(args.labelled, deployed.about)
         images = images.subset(np.flatnonzero(~among(images, labelled)))
-        listable = [i for i in range(len(images)) if lists.can_name(images.name(i))]
-        if len(listable) < len(images):
-            print(
-                f"{len(images) - len(listable)} images are left out, whose names are not one line of UTF-8: rename them"
-            )
-        images = images.subset(listable)
         count = args.count
         if len(images) < count:
             raise InputError(f"--count {count}: {len(images)} images are not labelled yet; ask for fewer or name more")
@@ -723,9 +717,8 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
         raise InputError(f"{args.adapter}: only its head has trained, so there is no change to cut to a rank")
     kept, total = map(sum, zip(*energies.values(), strict=True))
     worst, (part, whole) = min(energies.items(), key=lambda item: item[1][0] / item[1][1])
-    metadata = adapter_file.unmeasured(metadata)
+    metadata = adapter_file.unmeasured(metadata) | {"lora": {"r": args.rank, "lora_alpha": 2 * args.rank}}
     del metadata["transform"]
-    metadata["lora"] = {"r": args.rank, "lora_alpha": 2 * args.rank}
     metadata["cut to rank"] = f"{args.rank}, {kept / total:.1%} of the change's energy kept"
     LoRAManager(model).save_lora_checkpoint(args.output, metadata)
     of_layers = f"{len(energies)} layers keep {kept / total:.1%} of the energy of their change"
@@ -778,8 +771,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if args.command not in ON_IMAGES and not distributed.is_main():
         return None  # several processes share images alone
     run = next(run for run in COMMANDS if run.__name__ == args.command)
+    writes = distributed.is_main() and commands.files_written(args)
     try:
-        with commands.writing(args) if distributed.is_main() else contextlib.nullcontext():
+        with commands.writing(args) if writes else contextlib.nullcontext():
             return run(args)
     except InputError as error:
         raise InputError(error.problem) from None  # the advice is for training

@@ -287,17 +287,15 @@ class LoRAManager:
         `image_size`, `checkpoint`, and `heads`.
         """
         now = base_digests(self.model)
-        loaded = self._in_use_or_unnamed()
         # Two-stage and full fine-tuning change the base too. Without a record of the start all of it counts as changed.
         changed = dict(now.items() - (self.record.base_digests or {}).items())
         tensors = self._own_tensors()
         tensors |= {name: t for name, t, known in _stock_tensors(self.model) if name in changed and not known}
         tensors |= named_statistics(self.model)
-        layers = {name: _layer_record(layer) for name, layer in self._layers_in_file().items()}
         if metadata is None:
-            metadata = loaded.metadata
-            if loaded.digest != _digest(tensors, layers):
-                metadata = unmeasured(metadata)
+            loaded = self._in_use_or_unnamed()
+            is_same = loaded.digest == state_digest(tensors)
+            metadata = loaded.metadata if is_same else unmeasured(loaded.metadata)
         try:  # as files return them: with lists for tuples, and strings as keys
             metadata = json.loads(json.dumps({**metadata}))
         except (TypeError, ValueError) as error:
@@ -306,8 +304,8 @@ class LoRAManager:
             raise InputError(f"{path} is the base of the adapter, as its metadata say: name another file")
         content: dict[str, Any] = {"format_version": 2 if "task" in metadata else 1}
         content["tensors"] = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        content |= {"layers": layers, "base_hash": _hash(now, tensors), "metadata": metadata}
-        write_adapter_file(content, path)
+        content["layers"] = {name: _layer_record(layer) for name, layer in self._layers_in_file().items()}
+        write_adapter_file(content | {"base_hash": _hash(now, tensors), "metadata": metadata}, path)
 
     def load_lora_checkpoint(self, path: str | Path, name: str | None = None) -> dict[str, Any]:
         """Read what `save_lora_checkpoint` wrote, strictly, and return its metadata.
@@ -317,7 +315,7 @@ class LoRAManager:
         InputError, which says all that does not fit; the model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
-        digest = _digest(content["tensors"], content["layers"])
+        digest = state_digest(content["tensors"])
         if name is None:
             self._read(content, path)
             vars(self._in_use_or_unnamed()).update(metadata=content["metadata"], digest=digest)
@@ -408,11 +406,6 @@ def _refuse(path: str | Path, problems: Iterable[str]) -> None:
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
     return {"kind": type(layer).__name__} | attributes(layer, *LAYER_FIELDS[1:])
-
-
-def _digest(tensors: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> str:
-    """By which an adapter that has changed is told from the one of a file."""
-    return state_digest(tensors) + json.dumps(layers, sort_keys=True)
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.compare_peers import current_commit
 from finetune_lora import load_base
-from toolkit import InputError, written
+from toolkit import InputError, is_free, note_written
 from toolkit.answers import choosing, evaluation
 from toolkit.answers.probe import Probe, fit_linear_probe
 from toolkit.config import positive_int
@@ -62,7 +62,7 @@ def answers(probe: Probe, features: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser().parse_args(argv)
-    if args.output is not None and not written.is_free(args.output, __name__):
+    if args.output is not None and not is_free(args.output, __name__):
         raise InputError(f"--output {args.output} is there, not known to be as this wrote it: move it, or name another")
     images, held_out, classes = read_features(args)
     ways = {"random": at_random, "balanced": balanced, "chosen": in_rounds}
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     if args.output is not None:
         write_text(json.dumps(result, indent=2), args.output)
-        written.note([args.output], __name__)
+        note_written([args.output], __name__)
     print(table(result))
     return result
 

@@ -59,8 +59,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 class Adapter:
     """Everything one adapter owns. For the base: the original of everything an adapter replaces."""
 
-    metadata: dict[str, Any] = field(default_factory=dict)  # of its file
-    digest: str = ""  # of what else is in its file
+    metadata: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""  # of its file's tensors
     heads: dict[str, nn.Module] = field(default_factory=dict)
     layers: dict[str, LayerState] = field(default_factory=dict)  # outside the heads
     tensors: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that training changed

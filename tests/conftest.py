@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 import finetune_lora
+import toolkit
 from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from tests.image_files import bytes_of
 from tests.run_folders import SHORTER
-from toolkit import written
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images import sources
@@ -66,7 +66,7 @@ def own_list(tmp_path_factory):
     """What commands write is not noted where those of this machine's user note it."""
     path = tmp_path_factory.mktemp("own") / "list"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(written, "_list", lambda: path)
+        patch.setattr(toolkit, "WRITTEN", path)
         yield
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params
-from lora.adapted import adapted_layers
 from lora.followed_norms import follow_statistics, followers
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from toolkit import InputError
@@ -322,12 +321,8 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
     manager.load_lora_checkpoint(tmp_path / "other.pth", name="other")
     for name in ("other", "default"):
         assert manager.use(name) == stored() == of_file
-    next(layer for layer in adapted_layers(manager.model).values() if layer.r).scaling /= 2
-    assert stored() == {"class_names": ["others"]}  # it is another now, of which nothing was measured
-    manager.load_lora_checkpoint(tmp_path / "other.pth")
-    assert stored() == of_file
     next(tensor for name, tensor in manager.model.named_parameters() if "lora_B" in name).data += 1
-    assert stored() == {"class_names": ["others"]}
+    assert stored() == {"class_names": ["others"]}  # it is another now, of which nothing was measured
     manager.use(None)
     assert stored() == {}
     manager = LoRAManager(alone["pets"])

@@ -342,7 +342,7 @@ ADAPTERS = [
     case("paths for lists", "embed lora.pth f_paths.csv --output f.npy", "is read by", files={"f_paths.csv": "path\n"}),
     case("answers again", "evaluate lora.pth o_answers.csv --output o.json", "is read", files={"o_answers.csv": ""}),
     case("PEFT's file in place of itself", "convert p/adapter_model.safetensors --output p",
-         "p/adapter_model.safetensors is read by this very command", files={"p/adapter_model.safetensors": ""}),
+         "p/adapter_model.safetensors is there, not known to be", files={"p/adapter_model.safetensors": ""}),
     case("answers in one file that go on", "predict lora.pth images --output p.csv --resume", "is for answers in a f"),
     case("a choice of more than there are", "choose base.pth images/val --count 16 --output o", "16: 15 images"),
     case("a choice from archives", "choose base.pth tars --output o", "are in archives", files={"tars/0.tar": TAR}),
@@ -357,7 +357,7 @@ ADAPTERS = [
     case("a rank of 0", "convert lora.pth --rank 0 --output x.pth", "--rank"),
     case("an adapter file that is a folder", "convert lora.pth --rank 2 --output x", "must end in .pth or"),
     case("an output without a name", "predict lora.pth images --output ''", "an argument is empty: leave it out, or"),
-    case("no checkpoint in a variable", "merge lora.pth --checkpoint= --output x.pth", "--checkpoint= is empty"),
+    case("an output of an empty variable", "merge lora.pth --output=", "an argument is empty: leave it out, or see"),
     case("a Space that is there", "demo lora.pth --write images", "--write images: is there; name another folder"),
     case("no command", "", "error:", "command"),
 ]  # fmt: skip

@@ -111,11 +111,9 @@ def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, 
     monkeypatch.setattr(choosing, "MOST_IMAGES", 7)
     assert len(choose(base, images / "train", "--count", "2", "--output", tmp_path / "some")) == 2
     assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out
-    pool = images / "train", tmp_path / "broken.png", tmp_path / "two\nlines.png", tmp_path / "caf\udce9.png"
-    for path in pool[1:]:
-        path.write_bytes(b"no image")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    pool = images / "train", tmp_path / "broken.png"
     assert len(choose(base, *pool, "--count", "22", "--output", tmp_path / "more")) == 21  # that can be read
-    assert "2 images are left out, whose names are not one line of UTF-8: rename them\n" in capsys.readouterr().out
 
 
 def test_labels_that_held_out_answers_contradict_come_worst_first():

@@ -14,7 +14,7 @@ from toolkit.images import lists
 @pytest.fixture
 def listed(tmp_path):
     """listed("a.png,cat", label_columns=["x"]) is a list of this text, read with these options."""
-    touch(tmp_path, "a.png", "b.png", "c.png", "b c.png", "b,c.png", "a.dcm", "disc/IM0001")
+    touch(tmp_path, "a.png", "b.png", "c.png", "b c.png", "b,c.png", "two\nlines.png", "a.dcm", "disc/IM0001")
 
     def read(text: str, **options) -> lists.ImageList:
         (tmp_path / "list.csv").write_bytes(text.encode(errors="surrogateescape"))
@@ -31,7 +31,7 @@ def test_lists(listed):
         ("a.png\tcat; black\n", (["a.png"], ["cat; black"])),
         ('"a.png", "cat"\n"b c.png","cat"\n', (["a.png", "b c.png"], ["cat", "cat"])),  # a space is no part of a name
         ("./a.png,caf\u00e9\n.//b c.png,cafe\u0301\n", (["a.png", "b c.png"], ["caf\u00e9", "caf\u00e9"])),
-        ('"b,c.png",dog', (["b,c.png"], ["dog"])),
+        ('"b,c.png",dog\n"two\nlines.png",cat', (["b,c.png", "two\nlines.png"], ["dog", "cat"])),
         ("a.png,v1.0 5\nb c.png,cat 3\n", (["a.png", "b c.png"], ["v1.0 5", "cat 3"])),
         ("a.dcm,cat\nb.png,dog\n", (["a.dcm", "b.png"], ["cat", "dog"])),
         ("disc/IM0001,cat\nb.png,dog\n", (["disc/IM0001", "b.png"], ["cat", "dog"])),  # DICOM too, and no title
@@ -106,6 +106,7 @@ def test_pretraining_takes_the_paths_of_any_list(listed):
             'a.png,cat\nb.png,"dog\na.png,cat\n',
             "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'",
         ),
+        ("classes", 'b.png,dog\na.png,"dog\nb.png,cat"\n', "line 2 is not .*a line break.*: 'a.png,\"dog'"),
         (
             "classes",
             'a.png,"cat,dog"\n',

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 VERSION = "1.0"  # also in adapter files, results.json and report.html
 MADE_BY = f"moco-lora {VERSION}"  # in pages and maps
 TOOLKIT = Path(__file__).resolve().parents[1]
+WRITTEN = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "moco-lora-written")  # by commands
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
 
 
@@ -121,6 +123,28 @@ def says(path: Path, pattern: bytes) -> bool:
         return False
     with open(path, "rb") as file:
         return re.search(pattern, file.read(2**24)) is not None
+
+
+def note_written(paths: Iterable[Path], by: str) -> None:
+    """Note the digests of files that were just written, so that what writes `by` this name may replace them."""
+    with contextlib.suppress(OSError):  # what is not noted is not replaced
+        WRITTEN.parent.mkdir(parents=True, exist_ok=True)
+        with open(WRITTEN, "a") as file:
+            file.write("".join(f"{_digest(path, by)}\n" for path in paths))
+
+
+def is_free(path: Path, by: str) -> bool:
+    """Is there nothing at this place, or what was written `by` this name and has not been changed since?"""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):  # a pipe has no end
+            return _digest(path, by) in WRITTEN.read_text().split()
+    return not os.path.lexists(path)
+
+
+def _digest(path: Path, by: str) -> str:
+    digest = hashlib.sha256(path.read_bytes())
+    digest.update(os.fsencode(by))
+    return digest.hexdigest()
 
 
 def check_file(path: Path) -> None:

@@ -98,7 +98,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     """
     path = Path(path)
     check_file(path)
-    mapped &= is_utf8(path)  # PyTorch maps no other file
+    mapped &= str(path).isprintable()  # PyTorch maps no file whose name is not UTF-8
     try:
         is_zip, names = _check_format(path)
         return _load(path, is_zip and mapped, names if objects else set())
@@ -165,7 +165,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     check_file(path)
     try:
         with open(path, "rb") as opened:
-            place = path if is_utf8(path) else f"/dev/fd/{opened.fileno()}"  # other names it does not take
+            place = path if str(path).isprintable() else f"/dev/fd/{opened.fileno()}"  # it takes UTF-8 alone
             with safetensors.safe_open(place, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
     except OSError as error:
@@ -211,11 +211,6 @@ def is_plain_tensor(value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # such as meta, which holds no numbers
         return False
     return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
-
-
-def is_utf8(path: str | Path) -> bool:
-    """Is the name text, as that of a file need not be?"""
-    return str(path) == str(path).encode(errors="ignore").decode()
 
 
 def _check_format(path: Path) -> tuple[bool, set[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit import InputError, files, listed, printable
+from toolkit import InputError, listed, printable
 from toolkit.images import bands, folders, remote
 
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
@@ -229,11 +229,6 @@ class ImageList:
         return Targets(list(map(itemgetter(0), rows)), names, values, in_columns=False)
 
 
-def can_name(name: str) -> bool:
-    """Is this the name of a file that a list can have: one line of UTF-8?"""
-    return files.is_utf8(name) and "\n" not in name and "\r" not in name
-
-
 def _shown(row: Sequence[str]) -> str:
     return printable(",".join(row))
 
@@ -241,22 +236,25 @@ def _shown(row: Sequence[str]) -> str:
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """A list's titles, if its first line has some, and its lines, in cells."""
     rows = []
+    begun = 0  # where the row begins that is read
     try:
         lines = io.StringIO(remote.read(path).decode("utf-8-sig"), newline=None).readlines()
         delimiter = "\t" if "\t" in "".join(lines[:1]) else ","
-        for line in lines:
-            # Each line by itself: a quotation mark without its other would make one cell of all behind it.
-            [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        for cells in reader:
+            if "\n" in "".join(cells[1:]):  # a name of a file may have one; elsewhere a quotation mark lacks its other
+                raise csv.Error("a line break")
             cells = list(map(str.strip, cells))
             if any(cells):
                 rows.append(cells)
+            begun = reader.line_num
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file of `path,label` lines: {printable(error)}") from None
     except csv.Error as error:
-        marks = f"look at its quotation marks: '{printable(line.strip())}'"
-        raise InputError(f"{path}: line {lines.index(line) + 1} is not `path,label` ({error}); {marks}") from None
+        marks = f"look at its quotation marks: '{printable(lines[begun].strip())}'"
+        raise InputError(f"{path}: line {begun + 1} is not `path,label` ({error}); {marks}") from None
     titles = []
     if rows:
         first = rows[0][0]

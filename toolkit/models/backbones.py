@@ -38,7 +38,7 @@ class ModelRecord:
     # interpolated is the checkpoint's, and here is the model's.
     resized_digests: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)  # of the file whose adapter, without a name, is in use
-    digest: str = ""  # of what else is in that file
+    digest: str = ""  # of that file's tensors
     adapters: Any = None  # those with names: `lora.adapter_set.AdapterSet`
 
 

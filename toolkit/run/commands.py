@@ -2,15 +2,15 @@
 
 import argparse
 import contextlib
+import glob
 import itertools
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, did_you_mean, printable, same_file, written
+from toolkit import VERSION, InputError, did_you_mean, is_free, note_written, printable
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
@@ -102,9 +102,8 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
         argv = sys.argv[1:]
     if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
         raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
-    for word in argv:
-        if not word or re.fullmatch("--[a-z-]+=", word):  # as a path it would be the working directory
-            raise InputError(f"{word or 'an argument'} is empty: leave it out, or see whether a variable has no value")
+    if {"", "--output="}.intersection(argv):  # as a path it would be the working directory
+        raise InputError("an argument is empty: leave it out, or see whether a variable has no value")
     args, rest = parser.parse_known_args(argv)
     problems = [*unknown_words(parsers[args.command], rest), *check(args)]
     if problems:
@@ -153,35 +152,22 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output}: a file; name a folder"
     elif not os.path.isdir(args.output.parent):
         yield f"--output {args.output}: there is no folder {args.output.parent}; make it first"
-    read = [getattr(args, name, None) for name in ("adapter", "checkpoint")]
-    images = getattr(args, "images", None)
-    read += images if isinstance(images, list) else [images]
     for path in files_written(args):
-        if any(same_file(path, other) for other in read):
-            yield f"--output {args.output}: {path} is read by this very command; name another file"
-    changed = [path for path in files_written(args) if not written.is_free(path, _name(args))]
-    if changed:
-        known = f"not known to be as an earlier {args.command} wrote it"
-        yield f"{changed[0]} is there, {known}: move it, or name another --output"
+        if not is_free(path, _name(args)):
+            yield f"{path} is there, not known to be of an earlier {args.command}: move it, or name another --output"
 
 
 def _name(args: argparse.Namespace) -> str:
-    """By what a command knows its own files: of two files with one description it would say what is true of one."""
-    return f"{args.command} {args.output and args.output.name}"
+    return f"{args.command} {args.output and args.output.name}"  # two files may have one description: it is of one
 
 
 @contextlib.contextmanager
 def writing(args: argparse.Namespace) -> Iterator[None]:
     """Within this block no other command writes the files of this one, which then are known as its own."""
     paths = files_written(args)
-    if not paths:
+    with output_folder.locked(paths[0].parent, paths[0].stem, [glob.escape(path.name) for path in paths]):
         yield
-        return
-    with output_folder.files_held(paths):
-        if problem := next(problems_of_output(args), None):  # another command may have just ended
-            raise InputError(problem)
-        yield
-        written.note(paths, _name(args))
+        note_written(paths, _name(args))
 
 
 def check(args: argparse.Namespace) -> Iterator[str]:

@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-import glob
 import itertools
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,33 +72,26 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
     from toolkit import distributed  # here: it loads PyTorch
 
     with contextlib.ExitStack() as stack:
-        distributed.first_does(lambda: stack.enter_context(_locked(folder)))
+        distributed.first_does(lambda: stack.enter_context(locked(folder)))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
 @contextlib.contextmanager
-def files_held(paths: Sequence[Path]) -> Iterator[None]:
-    """Within this block no other command that holds the first of these files runs; else InputError."""
-    first, *_ = paths
-    with _locked(first.parent, f"{LOCK}-{first.stem}", [glob.escape(path.name) for path in paths]):
-        yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, lock: str = LOCK, names: Iterable[str] = ("*",)) -> Iterator[None]:
-    """Make the folder, lock it, and remove what killed processes left of files of these names."""
+def locked(folder: Path, stem: str = "", names: Iterable[str] = ("*",)) -> Iterator[None]:
+    """Make the folder, lock it, or its files of this stem, and remove what killed processes left of these names."""
+    lock = folder / f"{LOCK}{stem}"
     # os.path and not Path: that raises an error for a name too long for the file system.
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     with _faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _lock(folder / lock)
+        handle = _lock(lock)
         for path in itertools.chain(*map(folder.glob, map(HALVES.format, names))):
             path.unlink()
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been moved
-            os.unlink(folder / lock)  # before the lock is released: the file is still this run's
+            os.unlink(lock)  # before the lock is released: the file is still this run's
         os.close(handle)
         for place in new:
             with contextlib.suppress(OSError):  # it is not empty

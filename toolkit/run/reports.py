@@ -273,9 +273,8 @@ def labels_to_check(run: FineTuned) -> list[str]:
         label = names[images.labels[i]]
         rows.append((images.name(i), label, names[answer], f"{times:.3g}"))
         shown.append((i, f"{label}, and not {names[answer]}?"))
-    path = run.path("labels_to_check.csv")
-    if not path.exists():  # a resumed run's may be half worked through
-        files.write_cells(rows, ("path", "label", "answer", "times"), path)
+    if not run.path("labels_to_check.csv").exists():  # a resumed run's may be half worked through
+        files.write_cells(rows, ("path", "label", "answer", "times"), run.path("labels_to_check.csv"))
     explained = f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for "
     explained += "another class, and is surest of these; labels_to_check.csv has them all.</p>"
     return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]
