@@ -50,6 +50,8 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
             raise InputError(f"--output {folder}: what is written would replace {found[place][0]}; name another folder")
     for inside in {place.parent for place in places}:
         make_folder(inside)
+        for half in inside.glob(".*.[0-9]*.half"):  # what a killed command left
+            half.unlink()
     write_text(json.dumps(about, indent=2), path)
     return found
 

@@ -144,9 +144,7 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     elif os.path.isdir(args.output) and not takes_folder:
         yield f"--output {args.output}: a folder; name a file"
     elif suffixes and args.output.suffix not in suffixes:
-        endings = " or ".join(filter(None, suffixes))
-        if "" in suffixes:
-            endings += ", or be a folder's"
+        endings = " or ".join(suffix or "nothing, as a folder's" for suffix in suffixes)
         yield f"--output {args.output}: the name must end in {endings}"
     elif "" in suffixes and not args.output.suffix and os.path.isfile(args.output):
         yield f"--output {args.output}: a file; name a folder"
@@ -165,7 +163,7 @@ def _name(args: argparse.Namespace) -> str:
 def writing(args: argparse.Namespace) -> Iterator[None]:
     """Within this block no other command writes the files of this one, which then are known as its own."""
     paths = files_written(args)
-    with output_folder.locked(paths[0].parent, paths[0].stem, [glob.escape(path.name) for path in paths]):
+    with output_folder.locked(paths[0].parent, f"-{paths[0].stem}", [glob.escape(path.name) for path in paths]):
         yield
         note_written(paths, _name(args))
 
