@@ -126,7 +126,7 @@ def _faults_named(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = f"{error.strerror or error}; name another"
-        raise InputError(f"cannot make the folder {folder}, or move out what is in it: {why}") from None
+        raise InputError(f"cannot write to the folder {folder}: {why}") from None
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
