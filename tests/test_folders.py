@@ -36,14 +36,15 @@ def level(image) -> int:
     return round(sum(image.resize((1, 1)).getpixel((0, 0))) / 3)
 
 
-def test_masks_beside_images_are_no_images(tmp_path, capsys):
+def test_masks_beside_images_are_no_images_nor_is_what_systems_leave_there(tmp_path, capsys):
     """As in BUSI's class folders: to a classifier, or to pretraining, they would be images of the class."""
     kept = ["sick/a.png", "well/b.jpg", "well/c_mask.png"]  # the last one is beside no image
     touch(tmp_path, *kept, "sick/a_mask.png", "sick/a_mask_1.png", "well/b_mask.png")
+    touch(tmp_path, "sick/@eaDir/b.jpg", "@eaDir/b.jpg", "__MACOSX/b.jpg", "#recycle/b.jpg", "beside.png", "notes.txt")
     assert folders.labelled_files(tmp_path)[0].names == kept
-    assert "files that are not read as images: 3 masks" in capsys.readouterr().out
-    assert sources.load_unlabelled(tmp_path).source.names == kept
-    assert len(folders.image_names(tmp_path)) == 6  # for pairs of images and masks in one folder
+    assert "images: 3 masks, 1 next to the class folders\n" in capsys.readouterr().out
+    assert sources.load_unlabelled(tmp_path).source.names == ["beside.png", *kept]
+    assert len(folders.image_names(tmp_path)) == 7  # for pairs of images and masks in one folder
 
 
 def test_names_of_an_archive(tmp_path):
@@ -190,17 +191,6 @@ def test_two_spellings_of_a_class_are_one_class(tmp_path):
     (tmp_path / "test").rename(tmp_path / ".test")
     with pytest.raises(InputError, match="found only caf\u00e9"):
         folders.labelled_files(tmp_path)
-
-
-def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
-    """Not what systems leave among images, nor thumbnails of them."""
-    touch(tmp_path / "cat", "a.png", "b.HEIC", "c.heic", "deep/d.heic", "e.avif", "README", ".f.heic", "@eaDir/b.jpg")
-    touch(tmp_path, "@eaDir/b.jpg", "__MACOSX/b.jpg", "#recycle/b.jpg", "dog/b.gif", "beside.png", "notes.txt")
-    files, _, names = folders.labelled_files(tmp_path)
-    assert names == ["cat", "dog"] and files.names == ["cat/a.png", "dog/b.gif"]
-    place, kinds = capsys.readouterr().out.strip().split(": files that are not read as images: ")
-    assert place == str(tmp_path) and kinds.startswith("3 .heic, ")
-    assert sorted(kinds.split(", ")) == ["1 .avif", "1 next to the class folders", "1 without suffix", "3 .heic"]
 
 
 def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):

@@ -38,10 +38,11 @@ def masks(*shape: int) -> torch.Tensor:
     return torch.randint(0, 3, shape).where(torch.rand(shape) > 0.1, NO_LABEL)
 
 
-def test_figures_and_reliability_are_over_all_known_pixels(monkeypatch):
-    """An image of which nothing is known is the last of the worst."""
-    logits = torch.randn(6, 3, 8, 8)
-    truth = masks(6, 8, 8)
+@pytest.mark.parametrize("height", [8, 20])
+def test_figures_and_reliability_are_over_all_known_pixels(height, monkeypatch):
+    """Also where they are counted by windows. An image of which nothing is known is the last of the worst."""
+    logits = torch.randn(6, 3, height, 8)
+    truth = masks(6, height, 8)
     truth[2] = NO_LABEL
     task = Segmentation(NAMES)
     network = torch.nn.Identity()  # its images are its outputs
@@ -66,11 +67,13 @@ def test_figures_and_reliability_are_over_all_known_pixels(monkeypatch):
     losses = [task.plain_loss(logits[i : i + 1], truth[i : i + 1]).item() for i in range(6)]
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     confidences = logits.softmax(1).amax(1)[known].sum().item()
-    assert found.reliability().sum(0).tolist() == pytest.approx([confidences, confusion.trace(), known.sum().item()])
+    sums = [confidences, confusion.trace(), known.sum().item()]
+    assert found.reliability().sum(0).tolist() == pytest.approx(sums, rel=1e-5)
 
     shares = (found.confusion.diagonal(dim1=1, dim2=2).sum(1) / found.confusion.sum((1, 2))).nan_to_num(1.0)
     worst = shares.argsort(stable=True).tolist()
     assert list(found.maps) == worst and worst[-1] == 2
+    assert torch.equal(found.maps[0].long(), logits[0].argmax(0))
     told = [text for _, text in report.mistakes()]
     assert told == [f"{share:.0%} of the pixels right" for share in shares.sort().values.tolist()]
     monkeypatch.setattr(segmentation, "WORST_SHOWN", 2)
@@ -239,16 +242,6 @@ def test_windows_cover_an_image_of_any_size(height, width):
     assert max(last - first for first, last in read) <= 32
     assert dense.window_starts(100, 32) == [0, 23, 45, 68]
     assert dense.window_starts(32, 32) == dense.window_starts(10, 32) == [0]
-
-
-def test_figures_of_rows_are_those_of_the_whole_image():
-    """What is counted part by part, for memory's sake, is what all logits at once have."""
-    logits = torch.randn(3, 50, 20)
-    mask = torch.randint(3, (50, 20))
-    mask[40:] = NO_LABEL
-    by_rows = segmentation._counted(logits.split(7, 1), mask)
-    for ours, expected in zip(by_rows, segmentation._counted([logits], mask), strict=True):
-        torch.testing.assert_close(ours, expected)
 
 
 def test_probabilities_are_made_believable_by_training_pixels():

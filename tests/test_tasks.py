@@ -258,6 +258,8 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     loss, right = task.progress(model(features).detach(), targets)
     assert loss.item() == pytest.approx(result.loss * len(features), rel=1e-4)
     assert right == {"classification": round(score * len(features))}.get(kind, 0)
+    if kind == "classification":
+        torch.testing.assert_close(result.confidences, model(features).softmax(1).amax(1))
     temperature = task.first_temperature(model, features, targets, features_train=True)
     task.soften(model, temperature.at(1e-3))
     assert task.probe_score(model, features, targets) == pytest.approx(score, abs=0.02)
@@ -275,17 +277,6 @@ def test_the_head_starts_at_a_probe_that_weighs_classes_as_the_loss_does(asked, 
     shares = model.fc(features).softmax(1).mean(0)
     assert shares.tolist() == pytest.approx(expected, abs=0.05)
     assert {image for image, *_ in task.contradicted} <= set(range(30))  # each once, whatever its views
-
-
-def test_a_table_of_predictions_has_the_likeliest_classes_or_the_labels_above_their_thresholds():
-    outputs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]).log()
-    columns = tasks.Classification(NAMES).columns(outputs)
-    assert list(columns) == ["class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
-    assert (columns["class"], columns["probability"]) == (["cat", "dog"], ["0.7000", "0.5000"])
-    task = tasks.MultiLabel(NAMES, thresholds=torch.tensor([0.5, 0.3, 0.5]))
-    columns = task.columns(torch.tensor([[0.9, 0.35, 0.45], [0.1, 0.9, 0.3]]).logit())
-    assert list(columns) == ["labels", *(f"{name} probability" for name in NAMES)]
-    assert columns["labels"] == ["cat,dog", "dog"]
 
 
 def test_the_optimism_is_how_much_surer_the_probe_is_of_images_that_trained_it():
@@ -326,12 +317,6 @@ def test_a_start_is_measured_as_a_probe_and_softened_as_the_head_that_it_becomes
     assert (temperature.per_rate > 0) == features_train
 
 
-@pytest.mark.parametrize("kind", tasks.TASKS)
-def test_what_keeps_the_best_epoch_is_a_column_of_the_metrics(kind):
-    figures = map("val_{}".format, tasks.TASKS[kind].Report.HEADLINES)
-    assert {*choices.KEEP_BEST[kind].values()} <= {*figures}
-
-
 def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_of_something_else():
     two_images = torch.tensor([[1.0, 0, 0], [0, 2, 3]])
     for kind, named in tasks.TASKS.items():
@@ -344,6 +329,8 @@ def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_of_something
         assert type(again) is type(task) and again.record() == task.record()
         other.take_chosen(task.chosen())
         assert other.chosen() == task.chosen()
+        # What keeps the best epoch is a column of the metrics.
+        assert {*choices.KEEP_BEST[kind].values()} <= {f"val_{figure}" for figure in named.Report.HEADLINES}
     for record in (
         "multilabel",
         {"kind": "detection"},
@@ -355,18 +342,3 @@ def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_of_something
     ):
         with pytest.raises(InputError, match=r"lora\.pth is (of another version|damaged)"):
             tasks.from_record(record, NAMES, "lora.pth")
-
-
-def test_classification_computes_what_a_run_always_computed():
-    features, labels, _ = features_for("classification")
-    weights = evaluation.balanced_weights([0] * 10 + [1] * 20 + [2] * 30, 3)
-    task = tasks.Classification(NAMES, weights)
-    logits = features[:, :3]
-    stock = F.cross_entropy(logits, labels, weights, reduction="sum")
-    assert torch.allclose(task.loss(logits, labels), stock)
-    task.label_smoothing = 0.1
-    assert torch.allclose(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
-    torch.testing.assert_close(task.answers(logits, labels).confidences, logits.softmax(1).amax(1))
-    assert task.first_temperature(network(), features, labels, False).at(1.0) >= 1
-    numbers = tasks.Regression(["a"], torch.tensor([[1.0], [2.0]]))
-    assert numbers.first_temperature(*[None] * 4) == probe.HeadTemperature()
