@@ -193,7 +193,7 @@ def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, adapter_for_im
     padded = np.pad(array, ((0, 8), (0, 10), (0, 0)), "edge")  # windows over the border are filled with the last pixels
     windows = padded.reshape(3, 16, 5, 16, 3).swapaxes(1, 2).reshape(15, 16, 16, 3)
     with torch.no_grad():
-        expected = model(torch.stack(list(map(info["transform"], map(Image.fromarray, windows))))).softmax(1)
+        expected = model(torch.stack([info["transform"](Image.fromarray(window)) for window in windows])).softmax(1)
     np.testing.assert_allclose(soft, expected.reshape(3, 5, 3), atol=1e-5)
     with pytest.raises(InputError, match="whole images: --probabilities, --window and --abstain are for a map"):
         deploy(*predict, tmp_path / "answers", "--window", 24)

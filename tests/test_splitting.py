@@ -214,7 +214,8 @@ def test_a_stopped_cross_validation_goes_on_with_its_settings_alone(runs, tmp_pa
     assert f"0.2000 ± 0.1000       3 of {tmp_path}/out/folds/1/results.json; " in capsys.readouterr().out
     assert config.read_text() == "of the next"
     runs.stop = InputError("of other settings")
-    for runs.stops_at in ("1/3", "3/3"):
+    for part in ("1/3", "3/3"):
+        runs.stops_at = part
         with pytest.raises(InputError, match="of other settings"):
             runs.validate("--epochs 3 --resume")
         assert config.read_text() == "of the next"
