@@ -218,7 +218,7 @@ def test_a_vit_computes_what_it_does_under_timm_s_names(layout, arch, heads, vit
         plain.load_state_dict(tensors)
         found.append(plain.eval()(images))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
-    assert (found[0] - found[2]).abs().max() > 0.05  # the comparison would see the other number of heads
+    assert (found[0] - found[2]).abs().max() > 0.02  # the comparison would see the other number of heads
 
 
 @pytest.mark.filterwarnings("error")
