@@ -100,31 +100,34 @@ def compare_with_dense(
     tolerance: float,
     call: Callable = lambda model, *inputs: model(*inputs),
     autocast: torch.dtype | None = None,
+    around_backward: torch.dtype | None = None,
 ) -> None:
     """One forward and backward of both: outputs, the gradients of inputs, adapters and whatever trains, and buffers
     must agree; and the outputs once more without gradients.
 
-    `call` may return a tensor or a tuple of tensors and None. An input that occurs twice stays one tensor.
+    `call` may return a tensor or a tuple of tensors and None. An input that occurs twice stays one tensor. `autocast`
+    and `around_backward` are the dtypes of autocast in the adapted model's forward pass and around backward.
     """
-    device = inputs[0].device
     adapted.zero_grad()
     twin = dense_twin(stock, adapted)
     ours = {id(x): x.detach().clone().requires_grad_() for x in inputs}
     theirs = {id(x): x.detach().double().requires_grad_() for x in inputs}
 
     def outputs(model: nn.Module, tensors: dict[int, Tensor], low: torch.dtype | None = None) -> tuple:
-        with torch.autocast(device.type, low, enabled=low is not None):
+        with torch.autocast(inputs[0].device.type, low, enabled=low is not None):
             found = call(model, *(tensors[id(x)] for x in inputs))
         return found if isinstance(found, tuple) else (found,)
 
+    found = outputs(adapted, ours, autocast)
     expected = outputs(twin, theirs)
     losses = []
-    for i, (y, z) in enumerate(zip(outputs(adapted, ours, autocast), expected, strict=True)):
+    for i, (y, z) in enumerate(zip(found, expected, strict=True)):
         assert_close(y, z, tolerance, f"output {i}")
         if z is not None:
             upstream = torch.randn_like(y).double()  # the same number for both
             losses += [(y.double() * upstream).sum(), (z * upstream).sum()]
-    torch.autograd.backward(losses)
+    with torch.autocast(inputs[0].device.type, around_backward, enabled=around_backward is not None):
+        torch.autograd.backward(losses)
     for i, key in enumerate(ours):
         assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
     for name, gradient, wanted in expected_gradients(twin, adapted):
@@ -248,13 +251,3 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     saved = saved_storages(lambda: model(x))
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     return sum(size for pointer, size in saved.items() if pointer not in parameters)
-
-
-def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:
-    """Keep copies of the first input and the output: what follows may work in place."""
-
-    def record(module, inputs, output):
-        output = output[0] if isinstance(output, tuple) else output
-        seen.append((inputs[0].detach().clone(), output.detach().clone()))
-
-    return module.register_forward_hook(record)

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from pathlib import Path
 
+import dense
 import pytest
 import torch
 from dense import FP32, assert_close, classes, frozen, known, loss_and_gradients, resnet, snapshot, vit
@@ -39,12 +40,11 @@ def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:
         torch.manual_seed(len(name) + classes)
         model = frozen(base(arch, classes), 0.1, use_qlora=four_bits, **options)
         if name != "head":
-            follow_statistics(model, [images()])
+            follow_statistics(model, [X])
         return model
 
 
-def images() -> Tensor:
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+X = dense.images(16, 3, generator=torch.Generator().manual_seed(0))
 
 
 def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Path:
@@ -93,12 +93,10 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert count_parameters(model) == count_parameters(expected)
     assert base_digests(model) == base_digests(expected)
     assert trained_state(model).keys() == trained_state(expected).keys()
-    x = images()
     for mode in (True, False):
-        for enabled in (True, False):
-            with torch.set_grad_enabled(enabled):
-                assert torch.equal(model.train(mode)(x), expected.train(mode)(x))
-        assert_equal(*(loss_and_gradients(network, x)[1] for network in (model, expected)))
+        with torch.no_grad():
+            assert torch.equal(model.train(mode)(X), expected.train(mode)(X))
+        assert_equal(*(loss_and_gradients(network, X)[1] for network in (model, expected)))
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -109,7 +107,8 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------- switching
 
 
-def test_each_adapter_computes_what_it_computes_alone_and_switching_copies_no_weight(manager, alone):
+def test_each_adapter_computes_what_it_computes_alone_and_switching_copies_no_weight(manager, alone, arch):
+    """And what is left without them is the base."""
     assert manager.names == list(OPTIONS) and manager.in_use is None
     assert isinstance(manager.model, VisionTransformer) or followers(alone["pets"])
     before = {}
@@ -122,6 +121,14 @@ def test_each_adapter_computes_what_it_computes_alone_and_switching_copies_no_we
     layer = next(key for key in storages if "layer" in key and key.endswith("weight"))
     manager.use(None)
     assert {own[layer] for own in before.values()} == {manager.model.get_parameter(layer).data_ptr()}
+    manager.use("cars")
+    state = manager.unload().state_dict()
+    assert manager.names == [] and manager.in_use is None
+    stock = base(arch).state_dict()
+    assert state.keys() == stock.keys()
+    for name, tensor in stock.items():  # the head of the base is another one each time
+        assert state[name].shape == tensor.shape
+        assert name.startswith(("fc", "heads")) or torch.equal(state[name], tensor)
 
 
 def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_path):
@@ -134,7 +141,7 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_p
         assert base_digests(manager.model) == base_digests(base(arch))
         for enabled in (True, False):
             with manager.disable_lora(), torch.set_grad_enabled(enabled):
-                assert_close(manager.model(images()), stock(images()), FP32)
+                assert_close(manager.model(X), stock(X), FP32)
     LoRAManager(alone["cars"]).merge_lora_weights()
     assert_equal(manager.model.state_dict(), alone["cars"].state_dict())
     load = functools.partial(manager.load_lora_checkpoint, tmp_path / "pets.pth")
@@ -192,9 +199,9 @@ def test_adapters_over_a_4_bit_base(arch, tmp_path):
         assert bytes_in_use(model) == packed
 
     with LoRAManager(alone["pets"]).disable_lora():
-        expected = alone["pets"](images())
+        expected = alone["pets"](X)
     manager.use(None)
-    assert torch.equal(model.eval()(images()), expected) and not any("lora_" in n for n in model.state_dict())
+    assert torch.equal(model.eval()(X), expected) and not any("lora_" in n for n in model.state_dict())
     assert count_parameters(model)["lora"] == 0 and manager.get_lora_info()["num_layers"] == 0
     with pytest.raises(InputError, match="4 bits"):
         manager.unload(merge=True)
@@ -209,21 +216,16 @@ def bytes_in_use(model: nn.Module) -> set[int]:
     return {p.data_ptr() for p in model.parameters() if p.dtype == torch.uint8}
 
 
-@pytest.mark.parametrize(
-    ("name", "four_bits", "message"),
-    [
-        ("cars", True, "stored in fewer bits here but is not in the file"),
-        ("food", False, "has kind LoRA.* in the file, QLoRA.* here"),
-    ],
-)
-def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_other_weights(name, four_bits, message, tmp_path):
+def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_other_weights(tmp_path):
     model = trained("vit", "pets", four_bits=True)
     expected = copy.deepcopy(model)
-    path = saved(trained("vit", name, four_bits), name, tmp_path)
-    with pytest.raises(InputError, match=message):
-        LoRAManager(model).load_lora_checkpoint(path, name=name)
-    assert LoRAManager(model).names == ["default"]
-    assert_same(model, expected)
+    others = {"cars": "stored in fewer bits here but is not in the file", "food": "has kind LoRA.* in the file, QLoRA"}
+    for name, message in others.items():
+        path = saved(trained("vit", name, four_bits=name == "cars"), name, tmp_path)
+        with pytest.raises(InputError, match=message):
+            LoRAManager(model).load_lora_checkpoint(path, name=name)
+        assert LoRAManager(model).names == ["default"]
+        assert_same(model, expected)
 
 
 # ------------------------------------------------------------------------------------------- what else may be there
@@ -270,7 +272,7 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
     for name in (*alone, *reversed(alone)):
         manager.use(name)
         assert_equal(manager.model.state_dict(), alone[name].state_dict())
-        assert_close(manager.model.eval()(images()), alone[name].eval()(images()), FP32, name)  # what trains is unfused
+        assert_close(manager.model.eval()(X), alone[name].eval()(X), FP32, name)  # what trains is unfused
         packed[name] = bytes_in_use(manager.model)
     assert packed["food"] and packed["food"] < packed["pets"] and not packed["cars"]
     manager.use(None)
@@ -300,10 +302,10 @@ def test_layers_in_16_bits_without_an_adapter_merge_under_any_adapter(tmp_path):
     manager.save_lora_checkpoint(tmp_path / "lora.pth")
     manager.load_lora_checkpoint(tmp_path / "lora.pth", name="again")
     manager.use("again")
-    expected = model(images())
+    expected = model(X)
     manager.merge_lora_weights()
     assert model.encoder.layers[0].mlp[0].weight.dtype == torch.float32
-    assert_close(model(images()), expected, FP32)
+    assert_close(model(X), expected, FP32)
 
 
 def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_use(alone, tmp_path):
@@ -311,9 +313,9 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
         manager.save_lora_checkpoint(tmp_path / "again.pth")
         return read_adapter_file(tmp_path / "again.pth")["metadata"]
 
-    manager = LoRAManager(copy.deepcopy(alone["pets"]))
     of_file = {"class_names": ["others"], "val_macro_f1": 0.9, "cut to rank": 2}
     LoRAManager(alone["pets"]).save_lora_checkpoint(tmp_path / "other.pth", of_file)
+    manager = LoRAManager(alone["pets"])
     manager.load_lora_checkpoint(tmp_path / "other.pth")
     assert stored() == of_file
     manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
@@ -323,25 +325,13 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
         assert manager.use(name) == stored() == of_file
     next(tensor for name, tensor in manager.model.named_parameters() if "lora_B" in name).data += 1
     assert stored() == {"class_names": ["others"]}  # it is another now, of which nothing was measured
-    manager.use(None)
-    assert stored() == {}
-    manager = LoRAManager(alone["pets"])
-    manager.unload()
-    assert stored() == {}
+    for leave in (lambda: manager.use(None), manager.unload):
+        leave()
+        assert stored() == {}
 
 
-def test_unload_leaves_the_base_alone(manager, arch):
-    manager.use("cars")
-    state = manager.unload().state_dict()
-    assert manager.names == [] and manager.in_use is None
-    stock = base(arch).state_dict()
-    assert state.keys() == stock.keys()
-    for name, tensor in stock.items():
-        assert state[name].shape == tensor.shape  # the head of the base, which is another one each time
-        assert name.startswith(("fc", "heads")) or torch.equal(state[name], tensor)
-
-
-def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, arch, tmp_path):
+def test_what_does_not_fit_or_cannot_be_leaves_everything_as_it_was(manager, arch, tmp_path):
+    """Files of another base and damaged ones, names, and a shared base that is to train."""
     manager.use("cars")
     expected = copy.deepcopy(manager.model)
     another = base(arch)
@@ -351,21 +341,18 @@ def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, arch, tmp
         LoRAManager(add_lora_to_model(model, r=1)).save_lora_checkpoint(tmp_path / "other.pth")
         with pytest.raises(InputError, match=message):
             manager.load_lora_checkpoint(tmp_path / "other.pth", name="other")
-    for change, message in (
-        (lambda tensors: tensors.pop("fc.bias" if arch == "resnet" else "heads.head.bias"), "is missing in the file"),
-        (lambda tensors: tensors.update({n: t[:, :1] for n, t in tensors.items() if "lora_A" in n}), "in the file"),
-        (lambda tensors: tensors.update({n: t.repeat(9, 1) for n, t in tensors.items() if "lora_A" in n}), "rank"),
-    ):
+    tensors = read_adapter_file(tmp_path / "food.pth")["tensors"]
+    *_, head = tensors
+    name, A = next((name, tensor) for name, tensor in tensors.items() if "lora_A" in name)
+    rows = [(head, None, "is missing in the file"), (name, A[:, :1], "in the file"), (name, A.repeat(9, 1), "rank")]
+    for name, tensor, message in rows:
         broken = read_adapter_file(tmp_path / "food.pth")
-        change(broken["tensors"])
+        del broken["tensors"][name]
+        if tensor is not None:
+            broken["tensors"][name] = tensor
         torch.save(broken, tmp_path / "broken.pth")
         with pytest.raises(InputError, match=message):
             manager.load_lora_checkpoint(tmp_path / "broken.pth", name="broken")
-    assert manager.in_use == "cars" and manager.names == list(OPTIONS)
-    assert_same(manager.model, expected)
-
-
-def test_names_that_cannot_be_or_are_not_there_and_a_shared_base_that_is_to_train(manager, tmp_path):
     for name in ("pets", "", 3):
         with pytest.raises(InputError, match="cannot be named"):
             manager.load_lora_checkpoint(tmp_path / "pets.pth", name=name)
@@ -375,6 +362,8 @@ def test_names_that_cannot_be_or_are_not_there_and_a_shared_base_that_is_to_trai
     for options in ({"freeze": False}, {"train_norms": True}):
         with pytest.raises(InputError, match="several adapters share this base"):
             freeze_backbone_params(manager.model, **options)
+    assert manager.in_use == "cars" and manager.names == list(OPTIONS)
+    assert_same(manager.model, expected)
 
 
 @pytest.mark.parametrize("change", ["meta", torch.bfloat16], ids=str)
@@ -387,7 +376,7 @@ def test_adapters_follow_where_the_model_goes_when_they_come_into_use(manager, c
         if change == "meta":
             assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
         else:
-            assert manager.model(images().bfloat16()).dtype == torch.bfloat16
+            assert manager.model(X.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_head_follows_the_mode_of_the_model(tmp_path):

@@ -3,18 +3,19 @@
 import copy
 import math
 from collections import OrderedDict
+from functools import partial
 
 import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import FP32, assert_close, compare_with_dense, dense_twin, frozen, images, resnet, rounded, vit
+from dense import FP32, assert_close, compare_with_dense, dense_twin, frozen, images, known, resnet, rounded, vit
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.models.swin_transformer import SwinTransformer
 
 from finetune_lora import LoRALinear, QLoRALinear, adapt_layers, add_lora_to_model, freeze_backbone_params
-from lora.adapted import LoRASettings, adapted_layers, choose_layers
+from lora.adapted import LoRASettings, adapted_layers, choose_layers, recorded_settings
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, count_parameters, unused_adapters
 from toolkit import InputError
@@ -31,6 +32,9 @@ def trained_names(model: nn.Module) -> set[str]:
     """What trains when the base is frozen."""
     freeze_backbone_params(model)
     return set(dense.trained(model))
+
+
+in_float_and_4_bits = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
 # -------------------------------------------------------------------------------------------------- which layers
@@ -55,13 +59,14 @@ class ReadsItsWeightsDtype(nn.Sequential):
 def test_a_patch_embedding_whose_dtype_the_model_reads_stays_a_float():
     """Pixels that are converted to the dtype of a weight in 4 bits would be bytes."""
     patches = nn.Sequential(OrderedDict(projection=nn.Conv2d(3, 8, 4, 4), flat=nn.Flatten()))
-    rest = {"body": nn.Linear(8 * 16, 8), "classifier": nn.Linear(8, 3)}
-    stock, x = ReadsItsWeightsDtype(OrderedDict(patch_embeddings=patches, **rest)), images(16)
+    rest = OrderedDict(patch_embeddings=patches, body=nn.Linear(8 * 16, 8), classifier=nn.Linear(8, 3))
+    stock = ReadsItsWeightsDtype(rest)
+    x = images(16)
     model = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True)
     assert adapted_names(model) == {"body"}
     compare_with_dense(rounded(stock, model), model, [x], FP32)
     with pytest.raises(InputError, match=r"not torch\.uint8: scale images; a model that reads"):
-        add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True, target_modules=["projection", "body"])(x)
+        add_lora_to_model(stock, r=2, use_qlora=True, target_modules=["projection", "body"])(x)
 
 
 def test_a_model_without_a_head_is_adapted_altogether():
@@ -69,8 +74,8 @@ def test_a_model_without_a_head_is_adapted_altogether():
     add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0", "2"}
     assert trained_names(model) == {f"{i}.lora_{m}" for i in (0, 2) for m in "AB"}
-    single = add_lora_to_model(nn.Linear(4, 5), r=2)
-    assert isinstance(single, LoRALinear) and trained_names(single) == {"lora_A", "lora_B"}
+    add_lora_to_model(nn.Conv2d(2, 17, 3), r=17)  # the full rank of a kernel, which is 17 x (2 * 3 * 3)
+    assert trained_names(add_lora_to_model(nn.Linear(4, 5), r=2)) == {"lora_A", "lora_B"}
 
 
 TARGETS = {
@@ -98,9 +103,9 @@ def test_an_adapted_head_is_merged_but_no_part_of_the_base_and_not_rounded():
 
 
 IMPOSSIBLE = {
-    "r": (0, -1, True, 2.0, "8", None),
-    "lora_alpha": (0, -16, "16", math.inf, math.nan, None),
-    "lora_dropout": (-0.1, 1, 1.5, math.nan, "0", None),
+    "r": (0, True, 2.0, "8", None),
+    "lora_alpha": (0, "16", math.inf, math.nan, None),
+    "lora_dropout": (-0.1, 1, math.nan, "0", None),
 }
 REFUSED = [
     *(({name: value}, f"^{name} is {value!r}; give") for name, wrong in IMPOSSIBLE.items() for value in wrong),
@@ -110,6 +115,8 @@ REFUSED = [
     ({"target_modules": "*mlp"}, "neither a layer nor a regular expression"),
     ({"r": 0, "lora_alpha": -1, "lora_dropout": 1.0}, "r is 0.*lora_alpha is -1.*lora_dropout is 1.0"),
     ({"use_qlora": True, "target_modules": "heads"}, "head heads.head trains, so it cannot be in 4 bits"),
+    # It adds nothing but memory: 16 is the rank of a full matrix in this model's MLPs, in 4 bits too.
+    ({"r": 17}, r"^rank 17 of encoder\S+ is above 16, the largest full rank; lower r \(--lora-rank\)"),
     # PyTorch does not call attention's out_proj: such an adapter would do nothing, and get no gradient.
     ({"target_modules": r".*out_proj"}, "no layer matches"),
     ({"settings": "mlp"}, "no layer to adapt is named mlp;"),  # names, not patterns
@@ -120,7 +127,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("options, message", REFUSED, ids=str)
 def test_bad_input_is_refused_and_leaves_the_model_as_it_was(options, message):
-    for model in (vit(), add_lora_to_model(vit(), r=3)):
+    for model in (vit(), add_lora_to_model(vit(), r=3), add_lora_to_model(vit(), r=16, use_qlora=True)):
         before = dense.snapshot(model)
         kinds = dense.classes(model)
         with pytest.raises(InputError, match=message):
@@ -154,7 +161,8 @@ def test_layers_that_a_block_reads_without_calling_them_are_left_alone():
     """Swin's attention gives the weights of qkv and proj to a function; an adapter there would never learn."""
     model = frozen(SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5))
     model(images()).sum().backward()
-    assert adapted_names(model) and not any("attn" in name for name in adapted_names(model))
+    mlps = {f"features.1.{i}.mlp.{j}" for i in (0, 1) for j in (0, 3)}
+    assert adapted_names(model) == mlps | {"features.0.0"}
     assert unused_adapters(model) == []
 
 
@@ -183,7 +191,7 @@ def test_a_layer_used_twice_is_adapted_once_and_a_weight_that_layers_share_is_re
     assert not adapted_names(stock)
 
 
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@in_float_and_4_bits
 def test_each_layer_may_have_settings_of_its_own(four_bits):
     model = vit()
     settings = {
@@ -196,27 +204,12 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
         assert adapted_names(model) == set(settings)
         for name, own in settings.items():
             layer = model.get_submodule(name)
-            assert LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) == own
-            assert layer.scaling == own.scaling
+            assert recorded_settings(vars(layer)) == own and layer.scaling == own.scaling
             assert layer.base_bits == (4 if four_bits else 32)
             assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in dense.adapters(layer))
     del settings[f"{BLOCK}.out_proj"]  # then it follows its attention
     adapt_layers(model, settings, four_bits)
     assert model.get_submodule(f"{BLOCK}.out_proj").r == 3
-
-
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
-    """It adds nothing but memory. 16 is the rank of a full matrix in this model's MLPs."""
-    model = vit()
-    name = "encoder.layers.encoder_layer_0.mlp.3"
-    for _ in range(2):  # a weight in 4 bits keeps its rank
-        with pytest.raises(InputError, match=r"rank 17 of encoder\S+ is above 16, .* lower r \(--lora-rank\)"):
-            add_lora_to_model(model, r=17, use_qlora=four_bits)
-        with pytest.raises(InputError, match=f"^rank 17 of {name} is above 16, the largest full rank"):
-            adapt_layers(model, {name: LoRASettings(r=17)}, four_bits)
-        add_lora_to_model(model, r=16, use_qlora=four_bits)
-    add_lora_to_model(nn.Sequential(nn.Conv2d(2, 17, 3)), r=17, use_qlora=four_bits)  # a kernel is 17 x (2 * 3 * 3)
 
 
 # ------------------------------------------------------------------------------------------------- again, and removed
@@ -248,50 +241,52 @@ def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, stora
         assert_close(model(x), expected, FP32)
 
 
-FEWER_BITS = [
-    ({"use_qlora": True}, 4, ({}, {"use_qlora": True, "target_modules": "mlp"})),
-    ({"base_dtype": torch.int8}, 8, ({"use_qlora": True}, {"target_modules": "self_attention"})),
-    ({"base_dtype": torch.bfloat16}, 16, ({"use_qlora": True}, {"target_modules": "self_attention"})),
-]
-
-
-@pytest.mark.parametrize("options, bits, others", FEWER_BITS, ids=["4 bits", "8 bits", "16 bits"])
-def test_float_layers_become_ones_in_fewer_bits_which_never_train_nor_become_other_ones(options, bits, others):
+@pytest.mark.parametrize(
+    "options, bits", [({"use_qlora": True}, 4), ({"base_dtype": torch.int8}, 8), (STORAGE["bfloat16"], 16)]
+)
+def test_float_layers_become_ones_in_fewer_bits_which_never_train_nor_become_other_ones(options, bits):
     model = add_lora_to_model(add_lora_to_model(vit()), **options)
     layer = model.encoder.layers[0].mlp[0]
     assert layer.base_bits == bits and isinstance(layer, QLoRALinear) == (bits == 4)
     freeze_backbone_params(model, freeze=False)
     assert not layer.weight.requires_grad and model.class_token.requires_grad
-    for other in others:
+    for other in ({"use_qlora": bits != 4}, {**options, "target_modules": "self_attention"}):
         with pytest.raises(InputError, match=f"in {bits} bits, its float weight is gone"):
             add_lora_to_model(model, **other)
     add_lora_to_model(model, r=3, use_qlora=bits == 4)  # it stays as it is stored
     assert layer.base_bits == bits
 
 
-@pytest.mark.parametrize("build", [resnet, vit])
-@pytest.mark.parametrize("merge", [False, True], ids=["base", "merged"])
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("build, last", [(resnet, None), (resnet, 2), (vit, None), (vit, 1)])
 @pytest.mark.parametrize("merged_before", [False, True], ids=["", "merged before"])
-def test_a_model_without_lora_is_a_stock_model(build, merge, merged_before):
-    """Same classes, same attributes, same keys; with its base weights bit for bit, or with the merged ones."""
-    stock = build().double().eval()
-    x = images(16, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock), lora_dropout=0.1)
+def test_a_model_without_lora_is_a_stock_model(build, last, storage, merged_before):
+    """Same classes, attributes and keys; with its base weights bit for bit, or with the merged ones."""
+    stock = build().eval()
+    x = images(16)
+    model = frozen(copy.deepcopy(stock), lora_dropout=0.1, adapt_last=last, **STORAGE[storage])
     set_gradient_checkpointing(model, "full")
-    twin = dense_twin(stock, model)
+    twin = dense_twin(rounded(stock, model), model)
     trains = trained_names(model)
+    manager = LoRAManager(model)
     if merged_before:
-        LoRAManager(model).merge_lora_weights()
-    assert LoRAManager(model).unload(merge) is model
-    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-        assert type(ours) is type(theirs)
-        assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
-    assert list(model.state_dict()) == list(stock.state_dict())
-    assert set(dense.trained(model)) == {name for name in trains if "lora_" not in name}
-    if merge:
-        assert_close(model.eval()(x), twin(x), 1e-12)
+        manager.merge_lora_weights()
+        assert list(model.state_dict()) == list(stock.state_dict())
+    if storage == "float":
+        without = LoRAManager(copy.deepcopy(model)).unload()
+        dense.assert_unchanged(dense.snapshot(stock), without)
     else:
-        dense.assert_unchanged(dense.snapshot(stock), model)
+        with pytest.raises(InputError, match=r"is in \d+ bits.*take the merged weights with merge=True"):
+            manager.unload()
+        without = model
+    assert manager.unload(merge=True) is model
+    for network in (model, without):
+        for ours, theirs in zip(network.modules(), stock.modules(), strict=True):
+            assert type(ours) is type(theirs)
+            assert set(vars(ours)) - set(vars(theirs)) <= {"toolkit_record"}
+        assert list(network.state_dict()) == list(stock.state_dict())
+        assert set(dense.trained(network)) == {name for name in trains if "lora_" not in name}
+    assert_close(model.eval()(x), twin(x.double()), FP32)
     assert all(module.training for module in model.train().modules())
 
 
@@ -324,9 +319,9 @@ def test_statistics_of_a_frozen_batch_norm_stay():
         freeze_backbone_params(model.train(training))
         freeze_backbone_params(model, freeze=False)
         assert {module.training for module in model.modules()} == {training}
-    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    head = nn.BatchNorm1d(4)
     frozen(nn.Sequential(OrderedDict(backbone=nn.Linear(4, 4), head=head))).train()
-    assert head[0].training and head[0].weight.requires_grad
+    assert head.training and head.weight.requires_grad
 
 
 @pytest.mark.parametrize("storage", STORAGE)
@@ -341,26 +336,11 @@ def test_the_last_blocks_alone_are_adapted_and_what_is_below_is_stored_as_they_a
     assert set(choose_layers(stock)) <= set(stored) or storage == "float"
     layers = adapted_layers(model)
     assert {name for name, layer in layers.items() if layer.r} == {n for n in layers if n.startswith(tuple(blocks))}
-    stock = rounded(stock, model)
-    twin = dense_twin(stock, model)
-    compare_with_dense(stock, model, [x], FP32)
+    compare_with_dense(rounded(stock, model), model, [x], FP32)
     given = []
     model.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: given.append(*inputs))
     model(x).sum().backward()
     assert not given[0].requires_grad
-    if storage == "float":
-        return
-    before = dense.snapshot(model)
-    manager = LoRAManager(model)
-    with pytest.raises(InputError, match=r"is in \d+ bits.*take the merged weights with merge=True"):
-        manager.unload()
-    manager.merge_lora_weights()
-    assert list(model.state_dict()) == list(stock.state_dict())
-    manager.unmerge_lora_weights()
-    dense.assert_unchanged(before, model)
-    manager.unload(merge=True)
-    assert dense.classes(model) == dense.classes(stock)
-    assert_close(model(x), twin(x.double()), FP32)
 
 
 @pytest.mark.filterwarnings("ignore:the last layer")
@@ -389,7 +369,7 @@ class SeparateBias(nn.Module):
         return F.linear(x, self.qkv.weight, self.bias)
 
 
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@in_float_and_4_bits
 def test_attention_that_reads_a_weight_to_add_a_bias_calls_the_layer_instead(four_bits):
     stock = SeparateBias()
     model = frozen(copy.deepcopy(stock), use_qlora=four_bits)
@@ -400,47 +380,41 @@ def test_attention_that_reads_a_weight_to_add_a_bias_calls_the_layer_instead(fou
     assert_close(model(x), F.linear(x, model.qkv.weight, model.bias), FP32)
 
 
-def with_own_head() -> nn.Module:
-    """The same body each time, and another head, as no checkpoint has one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
-    return nn.Sequential(OrderedDict(body=body, cls=nn.Linear(8, 3)))
+def two_layers() -> nn.Module:
+    return nn.Sequential(OrderedDict(body=nn.Linear(6, 8), cls=nn.Linear(8, 3)))
+
+
+with_own_head = partial(known, two_layers, classes=3)  # the same body each time
 
 
 @pytest.mark.parametrize("head", ["cls", ["cls"]])
 def test_a_head_of_any_name_trains_and_is_saved_whole(head, tmp_path):
     model = frozen(with_own_head(), head=head)
     x = torch.randn(4, 6)
-    assert type(model.cls) is nn.Linear and model.cls.weight.requires_grad and not model.body[0].weight.requires_grad
+    assert type(model.cls) is nn.Linear and model.cls.weight.requires_grad and not model.body.weight.requires_grad
     LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth")
     again = add_lora_to_model(with_own_head(), r=2, head=head)
     LoRAManager(again).load_lora_checkpoint(tmp_path / "a.pth")
-    torch.testing.assert_close(again(x), model(x))
     manager = LoRAManager(with_own_head(), head=head)
     manager.load_lora_checkpoint(tmp_path / "a.pth", name="a")
     manager.use("a")
-    torch.testing.assert_close(manager.model(x), model(x))
+    for loaded in (again, manager.model):
+        torch.testing.assert_close(loaded(x), model(x))
 
 
-HIDDEN_FC = {"body": nn.Linear(6, 8), "fc": nn.Linear(8, 8), "out": nn.Linear(8, 3)}
-
-
-@pytest.mark.parametrize(
-    "model, last, options",
-    [(with_own_head(), "cls", {}), (nn.Sequential(OrderedDict(HIDDEN_FC)), "out", {"target_modules": "body"})],
-)
-def test_a_last_layer_that_is_no_head_is_reported(model, last, options):
+@pytest.mark.parametrize("head", [None, "fc"])
+def test_a_last_layer_that_is_no_head_is_reported(head):
     """Whatever the name of the one before it."""
-    with pytest.warns(UserWarning, match=f"last layer, {last}, .* with the backbone: if it is new, give head='{last}'"):
-        frozen(model, **options)
-    assert not model.get_submodule(last).weight.requires_grad
+    model = two_layers() if head is None else nn.Sequential(OrderedDict(fc=nn.Linear(6, 8), cls=nn.Linear(8, 3)))
+    with pytest.warns(UserWarning, match="last layer, cls, .* with the backbone: if it is new, give head='cls'"):
+        frozen(model, target_modules=head)
+    assert not model.cls.weight.requires_grad
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
-    add_lora_to_model(with_own_head(), r=2, target_modules=["cls"])  # it has an adapter because it was asked for
-    add_lora_to_model(with_own_head(), r=2, head="body")
+    add_lora_to_model(two_layers(), r=2, target_modules=["cls"])  # it has an adapter because it was asked for
+    add_lora_to_model(two_layers(), r=2, head="body")
     headless = vit()
     headless.heads = nn.Identity()
     add_lora_to_model(headless, r=2, target_modules="self_attention")  # the last layer is one of many alike
@@ -448,4 +422,4 @@ def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
     frozen(nn.Sequential(inside))  # its head is found in another module
     assert type(inside.fc) is nn.Linear and inside.fc.weight.requires_grad
     with pytest.raises(InputError, match=r"no module is named 'clss', so it cannot be the classifier head: did you"):
-        add_lora_to_model(with_own_head(), r=2, head="clss")
+        add_lora_to_model(two_layers(), r=2, head="clss")

@@ -65,15 +65,14 @@ def test_a_file_brings_adapters_and_head_into_a_fresh_model_and_describes_itself
     assert not torch.allclose(fresh(x), model(x), atol=0.1)
     assert LoRAManager(fresh).load_lora_checkpoint(either) == METADATA
     assert torch.equal(fresh(x), model(x))
-    layer = fresh.encoder.layers[0].mlp[0]  # alpha and scaling come from the file, not from the call
-    assert (layer.lora_alpha, layer.scaling, layer.use_rslora, layer.lora_dropout) == (6, 6 / 2**0.5, True, 0.1)
+    record = {"lora_alpha": 6, "lora_dropout": 0.1, "use_rslora": True, "scaling": 6 / 2**0.5, "r": 2}
+    assert record.items() <= vars(fresh.get_submodule(LAYER)).items()  # from the file, not from the call
 
     content = read_adapter_file(either)
     assert content["format_version"] == 1 and content["metadata"] == METADATA and len(content["base_hash"]) == 64
     assert content["tensors"].keys() == trained(model).keys()  # adapters and head: nothing else, nothing less
     assert_same(trained(model), content["tensors"])
-    record = {"lora_alpha": 6, "lora_dropout": 0.1, "use_rslora": True, "scaling": 6 / 2**0.5}
-    record |= {"kind": "QLoRALinear" if four_bits else "LoRALinear", "r": 2}
+    record["kind"] = "QLoRALinear" if four_bits else "LoRALinear"
     assert content["layers"][LAYER] == record
     assert either.stat().st_size < sum(p.numel() * 4 for p in trained(model).values()) + 60_000
     info = LoRAManager(model).get_lora_info()
@@ -144,11 +143,14 @@ def test_a_wrapped_model_is_the_model_inside(path, wrap):
 
 
 def test_a_model_whose_start_is_unknown_saves_everything(path):
-    """No checkpoint and no adapters have recorded it. What is computed anew in each model is no part of it."""
+    """No checkpoint and no adapters have recorded it. But nothing that each model computes anew, and no packed weights:
+    without the constants beside them they mean nothing."""
     model = plain(seed=1)
     model.register_buffer("computed", torch.ones(2), persistent=False)
     assert_unchanged(snapshot(model), saved_and_loaded(model, path, plain(seed=2)))
     assert LoRAManager(model).get_lora_info() == {"num_layers": 0, "lora_parameters": 0, "merged": False, "layers": {}}
+    LoRAManager(nn.Sequential(QLoRALinear(64, 32, r=2))).save_lora_checkpoint(path)
+    assert read_adapter_file(path)["tensors"].keys() == {"0.lora_A", "0.lora_B", "0.bias"}
 
 
 def test_what_is_merged_into_the_base_is_the_base_of_what_trains_next(path):
@@ -167,12 +169,6 @@ def test_what_is_merged_into_the_base_is_the_base_of_what_trains_next(path):
     for other in models[1:]:
         with pytest.raises(InputError, match="trained over another base"):
             LoRAManager(other).load_lora_checkpoint(path)
-
-
-def test_packed_weights_are_never_in_a_file(path):
-    """Not even where nothing is known of their start: without the constants beside them they mean nothing."""
-    LoRAManager(nn.Sequential(QLoRALinear(64, 32, r=2))).save_lora_checkpoint(path)
-    assert read_adapter_file(path)["tensors"].keys() == {"0.lora_A", "0.lora_B", "0.bias"}
 
 
 # ------------------------------------------------------------------------------------------------- over a checkpoint
@@ -333,7 +329,7 @@ def test_another_model_is_refused(path, other):
     assert_refused(build(), path, message)
 
 
-@pytest.mark.parametrize("metadata", [{"value": torch.zeros(1)}, {"value": {1, 2}}, {"value": object()}, ["value"]])
+@pytest.mark.parametrize("metadata", [{"value": torch.zeros(1)}, {"value": {1, 2}}, ["value"]])
 def test_metadata_that_could_not_be_read_back_is_refused(path, metadata):
     with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):
         LoRAManager(plain()).save_lora_checkpoint(path, metadata)
