@@ -1,4 +1,5 @@
-"""Fused blocks: BatchNorms folded into the convolutions before them, the pooled stem; LayerNorm and GELU recomputed."""
+"""Fused blocks, and what is kept for backward: BatchNorms folded into the convolutions before them, the pooled stem;
+LayerNorm and GELU recomputed, gradient checkpointing, a model's two halves."""
 
 import contextlib
 import copy
@@ -10,11 +11,15 @@ import torch
 from dense import BF16, DEVICES, EXACT, FP32, assert_close, compare_with_dense, dense_twin, frozen, images, resnet, vit
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import fusion
+from lora.split import split_model
+from toolkit import InputError
 from toolkit.models import norms
+from toolkit.models.backbones import head_name
 from toolkit.models.norms import constants_kept
 
 bottleneck = partial(resnet, Bottleneck)
@@ -156,15 +161,6 @@ def test_a_resnet_in_low_precision(device):
         assert dense.relative_error(ours, exact) < 1.5 * dense.relative_error(stock_s, exact) + 1e-3
 
 
-def test_the_largest_activation_of_a_resnet_is_not_saved():
-    """Pooled first and rectified after. Who listens to one of the two gets the usual order."""
-    model = frozen(resnet(Bottleneck))
-    x = images()
-    without = dense.saved_bytes(model, x)
-    model.relu.register_forward_hook(lambda *_: None)
-    assert dense.saved_bytes(model, x) > without + 2 * 16 * 16 * 16 * 4  # (N, 16, H / 2, W / 2) floats
-
-
 CHANGES = {
     "another scale": lambda norm: nn.init.constant_(norm.weight, 3.0),
     "statistics in training": lambda norm: norm.train()(torch.randn(4, 4, 5, 5)),
@@ -242,17 +238,22 @@ def test_a_norm_s_constants_are_of_the_rows_that_are_given_and_of_what_trains_no
 # ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths
 
 
-def test_the_last_block_keeps_the_class_token_alone():
-    """Behind keys and values. Who listens to the encoder gets every token."""
-    model = frozen(vit())
-    x = images(16, 8)
-    without = dense.saved_bytes(model, x)
-    handle = model.encoder.register_forward_hook(lambda *_: None)
-    # Left out, of four patches and 16 numbers each: the query, the attention's output, the residual's middle, the input
-    # of the last LayerNorm; and what the MLP keeps, the input of GELU, which has two of the hidden size here.
-    assert dense.saved_bytes(model, x) - without >= 8 * 4 * (4 + 2) * 16 * 4
+# Bytes of numbers that are left out. A ResNet pools first and rectifies after: a whole map is not saved. The last block
+# of a ViT has keys and values of every token, but of four patches no query, attention's output, residual's middle and
+# input of the last LayerNorm, 16 numbers each, nor what the MLP keeps, the input of GELU, which is twice as wide.
+LEFT_OUT = {"relu": (bottleneck, 32, 2 * 16 * 16 * 16 * 4), "encoder": (vit, 16, 2 * 4 * (4 + 2) * 16 * 4)}
+
+
+@pytest.mark.parametrize("listener", LEFT_OUT)
+def test_the_stem_s_map_and_the_last_block_s_patches_are_not_saved(listener):
+    """But who listens gets the usual order, and every token."""
+    build, side, left_out = LEFT_OUT[listener]
+    model = frozen(build())
+    without = dense.saved_bytes(model, images(side))
+    handle = model.get_submodule(listener).register_forward_hook(lambda *_: None)
+    assert dense.saved_bytes(model, images(side)) >= without + left_out
     handle.remove()
-    assert dense.saved_bytes(model, x) == without
+    assert dense.saved_bytes(model, images(side)) == without
 
 
 @pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
@@ -309,3 +310,129 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, autocast, tolerance)
     assert given == [3, (2, 5, 32)]  # query, key and value; and of a frozen MLP's layer
     freeze_backbone_params(model, freeze=False)  # what trains is torchvision's
     assert type(model.encoder.layers[0]) is EncoderBlock or way != "a linear probe"
+
+
+# ---------------------------------------- what is kept for backward: gradient checkpointing, a model's two halves
+
+
+def all_trains() -> nn.Module:
+    model = frozen(resnet())
+    freeze_backbone_params(model, freeze=False)
+    return model
+
+
+def dropping(elsewhere: float = 0.2, **options) -> nn.Module:
+    """Of tokens, and of attention and the adapters' inputs. It keeps LayerNorm's and GELU's output in every mode."""
+    return frozen(vit(dropout=0.2, attention_dropout=elsewhere), 0.3, lora_dropout=elsewhere, **options)
+
+
+def sharing() -> nn.Module:
+    model = resnet().train()
+    norms.share_statistics(model)
+    return model
+
+
+# How a model is made, and what it keeps for backward then, as a share of what it kept before.
+WAYS = {
+    "adapters in a vit": (lambda: frozen(vit(), 0.3), 0.6),
+    "adapters in a resnet": (lambda: frozen(resnet()), 0.9),
+    "all of a resnet trains": (all_trains, 0.8),
+    "a stock resnet": (resnet, 0.8),
+    "a resnet with the statistics of all processes": (sharing, 0.8),
+    "a stock vit": (vit, 0.8),
+    "dropout": (dropping, 1.0),
+    "dropout of tokens alone": (lambda: dropping(0.0), 1.0),
+    "dropout over 4 bits": (lambda: dropping(use_qlora=True), 1.0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointing_changes_memory_and_nothing_else(way, monkeypatch):
+    """The same values are dropped the second time, and a BatchNorm that trains counts a batch once. It is undone."""
+    monkeypatch.setattr(norms.distributed, "world_size", lambda: 2)  # whose sums are this one's
+    monkeypatch.setattr(norms.dist, "all_reduce", lambda sums: None)
+    build, share = WAYS[way]
+    model = build().train()
+    x = images(32 if "resnet" in way else 16, 8)
+    stock = copy.deepcopy(model)
+    plain = copy.deepcopy(model)
+    expected, wanted = dense.loss_and_gradients(plain, x)
+    before = dense.saved_bytes(copy.deepcopy(model), x)
+    set_gradient_checkpointing(model, "full")
+    assert list(model.state_dict()) == list(stock.state_dict())
+    loss, gradients = dense.loss_and_gradients(model, x)
+    assert torch.equal(loss, expected) and gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, wanted[name], FP32, name)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+    assert dense.saved_bytes(model, x) <= share * before
+    set_gradient_checkpointing(model, "none")
+    assert dense.saved_bytes(model, x) == before
+    assert torch.equal(dense.loss_and_gradients(model, x)[0], expected)
+    assert dense.classes(model) == dense.classes(stock)
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert set(vars(ours)) == set(vars(theirs))
+
+
+def test_layer_norm_and_gelu_are_computed_again():
+    """Each of two blocks: its GELU twice, and its two LayerNorms as often as the layers behind them need it."""
+    model = frozen(vit()).train()
+    with torch.autocast("cpu", torch.bfloat16), dense.Operations() as seen:
+        model(images(16, 8)).float().square().sum().backward()
+    assert (seen.count("native_layer_norm.default"), seen.count("gelu.default")) == (11, 4)
+
+
+def test_checkpointing_is_refused_where_it_does_nothing():
+    refused = [
+        (nn.Linear(2, 2), "full", "full finds nothing to recompute"),
+        (resnet(), "selective", "choose none or full"),
+    ]
+    for model, mode, message in refused:
+        with pytest.raises(InputError, match=message):
+            set_gradient_checkpointing(model, mode)
+
+
+def kept_by_a_block() -> int:
+    """Bytes, of a block that is not the last one, for 8 images of 5 tokens."""
+    two, three = (dense.saved_bytes(frozen(vit(num_layers=layers)).train(), images(16, 8)) for layers in (2, 3))
+    return three - two
+
+
+def test_what_a_block_keeps():
+    """The output of neither LayerNorm nor GELU."""
+    width, mlp, heads, packed = 16, 32, 2, 3 * 2 * 16 * 2  # packed: the A and B of q, k and v, one below the other
+    kept = 3 * width + width + heads + mlp  # q, k, v, what the heads answer with its log-sum-exps, the input of GELU
+    assert kept_by_a_block() == 4 * (8 * 5 * (2 * width + kept) + packed)  # and the residual before and in the middle
+    with torch.autocast("cpu", torch.bfloat16):  # the sum in the middle is of float32, and attention's share is kept
+        low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
+        factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions
+        assert kept_by_a_block() == 8 * 5 * (4 * width + low + 4 * heads) + 2 * factors  # log-sum-exps in float32
+
+
+@pytest.mark.parametrize("last", [None, 1, 2])
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_the_halves_of_a_model_are_the_model(build, side, last):
+    """Outputs and gradients, whether its blocks are adapted or stock; the halves share its layers."""
+    stock = build().double().eval()
+    x = images(side, dtype=torch.float64)
+    for model in (stock, frozen(copy.deepcopy(stock), adapt_last=last).eval()):
+        lower, upper = split_model(model, last)
+        assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
+        with torch.no_grad():
+            features = lower(x)
+        above = list(model.get_submodule(head_name(model)).parameters())
+        if last is not None and model is not stock:
+            above = list(dense.trained(model).values())
+        results = []
+        for output in (model(x), upper(features)):
+            results.append((output, *torch.autograd.grad(output.square().sum(), above)))
+        for ours, theirs in zip(*results, strict=True):
+            assert_close(ours, theirs, EXACT)
+
+
+def test_another_model_has_no_halves():
+    model = SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5)
+    with pytest.raises(InputError, match="not SwinTransformer"):
+        split_model(model, 1)
+    assert split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)

@@ -14,7 +14,7 @@ import pytest
 from tests import cuda_on_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = [f"tests/test_{name}.py" for name in ("blocks", "functional", "layers", "memory")]
+LAYERS = [f"tests/test_{name}.py" for name in ("blocks", "functional", "layers")]
 IN_PLACE = ["-p", "tests.cuda_on_cpu.in_place_of_cpu", "-m", "slow or not slow"]  # tests that were written for CPUs
 PROCESSES = "fine_tune_as_one and lora or answers_of_one or maps_of_one or pretraining_in_two"
 

@@ -1,25 +1,209 @@
-"""What other people's loops do with a model: copies, whole files, exporters, `torch.compile`.
-
-docs/python.md's snippets, for accelerate, Lightning and moving averages too, are run in `test_readme.py`.
-"""
+"""What other people's code does with a model: modules are replaced, hooked, copied and saved, networks put in inference
+mode, exported and compiled. docs/python.md's snippets, for accelerate, Lightning and moving averages too, are run in
+`test_readme.py`."""
 
 import copy
+import gc
 import io
+import weakref
+from functools import partial
 
+import dense
 import pytest
 import torch
-from dense import BF16, FP32, assert_close, changed, frozen, images, resnet, snapshot, trained, vit
+from dense import BF16, EXACT, FP32, assert_close, changed, dense_twin, frozen, images, resnet, snapshot, trained, vit
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
+from finetune_lora import set_gradient_checkpointing
 from lora_utils import LoRAManager
 from tests.run_folders import assert_same
 
-STORED = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+RESNET = partial(resnet, layers=(1, 1, 0, 0))  # a block as such, and one that halves its maps
+in_both = pytest.mark.parametrize("build", [RESNET, vit], ids=["resnet", "vit"])
+in_both_modes = pytest.mark.parametrize("mode", ["none", "full"])
+stored = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+
+
+def put(**children: nn.Module):
+    """Set children of a module, in whose names __ stands for a dot."""
+
+    def change(module: nn.Module) -> None:
+        for name, child in children.items():
+            module.set_submodule(name.replace("__", "."), copy.deepcopy(child))
+
+    return change
+
+
+IN_A_RESNET = {
+    "a stem": put(conv1=nn.Conv2d(3, 16, 7, 2, 3, bias=False)),
+    "an activation of the stem": put(relu=nn.ELU()),
+    "no pooling, as for small images": put(maxpool=nn.Identity()),
+    "pooling that rounds up": put(maxpool=nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+    "no norm": put(bn1=nn.Identity()),
+    "another norm": put(layer1__0__conv2=nn.Identity(), layer1__0__bn1=nn.GroupNorm(4, 16)),
+    "an activation": put(layer1__0__relu=nn.ELU()),
+    "norms over processes": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+# In the last block, which computes the class token alone unless something mixes it with others.
+IN_A_VIT = {
+    "no LayerNorm": put(ln_1=nn.Identity(), ln_2=nn.Identity()),
+    "a LayerNorm of a sequence": put(ln_1=nn.LayerNorm((5, 16), elementwise_affine=False)),
+    "a LayerNorm of a sequence before the MLP": put(ln_2=nn.LayerNorm((5, 16))),
+    "an MLP that mixes tokens": put(mlp=nn.Sequential(nn.Conv1d(5, 5, 1, bias=False))),
+    "an activation": put(mlp__1=nn.Tanh()),
+    "stock layers": put(self_attention=nn.MultiheadAttention(16, 2, batch_first=True), mlp__0=nn.Linear(16, 32)),
+    "an MLP": put(mlp=nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))),
+    "some of its layers": lambda block: setattr(block, "mlp", nn.Sequential(block.mlp[0], nn.Tanh(), block.mlp[3])),
+    "no dropout": lambda block: [block.mlp.pop(place) for place in (4, 2)],
+    "a dropout": put(mlp__2=nn.Hardtanh(-0.1, 0.1)),
+}
+
+
+@pytest.mark.parametrize("build, change", [*((RESNET, c) for c in IN_A_RESNET), *((vit, c) for c in IN_A_VIT)])
+@in_both_modes
+def test_a_block_looks_its_children_up_at_each_call(build, change, mode):
+    stock = build().double().eval()
+    x = images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    set_gradient_checkpointing(model, mode)
+    for network in (stock, model):
+        if build is vit:
+            IN_A_VIT[change](network.encoder.layers[1])
+        else:
+            IN_A_RESNET[change](network)
+    dense.compare_with_dense(stock, model.double().eval(), [x], EXACT)
+
+
+@in_both
+@in_both_modes
+def test_a_hook_sees_what_it_sees_in_the_stock_model(build, mode):
+    """On any module, alone or on all at once: both the input and the output."""
+    stock = build().double().eval()
+    x = images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    set_gradient_checkpointing(model, mode)
+    twin = dense_twin(stock, model)
+    seen = []
+
+    def record(module, inputs, output):  # copies: what follows may work in place
+        output = output[0] if isinstance(output, tuple) else output
+        seen.append((inputs[0].detach().clone(), output.detach().clone()))
+
+    names = [
+        name for name, _ in twin.named_modules() if "out_proj" not in name
+    ]  # which the stock attention never calls
+    for chosen in (*([name] for name in names), names):
+        seen.clear()
+        for network in (twin, model):
+            handles = [network.get_submodule(name).register_forward_hook(record) for name in chosen]
+            network(x)
+            for handle in handles:
+                handle.remove()
+        half = len(seen) // 2
+        assert half >= len(chosen)
+        for ours, theirs in zip(seen[half:], seen[:half], strict=True):
+            for actual, expected in zip(ours, theirs, strict=True):
+                assert_close(actual, expected, EXACT, str(chosen))
+
+
+def doubled(module: nn.Module) -> None:
+    """Give one module a forward of its own, as recipes for attention maps or prompts do."""
+    stock = module.forward
+
+    def forward(*inputs, **options):
+        output = stock(*inputs, **options)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    module.forward = forward
+
+
+@in_both
+@pytest.mark.parametrize("options", [{}, {"target_modules": r".*(conv1|mlp\.0)"}], ids=["all adapted", "some adapted"])
+def test_a_forward_that_replaces_a_module_s_own_is_called(build, options):
+    stock = build().double().eval()
+    x = images(16, dtype=torch.float64)
+    for name, _ in stock.named_modules():
+        if name and "out_proj" not in name:  # which the stock attention never calls
+            model = frozen(copy.deepcopy(stock), **options).eval()
+            twin = dense_twin(stock, model)
+            for network in (twin, model):
+                doubled(network.get_submodule(name))
+            assert_close(model(x), twin(x), EXACT, name)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_kind_are_called_in_a_vit(kind):
+    """Of one module, and those for all modules."""
+    names = ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"]
+    for chosen in (*([name] for name in names), names):
+        model = frozen(vit())
+        modules = {model.encoder.layers[1].get_submodule(name) for name in chosen}
+        register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+        if len(modules) == 1:
+            register = getattr(*modules, f"register_{kind}_hook")
+        seen = set()
+        with register(lambda module, *_, seen=seen: seen.add(module)):
+            model(images(16)).sum().backward()
+        assert modules <= seen
+
+
+@in_both
+@stored
+def test_a_copied_layer_is_a_layer(build, four_bits):
+    """Neither the model around it can be reached from it, nor a float copy of a weight in 4 bits."""
+    model = frozen(build(), use_qlora=four_bits)
+    model(images(16)).sum().backward()
+    for layer in model.modules():
+        if not list(layer.children()):
+            file = io.BytesIO()
+            torch.save(layer, file)
+            held = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+            assert file.tell() < held + 10_000
+
+
+@in_both
+@in_both_modes
+def test_a_deleted_model_is_gone(build, mode):
+    """At once, without the garbage collector: on a GPU the next model needs the memory."""
+    model = frozen(build(), use_qlora=True)
+    set_gradient_checkpointing(model, mode)
+    model(images(16)).sum().backward()
+    remembered = [weakref.ref(module) for module in model.modules()]
+    gc.disable()
+    try:
+        del model
+        assert {reference() for reference in remembered} == {None}
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("made_inside", [True, False], ids=["made inside", "made outside"])
+@pytest.mark.parametrize("build", [partial(RESNET, Bottleneck), vit], ids=["resnet", "vit"])
+@in_both_modes
+def test_networks_in_inference_mode(build, mode, made_inside):
+    """One that was made outside of it then trains there; both merge inside, where BatchNorms are folded as well."""
+    with torch.inference_mode(made_inside):
+        stock = build().double().eval()
+        x = images(16, dtype=torch.float64)
+        model = frozen(copy.deepcopy(stock)).train(not made_inside)
+        set_gradient_checkpointing(model, mode)
+        twin = dense_twin(stock, model)
+    with torch.inference_mode():
+        assert_close(model(x), twin(x), EXACT)
+    if not made_inside:
+        dense.compare_with_dense(stock, model, [x], EXACT)
+    with torch.inference_mode():
+        LoRAManager(model).merge_lora_weights()
+        with dense.Operations() as operations:
+            assert_close(model(x), twin(x), EXACT)
+        assert operations.count("batch_norm") == len([m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)])
+        LoRAManager(model).unmerge_lora_weights()
+        assert_close(model(x), twin(x), EXACT)
 
 
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-@STORED
+@stored
 def test_a_whole_model_can_be_saved(build, side, four_bits):
     """`torch.save(model)` keeps adapters, merged weights' bases, frozen statistics and 4-bit constants."""
     model = frozen(build(), use_qlora=four_bits)
@@ -41,19 +225,14 @@ def test_a_whole_model_can_be_saved(build, side, four_bits):
     assert changed(before, model)
 
 
-@STORED
-def test_jit_refuses_adapters(four_bits):
-    model = frozen(vit(), use_qlora=four_bits).eval()
-    with pytest.raises(RuntimeError, match=r"use torch\.export, or LoRAManager"):
-        torch.jit.trace(model, images(16))
-
-
 @pytest.mark.parametrize("build, side, four_bits", [(vit, 16, True), (resnet, 32, False)], ids=["merged", "unloaded"])
-def test_jit_traces_what_is_merged(build, side, four_bits):
+def test_jit_refuses_adapters_and_traces_what_is_merged(build, side, four_bits):
     model = frozen(build(), use_qlora=four_bits).eval()
     x = images(side)
     file = io.BytesIO()
     answer = model(x)
+    with pytest.raises(RuntimeError, match=r"use torch\.export, or LoRAManager"):
+        torch.jit.trace(model, x)
     if four_bits:
         LoRAManager(model).merge_lora_weights()
     else:
@@ -63,34 +242,30 @@ def test_jit_traces_what_is_merged(build, side, four_bits):
     assert_close(torch.jit.load(file)(torch.cat([x, x])), torch.cat([answer] * 2), FP32)
 
 
-SLOW = [("vit", False), ("vit in 4 bits", True), ("resnet", False), ("resnet in 4 bits", False)]
 LAYERS = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 8), nn.GELU(), nn.Linear(8, 4))
-MODELS = {
-    "layers": lambda: (frozen(nn.Sequential(*LAYERS)), images(8)),
-    "vit": lambda: (frozen(vit()), images(16)),
-    "vit in 4 bits": lambda: (frozen(vit(), use_qlora=True), images(16)),
-    "resnet": lambda: (frozen(resnet(Bottleneck)), images()),
-    "resnet in 4 bits": lambda: (frozen(resnet(), use_qlora=True), images()),
-}
-
-
-def step(network, model, x, low: bool) -> list[torch.Tensor]:
-    """The output, and the gradients of what trains."""
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        y = network(x)
-    y.float().square().sum().backward()
-    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize(
-    ("name", "low"), [("layers", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    "build, side, four_bits, low",
+    [
+        (partial(nn.Sequential, *LAYERS), 8, False, False),
+        pytest.param(vit, 16, False, False, marks=pytest.mark.slow),
+        pytest.param(vit, 16, True, True, marks=pytest.mark.slow),
+        pytest.param(partial(resnet, Bottleneck), 32, False, False, marks=pytest.mark.slow),
+        pytest.param(resnet, 32, True, False, marks=pytest.mark.slow),
+    ],
 )
-def test_a_model_is_one_graph_and_computes_the_same(name, low):
+def test_a_model_is_one_graph_and_computes_the_same(build, side, four_bits, low):
     """The compiled step comes first: what an eager one keeps for the next is not there yet."""
-    model, x = MODELS[name]()
-    network = torch.compile(model.train(), backend="aot_eager", fullgraph=True, dynamic=False)
-    compiled = step(network, model, x, low)
-    for own, wanted in zip(compiled, step(model, model, x, low), strict=True):
+    model = frozen(build(), use_qlora=four_bits).train()
+    x = images(side)
+    steps = []
+    for network in (torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False), model):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = network(x)
+        y.float().square().sum().backward()
+        steps.append([y.detach(), *(p.grad for p in trained(model).values())])
+    for own, wanted in zip(*steps, strict=True):
         assert_close(own, wanted, 5 * BF16 if low else 10 * FP32)
     torch._dynamo.reset()
