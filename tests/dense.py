@@ -68,9 +68,18 @@ def adapters(layer: nn.Module) -> Iterator[tuple[str, slice, nn.Parameter, nn.Pa
             yield "in_proj_weight", rows, own[f"lora_A_{p}"], own[f"lora_B_{p}"]
 
 
+def rounded(stock: nn.Module, adapted: nn.Module) -> nn.Module:
+    """The stock model with the weights that a base in fewer bits stands for."""
+    stock = copy.deepcopy(stock)
+    for name, layer in adapted.named_modules():
+        for weight in getattr(layer, "float_digests", ()):
+            getattr(stock.get_submodule(name), weight).data = dense_weight(layer.base(), torch.float32)
+    return stock
+
+
 def dense_twin(stock: nn.Module, adapted: nn.Module) -> nn.Module:
     """The stock model in float64, every adapted weight replaced by ``W + s B A``, all of it trainable."""
-    twin = copy.deepcopy(stock).double().requires_grad_(True)
+    twin = rounded(stock, adapted).double().requires_grad_(True)
     with torch.no_grad():
         for name, layer in adapted.named_modules():
             for weight, rows, A, B in adapters(layer):
@@ -137,15 +146,6 @@ def compare_with_dense(
     with torch.no_grad():
         for i, (y, z) in enumerate(zip(outputs(adapted, ours, autocast), expected, strict=True)):
             assert_close(y, z, tolerance, f"output {i} without gradients")
-
-
-def rounded(stock: nn.Module, adapted: nn.Module) -> nn.Module:
-    """The stock model with the weights that a base in fewer bits stands for."""
-    stock = copy.deepcopy(stock)
-    for name, layer in adapted.named_modules():
-        for weight in getattr(layer, "float_digests", ()):
-            getattr(stock.get_submodule(name), weight).data = dense_weight(layer.base(), torch.float32)
-    return stock
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -141,24 +141,7 @@ def test_a_vit_in_low_precision(autocast, base_dtype, tolerance, mode, device):
     stock = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device)
     model = frozen(copy.deepcopy(stock), base_dtype=base_dtype)
     set_gradient_checkpointing(model, mode)
-    compare_with_dense(dense.rounded(stock, model), model, [images(64, 4).to(device)], tolerance, autocast=autocast)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_resnet_in_low_precision(device):
-    """Rounding lets ReLUs of random weights change their minds: the stock model's own gradients are off by a sixth."""
-    stock = resnet().eval().to(device, memory_format=torch.channels_last)
-    x = images(64, 4).to(device, memory_format=torch.channels_last)
-    model = frozen(copy.deepcopy(stock))
-    twin = dense_twin(stock, model)
-    results = []
-    for network, low in ((model, True), (copy.deepcopy(twin).float(), True), (twin, False)):
-        t = (x if low else x.double()).clone().requires_grad_()
-        with torch.autocast(device, torch.bfloat16, enabled=low):
-            y = network(t)
-        results.append((y, *torch.autograd.grad(y.double().square().sum(), t)))
-    for ours, stock_s, exact in zip(*results, strict=True):
-        assert dense.relative_error(ours, exact) < 1.5 * dense.relative_error(stock_s, exact) + 1e-3
+    compare_with_dense(stock, model, [images(64, 4).to(device)], tolerance, autocast=autocast)
 
 
 CHANGES = {
@@ -235,9 +218,6 @@ def test_a_norm_s_constants_are_of_the_rows_that_are_given_and_of_what_trains_no
             assert norm.weight.grad.tolist() == pytest.approx([step * expected] * 4)
 
 
-# ------------ ViTs: LayerNorm and GELU recomputed, the last block's class token, frozen attention, PyTorch's fast paths
-
-
 # Bytes of numbers that are left out. A ResNet pools first and rectifies after: a whole map is not saved. The last block
 # of a ViT has keys and values of every token, but of four patches no query, attention's output, residual's middle and
 # input of the last LayerNorm, 16 numbers each, nor what the MLP keeps, the input of GELU, which is twice as wide.
@@ -269,12 +249,6 @@ def test_the_class_token_s_block_equals_the_stock_model(targets, mode, device):
     compare_with_dense(stock, model.eval(), [x], EXACT)
 
 
-def test_a_sequence_without_a_batch_is_refused_as_by_torchvisions_block():
-    """Attention alone would take it."""
-    with pytest.raises(AssertionError, match=r"Expected .batch_size, seq_length, hidden_dim. got"):
-        frozen(vit()).encoder.layers[0](torch.randn(5, 16))
-
-
 FROZEN_ATTENTION = {
     "a linear probe": lambda model: freeze_backbone_params(model),
     "adapters above": lambda model: freeze_backbone_params(add_lora_to_model(model, adapt_last=1)),
@@ -303,10 +277,11 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, autocast, tolerance)
     expected = model.eval()(x)
     block.self_attention.dropout = 0.5
     assert dense.relative_error(model.train()(x), expected) > 1e-2
+    assert_close(model.eval()(x), expected, FP32)
     given = []
     block.self_attention.register_forward_hook(lambda module, arguments, output: given.append(len(arguments)))
     block.mlp[0].register_forward_hook(lambda module, arguments, output: given.append(tuple(output.shape)))
-    assert_close(model.eval()(x), expected, FP32)
+    assert_close(model(x), expected, FP32)
     assert given == [3, (2, 5, 32)]  # query, key and value; and of a frozen MLP's layer
     freeze_backbone_params(model, freeze=False)  # what trains is torchvision's
     assert type(model.encoder.layers[0]) is EncoderBlock or way != "a linear probe"
@@ -315,30 +290,18 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, autocast, tolerance)
 # ---------------------------------------- what is kept for backward: gradient checkpointing, a model's two halves
 
 
-def all_trains() -> nn.Module:
-    model = frozen(resnet())
-    freeze_backbone_params(model, freeze=False)
-    return model
-
-
 def dropping(elsewhere: float = 0.2, **options) -> nn.Module:
     """Of tokens, and of attention and the adapters' inputs. It keeps LayerNorm's and GELU's output in every mode."""
     return frozen(vit(dropout=0.2, attention_dropout=elsewhere), 0.3, lora_dropout=elsewhere, **options)
-
-
-def sharing() -> nn.Module:
-    model = resnet().train()
-    norms.share_statistics(model)
-    return model
 
 
 # How a model is made, and what it keeps for backward then, as a share of what it kept before.
 WAYS = {
     "adapters in a vit": (lambda: frozen(vit(), 0.3), 0.6),
     "adapters in a resnet": (lambda: frozen(resnet()), 0.9),
-    "all of a resnet trains": (all_trains, 0.8),
+    "all of a resnet trains": (lambda: dense.randomize_adapters(add_lora_to_model(resnet(), r=2)), 0.8),
     "a stock resnet": (resnet, 0.8),
-    "a resnet with the statistics of all processes": (sharing, 0.8),
+    "a resnet with the statistics of all processes": (resnet, 0.8),
     "a stock vit": (vit, 0.8),
     "dropout": (dropping, 1.0),
     "dropout of tokens alone": (lambda: dropping(0.0), 1.0),
@@ -353,13 +316,14 @@ def test_checkpointing_changes_memory_and_nothing_else(way, monkeypatch):
     monkeypatch.setattr(norms.dist, "all_reduce", lambda sums: None)
     build, share = WAYS[way]
     model = build().train()
+    if "all processes" in way:
+        norms.share_statistics(model)
     x = images(32 if "resnet" in way else 16, 8)
-    stock = copy.deepcopy(model)
     plain = copy.deepcopy(model)
     expected, wanted = dense.loss_and_gradients(plain, x)
     before = dense.saved_bytes(copy.deepcopy(model), x)
     set_gradient_checkpointing(model, "full")
-    assert list(model.state_dict()) == list(stock.state_dict())
+    assert list(model.state_dict()) == list(plain.state_dict())
     loss, gradients = dense.loss_and_gradients(model, x)
     assert torch.equal(loss, expected) and gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
@@ -370,9 +334,8 @@ def test_checkpointing_changes_memory_and_nothing_else(way, monkeypatch):
     set_gradient_checkpointing(model, "none")
     assert dense.saved_bytes(model, x) == before
     assert torch.equal(dense.loss_and_gradients(model, x)[0], expected)
-    assert dense.classes(model) == dense.classes(stock)
-    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-        assert set(vars(ours)) == set(vars(theirs))
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        assert type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys()
 
 
 def test_layer_norm_and_gelu_are_computed_again():
@@ -384,13 +347,9 @@ def test_layer_norm_and_gelu_are_computed_again():
 
 
 def test_checkpointing_is_refused_where_it_does_nothing():
-    refused = [
-        (nn.Linear(2, 2), "full", "full finds nothing to recompute"),
-        (resnet(), "selective", "choose none or full"),
-    ]
-    for model, mode, message in refused:
+    for mode, message in (("full", "full finds nothing to recompute"), ("selective", "choose none or full")):
         with pytest.raises(InputError, match=message):
-            set_gradient_checkpointing(model, mode)
+            set_gradient_checkpointing(nn.Linear(2, 2), mode)
 
 
 def kept_by_a_block() -> int:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import changed, frozen, randomize_adapters, rounded, snapshot
+from dense import adapters, changed, dense_twin, frozen, randomize_adapters, snapshot
 from torch import nn
 
 from finetune_lora import LoRALinear, add_lora_to_model
@@ -42,24 +42,9 @@ def backward(model: nn.Module, dtype: torch.dtype = torch.float32):
     return lambda: F.cross_entropy(model(X.to(dtype)).float(), torch.arange(6) % 5).backward()
 
 
-def dense_gradients(stock: nn.Module) -> dict[str, torch.Tensor]:
-    """Of each weight, (fan_out, fan_in); q, k and v apart."""
-    model = copy.deepcopy(stock)
-    backward(model)()
-    gradients = {name: p.grad.flatten(1) for name, p in model.named_parameters() if p.dim() > 1}
-    q, k, v = gradients.pop("attention.in_proj_weight").chunk(3)
-    return gradients | {"attention.q": q, "attention.k": k, "attention.v": v}
-
-
-def starts(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A by the name of its weight, as in `dense_gradients`."""
-    factors = {name: p.detach() for name, p in model.named_parameters() if "lora_A" in name}
-    return {name.replace("lora_A_", "").replace("lora_A", "weight"): A for name, A in factors.items()}
-
-
 def share_held(A: torch.Tensor, G: torch.Tensor) -> float:
     """The share of G's energy in the space of A's rows."""
-    Q = torch.linalg.qr(A.T)[0]
+    Q = torch.linalg.qr(A.T.double())[0]
     return ((G @ Q).square().sum() / G.square().sum()).item()
 
 
@@ -68,14 +53,18 @@ def test_a_starts_at_the_main_directions_of_the_dense_gradient(use_qlora):
     """A sketch of r rows holds nearly as much as the best r directions, and much more than random ones."""
     stock = Layers()
     model = adapted(stock, use_qlora=use_qlora)
-    random = starts(copy.deepcopy(model))
-    gradients = dense_gradients(rounded(stock, model))
+    twin = dense_twin(stock, model)
+    backward(twin, torch.float64)()
+    random = copy.deepcopy(model)
     start_at_gradient(model, backward(model))
-    assert starts(model).keys() == random.keys() and len(random) == 7
-    for name, A in starts(model).items():
-        singular = torch.linalg.svdvals(gradients[name]).square()
-        best = (singular[:R].sum() / singular.sum()).item()
-        assert share_held(A, gradients[name]) > max(0.8 * best, 1.2 * share_held(random[name], gradients[name])), name
+    assert len(list(adapter_pairs(model))) == 7
+    for name, layer in model.named_modules():
+        for own, other in zip(adapters(layer), adapters(random.get_submodule(name)), strict=True):
+            weight, rows, A, _ = own
+            G = getattr(twin.get_submodule(name), weight).grad[rows].flatten(1)
+            singular = torch.linalg.svdvals(G).square()
+            best = (singular[:R].sum() / singular.sum()).item()
+            assert share_held(A, G) > max(0.8 * best, 1.2 * share_held(other[2], G)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -53,15 +53,13 @@ def test_a_product_is_that_of_the_rounded_rows(rows, width, out, dtype, monkeypa
 
 
 @exact_products
-def test_sums_are_as_exact_as_float32():
-    """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them."""
+def test_sums_are_as_exact_as_float32_and_rows_of_zeros_or_not_finite_stay_apart():
+    """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them.
+
+    Zeros give the bias exactly. What diverges must show, and only in its own row.
+    """
     x = torch.tensor([[127, 127, 1]], dtype=torch.bfloat16)
     assert int8._multiplied(x, None, x.T.to(torch.int8), None, torch.tensor([-32258.0])).item() == 1
-
-
-@exact_products
-def test_rows_of_zeros_and_rows_that_are_not_finite():
-    """Zeros give the bias exactly. What diverges must show, and only in its own row."""
     x = torch.randn(4, 8)
     x[0], x[1, 3], x[2, 3] = 0, torch.nan, torch.inf
     weight = Int8Weight.quantize(torch.randn(16, 8))
@@ -69,21 +67,6 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
     y = weight.times(x, bias)
     assert torch.equal(y[0], bias) and torch.equal(y[3:], weight.times(x[3:], bias))
     assert not y[1:3].isfinite().any()
-
-
-# --------------------------------------------------------------------------------------------------------- models
-
-
-@pytest.mark.filterwarnings("ignore:the last layer")
-def test_switched_off_it_computes_with_the_same_base():
-    stock = nn.Linear(64, 48)
-    x = torch.randn(30, 64, requires_grad=True)
-    model = frozen(copy.deepcopy(stock), base_dtype=torch.int8)
-    with LoRAManager(model).disable_lora():
-        y = model(x)
-        y.sum().backward()
-    assert_close(y, Int8Weight.quantize(stock.weight).times(x.detach(), stock.bias), ROUNDING)
-    assert_close(x.grad, stock.weight.sum(0).expand(30, -1), IN_8_BITS)
 
 
 def test_layers_below_the_last_blocks_are_in_8_bits_too_and_convolutions_and_other_dtypes_never():
@@ -119,9 +102,6 @@ def test_8_bits_are_for_the_cpu(run, device, monkeypatch):
     command = [] if run is finetune_lora else ["predict", "lora.pth", "images", "--output", "p.csv"]
     with pytest.raises(InputError, match=f"--arithmetic int8 is for CPUs, not {device}: add --device cpu"):
         run.main([*command, "--arithmetic", "int8", "--device", device])
-
-
-# ------------------------------------------------------------------------------------------------ forward alone
 
 
 TRAINED = {

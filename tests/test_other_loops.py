@@ -25,38 +25,28 @@ in_both_modes = pytest.mark.parametrize("mode", ["none", "full"])
 stored = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
-def put(**children: nn.Module):
-    """Set children of a module, in whose names __ stands for a dot."""
-
-    def change(module: nn.Module) -> None:
-        for name, child in children.items():
-            module.set_submodule(name.replace("__", "."), copy.deepcopy(child))
-
-    return change
-
-
 IN_A_RESNET = {
-    "a stem": put(conv1=nn.Conv2d(3, 16, 7, 2, 3, bias=False)),
-    "an activation of the stem": put(relu=nn.ELU()),
-    "no pooling, as for small images": put(maxpool=nn.Identity()),
-    "pooling that rounds up": put(maxpool=nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
-    "no norm": put(bn1=nn.Identity()),
-    "another norm": put(layer1__0__conv2=nn.Identity(), layer1__0__bn1=nn.GroupNorm(4, 16)),
-    "an activation": put(layer1__0__relu=nn.ELU()),
+    "a stem": {"conv1": nn.Conv2d(3, 16, 7, 2, 3, bias=False)},
+    "an activation of the stem": {"relu": nn.ELU()},
+    "no pooling, as for small images": {"maxpool": nn.Identity()},
+    "pooling that rounds up": {"maxpool": nn.MaxPool2d(3, 2, 1, ceil_mode=True)},
+    "no norm": {"bn1": nn.Identity()},
+    "another norm": {"layer1.0.conv2": nn.Identity(), "layer1.0.bn1": nn.GroupNorm(4, 16)},
+    "an activation": {"layer1.0.relu": nn.ELU()},
     "norms over processes": nn.SyncBatchNorm.convert_sync_batchnorm,
 }
 # In the last block, which computes the class token alone unless something mixes it with others.
 IN_A_VIT = {
-    "no LayerNorm": put(ln_1=nn.Identity(), ln_2=nn.Identity()),
-    "a LayerNorm of a sequence": put(ln_1=nn.LayerNorm((5, 16), elementwise_affine=False)),
-    "a LayerNorm of a sequence before the MLP": put(ln_2=nn.LayerNorm((5, 16))),
-    "an MLP that mixes tokens": put(mlp=nn.Sequential(nn.Conv1d(5, 5, 1, bias=False))),
-    "an activation": put(mlp__1=nn.Tanh()),
-    "stock layers": put(self_attention=nn.MultiheadAttention(16, 2, batch_first=True), mlp__0=nn.Linear(16, 32)),
-    "an MLP": put(mlp=nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))),
+    "no LayerNorm": {"ln_1": nn.Identity(), "ln_2": nn.Identity()},
+    "a LayerNorm of a sequence": {"ln_1": nn.LayerNorm((5, 16), elementwise_affine=False)},
+    "a LayerNorm of a sequence before the MLP": {"ln_2": nn.LayerNorm((5, 16))},
+    "an MLP that mixes tokens": {"mlp": nn.Sequential(nn.Conv1d(5, 5, 1, bias=False))},
+    "an activation": {"mlp.1": nn.Tanh()},
+    "stock layers": {"self_attention": nn.MultiheadAttention(16, 2, batch_first=True), "mlp.0": nn.Linear(16, 32)},
+    "an MLP": {"mlp": nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))},
     "some of its layers": lambda block: setattr(block, "mlp", nn.Sequential(block.mlp[0], nn.Tanh(), block.mlp[3])),
     "no dropout": lambda block: [block.mlp.pop(place) for place in (4, 2)],
-    "a dropout": put(mlp__2=nn.Hardtanh(-0.1, 0.1)),
+    "a dropout": {"mlp.2": nn.Hardtanh(-0.1, 0.1)},
 }
 
 
@@ -68,10 +58,13 @@ def test_a_block_looks_its_children_up_at_each_call(build, change, mode):
     model = frozen(copy.deepcopy(stock)).eval()
     set_gradient_checkpointing(model, mode)
     for network in (stock, model):
-        if build is vit:
-            IN_A_VIT[change](network.encoder.layers[1])
-        else:
-            IN_A_RESNET[change](network)
+        children = IN_A_VIT[change] if build is vit else IN_A_RESNET[change]
+        block = network.encoder.layers[1] if build is vit else network
+        if callable(children):
+            children(block)
+            continue
+        for name, child in children.items():
+            block.set_submodule(name, copy.deepcopy(child))
     dense.compare_with_dense(stock, model.double().eval(), [x], EXACT)
 
 
@@ -90,9 +83,8 @@ def test_a_hook_sees_what_it_sees_in_the_stock_model(build, mode):
         output = output[0] if isinstance(output, tuple) else output
         seen.append((inputs[0].detach().clone(), output.detach().clone()))
 
-    names = [
-        name for name, _ in twin.named_modules() if "out_proj" not in name
-    ]  # which the stock attention never calls
+    # The stock attention never calls its projection.
+    names = [name for name, _ in twin.named_modules() if "out_proj" not in name]
     for chosen in (*([name] for name in names), names):
         seen.clear()
         for network in (twin, model):

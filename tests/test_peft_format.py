@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import FP32, assert_close, randomize_adapters
+from dense import FP32, assert_close, images, randomize_adapters
 from torch import nn
 
 import deploy_lora
@@ -32,19 +32,18 @@ def convert(adapter: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bases(base, narrow, tmp_path_factory) -> dict[str, tuple[Path, int]]:
-    """Checkpoints, and the sizes of their images."""
+def bases(base, narrow, tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints for images of 16 pixels."""
     path = tmp_path_factory.mktemp("resnet") / "base.pth"
     torch.save(narrow, path)
-    return {"vit": (base, 16), "resnet": (path, 32)}
+    return {"vit": base, "resnet": path}
 
 
-def saved(base: Path, size: int, folder: Path, others: dict[str, dict] | None = None, **options) -> Path:
+def saved(base: Path, folder: Path, others: dict[str, dict] | None = None, **options) -> Path:
     """An adapter file with these options of `add_lora_to_model`, and others of layers by a part of their names."""
     torch.manual_seed(0)
-    model, report = load_backbone(base, len(NAMES), image_size=size)
-    head = model.fc if report["arch"] == "resnet18" else model.heads.head
-    nn.init.normal_(head.weight, std=0.1)
+    model, report = load_backbone(base, len(NAMES), image_size=16)
+    nn.init.normal_(list(model.parameters())[-2], std=0.1)  # the head's weight
     add_lora_to_model(model, **options)
     if others is not None:
         settings = {name: recorded_settings(vars(layer)) for name, layer in adapted_layers(model).items()}
@@ -52,20 +51,20 @@ def saved(base: Path, size: int, folder: Path, others: dict[str, dict] | None = 
             settings |= {name: replace(own, **change) for name, own in settings.items() if part in name}
         adapt_layers(model, settings)
     randomize_adapters(model, std=0.05)
-    about = {"arch": report["arch"], "class_names": NAMES, "image_size": size, "checkpoint": str(base)}
+    about = {"arch": report["arch"], "class_names": NAMES, "image_size": 16, "checkpoint": str(base)}
     LoRAManager(model).save_lora_checkpoint(folder / "lora.pth", about)
     return folder / "lora.pth"
 
 
-def stock(base: Path, size: int) -> nn.Module:
+def stock(base: Path) -> nn.Module:
     """What a user of PEFT has: the base with a head that is not trained."""
-    return load_backbone(base, len(NAMES), image_size=size)[0].eval()
+    return load_backbone(base, len(NAMES), image_size=16)[0].eval()
 
 
 @torch.no_grad()
-def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
-    images = torch.randn(4, 3, size, size)
-    assert_close(one(images), other(images), FP32)
+def assert_same_answers(one: nn.Module, other: nn.Module) -> None:
+    x = images(16, 4)
+    assert_close(one(x), other(x), FP32)
 
 
 WRITTEN = {
@@ -80,46 +79,51 @@ WRITTEN = {
 
 @pytest.mark.parametrize("kind, options", WRITTEN.values(), ids=WRITTEN)
 def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
-    adapter = saved(*bases[kind], tmp_path, **options)
+    adapter = saved(bases[kind], tmp_path, **options)
     convert(adapter, tmp_path / "peft")
     assert names_in(tmp_path / "peft") == {CONFIG, WEIGHTS}
     deploy_lora.read_options(["convert", str(adapter), "--output", str(tmp_path / "peft")])  # may replace what it wrote
     assert "4-bit" not in capsys.readouterr().out
-    theirs = peft.PeftModel.from_pretrained(stock(*bases[kind]), tmp_path / "peft").eval()
+    theirs = peft.PeftModel.from_pretrained(stock(bases[kind]), tmp_path / "peft").eval()
     ours, _ = load_finetuned(adapter)
-    assert_same_answers(theirs, ours, bases[kind][1])
+    assert_same_answers(theirs, ours)
     assert sum(hasattr(module, "lora_A") for module in theirs.modules()) == len(read_adapter_file(adapter)["layers"])
-    assert_same_answers(theirs.merge_and_unload(), ours, bases[kind][1])
+    assert_same_answers(theirs.merge_and_unload(), ours)
 
 
-def test_neither_file_takes_its_place_without_the_other(peft, base, tmp_path):
+def test_what_cannot_be_converted_leaves_both_files_as_they_were(peft, base, tmp_path, monkeypatch):
+    """No PEFT, one whose release answers otherwise, and a name of which no file takes the place."""
     written = tmp_path / "peft"
-    convert(saved(base, 16, tmp_path, r=2), written)
+    convert(saved(base, tmp_path, r=2), written)
     before = (written / CONFIG).read_bytes()
+    adapter = saved(base, tmp_path, r=3)
+    with monkeypatch.context() as missing, pytest.raises(InputError, match="pip install peft"):
+        missing.setitem(sys.modules, "peft", None)
+        convert(adapter, written)
+    with (
+        monkeypatch.context() as other,
+        pytest.raises(InputError, match=r"PEFT's logits with this adapter differ by \d"),
+    ):
+        other.setattr(deploy_lora, "ROUNDING", -1.0)
+        convert(adapter, written)
     (written / WEIGHTS).unlink()
-    (written / WEIGHTS).mkdir()  # which no file replaces
+    (written / WEIGHTS).mkdir()
+    monkeypatch.setattr("toolkit.run.commands.written.is_free", lambda *_: True)  # as if it had come meanwhile
     with pytest.raises(InputError, match=f"cannot write .*{WEIGHTS}"):
-        convert(saved(base, 16, tmp_path, r=3), written)
+        convert(adapter, written)
     assert (written / CONFIG).read_bytes() == before
-
-
-def test_a_release_of_peft_that_answers_otherwise_is_refused(peft, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(deploy_lora, "ROUNDING", -1.0)
-    with pytest.raises(InputError, match=r"the installed PEFT's logits with this adapter differ by \d"):
-        convert(saved(base, 16, tmp_path, r=2), tmp_path / "peft")
-    assert not (tmp_path / "peft").exists()
 
 
 def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
     """PEFT's answers are those of a float model with these adapters; what was in 4 bits below them is no adapter."""
-    adapter = saved(base, 16, tmp_path, r=2, use_qlora=True, adapt_last=1)
+    adapter = saved(base, tmp_path, r=2, use_qlora=True, adapt_last=1)
     convert(adapter, tmp_path / "peft")
     assert "trained over 4-bit weights" in capsys.readouterr().out
-    theirs = peft.PeftModel.from_pretrained(stock(base, 16), tmp_path / "peft").eval()
-    ours = add_lora_to_model(stock(base, 16), r=2, adapt_last=1).eval()
+    theirs = peft.PeftModel.from_pretrained(stock(base), tmp_path / "peft").eval()
+    ours = add_lora_to_model(stock(base), r=2, adapt_last=1).eval()
     tensors = {name: t for name, t in read_adapter_file(adapter)["tensors"].items() if t.numel()}
     assert ours.load_state_dict(tensors, strict=False).unexpected_keys == []
-    assert_same_answers(theirs, ours, 16)
+    assert_same_answers(theirs, ours)
 
 
 def test_what_peft_cannot_hold_is_named(peft, base, tmp_path):
@@ -152,18 +156,11 @@ def test_layers_that_peft_computes_otherwise(layer, expected):
     assert len(found) == bool(expected) and expected in "".join(found)
 
 
-def test_the_package_is_named_where_it_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match="pip install peft"):
-        convert(tmp_path / "lora.pth", tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_what_peft_has_trained_is_a_checkpoint_once_it_is_merged(peft, kind, bases, tmp_path):
     targets = {"vit": ["mlp.0", "self_attention"], "resnet": ["conv2"]}
-    model = peft.get_peft_model(stock(*bases[kind]), peft.LoraConfig(r=3, target_modules=targets[kind]))
+    model = peft.get_peft_model(stock(bases[kind]), peft.LoraConfig(r=3, target_modules=targets[kind]))
     merged = randomize_adapters(model.eval(), std=0.1).merge_and_unload()
     torch.save(merged.state_dict(), tmp_path / "from_peft.pth")
-    _, size = bases[kind]
-    here, _ = load_backbone(tmp_path / "from_peft.pth", len(NAMES), image_size=size)
-    assert_same_answers(headless(here.eval()), headless(merged), size)
+    here, _ = load_backbone(tmp_path / "from_peft.pth", len(NAMES), image_size=16)
+    assert_same_answers(headless(here.eval()), headless(merged))
