@@ -108,7 +108,7 @@ def test_what_cannot_be_converted_leaves_both_files_as_they_were(peft, base, tmp
         convert(adapter, written)
     (written / WEIGHTS).unlink()
     (written / WEIGHTS).mkdir()
-    monkeypatch.setattr("toolkit.run.commands.written.is_free", lambda *_: True)  # as if it had come meanwhile
+    monkeypatch.setattr("toolkit.run.commands.is_free", lambda *_: True)  # as if it had come meanwhile
     with pytest.raises(InputError, match=f"cannot write .*{WEIGHTS}"):
         convert(adapter, written)
     assert (written / CONFIG).read_bytes() == before
