@@ -2,8 +2,9 @@
 
 import contextlib
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -67,7 +68,7 @@ def rows_of(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def column(rows: list[dict[str, str]], name: str) -> list[str]:
+def column(rows: Iterable[Mapping[str, Any]], name: str) -> list:
     return [row[name] for row in rows]
 
 

@@ -27,7 +27,7 @@ import finetune_lora
 from finetune_lora import LoRALinear
 from lora.initialization import start_at_gradient
 from moco import builder, pretrain
-from tests.run_folders import assert_same_tensors, metrics, names_in, rows_of, tensors
+from tests.run_folders import assert_same_tensors, column, metrics, names_in, rows_of, tensors
 from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
@@ -90,7 +90,7 @@ def with_sgd() -> None:
     """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
 
     def build_optimizer(model: nn.Module, rate: float, *_) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=300 * rate, momentum=0.9)
+        return torch.optim.SGD(model.parameters(), lr=300 * rate, momentum=0.9)
 
     optim.build_optimizer = build_optimizer
 
@@ -216,8 +216,8 @@ def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, mo
     read = tensors if name == "moco_lora.pth" else lambda path: files.read_checkpoint(path)["model"]
     ours, theirs = (read(tmp_path / of / name) for of in ("out", "alone"))
     assert_close(ours, theirs, tolerance)
-    losses, alone = ([row["loss"] for row in metrics(tmp_path / of)] for of in ("out", "alone"))
-    assert losses == pytest.approx(alone, rel=1e-3)
+    losses = column(metrics(tmp_path / "out"), "loss")
+    assert losses == pytest.approx(column(metrics(tmp_path / "alone"), "loss"), rel=1e-3)
     if before is keep_every_queue:
         # A ViT has no BatchNorm: the queue, its order included, is that of one process, and so is what is measured.
         queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
@@ -315,7 +315,7 @@ def shuffled_keys(rank: int) -> tuple[list, list]:
 
 
 def test_keys_are_encoded_in_random_processes_and_come_back_in_order(found):
-    (keys, first), (others, second) = (each["shuffled_keys"] for each in found)
+    (keys, first), (others, second) = column(found, "shuffled_keys")
     assert keys == others == [0, 10, 20, 30, 40, 50, 60, 70]
     assert sorted(first + second) == list(range(8)) and set(first) != {0, 2, 4, 6}
 
@@ -344,7 +344,7 @@ def started(rank: int) -> list[list[float]]:
 
 
 def test_both_start_with_what_the_first_has_found(found):
-    first, second = (each["started"] for each in found)
+    first, second = column(found, "started")
     probed, softened, _ = first
     assert first == second and softened == pytest.approx([weight / 2 for weight in probed])
 
@@ -390,7 +390,7 @@ def measured(rank: int) -> list[float]:
 
 @pytest.mark.parametrize("find", [contrasted, scaled, segmented, measured])
 def test_both_find_what_one_finds_by_all_images(found, find):
-    assert [each[find.__name__] for each in found] == [pytest.approx(find(0))] * 2
+    assert column(found, find.__name__) == [pytest.approx(find(0))] * 2
 
 
 def looked_at(rank: int) -> list[int]:
@@ -426,7 +426,7 @@ def drawn(rank: int) -> tuple[float, float, float]:
 
 
 def test_each_process_draws_numbers_of_its_own_also_when_it_goes_on(found):
-    (first, then, again), (other_first, other_then, other_again) = (each["drawn"] for each in found)
+    (first, then, again), (other_first, other_then, other_again) = column(found, "drawn")
     assert (then, other_then) == (again, other_again)
     assert first != other_first and then != other_then
 
@@ -459,7 +459,7 @@ def cached(rank: int) -> list:
     ],
 )
 def test_both_find_the_same(found, find, expected):
-    assert [each[find.__name__] for each in found] == [expected] * 2
+    assert column(found, find.__name__) == [expected] * 2
 
 
 NORMS = {

@@ -17,7 +17,7 @@ import yaml
 import deploy_lora
 import finetune_lora
 from tests.image_files import touch
-from tests.run_folders import names_in, rows_of
+from tests.run_folders import column, names_in, rows_of
 from toolkit import InputError, distributed
 from toolkit.answers import probe
 from toolkit.answers.measures import share_interval
@@ -149,7 +149,7 @@ def test_each_part_of_a_grouped_run_is_a_run_of_its_own_and_a_table_has_them_all
         assert re.search(told, printed) and len(patients(val)) == 10
         for row in rows_of(own / "results_answers.csv"):
             assert row["image"].split("/")[1] == row["group"]
-    scores = [results["val_accuracy"] for results in found["folds"]]
+    scores = column(found["folds"], "val_accuracy")
     assert f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}" in printed
 
     words = f"evaluate {own}/lora.pth {hospital}/scans --device cpu --output {tmp_path}/o.json"
@@ -210,7 +210,7 @@ def test_a_stopped_cross_validation_goes_on_with_its_settings_alone(runs, tmp_pa
     config.write_text("of the next")
     found = runs.validate(f"--epochs 2 --workers 1 {way.format(tmp_path / 'out/last.pth')}")
     assert runs.parts == ["1/3", "2/3", "1/3 r", "2/3 r", "3/3"]
-    assert [part["val_accuracy"] for part in found["folds"]] == [0.1, 0.2, 0.3]
+    assert column(found["folds"], "val_accuracy") == [0.1, 0.2, 0.3]
     assert f"0.2000 ± 0.1000       3 of {tmp_path}/out/folds/1/results.json; " in capsys.readouterr().out
     assert config.read_text() == "of the next"
     runs.stop = InputError("of other settings")
