@@ -4,7 +4,6 @@ import contextlib
 import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -68,7 +67,7 @@ def rows_of(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def column(rows: Iterable[Mapping[str, Any]], name: str) -> list:
+def column(rows: Iterable[Mapping], name: str) -> list:
     return [row[name] for row in rows]
 
 

@@ -78,7 +78,7 @@ def test_a_backbone_chooses_an_image_of_each_class_and_the_list_trains(base, ima
     fill_in(lists[1])
     splits = load_splits("imagefolder", data_list=lists)
     assert splits.class_names == sorted(CLASSES)
-    assert [splits.train.name(i) for i in range(3)] == [str(tmp_path / name) for name in chosen]
+    assert list(map(splits.train.name, range(3))) == [str(tmp_path / name) for name in chosen]
 
 
 def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images, tmp_path, monkeypatch, capsys):
@@ -121,8 +121,7 @@ def test_labels_that_held_out_answers_contradict_come_worst_first():
     view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3, [1, 1, 0]])
     other = view + torch.tensor([0, 0, 2.0]) * (torch.arange(5) == 2)[:, None]
     found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0, 0]))
-    assert [(i, answer) for i, answer, _ in found] == [(2, 2), (1, 0)]
-    assert [times for *_, times in found] == pytest.approx([np.exp(5), np.exp(1)])
+    assert found == [(2, 2, pytest.approx(np.exp(5))), (1, 0, pytest.approx(np.exp(1)))]
 
 
 def test_a_run_lists_the_training_images_whose_label_seems_wrong(finetune, images, tmp_path):

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file, trained_state
-from tests.run_folders import assert_identical, assert_same_tensors, metrics, train_on, writes_nothing
+from tests.run_folders import assert_identical, assert_same_tensors, column, metrics, train_on, writes_nothing
 from toolkit.answers import probe
 from toolkit.answers.evaluation import Evaluation, all_outputs, evaluate
 from toolkit.answers.tasks import Classification, Regression, Segmentation
@@ -48,8 +49,8 @@ def answers(score: float, loss: float) -> Evaluation:
 
 def guard_of(images: int, scores: list[float], classes: int = 10, has_start: bool = False, epochs: int = 1) -> Guard:
     """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
-    watched = LabelledImages([None] * images, [i % classes for i in range(images)])
-    judge = Guard(Classification([str(i) for i in range(classes)]), watched, watched, has_start, epochs)
+    watched = LabelledImages([None] * images, np.arange(images) % classes)
+    judge = Guard(Classification(list(map(str, range(classes)))), watched, watched, has_start, epochs)
     judge.scores = scores
     return judge
 
@@ -86,8 +87,8 @@ def test_what_becomes_of_an_epoch(trained, still_sure, verdict):
     judge = guard_with_a_start()
     judge.scores.append(0.9)
     before = copy.deepcopy(judge.state_dict())
-    verdicts = [judge.after_epoch(trained, still_sure) for _ in range(2)]
-    assert verdicts == [verdict] * 2 and judge.state_dict() == before
+    assert judge.after_epoch(trained, still_sure) == judge.after_epoch(trained, still_sure) == verdict
+    assert judge.state_dict() == before
 
 
 @pytest.mark.parametrize(
@@ -327,8 +328,9 @@ BARREN = (0.78, 1.1)
 def test_the_second_epoch_in_a_row_without_a_gain_is_undone(epochs, done):
     judge = guard_with_a_start()
     judge.epochs = epochs
-    *stayed, last = [verdict_on(judge, *epoch) for epoch in done]
-    assert all(isinstance(verdict, Keep) for verdict in stayed) and last == GoBack("training gains nothing")
+    for epoch in done[:-1]:
+        assert isinstance(verdict_on(judge, *epoch), Keep)
+    assert verdict_on(judge, *done[-1]) == GoBack("training gains nothing")
 
 
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
@@ -354,9 +356,8 @@ def test_a_run_goes_back_with_an_eighth_of_the_rate_and_stops_with_the_remedy_wh
         if at_start:
             return real(run, at_start)
         accuracy = accuracies.pop(0)
-        return real(run)._replace(
-            accuracy=accuracy, loss=2 - 2 * accuracy
-        )  # above a constant answer's for half or less
+        # The loss is above a constant answer's for half or less.
+        return real(run)._replace(accuracy=accuracy, loss=2 - 2 * accuracy)
 
     monkeypatch.setattr(FineTuning, "evaluate_watched", evaluate_watched)
     options = "--epochs 4 --warmup-epochs 0 --labels-per-class 2"
@@ -371,10 +372,10 @@ def test_a_run_goes_back_with_an_eighth_of_the_rate_and_stops_with_the_remedy_wh
     assert results["epochs"] == read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == 2
     rows = metrics(tmp_path / "out")
     schedule = (1.0, 0.5 + 0.5 * math.cos(math.pi / 4))
-    assert [row["learning_rate"] / share for row, share in zip(rows, schedule, strict=True)] == rates[:2]
-    assert [row["adapter_learning_rate"] / row["learning_rate"] for row in rows] == pytest.approx([24, 24])
+    assert np.divide(column(rows, "learning_rate"), schedule).tolist() == rates[:2]
+    assert column(rows, "adapter_learning_rate") == pytest.approx(np.multiply(24, column(rows, "learning_rate")))
     assert results["head_learning_rate"] == results["adapter_learning_rate"] / 24 == rates[3]
-    assert results["seconds"] > sum(row["seconds"] for row in rows)  # what is undone was spent
+    assert results["seconds"] > sum(column(rows, "seconds"))  # what is undone was spent
     assert_figures_of_file(results | {"folder": tmp_path / "out"}, images)
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
     accuracies.append(0.0)
@@ -394,8 +395,7 @@ def test_what_a_collapse_did_is_undone_and_the_run_when_stopped_goes_on_to_the_s
     lower = start(f"{options} 1e-3")
     lower.start()
     assert torch.equal(random_state, torch.get_rng_state()) and not run.optimizer.state
-    rates = [[group["lr"] for group in each.optimizer.param_groups] for each in (run, lower)]
-    assert rates[0] == pytest.approx(rates[1])
+    assert column(run.optimizer.param_groups, "lr") == pytest.approx(column(lower.optimizer.param_groups, "lr"))
     assert run.guard.scores == lower.guard.scores
     assert run.guard.start_loss == pytest.approx(lower.guard.start_loss, rel=1e-4)
     weights = trained_state(run.model)

@@ -50,7 +50,7 @@ def number_report(names: list[str], truth: torch.Tensor, answers: torch.Tensor) 
 @pytest.fixture
 def classes(tmp_path) -> list[Path]:
     """Results of two runs over 300 images of two classes, of which the second has more right."""
-    return written(tmp_path, [class_report(torch.rand(300) > wrong) for wrong in (0.3, 0.15)])
+    return written(tmp_path, [class_report(torch.rand(300) > 0.3), class_report(torch.rand(300) > 0.15)])
 
 
 def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
@@ -103,7 +103,7 @@ def test_masks_are_compared_image_by_image(tmp_path, capsys):
 def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measure, figure):
     truth = (torch.rand(200, 2) < 0.4).float()
     truth[0, 0] = math.nan
-    answers = [truth.nan_to_num() + strength * torch.randn(200, 2) for strength in (2.0, 0.7)]
+    answers = truth.nan_to_num() + torch.tensor([2.0, 0.7])[:, None, None] * torch.randn(2, 200, 2)
     reports = [report(["cat", "dog"], truth, of_run) for of_run in answers]
     paths = written(tmp_path, reports)
     found, *_ = comparison.compare(*paths)
@@ -124,8 +124,8 @@ def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
     """Ten patients, of whom the second run gets four more right: copies of their images leave p where it was."""
 
     def paths(name: str, copies: int, groups=None) -> list[Path]:
-        reports = [class_report((torch.arange(10) >= wrong).repeat(copies)) for wrong in (5, 1)]
-        return written(tmp_path, reports, groups, name)
+        patients = torch.arange(10).repeat(copies)
+        return written(tmp_path, [class_report(patients >= 5), class_report(patients >= 1)], groups, name)
 
     [once] = comparison.compare(*paths("once.json", 1))
     alone = paths("alone.json", 30)
@@ -141,7 +141,7 @@ def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
 
 def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path):
     truth = (torch.rand(40, 2) < 0.4).float()
-    answers = [truth + strength * torch.randn(40, 2) for strength in (1.2, 1.0)]
+    answers = truth + torch.tensor([1.2, 1.0])[:, None, None] * torch.randn(2, 40, 2)
     reports = [label_report(["group", "image"], truth.repeat(6, 1), of_run.repeat(6, 1)) for of_run in answers]
     of_images, *_ = comparison.compare(*written(tmp_path, reports))
     of_patients, *_ = comparison.compare(*written(tmp_path, reports, list(range(40)) * 6))

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.image_files import save_image
+from tests.run_folders import assert_identical
 from toolkit import InputError
 from toolkit.images import data, sources, transforms
 
@@ -153,7 +154,7 @@ def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
             expected = [float("rare" in labels[name]), float("tall" in labels[name])]
             assert part[i][1].tolist() == part.targets[i].tolist() == expected
     few = splits.train.at_most(3)
-    assert {tuple(row) for row in few.targets.tolist()} == {(0, 0), (0, 1), (1, 0)}
+    assert set(map(tuple, few.targets.tolist())) == {(0, 0), (0, 1), (1, 0)}
 
 
 def test_images_without_labels(tmp_path):
@@ -171,7 +172,7 @@ def test_images_without_labels(tmp_path):
     assert parted.name(0) == str(tmp_path / "parted/train/cat/a.png") and len(parted) == 6  # none of test/
     listed = sources.load_unlabelled(data_list=[tmp_path / "list.txt"])
     assert list(listed.relative_names()) == ["flat/a.png", "flat/b.png"]
-    assert [sources.has_labels(tmp_path / name) for name in ("flat", "parted", ".")] == [False, True, True]
+    assert list(map(sources.has_labels, [tmp_path / "flat", tmp_path / "parted", tmp_path])) == [False, True, True]
     assert not sources.has_labels(None, [tmp_path / "list.txt"])
     (tmp_path / "list.txt").write_text("flat/a.png,cat\nflat/b.png,dog\n")
     assert sources.has_labels(None, [tmp_path / "list.txt"])
@@ -228,7 +229,7 @@ def test_a_validation_part_has_some_of_each_class_and_never_all_and_so_has_what_
         counts = np.bincount(part.labels, minlength=4)
         assert counts[0] == pytest.approx(1000 * share, abs=40) and 0 < counts[0] < 1000
         assert 0 < counts[1] < 4 and counts[2] == 1 and counts[3] == 0
-        assert [images.labels[i] for i in part.indices] == part.labels
+        assert np.take(images.labels, part.indices).tolist() == part.labels
     rest = set_of(in_files, many=1000)
     for fifth in (200, 160, 128):  # each draws anew
         rest, part = sources.validation_part(rest)
@@ -243,13 +244,13 @@ def test_a_validation_part_has_some_of_each_class_and_never_all_and_so_has_what_
 
 def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
     """Per batch, for each of its items, its number and what its transform drew."""
-    numbered = data.Transformed(pairs(10), lambda i: (i, torch.rand(1), torch.randn(1)))
+    numbered = data.Transformed(pairs(10), lambda i: (i, torch.rand(()), torch.randn(())))
     loader = data.build_loader(numbered, 4, **options)
     loader.batch_sampler.start = start
     batches = []
     for _ in range(epochs):
         for columns, _ in loader:
-            batches.append(list(zip(*(column.flatten().tolist() for column in columns), strict=True)))
+            batches.append(list(zip(*map(torch.Tensor.tolist, columns), strict=True)))
     return batches
 
 
@@ -261,15 +262,14 @@ def test_what_is_drawn_for_an_image_depends_on_seed_and_epoch_alone():
     assert draws(epochs=2, shuffle=True, workers=2) == whole and torch.equal(torch.rand(5), expected)
     assert draws(epochs=2, shuffle=True) == whole
     assert draws(epochs=2, start=2, shuffle=True) == whole[2:]
-    items = [*itertools.chain(*whole)]
-    assert sorted(i for i, _, _ in items[:10]) == sorted(i for i, _, _ in items[10:]) == list(range(10))
-    for column in (1, 2):  # no two images, nor one image in two epochs, get the same
-        assert len({item[column] for item in items}) == 20
-    assert [len(batch) for batch in draws(shuffle=True, drop_last=True)] == [4, 4]
+    numbers, *drawn = zip(*itertools.chain(*whole), strict=True)
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    for column in drawn:  # no two images, nor one image in two epochs, get the same
+        assert len(set(column)) == 20
+    assert list(map(len, draws(shuffle=True, drop_last=True))) == [4, 4]
     # Another seed: another order and other views, each for itself, or two runs were less independent than seeds say.
-    others = [*itertools.chain(*draws(epochs=2, shuffle=True, seed=1))]
-    assert [i for i, *_ in items] != [i for i, *_ in others]
-    assert {draw for _, draw, _ in items}.isdisjoint(draw for _, draw, _ in others)
+    others, drawn_there, _ = zip(*itertools.chain(*draws(epochs=2, shuffle=True, seed=1)), strict=True)
+    assert numbers != others and set(drawn[0]).isdisjoint(drawn_there)
 
 
 def test_the_meter_tells_waiting_from_working(monkeypatch):
@@ -344,5 +344,5 @@ def test_batches_are_loaded_once_if_they_need_little_memory(monkeypatch):
         view = mock.Mock(spec=[], side_effect=lambda image: torch.rand(2))
         batches = data.Remembered(data.build_loader(data.Transformed(pairs(5), view), 2, shuffle=True))
         next(iter(batches))  # a pass that is broken off
-        first, second = (torch.cat([images for images, _ in batches]) for _ in range(2))
-        assert torch.equal(first, second) and len(batches) == 3 and view.call_count == draws
+        assert_identical(list(batches), list(batches))
+        assert len(batches) == 3 and view.call_count == draws

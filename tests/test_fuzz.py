@@ -28,7 +28,6 @@ from finetune_lora import add_lora_to_model, make_parser, read_options
 from lora_utils import LoRAManager
 from moco import pretrain
 from tests.image_files import bytes_of
-from tests.run_folders import contents
 from toolkit import InputError
 from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
@@ -124,7 +123,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
     return {
         "checkpoint.pth": torch_file(content),
         "legacy checkpoint.pth": torch_file(content, zipped=False),
-        **contents(folder),
+        **{path.name: path.read_bytes() for path in folder.iterdir()},
         "image.tif": bytes_of(tifffile.imwrite, levels, **how),
         "image.npy": bytes_of(np.save, levels),
         "image.npz": bytes_of(np.savez, levels),

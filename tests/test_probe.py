@@ -171,7 +171,7 @@ def test_the_search_for_a_strength_ends_at_the_second_in_a_row_that_is_worse(mon
     parts = [(np.array([0, 1]), np.array([2, 3]))]
     found = probe._search(X, probe.SCALINGS["deviation"](X), Y, torch.arange(1, 5)[:, None], parts, probe.ONE_CLASS)
     assert found[:2] == (2.0, probe.STRENGTHS[2])
-    assert starts[0] is None and [int(start[0, 0]) for start in starts[1:]] == [1, 2, 3, 4]
+    assert starts[0] is None and torch.stack(starts[1:])[:, 0, 0].tolist() == [1, 2, 3, 4]
 
 
 def test_a_class_with_one_image_or_none_and_images_that_are_all_alike():

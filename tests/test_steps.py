@@ -1,5 +1,6 @@
 """Single steps of fine-tuning, and what a run starts from."""
 
+import copy
 import math
 
 import pytest
@@ -57,19 +58,19 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     head = run.model.heads.head
     torch.nn.init.normal_(head.weight)
     torch.nn.init.normal_(head.bias)
-    weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
+    other = copy.deepcopy(head)
     with torch.no_grad():
         features = headless(run.model)(images)
-    log_p = F.log_softmax(features @ weight.T + bias, dim=1)
+    log_p = F.log_softmax(other(features), dim=1)
     expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
-    groups = [{"params": weight, "weight_decay": 0.1}, {"params": bias, "weight_decay": 0.0}]
+    groups = [{"params": other.weight, "weight_decay": 0.1}, {"params": other.bias, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     expected.backward()
     optimizer.step()
     loss, right = train_on(run, MicroBatches(iter([(images, labels)]), 1, 6, True))
     assert loss == pytest.approx(F.nll_loss(log_p, labels, reduction="sum").item(), rel=1e-5)
     assert right == (log_p.argmax(1) == labels).sum()
-    for ours, theirs in zip((head.weight, head.bias), (weight, bias), strict=True):
+    for ours, theirs in zip(head.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
         torch.testing.assert_close(ours, theirs)
 
@@ -78,11 +79,11 @@ def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
     """Else float16's scale, here 1,024, would make each step as much smaller."""
     run = start("--clip-grad-norm 0.01")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    run.optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1.0)
-    before = snapshot(run.model)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+    before = torch.nn.utils.parameters_to_vector(run.model.parameters())
     train_on(run, next(run.loaders.steps(1)))
-    change = [tensor - before[name] for name, tensor in snapshot(run.model).items()]
-    assert torch.nn.utils.get_total_norm(change).item() == pytest.approx(0.01, rel=1e-3)
+    change = torch.nn.utils.parameters_to_vector(run.model.parameters()) - before
+    assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("error")  # as PyTorch's, that the schedule went on without a step
@@ -94,8 +95,7 @@ def test_a_step_that_float16_cannot_hold_changes_no_weight_and_its_scale_comes_b
     run.dtype = torch.float32
     before = snapshot(run.model)
     state = run.trained()
-    first = next(p for p in run.model.parameters() if p.requires_grad)
-    overflow = first.register_hook(lambda gradient: gradient * math.inf)
+    overflow = run.optimizer.param_groups[0]["params"][0].register_hook(lambda gradient: gradient * math.inf)
     train_on(run, next(run.loaders.steps(1)))
     assert_unchanged(before, run.model)
     assert run.scaler.get_scale() == 2.0**15  # half of the first
@@ -125,9 +125,10 @@ def test_an_epoch_sees_every_image_once_in_a_new_order_in_training_mode(start, m
         assert run.model.training
         for step in real_steps(epoch, first):
             batches = list(step.batches)
-            sizes = [len(labels) for _, labels in batches]
+            _, labels = zip(*batches, strict=True)
+            sizes = list(map(len, labels))
             assert (step.number, step.images) == (len(batches), sum(sizes))
-            seen.append((sizes, torch.cat([labels for _, labels in batches])))
+            seen.append((sizes, torch.cat(labels)))
             yield step._replace(batches=iter(batches))
 
     monkeypatch.setattr(run.loaders, "steps", steps)
@@ -183,7 +184,7 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     start_head = spy(tasks, "start_head")
     trains.start()
     assert [call.args[4] is patients for call in start_head.call_args_list] == [True, True]
-    pixels, _ = default_collate([trains.loaders.train.dataset[i] for i in range(21)])
+    pixels, _ = default_collate(list(trains.loaders.train.dataset))
     with torch.no_grad():
         maps = trains.model.conv1(pixels)
     torch.testing.assert_close(trains.model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)

@@ -82,10 +82,10 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     assert answers.score == answers.measured()["macro_ap"] == pytest.approx(np.mean(precisions), abs=1e-12)
     areas = [metrics.roc_auc_score(*pair) for pair in pairs]
     assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
-    sums = [of[known].sum().item() for of in (values, targets, torch.ones(80, 3))]
-    assert answers.reliability().sum(0).tolist() == pytest.approx(sums)
+    sums = torch.stack([values, targets, torch.ones(80, 3)])[:, known].sum(1)
+    assert answers.reliability().sum(0).tolist() == pytest.approx(sums.tolist())
     weights = torch.stack([torch.ones(80), torch.arange(80) % 4])  # each answer weighs as its image
-    each = [row[:, None].expand(80, 3)[known] for row in weights]
+    each = weights[:, :, None].expand(2, 80, 3)[:, known]
     expected = [metrics.average_precision_score(targets[known], values[known], sample_weight=of) for of in each]
     assert answers.weighted(weights)["micro_ap"].tolist() == pytest.approx(expected, abs=1e-12)
 
@@ -99,7 +99,7 @@ def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_s
     constant = shares.logit().expand(200, 3)
     assert task.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
     torch.testing.assert_close(task.constant_logits, shares.logit(), atol=0.1, rtol=0)
-    assert task.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
+    assert task.counts(images) == dict(enumerate((targets == 1).sum(0).tolist()))
     classes = LabelledImages([None] * 4, [0, 2, 2, 2])
     assert tasks.Classification(NAMES).constant_score(classes) == 3 / 4
     assert tasks.Classification(NAMES).constant_loss(classes) == pytest.approx(math.log(4) - 0.75 * math.log(3))
@@ -219,7 +219,7 @@ def test_numbers_far_from_zero_are_told_from_each_other():
     again = tasks.from_record(task.record(), ["time"], "lora.pth")
     assert torch.equal(again.in_units(outputs), task.in_units(outputs))
     cells = task.report(answers).answer_columns()
-    assert [float(cell) for cell in cells["time"]] == truth[:, 0].tolist()
+    assert list(map(float, cells["time"])) == truth[:, 0].tolist()
 
 
 def test_numbers_are_measured_in_their_own_units():
