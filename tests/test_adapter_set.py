@@ -300,7 +300,7 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
         manager.save_lora_checkpoint(tmp_path / "again.pth")
         return read_adapter_file(tmp_path / "again.pth")["metadata"]
 
-    of_file = {"class_names": ["others"], "val_macro_f1": 0.9, "cut to rank": 2}
+    of_file = {"class_names": ["others"], "val_macro_f1": 0.9, "cut to rank": 2, "keeps_start": False}
     LoRAManager(alone["pets"]).save_lora_checkpoint(tmp_path / "other.pth", of_file)
     manager = LoRAManager(alone["pets"])
     manager.load_lora_checkpoint(tmp_path / "other.pth")
