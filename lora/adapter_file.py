@@ -19,14 +19,8 @@ from toolkit.models import backbones, dense, names, published
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
 LAYER_FIELDS = ("kind", *NO_ADAPTER)
-_MEASURED = {
-    "epoch",
-    "loss",
-    "kept_share",
-    "keeps_start",
-    "thresholds chosen",
-    "cut to rank",
-}  # and scores, which begin with val_
+# Measured of, or chosen for, the tensors beside it; scores, too, which begin with val_. Older files have `kept_share`.
+_MEASURED = {"epoch", "loss", "kept_share", "keeps_start", "thresholds chosen", "cut to rank"}
 
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
