@@ -298,6 +298,7 @@ def test_training_that_harms_the_probe_keeps_the_probe(start, monkeypatch):
     monkeypatch.setattr(Guard, "has_collapsed", lambda *_: False)
     train(run)
     assert run.kept.at_start and run.history[0]["val_accuracy"] == run.baseline["probe"]
+    assert run.guard.barren_epochs == 1
     with run.kept_weights():
         expected, _ = all_outputs(run.network, run.loaders.watched, run.device, run.dtype)
     torch.testing.assert_close(run.watched_outputs[0], expected)  # by which the temperature is chosen
