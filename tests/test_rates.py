@@ -46,7 +46,9 @@ def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_ra
 def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, monkeypatch, options, remedy):
     """Without adapters there is nothing that --lora-init could start: it is refused."""
     monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 80)
-    told = reports.describe_rates(start(options))
+    run = start(f"{options} --epochs 5")
+    assert run.rate == pytest.approx(1e-2 / optim.rate_divisor(1e-2, 5 * run.steps_per_epoch))
+    told = reports.describe_rates(run)
     assert f"so few steps cannot correct what a high rate does (with {remedy} it stays as typed)" in told
     assert start(f"{options} {remedy}").rate == 1e-2
 
@@ -143,7 +145,6 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
 def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
     """They train on fewer images. One that collapses has a score of 0."""
     monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
-    monkeypatch.setattr(search, "MOST_TRIAL_EPOCHS", 1)
     made = []
     train = finetune_lora.train
 
@@ -164,12 +165,12 @@ def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
     divisor = spy(optim, "run_divisor")
     finetune("--learning-rate auto --labels-per-class 4 --batch-size 4 --accumulation-steps 2")
     assert features.call_count == 2  # the trials share theirs
-    assert divisor.call_args_list[0].args[2] == 1  # step of one epoch on 8 images, by which rates to try are chosen
+    assert divisor.call_args_list[0].args[2] == 2  # steps of two epochs on 8 images, by which rates to try are chosen
     assert counted.call_count == 1 and len(counted.call_args.args[1].train) == 8
     trial, second, run = ((len(run.splits.train), run.args.epochs) for run in made)
-    assert trial == second == (8, 1) and run == (12, 2)
+    assert trial == second == (8, 2) and run == (12, 2)
     told = capsys.readouterr().out
-    assert "searching for a learning rate: 2 runs of 1 epochs on 8 training images, judged by 4 others of them" in told
+    assert "searching for a learning rate: 2 runs of 2 epochs on 8 training images, judged by 4 others of them" in told
     assert "learning rate 1e-04: accuracy 0.00%, loss inf" in told and told.count("epoch 1: training loss") == 1
     assert "learning rate 1e-03: accuracy 25.00%, loss 7.0000" in told  # of its last epoch
     assert "learning rate 1e-3 chosen by trials on a part of the training images" in told
