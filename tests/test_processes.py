@@ -109,7 +109,7 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     assert_close(ours, theirs)
     assert not list((tmp_path / "out").glob(".*"))
     for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
-        assert row == pytest.approx(other, rel=1e-3)
+        assert row == pytest.approx(other, rel=1e-3, abs=5e-5)  # a loss may be near 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     for name, value in alone.items():
         if isinstance(value, float) and name.startswith(("val_", "best_", "knn_", "probe_", "calibration")):
@@ -223,7 +223,7 @@ def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, mo
         queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
         assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
         for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
-            assert row == pytest.approx(other, rel=1e-3)
+            assert row == pytest.approx(other, rel=1e-3, abs=5e-5)  # a loss may be near 0
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ WAYS = {
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"
     " --adapt-last 1",
     "features of views": "--adapt-last 1 --augmentation crop --cache-features disk",
-    "norms that follow": "--checkpoint {resnet} --image-size 32 --labels-per-class 2 --norms follow",
+    "norms that follow": "--checkpoint {resnet} --image-size 32 --labels-per-class 2 --norms follow --lora-init random",
 }
 
 
