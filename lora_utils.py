@@ -294,8 +294,9 @@ class LoRAManager:
         tensors |= named_statistics(self.model)
         if metadata is None:
             loaded = self._in_use_or_unnamed()
-            is_same = loaded.digest == state_digest(tensors)
-            metadata = loaded.metadata if is_same else unmeasured(loaded.metadata)
+            metadata = loaded.metadata
+            if loaded.digest != state_digest(tensors):
+                metadata = unmeasured(metadata)
         try:  # as files return them: with lists for tuples, and strings as keys
             metadata = json.loads(json.dumps({**metadata}))
         except (TypeError, ValueError) as error:

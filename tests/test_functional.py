@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -179,11 +180,14 @@ def test_the_leak_rectifies_exactly_what_a_relu_does(dtype):
 
 def test_a_kernel_larger_than_its_input_is_neither_scaled_nor_merged(monkeypatch):
     """In neither direction: the output is scaled, and the adapter goes through r channels."""
-    monkeypatch.setattr(functional, "_folded_kernel", None)
-    monkeypatch.setattr(functional, "scaled_kernel", lambda W, scale, dtype: {None: W}[scale])
+    folded = mock.Mock()
+    scaled = mock.Mock(side_effect=lambda W, scale, dtype: W)
+    monkeypatch.setattr(functional, "_folded_kernel", folded)
+    monkeypatch.setattr(functional, "scaled_kernel", scaled)
     W = random(32, 8, 1, 1).bfloat16()
     x = random(4, 8, 2, 2).bfloat16().requires_grad_()
     lora_conv2d(x, W, random(2, 8), random(32, 2), random(32), SCALING, row_scale=random(32)).sum().backward()
+    assert not folded.called and {call.args[1] for call in scaled.call_args_list} <= {None}
 
 
 def test_small_updates_survive_rounding_on_average():

@@ -142,7 +142,10 @@ def is_free(path: Path, by: str) -> bool:
 
 
 def _digest(path: Path, by: str) -> str:
-    digest = hashlib.sha256(path.read_bytes())
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
     digest.update(os.fsencode(by))
     return digest.hexdigest()
 

@@ -157,7 +157,9 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
         form = ".4g" if measure in SHOWN[ANSWER].values() else ".2%"  # a share in per cent
         interval = answer_reports.interval_text(low, high, f"+{form}")
         text = f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"
-        rows.append((measure, "not defined on these images" if np.isnan(after - before) else text))
+        if np.isnan(after - before):
+            text = "not defined on these images"
+        rows.append((measure, text))
     return rows
 
 

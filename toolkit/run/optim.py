@@ -66,7 +66,9 @@ class KeptWeights:
 
     def in_place(self) -> contextlib.AbstractContextManager:
         """Within this block the model has the weights that are kept in place of those that train."""
-        return weights_replaced(self.weights, self.start.items() if self.at_start else ())
+        if not self.at_start:
+            return contextlib.nullcontext()
+        return weights_replaced(self.weights, self.start.items())
 
     def state_dict(self) -> dict[str, Any]:
         return attributes(self, "at_start", "start")

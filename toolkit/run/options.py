@@ -130,7 +130,7 @@ class TuneOptions(AdapterOptions):
     lora_init: str | None = option(None, "start of A; default: random if the head is", choices=("gradient", "random"))
     class_weights: str = option("none", "balanced: rare ones count more; masks' default", choices=("none", "balanced"))
     threshold: str = option("f1", "of labels: f1, sensitivity=0.95 or specificity=0.9", type=config.threshold_goal)
-    epochs: int = option(10, "passes over the training images; with few labels at least 12 steps", type=positive_int)
+    epochs: int = option(10, "passes over the training images, each of at least 12 steps", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
     weight_decay: float = option(0.01, "weight decay of AdamW", type=config.non_negative_float)

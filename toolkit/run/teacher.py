@@ -18,7 +18,7 @@ from toolkit.answers import evaluation
 from toolkit.images.sources import Splits
 from toolkit.run.optim import weights_replaced
 
-LEAST_LABELS = 5  # a class: with fewer, many steps or other images may harm
+LEAST_LABELS = 5  # a class: with fewer, images without labels may harm
 LEAST_KNOWN = 0.1  # of the way from chance to certainty: how far the answers at the start have to be
 WATCHED = 120  # images that were answered most surely at the start
 MENDED = 0.25  # the most of their answers that training may change, beside those expected to be wrong
@@ -42,7 +42,7 @@ def as_sure(logits: Tensor, first: Tensor) -> Tensor:
 
 
 def enough_labels(splits: Splits) -> bool:
-    """Has a class LEAST_LABELS images on average? Then many steps gain, and so do images without labels."""
+    """Has a class LEAST_LABELS images on average? With fewer, images without labels may harm, and do not train."""
     return len(splits.train) >= LEAST_LABELS * len(splits.class_names)
 
 
