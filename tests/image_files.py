@@ -34,6 +34,14 @@ def tar_of(files: dict[str, bytes]) -> bytes:
     return content.getvalue()
 
 
+def labelled_tar(images: list[Path]) -> bytes:
+    """An archive of images that has the class of each, the name of its folder, beside it."""
+    files = {}
+    for number, image in enumerate(images):
+        files |= {f"{number}{image.suffix}": image.read_bytes(), f"{number}.cls": image.parent.name.encode()}
+    return tar_of(files)
+
+
 def png_of(width: int, height: int, bits: int, colours: int, rows: bytes) -> bytes:
     """A PNG that says to be of this size, these bits and this type of colours; each row begins with its filter, 0."""
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)

@@ -18,7 +18,7 @@ from finetune_lora import load_finetuned
 from lora.adapter_file import write_adapter_file
 from moco import pretrain
 from tests.checkpoint_files import under, without_head
-from tests.image_files import bytes_of, png_of, tar_of
+from tests.image_files import bytes_of, labelled_tar, png_of
 from toolkit import InputError
 from toolkit.images import folders, remote
 from toolkit.images.bands import Bands, Scaling, _check_values, decoded, settle
@@ -209,11 +209,8 @@ def test_a_file_with_other_bands_is_not_called_unreadable(tmp_path):
 
 def test_images_in_archives_have_bands_too(tiffs, tmp_path):
     paths = sorted((tiffs / "val").rglob("*.tif"))
-    files = {}
-    for number, path in enumerate(paths):
-        files |= {f"{number}.tif": path.read_bytes(), f"{number}.cls": path.parent.name.encode()}
     (tmp_path / "train").mkdir()
-    (tmp_path / "train/0.tar").write_bytes(tar_of(files))
+    (tmp_path / "train/0.tar").write_bytes(labelled_tar(paths))
     splits = load_splits("imagefolder", tmp_path, for_training_only=True, bands=Bands(13))
     for archived in (splits.train, load_unlabelled(tmp_path, bands=Bands(13))):
         for (image, _), path in zip(archived, paths, strict=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_adapter
 from dense import FP32, assert_close, randomize_adapters
 from torch import Tensor, nn
 
@@ -16,30 +17,19 @@ from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 from toolkit.models.checkpoints import load_backbone
 
-NAMES = ["a", "b", "c"]
-
 
 def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor:
     """The nearest change of rank r, in float64; of attention's packed weight, of each of q, k and v."""
-    parts = []
-    for old, new in zip(
-        *(tensor.double().chunk(3 if "in_proj" in name else 1) for tensor in (before, after)), strict=True
-    ):
-        U, S, Vh = torch.linalg.svd((new - old).flatten(1), full_matrices=False)
-        parts.append(old + ((U[:, :r] * S[:r]) @ Vh[:r]).view(old.shape))
-    return torch.cat(parts)
-
-
-def save(model: nn.Module, base: Path | str, path: Path, **more) -> Path:
-    arch = "resnet18" if hasattr(model, "fc") else "vit_mini"
-    about = {"arch": arch, "class_names": NAMES, "image_size": 16, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(path, about | more)
-    return path
+    changes = []
+    for change in (after.double() - before.double()).chunk(3 if "in_proj" in name else 1):
+        U, S, Vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
+        changes.append(((U[:, :r] * S[:r]) @ Vh[:r]).view(change.shape))
+    return before + torch.cat(changes)
 
 
 def of_base(base: Path) -> nn.Module:
     torch.manual_seed(0)
-    return load_backbone(base, len(NAMES), image_size=16)[0]
+    return load_backbone(base, 3, image_size=16)[0]
 
 
 @torch.no_grad()
@@ -66,8 +56,11 @@ def adapted(base: Path) -> nn.Module:
 def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(
     base, narrow, saved, kind, trained, tmp_path, capsys
 ):
-    base = {"vit": base, "resnet": saved(narrow)}[kind]
-    path = save(trained(base), base, tmp_path / "lora.pth", val_accuracy=0.9)
+    about = {"val_accuracy": 0.9}
+    if kind == "resnet":
+        base = saved(narrow)
+        about["arch"] = "resnet18"
+    path = save_adapter(trained(base), tmp_path / "lora.pth", base, **about)
     (tmp_path / "results.json").write_text("{}")  # of the whole change
     deploy_lora.main(f"convert {path} --rank 2 --output {tmp_path}/lora2.pth".split())
 
@@ -95,8 +88,7 @@ def test_each_layer_keeps_the_main_part_of_its_change_and_all_else_stays(
     assert "val_accuracy" not in about and about["lora"]["r"] == 2  # what is said of the file holds for this one
     layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
     assert {(record["r"], record["lora_alpha"]) for record in layers.values()} == {(2, 4)}
-    card = deploy_lora.main(["card", str(tmp_path / "lora2.pth"), "--output", str(tmp_path / "card.md")])
-    assert "Not measured" in card
+    assert "Not measured" in deploy_lora.main(f"card {tmp_path}/lora2.pth --output {tmp_path}/card.md".split())
 
 
 def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_there():
@@ -111,7 +103,7 @@ def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_the
 def test_what_cannot_be_cut_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quantised = add_lora_to_model(of_base(base), use_qlora=True)
-    fresh, _ = load_backbone("none", len(NAMES), "vit_mini", 16)
+    fresh, _ = load_backbone("none", 3, "vit_mini", 16)
     for rank, model, checkpoint, message in (
         (6, adapted(base), base, "--rank 6: lora.pth has rank 6; give a lower one"),
         (192, fully_trained(base), base, "--rank 192: lora.pth has rank 192; give a lower one"),
@@ -120,7 +112,7 @@ def test_what_cannot_be_cut_is_refused(base, tmp_path, monkeypatch):
         (2, quantised, base, "lora.pth was trained over 4-bit wei"),
         (2, fresh, "none", "lora.pth began at random weights"),
     ):
-        save(model, checkpoint, Path("lora.pth"))
+        save_adapter(model, Path("lora.pth"), checkpoint)
         with pytest.raises(InputError, match=f"^{message}"):
             deploy_lora.main(f"convert lora.pth --rank {rank} --output cut.pth".split())
         assert not Path("cut.pth").exists()

@@ -24,7 +24,7 @@ from torch import nn
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora import functional
-from tests.image_files import tar_of
+from tests.image_files import labelled_tar, save_image, tar_of
 from tests.pages import preparation
 from tests.run_folders import column, contents, rows_of
 from toolkit import InputError, files
@@ -187,15 +187,6 @@ def test_evaluation_counts_all_images_of_a_folder(adapter, images, tmp_path, cap
         assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 
-def archived(paths: list[Path], path: Path) -> None:
-    """Images as an archive that has the class of each beside it."""
-    files = {}
-    for number, image in enumerate(paths):
-        files |= {f"{number}.png": image.read_bytes(), f"{number}.cls": image.parent.name.encode()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tar_of(files))
-
-
 @pytest.fixture
 def plain(images, tmp_path) -> Path:
     """A list of the 15 evaluation images."""
@@ -208,9 +199,9 @@ def test_lists_and_archives_are_answered_and_evaluated_as_folders_are(adapter_fo
     """Archives themselves, and in the val/ beside a train/; of classes that the adapter lacks they are refused."""
     paths = sorted((images / "val").glob("*/*.png"))
     mine = tmp_path / "mine"
-    archived(paths[:8], mine / "val/0.tar")
-    archived(paths[8:], mine / "val/1.tar")
-    archived(paths[:8], mine / "train/0.tar")
+    for name, of in (("val/0.tar", paths[:8]), ("val/1.tar", paths[8:]), ("train/0.tar", paths[:8])):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_bytes(labelled_tar(of))
     found = []
     for source, labelled in ((images / "val", images), (plain, plain), (mine / "val", mine)):
         rows = run("predict --device cpu", adapter_for_images, source, "--output", tmp_path / "p.csv")
@@ -310,18 +301,17 @@ def served(request, base, tmp_path) -> tuple[Path, Path]:
     """An adapter file for images and answers of each kind, and an image."""
     kind = request.param
     about = OF_KIND[kind]
-    image = tmp_path / "image.png"
     random = np.random.RandomState(0)
-    if kind in ("13 bands", "chosen bands"):
+    name = "image.png"
+    if "bands" in kind:
+        name = "image.npy"
         levels = random.randint(0, 9000, (20, 30, about["channels"])).astype(np.float32)
         levels[3, 4] = np.nan  # no data
-        image = image.with_suffix(".npy")
-        np.save(image, levels)
-    elif kind in ("16-bit grey", "one band"):
-        Image.fromarray(random.randint(0, 65536, (90, 120)).astype(np.uint16)).save(image)
+    elif kind == "8-bit RGB":
+        levels = random.randint(0, 256, (90, 120, 3)).astype(np.uint8)
     else:
-        Image.fromarray(random.randint(0, 256, (90, 120, 3)).astype(np.uint8)).save(image)
-    return adapter_file(tmp_path / "lora.pth", base, **about), image
+        levels = random.randint(0, 65536, (90, 120)).astype(np.uint16)
+    return adapter_file(tmp_path / "lora.pth", base, **about), save_image(tmp_path / name, levels)
 
 
 def answers_of(outputs: torch.Tensor, about: dict) -> torch.Tensor:
@@ -376,19 +366,16 @@ def test_a_graph_and_its_preparation_answer_as_predict(served, outputs, normalis
         torch.testing.assert_close(found, expected.repeat(count, 1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("words", "missing", "told"),
-    [
-        ("export {} --output {}/model.onnx", "onnxscript", "pip install onnx onnxscript"),
-        ("demo {}", "gradio", r"demo needs gradio .*: pip install gradio"),
-    ],
-)
-def test_a_missing_package_is_named_at_once(adapter_for_images, tmp_path, monkeypatch, words, missing, told):
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_a_missing_package_is_named_at_once(adapter_for_images, tmp_path, monkeypatch):
     monkeypatch.setattr(deploy_lora, "load_finetuned", None)
-    with pytest.raises(InputError, match=told):
-        run(words.format(adapter_for_images, tmp_path))
-    assert not (tmp_path / "model.onnx").exists()
+    for missing in ("onnxscript", "gradio"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    for words, told in (
+        (f"export {adapter_for_images} --output {tmp_path}/model.onnx", "pip install onnx onnxscript"),
+        (f"demo {adapter_for_images}", "demo needs gradio .*: pip install gradio"),
+    ):
+        with pytest.raises(InputError, match=told):
+            run(words)
 
 
 # ---------------------------------------- toolkit/run/commands.py: a command replaces what it wrote, and nothing else
@@ -433,27 +420,20 @@ def test_a_command_writes_what_it_says_twice_but_not_over_what_was_changed_nor_w
     read_options(words.split())
 
 
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        ("evaluate lora.pth images --output r.json", "r_answers.csv"),
-        ("evaluate lora.pth images", "lora_evaluation.html"),
-        ("threshold lora.pth list.csv --output new.pth", "new.pth"),
-        ("predict lora.pth images --output map.tif", "map.tif"),
-        ("merge lora.pth --output m.pth", "m.json"),
-        ("convert lora.pth --output .", "adapter_config.json"),
-        ("choose lora.pth images --output .", "to_label.csv"),
-    ],
-)
-def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch, words, name):
+def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch):
     """Nor is a link, or a pipe, which is not waited for."""
     monkeypatch.chdir(tmp_path)
-    read_options(words.split())
-    for put in (Path.touch, lambda path: path.symlink_to("nothing"), os.mkfifo):
+    for words, name, put in (
+        ("evaluate lora.pth images", "lora_evaluation.html", os.mkfifo),
+        ("threshold lora.pth list.csv --output new.pth", "new.pth", lambda path: path.symlink_to("nothing")),
+        ("predict lora.pth images --output map.tif", "map.tif", Path.touch),
+        ("convert lora.pth --output .", "adapter_config.json", Path.touch),
+        ("choose lora.pth images --output .", "to_label.csv", Path.touch),
+    ):
+        read_options(words.split())
         put(Path(name))
         with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier {words.split()[0]}"):
             read_options(words.split())
-        Path(name).unlink()
 
 
 def test_of_two_commands_with_one_output_the_second_is_refused_and_what_a_killed_one_left_is_removed(tmp_path):

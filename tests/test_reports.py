@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from toolkit import TOOLKIT, VERSION, typed
+from toolkit import TOOLKIT, VERSION
 from toolkit.answers import answer_reports, classification, multilabel, regression, report_page
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.measures import jackknife, mcnemar, mean_interval, share_interval
@@ -128,8 +128,7 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     losses = {"train_loss": 0.84321, "val_loss": 0.22549, "val_accuracy": 0.93593}
     history = [losses | {"epoch": 1, "seconds": 8.0}, losses | {"epoch": 2, "seconds": 10.0}]
     shown = "training loss 0.843, evaluation 0.225, accuracy 93.59%; 10 s"
-    run = argparse.Namespace(task=TASK, history=history, args=argparse.Namespace(epochs=4))
-    run.kept = argparse.Namespace(at_start=False)
+    run = mock.Mock(task=TASK, history=history, **{"args.epochs": 4, "kept.at_start": False})
     assert reports.describe_epoch(run) == f"epoch 2: {shown}, 18 s left"
     run.args.epochs = 2
     assert reports.describe_epoch(run) == f"epoch 2: {shown}"
@@ -151,10 +150,8 @@ def test_each_learning_rate_is_reported():
         (None, 1.0, "auto", False, "head 1e-4, backbone 1e-4"),
         (1e-4, 1.0, "train", True, "head 1e-4, adapters 1e-4, norms 1e-4"),
     ):
-        run = argparse.Namespace(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster)
-        run.args = argparse.Namespace(freeze_backbone=frozen, learning_rate=1e-4)
-        run.plan = argparse.Namespace(norms=norms)
-        run.guard = argparse.Namespace(retreats=[])
+        about = {"args.freeze_backbone": frozen, "args.learning_rate": 1e-4, "plan.norms": norms, "guard.retreats": []}
+        run = mock.Mock(rate=1e-4, adapter_rate=adapters, adapter_lr_factor=faster, **about)
         assert reports.describe_rates(run) == f"learning rate: {shown}"
         run.args.learning_rate = 20 * run.rate
         assert "; 5% of 2e-3: so few steps cannot correct what a high rate does" in reports.describe_rates(run)
@@ -289,10 +286,9 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
     assert sizes.pop("none")[1] < sizes["mistakes"][1] and min(sizes.values())[0] > 300
 
 
-def test_answers_are_drawn_over_the_truth(numbers, monkeypatch):
-    save = mock.Mock()
-    monkeypatch.setattr(regression, "save_figure", save)
-    numbers.draw(None)
+def test_answers_are_drawn_over_the_truth(numbers, spy, tmp_path):
+    save = spy(regression, "save_figure")
+    numbers.draw(tmp_path / "picture.png")
     points, line = save.call_args.args[0].axes[1].lines
     answers = numbers.answers
     assert points.get_xydata().tolist() == torch.stack([answers.targets[:, 1], answers.values[:, 1]], 1).tolist()
@@ -358,26 +354,22 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
     assert [words for words in told if words not in shown] == []
 
 
-@pytest.mark.parametrize(
-    ("started", "folder", "shown"),
-    [
+def test_commands_that_are_printed_exist_where_the_run_was_started(monkeypatch):
+    for started, folder, shown in (
         ("finetune_lora.py", TOOLKIT, "python deploy_lora.py"),
         ("finetune_lora.py", Path("/"), f"python {shlex.quote(str(TOOLKIT / 'deploy_lora.py'))}"),
         ("/usr/bin/moco-lora-finetune", Path("/"), "moco-lora-deploy"),
         ("C:/Scripts/moco-lora-pretrain.exe", TOOLKIT, "moco-lora-deploy"),
         ("ipykernel_launcher.py", TOOLKIT, "python deploy_lora.py"),
-    ],
-)
-def test_commands_that_are_printed_exist_where_the_run_was_started(started, folder, shown, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [started, "--data-dir", "my images"])
-    monkeypatch.chdir(folder)
-    assert typed("deploy") == shown
-    assert judged().next_step == f"{shown} predict lora.pth new_images --output answers.csv"
-    made = dict(reports._made())
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d by version {VERSION}", made.pop("made"))
-    if "finetune" in started:
-        assert made.pop("command") == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
-    assert made == {}
+    ):
+        monkeypatch.setattr(sys, "argv", [started, "--data-dir", "my images"])
+        monkeypatch.chdir(folder)
+        assert judged().next_step == f"{shown} predict lora.pth new_images --output answers.csv"
+        made = dict(reports._made())
+        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d by version {VERSION}", made.pop("made"))
+        if "finetune" in started:
+            assert made.pop("command") == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
+        assert made == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- the verdict
@@ -430,62 +422,53 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
     assert ("may be chance" in found.gained) == is_chance == (p > 0.05)
 
 
-FARTHER = "overfitting: evaluation images are answered far worse than training images (loss {})"
 OVERFITTED = {"losses": (0.1, 0.6)}
-OVERFITTING = FARTHER.format("0.6 against 0.1")
 PERFECT = {"probe": 0.9, "scores": (0.97,), "val_accuracy_interval": (0.97, 1.0)}
-FEW = "few images, {} of each {}".format
-FEW_STEPS = "there are few training steps: the learning rate was lowered to {} of the one asked for".format
-COLLAPSED = "training collapsed, or gained nothing: the learning rate was lowered to {} of the one asked for".format
-PREDICT = "python deploy_lora.py predict lora.pth new_images --output {}".format
-AGAIN = "the same command with {}".format
-VARIED = AGAIN("--augmentation trivial")
-CHOOSE = "more labels, of those images that teach most: "
-CHOOSE += "python deploy_lora.py choose lora.pth new_images --output to_label"
-LABELLED = "more labelled images"
 FEW_LABELS = {"per_class": 25, "probe": 0.8}
 FROM_LIST = {"unlabelled": {}, "config": {"data": {"data_list": ["my list.csv", "val.csv"]}}}
 
 
 def test_what_limits_a_run_comes_with_one_next_step():
+    """Of each limit words that it has, and how the step ends."""
     for run, limits, next_step in (
-        ({}, [], PREDICT("answers.csv")),
-        ({"task": Segmentation}, [], PREDICT("maps")),
+        ({}, [], "predict lora.pth new_images --output answers.csv"),
+        ({"task": Segmentation}, [], "--output maps"),
         # A tenth of the gain over the probe is 0.012
-        ({"scores": (0.7, 0.809, 0.74, 0.82)}, [], PREDICT("answers.csv")),
-        ({"scores": (0.7, 0.76, 0.82)}, [], PREDICT("answers.csv")),  # three epochs have no last quarter
-        ({"scores": (0.7, 0.74, 0.807, 0.82)}, ["few epochs: the score still rose at the end"], AGAIN("--epochs 8")),
-        ({"lowered": 30, "probe": 0.8}, [FEW_STEPS("3.3%")], AGAIN("--epochs 8")),
-        ({"lowered": 1.6, "probe": 0.9}, [FEW_STEPS("62%")], AGAIN("--epochs 8")),
+        ({"scores": (0.7, 0.809, 0.74, 0.82)}, [], "answers.csv"),
+        ({"scores": (0.7, 0.76, 0.82)}, [], "answers.csv"),  # three epochs have no last quarter
+        ({"scores": (0.7, 0.74, 0.807, 0.82)}, ["few epochs: the score still rose"], "same command with --epochs 8"),
+        ({"lowered": 30, "probe": 0.8}, ["few training steps: the learning rate was lowered to 3.3%"], "--epochs 8"),
+        ({"lowered": 1.6, "probe": 0.9}, ["few training steps: the learning rate was lowered to 62%"], "--epochs 8"),
         # Below the probe the rate is searched, or, where it was or cannot be, a third of it
-        ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 2.1e-4}, [], AGAIN("--learning-rate auto")),
-        ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], AGAIN("--learning-rate 3e-04")),
-        ({"probe": 0.9, "unlabelled": {}}, [], AGAIN("--learning-rate 3e-04")),
-        ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, [COLLAPSED("12%")], AGAIN("--learning-rate auto")),
-        ({"per_class": 5, "probe": 0.9, "lowered": 8}, [FEW(5, "class"), FEW_STEPS("12%")], AGAIN("--epochs 8")),
+        ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 2.1e-4}, [], "--learning-rate auto"),
+        ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], "--learning-rate 3e-04"),
+        ({"probe": 0.9, "unlabelled": {}}, [], "--learning-rate 3e-04"),
+        ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, ["collapsed, or gained nothing"], "--learning-rate auto"),
+        ({"per_class": 5, "probe": 0.9, "lowered": 8}, ["few images, 5 of each class", "few training"], "--epochs 8"),
         # With few labels what helps there; both ways are for one class an image
-        (FEW_LABELS, [FEW(25, "class")], f"{CHOOSE}; or images without labels: {AGAIN('--unlabelled FOLDER')}"),
-        (FEW_LABELS | {"unlabelled": {"images": 900}}, [FEW(25, "class")], CHOOSE),
-        (FEW_LABELS | FROM_LIST, [FEW(25, "class")], f"{CHOOSE} --labelled 'my list.csv' val.csv"),
+        (FEW_LABELS, ["25 of each class"], "or images without labels: the same command with --unlabelled FOLDER"),
+        (FEW_LABELS | {"unlabelled": {"images": 900}}, ["25 of each class"], "new_images --output to_label"),
+        (FEW_LABELS | FROM_LIST, ["25 of each class"], "--output to_label --labelled 'my list.csv' val.csv"),
         # Of those also where much was gained
-        (OVERFITTED | {"per_class": 5, "unlabelled": {}}, [FEW(5, "class"), OVERFITTING], CHOOSE),
-        (OVERFITTED | {"per_class": 5, "task": MultiLabel}, [FEW(5, "label"), OVERFITTING], LABELLED),
-        (FEW_LABELS | {"per_class": 26}, [], AGAIN("--epochs 8")),
-        (FEW_LABELS | {"task": MultiLabel}, [FEW(25, "label")], LABELLED),
-        (FEW_LABELS | {"task": Regression}, [FEW(25, "number")], LABELLED),
-        (FEW_LABELS | {"task": Segmentation}, [FEW(25, "class")], LABELLED),
-        ({"probe": 1.0, "val_images": 20}, [], PREDICT("answers.csv")),  # nothing is left to gain
+        (OVERFITTED | {"per_class": 5, "unlabelled": {}}, ["few images", "(loss 0.6 against 0.1)"], "to_label"),
+        (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
+        (FEW_LABELS | {"per_class": 26}, [], "--epochs 8"),
+        (FEW_LABELS | {"task": MultiLabel}, ["25 of each label"], "more labelled images"),
+        (FEW_LABELS | {"task": Regression}, ["25 of each number"], "more labelled images"),
+        (FEW_LABELS | {"task": Segmentation}, ["25 of each class"], "more labelled images"),
+        ({"probe": 1.0, "val_images": 20}, [], "answers.csv"),  # nothing is left to gain
         # Photographs that are overfitted are varied more; masks and bands have no such augmentation
-        (OVERFITTED, [OVERFITTING], VARIED),
-        (OVERFITTED | {"probe": 0.8}, [OVERFITTING], VARIED),
-        (OVERFITTED | {"task": Segmentation}, [OVERFITTING], PREDICT("maps")),
-        (OVERFITTED | {"normalization": {"scale": 1e4}}, [OVERFITTING], PREDICT("answers.csv")),
-        (OVERFITTED | {"config": {"data": {"augmentation": "trivial"}}}, [OVERFITTING], PREDICT("answers.csv")),
-        (OVERFITTED | {"config": {"data": {"augmentation": "affine"}}}, [OVERFITTING], PREDICT("answers.csv")),
+        (OVERFITTED, ["overfitting"], "--augmentation trivial"),
+        (OVERFITTED | {"probe": 0.8}, ["overfitting"], "--augmentation trivial"),
+        (OVERFITTED | {"task": Segmentation}, ["overfitting"], "--output maps"),
+        (OVERFITTED | {"normalization": {"scale": 1e4}}, ["overfitting"], "answers.csv"),
+        (OVERFITTED | {"config": {"data": {"augmentation": "trivial"}}}, ["overfitting"], "answers.csv"),
+        (OVERFITTED | {"config": {"data": {"augmentation": "affine"}}}, ["overfitting"], "answers.csv"),
         # Not where answers are nearly perfect, and losses so small that their ratio says nothing, or below twice
-        (PERFECT | {"scores": (0.99,), "losses": (0.001, 0.02)}, [], PREDICT("answers.csv")),
-        (PERFECT | {"losses": (0.0099, 0.02)}, [FARTHER.format("0.02 against 0.0099")], VARIED),
-        (PERFECT | {"losses": (0.0101, 0.02)}, [], PREDICT("answers.csv")),
+        (PERFECT | {"scores": (0.99,), "losses": (0.001, 0.02)}, [], "answers.csv"),
+        (PERFECT | {"losses": (0.0099, 0.02)}, ["(loss 0.02 against 0.0099)"], "--augmentation trivial"),
+        (PERFECT | {"losses": (0.0101, 0.02)}, [], "answers.csv"),
     ):
         found = judged(**run)
-        assert (found.limits, found.next_step) == (limits, next_step)
+        assert found.next_step.endswith(next_step) and len(found.limits) == len(limits), run
+        assert all(map(str.__contains__, found.limits, limits)), run
