@@ -24,6 +24,7 @@ from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from tests.image_files import bytes_of
+from tests.pages import save_moco_v2
 from tests.run_folders import SHORTER
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
@@ -176,6 +177,15 @@ def small_backbones():
         checkpoints._shapes.cache_clear()
         yield
     checkpoints._shapes.cache_clear()
+
+
+@pytest.fixture
+def own_folder(small_backbones, tmp_path, monkeypatch) -> Path:
+    """The working folder, with the official file as if downloaded: a narrow ResNet-18 for its ResNet-50."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    save_moco_v2(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -100,9 +100,6 @@ def test_what_is_measured_is_divided_by_the_scale(kind, scale, white):
     assert found["std"] == pytest.approx(levels.std((0, 1)) / white, rel=1e-5)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bands", [1, 3, 11, 13])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.float32])
 def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
@@ -215,9 +212,6 @@ def test_images_in_archives_have_bands_too(tiffs, tmp_path):
     for archived in (splits.train, load_unlabelled(tmp_path, bands=Bands(13))):
         for (image, _), path in zip(archived, paths, strict=True):
             assert np.array_equal(image, decoded(path.read_bytes()))
-
-
-# --- values ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_scale_for_other_numbers_is_refused_and_the_likely_one_named():

@@ -79,9 +79,6 @@ def test_a_file_tells_its_content_and_is_merged_into_one_that_serves_by_itself(b
     torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ answers for images
-
-
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory) -> Path:
     """Files of other ways to train are in test_ways.py."""
@@ -281,9 +278,6 @@ def test_a_small_file_stays_small(adapter_for_images):
         load_finetuned(path)
 
 
-# ------------------------------------------------------------------------------------ what serves without it
-
-
 SCALED = {"bands": [], "scale": 1e4, "channel_fit": "timm"}
 LABELS = {"kind": "multilabel", "thresholds": [0.2, 0.5, 0.7]}
 NUMBERS = {"kind": "regression", "mean": [3.0, 0.0, -9.0], "std": [2.0, 1.0, 0.1]}
@@ -376,9 +370,6 @@ def test_a_missing_package_is_named_at_once(adapter_for_images, tmp_path, monkey
     ):
         with pytest.raises(InputError, match=told):
             run(words)
-
-
-# ---------------------------------------- toolkit/run/commands.py: a command replaces what it wrote, and nothing else
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import finetune_lora
 from moco import pretrain
 from tests.checkpoint_files import without_head
 from tests.image_files import save_image
-from tests.pages import DOCS, blocks, save_moco_v2
+from tests.pages import DOCS, blocks
 from tests.run_folders import rows_of
 from toolkit.models.backbones import build_backbone
 
@@ -25,18 +25,9 @@ SMALL = "--image-size 32 --epochs 1 --batch-size 4 --device cpu --workers 0"
 RUN = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.main, "moco.pretrain": pretrain.main}
 
 
-@pytest.fixture
-def folder(small_backbones, tmp_path, monkeypatch) -> Path:
-    """An empty folder with a narrow ResNet-18 in the place of the ResNet-50, as if it had been downloaded."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    save_moco_v2(tmp_path)
-    matplotlib.use("agg")
-    return tmp_path
-
-
 def run_page(name: str) -> dict:
     """Run the commands of a page, with one epoch of small images, and its Python, in their order; the names it sets."""
+    matplotlib.use("agg")
     names = {"load_finetuned": finetune_lora.load_finetuned}
     for block in blocks("text", (DOCS / name).read_text()):
         if block.startswith(("import", "from", "model, info")):
@@ -61,32 +52,32 @@ def save_photograph(path: Path, colour: int) -> None:
     save_image(path, pixels.astype(np.uint8))
 
 
-def test_photographs(folder):
+def test_photographs(own_folder):
     for part in ("train", "val", "test"):
         for number in range(6):
-            save_photograph(folder / f"photos/{part}/oak/{number}.png", 10 + number)
-            save_photograph(folder / f"photos/{part}/ash/{number}.png", 120 + number)
-    save_photograph(folder / "new_photos/a.png", 15)
+            save_photograph(own_folder / f"photos/{part}/oak/{number}.png", 10 + number)
+            save_photograph(own_folder / f"photos/{part}/ash/{number}.png", 120 + number)
+    save_photograph(own_folder / "new_photos/a.png", 15)
     run_page("photographs.md")
-    assert (folder / "figure.pdf").stat().st_size > 1000
-    assert (folder / "predictions.csv").exists() and (folder / "explained/a.png").exists()
+    assert (own_folder / "figure.pdf").stat().st_size > 1000
+    assert (own_folder / "predictions.csv").exists() and (own_folder / "explained/a.png").exists()
 
 
-def test_medicine(folder):
+def test_medicine(own_folder):
     for name, first in (("train", 0), ("thresholds", 20), ("test", 40)):
         rows = ["path,patient,Edema,Effusion"]
         for patient in range(first, first + 20):
             path = f"scans/p{patient:02}/1.png"
             edema = patient % 2
-            save_photograph(folder / path, 20 + 100 * edema)
+            save_photograph(own_folder / path, 20 + 100 * edema)
             rows.append(f"{path},p{patient:02},{edema},{patient // 2 % 3 - 1}")
-        (folder / f"{name}.csv").write_text("\n".join(rows))
+        (own_folder / f"{name}.csv").write_text("\n".join(rows))
     run_page("medicine.md")
-    assert (folder / "roc.pdf").stat().st_size > 1000
-    assert (folder / "explained/1.png").exists()
+    assert (own_folder / "roc.pdf").stat().st_size > 1000
+    assert (own_folder / "explained/1.png").exists()
 
 
-def test_microscopy(folder):
+def test_microscopy(own_folder):
     pytest.importorskip("tifffile")
     random = np.random.RandomState(0)
     mask = np.zeros((40, 48), np.uint8)
@@ -95,16 +86,16 @@ def test_microscopy(folder):
     for place in ("cells/train/images", "cells/val/images", "cells/test/images", "new_slides"):
         for number in range(4):
             levels = random.randint(0, 9000, mask.shape) + 20_000 * mask.astype(int)
-            path = save_image(folder / place / f"{number}.tif", levels.astype(np.uint16))
+            path = save_image(own_folder / place / f"{number}.tif", levels.astype(np.uint16))
             if place != "new_slides":
                 save_image(path.parents[1] / f"masks/{number}.png", mask)
     run_page("microscopy.md")
-    assert (folder / "areas.pdf").stat().st_size > 1000
-    assert len(list((folder / "masks").rglob("*.tif"))) == 4
-    assert len(list((folder / "explained").rglob("*.png"))) == 4
+    assert (own_folder / "areas.pdf").stat().st_size > 1000
+    assert len(list((own_folder / "masks").rglob("*.tif"))) == 4
+    assert len(list((own_folder / "explained").rglob("*.png"))) == 4
 
 
-def test_satellites(folder, capsys):
+def test_satellites(own_folder, capsys):
     """EuroSAT in small, and new tiles with geotags; the checkpoint has torchgeo's layout."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("tifffile")
@@ -112,13 +103,13 @@ def test_satellites(folder, capsys):
     keys.append((33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5.3e6, 0.0], True))  # 10 m in a UTM zone
     how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
     backbone = build_backbone("resnet18", 2, channels=13).state_dict()
-    torch.save(without_head(backbone), folder / "hub/checkpoints/resnet18_sentinel2_all_moco-59bfdff9.pth")
+    torch.save(without_head(backbone), own_folder / "hub/checkpoints/resnet18_sentinel2_all_moco-59bfdff9.pth")
     rng = np.random.RandomState(0)
     for place, count in (("EuroSAT_MS/Forest", 5), ("EuroSAT_MS/River", 5), ("new_tiles", 4)):
         for i in range(count):
             levels = rng.randint(0, 3000, (32, 32, 13)).astype(np.uint16)
             levels[..., 9] //= 300  # B10, which stands before B11, B12 and B8A here
-            save_image(folder / place / f"{i}.tif", levels, **how)
+            save_image(own_folder / place / f"{i}.tif", levels, **how)
     shutil.copy("new_tiles/0.tif", "new_tiles/tile.tif")
     names = run_page("sentinel-2.md")
     printed = capsys.readouterr().out

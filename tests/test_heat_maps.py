@@ -123,8 +123,6 @@ def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(expl
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         explain(mine, mine / "list.csv")
     assert explain(tmp_path / "out", mine, "--resume") == written
-    with pytest.raises(InputError, match=r"--batch-size: no such option(.|\n)*--workers: no such option"):
-        explain(tmp_path / "out", mine, "--batch-size", 8, "--workers", 2)  # one by one
 
 
 def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, monkeypatch, spy):

@@ -41,14 +41,6 @@ def outputs(cells) -> list:
     return [output for cell in cells for output in cell.get("outputs", [])]
 
 
-def printed(cells) -> str:
-    """The texts and tables in the outputs."""
-    found = ""
-    for output in outputs(cells):
-        found += "".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/markdown", "")) + "\n"
-    return found
-
-
 def texts(cells) -> str:
     """What is written between the code."""
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
@@ -103,7 +95,9 @@ def test_nine_sections_are_committed_as_executed_show_a_gain_and_say_each_number
         kinds = [output.get("name", output["output_type"]) for output in cell["outputs"]]
         assert "error" not in kinds and "stderr" not in kinds
         assert kinds.count("stdout") <= 1  # else each line would stand in a box of its own
-    shown = printed(code)
+    shown = ""  # texts and tables
+    for output in outputs(code):
+        shown += "".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/markdown", "")) + "\n"
     assert len(shown.splitlines()) < 150 and not LITTER.search(shown)
     assert NOTEBOOK.stat().st_size < 1e6
     [before, after] = re.findall(r"\| (?:linear probe|this run).*? \| ([\d.]+%) \| \d+ of 359 \|", shown)

@@ -85,15 +85,6 @@ def newcomer(whole_vit_mini, small_backbones, images, tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
-def own_folder(tmp_path, small_backbones, monkeypatch):
-    """A folder of the test's own, with the official file as if downloaded: a narrow ResNet-18 for its ResNet-50."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    save_moco_v2(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def first_run(newcomer):
     """What the first command and the README's merge leave behind, on less data; what the command printed is there too.

@@ -170,8 +170,6 @@ def test_curves_have_ticks_at_whole_epochs(spy, tmp_path):
     assert axes.yaxis.get_major_formatter()(0.425) == "42.5%"  # the rank was not measured
 
 
-# ------------------------------------------------------------------------------------------- several labels, numbers
-
 NAMES = ["cat", "eel", "a $dog$"]
 
 
@@ -330,9 +328,6 @@ def test_a_mean_says_of_how_many_numbers_it_is():
     assert "mean of" not in str(list(alone.rows()))
 
 
-# ----------------------------------------------------------------------------------------------------- report.html
-
-
 def test_the_page_is_complete_and_runs_nothing(tmp_path):
     for name in ("training_curves.png", "mistakes.png"):
         Image.new("RGB", (3, 2)).save(tmp_path / name)
@@ -370,9 +365,6 @@ def test_commands_that_are_printed_exist_where_the_run_was_started(monkeypatch):
         if "finetune" in started:
             assert made.pop("command") == f"{shown.replace('deploy', 'finetune')} --data-dir 'my images'"
         assert made == {}
-
-
-# ---------------------------------------------------------------------------------------------------------- the verdict
 
 
 def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowered=1.0, per_class=100, **more):
