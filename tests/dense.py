@@ -18,6 +18,7 @@ FP32, BF16 = 1e-5, 1e-2  # the relative errors that are promised
 # With TF32 CUDA's float32 convolutions and products are off by 1e-3; NVIDIA's containers turn it on for both.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 EXACT = 1e-9  # in float64, where a ReLU does not change its mind for a rounding error
+FEWER_BITS = {16: {"base_dtype": torch.bfloat16}, 8: {"base_dtype": torch.int8}, 4: {"use_qlora": True}}
 
 
 class Operations(TorchDispatchMode):

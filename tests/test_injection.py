@@ -9,7 +9,7 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import FP32, assert_close, compare_with_dense, dense_twin, frozen, images, known, resnet, vit
+from dense import FEWER_BITS, FP32, assert_close, compare_with_dense, dense_twin, frozen, images, known, resnet, vit
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.models.swin_transformer import SwinTransformer
@@ -205,7 +205,7 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
     assert model.get_submodule(f"{BLOCK}.out_proj").r == 3
 
 
-STORAGE = {"float": {}, "4 bits": {"use_qlora": True}, "bfloat16": {"base_dtype": torch.bfloat16}}
+STORAGE = {"float": {}, "4 bits": FEWER_BITS[4], "bfloat16": FEWER_BITS[16]}
 
 
 @pytest.mark.parametrize("storage", STORAGE)
@@ -231,9 +231,7 @@ def test_new_adapters_take_the_place_of_others_merged_before_or_not(build, stora
         assert_close(model(x), expected, FP32)
 
 
-@pytest.mark.parametrize(
-    "bits, options", [(4, STORAGE["4 bits"]), (8, {"base_dtype": torch.int8}), (16, STORAGE["bfloat16"])]
-)
+@pytest.mark.parametrize("bits, options", FEWER_BITS.items())
 def test_float_layers_become_ones_in_fewer_bits_which_never_train_nor_become_other_ones(bits, options):
     model = add_lora_to_model(add_lora_to_model(vit()), **options)
     layer = model.encoder.layers[0].mlp[0]
@@ -389,17 +387,13 @@ def test_a_head_of_any_name_trains_and_is_saved_whole(head, tmp_path):
         torch.testing.assert_close(loaded(x), model(x))
 
 
-@pytest.mark.parametrize("before, targets", [("body", None), ("fc", "fc")])
-def test_a_last_layer_that_is_no_head_is_reported(before, targets):
-    """Whatever the name of the one before it."""
-    model = nn.Sequential(OrderedDict({before: nn.Linear(6, 8), "cls": nn.Linear(8, 3)}))
-    with pytest.warns(UserWarning, match="last layer, cls, .* with the backbone: if it is new, give head='cls'"):
-        frozen(model, target_modules=targets)
-    assert not model.cls.weight.requires_grad
-
-
 @pytest.mark.filterwarnings("error")
-def test_a_last_layer_that_is_meant_to_be_frozen_is_not_reported():
+def test_a_last_layer_that_is_no_head_is_reported_unless_it_is_meant_to_be_frozen():
+    for before, targets in (("body", None), ("fc", "fc")):  # whatever the name of the one before it
+        model = nn.Sequential(OrderedDict({before: nn.Linear(6, 8), "cls": nn.Linear(8, 3)}))
+        with pytest.warns(UserWarning, match="last layer, cls, .* with the backbone: if it is new, give head='cls'"):
+            frozen(model, target_modules=targets)
+        assert not model.cls.weight.requires_grad
     add_lora_to_model(two_layers(), r=2, target_modules=["cls"])  # it has an adapter because it was asked for
     add_lora_to_model(two_layers(), r=2, head="body")
     headless = vit()

@@ -331,10 +331,8 @@ def test_the_fast_path_of_encoders_does_not_bypass_the_adapters(layers, padded, 
 @pytest.mark.parametrize("case", ["many rows", "3x3, stride 2", "wide depthwise", *INPUTS])
 def test_merging(case, storage):
     """Equals W + s B A by hand, twice is once, and then the base is back bit for bit; fewer bits merge into float.
-
     Merged or not, a layer whose adapter is switched off is the stock layer. Merged it drops nothing in training, and
-    its adapter gets no gradient.
-    """
+    its adapter gets no gradient."""
     how, dtype, _, tolerance = arithmetic(storage)
     if tolerance == BF16:
         tolerance *= 2
@@ -420,23 +418,20 @@ def test_a_layer_is_copied_saved_loaded_and_cast_like_any_other(storage, tmp_pat
 # ----------------------------------------------------------------------------------------- a base stored in fewer bits
 
 
-FEWER_BITS = {16: {"base_dtype": torch.bfloat16}, 8: {"base_dtype": torch.int8}, 4: {"use_qlora": True}}
-
-
-@pytest.mark.parametrize("bits", FEWER_BITS)
+@pytest.mark.parametrize("bits", dense.FEWER_BITS)
 def test_a_base_in_fewer_bits_is_known_by_its_floats_until_another_takes_its_place(bits, tmp_path):
     """So the adapter file is as of a float base, which from 8 bits on may read it as well; and it must not name a base
     that its adapters never had. The same bytes with other constants are another base, too."""
     stock, other = dense.vit(hidden_dim=64).eval(), dense.vit(hidden_dim=64)
     x = dense.images(16, 4)
-    model = frozen(copy.deepcopy(stock), **FEWER_BITS[bits])
+    model = frozen(copy.deepcopy(stock), **dense.FEWER_BITS[bits])
     state = copy.deepcopy(model.state_dict())
     model.load_state_dict(state)  # the same numbers are the same base
     known = base_digests(model)
     assert known == base_digests(stock)
     path = tmp_path / "lora.pth"
     LoRAManager(model).save_lora_checkpoint(path)
-    readers = [FEWER_BITS[bits]] if bits == 4 else [{}, FEWER_BITS[bits]]
+    readers = [dense.FEWER_BITS[bits]] if bits == 4 else [{}, dense.FEWER_BITS[bits]]
     for options in readers:
         again = frozen(copy.deepcopy(stock), **options)
         LoRAManager(again).load_lora_checkpoint(path)

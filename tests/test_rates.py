@@ -26,20 +26,16 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert rates == pytest.approx([9.77e-8, 9.77e-8, 9.77e-8], rel=1e-2)
     steps = [1e-2 / optim.rate_divisor(1e-2, steps) for steps in (10, 40, 70, 78)]
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.54e-3, rel=1e-2)
-    assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
-    assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
-    assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
-    assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=50) == 25
-    assert optim.warmup_steps(8, steps_per_epoch=50, total_steps=500) == 400  # as typed
-    assert FineTuneOptions().warmup_epochs == 1
-    assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
+    for epochs, an_epoch, in_all, steps in ((1, 50, 500, 50), (1, 1, 10, 5), (1, 3, 300, 20), (1, 50, 50, 25)):
+        assert optim.warmup_steps(epochs, an_epoch, in_all) == steps
+    assert FineTuneOptions().warmup_epochs == 1  # any other number is as typed
+    assert optim.warmup_steps(8, 50, 500) == 400 and optim.warmup_steps(0, 1, 10) == 0
 
 
-@pytest.mark.parametrize(
-    "other", [{"head_init": "random"}, {"lora_init": "random"}, {"freeze_backbone": False}, {"task": "segmentation"}]
-)
-def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_rate(other):
-    assert optim.run_divisor(FineTuneOptions(**other), rate=1e-2, steps=2) == 1
+def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_rate():
+    others = {"head_init": "random", "lora_init": "random", "freeze_backbone": False, "task": "segmentation"}
+    for name, value in others.items():
+        assert optim.run_divisor(FineTuneOptions(**{name: value}), rate=1e-2, steps=2) == 1
 
 
 @pytest.mark.parametrize(("options", "remedy"), [("", "--lora-init random"), ("--lora-rank 0", "--head-init random")])

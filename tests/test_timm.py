@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import dense
@@ -18,6 +18,7 @@ import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
+from tests.checkpoint_files import under
 from tests.test_heat_maps import enlarged
 from toolkit import InputError
 from toolkit.answers.heat_maps import grad_cam
@@ -109,16 +110,15 @@ def test_what_cannot_be_built():
 @pytest.mark.parametrize(
     ("name", "wrap", "suffix", "size"),
     [
-        ("test_vit", dict, "pth", {"img_size": 64}),  # which its position embedding says
         ("test_convnext", dict, "safetensors", {}),
-        ("test_vit", lambda state: {"state_dict": {f"module.{name}": t for name, t in state.items()}}, "pth", {}),
         ("test_convnext", lambda state: {"model": state, "epoch": 3}, "pth", {}),
+        ("test_vit", lambda state: {"state_dict": under("module.", state)}, "pth", {"img_size": 64}),
     ],
 )
 def test_a_checkpoint_in_the_model_s_own_keys(name, wrap, suffix, size, checkpoint):
     path, theirs = checkpoint(name, wrap, suffix, **size)
     model, report = load_backbone(path, 5, f"timm:{name}")
-    side = size.get("img_size", 160)
+    side = size.get("img_size", 160)  # its position embedding says it
     assert (report["family"], report["arch"], report["image_size"]) == ("timm", f"timm:{name}", side)
     assert {key.split(".")[-2] for key in report["dropped"]} == {HEADS[name].split(".")[-1]}  # the classifier alone
     x = images(side)
@@ -438,12 +438,8 @@ def test_a_convolution_of_timm_s_is_its_own_where_no_batch_norm_follows():
         with layer.register_forward_hook(lambda module, inputs, output: found.append(output)):
             model(x)
 
-    def call_elsewhere(*_):
-        thread = threading.Thread(target=lambda: found.append(model.conv_dw(hidden)))
-        thread.start()
-        thread.join()
-
-    with model.bn1.act.register_forward_hook(call_elsewhere):
+    thread = ThreadPoolExecutor(1)
+    with model.bn1.act.register_forward_hook(lambda *_: found.append(thread.submit(model.conv_dw, hidden).result())):
         model(x)
     depthwise = twin.conv_dw(hidden)
     for ours, expected in zip(found, (hidden, depthwise, hidden, twin.bn1(hidden), depthwise), strict=True):

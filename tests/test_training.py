@@ -19,19 +19,12 @@ from toolkit.run import optim, training
 from toolkit.run.options import read_options
 
 
-def test_products_are_in_float32_on_a_cpu_unless_asked():
-    assert devices.select_precision("auto", CPU) == torch.float32
-    assert devices.select_precision("bf16", CPU) == torch.bfloat16
-
-
-@pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
-def test_each_process_needs_an_image(monkeypatch, train, val):
-    model = nn.Linear(2, 2)
-    training.check_batches(model, train, val, batch_size=4)
+def test_each_process_needs_an_image(monkeypatch):
     monkeypatch.setattr(training.distributed, "world_size", lambda: 3)
-    training.check_batches(model, 3, 3, batch_size=4)
-    with pytest.raises(InputError, match="3 processes are more than there are images to train or evaluate on"):
-        training.check_batches(model, train, val, batch_size=4)
+    training.check_batches(nn.Linear(2, 2), 3, 3, batch_size=4)
+    for train, val in ((2, 9), (9, 2)):
+        with pytest.raises(InputError, match="3 processes are more than there are images to train or evaluate on"):
+            training.check_batches(nn.Linear(2, 2), train, val, batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +56,10 @@ def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, size, 
 
 
 def test_what_is_measured_for_an_automatic_precision_is_a_copy(base, monkeypatch):
+    """Of a model that trains: without one a CPU computes in float32 unless asked."""
+    assert devices.select_precision("auto", CPU) == torch.float32
+    assert devices.select_precision("bf16", CPU) == torch.bfloat16
+
     def faster(build, channels, size):
         assert (channels, size) == (3, 16)
         assert build(torch.bfloat16).encoder.layers[0].mlp[0].base_bits == 16
@@ -73,21 +70,26 @@ def test_what_is_measured_for_an_automatic_precision_is_a_copy(base, monkeypatch
     assert model.encoder.layers[0].mlp[0].base_bits == 32 and report["dtype"] == torch.float32
 
 
-def test_statistics_are_those_of_the_loaders_images():
-    """Of these alone and alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are."""
-    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01), nn.Dropout(0.5), nn.BatchNorm1d(3))
+def test_statistics_and_features_are_those_of_the_loaders_images():
+    """Of these alone and alike, whatever the momentum; a frozen BatchNorm, dropout and the modes stay as they are."""
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01), nn.Dropout(0.5), nn.BatchNorm1d(3, affine=False).eval())
     model(torch.randn(8, 3) * 4 - 7)
     model[2].frozen = True
     frozen = snapshot(model[2])
     batches = torch.randn(4, 8, 3) * 5 + 2
-    loader = DataLoader(TensorDataset(batches.flatten(0, 1), torch.zeros(32)), batch_size=8)
-    evaluation.estimate_statistics(model, loader, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(model[0].running_mean, batches.mean((0, 1)))
-    torch.testing.assert_close(model[0].running_var, batches.var(1).mean(0))
-    assert_unchanged(frozen, model[2])
+    loader = DataLoader(TensorDataset(batches.flatten(0, 1), torch.arange(32)), batch_size=8)
+    evaluation.estimate_statistics(model, loader, CPU, torch.float32)
+    mean, variance = batches.mean((0, 1)), batches.var(1).mean(0)
+    torch.testing.assert_close(model[0].running_mean, mean)
+    torch.testing.assert_close(model[0].running_var, variance)
+    features, labels = evaluation.extract_features(model, loader, CPU, torch.float32)
+    expected = (batches - mean) / (variance + 1e-5).sqrt() / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(features, expected.flatten(0, 1))
+    assert labels.tolist() == [*range(32)]
     with pytest.raises(RuntimeError, match="should contain 7 elements"):
-        evaluation.estimate_statistics(model, [(torch.zeros(2, 7), None)], torch.device("cpu"), torch.float32)
-    assert model.training and model[0].training and model[0].momentum == 0.01
+        evaluation.estimate_statistics(model, [(torch.zeros(2, 7), None)], CPU, torch.float32)
+    assert_unchanged(frozen, model[2])
+    assert [layer.training for layer in model] == [True, True, False] and model[0].momentum == 0.01
 
 
 def test_the_worst_batch_is_normalised_by_itself():
@@ -122,17 +124,6 @@ def test_the_start_takes_the_place_of_what_trains_and_comes_back_with_its_state(
     whole = optim.KeptWeights(nn.BatchNorm1d(2), may_be_start=False)
     whole.begin()
     assert whole.weights.keys() == {"weight", "bias"} and not whole.start  # no statistics, and no copy
-
-
-def test_features_are_exact_and_leave_the_mode():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9))
-    model[0].eval()  # a frozen layer within a training model
-    images = torch.randn(5, 3)
-    loader = DataLoader(TensorDataset(images, torch.arange(5)), batch_size=3)
-    features, labels = evaluation.extract_features(model, loader, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(features, images / (1 + 1e-5) ** 0.5)
-    assert labels.tolist() == [0, 1, 2, 3, 4]
-    assert model.training and model[1].training and not model[0].training
 
 
 def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
@@ -190,15 +181,8 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
 
 
 def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_is():
-    device = torch.device("cpu")
-    model = devices.place(resnet(), device)
-    x = devices.to_device(torch.rand(2, 3, 32, 32), device)
+    model = devices.place(resnet(), CPU)
+    x = devices.to_device(torch.rand(2, 3, 32, 32), CPU)
     for tensor in (x, model.layer1[0].conv1.weight, model.layer1(model.conv1(x))):
         assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    for parameter in devices.place(vit(), device).parameters():
-        assert parameter.is_contiguous()
-
-
-def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    assert devices.peak_memory_bytes(torch.device("cuda")) == 7 + devices.CUDA_CONTEXT_BYTES
+    assert all(parameter.is_contiguous() for parameter in devices.place(vit(), CPU).parameters())
