@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -43,11 +44,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
-def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: float, name: str = "tensor") -> None:
-    assert (actual is None) == (expected is None), f"{name}: one of the two is None"
-    if actual is not None:
-        error = relative_error(actual, expected)
-        assert error < tolerance, f"{name}: relative error {error:.1e}, {tolerance:.0e} is allowed"
+def assert_close(actual, expected, tolerance: float, name: str = "tensor") -> None:
+    """Of tensors, or None, or structures of these: the relative error of each tensor."""
+    found, structure = tree_flatten(actual)
+    wanted, of_wanted = tree_flatten(expected)
+    assert structure == of_wanted, f"{name}: {structure} is not {of_wanted}"
+    for number, (own, other) in enumerate(zip(found, wanted, strict=True)):
+        assert (own is None) == (other is None), f"{name}, {number}: one of the two is None"
+        if own is not None:
+            error = relative_error(own, other)
+            assert error < tolerance, f"{name}, {number}: relative error {error:.1e}, {tolerance:.0e} is allowed"
 
 
 def randomize_adapters(model: nn.Module, std: float = 0.3) -> nn.Module:
@@ -116,8 +122,7 @@ def compare_with_dense(
     must agree; and the outputs once more without gradients.
 
     `call` may return a tensor or a tuple of tensors and None. An input that occurs twice stays one tensor. `autocast`
-    and `around_backward` are the dtypes of autocast in the adapted model's forward pass and around backward.
-    """
+    and `around_backward` are the dtypes of autocast in the adapted model's forward pass and around backward."""
     adapted.zero_grad()
     twin = dense_twin(stock, adapted)
     ours = {id(x): x.detach().clone().requires_grad_() for x in inputs}
@@ -131,22 +136,21 @@ def compare_with_dense(
     found = outputs(adapted, ours, autocast)
     expected = outputs(twin, theirs)
     losses = []
-    for i, (y, z) in enumerate(zip(found, expected, strict=True)):
-        assert_close(y, z, tolerance, f"output {i}")
+    assert_close(found, expected, tolerance, "outputs")
+    for y, z in zip(found, expected, strict=True):
         if z is not None:
             upstream = torch.randn_like(y).double()  # the same number for both
             losses += [(y.double() * upstream).sum(), (z * upstream).sum()]
     with torch.autocast(inputs[0].device.type, around_backward, enabled=around_backward is not None):
         torch.autograd.backward(losses)
-    for i, key in enumerate(ours):
-        assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
+    for key in ours:
+        assert_close(ours[key].grad, theirs[key].grad, tolerance, "gradient of an input")
     for name, gradient, wanted in expected_gradients(twin, adapted):
         assert_close(gradient, wanted, tolerance, f"gradient of {name}")
     for name, buffer in twin.named_buffers():
         assert_close(adapted.get_buffer(name), buffer, tolerance, name)
     with torch.no_grad():
-        for i, (y, z) in enumerate(zip(outputs(adapted, ours, autocast), expected, strict=True)):
-            assert_close(y, z, tolerance, f"output {i} without gradients")
+        assert_close(outputs(adapted, ours, autocast), expected, tolerance, "outputs without gradients")
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

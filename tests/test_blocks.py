@@ -17,6 +17,7 @@ from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import fusion
 from lora.split import split_model
+from tests.run_folders import assert_same
 from toolkit import InputError
 from toolkit.models import norms
 from toolkit.models.backbones import head_name
@@ -335,11 +336,9 @@ def test_checkpointing_changes_memory_and_nothing_else(way, monkeypatch):
     set_gradient_checkpointing(model, "full")
     assert list(model.state_dict()) == list(plain.state_dict())
     loss, gradients = dense.loss_and_gradients(model, x)
-    assert torch.equal(loss, expected) and gradients.keys() == wanted.keys()
-    for name, gradient in gradients.items():
-        assert_close(gradient, wanted[name], FP32, name)
-    for name, buffer in plain.named_buffers():
-        assert torch.equal(buffer, model.get_buffer(name)), name
+    assert torch.equal(loss, expected)
+    assert_close(gradients, wanted, FP32)
+    assert_same(dict(plain.named_buffers()), dict(model.named_buffers()))
     assert dense.saved_bytes(model, x) <= share * before
     set_gradient_checkpointing(model, "none")
     assert dense.saved_bytes(model, x) == before
@@ -396,8 +395,7 @@ def test_the_halves_of_a_model_are_the_model(build, side, last):
         results = []
         for output in (model(x), upper(features)):
             results.append((output, *torch.autograd.grad(output.square().sum(), above)))
-        for ours, theirs in zip(*results, strict=True):
-            assert_close(ours, theirs, EXACT)
+        assert_close(*results, EXACT)
 
 
 def test_another_model_has_no_halves():

@@ -147,17 +147,13 @@ def test_an_epoch_that_did_harm_is_no_state_to_go_back_to_unless_there_is_no_sta
     assert guard_of(100, [0.8]).after_epoch(WORSE) == Keep()
 
 
-@pytest.mark.parametrize(
-    ("options", "at_once"),
-    [("--batch-size 5", 128), ("--batch-size 5 --image-size 128", 32), ("--batch-size 200", 200)],
-)
-def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them(start, options, at_once):
-    run = start(f"{options} --workers 1")
-    for norms_train, expected in ((False, at_once), (True, run.args.batch_size)):
+@pytest.mark.parametrize("batch, pixels, at_once", [(5, 16, 128), (5, 128, 32), (200, 16, 200)])
+def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them(start, batch, pixels, at_once):
+    run = start(f"--batch-size {batch} --image-size {pixels} --workers 1")
+    for norms_train, expected in ((False, at_once), (True, batch)):
         run.loaders.open(norms_train)
         opened = [run.loaders.train, run.loaders.val.loader, run.loaders.watched.loader, run.loaders.augmented.loader]
-        sizes = [loader.batch_sampler.batch_size for loader in opened]
-        assert sizes == [run.args.batch_size, expected, expected, expected]
+        assert [loader.batch_sampler.batch_size for loader in opened] == [batch, expected, expected, expected]
         assert [loader.persistent_workers for loader in opened] == [True, True, False, False]  # of a single pass
 
 
@@ -217,10 +213,8 @@ def test_norms_follow_adapters_by_images_as_they_are(start):
 
 @pytest.mark.parametrize(("epochs", "share", "loss"), [(3, 1 / 4, 1.0), (4, 1, 2.18)])
 def test_how_much_may_be_lost(epochs, share, loss):
-    """In the second epoch, of 30 points above a constant answer, on so many images that chance hardly counts.
-
-    In the first half of a run all of them, and the loss nine tenths of its lead: from 1 to a constant answer's 2.30.
-    """
+    """In the second epoch, of 30 points above a constant answer, on so many images that chance hardly counts. In the
+    first half of a run all of them, and the loss nine tenths of its lead: from 1 to a constant answer's 2.30."""
     judge = guard_of(100_000, [0.35, 0.4], epochs=epochs)
     judge.start_loss = 1.0
     assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss)
@@ -306,42 +300,32 @@ def test_training_that_harms_the_probe_keeps_the_probe(start, monkeypatch):
     assert run.evaluate_watched().score == run.guard.scores[1] < run.guard.scores[0]
 
 
-def verdict_on(judge: Guard, score: float, loss: float) -> Keep | GoBack:
-    """The verdict on an epoch, which stays if it may."""
-    epoch = answers(score, loss)
+def verdict_on(judge: Guard, epoch: Evaluation) -> Keep | GoBack:
+    """It stays if it may."""
     verdict = judge.after_epoch(epoch)
     if isinstance(verdict, Keep):
         judge.note_epoch(epoch, verdict.start)
     return verdict
 
 
-BARREN = (0.78, 1.1)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "done"),
-    [
-        (1, [BARREN, (0.8, 1.1), BARREN, BARREN]),  # it does no harm
-        (1, [BARREN, (0.78, 0.9), BARREN, BARREN]),  # the loss falls
-        (7, [BARREN] * 4),  # in the first half of a run, which later epochs may mend
-    ],
-)
-def test_the_second_epoch_in_a_row_without_a_gain_is_undone(epochs, done):
+# The second of three does no harm, or has a lower loss; and the first half of a run later epochs may mend.
+@pytest.mark.parametrize("epochs, second", [(1, answers(0.8, 1.1)), (1, answers(0.78, 0.9)), (7, WORSE)])
+def test_the_second_epoch_in_a_row_without_a_gain_is_undone(epochs, second):
     judge = guard_with_a_start()
     judge.epochs = epochs
-    for epoch in done[:-1]:
-        assert isinstance(verdict_on(judge, *epoch), Keep)
-    assert verdict_on(judge, *done[-1]) == GoBack("training gains nothing")
+    for epoch in (WORSE, second, WORSE):
+        assert isinstance(verdict_on(judge, epoch), Keep)
+    assert verdict_on(judge, WORSE) == GoBack("training gains nothing")
 
 
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
     judge = guard_with_a_start()
     for _ in range(3):
-        assert verdict_on(judge, *BARREN) == Keep(start=True)
-        assert verdict_on(judge, 0.78, 1.0) == GoBack("training gains nothing")  # by a loss that is no lower
+        assert verdict_on(judge, WORSE) == Keep(start=True)
+        assert verdict_on(judge, answers(0.78, 1.0)) == GoBack("training gains nothing")  # by a loss that is no lower
         judge.note_retreat(2, 1e-3, good_epochs=0, seconds=1.0)
     assert judge.lost_seconds == 3.0
-    assert [verdict_on(judge, *BARREN) for _ in range(4)] == [Keep(start=True)] * 4
+    assert [verdict_on(judge, WORSE) for _ in range(4)] == [Keep(start=True)] * 4
 
 
 def test_a_run_goes_back_with_an_eighth_of_the_rate_and_stops_with_the_remedy_where_it_collapses_at_each(
@@ -399,9 +383,7 @@ def test_what_a_collapse_did_is_undone_and_the_run_when_stopped_goes_on_to_the_s
     assert column(run.optimizer.param_groups, "lr") == pytest.approx(column(lower.optimizer.param_groups, "lr"))
     assert run.guard.scores == lower.guard.scores
     assert run.guard.start_loss == pytest.approx(lower.guard.start_loss, rel=1e-4)
-    weights = trained_state(run.model)
-    for name, tensor in trained_state(lower.model).items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(trained_state(run.model), trained_state(lower.model), rtol=1e-4, atol=1e-6)
     train_on(run, next(run.loaders.steps(1)))
     FineTuning.save_state(run)
     resumed = start(f"{options} 8e-3")

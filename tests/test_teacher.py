@@ -6,7 +6,6 @@ import json
 import shutil
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import nn
 from finetune_lora import FineTuning
 from lora.adapter_file import read_adapter_file
 from tests.conftest import CLASSES, LEAST_STEPS
+from tests.dense import trained
 from tests.image_files import tar_of
 from tests.run_folders import assert_identical, assert_same_tensors, contents, train_on
 from toolkit import distributed
@@ -39,9 +39,8 @@ def others(tmp_path, images):
     """A folder of images: three of nobody's, one with a label, and two that are evaluated on, under other names."""
     folder = tmp_path / "others"
     folder.mkdir()
-    rng = np.random.RandomState(1)
     for number in range(3):
-        Image.fromarray(rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number}.png")
     for known, name in (("train/dark/0", "labelled"), ("val/dark/0", "evaluated"), ("val/bright/1", "evaluated too")):
         shutil.copy(images / f"{known}.png", folder / f"{name}.png")
     return folder
@@ -329,10 +328,8 @@ def test_a_step_is_the_dense_gradient_of_both_losses(taught):
     with mock.patch.object(taught.teacher, "extend", lambda *_: (sure, counts)):
         loss, _ = train_on(taught, step)
     assert loss == pytest.approx(F.cross_entropy(logits[:4], labels, reduction="sum").item(), rel=1e-4)
-    gradients = {name: weight.grad for name, weight in taught.model.named_parameters() if weight.requires_grad}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
+    found, expected = [{name: p.grad for name, p in trained(each).items()} for each in (taught.model, model)]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taught, spy, monkeypatch):
@@ -389,17 +386,12 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
 
 
 def test_the_guard_is_told_whether_what_was_sure_stays_so(finetune, images, monkeypatch):
-    asked = []
-    told = iter([True, False, True])  # of the start, after the epoch, and of the start again, which is kept
-
-    def after_epoch(guard, trained, still_sure):
-        asked.append(still_sure)
-        return Keep(start=True)
-
-    monkeypatch.setattr(Guard, "after_epoch", after_epoch)
-    monkeypatch.setattr(Teacher, "still_sure", lambda *_: next(told))
+    asked = mock.Mock(return_value=Keep(start=True))
+    told = mock.Mock(side_effect=[True, False, True])  # of the start, the epoch, and the start again, which is kept
+    monkeypatch.setattr(Guard, "after_epoch", asked)
+    monkeypatch.setattr(Teacher, "still_sure", told)
     finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1")
-    assert asked == [False]
+    asked.assert_called_once_with(mock.ANY, False)
 
 
 def test_numbers_and_plain_views_start_a_head_by_one_view(start, hospital):
