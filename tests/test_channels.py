@@ -18,7 +18,7 @@ from finetune_lora import load_finetuned
 from lora.adapter_file import write_adapter_file
 from moco import pretrain
 from tests.checkpoint_files import under, without_head
-from tests.image_files import bytes_of, labelled_tar, png_of
+from tests.image_files import bytes_of, labelled_tar, png_of, save_image
 from toolkit import InputError
 from toolkit.images import folders, remote
 from toolkit.images.bands import Bands, Scaling, _check_values, decoded, settle
@@ -125,9 +125,7 @@ def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
 
 def test_a_preview_is_no_band_and_pngs_of_16_bits_keep_them(tmp_path):
     for side in (16, 4):
-        tifffile.imwrite(
-            tmp_path / "a.tif", np.zeros((side, side)), photometric="minisblack", metadata=None, append=True
-        )
+        save_image(tmp_path / "a.tif", np.zeros((side, side)), photometric="minisblack", metadata=None, append=True)
     assert Bands(1).array(tmp_path / "a.tif").shape == (16, 16, 1)
     levels = np.random.RandomState(0).randint(0, 2**16, (5, 4, 3)).astype(">u2")
     grey = bytes_of(Image.fromarray(levels[..., 0].astype(np.uint16)).save, "PNG")

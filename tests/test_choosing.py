@@ -49,9 +49,8 @@ def test_of_the_least_sure_images_one_of_each_kind_is_chosen(monkeypatch):
 
 
 def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
-    shapes = [(300, 500, 3), (60, 3000, 3)]
-    noise = [np.random.RandomState(0).randint(0, 256, shape, np.uint8) for shape in shapes]
-    images = LabelledImages([Image.fromarray(picture) for picture in noise] * 25)
+    noise = np.random.RandomState(0).randint(0, 256, (300, 3000, 3), np.uint8)
+    images = LabelledImages([Image.fromarray(picture) for picture in (noise[:, :500], noise[:60])] * 25)
     page = html_pictures(images, [(i, f"<{i}>") for i in range(50)])
     assert page.count("<img ") == 50 and "&lt;49&gt;</figcaption>" in page
     assert len(page) < 1e6
@@ -82,6 +81,7 @@ def test_a_backbone_chooses_an_image_of_each_class_and_the_list_trains(base, ima
 
 
 def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images, tmp_path, monkeypatch, capsys):
+    """With few labels the most typical: it does not know then what it is unsure of."""
     monkeypatch.setattr(choosing, "CANDIDATES", 1)
     chosen = choose(adapter_for_images, images / "train", "--count", "4", "--output", tmp_path / "out")
     assert "4 images to label, the adapter is least sure of them" in capsys.readouterr().out
@@ -92,18 +92,15 @@ def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images,
             first, second = model(about["transform"](image)[None]).softmax(1).topk(2).values[0].tolist()
         leads[str(path)] = first - second
     assert chosen == sorted(leads, key=leads.get)[:4]
-
-
-@pytest.mark.parametrize(("labelled", "how"), [(4, "the most typical"), (5, "the adapter is least sure")])
-def test_with_few_labels_the_most_typical_are_chosen(labelled, how, adapter_for_images, images, tmp_path, capsys):
-    """An adapter does not know then what it is unsure of."""
     known = tmp_path / "known"
-    for name, i in itertools.product(CLASSES, range(labelled)):
-        (known / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(images / "train" / name / f"{i}.png", known / name / f"other{i}.png")
-    rest = choose(adapter_for_images, images / "train", "--labelled", known, "--count=6", "--output", tmp_path / "o")
-    assert how in capsys.readouterr().out
-    assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
+    for labelled, how in ((4, "the most typical"), (5, "the adapter is least sure")):
+        for name, i in itertools.product(CLASSES, range(labelled)):
+            (known / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(images / "train" / name / f"{i}.png", known / name / f"other{i}.png")
+        output = tmp_path / how
+        rest = choose(adapter_for_images, images / "train", "--labelled", known, "--count=6", "--output", output)
+        assert how in capsys.readouterr().out
+        assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
 
 
 def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, capsys):

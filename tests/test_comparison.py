@@ -70,8 +70,7 @@ def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
     broken = tmp_path / "2 broken/results.json"
     broken.parent.mkdir()
     broken.write_text("broken")
-    typed = f"compare RUN_WITHOUT_IT/results.json {mine}"
-    assert reports.gained_by_stage_1(mine, own).endswith(typed)
+    assert reports.gained_by_stage_1(mine, own).endswith(f"compare RUN_WITHOUT_IT/results.json {mine}")
     write_results(without)
     found = reports.gained_by_stage_1(mine, own)
     assert f"accuracy {expected.first:.2%}, {expected.second:.2%}: +" in found

@@ -75,8 +75,7 @@ def test_a_file_tells_its_content_and_is_merged_into_one_that_serves_by_itself(b
     plain = build_backbone("vit_mini", 3, 16)
     plain.load_state_dict(torch.load(output) if suffix == ".pth" else safetensors.torch.load_file(output))
     images = torch.randn(4, 3, 16, 16)
-    expected = load_finetuned(adapter, base)[0](images)
-    torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.eval()(images), load_finetuned(adapter, base)[0](images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +172,7 @@ def test_evaluation_counts_all_images_of_a_folder(adapter, images, tmp_path, cap
     _, logits = answers_one_by_one(adapter, sorted((images / "val").glob("*/*.png")))
     hits = logits.argmax(1) == torch.arange(15) // 5
     assert results["images"] == 15 and results["accuracy"] == pytest.approx(hits.float().mean().item())
-    shares = hits.view(3, 5).double().mean(1).tolist()
-    assert list(results["accuracy_per_class"].values()) == pytest.approx(shares)
+    assert [*results["accuracy_per_class"].values()] == pytest.approx(hits.view(3, 5).double().mean(1).tolist())
     assert results["accuracy_interval"] == pytest.approx(measures.share_interval(hits))
     assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
     assert f"{'images':<22}15 in {images}/val\n" in told
@@ -383,9 +381,8 @@ def test_a_missing_package_is_named_at_once(adapter_for_images, tmp_path, monkey
         ("card {adapter} --output c.md", "c.md"),
     ],
 )
-def test_a_command_writes_what_it_says_twice_but_not_over_what_was_changed_nor_where_a_part_finds_no_room(
-    adapter_for_images, images, tmp_path, monkeypatch, words, belonging
-):
+def test_a_command_writes_all_it_says_or_nothing(adapter_for_images, images, tmp_path, monkeypatch, words, belonging):
+    """Where a part finds no room nothing; all of it again, but not over what was changed."""
     write = files.open_atomically
 
     def write_on_a_full_disk(path):
@@ -450,8 +447,7 @@ def test_of_two_commands_with_one_output_the_second_is_refused_and_what_a_killed
 
 def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path, monkeypatch):
     def write(name: str) -> None:
-        images = LabelledImages(ImageFiles("", [name]))
-        deploy_lora._write_features(torch.ones(1, 2), images, tmp_path / "f.npy")
+        deploy_lora._write_features(torch.ones(1, 2), LabelledImages(ImageFiles("", [name])), tmp_path / "f.npy")
 
     calls = []
     replace = os.replace

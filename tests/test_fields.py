@@ -48,8 +48,7 @@ def run_page(name: str) -> dict:
 
 
 def save_photograph(path: Path, colour: int) -> None:
-    pixels = np.random.RandomState(colour).randint(0, 100, (40, 40, 3)) + colour
-    save_image(path, pixels.astype(np.uint8))
+    save_image(path, (np.random.RandomState(colour).randint(0, 100, (40, 40, 3)) + colour).astype(np.uint8))
 
 
 def test_photographs(own_folder):

@@ -116,9 +116,7 @@ def deploy(command: str, *argv) -> object:
     return deploy_lora.main([command, *map(str, argv), *more])
 
 
-def test_masks_of_a_folder_are_the_models_answers_and_resumed_for_the_same_adapter(
-    of_pairs, pairs, tmp_path, of_tiffs, tiffs
-):
+def test_masks_of_a_folder_are_the_models_answers_and_are_resumed(of_pairs, pairs, tmp_path, of_tiffs, tiffs):
     argv = "predict", of_pairs, pairs / "val", "--output", tmp_path / "maps"
     written = deploy(*argv)
     of_images = [tmp_path / f"maps/images/{i}.png" for i in range(6)]
@@ -219,8 +217,7 @@ def test_a_map_of_numbers_far_from_zero_has_those_of_the_table(tmp_path, mean, d
         path = maps.write(scene, tmp_path / f"map{suffix.removesuffix('.npy')}", lambda parts, total: parts)
     found = np.load(path) if suffix == ".npy" else tifffile.imread(path)
     assert path.suffix == suffix and found.dtype == dtype
-    shown = [f"{number:.3f}" for number in found.ravel()]
-    assert shown == [f"{mean + 51.426:.3f}", f"{mean - 7.5:.3f}"]
+    assert [f"{number:.3f}" for number in found.ravel()] == [f"{mean + 51.426:.3f}", f"{mean - 7.5:.3f}"]
     assert [float(text) for [text] in task.table(outputs)[1]] == pytest.approx(found.ravel().tolist(), abs=1e-3)
 
 
@@ -310,9 +307,8 @@ def test_the_page_makes_the_mask(of_pairs, tmp_path, monkeypatch):
     deploy("merge", of_resnet, "--output", "merged.pth")
     monkeypatch.setattr(torchvision.models, "resnet50", shallow_resnet)
     whole, by_windows, *_ = blocks("python", (DOCS / "deploy.md").read_text().split("## A class for every pixel")[1])
-    small = by_windows, of_pairs, (16, 16)
-    large = by_windows, of_pairs, (40, 27)
-    for code, adapter, size in (small, large, (whole, of_resnet, (32, 32))):
+    cases = [(by_windows, of_pairs, (16, 16)), (by_windows, of_pairs, (40, 27)), (whole, of_resnet, (32, 32))]
+    for code, adapter, size in cases:
         path = save_image(Path("image.png"), levels(*size, 3, np.uint8))
         found = {}
         exec(code, found)
@@ -344,8 +340,7 @@ def in_rows(path, bands, height=23):
     with scenes.open_scene(path, bands) as scene:
         whole = scene.rows(0, 1)[:0]
         for first in range(0, scene.height, height - 9):
-            part = scene.rows(first, min(first + height, scene.height))
-            whole = np.concatenate([whole[:first], part])
+            whole = np.concatenate([whole[:first], scene.rows(first, min(first + height, scene.height))])
         assert whole.shape[:2] == (scene.height, scene.width)
         return whole
 

@@ -42,8 +42,7 @@ def levels_of(seed: int, rare: bool = False) -> np.ndarray:
 
 
 def write_pair(root: Path, image: str, mask: str, levels: np.ndarray, seed: int = 0) -> None:
-    pixels = np.random.RandomState(seed).randint(0, 256, (*levels.shape[:2], 3), dtype=np.uint8)
-    save_image(root / image, pixels)
+    save_image(root / image, np.random.RandomState(seed).randint(0, 256, (*levels.shape[:2], 3), dtype=np.uint8))
     save_image(root / mask, levels)
 
 

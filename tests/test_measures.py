@@ -139,8 +139,7 @@ def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
 
 def chance(measure, clusters: torch.Tensor, bounds=measures.UNBOUNDED) -> tuple[tuple[float, float], float]:
     """The interval of a measure of weights (n, N), and its p."""
-    found = measures.jackknife(lambda weights: {"it": measure(weights)}, clusters, {"it": bounds})
-    [figure] = found["it"]
+    [figure] = measures.jackknife(lambda weights: {"it": measure(weights)}, clusters, {"it": bounds})["it"]
     return figure.interval, figure.p
 
 

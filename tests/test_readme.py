@@ -42,8 +42,7 @@ EXTRAS = ("peft", "onnx", "onnxscript", "onnxruntime", "accelerate", "pytorch_li
 
 def commands_of(*starts: str) -> list[str]:
     """The commands of all pages that start so, each once."""
-    found = dict.fromkeys(commands("\n".join(PAGES.values())))
-    return [command for command in found if command.startswith(starts)]
+    return [command for command in dict.fromkeys(commands("\n".join(PAGES.values()))) if command.startswith(starts)]
 
 
 def extras_of(block: str) -> list[str]:
@@ -199,8 +198,7 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
             path.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path / f"{i}.png")
     with of_few_images():
-        whole = "--lora-rank 0 --no-freeze-backbone --output-dir checkpoints/full"
-        finetune_lora.main([*SMALL[2:], *whole.split()])
+        finetune_lora.main([*SMALL[2:], "--lora-rank=0", "--no-freeze-backbone", "--output-dir=checkpoints/full"])
     for command in commands(AFTER_TRAINING):
         needed = {".onnx": ("onnx", "onnxscript"), "--to peft": ("peft",)}
         if all(word not in command or all_installed(*packages) for word, packages in needed.items()):
@@ -249,8 +247,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(own_folder, newcomer,
     assert capsys.readouterr().out.split()[0] in CLASSES
     model, info = finetune_lora.load_finetuned("checkpoints/lora/lora.pth")
     with Image.open("image.png") as image:
-        expected = model(info["transform"](image)[None])
-    torch.testing.assert_close(served["logits"], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(served["logits"], model(info["transform"](image)[None]), rtol=1e-3, atol=1e-3)
 
 
 def test_the_options_page_and_the_readme_have_the_options(tmp_path):

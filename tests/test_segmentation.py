@@ -153,8 +153,7 @@ def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkey
     assert resnet.adapter_rate == pytest.approx(3e-3)
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
-    sizes = {len(images) for images, _ in run.loaders.val}
-    assert sizes == {1} and run.loaders.train.batch_sampler.batch_size == 4
+    assert {len(images) for images, _ in run.loaders.val} == {1} and run.loaders.train.batch_sampler.batch_size == 4
     # BatchNorms follow adapters by crops that are the same in each process and each resumed run, whatever was drawn.
     first = torch.cat(list(run.loaders.followed_batches()))
     torch.rand(7)

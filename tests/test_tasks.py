@@ -48,8 +48,7 @@ def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
     torch.testing.assert_close(loss, stock)
     torch.testing.assert_close(gradient, expected)
     assert gradient[~known].eq(0).all()
-    nothing = evaluation.no_labels(targets)
-    assert tasks.MultiLabel(NAMES, targets).loss(outputs, nothing) == 0
+    assert tasks.MultiLabel(NAMES, targets).loss(outputs, evaluation.no_labels(targets)) == 0
 
 
 def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
@@ -197,8 +196,7 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     assert gradients[0][~known].eq(0).all()
     assert task.constant_loss(images_of(targets + 70)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
     assert task.constant_score(images_of(targets)) == 0
-    in_units = task.in_units(task.standardised(targets))
-    torch.testing.assert_close(in_units.float(), targets, equal_nan=True)
+    torch.testing.assert_close(task.in_units(task.standardised(targets)).float(), targets, equal_nan=True)
     for column in ([3.0, 3.0, 3.0], [1.0, math.nan, math.nan], [math.nan] * 3):
         with pytest.raises(InputError, match="the number age is the same in all training images"):
             tasks.Regression(["age"], torch.tensor(column)[:, None])
@@ -218,8 +216,7 @@ def test_numbers_far_from_zero_are_told_from_each_other():
     assert task.output_layer()(outputs).double() == pytest.approx(truth, abs=0.1)
     again = tasks.from_record(task.record(), ["time"], "lora.pth")
     assert torch.equal(again.in_units(outputs), task.in_units(outputs))
-    cells = task.report(answers).answer_columns()
-    assert list(map(float, cells["time"])) == truth[:, 0].tolist()
+    assert list(map(float, task.report(answers).answer_columns()["time"])) == truth[:, 0].tolist()
 
 
 def test_numbers_are_measured_in_their_own_units():

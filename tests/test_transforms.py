@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms as T
 
 from benchmarks import loading
 from tests.image_files import save_image
@@ -105,12 +104,6 @@ def test_every_transform_takes_images_of_any_size(size, source):
         assert tensor.shape == (3, size, size) and tensor.dtype == torch.float32 and tensor.isfinite().all()
 
 
-def stock(name: str, size: int) -> list[T.Compose]:
-    """torchvision's transforms for what this module does itself, as the benchmark has them: of one or of both views."""
-    transform = loading.reference_transform({"eval": "evaluation", "crop": "fine-tuning"}.get(name, name), size)
-    return list(transform.views) if isinstance(transform, loading.Twice) else [transform]
-
-
 def views_of(name: str, size: int) -> list[transforms.View]:
     if name == "eval":
         return [transforms.eval_transform(size)]
@@ -120,10 +113,13 @@ def views_of(name: str, size: int) -> list[transforms.View]:
 @pytest.mark.parametrize("name", ["eval", "crop", "moco_v2", "moco_v3"])
 @pytest.mark.parametrize(("size", "source"), [(32, (50, 41)), (96, (300, 170)), (96, (60, 200))])
 def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
-    """From the same draws; bit for bit, except that the blur may round to the next of 256 levels."""
+    """As the benchmark has torchvision's transforms, from the same draws; bit for bit, except that the blur may round
+    to the next of 256 levels."""
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*source[::-1], 3)).astype(np.uint8))
     level = 1.01 / 255 / min(transforms.IMAGENET_STD) if name in ("moco_v2", "moco_v3") else 0
-    for ours, theirs in zip(views_of(name, size), stock(name, size), strict=True):
+    stock = loading.reference_transform({"eval": "evaluation", "crop": "fine-tuning"}.get(name, name), size)
+    stock_views = stock.views if isinstance(stock, loading.Twice) else [stock]
+    for ours, theirs in zip(views_of(name, size), stock_views, strict=True):
         for seed in range(4):
             views = []
             for transform in (ours, theirs):
