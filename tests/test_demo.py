@@ -23,7 +23,6 @@ from toolkit.answers import demo
 from toolkit.answers.report_page import html_table
 from toolkit.images.masks import palette
 
-ROOT = Path(deploy_lora.__file__).parent
 pytestmark = pytest.mark.usefixtures("whole_vit_mini")
 TASKS = {
     "classes": {},
@@ -179,37 +178,14 @@ def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path
         demo.write_space(tmp_path / "full", adapter, SHIPPED, None, about)
 
 
-# In the place of gradio: it drops an image on the page that is launched.
-DROPS = """
-from unittest.mock import MagicMock
-Dropdown = File = Gallery = HTML = MagicMock()
-Interface = MagicMock()
-page = Interface.return_value
-page.launch.return_value = None, "nowhere", None
-page.block_thread = lambda: print(
-    Interface.call_args.args[0]("dropped.png", None)[0], "server_name" in page.launch.call_args.kwargs
-)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["numbers"], indirect=True)
-def test_a_space_answers_with_nothing_but_its_own_files(image, drop, space):
-    shutil.copy(image, space)
-    (space / "gradio.py").write_text(DROPS)
-    environment = {"PATH": os.environ["PATH"], "HOME": str(space), "SPACE_ID": "owner/name"}
-    done = subprocess.run([sys.executable, "app.py"], cwd=space, env=environment, capture_output=True, text=True)
-    [[said, *_]] = drop((str(image), None))
-    assert done.stdout.endswith(f"{said} False\n"), done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["classes", "masks"], indirect=True)
-def test_gradio_answers_what_is_sent_to_its_page(adapter, image, drop):
-    """Needs `pip install gradio`."""
+def test_a_space_answers_with_nothing_but_its_own_files(image, drop, space):
+    """By gradio, which `pip install gradio` brings."""
     client = pytest.importorskip("gradio_client")
-    command = [sys.executable, "-u", "deploy_lora.py", "demo", str(adapter), "--device", "cpu"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(space)}
+    command = [sys.executable, "-u", "app.py"]
+    with subprocess.Popen(command, cwd=space, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             page = client.Client(re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0], verbose=False)
             shown, pictures = page.predict(client.handle_file(image), None, fn_index=0)
