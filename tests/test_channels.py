@@ -163,9 +163,12 @@ def tiff_of_many_pages(count: int) -> bytes:
     return b"II*\0\x08\0\0\0" + b"".join(pages) + struct.pack("<HHHIII", 1, 256, 99, 1, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
+    """In a run, and where a transform is given its path."""
+    monkeypatch.setattr(remote, "LARGE_IMAGE", 2**20)
+    path = tmp_path / "broken.npy"
+    transform = eval_transform(8, bands=Bands(13))
+    for content, reason in (
         (bytes_of(np.save, np.zeros((8, 8, 13)))[:200], ""),
         (bytes_of(np.save, np.zeros((8, 8, 13), complex)), "complex128"),
         (bytes_of(np.save, np.zeros((2, 8, 8, 13))), r"\(2, 8, 8, 13\)"),
@@ -178,17 +181,11 @@ def tiff_of_many_pages(count: int) -> bytes:
         # Pillow shifts those of 15 bits to fill 16, which would double the reflectances of Sentinel-2's products.
         (bytes_of(Image.fromarray(np.zeros((32, 32), np.uint16)).save, "JPEG2000", irreversible=False), "write a TIFF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n", "cannot identify"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tmp_path, monkeypatch):
-    """In a run, and where a transform is given its path."""
-    monkeypatch.setattr(remote, "LARGE_IMAGE", 2**20)
-    path = tmp_path / "broken.npy"
-    path.write_bytes(content)
-    transform = eval_transform(8, bands=Bands(13))
-    for read in (lambda: folders.ImageFiles(tmp_path, [path.name], Bands(13))[0], lambda: transform(path)):
-        with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
-            read()
+    ):
+        path.write_bytes(content)
+        for read in (lambda: folders.ImageFiles(tmp_path, [path.name], Bands(13))[0], lambda: transform(path)):
+            with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
+                read()
 
 
 def test_a_file_with_other_bands_is_not_called_unreadable(tmp_path):
@@ -281,9 +278,8 @@ TWO = {"arch": "vit_mini", "channels": 2, "mean": [1.0, 2.0], "std": [3.0, 4.0],
 TWO |= {"show_bands": [1]}  # which files of earlier versions have
 
 
-@pytest.mark.parametrize(
-    ("typed", "channels", "told", "name", "expected", "printed"),
-    [
+def test_what_counts_is_typed_or_told_by_the_file(capsys):
+    for typed, channels, told, name, expected, printed in (
         # What is not known, or typed, stays.
         ({}, 13, {}, "base.pth", None, ""),
         ({}, 4, {}, SENTINEL_2, None, ""),  # fitted to other images
@@ -300,16 +296,14 @@ TWO |= {"show_bands": [1]}  # which files of earlier versions have
         ({"bands": ["3", "1"]}, 2, TWO, "a.pth", (5, [1, 2], [3, 4], ["3", "1"]), "as in the pretraining"),
         # The mean and std are those of reflectances, say, whatever the numbers in the files.
         ({"scale": 1.0}, 2, TWO, "a.pth", (1, [1, 2], [3, 4], ["4", "2"]), "images: mean, std and bands as in"),
-    ],
-)
-def test_what_counts_is_typed_or_told_by_the_file(typed, channels, told, name, expected, printed, capsys):
-    found = known_scaling(Scaling(**typed), channels, told, name)
-    if expected is None:
-        assert found == Scaling(**typed)
-    else:
-        assert (*values(found), found.normalise) == (*expected, None)
-    said = capsys.readouterr().out
-    assert printed in said and bool(said) == bool(printed)
+    ):
+        found = known_scaling(Scaling(**typed), channels, told, name)
+        if expected is None:
+            assert found == Scaling(**typed)
+        else:
+            assert (*values(found), found.normalise) == (*expected, None)
+        said = capsys.readouterr().out
+        assert printed in said and bool(said) == bool(printed)
 
 
 def test_a_file_of_cem500k_and_a_stage_1_adapter_say_how_their_images_were_scaled(tmp_path, capsys):
