@@ -1,7 +1,4 @@
-"""Images that are no RGB photographs: channels of checkpoints, bands of files, and what each command makes of them.
-
-Noise on 13 bands stands for Sentinel-2's images: three bands carry the class.
-"""
+"""Images that are no RGB photographs: channels of checkpoints, bands of files, and what each command makes of them."""
 
 import itertools
 import struct
@@ -37,7 +34,7 @@ ON_CPU = ("--device", "cpu", "--workers", "0")
 
 @pytest.fixture(scope="module")
 def tiffs(tmp_path_factory) -> Path:
-    """train/ and val/ with three classes, 5 and 3 TIFFs of 13 bands each: reflectances in ten thousandths."""
+    """train/ and val/ with three classes, told by bands 2 to 4 of 13: 5 and 3 TIFFs each, of ten thousandths."""
     folder, rng = tmp_path_factory.mktemp("bands"), np.random.RandomState(0)
     for number, i in itertools.product(range(3), range(8)):
         place = folder / ("train" if i < 5 else "val") / str(number)

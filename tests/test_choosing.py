@@ -104,7 +104,6 @@ def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images,
 
 
 def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, capsys):
-    """What cannot be read is left out: see test_deploy_lora.py."""
     monkeypatch.setattr(choosing, "MOST_IMAGES", 7)
     assert len(choose(base, images / "train", "--count", "2", "--output", tmp_path / "some")) == 2
     assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out

@@ -54,7 +54,6 @@ def adapted(base: Path) -> nn.Module:
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @torch.no_grad()
 def test_each_layer_keeps_the_main_part_of_its_change(base, narrow, saved, kind, trained, tmp_path, capsys):
-    """All else stays."""
     about = {"val_accuracy": 0.9}
     if kind == "resnet":
         base = saved(narrow)

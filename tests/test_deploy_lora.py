@@ -80,7 +80,6 @@ def test_a_file_tells_its_content_and_is_merged_into_one_that_serves_by_itself(b
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory) -> Path:
-    """Files of other ways to train are in test_ways.py."""
     return adapter_file(tmp_path_factory.mktemp("trained") / "lora.pth", base)
 
 
@@ -129,10 +128,7 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
 
 @pytest.mark.parametrize("command", ["predict", "embed"])
 def test_answers_in_parts_go_on_where_they_were_stopped(adapter, images, tmp_path, monkeypatch, command):
-    """15 images in parts of 4: a stopped command and its sequel write, bit for bit, what one that runs through does.
-
-    What else may lie in the folder is in test_answer_folders.py.
-    """
+    """15 images in parts of 4: a stopped command and its sequel write, bit for bit, what one that runs through does."""
     monkeypatch.setattr(deploy_lora, "PART_IMAGES", 7)  # which becomes a multiple of a batch
     start = f"{command} --batch-size 4 --device cpu"
 

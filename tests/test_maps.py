@@ -250,7 +250,6 @@ def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path,
 
 
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
-    """The class roof has the value 7."""
     found = deploy("evaluate", of_tiffs, tiffs)
     assert list(found["iou_per_class"]) == ["ground", "roof"] and found["images"] == 6
     save_image(tmp_path / "1.png", np.full((72, 80), 1, np.uint8))

@@ -86,10 +86,7 @@ def newcomer(whole_vit_mini, small_backbones, images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_run(newcomer):
-    """What the first command and the README's merge leave behind, on less data; what the command printed is there too.
-
-    For the other commands see below, and tests/test_comparison.py.
-    """
+    """What the first command and the README's merge leave behind, on less data, and what the command printed."""
     with of_few_images(), contextlib.redirect_stdout(io.StringIO()) as printed:
         finetune_lora.main([*SMALL[2:], "--output-dir", "checkpoints/lora"])
     (newcomer / "printed.txt").write_text(printed.getvalue())
@@ -110,7 +107,6 @@ def continue_stage_1() -> None:
 
 @pytest.fixture(scope="module")
 def domain(newcomer):
-    """What stage 1 on unlabelled images leaves behind."""
     continue_stage_1()
 
 

@@ -37,7 +37,6 @@ def evaluation(labels: list[int], predictions: list[int], confidences: list[floa
 
 
 def test_means_over_classes_are_scikit_learns_with_the_intervals_of_the_jackknife():
-    """A class without images has no share."""
     labels = [0, 2, 3] * 30
     predictions = [0, 2, 3, 0, 2, 0, 2, 3, 0, 0, 3, 0, 2, 3, 0] * 6
     answers = evaluation(labels, predictions)
@@ -175,7 +174,6 @@ NAMES = ["cat", "eel", "a $dog$"]
 
 @pytest.fixture
 def labels() -> multilabel.LabelReport:
-    """The second label is on no image; one is unknown of the first."""
     targets = (torch.rand(30, 3) < torch.tensor([0.5, 0.0, 0.3])).float()
     probabilities = 0.6 * targets + 0.4 * torch.rand(30, 3)
     targets[0, 0] = math.nan
@@ -295,7 +293,6 @@ def test_answers_are_drawn_over_the_truth(numbers, spy, tmp_path):
 
 @pytest.mark.parametrize("patients", [None, torch.arange(20) // 5])
 def test_each_number_has_intervals_that_come_of_its_own_errors(numbers, patients, tmp_path):
-    """As in a report on that number alone; over groups others."""
     targets = numbers.answers.targets[:, :1]
     of_age = regression.NumberAnswers(0.1, numbers.answers.values[:, :1], targets)
     alone = Regression(["age"], targets).report(of_age, patients).figures()

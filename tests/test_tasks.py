@@ -38,7 +38,6 @@ def network() -> nn.Module:
 
 
 def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
-    """Loss and gradients are those of stock binary cross-entropies over the known labels alone; the others are 0."""
     outputs, targets = drawn()
     known = ~targets.isnan()
     loss = tasks.MultiLabel(NAMES, targets).loss(outputs, targets)
