@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -20,6 +21,7 @@ from toolkit.images import bands, folders, remote
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
 PROBABILITY, ANSWER = " probability", " answer"  # what the columns of a run's answers add to a label's name
 _ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
+_BYTE = re.compile("[\udc80-\udcff]")  # that is no UTF-8, as `surrogateescape` decodes it
 _YES_OR_NO = {"yes", "no", "y", "n", "true", "false", "t", "f"}
 
 
@@ -57,8 +59,8 @@ class ImageList:
     def as_in_run(path: Path, data: Mapping[str, Any]) -> "ImageList":
         """A list for the adapter of a run with this section `data`; its paths may be relative to the run's folder."""
         found = ImageList(path, None, data.get("group_by"))
-        known = data.get("label_columns") or ()  # a label that has no column here is unknown
-        found.label_columns = [entry for entry in known if ".." in entry or entry in found.titles[1:]]
+        known = set(map(folders.one_spelling, data.get("label_columns") or ()))  # one without a column is unknown
+        found.label_columns = [title for title in found.titles[1:] if folders.one_spelling(title) in known]
         if found.group_by not in found.titles[1:]:
             found.group_by = None
         other = data.get("data_dir")
@@ -238,20 +240,24 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     rows = []
     begun = 0  # where the row begins that is read
     try:
-        lines = io.StringIO(remote.read(path).decode("utf-8-sig"), newline=None).readlines()
+        text = remote.read(path).decode("utf-8-sig", "surrogateescape")
+        lines = io.StringIO(text, newline=None).readlines()
         delimiter = "\t" if "\t" in "".join(lines[:1]) else ","
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for cells in reader:
-            if "\n" in "".join(cells[1:]):  # a name of a file may have one; elsewhere a quotation mark lacks its other
+            name = "".join(cells[:1])
+            rest = "".join(cells[1:])
+            if "\n" in rest:  # a name of a file may have one; elsewhere a quotation mark lacks its other
                 raise csv.Error("a line break")
+            # Nor need the name of a file be UTF-8.
+            if _BYTE.search(rest) or (_BYTE.search(name) and not os.path.isfile(os.path.join(path.parent, name))):
+                raise InputError(f"{path}: line {begun + 1} is not in UTF-8, '{_shown(cells)}': save the list as such")
             cells = list(map(str.strip, cells))
             if any(cells):
                 rows.append(cells)
             begun = reader.line_num
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file of `path,label` lines: {printable(error)}") from None
     except csv.Error as error:
         marks = f"look at its quotation marks: '{printable(lines[begun].strip())}'"
         raise InputError(f"{path}: line {begun + 1} is not `path,label` ({error}); {marks}") from None
