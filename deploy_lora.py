@@ -559,6 +559,8 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     columns = data.get("label_columns")
     if isinstance(columns, list) and all(isinstance(column, str) for column in columns):
         known["label_columns"] = columns
+        if _task_of(about).truth != "class":  # a list may lack the label at which a range begins
+            known["label_columns"] = about["class_names"]
     return known
 
 
@@ -753,7 +755,6 @@ def convert(args: argparse.Namespace) -> None:
             error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
         if not error <= tolerance:
             raise InputError(f"the installed PEFT's logits with this adapter differ by {error:.1e} of their size")
-        files.make_folder(args.output)
         with contextlib.ExitStack() as both:  # or none takes its place
             for name in (peft_format.CONFIG, peft_format.WEIGHTS):
                 both.enter_context(files.open_atomically(args.output / name)).write(Path(scratch, name).read_bytes())

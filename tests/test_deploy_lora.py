@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 import deploy_lora
+import toolkit
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora import functional
 from tests.image_files import labelled_tar, save_image, tar_of
@@ -259,6 +260,12 @@ def test_settings_that_no_run_can_have_written_are_left_out(data):
     assert deploy_lora._data_of_run({"config": {"data": data}}) == {}
 
 
+def test_the_columns_of_a_run_are_its_labels_whatever_range_named_them():
+    for task, names in (({"kind": "multilabel", "thresholds": [0.5, 0.5]}, ["up", "left"]), (None, ["up..left"])):
+        about = {"config": {"data": {"label_columns": ["up..left"]}}, "task": task, "class_names": ["up", "left"]}
+        assert deploy_lora._data_of_run(about) == {"label_columns": names}
+
+
 def test_a_small_file_stays_small(adapter_for_images):
     """Names are two bytes each in a file; a head of as many rows, of one number each, would be ten megabytes."""
     content = torch.load(adapter_for_images)
@@ -398,10 +405,13 @@ def test_a_command_writes_all_it_says_or_nothing(adapter_for_images, images, tmp
     for name in said:
         content = Path(name).read_bytes()
         Path(name).write_bytes(content[:-1] + b"x")
-        with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier"):
+        with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier .*--output$"):
             read_options(words.split())
         Path(name).write_bytes(content)
     read_options(words.split())
+    monkeypatch.setattr(toolkit, "WRITTEN", tmp_path / "gone")
+    with pytest.raises(InputError, match=r"--output; \S+/gone would tell, .*: set XDG_CACHE_HOME to a folder"):
+        read_options(words.split())
 
 
 def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch):
@@ -411,6 +421,7 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch):
         ("evaluate lora.pth images", "lora_evaluation.html", os.mkfifo),
         ("threshold lora.pth list.csv --output new.pth", "new.pth", lambda path: path.symlink_to("nothing")),
         ("predict lora.pth images --output map.tif", "map.tif", Path.touch),
+        ("predict lora.pth . --output p.csv", "p.csv", Path.touch),  # a table among the images is no image
         ("convert lora.pth --output .", "adapter_config.json", Path.touch),
         ("choose lora.pth images --output .", "to_label.csv", Path.touch),
     ):

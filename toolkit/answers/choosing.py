@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolkit.answers.report_page import html_pictures, write_html
 from toolkit.choices import TO_LABEL
-from toolkit.files import make_folder, write_cells
+from toolkit.files import write_cells
 from toolkit.images import data, remote
 
 # Measured, see benchmarks/RESULTS.md.
@@ -49,7 +49,6 @@ def least_sure(features: Tensor, count: int, logits: Tensor) -> list[int]:
 
 def write_chosen(images: data.LabelledImages, folder: Path) -> None:
     """Write a list to add labels to, and a page with the pictures; not what a model says, which people would follow."""
-    make_folder(folder)
     names = list(map(images.name, range(len(images))))
     shown = [(i, f"{i + 1}. {Path(name).name}") for i, name in enumerate(names)]
     rows = [(name if remote.is_remote(name) else os.path.abspath(name), "") for name in names]
