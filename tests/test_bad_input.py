@@ -374,6 +374,7 @@ OUTPUTS = [
     case("results among images of k-NN", "pretrain --knn-dir mine --output-dir mine/out", "in mine:", files=TWO),
     case("results among unlabelled ones", "finetune --unlabelled mine --output-dir mine/out", "in mine:", files=TWO),
     case("pictures among images", "explain lora.pth images/val --output images/val/seen", "name a folder outside"),
+    case("features among images", "embed lora.pth images --output images/val/f.npy", "is among the images in images:"),
     case("lists that their run would replace",
          "finetune --data-list list.csv out/labels_to_check.csv --unlabelled out/labels_to_check.csv",
          "--data-list out/labels_to_check.csv would be", "--unlabelled out/labels_to_check.csv would be",

@@ -178,6 +178,8 @@ def test_what_is_made_of_an_image_has_a_place_of_its_own_below_its_folder(tmp_pa
         with pytest.raises(InputError, match=problem):
             places_of(out, *names)
     assert len(places_of(out, "inner/b.png")) == 1
+    with pytest.raises(InputError, match="--output /given is among the images in /given: name a folder outside"):
+        places_of(Path("/given"), "b.jpg")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")

@@ -121,7 +121,7 @@ def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(expl
     assert f"wrote {tmp_path / 'out'}: what decided, of 2 images\n" in printed
     (mine / "list.csv").write_text("p1/1.png\np2/1.png\n")
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
-        explain(mine, mine / "list.csv")
+        explain(shutil.copytree(mine, tmp_path / "theirs"), mine / "list.csv")
     assert explain(tmp_path / "out", mine, "--resume") == written
 
 

@@ -141,6 +141,13 @@ def is_free(path: Path, by: str) -> bool:
     return not os.path.lexists(path)
 
 
+def unnoted() -> str:
+    """What to do, for a message, where nothing was noted or can be; else nothing."""
+    if os.access(WRITTEN, os.W_OK):
+        return ""
+    return f"; {WRITTEN} would tell, but cannot be written or is gone: set XDG_CACHE_HOME to a folder that lasts"
+
+
 def _digest(path: Path, by: str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

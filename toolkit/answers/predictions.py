@@ -73,13 +73,12 @@ def places_of_images(images: data.LabelledImages, given: Sequence[Path], output:
     Raises InputError where two images have one place, where a link leads out of the folder, and where it lies among
     the images: the next command would answer for what this one has made.
     """
-    for path in given:
-        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"--output {output} is among the images in {path}: name a folder outside")
     folders = [path.parent if path.suffix.lower() in LIST_SUFFIXES else path for path in given]
     places = []
+    around = set()
     for i in range(len(images)):
         name = Path(images.name(i))
+        around.add(os.path.abspath(name.parent))
         inside = Path(name.name)
         for folder in folders:
             if folder in name.parents:
@@ -90,6 +89,8 @@ def places_of_images(images: data.LabelledImages, given: Sequence[Path], output:
     if twice:
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
     for folder in dict.fromkeys(place.parent for place in places):
+        if os.path.abspath(folder) in around:
+            raise InputError(f"--output {output} is among the images in {printable(folder)}: name a folder outside")
         try:
             target = folder.resolve(strict=folder.is_symlink())  # else Python 3.13 overlooks a link to itself
             leads_outside = not target.is_relative_to(output.resolve())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, did_you_mean, is_free, note_written, printable
+from toolkit import VERSION, InputError, did_you_mean, is_free, note_written, printable, unnoted
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
@@ -150,9 +150,14 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output}: a file; name a folder"
     elif not os.path.isdir(args.output.parent):
         yield f"--output {args.output}: there is no folder {args.output.parent}; make it first"
+    if args.command in ANSWERING and args.output.suffix != ".csv":  # which is no image
+        for path in args.images:
+            if path.is_dir() and args.output.resolve().is_relative_to(path.resolve()):
+                yield f"--output {args.output} is among the images in {path}: name a folder outside"
     for path in files_written(args):
         if not is_free(path, _name(args)):
-            yield f"{path} is there, not known to be of an earlier {args.command}: move it, or name another --output"
+            remedy = f"move it, or name another --output{unnoted()}"
+            yield f"{path} is there, not known to be of an earlier {args.command}: {remedy}"
 
 
 def _name(args: argparse.Namespace) -> str:
