@@ -1,11 +1,14 @@
 """What checkpoint files are made of in the tests: tensors under the names that torchvision and timm give them."""
 
+import io
 import math
+import zipfile
 from pathlib import Path
 
 import torch
 
 from tests.dense import resnet
+from tests.image_files import bytes_of
 from toolkit.models import names
 from toolkit.models.backbones import build_backbone
 
@@ -27,6 +30,19 @@ def save_base(path: Path, arch: str = "vit_mini", size: int = 16, channels: int 
         state = without_head(build_backbone(arch, 3, size, channels=channels).state_dict())
     torch.save({"state_dict": under("module.base_encoder.", state), "arch": arch, "epoch": 7}, path)
     return path
+
+
+def torch_file(content, zipped: bool = True) -> bytes:
+    return bytes_of(lambda file: torch.save(content, file, _use_new_zipfile_serialization=zipped))
+
+
+def rezipped(content: bytes, change=lambda name, data: data, compression=zipfile.ZIP_STORED) -> bytes:
+    """A zip file with what `change` makes of each of its records."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return file.getvalue()
 
 
 def under(prefix, tensors):

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import functools
 import gc
 import os
 import shutil
@@ -23,7 +22,7 @@ import toolkit
 from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
-from tests.image_files import bytes_of
+from tests.image_files import save_image
 from tests.pages import save_moco_v2
 from tests.run_folders import SHORTER
 from toolkit.answers.tasks import TASKS
@@ -100,11 +99,10 @@ def images(tmp_path_factory) -> Path:
     folder, rng = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
     for part, count in (("train", 7), ("val", 5)):
         for name in CLASSES:
-            (folder / part / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.randint(0, 60, (16, 16, 3))
                 pixels[:: 1 if name == "bright" else 2] += 0 if name == "dark" else 180
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{i}.png")
+                save_image(folder / part / name / f"{i}.png", pixels.astype(np.uint8))
     return folder
 
 
@@ -126,11 +124,9 @@ def hospital(tmp_path_factory) -> Path:
     for patient in range(20):
         for number in range(1 + patient % 6):
             name = "sick" if (patient + number * (patient % 2)) % 3 == 0 else "well"
-            path = folder / f"scans/{name}/p{patient}/{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            listed = f"scans/{name}/p{patient}/{number}.png"
             pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels // (2 if name == "well" else 1)).save(path)
-            listed = path.relative_to(folder)
+            save_image(folder / listed, pixels // (2 if name == "well" else 1))
             lists["all"] += f"{listed},{name},p{patient}\n"
             lists["labels"] += f"{listed},p{patient},{int(name == 'sick')},1\n"
             lists["numbers"] += f"{listed},{float(patient)},p{patient}\n"
@@ -145,16 +141,14 @@ def pairs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     rng = np.random.RandomState(0)
     for part, count in (("train", 12), ("val", 6)):
-        for kind in ("images", "masks"):
-            (folder / part / kind).mkdir(parents=True)
         for number in range(count):
             mask = np.zeros((20, 28), np.uint8)
             left, top = rng.randint(2, 16), rng.randint(2, 10)
             mask[top : top + 8, left : left + 10] = 1
             mask[rng.randint(0, 19), :] = 255
             image = rng.randint(0, 120, (20, 28, 3)) + 130 * (mask == 1)[..., None]
-            Image.fromarray(image.astype(np.uint8)).save(folder / part / "images" / f"{number}.png")
-            Image.fromarray(mask).save(folder / part / "masks" / f"{number}.png")
+            save_image(folder / part / "images" / f"{number}.png", image.astype(np.uint8))
+            save_image(folder / part / "masks" / f"{number}.png", mask)
     return folder
 
 
@@ -277,7 +271,7 @@ def no_pictures():
     def blank(*given) -> list:
         for path in given:
             if isinstance(path, Path):
-                path.write_bytes(bytes_of(Image.new("L", (1, 1)).save, "png"))
+                Image.new("L", (1, 1)).save(path, "png")
         return []
 
     with plotting(dict.fromkeys(PICTURES, blank)):
@@ -292,16 +286,10 @@ def shorter():
         yield
 
 
-@pytest.fixture(scope="session")
-def drawing(no_pictures):
-    """Within `with drawing():` runs draw their pictures."""
-    return functools.partial(plotting, PICTURES)
-
-
 @pytest.fixture
-def pictures(drawing):
-    """Runs draw their pictures."""
-    with drawing():
+def pictures():
+    """Runs draw their pictures, as they do within `with plotting(PICTURES):`."""
+    with plotting(PICTURES):
         yield
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from tests.checkpoint_files import torch_file
 from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError, choices
 from toolkit.config import check_command_line
@@ -33,17 +34,13 @@ from toolkit.run.options import CLASHES, TASK_CLASHES, read_options
 ROOT = Path(__file__).parents[1]
 
 # Each command and what it is given unless the case says otherwise: the last of two equal flags counts.
+OUT = "--output-dir out --device cpu --epochs 1"
+OF_IMAGES = f"--data-dir images {OUT} --batch-size 8"
 COMMANDS = {
-    "finetune": (
-        finetune_lora.main,
-        "--checkpoint base.pth --data-dir images --output-dir out --device cpu --epochs 1 --batch-size 8",
-    ),
-    "plain-finetune": (finetune_lora.main, "--checkpoint shipped --output-dir out --device cpu --epochs 1"),
-    "bare-finetune": (finetune_lora.main, "--output-dir out --device cpu --epochs 1"),
-    "pretrain": (
-        pretrain.main,
-        "--data-dir images --output-dir out --device cpu --epochs 1 --batch-size 8 --image-size 16 --dim 8 --mlp-dim 8",
-    ),
+    "finetune": (finetune_lora.main, f"--checkpoint base.pth {OF_IMAGES}"),
+    "plain-finetune": (finetune_lora.main, f"--checkpoint shipped {OUT}"),
+    "bare-finetune": (finetune_lora.main, OUT),
+    "pretrain": (pretrain.main, f"{OF_IMAGES} --image-size 16 --dim 8 --mlp-dim 8"),
 }  # and without the name of its script, deploy_lora.py, any other
 
 
@@ -74,10 +71,6 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), suffix: str = "pn
 
 
 PNG = picture()
-
-
-def torch_file(content) -> bytes:
-    return bytes_of(lambda file: torch.save(content, file))
 
 
 def changed(file: str, change):
@@ -146,17 +139,11 @@ def listed(title: str, lines: str, *names: str, options: str = ""):
     return case(title, f"plain-finetune --data-list l.csv {options}", *names, files=files)
 
 
-def checkpoint(title: str, content, *names: str, options: str = ""):
-    return case(title, f"finetune --checkpoint theirs.pth {options}", *names, files={"theirs.pth": content})
-
-
 def adapter(title: str, content, *names: str, command: str = "evaluate theirs.pth images"):
     return case(title, command, *names, files={"theirs.pth": content})
 
 
 FLAGS = [
-    case("a word without a flag", "finetune digits", "digits: unexpected argument"),
-    case("a flag without its value", "finetune --epochs", "--epochs: expected a value, got none"),
     case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora", "ignored explicit argument"),
     case("whole numbers out of range", "finetune --epochs ten --batch-size 0 --accumulation-steps 2.5 --adapt-last auto"
          " --lora-rank -1 --workers 100000", "--epochs: expected a whole number above 0, got 'ten'",
@@ -167,9 +154,9 @@ FLAGS = [
          *(f"--{x}: expected a number above 0" for x in ("lora-alpha", "learning-rate", "clip-grad-norm")),
          "--lora-dropout: expected a number from 0 to below 1",
          *(f"--{name}: expected a number, 0 or more" for name in ("weight-decay", "warmup-epochs"))),
-    case("misspelt choices", "finetune --dataset digit --augmentation flips --precision float16",
-         "'digit' is none of digits, imagefolder", "'flips' is none of crop, trivial, affine, none",
-         "'float16' is none of auto, fp32, bf16, fp16"),
+    case("a word, choices and a missing value", "finetune digits --dataset digit --precision float16 --epochs",
+         "digits: unexpected argument", "'digit' is none of digits, imagefolder",
+         "'float16' is none of auto, fp32, bf16, fp16", "--epochs: expected a value, got none"),
     case("numbers too large", f"finetune --epochs {10**30} --learning-rate 1e38",
          "too large; the largest is 2147483647", "--learning-rate: 1e38 is too large"),
     case("options that do not go together", "finetune --warmup-epochs 50 --adapt-last 2 --use-qlora --norms train"
@@ -183,12 +170,11 @@ FLAGS = [
            "lora-dropout", "target-modules", "lora-init"))),
     case("random weights of no architecture", "finetune --checkpoint none --cache-features disk --device meta",
          "--cache-features needs --adapt-last, or --lora", "with --arch", "--no-freeze-backbone", "'meta' is not"),
-    case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
     case("an image size between patches", "finetune --image-size 17", "17 is not a multiple of vit_mini's patch", "16"),
     case("an image size for no memory", "finetune --image-size 100000", "image size is 100000", "at most 4096"),
     case("all at once", "finetune --epochs 0 --qlra --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
-         " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlra: no such", "4 bits cannot train",
-         "'gpu' is not available", "--device cpu", "absent: no such folder", "gone.pth: file not found"),
+         " --checkpoint gone.pth --stage1-adapter no.pth", "--epochs", "--qlra: no such", "4 bits cannot train",
+         "'gpu' is not available", "--device cpu", "absent: no such", "gone.pth: file not found", "no.pth: file"),
     case("a bad checkpoint is told before images", "finetune --data-dir mine --checkpoint theirs.pth",
          "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
 ]  # fmt: skip
@@ -250,10 +236,8 @@ IMAGES = [
     case("a file for an evaluation folder", "finetune --val-dir base.pth", "--val-dir base.pth: a file"),
     case("no such folder of images without labels", "finetune --unlabelled gone", "--unlabelled gone: no such"),
     case("no images but the labelled ones", "finetune --unlabelled images/train", "without 0 evaluation images and 21"),
-    case("images without labels of other channels",
-         "finetune --channels 4 --scale 255 --data-dir mine --unlabelled other",
-         "x.png: it has 3 bands, and the network takes 4",
-         files=dict.fromkeys(TWO, picture("RGBA")) | {"other/x.png": PNG}),
+    images("images without labels of other channels", dict.fromkeys(TWO, picture("RGBA")) | {"other/x.png": PNG},
+           "x.png: it has 3 bands, and", options="--channels 4 --scale 255 --unlabelled other"),
     case("a folder and a data set", "finetune --dataset digits --val-dir images/val --data-dir images", "has its own"),
     case("three lists", "finetune --data-list a b c", "--data-list: expected a list for training and one", "got 3"),
     listed("a list of one class", "mine/cat/0.png,cat\n", "at least two classes, found only cat"),
@@ -276,15 +260,11 @@ IMAGES = [
     listed("a column for each label", "path,cat,dog\nmine/cat/0.png,1,0\nmine/dog/0.png,0,1\n", "multilabel or regr"),
     case("several labels in folders", "finetune --task multilabel --keep-best accuracy",
          "--task multilabel needs --data-list with `path,", "--keep-best accuracy with --task multilabel"),
-    listed("a number that is always the same",
-           "mine/cat/0.png,2\nmine/cat/1.png,2\nmine/dog/0.png,2\nmine/dog/1.png,2\n",
-           "the number number is the same in all", options="--task regression --checkpoint base.pth"),
     images("files of other kinds alone", classes("dog") | {"mine/cat/0.HEIC": b"", "mine/cat/1.heic": b"",
            "mine/cat/notes": b""}, "no images in cat", "found 2 .heic, 1 without suffix"),
     images("an archive beside class folders", TWO | {"mine/all.tar": TAR}, "both archives, as all.tar", "move those"),
-    images("an archive per class", {f"mine/train/{name}.tar": TAR for name in ("cat", "dog")}
-           | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
-           "if each archive is a class", "unpack each"),
+    images("an archive per class", split((), ("cat", "dog")) | {"mine/train/cat.tar": TAR, "mine/train/dog.tar": TAR},
+           "mine/train: the images in its archives have no labels", "if each archive is a class", "unpack each"),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
     case("unlabelled images to evaluate on", "pretrain --dataset unlabelled --val-dir images/val --data-list a b",
          "--val-dir with images without labels", "a second --data-list with images without labels"),
@@ -295,29 +275,21 @@ IMAGES = [
 ]  # fmt: skip
 
 
-CHECKPOINTS = [
-    checkpoint("a pointer of git-lfs", LFS, "theirs.pth", "git-lfs", "git lfs pull"),
+BOMB = ["lol"]  # a list of a list twice, of a list twice, ...: 2**60 words from a few hundred bytes
+for _ in range(60):
+    BOMB = [BOMB, BOMB]
+
+FILES = [
+    case("a pointer of git-lfs", "finetune --checkpoint a.pth", "git-lfs", "git lfs pull", files={"a.pth": LFS}),
     case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
-    checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "state_dict hold no tensors"),
+    case("lists that unfold to more than fits", "finetune --checkpoint a.pth", "state_dict hold no tensors",
+         files={"a.pth": torch_file({"state_dict": BOMB})}),
     case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
-]  # fmt: skip
-
-
-def list_bomb() -> bytes:
-    """A list of a list twice, of a list twice, ...: 2**60 words from a few hundred bytes."""
-    content = ["lol"]
-    for _ in range(60):
-        content = [content, content]
-    return torch_file({"state_dict": content})
-
-
-ADAPTERS = [
     case("a checkpoint for an adapter", "evaluate base.pth images", "base.pth is not an adapter file"),
     case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without it"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
     case("another run to resume", "finetune --resume last.pth", "other settings", "augmentation was none, is crop"),
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
-    case("an adapter of other classes", "evaluate lora.pth mine", "adapter lacks: cat, dog", files=TWO),
     adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
     adapter("a surplus layer", changed("lora.pth", lambda c: c["layers"].update({"(a+)+$": next(iter(
         c["layers"].values()))})), "no layer to adapt is named (a+)+$"),
@@ -332,9 +304,7 @@ ADAPTERS = [
     case("merge into a description", "merge lora.pth --output m.json", "must end in .pth or .pt or .bin"),
     case("merge onto the adapter itself", "merge lora.pth --output ./lora.pth", "lora.pth is there,"),
     case("merge onto the base", "merge lora.pth --checkpoint base.pth --output base.pth", "base.pth is there,"),
-    case("nowhere to convert to", "convert lora.pth", "--output: expected a value, the file to write"),
     case("merge into a folder that is not there", "merge lora.pth --output no/m.pth", "there is no folder"),
-    case("predictions without images", "predict lora.pth --output p.csv", "error:", "images"),
     case("predictions for an empty folder", "predict lora.pth mine --output p.csv", "no images", files={"mine/": None}),
     case("predictions in place of an image", "predict lora.pth a.csv --output a.csv", "another", files={"a.csv": PNG}),
     case("a certainty above 1", "predict lora.pth images --output p.tif --abstain 60", "at most 1, got '60'"),
@@ -352,27 +322,18 @@ ADAPTERS = [
     case("a choice over labels", "choose base.pth images --output o", "l.csv is", files={"o/to_label.csv": ""}),
     case("an adapter of another arch", "choose lora.pth images --arch resnet18 --output o", "lora.pth has its own"),
     case("a graph of an unknown kind", "export lora.pth --output m.pth", "must end in .onnx or .pt2"),
-    case("a conversion to another library", "convert lora.pth --to loralib --output x", "'loralib'"),
     case("a rank in the format of PEFT", "convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
-    case("a rank of 0", "convert lora.pth --rank 0 --output x.pth", "--rank"),
-    case("an adapter file that is a folder", "convert lora.pth --rank 2 --output x", "must end in .pth or"),
     case("an output without a name", "predict lora.pth images --output ''", "an argument is empty: leave it out, or"),
     case("an output of an empty variable", "merge lora.pth --output=", "an argument is empty: leave it out, or see"),
     case("a Space that is there", "demo lora.pth --write images", "--write images: is there; name another folder"),
-    case("no command", "", "error:", "command"),
 ]  # fmt: skip
 
-OUTPUTS = [
+OUTPUTS_AND_CHANNELS = [
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth", "File exists; name another"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
     case("an output folder of a long name", f"finetune --output-dir {'n' * 300}", "File name too long; name another"),
     case("an output folder elsewhere", "finetune --output-dir s3://bucket/out", "results are written on this machine"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
-    case("results among those of another folder", "finetune --data-dir mine --val-dir other --output-dir other/out",
-         "other/out is among the images in other: name a folder outside",
-         files=TWO | classes("cat", folder="other")),
-    case("results among images of k-NN", "pretrain --knn-dir mine --output-dir mine/out", "in mine:", files=TWO),
-    case("results among unlabelled ones", "finetune --unlabelled mine --output-dir mine/out", "in mine:", files=TWO),
     case("pictures among images", "explain lora.pth images/val --output images/val/seen", "name a folder outside"),
     case("features among images", "embed lora.pth images --output images/val/f.npy", "is among the images in images:"),
     case("lists that their run would replace",
@@ -392,13 +353,7 @@ OUTPUTS = [
          "--lora-alpha with --lora-rank 0", "--two-crops digits", "--arch resnet18: 6 heads are not for"),
     case("adapters of stage 1 over nothing", "pretrain --lora-rank 4", "--lora-rank 4 without --checkpoint"),
     case("a misspelt name in stage 1", "pretrain --checkpoint moco-v2-800", "not found", "did you mean moco-v2-800ep?"),
-    case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),
-    case("a checkpoint as stage-1 adapter", "finetune --stage1-adapter base.pth", "base.pth is not an adapter file"),
     case("a fine-tuned adapter as stage-1 adapter", "finetune --stage1-adapter lora.pth", "lora.pth does not fit"),
-]  # fmt: skip
-
-
-CHANNELS = [
     case("means of other channels", "finetune --mean 0 0 --std 1", "--mean: 2 numbers; give one, or one for each of 3"),
     case("an unknown family", "finetune --normalise ssl4eo", "'ssl4eo' is none of data, ssl4eo-s12", "did you mean"),
     case("a family of other channels", "finetune --normalise ssl4eo-l", "is for 6, 7, 9, 11 channels"),
@@ -420,18 +375,14 @@ class RunsCode:
         return os.system, ("mkdir ran",)
 
 
-def hostile(kind: str, command: str, content):
-    names = ("it needs posix.system", "may run code", "save a state_dict")
-    return case(f"code in a {kind}", command, *names, files={"theirs.pth": lambda: torch_file(content)})
-
-
-HOSTILE = [
-    hostile("checkpoint", "finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
-    hostile("metadata", "evaluate theirs.pth mine", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
-    hostile("file to resume", "finetune --resume theirs.pth", {"model": {}, "rng": RunsCode()}),
-]
-
-TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS, *CHANNELS, *HOSTILE]
+TABLE = [*FLAGS, *CONFIGS, *IMAGES, *FILES, *OUTPUTS_AND_CHANNELS]
+for hostile, content in {
+    "finetune --checkpoint a.pth": {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()},
+    "evaluate a.pth mine": {"layers": {}, "tensors": {}, "metadata": RunsCode()},
+    "finetune --resume a.pth": {"model": {}, "rng": RunsCode()},
+}.items():
+    told = ("it needs posix.system", "may run code", "save a state_dict")
+    TABLE.append(case(f"code: {hostile}", hostile, *told, files={"a.pth": torch_file(content)}))
 
 
 def everything_in(folder: Path) -> dict[Path, int | None]:
@@ -446,11 +397,11 @@ def options_of(words: list[str]) -> set[str]:
 
 
 def main_and_argv(command: str) -> tuple[Callable, list[str]]:
-    words = shlex.split(command)
-    if command.startswith(tuple(COMMANDS)):
-        main, given = COMMANDS[words[0]]
-        return main, [*given.split(), *words[1:]]
-    return deploy_lora.main, words
+    script, *words = shlex.split(command)
+    if script not in COMMANDS:
+        return deploy_lora.main, [script, *words]
+    main, given = COMMANDS[script]
+    return main, [*given.split(), *words]
 
 
 def printed_by(command: str, capsys) -> str:
@@ -578,15 +529,16 @@ def test_images_of_every_mode_and_size_beside_other_files(script, workplace, cap
         assert list(results["accuracy_per_class"]) == ["cat", "dög"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "# nothing\n", "finetune:\n", "\ufefffinetune: {epochs: 1}", "finetune: {epochs: 1}\r\n", "moco: {epochs: 9}",
-     "finetune: {rank_pattern: null}"],  # a key of an older version
-)  # fmt: skip
-def test_configs_that_are_odd_and_good(text, workplace):
-    write(workplace, {"my.yaml": text})
-    argv = "--config my.yaml --checkpoint base.pth --data-dir images --device cpu --output-dir out"
-    assert finetune_lora.read_options(argv.split())[0].epochs == (1 if "{epochs: 1}" in text else 10)
+def test_configs_that_are_odd_and_good(workplace):
+    of_an_older_version = "finetune: {rank_pattern: null}"
+    for text in ("", "# nothing\n", "finetune:\n", "moco: {epochs: 9}", of_an_older_version):
+        write(workplace, {"my.yaml": text})
+        args, _ = read_options(["--config=my.yaml", "--checkpoint=base.pth"])
+        assert args.epochs == 10
+    for text in ("\ufefffinetune: {epochs: 1}", "finetune: {epochs: 1}\r\n"):
+        write(workplace, {"my.yaml": text})
+        args, _ = read_options(["--config=my.yaml", "--checkpoint=base.pth"])
+        assert args.epochs == 1
 
 
 # --------------------------------------------------------------------------------------------------- files that do harm
@@ -607,17 +559,14 @@ DECLARED = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.safetensors", len(DECLARED).to_bytes(8, "little") + DECLARED),
-        ("header.safetensors", (2**40).to_bytes(8, "little") + b"{}"),
-        ("rank.pth", changed("lora.pth", lambda content: next(iter(content["layers"].values())).update(r=2**31))),
-        ("classes.pth", described(class_names=["a"] * 150_000)),
-        ("size.pth", described(image_size=2**20)),
-    ],
-)
-def test_what_files_declare_takes_no_memory(name, content, workplace, little_room):
-    write(workplace, {name: content})
-    with pytest.raises(InputError):
-        finetune_lora.load_finetuned(name)
+def test_what_files_declare_takes_no_memory(workplace, little_room):
+    for name, content in {
+        "a.safetensors": len(DECLARED).to_bytes(8, "little") + DECLARED,
+        "header.safetensors": (2**40).to_bytes(8, "little") + b"{}",
+        "rank.pth": changed("lora.pth", lambda content: next(iter(content["layers"].values())).update(r=2**31)),
+        "classes.pth": described(class_names=["a"] * 150_000),
+        "size.pth": described(image_size=2**20),
+    }.items():
+        write(workplace, {name: content})
+        with pytest.raises(InputError):
+            finetune_lora.load_finetuned(name)

@@ -16,10 +16,6 @@ from toolkit import InputError
 from toolkit.images import data, sources, transforms
 
 
-def pairs(count: int) -> list[tuple[int, int]]:
-    return list(zip(range(count), range(count), strict=True))
-
-
 def write_images(folder, names="abc", colour=(200, 100, 50)) -> None:
     for name in names:
         save_image(folder / f"{name}.png", Image.new("RGB", (6, 5), colour))
@@ -244,7 +240,7 @@ def test_a_validation_part_has_some_of_each_class_and_never_all_and_so_has_what_
 
 def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
     """Per batch, for each of its items, its number and what its transform drew."""
-    numbered = data.Transformed(pairs(10), lambda i: (i, torch.rand(()), torch.randn(())))
+    numbered = data.Transformed(list(enumerate(range(10))), lambda i: (i, torch.rand(()), torch.randn(())))
     loader = data.build_loader(numbered, 4, **options)
     loader.batch_sampler.start = start
     batches = []
@@ -342,7 +338,8 @@ def test_batches_are_loaded_once_if_they_need_little_memory(monkeypatch):
     for most, draws in ((data.REMEMBERED_BYTES, 2 + 5), (10, 2 + 10)):
         monkeypatch.setattr(data, "REMEMBERED_BYTES", most)
         view = mock.Mock(spec=[], side_effect=lambda image: torch.rand(2))
-        batches = data.Remembered(data.build_loader(data.Transformed(pairs(5), view), 2, shuffle=True))
+        five = data.Transformed(list(enumerate(range(5))), view)
+        batches = data.Remembered(data.build_loader(five, 2, shuffle=True))
         next(iter(batches))  # a pass that is broken off
         assert_identical(list(batches), list(batches))
         assert len(batches) == 3 and view.call_count == draws

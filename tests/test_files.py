@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.checkpoint_files import rezipped, torch_file
 from tests.image_files import bytes_of
 from tests.run_folders import names_in
 from toolkit import InputError, files
@@ -71,10 +72,6 @@ def test_plain_data_of_official_files_is_read(saved):
                 assert read[key] == value
 
 
-def torch_file(content, zipped: bool = True) -> bytes:
-    return bytes_of(lambda file: torch.save(content, file, _use_new_zipfile_serialization=zipped))
-
-
 def pickled(content: bytes, zipped: bool) -> bytes:
     if zipped:
         file = io.BytesIO()
@@ -121,22 +118,10 @@ def test_unreadable_files_are_one_clear_line(tmp_path):
 @pytest.mark.parametrize("read", [files.read_checkpoint, files.read_safetensors])
 def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
     (tmp_path / "file").write_text("")
-    for name, problem in {
-        "gone.pth": "file not found",
-        "": "not a file",
-        "file/model.pth": "Not a directory",
-        "x" * 300: "File name too long",
-    }.items():
+    problems = {"gone.pth": "file not found", "": "not a file", "file/model.pth": "Not a directory"}
+    for name, problem in (problems | {"x" * 300: "File name too long"}).items():
         with pytest.raises(InputError, match=f"cannot read .*: {problem}; give the path of an existing file"):
             read(tmp_path / name)
-
-
-def rezipped(content: bytes, change=lambda name, data: data, compression=zipfile.ZIP_STORED) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
-    return file.getvalue()
 
 
 HUGE = b"J" + struct.pack("<i", 2**31 - 1)
@@ -216,14 +201,9 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, monkeypat
     (tmp_path / "a_file").write_text("")
     (tmp_path / "a_folder").mkdir()
     (tmp_path / "read_only").mkdir(mode=0o500)
-    reasons = {
-        "vanished/last.pth": "No such file or directory",
-        "a_file/last.pth": "Not a directory",
-        "a_folder": "it is a folder",
-        "": "it is a folder",
-        "a_pipe": "it is a folder, a device or the like",
-        "x" * 300: "File name too long",
-    }
+    reasons = dict.fromkeys(("a_folder", "", "a_pipe"), "it is a folder, a device or the like")
+    reasons |= {"vanished/last.pth": "No such file or directory", "a_file/last.pth": "Not a directory"}
+    reasons["x" * 300] = "File name too long"
     if os.geteuid() != 0:
         reasons["read_only/last.pth"] = "denied"
     before = names_in(tmp_path)
@@ -240,14 +220,14 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, monkeypat
     files.save_atomically({}, tmp_path / "new.pth")
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
+def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"previous")
-    with pytest.raises(interruption), files.open_atomically(path) as file:
-        file.write(b"half")
-        raise interruption
-    assert path.read_bytes() == b"previous" and names_in(tmp_path) == {path.name}
+    for interruption in (KeyboardInterrupt, ValueError):
+        with pytest.raises(interruption), files.open_atomically(path) as file:
+            file.write(b"half")
+            raise interruption
+        assert path.read_bytes() == b"previous" and names_in(tmp_path) == {path.name}
 
 
 def test_cells_are_text_whatever_they_are_called(tmp_path):

@@ -12,7 +12,6 @@ import io
 import math
 import os
 import warnings
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from torch import nn
 from finetune_lora import add_lora_to_model, make_parser, read_options
 from lora_utils import LoRAManager
 from moco import pretrain
+from tests.checkpoint_files import rezipped, torch_file
 from tests.image_files import bytes_of
 from toolkit import InputError
 from toolkit.config import parse_args
@@ -37,7 +37,6 @@ from toolkit.images.folders import ImageFiles
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import find_images, load_backbone
 
-ROOT = Path(__file__).parents[1]
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:.*torch.jit")
@@ -45,14 +44,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "igno
 
 def fuzz(examples: int, **strategies):
     """So many examples; more, and new ones each time, where FUZZ_EXAMPLES asks for them. A hang fails the deadline."""
-    options = settings(
-        max_examples=LONG or examples,
-        derandomize=not LONG,
-        database=None,
-        deadline=20_000,
-        suppress_health_check=list(HealthCheck),
-    )
-    return lambda test: options(given(**strategies)(test))
+    how = {"derandomize": not LONG, "database": None, "deadline": 20_000, "suppress_health_check": list(HealthCheck)}
+    return lambda test: settings(max_examples=LONG or examples, **how)(given(**strategies)(test))
 
 
 @contextlib.contextmanager
@@ -83,16 +76,7 @@ KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
 
 def mutate_pickle(zipped: bytes, edits, kept: float) -> bytes:
     """A pickle in a sound zip is changed behind its checksums, as by an attacker."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(zipped)) as old, zipfile.ZipFile(file, "w") as new:
-        for name in old.namelist():
-            record = old.read(name)
-            new.writestr(name, mutate(record, edits, kept) if name.endswith("data.pkl") else record)
-    return file.getvalue()
-
-
-def torch_file(content, zipped: bool = True) -> bytes:
-    return bytes_of(lambda file: torch.save(content, file, _use_new_zipfile_serialization=zipped))
+    return rezipped(zipped, lambda name, data: mutate(data, edits, kept) if name.endswith("data.pkl") else data)
 
 
 def small_model() -> nn.Module:
@@ -106,12 +90,8 @@ def files(tmp_path_factory) -> dict[str, bytes]:
     """Files of a few kB by name: checkpoints of both formats with every kind of content that is read, adapters of
     `small_model`, and images of three bands, with geotags where there is a place for them."""
     tifffile = pytest.importorskip("tifffile")
-    content = {
-        "model": OrderedDict({"encoder_q.conv1.weight": torch.randn(4, 3), "queue": torch.randn(2, 2)}),
-        "args": argparse.Namespace(schedule=[120, 160], lr=0.03),
-        "best_acc1": np.float64(1.5),
-        "epoch": 3,
-    }
+    content = {"args": argparse.Namespace(schedule=[120, 160], lr=0.03), "best_acc1": np.float64(1.5), "epoch": 3}
+    content["model"] = OrderedDict({"encoder_q.conv1.weight": torch.randn(4, 3), "queue": torch.randn(2, 2)})
     folder = tmp_path_factory.mktemp("files")
     for suffix in ("pth", "safetensors"):
         about = {"class_names": ["a", "b", "c"], "nested": {"lr": 1e-4}}
@@ -204,7 +184,6 @@ TENSORS = st.builds(
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.half, torch.long, torch.uint8, torch.bool]),
     st.sampled_from([0.0, 1.0, 1e4, math.nan, math.inf]),
 )
-ODD = st.one_of(PLAIN, TENSORS)
 
 
 def edited(content: dict, changes) -> dict:
@@ -227,8 +206,8 @@ def edited(content: dict, changes) -> dict:
     return content
 
 
-def changes(values=ODD):
-    return st.lists(st.tuples(PLACES, st.sampled_from(["replace", "rename", "remove"]), values), min_size=1, max_size=3)
+KINDS = st.sampled_from(["replace", "rename", "remove"])
+CHANGES = st.lists(st.tuples(PLACES, KINDS, st.one_of(PLAIN, TENSORS)), min_size=1, max_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +220,7 @@ def pretrained() -> dict:
     return {"arch": "vit_mini", **about, "model": model}
 
 
-@fuzz(8, changes=changes())
+@fuzz(8, changes=CHANGES)
 def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     path.write_bytes(torch_file(edited(pretrained, changes)))
@@ -252,7 +231,7 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
         known_scaling(Scaling(), *find_images(path), path)
 
 
-@fuzz(40, changes=changes())
+@fuzz(40, changes=CHANGES)
 def test_content_of_an_adapter(files, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     content = torch.load(io.BytesIO(files["adapter.pth"]), weights_only=True)
@@ -263,7 +242,7 @@ def test_content_of_an_adapter(files, tmp_path_factory, changes):
 # ------------------------------------------------------------------------------------------------ configs and arguments
 
 
-CONFIGS = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+CONFIGS = [path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("configs/*.yaml"))]
 KEYS = [action.dest for parser in (make_parser(), pretrain.make_parser()) for action in parser._actions]
 SECTIONS = st.dictionaries(
     st.one_of(st.sampled_from(["model", "data", "moco", "finetune"]), st.text(max_size=5)),

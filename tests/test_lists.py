@@ -1,5 +1,6 @@
 """toolkit/images/lists.py: what is read of a line, and what is said of one that cannot be read."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -92,15 +93,18 @@ def test_a_list_with_other_columns_says_which_are_labels_or_numbers(listed):
         listed(CHEXPERT, label_columns=["Edma"]).targets("labels")
 
 
-def test_pretraining_takes_the_paths_of_any_list(listed):
+def test_pretraining_takes_the_paths_of_any_list_and_labels_that_tell_how_much_are_no_classes(listed):
     for text in ("a.png,1,0\n", "b.png\n", "path,age\na.png,3\nb.png,4\nb.png,4\n", 'a.png,"x,dog"\n'):
         assert set(listed(text).paths()) <= {"a.png", "b.png"}
         assert listed(text).has_labels() == text.startswith("path")  # ages that repeat may be classes
+    for labels in ("0.5 0.5 1", "3 1 2", "1 1 "):
+        assert lists.look_like_numbers(labels.split(" "))
+    for labels in ("1 2 1", "1. 2.0 1", "cat 2 1"):
+        assert not lists.look_like_numbers(labels.split(" "))
 
 
-@pytest.mark.parametrize(
-    ("task", "content", "problem"),
-    [
+def test_lists_that_cannot_be_used(tmp_path, listed):
+    for task, content, problem in (
         ("classes", "path,label\n", "lists no images"),
         ("classes", "\udcff\udcfe\0", r"line 1 is not in UTF-8, '.udcff.udcfe.x00': save"),
         ("classes", "a.png,cat\na.png,d\udce9g\n", "line 2 is not in UTF-8"),
@@ -131,19 +135,10 @@ def test_pretraining_takes_the_paths_of_any_list(listed):
         (NUMBERS, "a.png,1\n./a.png,2\n", "two labels for"),
         (LABELS, "path,x,x probability\na.png,1,0\n", "and not with probability behind it, for each"),
         (NUMBERS, "path,age answer,age\na.png,1,2\n", "name of its own, and not with answer behind it"),
-    ],
-)
-def test_lists_that_cannot_be_used(tmp_path, listed, task, content, problem):
-    with pytest.raises(InputError, match=rf"list\.csv: .*{problem}"):
-        found = listed(content.replace("{folder}", tmp_path.name))
-        {"classes": found.labels, "pairs": found.pairs}.get(task, lambda: found.targets(task))()
-
-
-def test_labels_that_tell_how_much_are_no_classes():
-    for labels in ("0.5 0.5 1", "3 1 2", "1 1 "):
-        assert lists.look_like_numbers(labels.split(" "))
-    for labels in ("1 2 1", "1. 2.0 1", "cat 2 1"):
-        assert not lists.look_like_numbers(labels.split(" "))
+    ):
+        with pytest.raises(InputError, match=rf"list\.csv: .*{problem}"):
+            found = listed(content.replace("{folder}", tmp_path.name))
+            {"classes": found.labels, "pairs": found.pairs}.get(task, functools.partial(found.targets, task))()
 
 
 def test_another_list_than_the_runs_may_have_images_in_the_runs_folder_and_lack_a_label(tmp_path, listed, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from conftest import save_adapter
 from dense import assert_unchanged, frozen, images, known, resnet, snapshot, trained, vit
 from torch import nn
 
@@ -25,7 +26,7 @@ from toolkit.models.norms import freeze_statistics
 FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")
 LAYER = "encoder.layers.encoder_layer_0.mlp.0"
-METADATA = {"arch": "vit_mini", "class_names": ["a", "ß"], "image_size": 16, "nested": {"lr": 1e-4, "none": None}}
+METADATA = {"class_names": ["a", "ß"], "nested": {"lr": 1e-4, "none": None}, "size": [3, 4], "7": "seven"}
 
 
 @pytest.fixture(params=SUFFIXES)
@@ -57,7 +58,7 @@ def test_a_file_brings_adapters_and_head_into_a_fresh_model_and_describes_itself
     options = {"lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "use_qlora": four_bits}
     model = adapted(plain(), **options)
     x = images(16)
-    LoRAManager(model).save_lora_checkpoint(either, METADATA)
+    LoRAManager(model).save_lora_checkpoint(either, METADATA | {"size": (3, 4), 7: "seven"})
     fresh = adapted(plain(), r=2, use_qlora=four_bits)
     assert not torch.allclose(fresh(x), model(x), atol=0.1)
     assert LoRAManager(fresh).load_lora_checkpoint(either) == METADATA
@@ -65,6 +66,11 @@ def test_a_file_brings_adapters_and_head_into_a_fresh_model_and_describes_itself
     record = {"lora_alpha": 6, "lora_dropout": 0.1, "use_rslora": True, "scaling": 6 / 2**0.5, "r": 2}
     assert record.items() <= vars(fresh.get_submodule(LAYER)).items()  # from the file, not from the call
 
+    if either.suffix == ".pth":  # plain data, read without running any code, and by others than this toolkit
+        assert torch.load(either, weights_only=True)["metadata"] == METADATA
+    else:
+        with safetensors.safe_open(either, framework="pt") as file:
+            assert json.loads(file.metadata()["adapter"])["metadata"] == METADATA
     content = read_adapter_file(either)
     assert content["format_version"] == 1 and content["metadata"] == METADATA and len(content["base_hash"]) == 64
     assert content["tensors"].keys() == trained(model).keys()  # adapters and head: nothing else, nothing less
@@ -84,21 +90,6 @@ def saved_and_loaded(model: nn.Module, path, fresh: nn.Module) -> nn.Module:
     LoRAManager(model).save_lora_checkpoint(path)
     LoRAManager(fresh).load_lora_checkpoint(path)
     return fresh
-
-
-def test_files_are_plain_data_and_both_formats_give_the_same(tmp_path):
-    """They are read without running any code, and by others than this toolkit."""
-    manager = LoRAManager(adapted(plain()))
-    paths = [tmp_path / f"a{suffix}" for suffix in SUFFIXES]
-    for path in paths:
-        manager.save_lora_checkpoint(path, {"size": (3, 4), 7: "seven"})
-    first, second = map(read_adapter_file, paths)
-    assert first["metadata"] == {"size": [3, 4], "7": "seven"}
-    assert torch.load(paths[0], weights_only=True)["metadata"] == first["metadata"]
-    with safetensors.safe_open(paths[1], framework="pt") as file:
-        assert json.loads(file.metadata()["adapter"])["metadata"] == first["metadata"]
-    assert_same(first.pop("tensors"), second.pop("tensors"))
-    assert first == second
 
 
 @pytest.mark.parametrize("targets", [None, ["fc", "conv1"]], ids=["", "an adapted head"])
@@ -158,38 +149,30 @@ def test_what_is_merged_into_the_base_is_the_base_of_what_trains_next(path):
             LoRAManager(other).load_lora_checkpoint(path)
 
 
-def about(base: Path, size: int = 16) -> dict:
-    """What `load_finetuned` asks of an adapter file."""
-    return {"arch": "vit_mini", "class_names": ["a", "b"], "image_size": size, "checkpoint": str(base)}
-
-
 def test_what_has_trained_of_the_base_is_in_the_file_and_nothing_else_is(path, base):
     """A file without adapters, loaded, unfrozen and trained: what has moved away from the checkpoint."""
-    model, _ = checkpoints.load_backbone(base, 2)
-    LoRAManager(model).save_lora_checkpoint(path, about(base))
+    model, _ = checkpoints.load_backbone(base, 3)
+    save_adapter(model, path, base)
     assert set(read_adapter_file(path)["tensors"]) == {"heads.head.weight", "heads.head.bias"}
-    model, info = load_finetuned(path)
+    model, _ = load_finetuned(path)
     freeze_backbone_params(model, freeze=False)
     with torch.no_grad():
         model.encoder.layers[1].mlp[0].weight.mul_(1.5)
         model.encoder.ln.bias.add_(1)
-    manager = LoRAManager(model)
+    again = model
     for _ in range(2):  # and on from there
-        manager.save_lora_checkpoint(path, {name: info[name] for name in about(base)})
+        save_adapter(again, path, base)
         moved = read_adapter_file(path)["tensors"].keys() - {"heads.head.weight", "heads.head.bias"}
         assert moved == {"encoder.layers.encoder_layer_1.mlp.0.weight", "encoder.ln.bias"}
         again, _ = load_finetuned(path)
         assert_unchanged(snapshot(model), again)
-        manager = LoRAManager(again)
 
 
-def test_a_file_at_another_image_size_fits_wherever_it_is_interpolated_but_not_what_learned_there(
-    path, base, monkeypatch
-):
+def test_a_file_at_another_size_fits_wherever_it_is_interpolated_but_not_what_learned_there(path, base, monkeypatch):
     """Older files hash it as it was interpolated then. Another CPU rounds it to other numbers."""
-    model, _ = checkpoints.load_backbone(base, 2, image_size=32)
+    model, _ = checkpoints.load_backbone(base, 3, image_size=32)
     digests = {n: checkpoints.tensor_digest(t) for n, t in model.state_dict().items() if not n.startswith("heads")}
-    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(base, 32))
+    save_adapter(adapted(model), path, base, image_size=32)
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     older = read_adapter_file(path) | {"base_hash": hashlib.sha256(lines.encode()).hexdigest()}
     write_adapter_file(older, path.with_name("older.pth"))
@@ -203,7 +186,7 @@ def test_a_file_at_another_image_size_fits_wherever_it_is_interpolated_but_not_w
     assert not torch.equal(loaded.encoder.pos_embedding, positions)
     assert torch.equal(loaded.heads.head.weight, model.heads.head.weight)
     positions.data.add_(0.01)
-    LoRAManager(model).save_lora_checkpoint(path, about(base, 32))
+    save_adapter(model, path, base, image_size=32)
     loaded, _ = load_finetuned(path)
     assert torch.equal(loaded.encoder.pos_embedding, positions)
     content = read_adapter_file(path)
@@ -230,7 +213,8 @@ def test_files_of_version_1_come_back_bit_for_bit(suffix, tmp_path):
     torch.save(state, tmp_path / "base.pth")
     model, info = load_finetuned(FILES / f"version_1{suffix}", tmp_path / "base.pth")
     del info["transform"]
-    assert info == about("base.pth") | {"class_names": ["a", "ß"], "note": [1, 2]}
+    about = {"arch": "vit_mini", "class_names": ["a", "ß"], "image_size": 16, "checkpoint": "base.pth"}
+    assert info == about | {"note": [1, 2]}
     layer = "encoder.layers.encoder_layer"
     records = LoRAManager(model).get_lora_info()["layers"]
     assert records.keys() == {f"{layer}_1.mlp.0", f"{layer}_2.self_attention", f"{layer}_2.self_attention.out_proj"}
@@ -314,20 +298,17 @@ def test_another_model_is_refused(path, other):
     assert_refused(build(), path, message)
 
 
-@pytest.mark.parametrize("metadata", [{"value": torch.zeros(1)}, {"value": {1, 2}}, ["value"]])
-def test_metadata_that_could_not_be_read_back_is_refused(path, metadata):
-    with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):
-        LoRAManager(plain()).save_lora_checkpoint(path, metadata)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("key", ["checkpoint", "stage1_adapter"])
-def test_an_adapter_does_not_take_the_place_of_its_base(path, key):
+def test_metadata_that_could_not_be_read_back_is_refused_and_a_base_keeps_its_place(path):
+    for metadata in ({"value": torch.zeros(1)}, {"value": {1, 2}}, ["value"]):
+        with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):
+            LoRAManager(plain()).save_lora_checkpoint(path, metadata)
+        assert not path.exists()
     path.write_bytes(b"the base")
     path.with_name("link").symlink_to(path)
-    with pytest.raises(InputError, match="is the base of the adapter, as its metadata say: name another file"):
-        LoRAManager(plain()).save_lora_checkpoint(path, {key: str(path.with_name("link"))})
-    assert path.read_bytes() == b"the base"
+    for key in ("checkpoint", "stage1_adapter"):
+        with pytest.raises(InputError, match="is the base of the adapter, as its metadata say: name another file"):
+            LoRAManager(plain()).save_lora_checkpoint(path, {key: str(path.with_name("link"))})
+        assert path.read_bytes() == b"the base"
 
 
 def test_what_training_changes_is_what_trains_and_the_statistics_that_are_not_frozen():

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -32,10 +34,18 @@ from tests.test_teacher import teacher_of
 from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
 from toolkit.images import cache, data
+from toolkit.images.sources import load_splits
+from toolkit.images.transforms import eval_transform
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, unextended
 from toolkit.run import optim, output_folder, run_state, teacher, training
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def features_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"
@@ -68,8 +78,10 @@ def options(base, images, pairs, saved, narrow, tmp_path):
     return options
 
 
-def timeless(folder: Path) -> list[dict[str, float]]:
-    return [row | {"seconds": 0} for row in metrics(folder)]
+def assert_same_rows(ours: Path, theirs: Path, relative: float = 1e-3, absolute: float = 5e-5) -> None:
+    """Two runs have the same metrics but for their times, to rounding; a loss may be near 0."""
+    for row, other in zip(metrics(ours), metrics(theirs), strict=True):
+        assert row | {"seconds": 0} == pytest.approx(other | {"seconds": 0}, rel=relative, abs=absolute)
 
 
 def assert_close(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
@@ -88,16 +100,11 @@ def completed(*started, codes: int = 0, **options) -> list[Child]:
 
 def with_sgd() -> None:
     """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
-
-    def build_optimizer(model: nn.Module, rate: float, *_) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=300 * rate, momentum=0.9)
-
-    optim.build_optimizer = build_optimizer
+    optim.build_optimizer = lambda model, rate, *_: torch.optim.SGD(model.parameters(), lr=300 * rate, momentum=0.9)
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "lora")) for way in WAYS])
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     children = completed("finetune_lora", options(way), tmp_path / "log", before=with_sgd)
     assert "epoch" not in children[1].output  # one of the two speaks
     assert "epoch 1: training loss" in children[0].output  # twice if the run goes back
@@ -108,8 +115,7 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
     assert_close(ours, theirs)
     assert not list((tmp_path / "out").glob(".*"))
-    for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
-        assert row == pytest.approx(other, rel=1e-3, abs=5e-5)  # a loss may be near 0
+    assert_same_rows(tmp_path / "out", tmp_path / "alone")
     results = json.loads((tmp_path / "out/results.json").read_text())
     for name, value in alone.items():
         if isinstance(value, float) and name.startswith(("val_", "best_", "knn_", "probe_", "calibration")):
@@ -122,8 +128,7 @@ def in_parts_of_three() -> None:
 
 def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_path, monkeypatch):
     """Of 7 images in parts of 3 one is broken; with two in a batch, the last batch and the last part are of one."""
-    folder = tmp_path / "mine"
-    shutil.copytree(images / "val" / CLASSES[0], folder)
+    folder = shutil.copytree(images / "val" / CLASSES[0], tmp_path / "mine")
     (folder / "2.png").write_bytes(b"no image")
     for name in ("a", "b"):
         shutil.copyfile(images / "val" / CLASSES[1] / "0.png", folder / f"{name}.png")
@@ -139,11 +144,8 @@ def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_
         for ours, theirs in zip(rows_of(tmp_path / "out" / name), rows_of(tmp_path / "alone" / name), strict=True):
             assert ours["path"] == theirs["path"]
             assert float(ours["probability"]) == pytest.approx(float(theirs["probability"]), abs=1e-4)
-
-
-def test_what_shares_no_images_one_of_two_processes_does(adapter_for_images, tmp_path):
-    merge = f"merge {adapter_for_images} --output {tmp_path}/out.safetensors"
-    children = completed("deploy_lora", merge, tmp_path / "log")
+    merge = f"merge {adapter_for_images} --output {tmp_path}/out.safetensors"  # which shares no images: one does it
+    children = completed("deploy_lora", merge, tmp_path / "merge")
     assert children[0].output.count("wrote") == 1 and children[1].output == ""
 
 
@@ -176,7 +178,7 @@ def test_torchrun_starts_them(options, tmp_path):
     command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1", "--checkpoint", "shipped"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1: training loss") == 1 and len(timeless(tmp_path / "out")) == 1
+    assert done.stdout.count("epoch 1: training loss") == 1 and len(metrics(tmp_path / "out")) == 1
 
 
 def keep_every_queue() -> None:
@@ -222,8 +224,7 @@ def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, mo
         # A ViT has no BatchNorm: the queue, its order included, is that of one process, and so is what is measured.
         queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
         assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
-        for row, other in zip(timeless(tmp_path / "out"), timeless(tmp_path / "alone"), strict=True):
-            assert row == pytest.approx(other, rel=1e-3, abs=5e-5)  # a loss may be near 0
+        assert_same_rows(tmp_path / "out", tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ def test_a_killed_process_or_one_signal_stops_both_and_both_go_on(options, tmp_p
     whole = together("finetune_lora", f"{argv} --output-dir {tmp_path}/whole", tmp_path / "whole")
     assert [child.wait(120) for child in resumed + whole] == [0] * 4, resumed[0].output
     assert_same_tensors(tmp_path / "out/lora.pth", tmp_path / "whole/lora.pth")
-    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+    assert_same_rows(tmp_path / "out", tmp_path / "whole", 0, 0)
 
 
 # ------------------------------- what two processes find together, with one start: in closed form, or as one finds it
@@ -297,7 +298,7 @@ def exchanged(rank: int) -> list:
     distributed.broadcast([tensor])
     with pytest.raises(InputError) as raised:
         distributed.first_does(mock.Mock(side_effect=InputError("the first cannot do it")))
-    images = distributed.interleave(torch.arange(5.0)[rank::2]).tolist()
+    images = data.look_at_each(lambda i: 10 * i, 5, "image")
     sums = distributed.all_sum(1.0, 1e9 + rank)
     return [images, tensor.unique().tolist(), sums, distributed.gather({"rank": rank}), str(raised.value)]
 
@@ -393,10 +394,6 @@ def test_both_find_what_one_finds_by_all_images(found, find):
     assert column(found, find.__name__) == [pytest.approx(find(0))] * 2
 
 
-def looked_at(rank: int) -> list[int]:
-    return data.look_at_each(lambda i: 10 * i, 5, "image")
-
-
 def read(rank: int) -> tuple[list, bool]:
     """The figures of two steps, and whether one of the processes was asked to stop: the second was."""
     stop = SimpleNamespace(signum=15 * rank, others_asked=False)
@@ -446,20 +443,16 @@ def cached(rank: int) -> list:
     return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
 
 
-@pytest.mark.parametrize(
-    ("find", "expected"),
-    [
-        (exchanged, [[0, 1, 2, 3, 4], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
+def test_both_find_the_same(found):
+    for find, expected in (
+        (exchanged, [[0, 10, 20, 30, 40], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
         (taught, pytest.approx(TAUGHT)),
         (read, ([(4, [3.0, 4.0, 6.0]), (2, [1.0, 1.0, 8.0])], True)),
         (worst, 4.0),
-        (looked_at, [0, 10, 20, 30, 40]),
         (precision, torch.float32),
         (cached, [[0, 0], [1, 10], [2, 20], [3, 30], [4, 40], [5, 50]]),
-    ],
-)
-def test_both_find_the_same(found, find, expected):
-    assert column(found, find.__name__) == [expected] * 2
+    ):
+        assert column(found, find.__name__) == [expected] * 2
 
 
 NORMS = {
@@ -494,7 +487,7 @@ def normalised(rank: int) -> dict[tuple[str, torch.dtype], list[torch.Tensor]]:
     return found
 
 
-TOGETHER = (exchanged, shuffled_keys, contrasted, taught, scaled, started, segmented, measured, looked_at)
+TOGETHER = (exchanged, shuffled_keys, contrasted, taught, scaled, started, segmented, measured)
 TOGETHER += (read, worst, drawn, precision, cached, normalised)
 
 
@@ -537,3 +530,54 @@ def test_copies_and_files_of_a_model_share_too(monkeypatch, freezable, tmp_path)
         assert type(again[0]) is type(model[0]) and isinstance(again[0], SharedStatistics)
         assert isinstance(again[0], Freezable) == freezable
     assert unextended(model[0]) is nn.BatchNorm2d
+
+
+# ---------- what processes of a loader work on can be sent to them, as Python 3.14 does on Linux and others do always
+
+LISTED = "--data-dir {hospital} --group-by Patient --data-list {hospital}/"
+RUNS = {
+    "images in folders": "--augmentation trivial",
+    "images without labels": "--labels-per-class 5 --unlabelled {images}/train",
+    "several labels": f"--task multilabel {LISTED}labels.csv",
+    "numbers": f"--task regression {LISTED}numbers.csv",
+    "masks": "--task segmentation --data-dir {pairs} --augmentation crop",
+    "cached features": "--adapt-last 1 --cache-features disk",
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_loaders_of_a_run_hold_can_be_pickled(start, hospital, pairs, images, name):
+    data.OPEN_LOADERS.clear()  # of other tests
+    loaders = start(RUNS[name].format(hospital=hospital, pairs=pairs, images=images)).loaders
+    opened = list(data.OPEN_LOADERS)
+    for loader in opened:
+        pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
+    assert loaders.train in opened and len(opened) >= 3
+
+
+def test_processes_that_wait_for_the_next_pass_end():
+    before = set(multiprocessing.active_children())
+    loader = data.build_loader(data.Transformed(load_splits("digits").val.at_most(4), eval_transform(8)), 2, workers=1)
+    assert len(list(loader)) == 2
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    data.end_workers()
+    assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.fixture
+def forkserver():
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.slow
+def test_scripts_read_images_by_processes_that_are_not_forked(forkserver, finetune, images, tmp_path):
+    results = finetune("--adapt-last 1 --cache-features disk --workers 1 --epochs 1")
+    adapter = results["folder"] / "lora.pth"
+    rows = deploy_lora.main(f"predict {adapter} {images}/val --workers 1 --output {tmp_path}/rows.csv".split())
+    assert len(rows) == 15
+    told = "--image-size 8 --batch-size 7 --epochs 1 --dim 8 --queue-size 14 --device cpu --workers 1"
+    results = pretrain.main(f"--data-dir {images} --output-dir {tmp_path}/stage1 --moco-version 2 {told}".split())
+    assert results["epochs"] == 1

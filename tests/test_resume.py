@@ -26,14 +26,6 @@ from toolkit import InputError, devices
 from toolkit.files import open_atomically, read_checkpoint
 from toolkit.run import optim, output_folder, reports, runs
 
-
-def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finetune, once):
-    state = read_checkpoint(once / "last.pth")
-    torch.save(state | {"head_temperature": state["head_temperature"][:2]}, once / "old.pth")
-    results = finetune(f"--epochs 1 --resume {once / 'old.pth'}")
-    assert "temperature" not in results and "temperature" not in read_adapter_file(once / "lora.pth")["metadata"]
-
-
 WAYS = {
     "adapters": "--lora-dropout 0.1 --accumulation-steps 2",
     "4 bits": "--use-qlora --label-smoothing 0.1",
@@ -62,14 +54,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(finetune, hospital, pairs, saved, nar
     assert_same_tensors(*paths)
 
 
-def test_an_automatic_precision_is_recorded_and_kept(finetune, monkeypatch):
+def test_an_automatic_precision_is_recorded_and_kept(finetune, once, monkeypatch):
     """Measured once: by a resumed run no more, whatever the processor."""
+    assert read_adapter_file(once / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "fp32"
     monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.bfloat16)
-    options = "--epochs 1 --labels-per-class 2"
-    folder = finetune(options)["folder"]
-    assert read_adapter_file(folder / "lora.pth")["metadata"]["config"]["finetune"]["precision"] == "bf16"
-    monkeypatch.setattr(devices, "faster_dtype", lambda *_: torch.float32)
-    assert finetune(f"{options} --resume")["precision"] == "bfloat16"
+    assert finetune("--epochs 1 --resume")["precision"] == "float32"
 
 
 def test_a_run_is_not_resumed_with_other_images_classes_weights_or_norms(finetune, once, base, images, tmp_path):
@@ -112,6 +101,10 @@ def test_a_run_that_goes_on_in_another_folder_has_the_rates_times_and_files_of_t
     assert (resumed.adapter_lr_factor, resumed.rate) == (24, 1e-3)
     for name in ("seconds", "images_per_second", "waiting_share"):
         assert again[name] == finished_once[name] > 0, name
+    state = read_checkpoint(once / "last.pth")  # as of a run that was begun before there was calibration
+    torch.save(state | {"head_temperature": state["head_temperature"][:2]}, once / "old.pth")
+    results = finetune(f"--epochs 1 --resume {once / 'old.pth'}")
+    assert "temperature" not in results and "temperature" not in read_adapter_file(once / "lora.pth")["metadata"]
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder_nor_made_of_the_last(finetune, once, tmp_path):
@@ -179,22 +172,20 @@ def end_a_script() -> None:
     finetune_lora.main = main
 
 
-@pytest.mark.parametrize(
-    ("argv", "code", "end"),
-    [
-        ("", 2, "error: disk full"),
-        ("bar", 2, "error: disk full"),
+def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
+    """In a newcomer's environment Python buffers what it prints into a file. The end is not behind a bar."""
+    full = "error: disk full"
+    for argv, code, end in (
+        ("", 2, full),
+        ("bar", 2, full),
         ("bar stop", 143, "Stopped"),
         ("ctrl-c", 130, "interrupted"),
-    ],
-)
-def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path, argv, code, end):
-    """In a newcomer's environment Python buffers what it prints into a file. The end is not behind a bar."""
-    child = Child("finetune_lora", argv, tmp_path / "log", before=end_a_script)
-    assert child.wait() == code, child.output
-    lines = (tmp_path / "log").read_bytes().decode().split("\n")  # as text, a bar's returns would be lines
-    assert lines[:3] == ["epoch 1", "a warning", r"caf\udce9.jpg"]
-    assert lines[-2:] == [end, ""] and ("epoch:" in "".join(lines)) == ("bar" in argv)
+    ):
+        child = Child("finetune_lora", argv, tmp_path / f"log {argv}", before=end_a_script)
+        assert child.wait() == code, child.output
+        lines = child.log.read_bytes().decode().split("\n")  # as text, a bar's returns would be lines
+        assert lines[:3] == ["epoch 1", "a warning", r"caf\udce9.jpg"]
+        assert lines[-2:] == [end, ""] and ("epoch:" in "".join(lines)) == ("bar" in argv)
 
 
 def count_faults() -> None:
@@ -213,7 +204,6 @@ def count_faults() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
 def test_freed_memory_is_kept_for_the_next_tensor(tmp_path):
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
-
     faults = {}
     for name, environment in {"own": {}, "users": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}.items():
         child = Child("finetune_lora", "", tmp_path / name, count_faults, environment)
@@ -222,17 +212,17 @@ def test_freed_memory_is_kept_for_the_next_tensor(tmp_path):
     assert faults["own"] < 20 < faults["users"]  # 16,384 pages of 4 kB, or 32 of 2 MB
 
 
-@pytest.mark.parametrize("main", [finetune_lora.main, pretrain.main], ids=["fine-tuning", "stage 1"])
-def test_freed_memory_is_kept_by_runs_in_a_notebook_too(main, monkeypatch):
+def test_freed_memory_is_kept_by_runs_in_a_notebook_too(monkeypatch):
     monkeypatch.setattr(runs, "keep_freed_memory", mock.Mock(side_effect=InterruptedError))
     monkeypatch.setattr(devices, "select_device", mock.Mock(side_effect=ValueError))  # no run is to begin
-    with pytest.raises(InterruptedError):
-        main([])
+    for main in (finetune_lora.main, pretrain.main):
+        with pytest.raises(InterruptedError):
+            main([])
 
 
 def print_much() -> None:
     sys.stdout = open(1, "w", closefd=False)  # pytest's may seek  # noqa: SIM115
-    finetune_lora.main = lambda argv: [print(i) for i in range(100_000)]
+    finetune_lora.main = lambda argv: print(*range(100_000), sep="\n")
 
 
 def test_a_reader_that_stops_early_ends_the_script_without_a_traceback(tmp_path):
@@ -246,27 +236,20 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback(tmp_path)
     assert child.process.exitcode == 141
 
 
-NO_MEMORY = "out of memory on meta: lower it"
-FEWER = " use fewer --workers"
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (RuntimeError("CUDA error: out of memory"), NO_MEMORY),
-        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv"), NO_MEMORY),
-        (torch.OutOfMemoryError("CUDA out of memory"), NO_MEMORY),
+def test_what_the_system_lacks_becomes_a_line_with_a_remedy():
+    for error, told in (
+        (RuntimeError("CUDA error: out of memory"), "out of memory on meta: lower it"),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv"), "out of memory on meta: lower it"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on meta: lower it"),
         (MemoryError(), "out of memory on cpu: lower it"),
-        (OSError(24, "Too many open files"), f"ulimit -n.*{FEWER}"),
-        (RuntimeError("received 0 items of ancdata"), f"ulimit -n.*{FEWER}"),
-        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), f"/dev/shm.*{FEWER}"),
-        (OSError(28, "No space left on device"), f"/dev/shm.*{FEWER}"),  # of a lock, which a loading process needs
-        (RuntimeError("DataLoader worker (pid 1) is killed: Bus error. ... shared memory ..."), f"/dev/shm.*{FEWER}"),
-    ],
-)
-def test_what_the_system_lacks_becomes_a_line_with_a_remedy(error, told):
-    with pytest.raises(InputError, match=told), runs.faults_explained(torch.device("meta"), "lower it"):
-        raise error
+        (OSError(24, "Too many open files"), "ulimit -n.* use fewer --workers"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n.* use fewer --workers"),
+        (RuntimeError("unable to write to </torch_1_2_3>: No space left on device (28)"), "/dev/shm.* use fewer --wo"),
+        (OSError(28, "No space left on device"), "/dev/shm.* use fewer --wo"),  # of a lock, which a process needs
+        (RuntimeError("DataLoader worker (pid 1) is killed: Bus error. ... shared memory ..."), "/dev/shm.* use fewer"),
+    ):
+        with pytest.raises(InputError, match=told), runs.faults_explained(torch.device("meta"), "lower it"):
+            raise error
     with pytest.raises(OSError, match="Input/output error"), runs.faults_explained(None, ""):
         raise OSError(5, "Input/output error")  # another stays what it is
 
@@ -289,26 +272,30 @@ def write(folder: Path, *names: str) -> None:
         (folder / name).write_text(name)
 
 
+def problems(output_dir: Path, written: tuple[str, ...] = (), **images: Path) -> list[str]:
+    places = {"dataset": "imagefolder", "data_dir": None, "data_list": None, "val_dir": None} | images
+    return list(output_folder.problems(argparse.Namespace(output_dir=output_dir, **places), written))
+
+
+@pytest.mark.parametrize("option", ["data_dir", "knn_dir", "unlabelled"])
 @pytest.mark.parametrize("parts", [("cat", "dog"), ("train", "val"), ("train", "validation", "test")])
-def test_results_may_not_lie_among_the_images(tmp_path, parts):
+def test_results_may_not_lie_among_the_images(tmp_path, parts, option):
     """They would be a class of their own in the next run, which removes them."""
     for part in parts:
-        (tmp_path / "images" / part).mkdir(parents=True)
-    args = argparse.Namespace(dataset="imagefolder", data_dir=tmp_path / "images", data_list=None, val_dir=None)
+        (tmp_path / part).mkdir(parents=True)
     refused = {"../out": False, "out": "cat" in parts} | dict.fromkeys((f"{part}/deep/out" for part in parts), True)
     for output, is_among in refused.items():
-        args.output_dir = tmp_path / "images" / output
-        found = list(output_folder.problems(args))
+        found = problems(tmp_path / output, **{option: tmp_path})
         assert len(found) == is_among and all("is among the images in" in problem for problem in found)
+    assert len(problems(tmp_path / "out", val_dir=tmp_path)) == 1
 
 
 def test_images_may_lie_in_a_users_own_folds_and_not_among_the_parts_of_a_run(tmp_path, monkeypatch):
     (tmp_path / "folds/1").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "folds/1")
-    args = argparse.Namespace(dataset=None, data_dir=Path(), data_list=None, val_dir=None, output_dir=tmp_path)
-    assert list(output_folder.problems(args, ["folds"])) == []
+    assert problems(tmp_path, ("folds",), data_dir=Path()) == []
     Path("last.pth").touch()
-    assert "--data-dir . would be overwritten" in next(output_folder.problems(args, ["folds"]))
+    assert "--data-dir . would be overwritten" in problems(tmp_path, ("folds",), data_dir=Path())[0]
 
 
 @pytest.mark.parametrize("of_a_run", ["config.yaml", "last.pth", "lora.pth", "results.json", "folds", ".moving"])
@@ -317,14 +304,13 @@ def test_files_of_these_names_are_a_users_unless_a_run_wrote_one_of_them(once, t
     users = tmp_path / "users"
     write(users, "metrics.csv")
     (users / "config.yaml").write_text("# settled:\nfinetune: {lora_rank: 4}\n")
-    args = argparse.Namespace(dataset=None, data_dir=None, data_list=None, val_dir=None, output_dir=users)
-    [problem] = output_folder.problems(args, output_folder.FINE_TUNING_FILES)
+    [problem] = problems(users, output_folder.FINE_TUNING_FILES)
     assert problem.startswith(f"{users}/config.yaml, {users}/metrics.csv: not known to be of an earlier run: move")
     if (once / of_a_run).exists():
         shutil.copy(once / of_a_run, users)
     else:
         write(users / of_a_run / "1", "last.pth")
-    assert list(output_folder.problems(args, output_folder.FINE_TUNING_FILES)) == []
+    assert problems(users, output_folder.FINE_TUNING_FILES) == []
 
 
 def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):

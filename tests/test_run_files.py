@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from conftest import PICTURES, plotting
 from PIL import Image
 
 import finetune_lora
@@ -27,9 +28,8 @@ from toolkit.run import optim, options, run_state, verdict
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    ("file", "typed", "expected"),
-    [
+def test_options_are_defaults_then_file_then_command_line(base, images, tmp_path):
+    for file, typed, expected in (
         ("", "", {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4, "epochs": 10}),
         ("finetune: {lora_rank: 2, epochs: 3}", "--lora-rank 4", {"lora_rank": 4, "epochs": 3, "learning_rate": 1e-4}),
         ("model: {arch: vit_mini}", "", {"arch": "vit_mini", "lora_rank": 8}),
@@ -45,19 +45,15 @@ ROOT = Path(__file__).parents[1]
         ("", "--data-dir {images}", {"dataset": "imagefolder"}),
         ("", "--data-dir {images} --dataset digits", {"dataset": "digits"}),
         ("data: {dataset: digits}", "--data-dir {images}", {"dataset": "digits"}),
-    ],
-)
-def test_options_are_defaults_then_file_then_command_line(base, images, tmp_path, file, typed, expected):
-    (tmp_path / "my.yaml").write_text(file)
-    typed = f"--config {tmp_path / 'my.yaml'} --checkpoint {base} {typed.format(images=images)}"
-    args, _ = read_options(typed.split())
-    assert vars(args) == vars(args) | expected
-
-
-def test_each_option_says_where_it_came_from(base, tmp_path):
-    (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 2, learning_rate: 1e-3}")
-    _, sources = read_options(f"--config {tmp_path / 'my.yaml'} --checkpoint {base} --lora-rank 4".split())
-    given = {name: source for name, source in sources.items() if source != "default"}
+        # A list in parts is one list
+        ("", "--target-modules fc --target-modules conv1 layer4", {"target_modules": ("fc", "conv1", "layer4")}),
+        ("finetune: {lora_rank: 2, learning_rate: 1e-3}", "--lora-rank 4", {"lora_rank": 4, "learning_rate": 1e-3}),
+    ):
+        (tmp_path / "my.yaml").write_text(file)
+        typed = f"--config {tmp_path / 'my.yaml'} --checkpoint {base} {typed.format(images=images)}"
+        args, sources = read_options(typed.split())
+        assert vars(args) == vars(args) | expected
+    given = {name: source for name, source in sources.items() if source != "default"}  # where each came from
     typed = dict.fromkeys(("config", "checkpoint", "lora_rank"), "command line")
     assert given == typed | {"learning_rate": "config"}
 
@@ -73,17 +69,17 @@ def test_python_fine_tunes_by_keywords_as_the_command_does():
         finetune_lora.finetune(epoch=3)
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(options.FineTuneOptions), ids=lambda field: field.name)
-def test_false_by_keyword_turns_a_switch_off_or_is_no_word_or_is_refused_by_name(field):
-    typed = list(config.as_typed(options.FineTuneOptions, {field.name: False, "unknown": False}))
-    assert typed.pop() == "--no-unknown"
-    if isinstance(field.default, bool):
-        assert typed == [config.flag(f"no_{field.name}")]
-    elif field.default is None:
-        assert typed == []
-    else:
-        with pytest.raises(InputError, match=f"{config.flag(field.name)}: expected a value, got none"):
-            read_options(typed)
+def test_false_by_keyword_turns_a_switch_off_or_is_no_word_or_is_refused_by_name():
+    for field in dataclasses.fields(options.FineTuneOptions):
+        typed = list(config.as_typed(options.FineTuneOptions, {field.name: False, "unknown": False}))
+        assert typed.pop() == "--no-unknown"
+        if isinstance(field.default, bool):
+            assert typed == [config.flag(f"no_{field.name}")]
+        elif field.default is None:
+            assert typed == [], field.name
+        else:
+            with pytest.raises(InputError, match=f"{config.flag(field.name)}: expected a value, got none"):
+                read_options(typed)
 
 
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
@@ -100,7 +96,6 @@ def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
-
     printed = {}
     for flag in ("--version", "--help", "--help-all"):
         with pytest.raises(SystemExit, match="0"):
@@ -135,13 +130,13 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
+def finished(base, images, tmp_path_factory) -> tuple[dict, Path, str]:
     """A run of two epochs that others look at: its results, its folder and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     printed = io.StringIO()
     argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 2"
     argv += " --learning-rate 3e-4 --lora-rank 4 --warmup-epochs 1"
-    with contextlib.redirect_stdout(printed), drawing():
+    with contextlib.redirect_stdout(printed), plotting(PICTURES):
         results = finetune_lora.main(argv.split())
     return results, folder, printed.getvalue()
 
@@ -160,8 +155,8 @@ def test_a_run_leaves_these_files_and_says_what_was_recognised(finished):
     assert f"{told}          all 30 backbone tensors loaded" in printed
 
 
-def test_metrics_has_a_row_per_epoch(finished):
-    results, folder, _ = finished
+def test_metrics_has_a_row_per_epoch_and_results_and_a_short_summary_say_what_came_out(finished):
+    results, folder, printed = finished
     rows = metrics(folder)
     columns = "epoch train_loss val_loss val_accuracy val_balanced_accuracy val_macro_f1 learning_rate "
     assert list(rows[0]) == f"{columns} adapter_learning_rate seconds".split()
@@ -171,21 +166,11 @@ def test_metrics_has_a_row_per_epoch(finished):
     peak = 3e-4 / optim.rate_divisor(3e-4, 6)
     assert column(rows, "learning_rate") == pytest.approx([peak / 3, peak])
 
-
-def test_what_was_not_measured_is_an_empty_field_of_metrics(tmp_path):
-    run = run_state.RunState(argparse.Namespace(output_dir=tmp_path), torch.device("cpu"), torch.float32)
-    run.history = [{"epoch": 1, "effective_rank": None, "loss": 0.0}, {"epoch": 2, "loss": 0.5}]
-    run.save_metrics()
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,effective_rank,loss", "1,,0.0", "2,,0.5"]
-
-
-def test_results_and_a_short_summary_say_what_came_out(finished):
-    results, folder, printed = finished
     assert json.loads((folder / "results.json").read_text()) == results
     assert not {"accuracy", "accuracy_interval"} & results.keys()  # of the evaluation images: val_...
-    best = max(metrics(folder), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert results["best_epoch"] == best["epoch"] and results["best_val_accuracy"] == best["val_accuracy"]
-    assert results["val_accuracy"] == metrics(folder)[-1]["val_accuracy"]
+    assert results["val_accuracy"] == rows[-1]["val_accuracy"]
     assert (results["val_images"], results["eval_split"]) == (15, "held-out")
     right = torch.arange(15) < round(15 * results["val_accuracy"])
     assert results["val_accuracy_interval"] == pytest.approx(share_interval(right))
@@ -198,6 +183,13 @@ def test_results_and_a_short_summary_say_what_came_out(finished):
     table = printed.rpartition("\n\n")[2]
     assert len(table.splitlines()) <= 16 and "trained parameters" in table
     assert f"{results['val_accuracy']:.2%}" in table and f"{results['knn_accuracy_before']:.2%}" in table
+
+
+def test_what_was_not_measured_is_an_empty_field_of_metrics(tmp_path):
+    run = run_state.RunState(argparse.Namespace(output_dir=tmp_path), torch.device("cpu"), torch.float32)
+    run.history = [{"epoch": 1, "effective_rank": None, "loss": 0.0}, {"epoch": 2, "loss": 0.5}]
+    run.save_metrics()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,effective_rank,loss", "1,,0.0", "2,,0.5"]
 
 
 @pytest.mark.parametrize("few", [25, 0], ids=["more labels come next", "nothing else comes next"])
@@ -222,12 +214,6 @@ def test_what_lies_in_the_toolkit_is_stored_relative_to_it_and_found_from_any_fo
 # --------------------------------- toolkit/config.py: defaults, YAML and command line; types, choices and nearest names
 
 
-def test_a_list_given_in_parts_is_one_list():
-    command = "--data-list a.csv --data-list b.csv --target-modules fc --target-modules conv1 layer4"
-    args, _ = config.parse_args(finetune_lora.make_parser(), command.split())
-    assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.target_modules == ["fc", "conv1", "layer4"]
-
-
 def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(tmp_path):
     def keys(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
         return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
@@ -238,7 +224,7 @@ def test_stage_1_reads_the_config_of_a_fine_tuning_and_passes_over_its_own_keys(
     assert shared == {"model", "data"} == options.OF_FINE_TUNING.keys()
     for section in shared:
         assert fine_tuning[section] - stage1[section] == options.OF_FINE_TUNING[section], section
-    settings = options.stored_sections(finetune_lora.read_options([])[0])
+    settings = options.stored_sections(read_options([])[0])
     settings["model"]["arch"] = "vit_mini"  # stage 1 cannot leave it to a checkpoint
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     args, _ = pretrain.read_options(["--config", str(tmp_path / "config.yaml")])
@@ -251,22 +237,19 @@ def settled(norms: str = "follow") -> options.Plan:
     return options.Plan(**computing, image_values=values, normalization={})
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
+def test_the_config_of_an_older_version_is_read_as_if_all_that_its_run_settled_had_been_typed(base, tmp_path):
+    for typed in (
         "--lora-rank 16 --target-modules mlp.0 mlp.3 --adapt-last 2 --keep-best f1",
         "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0 --learning-rate 3e-4 --norms auto",
-    ],
-)
-def test_the_config_of_an_older_version_is_read_as_if_all_that_its_run_settled_had_been_typed(base, tmp_path, typed):
-    args, _ = finetune_lora.read_options(["--checkpoint", str(base), *typed.split()])
-    plan = settled(norms=args.norms if args.lora_rank == 0 else "follow")
-    settings = plan.settings(args)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    again, _ = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
-    assert plan.settings(again) == settings
-    found = plan.image_values | {"precision": plan.precision, "norms": plan.norms}
-    assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
+    ):
+        args, _ = read_options(["--checkpoint", str(base), *typed.split()])
+        plan = settled(norms=args.norms if args.lora_rank == 0 else "follow")
+        settings = plan.settings(args)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        again, _ = read_options(["--config", str(tmp_path / "config.yaml")])
+        assert plan.settings(again) == settings
+        found = plan.image_values | {"precision": plan.precision, "norms": plan.norms}
+        assert again == dataclasses.replace(args, config=tmp_path / "config.yaml", **found)
 
 
 def values_to_type(action: argparse.Action) -> list[str]:
