@@ -47,8 +47,8 @@ def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:
 X = dense.images(16, 3, generator=torch.Generator().manual_seed(0))
 
 
-def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Path:
-    path = folder / f"{name}{suffix}"
+def saved(model: nn.Module, name: str, folder: Path) -> Path:
+    path = folder / f"{name}.pth"
     LoRAManager(model).save_lora_checkpoint(path, {"class_names": [f"{name} {i}" for i in range(OPTIONS[name][1])]})
     return path
 
@@ -237,10 +237,7 @@ def test_adapters_without_a_name_are_the_default(alone, tmp_path, name):
 
 
 def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
-    """An adapter; one in 4 bits; one in 4 bits whose biases trained; and a backbone that trained as a whole.
-
-    Those in 4 bits have one copy of the bytes.
-    """
+    """An adapter; two in 4 bits, which have one copy of the bytes, one with trained biases; and a whole backbone."""
     alone = {name: trained(arch, name, four_bits=name in ("pets", "food")) for name in ("cars", "pets", "food")}
     alone["head"] = base(arch, OPTIONS["head"][1])
     record_of(alone["head"]).base_digests = base_digests(alone["head"])
@@ -318,7 +315,6 @@ def test_metadata_are_those_of_the_file_that_was_read_last_or_of_the_adapter_in_
 
 
 def test_what_does_not_fit_or_cannot_be_leaves_everything_as_it_was(manager, arch, tmp_path):
-    """Files of another base and damaged ones, names, and a shared base that is to train."""
     manager.use("cars")
     expected = copy.deepcopy(manager.model)
     another = base(arch)

@@ -27,11 +27,9 @@ from tests.checkpoint_files import torch_file
 from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError, choices
 from toolkit.config import check_command_line
-from toolkit.files import SHIPPED
+from toolkit.files import SHIPPED, TOOLKIT
 from toolkit.run import commands, runs
 from toolkit.run.options import CLASHES, TASK_CLASHES, read_options
-
-ROOT = Path(__file__).parents[1]
 
 # Each command and what it is given unless the case says otherwise: the last of two equal flags counts.
 OUT = "--output-dir out --device cpu --epochs 1"
@@ -215,8 +213,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n
 IMAGES = [
     case("your own images without a checkpoint", "bare-finetune --data-dir images", "--data-dir without --checkpoint",
          "handwritten digits alone", "moco-v2-800ep", "--checkpoint shipped"),
-    case("an evaluation folder alone", "bare-finetune --val-dir images/val --folds 6/5", "--dataset without --checkpo",
-         "--val-dir without --data-dir"),
+    case("an evaluation folder alone", "bare-finetune --val-dir images/val", "--val-dir without --data-dir"),
     case("no folder", "plain-finetune --dataset imagefolder", "--data-dir is missing: give a folder"),
     case("a folder for the digits", "finetune --dataset digits", "the digits need no --data-dir", "imagefolder"),
     images("a folder of images without classes", {"mine/a.png": PNG, "mine/b.png": PNG}, "mine", "found none"),
@@ -258,8 +255,7 @@ IMAGES = [
     listed("labels that are numbers", "mine/cat/0.png,3.5\nmine/cat/1.png,2\nmine/dog/0.png,7\nmine/dog/1.png,1\n",
            "l.csv: the labels are numbers, as 3.5", "use --task regression"),
     listed("a column for each label", "path,cat,dog\nmine/cat/0.png,1,0\nmine/dog/0.png,0,1\n", "multilabel or regr"),
-    case("several labels in folders", "finetune --task multilabel --keep-best accuracy",
-         "--task multilabel needs --data-list with `path,", "--keep-best accuracy with --task multilabel"),
+    case("several labels in folders", "finetune --task multilabel --keep-best f1", "needs --data-list with", "f1 with"),
     images("files of other kinds alone", classes("dog") | {"mine/cat/0.HEIC": b"", "mine/cat/1.heic": b"",
            "mine/cat/notes": b""}, "no images in cat", "found 2 .heic, 1 without suffix"),
     images("an archive beside class folders", TWO | {"mine/all.tar": TAR}, "both archives, as all.tar", "move those"),
@@ -473,8 +469,8 @@ def test_help_and_mistakes_do_not_wait_for_pytorch(command, names, tmp_path):
     for package in ("torch", "torchvision", "numpy"):
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('loaded')")
     (tmp_path / "my.yaml").write_text("finetune: !!python/object/apply:os.mkdir [ran]")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}  # it looks for packages there first
-    typed = [str(ROOT / word) if word.endswith("_lora.py") else word for word in command.split()]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{TOOLKIT}"}  # it looks for packages there first
+    typed = [str(TOOLKIT / word) if word.endswith("_lora.py") else word for word in command.split()]
     done = subprocess.run([sys.executable, *typed], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == (0 if "--help" in command else 2), done.stderr
     assert "Traceback" not in done.stderr and all(name in done.stdout + done.stderr for name in names), done

@@ -89,7 +89,6 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
 
 
 def test_what_cannot_be_converted_leaves_both_files_as_they_were(peft, base, tmp_path, monkeypatch):
-    """No PEFT, one whose release answers otherwise, and a name of which no file takes the place."""
     written = tmp_path / "peft"
     convert(saved(base, tmp_path, r=2), written)
     before = (written / CONFIG).read_bytes()

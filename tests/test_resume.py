@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from children import Child
+from children import ROOT, Child
 
 import deploy_lora
 import finetune_lora
@@ -146,8 +146,6 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(finetune,
 
 
 # -------------------------------------------------------------------------------------------------- toolkit/run/runs.py
-
-ROOT = Path(__file__).parents[1]
 
 
 def end_a_script() -> None:

@@ -25,8 +25,6 @@ from toolkit import VERSION, InputError, config, files
 from toolkit.answers.measures import share_interval
 from toolkit.run import optim, options, run_state, verdict
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_options_are_defaults_then_file_then_command_line(base, images, tmp_path):
     for file, typed, expected in (
@@ -83,7 +81,7 @@ def test_false_by_keyword_turns_a_switch_off_or_is_no_word_or_is_refused_by_name
 
 
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
-    shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
+    shipped = yaml.safe_load((files.TOOLKIT / "configs/stage1.yaml").read_text())["finetune"]
     for typed in ([], ["--checkpoint", "shipped"], ["--checkpoint", str(files.SHIPPED)]):
         args, sources = read_options(typed)
         assert args.checkpoint == files.SHIPPED
@@ -102,7 +100,7 @@ def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, m
             finetune_lora.main([flag])
         printed[flag] = capsys.readouterr().out
     assert printed["--version"] == f"{VERSION}\n"
-    assert f'version: "{VERSION}"' in (ROOT / "CITATION.cff").read_text()
+    assert f'version: "{VERSION}"' in (files.TOOLKIT / "CITATION.cff").read_text()
     first = printed["--help"]
     flags = re.findall(r"^  --([a-z0-9-]+)", first, re.MULTILINE)
     assert flags == " ".join(finetune_lora.options.NEEDED).replace("_", "-").split()
@@ -202,7 +200,7 @@ def test_a_run_ends_with_the_command_that_answers_new_images_once(few, finetune,
 
 def test_what_lies_in_the_toolkit_is_stored_relative_to_it_and_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    inside = str(files.SHIPPED.relative_to(ROOT))
+    inside = str(files.SHIPPED.relative_to(files.TOOLKIT))
     (tmp_path / "list.csv").touch()
     written = {"model": {"checkpoint": inside}, "data": {"data_list": ["list.csv"]}, "finetune": {}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
@@ -272,6 +270,7 @@ RUNS = {
 def test_a_config_with_a_changed_option_is_its_command_with_that(run, base, images, pairs, tmp_path, monkeypatch):
     """For every option: no default that followed from others, and nothing that the run has settled, counts as asked."""
     monkeypatch.setattr(options, "make_parser", functools.cache(options.make_parser))  # which takes a third of the time
+    monkeypatch.setattr(yaml, "safe_load", functools.cache(yaml.safe_load))  # and this half of the rest
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
     (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 32, head_init: random, lora_init: null}")
