@@ -141,7 +141,22 @@ def adapter(title: str, content, *names: str, command: str = "evaluate theirs.pt
     return case(title, command, *names, files={"theirs.pth": content})
 
 
-FLAGS = [
+BASE = copy_of("base.pth")
+TAR = tar_of({"a.png": PNG})
+TENSORS = safetensors.torch.save({"w": torch.zeros(2)})
+TWO = classes("cat", "dog")
+LABELS = described(task={"kind": "multilabel", "thresholds": [0.5] * 3})
+HUGE = png_of(40_000, 40_000, 8, 2, bytes(9))
+TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
+TWO_IMAGES = "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+HUGE_IN_16 = 9000 * "f"
+BOMB = ["lol"]  # a list of a list twice, of a list twice, ...: 2**60 words from a few hundred bytes
+for _ in range(60):
+    BOMB = [BOMB, BOMB]
+
+TABLE = [
+    # Options
     case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora", "ignored explicit argument"),
     case("whole numbers out of range", "finetune --epochs ten --batch-size 0 --accumulation-steps 2.5 --adapt-last auto"
          " --lora-rank -1 --workers 100000", "--epochs: expected a whole number above 0, got 'ten'",
@@ -175,10 +190,7 @@ FLAGS = [
          "'gpu' is not available", "--device cpu", "absent: no such", "gone.pth: file not found", "no.pth: file"),
     case("a bad checkpoint is told before images", "finetune --data-dir mine --checkpoint theirs.pth",
          "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
-]  # fmt: skip
-
-HUGE_IN_16 = 9000 * "f"
-CONFIGS = [
+    # Configurations
     config("a list", "- epochs", "expected the sections model, data"),
     config("tabs", "finetune:\n\tepochs: 3", "my.yaml: cannot be read as YAML", "line 2"),
     config("deep nesting", nested(1000), "my.yaml: cannot be read as YAML: RecursionError"),
@@ -198,19 +210,7 @@ CONFIGS = [
     config("pretraining's file has errors too", "moco: {epochs: 0, optimiser: sgd}", "moco.epochs: expected",
            "moco.optimiser: no such key", "did you mean optimizer?", script="pretrain"),
     case("a device for a config", "finetune --config /dev/zero", "/dev/zero: not a file"),
-]  # fmt: skip
-
-BASE = copy_of("base.pth")
-TAR = tar_of({"a.png": PNG})
-TENSORS = safetensors.torch.save({"w": torch.zeros(2)})
-TWO = classes("cat", "dog")
-LABELS = described(task={"kind": "multilabel", "thresholds": [0.5] * 3})
-HUGE = png_of(40_000, 40_000, 8, 2, bytes(9))
-TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
-TWO_IMAGES = "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-IMAGES = [
+    # Images
     case("your own images without a checkpoint", "bare-finetune --data-dir images", "--data-dir without --checkpoint",
          "handwritten digits alone", "moco-v2-800ep", "--checkpoint shipped"),
     case("an evaluation folder alone", "bare-finetune --val-dir images/val", "--val-dir without --data-dir"),
@@ -268,14 +268,7 @@ IMAGES = [
     case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
     case("a pixel to normalise", "pretrain --moco-version 2 --arch resnet18 --batch-size 1", "raise --batch-size to 2"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
-]  # fmt: skip
-
-
-BOMB = ["lol"]  # a list of a list twice, of a list twice, ...: 2**60 words from a few hundred bytes
-for _ in range(60):
-    BOMB = [BOMB, BOMB]
-
-FILES = [
+    # Checkpoints and adapters
     case("a pointer of git-lfs", "finetune --checkpoint a.pth", "git-lfs", "git lfs pull", files={"a.pth": LFS}),
     case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
     case("lists that unfold to more than fits", "finetune --checkpoint a.pth", "state_dict hold no tensors",
@@ -322,9 +315,7 @@ FILES = [
     case("an output without a name", "predict lora.pth images --output ''", "an argument is empty: leave it out, or"),
     case("an output of an empty variable", "merge lora.pth --output=", "an argument is empty: leave it out, or see"),
     case("a Space that is there", "demo lora.pth --write images", "--write images: is there; name another folder"),
-]  # fmt: skip
-
-OUTPUTS_AND_CHANNELS = [
+    # Where results go, stage 1, and channels
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth", "File exists; name another"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
     case("an output folder of a long name", f"finetune --output-dir {'n' * 300}", "File name too long; name another"),
@@ -371,7 +362,6 @@ class RunsCode:
         return os.system, ("mkdir ran",)
 
 
-TABLE = [*FLAGS, *CONFIGS, *IMAGES, *FILES, *OUTPUTS_AND_CHANNELS]
 for hostile, content in {
     "finetune --checkpoint a.pth": {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()},
     "evaluate a.pth mine": {"layers": {}, "tensors": {}, "metadata": RunsCode()},
@@ -384,12 +374,6 @@ for hostile, content in {
 def everything_in(folder: Path) -> dict[Path, int | None]:
     """When each file was written last; folders alone may be written to, by locks that come and go."""
     return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def options_of(words: list[str]) -> set[str]:
-    """The options that a command of deploy_lora.py has, or was given."""
-    _, parsers = commands.make_parser()
-    return set(words).union(*(parsers[word]._option_string_actions for word in words if word in parsers))
 
 
 def main_and_argv(command: str) -> tuple[Callable, list[str]]:
@@ -419,7 +403,9 @@ def test_a_mistake_is_one_message_and_nothing_is_written(command, names, files, 
     assert all(line.isprintable() and len(line) < 1000 for line in message.splitlines())
     main, argv = main_and_argv(command)
     if main is deploy_lora.main:  # which has few of training's options to advise
-        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", message)) <= options_of(argv)
+        _, parsers = commands.make_parser()
+        options = set(argv).union(*(parsers[word]._option_string_actions for word in argv if word in parsers))
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", message)) <= options
     assert everything_in(workplace) == before
 
 

@@ -315,12 +315,6 @@ def shuffled_keys(rank: int) -> tuple[list, list]:
     return keys.flatten().tolist(), encoded
 
 
-def test_keys_are_encoded_in_random_processes_and_come_back_in_order(found):
-    (keys, first), (others, second) = column(found, "shuffled_keys")
-    assert keys == others == [0, 10, 20, 30, 40, 50, 60, 70]
-    assert sorted(first + second) == list(range(8)) and set(first) != {0, 2, 4, 6}
-
-
 def taught(rank: int) -> list[float]:
     """How sure a teacher's answers are, and their shares, after a step of which this process saw one or two images."""
     teacher = teacher_of(certainty=0.8)
@@ -342,12 +336,6 @@ def started(rank: int) -> list[list[float]]:
     tasks.Classification(["cat", "dog"]).soften(model, 2.0)
     start_at_gradient(model, lambda: model(torch.randn(5, 3)).square().sum().backward())
     return [*heads, model.fc.weight.flatten().tolist(), model.body.lora_A.flatten().tolist()]
-
-
-def test_both_start_with_what_the_first_has_found(found):
-    first, second = column(found, "started")
-    probed, softened, _ = first
-    assert first == second and softened == pytest.approx([weight / 2 for weight in probed])
 
 
 def own(images: torch.Tensor) -> torch.Tensor:
@@ -389,11 +377,6 @@ def measured(rank: int) -> list[float]:
     return [pretrain.Pretraining.measure(run)["effective_rank"]]
 
 
-@pytest.mark.parametrize("find", [contrasted, scaled, segmented, measured])
-def test_both_find_what_one_finds_by_all_images(found, find):
-    assert column(found, find.__name__) == [pytest.approx(find(0))] * 2
-
-
 def read(rank: int) -> tuple[list, bool]:
     """The figures of two steps, and whether one of the processes was asked to stop: the second was."""
     stop = SimpleNamespace(signum=15 * rank, others_asked=False)
@@ -422,12 +405,6 @@ def drawn(rank: int) -> tuple[float, float, float]:
     return first, then, torch.rand(()).item()
 
 
-def test_each_process_draws_numbers_of_its_own_also_when_it_goes_on(found):
-    (first, then, again), (other_first, other_then, other_again) = column(found, "drawn")
-    assert (then, other_then) == (again, other_again)
-    assert first != other_first and then != other_then
-
-
 def precision(rank: int) -> torch.dtype:
     """That of a run, where this process finds bf16 twice as fast as float32, and the other one half as fast."""
     seconds = iter([[2.0, 1.0], [2.0, 4.0]][rank])
@@ -443,7 +420,7 @@ def cached(rank: int) -> list:
     return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
 
 
-def test_both_find_the_same(found):
+def test_both_find_the_same_which_one_finds_by_all_images(found):
     for find, expected in (
         (exchanged, [[0, 10, 20, 30, 40], [0], [2, 2e9 + 1], [{"rank": 0}, {"rank": 1}], "the first cannot do it"]),
         (taught, pytest.approx(TAUGHT)),
@@ -451,8 +428,21 @@ def test_both_find_the_same(found):
         (worst, 4.0),
         (precision, torch.float32),
         (cached, [[0, 0], [1, 10], [2, 20], [3, 30], [4, 40], [5, 50]]),
+        *((find, pytest.approx(find(0))) for find in (contrasted, scaled, segmented, measured)),
     ):
         assert column(found, find.__name__) == [expected] * 2
+    first, second = column(found, "started")
+    probed, softened, _ = first
+    assert first == second and softened == pytest.approx([weight / 2 for weight in probed])
+
+
+def test_keys_are_encoded_in_random_processes_and_each_draws_numbers_of_its_own_also_when_it_goes_on(found):
+    (keys, first), (others, second) = column(found, "shuffled_keys")
+    assert keys == others == [0, 10, 20, 30, 40, 50, 60, 70]  # in order again
+    assert sorted(first + second) == list(range(8)) and set(first) != {0, 2, 4, 6}
+    (first, then, again), (other_first, other_then, other_again) = column(found, "drawn")
+    assert (then, other_then) == (again, other_again)
+    assert first != other_first and then != other_then
 
 
 NORMS = {

@@ -27,7 +27,6 @@ from toolkit.files import open_atomically, read_checkpoint
 from toolkit.run import optim, output_folder, reports, runs
 
 WAYS = {
-    "adapters": "--lora-dropout 0.1 --accumulation-steps 2",
     "4 bits": "--use-qlora --label-smoothing 0.1",
     "masks": "--task segmentation --data-dir {pairs} --batch-size 4",
     "labels": "--task multilabel --data-dir {hospital} --data-list {hospital}/labels.csv --label-columns sick well"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import io
@@ -270,7 +271,8 @@ RUNS = {
 def test_a_config_with_a_changed_option_is_its_command_with_that(run, base, images, pairs, tmp_path, monkeypatch):
     """For every option: no default that followed from others, and nothing that the run has settled, counts as asked."""
     monkeypatch.setattr(options, "make_parser", functools.cache(options.make_parser))  # which takes a third of the time
-    monkeypatch.setattr(yaml, "safe_load", functools.cache(yaml.safe_load))  # and this half of the rest
+    parsed = functools.cache(yaml.safe_load)
+    monkeypatch.setattr(yaml, "safe_load", lambda text: copy.deepcopy(parsed(text)))  # half of the rest
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
     (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 32, head_init: random, lora_init: null}")
