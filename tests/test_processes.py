@@ -175,7 +175,8 @@ def test_two_processes_write_the_maps_of_one(base, pairs, tmp_path):
 @pytest.mark.slow
 def test_torchrun_starts_them(options, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1", "--checkpoint", "shipped"]
+    few = "--epochs 1 --checkpoint shipped --labels-per-class 2 --lora-rank 0 --precision fp32"
+    command = [*torchrun, "finetune_lora.py", *options("lora").split(), *few.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1: training loss") == 1 and len(metrics(tmp_path / "out")) == 1
@@ -200,8 +201,8 @@ def compute_in_float64() -> None:
     ("more", "before", "name", "tolerance"),
     [
         ("", keep_every_queue, "moco_stage1_epoch_2.pth", 1e-3),
-        pytest.param("--moco-version 3 --learning-rate 1e-3 --epochs 1", compute_in_float64, "moco_stage1_epoch_1.pth",
-                     1e-9, marks=pytest.mark.slow),
+        pytest.param("--moco-version 3 --mlp-dim 16 --learning-rate 1e-3 --epochs 1", compute_in_float64,
+                     "moco_stage1_epoch_1.pth", 1e-9, marks=pytest.mark.slow),
         pytest.param("--checkpoint {base} --lora-rank 2 --image-size 16", None, "moco_lora.pth", 1e-3,
                      marks=pytest.mark.slow),
     ],
