@@ -216,10 +216,10 @@ def finetune_into(base, images):
 
 
 @pytest.fixture
-def finetune(finetune_into, tmp_path):
+def finetune(finetune_into, tmp_path, monkeypatch):
     """finetune("--epochs 1", "out") is `finetune_into` a folder of that name."""
-    with mock.patch.object(optim, "STEPS_TO_TRAIN", 1):
-        yield lambda options="", output="out", **more: finetune_into(tmp_path / output, options, **more)
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
+    return lambda options="", output="out", **more: finetune_into(tmp_path / output, options, **more)
 
 
 @pytest.fixture(scope="session")
@@ -235,8 +235,9 @@ def once(finished_once, tmp_path) -> Path:
 
 
 @pytest.fixture
-def start(base, images, tmp_path):
+def start(base, images, tmp_path, monkeypatch):
     """A run that has not begun yet, for a look at single steps."""
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
 
     def start(options: str = "") -> FineTuning:
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --augmentation none"
@@ -245,9 +246,7 @@ def start(base, images, tmp_path):
         splits, model, report, plan = prepare(args, torch.device("cpu"))
         return FineTuning(args, plan, model.train(), report, splits)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
-        yield start
+    return start
 
 
 PICTURES = {(reports, name): getattr(reports, name) for name in dir(reports) if name.startswith("plot_")}

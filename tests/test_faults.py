@@ -24,10 +24,8 @@ from toolkit import InputError
 from toolkit.files import read_checkpoint
 from toolkit.images import folders
 
-WAYS = {
-    "lora": "--lora-rank 2 --lora-dropout 0.1 --accumulation-steps 2",
-    "pretrain": "--moco-version 2 --queue-size 16 --knn-every 1",
-}
+TUNING = "finetune_lora --checkpoint {base} --lr 1e-2 --lora-rank 2 --lora-dropout 0.1 --accumulation-steps 2"
+PRETRAINING = "moco.pretrain --image-size 8 --dim 8 --two-crops digits --moco-version 2 --queue-size 16 --knn-every 1"
 
 
 @pytest.fixture
@@ -35,14 +33,11 @@ def start(base, images, tmp_path):
     """start("lora", "--epochs 1", "out") begins a run of one of the ways; a Child with its output folder."""
 
     def start(way: str = "lora", options: str = "", output: str = "out", log: str = "", before=None) -> Child:
-        folder = tmp_path / output
-        common = f"--data-dir {images} --output-dir {folder} --device cpu --epochs 2 --batch-size 3"
-        if way == "pretrain":
-            module, common = "moco.pretrain", f"{common} --image-size 8 --dim 8 --two-crops digits"
-        else:
-            module, common = "finetune_lora", f"{common} --checkpoint {base} --learning-rate 1e-2"
-        child = Child(module, f"{common} {WAYS[way]} {options}", tmp_path / f"{log or Path(output).name}.log", before)
-        child.folder = folder
+        typed = PRETRAINING if way == "pretrain" else TUNING.format(base=base)
+        module, own = typed.split(maxsplit=1)
+        common = f"{own} --data-dir {images} --output-dir {tmp_path / output} --device cpu --epochs 2 --batch-size 3"
+        child = Child(module, f"{common} {options}", tmp_path / f"{log or output}.log", before)
+        child.folder = tmp_path / output
         return child
 
     return start

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import warnings
@@ -147,20 +148,12 @@ def read_as_adapter(path: Path) -> None:
 READ = {"checkpoint": read_as_checkpoint, "adapter": read_as_adapter, "image": read_as_image}
 
 
-@pytest.mark.parametrize(
-    ("name", "mutate"),
-    [
-        ("checkpoint.pth", mutate),
-        ("checkpoint.pth", mutate_pickle),
-        ("legacy checkpoint.pth", mutate),
-        ("adapter.pth", mutate),
-        ("adapter.pth", mutate_pickle),
-        ("adapter.safetensors", mutate),
-        ("image.tif", mutate),
-        ("image.npy", mutate),
-        ("image.npz", mutate),
-    ],
-)
+PICKLES = ("checkpoint.pth", "adapter.pth")
+NAMES = (*PICKLES, "legacy checkpoint.pth", "adapter.safetensors", "image.tif", "image.npy", "image.npz")
+MUTATED = [*itertools.product(NAMES, [mutate]), *itertools.product(PICKLES, [mutate_pickle])]
+
+
+@pytest.mark.parametrize(("name", "mutate"), MUTATED)
 @pytest.mark.filterwarnings("ignore")
 @fuzz(30, edits=EDITS, kept=KEPT)
 def test_bytes_of_a_file(files, tmp_path_factory, name, mutate, edits, kept):

@@ -3,7 +3,6 @@ CONTRIBUTING, and no line is packed. With `pip install -e .` code in another fol
 
 import ast
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -125,7 +124,9 @@ def test_every_package_is_named_and_every_file_has_a_line_in_contributing():
     files = [path for path in SOURCES.values() if path.stem != "__init__" and "example" not in path.stem]
     assert [path for path in files if f"`{path.relative_to(ROOT)}`" not in text] == []
     tomllib = pytest.importorskip("tomllib")
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {*told["project"]["scripts"].values()} == {"moco_lora:start"}
+    named = told["tool"]["setuptools"]
     assert {*named["packages"]} == {name for name, path in SOURCES.items() if path.stem == "__init__"}
     assert {*named["py-modules"]} == {path.stem for path in ROOT.glob("*.py")}
 
@@ -143,11 +144,7 @@ def test_code_in_another_folder_imports_everything(tmp_path):
     command = [sys.executable, "-c", ELSEWHERE, packages]
     done = subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [str(checkout / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"), "vit_mini"]
-    for name, told in HELP.items():
-        command = [packages / "bin" / f"moco-lora-{name}", "--help"]
-        environment = os.environ | {"PYTHONPATH": str(checkout)}  # a folder of packages is no environment of Python's
-        done = subprocess.run(command, cwd=elsewhere, env=environment, check=True, capture_output=True, text=True)
-        assert told in done.stdout and "usage: python" not in done.stdout
+    assert {path.name for path in (packages / "bin").iterdir()} == {f"moco-lora-{name}" for name in HELP}
 
 
 SCRIPTS = [("finetune_lora", "toolkit"), ("deploy_lora", "lora"), ("moco_lora", "moco")]
@@ -171,4 +168,4 @@ def test_each_installed_command_is_its_script_and_a_folder_that_is_no_package_is
     run = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; sys.argv = ['moco-lora-{name}', '--help']"
     run += "; import moco_lora; moco_lora.start()"
     done = subprocess.run([sys.executable, "-c", run], check=True, cwd=tmp_path, capture_output=True, text=True)
-    assert HELP[name] in done.stdout
+    assert HELP[name] in done.stdout and "usage: python" not in done.stdout

@@ -99,7 +99,7 @@ def test_pretraining_takes_the_paths_of_any_list_and_labels_that_tell_how_much_a
         assert listed(text).has_labels() == text.startswith("path")  # ages that repeat may be classes
     for labels in ("0.5 0.5 1", "3 1 2", "1 1 "):
         assert lists.look_like_numbers(labels.split(" "))
-    for labels in ("1 2 1", "1. 2.0 1", "cat 2 1"):
+    for labels in ("1 2 1", "1. 2.0 1", "cat 2 1", "3 1"):
         assert not lists.look_like_numbers(labels.split(" "))
 
 

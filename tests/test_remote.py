@@ -107,6 +107,7 @@ def test_runs_read_folders_as_they_read_those_of_this_machine(place, here, base,
         assert deploy_lora.main(["evaluate", adapter, images])["loss"] == pytest.approx(results["val_loss"])
 
 
+@pytest.mark.parametrize("place", ["memory"], indirect=True)
 @pytest.mark.parametrize("listed", [False, True])
 def test_masks_are_read_too(place, here, listed):
     def splits(at):

@@ -86,9 +86,7 @@ def test_a_run_is_not_resumed_with_other_images_classes_weights_or_norms(finetun
         finetune(f"--epochs 1 --resume {once / 'other.pth'}")
 
 
-def test_a_run_that_goes_on_in_another_folder_has_the_rates_times_and_files_of_the_whole_run(
-    finetune, finished_once, once, spy, monkeypatch
-):
+def test_a_run_goes_on_elsewhere_with_its_rates_times_and_files(finetune, finished_once, once, spy, monkeypatch):
     """Rates are the optimizer's, whatever this version would choose; the head's temperature depends on them."""
     monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
     monkeypatch.setattr(optim, "run_divisor", lambda *_: 5.0)
@@ -295,19 +293,19 @@ def test_images_may_lie_in_a_users_own_folds_and_not_among_the_parts_of_a_run(tm
     assert "--data-dir . would be overwritten" in problems(tmp_path, ("folds",), data_dir=Path())[0]
 
 
-@pytest.mark.parametrize("of_a_run", ["config.yaml", "last.pth", "lora.pth", "results.json", "folds", ".moving"])
-def test_files_of_these_names_are_a_users_unless_a_run_wrote_one_of_them(once, tmp_path, of_a_run):
+def test_files_of_these_names_are_a_users_unless_a_run_wrote_one_of_them(finished_once, tmp_path):
     """And an earlier run's if it did: the others may have gone."""
-    users = tmp_path / "users"
-    write(users, "metrics.csv")
-    (users / "config.yaml").write_text("# settled:\nfinetune: {lora_rank: 4}\n")
-    [problem] = problems(users, output_folder.FINE_TUNING_FILES)
-    assert problem.startswith(f"{users}/config.yaml, {users}/metrics.csv: not known to be of an earlier run: move")
-    if (once / of_a_run).exists():
-        shutil.copy(once / of_a_run, users)
-    else:
-        write(users / of_a_run / "1", "last.pth")
-    assert problems(users, output_folder.FINE_TUNING_FILES) == []
+    for of_a_run in ("config.yaml", "last.pth", "lora.pth", "results.json", "folds", ".moving"):
+        users = tmp_path / of_a_run
+        write(users, "metrics.csv")
+        (users / "config.yaml").write_text("# settled:\nfinetune: {lora_rank: 4}\n")
+        [problem] = problems(users, output_folder.FINE_TUNING_FILES)
+        assert problem.startswith(f"{users}/config.yaml, {users}/metrics.csv: not known to be of an earlier run: move")
+        if of_a_run in ("folds", ".moving"):
+            write(users / of_a_run / "1", "last.pth")
+        else:
+            shutil.copy(finished_once["folder"] / of_a_run, users)
+        assert problems(users, output_folder.FINE_TUNING_FILES) == []
 
 
 def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
