@@ -23,7 +23,7 @@ FEWER_BITS = {16: {"base_dtype": torch.bfloat16}, 8: {"base_dtype": torch.int8},
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that PyTorch runs within the `with` block."""
+    """The names of the operations that PyTorch runs within the `with` block."""
 
     def __init__(self):
         super().__init__()
@@ -33,8 +33,12 @@ class Operations(TorchDispatchMode):
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 
-    def count(self, *parts: str) -> int:
-        return sum(part in name for name in self.names for part in parts)
+
+def count_operations(function: Callable[[], object], *parts: str) -> int:
+    """How many operations PyTorch runs there whose names have one of these parts."""
+    with Operations() as operations:
+        function()
+    return sum(part in name for name in operations.names for part in parts)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -172,9 +176,6 @@ def assert_unchanged(before: dict[str, Tensor], model: nn.Module, names=None) ->
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-# ------------------------------------------------------------------------------------------------- whole models
 
 
 def resnet(block=BasicBlock, layers=(1, 1, 1, 1), classes: int = 5) -> ResNet:

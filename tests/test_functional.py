@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import BF16, DEVICES, FP32, Operations, assert_close, compare_with_dense, frozen, saved_storages
+from dense import BF16, DEVICES, FP32, assert_close, compare_with_dense, count_operations, frozen, saved_storages
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,9 +44,7 @@ def row_operations(width: int):
 )
 def test_a_recomputed_operation_equals_the_dense_one(device, operation, dtype, autocast, x_dtype, monkeypatch):
     """Evaluated once in backward, whose gradient passes a LayerNorm a few rows at a time; x itself is what is kept.
-
-    Inputs come permuted, as attention's do.
-    """
+    Inputs come permuted, as attention's do."""
     monkeypatch.setattr(functional, "PART_NUMEL", 1)
     stock = nn.Sequential(operation, nn.Linear(64, 6)).to(device, dtype)
     model = frozen(copy.deepcopy(stock), 0.3)
@@ -64,9 +62,7 @@ def test_a_recomputed_operation_equals_the_dense_one(device, operation, dtype, a
     with torch.autocast(device, torch.bfloat16, enabled=autocast is not None):
         saved = saved_storages(lambda: outputs.append(compute(model, x)))
     assert x.untyped_storage().data_ptr() in saved and sum(saved.values()) < 3 * x.nbytes
-    with Operations() as evaluations:
-        outputs[0].sum().backward()
-    assert evaluations.count("aten.gelu.", "aten.native_layer_norm.") == 1
+    assert count_operations(lambda: outputs[0].sum().backward(), "aten.gelu.", "aten.native_layer_norm.") == 1
 
 
 LAYERS = {
@@ -170,11 +166,9 @@ def test_a_kernel_larger_than_its_input_is_neither_scaled_nor_merged(monkeypatch
 
 
 def test_small_updates_survive_rounding_on_average():
-    """In bfloat16 an update of a thousandth is below the rounding of most weights, and shows in sums over many.
-
-    It is built beside the scale of a BatchNorm or over float32 weights. A weight on the grid of bfloat16 would swallow
-    it; so it is added to the output there. Pixels of 1 and -1 take the weight itself out of the output.
-    """
+    """In bfloat16 an update of a thousandth is below the rounding of most weights, and shows in sums over many. It
+    is built beside the scale of a BatchNorm or over float32 weights. A weight on the grid of bfloat16 would swallow it;
+    so it is added to the output there. Pixels of 1 and -1 take the weight itself out of the output."""
     signs = torch.tensor([1.0, -1.0]).repeat(2048).view(1, -1, 1, 1)
     W = (1 + random(1, 2048, 1, 1).abs()).repeat_interleave(2, 1)
     A, B = 1e-3 * signs.flatten(1), torch.ones(1, 1)
@@ -208,9 +202,8 @@ def test_4_bits_are_nf4_in_blocks_of_64_whose_numbers_in_16_bits_are_rounded_onc
     for _ in range(2):
         assert torch.equal(stored.dequantize(torch.float32), expected)
         for dtype in (torch.bfloat16, torch.float16):
-            with Operations() as seen:
-                low = stored.dequantize(dtype)
-            assert torch.equal(low, expected.to(dtype)) and not seen.count("_to_copy")
+            assert torch.equal(stored.dequantize(dtype), expected.to(dtype))
+            assert count_operations(lambda dtype=dtype: stored.dequantize(dtype), "_to_copy") == 0
     assert torch.equal(stored[8:16].dequantize(torch.bfloat16), expected[8:16].bfloat16())
 
 

@@ -15,7 +15,7 @@ import deploy_lora
 from moco import pretrain
 from tests import cuda_on_cpu, dense
 from tests.run_folders import metrics, stop, tensors
-from toolkit import devices, distributed
+from toolkit import devices
 from toolkit.models.norms import constants_kept
 from toolkit.run import guard, optim, runs, search
 
@@ -132,22 +132,6 @@ def test_what_is_faster_on_a_gpu_is_chosen_there():
     on_gpu = optim.build_optimizer(conv, 1e-3)
     on_gpu.load_state_dict(optim.build_optimizer(nn.Conv2d(3, 4, 3), 1e-3).state_dict())
     assert on_gpu.param_groups[0]["fused"]
-
-
-def test_what_processes_have_on_the_cpu_travels_through_the_gpu(monkeypatch):
-    """NCCL takes nothing else."""
-
-    def all_gather(shares: list[torch.Tensor], own: torch.Tensor) -> None:
-        assert own.device.type == "cuda"
-        for share in shares:
-            share.copy_(own)
-
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_sum", lambda *values: [2 * value for value in values])
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(distributed.dist, "all_gather", all_gather)
-    whole = distributed.interleave(torch.tensor([1.0, 2.0]))
-    assert whole.device.type == "cpu" and whole.tolist() == [1, 1, 2, 2]
 
 
 @pytest.mark.skipif(not cuda_on_cpu.is_loaded(), reason="only emulated GPUs count")

@@ -37,9 +37,6 @@ def trained_names(model: nn.Module) -> set[str]:
 in_float_and_4_bits = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
-# -------------------------------------------------------------------------------------------------- which layers
-
-
 @pytest.mark.parametrize("build, kept", [(resnet, {"fc"}), (vit, {"conv_proj", "heads.head"})])
 def test_a_model_is_adapted_but_for_its_head_and_patch_embedding(build, kept):
     model = build()
@@ -138,10 +135,8 @@ def test_bad_input_is_refused_and_leaves_the_model_as_it_was(options, message):
 
 
 def test_layers_that_compute_something_else_are_left_alone():
-    """Subclasses, uncommon attention, and layers whose `weight` pruning or weight_norm sets before every call.
-
-    Swin's attention gives the weights of qkv and proj to a function; an adapter there would never learn.
-    """
+    """Subclasses, uncommon attention, and layers whose `weight` pruning or weight_norm sets before every call. Swin's
+    attention gives the weights of qkv and proj to a function; an adapter there would never learn."""
     OwnLinear = type("OwnLinear", (nn.Linear,), {})
     Own = type("Own", (nn.MultiheadAttention,), {})
     model = nn.Sequential(nn.Linear(4, 4), OwnLinear(4, 4), Own(4, 2), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))

@@ -54,10 +54,8 @@ def test_a_product_is_that_of_the_rounded_rows(rows, width, out, dtype, monkeypa
 
 @exact_products
 def test_sums_are_as_exact_as_float32_and_rows_of_zeros_or_not_finite_stay_apart():
-    """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them.
-
-    Zeros give the bias exactly. What diverges must show, and only in its own row.
-    """
+    """Kept in bf16, which has 32259 as 32256, nothing would be left of what is small beside them. Zeros give the bias
+    exactly. What diverges must show, and only in its own row."""
     x = torch.tensor([[127, 127, 1]], dtype=torch.bfloat16)
     assert int8._multiplied(x, None, x.T.to(torch.int8), None, torch.tensor([-32258.0])).item() == 1
     x = torch.randn(4, 8)

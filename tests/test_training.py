@@ -103,13 +103,11 @@ def test_the_worst_batch_is_normalised_by_itself():
 def test_the_start_takes_the_place_of_what_trains_and_comes_back_with_its_state():
     model = LoRALinear(2, 2, r=1)
     model.weight.requires_grad_(False)
-    with torch.no_grad():
-        model.lora_B.fill_(2.0)
+    nn.init.constant_(model.lora_B, 2.0)
     kept = optim.KeptWeights(model, may_be_start=True)
     kept.begin()
-    with torch.no_grad():
-        model.lora_A.fill_(4.0)
-        model.lora_B.fill_(4.0)
+    nn.init.constant_(model.lora_A, 4.0)
+    nn.init.constant_(model.lora_B, 4.0)
     with kept.in_place():
         assert (model.lora_B == 4).all()
     kept.at_start = True
