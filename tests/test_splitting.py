@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -175,7 +176,7 @@ class Runs:
 
     def __call__(self, command: list[str], after_epoch) -> dict:
         args, _ = finetune_lora.read_options(command)
-        assert args.config == self.folder / "config.yaml" and args.device == "cpu"
+        assert args.config == self.folder / ".folds.yaml" and args.device == "cpu"
         self.parts.append(args.folds + " r" * (args.resume is not None))
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "last.pth").write_bytes(b"\0lora_rank")  # as torch writes it
@@ -232,7 +233,8 @@ def test_a_part_that_collapses_counts_and_a_new_cross_validation_moves_what_was_
     assert "unfinished" in printed
     runs.validate("--epochs 3")
     assert names_in(tmp_path / "out-2") == {"folds", "config.yaml"}
-    assert "unfinished" not in capsys.readouterr().out and (tmp_path / "out/folds/3/last.pth").exists()
+    assert "unfinished" not in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.yaml", "folds"]
 
 
 @pytest.mark.parametrize("place", ["out/config.yaml", "out/folds/1/config.yaml", "my.yaml"])
@@ -259,6 +261,7 @@ def test_no_process_takes_the_parts_of_an_earlier_run_for_its_own(runs, tmp_path
     def gather(value):
         if begin.called:  # by the first process
             shutil.rmtree(tmp_path / "out/folds", ignore_errors=True)
+            (tmp_path / "out/.folds.yaml").touch()
         return [value, value]
 
     monkeypatch.setattr(distributed, "gather", gather)
