@@ -61,15 +61,6 @@ def spy(monkeypatch):
     return spy
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_list(tmp_path_factory):
-    """What commands write is not noted where those of this machine's user note it."""
-    path = tmp_path_factory.mktemp("own") / "list"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toolkit, "WRITTEN", path)
-        yield
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A vit_mini for images of 16 pixels in MoCo's layout, random but the same in every session."""
@@ -264,8 +255,9 @@ def plotting(functions):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_pictures():
-    """Runs draw nothing, which takes a third of a short one: a test that looks at pictures asks for `pictures`."""
+def in_tests(tmp_path_factory):
+    """Runs are shorter, and draw nothing, which takes a third of a short one: a test that looks at pictures asks for
+    `pictures`. What commands write is not noted where those of this machine's user note it."""
 
     def blank(*given) -> list:
         for path in given:
@@ -273,13 +265,8 @@ def no_pictures():
                 Image.new("L", (1, 1)).save(path, "png")
         return []
 
-    with plotting(dict.fromkeys(PICTURES, blank)):
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shorter():
-    with pytest.MonkeyPatch.context() as patch:
+    with plotting(dict.fromkeys(PICTURES, blank)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolkit, "WRITTEN", tmp_path_factory.mktemp("own") / "list")
         for module, name, value in SHORTER:
             patch.setattr(module, name, value)
         yield

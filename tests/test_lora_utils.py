@@ -276,26 +276,23 @@ def assert_refused(model: nn.Module, path, message: str) -> None:
     assert LoRAManager(model).get_lora_info() == settings
 
 
-OTHERS = {
-    "rank": (lambda: adapted(plain(), r=3), r"has r 2 in the file, 3 here; .*and \d+ more"),
-    "4 bits": (lambda: adapted(plain(), use_qlora=True), "has kind LoRALinear in the file, QLoRALinear here"),
-    "fewer": (lambda: adapted(plain(), target_modules="mlp"), r"\.out_proj is adapted in the file but not here$"),
-    "more": (lambda: adapted(plain(), target_modules=["encoder", "conv_proj"]), "conv_proj is adapted here but not"),
-    "stored": (lambda: adapt_layers(plain(), {"conv_proj": None}, True), "conv_proj is frozen in 4 bits here"),
-    "base": (lambda: adapted(plain(seed=2)), "trained over another base"),
-    "almost": (lambda: moved(adapted(plain()), 1e-3), "trained over another base"),
-    "classes": (lambda: adapted(plain(classes=7)), r"heads\.head\.weight is \(5, 16\) in the file, \(7, 16\) here"),
-    "4-bit base": (lambda: adapted(plain(seed=2), use_qlora=True), "trained over another base"),  # known by its floats
-    "merged": (lambda: merged(adapted(plain())), r"merged: call unmerge_lora_weights\(\) first"),
-    "no adapters": (plain, r"no adapter is in use here: load the file with a name and call use\(name\), or adapt"),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_another_model_is_refused(path, other):
-    build, message = OTHERS[other]
-    LoRAManager(adapted(plain(), use_qlora=other == "4-bit base")).save_lora_checkpoint(path)
-    assert_refused(build(), path, message)
+def test_another_model_is_refused(path):
+    LoRAManager(adapted(plain())).save_lora_checkpoint(path)
+    for model, message in (
+        (adapted(plain(), r=3), r"has r 2 in the file, 3 here; .*and \d+ more"),
+        (adapted(plain(), use_qlora=True), "has kind LoRALinear in the file, QLoRALinear here"),
+        (adapted(plain(), target_modules="mlp"), r"\.out_proj is adapted in the file but not here$"),
+        (adapted(plain(), target_modules=["encoder", "conv_proj"]), "conv_proj is adapted here but not"),
+        (adapt_layers(plain(), {"conv_proj": None}, True), "conv_proj is frozen in 4 bits here"),
+        (adapted(plain(seed=2)), "trained over another base"),
+        (moved(adapted(plain()), 1e-3), "trained over another base"),
+        (adapted(plain(classes=7)), r"heads\.head\.weight is \(5, 16\) in the file, \(7, 16\) here"),
+        (merged(adapted(plain())), r"merged: call unmerge_lora_weights\(\) first"),
+        (plain(), r"no adapter is in use here: load the file with a name and call use\(name\), or adapt"),
+    ):
+        assert_refused(model, path, message)
+    LoRAManager(adapted(plain(), use_qlora=True)).save_lora_checkpoint(path)  # whose base is known by its floats
+    assert_refused(adapted(plain(seed=2), use_qlora=True), path, "trained over another base")
 
 
 def test_metadata_that_could_not_be_read_back_is_refused_and_a_base_keeps_its_place(path):

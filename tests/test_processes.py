@@ -197,18 +197,17 @@ def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("more", "before", "name", "tolerance"),
-    [
-        ("", keep_every_queue, "moco_stage1_epoch_2.pth", 1e-3),
-        pytest.param("--moco-version 3 --mlp-dim 16 --learning-rate 1e-3 --epochs 1", compute_in_float64,
-                     "moco_stage1_epoch_1.pth", 1e-9, marks=pytest.mark.slow),
-        pytest.param("--checkpoint {base} --lora-rank 2 --image-size 16", None, "moco_lora.pth", 1e-3,
-                     marks=pytest.mark.slow),
-    ],
-    ids=["v2", "v3", "adapters"],
-)  # fmt: skip
-def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, more, before, name, tolerance):
+V3 = "--moco-version 3 --mlp-dim 16 --learning-rate 1e-3 --epochs 1"
+STAGE_1 = {
+    "v2": ("", keep_every_queue, "moco_stage1_epoch_2.pth", 1e-3),
+    "v3": (V3, compute_in_float64, "moco_stage1_epoch_1.pth", 1e-9),
+    "adapters": ("--checkpoint {base} --lora-rank 2 --image-size 16", None, "moco_lora.pth", 1e-3),
+}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "v2")) for way in STAGE_1])
+def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, way):
+    more, before, name, tolerance = STAGE_1[way]
     completed("moco.pretrain", f"{options('pretrain')} {more.format(base=base)}", tmp_path / "log", before=before)
     try:
         if before is compute_in_float64:

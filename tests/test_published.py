@@ -95,27 +95,25 @@ def test_of_two_that_need_a_file_one_downloads_it(web, monkeypatch):
     assert len(begun) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "digest", "told", "left"),
-    [
+def test_what_cannot_be_had_is_one_line_and_begun_anew(web, monkeypatch):
+    monkeypatch.setattr(published, "TIME_OUT", 0.2)
+    monkeypatch.setattr(published, "LARGEST", 10**5)
+    large = bytes(10**6)
+    for name, content, digest, told, left in (
         ("nothing.pth", None, DIGEST, ELSEWHERE.format("nothing.pth", "HTTP Error 404: File not found"), []),
         ("base.pth", b"other", DIGEST, TORN, []),
         ("breaks.pth", CONTENT, DIGEST, TORN, []),
         ("breaks.pth", CONTENT, "", TORN.replace(DIGEST, "1024"), []),
+        ("endless.pth", large, hashlib.md5(large).hexdigest()[:8], "did not arrive as it is publ", []),
         ("stalls.pth", CONTENT, DIGEST, ELSEWHERE.format("stalls.pth", "timed out"), ["stalls.pth.part"]),
-        ("endless.pth", bytes(10**6), hashlib.md5(bytes(10**6)).hexdigest()[:8], "did not arrive as it is publ", []),
-    ],
-)
-def test_what_cannot_be_had_is_one_line_and_begun_anew(web, monkeypatch, name, content, digest, told, left):
-    monkeypatch.setattr(published, "TIME_OUT", 0.2)
-    monkeypatch.setattr(published, "LARGEST", 10**5)
-    place = publish(web, name, content or b"", digest)
-    if content is None:
-        (web.folder / name).unlink()
-    for _ in range(2):
-        with pytest.raises(InputError, match=told):
-            finetune_lora.read_options(["--checkpoint", "moco-v9"])
-        assert [path.name for path in place.parent.iterdir() if path.suffix != ".lock"] == left
+    ):
+        place = publish(web, name, content or b"", digest)
+        if content is None:
+            (web.folder / name).unlink()
+        for _ in range(2):
+            with pytest.raises(InputError, match=told):
+                finetune_lora.read_options(["--checkpoint", "moco-v9"])
+            assert [path.name for path in place.parent.iterdir() if path.suffix != ".lock"] == left
     place = publish(web, "endless.pth")
     place.with_name("endless.pth.part").write_bytes(b"of an older version" * 100)
     assert fetch() == CONTENT
